@@ -1,0 +1,272 @@
+"""What the user asked for: strict, frozen, never mutated. What follows from it on a given number of ranks is in `plan.py`.
+
+A config is a YAML file plus `a.b=c` overrides. Anything unknown or impossible raises `ConfigError`, which names the
+key, its value, what is allowed and the nearest right spelling, so that the user can mend the file without reading code.
+"""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
+
+
+class ConfigError(ValueError):
+    """A config that cannot be used. The message says which setting to change and how."""
+
+
+class Section(BaseModel):
+    """A frozen part of the config that refuses keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RunConfig(Section):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="folder of the run below `dir`")
+    dir: Path = Path("runs")
+
+    @property
+    def folder(self) -> Path:
+        return self.dir / self.name
+
+
+class ModelConfig(Section):
+    """What every decoder family shares. Each file in `models/` adds the fields of its own family."""
+
+    family: str
+    preset: str | None = Field(None, description="the file in configs/model/ the fields were taken from")
+    hf: Path | None = Field(None, description="Hugging Face folder whose weights training starts from")
+    vocab_size: int = Field(gt=0)
+    hidden_size: int = Field(gt=0)
+    num_layers: int = Field(gt=0)
+    num_attention_heads: int = Field(gt=0)
+    max_positions: int = Field(gt=0, description="longest sequence the model is meant for")
+    norm_eps: float = Field(1e-5, gt=0)
+    init_std: float = Field(0.02, gt=0)
+    tie_embeddings: bool = False
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> ModelConfig:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads {self.num_attention_heads}"
+            )
+        return self
+
+
+class Source(Section):
+    path: Path = Field(description="PREFIX of PREFIX.bin and PREFIX.idx")
+    weight: float = Field(1.0, gt=0, description="share of the samples, relative to the other sources")
+
+
+class DataConfig(Section):
+    train: tuple[Source, ...] = Field(min_length=1)
+    valid: tuple[Source, ...] = ()
+    test: tuple[Source, ...] = ()
+    split: tuple[float, float, float] | None = Field(
+        None, description="shares of each train source's documents for train, valid, test, instead of own files"
+    )
+    seq_length: int = Field(gt=0)
+    order: Literal["shuffle", "sequential"] = "shuffle"
+    tokenizer: Path | None = Field(None, description="folder copied into every checkpoint")
+
+    @field_validator("split")
+    @classmethod
+    def _shares(cls, split: tuple[float, float, float] | None) -> tuple[float, float, float] | None:
+        if split is not None and (min(split) < 0 or split[0] <= 0):
+            raise ValueError("shares must not be negative, and the share of train must be above 0")
+        return split
+
+    @model_validator(mode="after")
+    def _one_way_to_split(self) -> DataConfig:
+        if self.split is not None and (self.valid or self.test):
+            raise ValueError("give either `split` or files of their own under `valid` and `test`, not both")
+        return self
+
+
+class ParallelConfig(Section):
+    """How the model is spread over the ranks. Data parallelism is what these leave over."""
+
+    tensor: int = Field(1, gt=0, description="ranks that share every matrix")
+    sequence: bool = Field(True, description="also share norms and dropout along the sequence; no effect at tensor: 1")
+    engine: Literal["native"] = "native"
+    zero_stage: Literal[0, 1, 2] = Field(1, description="0 nothing, 1 optimizer state, 2 also gradients: over data ranks")
+    bucket_mb: float = Field(40.0, gt=0, description="fp32 MB of gradients reduced in one go")
+
+
+class TrainConfig(Section):
+    steps: int = Field(gt=0)
+    global_batch_size: int = Field(gt=0, description="sequences per optimizer step, over all ranks")
+    micro_batch_size: int = Field(1, gt=0, description="sequences per forward pass of one rank")
+    precision: Literal["bf16", "fp32"] = "bf16"
+    seed: int = Field(1234, ge=0)
+
+
+class ScheduleConfig(Section):
+    name: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    warmup_steps: int = Field(0, ge=0)
+    min_lr: float = Field(0.0, ge=0)
+    decay_steps: int | None = Field(None, gt=0, description="wsd: steps of the final decay (default: a tenth)")
+
+
+class OptimizerConfig(Section):
+    name: Literal["adamw"] = "adamw"
+    lr: float = Field(gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    clip: float = Field(1.0, ge=0, description="largest global gradient norm; 0 turns clipping off")
+    schedule: ScheduleConfig = ScheduleConfig()
+
+    @field_validator("betas")
+    @classmethod
+    def _betas_below_one(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError("both betas must be at least 0 and below 1")
+        return betas
+
+
+class CheckpointConfig(Section):
+    every: int = Field(1000, ge=0, description="steps between checkpoints; 0 saves the last step only")
+    keep: int = Field(3, gt=0, description="newest valid checkpoints that are kept")
+    resume: Literal["auto", "never"] | Path = Field(
+        "auto", description="auto: newest valid one of this run; or the folder of a checkpoint"
+    )
+
+
+class WandbConfig(Section):
+    mode: Literal["online", "offline", "disabled"] = "disabled"
+    project: str = "megalite"
+    entity: str | None = None
+    tags: tuple[str, ...] = ()
+
+
+class ObserveConfig(Section):
+    log_every: int = Field(1, gt=0)
+    eval_every: int = Field(100, ge=0, description="steps between validations; 0 validates at the end only")
+    eval_batches: int = Field(20, gt=0, description="global batches of one validation, the same ones every time")
+    wandb: WandbConfig = WandbConfig()
+    tensorboard: bool = False
+
+
+class Config(Section):
+    run: RunConfig
+    model: SerializeAsAny[ModelConfig]
+    data: DataConfig
+    parallel: ParallelConfig = ParallelConfig()
+    train: TrainConfig
+    optimizer: OptimizerConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    observe: ObserveConfig = ObserveConfig()
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _model_of_its_family(cls, value: Any) -> Any:
+        # The one look uphill: the fields of a family stand in the family's own file, next to its weights.
+        from megalite.models import model_config
+
+        return model_config(value) if isinstance(value, dict) else value
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Config:
+        schedule, lr = self.optimizer.schedule, self.optimizer.lr
+        if self.data.seq_length > self.model.max_positions:
+            raise ValueError(
+                f"data.seq_length {self.data.seq_length} is longer than model.max_positions {self.model.max_positions}"
+            )
+        if schedule.min_lr > lr:
+            raise ValueError(f"optimizer.schedule.min_lr {schedule.min_lr} is above optimizer.lr {lr}")
+        if schedule.warmup_steps > self.train.steps:
+            raise ValueError(
+                f"optimizer.schedule.warmup_steps {schedule.warmup_steps} is above train.steps {self.train.steps}"
+            )
+        return self
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply `a.b=c` overrides (values are YAML too) and check everything.
+
+    Raises ConfigError."""
+    return parse_config(read_yaml(path), overrides, origin=str(path))
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror or error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected `section: {{key: value}}` lines, got {type(values).__name__}")
+    return values
+
+
+def parse_config(values: dict[str, Any], overrides: Sequence[str] = (), origin: str = "config") -> Config:
+    for override in overrides:
+        values = _with_override(values, override)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{origin}: {describe_errors(error, Config)}") from None
+
+
+def _with_override(values: dict[str, Any], override: str) -> dict[str, Any]:
+    key, equals, text = override.partition("=")
+    if not equals or not all(key.split(".")):
+        raise ConfigError(f"override {override!r} is not of the form section.key=value")
+    head, _, rest = key.partition(".")
+    if not rest:
+        return {**values, head: yaml.safe_load(text)}
+    inner = values.get(head)
+    if inner is not None and not isinstance(inner, dict):
+        raise ConfigError(f"override {override!r}: {head} is {inner!r}, not a section")
+    return {**values, head: _with_override(inner or {}, f"{rest}={text}")}
+
+
+def describe_errors(error: ValidationError, root: type[BaseModel]) -> str:
+    """One line a mistake, in the words of the config instead of pydantic's."""
+    return "\n  ".join(_describe(item, root) for item in error.errors(include_url=False))
+
+
+def _describe(item: Any, root: type[BaseModel]) -> str:
+    path = [part for part in item["loc"] if isinstance(part, int) or part.isidentifier()]
+    key = ".".join(map(str, path))
+    if item["type"] == "extra_forbidden":
+        known = _fields_at(root, path[:-1])
+        close = difflib.get_close_matches(str(path[-1]), known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(sorted(known))}"
+        return f"unknown key {key} (value {item['input']!r}); {hint}"
+    if item["type"] == "missing":
+        return f"{key} is required"
+    message = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    if item["type"] == "value_error" and (not key or "\n" in message):
+        return message
+    value = f" = {item['input']!r}" if not isinstance(item["input"], dict) else ""
+    if item["type"] == "literal_error" and isinstance(item["input"], str):
+        allowed = [word.strip("'") for word in item["ctx"]["expected"].replace(" or ", ", ").split(", ")]
+        close = difflib.get_close_matches(item["input"], allowed, n=1)
+        message += f"; did you mean {close[0]!r}?" if close else ""
+    return f"{key}{value}: {message}"
+
+
+def _fields_at(model: type[BaseModel], path: Sequence[str | int]) -> list[str]:
+    """Names a section at `path` knows; lists of sections are stepped through."""
+    for part in path:
+        if isinstance(part, int):
+            continue
+        annotation = model.model_fields[part].annotation
+        candidates = [annotation, *typing.get_args(annotation)]
+        sections = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+        if not sections:
+            return []
+        model = sections[0]
+    return list(model.model_fields)

@@ -1,0 +1,241 @@
+"""Token files on disk: Megatron-LM's `.bin/.idx` pair, byte for byte.
+
+PREFIX.bin is the tokens end to end. PREFIX.idx is little-endian, packed and therefore unaligned, for N sequences and
+D - 1 documents (a document is one or more sequences; megalite and Megatron's own tool write one):
+
+    0   magic `MMIDIDX\\0\\0`, u64 version = 1, u8 dtype code, u64 N, u64 D
+    34  N x i32 lengths (tokens), N x i64 pointers (bytes into .bin), D x i64 first sequence of each document, then N
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+MAGIC, VERSION = b"MMIDIDX\0\0", 1
+HEADER = struct.Struct("<9sQBQQ")
+DTYPES = {
+    code: np.dtype(name)
+    for code, name in {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}.items()
+}
+CHUNK_DOCUMENTS = 1 << 20  # of the index in memory at a time
+Array = npt.NDArray[Any]
+
+
+class DataError(ValueError):
+    """Data that cannot be used. The message names the file, what is wrong with it and what to do."""
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The dtype Megatron writes: u16 below 65,500 tokens, which leaves room to pad the vocabulary, else i32."""
+    return np.dtype("<u2") if vocab_size < 65500 else np.dtype("<i4")
+
+
+class IndexedDataset:
+    """The pair PREFIX.bin, PREFIX.idx, memory-mapped: opening it costs the same for a thousand tokens and a trillion.
+
+    Everything that can be checked in O(1) is checked here, so that a truncated or mismatched pair raises `DataError`
+    before the first step and not in the middle of a run."""
+
+    def __init__(self, prefix: str | Path) -> None:
+        self.prefix = str(prefix)
+        self._bin, self._idx = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
+        for path in (self._bin, self._idx):
+            if not path.is_file():
+                raise DataError(f"{path} does not exist; tools/preprocess_data.py writes {self.prefix}.bin and .idx")
+        num_indices = self._read_header()
+        num, lengths_end = self.num_sequences, HEADER.size + 4 * self.num_sequences
+        self._lengths = np.memmap(self._idx, "<i4", "r", HEADER.size, (num,))
+        self._pointers = np.memmap(self._idx, "<i8", "r", lengths_end, (num,))
+        self._documents = np.memmap(self._idx, "<i8", "r", lengths_end + 8 * num, (num_indices,))
+        self.num_documents = num_indices - 1
+        self._check_ends()
+        self.num_tokens = self._bin.stat().st_size // self.dtype.itemsize
+        self.tokens: Array = np.memmap(self._bin, self.dtype, "r")  # [num_tokens]
+
+    def _read_header(self) -> int:
+        """Sets `dtype` and `num_sequences`; returns the number of document indices."""
+        size = self._idx.stat().st_size
+        if size < HEADER.size:
+            raise self._broken(f"is {size} bytes long, shorter than its {HEADER.size}-byte header")
+        with open(self._idx, "rb") as file:
+            magic, version, code, num, num_indices = HEADER.unpack(file.read(HEADER.size))
+        if magic != MAGIC:
+            raise self._broken(f"starts with {magic!r}, not {MAGIC!r}: it is not an index of this format")
+        if version != VERSION:
+            raise self._broken(f"has version {version}; only version {VERSION} is known")
+        if code not in DTYPES:
+            raise self._broken(f"has dtype code {code}; known codes are 1 to {max(DTYPES)}")
+        if num < 1 or num_indices < 1:
+            raise self._broken(f"holds {num} sequences and {num_indices} document indices; both must be at least 1")
+        expected = HEADER.size + 12 * num + 8 * num_indices
+        if size not in (expected, expected + num):  # multimodal files end in one mode byte a sequence, with no flag
+            raise self._broken(f"is {size} bytes long where its header asks for {expected}")
+        self.dtype, self.num_sequences = DTYPES[code], int(num)
+        return int(num_indices)
+
+    def _check_ends(self) -> None:
+        first, last = int(self._documents[0]), int(self._documents[-1])
+        if first != 0 or last != self.num_sequences:
+            raise self._broken(f"has documents from sequence {first} to {last}, not from 0 to {self.num_sequences}")
+        size, itemsize = self._bin.stat().st_size, self.dtype.itemsize
+        expected = int(self._pointers[-1]) + int(self._lengths[-1]) * itemsize
+        if size != expected:
+            raise self._broken(f"ends at byte {expected} of a .bin which is {size} bytes long")
+        if size == 0 or size % itemsize:
+            raise self._broken(f"promises {self.dtype.name} tokens, but .bin has {size} bytes")
+
+    def _broken(self, why: str) -> DataError:
+        return DataError(f"{self._idx} {why}; .bin and .idx are truncated or not a pair: write or copy both again")
+
+    def __reduce__(self) -> tuple[type[IndexedDataset], tuple[str]]:
+        return IndexedDataset, (self.prefix,)  # the default would pickle the mapped files' whole content
+
+    def __len__(self) -> int:
+        return self.num_sequences
+
+    def __getitem__(self, i: int) -> Array:
+        """Tokens of sequence i, [length], read-only and still on disk. Raises IndexError outside 0 … N - 1."""
+        if not 0 <= i < self.num_sequences:
+            raise IndexError(f"{self.prefix}: sequence {i} of {self.num_sequences}")
+        start = int(self._pointers[i]) // self.dtype.itemsize
+        return self.tokens[start : start + int(self._lengths[i])].view(np.ndarray)
+
+    def document_start(self, d: int) -> int:
+        """Offset of document d's first token in `tokens`; of d = num_documents, the end. Raises IndexError."""
+        if not 0 <= d <= self.num_documents:
+            raise IndexError(f"{self.prefix}: document {d} of {self.num_documents}")
+        sequence = int(self._documents[d])
+        return int(self._pointers[sequence]) // self.dtype.itemsize if sequence < len(self) else self.num_tokens
+
+    def fingerprint(self) -> str:
+        """Hex name of the content: both sizes and 64 slices of 4 KiB spread evenly over each file. Bounded work, so
+        that a change which keeps the sizes and lies between the slices goes unseen."""
+        digest = hashlib.sha256()
+        for path in (self._idx, self._bin):
+            size = path.stat().st_size
+            digest.update(str(size).encode())
+            with open(path, "rb") as file:
+                for start in np.linspace(0, max(size - 4096, 0), 64, dtype=np.int64).tolist():
+                    file.seek(start)
+                    digest.update(file.read(4096))
+        return digest.hexdigest()[:32]
+
+
+class IndexedWriter:
+    """Writes PREFIX.bin and PREFIX.idx in one pass and constant memory; they get these names only when complete.
+
+    As a context manager it finishes at the end of the block, and leaves nothing behind when the block raises."""
+
+    def __init__(self, prefix: str | Path, dtype: npt.DTypeLike) -> None:
+        self.dtype = np.dtype(dtype).newbyteorder("<")
+        codes = [code for code, known in DTYPES.items() if known == self.dtype]
+        if not codes:
+            raise DataError(f"{prefix}: tokens of type {self.dtype.name} cannot be stored in this format")
+        self._code = codes[0]
+        self.num_documents = self.num_tokens = 0
+        self._final = [Path(f"{prefix}.bin"), Path(f"{prefix}.idx")]
+        self._temporary = [Path(f"{path}.tmp") for path in self._final]
+        self._final[0].parent.mkdir(parents=True, exist_ok=True)
+        self._bin, self._idx = (open(path, "w+b") for path in self._temporary)  # noqa: SIM115
+        # The lengths come first in .idx, so they go straight to where they stay; what else it holds follows from them.
+        self._idx.seek(HEADER.size)
+
+    def add_document(self, tokens: npt.ArrayLike) -> None:
+        """Append one document of one sequence. Raises DataError as `add_documents`."""
+        array = np.asarray(tokens)
+        self.add_documents(array, [array.size])
+
+    def add_documents(self, tokens: npt.ArrayLike, lengths: npt.ArrayLike) -> None:
+        """Append documents whose `tokens` lie end to end, [sum(lengths)].
+
+        Raises DataError for an empty document, a document of 2^31 tokens or more, or an id the dtype cannot hold."""
+        flat, sizes = np.asarray(tokens), np.asarray(lengths, dtype=np.int64)
+        if not sizes.size:
+            return
+        if sizes.min() < 1 or sizes.max() >= 2**31 or int(sizes.sum()) != flat.size:
+            raise DataError(
+                f"{self._final[0]}: documents need 1 to 2^31 - 1 tokens and lengths that sum to {flat.size}; "
+                f"got lengths from {sizes.min()} to {sizes.max()} that sum to {sizes.sum()}"
+            )
+        if self.dtype.kind in "iu":
+            low, high, info = flat.min(), flat.max(), np.iinfo(self.dtype)
+            if flat.dtype.kind not in "iu" or low < info.min or high > info.max:
+                raise DataError(
+                    f"{self._final[0]}: token ids from {low} to {high} do not fit {self.dtype.name} "
+                    f"({info.min} to {info.max}); was the vocabulary larger than the one given?"
+                )
+        self._bin.write(np.ascontiguousarray(flat, self.dtype).data)
+        self._idx.write(sizes.astype("<i4").data)
+        self.num_documents += sizes.size
+        self.num_tokens += flat.size
+
+    def finish(self) -> None:
+        """Complete the index, make both files durable and give them their names. Raises DataError without documents."""
+        if not self.num_documents:
+            raise DataError(f"{self._final[0]}: no document was written")
+        self._write_index()
+        for file in (self._bin, self._idx):
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+        # An older .idx must never stand beside the new .bin, not even between two renames.
+        self._final[1].unlink(missing_ok=True)
+        try:
+            for temporary, final in zip(self._temporary, self._final, strict=True):
+                os.replace(temporary, final)
+        except BaseException:  # Ctrl-C too: half a pair must not stay
+            for final in self._final:
+                final.unlink(missing_ok=True)
+            raise
+        fsync_folder(self._final[0].parent)
+
+    def _write_index(self) -> None:
+        num, offset, chunk = self.num_documents, 0, CHUNK_DOCUMENTS
+        for start in range(0, num, chunk):
+            self._idx.seek(HEADER.size + 4 * start)
+            ends = np.frombuffer(self._idx.read(4 * min(chunk, num - start)), "<i4").cumsum(dtype="<i8")
+            pointers = np.concatenate([np.zeros(1, "<i8"), ends[:-1]]) * self.dtype.itemsize + offset
+            self._idx.seek(HEADER.size + 4 * num + 8 * start)
+            self._idx.write(pointers.data)
+            offset += int(ends[-1]) * self.dtype.itemsize
+        for start in range(0, num + 1, chunk):
+            self._idx.write(np.arange(start, min(start + chunk, num + 1), dtype="<i8").data)
+        self._idx.seek(0)
+        self._idx.write(HEADER.pack(MAGIC, VERSION, self._code, num, num + 1))
+
+    def abort(self) -> None:
+        """Remove what has been written so far; nothing happens after `finish`."""
+        for file, path in zip((self._bin, self._idx), self._temporary, strict=True):
+            with suppress(OSError):  # on a full disk closing fails as well, but the space is to be given back
+                file.close()
+            path.unlink(missing_ok=True)
+
+    def __enter__(self) -> IndexedWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self.finish()
+        finally:
+            self.abort()
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make renames in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,155 @@
+"""The loader: one data rank's micro-batches, step after step, read ahead by a thread.
+
+Legend: G = global_batch_size, B = micro_batch_size, T = seq_length.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+
+from megalite.data.dataset import Mixture
+from megalite.data.indexed import DataError
+from megalite.data.order import Int64s
+
+IGNORED = -100  # the label that takes no part in the loss (the ignore_index of torch's cross_entropy)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    tokens: torch.Tensor  # [B, T] int64
+    labels: torch.Tensor  # [B, T] int64, the token that follows each; IGNORED where there is none to predict
+    samples: torch.Tensor  # [B] int64, index of each sample in the whole run, over all ranks
+
+
+class Loader:
+    """Endless iterator over steps; each item is the list of this data rank's micro-batches of one global batch.
+
+    Step s is samples start_sample + [s·G, (s+1)·G) of the mixture, whatever the ranks: micro-batch m of data rank d
+    is its samples (m·data_size + d)·B + [0, B). A thread reads `prefetch` steps ahead; an error in it is raised here.
+    Close the loader, or use it in a `with`, to end the thread. Raises DataError for sizes that do not divide."""
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        global_batch_size: int,
+        micro_batch_size: int,
+        data_rank: int,
+        data_size: int,
+        start_sample: int = 0,
+        prefetch: int = 2,
+    ) -> None:
+        if min(global_batch_size, micro_batch_size, data_size, prefetch) < 1 or start_sample < 0:
+            raise DataError("batch sizes, data_size and prefetch must be at least 1, and start_sample at least 0")
+        if not 0 <= data_rank < data_size:
+            raise DataError(f"data_rank {data_rank} is not in [0, {data_size})")
+        if global_batch_size % (micro_batch_size * data_size):
+            raise DataError(
+                f"global_batch_size {global_batch_size} must be a multiple of micro_batch_size {micro_batch_size} "
+                f"* {data_size} data ranks = {micro_batch_size * data_size}"
+            )
+        self.mixture, self.global_batch_size = mixture, global_batch_size
+        self._samples = start_sample
+        rows = np.arange(global_batch_size).reshape(-1, data_size, micro_batch_size)[:, data_rank]  # [micro-batches, B]
+        self._steps: queue.Queue[list[MicroBatch] | BaseException] = queue.Queue(prefetch)
+        self._stop = threading.Event()
+        # The thread must not hold the loader, or a loader that is dropped unclosed would never be collected.
+        self._thread = threading.Thread(
+            target=_read_ahead,
+            args=(mixture, rows, start_sample, global_batch_size, self._steps, self._stop),
+            name="megalite-loader",
+            daemon=True,
+        )
+        self._failure: BaseException | None = None
+        self._end = weakref.finalize(self, _end, self._steps, self._stop)
+
+    def __iter__(self) -> Loader:
+        return self
+
+    def __next__(self) -> list[MicroBatch]:
+        if self._failure is not None:
+            raise self._failure
+        if self._stop.is_set():
+            raise DataError("the loader is closed")
+        if self._thread.ident is None:
+            self._thread.start()
+        item = self._steps.get()
+        if isinstance(item, BaseException):
+            self._failure = item
+            raise item
+        self._samples += self.global_batch_size
+        return item
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds: which data, and how many of its samples all ranks together were handed.
+
+        Steps that were read ahead but not handed out do not count. A run goes on by `start_sample=state["samples"]`,
+        on any number of ranks and with any batch size."""
+        return {"fingerprint": self.mixture.fingerprint(), "samples": self._samples}
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raises DataError where the state belongs to other data than this loader's."""
+        mine = self.mixture.fingerprint()
+        if state["fingerprint"] != mine:
+            raise DataError(
+                f"the checkpoint was written after {state['samples']} samples of other data (fingerprint "
+                f"{state['fingerprint']}, now {mine}): the token files, their weights and order in data.train, "
+                "data.split, data.seq_length, data.order and train.seed must be what they were. Put them back to go on "
+                "with that run, or start a new one under another run.name"
+            )
+
+    def close(self) -> None:
+        """End the thread and drop what it read ahead. Closing twice is no error."""
+        self._end()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _read_ahead(
+    mixture: Mixture, rows: Int64s, first: int, stride: int, steps: queue.Queue, stop: threading.Event
+) -> None:
+    while not stop.is_set():
+        try:
+            step: list[MicroBatch] | BaseException = _read_step(mixture, first + rows)
+        except BaseException as error:
+            # Whatever it is belongs to the consumer, who would wait for ever otherwise.
+            step = error
+        steps.put(step)
+        if isinstance(step, BaseException):
+            return
+        first += stride
+
+
+def _read_step(mixture: Mixture, indices: Int64s) -> list[MicroBatch]:
+    """indices: [micro-batches, B]."""
+    windows = torch.from_numpy(mixture.samples(indices.ravel())).view(*indices.shape, -1)  # [micro-batches, B, T + 1]
+    return [
+        MicroBatch(window[:, :-1].contiguous(), window[:, 1:].contiguous(), samples)
+        for window, samples in zip(windows, torch.from_numpy(indices), strict=True)
+    ]
+
+
+def _end(steps: queue.Queue, stop: threading.Event) -> None:
+    # The thread may be waiting to put one step: making room lets it see `stop`. It puts no second one after that.
+    stop.set()
+    while True:
+        try:
+            steps.get_nowait()
+        except queue.Empty:
+            return

@@ -1,0 +1,150 @@
+"""Training a tokenizer: byte-level BPE, or SentencePiece BPE or unigram with byte fallback.
+
+Either way the result is a folder that `transformers.AutoTokenizer.from_pretrained` and `load_tokenizer` open, giving
+the same ids, and from which every text comes back as it was, spaces and unknown scripts included. (One exception:
+U+2581 is SentencePiece's own mark for a space, and comes back from its tokenizers as one.)"""
+
+from __future__ import annotations
+
+import io
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal, get_args
+
+import tokenizers
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+
+from megalite.data.documents import Document, Report, iter_documents
+from megalite.data.indexed import DataError
+from megalite.data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer, write_tokenizer_config
+
+END = "<|endoftext|>"
+Kind = Literal["bpe", "sp-bpe", "sp-unigram"]
+# Qwen2's pattern: contractions, words with the one sign before them, single digits, runs of punctuation with the line
+# ends behind them, and indentation which leaves its last space to the word that follows.
+PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SENTENCE_BYTES = 1 << 14
+
+
+def train_tokenizer(
+    inputs: Sequence[str],
+    output: str | Path,
+    vocab_size: int,
+    kind: Kind = "bpe",
+    json_key: str = "text",
+    max_bytes: int = 256_000_000,
+) -> tuple[Tokenizer, Report]:
+    """Train on the first `max_bytes` of text (UTF-8) and write the folder `output`.
+
+    Small inputs may give a smaller byte-level vocabulary than asked for. Raises DataError."""
+    if kind not in get_args(Kind):
+        raise DataError(f"tokenizer type {kind!r} is unknown; choose from {', '.join(get_args(Kind))}")
+    smallest = 257 if kind == "bpe" else 300  # every byte, <unk>, the end, and some room for characters
+    if vocab_size < smallest:
+        raise DataError(f"vocabulary size {vocab_size} is too small for type {kind}; the least is {smallest}")
+    report, folder = Report(), Path(output)
+    documents = _first_bytes(iter_documents(inputs, json_key, report), max_bytes)
+    if kind == "bpe":
+        tokenizer = _train_byte_bpe(documents, vocab_size)
+        _some_text(report)
+        folder.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(str(folder / "tokenizer.json"))
+        write_tokenizer_config(folder, END)
+    else:
+        model = _train_sentencepiece(documents, vocab_size, kind.removeprefix("sp-"), report)
+        with tempfile.TemporaryDirectory() as scratch:
+            file = Path(scratch, "tokenizer.model")
+            file.write_bytes(model)
+            SentencePieceTokenizer(file).save(folder)
+    return load_tokenizer(folder), report
+
+
+def _first_bytes(documents: Iterator[Document], max_bytes: int) -> Iterator[str]:
+    seen = 0
+    for document in documents:
+        yield document.text
+        seen += document.num_bytes
+        if seen >= max_bytes:
+            return
+
+
+def _some_text(report: Report) -> None:
+    if not report.num_documents:
+        raise DataError(f"the inputs hold no text to train on\n{report}".rstrip())
+
+
+def _train_byte_bpe(texts: Iterator[str], vocab_size: int) -> tokenizers.Tokenizer:
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=sys.stderr.isatty(),
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def _train_sentencepiece(texts: Iterator[str], vocab_size: int, model_type: str, report: Report) -> bytes:
+    """The model file's content. Its pieces never cross a line: the newline stays a byte, as in Llama's own models."""
+    try:
+        import sentencepiece
+    except ImportError:
+        raise DataError("training this type needs sentencepiece; pip install 'megalite[data]'") from None
+    model = io.BytesIO()
+    sentences = (piece for text in texts for line in text.split("\n") for piece in _cut(line))
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=sentences,
+            model_writer=model,
+            model_type=model_type,
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            split_digits=True,
+            # The next four keep every space where it was.
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            max_sentence_length=SENTENCE_BYTES,
+            unk_id=0,
+            eos_id=1,
+            eos_piece=END,
+            bos_id=-1,
+            pad_id=-1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        _some_text(report)
+        raise DataError(f"SentencePiece could not train {vocab_size} {model_type} pieces: {error}") from None
+    return _with_exact_sums(model.getvalue()) if model_type == "unigram" else model.getvalue()
+
+
+def _with_exact_sums(model: bytes) -> bytes:
+    """The model with its log-probabilities rounded to multiples of 1/256, which fp32 adds up without rounding.
+
+    Else SentencePiece (fp32) and tokenizers (fp64) break ties between reorderings of the same pieces, common in code,
+    each in its own way: one line of Python in two hundred came out different."""
+    from sentencepiece import sentencepiece_model_pb2 as proto
+
+    parsed = proto.ModelProto.FromString(model)
+    for piece in parsed.pieces:
+        piece.score = round(piece.score * 256) / 256
+    return parsed.SerializeToString()
+
+
+def _cut(line: str) -> Iterator[str]:
+    """Pieces of a line that the trainer, which skips sentences above its limit, will not skip."""
+    step = SENTENCE_BYTES // 4  # a character has at most four bytes
+    return (line[start : start + step] for start in range(0, len(line), step))

@@ -1,0 +1,114 @@
+"""Continuing a prompt, on one device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from megalite.checkpoint.folder import complete_steps, step_folder
+from megalite.checkpoint.load import from_folder
+from megalite.config import ConfigError
+from megalite.data.tokenizer import Tokenizer, load_tokenizer
+from megalite.mesh import Axis
+from megalite.models import build_model, model_config, weight_table
+
+
+@dataclass(frozen=True)
+class Sampling:
+    temperature: float = 1.0
+    """0 takes the likeliest token."""
+    top_k: int = 0
+    """Only the k likeliest tokens; 0 for all."""
+    top_p: float = 1.0
+    """Only the likeliest tokens that together have at least this probability (Holtzman et al. 2020)."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ConfigError(
+                f"temperature {self.temperature} and top-k {self.top_k} must be at least 0, "
+                f"top-p {self.top_p} above 0 and at most 1"
+            )
+
+
+def find_model(path: Path) -> Path:
+    """The Hugging Face folder meant by a run (its newest checkpoint), a checkpoint, or such a folder itself."""
+    if (path / "config.json").exists():
+        return path
+    steps = complete_steps(path / "checkpoints")
+    if not steps:
+        raise ConfigError(f"{path} is neither a run with a checkpoint nor a Hugging Face folder with a config.json")
+    return step_folder(path / "checkpoints", steps[-1])
+
+
+def open_model(path: Path, dtype: torch.dtype | None = None) -> tuple[nn.Module, Tokenizer]:
+    """The model on one device, in evaluation mode and the precision it is stored in, and its tokenizer."""
+    folder = find_model(path)
+    return load_model(folder, dtype), load_tokenizer(folder)
+
+
+def load_model(folder: Path, dtype: torch.dtype | None = None, device: torch.device | None = None) -> nn.Module:
+    """A clean model with the weights of a Hugging Face folder. Raises ConfigError or CheckpointError."""
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = model_config({"hf": str(folder)})
+    weights, model = weight_table(config), build_model(config)
+    read = from_folder(folder, weights, config, Axis())
+    tensors = {weight.name: read(weight, "weight", 0, weight.numel).view(weight.shape) for weight in weights}
+    parameters = {name: nn.Parameter(tensor.to(device, dtype)) for name, tensor in tensors.items()}
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            setattr(module, name, parameters[names[parameter]])
+    return model.eval().requires_grad_(False)
+
+
+@torch.inference_mode()
+def generate(model: nn.Module, prompt: list[int], max_tokens: int, sampling: Sampling, end: int | None) -> Iterator[int]:
+    """Token ids, one at a time, until `end` or `max_tokens`. The model sees at most its `max_positions` last tokens."""
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(sampling.seed)
+    tokens = list(prompt)
+    window = model.config.max_positions  # type: ignore[union-attr]
+    for _ in range(max_tokens):
+        logits_V = model(torch.tensor([tokens[-window:]], device=device))[0, -1].float()
+        token = int(sample(logits_V, sampling, generator))
+        if token == end:
+            return
+        tokens.append(token)
+        yield token
+
+
+def sample(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
+    """One token id from fp32 logits."""
+    if sampling.temperature == 0:
+        return logits_V.argmax()
+    logits_V = logits_V / sampling.temperature
+    if sampling.top_k and sampling.top_k < len(logits_V):
+        logits_V = logits_V.masked_fill(logits_V < logits_V.topk(sampling.top_k).values[-1], -torch.inf)
+    if sampling.top_p < 1:
+        ordered, order = logits_V.softmax(-1).sort(descending=True)
+        before = ordered.cumsum(-1) - ordered  # the token that crosses top_p is still in
+        logits_V = logits_V.index_fill(0, order[before >= sampling.top_p], -torch.inf)
+    return torch.multinomial(logits_V.softmax(-1), 1, generator=generator)[0]
+
+
+def generate_text(
+    model: nn.Module, tokenizer: Tokenizer, prompt: str, max_tokens: int, sampling: Sampling
+) -> Iterator[str]:
+    """The continuation as text, piece by piece; a piece never ends inside a character."""
+    start = tokenizer.encode(prompt) or ([tokenizer.eod_id] if tokenizer.eod_id is not None else [])
+    if not start:
+        raise ConfigError("an empty prompt needs a tokenizer that has an end-of-document token")
+    ids: list[int] = []
+    said = ""
+    for token in generate(model, start, max_tokens, sampling, tokenizer.eod_id):
+        ids.append(token)
+        text = tokenizer.decode(ids)
+        if not text.endswith("\ufffd"):
+            yield text[len(said) :]
+            said = text

@@ -1,0 +1,100 @@
+"""The families. A family is one file: its config, its modules for one device, its table of weights and its mapping to and
+from a Hugging Face config.json. To add one, write the file and name it here."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn as nn
+from pydantic import ValidationError
+
+from megalite.config import ConfigError, ModelConfig, describe_errors, read_yaml
+from megalite.models.weights import Weight
+from megalite.resources import configs_dir
+
+FAMILIES = ("gpt2", "llama")
+
+
+class Family(Protocol):
+    """What a family's file offers."""
+
+    MODEL: type[nn.Module]
+    CONFIG: type[ModelConfig]
+
+    def weights(self, config: Any) -> Any: ...
+    def to_hf(self, config: Any) -> dict[str, Any]: ...
+    def from_hf(self, hf: dict[str, Any]) -> dict[str, Any]: ...
+
+
+def family(name: str) -> Family:
+    if name not in FAMILIES:
+        raise ConfigError(f"model.family = {name!r} is not known; {_nearest(name, FAMILIES)}")
+    return importlib.import_module(f"megalite.models.{name}")  # type: ignore[return-value]
+
+
+def model_config(values: dict[str, Any]) -> ModelConfig:
+    """The `model:` section: a preset or the config of a Hugging Face folder, with any field overridden beside it."""
+    base: dict[str, Any] = {}
+    if values.get("preset"):
+        base = _read_preset(str(values["preset"]))
+    elif values.get("hf"):
+        base = from_hf_config(read_hf_config(Path(values["hf"])))
+    merged = base | values
+    if "family" not in merged:
+        raise ConfigError("model needs a `preset`, an `hf` folder, or a `family` with its fields")
+    config_class = family(merged["family"]).CONFIG
+    try:
+        return config_class.model_validate(merged)
+    except ValidationError as error:
+        lines = describe_errors(error, config_class).split("\n  ")
+        raise ValueError("\n  ".join(f"in model: {line}" for line in lines)) from None
+
+
+def _read_preset(name: str) -> dict[str, Any]:
+    folder = configs_dir() / "model"
+    presets = sorted(path.stem for path in folder.glob("*.yaml"))
+    if name not in presets:
+        raise ConfigError(f"model.preset = {name!r} is not known; {_nearest(name, presets)}")
+    return read_yaml(folder / f"{name}.yaml")
+
+
+def _nearest(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+
+
+def read_hf_config(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / "config.json").read_text())
+    except OSError as error:
+        raise ConfigError(f"{folder / 'config.json'}: {error.strerror or error}") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{folder / 'config.json'} is not valid JSON: {error}") from None
+
+
+def from_hf_config(hf: dict[str, Any]) -> dict[str, Any]:
+    """Fields of the `model:` section from a Hugging Face config.json. Unknown architectures raise ConfigError."""
+    kind = str(hf.get("model_type"))
+    if kind not in FAMILIES:
+        raise ConfigError(f"config.json has model_type = {kind!r}; {_nearest(kind, FAMILIES)}")
+    return family(kind).from_hf(hf)
+
+
+def to_hf_config(config: ModelConfig) -> dict[str, Any]:
+    return family(config.family).to_hf(config)
+
+
+def weight_table(config: ModelConfig) -> tuple[Weight, ...]:
+    """Every weight of the model, in the order in which a forward pass meets them."""
+    return tuple(family(config.family).weights(config))
+
+
+def build_model(config: ModelConfig) -> nn.Module:
+    """The clean model on the meta device: shapes without memory. An engine gives it weights."""
+    with torch.device("meta"):
+        return family(config.family).MODEL(config)

@@ -1,0 +1,200 @@
+"""GPT-2 (Radford et al. 2019): LayerNorm, learned positions, GELU, biases, dropout."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from megalite.config import ModelConfig
+from megalite.models.layers import (
+    CrossEntropy,
+    Dropout,
+    causal_attention,
+    causal_attention_with_dropout,
+)
+from megalite.models.weights import Weight, layer_rows
+
+
+class GPT2Config(ModelConfig):
+    family: Literal["gpt2"] = "gpt2"
+    intermediate_size: int = Field(0, ge=0, description="0: 4 × hidden_size")
+    tie_embeddings: bool = True
+    embedding_dropout: float = Field(0.0, ge=0, lt=1)
+    attention_dropout: float = Field(0.0, ge=0, lt=1)
+    hidden_dropout: float = Field(0.0, ge=0, lt=1)
+
+    @property
+    def inner_size(self) -> int:
+        return self.intermediate_size or 4 * self.hidden_size
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPT2Config, site: str):
+        super().__init__()
+        self.head_size = config.head_size
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.out = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dropout = Dropout(config.attention_dropout, f"{site}.probabilities", over_heads=True)
+
+    def forward(self, x_BTD: Tensor, key_B: Tensor | None) -> Tensor:
+        q, k, v = self.qkv(x_BTD).unflatten(-1, (-1, self.head_size)).chunk(3, dim=2)
+        if self.training and self.dropout.p and key_B is not None:
+            return self.out(causal_attention_with_dropout(q, k, v, self.dropout, key_B))
+        return self.out(causal_attention(q, k, v))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPT2Config):
+        super().__init__()
+        self.up = nn.Linear(config.hidden_size, config.inner_size)
+        self.down = nn.Linear(config.inner_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x), approximate="tanh"))
+
+
+class Layer(nn.Module):
+    def __init__(self, config: GPT2Config, index: int):
+        super().__init__()
+        site = f"layers.{index}"
+        self.attention_norm = nn.LayerNorm(config.hidden_size, config.norm_eps)
+        self.attention = Attention(config, f"{site}.attention")
+        self.attention_dropout = Dropout(config.hidden_dropout, f"{site}.attention")
+        self.mlp_norm = nn.LayerNorm(config.hidden_size, config.norm_eps)
+        self.mlp = MLP(config)
+        self.mlp_dropout = Dropout(config.hidden_dropout, f"{site}.mlp")
+
+    def forward(self, x: Tensor, key_B: Tensor | None) -> Tensor:
+        x = x + self.attention_dropout(self.attention(self.attention_norm(x), key_B), key_B)
+        return x + self.mlp_dropout(self.mlp(self.mlp_norm(x)), key_B)
+
+
+class GPT2(nn.Module):
+    def __init__(self, config: GPT2Config):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.positions = nn.Embedding(config.max_positions, config.hidden_size)
+        self.dropout = Dropout(config.embedding_dropout, "embedding")
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_layers))
+        self.norm = nn.LayerNorm(config.hidden_size, config.norm_eps)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+        self.loss = CrossEntropy()
+
+    def forward(self, tokens_BT: Tensor, key_B: Tensor | None = None) -> Tensor:
+        """Logits [B,T,V]. `key_B` [B] int64: one dropout key a sample, or None."""
+        positions_1T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
+        x = self.dropout(self.embedding(tokens_BT) + self.positions(positions_1T), key_B)
+        for layer in self.layers:
+            x = layer(x, key_B)
+        return self.head(self.norm(x))
+
+
+def weights(config: GPT2Config) -> Iterator[Weight]:
+    hidden, inner, std = config.hidden_size, config.inner_size, config.init_std
+    residual_std = std / math.sqrt(2 * config.num_layers)
+    thirds = (hidden, hidden, hidden)
+    layer = (
+        *_norm("attention_norm", "ln_1", hidden),
+        *_linear("attention.qkv", "attn.c_attn", (3 * hidden, hidden), "column", std, parts=thirds),
+        *_linear("attention.out", "attn.c_proj", (hidden, hidden), "row", residual_std),
+        *_norm("mlp_norm", "ln_2", hidden),
+        *_linear("mlp.up", "mlp.c_fc", (inner, hidden), "column", std),
+        *_linear("mlp.down", "mlp.c_proj", (hidden, inner), "row", residual_std),
+    )
+    yield Weight("embedding.weight", (config.vocab_size, hidden), ("transformer.wte.weight",), "vocab", init=std)
+    yield Weight(
+        "positions.weight", (config.max_positions, hidden), ("transformer.wpe.weight",), init=std, partial_grad=True
+    )
+    for i in range(config.num_layers):
+        yield from layer_rows(f"layers.{i}", f"transformer.h.{i}", layer)
+    yield from _norm("norm", "transformer.ln_f", hidden)
+    if not config.tie_embeddings:
+        yield Weight("head.weight", (config.vocab_size, hidden), ("lm_head.weight",), "vocab", init=std)
+
+
+def _norm(name: str, hf: str, size: int) -> tuple[Weight, Weight]:
+    scale = Weight(f"{name}.weight", (size,), (f"{hf}.weight",), init="ones", decay=False, partial_grad=True)
+    shift = Weight(f"{name}.bias", (size,), (f"{hf}.bias",), init="zeros", decay=False, partial_grad=True)
+    return scale, shift
+
+
+def _linear(
+    name: str,
+    hf: str,
+    shape: tuple[int, int],
+    shard: Literal["column", "row"],
+    std: float,
+    parts: tuple[int, ...] = (),
+) -> tuple[Weight, Weight]:
+    """A Conv1D of Hugging Face. A row-parallel bias is added after the reduction, on the cut sequence."""
+    cut = shard == "column"
+    bias_shard: Literal["column"] | None = "column" if cut else None
+    matrix = Weight(f"{name}.weight", shape, (f"{hf}.weight",), shard, parts, transpose=True, init=std)
+    bias = Weight(
+        f"{name}.bias", shape[:1], (f"{hf}.bias",), bias_shard, parts, init="zeros", decay=False, partial_grad=not cut
+    )
+    return matrix, bias
+
+
+def to_hf(config: GPT2Config) -> dict[str, Any]:
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "vocab_size": config.vocab_size,
+        "n_positions": config.max_positions,
+        "n_embd": config.hidden_size,
+        "n_layer": config.num_layers,
+        "n_head": config.num_attention_heads,
+        "n_inner": config.intermediate_size or None,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": config.norm_eps,
+        "initializer_range": config.init_std,
+        "tie_word_embeddings": config.tie_embeddings,
+        "embd_pdrop": config.embedding_dropout,
+        "attn_pdrop": config.attention_dropout,
+        "resid_pdrop": config.hidden_dropout,
+    }
+
+
+def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
+    supported = {
+        "activation_function": "gelu_new",
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "add_cross_attention": False,
+    }
+    for key, only in supported.items():
+        if hf.get(key, only) != only:
+            raise ValueError(f"config.json has {key} = {hf[key]!r}; the gpt2 family supports {only!r}")
+    return {
+        "family": "gpt2",
+        "vocab_size": hf["vocab_size"],
+        "hidden_size": hf["n_embd"],
+        "intermediate_size": hf.get("n_inner") or 0,
+        "num_layers": hf["n_layer"],
+        "num_attention_heads": hf["n_head"],
+        "max_positions": hf["n_positions"],
+        "norm_eps": hf["layer_norm_epsilon"],
+        "init_std": hf.get("initializer_range", 0.02),
+        "tie_embeddings": hf.get("tie_word_embeddings", True),
+        "embedding_dropout": hf.get("embd_pdrop", 0.1),
+        "attention_dropout": hf.get("attn_pdrop", 0.1),
+        "hidden_dropout": hf.get("resid_pdrop", 0.1),
+    }
+
+
+MODEL, CONFIG = GPT2, GPT2Config

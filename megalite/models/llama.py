@@ -1,0 +1,246 @@
+"""Llama 2, 3 and kin: RMSNorm, rotary positions, SwiGLU, grouped-query attention (Touvron et al. 2023, Dubey et al. 2024)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from megalite.config import ModelConfig, Section
+from megalite.models.layers import CrossEntropy, causal_attention
+from megalite.models.weights import Weight, layer_rows
+
+
+class RopeScaling(Section):
+    """Llama 3.1's stretching of the rotary frequencies to longer sequences than were trained on."""
+
+    factor: float = Field(gt=0)
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_positions: int = 8192
+
+
+class LlamaConfig(ModelConfig):
+    family: Literal["llama"] = "llama"
+    intermediate_size: int = Field(gt=0)
+    num_kv_heads: int = Field(0, ge=0, description="0: as many as num_attention_heads")
+    head_dim: int = Field(0, ge=0, description="0: hidden_size / num_attention_heads")
+    rope_theta: float = Field(10_000.0, gt=0)
+    rope_scaling: RopeScaling | None = None
+
+    @model_validator(mode="after")
+    def _groups_divide(self) -> LlamaConfig:
+        if self.num_attention_heads % self.kv_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} must be a multiple of num_kv_heads {self.kv_heads}"
+            )
+        return self
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_attention_heads
+
+    @property
+    def head_size(self) -> int:
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+
+def rope_frequencies(config: LlamaConfig, device: torch.device) -> Tensor:
+    """Radians per position of each pair of a head: [K/2] fp32."""
+    exponent = torch.arange(0, config.head_size, 2, device=device).float() / config.head_size
+    frequency = config.rope_theta**-exponent
+    if (scaling := config.rope_scaling) is None:
+        return frequency
+    # Waves that turn often within the original length are kept, slow ones are slowed by `factor`, the rest is blended.
+    turns = scaling.original_max_positions * frequency / (2 * math.pi)
+    smooth = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    smooth = smooth.clamp(0, 1)
+    return frequency * (smooth + (1 - smooth) / scaling.factor)
+
+
+def rotate(x_BTHK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
+    """Turn the pairs (x[i], x[i + K/2]), Hugging Face's pairing, by the angle of their position."""
+    a, b = x_BTHK.chunk(2, dim=-1)
+    return torch.cat((a * cos_TK - b * sin_TK, b * cos_TK + a * sin_TK), dim=-1)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        heads, groups, self.head_size = config.num_attention_heads, config.kv_heads, config.head_size
+        self.heads_per_group = heads // groups
+        self.qkv = nn.Linear(config.hidden_size, (heads + 2 * groups) * self.head_size, bias=False)
+        self.out = nn.Linear(heads * self.head_size, config.hidden_size, bias=False)
+
+    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        qkv = self.qkv(x_BTD).unflatten(-1, (-1, self.head_size))
+        # Head counts follow from what the projection gave: all heads, or the share of a tensor rank.
+        groups = qkv.shape[2] // (self.heads_per_group + 2)
+        q_BTHK, k_BTGK, v_BTGK = qkv.split((groups * self.heads_per_group, groups, groups), dim=2)
+        return self.out(causal_attention(rotate(q_BTHK, *rope), rotate(k_BTGK, *rope), v_BTGK))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.gate_up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class Layer(nn.Module):
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.attention = Attention(config)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rope)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Llama(nn.Module):
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+        self.loss = CrossEntropy()
+
+    def forward(self, tokens_BT: Tensor, key_B: Tensor | None = None) -> Tensor:
+        """Logits [B,T,V]. `key_B`, the dropout keys, is part of every family's signature; Llama drops nothing."""
+        x = self.embedding(tokens_BT)
+        positions = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
+        angle_TK = positions[:, None] * rope_frequencies(self.config, tokens_BT.device)
+        rope = (angle_TK.cos()[:, None].to(x.dtype), angle_TK.sin()[:, None].to(x.dtype))
+        for layer in self.layers:
+            x = layer(x, rope)
+        return self.head(self.norm(x))
+
+
+def weights(config: LlamaConfig) -> Iterator[Weight]:
+    hidden, inner, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
+    q, kv = config.num_attention_heads * config.head_size, config.kv_heads * config.head_size
+    std = config.init_std
+    residual_std = std / math.sqrt(2 * config.num_layers)  # keeps the residual stream's variance (GPT-2, Megatron)
+    attention, mlp = "self_attn", "mlp"
+    layer = (
+        _norm("attention_norm.weight", "input_layernorm.weight", hidden),
+        Weight(
+            "attention.qkv.weight",
+            (q + 2 * kv, hidden),
+            tuple(f"{attention}.{part}_proj.weight" for part in "qkv"),
+            "column",
+            parts=(q, kv, kv),
+            init=std,
+        ),
+        Weight("attention.out.weight", (hidden, q), (f"{attention}.o_proj.weight",), "row", init=residual_std),
+        _norm("mlp_norm.weight", "post_attention_layernorm.weight", hidden),
+        Weight(
+            "mlp.gate_up.weight",
+            (2 * inner, hidden),
+            (f"{mlp}.gate_proj.weight", f"{mlp}.up_proj.weight"),
+            "column",
+            parts=(inner, inner),
+            init=std,
+        ),
+        Weight("mlp.down.weight", (hidden, inner), (f"{mlp}.down_proj.weight",), "row", init=residual_std),
+    )
+    yield Weight("embedding.weight", (vocab, hidden), ("model.embed_tokens.weight",), "vocab", init=std)
+    for i in range(config.num_layers):
+        yield from layer_rows(f"layers.{i}", f"model.layers.{i}", layer)
+    yield _norm("norm.weight", "model.norm.weight", hidden)
+    if not config.tie_embeddings:
+        yield Weight("head.weight", (vocab, hidden), ("lm_head.weight",), "vocab", init=std)
+
+
+def _norm(name: str, hf: str, size: int) -> Weight:
+    return Weight(name, (size,), (hf,), init="ones", decay=False, partial_grad=True)
+
+
+def to_hf(config: LlamaConfig) -> dict[str, Any]:
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    if config.rope_scaling:
+        scaling = config.rope_scaling.model_dump()
+        rope |= {"rope_type": "llama3", "original_max_position_embeddings": scaling.pop("original_max_positions")}
+        rope |= scaling
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_size,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.max_positions,
+        "rms_norm_eps": config.norm_eps,
+        "initializer_range": config.init_std,
+        "tie_word_embeddings": config.tie_embeddings,
+        "attention_bias": False,
+        "mlp_bias": False,
+        # transformers 5 reads `rope_parameters`; transformers 4 and vLLM read the two keys it replaced.
+        "rope_parameters": rope,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": {k: v for k, v in rope.items() if k != "rope_theta"} if config.rope_scaling else None,
+    }
+
+
+def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
+    for key, only in {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}.items():
+        if hf.get(key, only) != only:
+            raise ValueError(f"config.json has {key} = {hf[key]!r}; the llama family supports {only!r}")
+    rope = hf.get("rope_parameters") or {**(hf.get("rope_scaling") or {}), "rope_theta": hf.get("rope_theta", 10_000.0)}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise ValueError(f"config.json has rope_type = {kind!r}; the llama family supports 'default' and 'llama3'")
+    scaling = None
+    if kind == "llama3":
+        scaling = {key: rope[key] for key in ("factor", "low_freq_factor", "high_freq_factor")}
+        scaling["original_max_positions"] = rope["original_max_position_embeddings"]
+    return {
+        "family": "llama",
+        "vocab_size": hf["vocab_size"],
+        "hidden_size": hf["hidden_size"],
+        "intermediate_size": hf["intermediate_size"],
+        "num_layers": hf["num_hidden_layers"],
+        "num_attention_heads": hf["num_attention_heads"],
+        "num_kv_heads": hf.get("num_key_value_heads") or hf["num_attention_heads"],
+        "head_dim": hf.get("head_dim") or 0,
+        "max_positions": hf["max_position_embeddings"],
+        "norm_eps": hf["rms_norm_eps"],
+        "init_std": hf.get("initializer_range", 0.02),
+        "tie_embeddings": hf.get("tie_word_embeddings", False),
+        "rope_theta": rope.get("rope_theta", 10_000.0),
+        "rope_scaling": scaling,
+    }
+
+
+MODEL, CONFIG = Llama, LlamaConfig

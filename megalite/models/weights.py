@@ -1,0 +1,174 @@
+"""The table of weights: one row a weight, and everything that differs between weights is read from the row.
+
+A row says which Hugging Face tensors a weight is made of, how tensor parallelism cuts it, how it is initialised, whether
+it decays, and whether sequence parallelism leaves each tensor rank with only a part of its gradient. Conversion, sharding,
+initialisation, optimizer groups and checkpoints all read this table; there is no second mapping.
+
+Words: the *logical* tensor is the whole weight as one device would hold it, [out, in] as in torch.nn.Linear; the *local*
+tensor is what one tensor rank holds of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from megalite.counter_random import key_of, normal
+
+VOCAB_MULTIPLE = 64
+"""Rows of a vocabulary shard are padded to this, so that its matrix products stay aligned."""
+
+Fetch = Callable[[str, tuple[slice, ...]], Tensor]
+"""Reads a slice of the Hugging Face tensor of a name."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    name: str
+    """Parameter name in the megalite model."""
+    shape: tuple[int, ...]
+    """Logical shape."""
+    hf: tuple[str, ...]
+    """Hugging Face tensors; several are concatenated along dimension 0, one for each of `parts`."""
+    shard: Literal["column", "row", "vocab"] | None = None
+    """column: output rows are cut (Megatron's column-parallel); row: input columns; vocab: rows, padded; None: replicated."""
+    parts: tuple[int, ...] = ()
+    """Row groups that are cut each on its own, so that a rank gets matching rows of each: (q, k, v) or (gate, up)."""
+    transpose: bool = False
+    """The Hugging Face tensor is stored [in, out] (GPT-2's Conv1D)."""
+    init: float | Literal["ones", "zeros"] = 0.02
+    """Standard deviation of a normal distribution, or a constant."""
+    decay: bool = True
+    """Takes weight decay."""
+    partial_grad: bool = False
+    """Used on activations that sequence parallelism cuts along the sequence: its gradient is summed over tensor ranks."""
+
+    def __post_init__(self) -> None:
+        assert sum(self.row_groups) == self.shape[0], self
+        assert len(self.hf) in (1, len(self.row_groups)), self
+
+    @property
+    def row_groups(self) -> tuple[int, ...]:
+        return self.parts or (self.shape[0],)
+
+    @property
+    def numel(self) -> int:
+        return torch.Size(self.shape).numel()
+
+    def local_shape(self, tensor: int) -> tuple[int, ...]:
+        """Shape on each of `tensor` ranks. Raises ValueError when the weight cannot be cut evenly."""
+        if self.shard is None or tensor == 1:
+            return self.shape
+        if self.shard == "vocab":
+            rows = -(-self.shape[0] // tensor)
+            return (-(-rows // VOCAB_MULTIPLE) * VOCAB_MULTIPLE, *self.shape[1:])
+        sizes = self.row_groups if self.shard == "column" else (self.shape[1],)
+        for size in sizes:
+            if size % tensor:
+                raise ValueError(f"{self.name} {list(self.shape)}: {size} does not divide by parallel.tensor {tensor}")
+        if self.shard == "column":
+            return (self.shape[0] // tensor, *self.shape[1:])
+        return (self.shape[0], self.shape[1] // tensor)
+
+    def _row_ranges(self, rank: int, tensor: int) -> list[tuple[int, int]]:
+        """Logical row ranges that make up the local rows, in local order. Padding rows, always last, are left out."""
+        if self.shard == "vocab" and tensor > 1:
+            rows = self.local_shape(tensor)[0]
+            first = min(rank * rows, self.shape[0])
+            return [(first, min(first + rows, self.shape[0]))]
+        if self.shard == "column" and tensor > 1:
+            starts = accumulate(self.row_groups, initial=0)
+            return [
+                (start + rank * size // tensor, start + (rank + 1) * size // tensor)
+                for start, size in zip(starts, self.row_groups, strict=False)
+            ]
+        return [(0, self.shape[0])]
+
+    def _columns(self, rank: int, tensor: int) -> tuple[int, int]:
+        if self.shard == "row" and tensor > 1:
+            width = self.shape[1] // tensor
+            return rank * width, (rank + 1) * width
+        return 0, self.shape[1]
+
+    def read_local(self, read_rows: RowReader, rank: int, tensor: int, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of the flattened local tensor; `read_rows` gives logical rows. Padding is zero."""
+        shape = self.local_shape(tensor)
+        width = torch.Size(shape[1:]).numel()
+        first, last = start // width, -(-stop // width)
+        columns = self._columns(rank, tensor) if len(shape) > 1 else None
+        found, offset = [], 0
+        for low, high in self._row_ranges(rank, tensor):
+            a, b = max(first, offset), min(last, offset + high - low)
+            if a < b:
+                found.append(read_rows(self, low + a - offset, low + b - offset, columns).reshape(-1))
+            offset += high - low
+        padding = max(0, last - max(offset, first)) * width
+        if padding or not found:
+            found.append(torch.zeros(padding))
+        flat = torch.cat(found) if len(found) > 1 else found[0]
+        return flat[start - first * width : stop - first * width]
+
+    def assemble(self, locals_: Sequence[Tensor]) -> Tensor:
+        """The logical tensor from the local tensors of all tensor ranks (one, where it is replicated)."""
+        tensor = len(locals_)
+        if tensor == 1:
+            return locals_[0]
+        full = locals_[0].new_empty(self.shape)
+        for rank, local in enumerate(locals_):
+            offset = 0
+            for low, high in self._row_ranges(rank, tensor):
+                rows = local[offset : offset + high - low]
+                offset += high - low
+                if self.shard == "row":
+                    left, right = self._columns(rank, tensor)
+                    full[low:high, left:right] = rows
+                else:
+                    full[low:high] = rows
+        return full
+
+    def to_hf(self, logical: Tensor) -> dict[str, Tensor]:
+        pieces = logical.split(self.row_groups) if len(self.hf) > 1 else (logical,)
+        return {n: (p.t() if self.transpose else p).contiguous() for n, p in zip(self.hf, pieces, strict=True)}
+
+    def hf_shapes(self) -> dict[str, tuple[int, ...]]:
+        rows = self.row_groups if len(self.hf) > 1 else (self.shape[0],)
+        shapes = [(size, *self.shape[1:]) for size in rows]
+        return {n: s[::-1] if self.transpose else s for n, s in zip(self.hf, shapes, strict=True)}
+
+    def rows_from_hf(self, fetch: Fetch, start: int, stop: int, columns: tuple[int, int] | None) -> Tensor:
+        """Logical rows [start, stop), cut to `columns` for a matrix, read with as few bytes as possible."""
+        pieces, offset = [], 0
+        for name, shape in self.hf_shapes().items():
+            rows = shape[-1] if self.transpose else shape[0]
+            low, high = max(start, offset) - offset, min(stop, offset + rows) - offset
+            offset += rows
+            if low >= high:
+                continue
+            where = (slice(low, high),) if columns is None else (slice(low, high), slice(*columns))
+            piece = fetch(name, where[::-1] if self.transpose else where)
+            pieces.append(piece.t() if self.transpose else piece)
+        return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+
+    def initial_rows(self, seed: int, start: int, stop: int, columns: tuple[int, int] | None) -> Tensor:
+        """Initial logical rows: a function of (seed, name, element index), whatever the layout."""
+        width = torch.Size(self.shape[1:]).numel()
+        if isinstance(self.init, float):
+            flat = normal(key_of(seed, self.name), start * width, stop * width) * self.init
+        else:
+            flat = torch.full(((stop - start) * width,), 1.0 if self.init == "ones" else 0.0)
+        return flat if columns is None else flat.view(-1, width)[:, slice(*columns)]
+
+
+RowReader = Callable[[Weight, int, int, tuple[int, int] | None], Tensor]
+"""(weight, first row, last row, column range of a matrix) → those logical elements."""
+
+
+def layer_rows(prefix: str, hf_prefix: str, rows: Sequence[Weight]) -> Iterator[Weight]:
+    """The rows of one layer under the names of that layer."""
+    for row in rows:
+        yield replace(row, name=f"{prefix}.{row.name}", hf=tuple(f"{hf_prefix}.{name}" for name in row.hf))

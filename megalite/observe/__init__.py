@@ -1,0 +1,1 @@
+"""What a run tells about itself: metrics and the sinks that receive them, throughput, pictures."""

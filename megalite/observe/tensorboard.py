@@ -1,0 +1,33 @@
+"""TensorBoard event files in the run folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class TensorboardSink:
+    """Writes `train/*` and `valid/*` scalars to `folder`. Raises ImportError when the package is missing."""
+
+    name = "TensorBoard"
+
+    def __init__(self, folder: Path, start_step: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        # purge_step hides what a run wrote after the checkpoint it is resumed from.
+        self._writer = SummaryWriter(str(folder), purge_step=start_step + 1)
+
+    def step(self, record: dict[str, float]) -> None:
+        self._write("train", record)
+
+    def evaluation(self, record: dict[str, float]) -> None:
+        self._write("valid", record)
+        self._writer.flush()
+
+    def close(self, status: str) -> None:
+        self._writer.close()
+
+    def _write(self, group: str, record: dict[str, float]) -> None:
+        for key, value in record.items():
+            if key != "step":
+                name = f"{group}/{key.removeprefix('valid_')}"
+                self._writer.add_scalar(name, value, int(record["step"]))

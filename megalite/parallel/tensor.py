@@ -1,0 +1,177 @@
+"""Tensor and sequence parallelism (Shoeybi et al. 2019; Korthikanti et al. 2022): the modules that replace linear, embedding
+and loss modules, and the conjugate pairs of collectives between them.
+
+Every matrix is cut over the tensor axis: column-parallel (output rows) then row-parallel (input columns), so that a block
+communicates once on its way in and once on its way out.
+
+               without sequence parallelism          with: activations between blocks are [B, T/n, D]
+    way in     forward nothing, backward all-reduce   forward all-gather, backward reduce-scatter
+    way out    forward all-reduce, backward nothing   forward reduce-scatter, backward all-gather
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from megalite.mesh import Axis
+from megalite.models.layers import IGNORE
+from megalite.parallel.collectives import all_gather, all_reduce, reduce_scatter
+
+SEQUENCE = 1
+"""Activations are [batch, sequence, …]."""
+
+
+class _Enter(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return all_reduce(grad.contiguous(), ctx.axis), None
+
+
+class _Leave(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.mark_dirty(x)  # always the fresh output of a product or look-up, which nothing else needs
+        return all_reduce(x, axis)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _GatherSequence(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return all_gather(x, axis, SEQUENCE)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return reduce_scatter(grad, ctx.axis, SEQUENCE), None
+
+
+class _ScatterSequence(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return reduce_scatter(x, axis, SEQUENCE)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return all_gather(grad, ctx.axis, SEQUENCE), None
+
+
+def enter(x: Tensor, axis: Axis, sequence: bool) -> Tensor:
+    """Into a tensor-parallel region: every rank needs all of `x`, each gives back a part of its gradient."""
+    return (_GatherSequence if sequence else _Enter).apply(x, axis)
+
+
+def leave(x: Tensor, axis: Axis, sequence: bool) -> Tensor:
+    """Out of a tensor-parallel region: every rank holds a part of the sum."""
+    return (_ScatterSequence if sequence else _Leave).apply(x, axis)
+
+
+class _Parallel(nn.Module):
+    def __init__(self, axis: Axis, sequence: bool):
+        super().__init__()
+        self.axis, self.sequence = axis, sequence
+
+
+class ColumnParallelLinear(_Parallel):
+    """Holds some of the output rows; gives those output features of the whole sequence."""
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, axis: Axis, sequence: bool):
+        super().__init__(axis, sequence)
+        self.weight, self.bias = weight, bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(enter(x, self.axis, self.sequence), self.weight, self.bias)
+
+
+class RowParallelLinear(_Parallel):
+    """Holds some of the input columns; the products are summed over ranks, then the whole bias is added once."""
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, axis: Axis, sequence: bool):
+        super().__init__(axis, sequence)
+        self.weight, self.bias = weight, bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = leave(F.linear(x, self.weight), self.axis, self.sequence)
+        return out if self.bias is None else out + self.bias
+
+
+class VocabParallelEmbedding(_Parallel):
+    """Holds some of the vocabulary; tokens of other ranks contribute zero."""
+
+    def __init__(self, weight: nn.Parameter, axis: Axis, sequence: bool):
+        super().__init__(axis, sequence)
+        self.weight = weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        row = tokens - self.axis.rank * self.weight.shape[0]
+        elsewhere = (row < 0) | (row >= self.weight.shape[0])
+        found = F.embedding(row.masked_fill(elsewhere, 0), self.weight)
+        return leave(found.masked_fill(elsewhere[..., None], 0.0), self.axis, self.sequence)
+
+
+class SequenceCutEmbedding(_Parallel):
+    """A replicated position embedding that looks up only the positions of this rank's slice of the sequence."""
+
+    def __init__(self, weight: nn.Parameter, axis: Axis):
+        super().__init__(axis, sequence=True)
+        self.weight = weight
+
+    def forward(self, positions_1T: Tensor) -> Tensor:
+        return F.embedding(positions_1T.chunk(self.axis.size, SEQUENCE)[self.axis.rank], self.weight)
+
+
+class _CrossEntropy(Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, axis: Axis, vocab_size: int) -> Tensor:
+        rows = logits.shape[-1]
+        exponent = logits.float().clone()
+        exponent[..., max(0, vocab_size - axis.rank * rows) :] = -torch.inf  # padding takes no probability
+        largest = all_reduce(exponent.amax(-1), axis, dist.ReduceOp.MAX)
+        exponent -= largest[..., None]
+        column = labels - axis.rank * rows
+        here = (column >= 0) & (column < rows)
+        column = column.masked_fill(~here, 0)
+        target = exponent.gather(-1, column[..., None])[..., 0].masked_fill(~here, 0.0)
+        probability = exponent.exp_()
+        # One message for both sums.
+        total, target = all_reduce(torch.stack((probability.sum(-1), target)), axis).unbind()
+        probability /= total[..., None]
+        ignored = labels == IGNORE
+        ctx.save_for_backward(probability, column, here, ignored)
+        ctx.dtype = logits.dtype
+        return (total.log() - target).masked_fill(ignored, 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        probability, column, here, ignored = ctx.saved_tensors
+        grad_logits = probability
+        grad_logits.scatter_add_(-1, column[..., None], -here[..., None].float())
+        grad_logits *= grad.masked_fill(ignored, 0.0)[..., None]
+        return grad_logits.to(ctx.dtype), None, None, None
+
+
+class VocabParallelCrossEntropy(nn.Module):
+    """Loss of every token from logits of which each rank holds some columns: three numbers a token travel, no logits."""
+
+    def __init__(self, axis: Axis, vocab_size: int):
+        super().__init__()
+        self.axis, self.vocab_size = axis, vocab_size
+
+    def forward(self, logits: Tensor, labels_BT: Tensor) -> Tensor:
+        return _CrossEntropy.apply(logits, labels_BT, self.axis, self.vocab_size)

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from megalite.observe import throughput
+from megalite.observe.throughput import Meter, chip_peak, flops_per_token
+
+
+def test_flops_follow_the_published_convention() -> None:
+    """GPT-3 175B's own count (arXiv:2005.14165, appendix D) is 6N; at 2,048 positions attention adds 12·L·HQ·T."""
+    num_params = 174_600_000_000
+    flops = flops_per_token(num_params, num_layers=96, hidden_size_of_attention=96 * 128, seq_length=2048)
+    assert flops == 6 * num_params + 12 * 96 * 12288 * 2048
+    assert flops / (6 * num_params) == pytest.approx(1.0277, abs=1e-4)  # attention is 2.8 % of that model's work
+
+
+@pytest.mark.parametrize(
+    ("device_name", "peak"),
+    [
+        ("NVIDIA A100-SXM4-40GB", 312),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A100 80GB PCIe", 312),
+        ("NVIDIA H100 80GB HBM3", 989.5),
+        ("NVIDIA H100 PCIe", 756.5),
+        ("NVIDIA H100 NVL", 835.5),
+        ("NVIDIA H200", 989.5),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA GH200 480GB", 989.5),
+        ("NVIDIA L40S", 362.05),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        # Not in the table, though their names begin as one that is.
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("Tesla V100-SXM2-32GB", None),
+    ],
+)
+def test_peaks_come_from_the_table_and_are_never_guessed(device_name: str, peak: float | None) -> None:
+    assert chip_peak(device_name, torch.bfloat16) == peak
+    assert chip_peak(device_name, torch.float32) is None
+
+
+def test_every_chip_has_all_its_columns_and_one_row() -> None:
+    chips = throughput._chips()
+    assert len({chip["chip"] for chip in chips}) == len({chip["name"] for chip in chips}) == len(chips)
+    for chip in chips:
+        assert set(chip) == {"chip", "name", "bf16_tflops", "memory_gb", "source"}
+
+
+def test_meter_counts_from_the_last_tick_or_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 2.0, 10.0, 14.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    meter = Meter(1e9, world_size=4, device=torch.device("cpu"), dtype=torch.bfloat16)
+    assert meter.tick(8_000) == {"step_time_s": 2.0, "tokens_per_s": 4_000.0, "tflops": 1.0}  # per chip; no peak known
+    meter.start()
+    assert meter.tick(8_000)["step_time_s"] == 4.0
+
+
+def test_meter_of_a_known_chip_tells_mfu_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 2.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**30)
+    meter = Meter(1e9, world_size=4, device=torch.device("cuda", 0), dtype=torch.bfloat16)
+    record = meter.tick(1_248_000)
+    assert record["tflops"] == 156.0
+    assert record["mfu"] == 0.5
+    assert record["memory_gb"] == 3.0

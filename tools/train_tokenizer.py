@@ -1,0 +1,43 @@
+"""Train a tokenizer on text files. See megalite/data/tokenizer_training.py."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from typing import get_args
+
+from megalite.data.indexed import DataError
+from megalite.data.tokenizer_training import Kind, train_tokenizer
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--input", nargs="+", required=True, help="files, folders or quoted globs")
+    parser.add_argument("--output", required=True, help="folder to write; AutoTokenizer.from_pretrained loads it")
+    parser.add_argument("--vocab-size", type=int, required=True)
+    parser.add_argument("--type", choices=get_args(Kind), default="bpe")
+    parser.add_argument("--json-key", default="text", help="key or column of the text (default: %(default)s)")
+    parser.add_argument(
+        "--max-bytes", type=int, default=256_000_000, help="text to train on, from the start (default: %(default)s)"
+    )
+    args = parser.parse_args()
+    start = time.monotonic()
+    try:
+        tokenizer, report = train_tokenizer(
+            args.input, args.output, args.vocab_size, args.type, args.json_key, args.max_bytes
+        )
+    except (DataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if str(report):
+        print(report, file=sys.stderr)
+    print(
+        f"{args.output}: {tokenizer.vocab_size:,} tokens of type {args.type} from {report.num_documents:,} documents "
+        f"in {time.monotonic() - start:.1f} s"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
