@@ -10,7 +10,8 @@ from pathlib import Path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb. Returns the exit status: 0, or 2 for a mistake of the user's, which is explained without a traceback."""
+    """Run one verb. Returns the exit status: 0, or 2 for a mistake of the user's, which is explained without a
+    traceback."""
     arguments = make_parser().parse_args(argv)
     from megalite.checkpoint.tensors import CheckpointError
     from megalite.config import ConfigError
@@ -28,7 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="megalite", description="Train large language models, on a laptop or a cluster.")
+    parser = argparse.ArgumentParser(
+        prog="megalite", description="Train large language models, on a laptop or a cluster."
+    )
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
     train = verbs.add_parser("train", help="train as a config says; run it alone, under torchrun or under srun")

@@ -1,4 +1,5 @@
-"""What the user asked for: strict, frozen, never mutated. What follows from it on a given number of ranks is in `plan.py`.
+"""What the user asked for: strict, frozen, never mutated. What follows from it on a given number of ranks is in
+`plan.py`.
 
 A config is a YAML file plus `a.b=c` overrides. Anything unknown or impossible raises `ConfigError`, which names the
 key, its value, what is allowed and the nearest right spelling, so that the user can mend the file without reading code.
@@ -95,12 +96,15 @@ class ParallelConfig(Section):
     tensor: int = Field(1, gt=0, description="ranks that share every matrix")
     sequence: bool = Field(True, description="also share norms and dropout along the sequence; no effect at tensor: 1")
     engine: Literal["native"] = "native"
-    zero_stage: Literal[0, 1, 2] = Field(1, description="0 nothing, 1 optimizer state, 2 also gradients: over data ranks")
+    zero_stage: Literal[0, 1, 2] = Field(
+        1, description="0 nothing, 1 optimizer state, 2 also gradients: over data ranks"
+    )
     bucket_mb: float = Field(40.0, gt=0, description="fp32 MB of gradients reduced in one go")
 
 
 class TrainConfig(Section):
-    steps: int = Field(gt=0)
+    steps: int = Field(gt=0, description="optimizer steps of the whole run; the schedule spans them")
+    stop_at: int | None = Field(None, gt=0, description="save and leave after this step, to be resumed later")
     global_batch_size: int = Field(gt=0, description="sequences per optimizer step, over all ranks")
     micro_batch_size: int = Field(1, gt=0, description="sequences per forward pass of one rank")
     precision: Literal["bf16", "fp32"] = "bf16"

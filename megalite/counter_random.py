@@ -1,26 +1,20 @@
 """Random numbers as a function of (key, index): no state, so every layout draws the same ones.
 
-A rank that holds a slice of a weight, or some of the tokens of a sample, computes just its own indices and gets what one
-process would have drawn for them. The mixer is splitmix64's finaliser (Steele, Lea, Flood 2014) over a Weyl sequence,
-as in counter-based generators (Salmon et al. 2011).
+A rank that holds a slice of a weight, or some of the tokens of a sample, computes just its own indices and gets what
+one process would have drawn for them. The mixer is splitmix64's finaliser (Steele, Lea, Flood 2014) over a Weyl
+sequence, as in counter-based generators (Salmon et al. 2011).
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 
 import torch
 from torch import Tensor
 
 
-def key_of(*parts: int | str) -> int:
-    """A signed 64-bit key from a seed, names and numbers; the same on every machine and Python version."""
-    digest = hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
-
-
 def _signed(value: int) -> int:
+    """The int64 with the bits of an unsigned 64-bit number."""
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
@@ -35,8 +29,9 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
 
 
 def random_bits(key: Tensor | int, index: Tensor) -> Tensor:
-    """64 random bits for every index (int64, wrapping). `key` is an int or a tensor that broadcasts against `index`."""
-    x = index * _WEYL + key
+    """64 random bits for every index (int64, wrapping). `key` is from `key_of`, or an int64 tensor that broadcasts
+    against `index`."""
+    x = index * _WEYL + (_signed(key) if isinstance(key, int) else key)
     x = (x ^ _shift_right(x, 30)) * _MIX_1
     x = (x ^ _shift_right(x, 27)) * _MIX_2
     return x ^ _shift_right(x, 31)

@@ -1,7 +1,7 @@
 """The process mesh: who shares a matrix with whom, and who averages gradients with whom.
 
-Ranks are numbered with the tensor axis innermost, so that a tensor group sits on neighbouring GPUs of one node. A `Mesh` is
-passed to whoever needs it; no module holds process groups.
+Ranks are numbered with the tensor axis innermost, so that a tensor group sits on neighbouring GPUs of one node. A
+`Mesh` is passed to whoever needs it; no module holds process groups.
 """
 
 from __future__ import annotations

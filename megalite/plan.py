@@ -1,5 +1,5 @@
-"""What follows from a config on a number of ranks: mesh, batch arithmetic, sizes, memory. Pure arithmetic, so it runs on a
-laptop for any cluster."""
+"""What follows from a config on a number of ranks: mesh, batch arithmetic, sizes, memory. Pure arithmetic, so it runs
+on a laptop for any cluster."""
 
 from __future__ import annotations
 
@@ -45,7 +45,10 @@ class Plan:
             ("ZeRO stage", str(self.zero_stage)),
             ("parameters", f"{self.num_params:,}, of which {self.params_per_rank:,} on a rank"),
             ("micro-batches per step", str(self.micro_batches)),
-            ("tokens", f"{self.tokens_per_step:,} a step, {self.tokens_per_step * self.steps:,} in {self.steps:,} steps"),
+            (
+                "tokens",
+                f"{self.tokens_per_step:,} a step, {self.tokens_per_step * self.steps:,} in {self.steps:,} steps",
+            ),
             *((f"memory: {name}", f"{size / 2**20:,.1f} MiB a rank") for name, size in self.memory_bytes.items()),
         ]
         return "\n".join(f"{name:<24}{text}" for name, text in lines)

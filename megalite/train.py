@@ -1,4 +1,5 @@
-"""The training loop. Pretraining and finetuning on one process or on a thousand are this file, read from top to bottom."""
+"""The training loop. Pretraining and finetuning on one process or on a thousand are this file, read from top to
+bottom."""
 
 from __future__ import annotations
 
@@ -15,12 +16,13 @@ from megalite.checkpoint.load import from_folder, from_seed
 from megalite.checkpoint.resume import find_checkpoint, read_train_state
 from megalite.checkpoint.save import Saver
 from megalite.config import Config
-from megalite.counter_random import key_of, random_bits
+from megalite.counter_random import random_bits
 from megalite.data.dataset import Mixture, build_mixtures
 from megalite.data.indexed import DataError
 from megalite.data.loader import Loader, MicroBatch
 from megalite.data.tokenizer import load_tokenizer
 from megalite.engine.native import NativeEngine
+from megalite.keys import key_of
 from megalite.mesh import Launch, Mesh, leave, make_mesh
 from megalite.models import build_model, weight_table
 from megalite.models.layers import IGNORE
@@ -46,7 +48,9 @@ def train(config: Config) -> None:
     mesh = make_mesh(plan, launch.device)
     folder = config.run.folder
     checkpoint, warnings = find_checkpoint(folder / "checkpoints", config.checkpoint.resume, mesh)
-    state = read_train_state(checkpoint) if checkpoint else {"step": 0, "data": {"samples": 0}, "wandb_id": None}
+    state: dict[str, Any] = (
+        read_train_state(checkpoint) if checkpoint else {"step": 0, "data": {"samples": 0}, "wandb_id": None}
+    )
 
     model, engine = build(config, plan, mesh)
     source = checkpoint or config.model.hf
@@ -76,7 +80,7 @@ def train(config: Config) -> None:
     status = "failed"
     try:
         run_steps(config, plan, mesh, model, engine, loader, data["valid"], saver, recorder, state["step"])
-        status = "finished"
+        status = "finished" if last_step(config) == config.train.steps else "stopped"
     except KeyboardInterrupt:
         status = "stopped"
         raise
@@ -102,27 +106,31 @@ def run_steps(
     recorder: Recorder | None,
     start_step: int,
 ) -> None:
-    steps = config.train.steps
+    steps, last = config.train.steps, last_step(config)
     meter = Meter(model_flops_per_token(config), mesh.world.size, mesh.device, engine.dtype)
-    for step in range(start_step + 1, steps + 1):
+    for step in range(start_step + 1, last + 1):
         lr = learning_rate(step, steps, config.optimizer)
         loss = forward_backward(model, engine, next(loader), mesh, config.train.seed)
         grad_norm = engine.step(lr)
         if recorder:
             record = {"step": step, "loss": loss.item(), "lr": lr, "grad_norm": grad_norm.item()}
             recorder.step(record | {"tokens": step * plan.tokens_per_step} | meter.tick(plan.tokens_per_step))
-        if valid and (step == steps or _due(step, config.observe.eval_every)):
+        if valid and (step == last or _due(step, config.observe.eval_every)):
             valid_loss = evaluate(model, valid, config, mesh)
             if recorder:
                 perplexity = math.exp(min(valid_loss, 700.0))  # exp overflows beyond
                 recorder.evaluation({"step": step, "valid_loss": valid_loss, "valid_perplexity": perplexity})
-        if step == steps or _due(step, config.checkpoint.every):
+        if step == last or _due(step, config.checkpoint.every):
             wandb_id = recorder.wandb_id if recorder else None
             saver.save(step, {"step": step, "data": loader.state(), "wandb_id": wandb_id})
         if recorder:
             for line in saver.news():
                 recorder.message(line)
         meter.start()
+
+
+def last_step(config: Config) -> int:
+    return min(config.train.stop_at or config.train.steps, config.train.steps)
 
 
 def _due(step: int, every: int) -> bool:
@@ -142,9 +150,7 @@ def build(config: Config, plan: Plan, mesh: Mesh) -> tuple[nn.Module, NativeEngi
     return model, engine
 
 
-def forward_backward(
-    model: nn.Module, engine: NativeEngine, batch: list[MicroBatch], mesh: Mesh, seed: int
-) -> Tensor:
+def forward_backward(model: nn.Module, engine: NativeEngine, batch: list[MicroBatch], mesh: Mesh, seed: int) -> Tensor:
     """All of this rank's micro-batches of one global batch. Returns the mean loss of the global batch's tokens.
 
     Every token of the global batch weighs the same, however the valid ones are spread over ranks and micro-batches."""
@@ -163,7 +169,7 @@ def forward_backward(
 def token_losses(model: nn.Module, micro: MicroBatch, mesh: Mesh, dropout_keys: Tensor | None = None) -> Tensor:
     """Loss of every token of a micro-batch: [B,T] fp32, 0 where there is no label."""
     tokens, labels = (x.to(mesh.device, non_blocking=True) for x in (micro.tokens, micro.labels))
-    return model.loss(model(tokens, dropout_keys), labels)
+    return model.loss(model(tokens, dropout_keys), labels)  # type: ignore[operator]
 
 
 @torch.no_grad()

@@ -15,7 +15,8 @@ import torch.multiprocessing as mp
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """What `function(rank, world_size, *arguments)` returned on each rank. It must be importable (not a local function).
+    """What `function(rank, world_size, *arguments)` returned on each rank. It must be importable (not a local
+    function).
 
     A failing rank fails the test with its own traceback."""
     with tempfile.TemporaryDirectory() as folder:

@@ -70,7 +70,8 @@ def complete_steps(root: Path) -> list[int]:
 
 
 def prune(root: Path, keep: int) -> None:
-    """Delete all but the newest `keep` complete checkpoints. Incomplete ones do not count, and are left to be looked at."""
+    """Delete all but the newest `keep` complete checkpoints. Incomplete ones do not count, and are left to be looked
+    at."""
     for step in complete_steps(root)[:-keep]:
         folder = step_folder(root, step)
         (folder / MANIFEST).unlink()  # first, so that a half-deleted folder is never taken for a checkpoint

@@ -31,7 +31,8 @@ def choose_owners(weights: Sequence[Weight], ranks: int) -> dict[str, int]:
 def gather_logical(
     weights: Sequence[Weight], kind: str, owners: dict[str, int], mesh: Mesh, engine: NativeEngine
 ) -> dict[str, Tensor]:
-    """The logical tensors this rank owns, on the host. `kind` is "weight", "grad" or an optimizer state. All ranks call it."""
+    """The logical tensors this rank owns, on the host. `kind` is "weight", "grad" or an optimizer state. All ranks
+    call it."""
     owned: dict[str, Tensor] = {}
     batch: list[Weight] = []
     size = 0

@@ -1,4 +1,5 @@
-"""Where the weights of a run come from: a checkpoint, a Hugging Face folder, or the seed. Each rank reads only its slices."""
+"""Where the weights of a run come from: a checkpoint, a Hugging Face folder, or the seed. Each rank reads only its
+slices."""
 
 from __future__ import annotations
 

@@ -18,8 +18,8 @@ from megalite.parallel.collectives import all_reduce
 def find_checkpoint(root: Path, resume: str | Path, mesh: Mesh) -> tuple[Path | None, list[str]]:
     """The folder to resume from, or None for a fresh start, and warnings about damaged ones passed over.
 
-    `resume` is "auto" (newest undamaged one below `root`), "never", or a folder, which must be sound. All ranks call it,
-    and each reads a share of the files. Raises CheckpointError."""
+    `resume` is "auto" (newest undamaged one below `root`), "never", or a folder, which must be sound. All ranks call
+    it, and each reads a share of the files. Raises CheckpointError."""
     if resume == "never":
         if complete_steps(root):
             raise CheckpointError(
@@ -34,7 +34,7 @@ def find_checkpoint(root: Path, resume: str | Path, mesh: Mesh) -> tuple[Path | 
         if _damaged(folder, mesh):
             raise CheckpointError(f"checkpoint.resume = {folder}: damaged, its files differ from manifest.json")
         return folder, []
-    warnings = []
+    warnings: list[str] = []
     for step in reversed(_steps_of_rank_0(root, mesh)):
         folder = step_folder(root, step)
         if not _damaged(folder, mesh):

@@ -78,7 +78,12 @@ class Saver:
             self._news.append(f"WARNING: {folder} was not saved: {error}")
 
     def _write(
-        self, folder: Path, temporary: Path, step: int, tensors: dict[str, dict[str, Tensor]], train_state: dict[str, Any]
+        self,
+        folder: Path,
+        temporary: Path,
+        step: int,
+        tensors: dict[str, dict[str, Tensor]],
+        train_state: dict[str, Any],
     ) -> None:
         begin, rank = time.monotonic(), self.mesh.world.rank
         part: dict[str, Any] = {"files": {}, "tensors": {}}

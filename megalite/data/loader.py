@@ -20,13 +20,11 @@ from megalite.data.dataset import Mixture
 from megalite.data.indexed import DataError
 from megalite.data.order import Int64s
 
-IGNORED = -100  # the label that takes no part in the loss (the ignore_index of torch's cross_entropy)
-
 
 @dataclass(frozen=True)
 class MicroBatch:
     tokens: torch.Tensor  # [B, T] int64
-    labels: torch.Tensor  # [B, T] int64, the token that follows each; IGNORED where there is none to predict
+    labels: torch.Tensor  # [B, T] int64, the token that follows each; layers.IGNORE where none is to be predicted
     samples: torch.Tensor  # [B] int64, index of each sample in the whole run, over all ranks
 
 

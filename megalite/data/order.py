@@ -5,13 +5,14 @@ Legend: n = number of indices asked for, D = sources of a mixture, S = samples o
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+
+from megalite.keys import key_of
 
 Order = Literal["shuffle", "sequential"]
 Int64s = npt.NDArray[np.int64]
@@ -23,13 +24,6 @@ MAX_SIZE = 2**60
 # send an element to some places more often than to others at 8 (40,000 keys, chi-squared); at 12 that is gone.
 _ROUNDS = 12
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
-
-
-def key_of(*parts: int | str) -> int:
-    """64-bit key of a seed, an epoch, names: a different key for every different list of parts."""
-    # repr keeps the boundaries and the types apart: (1, 23) is not (12, 3), nor is 1 the same as "1".
-    text = repr([part if isinstance(part, str) else int(part) for part in parts])
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def permute(index: npt.ArrayLike, size: int, key: npt.ArrayLike) -> Int64s:

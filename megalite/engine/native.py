@@ -1,10 +1,10 @@
 """Data parallelism and ZeRO stages 0 to 2 (Rajbhandari et al. 2020), in the manner of Megatron's distributed optimizer.
 
-The weights lie in a few flat buckets, filled in the order in which the backward pass finishes them. Each data rank answers for
-one equal shard of every bucket. A step:
+The weights lie in a few flat buckets, filled in the order in which the backward pass finishes them. Each data rank
+answers for one equal shard of every bucket. A step:
 
-    backward       each gradient is added to its place in an fp32 bucket as it arrives; when the last micro-batch has filled
-                   a bucket, its reduction starts and runs beside the rest of the backward
+    backward       each gradient is added to its place in an fp32 bucket as it arrives; when the last micro-batch
+                   has filled a bucket, its reduction starts and runs beside the rest of the backward
     norm           from the shards, one number over all ranks
     AdamW          on this rank's shard: fp32 master weights and moments, with the clip factor in the same pass
     all-gather     every rank gets all of the new weights
@@ -206,7 +206,7 @@ class NativeEngine:
             bucket.grads, bucket.filled = None, set()
 
     def step(self, lr: float) -> Tensor:
-        """Clip, update the weights, forget the gradients. Returns the global gradient norm before clipping (fp32 scalar)."""
+        """Clip, update the weights, forget the gradients. Returns the global gradient norm before clipping, fp32 []."""
         self.num_steps += 1
         norm = self.gradient_norm()
         for group in self.optimizer.param_groups:

@@ -68,12 +68,14 @@ def load_model(folder: Path, dtype: torch.dtype | None = None, device: torch.dev
 
 
 @torch.inference_mode()
-def generate(model: nn.Module, prompt: list[int], max_tokens: int, sampling: Sampling, end: int | None) -> Iterator[int]:
+def generate(
+    model: nn.Module, prompt: list[int], max_tokens: int, sampling: Sampling, end: int | None
+) -> Iterator[int]:
     """Token ids, one at a time, until `end` or `max_tokens`. The model sees at most its `max_positions` last tokens."""
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(sampling.seed)
     tokens = list(prompt)
-    window = model.config.max_positions  # type: ignore[union-attr]
+    window: int = model.config.max_positions  # type: ignore
     for _ in range(max_tokens):
         logits_V = model(torch.tensor([tokens[-window:]], device=device))[0, -1].float()
         token = int(sample(logits_V, sampling, generator))

@@ -1,5 +1,5 @@
-"""The families. A family is one file: its config, its modules for one device, its table of weights and its mapping to and
-from a Hugging Face config.json. To add one, write the file and name it here."""
+"""The families. A family is one file: its config, its modules for one device, its table of weights and its mapping to
+and from a Hugging Face config.json. To add one, write the file and name it here."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Family(Protocol):
 def family(name: str) -> Family:
     if name not in FAMILIES:
         raise ConfigError(f"model.family = {name!r} is not known; {_nearest(name, FAMILIES)}")
-    return importlib.import_module(f"megalite.models.{name}")  # type: ignore[return-value]
+    return importlib.import_module(f"megalite.models.{name}")
 
 
 def model_config(values: dict[str, Any]) -> ModelConfig:

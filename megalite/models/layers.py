@@ -8,7 +8,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from megalite.counter_random import key_of, uniform
+from megalite.counter_random import random_bits, uniform
+from megalite.keys import key_of
 
 IGNORE = -100
 """Label of a token that carries no loss."""
@@ -30,7 +31,7 @@ class Dropout(nn.Module):
             return x
         numel = x[0].numel()
         index = torch.arange(self.shard_rank * numel, (self.shard_rank + 1) * numel, device=x.device).view(x.shape[1:])
-        keys = (key_B ^ self.site).view(-1, *[1] * (x.dim() - 1))
+        keys = random_bits(self.site, key_B).view(-1, *[1] * (x.dim() - 1))
         keep = uniform(keys, index) >= self.p
         return x * (keep / (1.0 - self.p)).to(x.dtype)
 

@@ -1,4 +1,5 @@
-"""Llama 2, 3 and kin: RMSNorm, rotary positions, SwiGLU, grouped-query attention (Touvron et al. 2023, Dubey et al. 2024)."""
+"""Llama 2, 3 and kin: RMSNorm, rotary positions, SwiGLU, grouped-query attention (Touvron et al. 2023, Dubey et al.
+2024)."""
 
 from __future__ import annotations
 

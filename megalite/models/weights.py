@@ -1,11 +1,11 @@
 """The table of weights: one row a weight, and everything that differs between weights is read from the row.
 
-A row says which Hugging Face tensors a weight is made of, how tensor parallelism cuts it, how it is initialised, whether
-it decays, and whether sequence parallelism leaves each tensor rank with only a part of its gradient. Conversion, sharding,
-initialisation, optimizer groups and checkpoints all read this table; there is no second mapping.
+A row says which Hugging Face tensors a weight is made of, how tensor parallelism cuts it, how it is initialised,
+whether it decays, and whether sequence parallelism leaves each tensor rank with only a part of its gradient.
+Conversion, sharding, initialisation, optimizer groups and checkpoints all read this table; there is no second mapping.
 
-Words: the *logical* tensor is the whole weight as one device would hold it, [out, in] as in torch.nn.Linear; the *local*
-tensor is what one tensor rank holds of it.
+Words: the *logical* tensor is the whole weight as one device would hold it, [out, in] as in torch.nn.Linear; the
+*local* tensor is what one tensor rank holds of it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megalite.counter_random import key_of, normal
+from megalite.counter_random import normal
+from megalite.keys import key_of
 
 VOCAB_MULTIPLE = 64
 """Rows of a vocabulary shard are padded to this, so that its matrix products stay aligned."""
@@ -36,7 +37,8 @@ class Weight:
     hf: tuple[str, ...]
     """Hugging Face tensors; several are concatenated along dimension 0, one for each of `parts`."""
     shard: Literal["column", "row", "vocab"] | None = None
-    """column: output rows are cut (Megatron's column-parallel); row: input columns; vocab: rows, padded; None: replicated."""
+    """column: output rows are cut (Megatron's column-parallel); row: input columns; vocab: rows, padded; None:
+    replicated."""
     parts: tuple[int, ...] = ()
     """Row groups that are cut each on its own, so that a rank gets matching rows of each: (q, k, v) or (gate, up)."""
     transpose: bool = False
@@ -46,7 +48,8 @@ class Weight:
     decay: bool = True
     """Takes weight decay."""
     partial_grad: bool = False
-    """Used on activations that sequence parallelism cuts along the sequence: its gradient is summed over tensor ranks."""
+    """Used on activations that sequence parallelism cuts along the sequence: its gradient is summed over tensor
+    ranks."""
 
     def __post_init__(self) -> None:
         assert sum(self.row_groups) == self.shape[0], self

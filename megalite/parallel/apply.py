@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch.nn as nn
+from torch import Tensor
 
 from megalite.mesh import Axis, Mesh
 from megalite.models.layers import CrossEntropy, Dropout
@@ -25,12 +26,13 @@ def apply_parallelism(model: nn.Module, weights: Sequence[Weight], mesh: Mesh, s
 
 
 def apply_tensor_parallelism(model: nn.Module, table: dict[str, Weight], axis: Axis, sequence: bool) -> None:
-    """Swap each module for its parallel counterpart, as the table says how its weight is cut. Tied weights stay tied."""
-    shrunk: dict[nn.Parameter, nn.Parameter] = {}
+    """Swap each module for its parallel counterpart, as the table says how its weight is cut. Tied weights stay
+    tied."""
+    shrunk: dict[Tensor, nn.Parameter] = {}
     for name, parameter in model.named_parameters():
         local = parameter.new_empty(table[name].local_shape(axis.size))
         shrunk[parameter] = nn.Parameter(local)
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     for parent in list(model.modules()):
         for child_name, child in list(parent.named_children()):
             swapped = _counterpart(child, shrunk, names, table, axis, sequence)
@@ -40,8 +42,8 @@ def apply_tensor_parallelism(model: nn.Module, table: dict[str, Weight], axis: A
 
 def _counterpart(
     child: nn.Module,
-    shrunk: dict[nn.Parameter, nn.Parameter],
-    names: dict[nn.Parameter, str],
+    shrunk: dict[Tensor, nn.Parameter],
+    names: dict[Tensor, str],
     table: dict[str, Weight],
     axis: Axis,
     sequence: bool,

@@ -1,5 +1,5 @@
-"""Collectives over one axis of the mesh, each a short cut for a group of one. Which collective serves a backend best is decided
-here and nowhere else."""
+"""Collectives over one axis of the mesh, each a short cut for a group of one. Which collective serves a backend best
+is decided here and nowhere else."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megalite.mesh import Axis
+
+# torch 2.13 renamed these two; megalite supports the older names as well.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 Wait = Callable[[], object]
 """Call it before touching the result."""
@@ -36,7 +40,7 @@ def all_gather(x: Tensor, axis: Axis, dim: int) -> Tensor:
         return x
     x = x.contiguous()
     out = x.new_empty(axis.size, *x.shape)
-    dist.all_gather_into_tensor(out.view(-1), x.view(-1), axis.group)
+    _all_gather(out.view(-1), x.view(-1), axis.group)
     return out.movedim(0, dim).flatten(dim, dim + 1)
 
 
@@ -49,7 +53,7 @@ def reduce_scatter(x: Tensor, axis: Axis, dim: int) -> Tensor:
         return summed.chunk(axis.size, dim)[axis.rank].contiguous()
     pieces = torch.stack(x.chunk(axis.size, dim))
     out = torch.empty_like(pieces[0])
-    dist.reduce_scatter_tensor(out, pieces, group=axis.group)
+    _reduce_scatter(out, pieces, group=axis.group)
     return out
 
 
@@ -61,11 +65,12 @@ def start_reduce(flat: Tensor, axis: Axis) -> Wait:
 
 
 def start_reduce_scatter(flat: Tensor, axis: Axis) -> Wait:
-    """Start summing `flat` over the axis; only this rank's shard of it, the `axis.rank`-th equal slice, is then valid."""
+    """Start summing `flat` over the axis; only this rank's shard of it, the `axis.rank`-th equal slice, is then
+    valid."""
     if axis.size == 1 or _on_gloo(flat):
         return start_reduce(flat, axis)
     shard = flat.chunk(axis.size)[axis.rank]
-    return dist.reduce_scatter_tensor(shard, flat, group=axis.group, async_op=True).wait
+    return _reduce_scatter(shard, flat, group=axis.group, async_op=True).wait
 
 
 def start_all_gather(flat: Tensor, axis: Axis) -> Wait:
@@ -75,4 +80,4 @@ def start_all_gather(flat: Tensor, axis: Axis) -> Wait:
     shard = flat.chunk(axis.size)[axis.rank]
     if _on_gloo(flat):
         shard = shard.clone()  # gloo copies its input into the output, which must not overlap
-    return dist.all_gather_into_tensor(flat, shard, group=axis.group, async_op=True).wait
+    return _all_gather(flat, shard, group=axis.group, async_op=True).wait

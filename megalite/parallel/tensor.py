@@ -1,8 +1,8 @@
-"""Tensor and sequence parallelism (Shoeybi et al. 2019; Korthikanti et al. 2022): the modules that replace linear, embedding
-and loss modules, and the conjugate pairs of collectives between them.
+"""Tensor and sequence parallelism (Shoeybi et al. 2019; Korthikanti et al. 2022): the modules that replace linear,
+embedding and loss modules, and the conjugate pairs of collectives between them.
 
-Every matrix is cut over the tensor axis: column-parallel (output rows) then row-parallel (input columns), so that a block
-communicates once on its way in and once on its way out.
+Every matrix is cut over the tensor axis: column-parallel (output rows) then row-parallel (input columns), so that a
+block communicates once on its way in and once on its way out.
 
                without sequence parallelism          with: activations between blocks are [B, T/n, D]
     way in     forward nothing, backward all-reduce   forward all-gather, backward reduce-scatter
@@ -167,7 +167,8 @@ class _CrossEntropy(Function):
 
 
 class VocabParallelCrossEntropy(nn.Module):
-    """Loss of every token from logits of which each rank holds some columns: three numbers a token travel, no logits."""
+    """Loss of every token from logits of which each rank holds some columns: three numbers a token travel, no
+    logits."""
 
     def __init__(self, axis: Axis, vocab_size: int):
         super().__init__()

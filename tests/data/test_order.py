@@ -3,7 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megalite.data.order import BLOCK, Blend, key_of, permute, quotas, sample_in_epoch
+from megalite.data.order import BLOCK, Blend, permute, quotas, sample_in_epoch
+from megalite.keys import key_of
 
 KEYS = st.integers(0, 2**64 - 1)
 

@@ -1,5 +1,5 @@
-"""Every layout trains the same model: loss, gradient norm, every gradient and every weight after two steps, in fp32, against
-one process that runs the clean model with plain torch. A new layout is one line in LAYOUTS."""
+"""Every layout trains the same model: loss, gradient norm, every gradient and every weight after two steps, in fp32,
+against one process that runs the clean model with plain torch. A new layout is one line in LAYOUTS."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from torch import Tensor
 from megalite.checkpoint.gather import gather_logical
 from megalite.checkpoint.load import from_seed
 from megalite.config import Config, parse_config
-from megalite.counter_random import key_of, random_bits
+from megalite.counter_random import random_bits
 from megalite.data.loader import MicroBatch
+from megalite.keys import key_of
 from megalite.mesh import Axis, Launch, make_mesh
 from megalite.models import family, weight_table
 from megalite.optim.schedule import learning_rate
@@ -95,7 +96,8 @@ def config_of(model: str, layout: Layout) -> Config:
 
 
 def batches() -> list[tuple[Tensor, Tensor, Tensor]]:
-    """(tokens [G,T], labels [G,T], sample numbers [G]) of every step. A third of the labels carries no loss, unevenly."""
+    """(tokens [G,T], labels [G,T], sample numbers [G]) of every step. A third of the labels carries no loss,
+    unevenly."""
     generator = torch.Generator().manual_seed(0)
     found = []
     for step in range(STEPS):
@@ -142,7 +144,8 @@ def train_layout(model_name: str, layout: Layout) -> Result:
 
 @cache
 def reference(model_name: str) -> Result:
-    """The clean model in one process, whole batch at once, torch.optim.AdamW and torch's clipping: no megalite engine."""
+    """The clean model in one process, whole batch at once, torch.optim.AdamW and torch's clipping: no megalite
+    engine."""
     config = config_of(model_name, Layout(1))
     weights = weight_table(config.model)
     read = from_seed(SEED, Axis())

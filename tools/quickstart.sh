@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# The main job from one end to the other on CPU ranks: text, tokens, pretraining on 2 ranks, plot, sample, Hugging Face.
+# Run it again and it goes on where it was; delete runs/quickstart to train anew.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+
+data=data/quickstart config=configs/quickstart.yaml run=runs/quickstart
+say() { printf '\n== %s\n' "$*"; }
+
+say "1. text: the Python standard library's own source files"
+[[ -f $data/valid.jsonl ]] || python tools/quickstart_corpus.py "$data"
+
+say "2. tokenizer"
+[[ -d $data/tokenizer ]] ||
+    python tools/train_tokenizer.py --input "$data/train.jsonl" --output "$data/tokenizer" --vocab-size 4096
+
+say "3. tokens"
+for split in train valid; do
+    [[ -f $data/${split}_text_document.idx ]] || python tools/preprocess_data.py --append-eod \
+        --input "$data/$split.jsonl" --output-prefix "$data/$split" --tokenizer "$data/tokenizer"
+done
+
+export RANKS=2
+say "4. pretraining: 2 ranks share every matrix (tensor 2) ..."
+bash slurm/pretrain.sh $config parallel.tensor=2 train.stop_at=350
+say "   ... and go on from the checkpoint as 2 data-parallel ranks (data 2)"
+bash slurm/pretrain.sh $config parallel.tensor=1
+python tools/quickstart_report.py $run
+
+say "5. a sample"
+python -m megalite generate $run --prompt "def read(self, size):" --max-tokens 96 --temperature 0.6
+
+say "6. the checkpoint is a Hugging Face model"
+python tools/check_hf.py $run

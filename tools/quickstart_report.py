@@ -1,0 +1,35 @@
+"""Say what the quickstart's run has learned: its validation loss beside that of a unigram model, and both in loss.png."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from megalite.config import load_config
+from megalite.data.indexed import IndexedDataset
+from megalite.data.statistics import unigram_loss
+from megalite.observe.jsonl import read_metrics
+from megalite.observe.plot import plot_loss
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path, help="folder of the run")
+    run = parser.parse_args().run
+    config = load_config(run / "config.yaml")
+    train, valid = (IndexedDataset(sources[0].path) for sources in (config.data.train, config.data.valid))
+    unigram = unigram_loss(train, valid, config.model.vocab_size)
+    metrics = run / "metrics.jsonl"
+    losses = [record["valid_loss"] for record in read_metrics(metrics) if record.get("valid_loss") is not None]
+    plot_loss(metrics, run / "loss.png", {"unigram model": unigram})
+    print(f"validation loss {losses[-1]:.3f}, of a unigram model of the same tokens {unigram:.3f} (nats per token)")
+    print(f"picture: {run / 'loss.png'}")
+    if not losses[-1] < unigram - 1.0:  # a model that has learned some Python is far below
+        print("error: the model has learned too little", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
