@@ -1,4 +1,5 @@
-"""Open a checkpoint with transformers' AutoModelForCausalLM and compare its logits with megalite's own, both in fp32."""
+"""Open a checkpoint with transformers' AutoModelForCausalLM and compare its logits with megalite's own, both in
+fp32."""
 
 from __future__ import annotations
 
@@ -16,7 +17,9 @@ TOLERANCE = 1e-4
 def largest_difference(folder: Path, num_tokens: int = 256) -> float:
     """Largest absolute logit difference on random tokens."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ours = load_model(folder, torch.float32, torch.device("cpu"))
     length = min(num_tokens, theirs.config.max_position_embeddings)

@@ -22,9 +22,9 @@ done
 
 export RANKS=2
 say "4. pretraining: 2 ranks share every matrix (tensor 2) ..."
-bash slurm/pretrain.sh $config parallel.tensor=2 train.stop_at=350
+bash slurm/pretrain.sh $config parallel.tensor=2 train.stop_at=300
 say "   ... and go on from the checkpoint as 2 data-parallel ranks (data 2)"
-bash slurm/pretrain.sh $config parallel.tensor=1
+bash slurm/pretrain.sh $config parallel.tensor=1 train.micro_batch_size=4
 python tools/quickstart_report.py $run
 
 say "5. a sample"

@@ -1,4 +1,5 @@
-"""Say what the quickstart's run has learned: its validation loss beside that of a unigram model, and both in loss.png."""
+"""Say what the quickstart's run has learned: its validation loss beside that of a unigram model, and both in
+loss.png."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def _gather_batch(
         numel = prod(weight.local_shape(mesh.tensor.size))
         if owner == me:
             locals_[weight.name] = [torch.empty(numel, dtype=dtype, device=mesh.device) for _ in range(sources)]
-        mine = {piece: values for piece, values in engine.local_state(weight.name, kind)}
+        mine = dict(engine.local_state(weight.name, kind))
         for tensor_rank in range(sources):
             for piece in engine.pieces[weight.name]:
                 source = mesh.rank_at(piece.data_rank, tensor_rank)

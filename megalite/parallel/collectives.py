@@ -1,5 +1,10 @@
-"""Collectives over one axis of the mesh, each a short cut for a group of one. Which collective serves a backend best
-is decided here and nowhere else."""
+"""Collectives over one axis of the mesh, each a short cut for a group of one. Which primitive serves a backend best is
+decided here and nowhere else.
+
+On the CPU, reduce-scatter and all-gather are direct messages between the ranks: gloo's own take about twice as long
+(medians over 2 ranks of one machine, 16 MB of fp32: reduce-scatter 17.1 against 6.9 ms, all-gather 8.1 against 5.7;
+its all-reduce, at 9.8 ms, is as quick as both together and is used as it is). NCCL's collectives are used as they are.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +33,7 @@ def _on_gloo(x: Tensor) -> bool:
 
 
 def all_reduce(x: Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
-    """In place."""
+    """In place; `x` is contiguous."""
     if axis.size > 1:
         dist.all_reduce(x, op, axis.group)
     return x
@@ -38,23 +43,19 @@ def all_gather(x: Tensor, axis: Axis, dim: int) -> Tensor:
     """Concatenate every rank's `x` along `dim`."""
     if axis.size == 1:
         return x
-    x = x.contiguous()
-    out = x.new_empty(axis.size, *x.shape)
-    _all_gather(out.view(-1), x.view(-1), axis.group)
-    return out.movedim(0, dim).flatten(dim, dim + 1)
+    gathered = x.new_empty(axis.size, *x.shape)
+    gathered[axis.rank] = x
+    start_all_gather(gathered.view(-1), axis)()
+    return gathered.movedim(0, dim).flatten(dim, dim + 1)
 
 
 def reduce_scatter(x: Tensor, axis: Axis, dim: int) -> Tensor:
     """Sum over ranks, of which each keeps its own slice of `dim`."""
     if axis.size == 1:
         return x
-    if _on_gloo(x):  # gloo's reduce-scatter takes longer than its all-reduce (48 against 27 ms for 32 MB over 2 ranks)
-        summed = all_reduce(x.clone(), axis)
-        return summed.chunk(axis.size, dim)[axis.rank].contiguous()
     pieces = torch.stack(x.chunk(axis.size, dim))
-    out = torch.empty_like(pieces[0])
-    _reduce_scatter(out, pieces, group=axis.group)
-    return out
+    start_reduce_scatter(pieces.view(-1), axis)()
+    return pieces[axis.rank]
 
 
 def start_reduce(flat: Tensor, axis: Axis) -> Wait:
@@ -65,19 +66,48 @@ def start_reduce(flat: Tensor, axis: Axis) -> Wait:
 
 
 def start_reduce_scatter(flat: Tensor, axis: Axis) -> Wait:
-    """Start summing `flat` over the axis; only this rank's shard of it, the `axis.rank`-th equal slice, is then
+    """Start summing `flat` over the axis. Only this rank's shard of it, the `axis.rank`-th equal slice, is then
     valid."""
-    if axis.size == 1 or _on_gloo(flat):
-        return start_reduce(flat, axis)
-    shard = flat.chunk(axis.size)[axis.rank]
-    return _reduce_scatter(shard, flat, group=axis.group, async_op=True).wait
+    if axis.size == 1:
+        return _done
+    shard = flat.view(axis.size, -1)[axis.rank]
+    if not _on_gloo(flat):
+        return _reduce_scatter(shard, flat, group=axis.group, async_op=True).wait
+    others = [rank for rank in range(axis.size) if rank != axis.rank]
+    received = {rank: torch.empty_like(shard) for rank in others}
+    works = _exchange({rank: flat.view(axis.size, -1)[rank] for rank in others}, received, axis)
+
+    def finish() -> None:
+        for work in works:
+            work.wait()
+        for part in received.values():
+            shard.add_(part)
+
+    return finish
 
 
 def start_all_gather(flat: Tensor, axis: Axis) -> Wait:
     """Start filling `flat` with every rank's shard of it, in place."""
     if axis.size == 1:
         return _done
-    shard = flat.chunk(axis.size)[axis.rank]
-    if _on_gloo(flat):
-        shard = shard.clone()  # gloo copies its input into the output, which must not overlap
-    return _all_gather(flat, shard, group=axis.group, async_op=True).wait
+    shards = flat.view(axis.size, -1)
+    if not _on_gloo(flat):
+        return _all_gather(flat, shards[axis.rank], group=axis.group, async_op=True).wait
+    others = [rank for rank in range(axis.size) if rank != axis.rank]
+    works = _exchange(dict.fromkeys(others, shards[axis.rank]), {rank: shards[rank] for rank in others}, axis)
+
+    def finish() -> None:
+        for work in works:
+            work.wait()
+
+    return finish
+
+
+def _exchange(to_send: dict[int, Tensor], to_receive: dict[int, Tensor], axis: Axis) -> list[dist.Work]:
+    """Start a message to and from each of some ranks of the axis."""
+    messages = []
+    for rank, tensor in to_send.items():
+        peer = dist.get_global_rank(axis.group, rank)  # type: ignore[arg-type]
+        messages.append(dist.P2POp(dist.isend, tensor, peer, axis.group))
+        messages.append(dist.P2POp(dist.irecv, to_receive[rank], peer, axis.group))
+    return dist.batch_isend_irecv(messages)
