@@ -74,9 +74,11 @@ def _train(arguments: argparse.Namespace) -> None:
         if launch.rank == 0:
             print(make_plan(config, weight_table(config.model), world_size).describe())
         return
+    from megalite.mesh import leave
     from megalite.train import train
 
     train(config)
+    leave()
 
 
 def _ranks(arguments: argparse.Namespace) -> None:

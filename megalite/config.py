@@ -185,10 +185,6 @@ class Config(Section):
             )
         if schedule.min_lr > lr:
             raise ValueError(f"optimizer.schedule.min_lr {schedule.min_lr} is above optimizer.lr {lr}")
-        if schedule.warmup_steps > self.train.steps:
-            raise ValueError(
-                f"optimizer.schedule.warmup_steps {schedule.warmup_steps} is above train.steps {self.train.steps}"
-            )
         return self
 
     def to_yaml(self) -> str:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from megalite.config import ConfigError
 from megalite.plan import Plan
 
 
@@ -81,6 +82,8 @@ class Launch:
         if self.world_size == 1 or dist.is_initialized():
             return
         if "MASTER_ADDR" not in os.environ:
+            if "SLURM_JOB_NODELIST" not in os.environ:
+                raise ConfigError("RANK is set but MASTER_ADDR is not; start the ranks with torchrun or srun")
             os.environ |= _slurm_rendezvous()
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",

@@ -12,7 +12,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from megalite.checkpoint.export import write_extras
-from megalite.checkpoint.load import from_folder, from_seed
+from megalite.checkpoint.load import from_checkpoint, from_hf, from_seed
 from megalite.checkpoint.resume import find_checkpoint, read_train_state
 from megalite.checkpoint.save import Saver
 from megalite.config import Config
@@ -21,9 +21,9 @@ from megalite.data.dataset import Mixture, build_mixtures
 from megalite.data.indexed import DataError
 from megalite.data.loader import Loader, MicroBatch
 from megalite.data.tokenizer import load_tokenizer
-from megalite.engine.native import NativeEngine
+from megalite.engine.native import NativeEngine, ReadState
 from megalite.keys import key_of
-from megalite.mesh import Launch, Mesh, leave, make_mesh
+from megalite.mesh import Launch, Mesh, make_mesh
 from megalite.models import build_model, weight_table
 from megalite.models.layers import IGNORE
 from megalite.observe.recorder import Recorder
@@ -53,9 +53,7 @@ def train(config: Config) -> None:
     )
 
     model, engine = build(config, plan, mesh)
-    source = checkpoint or config.model.hf
-    read = from_folder(source, weights, config.model, mesh.tensor) if source else None
-    engine.load(read or from_seed(config.train.seed, mesh.tensor), state["step"])
+    engine.load(initial_state(config, mesh, checkpoint), state["step"])
 
     train_data = data["train"]
     assert train_data is not None
@@ -91,7 +89,16 @@ def train(config: Config) -> None:
             for line in saver.news():
                 recorder.message(line)
             recorder.close(status)
-    leave()
+
+
+def initial_state(config: Config, mesh: Mesh, checkpoint: Path | None) -> ReadState:
+    """Where weights and optimizer state come from: a checkpoint to go on from, a model to start from, or the seed."""
+    weights = weight_table(config.model)
+    if checkpoint:
+        return from_checkpoint(checkpoint, weights, config.model, mesh.tensor)
+    if config.model.hf:
+        return from_hf(config.model.hf, weights, config.model, mesh.tensor)
+    return from_seed(config.train.seed, mesh.tensor)
 
 
 def run_steps(

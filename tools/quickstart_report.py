@@ -22,7 +22,7 @@ def main() -> int:
     train, valid = (IndexedDataset(sources[0].path) for sources in (config.data.train, config.data.valid))
     unigram = unigram_loss(train, valid, config.model.vocab_size)
     metrics = run / "metrics.jsonl"
-    losses = [record["valid_loss"] for record in read_metrics(metrics) if record.get("valid_loss") is not None]
+    losses = [loss for record in read_metrics(metrics) if (loss := record.get("valid_loss")) is not None]
     plot_loss(metrics, run / "loss.png", {"unigram model": unigram})
     print(f"validation loss {losses[-1]:.3f}, of a unigram model of the same tokens {unigram:.3f} (nats per token)")
     print(f"picture: {run / 'loss.png'}")

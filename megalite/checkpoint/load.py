@@ -33,19 +33,31 @@ def from_seed(seed: int, tensor: Axis) -> ReadState:
     return read
 
 
-def from_folder(folder: Path, weights: Sequence[Weight], model: ModelConfig, tensor: Axis) -> ReadState:
-    """Weights and, where the folder has them, master weights and moments, on whatever layout they were written.
+def from_hf(folder: Path, weights: Sequence[Weight], model: ModelConfig, tensor: Axis) -> ReadState:
+    """The weights of a Hugging Face folder, which are also the master weights, and moments of zero.
 
-    A plain Hugging Face folder has neither: its weights are then the master weights, and moments start at zero.
     Raises CheckpointError when names or shapes are not those of the model."""
+    return _from_folder(folder, weights, model, tensor, states=())
+
+
+def from_checkpoint(folder: Path, weights: Sequence[Weight], model: ModelConfig, tensor: Axis) -> ReadState:
+    """Weights, master weights and moments, on whatever layout they were written.
+
+    Raises CheckpointError when names or shapes are not those of the model."""
+    # Written in fp32, the weights are their own master copy.
+    states = tuple(s for s in STATES if s != "master" or any((folder / "optimizer").glob("master*")))
+    return _from_folder(folder, weights, model, tensor, states)
+
+
+def _from_folder(
+    folder: Path, weights: Sequence[Weight], model: ModelConfig, tensor: Axis, states: tuple[str, ...]
+) -> ReadState:
     sources = {"weight": TensorFolder(folder)}
     # Some writers store a tied head a second time.
     sources["weight"].check(weights, ignore=("lm_head.weight",) if model.tie_embeddings else ())
-    optimizer = folder / "optimizer"
-    for state in STATES:
-        if (optimizer / f"{state}.safetensors").exists() or (optimizer / f"{state}.safetensors.index.json").exists():
-            sources[state] = TensorFolder(optimizer, state)
-            sources[state].check(weights)
+    for state in states:
+        sources[state] = TensorFolder(folder / "optimizer", state)
+        sources[state].check(weights)
 
     def read(weight: Weight, kind: str, start: int, stop: int) -> Tensor:
         source = sources.get(kind, sources["weight"] if kind == "master" else None)

@@ -11,7 +11,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from megalite.checkpoint.folder import complete_steps, step_folder
-from megalite.checkpoint.load import from_folder
+from megalite.checkpoint.load import from_hf
 from megalite.config import ConfigError
 from megalite.data.tokenizer import Tokenizer, load_tokenizer
 from megalite.mesh import Axis
@@ -57,7 +57,7 @@ def load_model(folder: Path, dtype: torch.dtype | None = None, device: torch.dev
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = model_config({"hf": str(folder)})
     weights, model = weight_table(config), build_model(config)
-    read = from_folder(folder, weights, config, Axis())
+    read = from_hf(folder, weights, config, Axis())
     tensors = {weight.name: read(weight, "weight", 0, weight.numel).view(weight.shape) for weight in weights}
     parameters = {name: nn.Parameter(tensor.to(device, dtype)) for name, tensor in tensors.items()}
     names = {parameter: name for name, parameter in model.named_parameters()}

@@ -1,0 +1,231 @@
+"""Checkpoints on disk: what is in them, what damage does, what pruning keeps."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_ranks
+from safetensors.torch import load_file
+
+from megalite.checkpoint.folder import complete_steps, damaged_files, prune, read_manifest, step_folder
+from megalite.checkpoint.gather import choose_owners
+from megalite.checkpoint.load import from_checkpoint, from_hf, from_seed
+from megalite.checkpoint.resume import find_checkpoint
+from megalite.checkpoint.save import Saver
+from megalite.checkpoint.tensors import CheckpointError, TensorFolder
+from megalite.config import Config
+from megalite.data.tokenizer_training import train_tokenizer
+from megalite.mesh import Axis, Mesh
+from megalite.models import weight_table
+from megalite.plan import make_plan
+from megalite.train import build, train
+from runs import VOCAB, curve_of, make_config, train_on_rank
+
+LONE = Mesh(Axis(), Axis(), Axis(), torch.device("cpu"))
+
+
+def checkpoints(config: Config) -> Path:
+    return config.run.folder / "checkpoints"
+
+
+def flip_a_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A run of 12 steps over tensor 2, with checkpoints at 4, 8 and 12 and a tokenizer in them."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "text.txt").write_text("def f(x): return x + 1\n" * 50)
+    train_tokenizer([str(folder / "text.txt")], str(folder / "tokenizer"), 300)
+    config = make_config(
+        folder, "llama", "train.steps=12", "checkpoint.every=4", "parallel.tensor=2", "train.precision=bf16",
+        f"data.tokenizer={folder / 'tokenizer'}", "model.vocab_size=320",
+    )  # fmt: skip
+    run_ranks(2, train_on_rank, [config])
+    return config
+
+
+@pytest.fixture
+def run(trained: Config, tmp_path: Path) -> Config:
+    """A copy that a test may damage."""
+    shutil.copytree(trained.run.folder, tmp_path / trained.run.name)
+    return trained.model_copy(update={"run": trained.run.model_copy(update={"dir": tmp_path})})
+
+
+def test_transformers_opens_the_folder(trained: Config) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = step_folder(checkpoints(trained), 12)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.dtype == torch.bfloat16
+    assert model.config.vocab_size == 320
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = "def f(x): return x + 1\n"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+
+
+def test_optimizer_state_has_the_names_and_shapes_of_the_weights(trained: Config) -> None:
+    folder = step_folder(checkpoints(trained), 12)
+    weights = weight_table(trained.model)
+    for state in ("master", "exp_avg", "exp_avg_sq"):
+        TensorFolder(folder / "optimizer", state).check(weights)
+    model = TensorFolder(folder)
+    master = TensorFolder(folder / "optimizer", "master")
+    for name in model.files:
+        everything = (slice(None),)
+        assert master.fetch(name, everything).dtype == torch.float32
+        assert torch.equal(master.fetch(name, everything).bfloat16(), model.fetch(name, everything))
+
+
+def test_every_file_is_in_the_manifest_and_nothing_is_pickled(trained: Config) -> None:
+    folder = step_folder(checkpoints(trained), 12)
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    manifest = read_manifest(folder)
+    assert manifest is not None
+    assert files == set(manifest) | {"manifest.json"}
+    assert {Path(name).suffix for name in files} <= {".safetensors", ".json", ".yaml"}
+    assert not any(path.suffix == ".tmp" for path in checkpoints(trained).iterdir())
+
+
+def test_both_ranks_write_about_half(trained: Config) -> None:
+    sizes = [path.stat().st_size for path in step_folder(checkpoints(trained), 12).glob("model-*.safetensors")]
+    assert len(sizes) == 2
+    assert min(sizes) > 0.3 * max(sizes)
+
+
+def test_owners_are_balanced() -> None:
+    from megalite.models import model_config
+
+    weights = weight_table(model_config({"preset": "llama-8b"}))
+    load = [0] * 64
+    for weight in weights:
+        load[choose_owners(weights, 64)[weight.name]] += weight.numel
+    largest = max(weight.numel for weight in weights)
+    assert max(load) <= max(largest, sum(load) / 64 * 1.5)
+
+
+@pytest.mark.parametrize(
+    "victim",
+    ["model-00001-of-00002.safetensors", "optimizer/exp_avg-00002-of-00002.safetensors", "config.json",
+     "train_state.json", "optimizer/master.safetensors.index.json", "tokenizer.json", "manifest.json"],
+)  # fmt: skip
+def test_one_flipped_bit_is_found_and_the_one_before_is_taken(run: Config, victim: str) -> None:
+    newest = step_folder(checkpoints(run), 12)
+    flip_a_byte(newest / victim)
+    assert damaged_files(newest)
+    found, warnings = find_checkpoint(checkpoints(run), "auto", LONE)
+    assert found == step_folder(checkpoints(run), 8)
+    assert len(warnings) == 1
+    assert "step-00000012 is damaged" in warnings[0]
+    with pytest.raises(CheckpointError):
+        find_checkpoint(checkpoints(run), newest, LONE)
+
+
+def test_damage_is_found_whichever_rank_reads_the_file(run: Config) -> None:
+    folder = step_folder(checkpoints(run), 12)
+    flip_a_byte(folder / "tokenizer.json")
+    found = [damaged_files(folder, rank, 3) for rank in range(3)]
+    assert sorted(name for names in found for name in names) == ["tokenizer.json"]
+
+
+def test_truncated_or_missing_file_means_no_checkpoint(run: Config) -> None:
+    folder = step_folder(checkpoints(run), 12)
+    file = folder / "model-00002-of-00002.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert complete_steps(checkpoints(run)) == [4, 8]
+    file.unlink()
+    assert complete_steps(checkpoints(run)) == [4, 8]
+
+
+def test_all_damaged_is_an_error_not_a_fresh_start(run: Config) -> None:
+    for step in (4, 8, 12):
+        flip_a_byte(step_folder(checkpoints(run), step) / "config.json")
+    with pytest.raises(CheckpointError, match="every checkpoint is damaged"):
+        find_checkpoint(checkpoints(run), "auto", LONE)
+
+
+def test_pruning_counts_only_complete_checkpoints(run: Config) -> None:
+    (step_folder(checkpoints(run), 12) / "manifest.json").unlink()
+    (checkpoints(run) / "step-00000016.tmp").mkdir()
+    prune(checkpoints(run), keep=1)
+    assert complete_steps(checkpoints(run)) == [8]
+    assert step_folder(checkpoints(run), 12).is_dir()  # incomplete: left to be looked at
+
+
+def test_a_leftover_of_a_crash_is_replaced(tmp_path: Path) -> None:
+    config = make_config(tmp_path, "llama", "train.steps=2")
+    leftover = checkpoints(config) / "step-00000002.tmp"
+    leftover.mkdir(parents=True)
+    (leftover / "part-0.json").write_text("{")
+    train(config)
+    assert complete_steps(checkpoints(config)) == [2]
+    assert not leftover.exists()
+
+
+def test_saving_takes_the_state_of_that_moment(tmp_path: Path) -> None:
+    """Training goes on while the thread writes: what it writes must not change any more."""
+    config = make_config(tmp_path)
+    weights = weight_table(config.model)
+    _, engine = build(config, make_plan(config, weights, 1), LONE)
+    engine.load(from_seed(1, Axis()), num_steps=5)
+    may_write = threading.Event()
+    saver = Saver(tmp_path / "saved", 3, weights, LONE, engine, lambda folder: may_write.wait() and None)
+    write = saver._write_tensors
+
+    def write_late(*arguments: object) -> dict[str, int]:
+        may_write.wait()
+        return write(*arguments)  # type: ignore[arg-type]
+
+    saver._write_tensors = write_late  # type: ignore[method-assign]
+    saver.save(5, {"step": 5})
+    engine.load(from_seed(2, Axis()))
+    assert complete_steps(tmp_path / "saved") == []  # not before it is complete
+    may_write.set()
+    saver.wait()
+    assert "saved" in saver.news()[0]
+    folder = step_folder(tmp_path / "saved", 5)
+    found = from_checkpoint(folder, weights, config.model, Axis())
+    wanted = from_seed(1, Axis())
+    for weight in weights:
+        assert torch.equal(found(weight, "weight", 0, weight.numel), wanted(weight, "weight", 0, weight.numel))
+
+
+def test_a_failed_save_leaves_training_and_older_checkpoints_alone(tmp_path: Path) -> None:
+    config = make_config(tmp_path, "llama", "train.steps=4", "checkpoint.every=2")
+    train(config.model_copy(update={"train": config.train.model_copy(update={"stop_at": 2})}))
+    blocker = checkpoints(config) / "step-00000004"  # a file where the folder should appear
+    blocker.write_text("in the way")
+    train(config)
+    assert complete_steps(checkpoints(config)) == [2]
+    assert blocker.read_text() == "in the way"
+    assert len(curve_of(config)) == 4
+
+
+def test_plain_hugging_face_folder_starts_with_fresh_moments(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            max_position_embeddings=64, bos_token_id=None, eos_token_id=None,
+        )
+    ).save_pretrained(tmp_path / "hf")  # fmt: skip
+    config = make_config(tmp_path, {}, f"model.hf={tmp_path / 'hf'}", "train.steps=1")
+    weights = weight_table(config.model)
+    read = from_hf(tmp_path / "hf", weights, config.model, Axis())
+    assert all(read(weight, "exp_avg", 0, weight.numel).abs().sum() == 0 for weight in weights)
+    stored = load_file(tmp_path / "hf" / "model.safetensors")
+    assert torch.equal(read(weights[0], "master", 0, VOCAB * 32), stored["model.embed_tokens.weight"].flatten())
+    train(config)
+    state = json.loads((step_folder(checkpoints(config), 1) / "train_state.json").read_text())
+    assert state["step"] == 1
+    assert state["data"]["samples"] == 4
