@@ -12,7 +12,13 @@ from pathlib import Path
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb. Returns the exit status: 0, or 2 for a mistake of the user's, which is explained without a
     traceback."""
-    arguments = make_parser().parse_args(argv)
+    parser = make_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse takes positional arguments in one go: overrides that stand behind an option are left over.
+    if rest and not (hasattr(arguments, "overrides") and all("=" in word and word[0] != "-" for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides += rest
     from megalite.checkpoint.tensors import CheckpointError
     from megalite.config import ConfigError
     from megalite.data.indexed import DataError

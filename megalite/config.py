@@ -248,8 +248,9 @@ def _describe(item: Any, root: type[BaseModel]) -> str:
     if item["type"] == "missing":
         return f"{key} is required"
     message = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    if item["type"] == "value_error" and (not key or "\n" in message):
-        return message
+    if item["type"] == "value_error" and isinstance(item["input"], dict):
+        lines = message.split("\n  ")
+        return "\n  ".join(line if line.startswith(key) else f"{key}: {line}" for line in lines)
     value = f" = {item['input']!r}" if not isinstance(item["input"], dict) else ""
     if item["type"] == "literal_error" and isinstance(item["input"], str):
         allowed = [word.strip("'") for word in item["ctx"]["expected"].replace(" or ", ", ").split(", ")]

@@ -87,7 +87,7 @@ KS_BOUND = 1.95 / math.sqrt(NUM)
 def test_uniform_distribution(key: int) -> None:
     values = uniform(key, torch.arange(NUM))
     assert values.dtype == torch.float32
-    assert 0 <= values.min()
+    assert values.min() >= 0
     assert values.max() < 1
     assert torch.equal(values * 2**24, (values * 2**24).round()), "24 bits each"
     ordered = values.double().sort().values

@@ -12,7 +12,7 @@ from megalite.models import model_config, weight_table
 from megalite.plan import Plan, make_plan, smallest_world
 from megalite.resources import configs_dir
 
-# Parameters: embedding 100·8 = 800, twice (untied); a layer: 8 + (8+4+4)·8 + 8·8 + 8 + 2·12·8 + 8·12 = 496; last norm 8.
+# Embedding 100·8 = 800, twice (untied); a layer 8 + (8+4+4)·8 + 8·8 + 8 + 2·12·8 + 8·12 = 496; last norm 8.
 TINY: dict[str, Any] = {
     "family": "llama", "vocab_size": 100, "hidden_size": 8, "intermediate_size": 12, "num_layers": 2,
     "num_attention_heads": 4, "num_kv_heads": 2, "max_positions": 64,

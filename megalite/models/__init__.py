@@ -51,8 +51,7 @@ def model_config(values: dict[str, Any]) -> ModelConfig:
     try:
         return config_class.model_validate(merged)
     except ValidationError as error:
-        lines = describe_errors(error, config_class).split("\n  ")
-        raise ValueError("\n  ".join(f"in model: {line}" for line in lines)) from None
+        raise ConfigError(describe_errors(error, config_class)) from None
 
 
 def _read_preset(name: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from megalite.config import ModelConfig
+from megalite.config import ConfigError, ModelConfig
 from megalite.models.layers import (
     CrossEntropy,
     Dropout,
@@ -109,8 +109,8 @@ def weights(config: GPT2Config) -> Iterator[Weight]:
     thirds = (hidden, hidden, hidden)
     layer = (
         *_norm("attention_norm", "ln_1", hidden),
-        *_linear("attention.qkv", "attn.c_attn", (3 * hidden, hidden), "column", std, parts=thirds),
-        *_linear("attention.out", "attn.c_proj", (hidden, hidden), "row", residual_std),
+        *_linear("attention.qkv", "attn.c_attn", (3 * hidden, hidden), "column", std, thirds, config.head_size),
+        *_linear("attention.out", "attn.c_proj", (hidden, hidden), "row", residual_std, (), config.head_size),
         *_norm("mlp_norm", "ln_2", hidden),
         *_linear("mlp.up", "mlp.c_fc", (inner, hidden), "column", std),
         *_linear("mlp.down", "mlp.c_proj", (hidden, inner), "row", residual_std),
@@ -139,14 +139,16 @@ def _linear(
     shard: Literal["column", "row"],
     std: float,
     parts: tuple[int, ...] = (),
+    unit: int = 1,
 ) -> tuple[Weight, Weight]:
     """A Conv1D of Hugging Face. A row-parallel bias is added after the reduction, on the cut sequence."""
     cut = shard == "column"
     bias_shard: Literal["column"] | None = "column" if cut else None
-    matrix = Weight(f"{name}.weight", shape, (f"{hf}.weight",), shard, parts, transpose=True, init=std)
+    matrix = Weight(f"{name}.weight", shape, (f"{hf}.weight",), shard, parts, unit, transpose=True, init=std)
     bias = Weight(
-        f"{name}.bias", shape[:1], (f"{hf}.bias",), bias_shard, parts, init="zeros", decay=False, partial_grad=not cut
-    )
+        f"{name}.bias", shape[:1], (f"{hf}.bias",), bias_shard, parts, unit,
+        init="zeros", decay=False, partial_grad=not cut,
+    )  # fmt: skip
     return matrix, bias
 
 
@@ -179,7 +181,7 @@ def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
     }
     for key, only in supported.items():
         if hf.get(key, only) != only:
-            raise ValueError(f"config.json has {key} = {hf[key]!r}; the gpt2 family supports {only!r}")
+            raise ConfigError(f"config.json has {key} = {hf[key]!r}; the gpt2 family supports {only!r}")
     return {
         "family": "gpt2",
         "vocab_size": hf["vocab_size"],

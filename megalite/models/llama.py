@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from megalite.config import ModelConfig, Section
+from megalite.config import ConfigError, ModelConfig, Section
 from megalite.models.layers import CrossEntropy, causal_attention
 from megalite.models.weights import Weight, layer_rows
 
@@ -158,9 +158,17 @@ def weights(config: LlamaConfig) -> Iterator[Weight]:
             tuple(f"{attention}.{part}_proj.weight" for part in "qkv"),
             "column",
             parts=(q, kv, kv),
+            unit=config.head_size,
             init=std,
         ),
-        Weight("attention.out.weight", (hidden, q), (f"{attention}.o_proj.weight",), "row", init=residual_std),
+        Weight(
+            "attention.out.weight",
+            (hidden, q),
+            (f"{attention}.o_proj.weight",),
+            "row",
+            unit=config.head_size,
+            init=residual_std,
+        ),
         _norm("mlp_norm.weight", "post_attention_layernorm.weight", hidden),
         Weight(
             "mlp.gate_up.weight",
@@ -217,11 +225,11 @@ def to_hf(config: LlamaConfig) -> dict[str, Any]:
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
     for key, only in {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}.items():
         if hf.get(key, only) != only:
-            raise ValueError(f"config.json has {key} = {hf[key]!r}; the llama family supports {only!r}")
+            raise ConfigError(f"config.json has {key} = {hf[key]!r}; the llama family supports {only!r}")
     rope = hf.get("rope_parameters") or {**(hf.get("rope_scaling") or {}), "rope_theta": hf.get("rope_theta", 10_000.0)}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3"):
-        raise ValueError(f"config.json has rope_type = {kind!r}; the llama family supports 'default' and 'llama3'")
+        raise ConfigError(f"config.json has rope_type = {kind!r}; the llama family supports 'default' and 'llama3'")
     scaling = None
     if kind == "llama3":
         scaling = {key: rope[key] for key in ("factor", "low_freq_factor", "high_freq_factor")}

@@ -41,6 +41,8 @@ class Weight:
     replicated."""
     parts: tuple[int, ...] = ()
     """Row groups that are cut each on its own, so that a rank gets matching rows of each: (q, k, v) or (gate, up)."""
+    unit: int = 1
+    """Rows (of a column-parallel weight) or columns (of a row-parallel one) that stay together: those of a head."""
     transpose: bool = False
     """The Hugging Face tensor is stored [in, out] (GPT-2's Conv1D)."""
     init: float | Literal["ones", "zeros"] = 0.02
@@ -72,8 +74,9 @@ class Weight:
             return (-(-rows // VOCAB_MULTIPLE) * VOCAB_MULTIPLE, *self.shape[1:])
         sizes = self.row_groups if self.shard == "column" else (self.shape[1],)
         for size in sizes:
-            if size % tensor:
-                raise ValueError(f"{self.name} {list(self.shape)}: {size} does not divide by parallel.tensor {tensor}")
+            if size % (self.unit * tensor):
+                what = f"{size // self.unit} heads of {self.unit}" if self.unit > 1 else f"{size} features"
+                raise ValueError(f"{self.name} has {what}, which do not divide by {tensor}")
         if self.shard == "column":
             return (self.shape[0] // tensor, *self.shape[1:])
         return (self.shape[0], self.shape[1] // tensor)

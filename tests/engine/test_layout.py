@@ -1,0 +1,114 @@
+"""The engine's layout is arithmetic: nothing overlaps, nothing is forgotten, everything is aligned."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from math import prod
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megalite.engine.layout import ALIGNMENT, Bucket, make_buckets, pieces_of
+from megalite.models.weights import Weight
+
+Kind = tuple[bool, bool, bool]
+
+
+@st.composite
+def tables(draw: st.DrawFn) -> tuple[Weight, ...]:
+    rows = draw(
+        st.lists(
+            st.tuples(
+                st.integers(1, 12), st.integers(1, 12), st.sampled_from(["column", "row", "vocab", None]), st.booleans()
+            ),
+            min_size=1,
+            max_size=12,
+        )
+    )
+    return tuple(
+        Weight(f"w{i}", (4 * height, 4 * width), (f"h{i}",), shard, decay=decay, partial_grad=shard is None)
+        for i, (height, width, shard, decay) in enumerate(rows)
+    )
+
+
+TENSOR, DATA, MOST = st.sampled_from([1, 2, 4]), st.integers(1, 8), st.integers(1, 4000)
+
+
+def kind_of(weight: Weight, tensor: int) -> Kind:
+    return weight.decay, weight.shard is not None and tensor > 1, weight.partial_grad
+
+
+def bucket_kind(bucket: Bucket) -> Kind:
+    return bucket.decay, bucket.cut, bucket.partial_grad
+
+
+@given(table=tables(), tensor=TENSOR, data=DATA, most=MOST)
+@settings(max_examples=200, deadline=None)
+def test_buckets_hold_every_weight_once_aligned_and_apart(
+    table: tuple[Weight, ...], tensor: int, data: int, most: int
+) -> None:
+    buckets = make_buckets(table, tensor, data, most)
+    assert sorted(s.weight.name for b in buckets for s in b.slots) == sorted(w.name for w in table)
+    for bucket in buckets:
+        end = 0
+        for slot in bucket.slots:
+            assert slot.start % ALIGNMENT == 0
+            assert end <= slot.start < end + ALIGNMENT, (
+                "slots follow one another, with no more room than alignment needs"
+            )
+            assert slot.stop - slot.start == prod(slot.weight.local_shape(tensor))
+            assert kind_of(slot.weight, tensor) == bucket_kind(bucket)
+            end = slot.stop
+        assert end <= bucket.size < end + ALIGNMENT * data
+        assert len(bucket.slots) == 1 or end <= most, "only a weight larger than the limit may exceed it"
+
+
+@given(table=tables(), tensor=TENSOR, data=DATA, most=MOST)
+@settings(max_examples=200, deadline=None)
+def test_buckets_follow_the_backward_pass(table: tuple[Weight, ...], tensor: int, data: int, most: int) -> None:
+    buckets = make_buckets(table, tensor, data, most)
+    for kind in {bucket_kind(b) for b in buckets}:
+        found = [slot.weight.name for b in buckets if bucket_kind(b) == kind for slot in b.slots]
+        assert found == [w.name for w in reversed(table) if kind_of(w, tensor) == kind]
+
+
+@given(table=tables(), tensor=TENSOR, data=DATA, most=MOST)
+@settings(max_examples=100, deadline=None)
+def test_shards_are_equal_aligned_and_cover_the_bucket(
+    table: tuple[Weight, ...], tensor: int, data: int, most: int
+) -> None:
+    for bucket in make_buckets(table, tensor, data, most):
+        shards = [bucket.shard(rank, data) for rank in range(data)]
+        assert shards[0][0] == 0
+        assert shards[-1][1] == bucket.size
+        assert all(low % ALIGNMENT == 0 and high - low == bucket.size // data for low, high in shards)
+        assert all(a[1] == b[0] for a, b in pairwise(shards))
+
+
+@given(table=tables(), tensor=TENSOR, data=DATA, most=MOST)
+@settings(max_examples=200, deadline=None)
+def test_one_data_rank_answers_for_each_element(table: tuple[Weight, ...], tensor: int, data: int, most: int) -> None:
+    buckets = make_buckets(table, tensor, data, most)
+    pieces = pieces_of(buckets, data)
+    assert pieces.keys() == {w.name for w in table}
+    for weight in table:
+        ends = [0, *(piece.stop for piece in pieces[weight.name])]
+        assert [piece.start for piece in pieces[weight.name]] == ends[:-1], "piece follows piece"
+        assert ends[-1] == prod(weight.local_shape(tensor))
+        ranks = [piece.data_rank for piece in pieces[weight.name]]
+        assert ranks == sorted(set(ranks)), "at most one piece a rank, in their order"
+    for bucket in buckets:
+        for rank in range(data):
+            low, high = bucket.shard(rank, data)
+            for slot, start, stop in bucket.overlaps(rank, data):
+                assert low <= start < stop <= high
+                assert slot.start <= start < stop <= slot.stop
+
+
+def test_an_example_by_hand() -> None:
+    """Two data ranks, at most 100 elements: `c` and `b` (32 + 40, then padded to 128) fit together, `a` follows."""
+    a, b, c = (Weight(name, (rows, 8), (name,)) for name, rows in (("a", 5), ("b", 5), ("c", 2)))
+    first, second = make_buckets([a, b, c], 1, 2, 100)
+    assert [(slot.weight.name, slot.start, slot.stop) for slot in first.slots] == [("c", 0, 16), ("b", 32, 72)]
+    assert (first.size, second.size) == (128, 64)
+    assert [(p.data_rank, p.start, p.stop) for p in pieces_of([first], 2)["b"]] == [(0, 0, 32), (1, 32, 40)]

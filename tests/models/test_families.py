@@ -1,0 +1,278 @@
+"""Each family against transformers: the same folder gives the same logits and the same gradients."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from megalite.checkpoint.tensors import CheckpointError
+from megalite.config import ConfigError
+from megalite.infer.generate import load_model
+from megalite.models import from_hf_config, model_config, to_hf_config, weight_table
+from megalite.models.layers import IGNORE, CrossEntropy, Dropout, causal_attention, causal_attention_with_dropout
+
+transformers = pytest.importorskip("transformers")
+
+LENGTH = 40
+LLAMA: dict[str, Any] = {
+    "vocab_size": 99, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "max_position_embeddings": 64, "bos_token_id": None, "eos_token_id": None,
+}  # fmt: skip
+GPT2: dict[str, Any] = {
+    "vocab_size": 99, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4,
+    "bos_token_id": None, "eos_token_id": None,
+}  # fmt: skip
+# LENGTH goes past the original 16 positions, and the six frequencies of a head of 12 fall into all three bands.
+LLAMA3_ROPE = {
+    "rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+CASES: dict[str, dict[str, Any]] = {
+    "llama": LLAMA,
+    "llama-grouped-queries": LLAMA | {"num_key_value_heads": 2, "rms_norm_eps": 1e-3},
+    "llama-tied": LLAMA | {"num_key_value_heads": 1, "tie_word_embeddings": True},
+    "llama-3": LLAMA | {"head_dim": 12, "rope_parameters": LLAMA3_ROPE},
+    "gpt2": GPT2,
+    "gpt2-untied": GPT2 | {"tie_word_embeddings": False, "n_inner": 40, "layer_norm_epsilon": 1e-3},
+}
+
+
+def their_model(case: str) -> nn.Module:
+    torch.manual_seed(0)
+    family = transformers.LlamaForCausalLM if case.startswith("llama") else transformers.GPT2LMHeadModel
+    model = family(family.config_class(**CASES[case])).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # norms and biases too: left at 1 and 0 they could be swapped unseen
+            parameter.normal_(mean=0.5 * (parameter.dim() == 1), std=0.25)
+    return model
+
+
+@pytest.fixture(scope="module", params=CASES)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:
+    """A random transformers model and the folder it was saved to."""
+    theirs, folder = their_model(request.param), tmp_path_factory.mktemp(request.param)
+    theirs.save_pretrained(folder)
+    return theirs, folder
+
+
+def tokens_and_labels() -> tuple[Tensor, Tensor]:
+    tokens = torch.randint(0, 99, (3, LENGTH + 1), generator=torch.Generator().manual_seed(1))
+    labels = tokens[:, 1:].clone()
+    labels[0, :9] = IGNORE
+    return tokens[:, :-1], labels
+
+
+def test_logits_and_gradients_are_those_of_transformers(pair: tuple[nn.Module, Path]) -> None:
+    theirs, folder = pair
+    ours = load_model(folder).requires_grad_()
+    tokens, labels = tokens_and_labels()
+    found, wanted = ours(tokens), theirs(tokens).logits
+    assert wanted.std() > 0.5, "logits large enough that the bound means something"
+    assert (found - wanted).abs().max().item() <= 1e-4  # the project's bound; fp32 sums in another order give 1e-6
+
+    ours.loss(found, labels).sum().div(7).backward()
+    theirs.zero_grad()
+    (F.cross_entropy(wanted.flatten(0, 1), labels.flatten(), reduction="sum") / 7).backward()
+    grads = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    parameters = dict(ours.named_parameters())
+    for weight in weight_table(ours.config):
+        for name, grad in weight.to_hf(parameters[weight.name].grad).items():
+            # The project's bound for gradients: fp32 rounding, about 1e-7 an operation, relative to the tensor.
+            error = ((grad - grads[name]).norm() / grads.pop(name).norm()).item()
+            assert error <= 1e-5, f"{name} is off by {error:.1e}"
+    assert not grads, "every gradient was compared"
+
+
+def test_config_survives_the_way_there_and_back(pair: tuple[nn.Module, Path]) -> None:
+    folder = pair[1]
+    config = model_config({"hf": str(folder)})
+    again = from_hf_config(to_hf_config(config))
+    assert model_config(again | {"hf": folder}) == config
+    # transformers reads what megalite writes as it reads what it wrote itself.
+    theirs, ours = (
+        type(pair[0].config)(**values)
+        for values in (json.loads((folder / "config.json").read_text()), to_hf_config(config))
+    )
+    for key in CASES[folder.name[:-1]].keys() - {"bos_token_id", "eos_token_id"}:  # the tokenizer's, not the model's
+        assert getattr(ours, key) == getattr(theirs, key), key
+
+
+def test_position_scaling_as_transformers_4_writes_it() -> None:
+    new = {"model_type": "llama", "rms_norm_eps": 1e-6} | LLAMA | {"rope_parameters": LLAMA3_ROPE}
+    old = {key: value for key, value in new.items() if key != "rope_parameters"}
+    old |= {"rope_theta": 500.0, "rope_scaling": {k: v for k, v in LLAMA3_ROPE.items() if k != "rope_theta"}}
+    assert from_hf_config(old) == from_hf_config(new)
+    assert from_hf_config(new)["rope_scaling"]["factor"] == 4.0
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "value"),
+    [
+        ("llama", "attention_bias", True),
+        ("llama", "mlp_bias", True),
+        ("llama", "hidden_act", "gelu"),
+        ("llama", "rope_type", "yarn"),
+        ("gpt2", "activation_function", "relu"),
+        ("gpt2", "scale_attn_weights", False),
+        ("gpt2", "scale_attn_by_inverse_layer_idx", True),
+        ("gpt2", "add_cross_attention", True),
+    ],
+)
+def test_what_a_family_cannot_compute_is_refused_by_name(tmp_path: Path, kind: str, key: str, value: Any) -> None:
+    values = {"model_type": kind, "rms_norm_eps": 1e-6, "layer_norm_epsilon": 1e-5} | (
+        LLAMA if kind == "llama" else GPT2
+    )
+    values |= {"rope_parameters": LLAMA3_ROPE | {key: value}} if key == "rope_type" else {key: value}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match=rf"{key} = {value!r}.*{kind} family supports"):
+        load_model(tmp_path)
+
+
+def test_unknown_architecture_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+    with pytest.raises(ConfigError, match=r"model_type = 't5'.*gpt2, llama"):
+        load_model(tmp_path)
+
+
+def drop(name: str, tensors: dict[str, Tensor]) -> None:
+    del tensors[name]
+
+
+def add(name: str, tensors: dict[str, Tensor]) -> None:
+    tensors[name] = torch.zeros(2)
+
+
+def cut(name: str, tensors: dict[str, Tensor]) -> None:
+    tensors[name] = tensors[name][:-1].clone()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (partial(drop, "model.layers.1.self_attn.k_proj.weight"), "missing tensors: model.layers.1.self_attn.k_proj"),
+        (partial(add, "model.layers.1.self_attn.k_proj.bias"), "of no weight: model.layers.1.self_attn.k_proj.bias"),
+        (partial(cut, "model.norm.weight"), r"model.norm.weight has shape \[31\], the model needs \[32\]"),
+        (partial(drop, "lm_head.weight"), "missing tensors: lm_head.weight"),
+    ],
+)
+def test_tensors_that_do_not_match_are_refused_by_name(
+    tmp_path: Path, change: Callable[[dict[str, Tensor]], None], words: str
+) -> None:
+    their_model("llama").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=words):
+        load_model(tmp_path)
+
+
+def test_a_tied_head_may_be_stored_a_second_time(tmp_path: Path) -> None:
+    their_model("llama-tied").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, tmp_path / "model.safetensors")
+    model = load_model(tmp_path)
+    assert model.head.weight is model.embedding.weight
+
+
+@pytest.mark.xfail(strict=True, raises=CheckpointError, reason="names without `transformer.`, as in the hub's own gpt2")
+def test_gpt2_as_openai_community_stores_it(tmp_path: Path) -> None:
+    theirs = their_model("gpt2")
+    theirs.transformer.save_pretrained(tmp_path)
+    tokens, _ = tokens_and_labels()
+    assert (load_model(tmp_path)(tokens) - theirs(tokens).logits).abs().max().item() <= 1e-4  # as above
+
+
+def test_half_precision_weights_stay_as_they_are_stored(tmp_path: Path) -> None:
+    their_model("llama").bfloat16().save_pretrained(tmp_path)
+    assert {p.dtype for p in load_model(tmp_path).parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in load_model(tmp_path, torch.float32).parameters()} == {torch.float32}
+
+
+# --- pieces that families share -------------------------------------------------------------------------------------
+
+KEYS = torch.arange(11, 15) * 7919
+
+
+def dropped(module: Dropout, x: Tensor, keys: Tensor | None = KEYS) -> Tensor:
+    return module.train()(x, keys)
+
+
+def test_dropout_drops_its_share_and_keeps_the_mean() -> None:
+    x = torch.ones(4, 64, 256)
+    found = dropped(Dropout(0.3, "a"), x)
+    assert found.unique().tolist() == pytest.approx([0.0, 1 / 0.7], rel=1e-7)  # one rounding of fp32
+    # 65,536 draws: four standard deviations √(0.3·0.7/n) of each share.
+    shares = (found == 0).double().mean((1, 2))
+    assert (shares - 0.3).abs().max().item() < 4 * (0.21 / 65536) ** 0.5
+
+
+def test_dropout_masks_differ_between_samples_and_sites_and_repeat() -> None:
+    x = torch.ones(4, 64, 256)
+    first, again, elsewhere = (dropped(Dropout(0.5, site), x) != 0 for site in ("a", "a", "b"))
+    assert torch.equal(first, again)
+    # Independent fair masks agree on half of 65,536 places, within five standard deviations of 0.5/256.
+    for a, b in [(first[0], first[1]), (first[2], first[3]), (first, elsewhere)]:
+        assert (a == b).double().mean().item() == pytest.approx(0.5, abs=5 * 0.5 / 256)
+
+
+@pytest.mark.parametrize("shape", [(4, 8, 6), (4, 8, 6, 6)], ids=["hidden [B,T,D]", "probabilities [B,H,T,T]"])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_dropout_does_not_depend_on_how_the_input_is_cut(shape: tuple[int, ...], ranks: int) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    whole = dropped(Dropout(0.4, "a", over_heads=len(shape) == 4), x)
+    pieces = []
+    for rank, piece in enumerate(x.chunk(ranks, 1)):
+        module = Dropout(0.4, "a")
+        module.shard_rank = rank
+        pieces.append(dropped(module, piece))
+    assert torch.equal(torch.cat(pieces, 1), whole)
+    rows = torch.tensor([2, 0])  # other micro-batches
+    assert torch.equal(dropped(Dropout(0.4, "a"), x[rows], KEYS[rows]), whole[rows])
+
+
+def test_dropout_passes_the_gradient_of_what_it_kept() -> None:
+    x = torch.randn(4, 8, 6, dtype=torch.bfloat16).requires_grad_()
+    found = dropped(Dropout(0.4, "a"), x)
+    assert found.dtype == torch.bfloat16
+    found.sum().backward()
+    scale = torch.tensor(1 / 0.6).bfloat16()
+    assert torch.equal(x.grad, dropped(Dropout(0.4, "a"), torch.ones_like(x)))
+    assert set(x.grad.unique().tolist()) == {0.0, scale.item()}
+
+
+def test_dropout_can_be_off() -> None:
+    x = torch.randn(4, 8)
+    assert dropped(Dropout(0.0, "a"), x) is x
+    assert dropped(Dropout(0.5, "a"), x, None) is x
+    assert Dropout(0.5, "a").eval()(x, KEYS) is x
+
+
+def test_attention_written_out_equals_torch() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 9, 4, 8, generator=generator) for _ in range(3))
+    found = causal_attention_with_dropout(q, k, v, Dropout(0.0, "a"), KEYS[:2])
+    # Both in fp32, sums of at most nine values near 1.
+    torch.testing.assert_close(found, causal_attention(q, k, v), rtol=0, atol=2e-6)
+    later = causal_attention(q, k.index_fill(1, torch.tensor(8), 9.0), v.index_fill(1, torch.tensor(8), 9.0))
+    assert torch.equal(later[:, :8], causal_attention(q, k, v)[:, :8]), "no position looks ahead"
+
+
+def test_loss_of_each_token() -> None:
+    tokens, labels = tokens_and_labels()
+    logits = torch.randn(*tokens.shape, 99, generator=torch.Generator().manual_seed(0)).bfloat16()
+    found = CrossEntropy()(logits, labels)
+    assert found.dtype == torch.float32
+    wanted = -logits.float().log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+    # The same fp32 formula; logits of a few units round at 1e-6.
+    torch.testing.assert_close(found, wanted.masked_fill(labels == IGNORE, 0.0), rtol=0, atol=2e-6)

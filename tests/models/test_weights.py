@@ -1,0 +1,200 @@
+"""The table of weights: cutting, reading, assembling and converting, each against the plainest way to say it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from megalite.models import build_model, model_config, to_hf_config, weight_table
+from megalite.models.weights import VOCAB_MULTIPLE, Weight, layer_rows
+
+TENSOR = (1, 2, 3, 4)
+
+
+@st.composite
+def weights(draw: st.DrawFn) -> tuple[Weight, int]:
+    """Any row a family could declare, and a number of tensor ranks it can be cut over."""
+    tensor = draw(st.sampled_from(TENSOR))
+    shard = draw(st.sampled_from(["column", "row", "vocab", None]))
+    matrix = shard in ("row", "vocab") or draw(st.booleans())
+    if shard == "vocab":
+        parts: tuple[int, ...] = ()
+        rows = draw(st.integers(1, 3 * VOCAB_MULTIPLE))
+    else:
+        unit = tensor if shard == "column" else 1
+        groups = [unit * size for size in draw(st.lists(st.integers(1, 4), min_size=1, max_size=3))]
+        parts, rows = tuple(groups) if len(groups) > 1 else (), sum(groups)
+    columns = draw(st.integers(1, 4)) * (tensor if shard == "row" else 1)
+    separate = bool(parts) and draw(st.booleans())
+    names = tuple(f"hf.{i}" for i in range(len(parts) if separate else 1))
+    transpose = matrix and draw(st.booleans())
+    return Weight("w", (rows, columns) if matrix else (rows,), names, shard, parts, transpose), tensor
+
+
+def logical_of(weight: Weight) -> Tensor:
+    return torch.arange(1.0, weight.numel + 1).view(weight.shape)
+
+
+def local_of(weight: Weight, rank: int, tensor: int) -> Tensor:
+    """What a rank holds, by whole-tensor operations."""
+    logical = logical_of(weight)
+    if weight.shard == "column":
+        return torch.cat([part.chunk(tensor)[rank] for part in logical.split(weight.parts or (weight.shape[0],))])
+    if weight.shard == "row":
+        return logical.chunk(tensor, 1)[rank]
+    if weight.shard == "vocab" and tensor > 1:
+        padded = torch.zeros(weight.local_shape(tensor)[0] * tensor, weight.shape[1])
+        padded[: weight.shape[0]] = logical
+        return padded.chunk(tensor)[rank]
+    return logical
+
+
+@given(case=weights(), data=st.data())
+@settings(max_examples=150, deadline=None)
+def test_every_range_of_a_local_tensor_is_read_from_hugging_face_tensors(
+    case: tuple[Weight, int], data: st.DataObject
+) -> None:
+    weight, tensor = case
+    stored, fetched = weight.to_hf(logical_of(weight)), 0
+
+    def fetch(name: str, where: tuple[slice, ...]) -> Tensor:
+        nonlocal fetched
+        fetched += stored[name][where].numel()
+        return stored[name][where]
+
+    rank = data.draw(st.integers(0, tensor - 1))
+    local = local_of(weight, rank, tensor)
+    assert local.shape == weight.local_shape(tensor)
+    start, stop = sorted(data.draw(st.tuples(*[st.integers(0, local.numel())] * 2)))
+    found = weight.read_local(lambda w, *where: w.rows_from_hf(fetch, *where), rank, tensor, start, stop)
+    assert torch.equal(found, local.flatten()[start:stop])
+    width = local[0].numel()
+    assert fetched <= (stop - start) + 2 * (width - 1), "whole rows at the ends, nothing else"
+
+
+@given(case=weights())
+@settings(max_examples=150, deadline=None)
+def test_the_parts_of_all_ranks_make_the_whole(case: tuple[Weight, int]) -> None:
+    weight, tensor = case
+    locals_ = [local_of(weight, rank, tensor) for rank in range(tensor)]
+    assert torch.equal(weight.assemble(locals_), logical_of(weight))
+
+
+@given(case=weights(), data=st.data())
+@settings(max_examples=150, deadline=None)
+def test_hugging_face_and_back(case: tuple[Weight, int], data: st.DataObject) -> None:
+    weight, logical = case[0], logical_of(case[0])
+    stored = weight.to_hf(logical)
+    assert {name: tuple(tensor.shape) for name, tensor in stored.items()} == weight.hf_shapes()
+    assert all(tensor.is_contiguous() for tensor in stored.values()), "safetensors refuses anything else"
+    rows = sorted(data.draw(st.tuples(*[st.integers(0, weight.shape[0])] * 2)))
+    if rows[0] == rows[1]:
+        rows = [0, weight.shape[0]]
+    columns = None
+    if len(weight.shape) == 2:
+        left = data.draw(st.integers(0, weight.shape[1] - 1))
+        columns = (left, data.draw(st.integers(left + 1, weight.shape[1])))
+    found = weight.rows_from_hf(lambda name, where: stored[name][where], rows[0], rows[1], columns)
+    assert torch.equal(found, logical[slice(*rows)] if columns is None else logical[slice(*rows), slice(*columns)])
+
+
+@given(case=weights(), seed=st.integers(0, 3))
+@settings(max_examples=50, deadline=None)
+def test_initial_values_do_not_depend_on_the_layout(case: tuple[Weight, int], seed: int) -> None:
+    weight, tensor = case
+    whole = weight.initial_rows(seed, 0, weight.shape[0], None).view(weight.shape)
+    numel = torch.Size(weight.local_shape(tensor)).numel()
+    locals_ = [
+        weight.read_local(lambda w, *where: w.initial_rows(seed, *where), rank, tensor, 0, numel)
+        for rank in range(tensor)
+    ]
+    assert torch.equal(weight.assemble([local.view(weight.local_shape(tensor)) for local in locals_]), whole)
+
+
+def test_initial_values_are_those_of_the_row() -> None:
+    weight = Weight("w", (200, 50), ("h",), init=0.3)
+    values = weight.initial_rows(0, 0, 200, None)
+    # 10,000 values: the sample's standard deviation is within 0.7 % of the true one; four times that.
+    assert values.std().item() == pytest.approx(0.3, rel=0.03)
+    assert not torch.equal(values, weight.initial_rows(1, 0, 200, None)), "another seed"
+    assert not torch.equal(values, replace(weight, name="v").initial_rows(0, 0, 200, None)), "another name"
+    assert replace(weight, init="ones").initial_rows(0, 0, 1, None).unique().tolist() == [1.0]
+    assert replace(weight, init="zeros").initial_rows(0, 0, 1, None).unique().tolist() == [0.0]
+
+
+@pytest.mark.parametrize(
+    ("vocab", "tensor", "rows"), [(193, 1, 193), (193, 2, 128), (193, 4, 64), (128, 2, 64), (129, 2, 128), (5, 4, 64)]
+)
+def test_padding_of_the_vocabulary(vocab: int, tensor: int, rows: int) -> None:
+    weight = Weight("w", (vocab, 3), ("h",), "vocab")
+    assert weight.local_shape(tensor) == (rows, 3)
+    assert rows * tensor >= vocab
+
+
+@pytest.mark.parametrize(
+    ("weight", "size"),
+    [
+        (Weight("layers.0.out", (8, 9), ("h",), "row"), 9),
+        (Weight("layers.0.up", (9, 8), ("h",), "column"), 9),
+        (Weight("layers.0.qkv", (12, 4), ("q", "k", "v"), "column", (6, 3, 3)), 3),  # 12 rows, but no even thirds
+    ],
+)
+def test_an_uneven_cut_is_refused_by_name(weight: Weight, size: int) -> None:
+    with pytest.raises(ValueError, match=rf"{weight.name}.*: {size} does not divide.*parallel\.tensor 2"):
+        weight.local_shape(2)
+
+
+def test_rows_of_a_layer_are_named_after_it() -> None:
+    [row] = layer_rows(
+        "layers.3", "model.layers.3", [Weight("up.weight", (4, 2), ("a.weight", "b.weight"), None, (2, 2))]
+    )
+    assert (row.name, row.hf) == ("layers.3.up.weight", ("model.layers.3.a.weight", "model.layers.3.b.weight"))
+
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 50, "hidden_size": 12, "num_layers": 2, "num_attention_heads": 6, "max_positions": 16,
+}  # fmt: skip
+LLAMA = SMALL | {"family": "llama", "intermediate_size": 20}
+GPT2 = SMALL | {"family": "gpt2"}
+MODELS = [
+    LLAMA,
+    LLAMA | {"num_kv_heads": 2, "head_dim": 4, "tie_embeddings": True},
+    GPT2,
+    GPT2 | {"tie_embeddings": False, "intermediate_size": 20},
+]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_table_lists_every_parameter_of_the_model(model: dict[str, Any]) -> None:
+    config = model_config(model)
+    parameters = build_model(config).named_parameters()
+    table = weight_table(config)
+    assert {w.name: w.shape for w in table} == {name: tuple(p.shape) for name, p in parameters}
+    assert len({w.name for w in table}) == len(table)
+    for weight in table:
+        assert weight.decay == (len(weight.shape) == 2), f"{weight.name}: norms and biases do not decay, matrices do"
+        # Under sequence parallelism a replicated weight sees a part of the sequence; a cut one is given all of it.
+        assert weight.partial_grad == (weight.shard is None), weight.name
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_table_names_every_tensor_of_transformers(model: dict[str, Any]) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = model_config(model)
+    hf = to_hf_config(config)
+    with torch.device("meta"):
+        theirs = transformers.AutoModelForCausalLM.from_config(
+            transformers.AutoConfig.for_model(**hf | {"bos_token_id": None, "eos_token_id": None})
+        )
+    state = {name: tuple(tensor.shape) for name, tensor in theirs.state_dict().items()}
+    if config.tie_embeddings:
+        assert state.pop("lm_head.weight") == (config.vocab_size, config.hidden_size)
+    ours = [item for weight in weight_table(config) for item in weight.hf_shapes().items()]
+    assert dict(ours) == state
+    assert len(ours) == len(state), "each tensor belongs to one weight"
