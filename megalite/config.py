@@ -139,7 +139,7 @@ class CheckpointConfig(Section):
     every: int = Field(1000, ge=0, description="steps between checkpoints; 0 saves the last step only")
     keep: int = Field(3, gt=0, description="newest valid checkpoints that are kept")
     resume: Literal["auto", "never"] | Path = Field(
-        "auto", description="auto: newest valid one of this run; or the folder of a checkpoint"
+        "auto", description="auto: newest valid one of this run; or a checkpoint's folder to begin from"
     )
 
 

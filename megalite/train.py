@@ -98,7 +98,7 @@ def initial_state(config: Config, mesh: Mesh, checkpoint: Path | None) -> ReadSt
         return from_checkpoint(checkpoint, weights, config.model, mesh.tensor)
     if config.model.hf:
         return from_hf(config.model.hf, weights, config.model, mesh.tensor)
-    return from_seed(config.train.seed, mesh.tensor)
+    return from_seed(config.train.seed, mesh.tensor, mesh.device)
 
 
 def run_steps(

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import run_ranks
 from safetensors.torch import load_file
 
 from megalite.checkpoint.folder import complete_steps, step_folder
@@ -20,7 +19,8 @@ from megalite.data.indexed import DataError
 from megalite.models import weight_table
 from megalite.optim.schedule import learning_rate
 from megalite.train import train
-from runs import curve_of, make_config, metrics_of, train_on_rank, write_corpus
+from ranks import run_ranks
+from small_runs import curve_of, make_config, metrics_of, train_on_rank, write_corpus
 
 
 def tensors_of(config: Config, step: int) -> dict[str, torch.Tensor]:

@@ -16,14 +16,14 @@ from megalite.mesh import Axis
 from megalite.models.weights import Weight
 
 
-def from_seed(seed: int, tensor: Axis) -> ReadState:
-    """Initial weights, the same on every layout, and moments of zero."""
+def from_seed(seed: int, tensor: Axis, device: torch.device | str = "cpu") -> ReadState:
+    """Initial weights, the same on every layout, and moments of zero. `device` only says where they are computed."""
 
     def read(weight: Weight, kind: str, start: int, stop: int) -> Tensor:
         if kind.startswith("exp_avg"):
             return torch.zeros(stop - start)
         return weight.read_local(
-            lambda w, low, high, columns: w.initial_rows(seed, low, high, columns),
+            lambda w, low, high, columns: w.initial_rows(seed, low, high, columns, device),
             tensor.rank,
             tensor.size,
             start,

@@ -18,8 +18,8 @@ from megalite.parallel.collectives import all_reduce
 def find_checkpoint(root: Path, resume: str | Path, mesh: Mesh) -> tuple[Path | None, list[str]]:
     """The folder to resume from, or None for a fresh start, and warnings about damaged ones passed over.
 
-    `resume` is "auto" (newest undamaged one below `root`), "never", or a folder, which must be sound. All ranks call
-    it, and each reads a share of the files. Raises CheckpointError."""
+    `resume` is "auto" (newest undamaged one below `root`), "never", or a folder to begin from while the run has no
+    checkpoint of its own. All ranks call it, and each reads a share of the files. Raises CheckpointError."""
     if resume == "never":
         if complete_steps(root):
             raise CheckpointError(
@@ -27,7 +27,8 @@ def find_checkpoint(root: Path, resume: str | Path, mesh: Mesh) -> tuple[Path | 
                 "choose another run.name, or delete them"
             )
         return None, []
-    if resume != "auto":
+    steps = _steps_of_rank_0(root, mesh)
+    if resume != "auto" and not steps:
         folder = Path(resume)
         if read_manifest(folder) is None:
             raise CheckpointError(f"checkpoint.resume = {folder}: no complete checkpoint there (manifest.json)")
@@ -35,7 +36,7 @@ def find_checkpoint(root: Path, resume: str | Path, mesh: Mesh) -> tuple[Path | 
             raise CheckpointError(f"checkpoint.resume = {folder}: damaged, its files differ from manifest.json")
         return folder, []
     warnings: list[str] = []
-    for step in reversed(_steps_of_rank_0(root, mesh)):
+    for step in reversed(steps):
         folder = step_folder(root, step)
         if not _damaged(folder, mesh):
             return folder, warnings

@@ -12,11 +12,13 @@ answers for one equal shard of every bucket. A step:
                    gradients kept      reduced by        optimizer state
     stage 0        whole, fp32         all-reduce        whole on every rank, no all-gather
     stage 1        whole, fp32         reduce-scatter    shard
-    stage 2        shard, fp32         reduce-scatter    shard; the reduction runs for every micro-batch
+    stage 2        shard, fp32         reduce-scatter    shard; the reduction runs for every micro-batch, and whole
+                                                         buckets exist only while they are filled and reduced
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -28,6 +30,9 @@ from megalite.engine.layout import Bucket, Piece, make_buckets, pieces_of
 from megalite.mesh import Mesh
 from megalite.models.weights import Weight
 from megalite.parallel.collectives import Wait, all_reduce, start_all_gather, start_reduce, start_reduce_scatter
+
+IN_FLIGHT = 2
+"""Buckets whose reduction stage 2 lets run at a time: one travels while the next is filled."""
 
 STATES = ("master", "exp_avg", "exp_avg_sq")
 """Optimizer state of every weight. In fp32 the weights are their own master copy, and there is no "master"."""
@@ -52,14 +57,13 @@ class BucketState:
         self.grad_shard: Tensor | None = None  # stage 2: [shard] fp32, summed over micro-batches
         self.missing = 0
         self.filled: set[int] = set()  # starts of the slots that hold a gradient of this step
-        self.wait: Wait | None = None
 
-    def expect(self) -> None:
-        """Get ready for the gradients of one micro-batch."""
-        self.missing = len(self.layout.slots)
+    def whole_grads(self) -> Tensor:
+        """Where gradients of a micro-batch are put: [size] fp32."""
         if self.grads is None:
             # Zeros once, for the padding between weights.
             self.grads = torch.zeros(self.layout.size, device=self.weights.device)
+        return self.grads
 
     def state(self, kind: str) -> Tensor:
         """This rank's shard of the weights, an optimizer state or the reduced gradients: [shard]."""
@@ -107,6 +111,7 @@ class NativeEngine:
         self.optimizer = self._make_optimizer(optimizer)
         self._next = 0  # buckets are reduced in one order on all ranks, or their collectives would mix
         self._last = True
+        self._in_flight: deque[tuple[BucketState, Wait]] = deque()
 
     @property
     def states(self) -> tuple[str, ...]:
@@ -149,13 +154,13 @@ class NativeEngine:
         Losses must be scaled so that their sum over all micro-batches and data ranks is the loss to descend."""
         self._last, self._next = last, 0
         for bucket in self.buckets:
-            bucket.expect()
+            bucket.missing = len(bucket.layout.slots)
         loss.backward()
         if self._reduces_now:
             for bucket in self.buckets[self._next :]:
                 self._reduce(bucket)
-        for bucket in self.buckets:
-            self._finish(bucket)
+            while self._in_flight:
+                self._finish_oldest()
 
     @property
     def _reduces_now(self) -> bool:
@@ -163,9 +168,8 @@ class NativeEngine:
 
     def _hook(self, bucket: BucketState, start: int, stop: int) -> Callable[[Tensor], None]:
         def arrived(parameter: Tensor) -> None:
-            assert bucket.grads is not None
             assert parameter.grad is not None
-            place = bucket.grads[start:stop].view_as(parameter)
+            place = bucket.whole_grads()[start:stop].view_as(parameter)
             if start in bucket.filled:
                 place.add_(parameter.grad)
             else:
@@ -184,21 +188,20 @@ class NativeEngine:
             self._next += 1
 
     def _reduce(self, bucket: BucketState) -> None:
-        assert bucket.grads is not None
+        grads = bucket.whole_grads()
         for slot in bucket.layout.slots:
             if slot.start not in bucket.filled:  # a weight that no token used
-                bucket.grads[slot.start : slot.stop] = 0.0
+                grads[slot.start : slot.stop] = 0.0
         if bucket.layout.partial_grad and self.sequence:
-            all_reduce(bucket.grads, self.mesh.tensor)
+            all_reduce(grads, self.mesh.tensor)
         start = start_reduce_scatter if self.zero_stage else start_reduce
-        bucket.wait = start(bucket.grads, self.mesh.data)
+        self._in_flight.append((bucket, start(grads, self.mesh.data)))
+        if self.zero_stage == 2 and len(self._in_flight) > IN_FLIGHT:
+            self._finish_oldest()
 
-    def _finish(self, bucket: BucketState) -> None:
-        """The end of a micro-batch: gradients of this bucket are in their place."""
-        if bucket.wait is None:
-            return
-        bucket.wait()
-        bucket.wait = None
+    def _finish_oldest(self) -> None:
+        bucket, wait = self._in_flight.popleft()
+        wait()
         if self.zero_stage == 2:
             assert bucket.grads is not None
             shard = bucket.grads[bucket.low : bucket.high]

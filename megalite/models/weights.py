@@ -115,7 +115,7 @@ class Weight:
             offset += high - low
         padding = max(0, last - max(offset, first)) * width
         if padding or not found:
-            found.append(torch.zeros(padding))
+            found.append(found[0].new_zeros(padding) if found else torch.zeros(padding))
         flat = torch.cat(found) if len(found) > 1 else found[0]
         return flat[start - first * width : stop - first * width]
 
@@ -160,13 +160,15 @@ class Weight:
             pieces.append(piece.t() if self.transpose else piece)
         return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 
-    def initial_rows(self, seed: int, start: int, stop: int, columns: tuple[int, int] | None) -> Tensor:
+    def initial_rows(
+        self, seed: int, start: int, stop: int, columns: tuple[int, int] | None, device: torch.device | str = "cpu"
+    ) -> Tensor:
         """Initial logical rows: a function of (seed, name, element index), whatever the layout."""
         width = torch.Size(self.shape[1:]).numel()
         if isinstance(self.init, float):
-            flat = normal(key_of(seed, self.name), start * width, stop * width) * self.init
+            flat = normal(key_of(seed, self.name), start * width, stop * width, device) * self.init
         else:
-            flat = torch.full(((stop - start) * width,), 1.0 if self.init == "ones" else 0.0)
+            flat = torch.full(((stop - start) * width,), 1.0 if self.init == "ones" else 0.0, device=device)
         return flat if columns is None else flat.view(-1, width)[:, slice(*columns)]
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import run_ranks
 from safetensors.torch import load_file
 
 from megalite.checkpoint.folder import complete_steps, damaged_files, prune, read_manifest, step_folder
@@ -24,7 +23,8 @@ from megalite.mesh import Axis, Mesh
 from megalite.models import weight_table
 from megalite.plan import make_plan
 from megalite.train import build, train
-from runs import VOCAB, curve_of, make_config, train_on_rank
+from ranks import run_ranks
+from small_runs import VOCAB, curve_of, make_config, train_on_rank
 
 LONE = Mesh(Axis(), Axis(), Axis(), torch.device("cpu"))
 
@@ -127,7 +127,7 @@ def test_one_flipped_bit_is_found_and_the_one_before_is_taken(run: Config, victi
     assert len(warnings) == 1
     assert "step-00000012 is damaged" in warnings[0]
     with pytest.raises(CheckpointError):
-        find_checkpoint(checkpoints(run), newest, LONE)
+        find_checkpoint(run.run.folder / "no-checkpoints-here", newest, LONE)
 
 
 def test_damage_is_found_whichever_rank_reads_the_file(run: Config) -> None:
@@ -151,6 +151,13 @@ def test_all_damaged_is_an_error_not_a_fresh_start(run: Config) -> None:
         flip_a_byte(step_folder(checkpoints(run), step) / "config.json")
     with pytest.raises(CheckpointError, match="every checkpoint is damaged"):
         find_checkpoint(checkpoints(run), "auto", LONE)
+
+
+def test_another_runs_checkpoint_is_only_a_beginning(run: Config) -> None:
+    """A requeued job must go on from its own progress, not begin again."""
+    begin = step_folder(checkpoints(run), 4)
+    assert find_checkpoint(run.run.folder / "new", begin, LONE)[0] == begin
+    assert find_checkpoint(checkpoints(run), begin, LONE)[0] == step_folder(checkpoints(run), 12)
 
 
 def test_pruning_counts_only_complete_checkpoints(run: Config) -> None:

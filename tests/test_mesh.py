@@ -1,0 +1,101 @@
+"""How a process finds out who it is, and where it stands in the mesh."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megalite.config import ConfigError
+from megalite.mesh import Launch, make_mesh
+from megalite.models import weight_table
+from megalite.plan import make_plan
+from ranks import run_ranks
+from small_runs import make_config
+
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture
+def bare(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for name in (*VARIABLES, *(name for name in os.environ if name.startswith("SLURM_"))):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+def set_all(bare: pytest.MonkeyPatch, **variables: object) -> None:
+    for name, value in variables.items():
+        bare.setenv(name, str(value))
+
+
+def test_alone(bare: pytest.MonkeyPatch) -> None:
+    assert Launch.from_environment() == Launch(0, 1, 0)
+    Launch(0, 1, 0).join()  # needs nobody
+    assert not torch.distributed.is_initialized()
+
+
+def test_torchrun(bare: pytest.MonkeyPatch) -> None:
+    set_all(bare, RANK=5, WORLD_SIZE=8, LOCAL_RANK=1, SLURM_PROCID=0, SLURM_STEP_NUM_TASKS=4)
+    assert Launch.from_environment() == Launch(5, 8, 1)  # torchrun inside a Slurm step counts
+
+
+def test_srun_with_a_task_a_rank(bare: pytest.MonkeyPatch) -> None:
+    set_all(bare, SLURM_PROCID=5, SLURM_STEP_NUM_TASKS=8, SLURM_LOCALID=1)
+    assert Launch.from_environment() == Launch(5, 8, 1)
+
+
+def test_in_a_slurm_allocation_but_not_in_a_step(bare: pytest.MonkeyPatch) -> None:
+    set_all(bare, SLURM_PROCID=0, SLURM_NTASKS=8, SLURM_JOB_ID=7)
+    assert Launch.from_environment() == Launch(0, 1, 0)
+
+
+def test_ranks_without_a_meeting_place_say_so(bare: pytest.MonkeyPatch) -> None:
+    set_all(bare, RANK=0, WORLD_SIZE=2)
+    with pytest.raises(ConfigError, match="MASTER_ADDR"):
+        Launch.from_environment().join()
+
+
+def test_srun_ranks_meet_on_the_first_host(bare: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text('#!/bin/sh\n[ "$3" = "node[3-4]" ] && printf "127.0.0.1\\nnode4\\n"\n')
+    scontrol.chmod(0o755)
+    set_all(
+        bare, PATH=f"{tmp_path}:{os.environ['PATH']}", SLURM_JOB_NODELIST="node[3-4]", SLURM_JOB_ID=123_456,
+        SLURM_STEP_NUM_TASKS=2,
+    )  # fmt: skip
+    assert run_ranks(2, join_over_slurm) == [2, 2]
+
+
+def join_over_slurm(rank: int, world_size: int) -> int:
+    torch.distributed.destroy_process_group()  # the test helper's own
+    for name in VARIABLES:
+        os.environ.pop(name, None)
+    os.environ |= {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}
+    Launch.from_environment().join(timeout_minutes=1)
+    assert os.environ["MASTER_PORT"] == str(20_000 + 123_456 % 20_000)
+    count = torch.ones(())
+    torch.distributed.all_reduce(count)
+    return int(count)
+
+
+def coordinates(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
+    config = make_config(folder, "llama", "parallel.tensor=2")
+    mesh = make_mesh(make_plan(config, weight_table(config.model), world_size), torch.device("cpu"))
+    assert mesh.rank_at(mesh.data.rank, mesh.tensor.rank) == rank
+    peers = torch.tensor([rank, rank])
+    torch.distributed.all_reduce(peers[:1], group=mesh.tensor.group)
+    torch.distributed.all_reduce(peers[1:], group=mesh.data.group)
+    return {"tensor": (mesh.tensor.rank, int(peers[0])), "data": (mesh.data.rank, int(peers[1]))}
+
+
+def test_tensor_groups_are_neighbours(tmp_path: Path) -> None:
+    make_config(tmp_path)  # writes the corpus once
+    assert run_ranks(4, coordinates, tmp_path) == [
+        {"tensor": (0, 0 + 1), "data": (0, 0 + 2)},
+        {"tensor": (1, 0 + 1), "data": (0, 1 + 3)},
+        {"tensor": (0, 2 + 3), "data": (1, 0 + 2)},
+        {"tensor": (1, 2 + 3), "data": (1, 1 + 3)},
+    ]
