@@ -20,21 +20,22 @@ TENSOR = (1, 2, 3, 4)
 @st.composite
 def weights(draw: st.DrawFn) -> tuple[Weight, int]:
     """Any row a family could declare, and a number of tensor ranks it can be cut over."""
-    tensor = draw(st.sampled_from(TENSOR))
+    tensor, unit = draw(st.sampled_from(TENSOR)), draw(st.sampled_from([1, 3]))
     shard = draw(st.sampled_from(["column", "row", "vocab", None]))
     matrix = shard in ("row", "vocab") or draw(st.booleans())
     if shard == "vocab":
         parts: tuple[int, ...] = ()
         rows = draw(st.integers(1, 3 * VOCAB_MULTIPLE))
     else:
-        unit = tensor if shard == "column" else 1
-        groups = [unit * size for size in draw(st.lists(st.integers(1, 4), min_size=1, max_size=3))]
+        multiple = tensor * unit if shard == "column" else 1
+        groups = [multiple * size for size in draw(st.lists(st.integers(1, 4), min_size=1, max_size=3))]
         parts, rows = tuple(groups) if len(groups) > 1 else (), sum(groups)
-    columns = draw(st.integers(1, 4)) * (tensor if shard == "row" else 1)
+    columns = draw(st.integers(1, 4)) * (tensor * unit if shard == "row" else 1)
     separate = bool(parts) and draw(st.booleans())
     names = tuple(f"hf.{i}" for i in range(len(parts) if separate else 1))
     transpose = matrix and draw(st.booleans())
-    return Weight("w", (rows, columns) if matrix else (rows,), names, shard, parts, transpose), tensor
+    shape = (rows, columns) if matrix else (rows,)
+    return Weight("w", shape, names, shard, parts, unit=unit, transpose=transpose), tensor
 
 
 def logical_of(weight: Weight) -> Tensor:
@@ -138,16 +139,19 @@ def test_padding_of_the_vocabulary(vocab: int, tensor: int, rows: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("weight", "size"),
+    ("weight", "what"),
     [
-        (Weight("layers.0.out", (8, 9), ("h",), "row"), 9),
-        (Weight("layers.0.up", (9, 8), ("h",), "column"), 9),
-        (Weight("layers.0.qkv", (12, 4), ("q", "k", "v"), "column", (6, 3, 3)), 3),  # 12 rows, but no even thirds
+        (Weight("layers.0.out", (8, 9), ("h",), "row"), "9 features"),
+        (Weight("layers.0.up", (9, 8), ("h",), "column"), "9 features"),
+        (Weight("layers.0.qkv", (12, 4), ("q", "k", "v"), "column", (6, 3, 3)), "3 features"),  # 12 rows, uneven parts
+        (Weight("layers.0.qkv", (16, 4), ("q", "k", "v"), "column", (8, 4, 4), unit=4), "1 heads of 4"),
+        (Weight("layers.0.out", (4, 12), ("h",), "row", unit=4), "3 heads of 4"),
     ],
 )
-def test_an_uneven_cut_is_refused_by_name(weight: Weight, size: int) -> None:
-    with pytest.raises(ValueError, match=rf"{weight.name}.*: {size} does not divide.*parallel\.tensor 2"):
+def test_an_uneven_cut_is_refused_by_name(weight: Weight, what: str) -> None:
+    with pytest.raises(ValueError, match=rf"{weight.name} has {what}, .*divide by 2"):
         weight.local_shape(2)
+    assert weight.local_shape(1) == weight.shape
 
 
 def test_rows_of_a_layer_are_named_after_it() -> None:

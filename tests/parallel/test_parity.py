@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
 from torch import Tensor
 
 from megalite.checkpoint.gather import gather_logical
@@ -23,6 +22,7 @@ from megalite.models import family, weight_table
 from megalite.optim.schedule import learning_rate
 from megalite.plan import make_plan
 from megalite.train import build, forward_backward
+from ranks import run_ranks
 
 SEED, STEPS, BATCH, LENGTH = 7, 2, 4, 32
 
@@ -216,3 +216,33 @@ def test_reference_would_notice_a_wrong_gradient() -> None:
     owners = dict.fromkeys(wanted, 0)
     grads = gather_logical(weight_table(config.model), "grad", owners, mesh, engine)
     assert min(relative_error(grads[name], wanted[name]) for name in wanted) > 1e-2
+
+
+def whole_gradients_alive(rank: int, world_size: int, zero: int) -> tuple[int, int]:
+    """(most buckets whose whole gradient existed at once during a backward pass, number of buckets)."""
+    layout = Layout(world_size, zero=zero)
+    config = config_of("llama", layout)
+    plan = make_plan(config, weight_table(config.model), world_size)
+    mesh = make_mesh(plan, Launch.from_environment().device)
+    model, engine = build(config, plan, mesh)
+    engine.load(from_seed(SEED, mesh.tensor))
+    most = 0
+
+    def count(_: Tensor) -> None:
+        nonlocal most
+        most = max(most, sum(bucket.grads is not None for bucket in engine.buckets))
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(count)
+    forward_backward(model, engine, micro_batches(0, layout, mesh.data.rank, mesh.data.size), mesh, SEED)
+    return most, len(engine.buckets)
+
+
+def test_zero_2_never_holds_all_gradients() -> None:
+    """What stage 2 is for. Norm weights share a bucket that is only full at the end, and up to 3 more are on their
+    way."""
+    most, buckets = run_ranks(2, whole_gradients_alive, 2)[0]
+    assert buckets > 8
+    assert most <= 5
+    most, buckets = run_ranks(2, whole_gradients_alive, 1)[0]
+    assert most == buckets

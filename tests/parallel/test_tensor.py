@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from ranks import run_ranks
 from torch import Tensor
 
 from megalite.mesh import Axis
@@ -39,6 +38,7 @@ from megalite.parallel.tensor import (
     enter,
     leave,
 )
+from ranks import run_ranks
 
 WORLDS = (2, 4)
 BATCH, LENGTH, HIDDEN, INNER = 3, 8, 12, 16

@@ -1,0 +1,144 @@
+"""What a person types and what comes back."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megalite.cli import main
+from megalite.resources import configs_dir
+
+QUICKSTART = str(configs_dir() / "quickstart.yaml")
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, env=environment, timeout=60, check=False
+    )
+
+
+def write(tmp_path: Path, **sections: dict[str, Any]) -> str:
+    values: dict[str, Any] = {
+        "run": {"name": "test", "dir": str(tmp_path / "runs")},
+        "model": {"preset": "llama-1m"},
+        "data": {"train": [{"path": str(tmp_path / "none")}], "seq_length": 32},
+        "train": {"steps": 10, "global_batch_size": 8},
+        "optimizer": {"lr": 1e-3},
+    }
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(values | sections))
+    return str(path)
+
+
+def test_help_needs_nothing_heavy() -> None:
+    """So that it answers at once: importing torch alone takes over a second."""
+    program = """
+import runpy, sys
+sys.argv = ["megalite", *sys.argv[1:]]
+try:
+    runpy.run_module("megalite", run_name="__main__")
+except SystemExit as exit:
+    assert exit.code == 0, exit.code
+heavy = {"torch", "numpy", "pydantic", "transformers", "tokenizers", "matplotlib", "wandb", "rich", "yaml"}
+print("heavy:", sorted(heavy & sys.modules.keys()))
+"""
+    found = python("-c", program, "--help")
+    assert found.returncode == 0, found.stderr
+    assert "heavy: []" in found.stdout
+    assert "train" in found.stdout
+    assert "generate" in found.stdout
+
+
+@pytest.mark.parametrize("verb", ["train", "ranks", "generate"])
+def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([verb, "--help"])
+    assert caught.value.code == 0
+    assert f"usage: megalite {verb}" in capsys.readouterr().out
+
+
+def test_a_mistake_is_explained_without_a_traceback(tmp_path: Path) -> None:
+    found = python("-m", "megalite", "train", write(tmp_path), "train.stpes=5")
+    assert found.returncode == 2
+    assert found.stdout == ""
+    assert found.stderr.startswith("error: ")
+    assert "train.stpes" in found.stderr
+    assert "did you mean 'steps'" in found.stderr
+    assert "Traceback" not in found.stderr
+    assert not (tmp_path / "runs").exists(), "nothing is begun"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "CONFIG", "model.preset=llama-9m"], "llama-8m"),
+        (["train", "CONFIG", "steps"], "section.key=value"),
+        (["train", "nowhere.yaml"], "nowhere.yaml: No such file"),
+        (["train", "CONFIG", "--print-plan"], "parallel.tensor"),
+        (["ranks", "CONFIG", "train.steps=0"], "greater than 0"),
+        (["generate", "TMP", "--prompt", "x"], "neither a run with a checkpoint nor a Hugging Face folder"),
+    ],
+)
+def test_mistakes_exit_with_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    config = write(tmp_path, parallel={"tensor": 5, "sequence": False})
+    assert main([{"CONFIG": config, "TMP": str(tmp_path)}.get(word, word) for word in arguments]) == 2
+    found = capsys.readouterr()
+    assert found.out == ""
+    assert found.err.startswith("error: ")
+    assert words in found.err
+
+
+def test_a_folder_of_another_architecture_is_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "attention_bias": true}')
+    assert main(["generate", str(tmp_path), "--prompt", "x"]) == 2
+    assert "error: config.json has attention_bias = True" in capsys.readouterr().err
+
+
+def test_ranks_of_a_job_complain_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert main(["ranks", write(tmp_path), "train.steps=0"]) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ranks", QUICKSTART]) == 0
+    assert main(["ranks", QUICKSTART, "parallel.tensor=1"]) == 0
+    assert capsys.readouterr().out == "2\n1\n"
+
+
+def test_print_plan_shows_the_numbers_and_stops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write(tmp_path, parallel={"tensor": 2})
+    assert main(["train", config, "train.micro_batch_size=4", "--print-plan"]) == 0
+    found = capsys.readouterr().out
+    assert "2 = data 1 × tensor 2" in found
+    assert [line.split() for line in found.splitlines() if line.startswith("micro")] == [
+        ["micro-batches", "per", "step", "2"]
+    ]
+    assert not (tmp_path / "runs").exists()
+
+
+def test_print_plan_for_the_ranks_of_a_job(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = write(tmp_path, parallel={"tensor": 2})
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert main(["train", config, "--print-plan"]) == 0
+    found = capsys.readouterr().out
+    assert found.count("8 = data 4 × tensor 2") == 1, "one rank speaks"
+
+
+def test_overrides_may_follow_an_option(tmp_path: Path) -> None:
+    assert main(["train", write(tmp_path), "--print-plan", "train.steps=5"]) == 0
