@@ -67,7 +67,7 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    from megalite.config import load_config
+    from megalite.config_file import load_config
 
     config = load_config(arguments.config, arguments.overrides)
     if arguments.print_plan:
@@ -88,7 +88,7 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _ranks(arguments: argparse.Namespace) -> None:
-    from megalite.config import load_config
+    from megalite.config_file import load_config
     from megalite.plan import smallest_world
 
     print(smallest_world(load_config(arguments.config, arguments.overrides)))

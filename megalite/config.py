@@ -1,8 +1,8 @@
 """What the user asked for: strict, frozen, never mutated. What follows from it on a given number of ranks is in
 `plan.py`.
 
-A config is a YAML file plus `a.b=c` overrides. Anything unknown or impossible raises `ConfigError`, which names the
-key, its value, what is allowed and the nearest right spelling, so that the user can mend the file without reading code.
+Anything unknown or impossible raises `ConfigError`, which names the key, its value, what is allowed and the nearest
+right spelling, so that the user can mend the file without reading code. `config_file.py` reads configs from YAML.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class ConfigError(ValueError):
 class Section(BaseModel):
     """A frozen part of the config that refuses keys it does not know."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class RunConfig(Section):
@@ -50,14 +50,6 @@ class ModelConfig(Section):
     norm_eps: float = Field(1e-5, gt=0)
     init_std: float = Field(0.02, gt=0)
     tie_embeddings: bool = False
-
-    @model_validator(mode="after")
-    def _heads_divide(self) -> ModelConfig:
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads {self.num_attention_heads}"
-            )
-        return self
 
 
 class Source(Section):
@@ -168,14 +160,6 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     observe: ObserveConfig = ObserveConfig()
 
-    @field_validator("model", mode="before")
-    @classmethod
-    def _model_of_its_family(cls, value: Any) -> Any:
-        # The one look uphill: the fields of a family stand in the family's own file, next to its weights.
-        from megalite.models import model_config
-
-        return model_config(value) if isinstance(value, dict) else value
-
     @model_validator(mode="after")
     def _parts_fit(self) -> Config:
         schedule, lr = self.optimizer.schedule, self.optimizer.lr
@@ -185,89 +169,76 @@ class Config(Section):
             )
         if schedule.min_lr > lr:
             raise ValueError(f"optimizer.schedule.min_lr {schedule.min_lr} is above optimizer.lr {lr}")
+        after_warmup = self.train.steps - schedule.warmup_steps
+        if schedule.name == "wsd" and (schedule.decay_steps or 0) > max(after_warmup, 0):
+            raise ValueError(
+                f"optimizer.schedule.decay_steps {schedule.decay_steps} is more than the {after_warmup} steps that "
+                "follow the warmup"
+            )
         return self
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file, apply `a.b=c` overrides (values are YAML too) and check everything.
-
-    Raises ConfigError."""
-    return parse_config(read_yaml(path), overrides, origin=str(path))
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror or error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected `section: {{key: value}}` lines, got {type(values).__name__}")
-    return values
-
-
-def parse_config(values: dict[str, Any], overrides: Sequence[str] = (), origin: str = "config") -> Config:
-    for override in overrides:
-        values = _with_override(values, override)
-    try:
-        return Config.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError(f"{origin}: {describe_errors(error, Config)}") from None
-
-
-def _with_override(values: dict[str, Any], override: str) -> dict[str, Any]:
-    key, equals, text = override.partition("=")
-    if not equals or not all(key.split(".")):
-        raise ConfigError(f"override {override!r} is not of the form section.key=value")
-    head, _, rest = key.partition(".")
-    if not rest:
-        return {**values, head: yaml.safe_load(text)}
-    inner = values.get(head)
-    if inner is not None and not isinstance(inner, dict):
-        raise ConfigError(f"override {override!r}: {head} is {inner!r}, not a section")
-    return {**values, head: _with_override(inner or {}, f"{rest}={text}")}
-
-
 def describe_errors(error: ValidationError, root: type[BaseModel]) -> str:
     """One line a mistake, in the words of the config instead of pydantic's."""
-    return "\n  ".join(_describe(item, root) for item in error.errors(include_url=False))
+    items = error.errors(include_url=False)
+    # A list of which every item is wrong is also "too short" to pydantic; the items say it better.
+    inner = [item["loc"] for item in items if item["type"] != "too_short"]
+    told = [i for i in items if i["type"] != "too_short" or not any(loc[: len(i["loc"])] == i["loc"] for loc in inner)]
+    return "\n  ".join(_describe(item, root) for item in told)
+
+
+_PLAINLY = {
+    "model_type": "must be a section of `key: value` lines",
+    "dict_type": "must be a section of `key: value` lines",
+    "tuple_type": "must be a list: [a, b]",
+    "path_type": "must be a path",
+    "string_pattern_mismatch": "must start with a letter or digit and hold only letters, digits, `.`, `_` and `-`",
+}
+"""What pydantic says in terms of Python's types."""
 
 
 def _describe(item: Any, root: type[BaseModel]) -> str:
-    path = [part for part in item["loc"] if isinstance(part, int) or part.isidentifier()]
-    key = ".".join(map(str, path))
+    path, known = _walk(item["loc"], root)
+    key, value = ".".join(map(str, path)), item["input"]
     if item["type"] == "extra_forbidden":
-        known = _fields_at(root, path[:-1])
-        close = difflib.get_close_matches(str(path[-1]), known, n=1)
+        close = difflib.get_close_matches(str(path[-1]).replace("-", "_"), known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(sorted(known))}"
-        return f"unknown key {key} (value {item['input']!r}); {hint}"
+        return f"unknown key {key} (value {value!r}); {hint}"
     if item["type"] == "missing":
-        return f"{key} is required"
+        return f"{key} is required" if known else f"{'.'.join(map(str, path[:-1]))}: needs another value"
     message = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    if item["type"] == "value_error" and isinstance(item["input"], dict):
-        lines = message.split("\n  ")
-        return "\n  ".join(line if line.startswith(key) else f"{key}: {line}" for line in lines)
-    value = f" = {item['input']!r}" if not isinstance(item["input"], dict) else ""
-    if item["type"] == "literal_error" and isinstance(item["input"], str):
+    if item["type"] == "value_error" and isinstance(value, dict):
+        return f"{key}: {message}" if key else message
+    message = _PLAINLY.get(item["type"], message)
+    if item["type"] == "literal_error":
         allowed = [word.strip("'") for word in item["ctx"]["expected"].replace(" or ", ", ").split(", ")]
-        close = difflib.get_close_matches(item["input"], allowed, n=1)
-        message += f"; did you mean {close[0]!r}?" if close else ""
-    return f"{key}{value}: {message}"
+        close = difflib.get_close_matches(str(value), allowed, n=1)
+        if isinstance(value, bool):
+            message += "; YAML reads a bare yes, no, on or off as true or false"
+        elif close and close[0] != value:
+            message += f"; did you mean {close[0]!r}?"
+    return f"{key}: {message}" if isinstance(value, dict) else f"{key} = {value!r}: {message}"
 
 
-def _fields_at(model: type[BaseModel], path: Sequence[str | int]) -> list[str]:
-    """Names a section at `path` knows; lists of sections are stepped through."""
-    for part in path:
-        if isinstance(part, int):
-            continue
-        annotation = model.model_fields[part].annotation
-        candidates = [annotation, *typing.get_args(annotation)]
-        sections = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
-        if not sections:
-            return []
-        model = sections[0]
-    return list(model.model_fields)
+def _walk(loc: Sequence[str | int], model: type[BaseModel] | None) -> tuple[list[str | int], list[str]]:
+    """The key pydantic's `loc` stands for, without its marks for unions, and the keys known beside the last one."""
+    path: list[str | int] = []
+    known: list[str] = []
+    for number, part in enumerate(loc):
+        known = list(model.model_fields) if model else []
+        if isinstance(part, int) or part in known or number == len(loc) - 1:
+            path.append(part)
+        if part in known and number < len(loc) - 1 and model is not None:
+            model = _section_in(model.model_fields[str(part)].annotation)
+    return path, known
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    """The section an annotation such as `tuple[Source, ...]` or `Section | None` is about."""
+    for candidate in (annotation, *typing.get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None

@@ -1,19 +1,54 @@
-"""Where the files that come with megalite lie."""
+"""Finding and reading the files that come with megalite, and YAML files in general."""
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megalite.config import ConfigError
 
 
-@cache
 def configs_dir() -> Path:
-    """The folder of shipped configs: beside the package in a checkout, inside it in an installed wheel.
+    """The `configs/` of the checkout the package lies in, else the one the wheel installed inside the package.
 
     Raises FileNotFoundError."""
     package = Path(__file__).resolve().parent
     for folder in (package.parent / "configs", package / "configs"):
-        # chips.yaml tells ours from another project's `configs` that happens to lie in site-packages.
+        # Known by one of its files: beside an installed package there may be a `configs` of somebody else.
         if (folder / "chips.yaml").is_file():
             return folder
-    raise FileNotFoundError(f"megalite's configs are neither beside nor inside {package}; reinstall the package")
+    raise FileNotFoundError(f"no configs/ beside or inside {package}: reinstall megalite")
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice instead of taking the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for number, (key, _) in enumerate(node.value):
+            if getattr(key, "value", None) in keys[:number]:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is given twice", key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def parse_yaml(text: str, origin: str) -> Any:
+    """Raises ConfigError, which calls the text `origin`."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{origin} is not valid YAML: {error}") from None
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A file of `key: value` lines. Raises ConfigError."""
+    try:
+        values = parse_yaml(Path(path).read_text(encoding="utf-8"), str(path))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected `section: {{key: value}}` lines, got {type(values).__name__}")
+    return values

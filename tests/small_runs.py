@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from megalite.config import Config, parse_config
+from megalite.config import Config
+from megalite.config_file import parse_config
 from megalite.data.indexed import IndexedWriter
 from megalite.train import train
 

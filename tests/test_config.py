@@ -12,7 +12,8 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from megalite.config import Config, ConfigError, load_config, parse_config
+from megalite.config import ConfigError
+from megalite.config_file import load_config, parse_config
 from megalite.models import model_config, to_hf_config
 
 LLAMA: dict[str, Any] = {
@@ -97,7 +98,8 @@ def test_numbers_in_every_notation(text: str, lr: float) -> None:
         # out of range
         ("train.steps=0", ["train.steps", "0", "greater than 0"]),
         ("train.seed=-1", ["train.seed", "-1", "greater than or equal to 0"]),
-        ("optimizer.lr=.nan", ["optimizer.lr", "nan", "greater than 0"]),
+        ("optimizer.lr=.nan", ["optimizer.lr", "nan", "finite"]),
+        ("optimizer.lr=.inf", ["optimizer.lr", "inf", "finite"]),
         ("optimizer.betas=[0.9, 1.0]", ["optimizer.betas", "[0.9, 1.0]", "below 1"]),
         ("data.train=[]", ["data.train", "at least 1"]),
         ("data.split=[-1, 0, 0]", ["data.split", "[-1, 0, 0]", "negative"]),
@@ -184,17 +186,14 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
         load_config(tmp_path)
 
 
-@pytest.mark.xfail(strict=True, reason="yaml.ParserError reaches the user as a traceback")
 def test_an_override_that_is_not_yaml() -> None:
     assert "train.steps" in mistake(BASE, "train.steps=[")
 
 
-@pytest.mark.xfail(strict=True, reason="difflib raises TypeError on a name that is no string")
 def test_a_family_that_is_not_a_name() -> None:
     assert "model.family" in mistake(BASE, "model.family=3")
 
 
-@pytest.mark.xfail(strict=True, reason="_describe drops parts of a key that are no identifiers")
 @pytest.mark.parametrize("override", ["train.stop-at=1", "model.hidden-size=1"])
 def test_unknown_key_with_a_hyphen(override: str) -> None:
     found = mistake(BASE, override)
@@ -202,7 +201,6 @@ def test_unknown_key_with_a_hyphen(override: str) -> None:
     assert override.split("=")[0].split(".")[1].replace("-", "_") in found, "the nearest spelling"
 
 
-@pytest.mark.xfail(strict=True, reason="UnicodeDecodeError reaches the user as a traceback")
 def test_a_file_that_is_not_text(tmp_path: Path) -> None:
     path = tmp_path / "bad.yaml"
     path.write_bytes(b"a: \xff\xfe")
@@ -255,7 +253,7 @@ def test_a_changed_preset_does_not_change_what_a_run_wrote() -> None:
     """The config of a run holds every field, so that a later preset of the same name cannot alter it."""
     written = yaml.safe_load(parse_config(BASE | {"model": {"preset": "llama-1m", "vocab_size": 77}}).to_yaml())
     alone = {key: value for key, value in written["model"].items() if key != "preset"}
-    assert model_config(alone).model_copy(update={"preset": "llama-1m"}) == Config.model_validate(written).model
+    assert model_config(alone).model_copy(update={"preset": "llama-1m"}) == parse_config(written).model
 
 
 @pytest.mark.parametrize("model", [LLAMA, GPT2])
@@ -276,16 +274,8 @@ def test_fields_of_a_hugging_face_folder(tmp_path: Path, model: dict[str, Any]) 
         ('{"model_type": "lama"}', ["config.json", "'lama'", "did you mean 'llama'"]),
         ('{"model_type": "t5"}', ["config.json", "'t5'", "gpt2, llama"]),
         ("{}", ["config.json", "model_type"]),
-        pytest.param(
-            '{"model_type": "llama", "vocab_size": 3}',
-            ["config.json", "hidden_size"],
-            marks=pytest.mark.xfail(strict=True, raises=KeyError, reason="a bare KeyError"),
-        ),
-        pytest.param(
-            "[]",
-            ["config.json"],
-            marks=pytest.mark.xfail(strict=True, raises=AttributeError, reason="a bare AttributeError"),
-        ),
+        ('{"model_type": "llama", "vocab_size": 3}', ["config.json", "llama", "hidden_size"]),
+        ("[]", ["config.json is not a JSON object"]),
     ],
 )
 def test_bad_config_json(tmp_path: Path, text: str, words: list[str]) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from megalite.config import Config, ConfigError, parse_config
+from megalite.config import Config, ConfigError
+from megalite.config_file import parse_config
 from megalite.models import model_config, weight_table
 from megalite.plan import Plan, make_plan, smallest_world
 from megalite.resources import configs_dir

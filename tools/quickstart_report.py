@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megalite.config import load_config
+from megalite.config_file import load_config
 from megalite.data.indexed import IndexedDataset
 from megalite.data.statistics import unigram_loss
 from megalite.observe.jsonl import read_metrics

@@ -53,6 +53,7 @@ def _from_folder(
     folder: Path, weights: Sequence[Weight], model: ModelConfig, tensor: Axis, states: tuple[str, ...]
 ) -> ReadState:
     sources = {"weight": TensorFolder(folder)}
+    sources["weight"].add_base_prefix(weights[0].hf[0].partition(".")[0] + ".")
     # Some writers store a tied head a second time.
     sources["weight"].check(weights, ignore=("lm_head.weight",) if model.tie_embeddings else ())
     for state in states:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megalite.models.weights import Weight
+
+BUFFERS = re.compile(r"(\.attn\.(masked_)?bias|\.rotary_emb\.inv_freq)$")
+"""No weights, but stored by older versions of transformers: GPT-2's causal mask, Llama's rotary frequencies."""
 
 
 class CheckpointError(RuntimeError):
@@ -23,6 +27,7 @@ class TensorFolder:
     def __init__(self, folder: Path, stem: str = "model"):
         self.folder, self.stem = folder, stem
         self._open: dict[str, Any] = {}
+        self._prefix = ""
         index = folder / f"{stem}.safetensors.index.json"
         try:
             if index.exists():
@@ -40,22 +45,33 @@ class TensorFolder:
             self._open[name] = safe_open(self.folder / name, framework="pt")
         return self._open[name]
 
+    def _slices(self, name: str) -> Any:
+        return self._file(self.files[name]).get_slice(name.removeprefix(self._prefix))
+
     def fetch(self, name: str, where: tuple[slice, ...]) -> Tensor:
         """Read a slice of a tensor; only its bytes are read."""
-        return self._file(self.files[name]).get_slice(name)[where]
+        return self._slices(name)[where]
+
+    def add_base_prefix(self, prefix: str) -> None:
+        """Let names be asked for with the prefix ("transformer.") that a model stored without its head lacks, such as
+        the hub's own gpt2."""
+        if not any(name.startswith(prefix) for name in self.files):
+            self._prefix = prefix
+            self.files = {prefix + name: file for name, file in self.files.items()}
 
     def check(self, weights: Sequence[Weight], ignore: Sequence[str] = ()) -> None:
         """Raise CheckpointError unless names and shapes are exactly those of the table."""
         wanted = {name: shape for weight in weights for name, shape in weight.hf_shapes().items()}
         missing = sorted(wanted.keys() - self.files.keys())
-        unknown = sorted(self.files.keys() - wanted.keys() - set(ignore))
+        extra = self.files.keys() - wanted.keys() - set(ignore)
+        unknown = sorted(name for name in extra if not BUFFERS.search(name))
         if missing or unknown:
             raise CheckpointError(
                 f"{self.folder}/{self.stem}: the model does not match this checkpoint; "
                 f"missing tensors: {_some(missing)}; tensors of no weight: {_some(unknown)}"
             )
         for name, shape in wanted.items():
-            found = tuple(self._file(self.files[name]).get_slice(name).get_shape())
+            found = tuple(self._slices(name).get_shape())
             if found != shape:
                 raise CheckpointError(
                     f"{self.folder}/{self.stem}: {name} has shape {list(found)}, the model needs {list(shape)}"

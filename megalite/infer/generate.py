@@ -91,7 +91,8 @@ def sample(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> 
         return logits_V.argmax()
     logits_V = logits_V / sampling.temperature
     if sampling.top_k and sampling.top_k < len(logits_V):
-        logits_V = logits_V.masked_fill(logits_V < logits_V.topk(sampling.top_k).values[-1], -torch.inf)
+        best = logits_V.topk(sampling.top_k)
+        logits_V = torch.full_like(logits_V, -torch.inf).scatter(0, best.indices, best.values)
     if sampling.top_p < 1:
         ordered, order = logits_V.softmax(-1).sort(descending=True)
         before = ordered.cumsum(-1) - ordered  # the token that crosses top_p is still in
@@ -106,11 +107,17 @@ def generate_text(
     start = tokenizer.encode(prompt) or ([tokenizer.eod_id] if tokenizer.eod_id is not None else [])
     if not start:
         raise ConfigError("an empty prompt needs a tokenizer that has an end-of-document token")
-    ids: list[int] = []
-    said = ""
+    # Decoded together with the tokens before them, for the space that some tokenizers put between two words, but not
+    # with all of them, or each token would cost more than the one before.
+    ids, shown, decoded = list(start), 0, len(start)
+    before = tokenizer.decode(ids)
+    text = before
     for token in generate(model, start, max_tokens, sampling, tokenizer.eod_id):
         ids.append(token)
-        text = tokenizer.decode(ids)
+        text = tokenizer.decode(ids[shown:])
         if not text.endswith("\ufffd"):
-            yield text[len(said) :]
-            said = text
+            yield text[len(before) :]
+            shown, decoded = decoded, len(ids)
+            before = text = tokenizer.decode(ids[shown:])
+    if len(text) > len(before):
+        yield text[len(before) :]

@@ -13,9 +13,9 @@ import torch
 import torch.nn as nn
 from pydantic import ValidationError
 
-from megalite.config import ConfigError, ModelConfig, describe_errors, read_yaml
+from megalite.config import ConfigError, ModelConfig, describe_errors
 from megalite.models.weights import Weight
-from megalite.resources import configs_dir
+from megalite.resources import configs_dir, read_yaml
 
 FAMILIES = ("gpt2", "llama")
 
@@ -32,18 +32,25 @@ class Family(Protocol):
 
 
 def family(name: str) -> Family:
+    """The module of a family. Raises ConfigError for an unknown one."""
     if name not in FAMILIES:
         raise ConfigError(f"model.family = {name!r} is not known; {_nearest(name, FAMILIES)}")
     return importlib.import_module(f"megalite.models.{name}")
 
 
 def model_config(values: dict[str, Any]) -> ModelConfig:
-    """The `model:` section: a preset or the config of a Hugging Face folder, with any field overridden beside it."""
+    """The `model:` section: a preset or the config of a Hugging Face folder, with any field overridden beside it.
+
+    Raises ConfigError."""
     base: dict[str, Any] = {}
+    if values.get("preset") and values.get("hf"):
+        raise ConfigError("give either a `preset` or an `hf` folder, not both")
     if values.get("preset"):
         base = _read_preset(str(values["preset"]))
-    elif values.get("hf"):
+    elif values.get("hf") and "family" not in values:  # a run's own config.yaml has every field written out
         base = from_hf_config(read_hf_config(Path(values["hf"])))
+    if base and values.get("family") not in (None, base["family"]):
+        raise ConfigError(f"model.family = {values['family']!r}, but preset {values['preset']} is {base['family']!r}")
     merged = base | values
     if "family" not in merged:
         raise ConfigError("model needs a `preset`, an `hf` folder, or a `family` with its fields")
@@ -62,18 +69,21 @@ def _read_preset(name: str) -> dict[str, Any]:
     return read_yaml(folder / f"{name}.yaml")
 
 
-def _nearest(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
+def _nearest(name: Any, known: Any) -> str:
+    close = difflib.get_close_matches(str(name), known, n=1)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
 
 
 def read_hf_config(folder: Path) -> dict[str, Any]:
     try:
-        return json.loads((folder / "config.json").read_text())
+        values = json.loads((folder / "config.json").read_text())
     except OSError as error:
         raise ConfigError(f"{folder / 'config.json'}: {error.strerror or error}") from None
     except json.JSONDecodeError as error:
         raise ConfigError(f"{folder / 'config.json'} is not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{folder / 'config.json'} is not a JSON object")
+    return values
 
 
 def from_hf_config(hf: dict[str, Any]) -> dict[str, Any]:
@@ -81,7 +91,10 @@ def from_hf_config(hf: dict[str, Any]) -> dict[str, Any]:
     kind = str(hf.get("model_type"))
     if kind not in FAMILIES:
         raise ConfigError(f"config.json has model_type = {kind!r}; {_nearest(kind, FAMILIES)}")
-    return family(kind).from_hf(hf)
+    try:
+        return family(kind).from_hf(hf)
+    except KeyError as error:
+        raise ConfigError(f"config.json of a {kind} model lacks {error.args[0]!r}") from None
 
 
 def to_hf_config(config: ModelConfig) -> dict[str, Any]:

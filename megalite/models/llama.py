@@ -36,7 +36,13 @@ class LlamaConfig(ModelConfig):
     rope_scaling: RopeScaling | None = None
 
     @model_validator(mode="after")
-    def _groups_divide(self) -> LlamaConfig:
+    def _heads_fit(self) -> LlamaConfig:
+        if not self.head_dim and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads {self.num_attention_heads}"
+            )
+        if self.head_size % 2:
+            raise ValueError(f"heads of size {self.head_size} cannot be rotated in pairs: the size must be even")
         if self.num_attention_heads % self.kv_heads:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} must be a multiple of num_kv_heads {self.kv_heads}"

@@ -20,6 +20,7 @@ def learning_rate(step: int, num_steps: int, config: OptimizerConfig) -> float:
     if schedule.name == "cosine":
         return low + (peak - low) * 0.5 * (1.0 + math.cos(math.pi * min(done, 1.0)))
     if schedule.name == "wsd":
-        decay_steps = schedule.decay_steps or max(1, num_steps // 10)
+        decay_steps = schedule.decay_steps or num_steps // 10
+        decay_steps = max(1, min(decay_steps, num_steps - schedule.warmup_steps))
         done = max(0.0, (step - (num_steps - decay_steps)) / decay_steps)
     return low + (peak - low) * (1.0 - min(done, 1.0))

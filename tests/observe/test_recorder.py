@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from megalite.config import Config, parse_config
+from megalite.config import Config
+from megalite.config_file import parse_config
 from megalite.observe import plot
 from megalite.observe import wandb as wandb_sink
 from megalite.observe.console import clock, compact

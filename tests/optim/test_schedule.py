@@ -90,7 +90,6 @@ def test_past_the_end_it_stays_at_the_lowest(name: str) -> None:
     assert learning_rate(STEPS + 50, STEPS, config) == pytest.approx(LOW, rel=1e-14)
 
 
-@pytest.mark.xfail(strict=True, reason="a decay longer than what follows the warmup begins with a jump")
 def test_wsd_decay_longer_than_what_is_left_does_not_jump() -> None:
     found = rates("wsd", decay_steps=STEPS)
     assert found[WARMUP] - found[WARMUP + 1] < 2 * (found[STEPS - 1] - found[STEPS])

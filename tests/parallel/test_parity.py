@@ -13,7 +13,8 @@ from torch import Tensor
 
 from megalite.checkpoint.gather import gather_logical
 from megalite.checkpoint.load import from_seed
-from megalite.config import Config, parse_config
+from megalite.config import Config
+from megalite.config_file import parse_config
 from megalite.counter_random import random_bits
 from megalite.data.loader import MicroBatch
 from megalite.keys import key_of
