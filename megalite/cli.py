@@ -26,8 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments.verb(arguments)
     except (ConfigError, DataError, CheckpointError) as error:
-        if int(os.environ.get("RANK", 0)) == 0:  # every rank finds the same mistake
-            print(f"error: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK")  # a mistake in the config is every rank's, a bad disk may be one rank's alone
+        print(f"error{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

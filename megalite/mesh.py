@@ -44,13 +44,18 @@ def make_mesh(plan: Plan, device: torch.device) -> Mesh:
     """The groups of a plan. Every rank must call it. A lone process needs no torch.distributed."""
     if plan.world_size == 1:
         return Mesh(Axis(), Axis(), Axis(), device)
+    world = _axis(dist.group.WORLD)
+    # An axis that is the whole world needs no group of its own, and one of size 1 needs none at all.
+    if plan.tensor == 1:
+        return Mesh(world, Axis(), world, device)
+    if plan.data == 1:
+        return Mesh(Axis(), world, world, device)
     grid = init_device_mesh(device.type, (plan.data, plan.tensor), mesh_dim_names=("data", "tensor"))
-    return Mesh(_axis(grid.get_group("data")), _axis(grid.get_group("tensor")), _axis(dist.group.WORLD), device)
+    return Mesh(_axis(grid.get_group("data")), _axis(grid.get_group("tensor")), world, device)
 
 
 def _axis(group: dist.ProcessGroup | None) -> Axis:
-    size = dist.get_world_size(group)
-    return Axis(size, dist.get_rank(group), group) if size > 1 else Axis()
+    return Axis(dist.get_world_size(group), dist.get_rank(group), group)
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ class Launch:
         env = os.environ
         if "RANK" in env:
             return cls(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)))
-        # sbatch alone also sets SLURM_PROCID; only inside an srun step does SLURM_STEP_ID differ from the batch step.
+        # sbatch alone also sets SLURM_PROCID; SLURM_STEP_NUM_TASKS is there only inside an srun step.
         if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
             return cls(int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_LOCALID"]))
         return cls(0, 1, 0)
@@ -90,6 +95,7 @@ class Launch:
             rank=self.rank,
             world_size=self.world_size,
             timeout=datetime.timedelta(minutes=timeout_minutes),
+            device_id=self.device if self.device.type == "cuda" else None,
         )
 
 
@@ -97,7 +103,7 @@ def _slurm_rendezvous() -> dict[str, str]:
     """First host of the job, and a port that follows from the job id so that two jobs on a node do not meet."""
     nodes = os.environ["SLURM_JOB_NODELIST"]
     hosts = subprocess.run(["scontrol", "show", "hostnames", nodes], check=True, capture_output=True, text=True)
-    port = 20_000 + int(os.environ["SLURM_JOB_ID"]) % 20_000
+    port = 10_000 + int(os.environ["SLURM_JOB_ID"]) % 20_000  # below the ports Linux hands out by itself
     return {"MASTER_ADDR": hosts.stdout.split()[0], "MASTER_PORT": str(port)}
 
 

@@ -1,7 +1,8 @@
-"""Finding and reading the files that come with megalite, and YAML files in general."""
+"""Files: those that come with megalite, YAML, and making writes last."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -52,3 +53,12 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected `section: {{key: value}}` lines, got {type(values).__name__}")
     return values
+
+
+def fsync(path: Path) -> None:
+    """Make a written file, or the renames in a folder, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -75,7 +75,7 @@ def join_over_slurm(rank: int, world_size: int) -> int:
         os.environ.pop(name, None)
     os.environ |= {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}
     Launch.from_environment().join(timeout_minutes=1)
-    assert os.environ["MASTER_PORT"] == str(20_000 + 123_456 % 20_000)
+    assert os.environ["MASTER_PORT"] == str(10_000 + 123_456 % 20_000)
     count = torch.ones(())
     torch.distributed.all_reduce(count)
     return int(count)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +27,6 @@ def write_json(path: Path, value: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-
-
-def fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def digest(path: Path) -> dict[str, Any]:
@@ -56,8 +50,20 @@ def damaged_files(folder: Path, rank: int = 0, ranks: int = 1) -> list[str]:
     files = read_manifest(folder)
     if files is None:
         return [MANIFEST]
-    mine = sorted(files)[rank::ranks]
-    return [name for name in mine if digest(folder / name) != files[name]]
+    return [name for name in sorted(files)[rank::ranks] if not _intact(folder / name, files[name])]
+
+
+def _intact(path: Path, wanted: dict[str, Any]) -> bool:
+    try:
+        return digest(path) == wanted
+    except OSError:  # a bad disk says so when it is read
+        return False
+
+
+def set_aside(folder: Path) -> None:
+    """Rename a damaged checkpoint, so that it is neither taken, nor counted when pruning, nor lost."""
+    with contextlib.suppress(OSError):  # where that cannot be, it is passed over again next time
+        folder.rename(folder.with_name(f"{folder.name}.damaged-{time.time_ns()}"))
 
 
 def complete_steps(root: Path) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import threading
@@ -10,19 +11,27 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megalite.checkpoint.folder import MANIFEST, digest, fsync, prune, step_folder, write_json
-from megalite.checkpoint.gather import choose_owners, gather_logical
+from megalite.checkpoint.folder import MANIFEST, digest, prune, step_folder, write_json
+from megalite.checkpoint.gather import gather_logical
+from megalite.engine.layout import choose_owners
 from megalite.engine.native import NativeEngine
 from megalite.mesh import Mesh
 from megalite.models.weights import Weight
+from megalite.parallel.collectives import all_agree
+from megalite.resources import fsync
+
+PATIENCE_S = 1800.0
+"""How long rank 0 waits for the files of the other ranks."""
 
 
 class Saver:
-    """Writes checkpoints of a run. Every rank has one and calls it at the same steps."""
+    """Writes checkpoints of a run. Every rank has one and calls it at the same steps.
+
+    A save that fails costs training nothing: it is reported, older checkpoints stand untouched, and the folder never
+    gets its name."""
 
     def __init__(
         self,
@@ -34,80 +43,105 @@ class Saver:
         write_extras: Callable[[Path], None],
     ):
         """`write_extras` puts what is not a tensor (config.json, tokenizer) into a folder; rank 0 calls it."""
-        self.root, self.keep, self.weights, self.mesh, self.engine = root, keep, weights, mesh, engine
+        self.root, self.keep, self.mesh, self.engine = root, keep, mesh, engine
         self.write_extras = write_extras
-        self.owners = choose_owners(weights, mesh.world.size)
+        self.table = {weight.name: weight for weight in weights}
+        layouts = [bucket.layout for bucket in engine.buckets]
+        self.owners = choose_owners(layouts, mesh.data.size, mesh.tensor.size)
+        self.error: str | None = None
+        """Why the last save failed, as far as this rank knows; None if it did not. Ask after `wait`."""
         self._thread: threading.Thread | None = None
+        self._abandoned = threading.Event()
         self._news: list[str] = []
 
     def save(self, step: int, train_state: dict[str, Any]) -> None:
-        """Gather the state of this moment and start writing it. Waits first for an earlier save to end."""
-        self.wait()
+        """Gather the state of this moment and start writing it. Waits first for an earlier save to end on all ranks."""
+        # In short rounds: a rank that sat in one long collective would be taken for hanging.
+        while not all_agree(self._thread is None or not self._thread.is_alive(), self.mesh):
+            time.sleep(0.2)
+        self.error = None
         folder = step_folder(self.root, step)
         temporary = folder.with_name(f"{folder.name}.tmp")
         if self.mesh.world.rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-            (temporary / "optimizer").mkdir(parents=True)
-        if self.mesh.world.size > 1:
-            dist.barrier()
-        tensors = {
-            kind: gather_logical(self.weights, kind, self.owners, self.mesh, self.engine)
-            for kind in ("weight", *self.engine.states)
-        }
+            try:
+                shutil.rmtree(temporary, ignore_errors=True)
+                (temporary / "optimizer").mkdir(parents=True)
+            except OSError as error:
+                self._failed(folder, error)
+        all_agree(True, self.mesh)  # nobody looks before rank 0 has made it
+        if not all_agree((temporary / "optimizer").is_dir(), self.mesh):
+            self._failed(folder, OSError(f"not every rank sees {self.root}; run.dir must be on a shared file system"))
+            return
+        kinds = ("weight", *self.engine.states)
+        tensors = {kind: gather_logical(kind, self.owners, self.mesh, self.engine) for kind in kinds}
         self._thread = threading.Thread(
-            target=self._write_guarded, args=(folder, temporary, step, tensors, train_state), name="checkpoint"
+            target=self._write_guarded, args=(folder, temporary, tensors, train_state), name="checkpoint"
         )
         self._thread.start()
 
-    def wait(self) -> None:
-        """Until this rank's part of the last save is on disk; on rank 0, until the whole checkpoint is."""
+    def wait(self, abandon: bool = False) -> None:
+        """Until this rank's part of the last save is on disk; on rank 0, until the whole checkpoint is.
+
+        `abandon` does not wait for other ranks, which may be gone."""
+        if abandon:
+            self._abandoned.set()
         if self._thread is not None:
             self._thread.join()
-            self._thread = None
 
     def news(self) -> list[str]:
-        """What the thread has to say since the last call, for the console."""
+        """What there is to say since the last call, for the console."""
         said, self._news = self._news, []
         return said
 
-    def _write_guarded(self, folder: Path, *args: Any) -> None:
-        # Training outlives a save that fails: older checkpoints stand untouched, and this one never gets its name.
-        try:
-            self._write(folder, *args)
-        except Exception as error:
-            self._news.append(f"WARNING: {folder} was not saved: {error}")
+    def _failed(self, folder: Path, error: Exception) -> None:
+        if self.error is None:
+            self.error = f"{folder} was not saved: {error}"
+            self._news.append(f"warning: {self.error}")
 
-    def _write(
-        self,
-        folder: Path,
-        temporary: Path,
-        step: int,
-        tensors: dict[str, dict[str, Tensor]],
-        train_state: dict[str, Any],
+    def _write_guarded(
+        self, folder: Path, temporary: Path, tensors: dict[str, dict[str, Tensor]], train_state: dict[str, Any]
     ) -> None:
         begin, rank = time.monotonic(), self.mesh.world.rank
+        try:
+            part = self._write_part(temporary, tensors)
+        except Exception as error:
+            part = {"error": f"rank {rank}: {error}"}
+            self._failed(folder, error)
+        try:
+            write_json(temporary / f"part-{rank}.json", part)
+            if rank > 0:
+                return
+            self._complete(folder, temporary, train_state)
+        except Exception as error:
+            self._failed(folder, error)
+            return
+        self._news.append(f"saved {folder} in {time.monotonic() - begin:.1f} s")
+        with contextlib.suppress(OSError):  # what cannot be deleted now is tried again after the next save
+            prune(self.root, self.keep)
+
+    def _write_part(self, temporary: Path, tensors: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
+        """This rank's files; returns their digests, and the sizes in bytes of the tensors in them."""
         part: dict[str, Any] = {"files": {}, "tensors": {}}
         for kind, logical in tensors.items():
-            stem = Path("model") if kind == "weight" else Path("optimizer") / kind
             if logical:
-                name = str(stem) + self._suffix(rank)
+                stem = "model" if kind == "weight" else f"optimizer/{kind}"
+                name = stem + self._suffix()
                 part["tensors"][name] = self._write_tensors(temporary / name, logical)
                 part["files"][name] = digest(temporary / name)
-        write_json(temporary / f"part-{rank}.json", part)
-        if rank == 0:
-            self._complete(folder, temporary, train_state)
-            self._news.append(f"saved {folder} in {time.monotonic() - begin:.1f} s")
+        return part
 
-    def _suffix(self, rank: int) -> str:
-        writers = sorted(set(self.owners.values()))
+    def _writers(self) -> list[int]:
+        return sorted({self.mesh.rank_at(*owner) for owner in self.owners.values()})
+
+    def _suffix(self) -> str:
+        writers = self._writers()
         if len(writers) == 1:
             return ".safetensors"
-        return f"-{writers.index(rank) + 1:05d}-of-{len(writers):05d}.safetensors"
+        return f"-{writers.index(self.mesh.world.rank) + 1:05d}-of-{len(writers):05d}.safetensors"
 
     def _write_tensors(self, path: Path, logical: dict[str, Tensor]) -> dict[str, int]:
         """Write one file of Hugging Face tensors; returns their sizes in bytes."""
-        table = {weight.name: weight for weight in self.weights}
-        named = {hf: tensor for name, whole in logical.items() for hf, tensor in table[name].to_hf(whole).items()}
+        named = {hf: tensor for name, whole in logical.items() for hf, tensor in self.table[name].to_hf(whole).items()}
         save_file(named, path, metadata={"format": "pt"})
         fsync(path)
         return {name: tensor.nbytes for name, tensor in named.items()}
@@ -119,11 +153,13 @@ class Saver:
         files: dict[str, Any] = {}
         tensors: dict[str, dict[str, int]] = {}
         for rank in range(self.mesh.world.size):
-            part = _wait_for_json(temporary / f"part-{rank}.json")
+            part = self._wait_for_part(temporary / f"part-{rank}.json")
+            if "error" in part:
+                raise OSError(part["error"])
             files |= part["files"]
             tensors |= part["tensors"]
             (temporary / f"part-{rank}.json").unlink()
-        if len(set(self.owners.values())) > 1:
+        if len(self._writers()) > 1:
             _write_indices(temporary, tensors)
         for path in sorted(p for p in temporary.rglob("*") if p.is_file()):
             name = str(path.relative_to(temporary))
@@ -137,17 +173,17 @@ class Saver:
             shutil.rmtree(folder)  # the same step saved again, after a resume from an older one
         temporary.rename(folder)
         fsync(folder.parent)
-        prune(self.root, self.keep)
 
-
-def _wait_for_json(path: Path, timeout_s: float = 3600.0) -> Any:
-    """Other ranks say through the file system that they are done: their threads must not use collectives."""
-    deadline = time.monotonic() + timeout_s
-    while not path.exists():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"{path.name} did not appear within {timeout_s:.0f} s")
-        time.sleep(0.02)
-    return json.loads(path.read_text())
+    def _wait_for_part(self, path: Path) -> Any:
+        """Other ranks say through the file system that they are done: their threads must not use collectives."""
+        deadline = time.monotonic() + PATIENCE_S
+        while not path.exists():
+            if self._abandoned.is_set():
+                raise TimeoutError("training ended before every rank had written its part")
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{path.name} did not appear within {PATIENCE_S:.0f} s")
+            time.sleep(0.02)
+        return json.loads(path.read_text())
 
 
 def _write_indices(folder: Path, tensors: dict[str, dict[str, int]]) -> None:

@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megalite.resources import fsync
+
 MAGIC, VERSION = b"MMIDIDX\0\0", 1
 HEADER = struct.Struct("<9sQBQQ")
 DTYPES = {
@@ -196,7 +198,7 @@ class IndexedWriter:
             for final in self._final:
                 final.unlink(missing_ok=True)
             raise
-        fsync_folder(self._final[0].parent)
+        fsync(self._final[0].parent)
 
     def _write_index(self) -> None:
         num, offset, chunk = self.num_documents, 0, CHUNK_DOCUMENTS
@@ -230,12 +232,3 @@ class IndexedWriter:
                 self.finish()
         finally:
             self.abort()
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make renames in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

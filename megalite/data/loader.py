@@ -33,7 +33,8 @@ class Loader:
 
     Step s is samples start_sample + [s·G, (s+1)·G) of the mixture, whatever the ranks: micro-batch m of data rank d
     is its samples (m·data_size + d)·B + [0, B). A thread reads `prefetch` steps ahead; an error in it is raised here.
-    Close the loader, or use it in a `with`, to end the thread. Raises DataError for sizes that do not divide."""
+    Close the loader, or use it in a `with`, to end the thread. Raises DataError for sizes that do not divide, and for
+    a token id that is not below `vocab_size`, where that is given."""
 
     def __init__(
         self,
@@ -44,6 +45,7 @@ class Loader:
         data_size: int,
         start_sample: int = 0,
         prefetch: int = 2,
+        vocab_size: int | None = None,
     ) -> None:
         if min(global_batch_size, micro_batch_size, data_size, prefetch) < 1 or start_sample < 0:
             raise DataError("batch sizes, data_size and prefetch must be at least 1, and start_sample at least 0")
@@ -62,7 +64,7 @@ class Loader:
         # The thread must not hold the loader, or a loader that is dropped unclosed would never be collected.
         self._thread = threading.Thread(
             target=_read_ahead,
-            args=(mixture, rows, start_sample, global_batch_size, self._steps, self._stop),
+            args=(mixture, rows, start_sample, global_batch_size, vocab_size, self._steps, self._stop),
             name="megalite-loader",
             daemon=True,
         )
@@ -85,6 +87,11 @@ class Loader:
             raise item
         self._samples += self.global_batch_size
         return item
+
+    @property
+    def samples(self) -> int:
+        """How many samples of the run all ranks together were handed."""
+        return self._samples
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds: which data, and how many of its samples all ranks together were handed.
@@ -120,11 +127,17 @@ class Loader:
 
 
 def _read_ahead(
-    mixture: Mixture, rows: Int64s, first: int, stride: int, steps: queue.Queue, stop: threading.Event
+    mixture: Mixture,
+    rows: Int64s,
+    first: int,
+    stride: int,
+    vocab_size: int | None,
+    steps: queue.Queue,
+    stop: threading.Event,
 ) -> None:
     while not stop.is_set():
         try:
-            step: list[MicroBatch] | BaseException = _read_step(mixture, first + rows)
+            step: list[MicroBatch] | BaseException = _read_step(mixture, first + rows, vocab_size)
         except BaseException as error:
             # Whatever it is belongs to the consumer, who would wait for ever otherwise.
             step = error
@@ -134,9 +147,18 @@ def _read_ahead(
         first += stride
 
 
-def _read_step(mixture: Mixture, indices: Int64s) -> list[MicroBatch]:
+def _read_step(mixture: Mixture, indices: Int64s, vocab_size: int | None) -> list[MicroBatch]:
     """indices: [micro-batches, B]."""
-    windows = torch.from_numpy(mixture.samples(indices.ravel())).view(*indices.shape, -1)  # [micro-batches, B, T + 1]
+    tokens = mixture.samples(indices.ravel())
+    # A cut vocabulary would take an id outside of it for another rank's, and train on nonsense without a word.
+    if vocab_size is not None and not 0 <= tokens.min() <= tokens.max() < vocab_size:
+        row = int(np.argmax((tokens < 0).any(1) | (tokens >= vocab_size).any(1)))
+        source, sample = mixture.locate(indices.ravel()[row : row + 1])
+        raise DataError(
+            f"{mixture.sources[int(source[0])].dataset.prefix}: sample {int(sample[0])} holds token id "
+            f"{max(tokens[row].max(), -tokens[row].min())}, but model.vocab_size = {vocab_size}"
+        )
+    windows = torch.from_numpy(tokens).view(*indices.shape, -1)  # [micro-batches, B, T + 1]
     return [
         MicroBatch(window[:, :-1].contiguous(), window[:, 1:].contiguous(), samples)
         for window, samples in zip(windows, torch.from_numpy(indices), strict=True)

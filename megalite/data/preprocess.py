@@ -29,8 +29,9 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from megalite.data.documents import Document, Report, iter_documents
-from megalite.data.indexed import DataError, IndexedWriter, fsync_folder, token_dtype
+from megalite.data.indexed import DataError, IndexedWriter, token_dtype
 from megalite.data.tokenizer import Tokenizer, load_tokenizer
+from megalite.resources import fsync
 
 BATCH_BYTES = 1 << 20
 BATCHES_PER_WORKER = 4
@@ -199,7 +200,7 @@ def _write_metadata(result: Preprocessed, tokenizer: Tokenizer, inputs: Sequence
     final, temporary = Path(f"{result.prefix}.json"), Path(f"{result.prefix}.json.tmp")
     temporary.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(temporary, final)
-    fsync_folder(final.parent)
+    fsync(final.parent)
 
 
 class _Meter:

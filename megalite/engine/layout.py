@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -37,14 +37,6 @@ class Bucket:
         length = self.size // ranks
         return rank * length, (rank + 1) * length
 
-    def overlaps(self, rank: int, ranks: int) -> Iterable[tuple[Slot, int, int]]:
-        """The weights that reach into a rank's shard: (slot, first, last) in elements of the bucket."""
-        low, high = self.shard(rank, ranks)
-        for slot in self.slots:
-            start, stop = max(slot.start, low), min(slot.stop, high)
-            if start < stop:
-                yield slot, start, stop
-
 
 def make_buckets(weights: Sequence[Weight], tensor: int, data: int, max_elements: int) -> tuple[Bucket, ...]:
     """Fill buckets in the order in which a backward pass finishes the gradients: the last weight first.
@@ -75,21 +67,14 @@ def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Elements [start, stop) of a flattened local weight, which the data rank `data_rank` answers for."""
-
-    data_rank: int
-    start: int
-    stop: int
-
-
-def pieces_of(buckets: Sequence[Bucket], data: int) -> dict[str, tuple[Piece, ...]]:
-    """For every weight, who answers for which part of its state: the same on every tensor rank."""
-    found: dict[str, list[Piece]] = {}
-    for bucket in buckets:
-        for rank in range(data):
-            for slot, start, stop in bucket.overlaps(rank, data):
-                piece = Piece(rank, start - slot.start, stop - slot.start)
-                found.setdefault(slot.weight.name, []).append(piece)
-    return {name: tuple(pieces) for name, pieces in found.items()}
+def choose_owners(buckets: Sequence[Bucket], data: int, tensor: int) -> dict[str, tuple[int, int]]:
+    """(data rank, tensor rank) that writes each weight, so that all write about as much. A bucket has one data rank."""
+    load = [[0] * tensor for _ in range(data)]
+    owners: dict[str, tuple[int, int]] = {}
+    for bucket in sorted(buckets, key=lambda bucket: -bucket.size):
+        row = min(range(data), key=lambda rank: min(load[rank]))
+        for slot in sorted(bucket.slots, key=lambda slot: slot.start - slot.stop):
+            column = load[row].index(min(load[row]))
+            load[row][column] += slot.weight.numel
+            owners[slot.weight.name] = (row, column)
+    return owners

@@ -19,14 +19,14 @@ answers for one equal shard of every bucket. A step:
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
 from megalite.config import OptimizerConfig
-from megalite.engine.layout import Bucket, Piece, make_buckets, pieces_of
+from megalite.engine.layout import Bucket, make_buckets
 from megalite.mesh import Mesh
 from megalite.models.weights import Weight
 from megalite.parallel.collectives import Wait, all_reduce, start_all_gather, start_reduce, start_reduce_scatter
@@ -102,11 +102,9 @@ class NativeEngine:
         bucket_mb: float = 40.0,
     ):
         self.model, self.mesh, self.clip, self.sequence = model, mesh, optimizer.clip, sequence
-        self.zero_stage, self.dtype, self.num_steps = zero_stage, dtype, 0
+        self.zero_stage, self.dtype = zero_stage, dtype
         layout = make_buckets(weights, mesh.tensor.size, mesh.data.size, int(bucket_mb * 2**20 / 4))
-        self.pieces: dict[str, tuple[Piece, ...]] = pieces_of(layout, mesh.data.size)
         self.buckets = [BucketState(bucket, mesh, dtype, zero_stage) for bucket in layout]
-        self._by_name = {slot.weight.name: b for b in self.buckets for slot in b.layout.slots}
         self._adopt(model)
         self.optimizer = self._make_optimizer(optimizer)
         self._next = 0  # buckets are reduced in one order on all ranks, or their collectives would mix
@@ -210,7 +208,6 @@ class NativeEngine:
 
     def step(self, lr: float) -> Tensor:
         """Clip, update the weights, forget the gradients. Returns the global gradient norm before clipping, fp32 []."""
-        self.num_steps += 1
         norm = self.gradient_norm()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -240,27 +237,23 @@ class NativeEngine:
     # --- state, in logical terms ----------------------------------------------------------------------------------
 
     def load(self, read: ReadState, num_steps: int = 0) -> None:
-        """Fill weights and optimizer state, asking `read` only for what this rank holds."""
-        self.num_steps = num_steps
+        """Fill weights and optimizer state, asking `read` only for what this rank answers for. All ranks call it."""
+        # In fp32 the weights are the master weights, and begin as them.
+        kind = "master" if self.dtype == torch.float32 else "weight"
         for bucket in self.buckets:
-            stepped = bucket.stepped
-            for slot in bucket.layout.slots:
-                kind = "master" if self.dtype == torch.float32 else "weight"
-                bucket.weights[slot.start : slot.stop] = read(slot.weight, kind, 0, slot.stop - slot.start)
-                start, stop = max(slot.start, stepped.start), min(slot.stop, stepped.stop)
-                if start >= stop:
-                    continue
-                for state in self.states:
-                    whole = bucket.master.data if state == "master" else getattr(bucket, state)
-                    values = read(slot.weight, state, start - slot.start, stop - slot.start)
-                    whole[start - stepped.start : stop - stepped.start] = values
+            _fill(bucket, bucket.weights, 0, slice(bucket.low, bucket.high), read, kind)
+            for state in self.states:
+                whole = bucket.master.data if state == "master" else getattr(bucket, state)
+                _fill(bucket, whole, bucket.stepped.start, bucket.stepped, read, state)
             self.optimizer.state[bucket.master]["step"].fill_(num_steps)
+        # What the data ranks have read of the weights is read once in all, not once by each.
+        for wait in [start_all_gather(bucket.weights, self.mesh.data) for bucket in self.buckets]:
+            wait()
 
-    def local_state(self, name: str, kind: str) -> Iterator[tuple[Piece, Tensor]]:
-        """What this data rank answers for of a weight: the piece and its elements, flat."""
-        bucket = self._by_name[name]
-        shard = bucket.state(kind)
-        for slot, start, stop in bucket.layout.overlaps(self.mesh.data.rank, self.mesh.data.size):
-            if slot.weight.name == name:
-                piece = Piece(self.mesh.data.rank, start - slot.start, stop - slot.start)
-                yield piece, shard[start - bucket.low : stop - bucket.low]
+
+def _fill(bucket: BucketState, into: Tensor, offset: int, part: slice, read: ReadState, kind: str) -> None:
+    """Read `kind` for the elements `part` of a bucket. `into` holds the bucket's elements from `offset` on."""
+    for slot in bucket.layout.slots:
+        start, stop = max(slot.start, part.start), min(slot.stop, part.stop)
+        if start < stop:
+            into[start - offset : stop - offset] = read(slot.weight, kind, start - slot.start, stop - slot.start)

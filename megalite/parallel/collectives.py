@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megalite.mesh import Axis
+from megalite.mesh import Axis, Mesh
 
 # torch 2.13 renamed these two; megalite supports the older names as well.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -22,6 +22,9 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 Wait = Callable[[], object]
 """Call it before touching the result."""
+
+Result = Callable[[], Tensor]
+"""Waits, and gives the result."""
 
 
 def _done() -> None:
@@ -39,23 +42,58 @@ def all_reduce(x: Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.ReduceO
     return x
 
 
+def all_agree(yes: bool, mesh: Mesh) -> bool:
+    """Whether every rank says yes. What one rank alone has found must be told to all before they part ways."""
+    no = torch.tensor(int(not yes), device=mesh.device)
+    return not all_reduce(no, mesh.world, dist.ReduceOp.MAX)
+
+
 def all_gather(x: Tensor, axis: Axis, dim: int) -> Tensor:
-    """Concatenate every rank's `x` along `dim`."""
-    if axis.size == 1:
-        return x
-    gathered = x.new_empty(axis.size, *x.shape)
-    gathered[axis.rank] = x
-    start_all_gather(gathered.view(-1), axis)()
-    return gathered.movedim(0, dim).flatten(dim, dim + 1)
+    """Concatenate every rank's `x` along `dim` (not negative)."""
+    return start_gather_along(x, axis, dim)()
 
 
 def reduce_scatter(x: Tensor, axis: Axis, dim: int) -> Tensor:
     """Sum over ranks, of which each keeps its own slice of `dim`."""
+    return start_scatter_along(x, axis, dim)()
+
+
+def start_gather_along(x: Tensor, axis: Axis, dim: int) -> Result:
     if axis.size == 1:
+        return lambda: x
+    gathered = x.new_empty(axis.size, *x.shape)
+    gathered[axis.rank] = x
+    wait = start_all_gather(gathered.view(-1), axis)
+
+    def result() -> Tensor:
+        wait()
+        return gathered.movedim(0, dim).flatten(dim, dim + 1)
+
+    return result
+
+
+def start_reduce_whole(x: Tensor, axis: Axis) -> Result:
+    """The sum over ranks, computed in `x` itself."""
+    wait = start_reduce(x.view(-1), axis)
+
+    def result() -> Tensor:
+        wait()
         return x
+
+    return result
+
+
+def start_scatter_along(x: Tensor, axis: Axis, dim: int) -> Result:
+    if axis.size == 1:
+        return lambda: x
     pieces = torch.stack(x.chunk(axis.size, dim))
-    start_reduce_scatter(pieces.view(-1), axis)()
-    return pieces[axis.rank]
+    wait = start_reduce_scatter(pieces.view(-1), axis)
+
+    def result() -> Tensor:
+        wait()
+        return pieces[axis.rank]
+
+    return result
 
 
 def start_reduce(flat: Tensor, axis: Axis) -> Wait:

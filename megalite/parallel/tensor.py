@@ -5,8 +5,8 @@ Every matrix is cut over the tensor axis: column-parallel (output rows) then row
 block communicates once on its way in and once on its way out.
 
                without sequence parallelism          with: activations between blocks are [B, T/n, D]
-    way in     forward nothing, backward all-reduce   forward all-gather, backward reduce-scatter
-    way out    forward all-reduce, backward nothing   forward reduce-scatter, backward all-gather
+    way in     forward nothing, backward all-reduce   forward all-gather, backward reduce-scatter   _ColumnLinear
+    way out    forward all-reduce, backward nothing   forward reduce-scatter, backward all-gather   leave
 """
 
 from __future__ import annotations
@@ -22,21 +22,17 @@ from torch.autograd import Function
 
 from megalite.mesh import Axis
 from megalite.models.layers import IGNORE
-from megalite.parallel.collectives import all_gather, all_reduce, reduce_scatter
+from megalite.parallel.collectives import (
+    all_gather,
+    all_reduce,
+    reduce_scatter,
+    start_gather_along,
+    start_reduce_whole,
+    start_scatter_along,
+)
 
 SEQUENCE = 1
 """Activations are [batch, sequence, …]."""
-
-
-class _Enter(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return all_reduce(grad.contiguous(), ctx.axis), None
 
 
 class _Leave(Function):
@@ -50,17 +46,6 @@ class _Leave(Function):
         return grad, None
 
 
-class _GatherSequence(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return all_gather(x, axis, SEQUENCE)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return reduce_scatter(grad, ctx.axis, SEQUENCE), None
-
-
 class _ScatterSequence(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
@@ -72,14 +57,34 @@ class _ScatterSequence(Function):
         return all_gather(grad, ctx.axis, SEQUENCE), None
 
 
-def enter(x: Tensor, axis: Axis, sequence: bool) -> Tensor:
-    """Into a tensor-parallel region: every rank needs all of `x`, each gives back a part of its gradient."""
-    return (_GatherSequence if sequence else _Enter).apply(x, axis)
-
-
 def leave(x: Tensor, axis: Axis, sequence: bool) -> Tensor:
     """Out of a tensor-parallel region: every rank holds a part of the sum."""
     return (_ScatterSequence if sequence else _Leave).apply(x, axis)
+
+
+class _ColumnLinear(Function):
+    """The way in and the product after it in one, for two reasons: under sequence parallelism only this rank's slice of
+    the input is kept, and gathered again in the backward pass; and the gradient of the input travels while that of the
+    weight is computed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, axis: Axis, sequence: bool) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.axis, ctx.sequence, ctx.has_bias = axis, sequence, bias is not None
+        return F.linear(all_gather(x, axis, SEQUENCE) if sequence else x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
+        x, weight = ctx.saved_tensors
+        if ctx.sequence:
+            whole_x = start_gather_along(x, ctx.axis, SEQUENCE)
+            grad_x = start_scatter_along(grad @ weight, ctx.axis, SEQUENCE)
+            x = whole_x()
+        else:
+            grad_x = start_reduce_whole(grad @ weight, ctx.axis)
+        grad_rows = grad.flatten(0, -2)
+        grad_weight = grad_rows.t() @ x.flatten(0, -2)
+        return grad_x(), grad_weight, grad_rows.sum(0) if ctx.has_bias else None, None, None
 
 
 class _Parallel(nn.Module):
@@ -96,7 +101,7 @@ class ColumnParallelLinear(_Parallel):
         self.weight, self.bias = weight, bias
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(enter(x, self.axis, self.sequence), self.weight, self.bias)
+        return _ColumnLinear.apply(x, self.weight, self.bias, self.axis, self.sequence)
 
 
 class RowParallelLinear(_Parallel):
@@ -140,7 +145,7 @@ class _CrossEntropy(Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, axis: Axis, vocab_size: int) -> Tensor:
         rows = logits.shape[-1]
-        exponent = logits.float().clone()
+        exponent = logits.to(torch.float32, copy=True)
         exponent[..., max(0, vocab_size - axis.rank * rows) :] = -torch.inf  # padding takes no probability
         largest = all_reduce(exponent.amax(-1), axis, dist.ReduceOp.MAX)
         exponent -= largest[..., None]

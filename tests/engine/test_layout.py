@@ -8,7 +8,7 @@ from math import prod
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megalite.engine.layout import ALIGNMENT, Bucket, make_buckets, pieces_of
+from megalite.engine.layout import ALIGNMENT, Bucket, choose_owners, make_buckets
 from megalite.models.weights import Weight
 
 Kind = tuple[bool, bool, bool]
@@ -87,22 +87,13 @@ def test_shards_are_equal_aligned_and_cover_the_bucket(
 
 @given(table=tables(), tensor=TENSOR, data=DATA, most=MOST)
 @settings(max_examples=200, deadline=None)
-def test_one_data_rank_answers_for_each_element(table: tuple[Weight, ...], tensor: int, data: int, most: int) -> None:
+def test_one_rank_writes_each_weight(table: tuple[Weight, ...], tensor: int, data: int, most: int) -> None:
     buckets = make_buckets(table, tensor, data, most)
-    pieces = pieces_of(buckets, data)
-    assert pieces.keys() == {w.name for w in table}
-    for weight in table:
-        ends = [0, *(piece.stop for piece in pieces[weight.name])]
-        assert [piece.start for piece in pieces[weight.name]] == ends[:-1], "piece follows piece"
-        assert ends[-1] == prod(weight.local_shape(tensor))
-        ranks = [piece.data_rank for piece in pieces[weight.name]]
-        assert ranks == sorted(set(ranks)), "at most one piece a rank, in their order"
+    owners = choose_owners(buckets, data, tensor)
+    assert owners.keys() == {w.name for w in table}
+    assert all(0 <= row < data and 0 <= column < tensor for row, column in owners.values())
     for bucket in buckets:
-        for rank in range(data):
-            low, high = bucket.shard(rank, data)
-            for slot, start, stop in bucket.overlaps(rank, data):
-                assert low <= start < stop <= high
-                assert slot.start <= start < stop <= slot.stop
+        assert len({owners[slot.weight.name][0] for slot in bucket.slots}) == 1, "one data rank a bucket"
 
 
 def test_an_example_by_hand() -> None:
@@ -111,4 +102,5 @@ def test_an_example_by_hand() -> None:
     first, second = make_buckets([a, b, c], 1, 2, 100)
     assert [(slot.weight.name, slot.start, slot.stop) for slot in first.slots] == [("c", 0, 16), ("b", 32, 72)]
     assert (first.size, second.size) == (128, 64)
-    assert [(p.data_rank, p.start, p.stop) for p in pieces_of([first], 2)["b"]] == [(0, 0, 32), (1, 32, 40)]
+    assert [first.shard(rank, 2) for rank in (0, 1)] == [(0, 64), (64, 128)]
+    assert choose_owners([first, second], 2, 1) == {"b": (0, 0), "c": (0, 0), "a": (1, 0)}

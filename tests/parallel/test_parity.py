@@ -131,15 +131,15 @@ def train_layout(model_name: str, layout: Layout) -> Result:
     mesh = make_mesh(plan, Launch.from_environment().device)
     model, engine = build(config, plan, mesh)
     engine.load(from_seed(SEED, mesh.tensor))
-    to_rank_0 = {weight.name: 0 for weight in weights}
+    to_rank_0 = {weight.name: (0, 0) for weight in weights}
     result: Result = {"loss": [], "norm": [], "grads": []}
     for step in range(STEPS):
         batch = micro_batches(step, layout, mesh.data.rank, mesh.data.size)
         result["loss"].append(forward_backward(model, engine, batch, mesh, SEED).item())
-        result["grads"].append(gather_logical(weights, "grad", to_rank_0, mesh, engine))
+        result["grads"].append(gather_logical("grad", to_rank_0, mesh, engine))
         result["norm"].append(engine.step(learning_rate(step + 1, STEPS, config.optimizer)).item())
     for kind in ("weight", *engine.states):
-        result[kind] = gather_logical(weights, kind, to_rank_0, mesh, engine)
+        result[kind] = gather_logical(kind, to_rank_0, mesh, engine)
     return result
 
 
@@ -214,8 +214,8 @@ def test_reference_would_notice_a_wrong_gradient() -> None:
     model, engine = build(config, make_plan(config, weight_table(config.model), 1), mesh)
     engine.load(from_seed(SEED, Axis()))
     forward_backward(model, engine, micro_batches(0, Layout(1), 0, 1)[1:], mesh, SEED)
-    owners = dict.fromkeys(wanted, 0)
-    grads = gather_logical(weight_table(config.model), "grad", owners, mesh, engine)
+    owners = dict.fromkeys(wanted, (0, 0))
+    grads = gather_logical("grad", owners, mesh, engine)
     assert min(relative_error(grads[name], wanted[name]) for name in wanted) > 1e-2
 
 
