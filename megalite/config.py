@@ -26,6 +26,16 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_bool_for_a_number(cls, values: Any) -> Any:
+        """pydantic takes true for 1; in a config it is a mistake."""
+        for name, field in cls.model_fields.items() if isinstance(values, dict) else ():
+            numeric = {int, float} & {field.annotation, *typing.get_args(field.annotation)}
+            if isinstance(values.get(name), bool) and numeric:
+                raise ValueError(f"{name} = {values[name]}: should be a number")
+        return values
+
 
 class RunConfig(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="folder of the run below `dir`")
@@ -133,6 +143,13 @@ class CheckpointConfig(Section):
     resume: Literal["auto", "never"] | Path = Field(
         "auto", description="auto: newest valid one of this run; or a checkpoint's folder to begin from"
     )
+
+    @field_validator("resume")
+    @classmethod
+    def _word_or_path(cls, resume: str | Path) -> str | Path:
+        if isinstance(resume, Path) and len(resume.parts) < 2 and not resume.exists():
+            raise ValueError("must be 'auto', 'never' or the folder of a checkpoint")
+        return resume
 
 
 class WandbConfig(Section):

@@ -1,6 +1,6 @@
 """Random numbers as a function of (key, index): no state, so every layout draws the same ones.
 
-A rank that holds a slice of a weight, or some of the tokens of a sample, computes just its own indices and gets what
+A rank that holds a slice of a weight, or some of the tokens of a sample, computes the indices it needs and gets what
 one process would have drawn for them. The mixer is splitmix64's finaliser (Steele, Lea, Flood 2014) over a Weyl
 sequence, as in counter-based generators (Salmon et al. 2011).
 """

@@ -43,11 +43,9 @@ count_gpus() {
 }
 
 nodes=${SLURM_NNODES:-1}
+needed=$("$python" -m megalite ranks "$@") # also finds a mistake in the config once, before every rank would
 ranks=${RANKS:-$(count_gpus)}
-if ((ranks == 0)); then
-  needed=$("$python" -m megalite ranks "$@")
-  ranks=$(((needed + nodes - 1) / nodes))
-fi
+if ((ranks == 0)); then ranks=$(((needed + nodes - 1) / nodes)); fi
 
 # Every rank gets its share of the cores; torchrun alone would give each of several ranks one thread.
 cores=${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-$(nproc)}}

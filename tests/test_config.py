@@ -88,6 +88,9 @@ def test_numbers_in_every_notation(text: str, lr: float) -> None:
         # wrong types
         ("train.steps=ten", ["train.steps", "'ten'", "integer"]),
         ("train.steps=1.5", ["train.steps", "1.5", "integer"]),
+        ("train.steps=true", ["train", "steps = True", "number"]),
+        ("optimizer.clip=on", ["optimizer", "clip = True", "number"]),
+        ("checkpoint.resume=nevr", ["checkpoint.resume", "nevr", "'never'"]),
         ("train.steps=", ["train.steps", "None", "integer"]),
         ("parallel.sequence=maybe", ["parallel.sequence", "'maybe'", "boolean"]),
         ("data.train=foo", ["data.train", "'foo'"]),

@@ -16,6 +16,7 @@ from megalite.checkpoint.tensors import CheckpointError
 from megalite.config import Config
 from megalite.data.dataset import build_mixtures
 from megalite.data.indexed import DataError
+from megalite.data.tokenizer_training import train_tokenizer
 from megalite.models import weight_table
 from megalite.optim.schedule import learning_rate
 from megalite.train import train
@@ -152,6 +153,49 @@ def test_tokenizer_larger_than_the_model_is_refused(tmp_path: Path) -> None:
     config = make_config(tmp_path)
     (tmp_path / "corpus.json").write_text('{"vocab_size": 98}')
     with pytest.raises(DataError, match=r"98 token ids, but model.vocab_size = 97"):
+        train(config)
+
+
+def test_a_token_id_the_model_does_not_have_is_named(tmp_path: Path) -> None:
+    """Megatron's own files say nothing of their vocabulary; a cut vocabulary would train on nonsense silently."""
+    config = make_config(tmp_path)
+    (tmp_path / "corpus.bin").write_bytes((tmp_path / "corpus.bin").read_bytes()[:-2] + b"\x61\x00")  # 97
+    with pytest.raises(DataError, match=r"sample 32 holds token id 97, but model.vocab_size = 97"):
+        train(config)
+
+
+def other_corpus_on_rank_1(rank: int, world_size: int, folder: Path) -> str:
+    config = make_config(folder / str(rank))
+    if rank == 1:
+        write_corpus(folder / "1" / "corpus", seed=5)
+    with pytest.raises(DataError) as caught:
+        train(config)
+    return str(caught.value)
+
+
+def test_a_rank_that_reads_other_files_is_named(tmp_path: Path) -> None:
+    for rank in range(2):
+        (tmp_path / str(rank)).mkdir()
+    assert all("rank 1 has another" in text for text in run_ranks(2, other_corpus_on_rank_1, tmp_path))
+
+
+def test_test_split_is_evaluated_once_at_the_end(tmp_path: Path) -> None:
+    config = make_config(tmp_path, "llama", "train.steps=3", f"data.test=[{{path: {tmp_path / 'corpus'}}}]")
+    train(config)
+    found = [line for line in metrics_of(config) if "test_loss" in line]
+    assert [line["step"] for line in found] == [3]
+    valid = [line["valid_loss"] for line in metrics_of(config) if "valid_loss" in line]
+    assert found[0]["test_loss"] == valid[-1]  # the same file here
+
+
+def test_another_tokenizer_than_the_datas_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("def f(x): return x + 1\n" * 50)
+    train_tokenizer([str(tmp_path / "text.txt")], str(tmp_path / "tokenizer"), 300)
+    config = make_config(
+        tmp_path, "llama", "model.vocab_size=320", "train.steps=1", f"data.tokenizer={tmp_path / 'tokenizer'}"
+    )
+    (tmp_path / "corpus.json").write_text('{"vocab_size": 97, "tokenizer_fingerprint": "other"}')
+    with pytest.raises(DataError, match="made with another tokenizer"):
         train(config)
 
 

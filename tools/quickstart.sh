@@ -20,7 +20,7 @@ for split in train valid; do
         --input "$data/$split.jsonl" --output-prefix "$data/$split" --tokenizer "$data/tokenizer"
 done
 
-export RANKS=2
+export RANKS=2 CUDA_VISIBLE_DEVICES= # two CPU ranks, whatever else this machine has
 say "4. pretraining: 2 ranks share every matrix (tensor 2) ..."
 bash slurm/pretrain.sh $config parallel.tensor=2 train.stop_at=300
 say "   ... and go on from the checkpoint as 2 data-parallel ranks (data 2)"

@@ -5,6 +5,7 @@ messages as `file:line: why`."""
 
 from __future__ import annotations
 
+import codecs
 import glob
 import importlib.util
 import json
@@ -19,6 +20,8 @@ from megalite.data.indexed import DataError
 # Of a compressed file this much is taken at a time: small, because deflate unpacks up to a thousandfold.
 CHUNK_BYTES = 1 << 16
 MAX_MESSAGES = 20
+# Bytes of plain text that are one document. No document is as long; a whole crawl in one file may be.
+LONGEST_TEXT = 16 << 20
 
 
 class Document(NamedTuple):
@@ -193,16 +196,27 @@ def _read_parquet(path: str, json_key: str, report: Report) -> Iterator[tuple[st
 
 
 def _read_text(path: str, json_key: str, report: Report) -> Iterator[tuple[str, int]]:
-    chunks, data = _chunks(path, report), b""
+    """One document; of a file longer than LONGEST_TEXT several, cut at line ends, so that memory stays bounded."""
+    chunks, decoder = _chunks(path, report), codecs.getincrementaldecoder("utf-8-sig")()
+    parts: list[str] = []
+    line, fed, held = 1, 0, 0  # lines given out, bytes decoded, and bytes of them that `parts` hold
     try:
-        first = next(chunks, b"")
-        if b"\0" in first[:8192]:  # git's test for a binary file
-            report.num_binary += 1
-            return
-        data = b"".join([first, *chunks])
-        yield data.decode("utf-8-sig"), 1
+        for chunk in chunks:
+            if not fed and b"\0" in chunk[:8192]:  # git's test for a binary file
+                report.num_binary += 1
+                return
+            fed, held = fed + len(chunk), held + len(chunk)
+            parts.append(decoder.decode(chunk))
+            if held >= LONGEST_TEXT:
+                text = "".join(parts)
+                cut = text.rfind("\n") + 1 or len(text)
+                yield text[:cut], line
+                line += text.count("\n", 0, cut)
+                parts, held = [text[cut:]], len(text) - cut
+        yield "".join([*parts, decoder.decode(b"", final=True)]), line
     except UnicodeDecodeError as error:
-        report.bad(path, data[: error.start].count(b"\n") + 1, f"not UTF-8: {error.reason} at byte {error.start}")
+        line += sum(part.count("\n") for part in parts) + error.object[: error.start].count(b"\n")
+        report.bad(path, line, f"not UTF-8: {error.reason} at byte {fed - len(error.object) + error.start}")
     except (OSError, DataError) as error:
         report.bad(path, 1, f"unreadable: {error}")
 

@@ -110,8 +110,12 @@ class Console:
         return "  ".join([*parts, f"eta {self._eta(record):>7}"])
 
     def evaluation(self, record: dict[str, float]) -> None:
-        loss = record["valid_loss"]
-        text = f"{self._at('valid', record['step'])}  loss {loss:8.4f}  perplexity {record['valid_perplexity']:.2f}"
+        split = "test" if "test_loss" in record else "valid"
+        loss, perplexity = record[f"{split}_loss"], record[f"{split}_perplexity"]
+        text = f"{self._at(f'{split:<5}', record['step'])}  loss {loss:8.4f}  perplexity {perplexity:.2f}"
+        if split == "test":
+            self._print(text, "bold green")
+            return
         if self._valid is not None:
             text += f"  {'down' if loss <= self._valid else 'up'} {abs(loss - self._valid):.4f}"
             text += ", best so far" if loss < self._best else ""

@@ -65,7 +65,7 @@ class Recorder:
         self._each(lambda sink: sink.step(record))
 
     def evaluation(self, record: dict[str, float]) -> None:
-        """`record`: step, valid_loss, valid_perplexity."""
+        """`record`: step, valid_loss, valid_perplexity; or the same of test."""
         self._each(lambda sink: sink.evaluation(record))
 
     def message(self, text: str) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import yaml
 
+from megalite.config import Config
+from megalite.models import weight_table
 from megalite.resources import configs_dir
 
 
@@ -26,6 +28,16 @@ def flops_per_token(
     counted even when it is tied to it. 6 = 2 operations a multiply-add × (1 forward + 2 backward). The second term is
     the two products of full, non-causal attention over T positions, H heads of Q dimensions."""
     return 6.0 * num_params_without_embedding + 12.0 * num_layers * hidden_size_of_attention * seq_length
+
+
+def model_flops_per_token(config: Config) -> float:
+    """`flops_per_token` of the model and sequence length of a config."""
+    model: Any = config.model
+    # The embeddings only look up; the head multiplies, tied or not.
+    matrices = sum(w.numel for w in weight_table(model) if w.name not in ("embedding.weight", "positions.weight"))
+    head = model.vocab_size * model.hidden_size if model.tie_embeddings else 0
+    attention_width = model.num_attention_heads * model.head_size
+    return flops_per_token(matrices + head, model.num_layers, attention_width, config.data.seq_length)
 
 
 @cache

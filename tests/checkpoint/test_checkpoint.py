@@ -213,14 +213,23 @@ def test_saving_takes_the_state_of_that_moment(tmp_path: Path) -> None:
 
 
 def test_a_failed_save_leaves_training_and_older_checkpoints_alone(tmp_path: Path) -> None:
-    config = make_config(tmp_path, "llama", "train.steps=4", "checkpoint.every=2")
-    train(config.model_copy(update={"train": config.train.model_copy(update={"stop_at": 2})}))
-    blocker = checkpoints(config) / "step-00000004"  # a file where the folder should appear
+    config = make_config(tmp_path, "llama", "train.steps=4", "checkpoint.every=1")
+    blocker = checkpoints(config) / "step-00000003"  # a file where the folder should appear
+    blocker.parent.mkdir(parents=True)
     blocker.write_text("in the way")
     train(config)
-    assert complete_steps(checkpoints(config)) == [2]
+    assert complete_steps(checkpoints(config)) == [1, 2, 4]
     assert blocker.read_text() == "in the way"
     assert len(curve_of(config)) == 4
+
+
+def test_a_run_whose_last_save_failed_has_not_finished(tmp_path: Path) -> None:
+    config = make_config(tmp_path, "llama", "train.steps=2", "checkpoint.every=1")
+    checkpoints(config).mkdir(parents=True)
+    (checkpoints(config) / "step-00000002").write_text("in the way")
+    with pytest.raises(CheckpointError, match="step-00000002 was not saved"):
+        train(config)
+    assert complete_steps(checkpoints(config)) == [1]
 
 
 def fail_to_write(rank: int, world_size: int, config: Config, broken: int) -> tuple[str | None, list[int]]:

@@ -343,3 +343,24 @@ def group_ends(group, seconds=10):
             return True
         time.sleep(0.05)
     return False
+
+
+@pytest.mark.parametrize("longest", [1, 7, 100, 1 << 20])
+def test_a_long_text_file_becomes_several_documents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, longest: int
+) -> None:
+    """Cut at line ends, losing nothing: memory must not grow with the size of a file."""
+    monkeypatch.setattr("megalite.data.documents.LONGEST_TEXT", longest)
+    monkeypatch.setattr("megalite.data.documents.CHUNK_BYTES", 5)
+    text = "".join(f"line {i} é日\n" for i in range(40))
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    report = Report()
+    found = [document.text for document in iter_documents([str(tmp_path / "a.txt")], "text", report)]
+    assert "".join(found) == text
+    assert (len(found) == 1) == (longest > len(text.encode()))
+    if 7 < longest <= len(text):
+        assert all(piece.endswith("\n") for piece in found)
+        assert max(map(len, found)) <= longest + 20
+    (tmp_path / "a.txt").write_bytes(text.encode() + b"ab\xff")
+    list(iter_documents([str(tmp_path / "a.txt")], "text", report))
+    assert report.messages == [f"{tmp_path}/a.txt:41: not UTF-8: invalid start byte at byte {len(text.encode()) + 2}"]

@@ -1,0 +1,68 @@
+"""Does the data fit the model, and is it the same for every rank? Asked before the first step."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megalite.config import Config
+from megalite.data.dataset import Mixture
+from megalite.data.indexed import DataError
+from megalite.data.tokenizer import load_tokenizer
+from megalite.keys import key_of
+from megalite.mesh import Mesh
+
+
+def check_vocabulary(config: Config) -> None:
+    """Refuse token ids that the model has no embedding for, and data of another tokenizer than `data.tokenizer`, as
+    far as tokenizer and data say: preprocessing leaves a note beside its token files, Megatron's own files have none.
+
+    Raises DataError."""
+    model_size, tokenizer = config.model.vocab_size, None
+    if config.data.tokenizer:
+        tokenizer = load_tokenizer(config.data.tokenizer)
+        if tokenizer.vocab_size > model_size:
+            raise DataError(
+                f"data.tokenizer {config.data.tokenizer} has {tokenizer.vocab_size} token ids, "
+                f"but model.vocab_size = {model_size}"
+            )
+    for source in (*config.data.train, *config.data.valid, *config.data.test):
+        note = _note_beside(source.path)
+        if note.get("vocab_size", 0) > model_size:
+            raise DataError(f"{source.path} has {note['vocab_size']} token ids, but model.vocab_size = {model_size}")
+        made_by = note.get("tokenizer_fingerprint")
+        if tokenizer and made_by and made_by != tokenizer.fingerprint():
+            raise
+            DataError(f"{source.path} was made with another tokenizer than data.tokenizer {config.data.tokenizer}")
+
+
+def _note_beside(prefix: Path) -> dict[str, Any]:
+    path = Path(f"{prefix}.json")
+    try:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise DataError(f"{path} is not valid JSON: {error}") from None
+
+
+def check_same_everywhere(config: Config, data: Mapping[str, Mixture | None], mesh: Mesh) -> None:
+    """Refuse to train where a rank has read another config or other token files than rank 0. All ranks call it.
+
+    Raises DataError on all ranks."""
+    if mesh.world.size == 1:
+        return
+    mixtures = {split: mixture.fingerprint() if mixture else None for split, mixture in data.items()}
+    mine = torch.tensor(key_of(config.to_yaml(), json.dumps(mixtures)) >> 1, device=mesh.device)
+    wanted = mine.clone()
+    dist.broadcast(wanted, 0)
+    differs = torch.tensor([mesh.world.rank if mine != wanted else -1], device=mesh.device)
+    dist.all_reduce(differs, dist.ReduceOp.MAX)
+    if differs >= 0:
+        raise DataError(
+            f"rank {int(differs)} has another config or other token files than rank 0; "
+            "are all nodes on one file system?"
+        )
