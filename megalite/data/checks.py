@@ -37,8 +37,9 @@ def check_vocabulary(config: Config) -> None:
             raise DataError(f"{source.path} has {note['vocab_size']} token ids, but model.vocab_size = {model_size}")
         made_by = note.get("tokenizer_fingerprint")
         if tokenizer and made_by and made_by != tokenizer.fingerprint():
-            raise
-            DataError(f"{source.path} was made with another tokenizer than data.tokenizer {config.data.tokenizer}")
+            raise DataError(
+                f"{source.path} was made with another tokenizer than data.tokenizer {config.data.tokenizer}"
+            )
 
 
 def _note_beside(prefix: Path) -> dict[str, Any]:
