@@ -22,7 +22,7 @@ done
 
 export RANKS=2 CUDA_VISIBLE_DEVICES= # two CPU ranks, whatever else this machine has
 say "4. pretraining: 2 ranks share every matrix (tensor 2) ..."
-bash slurm/pretrain.sh $config parallel.tensor=2 train.stop_at=300
+bash slurm/pretrain.sh $config parallel.tensor=2 train.stop_at=200
 say "   ... and go on from the checkpoint as 2 data-parallel ranks (data 2)"
 bash slurm/pretrain.sh $config parallel.tensor=1 train.micro_batch_size=4
 python tools/quickstart_report.py $run
