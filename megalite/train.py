@@ -22,7 +22,7 @@ from megalite.counter_random import random_bits
 from megalite.data.checks import check_same_everywhere, check_vocabulary
 from megalite.data.dataset import Mixture, build_mixtures
 from megalite.data.loader import Loader, MicroBatch
-from megalite.data.tokenizer import load_tokenizer
+from megalite.data.tokenizer import Tokenizer, load_tokenizer
 from megalite.engine.native import NativeEngine, ReadState
 from megalite.keys import key_of
 from megalite.mesh import Launch, Mesh, make_mesh
@@ -45,14 +45,15 @@ def train(config: Config) -> None:
     launch = Launch.from_environment()
     plan = make_plan(config, weight_table(config.model), launch.world_size)
     data = build_mixtures(config.data, config.train.seed)
-    check_vocabulary(config)
+    tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
+    check_vocabulary(config, tokenizer)
     launch.join()
     mesh = make_mesh(plan, launch.device)
     check_same_everywhere(config, data, mesh)
     folder = config.run.folder
     checkpoint, warnings = find_checkpoint(folder / "checkpoints", config.checkpoint.resume, mesh)
     state = read_train_state(checkpoint) if checkpoint else {"step": 0, "data": {"samples": 0}, "wandb_id": None}
-    run = Run(config, plan, mesh, open_recorder(config, plan, state) if mesh.world.rank == 0 else None)
+    run = Run(config, plan, mesh, open_recorder(config, plan, state, tokenizer) if mesh.world.rank == 0 else None)
     run.say(*warnings)
     status = "failed"
     try:
@@ -88,13 +89,13 @@ class Run:
         return step == self.last_step or (every > 0 and step % every == 0)
 
 
-def open_recorder(config: Config, plan: Plan, state: dict[str, Any]) -> Recorder:
+def open_recorder(config: Config, plan: Plan, state: dict[str, Any], tokenizer: Tokenizer | None) -> Recorder:
     """Makes the run folder, with the exact config and the tokenizer in it."""
     folder = config.run.folder
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(config.to_yaml())
-    if config.data.tokenizer:
-        load_tokenizer(config.data.tokenizer).save(folder / "tokenizer")
+    if tokenizer:
+        tokenizer.save(folder / "tokenizer")
     layout = {"data": plan.data, "tensor": plan.tensor, "sequence": plan.sequence, "zero": plan.zero_stage}
     return Recorder(
         config,

@@ -13,30 +13,29 @@ import torch.distributed as dist
 from megalite.config import Config
 from megalite.data.dataset import Mixture
 from megalite.data.indexed import DataError
-from megalite.data.tokenizer import load_tokenizer
+from megalite.data.tokenizer import Tokenizer
 from megalite.keys import key_of
 from megalite.mesh import Mesh
 
 
-def check_vocabulary(config: Config) -> None:
+def check_vocabulary(config: Config, tokenizer: Tokenizer | None) -> None:
     """Refuse token ids that the model has no embedding for, and data of another tokenizer than `data.tokenizer`, as
     far as tokenizer and data say: preprocessing leaves a note beside its token files, Megatron's own files have none.
 
     Raises DataError."""
-    model_size, tokenizer = config.model.vocab_size, None
-    if config.data.tokenizer:
-        tokenizer = load_tokenizer(config.data.tokenizer)
-        if tokenizer.vocab_size > model_size:
-            raise DataError(
-                f"data.tokenizer {config.data.tokenizer} has {tokenizer.vocab_size} token ids, "
-                f"but model.vocab_size = {model_size}"
-            )
+    model_size = config.model.vocab_size
+    if tokenizer and tokenizer.vocab_size > model_size:
+        raise DataError(
+            f"data.tokenizer {config.data.tokenizer} has {tokenizer.vocab_size} token ids, "
+            f"but model.vocab_size = {model_size}"
+        )
+    fingerprint = tokenizer.fingerprint() if tokenizer else None
     for source in (*config.data.train, *config.data.valid, *config.data.test):
         note = _note_beside(source.path)
         if note.get("vocab_size", 0) > model_size:
             raise DataError(f"{source.path} has {note['vocab_size']} token ids, but model.vocab_size = {model_size}")
         made_by = note.get("tokenizer_fingerprint")
-        if tokenizer and made_by and made_by != tokenizer.fingerprint():
+        if fingerprint and made_by and made_by != fingerprint:
             raise DataError(
                 f"{source.path} was made with another tokenizer than data.tokenizer {config.data.tokenizer}"
             )

@@ -28,6 +28,7 @@ from torch import Tensor
 from megalite.config import OptimizerConfig
 from megalite.engine.layout import Bucket, make_buckets
 from megalite.mesh import Mesh
+from megalite.models import set_parameters
 from megalite.models.weights import Weight
 from megalite.parallel.collectives import Wait, all_reduce, start_all_gather, start_reduce, start_reduce_scatter
 
@@ -45,7 +46,7 @@ class BucketState:
     """The tensors of one bucket on one rank."""
 
     def __init__(self, layout: Bucket, mesh: Mesh, dtype: torch.dtype, zero_stage: int):
-        self.layout, self.zero_stage, self.axis = layout, zero_stage, mesh.data
+        self.layout, self.zero_stage = layout, zero_stage
         self.low, self.high = layout.shard(mesh.data.rank, mesh.data.size)
         self.weights = torch.zeros(layout.size, dtype=dtype, device=mesh.device)
         # What the optimizer steps on: this rank's shard, or at stage 0 everything.
@@ -101,7 +102,7 @@ class NativeEngine:
         sequence: bool,
         bucket_mb: float = 40.0,
     ):
-        self.model, self.mesh, self.clip, self.sequence = model, mesh, optimizer.clip, sequence
+        self.mesh, self.clip, self.sequence = mesh, optimizer.clip, sequence
         self.zero_stage, self.dtype = zero_stage, dtype
         layout = make_buckets(weights, mesh.tensor.size, mesh.data.size, int(bucket_mb * 2**20 / 4))
         self.buckets = [BucketState(bucket, mesh, dtype, zero_stage) for bucket in layout]
@@ -117,18 +118,15 @@ class NativeEngine:
 
     def _adopt(self, model: nn.Module) -> None:
         """Make every parameter a view into its bucket, and watch its gradient arrive."""
-        parameters = dict(model.named_parameters())
-        views: dict[nn.Parameter, nn.Parameter] = {}
+        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        views: dict[str, nn.Parameter] = {}
         for bucket in self.buckets:
             for slot in bucket.layout.slots:
-                old = parameters.pop(slot.weight.name)
-                view = nn.Parameter(bucket.weights[slot.start : slot.stop].view(old.shape))
-                view.register_post_accumulate_grad_hook(self._hook(bucket, slot.start, slot.stop))
-                views[old] = view
-        assert not parameters, f"not in the table of weights: {list(parameters)}"
-        for module in model.modules():
-            for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-                setattr(module, name, views[parameter])
+                name = slot.weight.name
+                views[name] = nn.Parameter(bucket.weights[slot.start : slot.stop].view(shapes[name]))
+                views[name].register_post_accumulate_grad_hook(self._hook(bucket, slot.start, slot.stop))
+        assert views.keys() == shapes.keys(), f"not in the table of weights: {list(shapes.keys() - views.keys())}"
+        set_parameters(model, views)
 
     def _make_optimizer(self, config: OptimizerConfig) -> torch.optim.Optimizer:
         groups = [

@@ -15,7 +15,7 @@ from megalite.checkpoint.load import from_hf
 from megalite.config import ConfigError
 from megalite.data.tokenizer import Tokenizer, load_tokenizer
 from megalite.mesh import Axis
-from megalite.models import build_model, model_config, weight_table
+from megalite.models import build_model, model_config, set_parameters, weight_table
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,7 @@ def load_model(folder: Path, dtype: torch.dtype | None = None, device: torch.dev
     weights, model = weight_table(config), build_model(config)
     read = from_hf(folder, weights, config, Axis())
     tensors = {weight.name: read(weight, "weight", 0, weight.numel).view(weight.shape) for weight in weights}
-    parameters = {name: nn.Parameter(tensor.to(device, dtype)) for name, tensor in tensors.items()}
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            setattr(module, name, parameters[names[parameter]])
+    set_parameters(model, {name: nn.Parameter(tensor.to(device, dtype)) for name, tensor in tensors.items()})
     return model.eval().requires_grad_(False)
 
 

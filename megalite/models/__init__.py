@@ -6,6 +6,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -104,6 +105,14 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
 def weight_table(config: ModelConfig) -> tuple[Weight, ...]:
     """Every weight of the model, in the order in which a forward pass meets them."""
     return tuple(family(config.family).weights(config))
+
+
+def set_parameters(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Give every weight of the model the parameter of its name. Tied weights stay tied."""
+    names = {old: name for name, old in model.named_parameters()}
+    for module in model.modules():
+        for attribute, old in module.named_parameters(recurse=False, remove_duplicate=False):
+            setattr(module, attribute, parameters[names[old]])
 
 
 def build_model(config: ModelConfig) -> nn.Module:
