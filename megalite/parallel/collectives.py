@@ -1,9 +1,10 @@
 """Collectives over one axis of the mesh, each a short cut for a group of one. Which primitive serves a backend best is
 decided here and nowhere else.
 
-On the CPU, reduce-scatter and all-gather are direct messages between the ranks: gloo's own take 1.4 to 2.5 times as long
-(medians over 2 ranks of one machine, 16 MB of fp32: reduce-scatter 17.1 against 6.9 ms, all-gather 8.1 against 5.7;
-its all-reduce, at 9.8 ms, is as quick as both together and is used as it is). NCCL's collectives are used as they are.
+On the CPU, reduce-scatter and all-gather are direct messages between the ranks: gloo's own take 1.4 to 2.5 times as
+long. Medians over 2 ranks of one machine, 16 MB of fp32: reduce-scatter 17.1 against 6.9 ms, all-gather 8.1 against
+5.7; its all-reduce, at 9.8 ms, is quicker than both together and is used as it is. NCCL's collectives are used as they
+are.
 """
 
 from __future__ import annotations
