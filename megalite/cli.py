@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 from collections.abc import Sequence
@@ -49,6 +50,24 @@ def make_parser() -> argparse.ArgumentParser:
     _add_config(ranks)
     ranks.set_defaults(verb=_ranks)
 
+    plan = verbs.add_parser(
+        "plan", help="predict memory, step time and MFU of a config on a cluster; find its best layout"
+    )
+    _add_config(plan)
+    plan.add_argument("--gpus", type=int, required=True, help="how many, all together")
+    plan.add_argument(
+        "--gpu", required=True, help="a name from configs/chips.yaml, or a YAML file with the same fields"
+    )
+    plan.add_argument("--nodes-of", type=int, default=8, metavar="N", help="GPUs of a node (default: 8)")
+    plan.add_argument("--interconnect", help="a name from configs/interconnects.yaml, or a YAML file (default: ib-ndr)")
+    plan.add_argument(
+        "--tokens", help="of the whole training, such as 300B or 15T (default: those of the config's steps)"
+    )
+    plan.add_argument("--search", action="store_true", help="rank all layouts that fit, and write the best as a config")
+    plan.add_argument("--output", type=Path, help="where --search writes it (default: best.yaml, if there is none yet)")
+    plan.add_argument("--picture", type=Path, help="PNG to draw the step's timeline to")
+    plan.set_defaults(verb=_plan)
+
     generate = verbs.add_parser("generate", help="continue a prompt with a trained model")
     generate.add_argument("model", type=Path, help="a run, a checkpoint of one, or a Hugging Face folder")
     generate.add_argument("--prompt", required=True)
@@ -57,6 +76,8 @@ def make_parser() -> argparse.ArgumentParser:
     generate.add_argument("--top-k", type=int, default=0, help="0: no limit")
     generate.add_argument("--top-p", type=float, default=0.95)
     generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--tensor", type=int, default=1, help="ranks that share every matrix, under torchrun")
+    generate.add_argument("--pipeline", type=int, default=1, help="ranks that each hold some layers, under torchrun")
     generate.set_defaults(verb=_generate)
     return parser
 
@@ -78,7 +99,12 @@ def _train(arguments: argparse.Namespace) -> None:
         launch = Launch.from_environment()
         world_size = launch.world_size if launch.world_size > 1 else smallest_world(config)
         if launch.rank == 0:
-            print(make_plan(config, weight_table(config.model), world_size).describe())
+            plan = make_plan(config, weight_table(config.model), world_size)
+            print(plan.describe())
+            if plan.engine == "deepspeed":
+                from megalite.engine.deepspeed import deepspeed_config
+
+                print(f"DeepSpeed's configuration:\n{json.dumps(deepspeed_config(config, plan), indent=2)}")
         return
     from megalite.mesh import leave
     from megalite.train import train
@@ -94,12 +120,32 @@ def _ranks(arguments: argparse.Namespace) -> None:
     print(smallest_world(load_config(arguments.config, arguments.overrides)))
 
 
+def _plan(arguments: argparse.Namespace) -> None:
+    from megalite.config_file import load_config
+    from megalite.planner.run import run_plan
+
+    run_plan(
+        load_config(arguments.config, arguments.overrides),
+        num_gpus=arguments.gpus,
+        gpu=arguments.gpu,
+        gpus_per_node=arguments.nodes_of,
+        interconnect=arguments.interconnect,
+        tokens=arguments.tokens,
+        with_search=arguments.search,
+        output=arguments.output,
+        picture=arguments.picture,
+    )
+
+
 def _generate(arguments: argparse.Namespace) -> None:
     from megalite.infer.generate import Sampling, generate_text, open_model
+    from megalite.mesh import Launch, leave
 
-    model, tokenizer = open_model(arguments.model)
+    launch = Launch.from_environment()
+    model, tokenizer = open_model(arguments.model, launch, arguments.tensor, arguments.pipeline)
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
-    print(arguments.prompt, end="", flush=True)
-    for text in generate_text(model, tokenizer, arguments.prompt, arguments.max_tokens, sampling):
-        print(text, end="", flush=True)
-    print()
+    pieces = generate_text(model, tokenizer, arguments.prompt, arguments.max_tokens, sampling)
+    for text in itertools.chain([arguments.prompt], pieces, "\n"):
+        if launch.rank == 0:  # the others compute along
+            print(text, end="", flush=True)
+    leave()

@@ -76,6 +76,9 @@ class DataConfig(Section):
     )
     seq_length: int = Field(gt=0)
     order: Literal["shuffle", "sequential"] = "shuffle"
+    document_mask: bool = Field(
+        False, description="tokens attend only to their own document, and its positions begin at 0"
+    )
     tokenizer: Path | None = Field(None, description="folder copied into every checkpoint")
 
     @field_validator("split")
@@ -92,15 +95,39 @@ class DataConfig(Section):
         return self
 
 
+class OffloadConfig(Section):
+    """What DeepSpeed keeps outside of the GPU's memory."""
+
+    optimizer: Literal["none", "cpu", "nvme"] = "none"
+    parameters: Literal["none", "cpu", "nvme"] = Field("none", description="needs zero_stage: 3")
+    nvme_path: Path | None = Field(None, description="folder on the fast disk, for nvme")
+
+    @model_validator(mode="after")
+    def _nvme_has_a_path(self) -> OffloadConfig:
+        if "nvme" in (self.optimizer, self.parameters) and self.nvme_path is None:
+            raise ValueError("nvme needs nvme_path, a folder on a fast disk of each node")
+        return self
+
+
 class ParallelConfig(Section):
     """How the model is spread over the ranks. Data parallelism is what these leave over."""
 
     tensor: int = Field(1, gt=0, description="ranks that share every matrix")
     sequence: bool = Field(True, description="also share norms and dropout along the sequence; no effect at tensor: 1")
-    engine: Literal["native"] = "native"
-    zero_stage: Literal[0, 1, 2] = Field(
-        1, description="0 nothing, 1 optimizer state, 2 also gradients: over data ranks"
+    pipeline: int = Field(1, gt=0, description="ranks that each hold some of the layers")
+    virtual: int = Field(1, gt=0, description="groups of layers on each pipeline rank; above 1 interleaves them")
+    schedule: Literal["1f1b", "interleaved", "zero_bubble"] = Field(
+        "1f1b", description="order of a pipeline's passes; `interleaved` needs virtual above 1"
     )
+    stage_layers: tuple[int, ...] | None = Field(
+        None, description="layers of each of the pipeline × virtual stages; balanced by cost where left out"
+    )
+    context: int = Field(1, gt=0, description="ranks that share every sequence")
+    engine: Literal["native", "deepspeed"] = "native"
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        1, description="shared over data ranks: 0 nothing, 1 optimizer state, 2 also gradients, 3 also weights"
+    )
+    offload: OffloadConfig = OffloadConfig()
     bucket_mb: float = Field(40.0, gt=0, description="fp32 MB of gradients reduced in one go")
 
 
@@ -110,6 +137,11 @@ class TrainConfig(Section):
     global_batch_size: int = Field(gt=0, description="sequences per optimizer step, over all ranks")
     micro_batch_size: int = Field(1, gt=0, description="sequences per forward pass of one rank")
     precision: Literal["bf16", "fp32"] = "bf16"
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="activations computed again in the backward pass: none; what is large and cheap; all of a layer",
+    )
+    recompute_layers: int | None = Field(None, gt=0, description="first layers of each stage to recompute; all if null")
     seed: int = Field(1234, ge=0)
 
 
@@ -167,6 +199,21 @@ class ObserveConfig(Section):
     tensorboard: bool = False
 
 
+class ProfileConfig(Section):
+    """A trace of some steps, for chrome://tracing or https://ui.perfetto.dev."""
+
+    steps: tuple[int, ...] = Field((), description="steps to record: [first, last]; empty for none")
+    ranks: tuple[int, ...] = Field((0,), description="ranks that write one")
+    memory: bool = Field(False, description="also record every allocation")
+
+    @field_validator("steps")
+    @classmethod
+    def _first_and_last(cls, steps: tuple[int, ...]) -> tuple[int, ...]:
+        if len(steps) not in (0, 2) or (steps and not 1 <= steps[0] <= steps[1]):
+            raise ValueError("must be [first, last] with 1 <= first <= last, or empty")
+        return steps
+
+
 class Config(Section):
     run: RunConfig
     model: SerializeAsAny[ModelConfig]
@@ -176,6 +223,7 @@ class Config(Section):
     optimizer: OptimizerConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
     observe: ObserveConfig = ObserveConfig()
+    profile: ProfileConfig = ProfileConfig()
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Config:

@@ -1,7 +1,13 @@
-"""The process mesh: who shares a matrix with whom, and who averages gradients with whom.
+"""The process mesh: who shares what with whom.
 
-Ranks are numbered with the tensor axis innermost, so that a tensor group sits on neighbouring GPUs of one node. A
-`Mesh` is passed to whoever needs it; no module holds process groups.
+    pipeline   ranks that each hold some of the layers
+    data       ranks that each take other sequences
+    context    ranks that share every sequence
+    tensor     ranks that share every matrix
+
+Ranks are numbered with the tensor axis innermost, so that a tensor group sits on neighbouring GPUs of one node, and the
+pipeline axis, which needs the least of the network, outermost. A `Mesh` is passed to whoever needs it; no module holds
+process groups.
 """
 
 from __future__ import annotations
@@ -30,28 +36,45 @@ class Axis:
 
 @dataclass(frozen=True)
 class Mesh:
+    pipeline: Axis
     data: Axis
+    context: Axis
     tensor: Axis
+    replicas: Axis
+    """data × context: the ranks that hold the same weights, and share the work of summing their gradients."""
     world: Axis
     device: torch.device
 
-    def rank_at(self, data: int, tensor: int) -> int:
-        """Global rank at these coordinates."""
-        return data * self.tensor.size + tensor
+    def place_of(self, rank: int) -> tuple[int, int, int]:
+        """(pipeline, replica, tensor) coordinates of a global rank; see `Plan.rank_at`."""
+        outer, tensor = divmod(rank, self.tensor.size)
+        return (*divmod(outer, self.replicas.size), tensor)
+
+
+ALONE = Axis()
 
 
 def make_mesh(plan: Plan, device: torch.device) -> Mesh:
     """The groups of a plan. Every rank must call it. A lone process needs no torch.distributed."""
-    if plan.world_size == 1:
-        return Mesh(Axis(), Axis(), Axis(), device)
+    sizes = {"pipeline": plan.pipeline, "data": plan.data, "context": plan.context, "tensor": plan.tensor}
+    sizes = {name: size for name, size in sizes.items() if size > 1}
+    if not sizes:
+        return Mesh(ALONE, ALONE, ALONE, ALONE, ALONE, ALONE, device)
     world = _axis(dist.group.WORLD)
-    # An axis that is the whole world needs no group of its own, and one of size 1 needs none at all.
-    if plan.tensor == 1:
-        return Mesh(world, Axis(), world, device)
-    if plan.data == 1:
-        return Mesh(Axis(), world, world, device)
-    grid = init_device_mesh(device.type, (plan.data, plan.tensor), mesh_dim_names=("data", "tensor"))
-    return Mesh(_axis(grid.get_group("data")), _axis(grid.get_group("tensor")), world, device)
+    # An axis of size 1 needs no group at all, and one that is the whole world none of its own.
+    if len(sizes) == 1:
+        axes = dict.fromkeys(sizes, world)
+    else:
+        grid = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+        axes = {name: _axis(grid.get_group(name)) for name in sizes}
+    if "data" not in axes or "context" not in axes:
+        replicas = axes.get("data", axes.get("context", ALONE))
+    elif len(sizes) == 2:
+        replicas = world
+    else:
+        replicas = _axis(grid["data", "context"]._flatten().get_group())
+    pipeline, data, context, tensor = (axes.get(name, ALONE) for name in ("pipeline", "data", "context", "tensor"))
+    return Mesh(pipeline, data, context, tensor, replicas, world, device)
 
 
 def _axis(group: dist.ProcessGroup | None) -> Axis:

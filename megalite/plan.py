@@ -1,14 +1,17 @@
-"""What follows from a config on a number of ranks: mesh, batch arithmetic, sizes, memory. Pure arithmetic, so it runs
-on a laptop for any cluster."""
+"""What follows from a config on a number of ranks: mesh, stages, batch arithmetic, sizes. Pure arithmetic, so it runs
+on a laptop for any cluster. What a step costs in time and activations is in `planner/`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
-from megalite.config import Config, ConfigError
+from megalite.config import Config, ConfigError, ParallelConfig
+
+Place = int | Literal["first", "last", "both"]
+"""Where a weight is used: in a layer, before the first one, after the last one, or tied at both ends."""
 
 
 class Sized(Protocol):
@@ -18,32 +21,86 @@ class Sized(Protocol):
     def name(self) -> str: ...
     @property
     def numel(self) -> int: ...
+    @property
+    def place(self) -> Place: ...
     def local_shape(self, tensor: int) -> tuple[int, ...]: ...
+
+
+W = TypeVar("W", bound=Sized)
+
+
+@dataclass(frozen=True)
+class StageSpan:
+    """The part of the model between two hand-overs of a pipeline: layers [start, stop), and an end of the model."""
+
+    index: int
+    start: int
+    stop: int
+    first: bool = True
+    last: bool = True
+
+    def holds(self, place: Place) -> bool:
+        if isinstance(place, int):
+            return self.start <= place < self.stop
+        return (self.first and place in ("first", "both")) or (self.last and place in ("last", "both"))
+
+    def weights(self, weights: Sequence[W]) -> list[W]:
+        """Its rows of the table, in the order in which a forward pass meets them."""
+        held = [weight for weight in weights if self.holds(weight.place)]
+        # The head's copy of a tied embedding is met last.
+        return held if self.first else sorted(held, key=lambda weight: weight.place == "both")
 
 
 @dataclass(frozen=True)
 class Plan:
     world_size: int
-    tensor: int
+    pipeline: int
     data: int
+    context: int
+    tensor: int
     sequence: bool
     """Sequence parallelism is on: asked for and more than one tensor rank."""
+    engine: Literal["native", "deepspeed"]
     zero_stage: int
+    schedule: Literal["1f1b", "interleaved", "zero_bubble"]
+    virtual: int
+    stages: tuple[StageSpan, ...]
+    """In the order of the model. Stage s is on pipeline rank s % pipeline."""
     micro_batches: int
     """Forward passes of each rank per optimizer step."""
     tokens_per_step: int
     steps: int
     num_params: int
     params_per_rank: int
+    """Of the fullest rank."""
     memory_bytes: dict[str, int]
-    """Bytes a rank holds through the whole step: weights, gradients, optimizer state. Activations come on top."""
+    """Bytes the fullest rank holds through the whole step: weights, gradients, optimizer state. Activations come on
+    top."""
+
+    @property
+    def replicas(self) -> int:
+        """Ranks that hold the same part of the weights and share its gradient: data × context."""
+        return self.data * self.context
+
+    def rank_at(self, pipeline: int, replica: int, tensor: int) -> int:
+        """Global rank at these coordinates: tensor innermost, pipeline outermost."""
+        return (pipeline * self.replicas + replica) * self.tensor + tensor
+
+    def stages_of(self, pipeline_rank: int) -> tuple[StageSpan, ...]:
+        return self.stages[pipeline_rank :: self.pipeline]
+
+    def weights_of(self, pipeline_rank: int, weights: Sequence[W]) -> list[W]:
+        """The rows of the table that a pipeline rank holds."""
+        return [weight for stage in self.stages_of(pipeline_rank) for weight in stage.weights(weights)]
 
     def describe(self) -> str:
+        axes = {"pipeline": self.pipeline, "data": self.data, "context": self.context, "tensor": self.tensor}
+        product = " × ".join(f"{name} {size}" for name, size in axes.items() if size > 1 or name == "data")
         lines = [
-            ("ranks", f"{self.world_size} = data {self.data} × tensor {self.tensor}"),
+            ("ranks", f"{self.world_size} = {product}"),
             ("sequence parallel", "on" if self.sequence else "off"),
-            ("ZeRO stage", str(self.zero_stage)),
-            ("parameters", f"{self.num_params:,}, of which {self.params_per_rank:,} on a rank"),
+            ("engine", f"{self.engine}, ZeRO stage {self.zero_stage}"),
+            ("parameters", f"{self.num_params:,}, of which {self.params_per_rank:,} on the fullest rank"),
             ("micro-batches per step", str(self.micro_batches)),
             (
                 "tokens",
@@ -51,46 +108,60 @@ class Plan:
             ),
             *((f"memory: {name}", f"{size / 2**20:,.1f} MiB a rank") for name, size in self.memory_bytes.items()),
         ]
+        if self.pipeline > 1:
+            counts = ", ".join(str(stage.stop - stage.start) for stage in self.stages)
+            lines.insert(2, ("pipeline", f"{self.schedule}, layers of its {len(self.stages)} stages: {counts}"))
         return "\n".join(f"{name:<24}{text}" for name, text in lines)
 
 
 def smallest_world(config: Config) -> int:
     """Ranks that the layout needs at least."""
-    return config.parallel.tensor
+    return config.parallel.tensor * config.parallel.pipeline * config.parallel.context
 
 
 def make_plan(config: Config, weights: Sequence[Sized], world_size: int) -> Plan:
     """Raises ConfigError with the setting to change when the layout does not fit the ranks, the model or the batch."""
     parallel, train = config.parallel, config.train
-    tensor = parallel.tensor
-    if world_size % tensor:
-        raise ConfigError(
-            f"parallel.tensor = {tensor} does not divide the {world_size} rank(s); start a multiple of {tensor} ranks"
-        )
-    data = world_size // tensor
+    tensor, pipeline, context = parallel.tensor, parallel.pipeline, parallel.context
+    unit = smallest_world(config)
+    if world_size % unit:
+        asked = {"tensor": tensor, "pipeline": pipeline, "context": context}
+        name = " × ".join(f"parallel.{name} = {size}" for name, size in asked.items() if size > 1)
+        raise ConfigError(f"{name} does not divide the {world_size} rank(s); start a multiple of {unit} ranks")
+    data = world_size // unit
     micro_batches = _micro_batches(train.global_batch_size, train.micro_batch_size, data)
     sequence = parallel.sequence and tensor > 1
-    if sequence and config.data.seq_length % tensor:
-        raise ConfigError(
-            f"data.seq_length = {config.data.seq_length} must be a multiple of parallel.tensor = {tensor} "
-            "for parallel.sequence: true"
-        )
+    _check_engine(parallel)
+    _check_schedule(parallel, micro_batches)
+    _check_sequence(config, sequence)
+    stages = _stages(config, weights)
     try:
-        params_per_rank = sum(prod(weight.local_shape(tensor)) for weight in weights)
+        sizes = [prod(weight.local_shape(tensor)) for weight in weights]
     except ValueError as error:
         raise ConfigError(f"parallel.tensor = {tensor}: {error}") from None
+    local = {weight.name: size for weight, size in zip(weights, sizes, strict=True)}
+    params_per_rank = max(
+        sum(local[weight.name] for stage in stages[rank::pipeline] for weight in stage.weights(weights))
+        for rank in range(pipeline)
+    )
     return Plan(
         world_size=world_size,
-        tensor=tensor,
+        pipeline=pipeline,
         data=data,
+        context=context,
+        tensor=tensor,
         sequence=sequence,
+        engine=parallel.engine,
         zero_stage=parallel.zero_stage,
+        schedule=parallel.schedule,
+        virtual=parallel.virtual,
+        stages=stages,
         micro_batches=micro_batches,
         tokens_per_step=train.global_batch_size * config.data.seq_length,
         steps=train.steps,
         num_params=sum(weight.numel for weight in weights),
         params_per_rank=params_per_rank,
-        memory_bytes=_memory(params_per_rank, data, parallel.zero_stage, train.precision),
+        memory_bytes=_memory(params_per_rank, data * context, parallel.zero_stage, train.precision),
     )
 
 
@@ -106,12 +177,135 @@ def _micro_batches(global_batch_size: int, micro_batch_size: int, data: int) -> 
     return global_batch_size // per_pass
 
 
-def _memory(params: int, data: int, zero_stage: int, precision: str) -> dict[str, int]:
-    shard = params // data
+def _check_engine(parallel: ParallelConfig) -> None:
+    """What each engine can do: `native` everything but stage 3 and offload, `deepspeed` everything but pipelines."""
+    offload = {name: where for name, where in parallel.offload if where in ("cpu", "nvme")}
+    if parallel.engine == "native":
+        if parallel.zero_stage == 3:
+            raise ConfigError(
+                "parallel.zero_stage = 3 needs parallel.engine: deepspeed; the native engine has stages 0, 1 and 2"
+            )
+        if offload:
+            name = next(iter(offload))
+            raise ConfigError(f"parallel.offload.{name} = {offload[name]!r} needs parallel.engine: deepspeed")
+        return
+    if parallel.pipeline > 1:
+        raise ConfigError(
+            f"parallel.engine: deepspeed cannot run a pipeline (parallel.pipeline = {parallel.pipeline}): it reduces "
+            "gradients by its own schedule of passes; use engine: native with zero_stage 0, 1 or 2, or pipeline: 1 "
+            "with zero_stage: 3, which also spreads the weights"
+        )
+    if parallel.zero_stage == 0:
+        raise ConfigError("parallel.zero_stage = 0 needs parallel.engine: native; deepspeed has stages 1, 2 and 3 here")
+    if "parameters" in offload and parallel.zero_stage != 3:
+        raise ConfigError(
+            f"parallel.offload.parameters = {offload['parameters']!r} needs parallel.zero_stage: 3, "
+            f"not {parallel.zero_stage}"
+        )
+    if offload.get("optimizer") == "nvme" and parallel.zero_stage != 3:
+        raise ConfigError(
+            f"parallel.offload.optimizer = 'nvme' needs parallel.zero_stage: 3, not {parallel.zero_stage}; "
+            "'cpu' works with every stage"
+        )
+
+
+def _check_schedule(parallel: ParallelConfig, micro_batches: int) -> None:
+    pipeline, virtual, schedule = parallel.pipeline, parallel.virtual, parallel.schedule
+    if pipeline == 1:
+        if virtual > 1:
+            raise ConfigError(f"parallel.virtual = {virtual} needs parallel.pipeline above 1")
+        return
+    if schedule == "1f1b" and virtual > 1:
+        raise ConfigError(
+            f"parallel.virtual = {virtual} needs parallel.schedule: interleaved or zero_bubble; "
+            "1f1b has one stage a rank"
+        )
+    if schedule == "interleaved" and virtual == 1:
+        raise ConfigError("parallel.schedule: interleaved needs parallel.virtual of at least 2")
+    if schedule == "1f1b" and micro_batches < pipeline:
+        raise ConfigError(
+            f"a step has {micro_batches} micro-batch(es) a rank, fewer than parallel.pipeline = {pipeline}: most of "
+            "the pipeline would idle; raise train.global_batch_size or lower train.micro_batch_size"
+        )
+    rounds = max(1, micro_batches // pipeline)
+    if schedule != "1f1b" and micro_batches % rounds:
+        raise ConfigError(
+            f"parallel.schedule: {schedule} takes the {micro_batches} micro-batches of a step in {rounds} equal "
+            f"rounds; make them a multiple of parallel.pipeline = {pipeline} by train.global_batch_size or "
+            "train.micro_batch_size"
+        )
+
+
+def _check_sequence(config: Config, sequence: bool) -> None:
+    length, tensor, context = config.data.seq_length, config.parallel.tensor, config.parallel.context
+    if context > 1 and length % (2 * context):
+        raise ConfigError(
+            f"data.seq_length = {length} must be a multiple of 2 × parallel.context = {2 * context}: each rank takes "
+            "one piece from the front and one from the back"
+        )
+    if sequence and (length // context) % tensor:
+        by = f"parallel.tensor = {tensor}" if context == 1 else f"parallel.context × tensor = {context} × {tensor}"
+        raise ConfigError(f"data.seq_length = {length} must be a multiple of {by} for parallel.sequence: true")
+    dropout: Any = getattr(config.model, "attention_dropout", None)
+    if context > 1 and dropout:
+        raise ConfigError(
+            f"model.attention_dropout = {dropout} needs parallel.context: 1; "
+            "attention that travels a ring never has all its probabilities in one place"
+        )
+
+
+def _stages(config: Config, weights: Sequence[Sized]) -> tuple[StageSpan, ...]:
+    parallel, num_layers = config.parallel, config.model.num_layers
+    num_stages = parallel.pipeline * parallel.virtual
+    if parallel.stage_layers is not None:
+        counts = list(parallel.stage_layers)
+        if len(counts) != num_stages or sum(counts) != num_layers or min(counts) < 0:
+            raise ConfigError(
+                f"parallel.stage_layers = {counts} must be {num_stages} counts (pipeline × virtual) that add up to the "
+                f"model's {num_layers} layers"
+            )
+    elif num_layers < num_stages:
+        raise ConfigError(
+            f"parallel.pipeline × virtual = {num_stages} stages are more than the model's {num_layers} layers"
+        )
+    else:
+        counts = balance(num_layers, num_stages, _head_cost(config, weights))
+    starts = [sum(counts[:index]) for index in range(num_stages)]
+    return tuple(
+        StageSpan(index, start, start + count, index == 0, index == num_stages - 1)
+        for index, (start, count) in enumerate(zip(starts, counts, strict=True))
+    )
+
+
+def balance(num_layers: int, num_stages: int, head_cost: float) -> list[int]:
+    """Layers of each stage, at least one each, so that the slowest stage is as quick as can be.
+
+    `head_cost` is the output head's time in layers; the embedding, a look-up, counts as none. What can stand anywhere
+    goes towards the back, where a 1F1B schedule holds fewer activations."""
+    cost = [1.0] * (num_stages - 1) + [1.0 + head_cost]
+    counts = [1] * num_stages
+    for _ in range(num_layers - num_stages):
+        stage = min(reversed(range(num_stages)), key=cost.__getitem__)
+        counts[stage] += 1
+        cost[stage] += 1.0
+    return counts
+
+
+def _head_cost(config: Config, weights: Sequence[Sized]) -> float:
+    """Multiplications of the output head in those of a layer, attention over half the sequence included."""
+    model = config.model
+    layer = sum(weight.numel for weight in weights if weight.place == 0)
+    head_size: Any = getattr(model, "head_size", None)
+    width = model.num_attention_heads * (head_size or model.hidden_size // model.num_attention_heads)
+    return model.vocab_size * model.hidden_size / (layer + config.data.seq_length * width)
+
+
+def _memory(params: int, replicas: int, zero_stage: int, precision: str) -> dict[str, int]:
+    shard = params // replicas
     weight_bytes = 2 if precision == "bf16" else 4
     master = 4 if precision == "bf16" else 0  # in fp32 the weights are their own master copy
     return {
-        "weights": params * weight_bytes,
-        "gradients": (shard if zero_stage == 2 else params) * 4,
+        "weights": (shard if zero_stage == 3 else params) * weight_bytes,
+        "gradients": (shard if zero_stage >= 2 else params) * 4,
         "optimizer": (shard if zero_stage >= 1 else params) * (8 + master),
     }

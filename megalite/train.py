@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn as nn
 from torch import Tensor
 
 from megalite.checkpoint.export import write_extras
@@ -23,16 +22,22 @@ from megalite.data.checks import check_same_everywhere, check_vocabulary
 from megalite.data.dataset import Mixture, build_mixtures
 from megalite.data.loader import Loader, MicroBatch
 from megalite.data.tokenizer import Tokenizer, load_tokenizer
-from megalite.engine.native import NativeEngine, ReadState
+from megalite.engine import Engine, ReadState, make_engine
+from megalite.engine.layout import choose_owners, elements_of
 from megalite.keys import key_of
 from megalite.mesh import Launch, Mesh, make_mesh
 from megalite.models import build_model, weight_table
-from megalite.models.layers import IGNORE
+from megalite.models.layers import IGNORE, Places
+from megalite.observe.profiler import Profiler
 from megalite.observe.recorder import Recorder
 from megalite.observe.throughput import Meter, model_flops_per_token
 from megalite.optim.schedule import learning_rate
 from megalite.parallel.apply import apply_parallelism
 from megalite.parallel.collectives import all_reduce
+from megalite.parallel.context import zigzag
+from megalite.parallel.pipeline import Pipeline
+from megalite.parallel.stage import Inputs, Stage, positions_of
+from megalite.parallel.tensor import WeightGradients
 from megalite.plan import Plan, make_plan
 
 Data = dict[str, Mixture | None]
@@ -96,7 +101,8 @@ def open_recorder(config: Config, plan: Plan, state: dict[str, Any], tokenizer: 
     (folder / "config.yaml").write_text(config.to_yaml())
     if tokenizer:
         tokenizer.save(folder / "tokenizer")
-    layout = {"data": plan.data, "tensor": plan.tensor, "sequence": plan.sequence, "zero": plan.zero_stage}
+    axes = {"data": plan.data, "pipeline": plan.pipeline, "context": plan.context, "tensor": plan.tensor}
+    layout = axes | {"sequence": plan.sequence, "zero": plan.zero_stage}
     return Recorder(
         config,
         folder,
@@ -109,24 +115,26 @@ def open_recorder(config: Config, plan: Plan, state: dict[str, Any], tokenizer: 
 
 def train_from(run: Run, data: Data, checkpoint: Path | None, state: dict[str, Any]) -> None:
     config, folder = run.config, run.config.run.folder
-    model, engine = build(config, run.plan, run.mesh)
-    engine.load(initial_state(config, run.mesh, checkpoint), state["step"])
+    parts = build(config, run.plan, run.mesh)
+    parts.engine.load(initial_state(config, run.mesh, checkpoint), state["step"])
     assert data["train"] is not None
     loader = make_loader(data["train"], run, start_sample=state["data"]["samples"])
     if checkpoint:
         loader.check_state(state["data"])
     tokenizer = load_tokenizer(folder / "tokenizer") if config.data.tokenizer and run.recorder else None
+    table = weight_table(config.model)
     saver = Saver(
         folder / "checkpoints",
         config.checkpoint.keep,
-        weight_table(config.model),
+        table,
         run.mesh,
-        engine,
+        parts.engine,
+        choose_owners(run.plan, table, elements_of(config.parallel.bucket_mb)),
         lambda path: write_extras(path, config, tokenizer),
     )
     done = False
     try:
-        run_steps(run, model, engine, loader, data, saver, state["step"])
+        run_steps(run, parts, loader, data, saver, state["step"])
         done = True
     finally:
         loader.close()
@@ -146,81 +154,127 @@ def initial_state(config: Config, mesh: Mesh, checkpoint: Path | None) -> ReadSt
     return from_seed(config.train.seed, mesh.tensor, mesh.device)
 
 
-def run_steps(
-    run: Run, model: nn.Module, engine: NativeEngine, loader: Loader, data: Data, saver: Saver, start_step: int
-) -> None:
+def run_steps(run: Run, parts: Parts, loader: Loader, data: Data, saver: Saver, start_step: int) -> None:
     config, mesh, recorder = run.config, run.mesh, run.recorder
-    meter = Meter(model_flops_per_token(config), mesh.world.size, mesh.device, engine.dtype)
-    for step in range(start_step + 1, run.last_step + 1):
-        lr = learning_rate(step, config.train.steps, config.optimizer)
-        loss = forward_backward(model, engine, next(loader), mesh, config.train.seed)
-        grad_norm = engine.step(lr)
-        if recorder:
-            record = {"step": step, "loss": loss.item(), "lr": lr, "grad_norm": grad_norm.item()}
-            record["tokens"] = loader.samples * config.data.seq_length
-            recorder.step(record | meter.tick(run.plan.tokens_per_step))
-        if run.due(step, config.observe.eval_every):
-            evaluate(run, model, data, "valid", step)
-        if step == config.train.steps:
-            evaluate(run, model, data, "test", step)
-        if run.due(step, config.checkpoint.every):
-            wandb_id = recorder.wandb_id if recorder else None
-            saver.save(step, {"step": step, "data": loader.state(), "wandb_id": wandb_id})
-        run.say(*saver.news())
-        meter.start()
+    meter = Meter(model_flops_per_token(config), mesh.world.size, mesh.device, parts.dtype)
+    with Profiler(config.profile, config.run.folder, mesh.world.rank) as profiler:
+        for step in range(start_step + 1, run.last_step + 1):
+            profiler.begin(step)
+            lr = learning_rate(step, config.train.steps, config.optimizer)
+            loss = forward_backward(parts, next(loader), mesh, config.train.seed)
+            grad_norm = parts.engine.step(lr)
+            if recorder:
+                record = {"step": step, "loss": loss.item(), "lr": lr, "grad_norm": grad_norm.item()}
+                record["tokens"] = loader.samples * config.data.seq_length
+                recorder.step(record | meter.tick(run.plan.tokens_per_step))
+            profiler.end(step)
+            if run.due(step, config.observe.eval_every):
+                evaluate(run, parts, data, "valid", step)
+            if step == config.train.steps:
+                evaluate(run, parts, data, "test", step)
+            if run.due(step, config.checkpoint.every):
+                wandb_id = recorder.wandb_id if recorder else None
+                saver.save(step, {"step": step, "data": loader.state(), "wandb_id": wandb_id})
+            run.say(*saver.news())
+            meter.start()
 
 
-def build(config: Config, plan: Plan, mesh: Mesh) -> tuple[nn.Module, NativeEngine]:
-    """This rank's part of the model, and the engine that holds its weights (still zero)."""
-    weights = weight_table(config.model)
-    model = build_model(config.model)
-    apply_parallelism(model, weights, mesh, plan.sequence)
+@dataclass(frozen=True)
+class Parts:
+    """What a rank trains: its stages of the model, their engine, and the pipeline that joins them to other ranks'."""
+
+    stages: tuple[Stage, ...]
+    engine: Engine
+    pipeline: Pipeline | None
+    dtype: torch.dtype
+
+    def train(self, mode: bool = True) -> None:
+        for stage in self.stages:
+            stage.train(mode)
+
+
+def build(config: Config, plan: Plan, mesh: Mesh) -> Parts:
+    """This rank's part of the model, with its weights still zero."""
+    table = weight_table(config.model)
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    engine = NativeEngine(
-        model, weights, mesh, config.optimizer,
-        dtype=dtype, zero_stage=plan.zero_stage, sequence=plan.sequence, bucket_mb=config.parallel.bucket_mb,
-    )  # fmt: skip
-    return model, engine
+    spans = plan.stages_of(mesh.pipeline.rank)
+    zero_bubble = plan.pipeline > 1 and plan.schedule == "zero_bubble"
+    deferred = [WeightGradients() if zero_bubble else None for _ in spans]
+    stages = []
+    for span, later in zip(spans, deferred, strict=True):
+        model = build_model(config.model)
+        apply_parallelism(model, table, plan, span, mesh, config.train, later)
+        stages.append(Stage(model, span))
+    rows = plan.weights_of(mesh.pipeline.rank, table)
+    engine = make_engine(stages, rows, plan, mesh, config)
+    pipeline = None
+    if plan.pipeline > 1:
+        length = config.data.seq_length // plan.context // (plan.tensor if plan.sequence else 1)
+        shape = (config.train.micro_batch_size, length, config.model.hidden_size)
+        pipeline = Pipeline(stages, plan, mesh, torch.empty(shape, dtype=dtype, device="meta"), deferred)
+        for later in deferred:
+            if later:
+                later.deliver = engine.add_gradient
+    return Parts(tuple(stages), engine, pipeline, dtype)
 
 
-def forward_backward(model: nn.Module, engine: NativeEngine, batch: list[MicroBatch], mesh: Mesh, seed: int) -> Tensor:
+def forward_backward(parts: Parts, batch: list[MicroBatch], mesh: Mesh, seed: int) -> Tensor:
     """All of this rank's micro-batches of one global batch. Returns the mean loss of the global batch's tokens.
 
     Every token of the global batch weighs the same, however the valid ones are spread over ranks and micro-batches."""
-    valid = sum((micro.labels != IGNORE).sum() for micro in batch)
-    num_tokens = all_reduce(torch.as_tensor(valid, device=mesh.device), mesh.data).clamp(min=1)
-    total = torch.zeros((), device=mesh.device)
-    model.train()
-    for number, micro in enumerate(batch, start=1):
-        keys = random_bits(key_of(seed, "dropout"), micro.samples).to(mesh.device)
-        loss = token_losses(model, micro, mesh, keys).sum() / num_tokens
-        engine.backward(loss, last=number == len(batch))
-        total += loss.detach()
-    return all_reduce(total, mesh.data)
+    inputs = [make_inputs(micro, mesh, seed) for micro in batch]
+    num_tokens = all_reduce(count_labels(inputs), mesh.replicas).clamp(min=1)
+    parts.train()
+    if parts.pipeline:
+        total = parts.pipeline.forward_backward(inputs, num_tokens, parts.engine)
+    else:
+        (stage,), total = parts.stages, torch.zeros((), device=mesh.device)
+        parts.engine.begin(len(inputs))
+        for micro in inputs:
+            loss = stage(None, micro).sum() / num_tokens
+            parts.engine.backward(loss)
+            total += loss.detach()
+        parts.engine.finish()
+    return all_reduce(all_reduce(total, mesh.replicas), mesh.pipeline)
 
 
-def token_losses(model: nn.Module, micro: MicroBatch, mesh: Mesh, dropout_keys: Tensor | None = None) -> Tensor:
-    """Loss of every token of a micro-batch: [B,T] fp32, 0 where there is no label."""
-    tokens, labels = (x.to(mesh.device) for x in (micro.tokens, micro.labels))
-    return model.loss(model(tokens, dropout_keys), labels)  # type: ignore[operator]
+def make_inputs(micro: MicroBatch, mesh: Mesh, seed: int | None = None) -> Inputs:
+    """A micro-batch on the device, cut to this rank's part of the sequence. A seed gives dropout its keys."""
+    length = micro.tokens.shape[1]
+    index = zigzag(length, mesh.context) if mesh.context.size > 1 else torch.arange(length)
+    position = index[None] if micro.documents is None else positions_of(micro.documents)[:, index]
+    document = None if micro.documents is None else micro.documents[:, index]
+    keys = None if seed is None else random_bits(key_of(seed, "dropout"), micro.samples)
+    places = Places(index, position, document, keys).to(mesh.device)
+    tokens, labels = (x[:, index].to(mesh.device) for x in (micro.tokens, micro.labels))
+    return Inputs(tokens, places, labels)
+
+
+def count_labels(inputs: list[Inputs]) -> Tensor:
+    return torch.stack([(x.labels_BT != IGNORE).sum() for x in inputs if x.labels_BT is not None]).sum()
 
 
 @torch.no_grad()
-def evaluate(run: Run, model: nn.Module, data: Data, split: str, step: int) -> None:
+def evaluate(run: Run, parts: Parts, data: Data, split: str, step: int) -> None:
     """Record the mean loss over the first global batches of a split, the same ones every time, where there is one."""
     mixture, mesh = data[split], run.mesh
     if mixture is None:
         return
     sums = torch.zeros(2, dtype=torch.float64, device=mesh.device)
-    model.eval()
+    parts.train(False)
     # A split smaller than a batch is gone through more than once rather than refused.
     available = sum(source.num_samples for source in mixture.sources) // run.config.train.global_batch_size
     with make_loader(mixture, run) as loader:
         for _ in range(max(1, min(run.config.observe.eval_batches, available))):
-            for micro in next(loader):
-                sums[0] += token_losses(model, micro, mesh).sum()
-                sums[1] += (micro.labels != IGNORE).sum()
-    total, count = all_reduce(sums, mesh.data).tolist()
+            inputs = [make_inputs(micro, mesh) for micro in next(loader)]
+            if parts.pipeline:
+                losses = parts.pipeline.forward(inputs)
+            else:
+                losses = [parts.stages[0](None, micro) for micro in inputs]
+            if losses:  # on the last stage
+                sums[0] += sum(loss.sum() for loss in losses)
+                sums[1] += count_labels(inputs)
+    total, count = all_reduce(all_reduce(sums, mesh.replicas), mesh.pipeline).tolist()
     loss = total / max(count, 1.0)
     if run.recorder:
         perplexity = math.exp(min(loss, 700.0))  # exp overflows beyond
@@ -237,4 +291,5 @@ def make_loader(mixture: Mixture, run: Run, start_sample: int = 0) -> Loader:
         data.size,
         start_sample,
         vocab_size=run.config.model.vocab_size,
+        document_mask=run.config.data.document_mask,
     )

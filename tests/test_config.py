@@ -76,13 +76,13 @@ def test_numbers_in_every_notation(text: str, lr: float) -> None:
         ("train.stpes=3", ["train.stpes", "3", "did you mean 'steps'"]),
         ("optimizer.schedule.warm_up_steps=3", ["optimizer.schedule.warm_up_steps", "did you mean 'warmup_steps'"]),
         ("observe.wandb.projct=x", ["observe.wandb.projct", "'x'", "did you mean 'project'"]),
-        ("train.zzz=1", ["train.zzz", "global_batch_size, micro_batch_size, precision, seed, steps"]),
+        ("train.zzz=1", ["train.zzz", "micro_batch_size, precision, recompute, recompute_layers, seed, steps"]),
         ("model.hiden_size=3", ["model", "unknown key", "hiden_size", "3", "did you mean 'hidden_size'"]),
         ("model.rope_scaling={factor: 2, low_frq_factor: 1}", ["rope_scaling.low_frq_factor", "'low_freq_factor'"]),
         ("model.hidden_dropout=0.1", ["model", "hidden_dropout", "rope_theta"]),  # another family's key
         # wrong literals
         ("train.precision=fp16", ["train.precision", "'fp16'", "'bf16' or 'fp32'", "did you mean 'bf16'"]),
-        ("parallel.zero_stage=3", ["parallel.zero_stage = 3", "0, 1 or 2"]),
+        ("parallel.zero_stage=4", ["parallel.zero_stage = 4", "0, 1, 2 or 3"]),
         ("optimizer.schedule.name=cosin", ["optimizer.schedule.name", "'cosin'", "did you mean 'cosine'"]),
         ("data.order=random", ["data.order", "'random'", "'shuffle' or 'sequential'"]),
         # wrong types

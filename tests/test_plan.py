@@ -6,11 +6,13 @@ import time
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megalite.config import Config, ConfigError
 from megalite.config_file import parse_config
 from megalite.models import model_config, weight_table
-from megalite.plan import Plan, make_plan, smallest_world
+from megalite.plan import Plan, balance, make_plan, smallest_world
 from megalite.resources import configs_dir
 
 # Embedding 100·8 = 800, twice (untied); a layer 8 + (8+4+4)·8 + 8·8 + 8 + 2·12·8 + 8·12 = 496; last norm 8.
@@ -136,6 +138,103 @@ def test_description_has_the_numbers() -> None:
     text = plan_of(4, "parallel.tensor=2").describe()
     for part in ("4 = data 2 × tensor 2", f"{TINY_PARAMS:,}", f"{TINY_PARAMS_HALF:,}", "768 a step", "7,680 in 10"):
         assert part in text, text
+
+
+# --- pipelines --------------------------------------------------------------------------------------------------------
+
+EIGHT = TINY | {"num_layers": 8}
+
+
+def layers_of(plan: Plan) -> list[int]:
+    return [stage.stop - stage.start for stage in plan.stages]
+
+
+@pytest.mark.parametrize(
+    ("layers", "stages", "head", "wanted"),
+    [
+        (8, 4, 0.0, [2, 2, 2, 2]),
+        (9, 4, 0.0, [2, 2, 2, 3]),  # where all are alike, the back holds fewer activations
+        (8, 4, 1.0, [2, 2, 2, 2]),
+        (8, 4, 2.0, [2, 2, 3, 1]),
+        (8, 2, 4.0, [6, 2]),
+        (4, 4, 9.0, [1, 1, 1, 1]),
+    ],
+)
+def test_stages_are_balanced_by_the_cost_of_the_head(layers: int, stages: int, head: float, wanted: list[int]) -> None:
+    assert balance(layers, stages, head) == wanted
+
+
+@given(layers=st.integers(1, 100), stages=st.integers(1, 32), head=st.floats(0, 10))
+def test_no_other_split_has_a_quicker_slowest_stage(layers: int, stages: int, head: float) -> None:
+    if layers < stages:
+        return
+    counts = balance(layers, stages, head)
+    assert sum(counts) == layers
+    assert min(counts) >= 1
+    others = stages - 1
+    lasts = range(1, layers - others + 1) if others else [layers]
+    best = min(max(last + head, -(-(layers - last) // others) if others else 0) for last in lasts)
+    assert max([*counts[:-1], counts[-1] + head]) == pytest.approx(best)
+
+
+def test_stages_go_round_the_pipeline_and_hold_every_weight() -> None:
+    overrides = ("parallel.pipeline=2", "parallel.virtual=2", "parallel.schedule=interleaved")
+    plan = plan_of(2, *overrides, "parallel.stage_layers=[1, 3, 3, 1]", model=EIGHT)
+    assert layers_of(plan) == [1, 3, 3, 1]
+    assert [(s.start, s.stop) for s in plan.stages_of(1)] == [(1, 4), (7, 8)]
+    table = weight_table(config_of(EIGHT).model)
+    names = [w.name for rank in (0, 1) for w in plan.weights_of(rank, table)]
+    assert sorted(names) == sorted(w.name for w in table)
+    assert plan.params_per_rank == max(sum(w.numel for w in plan.weights_of(rank, table)) for rank in (0, 1))
+
+
+def test_both_ends_hold_a_tied_embedding() -> None:
+    plan = plan_of(2, "parallel.pipeline=2", model=EIGHT | {"tie_embeddings": True})
+    table = weight_table(config_of(EIGHT | {"tie_embeddings": True}).model)
+    first, last = ([w.name for w in plan.weights_of(rank, table)] for rank in (0, 1))
+    assert first[0] == last[-1] == "embedding.weight"
+    assert set(first) & set(last) == {"embedding.weight"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["pipeline=2", "virtual=2"], ["parallel.virtual = 2", "interleaved or zero_bubble"]),
+        (["pipeline=2", "schedule=interleaved"], ["interleaved", "virtual of at least 2"]),
+        (["virtual=2"], ["parallel.virtual = 2", "pipeline above 1"]),
+        (["pipeline=2", "virtual=8", "schedule=interleaved"], ["16 stages", "8 layers"]),
+        (["pipeline=2", "stage_layers=[4, 3]"], ["[4, 3]", "2 counts", "8 layers"]),
+        (["pipeline=2", "stage_layers=[8]"], ["[8]", "2 counts"]),
+        (["pipeline=2", "engine=deepspeed"], ["deepspeed cannot run a pipeline", "engine: native", "zero_stage: 3"]),
+        (["zero_stage=3"], ["zero_stage = 3", "engine: deepspeed"]),
+        (["offload={optimizer: cpu}"], ["parallel.offload.optimizer = 'cpu'", "engine: deepspeed"]),
+        (["engine=deepspeed", "zero_stage=0"], ["zero_stage = 0", "engine: native"]),
+        (["engine=deepspeed", "offload={parameters: cpu}"], ["offload.parameters", "zero_stage: 3, not 1"]),
+        (["engine=deepspeed", "offload={optimizer: nvme, nvme_path: /x}"], ["'nvme'", "zero_stage: 3", "'cpu' works"]),
+        (["context=3"], ["seq_length = 32", "2 × parallel.context = 6"]),
+        (["context=4", "tensor=3"], ["seq_length = 32", "4 × 3"]),
+        (["pipeline=4", "context=2"], ["parallel.pipeline = 4 × parallel.context = 2", "multiple of 8"]),
+    ],
+)
+def test_refuses_what_does_not_go_together(overrides: list[str], words: list[str]) -> None:
+    world = {"context=3": 3, "context=4": 12}.get(overrides[0], 4 if "pipeline=4" in overrides else 8)
+    found = refusal(world, *(f"parallel.{o}" for o in overrides), "train.micro_batch_size=1", model=EIGHT)
+    for word in words:
+        assert word in found
+
+
+def test_refuses_too_few_micro_batches_for_a_pipeline() -> None:
+    few = ("parallel.pipeline=4", "train.global_batch_size=2", "train.micro_batch_size=1")
+    assert "2 micro-batch" in refusal(4, *few, model=EIGHT)
+    uneven = ("parallel.pipeline=2", "parallel.schedule=zero_bubble", "train.micro_batch_size=1")
+    assert "5 micro-batches" in refusal(2, *uneven, "train.global_batch_size=5", model=EIGHT)
+    assert plan_of(2, *uneven, "train.global_batch_size=6", model=EIGHT).micro_batches == 6
+
+
+def test_refuses_dropout_on_attention_that_travels() -> None:
+    model = {"family": "gpt2", "vocab_size": 9, "hidden_size": 24, "num_layers": 1, "num_attention_heads": 6}
+    model |= {"max_positions": 64, "attention_dropout": 0.1}
+    assert "attention_dropout = 0.1" in refusal(2, "parallel.context=2", model=model)
 
 
 PUBLISHED = {

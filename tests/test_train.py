@@ -34,6 +34,15 @@ RESUMED = [
     pytest.param(1, ("train.precision=bf16",), "gpt2", id="1-rank-bf16-dropout"),
     pytest.param(2, ("parallel.tensor=2", "train.precision=bf16"), "llama", id="tensor-2-bf16"),
     pytest.param(2, ("parallel.zero_stage=2", "train.precision=bf16"), "llama", id="data-2-zero-2-bf16"),
+    pytest.param(
+        2,
+        ("parallel.pipeline=2", "parallel.schedule=zero_bubble", "train.precision=bf16", "data.document_mask=true"),
+        "llama",
+        id="pipeline-2-zero-bubble-bf16-packed",
+    ),
+    pytest.param(
+        2, ("parallel.context=2", "train.precision=bf16", "train.recompute=full"), "llama", id="context-2-bf16"
+    ),
 ]
 
 
@@ -72,21 +81,39 @@ def test_loss_falls_and_metrics_are_complete(tmp_path: Path) -> None:
     assert [line for line in metrics_of(config) if "loss" in line] == steps
 
 
-def test_layout_changes_between_the_parts_of_a_run(tmp_path: Path) -> None:
-    """Tensor 2 → data 2 with ZeRO-2 → one process, on the curve of one unbroken process. The ranks' numbers differ in
-    the last bits and training amplifies that; 1e-4 is the bound the project asks of curves."""
-    unbroken = make_config(tmp_path, "gpt2", "run.name=unbroken")
-    train(unbroken)
-    parts = [
-        (2, ("parallel.tensor=2", "train.stop_at=4")),
+PIPELINE = ("parallel.pipeline=2", "parallel.zero_stage=1")
+CHANGES = {
+    "llama": [
+        (2, ("parallel.tensor=2", "train.stop_at=3")),
+        (4, (*PIPELINE, "train.stop_at=6")),
+        (2, ("parallel.context=2", "parallel.zero_stage=2", "train.stop_at=12")),
+        (1, ()),
+    ],
+    "gpt2": [  # with dropout
+        (2, (*PIPELINE, "parallel.schedule=zero_bubble", "train.stop_at=4")),
+        (2, ("parallel.tensor=2", "train.recompute=full", "train.stop_at=9")),
         (2, ("parallel.zero_stage=2", "train.micro_batch_size=2", "train.stop_at=11")),
         (1, ()),
-    ]
-    for ranks, overrides in parts:
-        run_ranks(ranks, train_on_rank, [make_config(tmp_path, "gpt2", "run.name=changing", *overrides)])
-    found, wanted = curve_of(make_config(tmp_path, "gpt2", "run.name=changing")), curve_of(unbroken)
-    for mine, theirs in zip(found, wanted, strict=True):
+    ],
+}
+
+
+@pytest.mark.parametrize("model", CHANGES)
+def test_layout_changes_between_the_parts_of_a_run(tmp_path: Path, model: str) -> None:
+    """On the curve of one unbroken process, validation included. The ranks' numbers differ in the last bits and
+    training amplifies that; 1e-4 is the bound the project asks of curves."""
+    packed = ("data.document_mask=true",) if model == "llama" else ()
+    unbroken = make_config(tmp_path, model, "run.name=unbroken", *packed)
+    train(unbroken)
+    for ranks, overrides in CHANGES[model]:
+        run_ranks(ranks, train_on_rank, [make_config(tmp_path, model, "run.name=changing", *packed, *overrides)])
+    changing = make_config(tmp_path, model, "run.name=changing", *packed)
+    for mine, theirs in zip(curve_of(changing), curve_of(unbroken), strict=True):
         assert mine == pytest.approx(theirs, rel=1e-4)
+    wanted = {line["step"]: line["valid_loss"] for line in metrics_of(unbroken) if "valid_loss" in line}
+    found = {line["step"]: line["valid_loss"] for line in metrics_of(changing) if "valid_loss" in line}
+    assert found.keys() > wanted.keys()  # a part that stops is validated at its end
+    assert {step: found[step] for step in wanted} == pytest.approx(wanted, rel=1e-4)
 
 
 def transformers_curve(folder: Path, config: Config) -> list[float]:

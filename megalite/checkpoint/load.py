@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megalite.checkpoint.tensors import TensorFolder
 from megalite.config import ModelConfig
-from megalite.engine.native import STATES, ReadState
+from megalite.engine import STATES, ReadState
 from megalite.mesh import Axis
 from megalite.models.weights import Weight
 

@@ -7,7 +7,7 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megalite.checkpoint.folder import MANIFEST, digest, prune, step_folder, write_json
-from megalite.checkpoint.gather import gather_logical
-from megalite.engine.layout import choose_owners
-from megalite.engine.native import NativeEngine
+from megalite.engine import Engine
 from megalite.mesh import Mesh
 from megalite.models.weights import Weight
 from megalite.parallel.collectives import all_agree
@@ -39,15 +37,16 @@ class Saver:
         keep: int,
         weights: Sequence[Weight],
         mesh: Mesh,
-        engine: NativeEngine,
+        engine: Engine,
+        owners: Mapping[str, int],
         write_extras: Callable[[Path], None],
     ):
-        """`write_extras` puts what is not a tensor (config.json, tokenizer) into a folder; rank 0 calls it."""
+        """`owners` says which rank writes each weight; `write_extras` puts what is not a tensor (config.json,
+        tokenizer) into a folder, and rank 0 calls it."""
         self.root, self.keep, self.mesh, self.engine = root, keep, mesh, engine
         self.write_extras = write_extras
         self.table = {weight.name: weight for weight in weights}
-        layouts = [bucket.layout for bucket in engine.buckets]
-        self.owners = choose_owners(layouts, mesh.data.size, mesh.tensor.size)
+        self.owners = owners
         self.error: str | None = None
         """Why the last save failed, as far as this rank knows; None if it did not. Ask after `wait`."""
         self._thread: threading.Thread | None = None
@@ -73,7 +72,7 @@ class Saver:
             self._failed(folder, OSError(f"not every rank sees {self.root}; run.dir must be on a shared file system"))
             return
         kinds = ("weight", *self.engine.states)
-        tensors = {kind: gather_logical(kind, self.owners, self.mesh, self.engine) for kind in kinds}
+        tensors = {kind: self.engine.gather(kind, self.owners) for kind in kinds}
         self._thread = threading.Thread(
             target=self._write_guarded, args=(folder, temporary, tensors, train_state), name="checkpoint"
         )
@@ -131,7 +130,7 @@ class Saver:
         return part
 
     def _writers(self) -> list[int]:
-        return sorted({self.mesh.rank_at(*owner) for owner in self.owners.values()})
+        return sorted(set(self.owners.values()))
 
     def _suffix(self) -> str:
         writers = self._writers()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -78,6 +78,14 @@ class TokenSource:
         gather(self.dataset.tokens, self.first_token + samples * self.seq_length, self.seq_length + 1, out)
         return out
 
+    def documents(self, samples: Int64s) -> Int64s:
+        """[n] numbers of samples → [n, L]: which document of the sample each of its first L tokens is in, from 0 on."""
+        out = np.empty((len(samples), self.seq_length), np.int64)
+        for row, first in zip(out, self.first_token + samples * self.seq_length, strict=True):
+            starts = self.dataset.document_starts(int(first) + 1, int(first) + self.seq_length) - first
+            row[:] = np.searchsorted(starts, np.arange(self.seq_length), side="right")
+        return out
+
     def fingerprint(self) -> str:
         return f"{self.dataset.fingerprint()}[{self.first_token}:{self.last_token}]/{self.seq_length}"
 
@@ -115,13 +123,19 @@ class Mixture:
 
     def samples(self, indices: npt.ArrayLike) -> Int64s:
         """[n] global sample indices → [n, L + 1] tokens. Raises ValueError for a negative index."""
+        return self._read(indices, TokenSource.read)
+
+    def documents(self, indices: npt.ArrayLike) -> Int64s:
+        """[n] global sample indices → [n, L]: which document of its sample each of its first L tokens is in."""
+        return self._read(indices, TokenSource.documents)
+
+    def _read(self, indices: npt.ArrayLike, what: Callable[[TokenSource, Int64s], Int64s]) -> Int64s:
         source, sample = self.locate(indices)
-        if len(self.sources) == 1:
-            return self.sources[0].read(sample)
-        out = np.empty((len(sample), self.seq_length + 1), np.int64)
-        for number in np.unique(source):
-            rows = source == number
-            out[rows] = self.sources[number].read(sample[rows])
+        rows = [np.flatnonzero(source == number) for number in np.unique(source)]
+        parts = [what(self.sources[source[row[0]]], sample[row]) for row in rows]
+        out = np.empty((len(sample), parts[0].shape[1]), np.int64)
+        for row, part in zip(rows, parts, strict=True):
+            out[row] = part
         return out
 
     def consumed(self, count: int) -> Int64s:

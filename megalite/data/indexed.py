@@ -9,6 +9,7 @@ D - 1 documents (a document is one or more sequences; megalite and Megatron's ow
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import os
 import struct
@@ -117,6 +118,13 @@ class IndexedDataset:
             raise IndexError(f"{self.prefix}: document {d} of {self.num_documents}")
         sequence = int(self._documents[d])
         return int(self._pointers[sequence]) // self.dtype.itemsize if sequence < len(self) else self.num_tokens
+
+    def document_starts(self, first: int, last: int) -> Array:
+        """Offsets in `tokens`, ascending, at which documents begin within [first, last). Found by bisection: numpy's
+        own search would copy the whole index, which lies unaligned in its file."""
+        low = bisect.bisect_left(range(self.num_documents), first, key=self.document_start)
+        high = bisect.bisect_left(range(self.num_documents), last, lo=low, key=self.document_start)
+        return np.array([self.document_start(d) for d in range(low, high)], np.int64)
 
     def fingerprint(self) -> str:
         """Hex name of the content: both sizes and 64 slices of 4 KiB spread evenly over each file. Bounded work, so

@@ -9,7 +9,7 @@ import queue
 import threading
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
@@ -26,6 +26,7 @@ class MicroBatch:
     tokens: torch.Tensor  # [B, T] int64
     labels: torch.Tensor  # [B, T] int64, the token that follows each; layers.IGNORE where none is to be predicted
     samples: torch.Tensor  # [B] int64, index of each sample in the whole run, over all ranks
+    documents: torch.Tensor | None = None  # [B, T] int64, document of each token in its sample; None: not kept apart
 
 
 class Loader:
@@ -34,7 +35,7 @@ class Loader:
     Step s is samples start_sample + [s·G, (s+1)·G) of the mixture, whatever the ranks: micro-batch m of data rank d
     is its samples (m·data_size + d)·B + [0, B). A thread reads `prefetch` steps ahead; an error in it is raised here.
     Close the loader, or use it in a `with`, to end the thread. Raises DataError for sizes that do not divide, and for
-    a token id that is not below `vocab_size`, where that is given."""
+    a token id that is not below `vocab_size`, where that is given. `document_mask` adds the documents."""
 
     def __init__(
         self,
@@ -46,6 +47,7 @@ class Loader:
         start_sample: int = 0,
         prefetch: int = 2,
         vocab_size: int | None = None,
+        document_mask: bool = False,
     ) -> None:
         if min(global_batch_size, micro_batch_size, data_size, prefetch) < 1 or start_sample < 0:
             raise DataError("batch sizes, data_size and prefetch must be at least 1, and start_sample at least 0")
@@ -64,7 +66,7 @@ class Loader:
         # The thread must not hold the loader, or a loader that is dropped unclosed would never be collected.
         self._thread = threading.Thread(
             target=_read_ahead,
-            args=(mixture, rows, start_sample, global_batch_size, vocab_size, self._steps, self._stop),
+            args=(mixture, rows, start_sample, global_batch_size, vocab_size, document_mask, self._steps, self._stop),
             name="megalite-loader",
             daemon=True,
         )
@@ -132,12 +134,13 @@ def _read_ahead(
     first: int,
     stride: int,
     vocab_size: int | None,
+    document_mask: bool,
     steps: queue.Queue,
     stop: threading.Event,
 ) -> None:
     while not stop.is_set():
         try:
-            step: list[MicroBatch] | BaseException = _read_step(mixture, first + rows, vocab_size)
+            step: list[MicroBatch] | BaseException = _read_step(mixture, first + rows, vocab_size, document_mask)
         except BaseException as error:
             # Whatever it is belongs to the consumer, who would wait for ever otherwise.
             step = error
@@ -147,7 +150,7 @@ def _read_ahead(
         first += stride
 
 
-def _read_step(mixture: Mixture, indices: Int64s, vocab_size: int | None) -> list[MicroBatch]:
+def _read_step(mixture: Mixture, indices: Int64s, vocab_size: int | None, document_mask: bool) -> list[MicroBatch]:
     """indices: [micro-batches, B]."""
     tokens = mixture.samples(indices.ravel())
     # A cut vocabulary would take an id outside of it for another rank's, and train on nonsense without a word.
@@ -159,10 +162,14 @@ def _read_step(mixture: Mixture, indices: Int64s, vocab_size: int | None) -> lis
             f"{max(tokens[row].max(), -tokens[row].min())}, but model.vocab_size = {vocab_size}"
         )
     windows = torch.from_numpy(tokens).view(*indices.shape, -1)  # [micro-batches, B, T + 1]
-    return [
+    batch = [
         MicroBatch(window[:, :-1].contiguous(), window[:, 1:].contiguous(), samples)
         for window, samples in zip(windows, torch.from_numpy(indices), strict=True)
     ]
+    if document_mask:
+        documents = torch.from_numpy(mixture.documents(indices.ravel())).view(*indices.shape, -1)
+        batch = [replace(micro, documents=part) for micro, part in zip(batch, documents, strict=True)]
+    return batch
 
 
 def _end(steps: queue.Queue, stop: threading.Event) -> None:

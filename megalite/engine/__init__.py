@@ -1,1 +1,67 @@
-"""Engines own the weights, the gradients and the optimizer; the loop only feeds them losses."""
+"""Engines own the weights, the gradients and the optimizer; the loop only feeds them losses.
+
+`native` (ZeRO 0 to 2, every layout) and `deepspeed` (ZeRO 1 to 3, offload) stand behind one small protocol, pass the
+same tests, and read each other's checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from megalite.config import Config
+from megalite.mesh import Mesh
+from megalite.models.weights import Weight
+from megalite.parallel.stage import Stage
+from megalite.plan import Plan
+
+STATES = ("master", "exp_avg", "exp_avg_sq")
+"""Optimizer state of every weight. In fp32 the weights are their own master copy, and there is no "master"."""
+
+ReadState = Callable[[Weight, str, int, int], Tensor]
+"""(weight, "weight" or one of STATES, start, stop) → those elements of the flattened local tensor."""
+
+
+class Engine(Protocol):
+    """Call `load` once; for every global batch `begin`, `backward` for each micro-batch, `finish`, `step`."""
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        """Which of STATES there are."""
+
+    def load(self, read: ReadState, num_steps: int = 0) -> None:
+        """Fill weights and optimizer state, asking `read` only for what this rank answers for. All ranks call it."""
+
+    def begin(self, num_micro_batches: int) -> None:
+        """Announce how many times each weight's gradient will arrive."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a micro-batch. Losses must be scaled so that their sum over all micro-batches and
+        replicas is the loss to descend."""
+
+    def add_gradient(self, parameter: Tensor, gradient: Tensor) -> None:
+        """Take a gradient of one micro-batch that autograd does not bring: a zero-bubble schedule computes it apart."""
+
+    def finish(self) -> None:
+        """Wait until the gradients are summed over the replicas."""
+
+    def step(self, lr: float) -> Tensor:
+        """Clip, update the weights, forget the gradients. Returns the global gradient norm before clipping, fp32 []."""
+
+    def gather(self, kind: str, owners: Mapping[str, int]) -> dict[str, Tensor]:
+        """The logical tensors this rank owns, on the host. `kind` is "weight", "grad" (after `finish`) or one of
+        `states`; `owners` gives a global rank for every weight. All ranks call it."""
+
+
+def make_engine(stages: Sequence[Stage], weights: Sequence[Weight], plan: Plan, mesh: Mesh, config: Config) -> Engine:
+    """The engine the plan asks for. It gives the models of `stages`, this rank's parts on the meta device, their
+    weights, and may take over how a stage is called; `weights` are the rows of exactly those."""
+    if plan.engine == "deepspeed":
+        from megalite.engine.deepspeed import DeepSpeedEngine
+
+        (stage,) = stages
+        return DeepSpeedEngine(stage, weights, plan, mesh, config)
+    from megalite.engine.native import NativeEngine
+
+    return NativeEngine([stage.model for stage in stages], weights, plan, mesh, config)

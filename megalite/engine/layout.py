@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 from megalite.models.weights import Weight
+from megalite.plan import Plan
 
 ALIGNMENT = 32
 """Elements. Weights start on 64 bytes even in bf16, so that vector loads stay aligned."""
@@ -27,54 +29,77 @@ class Bucket:
 
     slots: tuple[Slot, ...]
     size: int
-    """Elements, a multiple of ALIGNMENT × data ranks, so that it cuts into equal aligned shards."""
+    """Elements, a multiple of ALIGNMENT × replicas, so that it cuts into equal aligned shards."""
     decay: bool
     cut: bool
     """Cut over the tensor axis: the ranks hold different elements, and all of them count in a norm."""
     partial_grad: bool
+    tied: bool
+    """Both ends of a pipeline hold a copy, and the gradient is the sum of both."""
 
     def shard(self, rank: int, ranks: int) -> tuple[int, int]:
         length = self.size // ranks
         return rank * length, (rank + 1) * length
 
 
-def make_buckets(weights: Sequence[Weight], tensor: int, data: int, max_elements: int) -> tuple[Bucket, ...]:
-    """Fill buckets in the order in which a backward pass finishes the gradients: the last weight first.
+def elements_of(megabytes: float) -> int:
+    """fp32 elements in this many MB."""
+    return int(megabytes * 2**20 / 4)
+
+
+def make_buckets(weights: Sequence[Weight], plan: Plan, max_elements: int) -> tuple[Bucket, ...]:
+    """Fill buckets in the order in which a backward pass finishes the gradients: the last weight first. Tied weights,
+    whose gradient is only complete after the whole step, come last.
 
     A weight larger than `max_elements` gets a bucket to itself."""
-    open_slots: dict[tuple[bool, bool, bool], list[Slot]] = {}
+    open_slots: dict[_Kind, list[Slot]] = {}
     closed: list[Bucket] = []
     for weight in reversed(weights):
-        kind = (weight.decay, weight.shard is not None and tensor > 1, weight.partial_grad)
+        kind = _Kind(
+            weight.decay,
+            weight.shard is not None and plan.tensor > 1,
+            weight.partial_grad,
+            weight.place == "both" and plan.pipeline > 1,
+        )
         slots = open_slots.setdefault(kind, [])
-        numel = prod(weight.local_shape(tensor))
+        numel = prod(weight.local_shape(plan.tensor))
         start = _round_up(slots[-1].stop, ALIGNMENT) if slots else 0
         if slots and start + numel > max_elements:
-            closed.append(_close(slots, kind, data))
+            closed.append(_close(slots, kind, plan.replicas))
             slots.clear()
             start = 0
         slots.append(Slot(weight, start, start + numel))
-    closed += [_close(slots, kind, data) for kind, slots in open_slots.items()]
-    return tuple(closed)
+    closed += [_close(slots, kind, plan.replicas) for kind, slots in open_slots.items()]
+    return tuple(sorted(closed, key=lambda bucket: bucket.tied))
 
 
-def _close(slots: list[Slot], kind: tuple[bool, bool, bool], data: int) -> Bucket:
-    decay, cut, partial_grad = kind
-    return Bucket(tuple(slots), _round_up(slots[-1].stop, ALIGNMENT * data), decay, cut, partial_grad)
+class _Kind(NamedTuple):
+    decay: bool
+    cut: bool
+    partial_grad: bool
+    tied: bool
+
+
+def _close(slots: list[Slot], kind: _Kind, replicas: int) -> Bucket:
+    return Bucket(tuple(slots), _round_up(slots[-1].stop, ALIGNMENT * replicas), **kind._asdict())
 
 
 def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def choose_owners(buckets: Sequence[Bucket], data: int, tensor: int) -> dict[str, tuple[int, int]]:
-    """(data rank, tensor rank) that writes each weight, so that all write about as much. A bucket has one data rank."""
-    load = [[0] * tensor for _ in range(data)]
-    owners: dict[str, tuple[int, int]] = {}
-    for bucket in sorted(buckets, key=lambda bucket: -bucket.size):
-        row = min(range(data), key=lambda rank: min(load[rank]))
-        for slot in sorted(bucket.slots, key=lambda slot: slot.start - slot.stop):
-            column = load[row].index(min(load[row]))
-            load[row][column] += slot.weight.numel
-            owners[slot.weight.name] = (row, column)
+def choose_owners(plan: Plan, weights: Sequence[Weight], max_elements: int) -> dict[str, int]:
+    """Global rank that writes each weight, so that all ranks of a pipeline stage write about as much. All of a bucket
+    are on one replica; of a tied weight, the first stage writes."""
+    owners: dict[str, int] = {}
+    for pipeline_rank in range(plan.pipeline):
+        load = [[0] * plan.tensor for _ in range(plan.replicas)]
+        buckets = make_buckets(plan.weights_of(pipeline_rank, weights), plan, max_elements)
+        for bucket in sorted(buckets, key=lambda bucket: -bucket.size):
+            row = min(range(plan.replicas), key=lambda rank: min(load[rank]))
+            for slot in sorted(bucket.slots, key=lambda slot: slot.start - slot.stop):
+                if slot.weight.name not in owners:
+                    column = load[row].index(min(load[row]))
+                    load[row][column] += slot.weight.numel
+                    owners[slot.weight.name] = plan.rank_at(pipeline_rank, row, column)
     return owners

@@ -1,13 +1,15 @@
-"""Data parallelism and ZeRO stages 0 to 2 (Rajbhandari et al. 2020), in the manner of Megatron's distributed optimizer.
+"""Data parallelism and ZeRO stages 0 to 2 (Rajbhandari et al. 2020), in the manner of Megatron's distributed
+optimizer.
 
-The weights lie in a few flat buckets, filled in the order in which the backward pass finishes them. Each data rank
+The weights lie in a few flat buckets, filled in the order in which the backward pass finishes them. Each replica
 answers for one equal shard of every bucket. A step:
 
     backward       each gradient is added to its place in an fp32 bucket as it arrives; when the last micro-batch
                    has filled a bucket, its reduction starts and runs beside the rest of the backward
     norm           from the shards, one number over all ranks
     AdamW          on this rank's shard: fp32 master weights and moments, with the clip factor in the same pass
-    all-gather     every rank gets all of the new weights
+    all-gather     every rank gets all of the new weights; a module's forward waits for its own weights only, so that
+                   the rest travels beside the next forward
 
                    gradients kept      reduced by        optimizer state
     stage 0        whole, fp32         all-reduce        whole on every rank, no all-gather
@@ -19,27 +21,32 @@ answers for one equal shard of every bucket. A step:
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from megalite.config import OptimizerConfig
-from megalite.engine.layout import Bucket, make_buckets
+from megalite.config import Config, OptimizerConfig
+from megalite.engine import STATES, ReadState
+from megalite.engine.gather import assemble_on, gather_parts
+from megalite.engine.layout import Bucket, Slot, elements_of, make_buckets
 from megalite.mesh import Mesh
 from megalite.models import set_parameters
 from megalite.models.weights import Weight
-from megalite.parallel.collectives import Wait, all_reduce, start_all_gather, start_reduce, start_reduce_scatter
+from megalite.parallel.collectives import (
+    Wait,
+    add_from_other_end,
+    all_reduce,
+    start_all_gather,
+    start_reduce,
+    start_reduce_scatter,
+)
+from megalite.plan import Plan
 
 IN_FLIGHT = 2
 """Buckets whose reduction stage 2 lets run at a time: one travels while the next is filled."""
-
-STATES = ("master", "exp_avg", "exp_avg_sq")
-"""Optimizer state of every weight. In fp32 the weights are their own master copy, and there is no "master"."""
-
-ReadState = Callable[[Weight, str, int, int], Tensor]
-"""(weight, "weight" or one of STATES, start, stop) → those elements of the flattened local tensor."""
 
 
 class BucketState:
@@ -47,7 +54,7 @@ class BucketState:
 
     def __init__(self, layout: Bucket, mesh: Mesh, dtype: torch.dtype, zero_stage: int):
         self.layout, self.zero_stage = layout, zero_stage
-        self.low, self.high = layout.shard(mesh.data.rank, mesh.data.size)
+        self.low, self.high = layout.shard(mesh.replicas.rank, mesh.replicas.size)
         self.weights = torch.zeros(layout.size, dtype=dtype, device=mesh.device)
         # What the optimizer steps on: this rank's shard, or at stage 0 everything.
         self.stepped = slice(self.low, self.high) if zero_stage else slice(0, layout.size)
@@ -56,8 +63,14 @@ class BucketState:
         self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.master), torch.zeros_like(self.master)
         self.grads: Tensor | None = None  # [size] fp32; at stage 2 only while a micro-batch is under way
         self.grad_shard: Tensor | None = None  # stage 2: [shard] fp32, summed over micro-batches
-        self.missing = 0
-        self.filled: set[int] = set()  # starts of the slots that hold a gradient of this step
+        self.arrived = 0  # gradients since the step began
+        self.filled: set[int] = set()  # starts of the slots that hold a gradient in `grads`
+        self.gathered: Wait | None = None  # the weights are on their way from the other replicas
+
+    def await_weights(self) -> None:
+        if self.gathered is not None:
+            self.gathered()
+            self.gathered = None
 
     def whole_grads(self) -> Tensor:
         """Where gradients of a micro-batch are put: [size] fp32."""
@@ -86,47 +99,44 @@ class BucketState:
 
 
 class NativeEngine:
-    """Gives a clean or parallelised model on the meta device its weights, and trains it.
+    """Gives clean or parallelised models on the meta device their weights, and trains them. See `Engine`."""
 
-    Call `load` once, `backward` for every micro-batch, `step` once a global batch."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        weights: Sequence[Weight],
-        mesh: Mesh,
-        optimizer: OptimizerConfig,
-        *,
-        dtype: torch.dtype,
-        zero_stage: int,
-        sequence: bool,
-        bucket_mb: float = 40.0,
-    ):
-        self.mesh, self.clip, self.sequence = mesh, optimizer.clip, sequence
-        self.zero_stage, self.dtype = zero_stage, dtype
-        layout = make_buckets(weights, mesh.tensor.size, mesh.data.size, int(bucket_mb * 2**20 / 4))
-        self.buckets = [BucketState(bucket, mesh, dtype, zero_stage) for bucket in layout]
-        self._adopt(model)
-        self.optimizer = self._make_optimizer(optimizer)
-        self._next = 0  # buckets are reduced in one order on all ranks, or their collectives would mix
-        self._last = True
-        self._in_flight: deque[tuple[BucketState, Wait]] = deque()
+    def __init__(self, models: Sequence[nn.Module], weights: Sequence[Weight], plan: Plan, mesh: Mesh, config: Config):
+        self.mesh, self.clip, self.sequence = mesh, config.optimizer.clip, plan.sequence
+        self.zero_stage = plan.zero_stage
+        self.dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+        layout = make_buckets(weights, plan, elements_of(config.parallel.bucket_mb))
+        self.buckets = [BucketState(bucket, mesh, self.dtype, plan.zero_stage) for bucket in layout]
+        self._home: dict[Tensor, tuple[BucketState, Slot]] = {}
+        self._adopt(models)
+        self.optimizer = self._make_optimizer(config.optimizer)
+        self._micro_batches = 1
+        self._next = 0  # stages 0 and 1 reduce buckets in one order on all ranks, or their collectives would mix
+        self._in_flight: deque[tuple[BucketState, Tensor, Wait]] = deque()
+        # The next forward pass meets first what the backward pass finished last.
+        self._forward_order = sorted(self.buckets, key=lambda b: min(map(_number_in(weights), b.layout.slots)))
 
     @property
     def states(self) -> tuple[str, ...]:
         return STATES[1:] if self.dtype == torch.float32 else STATES
 
-    def _adopt(self, model: nn.Module) -> None:
-        """Make every parameter a view into its bucket, and watch its gradient arrive."""
-        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    def _adopt(self, models: Sequence[nn.Module]) -> None:
+        """Make every parameter a view into its bucket, watch its gradient arrive, and make modules wait for it."""
+        shapes = {name: parameter.shape for model in models for name, parameter in model.named_parameters()}
         views: dict[str, nn.Parameter] = {}
         for bucket in self.buckets:
             for slot in bucket.layout.slots:
                 name = slot.weight.name
                 views[name] = nn.Parameter(bucket.weights[slot.start : slot.stop].view(shapes[name]))
-                views[name].register_post_accumulate_grad_hook(self._hook(bucket, slot.start, slot.stop))
-        assert views.keys() == shapes.keys(), f"not in the table of weights: {list(shapes.keys() - views.keys())}"
-        set_parameters(model, views)
+                views[name].register_post_accumulate_grad_hook(self._take_gradient)
+                self._home[views[name]] = (bucket, slot)
+        assert views.keys() == shapes.keys(), f"table and model differ: {views.keys() ^ shapes.keys()}"
+        for model in models:
+            set_parameters(model, views)
+            for module in model.modules():
+                buckets = {id(b): b for p in module.parameters(recurse=False) for b, _ in [self._home[p]]}
+                if buckets:
+                    module.register_forward_pre_hook(_await_weights_of(list(buckets.values())))
 
     def _make_optimizer(self, config: OptimizerConfig) -> torch.optim.Optimizer:
         groups = [
@@ -144,44 +154,45 @@ class NativeEngine:
 
     # --- a step ---------------------------------------------------------------------------------------------------
 
-    def backward(self, loss: Tensor, last: bool) -> None:
-        """Add the gradients of a micro-batch. `last` starts the reduction over data ranks as the gradients appear.
-
-        Losses must be scaled so that their sum over all micro-batches and data ranks is the loss to descend."""
-        self._last, self._next = last, 0
+    def begin(self, num_micro_batches: int) -> None:
+        self._micro_batches, self._next = num_micro_batches, 0
         for bucket in self.buckets:
-            bucket.missing = len(bucket.layout.slots)
+            bucket.arrived = 0
+
+    def backward(self, loss: Tensor) -> None:
         loss.backward()
-        if self._reduces_now:
-            for bucket in self.buckets[self._next :]:
-                self._reduce(bucket)
-            while self._in_flight:
-                self._finish_oldest()
 
-    @property
-    def _reduces_now(self) -> bool:
-        return self._last or self.zero_stage == 2
-
-    def _hook(self, bucket: BucketState, start: int, stop: int) -> Callable[[Tensor], None]:
-        def arrived(parameter: Tensor) -> None:
-            assert parameter.grad is not None
-            place = bucket.whole_grads()[start:stop].view_as(parameter)
-            if start in bucket.filled:
-                place.add_(parameter.grad)
-            else:
-                place.copy_(parameter.grad)
-                bucket.filled.add(start)
+    def _take_gradient(self, parameter: Tensor) -> None:
+        if parameter.grad is not None:  # where it is put off, autograd arrives without one
+            self.add_gradient(parameter, parameter.grad)
             parameter.grad = None
-            bucket.missing -= 1
-            if self._reduces_now:
-                self._reduce_ready()
 
-        return arrived
+    def add_gradient(self, parameter: Tensor, gradient: Tensor) -> None:
+        bucket, slot = self._home[parameter]
+        place = bucket.whole_grads()[slot.start : slot.stop].view_as(parameter)
+        if slot.start in bucket.filled:
+            place.add_(gradient)
+        else:
+            place.copy_(gradient)
+            bucket.filled.add(slot.start)
+        bucket.arrived += 1
+        if self.zero_stage == 2:
+            if len(bucket.filled) == len(bucket.layout.slots) and not bucket.layout.tied:
+                self._reduce(bucket)
+        else:
+            while self._next < len(self.buckets) and self._complete(self.buckets[self._next]):
+                self._reduce(self.buckets[self._next])
+                self._next += 1
 
-    def _reduce_ready(self) -> None:
-        while self._next < len(self.buckets) and self.buckets[self._next].missing == 0:
-            self._reduce(self.buckets[self._next])
-            self._next += 1
+    def _complete(self, bucket: BucketState) -> bool:
+        return bucket.arrived == self._micro_batches * len(bucket.layout.slots) and not bucket.layout.tied
+
+    def finish(self) -> None:
+        for bucket in self.buckets[self._next :]:
+            if self.zero_stage < 2 or bucket.filled or bucket.grad_shard is None:
+                self._reduce(bucket)
+        while self._in_flight:
+            self._finish_oldest()
 
     def _reduce(self, bucket: BucketState) -> None:
         grads = bucket.whole_grads()
@@ -190,52 +201,58 @@ class NativeEngine:
                 grads[slot.start : slot.stop] = 0.0
         if bucket.layout.partial_grad and self.sequence:
             all_reduce(grads, self.mesh.tensor)
+        if bucket.layout.tied:
+            add_from_other_end(grads, self.mesh.pipeline)
         start = start_reduce_scatter if self.zero_stage else start_reduce
-        self._in_flight.append((bucket, start(grads, self.mesh.data)))
-        if self.zero_stage == 2 and len(self._in_flight) > IN_FLIGHT:
-            self._finish_oldest()
+        self._in_flight.append((bucket, grads, start(grads, self.mesh.replicas)))
+        if self.zero_stage == 2:
+            bucket.grads, bucket.filled = None, set()  # the next micro-batch fills another
+            if len(self._in_flight) > IN_FLIGHT:
+                self._finish_oldest()
 
     def _finish_oldest(self) -> None:
-        bucket, wait = self._in_flight.popleft()
+        bucket, grads, wait = self._in_flight.popleft()
         wait()
         if self.zero_stage == 2:
-            assert bucket.grads is not None
-            shard = bucket.grads[bucket.low : bucket.high]
+            shard = grads[bucket.low : bucket.high]
             bucket.grad_shard = shard.clone() if bucket.grad_shard is None else bucket.grad_shard.add_(shard)
-            bucket.grads, bucket.filled = None, set()
 
     def step(self, lr: float) -> Tensor:
-        """Clip, update the weights, forget the gradients. Returns the global gradient norm before clipping, fp32 []."""
         norm = self.gradient_norm()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         if self.clip:
             # The fused update divides by grad_scale in its own pass over the gradients; nothing waits for the device.
             self.optimizer.grad_scale = (norm / self.clip).clamp(min=1.0)  # type: ignore[attr-defined]
+        self.await_weights()
         for bucket in self.buckets:
             bucket.master.grad = bucket.gradient()
         self.optimizer.step()
-        for bucket in self.buckets:
+        for bucket in self._forward_order:
             bucket.master.grad, bucket.grad_shard, bucket.filled = None, None, set()
             if bucket.weights.dtype != torch.float32:
                 bucket.weights[bucket.stepped].copy_(bucket.master.data)
-        if self.zero_stage:
-            for wait in [start_all_gather(bucket.weights, self.mesh.data) for bucket in self.buckets]:
-                wait()
+            if self.zero_stage:
+                bucket.gathered = start_all_gather(bucket.weights, self.mesh.replicas)
         return norm
+
+    def await_weights(self) -> None:
+        """Until all of the new weights are here."""
+        for bucket in self._forward_order:
+            bucket.await_weights()
 
     def gradient_norm(self) -> Tensor:
         """L2 norm of the whole gradient, each logical element counted once."""
         total = torch.zeros((), device=self.mesh.device)
         for bucket in self.buckets:
-            if bucket.layout.cut or self.mesh.tensor.rank == 0:
+            copy = bucket.layout.tied and self.mesh.pipeline.rank > 0
+            if (bucket.layout.cut or self.mesh.tensor.rank == 0) and not copy:
                 total += torch.linalg.vector_norm(bucket.state("grad")).square()
         return all_reduce(total, self.mesh.world).sqrt()
 
     # --- state, in logical terms ----------------------------------------------------------------------------------
 
     def load(self, read: ReadState, num_steps: int = 0) -> None:
-        """Fill weights and optimizer state, asking `read` only for what this rank answers for. All ranks call it."""
         # In fp32 the weights are the master weights, and begin as them.
         kind = "master" if self.dtype == torch.float32 else "weight"
         for bucket in self.buckets:
@@ -244,9 +261,43 @@ class NativeEngine:
                 whole = bucket.master.data if state == "master" else getattr(bucket, state)
                 _fill(bucket, whole, bucket.stepped.start, bucket.stepped, read, state)
             self.optimizer.state[bucket.master]["step"].fill_(num_steps)
-        # What the data ranks have read of the weights is read once in all, not once by each.
-        for wait in [start_all_gather(bucket.weights, self.mesh.data) for bucket in self.buckets]:
+        # What the replicas have read of the weights is read once in all, not once by each.
+        for wait in [start_all_gather(bucket.weights, self.mesh.replicas) for bucket in self.buckets]:
             wait()
+
+    def gather(self, kind: str, owners: Mapping[str, int]) -> dict[str, Tensor]:
+        """Shards travel over the replicas to the owner of their bucket, then local tensors over the tensor axis to the
+        owner of the weight: the groups that training uses anyway, and memory for one bucket."""
+        self.await_weights()
+        owned: dict[str, Tensor] = {}
+        for bucket in self.buckets:
+            slots = bucket.layout.slots
+            pipeline_rank, replica, _ = self.mesh.place_of(owners[slots[0].weight.name])
+            if pipeline_rank != self.mesh.pipeline.rank:  # the copy of a tied weight
+                continue
+            shards = gather_parts(bucket.state(kind), self.mesh.replicas, replica)
+            if replica != self.mesh.replicas.rank:
+                continue
+            flat = torch.cat(shards) if len(shards) > 1 else shards[0]
+            for slot in slots:
+                tensor_rank = self.mesh.place_of(owners[slot.weight.name])[2]
+                whole = assemble_on(tensor_rank, slot.weight, flat[slot.start : slot.stop], self.mesh)
+                if whole is not None:
+                    owned[slot.weight.name] = whole
+        return owned
+
+
+def _number_in(weights: Sequence[Weight]) -> Callable[[Slot], int]:
+    number = {weight.name: place for place, weight in enumerate(weights)}
+    return lambda slot: number[slot.weight.name]
+
+
+def _await_weights_of(buckets: Sequence[BucketState]) -> Callable[[nn.Module, Any], None]:
+    def hook(module: nn.Module, arguments: Any) -> None:
+        for bucket in buckets:
+            bucket.await_weights()
+
+    return hook
 
 
 def _fill(bucket: BucketState, into: Tensor, offset: int, part: slice, read: ReadState, kind: str) -> None:

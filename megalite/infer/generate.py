@@ -1,4 +1,4 @@
-"""Continuing a prompt, on one device."""
+"""Continuing a prompt."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from megalite.checkpoint.folder import complete_steps, step_folder
 from megalite.checkpoint.load import from_hf
 from megalite.config import ConfigError
 from megalite.data.tokenizer import Tokenizer, load_tokenizer
-from megalite.mesh import Axis
+from megalite.infer.ranks import load_on_ranks
+from megalite.mesh import ALONE, Launch
 from megalite.models import build_model, model_config, set_parameters, weight_table
 
 
@@ -46,10 +47,13 @@ def find_model(path: Path) -> Path:
     return step_folder(path / "checkpoints", steps[-1])
 
 
-def open_model(path: Path, dtype: torch.dtype | None = None) -> tuple[nn.Module, Tokenizer]:
-    """The model on one device, in evaluation mode and the precision it is stored in, and its tokenizer."""
+def open_model(path: Path, launch: Launch, tensor: int = 1, pipeline: int = 1) -> tuple[nn.Module, Tokenizer]:
+    """The model in evaluation mode and the precision it is stored in, and its tokenizer: on one device, or over ranks
+    that all call this. Raises ConfigError or CheckpointError."""
     folder = find_model(path)
-    return load_model(folder, dtype), load_tokenizer(folder)
+    if launch.world_size == tensor == pipeline == 1:
+        return load_model(folder), load_tokenizer(folder)
+    return load_on_ranks(folder, launch, tensor, pipeline, None), load_tokenizer(folder)
 
 
 def load_model(folder: Path, dtype: torch.dtype | None = None, device: torch.device | None = None) -> nn.Module:
@@ -57,7 +61,7 @@ def load_model(folder: Path, dtype: torch.dtype | None = None, device: torch.dev
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = model_config({"hf": str(folder)})
     weights, model = weight_table(config), build_model(config)
-    read = from_hf(folder, weights, config, Axis())
+    read = from_hf(folder, weights, config, ALONE)
     tensors = {weight.name: read(weight, "weight", 0, weight.numel).view(weight.shape) for weight in weights}
     set_parameters(model, {name: nn.Parameter(tensor.to(device, dtype)) for name, tensor in tensors.items()})
     return model.eval().requires_grad_(False)

@@ -15,6 +15,7 @@ import torch.nn as nn
 from pydantic import ValidationError
 
 from megalite.config import ConfigError, ModelConfig, describe_errors
+from megalite.models.layers import Decoder
 from megalite.models.weights import Weight
 from megalite.resources import configs_dir, read_yaml
 
@@ -24,7 +25,7 @@ FAMILIES = ("gpt2", "llama")
 class Family(Protocol):
     """What a family's file offers."""
 
-    MODEL: type[nn.Module]
+    MODEL: type[Decoder]
     CONFIG: type[ModelConfig]
 
     def weights(self, config: Any) -> Any: ...
@@ -115,7 +116,7 @@ def set_parameters(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> 
             setattr(module, attribute, parameters[names[old]])
 
 
-def build_model(config: ModelConfig) -> nn.Module:
+def build_model(config: ModelConfig) -> Decoder:
     """The clean model on the meta device: shapes without memory. An engine gives it weights."""
     with torch.device("meta"):
         return family(config.family).MODEL(config)

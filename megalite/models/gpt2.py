@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -13,13 +14,9 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from megalite.config import ConfigError, ModelConfig
-from megalite.models.layers import (
-    CrossEntropy,
-    Dropout,
-    causal_attention,
-    causal_attention_with_dropout,
-)
+from megalite.models.layers import CausalAttention, CrossEntropy, Decoder, Dropout, Places, numbered
 from megalite.models.weights import Weight, layer_rows
+from megalite.plan import Place
 
 
 class GPT2Config(ModelConfig):
@@ -53,13 +50,11 @@ class Attention(nn.Module):
         self.head_size = config.head_size
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.out = nn.Linear(config.hidden_size, config.hidden_size)
-        self.dropout = Dropout(config.attention_dropout, f"{site}.probabilities", over_heads=True)
+        self.core = CausalAttention(Dropout(config.attention_dropout, f"{site}.probabilities", over_heads=True))
 
-    def forward(self, x_BTD: Tensor, key_B: Tensor | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, places: Places) -> Tensor:
         q, k, v = self.qkv(x_BTD).unflatten(-1, (-1, self.head_size)).chunk(3, dim=2)
-        if self.training and self.dropout.p and key_B is not None:
-            return self.out(causal_attention_with_dropout(q, k, v, self.dropout, key_B))
-        return self.out(causal_attention(q, k, v))
+        return self.out(self.core(q, k, v, places))
 
 
 class MLP(nn.Module):
@@ -69,7 +64,10 @@ class MLP(nn.Module):
         self.down = nn.Linear(config.inner_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x), approximate="tanh"))
+        return self.shrink(self.up(x))
+
+    def shrink(self, up: Tensor) -> Tensor:
+        return self.down(F.gelu(up, approximate="tanh"))
 
 
 class Layer(nn.Module):
@@ -83,32 +81,35 @@ class Layer(nn.Module):
         self.mlp = MLP(config)
         self.mlp_dropout = Dropout(config.hidden_dropout, f"{site}.mlp")
 
-    def forward(self, x: Tensor, key_B: Tensor | None) -> Tensor:
-        x = x + self.attention_dropout(self.attention(self.attention_norm(x), key_B), key_B)
-        return x + self.mlp_dropout(self.mlp(self.mlp_norm(x)), key_B)
+    def forward(self, x: Tensor, places: Places) -> Tensor:
+        x = x + self.attention_dropout(self.attention(self.attention_norm(x), places), places)
+        return x + self.mlp_dropout(self.mlp(self.mlp_norm(x)), places)
 
 
-class GPT2(nn.Module):
+class GPT2(Decoder):
+    INPUT, OUTPUT = ("embedding", "positions", "dropout"), ("norm", "head", "loss")
+
     def __init__(self, config: GPT2Config):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.positions = nn.Embedding(config.max_positions, config.hidden_size)
         self.dropout = Dropout(config.embedding_dropout, "embedding")
-        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_layers))
+        self.layers = numbered(Layer(config, i) for i in range(config.num_layers))
         self.norm = nn.LayerNorm(config.hidden_size, config.norm_eps)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
         self.loss = CrossEntropy()
 
-    def forward(self, tokens_BT: Tensor, key_B: Tensor | None = None) -> Tensor:
-        """Logits [B,T,V]. `key_B` [B] int64: one dropout key a sample, or None."""
-        positions_1T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
-        x = self.dropout(self.embedding(tokens_BT) + self.positions(positions_1T), key_B)
-        for layer in self.layers:
-            x = layer(x, key_B)
-        return self.head(self.norm(x))
+    def embed(self, tokens_BT: Tensor, places: Places) -> Tensor:
+        return self.dropout(self.embedding(tokens_BT) + self.positions(places.position_BT), places)
+
+    def shared(self, places: Places, dtype: torch.dtype) -> Places:
+        return places
+
+    def predict(self, x_BTD: Tensor) -> Tensor:
+        return self.head(self.norm(x_BTD))
 
 
 def weights(config: GPT2Config) -> Iterator[Weight]:
@@ -123,21 +124,24 @@ def weights(config: GPT2Config) -> Iterator[Weight]:
         *_linear("mlp.up", "mlp.c_fc", (inner, hidden), "column", std),
         *_linear("mlp.down", "mlp.c_proj", (hidden, inner), "row", residual_std),
     )
-    yield Weight("embedding.weight", (config.vocab_size, hidden), ("transformer.wte.weight",), "vocab", init=std)
+    ends: Place = "both" if config.tie_embeddings else "first"
+    yield Weight(
+        "embedding.weight", (config.vocab_size, hidden), ("transformer.wte.weight",), "vocab", init=std, place=ends
+    )
     yield Weight(
         "positions.weight", (config.max_positions, hidden), ("transformer.wpe.weight",), init=std, partial_grad=True
     )
     for i in range(config.num_layers):
-        yield from layer_rows(f"layers.{i}", f"transformer.h.{i}", layer)
-    yield from _norm("norm", "transformer.ln_f", hidden)
+        yield from layer_rows(i, "transformer.h", layer)
+    yield from _norm("norm", "transformer.ln_f", hidden, "last")
     if not config.tie_embeddings:
-        yield Weight("head.weight", (config.vocab_size, hidden), ("lm_head.weight",), "vocab", init=std)
+        yield Weight("head.weight", (config.vocab_size, hidden), ("lm_head.weight",), "vocab", init=std, place="last")
 
 
-def _norm(name: str, hf: str, size: int) -> tuple[Weight, Weight]:
+def _norm(name: str, hf: str, size: int, place: Place = 0) -> tuple[Weight, Weight]:
     scale = Weight(f"{name}.weight", (size,), (f"{hf}.weight",), init="ones", decay=False, partial_grad=True)
     shift = Weight(f"{name}.bias", (size,), (f"{hf}.bias",), init="zeros", decay=False, partial_grad=True)
-    return scale, shift
+    return replace(scale, place=place), replace(shift, place=place)
 
 
 def _linear(

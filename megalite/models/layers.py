@@ -3,6 +3,10 @@ G key/value heads, K head size, V vocabulary."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -15,24 +19,93 @@ IGNORE = -100
 """Label of a token that carries no loss."""
 
 
+@dataclass(frozen=True)
+class Places:
+    """Where the tokens of a micro-batch stand. T counts the tokens at hand: all of a sequence, or a context rank's."""
+
+    index_T: Tensor
+    """Place of each token in its whole sequence, int64, ascending."""
+    position_BT: Tensor
+    """What positions are encoded by, int64: the place in the sequence, or in the token's own document; B may be 1."""
+    document_BT: Tensor | None = None
+    """Number of each token's document in its sequence: tokens attend only within theirs. None: all are one."""
+    key_B: Tensor | None = None
+    """Dropout keys, int64, one a sample; None drops nothing."""
+
+    def to(self, device: torch.device) -> Places:
+        document, key = (x if x is None else x.to(device) for x in (self.document_BT, self.key_B))
+        return Places(self.index_T.to(device), self.position_BT.to(device), document, key)
+
+    @classmethod
+    def whole(cls, length: int, device: torch.device) -> Places:
+        """A whole sequence of one document."""
+        index = torch.arange(length, device=device)
+        return cls(index, index[None])
+
+
+class Decoder(nn.Module):
+    """What every family's model is: embed, layers one after another, predict. A pipeline cuts it between layers."""
+
+    INPUT: tuple[str, ...]
+    """Modules that `embed` uses."""
+    OUTPUT: tuple[str, ...]
+    """Modules that `predict` uses."""
+    config: Any
+    layers: nn.ModuleDict
+    """By their number in the whole model."""
+    loss: nn.Module
+
+    def embed(self, tokens_BT: Tensor, places: Places) -> Tensor:
+        """[B,T,D]"""
+        raise NotImplementedError
+
+    def shared(self, places: Places, dtype: torch.dtype) -> Any:
+        """What all layers need besides `x`: computed once."""
+        raise NotImplementedError
+
+    def predict(self, x_BTD: Tensor) -> Tensor:
+        """Logits [B,T,V]"""
+        raise NotImplementedError
+
+    def run_layers(self, x_BTD: Tensor, places: Places) -> Tensor:
+        shared = self.shared(places, x_BTD.dtype)
+        for layer in self.layers.values():
+            x_BTD = layer(x_BTD, shared)
+        return x_BTD
+
+    def forward(self, tokens_BT: Tensor, places: Places | None = None) -> Tensor:
+        """Logits [B,T,V]. Without `places`, each row is a whole sequence of one document."""
+        places = places or Places.whole(tokens_BT.shape[1], tokens_BT.device)
+        return self.predict(self.run_layers(self.embed(tokens_BT, places), places))
+
+
+def numbered(layers: Iterable[nn.Module]) -> nn.ModuleDict:
+    return nn.ModuleDict({str(number): layer for number, layer in enumerate(layers)})
+
+
 class Dropout(nn.Module):
     """Dropout whose mask depends on (seed, sample, place in the sample) alone, so that every layout drops the same.
 
-    `shard_rank` is set where parallelism cuts dimension 1 of the input over ranks (the sequence of hidden states, or
-    the heads where `over_heads`): this rank then owns the `shard_rank`-th slice of equal size."""
+    Tensor parallelism sets `shard` to (rank, ranks) where it cuts dimension 1 of the input over ranks: the sequence of
+    hidden states, or the heads where `over_heads`."""
 
     def __init__(self, p: float, site: str, over_heads: bool = False):
         super().__init__()
-        self.p, self.site, self.over_heads, self.shard_rank = p, key_of(site), over_heads, 0
+        self.p, self.site, self.over_heads, self.shard = p, key_of(site), over_heads, (0, 1)
 
-    def forward(self, x: Tensor, key_B: Tensor | None) -> Tensor:
-        """`key_B` [B] int64, one key a sample; None (or evaluation) leaves `x` alone."""
-        if self.p == 0.0 or key_B is None or not self.training:
+    def forward(self, x: Tensor, places: Places) -> Tensor:
+        """`x` is [B,T,D], or [B,H,T,T] where `over_heads`. Without keys, or in evaluation, it is left alone."""
+        if self.p == 0.0 or places.key_B is None or not self.training:
             return x
-        numel = x[0].numel()
-        index = torch.arange(self.shard_rank * numel, (self.shard_rank + 1) * numel, device=x.device).view(x.shape[1:])
-        keys = random_bits(self.site, key_B).view(-1, *[1] * (x.dim() - 1))
-        keep = uniform(keys, index) >= self.p
+        rank, ranks = self.shard
+        if self.over_heads:
+            first = rank * x.shape[1] + torch.arange(x.shape[1], device=x.device)
+        else:
+            first = places.index_T.chunk(ranks)[rank]
+        inner = x[0, 0].numel()
+        index = first[:, None] * inner + torch.arange(inner, device=x.device)
+        keys = random_bits(self.site, places.key_B).view(-1, *[1] * (x.dim() - 1))
+        keep = uniform(keys, index.view(x.shape[1:])) >= self.p
         return x * (keep / (1.0 - self.p)).to(x.dtype)
 
 
@@ -46,20 +119,40 @@ class CrossEntropy(nn.Module):
         return losses.view_as(labels_BT)
 
 
-def causal_attention(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> Tensor:
-    """Causal attention with grouped queries by torch's SDPA: [B,T,H,K] and twice [B,T,G,K] → [B,T,H·K]."""
-    q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BTGK, v_BTGK))
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-    return out.transpose(1, 2).flatten(2)
+class CausalAttention(nn.Module):
+    """Attention of each token to itself and to those before it in its document, with grouped queries. Context
+    parallelism replaces it."""
+
+    def __init__(self, dropout: Dropout | None = None):
+        """`dropout` is applied to the probabilities."""
+        super().__init__()
+        self.dropout = dropout
+
+    def forward(self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, places: Places) -> Tensor:
+        """→ [B,T,H·K]"""
+        q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BTGK, v_BTGK))
+        if self.training and self.dropout is not None and self.dropout.p and places.key_B is not None:
+            out = self._written_out(q, k, v, places)
+        elif places.document_BT is None:
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        else:
+            mask = attention_mask(places.document_BT)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+        return out.transpose(1, 2).flatten(2)
+
+    def _written_out(self, q: Tensor, k: Tensor, v: Tensor, places: Places) -> Tensor:
+        """For dropout on the probabilities: SDPA's own random numbers would depend on the layout. Holds [B,H,T,T]."""
+        assert self.dropout is not None
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        scores = (q @ k.transpose(-1, -2)).float() / q.shape[-1] ** 0.5
+        document = places.document_BT
+        if document is None:
+            document = scores.new_zeros(1, scores.shape[-1], dtype=torch.int64)
+        scores = scores.masked_fill(~attention_mask(document), -torch.inf)
+        return self.dropout(scores.softmax(-1).to(v.dtype), places) @ v
 
 
-def causal_attention_with_dropout(
-    q_BTHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, dropout: Dropout, key_B: Tensor
-) -> Tensor:
-    """The same written out, for training with dropout on the attention probabilities: SDPA's own random numbers would
-    depend on the layout. Holds [B,H,T,T]."""
-    q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BTHK, v_BTHK))
-    scores = (q @ k.transpose(-1, -2)).float() / q.shape[-1] ** 0.5
-    future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-    probabilities = scores.masked_fill(future, float("-inf")).softmax(-1).to(v.dtype)
-    return (dropout(probabilities, key_B) @ v).transpose(1, 2).flatten(2)
+def attention_mask(document_BT: Tensor) -> Tensor:
+    """[B,1,T,T] bool: which token (last) each token may attend to."""
+    same = document_BT[:, None, :, None] == document_BT[:, None, None, :]
+    return same.tril()

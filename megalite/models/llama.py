@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -14,8 +14,9 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from megalite.config import ConfigError, ModelConfig, Section
-from megalite.models.layers import CrossEntropy, causal_attention
+from megalite.models.layers import CausalAttention, CrossEntropy, Decoder, Places, numbered
 from megalite.models.weights import Weight, layer_rows
+from megalite.plan import Place
 
 
 class RopeScaling(Section):
@@ -71,10 +72,17 @@ def rope_frequencies(config: LlamaConfig, device: torch.device) -> Tensor:
     return frequency * (smooth + (1 - smooth) / scaling.factor)
 
 
-def rotate(x_BTHK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
+def rotate(x_BTHK: Tensor, cos_BT1K: Tensor, sin_BT1K: Tensor) -> Tensor:
     """Turn the pairs (x[i], x[i + K/2]), Hugging Face's pairing, by the angle of their position."""
     a, b = x_BTHK.chunk(2, dim=-1)
-    return torch.cat((a * cos_TK - b * sin_TK, b * cos_TK + a * sin_TK), dim=-1)
+    return torch.cat((a * cos_BT1K - b * sin_BT1K, b * cos_BT1K + a * sin_BT1K), dim=-1)
+
+
+class Shared(NamedTuple):
+    """What all layers need: cosine and sine of the rotary angles, [B or 1,T,1,K/2], and the places."""
+
+    rope: tuple[Tensor, Tensor]
+    places: Places
 
 
 class RMSNorm(nn.Module):
@@ -93,14 +101,16 @@ class Attention(nn.Module):
         heads, groups, self.head_size = config.num_attention_heads, config.kv_heads, config.head_size
         self.heads_per_group = heads // groups
         self.qkv = nn.Linear(config.hidden_size, (heads + 2 * groups) * self.head_size, bias=False)
+        self.core = CausalAttention()
         self.out = nn.Linear(heads * self.head_size, config.hidden_size, bias=False)
 
-    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x_BTD: Tensor, shared: Shared) -> Tensor:
         qkv = self.qkv(x_BTD).unflatten(-1, (-1, self.head_size))
         # Head counts follow from what the projection gave: all heads, or the share of a tensor rank.
         groups = qkv.shape[2] // (self.heads_per_group + 2)
         q_BTHK, k_BTGK, v_BTGK = qkv.split((groups * self.heads_per_group, groups, groups), dim=2)
-        return self.out(causal_attention(rotate(q_BTHK, *rope), rotate(k_BTGK, *rope), v_BTGK))
+        q_BTHK, k_BTGK = rotate(q_BTHK, *shared.rope), rotate(k_BTGK, *shared.rope)
+        return self.out(self.core(q_BTHK, k_BTGK, v_BTGK, shared.places))
 
 
 class MLP(nn.Module):
@@ -110,7 +120,10 @@ class MLP(nn.Module):
         self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.shrink(self.gate_up(x))
+
+    def shrink(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)
 
 
@@ -122,32 +135,35 @@ class Layer(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rope)
+    def forward(self, x: Tensor, shared: Shared) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), shared)
         return x + self.mlp(self.mlp_norm(x))
 
 
-class Llama(nn.Module):
+class Llama(Decoder):
+    INPUT, OUTPUT = ("embedding",), ("norm", "head", "loss")
+
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.layers = numbered(Layer(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
         self.loss = CrossEntropy()
 
-    def forward(self, tokens_BT: Tensor, key_B: Tensor | None = None) -> Tensor:
-        """Logits [B,T,V]. `key_B`, the dropout keys, is part of every family's signature; Llama drops nothing."""
-        x = self.embedding(tokens_BT)
-        positions = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
-        angle_TK = positions[:, None] * rope_frequencies(self.config, tokens_BT.device)
-        rope = (angle_TK.cos()[:, None].to(x.dtype), angle_TK.sin()[:, None].to(x.dtype))
-        for layer in self.layers:
-            x = layer(x, rope)
-        return self.head(self.norm(x))
+    def embed(self, tokens_BT: Tensor, places: Places) -> Tensor:
+        return self.embedding(tokens_BT)
+
+    def shared(self, places: Places, dtype: torch.dtype) -> Shared:
+        frequency_K = rope_frequencies(self.config, places.position_BT.device)
+        angle_BT1K = places.position_BT[:, :, None, None] * frequency_K
+        return Shared((angle_BT1K.cos().to(dtype), angle_BT1K.sin().to(dtype)), places)
+
+    def predict(self, x_BTD: Tensor) -> Tensor:
+        return self.head(self.norm(x_BTD))
 
 
 def weights(config: LlamaConfig) -> Iterator[Weight]:
@@ -186,16 +202,17 @@ def weights(config: LlamaConfig) -> Iterator[Weight]:
         ),
         Weight("mlp.down.weight", (hidden, inner), (f"{mlp}.down_proj.weight",), "row", init=residual_std),
     )
-    yield Weight("embedding.weight", (vocab, hidden), ("model.embed_tokens.weight",), "vocab", init=std)
+    ends: Place = "both" if config.tie_embeddings else "first"
+    yield Weight("embedding.weight", (vocab, hidden), ("model.embed_tokens.weight",), "vocab", init=std, place=ends)
     for i in range(config.num_layers):
-        yield from layer_rows(f"layers.{i}", f"model.layers.{i}", layer)
-    yield _norm("norm.weight", "model.norm.weight", hidden)
+        yield from layer_rows(i, "model.layers", layer)
+    yield _norm("norm.weight", "model.norm.weight", hidden, "last")
     if not config.tie_embeddings:
-        yield Weight("head.weight", (vocab, hidden), ("lm_head.weight",), "vocab", init=std)
+        yield Weight("head.weight", (vocab, hidden), ("lm_head.weight",), "vocab", init=std, place="last")
 
 
-def _norm(name: str, hf: str, size: int) -> Weight:
-    return Weight(name, (size,), (hf,), init="ones", decay=False, partial_grad=True)
+def _norm(name: str, hf: str, size: int, place: Place = 0) -> Weight:
+    return Weight(name, (size,), (hf,), init="ones", decay=False, partial_grad=True, place=place)
 
 
 def to_hf(config: LlamaConfig) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megalite.counter_random import normal
 from megalite.keys import key_of
+from megalite.plan import Place
 
 VOCAB_MULTIPLE = 64
 """Rows of a vocabulary shard are padded to this, so that its matrix products stay aligned."""
@@ -49,6 +50,8 @@ class Weight:
     """Standard deviation of a normal distribution, or a constant."""
     decay: bool = True
     """Takes weight decay."""
+    place: Place = "first"
+    """Where it is used: in a layer, before the layers, after them, or (tied) at both ends."""
     partial_grad: bool = False
     """Used on activations that sequence parallelism cuts along the sequence: its gradient is summed over tensor
     ranks."""
@@ -176,7 +179,8 @@ RowReader = Callable[[Weight, int, int, tuple[int, int] | None], Tensor]
 """(weight, first row, last row, column range of a matrix) → those logical elements."""
 
 
-def layer_rows(prefix: str, hf_prefix: str, rows: Sequence[Weight]) -> Iterator[Weight]:
+def layer_rows(index: int, hf_prefix: str, rows: Sequence[Weight]) -> Iterator[Weight]:
     """The rows of one layer under the names of that layer."""
     for row in rows:
-        yield replace(row, name=f"{prefix}.{row.name}", hf=tuple(f"{hf_prefix}.{name}" for name in row.hf))
+        hf = tuple(f"{hf_prefix}.{index}.{name}" for name in row.hf)
+        yield replace(row, name=f"layers.{index}.{row.name}", hf=hf, place=index)

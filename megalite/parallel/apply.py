@@ -3,39 +3,90 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch.nn as nn
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+from megalite.config import TrainConfig
 from megalite.mesh import Axis, Mesh
-from megalite.models.layers import CrossEntropy, Dropout
+from megalite.models.layers import CausalAttention, CrossEntropy, Decoder, Dropout
 from megalite.models.weights import Weight
+from megalite.parallel.context import RingAttention
+from megalite.parallel.stage import cut
 from megalite.parallel.tensor import (
     ColumnParallelLinear,
     RowParallelLinear,
     SequenceCutEmbedding,
     VocabParallelCrossEntropy,
     VocabParallelEmbedding,
+    WeightGradients,
 )
+from megalite.plan import Plan, StageSpan
 
 
-def apply_parallelism(model: nn.Module, weights: Sequence[Weight], mesh: Mesh, sequence: bool) -> None:
-    """Turn a clean model on the meta device into this rank's part of it, in place."""
-    if mesh.tensor.size > 1:
-        apply_tensor_parallelism(model, {weight.name: weight for weight in weights}, mesh.tensor, sequence)
+def apply_parallelism(
+    model: Decoder,
+    weights: Sequence[Weight],
+    plan: Plan,
+    span: StageSpan,
+    mesh: Mesh,
+    train: TrainConfig,
+    later: WeightGradients | None = None,
+) -> None:
+    """Turn a clean model on the meta device into this rank's part of one stage of it, in place. `weights` is the whole
+    table; `later` puts weight gradients off."""
+    cut(model, span, tied=any(weight.place == "both" for weight in weights))
+    if mesh.tensor.size > 1 or later:
+        table = {weight.name: weight for weight in weights}
+        apply_tensor_parallelism(model, table, mesh.tensor, plan.sequence, later)
+    if mesh.context.size > 1:
+        apply_context_parallelism(model, mesh.context)
+    apply_recompute(model, train)
 
 
-def apply_tensor_parallelism(model: nn.Module, table: dict[str, Weight], axis: Axis, sequence: bool) -> None:
+def apply_context_parallelism(model: nn.Module, axis: Axis) -> None:
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, CausalAttention):
+                setattr(parent, name, RingAttention(axis))
+
+
+def apply_recompute(model: Decoder, train: TrainConfig) -> None:
+    """Keep less for the backward pass, and compute it again there (Chen et al. 2016). `selective` (Korthikanti et al.
+    2022) takes what is large and cheap: the element-wise part of an MLP (its `shrink`), and attention where it writes
+    its probabilities out; SDPA never does."""
+    for layer in list(model.layers.values())[: train.recompute_layers]:
+        if train.recompute == "full":
+            _recompute(layer, "forward")
+        elif train.recompute == "selective":
+            for module in layer.modules():
+                if hasattr(module, "shrink"):
+                    _recompute(module, "shrink")
+                if isinstance(module, CausalAttention) and module.dropout is not None and module.dropout.p:
+                    _recompute(module, "forward")
+
+
+def _recompute(module: nn.Module, method: str) -> None:
+    # Dropout takes its masks from keys, so that there is no generator to be put back.
+    again = partial(checkpoint, getattr(module, method), use_reentrant=False, preserve_rng_state=False)
+    setattr(module, method, again)
+
+
+def apply_tensor_parallelism(
+    model: nn.Module, table: dict[str, Weight], axis: Axis, sequence: bool, later: WeightGradients | None = None
+) -> None:
     """Swap each module for its parallel counterpart, as the table says how its weight is cut. Tied weights stay
     tied."""
     shrunk: dict[Tensor, nn.Parameter] = {}
     for name, parameter in model.named_parameters():
         local = parameter.new_empty(table[name].local_shape(axis.size))
-        shrunk[parameter] = nn.Parameter(local)
+        shrunk[parameter] = nn.Parameter(local) if axis.size > 1 else parameter  # a swapped head stays tied
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     for parent in list(model.modules()):
         for child_name, child in list(parent.named_children()):
-            swapped = _counterpart(child, shrunk, names, table, axis, sequence)
+            swapped = _counterpart(child, shrunk, names, table, axis, sequence, later)
             if swapped is not None:
                 setattr(parent, child_name, swapped)
 
@@ -47,14 +98,17 @@ def _counterpart(
     table: dict[str, Weight],
     axis: Axis,
     sequence: bool,
+    later: WeightGradients | None,
 ) -> nn.Module | None:
+    if axis.size == 1 and not isinstance(child, nn.Linear):
+        return None
     if isinstance(child, CrossEntropy):
         vocab_size = next(weight.shape[0] for weight in table.values() if weight.shard == "vocab")
         return VocabParallelCrossEntropy(axis, vocab_size)
     if isinstance(child, Dropout):
         # Attention probabilities are cut by heads in any case, hidden states only along a cut sequence.
         if sequence or child.over_heads:
-            child.shard_rank = axis.rank
+            child.shard = (axis.rank, axis.size)
         return None
     if not isinstance(child, nn.Linear | nn.Embedding):
         return None
@@ -63,9 +117,9 @@ def _counterpart(
     if isinstance(child, nn.Linear):
         bias = None if child.bias is None else shrunk[child.bias]
         if shard == "row":
-            return RowParallelLinear(weight, bias, axis, sequence)
+            return RowParallelLinear(weight, bias, axis, sequence, later)
         assert shard in ("column", "vocab"), f"{names[child.weight]}: replicated linear modules are not supported yet"
-        return ColumnParallelLinear(weight, bias, axis, sequence)
+        return ColumnParallelLinear(weight, bias, axis, sequence, later)
     if shard == "vocab":
         return VocabParallelEmbedding(weight, axis, sequence)
     return SequenceCutEmbedding(weight, axis) if sequence else None

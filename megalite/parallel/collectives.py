@@ -142,6 +142,37 @@ def start_all_gather(flat: Tensor, axis: Axis) -> Wait:
     return finish
 
 
+def add_from_other_end(x: Tensor, axis: Axis) -> None:
+    """Add to `x`, in place, what the other end of the axis has. Its first and last rank call it, and hold the same bits
+    afterwards: of two terms, the order does not matter."""
+    other = axis.size - 1 - axis.rank
+    received = torch.empty_like(x)
+    for work in _exchange({other: x}, {other: received}, axis):
+        work.wait()
+    x += received
+
+
+def start_shift(x: Tensor, axis: Axis) -> Result:
+    """Start passing `x`, which is contiguous and stays as it is meanwhile, to the next rank of the axis (the first
+    comes after the last). The result is the previous rank's."""
+    if axis.size == 1:
+        return lambda: x
+    received = torch.empty_like(x)
+    after, before = (axis.rank + 1) % axis.size, (axis.rank - 1) % axis.size
+    messages = [
+        dist.P2POp(dist.isend, x, group=axis.group, group_peer=after),
+        dist.P2POp(dist.irecv, received, group=axis.group, group_peer=before),
+    ]
+    works = dist.batch_isend_irecv(messages)
+
+    def result() -> Tensor:
+        for work in works:
+            work.wait()
+        return received
+
+    return result
+
+
 def _exchange(to_send: dict[int, Tensor], to_receive: dict[int, Tensor], axis: Axis) -> list[dist.Work]:
     """Start a message to and from each of some ranks of the axis."""
     messages = []

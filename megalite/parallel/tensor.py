@@ -5,12 +5,13 @@ Every matrix is cut over the tensor axis: column-parallel (output rows) then row
 block communicates once on its way in and once on its way out.
 
                without sequence parallelism          with: activations between blocks are [B, T/n, D]
-    way in     forward nothing, backward all-reduce   forward all-gather, backward reduce-scatter   _ColumnLinear
+    way in     forward nothing, backward all-reduce   forward all-gather, backward reduce-scatter   _Linear
     way out    forward all-reduce, backward nothing   forward reduce-scatter, backward all-gather   leave
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,9 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from megalite.mesh import Axis
+from megalite.mesh import ALONE, Axis
 from megalite.models.layers import IGNORE
 from megalite.parallel.collectives import (
+    Result,
     all_gather,
     all_reduce,
     reduce_scatter,
@@ -59,32 +61,79 @@ class _ScatterSequence(Function):
 
 def leave(x: Tensor, axis: Axis, sequence: bool) -> Tensor:
     """Out of a tensor-parallel region: every rank holds a part of the sum."""
+    if axis.size == 1:
+        return x
     return (_ScatterSequence if sequence else _Leave).apply(x, axis)
 
 
-class _ColumnLinear(Function):
+class WeightGradients:
+    """Weight-gradient products that a zero-bubble schedule (Qi et al. 2023) puts off until a pipeline would idle.
+
+    `put` is called in a backward pass; `take`, after it, gives the function that computes what was put since."""
+
+    def __init__(self) -> None:
+        self.deliver: Callable[[Tensor, Tensor], None]
+        """Takes (parameter, gradient): set to the engine's `add_gradient`."""
+        self._waiting: list[tuple[Tensor, Callable[[], Tensor]]] = []
+
+    def put(self, parameter: Tensor, product: Callable[[], Tensor]) -> None:
+        self._waiting.append((parameter, product))
+
+    def take(self) -> Callable[[], None]:
+        waiting, self._waiting = self._waiting, []
+
+        def run() -> None:
+            while waiting:  # what a product has kept is free as soon as it is computed
+                parameter, product = waiting.pop(0)
+                with torch.no_grad():
+                    self.deliver(parameter, product())
+
+        return run
+
+
+class _Linear(Function):
     """The way in and the product after it in one, for two reasons: under sequence parallelism only this rank's slice of
     the input is kept, and gathered again in the backward pass; and the gradient of the input travels while that of the
     weight is computed."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, axis: Axis, sequence: bool) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        axis: Axis,
+        sequence: bool,
+        later: WeightGradients | None,
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.axis, ctx.sequence, ctx.has_bias = axis, sequence, bias is not None
+        ctx.axis, ctx.sequence, ctx.later, ctx.has_bias = axis, sequence, later, bias is not None
+        ctx.parameter = weight if later else None
         return F.linear(all_gather(x, axis, SEQUENCE) if sequence else x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        if ctx.sequence:
-            whole_x = start_gather_along(x, ctx.axis, SEQUENCE)
-            grad_x = start_scatter_along(grad @ weight, ctx.axis, SEQUENCE)
-            x = whole_x()
-        else:
-            grad_x = start_reduce_whole(grad @ weight, ctx.axis)
         grad_rows = grad.flatten(0, -2)
-        grad_weight = grad_rows.t() @ x.flatten(0, -2)
-        return grad_x(), grad_weight, grad_rows.sum(0) if ctx.has_bias else None, None, None
+        grad_bias = grad_rows.sum(0) if ctx.has_bias else None
+        if ctx.later:
+            axis, sequence = ctx.axis, ctx.sequence
+            ctx.later.put(
+                ctx.parameter,
+                lambda: grad_rows.t() @ (all_gather(x, axis, SEQUENCE) if sequence else x).flatten(0, -2),
+            )
+            grad_x = _start_input_gradient(ctx, grad @ weight)()
+            return grad_x, None, grad_bias, None, None, None
+        whole_x = start_gather_along(x, ctx.axis, SEQUENCE) if ctx.sequence else None
+        input_gradient = _start_input_gradient(ctx, grad @ weight)
+        grad_weight = grad_rows.t() @ (whole_x() if whole_x else x).flatten(0, -2)
+        return input_gradient(), grad_weight, grad_bias, None, None, None
+
+
+def _start_input_gradient(ctx: Any, grad_x: Tensor) -> Result:
+    if ctx.sequence:
+        return start_scatter_along(grad_x, ctx.axis, SEQUENCE)
+    return start_reduce_whole(grad_x, ctx.axis)
 
 
 class _Parallel(nn.Module):
@@ -96,23 +145,41 @@ class _Parallel(nn.Module):
 class ColumnParallelLinear(_Parallel):
     """Holds some of the output rows; gives those output features of the whole sequence."""
 
-    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, axis: Axis, sequence: bool):
+    def __init__(
+        self,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        axis: Axis,
+        sequence: bool,
+        later: WeightGradients | None = None,
+    ):
         super().__init__(axis, sequence)
-        self.weight, self.bias = weight, bias
+        self.weight, self.bias, self.later = weight, bias, later
 
     def forward(self, x: Tensor) -> Tensor:
-        return _ColumnLinear.apply(x, self.weight, self.bias, self.axis, self.sequence)
+        return _Linear.apply(x, self.weight, self.bias, self.axis, self.sequence, self.later)
 
 
 class RowParallelLinear(_Parallel):
     """Holds some of the input columns; the products are summed over ranks, then the whole bias is added once."""
 
-    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, axis: Axis, sequence: bool):
+    def __init__(
+        self,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        axis: Axis,
+        sequence: bool,
+        later: WeightGradients | None = None,
+    ):
         super().__init__(axis, sequence)
-        self.weight, self.bias = weight, bias
+        self.weight, self.bias, self.later = weight, bias, later
 
     def forward(self, x: Tensor) -> Tensor:
-        out = leave(F.linear(x, self.weight), self.axis, self.sequence)
+        if self.later:
+            product = _Linear.apply(x, self.weight, None, ALONE, False, self.later)
+        else:
+            product = F.linear(x, self.weight)
+        out = leave(product, self.axis, self.sequence)
         return out if self.bias is None else out + self.bias
 
 
@@ -137,8 +204,8 @@ class SequenceCutEmbedding(_Parallel):
         super().__init__(axis, sequence=True)
         self.weight = weight
 
-    def forward(self, positions_1T: Tensor) -> Tensor:
-        return F.embedding(positions_1T.chunk(self.axis.size, SEQUENCE)[self.axis.rank], self.weight)
+    def forward(self, positions_BT: Tensor) -> Tensor:
+        return F.embedding(positions_BT.chunk(self.axis.size, SEQUENCE)[self.axis.rank], self.weight)
 
 
 class _CrossEntropy(Function):

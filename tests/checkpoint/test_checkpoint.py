@@ -19,15 +19,15 @@ from megalite.checkpoint.save import Saver
 from megalite.checkpoint.tensors import CheckpointError, TensorFolder
 from megalite.config import Config
 from megalite.data.tokenizer_training import train_tokenizer
-from megalite.engine.layout import choose_owners, make_buckets
-from megalite.mesh import Axis, Mesh, make_mesh
+from megalite.engine.layout import choose_owners, elements_of
+from megalite.mesh import ALONE, Axis, Mesh, make_mesh
 from megalite.models import weight_table
 from megalite.plan import make_plan
 from megalite.train import build, train
 from ranks import run_ranks
 from small_runs import VOCAB, curve_of, make_config, train_on_rank
 
-LONE = Mesh(Axis(), Axis(), Axis(), torch.device("cpu"))
+LONE = Mesh(ALONE, ALONE, ALONE, ALONE, ALONE, ALONE, torch.device("cpu"))
 
 
 def checkpoints(config: Config) -> Path:
@@ -103,12 +103,13 @@ def test_both_ranks_write_about_half(trained: Config) -> None:
     assert min(sizes) > 0.3 * max(sizes)
 
 
-def test_owners_are_balanced() -> None:
-    from megalite.models import model_config
-
-    weights = weight_table(model_config({"preset": "llama-8b"}))
-    owners = choose_owners(make_buckets(weights, 4, 16, 10 << 20), 16, 4)
-    load = Counter[tuple[int, int]]()
+def test_owners_are_balanced(tmp_path: Path) -> None:
+    config = make_config(
+        tmp_path, {"preset": "llama-8b"}, "parallel.tensor=4", "train.global_batch_size=16", "data.seq_length=32"
+    )
+    weights = weight_table(config.model)
+    owners = choose_owners(make_plan(config, weights, 64), weights, 10 << 20)
+    load = Counter[int]()
     for weight in weights:
         load[owners[weight.name]] += weight.numel
     largest = max(weight.numel for weight in weights)
@@ -188,10 +189,11 @@ def test_saving_takes_the_state_of_that_moment(tmp_path: Path) -> None:
     """Training goes on while the thread writes: what it writes must not change any more."""
     config = make_config(tmp_path)
     weights = weight_table(config.model)
-    _, engine = build(config, make_plan(config, weights, 1), LONE)
+    engine = build(config, make_plan(config, weights, 1), LONE).engine
+    alone = dict.fromkeys((weight.name for weight in weights), 0)
     engine.load(from_seed(1, Axis()), num_steps=5)
     may_write = threading.Event()
-    saver = Saver(tmp_path / "saved", 3, weights, LONE, engine, lambda folder: may_write.wait() and None)
+    saver = Saver(tmp_path / "saved", 3, weights, LONE, engine, alone, lambda folder: may_write.wait() and None)
     write = saver._write_tensors
 
     def write_late(*arguments: object) -> dict[str, int]:
@@ -237,9 +239,10 @@ def fail_to_write(rank: int, world_size: int, config: Config, broken: int) -> tu
     weights = weight_table(config.model)
     plan = make_plan(config, weights, world_size)
     mesh = make_mesh(plan, torch.device("cpu"))
-    _, engine = build(config, plan, mesh)
+    engine = build(config, plan, mesh).engine
+    owners = choose_owners(plan, weights, elements_of(config.parallel.bucket_mb))
     engine.load(from_seed(1, mesh.tensor))
-    saver = Saver(checkpoints(config), 3, weights, mesh, engine, lambda folder: None)
+    saver = Saver(checkpoints(config), 3, weights, mesh, engine, owners, lambda folder: None)
     write = saver._write_tensors
 
     def no_space(*arguments: object) -> dict[str, int]:

@@ -10,8 +10,18 @@ from hypothesis import strategies as st
 
 from megalite.engine.layout import ALIGNMENT, Bucket, choose_owners, make_buckets
 from megalite.models.weights import Weight
+from megalite.plan import Plan, StageSpan
 
-Kind = tuple[bool, bool, bool]
+Kind = tuple[bool, bool, bool, bool]
+
+
+def plan_of(tensor: int, data: int, pipeline: int = 1) -> Plan:
+    stages = tuple(StageSpan(i, i, i + 1, i == 0, i == pipeline - 1) for i in range(pipeline))
+    return Plan(
+        world_size=pipeline * tensor * data, pipeline=pipeline, data=data, context=1, tensor=tensor, sequence=False,
+        engine="native", zero_stage=1, schedule="1f1b", virtual=1, stages=stages, micro_batches=1, tokens_per_step=1,
+        steps=1, num_params=1, params_per_rank=1, memory_bytes={},
+    )  # fmt: skip
 
 
 @st.composite
@@ -35,11 +45,11 @@ TENSOR, DATA, MOST = st.sampled_from([1, 2, 4]), st.integers(1, 8), st.integers(
 
 
 def kind_of(weight: Weight, tensor: int) -> Kind:
-    return weight.decay, weight.shard is not None and tensor > 1, weight.partial_grad
+    return weight.decay, weight.shard is not None and tensor > 1, weight.partial_grad, False
 
 
 def bucket_kind(bucket: Bucket) -> Kind:
-    return bucket.decay, bucket.cut, bucket.partial_grad
+    return bucket.decay, bucket.cut, bucket.partial_grad, bucket.tied
 
 
 @given(table=tables(), tensor=TENSOR, data=DATA, most=MOST)
@@ -47,7 +57,7 @@ def bucket_kind(bucket: Bucket) -> Kind:
 def test_buckets_hold_every_weight_once_aligned_and_apart(
     table: tuple[Weight, ...], tensor: int, data: int, most: int
 ) -> None:
-    buckets = make_buckets(table, tensor, data, most)
+    buckets = make_buckets(table, plan_of(tensor, data), most)
     assert sorted(s.weight.name for b in buckets for s in b.slots) == sorted(w.name for w in table)
     for bucket in buckets:
         end = 0
@@ -66,7 +76,7 @@ def test_buckets_hold_every_weight_once_aligned_and_apart(
 @given(table=tables(), tensor=TENSOR, data=DATA, most=MOST)
 @settings(max_examples=200, deadline=None)
 def test_buckets_follow_the_backward_pass(table: tuple[Weight, ...], tensor: int, data: int, most: int) -> None:
-    buckets = make_buckets(table, tensor, data, most)
+    buckets = make_buckets(table, plan_of(tensor, data), most)
     for kind in {bucket_kind(b) for b in buckets}:
         found = [slot.weight.name for b in buckets if bucket_kind(b) == kind for slot in b.slots]
         assert found == [w.name for w in reversed(table) if kind_of(w, tensor) == kind]
@@ -77,7 +87,7 @@ def test_buckets_follow_the_backward_pass(table: tuple[Weight, ...], tensor: int
 def test_shards_are_equal_aligned_and_cover_the_bucket(
     table: tuple[Weight, ...], tensor: int, data: int, most: int
 ) -> None:
-    for bucket in make_buckets(table, tensor, data, most):
+    for bucket in make_buckets(table, plan_of(tensor, data), most):
         shards = [bucket.shard(rank, data) for rank in range(data)]
         assert shards[0][0] == 0
         assert shards[-1][1] == bucket.size
@@ -88,19 +98,33 @@ def test_shards_are_equal_aligned_and_cover_the_bucket(
 @given(table=tables(), tensor=TENSOR, data=DATA, most=MOST)
 @settings(max_examples=200, deadline=None)
 def test_one_rank_writes_each_weight(table: tuple[Weight, ...], tensor: int, data: int, most: int) -> None:
-    buckets = make_buckets(table, tensor, data, most)
-    owners = choose_owners(buckets, data, tensor)
+    buckets = make_buckets(table, plan_of(tensor, data), most)
+    owners = choose_owners(plan_of(tensor, data), table, most)
     assert owners.keys() == {w.name for w in table}
-    assert all(0 <= row < data and 0 <= column < tensor for row, column in owners.values())
+    assert all(0 <= rank < data * tensor for rank in owners.values())
     for bucket in buckets:
-        assert len({owners[slot.weight.name][0] for slot in bucket.slots}) == 1, "one data rank a bucket"
+        assert len({owners[slot.weight.name] // tensor for slot in bucket.slots}) == 1, "one data rank a bucket"
+
+
+def test_stages_of_a_pipeline_write_their_own() -> None:
+    embedding = Weight("e", (8, 8), ("e",), "vocab", place="both")
+    table = [embedding, *(Weight(f"layers.{i}.w", (8, 8), (f"w{i}",), place=i) for i in range(2))]
+    plan = plan_of(tensor=2, data=2, pipeline=2)
+    owners = choose_owners(plan, table, 1000)
+    assert owners["e"] // 4 == 0, "the first stage writes a tied weight"
+    assert owners["layers.0.w"] // 4 == 0
+    assert owners["layers.1.w"] // 4 == 1
+    for pipeline_rank in (0, 1):
+        buckets = make_buckets(plan.weights_of(pipeline_rank, table), plan, 1000)
+        assert [slot.weight.name for slot in buckets[-1].slots] == ["e"], "its gradient is complete last"
+        assert [bucket.tied for bucket in buckets] == [False, True]
 
 
 def test_an_example_by_hand() -> None:
     """Two data ranks, at most 100 elements: `c` and `b` (32 + 40, then padded to 128) fit together, `a` follows."""
     a, b, c = (Weight(name, (rows, 8), (name,)) for name, rows in (("a", 5), ("b", 5), ("c", 2)))
-    first, second = make_buckets([a, b, c], 1, 2, 100)
+    first, second = make_buckets([a, b, c], plan_of(1, 2), 100)
     assert [(slot.weight.name, slot.start, slot.stop) for slot in first.slots] == [("c", 0, 16), ("b", 32, 72)]
     assert (first.size, second.size) == (128, 64)
     assert [first.shard(rank, 2) for rank in (0, 1)] == [(0, 64), (64, 128)]
-    assert choose_owners([first, second], 2, 1) == {"b": (0, 0), "c": (0, 0), "a": (1, 0)}
+    assert choose_owners(plan_of(1, 2), [a, b, c], 100) == {"b": 0, "c": 0, "a": 1}

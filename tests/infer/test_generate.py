@@ -15,6 +15,11 @@ from torch import Tensor
 from megalite.config import ConfigError
 from megalite.data.tokenizer import Tokenizer, load_tokenizer
 from megalite.infer.generate import Sampling, find_model, generate, generate_text, load_model, sample
+from megalite.infer.ranks import load_on_ranks
+from megalite.mesh import Launch
+from megalite.train import train
+from ranks import run_ranks
+from small_runs import make_config
 
 GREEDY = Sampling(temperature=0)
 WINDOW = 32
@@ -234,3 +239,24 @@ def test_the_space_between_prompt_and_continuation(tmp_path: Path) -> None:
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=rf"{tmp_path} is neither a run with a checkpoint nor"):
         find_model(tmp_path)
+
+
+def continue_on_ranks(rank: int, world_size: int, folder: Path, tensor: int, pipeline: int) -> list[int]:
+    model = load_on_ranks(folder, Launch.from_environment(), tensor, pipeline, None)
+    return list(generate(model, [3, 1, 4], 12, Sampling(temperature=0.7, seed=5), None))
+
+
+@pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (1, 2), (2, 2)])
+def test_ranks_say_what_one_process_says(tmp_path: Path, tensor: int, pipeline: int) -> None:
+    """All of them, and token for token; the vocabulary of 97 is padded over two tensor ranks."""
+    config = make_config(tmp_path, "gpt2", "train.steps=2", "observe.eval_every=0")
+    train(config)
+    folder = find_model(config.run.folder)
+    wanted = list(generate(load_model(folder), [3, 1, 4], 12, Sampling(temperature=0.7, seed=5), None))
+    found = run_ranks(tensor * pipeline, continue_on_ranks, folder, tensor, pipeline)
+    assert found == [wanted] * (tensor * pipeline)
+
+
+def test_too_few_ranks_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="needs 4 ranks, not 1; start them with torchrun --nproc-per-node=4"):
+        load_on_ranks(tmp_path, Launch(0, 1, 0), 2, 2, None)

@@ -19,7 +19,7 @@ from megalite.checkpoint.tensors import CheckpointError
 from megalite.config import ConfigError
 from megalite.infer.generate import load_model
 from megalite.models import from_hf_config, model_config, to_hf_config, weight_table
-from megalite.models.layers import IGNORE, CrossEntropy, Dropout, causal_attention, causal_attention_with_dropout
+from megalite.models.layers import IGNORE, CausalAttention, CrossEntropy, Dropout, Places
 
 transformers = pytest.importorskip("transformers")
 
@@ -203,8 +203,14 @@ def test_half_precision_weights_stay_as_they_are_stored(tmp_path: Path) -> None:
 KEYS = torch.arange(11, 15) * 7919
 
 
-def dropped(module: Dropout, x: Tensor, keys: Tensor | None = KEYS) -> Tensor:
-    return module.train()(x, keys)
+def places(length: int, keys: Tensor | None = None, documents: Tensor | None = None) -> Places:
+    index = torch.arange(length)
+    return Places(index, index[None], documents, keys)
+
+
+def dropped(module: Dropout, x: Tensor, keys: Tensor | None = KEYS, ranks: int = 1) -> Tensor:
+    """`x` may be one of `ranks` pieces along dimension 1."""
+    return module.train()(x, places(x.shape[1] * ranks, keys))
 
 
 def test_dropout_drops_its_share_and_keeps_the_mean() -> None:
@@ -232,12 +238,12 @@ def test_dropout_does_not_depend_on_how_the_input_is_cut(shape: tuple[int, ...],
     whole = dropped(Dropout(0.4, "a", over_heads=len(shape) == 4), x)
     pieces = []
     for rank, piece in enumerate(x.chunk(ranks, 1)):
-        module = Dropout(0.4, "a")
-        module.shard_rank = rank
-        pieces.append(dropped(module, piece))
+        module = Dropout(0.4, "a", over_heads=len(shape) == 4)
+        module.shard = (rank, ranks)
+        pieces.append(dropped(module, piece, ranks=ranks))
     assert torch.equal(torch.cat(pieces, 1), whole)
     rows = torch.tensor([2, 0])  # other micro-batches
-    assert torch.equal(dropped(Dropout(0.4, "a"), x[rows], KEYS[rows]), whole[rows])
+    assert torch.equal(dropped(Dropout(0.4, "a", len(shape) == 4), x[rows], KEYS[rows]), whole[rows])
 
 
 def test_dropout_passes_the_gradient_of_what_it_kept() -> None:
@@ -251,20 +257,32 @@ def test_dropout_passes_the_gradient_of_what_it_kept() -> None:
 
 
 def test_dropout_can_be_off() -> None:
-    x = torch.randn(4, 8)
+    x = torch.randn(4, 8, 2)
     assert dropped(Dropout(0.0, "a"), x) is x
     assert dropped(Dropout(0.5, "a"), x, None) is x
-    assert Dropout(0.5, "a").eval()(x, KEYS) is x
+    assert Dropout(0.5, "a").eval()(x, places(8, KEYS)) is x
 
 
-def test_attention_written_out_equals_torch() -> None:
+@pytest.mark.parametrize("packed", [False, True], ids=["one document", "packed"])
+def test_attention_written_out_equals_torch(packed: bool) -> None:
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, 9, 4, 8, generator=generator) for _ in range(3))
-    found = causal_attention_with_dropout(q, k, v, Dropout(0.0, "a"), KEYS[:2])
+    q, k, v = (torch.randn(2, 9, heads, 8, generator=generator) for heads in (4, 2, 2))
+    documents = torch.tensor([[0] * 4 + [1] + [2] * 4, [0] * 8 + [1]]) if packed else None
+    where = places(9, KEYS[:2], documents)
+    attention, dropping = CausalAttention(), CausalAttention(Dropout(1e-9, "a", over_heads=True)).train()
+    wanted = attention(q, k, v, where)
     # Both in fp32, sums of at most nine values near 1.
-    torch.testing.assert_close(found, causal_attention(q, k, v), rtol=0, atol=2e-6)
-    later = causal_attention(q, k.index_fill(1, torch.tensor(8), 9.0), v.index_fill(1, torch.tensor(8), 9.0))
-    assert torch.equal(later[:, :8], causal_attention(q, k, v)[:, :8]), "no position looks ahead"
+    torch.testing.assert_close(dropping(q, k, v, where), wanted, rtol=0, atol=2e-6)
+    last = torch.tensor(8)
+    assert torch.equal(
+        attention(q, k.index_fill(1, last, 9.0), v.index_fill(1, last, 9.0), where)[:, :8], wanted[:, :8]
+    )
+    if packed:  # each document alone gives the same
+        for row, pieces in enumerate([(slice(0, 4), slice(4, 5), slice(5, 9)), (slice(0, 8), slice(8, 9))]):
+            for piece in pieces:
+                alone = (x[row : row + 1, piece] for x in (q, k, v))
+                found = attention(*alone, places(piece.stop - piece.start))
+                torch.testing.assert_close(found[0], wanted[row, piece], rtol=0, atol=2e-6)
 
 
 def test_loss_of_each_token() -> None:

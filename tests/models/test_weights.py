@@ -155,9 +155,8 @@ def test_an_uneven_cut_is_refused_by_name(weight: Weight, what: str) -> None:
 
 
 def test_rows_of_a_layer_are_named_after_it() -> None:
-    [row] = layer_rows(
-        "layers.3", "model.layers.3", [Weight("up.weight", (4, 2), ("a.weight", "b.weight"), None, (2, 2))]
-    )
+    [row] = layer_rows(3, "model.layers", [Weight("up.weight", (4, 2), ("a.weight", "b.weight"), None, (2, 2))])
+    assert row.place == 3
     assert (row.name, row.hf) == ("layers.3.up.weight", ("model.layers.3.a.weight", "model.layers.3.b.weight"))
 
 

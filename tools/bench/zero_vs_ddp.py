@@ -23,9 +23,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from megalite.checkpoint.load import from_seed
 from megalite.config import OptimizerConfig
-from megalite.engine.native import NativeEngine
-from megalite.mesh import Axis, Mesh
-from megalite.models import build_model, family, model_config, weight_table
+from megalite.config_file import parse_config
+from megalite.mesh import Axis, make_mesh
+from megalite.models import family, model_config, weight_table
+from megalite.plan import make_plan
+from megalite.train import build
 
 OPTIMIZER = OptimizerConfig(lr=1e-3)
 Step = Callable[[Tensor], float]
@@ -47,7 +49,7 @@ def ddp_step(preset: str) -> Step:
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     def step(tokens: Tensor) -> float:
-        loss = model.loss(wrapped(tokens[:, :-1]), tokens[:, 1:]).mean()  # type: ignore[operator]
+        loss = model.loss(wrapped(tokens[:, :-1]), tokens[:, 1:]).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.clip)
         optimizer.step()
@@ -57,17 +59,24 @@ def ddp_step(preset: str) -> Step:
     return step
 
 
-def native_step(preset: str, zero_stage: int, rank: int, ranks: int) -> Step:
-    config = model_config({"preset": preset})
-    weights, model = weight_table(config), build_model(config)
-    world = Axis(ranks, rank, dist.group.WORLD)
-    mesh = Mesh(data=world, tensor=Axis(), world=world, device=torch.device("cpu"))
-    engine = NativeEngine(model, weights, mesh, OPTIMIZER, dtype=torch.float32, zero_stage=zero_stage, sequence=False)
+def native_step(preset: str, zero_stage: int, ranks: int) -> Step:
+    config = parse_config(
+        {
+            "run": {"name": "bench"}, "model": {"preset": preset}, "data": {"train": [{"path": "-"}], "seq_length": 1},
+            "parallel": {"zero_stage": zero_stage}, "optimizer": OPTIMIZER.model_dump(),
+            "train": {"steps": 1, "global_batch_size": ranks, "precision": "fp32"},
+        }
+    )  # fmt: skip
+    plan = make_plan(config, weight_table(config.model), ranks)
+    parts = build(config, plan, make_mesh(plan, torch.device("cpu")))
+    model, engine = parts.stages[0].model, parts.engine
     engine.load(from_seed(0, Axis()))
 
     def step(tokens: Tensor) -> float:
-        loss = model.loss(model(tokens[:, :-1]), tokens[:, 1:]).mean()  # type: ignore[operator]
-        engine.backward(loss / ranks, last=True)
+        loss = model.loss(model(tokens[:, :-1]), tokens[:, 1:]).mean()
+        engine.begin(1)
+        engine.backward(loss / ranks)
+        engine.finish()
         engine.step(OPTIMIZER.lr)
         return loss.item()
 
@@ -78,7 +87,7 @@ def run(rank: int, ranks: int, port: int, arguments: argparse.Namespace) -> None
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=ranks)
-    steps = {f"native ZeRO-{stage}": native_step(arguments.preset, stage, rank, ranks) for stage in (0, 1, 2)}
+    steps = {f"native ZeRO-{stage}": native_step(arguments.preset, stage, ranks) for stage in (0, 1, 2)}
     steps = {"torch DDP": ddp_step(arguments.preset)} | steps
     times: dict[str, list[float]] = {name: [] for name in steps}
     losses: dict[str, list[float]] = {name: [] for name in steps}

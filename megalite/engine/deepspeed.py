@@ -1,0 +1,425 @@
+"""ZeRO stages 1 to 3 (Rajbhandari et al. 2020) with offload to the host (Ren et al. 2021) and to NVMe (Rajbhandari et
+al. 2021), by DeepSpeed. This is the only file that imports it.
+
+DeepSpeed owns the weights and replaces the stage's `forward`, so that its hooks can fetch weights before they are used.
+A step:
+
+    forward        stage 3: each module's weights are gathered when its turn comes, and released after it
+    backward       gradients of norms are summed over the tensor ranks, which see different parts of the sequence; those
+                   of all weights are reduced over the replicas (data × context) in fp32 buckets
+    norm           one number over all ranks; a norm that is not finite skips the update, and is given as inf
+    AdamW          on this rank's shard of the fp32 master weights, on the host where they are offloaded
+    all-gather     stages 1 and 2: every rank gets all of the new weights
+
+                   gradients kept      reduced after              weights
+    stage 1        whole, fp32         the last micro-batch       whole
+    stage 2        shard, fp32         every micro-batch          whole
+    stage 3        shard, fp32         every micro-batch          shard, or on the host, or on NVMe
+
+DeepSpeed averages gradients over the replicas; losses here are scaled to be summed, so they are multiplied by the
+number of replicas first. Its state is read and written in place, in the flat partitions of its optimizers (whose
+attributes are those of version 0.19.8): files that it would write itself are bound to one layout.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, replace
+from io import StringIO
+from math import prod
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch import Tensor
+
+from megalite.config import Config, ConfigError, OptimizerConfig
+from megalite.engine import STATES, ReadState
+from megalite.engine.gather import assemble_on
+from megalite.engine.layout import elements_of
+from megalite.mesh import Axis, Mesh
+from megalite.models import set_parameters, weight_table
+from megalite.models.weights import Weight
+from megalite.parallel.collectives import all_gather, all_reduce
+from megalite.parallel.stage import Stage
+from megalite.plan import Plan
+
+OLDEST = "0.19.8"
+"""Older versions reduce wrongly on a CPU, and accumulate or send gradients in bf16 where fp32 was asked for."""
+
+EXPECTED = "unknown inputs or outputs type"
+"""In a warning of stage 3 about arguments that hold tensors it does not see: ours (`Places`) need no gradient."""
+
+
+def deepspeed_config(config: Config, plan: Plan) -> dict[str, Any]:
+    """What DeepSpeed is told. It ignores keys that it does not know, so nobody but this function writes them."""
+    bucket = elements_of(config.parallel.bucket_mb) // 2 * 2  # it must be even
+    zero: dict[str, Any] = {"stage": plan.zero_stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+    if plan.zero_stage == 3:
+        zero |= {
+            "stage3_prefetch_bucket_size": bucket,
+            # Norm weights and biases stay whole on every rank: gathering them would cost more than it saves.
+            "stage3_param_persistence_threshold": 10 * config.model.hidden_size,
+        }
+    offload = config.parallel.offload
+    if offload.optimizer != "none":
+        zero["offload_optimizer"] = _offload_to(offload.optimizer, offload.nvme_path)
+    if offload.parameters != "none":
+        zero["offload_param"] = _offload_to(offload.parameters, offload.nvme_path)
+    if offload.parameters == "nvme":
+        largest = max(prod(weight.local_shape(plan.tensor)) for weight in weight_table(config.model))
+        # A buffer holds a replica's share of one weight; on the host there is room for none besides.
+        zero["offload_param"] |= {"buffer_size": -(-largest // plan.replicas), "max_in_cpu": 0}
+    return {
+        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
+        "gradient_accumulation_steps": plan.micro_batches,
+        "gradient_clipping": config.optimizer.clip,
+        "bf16": {"enabled": config.train.precision == "bf16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "zero_optimization": zero,
+        # On the host, torch's fused AdamW takes as long as DeepSpeed's own, which a compiler must build first.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": None,
+    }
+
+
+def _offload_to(device: str, nvme_path: Any) -> dict[str, Any]:
+    return {"device": device, "nvme_path": str(nvme_path)} if device == "nvme" else {"device": device}
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Elements [low, high) of a weight's flattened local tensor: this replica's share of it."""
+
+    weight: Weight
+    parameter: nn.Parameter
+    group: int
+    """Number of the flat partition it lies in."""
+    offset: int
+    """Where it begins there."""
+    low: int
+    high: int
+
+    def of(self, flat: Tensor) -> Tensor:
+        return flat[self.offset : self.offset + self.high - self.low]
+
+
+class DeepSpeedEngine:
+    """Gives a stage on the meta device its weights, and trains it. See `Engine`."""
+
+    def __init__(self, stage: Stage, weights: Sequence[Weight], plan: Plan, mesh: Mesh, config: Config):
+        """Takes over `stage.forward`. Raises ConfigError when DeepSpeed, or what its NVMe offload needs, is missing."""
+        deepspeed = _import_deepspeed(mesh)
+        self.mesh, self.weights, self.zero_stage = mesh, weights, plan.zero_stage
+        self.dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+        if "nvme" in (config.parallel.offload.optimizer, config.parallel.offload.parameters):
+            _check_nvme()
+        ds_config = deepspeed_config(config, plan)
+        groups = Groups(_with_group(mesh.replicas), _with_group(mesh.tensor))
+        parameters = self._make_parameters(stage.model, groups, ds_config)
+        self.optimizer = _make_optimizer(config.optimizer, weights, parameters)
+        inner = Stage(stage.model, stage.span)
+        with redirect_stdout(StringIO()):  # memory reports that its log level does not stop; warnings pass
+            self.engine, *_ = deepspeed.initialize(model=inner, optimizer=self.optimizer, config=ds_config, mpu=groups)
+        stage.forward = self.engine.forward  # type: ignore[method-assign]
+        if plan.sequence:
+            for weight in weights:
+                if weight.partial_grad:
+                    parameters[weight.name].register_hook(self._sum_over_tensor_ranks)
+        self.zero = self.engine.optimizer
+        self.fragments = self._find_fragments(parameters)
+        self._spans = self._share_spans()
+        self._expected = self._arrived = 0
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        return STATES[1:] if self.dtype == torch.float32 else STATES
+
+    def _make_parameters(self, model: nn.Module, groups: Groups, ds_config: dict[str, Any]) -> dict[str, nn.Parameter]:
+        """Zeros for now. At stage 3 no more than one whole weight exists at a time."""
+        from deepspeed import zero
+
+        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        made: dict[str, nn.Parameter] = {}
+        first: Any = None
+        for weight in self.weights:
+            parameter: Any = nn.Parameter(torch.zeros(shapes[weight.name], dtype=self.dtype, device=self.mesh.device))
+            # Others count as copies of each other, and once in the norm.
+            parameter.tensor_model_parallel = weight.shard is not None and self.mesh.tensor.size > 1
+            if self.zero_stage == 3 and first is None:
+                first = parameter
+                group = groups.get_data_parallel_group()
+                zero.Init(nn.ParameterList([first]), group, config_dict_or_path=ds_config, mpu=groups)
+            elif self.zero_stage == 3:
+                first.convert_to_zero_parameters(param_list=[parameter])
+            made[weight.name] = parameter
+        set_parameters(model, made)
+        return made
+
+    def _find_fragments(self, parameters: dict[str, nn.Parameter]) -> list[Fragment]:
+        """This replica's share of every weight, in the order of the table; an empty one where it has none."""
+        numbers = {parameter: number for number, parameter in enumerate(parameters.values())}
+        found = [Fragment(w, p, 0, 0, 0, 0) for w, p in zip(self.weights, parameters.values(), strict=True)]
+        for group, members in enumerate(self._members()):
+            offset = 0
+            for parameter in members:
+                number = numbers[parameter]
+                if self.zero_stage == 3:
+                    size, whole = parameter.partition_numel(), parameter.ds_numel
+                    low = min(self.mesh.replicas.rank * size, whole)
+                    place = (offset, low, min(low + size, whole))
+                    offset += size
+                elif (mapping := parameter._hp_mapping) is not None:
+                    low, size = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
+                    place = (mapping.hp_fragment_address.start, low, low + size)
+                else:
+                    continue
+                found[number] = replace(found[number], group=group, offset=place[0], low=place[1], high=place[2])
+        return found
+
+    def _members(self) -> list[list[Any]]:
+        """The parameters of each flat partition."""
+        if self.zero_stage == 3:
+            return self.zero.fp16_groups
+        # Stage 1 in bf16 is an optimizer of its own.
+        return self.zero.bit16_groups if hasattr(self.zero, "bit16_groups") else self.zero.bf16_groups
+
+    def _share_spans(self) -> list[list[tuple[int, int]]]:
+        """[low, high) of every weight on every replica: [weight][replica]."""
+        mine = torch.tensor([[(f.low, f.high) for f in self.fragments]], device=self.mesh.device)
+        return all_gather(mine, self.mesh.replicas, 0).transpose(0, 1).tolist()
+
+    def _sum_over_tensor_ranks(self, grad: Tensor) -> Tensor:
+        total = torch.empty_like(grad, dtype=torch.float32, memory_format=torch.contiguous_format).copy_(grad)
+        return all_reduce(total, self.mesh.tensor).to(grad.dtype)
+
+    # --- a step ---------------------------------------------------------------------------------------------------
+
+    def begin(self, num_micro_batches: int) -> None:
+        self._expected, self._arrived = num_micro_batches, 0
+
+    def backward(self, loss: Tensor) -> None:
+        self._arrived += 1
+        self.engine.set_gradient_accumulation_boundary(self._arrived == self._expected)
+        self.engine.backward(loss * self.mesh.replicas.size, scale_wrt_gas=False)
+
+    def add_gradient(self, parameter: Tensor, gradient: Tensor) -> None:
+        raise NotImplementedError("DeepSpeed takes gradients from autograd only; the plan refuses it a pipeline")
+
+    def finish(self) -> None:
+        """The last backward pass has waited already."""
+        assert self._arrived == self._expected, f"{self._arrived} of {self._expected} micro-batches"
+
+    def step(self, lr: float) -> Tensor:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.engine.step()
+        return torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32, device=self.mesh.device)
+
+    # --- state, in logical terms ----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def load(self, read: ReadState, num_steps: int = 0) -> None:
+        if self.zero_stage == 3:
+            self.engine.empty_partition_cache()  # whole weights would be used on as they are
+        for number in range(len(self._members())):
+            with self._resident(number, write=True) as (flat, state):
+                for kind in ("exp_avg", "exp_avg_sq"):
+                    state.setdefault(kind, torch.zeros_like(flat))
+                state["step"] = torch.tensor(float(num_steps), device=flat.device)
+                for fragment in self.fragments:
+                    if fragment.group == number and fragment.low < fragment.high:
+                        for kind, whole in (("master", flat), *((s, state[s]) for s in STATES[1:])):
+                            fragment.of(whole).copy_(read(fragment.weight, kind, fragment.low, fragment.high))
+                if self.zero_stage == 3:
+                    self.zero._reassign_or_swap_out_partitioned_parameters(number)
+        if self.zero_stage < 3:
+            self.zero.update_lp_params()
+
+    @contextmanager
+    def _resident(self, number: int, write: bool = False) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        """A flat partition of the master weights, fp32, and the optimizer's state of it, in memory meanwhile."""
+        if self.zero_stage < 3:
+            flat = self.optimizer.param_groups[number]["params"][0]
+            yield flat.data, self.optimizer.state[flat]
+            return
+        flat = self.zero.fp32_partitioned_groups_flat[number]
+        swapped = self.zero._swappable_optimizer_subgroup(number)
+        if swapped:
+            self.zero._optimizer_states_and_gradient_swap_in(number)
+        yield flat.data, self.optimizer.state[flat]
+        if swapped and write:
+            self.zero._optimizer_states_and_gradient_swap_out(number)
+        elif swapped:
+            self.zero._release_swap_buffers(number)
+
+    @torch.no_grad()
+    def gather(self, kind: str, owners: Mapping[str, int]) -> dict[str, Tensor]:
+        """Fragments go from every replica to the owner's, then local tensors over the tensor axis to the owner."""
+        owned: dict[str, Tensor] = {}
+        shares = self._shares(kind)
+        for number, weight in enumerate(self.weights):
+            _, replica, tensor_rank = self.mesh.place_of(owners[weight.name])
+            share = shares.pop(number).to(self.mesh.device)
+            local = _collect(share, self._spans[number], self.mesh.replicas, replica)
+            if local is not None:
+                whole = assemble_on(tensor_rank, weight, local, self.mesh)
+                if whole is not None:
+                    owned[weight.name] = whole
+        return owned
+
+    def _shares(self, kind: str) -> dict[int, Tensor]:
+        """Of every weight, by its number: the elements this replica answers for."""
+        if kind == "grad":
+            return {number: self._gradient_of(fragment) for number, fragment in enumerate(self.fragments)}
+        found: dict[int, Tensor] = {}
+        for group in range(len(self._members())):
+            with self._resident(group) as (flat, state):
+                # What is on NVMe leaves memory again.
+                whole = (flat if kind in ("weight", "master") else state[kind]).clone()
+            # Weights are always the master weights, rounded.
+            whole = whole.to(self.dtype) if kind == "weight" else whole
+            found |= {n: f.of(whole) for n, f in enumerate(self.fragments) if f.group == group}
+        return found
+
+    def _gradient_of(self, fragment: Fragment) -> Tensor:
+        parameter: Any = fragment.parameter
+        size = fragment.high - fragment.low
+        if self.zero_stage == 3:
+            return self.zero.get_local_fp32_grad_for_param(parameter)[:size].clone()
+        if size == 0:
+            return torch.empty(0)
+        grad = parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group).flatten()
+        # Stage 1 in bf16 holds all of it.
+        return grad[fragment.low : fragment.high] if grad.numel() == parameter.numel() else grad
+
+
+def _collect(share: Tensor, spans: Sequence[tuple[int, int]], axis: Axis, owner: int) -> Tensor | None:
+    """The flat tensor of which every rank holds the `share` that `spans` says, on the owner; None on the others."""
+    if axis.rank != owner:
+        messages = [dist.P2POp(dist.isend, share, group=axis.group, group_peer=owner)] if share.numel() else []
+        local = None
+    else:
+        local = share.new_empty(spans[-1][1] if axis.size == 1 else max(high for _, high in spans))
+        messages = []
+        for rank, (low, high) in enumerate(spans):
+            if rank == owner:
+                local[low:high] = share
+            elif low < high:
+                messages.append(dist.P2POp(dist.irecv, local[low:high], group=axis.group, group_peer=rank))
+    for work in dist.batch_isend_irecv(messages) if messages else ():
+        work.wait()
+    return local
+
+
+class Groups:
+    """Who shares what with whom, under the names of Megatron's `mpu` that DeepSpeed asks by."""
+
+    def __init__(self, replicas: Axis, tensor: Axis):
+        self.replicas, self.tensor = replicas, tensor
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup | None:
+        return self.replicas.group
+
+    def get_data_parallel_world_size(self) -> int:
+        return self.replicas.size
+
+    def get_data_parallel_rank(self) -> int:
+        return self.replicas.rank
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup | None:
+        return self.tensor.group
+
+    def get_model_parallel_world_size(self) -> int:
+        return self.tensor.size
+
+    def get_model_parallel_rank(self) -> int:
+        return self.tensor.rank
+
+    get_tensor_model_parallel_group = get_model_parallel_group
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+
+    def get_pipeline_model_parallel_world_size(self) -> int:
+        return 1
+
+
+def _with_group(axis: Axis) -> Axis:
+    """To DeepSpeed, no group means all ranks."""
+    if axis.size > 1:
+        return axis
+    return replace(axis, group=dist.new_group([dist.get_rank()], use_local_synchronization=True))
+
+
+def _make_optimizer(
+    config: OptimizerConfig, weights: Sequence[Weight], parameters: Mapping[str, nn.Parameter]
+) -> torch.optim.Optimizer:
+    groups = [
+        {"params": [parameters[w.name] for w in weights if w.decay], "weight_decay": config.weight_decay},
+        {"params": [parameters[w.name] for w in weights if not w.decay], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def _import_deepspeed(mesh: Mesh) -> Any:
+    """The package, told by its environment variables where it runs, and quiet except for warnings."""
+    kind = mesh.device.type
+    os.environ.setdefault("DS_ACCELERATOR", kind)  # it would say that it found no GPU
+    os.environ.setdefault("LOCAL_RANK", str(mesh.device.index or 0))
+    if kind == "cpu":
+        os.environ.setdefault("LOCAL_SIZE", "1")  # it would run a program to count NUMA nodes, for every bucket
+    try:
+        import deepspeed
+        from packaging.version import Version
+    except ImportError as error:
+        raise ConfigError(
+            f"parallel.engine: deepspeed cannot be used: {error}; install it with `pip install 'megalite[deepspeed]'`, "
+            "or use engine: native"
+        ) from None
+    if Version(deepspeed.__version__) < Version(OLDEST):
+        raise ConfigError(
+            f"parallel.engine: deepspeed needs DeepSpeed {OLDEST} or newer, not {deepspeed.__version__}: "
+            "older ones reduce gradients wrongly"
+        )
+    from deepspeed.utils import logger
+
+    logger.addFilter(_is_news)
+    if mesh.world.rank > 0:  # the others would say the same
+        logger.setLevel("ERROR")
+    # It calls collectives by the names they had before torch 2.13.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    # Half a minute of compiling for an all-reduce that only inference uses.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not dist.is_initialized():  # a lone process
+        backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return deepspeed
+
+
+def _is_news(record: Any) -> bool:
+    return EXPECTED not in record.getMessage()
+
+
+def _check_nvme() -> None:
+    """Build what talks to the disk: minutes, once on each machine."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        raise ConfigError(
+            "parallel.offload to nvme needs libaio with its headers, which were not found; install them on every node "
+            "(`apt install libaio-dev`, `dnf install libaio-devel`), or use cpu"
+        )
+    try:
+        AsyncIOBuilder().load(verbose=False)
+    except Exception as error:
+        raise ConfigError(
+            f"parallel.offload to nvme: DeepSpeed could not build its async_io operator, which needs a C++ compiler "
+            f"and ninja on every node: {error}"
+        ) from error

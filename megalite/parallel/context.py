@@ -1,0 +1,208 @@
+"""Context parallelism: attention over a sequence that is cut over the ranks of an axis.
+
+Every rank keeps its queries. Keys and values travel around the ring of ranks, each block while attention to the one
+before it is computed (ring attention, Liu et al. 2023), and the results of the blocks are merged by their
+log-sum-exp. In the backward pass the blocks travel again and their gradients with them, home after a whole round.
+
+The sequence is cut into twice as many chunks as there are ranks, and rank r takes chunks r and 2n-1-r, "zigzag" (Llama
+3, Dubey et al. 2024). So all ranks have as much to do, and of another rank's keys either all queries attend to exactly
+the first half, or exactly the second half of the queries attends to all.
+
+Letters in shapes: B batch, T tokens at hand, S keys at hand, H heads, G key/value heads, K head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from megalite.mesh import Axis
+from megalite.models.layers import Places
+from megalite.parallel.collectives import Result, start_shift
+
+aten = torch.ops.aten
+
+
+def zigzag(length: int, axis: Axis) -> Tensor:
+    """Which tokens of a sequence of `length` this rank takes: [T] int64, ascending.
+
+    Raises ValueError where the sequence cannot be cut into 2 · `axis.size` equal chunks."""
+    num_chunks = 2 * axis.size
+    if length % num_chunks:
+        raise ValueError(f"a sequence of {length} tokens cannot be cut into 2 × {axis.size} equal chunks")
+    chunks = torch.arange(length).view(num_chunks, -1)
+    return torch.cat((chunks[axis.rank], chunks[num_chunks - 1 - axis.rank]))
+
+
+class RingAttention(nn.Module):
+    """`models.layers.CausalAttention` where each rank of the axis holds the tokens that `zigzag` gives it: who attends
+    to whom follows from that, and `places.index_T` is not asked. It drops nothing: the plan refuses attention
+    dropout."""
+
+    def __init__(self, axis: Axis):
+        super().__init__()
+        self.axis = axis
+
+    def forward(self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, places: Places) -> Tensor:
+        """→ [B,T,H·K]"""
+        return _RingAttention.apply(q_BTHK, k_BTGK, v_BTGK, places.document_BT, self.axis)
+
+
+class _RingAttention(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, document_BT: Tensor | None, axis: Axis
+    ) -> Tensor:
+        # Stacked, as one message: and a view into a fused projection, if saved, would keep all of that alive.
+        kv_2BTGK = torch.stack((k_BTGK, v_BTGK))
+        q = q_BTHK.transpose(1, 2)
+        for block in _blocks(kv_2BTGK, document_BT, axis):
+            out, lse = attend(q[:, :, block.rows], block.k, block.v, block.causal, block.mask)
+            if block.step == 0:
+                # Every token attends to itself, so that this lse is finite and no row of the merges is empty.
+                merged, merged_lse = out.to(lse.dtype), lse
+            else:
+                _merge(merged[:, :, block.rows], merged_lse[:, :, block.rows], out, lse)
+        out_BTHK = merged.to(q.dtype).transpose(1, 2).contiguous()
+        ctx.save_for_backward(q_BTHK, kv_2BTGK, out_BTHK, merged_lse, document_BT)
+        ctx.axis = axis
+        return out_BTHK.flatten(2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        q_BTHK, kv_2BTGK, out_BTHK, lse, document_BT = ctx.saved_tensors
+        grad_BTHK = grad.contiguous().view_as(out_BTHK)  # GPU kernels want a last stride of 1; of a sum it is 0
+        q, out, grad = (x.transpose(1, 2) for x in (q_BTHK, out_BTHK, grad_BTHK))
+        dq_BHTK = torch.zeros_like(q, dtype=lse.dtype)
+        dkv_2BTGK = torch.zeros_like(kv_2BTGK, dtype=lse.dtype)
+        travelling: Result | None = None
+        for block in _blocks(kv_2BTGK, document_BT, ctx.axis):
+            rows = block.rows
+            dq, dk, dv = attend_backward(
+                grad[:, :, rows],
+                q[:, :, rows],
+                block.k,
+                block.v,
+                out[:, :, rows],
+                lse[:, :, rows],
+                block.causal,
+                block.mask,
+            )
+            dq_BHTK[:, :, rows] += dq
+            if travelling is not None:
+                dkv_2BTGK = travelling()
+            for whole_BTGK, part in zip(dkv_2BTGK, (dk, dv), strict=True):
+                whole_BTGK[:, block.keys] += part.transpose(1, 2)
+            travelling = start_shift(dkv_2BTGK, ctx.axis)
+        assert travelling is not None
+        dk_BTGK, dv_BTGK = travelling().to(kv_2BTGK.dtype)
+        return dq_BHTK.transpose(1, 2).to(q.dtype), dk_BTGK, dv_BTGK, None, None
+
+
+class _Block(NamedTuple):
+    """Which of a rank's queries meet which of the keys that have come by."""
+
+    step: int
+    rows: slice
+    keys: slice
+    causal: bool
+    mask: Tensor | None
+    """[B,1,rows,keys] bool: where query and key are of one document."""
+    k: Tensor
+    v: Tensor
+
+
+def _blocks(kv_2BTGK: Tensor, document_BT: Tensor | None, axis: Axis) -> Iterator[_Block]:
+    """The blocks of all ranks, the own first. The next one travels while the caller works on the one given."""
+    half = kv_2BTGK.shape[2] // 2
+    at_hand = [kv_2BTGK] if document_BT is None else [kv_2BTGK, document_BT.contiguous()]
+    for step in range(axis.size):
+        arriving = [start_shift(x, axis) for x in at_hand] if step + 1 < axis.size else []
+        source = (axis.rank - step) % axis.size
+        rows = slice(half if source > axis.rank else 0, None)
+        keys = slice(0, half if source < axis.rank else None)
+        mask = None
+        if document_BT is not None:
+            mask = document_BT[:, None, rows, None] == at_hand[1][:, None, None, keys]
+        k, v = at_hand[0][:, :, keys].transpose(2, 3)
+        yield _Block(step, rows, keys, step == 0, mask, k, v)
+        at_hand = [arrived() for arrived in arriving]
+
+
+def _merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> None:
+    """Take in, in place, the attention of the same queries to more keys. Each result weighs as much as the sum of
+    exponentials behind it; a difference of logarithms, which `lse` being finite makes safe, gives the share."""
+    out.lerp_(more.to(out.dtype), torch.sigmoid(more_lse - lse)[..., None])
+    lse.copy_(torch.logaddexp(lse, more_lse))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Attention of q [B,H,T,K] to k and v [B,G,S,K], where the bool mask [B or 1,1,T,S] is true: the output [B,H,T,K]
+    and the log-sum-exp [B,H,T] (fp32, or fp64 of fp64). A query with nothing to attend to gets 0 and -inf.
+
+    `causal`, where T = S, leaves out the keys after a query."""
+    bias = None if mask is None else _bias(mask, q)
+    if q.device.type == "cpu":
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, is_causal=causal, attn_mask=bias)
+    elif _flash_on_cuda(q, mask):
+        out, lse = aten._scaled_dot_product_flash_attention(q, k, v, is_causal=causal)[:2]
+    else:
+        k, v = (_for_every_head(x, q) for x in (k, v))
+        out, lse = aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, is_causal=causal)[:2]
+        lse = lse[:, :, : q.shape[2]]  # it comes padded to a multiple of 32
+    if mask is not None:  # what kernels give for empty rows differs, and none of it can be merged
+        empty = ~mask.any(-1)
+        out.masked_fill_(empty[..., None], 0.0)
+        lse.masked_fill_(empty, -torch.inf)
+    return out, lse
+
+
+def attend_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What these keys and values add to the gradients of q, k and v. `out` and `lse` are those of the attention to ALL
+    keys: a probability is exp(score - lse), and what normalises its gradient is the sum of out · grad (Dao 2023)."""
+    bias = None if mask is None else _bias(mask, q)
+    if q.device.type == "cpu":
+        return aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, q, k, v, out, lse, 0.0, causal, attn_mask=bias
+        )
+    lse = lse.contiguous()  # of the second half of the queries it is not, and these kernels do not ask
+    seed = offset = torch.zeros(2, dtype=torch.int64, device=q.device)  # of a dropout that there is not
+    if _flash_on_cuda(q, mask):
+        return aten._scaled_dot_product_flash_attention_backward(
+            grad, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, causal, seed, offset
+        )
+    lse = nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=torch.inf)  # as the forward kernel leaves it
+    many_k, many_v = (_for_every_head(x, q) for x in (k, v))
+    wanted = [True, True, True, False]
+    dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(
+        grad, q, many_k, many_v, bias, out, lse, seed, offset, 0.0, wanted, causal
+    )
+    dk, dv = (x.unflatten(1, (k.shape[1], -1)).sum(2) for x in (dk, dv))
+    return dq, dk, dv
+
+
+def _flash_on_cuda(q: Tensor, mask: Tensor | None) -> bool:
+    """Whether the flash kernel can do it: it knows neither masks nor fp32, which the "efficient" one does."""
+    return mask is None and q.dtype in (torch.bfloat16, torch.float16)
+
+
+def _for_every_head(x_BGSK: Tensor, q: Tensor) -> Tensor:
+    """[B,H,S,K], for the one kernel that has no grouped queries."""
+    return x_BGSK.repeat_interleave(q.shape[1] // x_BGSK.shape[1], dim=1)
+
+
+def _bias(mask: Tensor, q: Tensor) -> Tensor:
+    """What is added to the scores: [B,H,T,S], all heads one memory, rows 16 numbers apart as the CUDA kernel wants."""
+    num_keys = mask.shape[-1]
+    padded = q.new_zeros(*mask.shape[:-1], num_keys + -num_keys % 16)
+    bias = padded[..., :num_keys].masked_fill_(~mask, -torch.inf)
+    return bias.expand(q.shape[0], q.shape[1], -1, -1)

@@ -1,0 +1,235 @@
+"""Pipelines (Narayanan et al. 2021; zero bubble: Qi et al. 2023). The order of passes is torch's; here are the stages
+it runs, and the plain forward pass for validation and generation.
+
+torch's schedules cut tensors into micro-batches. Ours are ready-made, on every rank, so what travels through the
+schedule beside the hidden states is only their number.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch import Tensor
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+)
+from torch.profiler import record_function
+
+from megalite.engine import Engine
+from megalite.mesh import Mesh
+from megalite.parallel.stage import MESSAGES_UNDER_WAY, Inputs, Stage
+from megalite.parallel.tensor import WeightGradients
+from megalite.plan import Plan
+
+SCHEDULES: dict[str, Any] = {"interleaved": ScheduleInterleaved1F1B, "zero_bubble": ScheduleInterleavedZeroBubble}
+
+
+class Pipeline:
+    """This rank's stages of the model, and what passes between them and those of other ranks."""
+
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        plan: Plan,
+        mesh: Mesh,
+        hidden: Tensor,
+        deferred: Sequence[WeightGradients | None],
+    ):
+        """`hidden` is a meta tensor like the hidden states of a training micro-batch; `deferred` goes with `stages`."""
+        self.stages, self.mesh, self.hidden = stages, mesh, hidden
+        self._sequence_cut = plan.tensor if plan.sequence else 1
+        self._batch: Sequence[Inputs] = ()
+        self._num_tokens = self._total = torch.zeros(())
+        parts = [self._part(stage, plan, later) for stage, later in zip(stages, deferred, strict=True)]
+        self._parts = parts
+        arguments: dict[str, Any] = {
+            "n_microbatches": plan.micro_batches,
+            "loss_fn": self._count_loss,
+            "scale_grads": False,
+        }
+        if plan.schedule == "1f1b":
+            self._schedule = Schedule1F1B(parts[0], **arguments)
+        else:
+            self._schedule = SCHEDULES[plan.schedule](parts, **arguments)
+
+    def _part(self, stage: Stage, plan: Plan, later: WeightGradients | None) -> _Part:
+        number, loss = torch.zeros(1, dtype=torch.int64), torch.zeros((), device="meta")
+        # Given as examples, so that no stage has to run once to find out what it passes on.
+        hidden = self.hidden.detach().requires_grad_()
+        part = _Part(
+            _Numbered(stage, self),
+            stage.span.index,
+            len(plan.stages),
+            self.mesh.device,
+            input_args=number if stage.span.first else hidden,
+            output_args=loss if stage.span.last else hidden,
+            group=self.mesh.pipeline.group,
+            dw_builder=later.take if later else None,
+        )
+        part.hidden, part.sends_itself = self.hidden, plan.schedule != "1f1b"
+        return part
+
+    def forward_backward(self, batch: Sequence[Inputs], num_tokens: Tensor, engine: Engine) -> Tensor:
+        """Run the schedule over a step's micro-batches, each token's loss divided by `num_tokens`. Returns the sum of
+        the losses on the last stage, 0 on others."""
+        self._batch, self._num_tokens = batch, num_tokens
+        self._total = torch.zeros((), device=self.mesh.device)
+        numbers = torch.arange(len(batch))
+        engine.begin(len(batch))
+        first = (numbers,) if self.stages[0].span.first else ()
+        self._schedule.step(*first, number=numbers, target=numbers, return_outputs=False)
+        for part in self._parts:
+            part.await_sent(0)
+        engine.finish()
+        return self._total
+
+    def _run(self, stage: Stage, x: Tensor, number: int) -> Tensor:
+        out = stage(None if stage.span.first else x, self._batch[number])
+        return out.sum() / self._num_tokens if stage.span.last else out
+
+    def _count_loss(self, loss: Tensor, number: Tensor) -> Tensor:
+        self._total += loss.detach()
+        return loss
+
+    @torch.no_grad()
+    def forward(self, batch: Sequence[Inputs]) -> list[Tensor]:
+        """What the last stage gives for each micro-batch; nothing on other ranks. Each stage takes all micro-batches
+        before the next one does."""
+        outputs: list[Tensor] = []
+        sent: list[tuple[Tensor, dist.Work]] = []  # a message is kept until it has arrived
+        for stage in self.stages:
+            held = []
+            for inputs in batch:
+                out = stage(None if stage.span.first else self._receive(stage, inputs), inputs)
+                if stage.span.last:
+                    outputs.append(out)
+                elif self._both_ways:
+                    held.append(out)
+                else:
+                    sent.append(self._send(stage, out))
+            sent.extend(self._send(stage, out) for out in held)
+        for _, work in sent:
+            work.wait()
+        return outputs
+
+    @property
+    def _both_ways(self) -> bool:
+        """Two ranks of several stages send to each other. NCCL would keep both directions in one order, and each rank
+        could wait for the other: they take turns."""
+        return len(self.stages) > 1 and self.mesh.pipeline.size == 2
+
+    def _send(self, stage: Stage, out: Tensor) -> tuple[Tensor, dist.Work]:
+        to = (stage.span.index + 1) % self.mesh.pipeline.size
+        work = dist.isend(out, group=self.mesh.pipeline.group, group_dst=to)
+        assert work is not None
+        return out, work
+
+    def _receive(self, stage: Stage, inputs: Inputs) -> Tensor:
+        rows, length = inputs.tokens_BT.shape  # generation's differ from training's
+        shape = (rows, length // self._sequence_cut, self.hidden.shape[-1])
+        x = torch.empty(shape, dtype=self.hidden.dtype, device=self.mesh.device)
+        came_from = (stage.span.index - 1) % self.mesh.pipeline.size
+        dist.recv(x, group=self.mesh.pipeline.group, group_src=came_from)
+        return x
+
+
+class _Numbered(nn.Module):
+    """A stage as torch calls it: with what the stage before has given (the first: with the number), and the number."""
+
+    def __init__(self, stage: Stage, pipeline: Pipeline):
+        super().__init__()
+        self.stage = stage
+        self._run = pipeline._run
+
+    def forward(self, x: Tensor, number: Tensor) -> Tensor:
+        return self._run(self.stage, x, int(number))
+
+
+class _Part(PipelineStage):
+    """torch allocates what it receives for every micro-batch of a step at once, and keeps it. Here a message has memory
+    from when it is asked for until its backward pass is done, so that what a stage holds is bounded by the
+    micro-batches its schedule has under way. And what is sent is let go when it has arrived, where torch's schedules of
+    several stages hold it until the step ends."""
+
+    hidden: Tensor
+    sends_itself: bool
+    """Not under 1F1B, which joins each message with the one that comes back, and waits for both."""
+
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        self._sent: deque[dist.Work] = deque()
+
+    def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        return self._send(super().get_fwd_send_ops(fwd_chunk_id))
+
+    def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        return self._send(super().get_bwd_send_ops(bwd_chunk_id))
+
+    def _send(self, messages: list[dist.P2POp]) -> list[dist.P2POp]:
+        """What is left for the schedule to send."""
+        if not self.sends_itself:
+            return messages
+        for message in messages:
+            work = dist.isend(message.tensor, group=message.group, group_dst=message.group_peer, tag=message.tag)
+            assert work is not None
+            self._sent.append(work)
+        self.await_sent(MESSAGES_UNDER_WAY)
+        return []
+
+    def await_sent(self, but: int) -> None:
+        """Until at most so many are on their way. It is safe to wait: schedules are laid out so that every message is
+        asked for before anything that is sent later."""
+        while len(self._sent) > but:
+            self._sent.popleft().wait()
+
+    def _prepare_forward_infra(self, *arguments: Any, **options: Any) -> Any:
+        result = super()._prepare_forward_infra(*arguments, **options)
+        for number in self.args_recv_info:
+            self._release(number)
+        return result
+
+    def _prepare_backward_infra(self, *arguments: Any, **options: Any) -> Any:
+        result = super()._prepare_backward_infra(*arguments, **options)
+        for number in self.grad_recv_info:
+            self._release(number)
+        return result
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        if not self.is_first:
+            self.args_recv_info[fwd_chunk_id][0].buffer = torch.empty_like(self.hidden, device=self.device)
+        return super().get_fwd_recv_ops(fwd_chunk_id)
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        if not self.is_last:
+            self.grad_recv_info[bwd_chunk_id][0].buffer = torch.empty_like(self.hidden, device=self.device)
+        return super().get_bwd_recv_ops(bwd_chunk_id)
+
+    # Named in a trace, so that a pipeline's passes and its bubbles can be seen.
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *arguments: Any, **options: Any) -> Any:
+        with record_function(f"stage {self.stage_index} forward {fwd_chunk_id}"):
+            return super().forward_one_chunk(fwd_chunk_id, *arguments, **options)
+
+    def backward_one_chunk(self, bwd_chunk_id: int, *arguments: Any, **options: Any) -> None:
+        with record_function(f"stage {self.stage_index} backward {bwd_chunk_id}"):
+            super().backward_one_chunk(bwd_chunk_id, *arguments, **options)
+        self._release(bwd_chunk_id)
+
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, *arguments: Any, **options: Any) -> None:
+        with record_function(f"stage {self.stage_index} weights {bwd_chunk_id}"):
+            super().backward_weight_one_chunk(bwd_chunk_id, *arguments, **options)
+
+    def _release(self, number: int) -> None:
+        nothing = torch.empty(0, dtype=self.hidden.dtype, device=self.device)
+        if not self.is_first:
+            self.args_recv_info[number][0].buffer = nothing
+        if not self.is_last and number in self.grad_recv_info:
+            self.grad_recv_info[number][0].buffer = nothing

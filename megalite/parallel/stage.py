@@ -1,0 +1,67 @@
+"""The part of a model between two hand-overs of a pipeline; without a pipeline, all of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from megalite.models.layers import Decoder, Places
+from megalite.plan import StageSpan
+
+MESSAGES_UNDER_WAY = 2
+"""Hidden states and gradients a stage may have on their way to its neighbours at a time."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A micro-batch on the device, cut to this rank's part of the sequence."""
+
+    tokens_BT: Tensor
+    places: Places
+    labels_BT: Tensor | None = None
+    """Without them, the last stage gives logits instead of losses."""
+
+
+class Stage(nn.Module):
+    """Embeds where it is first, runs its layers, and gives the loss of every token where it is last."""
+
+    def __init__(self, model: Decoder, span: StageSpan):
+        super().__init__()
+        self.model, self.span = model, span
+
+    def forward(self, x_BTD: Tensor | None, inputs: Inputs) -> Tensor:
+        """`x` is what the stage before has given, None for the first. → [B,T,D] for the stage behind; from the last,
+        losses [B,T] fp32 (0 where there is no label) or logits [B,T,V]."""
+        model = self.model
+        if self.span.first:
+            x_BTD = model.embed(inputs.tokens_BT, inputs.places)
+        assert x_BTD is not None
+        x_BTD = model.run_layers(x_BTD, inputs.places)
+        if not self.span.last:
+            return x_BTD
+        logits = model.predict(x_BTD)
+        return logits if inputs.labels_BT is None else model.loss(logits, inputs.labels_BT)
+
+
+def cut(model: Decoder, span: StageSpan, tied: bool) -> None:
+    """Leave of a model only what a stage needs, in place. The names of what is left do not change."""
+    for number in list(model.layers):
+        if not span.start <= int(number) < span.stop:
+            del model.layers[number]
+    dropped = [] if span.first else list(model.INPUT)
+    if tied and span.last and "embedding" in dropped:
+        dropped.remove("embedding")  # the head's weight goes by its name
+    dropped += [] if span.last else model.OUTPUT
+    for name in dropped:
+        setattr(model, name, None)
+
+
+def positions_of(document_BT: Tensor) -> Tensor:
+    """Place of each token in its own document: [B,T] int64, from numbers of documents that ascend along T."""
+    index = torch.arange(document_BT.shape[1], device=document_BT.device).expand_as(document_BT)
+    begins = torch.ones_like(document_BT, dtype=torch.bool)
+    begins[:, 1:] = document_BT[:, 1:] != document_BT[:, :-1]
+    return index - index.masked_fill(~begins, 0).cummax(1).values

@@ -1,0 +1,153 @@
+"""Chips and interconnects: data read from configs/chips.yaml, configs/interconnects.yaml or a file of the user's.
+
+What is not known is asked for, never guessed."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import Field, ValidationError, model_validator
+
+from megalite.config import ConfigError, Section, describe_errors
+from megalite.resources import configs_dir, parse_yaml
+
+TYPICAL_MATMUL = 0.75
+"""Share of the peak, where a chip has no measured `matmul`: between MI-class 0.6 and A100's 0.87."""
+
+TYPICAL_ATTENTION = 0.35
+"""Share of the peak, where a chip has no measured `attention`: FlashAttention-2 on an H100 (arXiv:2407.08608)."""
+
+
+class Chip(Section):
+    """One line of configs/chips.yaml, where each field is explained."""
+
+    chip: str
+    bf16_tflops: float = Field(gt=0)
+    memory_gb: float = Field(gt=0)
+    memory_tb_s: float = Field(gt=0)
+    link_gb_s: float = Field(gt=0)
+    num_sms: int = Field(gt=0)
+    matmul: float | None = Field(None, gt=0, le=1)
+    attention: float | None = Field(None, gt=0, le=1)
+    also: tuple[str, ...] = ()
+    name: str | None = None
+    source: str | None = None
+    matmul_source: str | None = None
+    attention_source: str | None = None
+
+    @property
+    def matmul_share(self) -> float:
+        return self.matmul or TYPICAL_MATMUL
+
+    @property
+    def attention_share(self) -> float:
+        return self.attention or TYPICAL_ATTENTION
+
+    @property
+    def assumed(self) -> list[str]:
+        """What the planner takes for this chip without its having been measured."""
+        typical = {"matmul": (self.matmul, TYPICAL_MATMUL), "attention": (self.attention, TYPICAL_ATTENTION)}
+        return [f"{name} {share:g} of the peak" for name, (known, share) in typical.items() if known is None]
+
+
+class Interconnect(Section):
+    """One line of configs/interconnects.yaml, where each field is explained."""
+
+    interconnect: str
+    gpu_gb_s: float | None = Field(None, gt=0)
+    node_gb_s: float | None = Field(None, gt=0)
+    latency_us: float = Field(gt=0)
+    source: str | None = None
+
+    @model_validator(mode="after")
+    def _one_bandwidth(self) -> Interconnect:
+        if (self.gpu_gb_s is None) == (self.node_gb_s is None):
+            raise ValueError("give either gpu_gb_s or node_gb_s")
+        return self
+
+
+@dataclass(frozen=True)
+class Hardware:
+    chip: Chip
+    interconnect: Interconnect
+    gpus_per_node: int
+
+    @property
+    def link_bytes_s(self) -> float:
+        """Bytes/s of one GPU to its node, one direction, datasheet."""
+        return self.chip.link_gb_s * 1e9
+
+    @property
+    def network_bytes_s(self) -> float:
+        """Bytes/s of one GPU's share of what leaves its node, one direction, datasheet."""
+        net = self.interconnect
+        return (net.gpu_gb_s or (net.node_gb_s or 0.0) / self.gpus_per_node) * 1e9
+
+
+DEFAULT_INTERCONNECT = "ib-ndr"
+
+
+def find_hardware(gpu: str, gpus_per_node: int = 8, interconnect: str = DEFAULT_INTERCONNECT) -> Hardware:
+    """By name, or by the path of a YAML file that describes one. Raises ConfigError."""
+    if gpus_per_node < 1:
+        raise ConfigError(f"--nodes-of {gpus_per_node}: a node has at least one GPU")
+    chip = _find(gpu, "chip", "chips.yaml", "--gpu", Chip)
+    return Hardware(
+        chip, _find(interconnect, "interconnect", "interconnects.yaml", "--interconnect", Interconnect), gpus_per_node
+    )
+
+
+S = TypeVar("S", bound=Section)
+
+
+def _find(wanted: str, key: str, file: str, option: str, section: type[S]) -> S:
+    if wanted.endswith((".yaml", ".yml")):
+        return _described(Path(wanted), key, section)
+    rows = _rows(file)
+    names = {_plain(name): row for row in rows for name in (row[key], *row.get("also", ()))}
+    if _plain(wanted) in names:
+        return _checked(names[_plain(wanted)], f"{file}: {wanted}", section)
+    known = [str(row[key]) for row in rows]
+    close = difflib.get_close_matches(_plain(wanted), names, n=1)
+    hint = f"did you mean {names[close[0]][key]!r}? " if close else ""
+    fields = ", ".join(name for name, field in section.model_fields.items() if field.is_required())
+    if section is Interconnect:
+        fields += ", and gpu_gb_s or node_gb_s"
+    raise ConfigError(
+        f"{option} {wanted!r} is not known; {hint}known: {', '.join(known)}. To describe another, give a file: "
+        f"{option} my.yaml with the lines {fields} (configs/{file} explains them)"
+    )
+
+
+def _described(path: Path, key: str, section: type[S]) -> S:
+    try:
+        values = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror or error}") from None
+    if isinstance(values, list) and len(values) == 1:
+        values = values[0]
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected the `field: value` lines of one {key}")
+    return _checked(values, str(path), section)
+
+
+def _checked(values: dict[str, Any], origin: str, section: type[S]) -> S:
+    try:
+        return section.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{origin}: {describe_errors(error, section)}") from None
+
+
+@cache
+def _rows(file: str) -> list[dict[str, Any]]:
+    path = configs_dir() / file
+    return parse_yaml(path.read_text(encoding="utf-8"), str(path))
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())

@@ -1,0 +1,84 @@
+"""Time of single kernels on a chip: matrix products, attention, and passes over memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megalite.config import ConfigError
+from megalite.planner.hardware import Chip
+
+MEMORY_SHARE = 0.85
+"""Share of the datasheet's bandwidth that element-wise kernels reach on large tensors."""
+
+TILES = ((128, 256), (256, 128), (128, 128))
+"""Rows and columns of the result that one multiprocessor computes at a time (the shapes cuBLAS and CUTLASS prefer)."""
+
+PROLOGUE = 128
+"""Elements of the summed dimension in whose time a tile is set up and written out instead of multiplied."""
+
+SUSTAINED = 0.7
+"""Share of a chip's `matmul` that its products keep up in training. `matmul` is the best shape of a search, run alone;
+in training the shapes are the model's, the clock falls with the power, and copies and collectives run beside them. The
+one number here that is calibrated instead of measured: on one row, the 16B, of Megatron-LM's H100 table. The other
+eight and torchtitan's A100 figures check it (tests/planner/test_planner_mfu.py)."""
+
+LAUNCH_US = 4.0
+"""What a kernel takes at least: PyTorch's host side of an operation. Only small models notice it."""
+
+
+@dataclass(frozen=True)
+class Software:
+    """How a trainer uses the chip."""
+
+    name: str
+    fused: bool
+    """Element-wise work of a block is one kernel each, and weight gradients are added in the product's own kernel."""
+    hides_tensor: bool
+    """Collectives of tensor parallelism run in pieces beside the pieces of their product, in both passes. Otherwise
+    only what `parallel/tensor.py` overlaps: both of a column-parallel layer's in its backward pass."""
+
+
+MEGALITE = Software("megalite", fused=False, hides_tensor=False)
+
+MEGATRON = Software("Megatron-LM", fused=True, hides_tensor=True)
+"""As its published figures were measured: --tp-comm-overlap and fused kernels."""
+
+
+@dataclass(frozen=True)
+class Kernels:
+    chip: Chip
+    software: Software
+    element: int
+    """Bytes of a number in the matrix products."""
+
+    @property
+    def _peak(self) -> float:
+        if self.element != 2:
+            raise ConfigError(
+                "train.precision: fp32 has no peak in configs/chips.yaml (it depends on TF32); plan with "
+                "train.precision=bf16"
+            )
+        return self.chip.bf16_tflops * 1e12
+
+    def product(self, m: int, n: int, k: int) -> float:
+        """Seconds of [m,k] × [k,n]: tiles are computed in waves of one a multiprocessor, and the last wave may be part
+        empty; a small product waits for memory instead."""
+        full = max(_fill(m, n, tile, self.chip.num_sms) for tile in TILES)
+        share = self.chip.matmul_share * SUSTAINED * full * k / (k + PROLOGUE)
+        moved = (m * k + k * n + m * n) * self.element
+        return max(2.0 * m * n * k / (self._peak * share), self.memory(moved), LAUNCH_US * 1e-6)
+
+    def attention(self, operations: float) -> float:
+        """Seconds of so many operations of causal flash attention (only those that are not masked count)."""
+        return max(operations / (self._peak * self.chip.attention_share), LAUNCH_US * 1e-6)
+
+    def memory(self, num_bytes: float, kernels: int = 0) -> float:
+        """Seconds to move so many bytes in so many kernels."""
+        return max(num_bytes / (self.chip.memory_tb_s * 1e12 * MEMORY_SHARE), kernels * LAUNCH_US * 1e-6)
+
+
+def _fill(m: int, n: int, tile: tuple[int, int], num_sms: int) -> float:
+    """Share of the multiprocessors' time that goes into the result, over whole waves of whole tiles."""
+    tiles = -(-m // tile[0]) * -(-n // tile[1])
+    waves = -(-tiles // num_sms)
+    return m * n / (waves * num_sms * tile[0] * tile[1])

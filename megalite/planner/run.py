@@ -1,0 +1,80 @@
+"""`megalite plan`: from what was typed to what is printed and written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megalite.config import Config, ConfigError
+from megalite.models import weight_table
+from megalite.plan import make_plan
+from megalite.planner.estimate import Estimate, estimate
+from megalite.planner.hardware import DEFAULT_INTERCONNECT, Hardware, find_hardware
+from megalite.planner.report import describe, describe_search, parse_tokens
+from megalite.planner.search import search
+
+DEFAULT_OUTPUT = Path("best.yaml")
+
+
+def run_plan(
+    config: Config,
+    *,
+    num_gpus: int,
+    gpu: str,
+    gpus_per_node: int,
+    interconnect: str | None,
+    tokens: str | None,
+    with_search: bool,
+    output: Path | None,
+    picture: Path | None,
+) -> None:
+    """Raises ConfigError."""
+    if num_gpus < 1:
+        raise ConfigError(f"--gpus {num_gpus}: at least one")
+    hardware = find_hardware(gpu, gpus_per_node, interconnect or DEFAULT_INTERCONNECT)
+    wanted = parse_tokens(tokens) if tokens else None
+    if not with_search:
+        if output:
+            raise ConfigError(f"--output {output} is where --search writes the best config; give --search as well")
+        one = _estimate(config, num_gpus, hardware, record=picture is not None)
+    else:
+        one = _search(config, num_gpus, hardware, _output(output), record=picture is not None)
+    print(describe(one, wanted))
+    if num_gpus > gpus_per_node and interconnect is None:
+        print(f"Nodes are taken to be joined by {DEFAULT_INTERCONNECT}; --interconnect says otherwise.")
+    if picture:
+        _draw(one, picture)
+
+
+def _estimate(config: Config, num_gpus: int, hardware: Hardware, record: bool) -> Estimate:
+    return estimate(config, make_plan(config, weight_table(config.model), num_gpus), hardware, record=record)
+
+
+def _output(output: Path | None) -> Path:
+    if output is None and DEFAULT_OUTPUT.exists():
+        raise ConfigError(f"{DEFAULT_OUTPUT} exists already; say where to write with --output")
+    return output or DEFAULT_OUTPUT
+
+
+def _search(config: Config, num_gpus: int, hardware: Hardware, output: Path, record: bool) -> Estimate:
+    found = search(config, num_gpus, hardware)
+    best = found.best[0].config
+    print(describe_search(found))
+    try:
+        output.write_text(best.to_yaml(), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--output {output}: {error.strerror or error}") from None
+    print(f"\nThe best is written to {output}:\n")
+    # Worked out anew from the config that was written, as `megalite train` will.
+    return _estimate(best, num_gpus, hardware, record)
+
+
+def _draw(one: Estimate, picture: Path) -> None:
+    try:
+        from megalite.planner.timeline import draw_timeline
+
+        draw_timeline(one, picture)
+    except ImportError:
+        raise ConfigError("--picture needs matplotlib: pip install 'megalite[observe]'") from None
+    except OSError as error:
+        raise ConfigError(f"--picture {picture}: {error.strerror or error}") from None
+    print(f"The timeline is drawn to {picture}.")

@@ -1,0 +1,189 @@
+"""All layouts of a model on given GPUs, ranked by the time of a step.
+
+What cannot win is not simulated: a layout whose work alone, without any waiting, takes longer than the best ones found
+so far. Candidates are taken in the order of that bound, so the search ends as soon as the next bound is beyond them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from megalite.config import Config, ConfigError
+from megalite.models import weight_table
+from megalite.models.weights import Weight
+from megalite.plan import make_plan
+from megalite.planner.estimate import Estimate, Outlook, usable_bytes
+from megalite.planner.hardware import Hardware
+from megalite.planner.memory import resident_bytes
+from megalite.planner.shapes import LocalSizes, Together, together
+
+MOST_STAGES_A_RANK = 16
+MICRO_BATCHES = (1, 2, 4, 8, 16)
+SHORTEST_CUT = 2048
+"""Tokens of a sequence that a context rank gets at least: below, a ring has too little work to hide its messages."""
+
+RECOMPUTE: tuple[Literal["none", "selective", "full"], ...] = ("none", "selective", "full")
+"""Slower each, and smaller: the first that fits is the best."""
+
+
+@dataclass(frozen=True)
+class Found:
+    best: tuple[Estimate, ...]
+    """Quickest first."""
+    num_layouts: int
+    """That the plan allows."""
+    num_refused: int
+    """That the plan refuses: heads that do not divide, batches that do not come out even, …"""
+    num_simulated: int
+    num_too_large: int
+    """Of those looked at closely: do not fit whatever is recomputed and sharded."""
+
+
+class _Local(dict[int, LocalSizes]):
+    """Of each degree of tensor parallelism, worked out once."""
+
+    def __init__(self, table: tuple[Weight, ...]):
+        self._table = table
+
+    def __missing__(self, tensor: int) -> LocalSizes:
+        self[tensor] = LocalSizes(self._table, tensor)
+        return self[tensor]
+
+
+def search(config: Config, world_size: int, hardware: Hardware, keep: int = 10) -> Found:
+    """Raises ConfigError when no layout fits."""
+    table = weight_table(config.model)
+    rows, local = together(table), _Local(table)
+    candidates: list[tuple[float, int, Outlook]] = []
+    refused = 0
+    for number, parallel in enumerate(_layouts(config, world_size, hardware.gpus_per_node)):
+        try:
+            outlook = _outlook(config, parallel, world_size, hardware, table, rows, local)
+        except ConfigError:
+            refused += 1
+            continue
+        candidates.append((outlook.shortest_step_s, number, outlook))
+    best: list[Estimate] = []
+    simulated = too_large = 0
+    for bound, _, outlook in sorted(candidates, key=lambda candidate: candidate[:2]):
+        if len(best) == keep and bound > best[-1].step_time_s:
+            break
+        fitting = list(_fitting(outlook, table, local))
+        too_large += not fitting
+        for one in fitting:
+            simulated += 1
+            best.append(one.estimate())
+        best = sorted(best, key=lambda estimate: estimate.step_time_s)[:keep]
+    if not best:
+        raise ConfigError(_nothing_fits([outlook for _, _, outlook in candidates], world_size, hardware))
+    return Found(tuple(best), len(candidates), refused, simulated, too_large)
+
+
+def _layouts(config: Config, world_size: int, gpus_per_node: int) -> Iterator[dict[str, Any]]:
+    """Settings of `parallel` and `train` of every layout worth a look; the plan refuses some of them."""
+    num_layers = config.model.num_layers
+    for tensor in _divisors(gpus_per_node):
+        for pipeline in _divisors(world_size // tensor) if world_size % tensor == 0 else ():
+            if pipeline > num_layers:
+                break
+            for context in _powers_of_two(config.data.seq_length // SHORTEST_CUT):
+                if world_size % (tensor * pipeline * context):
+                    continue
+                data = world_size // (tensor * pipeline * context)
+                for micro_batch_size in MICRO_BATCHES:
+                    if config.train.global_batch_size % (micro_batch_size * data):
+                        continue
+                    for virtual, schedule in _schedules(pipeline, num_layers):
+                        yield {
+                            "tensor": tensor,
+                            "sequence": True,
+                            "pipeline": pipeline,
+                            "virtual": virtual,
+                            "schedule": schedule,
+                            "context": context,
+                            "micro_batch_size": micro_batch_size,
+                        }
+
+
+def _schedules(pipeline: int, num_layers: int) -> Iterator[tuple[int, str]]:
+    yield 1, "1f1b"
+    if pipeline > 1:
+        yield 1, "zero_bubble"
+        for virtual in range(2, min(MOST_STAGES_A_RANK, num_layers // pipeline) + 1):
+            # Layers that do not come out even make some stages longer, and all ranks wait for those.
+            if num_layers % (pipeline * virtual) == 0 or virtual == 2:
+                yield virtual, "interleaved"
+                yield virtual, "zero_bubble"
+
+
+def _outlook(
+    config: Config,
+    settings: dict[str, Any],
+    world_size: int,
+    hardware: Hardware,
+    table: tuple[Weight, ...],
+    rows: list[Together],
+    local: _Local,
+) -> Outlook:
+    """Of a layout as quick as it can be: nothing is recomputed, the optimizer's state alone is sharded."""
+    settings = dict(settings)
+    train = {"micro_batch_size": settings.pop("micro_batch_size"), "recompute": "none", "recompute_layers": None}
+    fixed = {"zero_stage": 1, "engine": "native", "stage_layers": None}
+    config = config.model_copy(
+        update={
+            "parallel": config.parallel.model_copy(update=settings | fixed),
+            "train": config.train.model_copy(update=train),
+        }
+    )
+    plan = make_plan(config, rows, world_size)
+    return Outlook(config, plan, hardware, table, local=local[plan.tensor])
+
+
+def _fitting(outlook: Outlook, table: tuple[Weight, ...], local: _Local) -> Iterator[Outlook]:
+    """The layout with as little sharding and recomputation as fits; of each stage of ZeRO the quickest."""
+    limit = usable_bytes(outlook.hardware)
+    stages = (1, 2) if outlook.plan.replicas > 1 else (1,)
+    for zero_stage in stages:
+        plan = replace(outlook.plan, zero_stage=zero_stage)
+        if resident_bytes(plan, outlook.most_params, outlook.shapes.element) > limit:
+            continue
+        for recompute in RECOMPUTE:
+            config = _with(outlook.config, zero_stage, recompute)
+            one = Outlook(config, plan, outlook.hardware, table, local=local[plan.tensor])
+            if max(memory.total for memory in one.memory) <= limit:
+                yield one
+                if recompute == "none":
+                    return  # more sharding only adds traffic
+                break
+
+
+def _with(config: Config, zero_stage: int, recompute: str) -> Config:
+    return config.model_copy(
+        update={
+            "parallel": config.parallel.model_copy(update={"zero_stage": zero_stage}),
+            "train": config.train.model_copy(update={"recompute": recompute}),
+        }
+    )
+
+
+def _nothing_fits(candidates: list[Outlook], world_size: int, hardware: Hardware) -> str:
+    if not candidates:
+        return (
+            f"no layout of this config comes out even on {world_size} GPUs; try another train.global_batch_size or "
+            "number of GPUs"
+        )
+    least = min(resident_bytes(replace(o.plan, zero_stage=2), o.most_params, o.shapes.element) for o in candidates)
+    return (
+        f"none of {len(candidates)} layouts fits into the {usable_bytes(hardware) / 2**30:.0f} GiB that tensors may "
+        f"take on {world_size} × {hardware.chip.chip}: weights, gradients and optimizer state alone are at least "
+        f"{least / 2**30:.0f} GiB; take more GPUs"
+    )
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def _powers_of_two(most: int) -> list[int]:
+    return [1 << bits for bits in range(max(1, most).bit_length())]

@@ -1,0 +1,192 @@
+"""What one tensor rank holds and computes, read from the table of weights: a new family needs no line here as long as
+it is made of the parts below, and is refused by name where it is not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from megalite.config import Config, ConfigError
+from megalite.models.weights import Weight
+from megalite.plan import Place, Plan, StageSpan
+
+LOOKED_UP = ("embedding.weight", "positions.weight")
+"""Matrices that are looked up in instead of multiplied with."""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix of a layer as one tensor rank holds it."""
+
+    rows: int
+    """Output features."""
+    columns: int
+    """Input features."""
+    column_parallel: bool
+    """Cut by rows: its input is gathered before it. Otherwise its output is summed over the tensor ranks."""
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Sizes on one tensor rank; those of whole sequences are given as such."""
+
+    tokens: int
+    """Of a micro-batch, on one context rank."""
+    micro_batch_size: int
+    seq_length: int
+    """Of a whole sequence, over all context ranks."""
+    hidden: int
+    norm_hidden: int
+    """Hidden features a token has to itself here: hidden, or where sequence parallelism cuts the tokens, its share."""
+    heads: int
+    kv_heads: int
+    head_size: int
+    inner: int
+    vocab: int
+    gated: bool
+    rope: bool
+    rms_norm: bool
+    head_norms: bool
+    """Queries and keys are normalised (Qwen3)."""
+    hidden_dropout: bool
+    attention_dropout: bool
+    matrices: tuple[Matrix, ...]
+    """Of one layer, in the order of the forward pass."""
+    element: int
+    """Bytes of an activation."""
+    tensor: int
+    sequence: bool
+    context: int
+
+    @property
+    def q(self) -> int:
+        return self.heads * self.head_size
+
+    @property
+    def kv(self) -> int:
+        return self.kv_heads * self.head_size
+
+    @property
+    def hidden_bytes(self) -> int:
+        """Of a micro-batch's hidden states, as they lie between two layers."""
+        return self.tokens * self.norm_hidden * self.element
+
+
+def shapes_of(config: Config, plan: Plan, weights: Sequence[Weight]) -> Shapes:
+    """Raises ConfigError for a model with weights the planner cannot place."""
+    model: Any = config.model
+    layer = {weight.name.split(".", 2)[2]: weight for weight in weights if weight.place == 0}
+    for weight in layer.values():
+        if len(weight.shape) > 2:
+            raise ConfigError(f"the planner does not know what {weight.name} of shape {list(weight.shape)} computes")
+    matrices = tuple(
+        Matrix(rows, columns, column_parallel=weight.shard == "column")
+        for weight in layer.values()
+        if len(weight.shape) == 2
+        for rows, columns in [weight.local_shape(plan.tensor)]
+    )
+    heads, head_size = model.num_attention_heads, model.head_size
+    kv_heads = getattr(model, "kv_heads", heads)
+    train = config.train
+    return Shapes(
+        tokens=train.micro_batch_size * config.data.seq_length // plan.context,
+        micro_batch_size=train.micro_batch_size,
+        seq_length=config.data.seq_length,
+        hidden=model.hidden_size,
+        norm_hidden=model.hidden_size // plan.tensor if plan.sequence else model.hidden_size,
+        heads=heads // plan.tensor,
+        kv_heads=kv_heads // plan.tensor,
+        head_size=head_size,
+        inner=_inner(layer, plan.tensor),
+        vocab=_vocab(weights).local_shape(plan.tensor)[0],
+        gated="mlp.gate_up.weight" in layer,
+        rope=not any(weight.name == "positions.weight" for weight in weights),
+        rms_norm="attention_norm.bias" not in layer,
+        head_norms=any("q_norm" in name for name in layer),
+        hidden_dropout=bool(getattr(model, "hidden_dropout", 0.0)),
+        attention_dropout=bool(getattr(model, "attention_dropout", 0.0)),
+        matrices=matrices,
+        element=2 if train.precision == "bf16" else 4,
+        tensor=plan.tensor,
+        sequence=plan.sequence,
+        context=plan.context,
+    )
+
+
+def _inner(layer: dict[str, Weight], tensor: int) -> int:
+    if "mlp.down.weight" not in layer:
+        raise ConfigError(f"the planner does not know a layer without mlp.down.weight; it has {', '.join(layer)}")
+    return layer["mlp.down.weight"].local_shape(tensor)[1]
+
+
+def _vocab(weights: Sequence[Weight]) -> Weight:
+    return next(weight for weight in weights if weight.shard == "vocab")
+
+
+@dataclass(frozen=True)
+class StageSizes:
+    """Elements that one tensor rank holds of a stage's weights."""
+
+    before: int
+    """What stands before the layers: embeddings."""
+    layers: tuple[int, ...]
+    after: int
+    """What stands behind them: the last norm and the head. A tied head counts on both ends of a pipeline."""
+    largest: int
+    """The largest single weight."""
+
+    @property
+    def total(self) -> int:
+        return self.before + sum(self.layers) + self.after
+
+
+class LocalSizes:
+    """Elements of every weight on one of `tensor` ranks, summed by the place of the weight."""
+
+    def __init__(self, weights: Sequence[Weight], tensor: int):
+        self.total: dict[Place, int] = {}
+        self.largest: dict[Place, int] = {}
+        for weight in weights:
+            size = prod(weight.local_shape(tensor))
+            self.total[weight.place] = self.total.get(weight.place, 0) + size
+            self.largest[weight.place] = max(self.largest.get(weight.place, 0), size)
+
+    def of(self, stage: StageSpan) -> StageSizes:
+        first, last, both = (self.total.get(place, 0) for place in ENDS)
+        places = [*range(stage.start, stage.stop), *(place for place in ENDS if stage.holds(place))]
+        return StageSizes(
+            before=first + both if stage.first else 0,
+            layers=tuple(self.total[number] for number in range(stage.start, stage.stop)),
+            # A tied weight is held once where the stage is both ends.
+            after=last + (0 if stage.first else both) if stage.last else 0,
+            largest=max((self.largest.get(place, 0) for place in places), default=0),
+        )
+
+
+ENDS: tuple[Place, ...] = ("first", "last", "both")
+
+
+class Together:
+    """All weights of one place, as one row for `make_plan`: a search makes thousands of plans, and what a plan asks of
+    the table are sums."""
+
+    def __init__(self, place: Place, weights: Sequence[Weight]):
+        self.place, self.name = place, f"{place}"
+        self.numel = sum(weight.numel for weight in weights)
+        self._weights = weights
+        self._local: dict[int, tuple[int]] = {}
+
+    def local_shape(self, tensor: int) -> tuple[int, ...]:
+        """Raises ValueError where one of them cannot be cut."""
+        if tensor not in self._local:
+            self._local[tensor] = (sum(prod(weight.local_shape(tensor)) for weight in self._weights),)
+        return self._local[tensor]
+
+
+def together(weights: Sequence[Weight]) -> list[Together]:
+    places: dict[Place, list[Weight]] = {}
+    for weight in weights:
+        places.setdefault(weight.place, []).append(weight)
+    return [Together(place, rows) for place, rows in places.items()]

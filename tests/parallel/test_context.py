@@ -1,0 +1,269 @@
+"""Ring attention on real ranks against `CausalAttention` on one process over the whole sequence.
+
+All ranks draw the same numbers, so each works out the whole on its own, takes its tokens of it, and returns what it
+found and what it wanted by name. All cases of a number of ranks share one spawn.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+from megalite.mesh import Axis
+from megalite.models.layers import CausalAttention, Places
+from megalite.parallel.collectives import start_shift
+from megalite.parallel.context import RingAttention, attend, attend_backward, zigzag
+from ranks import run_ranks
+
+WORLDS = (2, 4)
+BATCH, HEADS, SIZE = 2, 4, 16
+Result = dict[str, tuple[Tensor, Tensor]]
+Attend = Callable[[Tensor, Tensor, Tensor, Places], Tensor]
+
+# 48 tokens are chunks of 12 over 2 ranks and of 6 over 4. The lengths of the documents of both samples:
+DOCUMENTS = {
+    "one": None,
+    # Begins inside chunks; documents of one token, at both ends too; some documents span several ranks.
+    "uneven": ((1, 10, 22, 1, 13, 1), (17, 31)),
+    # Shorter than a chunk and as long as one: of almost every other block, all is masked for some or all queries.
+    "short": ((5,) * 9 + (3,), (6,) * 8),
+    "single tokens": ((1,) * 48, (48,)),
+}
+
+
+class Case(NamedTuple):
+    length: int
+    groups: int
+    documents: str
+    dtype: torch.dtype
+
+
+CASES = [
+    *itertools.starmap(Case, itertools.product((48,), (4, 2, 1), DOCUMENTS, (torch.float32, torch.float64))),
+    *itertools.starmap(Case, itertools.product((48,), (4, 2), ("one", "uneven"), (torch.bfloat16,))),
+    # Longer than the blocks of 512 keys in which the CPU kernel works, at a block size that no power of 2 divides.
+    *(Case(16 * 123, 2, documents, torch.float32) for documents in ("one", "uneven")),
+]
+
+# fp64: far below any mistake, far above its roundings. It holds the algorithm.
+# fp32: sums of up to 2,000 terms in another order, some ten roundings of 6e-8 relative to the largest number; measured
+# 8e-7. bf16, against fp64 attention to the same bf16 numbers: each block's output, or its part of a gradient, is
+# rounded to 2⁻⁹ of itself, then their sum, and the kernel rounds the probabilities.
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 2.0**-6}
+
+
+def numbers(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def document_numbers(case: Case) -> Tensor | None:
+    lengths = DOCUMENTS[case.documents]
+    if lengths is None:
+        return None
+    scale = case.length // 48
+    return torch.stack([torch.arange(len(row)).repeat_interleave(torch.tensor(row) * scale) for row in lengths])
+
+
+def places_of(case: Case, index: Tensor) -> Places:
+    document = document_numbers(case)
+    return Places(index, index[None], None if document is None else document[:, index])
+
+
+def fused(case: Case) -> Tensor:
+    """[B,T,H+2G,K]: q, k and v are views of it, as of a projection's output, and not contiguous."""
+    return numbers(0, BATCH, case.length, HEADS + 2 * case.groups, SIZE, dtype=case.dtype)
+
+
+def run(attention: Attend, qkv: Tensor, places: Places, weights: Tensor) -> dict[str, Tensor]:
+    """Output and gradients of the loss ⟨weights, output⟩."""
+    qkv = qkv.detach().requires_grad_()
+    groups = (qkv.shape[2] - HEADS) // 2
+    out = attention(*qkv.split((HEADS, groups, groups), dim=2), places)
+    (out * weights).sum().backward()
+    assert qkv.grad is not None
+    assert out.dtype == qkv.dtype
+    parts = qkv.grad.split((HEADS, groups, groups), dim=2)
+    return {"out": out.detach()} | dict(zip(("dq", "dk", "dv"), parts, strict=True))
+
+
+def compare(case: Case, attention: Attend, index: Tensor) -> Result:
+    """What `attention` to the tokens `index` of the sequence gives, and what it should."""
+    qkv, weights = fused(case), numbers(1, BATCH, case.length, HEADS * SIZE, dtype=case.dtype)
+    reference = torch.float64 if case.dtype == torch.bfloat16 else case.dtype
+    whole = torch.arange(case.length)
+    wanted = run(CausalAttention(), qkv.to(reference), places_of(case, whole), weights.to(reference))
+    found = run(attention, qkv[:, index], places_of(case, index), weights[:, index])
+    return {key: (found[key], wanted[key][:, index]) for key in found}
+
+
+def saved_bytes(axis: Axis) -> tuple[int, int]:
+    """Of the memory that tensors saved for the backward pass keep alive: found and wanted."""
+    case = Case(48, 2, "uneven", torch.float32)
+    index = zigzag(48, axis)
+    q, k, v = (x.clone().requires_grad_() for x in fused(case)[:, index].split((HEADS, 2, 2), dim=2))
+    kept: dict[int, int] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with saved_tensors_hooks(keep, lambda x: x):
+        out = RingAttention(axis)(q, k, v, places_of(case, index))
+    tokens = BATCH * len(index)
+    log_sum_exp, documents = 4 * tokens * HEADS, 8 * tokens
+    return sum(kept.values()), sum(4 * x.numel() for x in (q, k, v, out)) + log_sum_exp + documents
+
+
+class Found(NamedTuple):
+    cases: dict[Case, Result]
+    recomputed: Result
+    wrong_order: Result
+    strided: Result
+    shifted: Tensor
+    saved: tuple[int, int]
+
+
+def on_rank(rank: int, world_size: int) -> Found:
+    axis = Axis(world_size, rank, dist.group.WORLD)
+    ring = RingAttention(axis)
+    some = Case(48, 2, "one", torch.float64)
+    # Where tensor ranks are neighbours, context ranks are not: their places in the group are not those in the world.
+    groups = [dist.new_group(list(range(first, world_size, 2))) for first in (0, 1)]
+    strided = Axis(world_size // 2, rank // 2, groups[rank % 2])
+
+    def recomputing(*arguments: object) -> Tensor:
+        return checkpoint(ring, *arguments, use_reentrant=False)
+
+    return Found(
+        {case: compare(case, ring, zigzag(case.length, axis)) for case in CASES},
+        compare(some, recomputing, zigzag(48, axis)),
+        compare(some, ring, torch.arange(48).chunk(world_size)[rank]),
+        compare(some, RingAttention(strided), zigzag(48, strided)),
+        start_shift(torch.tensor([float(rank)]), axis)(),
+        saved_bytes(axis),
+    )
+
+
+@cache
+def results_of(world_size: int) -> list[Found]:
+    return run_ranks(world_size, on_rank)
+
+
+def error(found: Tensor, wanted: Tensor) -> float:
+    """Relative to the largest number wanted."""
+    return ((found.double() - wanted.double()).abs().max() / wanted.abs().max()).item()
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_equals_one_process(case: Case, world_size: int) -> None:
+    for rank, results in enumerate(results_of(world_size)):
+        for key, (found, wanted) in results.cases[case].items():
+            assert found.shape == wanted.shape
+            off = error(found, wanted)
+            assert off <= TOLERANCE[case.dtype], f"{key} on rank {rank} is off by {off:.1e}"  # fails for NaN too
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+@pytest.mark.parametrize("field", ["recomputed", "strided"])
+def test_under_recomputation_and_in_a_strided_group(field: str, world_size: int) -> None:
+    for results in results_of(world_size):
+        for found, wanted in getattr(results, field).values():
+            assert error(found, wanted) <= TOLERANCE[torch.float64]
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_another_order_of_chunks_is_noticed(world_size: int) -> None:
+    """The comparison above has teeth: consecutive chunks, one a rank, give quite other numbers."""
+    worst = max(error(*pair) for results in results_of(world_size) for pair in results.wrong_order.values())
+    assert worst > 0.1
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_shift_passes_to_the_next_rank(world_size: int) -> None:
+    assert [int(results.shifted) for results in results_of(world_size)] == [
+        (rank - 1) % world_size for rank in range(world_size)
+    ]
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_only_local_tensors_are_saved(world_size: int) -> None:
+    for results in results_of(world_size):
+        found, wanted = results.saved
+        assert found == wanted
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+def test_zigzag_shares_tokens_and_work_evenly(size: int) -> None:
+    shares = [zigzag(48, Axis(size, rank)) for rank in range(size)]
+    assert torch.equal(torch.cat(shares).sort().values, torch.arange(48))
+    for share in shares:
+        assert torch.equal(share, share.sort().values)
+        assert len(share) == 48 // size
+        # A token at place i attends to i + 1 tokens.
+        assert int((share + 1).sum()) * size == 48 * 49 // 2
+
+
+def test_zigzag_of_two_ranks() -> None:
+    assert zigzag(8, Axis(2, 0)).tolist() == [0, 1, 6, 7]
+    assert zigzag(8, Axis(2, 1)).tolist() == [2, 3, 4, 5]
+    with pytest.raises(ValueError, match="6 tokens cannot be cut into 2 × 2"):
+        zigzag(6, Axis(2, 0))
+
+
+@pytest.mark.parametrize("documents", DOCUMENTS)
+def test_a_ring_of_one(documents: str) -> None:
+    case = Case(48, 2, documents, torch.float64)
+    for found, wanted in compare(case, RingAttention(Axis()), torch.arange(48)).values():
+        assert error(found, wanted) <= TOLERANCE[torch.float64]
+
+
+def test_gradient_without_strides() -> None:
+    """Of a plain sum the gradient is one number expanded, whose strides are 0."""
+    case = Case(48, 4, "one", torch.float64)
+    index = torch.arange(48)
+    grads = []
+    for attention in (CausalAttention(), RingAttention(Axis())):
+        qkv = fused(case).requires_grad_()
+        attention(*qkv.split(HEADS, dim=2), places_of(case, index)).sum().backward()
+        grads.append(qkv.grad)
+    torch.testing.assert_close(*grads)
+
+
+def test_queries_with_nothing_to_attend_to() -> None:
+    q, k, v = (numbers(seed, 1, 2, 6, SIZE) for seed in range(3))
+    mask = torch.zeros(1, 1, 6, 6, dtype=torch.bool)
+    mask[..., 3:, :2] = True
+    out, lse = attend(q, k, v, False, mask)
+    assert (out[:, :, :3] == 0).all()
+    assert (lse[:, :, :3] == -torch.inf).all()
+    assert lse[:, :, 3:].isfinite().all()
+    # Elsewhere these queries have found something, so that the log-sum-exp of all keys is finite.
+    dq, dk, dv = attend_backward(out + 1, q, k, v, out, lse.clamp(min=0.0), False, mask)
+    assert (dq[:, :, :3] == 0).all()
+    assert (dk[:, :, 2:] == 0).all()
+    assert (dv[:, :, 2:] == 0).all()
+    assert all(x.isfinite().all() for x in (dq, dk, dv))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_calls_for_a_gpu_fit_their_kernels(dtype: torch.dtype, masked: bool) -> None:
+    """No numbers here, only names, arguments and shapes: what can be checked on the meta device of CUDA's path."""
+    q = torch.empty(2, 40, 4, SIZE, dtype=dtype, device="meta").transpose(1, 2)
+    k, v = torch.empty(2, 2, 40, 2, SIZE, dtype=dtype, device="meta")[:, :, :20].transpose(2, 3)
+    mask = torch.empty(2, 1, 40, 20, dtype=torch.bool, device="meta") if masked else None
+    out, lse = attend(q, k, v, False, mask)
+    assert (out.shape, out.dtype) == (q.shape, dtype)
+    assert (lse.shape, lse.dtype) == (q.shape[:3], torch.float32)
+    grads = attend_backward(out, q, k, v, out, lse, False, mask)
+    assert [(x.shape, x.dtype) for x in grads] == [(x.shape, dtype) for x in (q, k, v)]

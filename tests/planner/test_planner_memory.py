@@ -1,0 +1,128 @@
+"""Predicted memory against what real training steps allocate: every tensor is counted, on one process and on two."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from live_bytes import measure_step
+from megalite.config import Config
+from megalite.config_file import parse_config
+from megalite.models import weight_table
+from megalite.plan import make_plan
+from megalite.planner.estimate import memory_of
+from megalite.planner.memory import Memory
+from ranks import run_ranks
+
+LLAMA = {
+    "family": "llama", "vocab_size": 1000, "hidden_size": 128, "intermediate_size": 352, "num_layers": 4,
+    "num_attention_heads": 8, "num_kv_heads": 4, "max_positions": 256,
+}  # fmt: skip
+GPT2 = {
+    "family": "gpt2", "vocab_size": 1000, "hidden_size": 128, "num_layers": 4, "num_attention_heads": 8,
+    "max_positions": 256,
+}  # fmt: skip
+WITHIN = 0.10  # what the issue asks for; most cases are within 1%
+RESIDENT_WITHIN = 0.02  # known exactly but for the padding of buckets and the batch itself
+
+
+def config_of(model: dict[str, Any], *overrides: str) -> Config:
+    values = {
+        "run": {"name": "test"},
+        "model": model,
+        "data": {"train": [{"path": "x"}], "seq_length": 256},
+        "train": {"steps": 10, "global_batch_size": 16, "micro_batch_size": 2},
+        "optimizer": {"lr": 1e-3},
+    }
+    return parse_config(values, overrides)
+
+
+def predicted(config: Config, world_size: int) -> tuple[Memory, ...]:
+    plan = make_plan(config, weight_table(config.model), world_size)
+    return memory_of(config, plan, device="cpu")
+
+
+def check(found: dict[str, int], memory: Memory) -> None:
+    resident = memory.weights + memory.gradients + memory.optimizer
+    off = memory.total / found["peak"] - 1
+    passes_off = (memory.total - resident) / (found["peak"] - found["resident"]) - 1
+    print(f"peak {found['peak'] / 2**20:.2f} MiB, predicted {off:+.2%}; beyond what stays {passes_off:+.2%}")
+    assert abs(off) <= WITHIN, memory
+    # The whole could be right by what stays alone: the activations must be right by themselves.
+    assert abs(passes_off) <= WITHIN, memory
+
+
+ALONE = {
+    "gpt2": (GPT2,),
+    "gpt2 with dropout": (GPT2, "model.hidden_dropout=0.1", "model.attention_dropout=0.1", "data.seq_length=128"),
+    "llama": (LLAMA,),
+    "llama fp32": (LLAMA, "train.precision=fp32"),
+    "llama selective": (LLAMA, "train.recompute=selective"),
+    "llama half full": (LLAMA, "train.recompute=full", "train.recompute_layers=2"),
+    "llama large vocabulary": (LLAMA, "model.vocab_size=8000"),
+}
+
+
+@pytest.mark.parametrize("case", ALONE)
+def test_one_process(case: str) -> None:
+    model, *overrides = ALONE[case]
+    config = config_of(model, *overrides)  # type: ignore[arg-type]
+    found = measure_step(0, 1, config)
+    (memory,) = predicted(config, 1)
+    assert memory.weights + memory.gradients + memory.optimizer == pytest.approx(found["resident"], rel=RESIDENT_WITHIN)
+    check(found, memory)
+
+
+PIPELINE, ZERO_BUBBLE = "parallel.pipeline=2", "parallel.schedule=zero_bubble"
+PAIRS = {
+    "tensor": (LLAMA, "parallel.tensor=2"),
+    "tensor, whole sequence": (GPT2, "parallel.tensor=2", "parallel.sequence=false"),
+    "context": (LLAMA, "parallel.context=2"),
+    "1f1b": (LLAMA, PIPELINE),
+    "interleaved": (LLAMA, PIPELINE, "parallel.virtual=2", "parallel.schedule=interleaved"),
+    "zero bubble": (LLAMA, PIPELINE, "parallel.virtual=2", ZERO_BUBBLE),
+    "zero": (LLAMA, "parallel.zero_stage=2", "train.global_batch_size=16"),
+}
+
+
+def pair_config(case: str) -> Config:
+    model, *overrides = PAIRS[case]
+    return config_of(model, "train.global_batch_size=8", *overrides)  # type: ignore[arg-type]
+
+
+def measure_all(rank: int, world_size: int, configs: dict[str, Config]) -> dict[str, dict[str, int]]:
+    return {name: measure_step(rank, world_size, config) for name, config in configs.items()}
+
+
+@pytest.fixture(scope="module")
+def measured_pairs() -> list[dict[str, dict[str, int]]]:
+    configs = {name: pair_config(name) for name in PAIRS}
+    return run_ranks(2, measure_all, configs)
+
+
+@pytest.mark.parametrize("case", PAIRS)
+def test_two_ranks(case: str, measured_pairs: list[dict[str, dict[str, int]]]) -> None:
+    memories = predicted(pair_config(case), 2)
+    for rank, found in enumerate(measured_pairs):
+        check(found[case], memories[rank % len(memories)])
+
+
+def test_a_pipeline_holds_most_where_it_begins() -> None:
+    memories = memory_of(*_config_and_plan("parallel.pipeline=4", "train.global_batch_size=32"))
+    activations = [memory.activations for memory in memories]
+    assert activations[:3] == sorted(activations[:3], reverse=True)
+
+
+def test_recomputing_and_sharding_need_less() -> None:
+    none, selective, full = (
+        memory_of(*_config_and_plan(f"train.recompute={name}"))[0].total for name in ("none", "selective", "full")
+    )
+    assert none > selective > full
+    whole, shards = (memory_of(*_config_and_plan(f"parallel.zero_stage={stage}"))[0] for stage in (0, 1))
+    assert shards.optimizer == pytest.approx(whole.optimizer / 8, rel=1e-3)
+
+
+def _config_and_plan(*overrides: str) -> Any:
+    config = config_of(LLAMA, "train.micro_batch_size=1", *overrides)
+    return config, make_plan(config, weight_table(config.model), 8)

@@ -1,0 +1,139 @@
+"""The search: what it finds fits, is what the plan makes of it, and is the best of all there is."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megalite.config import Config, ConfigError
+from megalite.config_file import load_config, parse_config
+from megalite.models import weight_table
+from megalite.plan import make_plan
+from megalite.planner.estimate import Outlook, estimate, usable_bytes
+from megalite.planner.hardware import find_hardware
+from megalite.planner.search import _layouts, _Local, _outlook, search
+from megalite.planner.shapes import together
+
+H100 = find_hardware("h100")
+
+
+def config_of(preset: str, *overrides: str) -> Config:
+    values: dict[str, Any] = {
+        "run": {"name": "test"},
+        "model": {"preset": preset},
+        "data": {"train": [{"path": "x"}], "seq_length": 4096},
+        "train": {"steps": 100, "global_batch_size": 64},
+        "optimizer": {"lr": 1e-4},
+    }
+    return parse_config(values, overrides)
+
+
+@pytest.fixture(scope="module")
+def found() -> Any:
+    return search(config_of("llama-8b"), 16, H100)
+
+
+def test_ranked_and_fitting(found: Any) -> None:
+    times = [one.step_time_s for one in found.best]
+    assert times == sorted(times)
+    assert len(times) == 10
+    assert all(one.fullest.total <= usable_bytes(H100) for one in found.best)
+
+
+def test_written_config_is_the_same_layout(found: Any, tmp_path: Path) -> None:
+    file = tmp_path / "best.yaml"
+    file.write_text(found.best[0].config.to_yaml())
+    config = load_config(file)
+    plan = make_plan(config, weight_table(config.model), 16)
+    again = estimate(config, plan, H100)
+    assert again.step_time_s == pytest.approx(found.best[0].step_time_s, rel=1e-12)
+    assert again.memory == found.best[0].memory
+
+
+def test_nothing_better_was_left_out(found: Any) -> None:
+    """Every layout is simulated here; the search left most of them out by their bound."""
+    config, table = config_of("llama-8b"), weight_table(config_of("llama-8b").model)
+    rows, local = together(table), _Local(table)
+    quickest = float("inf")
+    for parallel in _layouts(config, 16, 8):
+        try:
+            outlook = _outlook(config, parallel, 16, H100, table, rows, local)
+        except ConfigError:
+            continue
+        one = outlook.estimate()
+        assert outlook.shortest_step_s <= one.step_time_s * (1 + 1e-12), parallel
+        if one.fits:
+            quickest = min(quickest, one.step_time_s)
+    assert found.best[0].step_time_s <= quickest
+    assert found.num_simulated < found.num_layouts / 2
+
+
+def test_rows_put_together_make_the_same_plan() -> None:
+    config = config_of("llama-8b", "parallel.tensor=4", "parallel.pipeline=2")
+    table = weight_table(config.model)
+    assert make_plan(config, together(table), 16) == make_plan(config, table, 16)
+    with pytest.raises(ConfigError, match=r"parallel\.tensor = 16"):
+        make_plan(config_of("llama-8b", "parallel.tensor=16"), together(table), 16)
+
+
+def test_what_fits_nowhere_is_said() -> None:
+    with pytest.raises(ConfigError, match="take more GPUs"):
+        search(config_of("llama-70b"), 8, find_hardware("rtx 4090"))
+    with pytest.raises(ConfigError, match="global_batch_size"):
+        search(config_of("llama-8b", "train.global_batch_size=3"), 37, H100)
+
+
+def test_less_memory_asks_for_more_sharding_or_recomputing() -> None:
+    """Llama-8B on 8 GPUs: 80 GB and 24 GB."""
+    roomy = search(config_of("llama-8b"), 8, H100).best[0]
+    tight = search(config_of("llama-8b"), 8, find_hardware("rtx 4090")).best[0]
+    assert tight.fullest.total < usable_bytes(find_hardware("rtx 4090")) < roomy.fullest.total
+
+
+def test_large_search_is_quick() -> None:
+    began = time.process_time()
+    found = search(config_of("llama-70b", "train.global_batch_size=512"), 512, find_hardware("h200"))
+    # About 6 s; without the bound, minutes.
+    assert time.process_time() - began < 30
+    assert found.num_layouts > 1000
+
+
+def test_estimate_by_hand_for_a_rank_alone() -> None:
+    """One GPU, no messages: the step is its passes and the optimizer."""
+    config = config_of("llama-1b", "train.global_batch_size=4")
+    plan = make_plan(config, weight_table(config.model), 1)
+    one = estimate(config, plan, H100)
+    outlook = Outlook(config, plan, H100, weight_table(config.model))
+    passes = sum(outlook.work[0].times[kind] for kind in "FB")
+    assert one.step_time_s == pytest.approx(4 * passes + outlook.optimizer_s)
+    assert one.volume == dict.fromkeys(("tensor", "context", "data", "pipeline"), 0.0)
+    assert one.bubble == pytest.approx(0.0, abs=1e-9)
+    assert 0.2 < one.mfu < 0.7
+    assert one.tokens_per_s == pytest.approx(4 * 4096 / one.step_time_s)
+
+
+def test_volume_by_hand() -> None:
+    """Tensor parallelism: 8 ranks, 32 layers, and of hidden states 4 gathers and 4 scatters each way, plus one gather
+    again in each column-parallel product's backward pass."""
+    config = config_of("llama-8b", "parallel.tensor=8", "train.global_batch_size=8")
+    plan = make_plan(config, weight_table(config.model), 64)
+    one = estimate(config, plan, H100)
+    hidden = 4096 * 4096 * 2 * 7 / 8
+    layers = 32 * (2 * 3 + 2 * 2) * hidden
+    ends = (2 + 3) * hidden
+    assert one.volume["tensor"] == pytest.approx(layers + ends)
+    # Gradients in fp32 once, weights in bf16 once.
+    assert one.volume["data"] == pytest.approx(plan.params_per_rank * 6 * 7 / 8, rel=1e-3)
+    assert one.volume["pipeline"] == one.volume["context"] == 0.0
+
+
+def test_more_context_ranks_hold_less() -> None:
+    totals = []
+    for context in (1, 2, 4):
+        config = config_of("llama-8b", f"parallel.context={context}", "parallel.tensor=4", "train.global_batch_size=4")
+        plan = make_plan(config, weight_table(config.model), 16)
+        totals.append(estimate(config, plan, H100).fullest.activations)
+    assert totals[0] > totals[1] > totals[2]
