@@ -102,6 +102,8 @@ def _train(arguments: argparse.Namespace) -> None:
             plan = make_plan(config, weight_table(config.model), world_size)
             print(plan.describe())
             if plan.engine == "deepspeed":
+                import json
+
                 from megalite.engine.deepspeed import deepspeed_config
 
                 print(f"DeepSpeed's configuration:\n{json.dumps(deepspeed_config(config, plan), indent=2)}")

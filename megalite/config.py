@@ -144,6 +144,12 @@ class TrainConfig(Section):
     recompute_layers: int | None = Field(None, gt=0, description="first layers of each stage to recompute; all if null")
     seed: int = Field(1234, ge=0)
 
+    @model_validator(mode="after")
+    def _layers_of_something(self) -> TrainConfig:
+        if self.recompute_layers is not None and self.recompute == "none":
+            raise ValueError("recompute_layers needs recompute: selective or full")
+        return self
+
 
 class ScheduleConfig(Section):
     name: Literal["constant", "linear", "cosine", "wsd"] = "cosine"

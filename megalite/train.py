@@ -102,7 +102,10 @@ def open_recorder(config: Config, plan: Plan, state: dict[str, Any], tokenizer: 
     if tokenizer:
         tokenizer.save(folder / "tokenizer")
     axes = {"data": plan.data, "pipeline": plan.pipeline, "context": plan.context, "tensor": plan.tensor}
-    layout = axes | {"sequence": plan.sequence, "zero": plan.zero_stage}
+    layout: dict[str, object] = {name: size for name, size in axes.items() if size > 1 or name == "data"}
+    layout |= {"sequence": plan.sequence} if plan.tensor > 1 else {}
+    layout |= {"schedule": plan.schedule, "virtual": plan.virtual} if plan.pipeline > 1 else {}
+    layout |= {"engine": plan.engine, "zero": plan.zero_stage}
     return Recorder(
         config,
         folder,
@@ -157,7 +160,7 @@ def initial_state(config: Config, mesh: Mesh, checkpoint: Path | None) -> ReadSt
 def run_steps(run: Run, parts: Parts, loader: Loader, data: Data, saver: Saver, start_step: int) -> None:
     config, mesh, recorder = run.config, run.mesh, run.recorder
     meter = Meter(model_flops_per_token(config), mesh.world.size, mesh.device, parts.dtype)
-    with Profiler(config.profile, config.run.folder, mesh.world.rank) as profiler:
+    with Profiler(config.profile, config.run.folder, mesh.world.rank, parts.engine.settle) as profiler:
         for step in range(start_step + 1, run.last_step + 1):
             profiler.begin(step)
             lr = learning_rate(step, config.train.steps, config.optimizer)

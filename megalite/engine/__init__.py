@@ -49,6 +49,9 @@ class Engine(Protocol):
     def step(self, lr: float) -> Tensor:
         """Clip, update the weights, forget the gradients. Returns the global gradient norm before clipping, fp32 []."""
 
+    def settle(self) -> None:
+        """Wait for what a step has left on its way."""
+
     def gather(self, kind: str, owners: Mapping[str, int]) -> dict[str, Tensor]:
         """The logical tensors this rank owns, on the host. `kind` is "weight", "grad" (after `finish`) or one of
         `states`; `owners` gives a global rank for every weight. All ranks call it."""

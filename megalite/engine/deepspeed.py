@@ -18,7 +18,9 @@ A step:
 
 DeepSpeed averages gradients over the replicas; losses here are scaled to be summed, so they are multiplied by the
 number of replicas first. Its state is read and written in place, in the flat partitions of its optimizers (whose
-attributes are those of version 0.19.8): files that it would write itself are bound to one layout.
+attributes are those of version 0.19.8): files that it would write itself are bound to one layout. It keeps its groups
+in a global and, at stage 3, replaces `torch.nn.functional.linear` by one that does not keep gathered weights: one
+engine a process.
 """
 
 from __future__ import annotations
@@ -50,9 +52,6 @@ from megalite.plan import Plan
 
 OLDEST = "0.19.8"
 """Older versions reduce wrongly on a CPU, and accumulate or send gradients in bf16 where fp32 was asked for."""
-
-EXPECTED = "unknown inputs or outputs type"
-"""In a warning of stage 3 about arguments that hold tensors it does not see: ours (`Places`) need no gradient."""
 
 
 def deepspeed_config(config: Config, plan: Plan) -> dict[str, Any]:
@@ -216,6 +215,9 @@ class DeepSpeedEngine:
         """The last backward pass has waited already."""
         assert self._arrived == self._expected, f"{self._arrived} of {self._expected} micro-batches"
 
+    def settle(self) -> None:
+        """Its steps wait for all of their messages themselves."""
+
     def step(self, lr: float) -> Tensor:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -242,6 +244,9 @@ class DeepSpeedEngine:
         if self.zero_stage < 3:
             self.zero.update_lp_params()
 
+    def _on_disk(self, number: int) -> bool:
+        return self.zero_stage == 3 and self.zero._swappable_optimizer_subgroup(number)
+
     @contextmanager
     def _resident(self, number: int, write: bool = False) -> Iterator[tuple[Tensor, dict[str, Any]]]:
         """A flat partition of the master weights, fp32, and the optimizer's state of it, in memory meanwhile."""
@@ -250,7 +255,7 @@ class DeepSpeedEngine:
             yield flat.data, self.optimizer.state[flat]
             return
         flat = self.zero.fp32_partitioned_groups_flat[number]
-        swapped = self.zero._swappable_optimizer_subgroup(number)
+        swapped = self._on_disk(number)
         if swapped:
             self.zero._optimizer_states_and_gradient_swap_in(number)
         yield flat.data, self.optimizer.state[flat]
@@ -281,8 +286,9 @@ class DeepSpeedEngine:
         found: dict[int, Tensor] = {}
         for group in range(len(self._members())):
             with self._resident(group) as (flat, state):
-                # What is on NVMe leaves memory again.
-                whole = (flat if kind in ("weight", "master") else state[kind]).clone()
+                whole = flat if kind in ("weight", "master") else state[kind]
+                if self._on_disk(group):
+                    whole = whole.clone()
             # Weights are always the master weights, rounded.
             whole = whole.to(self.dtype) if kind == "weight" else whole
             found |= {n: f.of(whole) for n, f in enumerate(self.fragments) if f.group == group}
@@ -306,7 +312,7 @@ def _collect(share: Tensor, spans: Sequence[tuple[int, int]], axis: Axis, owner:
         messages = [dist.P2POp(dist.isend, share, group=axis.group, group_peer=owner)] if share.numel() else []
         local = None
     else:
-        local = share.new_empty(spans[-1][1] if axis.size == 1 else max(high for _, high in spans))
+        local = share.new_empty(max(high for _, high in spans))
         messages = []
         for rank, (low, high) in enumerate(spans):
             if rank == owner:
@@ -388,11 +394,8 @@ def _import_deepspeed(mesh: Mesh) -> Any:
             f"parallel.engine: deepspeed needs DeepSpeed {OLDEST} or newer, not {deepspeed.__version__}: "
             "older ones reduce gradients wrongly"
         )
-    from deepspeed.utils import logger
-
-    logger.addFilter(_is_news)
-    if mesh.world.rank > 0:  # the others would say the same
-        logger.setLevel("ERROR")
+    if mesh.world.rank > 0:  # it would repeat the warnings of rank 0
+        deepspeed.logger.setLevel("ERROR")
     # It calls collectives by the names they had before torch 2.13.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     # Half a minute of compiling for an all-reduce that only inference uses.
@@ -401,10 +404,6 @@ def _import_deepspeed(mesh: Mesh) -> Any:
         backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return deepspeed
-
-
-def _is_news(record: Any) -> bool:
-    return EXPECTED not in record.getMessage()
 
 
 def _check_nvme() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
@@ -14,8 +15,10 @@ from megalite.config import ProfileConfig
 class Profiler:
     """Writes RUN/trace/steps-A-B-rank-R.json.gz on the ranks that are asked for; does nothing on others."""
 
-    def __init__(self, config: ProfileConfig, folder: Path, rank: int):
-        self.config, self.rank = config, rank
+    def __init__(self, config: ProfileConfig, folder: Path, rank: int, settle: Callable[[], None]):
+        """`settle` waits for all messages under way: torch crashes where one that began under the profiler outlives
+        it."""
+        self.config, self.rank, self.settle = config, rank, settle
         self.folder = folder / "trace"
         self.active = bool(config.steps) and rank in config.ranks
         self._profile: profile | None = None
@@ -34,6 +37,7 @@ class Profiler:
     def _write(self) -> None:
         assert self._profile is not None
         profiled, self._profile, self.active = self._profile, None, False
+        self.settle()
         profiled.stop()
         self.folder.mkdir(parents=True, exist_ok=True)
         first, last = self.config.steps
@@ -45,5 +49,5 @@ class Profiler:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._profile is not None:  # the run ended within the steps
+        if self._profile is not None and error is None:  # the run ended within the steps
             self._write()

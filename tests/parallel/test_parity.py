@@ -3,6 +3,7 @@ against one process that runs the clean model with plain torch. A new layout is 
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -123,8 +124,8 @@ LAYOUTS = [
 
 def fits(model: str, layout: Layout) -> bool:
     """Whether it is run. A ring of attention never has its probabilities in one place to drop from; and where ranks
-    outnumber cores, two models show what four would."""
-    if layout.ranks >= 4 and model not in ("llama", "gpt2-packed"):
+    outnumber cores, or an engine is not ours, two models show what four would."""
+    if (layout.ranks >= 4 or layout.engine == "deepspeed") and model not in ("llama", "gpt2-packed"):
         return False
     return layout.context == 1 or not MODELS[model].get("attention_dropout")
 
@@ -301,6 +302,8 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
 
 @pytest.mark.parametrize(("model", "layout"), CASES, ids=str)
 def test_layout_equals_one_process(model: str, layout: Layout) -> None:
+    if layout.engine == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed")
     found, wanted = results_of(layout.ranks, layout.engine)[model, layout], reference(model)
     # fp32 sums in another order: about 1e-7 per operation; 1e-5 is the project's bound for every layout.
     assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
