@@ -151,6 +151,18 @@ class TrainConfig(Section):
         return self
 
 
+class KernelsConfig(Section):
+    """Who computes each fused operation. `auto`: megalite's own kernels where they are built, else plain torch."""
+
+    norm: Literal["auto", "megalite", "torch", "apex"] = "auto"
+    rope: Literal["auto", "megalite", "torch"] = "auto"
+    activation: Literal["auto", "megalite", "torch"] = "auto"
+    attention: Literal["auto", "megalite", "torch", "flash_attn"] = "auto"
+    loss: Literal["auto", "megalite", "torch"] = "auto"
+    weight_gradient: Literal["auto", "megalite", "torch"] = "auto"
+    optimizer: Literal["auto", "megalite", "torch"] = "auto"
+
+
 class ScheduleConfig(Section):
     name: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
     warmup_steps: int = Field(0, ge=0)
@@ -230,6 +242,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     observe: ObserveConfig = ObserveConfig()
     profile: ProfileConfig = ProfileConfig()
+    kernels: KernelsConfig = KernelsConfig()
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Config:

@@ -1,0 +1,1 @@
+"""One front door per fused operation. See `library` for who computes it."""

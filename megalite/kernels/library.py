@@ -1,0 +1,89 @@
+"""Which implementation of each fused operation runs: megalite's own kernels of `csrc/ops`, plain torch, or an installed
+library.
+
+`use` takes the config's wishes once, before a model runs; `pick` answers for a tensor at hand. The plain torch version
+of every operation is its reference: it serves where kernels are not built, and for dtypes that they do not take.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import warnings
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from megalite.config import ConfigError, KernelsConfig
+
+OPERATIONS = tuple(KernelsConfig.model_fields)
+
+_wishes = KernelsConfig()
+
+
+def use(wishes: KernelsConfig) -> None:
+    """Choose implementations for this process. Raises `ConfigError` for a library that is not installed."""
+    global _wishes
+    for operation in OPERATIONS:
+        wish = getattr(wishes, operation)
+        if wish == "megalite" and own() is None:
+            raise ConfigError(f"kernels.{operation} is megalite, but {why_not_built()}")
+        if wish in ("apex", "flash_attn") and importlib.util.find_spec(wish) is None:
+            raise ConfigError(f"kernels.{operation} is {wish}, but {wish} is not installed here")
+    if own() is None and any(getattr(wishes, operation) == "auto" for operation in OPERATIONS):
+        _warn_once()
+    _wishes = wishes
+
+
+def pick(operation: str, x: Tensor) -> str:
+    """`megalite`, `torch`, or the name of a library: what computes `operation` on `x`."""
+    wish = getattr(_wishes, operation)
+    if wish not in ("auto", "megalite"):
+        return wish
+    return "megalite" if _takes(x.device.type, x.dtype) else "torch"
+
+
+def explain(operation: str, device: str) -> tuple[str, str]:
+    """(implementation, reason) of `operation` on fp32 and bf16 tensors of a device type."""
+    wish = getattr(_wishes, operation)
+    if wish not in ("auto", "megalite"):
+        return wish, f"kernels.{operation} asks for it"
+    if _takes(device, torch.float32):
+        return "megalite", f"built{f', runs with {own().isa()}' if device == 'cpu' else ''}"  # type: ignore[union-attr]
+    return "torch", why_not_built() if own() is None else "built without CUDA"
+
+
+@functools.cache
+def own() -> ModuleType | None:
+    """The compiled module; None where it was not built or does not fit the installed torch."""
+    try:
+        return importlib.import_module("megalite._ops")
+    except ImportError:
+        return None
+
+
+def why_not_built() -> str:
+    try:
+        importlib.import_module("megalite._ops")
+    except ModuleNotFoundError:
+        return (
+            "megalite's kernels are not built: install a C++ compiler, then megalite again with "
+            "pip install --no-build-isolation"
+        )
+    except ImportError as error:
+        return f"megalite's kernels do not fit this torch and must be built again: {error}"
+    return "they are built"
+
+
+@functools.cache
+def _warn_once() -> None:
+    warnings.warn(f"{why_not_built()}. Plain torch computes instead, more slowly.", stacklevel=3)
+
+
+def _takes(device: str, dtype: torch.dtype) -> bool:
+    module = own()
+    if module is None or dtype not in (torch.float32, torch.bfloat16):
+        return False
+    return device == "cpu" or (device == "cuda" and bool(module.has_cuda))

@@ -1,0 +1,74 @@
+"""RMSNorm (Zhang and Sennrich 2019) and LayerNorm (Ba et al. 2016) over the last dimension, with the addition to the
+residual stream before it in the same pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megalite.kernels.library import own, pick
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / √(mean(x²) + eps) · weight, computed in fp32. `x` is […,D] and `weight` [D], of one dtype."""
+    match pick("norm", x):
+        case "megalite":
+            return torch.ops.megalite.rms_norm(x, weight, eps)[0]
+        case "apex":
+            from apex.normalization.fused_layer_norm import fused_rms_norm_affine
+
+            return fused_rms_norm_affine(x, weight, weight.shape, eps, memory_efficient=False)
+        case _:
+            return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(rms_norm(sum), sum) of sum = x + residual."""
+    if pick("norm", x) == "megalite":
+        return torch.ops.megalite.add_rms_norm(x, residual, weight, eps)[:2]
+    total = x + residual
+    return rms_norm(total, weight, eps), total
+
+
+def _register_rms_norm() -> None:
+    ops = torch.ops.megalite
+
+    @torch.library.register_fake("megalite::rms_norm")
+    def _(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+    @torch.library.register_fake("megalite::add_rms_norm")
+    def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.empty_like(x), torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+    @torch.library.register_fake("megalite::rms_norm_backward")
+    def _(grad: Tensor, grad_sum: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(x), torch.empty_like(weight)
+
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, weight, _ = inputs
+        ctx.save_for_backward(x, weight, output[1])
+
+    def backward(ctx: Any, grad: Tensor, grad_rstd: Tensor | None) -> tuple[Tensor, Tensor, None]:
+        x, weight, rstd = ctx.saved_tensors
+        return *ops.rms_norm_backward(grad, None, x, weight, rstd), None
+
+    def keep_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        ctx.save_for_backward(output[1], inputs[2], output[2])
+
+    def backward_of_sum(
+        ctx: Any, grad: Tensor, grad_sum: Tensor, grad_rstd: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, None]:
+        total, weight, rstd = ctx.saved_tensors
+        grad_x, grad_weight = ops.rms_norm_backward(grad, grad_sum, total, weight, rstd)
+        return grad_x, grad_x, grad_weight, None
+
+    torch.library.register_autograd("megalite::rms_norm", backward, setup_context=keep)
+    torch.library.register_autograd("megalite::add_rms_norm", backward_of_sum, setup_context=keep_sum)
+
+
+if own():
+    _register_rms_norm()
