@@ -66,35 +66,36 @@ def leave(x: Tensor, axis: Axis, sequence: bool) -> Tensor:
     return (_ScatterSequence if sequence else _Leave).apply(x, axis)
 
 
-class WeightGradients:
+Deliver = Callable[[Tensor, Tensor, Tensor], None]
+"""Takes (parameter, grad [T,N], x [T,K]): adds gradᵀ x to the parameter's gradient."""
+
+
+class PutOff:
     """Weight-gradient products that a zero-bubble schedule (Qi et al. 2023) puts off until a pipeline would idle.
 
     `put` is called in a backward pass; `take`, after it, gives the function that computes what was put since."""
 
     def __init__(self) -> None:
-        self.deliver: Callable[[Tensor, Tensor], None]
-        """Takes (parameter, gradient): set to the engine's `add_gradient`."""
-        self._waiting: list[tuple[Tensor, Callable[[], Tensor]]] = []
+        self._waiting: list[Callable[[], None]] = []
 
-    def put(self, parameter: Tensor, product: Callable[[], Tensor]) -> None:
-        self._waiting.append((parameter, product))
+    def put(self, product: Callable[[], None]) -> None:
+        self._waiting.append(product)
 
     def take(self) -> Callable[[], None]:
         waiting, self._waiting = self._waiting, []
 
         def run() -> None:
             while waiting:  # what a product has kept is free as soon as it is computed
-                parameter, product = waiting.pop(0)
                 with torch.no_grad():
-                    self.deliver(parameter, product())
+                    waiting.pop(0)()
 
         return run
 
 
 class _Linear(Function):
-    """The way in and the product after it in one, for two reasons: under sequence parallelism only this rank's slice of
-    the input is kept, and gathered again in the backward pass; and the gradient of the input travels while that of the
-    weight is computed."""
+    """The way in and the product after it in one, for three reasons: under sequence parallelism only this rank's slice
+    of the input is kept, and gathered again in the backward pass; the gradient of the input travels while that of the
+    weight is computed; and that product goes straight to the engine, which sums it in fp32."""
 
     @staticmethod
     def forward(
@@ -104,11 +105,12 @@ class _Linear(Function):
         bias: Tensor | None,
         axis: Axis,
         sequence: bool,
-        later: WeightGradients | None,
+        deliver: Deliver | None,
+        later: PutOff | None,
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.axis, ctx.sequence, ctx.later, ctx.has_bias = axis, sequence, later, bias is not None
-        ctx.parameter = weight if later else None
+        ctx.axis, ctx.sequence, ctx.has_bias = axis, sequence, bias is not None
+        ctx.deliver, ctx.later, ctx.parameter = deliver, later, weight
         return F.linear(all_gather(x, axis, SEQUENCE) if sequence else x, weight, bias)
 
     @staticmethod
@@ -117,17 +119,19 @@ class _Linear(Function):
         grad_rows = grad.flatten(0, -2)
         grad_bias = grad_rows.sum(0) if ctx.has_bias else None
         if ctx.later:
-            axis, sequence = ctx.axis, ctx.sequence
+            axis, sequence, deliver, parameter = ctx.axis, ctx.sequence, ctx.deliver, ctx.parameter
             ctx.later.put(
-                ctx.parameter,
-                lambda: grad_rows.t() @ (all_gather(x, axis, SEQUENCE) if sequence else x).flatten(0, -2),
+                lambda: deliver(parameter, grad_rows, (all_gather(x, axis, SEQUENCE) if sequence else x).flatten(0, -2))
             )
-            grad_x = _start_input_gradient(ctx, grad @ weight)()
-            return grad_x, None, grad_bias, None, None, None
+            return _start_input_gradient(ctx, grad @ weight)(), None, grad_bias, None, None, None, None
         whole_x = start_gather_along(x, ctx.axis, SEQUENCE) if ctx.sequence else None
         input_gradient = _start_input_gradient(ctx, grad @ weight)
-        grad_weight = grad_rows.t() @ (whole_x() if whole_x else x).flatten(0, -2)
-        return input_gradient(), grad_weight, grad_bias, None, None, None
+        rows = (whole_x() if whole_x else x).flatten(0, -2)
+        if ctx.deliver:
+            grad_weight = ctx.deliver(ctx.parameter, grad_rows, rows)
+        else:
+            grad_weight = grad_rows.t() @ rows
+        return input_gradient(), grad_weight, grad_bias, None, None, None, None
 
 
 def _start_input_gradient(ctx: Any, grad_x: Tensor) -> Result:
@@ -142,45 +146,37 @@ class _Parallel(nn.Module):
         self.axis, self.sequence = axis, sequence
 
 
-class ColumnParallelLinear(_Parallel):
+class ParallelLinear(_Parallel):
+    """An engine that takes products of weight gradients sets `deliver`; without one autograd gets the gradient."""
+
+    def __init__(
+        self,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        axis: Axis,
+        sequence: bool,
+        later: PutOff | None = None,
+    ):
+        super().__init__(axis, sequence)
+        self.weight, self.bias, self.later = weight, bias, later
+        self.deliver: Deliver | None = None
+
+
+class ColumnParallelLinear(ParallelLinear):
     """Holds some of the output rows; gives those output features of the whole sequence."""
 
-    def __init__(
-        self,
-        weight: nn.Parameter,
-        bias: nn.Parameter | None,
-        axis: Axis,
-        sequence: bool,
-        later: WeightGradients | None = None,
-    ):
-        super().__init__(axis, sequence)
-        self.weight, self.bias, self.later = weight, bias, later
-
     def forward(self, x: Tensor) -> Tensor:
-        return _Linear.apply(x, self.weight, self.bias, self.axis, self.sequence, self.later)
+        return _Linear.apply(x, self.weight, self.bias, self.axis, self.sequence, self.deliver, self.later)
 
 
-class RowParallelLinear(_Parallel):
+class RowParallelLinear(ParallelLinear):
     """Holds some of the input columns; the products are summed over ranks, then the whole bias is added once."""
 
-    def __init__(
-        self,
-        weight: nn.Parameter,
-        bias: nn.Parameter | None,
-        axis: Axis,
-        sequence: bool,
-        later: WeightGradients | None = None,
-    ):
-        super().__init__(axis, sequence)
-        self.weight, self.bias, self.later = weight, bias, later
-
     def forward(self, x: Tensor) -> Tensor:
-        if self.later:
-            product = _Linear.apply(x, self.weight, None, ALONE, False, self.later)
-        else:
-            product = F.linear(x, self.weight)
+        alone = self.axis.size == 1
+        product = _Linear.apply(x, self.weight, self.bias if alone else None, ALONE, False, self.deliver, self.later)
         out = leave(product, self.axis, self.sequence)
-        return out if self.bias is None else out + self.bias
+        return out if alone or self.bias is None else out + self.bias
 
 
 class VocabParallelEmbedding(_Parallel):
