@@ -13,10 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megalite.counter_random import random_bits, uniform
+from megalite.kernels.loss import IGNORE as IGNORE
+from megalite.kernels.loss import cross_entropy
 from megalite.keys import key_of
-
-IGNORE = -100
-"""Label of a token that carries no loss."""
 
 
 @dataclass(frozen=True)
@@ -110,13 +109,10 @@ class Dropout(nn.Module):
 
 
 class CrossEntropy(nn.Module):
-    """Loss of every token in fp32; 0 where the label is `IGNORE`."""
+    """Loss of every token in fp32; 0 where the label is `IGNORE`. The backward pass overwrites the logits."""
 
     def forward(self, logits: Tensor, labels_BT: Tensor) -> Tensor:
-        losses = F.cross_entropy(
-            logits.float().flatten(0, 1), labels_BT.flatten(), ignore_index=IGNORE, reduction="none"
-        )
-        return losses.view_as(labels_BT)
+        return cross_entropy(logits, labels_BT)
 
 
 class CausalAttention(nn.Module):

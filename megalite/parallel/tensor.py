@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from megalite.kernels.loss import cross_entropy
 from megalite.mesh import ALONE, Axis
-from megalite.models.layers import IGNORE
 from megalite.parallel.collectives import (
     Result,
     all_gather,
@@ -204,43 +204,22 @@ class SequenceCutEmbedding(_Parallel):
         return F.embedding(positions_BT.chunk(self.axis.size, SEQUENCE)[self.axis.rank], self.weight)
 
 
-class _CrossEntropy(Function):
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, axis: Axis, vocab_size: int) -> Tensor:
-        rows = logits.shape[-1]
-        exponent = logits.to(torch.float32, copy=True)
-        exponent[..., max(0, vocab_size - axis.rank * rows) :] = -torch.inf  # padding takes no probability
-        largest = all_reduce(exponent.amax(-1), axis, dist.ReduceOp.MAX)
-        exponent -= largest[..., None]
-        column = labels - axis.rank * rows
-        here = (column >= 0) & (column < rows)
-        column = column.masked_fill(~here, 0)
-        target = exponent.gather(-1, column[..., None])[..., 0].masked_fill(~here, 0.0)
-        probability = exponent.exp_()
-        # One message for both sums.
-        total, target = all_reduce(torch.stack((probability.sum(-1), target)), axis).unbind()
-        probability /= total[..., None]
-        ignored = labels == IGNORE
-        ctx.save_for_backward(probability, column, here, ignored)
-        ctx.dtype = logits.dtype
-        return (total.log() - target).masked_fill(ignored, 0.0)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        probability, column, here, ignored = ctx.saved_tensors
-        grad_logits = probability
-        grad_logits.scatter_add_(-1, column[..., None], -here[..., None].float())
-        grad_logits *= grad.masked_fill(ignored, 0.0)[..., None]
-        return grad_logits.to(ctx.dtype), None, None, None
-
-
 class VocabParallelCrossEntropy(nn.Module):
     """Loss of every token from logits of which each rank holds some columns: three numbers a token travel, no
-    logits."""
+    logits. The backward pass overwrites the logits."""
 
     def __init__(self, axis: Axis, vocab_size: int):
         super().__init__()
         self.axis, self.vocab_size = axis, vocab_size
 
     def forward(self, logits: Tensor, labels_BT: Tensor) -> Tensor:
-        return _CrossEntropy.apply(logits, labels_BT, self.axis, self.vocab_size)
+        columns = logits.shape[-1]
+        first = self.axis.rank * columns
+        num_valid = min(max(self.vocab_size - first, 0), columns)
+        return cross_entropy(logits, labels_BT, first, num_valid, self._combine)
+
+    def _combine(self, lse: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        largest = all_reduce(lse.clone(), self.axis, dist.ReduceOp.MAX)
+        # One message for both sums.
+        total, target = all_reduce(torch.stack(((lse - largest).exp(), target)), self.axis).unbind()
+        return largest + total.log(), target
