@@ -1,4 +1,5 @@
-// Arguments of the norm kernels, the same for the CPU and CUDA. All tensors are contiguous [rows, size].
+// Arguments of the norm kernels, the same for the CPU and CUDA. RMSNorm is LayerNorm without a mean and a bias: one struct
+// serves both, and the pointers that RMSNorm lacks are null. All tensors are contiguous [rows, size].
 #pragma once
 
 #include "cpu/isa.h"
@@ -8,9 +9,9 @@ namespace megalite {
 
 struct NormForward {
   Type type;
-  const void *x, *residual, *weight;  // residual may be null
-  void *out, *sum;                    // sum = x + residual, rounded to the type; null without residual
-  float* rstd;                        // [rows]
+  const void *x, *residual, *weight, *bias;  // residual may be null
+  void *out, *sum;                           // sum = x + residual, rounded to the type; null without residual
+  float *mean, *rstd;                        // [rows]
   int64_t rows, size;
   float eps;
 };
@@ -18,20 +19,20 @@ struct NormForward {
 struct NormBackward {
   Type type;
   const void *grad, *grad_sum, *x, *weight;  // x: what was normalised; grad_sum may be null
-  const float* rstd;
+  const float *mean, *rstd;
   void* dx;
-  float* dweight;  // [parts, size], summed over a part's rows
+  float *dweight, *dbias;  // [parts, size], summed over a part's rows
   int64_t rows, size, parts;
 };
 
 }  // namespace megalite
 
-// Rows [begin, end).
-MEGALITE_CPU_KERNEL(rms_norm_forward, (const NormForward& a, int64_t begin, int64_t end), (a, begin, end))
-// Parts [begin, end) of the rows.
-MEGALITE_CPU_KERNEL(rms_norm_backward, (const NormBackward& a, int64_t begin, int64_t end), (a, begin, end))
+// Rows [begin, end). LayerNorm if there is a bias, else RMSNorm.
+MEGALITE_CPU_KERNEL(norm_forward, (const NormForward& a, int64_t begin, int64_t end), (a, begin, end))
+// Parts [begin, end) of the rows. LayerNorm if there is dbias (the mean of no rows is null, too).
+MEGALITE_CPU_KERNEL(norm_backward, (const NormBackward& a, int64_t begin, int64_t end), (a, begin, end))
 
 namespace megalite::cuda {
-void rms_norm_forward(const NormForward& a, void* stream);
-void rms_norm_backward(const NormBackward& a, void* stream);
+void norm_forward(const NormForward& a, void* stream);
+void norm_backward(const NormBackward& a, void* stream);
 }  // namespace megalite::cuda
