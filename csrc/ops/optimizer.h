@@ -1,5 +1,4 @@
-// Arguments of the optimizer's kernels, the same for the CPU and CUDA. All tensors are flat, contiguous and fp32, unless
-// said otherwise.
+// Arguments of the optimizer's kernels, the same for the CPU and CUDA. All tensors are flat and contiguous.
 #pragma once
 
 #include "cpu/isa.h"

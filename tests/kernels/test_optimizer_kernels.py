@@ -20,24 +20,17 @@ def gradients(size: int, steps: int) -> list[Tensor]:
     return [torch.randn(size, generator=generator) * 10.0 ** -(step % 4) for step in range(steps)]
 
 
-def run(
-    size: int,
-    steps: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    copies: bool,
-    offset: int = 0,  # noqa: F811
-) -> list[Tensor]:
+def run(size: int, steps: int, where: torch.device, dtype: torch.dtype, copies: bool, offset: int = 0) -> list[Tensor]:
     """Master weights, both moments and, where there are `copies`, the weights after some steps. `offset` elements lie
     before each tensor in its memory, which moves it off the alignment of vectors."""
 
     def make(value: Tensor) -> Tensor:
-        return torch.cat((torch.zeros(offset, dtype=value.dtype), value)).to(device)[offset:]
+        return torch.cat((torch.zeros(offset, dtype=value.dtype), value)).to(where)[offset:]
 
     state = [make(x.to(dtype)) for x in (torch.linspace(-1, 1, size), torch.zeros(size), torch.zeros(size))]
     weights = make(torch.zeros(size, dtype=torch.bfloat16)) if copies else None
     for step, grad in enumerate(gradients(size, steps), start=1):
-        divisor = torch.tensor(1.0 + step / 3, dtype=dtype, device=device)
+        divisor = torch.tensor(1.0 + step / 3, dtype=dtype, device=where)
         adamw_(*state, weights, make(grad.to(dtype)), divisor, **OPTIONS, step=step)
     return state if weights is None else [*state, weights]
 
