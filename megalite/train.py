@@ -24,12 +24,14 @@ from megalite.data.loader import Loader, MicroBatch
 from megalite.data.tokenizer import Tokenizer, load_tokenizer
 from megalite.engine import Engine, ReadState, make_engine
 from megalite.engine.layout import choose_owners, elements_of
+from megalite.kernels import library
 from megalite.keys import key_of
 from megalite.mesh import Launch, Mesh, make_mesh
 from megalite.models import build_model, weight_table
 from megalite.models.layers import IGNORE, Places
 from megalite.observe.profiler import Profiler
 from megalite.observe.recorder import Recorder
+from megalite.observe.steps import Record, StepLog
 from megalite.observe.throughput import Meter, model_flops_per_token
 from megalite.optim.schedule import learning_rate
 from megalite.parallel.apply import apply_parallelism
@@ -47,6 +49,7 @@ def train(config: Config) -> None:
     """Train as the config says, on the ranks this process was started among. Resumes by itself.
 
     Raises ConfigError, DataError or CheckpointError, before the first step where something asked for cannot be done."""
+    library.use(config.kernels)
     launch = Launch.from_environment()
     plan = make_plan(config, weight_table(config.model), launch.world_size)
     data = build_mixtures(config.data, config.train.seed)
@@ -160,22 +163,25 @@ def initial_state(config: Config, mesh: Mesh, checkpoint: Path | None) -> ReadSt
 def run_steps(run: Run, parts: Parts, loader: Loader, data: Data, saver: Saver, start_step: int) -> None:
     config, mesh, recorder = run.config, run.mesh, run.recorder
     meter = Meter(model_flops_per_token(config), mesh.world.size, mesh.device, parts.dtype)
-    with Profiler(config.profile, config.run.folder, mesh.world.rank, parts.engine.settle) as profiler:
+    profiler = Profiler(config.profile, config.run.folder, mesh.world.rank, parts.engine.settle)
+    with profiler, StepLog(recorder, meter) as log:
         for step in range(start_step + 1, run.last_step + 1):
             profiler.begin(step)
             lr = learning_rate(step, config.train.steps, config.optimizer)
             loss = forward_backward(parts, next(loader), mesh, config.train.seed)
             grad_norm = parts.engine.step(lr)
-            if recorder:
-                record = {"step": step, "loss": loss.item(), "lr": lr, "grad_norm": grad_norm.item()}
-                record["tokens"] = loader.samples * config.data.seq_length
-                recorder.step(record | meter.tick(run.plan.tokens_per_step))
+            tokens = loader.samples * config.data.seq_length
+            record: Record = {"step": step, "loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens": tokens}
+            log.add(record, run.plan.tokens_per_step)
             profiler.end(step)
-            if run.due(step, config.observe.eval_every):
+            evaluates, saves = run.due(step, config.observe.eval_every), run.due(step, config.checkpoint.every)
+            if evaluates or saves:
+                log.wait()
+            if evaluates:
                 evaluate(run, parts, data, "valid", step)
             if step == config.train.steps:
                 evaluate(run, parts, data, "test", step)
-            if run.due(step, config.checkpoint.every):
+            if saves:
                 wandb_id = recorder.wandb_id if recorder else None
                 saver.save(step, {"step": step, "data": loader.state(), "wandb_id": wandb_id})
             run.say(*saver.news())
@@ -240,14 +246,14 @@ def forward_backward(parts: Parts, batch: list[MicroBatch], mesh: Mesh, seed: in
 
 def make_inputs(micro: MicroBatch, mesh: Mesh, seed: int | None = None) -> Inputs:
     """A micro-batch on the device, cut to this rank's part of the sequence. A seed gives dropout its keys."""
+    micro = micro.to(mesh.device)
     length = micro.tokens.shape[1]
-    index = zigzag(length, mesh.context) if mesh.context.size > 1 else torch.arange(length)
+    with mesh.device:  # made where it is used: a copy would wait for the device
+        index = zigzag(length, mesh.context) if mesh.context.size > 1 else torch.arange(length)
     position = index[None] if micro.documents is None else positions_of(micro.documents)[:, index]
     document = None if micro.documents is None else micro.documents[:, index]
     keys = None if seed is None else random_bits(key_of(seed, "dropout"), micro.samples)
-    places = Places(index, position, document, keys).to(mesh.device)
-    tokens, labels = (x[:, index].to(mesh.device) for x in (micro.tokens, micro.labels))
-    return Inputs(tokens, places, labels)
+    return Inputs(micro.tokens[:, index], Places(index, position, document, keys), micro.labels[:, index])
 
 
 def count_labels(inputs: list[Inputs]) -> Tensor:
@@ -292,4 +298,5 @@ def make_loader(mixture: Mixture, run: Run, start_sample: int = 0) -> Loader:
         start_sample,
         vocab_size=run.config.model.vocab_size,
         document_mask=run.config.data.document_mask,
+        pin=run.mesh.device.type == "cuda",
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import queue
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
@@ -28,6 +28,18 @@ class MicroBatch:
     samples: torch.Tensor  # [B] int64, index of each sample in the whole run, over all ranks
     documents: torch.Tensor | None = None  # [B, T] int64, document of each token in its sample; None: not kept apart
 
+    def to(self, device: torch.device) -> MicroBatch:
+        """The host goes on while pinned tensors travel."""
+        return self._each(lambda x: x.to(device, non_blocking=True))
+
+    def pinned(self) -> MicroBatch:
+        """In memory that a GPU copies from by itself."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
+        documents = None if self.documents is None else change(self.documents)
+        return MicroBatch(change(self.tokens), change(self.labels), change(self.samples), documents)
+
 
 class Loader:
     """Endless iterator over steps; each item is the list of this data rank's micro-batches of one global batch.
@@ -35,7 +47,8 @@ class Loader:
     Step s is samples start_sample + [s·G, (s+1)·G) of the mixture, whatever the ranks: micro-batch m of data rank d
     is its samples (m·data_size + d)·B + [0, B). A thread reads `prefetch` steps ahead; an error in it is raised here.
     Close the loader, or use it in a `with`, to end the thread. Raises DataError for sizes that do not divide, and for
-    a token id that is not below `vocab_size`, where that is given. `document_mask` adds the documents."""
+    a token id that is not below `vocab_size`, where that is given. `document_mask` adds the documents; `pin` is for
+    batches that go to a GPU."""
 
     def __init__(
         self,
@@ -48,6 +61,7 @@ class Loader:
         prefetch: int = 2,
         vocab_size: int | None = None,
         document_mask: bool = False,
+        pin: bool = False,
     ) -> None:
         if min(global_batch_size, micro_batch_size, data_size, prefetch) < 1 or start_sample < 0:
             raise DataError("batch sizes, data_size and prefetch must be at least 1, and start_sample at least 0")
@@ -66,7 +80,17 @@ class Loader:
         # The thread must not hold the loader, or a loader that is dropped unclosed would never be collected.
         self._thread = threading.Thread(
             target=_read_ahead,
-            args=(mixture, rows, start_sample, global_batch_size, vocab_size, document_mask, self._steps, self._stop),
+            args=(
+                self._steps,
+                self._stop,
+                mixture,
+                rows,
+                start_sample,
+                global_batch_size,
+                vocab_size,
+                document_mask,
+                pin,
+            ),
             name="megalite-loader",
             daemon=True,
         )
@@ -129,18 +153,20 @@ class Loader:
 
 
 def _read_ahead(
+    steps: queue.Queue,
+    stop: threading.Event,
     mixture: Mixture,
     rows: Int64s,
     first: int,
     stride: int,
     vocab_size: int | None,
     document_mask: bool,
-    steps: queue.Queue,
-    stop: threading.Event,
+    pin: bool,
 ) -> None:
     while not stop.is_set():
         try:
-            step: list[MicroBatch] | BaseException = _read_step(mixture, first + rows, vocab_size, document_mask)
+            step: Any = _read_step(mixture, first + rows, vocab_size, document_mask)
+            step = [micro.pinned() for micro in step] if pin else step
         except BaseException as error:
             # Whatever it is belongs to the consumer, who would wait for ever otherwise.
             step = error

@@ -7,9 +7,9 @@ answers for one equal shard of every bucket. A step:
     backward       each gradient is added to its place in an fp32 bucket as it arrives; when the last micro-batch
                    has filled a bucket, its reduction starts and runs beside the rest of the backward
     norm           from the shards, one number over all ranks
-    AdamW          on this rank's shard: fp32 master weights and moments, with the clip factor in the same pass
-    all-gather     every rank gets all of the new weights; a module's forward waits for its own weights only, so that
-                   the rest travels beside the next forward
+    AdamW          on this rank's shard: clipping, fp32 master weights and moments, and the rounded weights in one pass
+    all-gather     every rank gets all of the new weights, of a bucket while the next is updated; a module's forward
+                   waits for its own weights only, so that the rest travels beside the next forward
 
                    gradients kept      reduced by        optimizer state
     stage 0        whole, fp32         all-reduce        whole on every rank, no all-gather
@@ -27,11 +27,13 @@ from typing import Any
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.profiler import record_function
 
-from megalite.config import Config, OptimizerConfig
+from megalite.config import Config
 from megalite.engine import STATES, ReadState
 from megalite.engine.gather import assemble_on, gather_parts
 from megalite.engine.layout import Bucket, Slot, elements_of, make_buckets
+from megalite.kernels.optimizer import adamw_, sum_of_squares
 from megalite.kernels.weight_gradient import accumulate_weight_gradient
 from megalite.mesh import Mesh
 from megalite.models import set_parameters
@@ -61,7 +63,7 @@ class BucketState:
         # What the optimizer steps on: this rank's shard, or at stage 0 everything.
         self.stepped = slice(self.low, self.high) if zero_stage else slice(0, layout.size)
         master = self.weights[self.stepped]
-        self.master = nn.Parameter(master if dtype == torch.float32 else master.float())
+        self.master = master.float()  # in fp32, the weights themselves
         self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.master), torch.zeros_like(self.master)
         self.grads: Tensor | None = None  # [size] fp32; at stage 2 only while a micro-batch is under way
         self.grad_shard: Tensor | None = None  # stage 2: [shard] fp32, summed over micro-batches
@@ -86,10 +88,7 @@ class BucketState:
         """This rank's shard of the weights, an optimizer state or the reduced gradients: [shard]."""
         if kind == "weight":
             return self.weights[self.low : self.high]
-        if kind == "grad":
-            whole = self.gradient()
-        else:
-            whole = {"master": self.master.data, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}[kind]
+        whole = self.gradient() if kind == "grad" else getattr(self, kind)
         return whole if self.zero_stage else whole[self.low : self.high]
 
     def gradient(self) -> Tensor:
@@ -105,14 +104,13 @@ class NativeEngine:
     """Gives clean or parallelised models on the meta device their weights, and trains them. See `Engine`."""
 
     def __init__(self, models: Sequence[nn.Module], weights: Sequence[Weight], plan: Plan, mesh: Mesh, config: Config):
-        self.mesh, self.clip, self.sequence = mesh, config.optimizer.clip, plan.sequence
-        self.zero_stage = plan.zero_stage
+        self.mesh, self.config, self.sequence = mesh, config.optimizer, plan.sequence
+        self.zero_stage, self.num_steps = plan.zero_stage, 0
         self.dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         layout = make_buckets(weights, plan, elements_of(config.parallel.bucket_mb))
         self.buckets = [BucketState(bucket, mesh, self.dtype, plan.zero_stage) for bucket in layout]
         self._home: dict[Tensor, tuple[BucketState, Slot]] = {}
         self._adopt(models)
-        self.optimizer = self._make_optimizer(config.optimizer)
         self._micro_batches = 1
         self._next = 0  # stages 0 and 1 reduce buckets in one order on all ranks, or their collectives would mix
         self._in_flight: deque[tuple[BucketState, Tensor, Wait]] = deque()
@@ -143,20 +141,6 @@ class NativeEngine:
                 if isinstance(module, ParallelLinear):
                     module.deliver = self._add_product
                     self._home[module.weight][0].num_events += 1
-
-    def _make_optimizer(self, config: OptimizerConfig) -> torch.optim.Optimizer:
-        groups = [
-            {"params": [b.master for b in self.buckets if b.layout.decay], "weight_decay": config.weight_decay},
-            {"params": [b.master for b in self.buckets if not b.layout.decay], "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
-        for bucket in self.buckets:
-            optimizer.state[bucket.master] = {
-                "step": torch.zeros((), device=self.mesh.device),
-                "exp_avg": bucket.exp_avg,
-                "exp_avg_sq": bucket.exp_avg_sq,
-            }
-        return optimizer
 
     # --- a step ---------------------------------------------------------------------------------------------------
 
@@ -235,22 +219,32 @@ class NativeEngine:
 
     def step(self, lr: float) -> Tensor:
         norm = self.gradient_norm()
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        if self.clip:
-            # The fused update divides by grad_scale in its own pass over the gradients; nothing waits for the device.
-            self.optimizer.grad_scale = (norm / self.clip).clamp(min=1.0)  # type: ignore[attr-defined]
+        # The update divides by it as it reads the gradients; nothing waits for the device.
+        divisor = (norm / self.config.clip).clamp(min=1.0) if self.config.clip else torch.ones_like(norm)
+        self.num_steps += 1
         self.settle()
-        for bucket in self.buckets:
-            bucket.master.grad = bucket.gradient()
-        self.optimizer.step()
         for bucket in self._forward_order:
-            bucket.master.grad, bucket.grad_shard, bucket.filled = None, None, set()
-            if bucket.weights.dtype != torch.float32:
-                bucket.weights[bucket.stepped].copy_(bucket.master.data)
+            self._update(bucket, divisor, lr)
+            bucket.grad_shard, bucket.filled = None, set()
             if self.zero_stage:
                 bucket.gathered = start_all_gather(bucket.weights, self.mesh.replicas)
         return norm
+
+    @record_function("Optimizer.step")  # what torch's own optimizers are called in a trace
+    def _update(self, bucket: BucketState, divisor: Tensor, lr: float) -> None:
+        adamw_(
+            bucket.master,
+            bucket.exp_avg,
+            bucket.exp_avg_sq,
+            None if self.dtype == torch.float32 else bucket.weights[bucket.stepped],
+            bucket.gradient(),
+            divisor,
+            lr=lr,
+            betas=self.config.betas,
+            eps=self.config.eps,
+            weight_decay=self.config.weight_decay if bucket.layout.decay else 0.0,
+            step=self.num_steps,
+        )
 
     def settle(self) -> None:
         """Until all of the new weights are here."""
@@ -259,24 +253,25 @@ class NativeEngine:
 
     def gradient_norm(self) -> Tensor:
         """L2 norm of the whole gradient, each logical element counted once."""
-        total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        counted = []
         for bucket in self.buckets:
             copy = bucket.layout.tied and self.mesh.pipeline.rank > 0
             if (bucket.layout.cut or self.mesh.tensor.rank == 0) and not copy:
-                total += sum_of_squares(bucket.state("grad"))
-        return all_reduce(total, self.mesh.world).sqrt().float()
+                counted.append(bucket.state("grad"))
+        if not counted:
+            counted = [torch.zeros(0, device=self.mesh.device)]
+        return all_reduce(sum_of_squares(*counted), self.mesh.world).sqrt().float()
 
     # --- state, in logical terms ----------------------------------------------------------------------------------
 
     def load(self, read: ReadState, num_steps: int = 0) -> None:
         # In fp32 the weights are the master weights, and begin as them.
         kind = "master" if self.dtype == torch.float32 else "weight"
+        self.num_steps = num_steps
         for bucket in self.buckets:
             _fill(bucket, bucket.weights, 0, slice(bucket.low, bucket.high), read, kind)
             for state in self.states:
-                whole = bucket.master.data if state == "master" else getattr(bucket, state)
-                _fill(bucket, whole, bucket.stepped.start, bucket.stepped, read, state)
-            self.optimizer.state[bucket.master]["step"].fill_(num_steps)
+                _fill(bucket, getattr(bucket, state), bucket.stepped.start, bucket.stepped, read, state)
         # What the replicas have read of the weights is read once in all, not once by each.
         for wait in [start_all_gather(bucket.weights, self.mesh.replicas) for bucket in self.buckets]:
             wait()
@@ -301,14 +296,6 @@ class NativeEngine:
                 if whole is not None:
                     owned[slot.weight.name] = whole
         return owned
-
-
-def sum_of_squares(flat: Tensor) -> Tensor:
-    """fp64 []. In short rows, because on the CPU torch adds up a norm in fp32, one element after another: of 10 million
-    it is off by up to 5e-4, by how much depends on the layout, and clipping passes that on to every weight."""
-    whole = flat.numel() // 256 * 256
-    rows = torch.linalg.vector_norm(flat[:whole].view(-1, 256), dim=1)
-    return rows.double().square().sum() + torch.linalg.vector_norm(flat[whole:]).double().square()
 
 
 def _number_in(weights: Sequence[Weight]) -> Callable[[Slot], int]:

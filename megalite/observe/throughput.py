@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import time
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -54,9 +55,26 @@ def chip_peak(device_name: str, dtype: torch.dtype) -> float | None:
     return next((float(chip["bf16_tflops"]) for chip in _chips() if re.fullmatch(chip["name"], device_name)), None)
 
 
+class HostEvent:
+    """What torch.cuda.Event is in the stream of a GPU, for the CPU: it does its work where it is asked to."""
+
+    def record(self) -> None:
+        self._seconds = time.perf_counter()
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: HostEvent) -> float:
+        return (end._seconds - self._seconds) * 1e3
+
+
 class Meter:
     """Times the steps of one rank. `start` when the clock should run from now (after an evaluation or a save), `tick`
-    once the step's loss has been read: CUDA runs behind the host, and reading a number waits for it."""
+    at the end of a step. A GPU runs behind the host: what is timed there is when it comes to these two calls, and
+    neither waits for it."""
 
     def __init__(self, flops_per_token: float, world_size: int, device: torch.device, dtype: torch.dtype):
         self._flops_per_token = flops_per_token
@@ -66,17 +84,46 @@ class Meter:
         self.start()
 
     def start(self) -> None:
-        self._since = time.perf_counter()
+        self._since = self._now()
 
-    def tick(self, tokens: int) -> dict[str, float]:
-        """What to record of a step that consumed `tokens` over all ranks: step_time_s, tokens_per_s (all ranks), tflops
-        (TFLOP/s, per chip), mfu (0 to 1, known chips only), memory_gb (CUDA only: most GiB allocated on this rank)."""
-        now = time.perf_counter()
-        seconds, self._since = now - self._since, now
-        tflops = self._flops_per_token * tokens / seconds / self._world_size / 1e12
-        record = {"step_time_s": seconds, "tokens_per_s": tokens / seconds, "tflops": tflops}
-        if self._peak is not None:
-            record["mfu"] = tflops / self._peak
-        if self._cuda is not None:
-            record["memory_gb"] = torch.cuda.max_memory_allocated(self._cuda) / 2**30
+    def tick(self, tokens: int) -> Tick:
+        """The end of a step that consumed `tokens` over all ranks."""
+        since, self._since = self._since, self._now()
+        memory = torch.cuda.max_memory_allocated(self._cuda) / 2**30 if self._cuda else None
+        flops = self._flops_per_token * tokens / self._world_size
+        return Tick(since, self._since, tokens, flops, self._peak, memory)
+
+    def _now(self) -> Any:
+        event = HostEvent() if self._cuda is None else torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+@dataclass(frozen=True)
+class Tick:
+    """A step between two events: from when, until when."""
+
+    since: Any
+    until: Any
+    tokens: int
+    flops: float
+    """Per chip."""
+    peak: float | None
+    memory_gb: float | None
+
+    def passed(self) -> bool:
+        """Whether the device has come to the end of the step, and with it to all that was asked of it before."""
+        return self.until.query()
+
+    def read(self) -> dict[str, float]:
+        """What to record of the step: step_time_s, tokens_per_s (all ranks), tflops (TFLOP/s, per chip), mfu (0 to 1,
+        known chips only), memory_gb (CUDA only: most GiB allocated on this rank). Waits for its end."""
+        self.until.synchronize()
+        seconds = self.since.elapsed_time(self.until) / 1e3
+        tflops = self.flops / seconds / 1e12
+        record = {"step_time_s": seconds, "tokens_per_s": self.tokens / seconds, "tflops": tflops}
+        if self.peak is not None:
+            record["mfu"] = tflops / self.peak
+        if self.memory_gb is not None:
+            record["memory_gb"] = self.memory_gb
         return record

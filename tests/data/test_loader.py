@@ -190,3 +190,21 @@ def test_reading_ahead_is_bounded(mixture):
 def test_impossible_sizes_are_refused(mixture, arguments, message):
     with pytest.raises(DataError, match=message):
         Loader(mixture, *arguments)
+
+
+def test_batches_for_a_gpu_are_pinned_and_the_same(mixture, monkeypatch) -> None:
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pinned.append(x) or x.clone())
+    plain = steps(mixture, 2, 4, 2, 0, 1, document_mask=True)
+    assert not pinned
+    found = steps(mixture, 2, 4, 2, 0, 1, document_mask=True, pin=True)
+    for mine, theirs in zip(found[0] + found[1], plain[0] + plain[1], strict=True):
+        for name in ("tokens", "labels", "samples", "documents"):
+            assert torch.equal(getattr(mine, name), getattr(theirs, name))
+            assert not any(getattr(mine, name) is x for x in pinned)  # what is handed out is the pinned copy
+
+
+def test_nothing_is_copied_on_the_cpu(mixture) -> None:
+    ((micro,),) = steps(mixture, 1, 4, 4, 0, 1, document_mask=True)
+    moved = micro.to(torch.device("cpu"))
+    assert all(getattr(moved, name) is x for name, x in vars(micro).items())

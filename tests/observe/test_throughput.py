@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megalite.observe import throughput
-from megalite.observe.throughput import Meter, chip_peak, flops_per_token
+from megalite.observe.throughput import HostEvent, Meter, chip_peak, flops_per_token
 
 
 def test_flops_follow_the_published_convention() -> None:
@@ -54,18 +54,23 @@ def test_meter_counts_from_the_last_tick_or_start(monkeypatch: pytest.MonkeyPatc
     clock = iter([0.0, 2.0, 10.0, 14.0])
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     meter = Meter(1e9, world_size=4, device=torch.device("cpu"), dtype=torch.bfloat16)
-    assert meter.tick(8_000) == {"step_time_s": 2.0, "tokens_per_s": 4_000.0, "tflops": 1.0}  # per chip; no peak known
+    assert meter.tick(8_000).read() == {
+        "step_time_s": 2.0,
+        "tokens_per_s": 4_000.0,
+        "tflops": 1.0,
+    }  # per chip; no peak known
     meter.start()
-    assert meter.tick(8_000)["step_time_s"] == 4.0
+    assert meter.tick(8_000).read()["step_time_s"] == 4.0
 
 
 def test_meter_of_a_known_chip_tells_mfu_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 2.0])
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: HostEvent())
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**30)
     meter = Meter(1e9, world_size=4, device=torch.device("cuda", 0), dtype=torch.bfloat16)
-    record = meter.tick(1_248_000)
+    record = meter.tick(1_248_000).read()
     assert record["tflops"] == 156.0
     assert record["mfu"] == 0.5
     assert record["memory_gb"] == 3.0

@@ -1,0 +1,99 @@
+#include "../optimizer.h"
+
+#include "common.cuh"
+
+namespace megalite::cuda {
+
+namespace {
+
+constexpr int THREADS = 256;
+
+// Reads 16 bytes an element and writes 12, or 14 with weights.
+template <int N>
+__global__ void update(AdamW a) {
+  const int64_t i = (static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x) * N;
+  if (i >= a.size) return;
+  const float divisor = *a.divisor;
+  const Pack<float, N> grad = load<N>(a.grad + i);
+  Pack<float, N> master = load<N>(a.master + i), m = load<N>(a.exp_avg + i), v = load<N>(a.exp_avg_sq + i);
+  Pack<bf16, N> weights;
+  for (int j = 0; j < N; ++j) {
+    const float g = grad.at[j] / divisor;
+    m.at[j] += a.rest1 * (g - m.at[j]);
+    v.at[j] = a.beta2 * v.at[j] + a.rest2 * g * g;
+    const float decayed = master.at[j] - a.decay * master.at[j];
+    master.at[j] = decayed - a.step_size * m.at[j] / (sqrtf(v.at[j]) / a.root_correction + a.eps);
+    weights.at[j] = from_float<bf16>(master.at[j]);
+  }
+  store(a.master + i, master);
+  store(a.exp_avg + i, m);
+  store(a.exp_avg_sq + i, v);
+  if (a.weights) store(static_cast<bf16*>(a.weights) + i, weights);
+}
+
+// Given to thread 0.
+__device__ double block_sum(double x) {
+  __shared__ double sums[MAX_THREADS / 32];
+  for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
+  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = x;
+  __syncthreads();
+  double sum = 0.0;
+  if (threadIdx.x == 0)
+    for (int warp = 0; warp < blockDim.x / 32; ++warp) sum += sums[warp];
+  return sum;
+}
+
+// One block a part; a thread adds up its 64 squares in fp32, all that follows is in double. Reads 4 bytes an element.
+template <int N>
+__global__ void square_parts(SumOfSquares a) {
+  const int64_t begin = blockIdx.x * OPTIMIZER_PART, rest = a.size - begin;
+  const int64_t end = begin + (rest < OPTIMIZER_PART ? rest : OPTIMIZER_PART);
+  float squares = 0.0f;
+  for (int64_t i = begin + threadIdx.x * N; i < end; i += THREADS * N) {
+    const Pack<float, N> x = load<N>(a.x + i);
+    for (int j = 0; j < N; ++j) squares += x.at[j] * x.at[j];
+  }
+  const double sum = block_sum(static_cast<double>(squares));
+  if (threadIdx.x == 0) a.parts[blockIdx.x] = sum;
+}
+
+// One block.
+__global__ void add_up(const double* parts, int64_t count, double* out) {
+  double sum = 0.0;
+  for (int64_t i = threadIdx.x; i < count; i += MAX_THREADS) sum += parts[i];
+  sum = block_sum(sum);
+  if (threadIdx.x == 0) *out = sum;
+}
+
+template <int N>
+void launch_update(const AdamW& a, cudaStream_t stream) {
+  constexpr int64_t items = THREADS * N;
+  update<N><<<(a.size + items - 1) / items, THREADS, 0, stream>>>(a);
+  check_launch("adamw_");
+}
+
+}  // namespace
+
+void adamw(const AdamW& a, void* stream) {
+  constexpr int N = PACK<float>;
+  const bool whole = aligned<float>(a.size, a.master, a.exp_avg, a.exp_avg_sq, a.grad) &&
+                     reinterpret_cast<uintptr_t>(a.weights) % (N * sizeof(bf16)) == 0;
+  (whole ? launch_update<N> : launch_update<1>)(a, static_cast<cudaStream_t>(stream));
+}
+
+void sum_of_squares(const SumOfSquares& a, void* stream_) {
+  const cudaStream_t stream = static_cast<cudaStream_t>(stream_);
+  const int64_t count = (a.size + OPTIMIZER_PART - 1) / OPTIMIZER_PART;
+  if (aligned<float>(a.size, a.x))
+    square_parts<PACK<float>><<<count, THREADS, 0, stream>>>(a);
+  else
+    square_parts<1><<<count, THREADS, 0, stream>>>(a);
+  check_launch("sum_of_squares");
+}
+
+void sum_parts(const double* parts, int64_t count, double* out, void* stream) {
+  add_up<<<1, MAX_THREADS, 0, static_cast<cudaStream_t>(stream)>>>(parts, count, out);
+  check_launch("sum_of_squares");
+}
+
+}  // namespace megalite::cuda

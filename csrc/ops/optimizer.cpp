@@ -1,0 +1,106 @@
+#include "optimizer.h"
+
+#include <cmath>
+#include <numeric>
+
+#include "operator.h"
+
+namespace {
+
+using at::Tensor;
+using megalite::check_like;
+using megalite::check_shape;
+using megalite::type_of;
+
+int64_t parts_of(const Tensor& x) {
+  return (x.numel() + megalite::OPTIMIZER_PART - 1) / megalite::OPTIMIZER_PART;
+}
+
+void check_fp32(const Tensor& x, const char* op, const char* name) {
+  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat, op, ": ", name, " is ", x.scalar_type(), ", but must be float32");
+}
+
+// What is written in place cannot be copied first.
+void check_contiguous(const Tensor& x, const char* op, const char* name) {
+  TORCH_CHECK_VALUE(x.is_contiguous(), op, ": ", name, " is updated in place, and must be contiguous for that");
+}
+
+void adamw_(
+    const Tensor& master, const Tensor& exp_avg, const Tensor& exp_avg_sq, const std::optional<Tensor>& weights,
+    const Tensor& grad_in, const Tensor& divisor, double lr, double beta1, double beta2, double eps,
+    double weight_decay, int64_t step) {
+  const char* op = "adamw_";
+  check_fp32(master, op, "master");
+  check_contiguous(master, op, "master");
+  const std::pair<const Tensor*, const char*> states[] = {{&exp_avg, "exp_avg"}, {&exp_avg_sq, "exp_avg_sq"}};
+  for (const auto& [state, name] : states) {
+    check_shape(*state, master.sizes(), op, name);
+    check_like(*state, master, op, name);
+    check_contiguous(*state, op, name);
+  }
+  if (weights) {
+    check_shape(*weights, master.sizes(), op, "weights");
+    check_contiguous(*weights, op, "weights");
+    TORCH_CHECK_TYPE(
+        weights->scalar_type() == at::kBFloat16, op, ": weights is ", weights->scalar_type(), ", but must be bfloat16");
+    TORCH_CHECK_VALUE(
+        weights->device() == master.device(), op, ": weights is on ", weights->device(), ", but must be on ",
+        master.device());
+  }
+  const Tensor grad = grad_in.contiguous();
+  check_shape(grad, master.sizes(), op, "grad");
+  check_like(grad, master, op, "grad");
+  TORCH_CHECK_VALUE(divisor.numel() == 1, op, ": divisor has shape ", divisor.sizes(), ", but must be one number");
+  check_like(divisor, master, op, "divisor");
+  TORCH_CHECK_VALUE(step >= 1, op, ": step is ", step, ", but steps count from 1");
+  const megalite::AdamW a{
+      master.data_ptr<float>(), exp_avg.data_ptr<float>(), exp_avg_sq.data_ptr<float>(),
+      weights ? weights->data_ptr() : nullptr, grad.data_ptr<float>(), divisor.data_ptr<float>(), master.numel(),
+      static_cast<float>(lr * weight_decay), static_cast<float>(1.0 - beta1), static_cast<float>(beta2),
+      static_cast<float>(1.0 - beta2), static_cast<float>(lr / (1.0 - std::pow(beta1, step))),
+      static_cast<float>(std::sqrt(1.0 - std::pow(beta2, step))), static_cast<float>(eps)};
+  if (a.size > 0)
+    MEGALITE_LAUNCH(
+        master, parts_of(master), 1, megalite::cpu::adamw(a, begin, end), megalite::cuda::adamw(a, stream));
+}
+
+Tensor sum_of_squares(const std::vector<Tensor>& tensors) {
+  const char* op = "sum_of_squares";
+  int64_t count = 0;
+  for (const Tensor& x : tensors) {
+    check_fp32(x, op, "a tensor");
+    check_like(x, tensors[0], op, "a tensor");
+    count += parts_of(x);
+  }
+  const Tensor sum = at::empty({}, tensors[0].options().dtype(at::kDouble));
+  const Tensor parts = at::empty({count}, sum.options());
+  double* part = parts.data_ptr<double>();
+  for (const Tensor& x_in : tensors) {
+    if (x_in.numel() == 0) continue;
+    const Tensor x = x_in.contiguous();
+    const megalite::SumOfSquares a{x.data_ptr<float>(), x.numel(), part};
+    MEGALITE_LAUNCH(
+        x, parts_of(x), 1, megalite::cpu::sum_of_squares(a, begin, end), megalite::cuda::sum_of_squares(a, stream));
+    part += parts_of(x);
+  }
+  double* out = sum.data_ptr<double>();
+  const double* first = parts.data_ptr<double>();
+  MEGALITE_LAUNCH(
+      sum, 1, 1, *out = std::accumulate(first, first + count, 0.0),
+      megalite::cuda::sum_parts(first, count, out, stream));
+  return sum;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(megalite, m) {
+  m.def(
+      "adamw_(Tensor(a!) master, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!)? weights, Tensor grad, "
+      "Tensor divisor, float lr, float beta1, float beta2, float eps, float weight_decay, int step) -> ()");
+  m.def("sum_of_squares(Tensor[] tensors) -> Tensor");
+}
+
+MEGALITE_REGISTER(m) {
+  m.impl("adamw_", &adamw_);
+  m.impl("sum_of_squares", &sum_of_squares);
+}

@@ -1,0 +1,42 @@
+// Arguments of the optimizer's kernels, the same for the CPU and CUDA. All tensors are flat and contiguous.
+#pragma once
+
+#include "cpu/isa.h"
+#include "types.h"
+
+namespace megalite {
+
+// Elements of one task. Where tasks begin depends on nothing else, so that neither does a result.
+constexpr int64_t OPTIMIZER_PART = 16384;
+
+struct AdamW {
+  float *master, *exp_avg, *exp_avg_sq;
+  void* weights;  // bf16; may be null
+  const float *grad, *divisor;  // divisor: one number
+  int64_t size;
+  float decay;            // lr * weight_decay
+  float rest1;            // 1 - beta1
+  float beta2, rest2;     // rest2: 1 - beta2
+  float step_size;        // lr / (1 - beta1^step)
+  float root_correction;  // sqrt(1 - beta2^step)
+  float eps;
+};
+
+struct SumOfSquares {
+  const float* x;
+  int64_t size;
+  double* parts;  // one number for each part of x
+};
+
+}  // namespace megalite
+
+// Parts [begin, end).
+MEGALITE_CPU_KERNEL(adamw, (const AdamW& a, int64_t begin, int64_t end), (a, begin, end))
+MEGALITE_CPU_KERNEL(sum_of_squares, (const SumOfSquares& a, int64_t begin, int64_t end), (a, begin, end))
+
+namespace megalite::cuda {
+void adamw(const AdamW& a, void* stream);
+void sum_of_squares(const SumOfSquares& a, void* stream);
+// out: one number.
+void sum_parts(const double* parts, int64_t count, double* out, void* stream);
+}  // namespace megalite::cuda
