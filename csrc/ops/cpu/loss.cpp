@@ -26,8 +26,8 @@ void forward(const CrossEntropyForward& a, int64_t begin, int64_t end) {
       shift = top == -INFINITY ? 0.0f : top;
       float part = 0.0f;
 #pragma omp simd reduction(+ : part)
-      for (int64_t i = first; i < last; ++i) part += exp(to_float(x[i]) - shift);
-      sum = sum * exp(largest - shift) + part;
+      for (int64_t i = first; i < last; ++i) part += exp_to_89(to_float(x[i]) - shift);
+      sum = sum * exp_to_89(largest - shift) + part;
       largest = top;
     }
     a.lse[row] = shift + std::log(sum);
@@ -45,8 +45,8 @@ void backward(const CrossEntropyBackward& a, int64_t begin, int64_t end) {
     const int64_t valid = grad == 0.0f ? 0 : a.valid;
     const float target = column >= 0 && column < valid ? to_float(x[column]) : 0.0f;
 #pragma omp simd
-    for (int64_t i = 0; i < valid; ++i) x[i] = from_float<T>(exp(to_float(x[i]) - lse) * grad);
-    if (column >= 0 && column < valid) x[column] = from_float<T>((exp(target - lse) - 1.0f) * grad);
+    for (int64_t i = 0; i < valid; ++i) x[i] = from_float<T>(exp_to_89(to_float(x[i]) - lse) * grad);
+    if (column >= 0 && column < valid) x[column] = from_float<T>((exp_to_89(target - lse) - 1.0f) * grad);
     for (int64_t i = valid; i < a.size; ++i) x[i] = from_float<T>(0.0f);
   }
 }

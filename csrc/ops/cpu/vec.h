@@ -29,12 +29,11 @@ template <> inline bf16 from_float<bf16>(float x) {
   return {static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded)};
 }
 
-// e^x to 2 ulp; below 2^-125.5 0, above the largest float infinity; NaN stays NaN. Cody and Waite's reduction to
-// |r| <= ln(2)/2, then the Taylor polynomial of degree 7 (its remainder is 1e-8 there). No choice is made after the
-// polynomial: the compiler would repeat for each outcome what its caller computes next.
-inline float exp(float x) {
-  const float above = x < -87.3f ? -87.3f : x;
-  const float clamped = above > 89.0f ? 89.0f : above;
+// e^x to 2 ulp for x up to 89, as softmax needs it; 0 below 2^-125.5, infinity above the largest float; NaN stays NaN.
+// Cody and Waite's reduction to |r| <= ln(2)/2, then the Taylor polynomial of degree 7 (its remainder is 1e-8 there). No
+// choice is made after the polynomial: the compiler would repeat for each outcome what its caller computes next.
+inline float exp_to_89(float x) {
+  const float clamped = x < -87.3f ? -87.3f : x;
   const float shifted = clamped * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum's low bits are the rounded integer
   const float n = shifted - 12582912.0f;
   float r = clamped - n * 0.693359375f;
@@ -54,6 +53,9 @@ inline float exp(float x) {
   std::memcpy(&factor, &factor_bits, 4);
   return p * factor;
 }
+
+// For every x.
+inline float exp(float x) { return exp_to_89(x > 89.0f ? 89.0f : x); }
 
 inline float sigmoid(float x) { return 1.0f / (1.0f + exp(-x)); }
 
