@@ -37,7 +37,7 @@ from megalite.parallel.collectives import all_reduce
 from megalite.parallel.context import zigzag
 from megalite.parallel.pipeline import Pipeline
 from megalite.parallel.stage import Inputs, Stage, positions_of
-from megalite.parallel.tensor import WeightGradients
+from megalite.parallel.tensor import PutOff
 from megalite.plan import Plan, make_plan
 
 Data = dict[str, Mixture | None]
@@ -202,7 +202,7 @@ def build(config: Config, plan: Plan, mesh: Mesh) -> Parts:
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     spans = plan.stages_of(mesh.pipeline.rank)
     zero_bubble = plan.pipeline > 1 and plan.schedule == "zero_bubble"
-    deferred = [WeightGradients() if zero_bubble else None for _ in spans]
+    deferred = [PutOff() if zero_bubble else None for _ in spans]
     stages = []
     for span, later in zip(spans, deferred, strict=True):
         model = build_model(config.model)
@@ -215,9 +215,6 @@ def build(config: Config, plan: Plan, mesh: Mesh) -> Parts:
         length = config.data.seq_length // plan.context // (plan.tensor if plan.sequence else 1)
         shape = (config.train.micro_batch_size, length, config.model.hidden_size)
         pipeline = Pipeline(stages, plan, mesh, torch.empty(shape, dtype=dtype, device="meta"), deferred)
-        for later in deferred:
-            if later:
-                later.deliver = engine.add_gradient
     return Parts(tuple(stages), engine, pipeline, dtype)
 
 

@@ -32,7 +32,7 @@ Python_add_library(_ops MODULE WITH_SOABI ${operators})
 foreach(isa IN LISTS isas)
   add_library(kernels_${isa} OBJECT ${cpu_kernels})
   target_compile_options(kernels_${isa} PRIVATE
-    ${isa_flags_${isa}} -O3 -fopenmp-simd -fno-math-errno -fno-trapping-math -ffp-contract=fast)
+    ${isa_flags_${isa}} -O3 -Wno-psabi -fopenmp-simd -fno-math-errno -fno-trapping-math -ffp-contract=fast)
   target_compile_definitions(kernels_${isa} PRIVATE MEGALITE_ISA=${isa})
   target_compile_features(kernels_${isa} PRIVATE cxx_std_20)
   set_target_properties(kernels_${isa} PROPERTIES POSITION_INDEPENDENT_CODE ON CXX_VISIBILITY_PRESET hidden)

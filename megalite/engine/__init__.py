@@ -40,9 +40,6 @@ class Engine(Protocol):
         """Add the gradients of a micro-batch. Losses must be scaled so that their sum over all micro-batches and
         replicas is the loss to descend."""
 
-    def add_gradient(self, parameter: Tensor, gradient: Tensor) -> None:
-        """Take a gradient of one micro-batch that autograd does not bring: a zero-bubble schedule computes it apart."""
-
     def finish(self) -> None:
         """Wait until the gradients are summed over the replicas."""
 

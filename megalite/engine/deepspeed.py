@@ -208,9 +208,6 @@ class DeepSpeedEngine:
         self.engine.set_gradient_accumulation_boundary(self._arrived == self._expected)
         self.engine.backward(loss * self.mesh.replicas.size, scale_wrt_gas=False)
 
-    def add_gradient(self, parameter: Tensor, gradient: Tensor) -> None:
-        raise NotImplementedError("DeepSpeed takes gradients from autograd only; the plan refuses it a pipeline")
-
     def finish(self) -> None:
         """The last backward pass has waited already."""
         assert self._arrived == self._expected, f"{self._arrived} of {self._expected} micro-batches"

@@ -32,6 +32,7 @@ from megalite.config import Config, OptimizerConfig
 from megalite.engine import STATES, ReadState
 from megalite.engine.gather import assemble_on, gather_parts
 from megalite.engine.layout import Bucket, Slot, elements_of, make_buckets
+from megalite.kernels.weight_gradient import accumulate_weight_gradient
 from megalite.mesh import Mesh
 from megalite.models import set_parameters
 from megalite.models.weights import Weight
@@ -43,6 +44,7 @@ from megalite.parallel.collectives import (
     start_reduce,
     start_reduce_scatter,
 )
+from megalite.parallel.tensor import ParallelLinear
 from megalite.plan import Plan
 
 IN_FLIGHT = 2
@@ -63,7 +65,8 @@ class BucketState:
         self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.master), torch.zeros_like(self.master)
         self.grads: Tensor | None = None  # [size] fp32; at stage 2 only while a micro-batch is under way
         self.grad_shard: Tensor | None = None  # stage 2: [shard] fp32, summed over micro-batches
-        self.arrived = 0  # gradients since the step began
+        # Of a micro-batch autograd's arrival at each weight, and each product; and those since the step began.
+        self.num_events, self.events = len(layout.slots), 0
         self.filled: set[int] = set()  # starts of the slots that hold a gradient in `grads`
         self.gathered: Wait | None = None  # the weights are on their way from the other replicas
 
@@ -137,6 +140,9 @@ class NativeEngine:
                 buckets = {id(b): b for p in module.parameters(recurse=False) for b, _ in [self._home[p]]}
                 if buckets:
                     module.register_forward_pre_hook(_await_weights_of(list(buckets.values())))
+                if isinstance(module, ParallelLinear):
+                    module.deliver = self._add_product
+                    self._home[module.weight][0].num_events += 1
 
     def _make_optimizer(self, config: OptimizerConfig) -> torch.optim.Optimizer:
         groups = [
@@ -157,27 +163,37 @@ class NativeEngine:
     def begin(self, num_micro_batches: int) -> None:
         self._micro_batches, self._next = num_micro_batches, 0
         for bucket in self.buckets:
-            bucket.arrived = 0
+            bucket.events = 0
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
     def _take_gradient(self, parameter: Tensor) -> None:
-        if parameter.grad is not None:  # where it is put off, autograd arrives without one
-            self.add_gradient(parameter, parameter.grad)
+        """Called for every parameter once a backward pass, also where its gradient was or will be a product."""
+        bucket, slot = self._home[parameter]
+        if parameter.grad is not None:
+            place = bucket.whole_grads()[slot.start : slot.stop].view_as(parameter)
+            if slot.start in bucket.filled:
+                place.add_(parameter.grad)
+            else:
+                place.copy_(parameter.grad)
+            bucket.filled.add(slot.start)
             parameter.grad = None
+        self._count_event(bucket)
 
-    def add_gradient(self, parameter: Tensor, gradient: Tensor) -> None:
+    def _add_product(self, parameter: Tensor, grad: Tensor, x: Tensor) -> None:
         bucket, slot = self._home[parameter]
         place = bucket.whole_grads()[slot.start : slot.stop].view_as(parameter)
-        if slot.start in bucket.filled:
-            place.add_(gradient)
-        else:
-            place.copy_(gradient)
-            bucket.filled.add(slot.start)
-        bucket.arrived += 1
+        accumulate_weight_gradient(place, grad, x, add=slot.start in bucket.filled)
+        bucket.filled.add(slot.start)
+        self._count_event(bucket)
+
+    def _count_event(self, bucket: BucketState) -> None:
+        bucket.events += 1
+        if bucket.layout.tied:  # the other end of the pipeline has a part of it
+            return
         if self.zero_stage == 2:
-            if len(bucket.filled) == len(bucket.layout.slots) and not bucket.layout.tied:
+            if bucket.events % bucket.num_events == 0:
                 self._reduce(bucket)
         else:
             while self._next < len(self.buckets) and self._complete(self.buckets[self._next]):
@@ -185,7 +201,7 @@ class NativeEngine:
                 self._next += 1
 
     def _complete(self, bucket: BucketState) -> bool:
-        return bucket.arrived == self._micro_batches * len(bucket.layout.slots) and not bucket.layout.tied
+        return bucket.events == self._micro_batches * bucket.num_events and not bucket.layout.tied
 
     def finish(self) -> None:
         for bucket in self.buckets[self._next :]:

@@ -8,22 +8,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megalite.kernels.library import own, pick
 
 
-def rotate(qkv_BTNK: Tensor, cos_BTR: Tensor, sin_BTR: Tensor, num_heads: int) -> Tensor:
-    """Turn the pairs (x[i], x[i + R]), Hugging Face's pairing, of the first `num_heads` heads of every token: queries and
-    keys come first, values last. The rest of a head beyond 2R is left alone. Computed in fp32.
+def rotate(qkv: Tensor, head_size: int, num_heads: int, cos_BTR: Tensor, sin_BTR: Tensor) -> Tensor:
+    """[B,T,N·K] → [B,T,N,K]: turn the pairs (x[i], x[i + R]), Hugging Face's pairing, of the first `num_heads` heads of
+    every token: queries and keys come first, values last. What a head has beyond 2R stays. Computed in fp32.
 
-    `cos` and `sin` are fp32 [B or 1,T,R]. The memory of `qkv` is taken for the result: use `qkv` itself no more, and let
-    a checkpointed region begin before it, not with it."""
-    if pick("rope", qkv_BTNK) == "megalite":
-        return _Rotate.apply(qkv_BTNK.contiguous(), cos_BTR, sin_BTR, num_heads)
-    return _rotate_plainly(qkv_BTNK, cos_BTR, sin_BTR, num_heads)
+    `cos` and `sin` are fp32 [B or 1,T,R]. The result lies in the memory of `qkv`: a checkpointed region may begin where
+    `qkv` is computed, but not behind it. A hook that keeps the result's gradient must clone it."""
+    if pick("rope", qkv) == "megalite":
+        qkv = _Rotate.apply(qkv.contiguous(), head_size, num_heads, cos_BTR, sin_BTR)
+        return qkv.unflatten(-1, (-1, head_size))
+    return _rotate_plainly(qkv.unflatten(-1, (-1, head_size)), num_heads, cos_BTR, sin_BTR)
 
 
-def _rotate_plainly(qkv_BTNK: Tensor, cos_BTR: Tensor, sin_BTR: Tensor, num_heads: int) -> Tensor:
+def _rotate_plainly(qkv_BTNK: Tensor, num_heads: int, cos_BTR: Tensor, sin_BTR: Tensor) -> Tensor:
     pairs, (*_, heads, size) = cos_BTR.shape[-1], qkv_BTNK.shape
     turned, rest = qkv_BTNK.split((num_heads, heads - num_heads), dim=2)
     a, b, beyond = turned.split((pairs, pairs, size - 2 * pairs), dim=-1)
@@ -33,31 +35,39 @@ def _rotate_plainly(qkv_BTNK: Tensor, cos_BTR: Tensor, sin_BTR: Tensor, num_head
 
 
 class _Rotate(torch.autograd.Function):
-    """Gives back its input, as flash-attn's rotary does, instead of marking it dirty: `qkv` is a view of what a linear
-    layer gave, and for a dirty view autograd copies the whole gradient three times on the way back."""
+    """Takes [B,T,N·K] as the linear layer gave it, and not its view [B,T,N,K]: where a view changes in place, autograd
+    copies the whole gradient three times on the way back."""
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
+    def forward(ctx: Any, qkv: Tensor, head_size: int, num_heads: int, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        ctx.num_heads = num_heads
-        torch.ops.megalite.rope_(qkv, cos, sin, num_heads, False)
+        ctx.head_size, ctx.num_heads = head_size, num_heads
+        ctx.mark_dirty(qkv)
+        torch.ops.megalite.rope_(qkv.unflatten(-1, (-1, head_size)), cos, sin, num_heads, False)
         return qkv
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         if not _is_ours(grad):
             grad = grad.clone(memory_format=torch.contiguous_format)
-        torch.ops.megalite.rope_(grad, *ctx.saved_tensors, ctx.num_heads, True)
-        return grad, None, None, None
+        torch.ops.megalite.rope_(grad.unflatten(-1, (-1, ctx.head_size)), *ctx.saved_tensors, ctx.num_heads, True)
+        return grad, None, None, None, None
 
 
 def _is_ours(grad: Tensor) -> bool:
-    """Whether nothing else holds this gradient or shares its memory, so that it may be changed in place. y + z hands one
+    """Whether nothing else holds this gradient or shares its memory, so that it may change in place. y + z hands one
     gradient to both, and who calls backward(grad) has it still. A compiler finds out by itself."""
-    if torch.compiler.is_compiling() or not hasattr(grad, "_use_count"):
+    count = getattr(Tensor, "_use_count", None)  # not in every torch
+    if torch.compiler.is_compiling() or count is None or not grad.is_contiguous():
         return False
-    storage = grad.untyped_storage()  # counts as one holder of it, the gradient as the other
-    return grad.is_contiguous() and grad._use_count() == 1 and torch._C._storage_Use_Count(storage._cdata) == 2
+    storage = grad.untyped_storage()
+    holders = 2  # of the storage: `grad` and `storage`
+    if (whole := grad._base) is not None:  # the gradient [B,T,N,K], of which this one is a view that keeps it
+        if count(whole) != 2:  # by `grad` and `whole`
+            return False
+        holders += 1
+    return count(grad) == 1 and torch._C._storage_Use_Count(storage._cdata) == holders
 
 
 if own():

@@ -9,12 +9,12 @@ from typing import Any, Literal
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from megalite.config import ConfigError, ModelConfig
-from megalite.models.layers import CausalAttention, CrossEntropy, Decoder, Dropout, Places, numbered
+from megalite.kernels.activation import gelu
+from megalite.models.layers import CausalAttention, CrossEntropy, Decoder, Dropout, LayerNorm, Places, numbered
 from megalite.models.weights import Weight, layer_rows
 from megalite.plan import Place
 
@@ -53,8 +53,9 @@ class Attention(nn.Module):
         self.core = CausalAttention(Dropout(config.attention_dropout, f"{site}.probabilities", over_heads=True))
 
     def forward(self, x_BTD: Tensor, places: Places) -> Tensor:
-        q, k, v = self.qkv(x_BTD).unflatten(-1, (-1, self.head_size)).chunk(3, dim=2)
-        return self.out(self.core(q, k, v, places))
+        qkv_BTNK = self.qkv(x_BTD).unflatten(-1, (-1, self.head_size))
+        heads = qkv_BTNK.shape[2] // 3  # all, or the share of a tensor rank
+        return self.out(self.core(qkv_BTNK, heads, heads, places))
 
 
 class MLP(nn.Module):
@@ -67,23 +68,24 @@ class MLP(nn.Module):
         return self.shrink(self.up(x))
 
     def shrink(self, up: Tensor) -> Tensor:
-        return self.down(F.gelu(up, approximate="tanh"))
+        return self.down(gelu(up))
 
 
 class Layer(nn.Module):
     def __init__(self, config: GPT2Config, index: int):
         super().__init__()
         site = f"layers.{index}"
-        self.attention_norm = nn.LayerNorm(config.hidden_size, config.norm_eps)
+        self.attention_norm = LayerNorm(config.hidden_size, config.norm_eps)
         self.attention = Attention(config, f"{site}.attention")
         self.attention_dropout = Dropout(config.hidden_dropout, f"{site}.attention")
-        self.mlp_norm = nn.LayerNorm(config.hidden_size, config.norm_eps)
+        self.mlp_norm = LayerNorm(config.hidden_size, config.norm_eps)
         self.mlp = MLP(config)
         self.mlp_dropout = Dropout(config.hidden_dropout, f"{site}.mlp")
 
     def forward(self, x: Tensor, places: Places) -> Tensor:
-        x = x + self.attention_dropout(self.attention(self.attention_norm(x), places), places)
-        return x + self.mlp_dropout(self.mlp(self.mlp_norm(x)), places)
+        attended = self.attention_dropout(self.attention(self.attention_norm(x), places), places)
+        normed, x = self.mlp_norm(attended, x)
+        return x + self.mlp_dropout(self.mlp(normed), places)
 
 
 class GPT2(Decoder):
@@ -96,7 +98,7 @@ class GPT2(Decoder):
         self.positions = nn.Embedding(config.max_positions, config.hidden_size)
         self.dropout = Dropout(config.embedding_dropout, "embedding")
         self.layers = numbered(Layer(config, i) for i in range(config.num_layers))
-        self.norm = nn.LayerNorm(config.hidden_size, config.norm_eps)
+        self.norm = LayerNorm(config.hidden_size, config.norm_eps)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight

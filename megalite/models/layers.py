@@ -3,20 +3,20 @@ G key/value heads, K head size, V vocabulary."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
 from megalite.counter_random import random_bits, uniform
+from megalite.kernels.attention import attention_mask, causal_attention
+from megalite.kernels.loss import IGNORE as IGNORE
+from megalite.kernels.loss import cross_entropy
+from megalite.kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from megalite.keys import key_of
-
-IGNORE = -100
-"""Label of a token that carries no loss."""
 
 
 @dataclass(frozen=True)
@@ -109,14 +109,37 @@ class Dropout(nn.Module):
         return x * (keep / (1.0 - self.p)).to(x.dtype)
 
 
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
+        """The norm of `x`; with a residual, (norm, sum) of their sum."""
+        if residual is None:
+            return rms_norm(x, self.weight, self.eps)
+        return add_rms_norm(x, residual, self.weight, self.eps)
+
+
+class LayerNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.empty(size)), nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
+        """The norm of `x`; with a residual, (norm, sum) of their sum."""
+        if residual is None:
+            return layer_norm(x, self.weight, self.bias, self.eps)
+        return add_layer_norm(x, residual, self.weight, self.bias, self.eps)
+
+
 class CrossEntropy(nn.Module):
-    """Loss of every token in fp32; 0 where the label is `IGNORE`."""
+    """Loss of every token in fp32; 0 where the label is `IGNORE`. The backward pass overwrites the logits."""
 
     def forward(self, logits: Tensor, labels_BT: Tensor) -> Tensor:
-        losses = F.cross_entropy(
-            logits.float().flatten(0, 1), labels_BT.flatten(), ignore_index=IGNORE, reduction="none"
-        )
-        return losses.view_as(labels_BT)
+        return cross_entropy(logits, labels_BT)
 
 
 class CausalAttention(nn.Module):
@@ -128,31 +151,21 @@ class CausalAttention(nn.Module):
         super().__init__()
         self.dropout = dropout
 
-    def forward(self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, places: Places) -> Tensor:
-        """→ [B,T,H·K]"""
-        q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BTGK, v_BTGK))
+    def forward(self, qkv_BTNK: Tensor, num_heads: int, num_kv_heads: int, places: Places) -> Tensor:
+        """Of the fused projection, N = num_heads of queries + num_kv_heads of keys + as many of values: → [B,T,H·K]"""
         if self.training and self.dropout is not None and self.dropout.p and places.key_B is not None:
-            out = self._written_out(q, k, v, places)
-        elif places.document_BT is None:
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-        else:
-            mask = attention_mask(places.document_BT)
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
-        return out.transpose(1, 2).flatten(2)
+            return self._written_out(qkv_BTNK.split((num_heads, num_kv_heads, num_kv_heads), dim=2), places)
+        return causal_attention(qkv_BTNK, num_heads, num_kv_heads, places.document_BT)
 
-    def _written_out(self, q: Tensor, k: Tensor, v: Tensor, places: Places) -> Tensor:
-        """For dropout on the probabilities: SDPA's own random numbers would depend on the layout. Holds [B,H,T,T]."""
+    def _written_out(self, qkv: Sequence[Tensor], places: Places) -> Tensor:
+        """For dropout on the probabilities: fused kernels' own random numbers would depend on the layout. Holds
+        [B,H,T,T]."""
         assert self.dropout is not None
+        q, k, v = (x.transpose(1, 2) for x in qkv)
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         scores = (q @ k.transpose(-1, -2)).float() / q.shape[-1] ** 0.5
         document = places.document_BT
         if document is None:
             document = scores.new_zeros(1, scores.shape[-1], dtype=torch.int64)
         scores = scores.masked_fill(~attention_mask(document), -torch.inf)
-        return self.dropout(scores.softmax(-1).to(v.dtype), places) @ v
-
-
-def attention_mask(document_BT: Tensor) -> Tensor:
-    """[B,1,T,T] bool: which token (last) each token may attend to."""
-    same = document_BT[:, None, :, None] == document_BT[:, None, None, :]
-    return same.tril()
+        return (self.dropout(scores.softmax(-1).to(v.dtype), places) @ v).transpose(1, 2).flatten(2)

@@ -9,12 +9,13 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from megalite.config import ConfigError, ModelConfig, Section
-from megalite.models.layers import CausalAttention, CrossEntropy, Decoder, Places, numbered
+from megalite.kernels.activation import swiglu
+from megalite.kernels.rope import rotate
+from megalite.models.layers import CausalAttention, CrossEntropy, Decoder, Places, RMSNorm, numbered
 from megalite.models.weights import Weight, layer_rows
 from megalite.plan import Place
 
@@ -72,27 +73,11 @@ def rope_frequencies(config: LlamaConfig, device: torch.device) -> Tensor:
     return frequency * (smooth + (1 - smooth) / scaling.factor)
 
 
-def rotate(x_BTHK: Tensor, cos_BT1K: Tensor, sin_BT1K: Tensor) -> Tensor:
-    """Turn the pairs (x[i], x[i + K/2]), Hugging Face's pairing, by the angle of their position."""
-    a, b = x_BTHK.chunk(2, dim=-1)
-    return torch.cat((a * cos_BT1K - b * sin_BT1K, b * cos_BT1K + a * sin_BT1K), dim=-1)
-
-
 class Shared(NamedTuple):
-    """What all layers need: cosine and sine of the rotary angles, [B or 1,T,1,K/2], and the places."""
+    """What all layers need: cosine and sine of the rotary angles, fp32 [B or 1,T,K/2], and the places."""
 
     rope: tuple[Tensor, Tensor]
     places: Places
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -105,12 +90,12 @@ class Attention(nn.Module):
         self.out = nn.Linear(heads * self.head_size, config.hidden_size, bias=False)
 
     def forward(self, x_BTD: Tensor, shared: Shared) -> Tensor:
-        qkv = self.qkv(x_BTD).unflatten(-1, (-1, self.head_size))
+        qkv = self.qkv(x_BTD)
         # Head counts follow from what the projection gave: all heads, or the share of a tensor rank.
-        groups = qkv.shape[2] // (self.heads_per_group + 2)
-        q_BTHK, k_BTGK, v_BTGK = qkv.split((groups * self.heads_per_group, groups, groups), dim=2)
-        q_BTHK, k_BTGK = rotate(q_BTHK, *shared.rope), rotate(k_BTGK, *shared.rope)
-        return self.out(self.core(q_BTHK, k_BTGK, v_BTGK, shared.places))
+        groups = qkv.shape[2] // self.head_size // (self.heads_per_group + 2)
+        heads = groups * self.heads_per_group
+        qkv_BTNK = rotate(qkv, self.head_size, heads + groups, *shared.rope)
+        return self.out(self.core(qkv_BTNK, heads, groups, shared.places))
 
 
 class MLP(nn.Module):
@@ -123,8 +108,7 @@ class MLP(nn.Module):
         return self.shrink(self.gate_up(x))
 
     def shrink(self, gate_up: Tensor) -> Tensor:
-        gate, up = gate_up.chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        return self.down(swiglu(gate_up))
 
 
 class Layer(nn.Module):
@@ -136,8 +120,9 @@ class Layer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, shared: Shared) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), shared)
-        return x + self.mlp(self.mlp_norm(x))
+        attended = self.attention(self.attention_norm(x), shared)
+        normed, x = self.mlp_norm(attended, x)
+        return x + self.mlp(normed)
 
 
 class Llama(Decoder):
@@ -159,8 +144,8 @@ class Llama(Decoder):
 
     def shared(self, places: Places, dtype: torch.dtype) -> Shared:
         frequency_K = rope_frequencies(self.config, places.position_BT.device)
-        angle_BT1K = places.position_BT[:, :, None, None] * frequency_K
-        return Shared((angle_BT1K.cos().to(dtype), angle_BT1K.sin().to(dtype)), places)
+        angle_BTK = places.position_BT[..., None] * frequency_K
+        return Shared((angle_BTK.cos(), angle_BTK.sin()), places)
 
     def predict(self, x_BTD: Tensor) -> Tensor:
         return self.head(self.norm(x_BTD))

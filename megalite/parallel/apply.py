@@ -17,11 +17,11 @@ from megalite.parallel.context import RingAttention
 from megalite.parallel.stage import cut
 from megalite.parallel.tensor import (
     ColumnParallelLinear,
+    PutOff,
     RowParallelLinear,
     SequenceCutEmbedding,
     VocabParallelCrossEntropy,
     VocabParallelEmbedding,
-    WeightGradients,
 )
 from megalite.plan import Plan, StageSpan
 
@@ -33,12 +33,12 @@ def apply_parallelism(
     span: StageSpan,
     mesh: Mesh,
     train: TrainConfig,
-    later: WeightGradients | None = None,
+    later: PutOff | None = None,
 ) -> None:
     """Turn a clean model on the meta device into this rank's part of one stage of it, in place. `weights` is the whole
     table; `later` puts weight gradients off."""
     cut(model, span, tied=any(weight.place == "both" for weight in weights))
-    if mesh.tensor.size > 1 or later:
+    if mesh.tensor.size > 1 or plan.engine == "native":  # whose linear modules give it their weight gradients
         table = {weight.name: weight for weight in weights}
         apply_tensor_parallelism(model, table, mesh.tensor, plan.sequence, later)
     if mesh.context.size > 1:
@@ -75,7 +75,7 @@ def _recompute(module: nn.Module, method: str) -> None:
 
 
 def apply_tensor_parallelism(
-    model: nn.Module, table: dict[str, Weight], axis: Axis, sequence: bool, later: WeightGradients | None = None
+    model: nn.Module, table: dict[str, Weight], axis: Axis, sequence: bool, later: PutOff | None = None
 ) -> None:
     """Swap each module for its parallel counterpart, as the table says how its weight is cut. Tied weights stay
     tied."""
@@ -98,7 +98,7 @@ def _counterpart(
     table: dict[str, Weight],
     axis: Axis,
     sequence: bool,
-    later: WeightGradients | None,
+    later: PutOff | None,
 ) -> nn.Module | None:
     if axis.size == 1 and not isinstance(child, nn.Linear):
         return None

@@ -49,19 +49,17 @@ class RingAttention(nn.Module):
         super().__init__()
         self.axis = axis
 
-    def forward(self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, places: Places) -> Tensor:
+    def forward(self, qkv_BTNK: Tensor, num_heads: int, num_kv_heads: int, places: Places) -> Tensor:
         """→ [B,T,H·K]"""
-        return _RingAttention.apply(q_BTHK, k_BTGK, v_BTGK, places.document_BT, self.axis)
+        return _RingAttention.apply(qkv_BTNK, num_heads, num_kv_heads, places.document_BT, self.axis)
 
 
 class _RingAttention(Function):
     @staticmethod
     def forward(
-        ctx: Any, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, document_BT: Tensor | None, axis: Axis
+        ctx: Any, qkv_BTNK: Tensor, num_heads: int, num_kv_heads: int, document_BT: Tensor | None, axis: Axis
     ) -> Tensor:
-        # Stacked, as one message: and a view into a fused projection, if saved, would keep all of that alive.
-        kv_2BTGK = torch.stack((k_BTGK, v_BTGK))
-        q = q_BTHK.transpose(1, 2)
+        q, kv_2BTGK = _queries_and_message(qkv_BTNK, num_heads, num_kv_heads)
         for block in _blocks(kv_2BTGK, document_BT, axis):
             out, lse = attend(q[:, :, block.rows], block.k, block.v, block.causal, block.mask)
             if block.step == 0:
@@ -70,16 +68,17 @@ class _RingAttention(Function):
             else:
                 _merge(merged[:, :, block.rows], merged_lse[:, :, block.rows], out, lse)
         out_BTHK = merged.to(q.dtype).transpose(1, 2).contiguous()
-        ctx.save_for_backward(q_BTHK, kv_2BTGK, out_BTHK, merged_lse, document_BT)
-        ctx.axis = axis
+        ctx.save_for_backward(qkv_BTNK, out_BTHK, merged_lse, document_BT)
+        ctx.axis, ctx.heads = axis, (num_heads, num_kv_heads)
         return out_BTHK.flatten(2)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        q_BTHK, kv_2BTGK, out_BTHK, lse, document_BT = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        qkv_BTNK, out_BTHK, lse, document_BT = ctx.saved_tensors
+        q, kv_2BTGK = _queries_and_message(qkv_BTNK, *ctx.heads)
         grad_BTHK = grad.contiguous().view_as(out_BTHK)  # GPU kernels want a last stride of 1; of a sum it is 0
-        q, out, grad = (x.transpose(1, 2) for x in (q_BTHK, out_BTHK, grad_BTHK))
+        out, grad = (x.transpose(1, 2) for x in (out_BTHK, grad_BTHK))
         dq_BHTK = torch.zeros_like(q, dtype=lse.dtype)
         dkv_2BTGK = torch.zeros_like(kv_2BTGK, dtype=lse.dtype)
         travelling: Result | None = None
@@ -102,8 +101,14 @@ class _RingAttention(Function):
                 whole_BTGK[:, block.keys] += part.transpose(1, 2)
             travelling = start_shift(dkv_2BTGK, ctx.axis)
         assert travelling is not None
-        dk_BTGK, dv_BTGK = travelling().to(kv_2BTGK.dtype)
-        return dq_BHTK.transpose(1, 2).to(q.dtype), dk_BTGK, dv_BTGK, None, None
+        parts = (dq_BHTK.transpose(1, 2), *travelling())
+        return torch.cat([part.to(q.dtype) for part in parts], dim=2), None, None, None, None
+
+
+def _queries_and_message(qkv_BTNK: Tensor, num_heads: int, num_kv_heads: int) -> tuple[Tensor, Tensor]:
+    """Queries [B,H,T,K], and keys and values [2,B,T,G,K] as one message."""
+    q_BTHK, k_BTGK, v_BTGK = qkv_BTNK.split((num_heads, num_kv_heads, num_kv_heads), dim=2)
+    return q_BTHK.transpose(1, 2), torch.stack((k_BTGK, v_BTGK))
 
 
 class _Block(NamedTuple):

@@ -26,7 +26,7 @@ from torch.profiler import record_function
 from megalite.engine import Engine
 from megalite.mesh import Mesh
 from megalite.parallel.stage import MESSAGES_UNDER_WAY, Inputs, Stage
-from megalite.parallel.tensor import WeightGradients
+from megalite.parallel.tensor import PutOff
 from megalite.plan import Plan
 
 SCHEDULES: dict[str, Any] = {"interleaved": ScheduleInterleaved1F1B, "zero_bubble": ScheduleInterleavedZeroBubble}
@@ -41,7 +41,7 @@ class Pipeline:
         plan: Plan,
         mesh: Mesh,
         hidden: Tensor,
-        deferred: Sequence[WeightGradients | None],
+        deferred: Sequence[PutOff | None],
     ):
         """`hidden` is a meta tensor like the hidden states of a training micro-batch; `deferred` goes with `stages`."""
         self.stages, self.mesh, self.hidden = stages, mesh, hidden
@@ -60,7 +60,7 @@ class Pipeline:
         else:
             self._schedule = SCHEDULES[plan.schedule](parts, **arguments)
 
-    def _part(self, stage: Stage, plan: Plan, later: WeightGradients | None) -> _Part:
+    def _part(self, stage: Stage, plan: Plan, later: PutOff | None) -> _Part:
         number, loss = torch.zeros(1, dtype=torch.int64), torch.zeros((), device="meta")
         # Given as examples, so that no stage has to run once to find out what it passes on.
         hidden = self.hidden.detach().requires_grad_()

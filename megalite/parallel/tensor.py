@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from megalite.kernels.loss import cross_entropy
 from megalite.mesh import ALONE, Axis
-from megalite.models.layers import IGNORE
 from megalite.parallel.collectives import (
     Result,
     all_gather,
@@ -66,35 +66,36 @@ def leave(x: Tensor, axis: Axis, sequence: bool) -> Tensor:
     return (_ScatterSequence if sequence else _Leave).apply(x, axis)
 
 
-class WeightGradients:
+Deliver = Callable[[Tensor, Tensor, Tensor], None]
+"""Takes (parameter, grad [T,N], x [T,K]): adds gradᵀ x to the parameter's gradient."""
+
+
+class PutOff:
     """Weight-gradient products that a zero-bubble schedule (Qi et al. 2023) puts off until a pipeline would idle.
 
     `put` is called in a backward pass; `take`, after it, gives the function that computes what was put since."""
 
     def __init__(self) -> None:
-        self.deliver: Callable[[Tensor, Tensor], None]
-        """Takes (parameter, gradient): set to the engine's `add_gradient`."""
-        self._waiting: list[tuple[Tensor, Callable[[], Tensor]]] = []
+        self._waiting: list[Callable[[], None]] = []
 
-    def put(self, parameter: Tensor, product: Callable[[], Tensor]) -> None:
-        self._waiting.append((parameter, product))
+    def put(self, product: Callable[[], None]) -> None:
+        self._waiting.append(product)
 
     def take(self) -> Callable[[], None]:
         waiting, self._waiting = self._waiting, []
 
         def run() -> None:
             while waiting:  # what a product has kept is free as soon as it is computed
-                parameter, product = waiting.pop(0)
                 with torch.no_grad():
-                    self.deliver(parameter, product())
+                    waiting.pop(0)()
 
         return run
 
 
 class _Linear(Function):
-    """The way in and the product after it in one, for two reasons: under sequence parallelism only this rank's slice of
-    the input is kept, and gathered again in the backward pass; and the gradient of the input travels while that of the
-    weight is computed."""
+    """The way in and the product after it in one, for three reasons: under sequence parallelism only this rank's slice
+    of the input is kept, and gathered again in the backward pass; the gradient of the input travels while that of the
+    weight is computed; and that product goes straight to the engine, which sums it in fp32."""
 
     @staticmethod
     def forward(
@@ -104,11 +105,12 @@ class _Linear(Function):
         bias: Tensor | None,
         axis: Axis,
         sequence: bool,
-        later: WeightGradients | None,
+        deliver: Deliver | None,
+        later: PutOff | None,
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.axis, ctx.sequence, ctx.later, ctx.has_bias = axis, sequence, later, bias is not None
-        ctx.parameter = weight if later else None
+        ctx.axis, ctx.sequence, ctx.has_bias = axis, sequence, bias is not None
+        ctx.deliver, ctx.later, ctx.parameter = deliver, later, weight
         return F.linear(all_gather(x, axis, SEQUENCE) if sequence else x, weight, bias)
 
     @staticmethod
@@ -117,17 +119,19 @@ class _Linear(Function):
         grad_rows = grad.flatten(0, -2)
         grad_bias = grad_rows.sum(0) if ctx.has_bias else None
         if ctx.later:
-            axis, sequence = ctx.axis, ctx.sequence
+            axis, sequence, deliver, parameter = ctx.axis, ctx.sequence, ctx.deliver, ctx.parameter
             ctx.later.put(
-                ctx.parameter,
-                lambda: grad_rows.t() @ (all_gather(x, axis, SEQUENCE) if sequence else x).flatten(0, -2),
+                lambda: deliver(parameter, grad_rows, (all_gather(x, axis, SEQUENCE) if sequence else x).flatten(0, -2))
             )
-            grad_x = _start_input_gradient(ctx, grad @ weight)()
-            return grad_x, None, grad_bias, None, None, None
+            return _start_input_gradient(ctx, grad @ weight)(), None, grad_bias, None, None, None, None
         whole_x = start_gather_along(x, ctx.axis, SEQUENCE) if ctx.sequence else None
         input_gradient = _start_input_gradient(ctx, grad @ weight)
-        grad_weight = grad_rows.t() @ (whole_x() if whole_x else x).flatten(0, -2)
-        return input_gradient(), grad_weight, grad_bias, None, None, None
+        rows = (whole_x() if whole_x else x).flatten(0, -2)
+        if ctx.deliver:
+            grad_weight = ctx.deliver(ctx.parameter, grad_rows, rows)
+        else:
+            grad_weight = grad_rows.t() @ rows
+        return input_gradient(), grad_weight, grad_bias, None, None, None, None
 
 
 def _start_input_gradient(ctx: Any, grad_x: Tensor) -> Result:
@@ -142,45 +146,37 @@ class _Parallel(nn.Module):
         self.axis, self.sequence = axis, sequence
 
 
-class ColumnParallelLinear(_Parallel):
+class ParallelLinear(_Parallel):
+    """An engine that takes products of weight gradients sets `deliver`; without one autograd gets the gradient."""
+
+    def __init__(
+        self,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        axis: Axis,
+        sequence: bool,
+        later: PutOff | None = None,
+    ):
+        super().__init__(axis, sequence)
+        self.weight, self.bias, self.later = weight, bias, later
+        self.deliver: Deliver | None = None
+
+
+class ColumnParallelLinear(ParallelLinear):
     """Holds some of the output rows; gives those output features of the whole sequence."""
 
-    def __init__(
-        self,
-        weight: nn.Parameter,
-        bias: nn.Parameter | None,
-        axis: Axis,
-        sequence: bool,
-        later: WeightGradients | None = None,
-    ):
-        super().__init__(axis, sequence)
-        self.weight, self.bias, self.later = weight, bias, later
-
     def forward(self, x: Tensor) -> Tensor:
-        return _Linear.apply(x, self.weight, self.bias, self.axis, self.sequence, self.later)
+        return _Linear.apply(x, self.weight, self.bias, self.axis, self.sequence, self.deliver, self.later)
 
 
-class RowParallelLinear(_Parallel):
+class RowParallelLinear(ParallelLinear):
     """Holds some of the input columns; the products are summed over ranks, then the whole bias is added once."""
 
-    def __init__(
-        self,
-        weight: nn.Parameter,
-        bias: nn.Parameter | None,
-        axis: Axis,
-        sequence: bool,
-        later: WeightGradients | None = None,
-    ):
-        super().__init__(axis, sequence)
-        self.weight, self.bias, self.later = weight, bias, later
-
     def forward(self, x: Tensor) -> Tensor:
-        if self.later:
-            product = _Linear.apply(x, self.weight, None, ALONE, False, self.later)
-        else:
-            product = F.linear(x, self.weight)
+        alone = self.axis.size == 1
+        product = _Linear.apply(x, self.weight, self.bias if alone else None, ALONE, False, self.deliver, self.later)
         out = leave(product, self.axis, self.sequence)
-        return out if self.bias is None else out + self.bias
+        return out if alone or self.bias is None else out + self.bias
 
 
 class VocabParallelEmbedding(_Parallel):
@@ -208,43 +204,22 @@ class SequenceCutEmbedding(_Parallel):
         return F.embedding(positions_BT.chunk(self.axis.size, SEQUENCE)[self.axis.rank], self.weight)
 
 
-class _CrossEntropy(Function):
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, axis: Axis, vocab_size: int) -> Tensor:
-        rows = logits.shape[-1]
-        exponent = logits.to(torch.float32, copy=True)
-        exponent[..., max(0, vocab_size - axis.rank * rows) :] = -torch.inf  # padding takes no probability
-        largest = all_reduce(exponent.amax(-1), axis, dist.ReduceOp.MAX)
-        exponent -= largest[..., None]
-        column = labels - axis.rank * rows
-        here = (column >= 0) & (column < rows)
-        column = column.masked_fill(~here, 0)
-        target = exponent.gather(-1, column[..., None])[..., 0].masked_fill(~here, 0.0)
-        probability = exponent.exp_()
-        # One message for both sums.
-        total, target = all_reduce(torch.stack((probability.sum(-1), target)), axis).unbind()
-        probability /= total[..., None]
-        ignored = labels == IGNORE
-        ctx.save_for_backward(probability, column, here, ignored)
-        ctx.dtype = logits.dtype
-        return (total.log() - target).masked_fill(ignored, 0.0)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        probability, column, here, ignored = ctx.saved_tensors
-        grad_logits = probability
-        grad_logits.scatter_add_(-1, column[..., None], -here[..., None].float())
-        grad_logits *= grad.masked_fill(ignored, 0.0)[..., None]
-        return grad_logits.to(ctx.dtype), None, None, None
-
-
 class VocabParallelCrossEntropy(nn.Module):
     """Loss of every token from logits of which each rank holds some columns: three numbers a token travel, no
-    logits."""
+    logits. The backward pass overwrites the logits."""
 
     def __init__(self, axis: Axis, vocab_size: int):
         super().__init__()
         self.axis, self.vocab_size = axis, vocab_size
 
     def forward(self, logits: Tensor, labels_BT: Tensor) -> Tensor:
-        return _CrossEntropy.apply(logits, labels_BT, self.axis, self.vocab_size)
+        columns = logits.shape[-1]
+        first = self.axis.rank * columns
+        num_valid = min(max(self.vocab_size - first, 0), columns)
+        return cross_entropy(logits, labels_BT, first, num_valid, self._combine)
+
+    def _combine(self, lse: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        largest = all_reduce(lse.clone(), self.axis, dist.ReduceOp.MAX)
+        # One message for both sums.
+        total, target = all_reduce(torch.stack(((lse - largest).exp(), target)), self.axis).unbind()
+        return largest + total.log(), target

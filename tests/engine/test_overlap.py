@@ -23,7 +23,7 @@ RUNS = {
     "tensor": ("parallel.tensor=2",),
     "tensor without sequence": ("parallel.tensor=2", "parallel.sequence=false"),
 }
-PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm")
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "megalite::weight_gradient_")
 Span = tuple[float, float]
 
 

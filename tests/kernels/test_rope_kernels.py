@@ -43,22 +43,25 @@ def by_complex_numbers(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int) ->
     return torch.cat((whole, qkv[:, :, num_heads:]), dim=2)
 
 
+def plainly(qkv: Tensor, head_size: int, num_heads: int, cos: Tensor, sin: Tensor) -> Tensor:
+    return _rotate_plainly(qkv.unflatten(-1, (-1, head_size)), num_heads, cos, sin)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("function", [rotate, plainly])
 @pytest.mark.parametrize(("shape", "batch", "pairs", "num_heads"), CASES)
 def test_rotate(
     shape: tuple[int, ...],
     batch: int,
     pairs: int,
     num_heads: int,
-    plain: bool,
+    function: Callable[..., Tensor],
     dtype: torch.dtype,
     device: torch.device,  # noqa: F811
 ) -> None:
     cos, sin = angles(batch, shape[1], pairs)
-    function = _rotate_plainly if plain else rotate
     check_against_float64(
-        lambda qkv: function(qkv.clone(), cos.to(device), sin.to(device), num_heads),
+        lambda qkv: function(qkv.flatten(2).clone(), shape[3], num_heads, cos.to(device), sin.to(device)),
         lambda qkv: by_complex_numbers(qkv, cos.double(), sin.double(), num_heads),
         [random(*shape)],
         dtype,
@@ -70,9 +73,9 @@ def test_rotate(
 def test_not_contiguous(dtype: torch.dtype, device: torch.device) -> None:  # noqa: F811
     cos, sin = (x.expand(5, 3, 4).transpose(0, 1) for x in angles(1, 3, 4))  # [3,5,4], strides 4, 0, 1
     check_against_float64(
-        lambda qkv: rotate(qkv * 1, cos.to(device), sin.to(device), 4),
-        lambda qkv: by_complex_numbers(qkv, cos.double(), sin.double(), 4),
-        [random(5, 3, 6, 8).transpose(0, 1)],
+        lambda qkv: rotate(qkv * 1, 8, 4, cos.to(device), sin.to(device)),
+        lambda qkv: by_complex_numbers(qkv.unflatten(-1, (6, 8)), cos.double(), sin.double(), 4),
+        [random(5, 3, 48).transpose(0, 1)],
         dtype,
         device,
     )
@@ -82,16 +85,17 @@ def test_not_contiguous(dtype: torch.dtype, device: torch.device) -> None:  # no
 def test_in_place_forth_and_back(device: torch.device) -> None:  # noqa: F811
     """The result lies where `qkv` lay; so does the gradient, which the split of heads has just made."""
     cos, sin = (x.to(device) for x in angles(1, 5, 4))
-    qkv = random(2, 5, 6 * 8).float().to(device).requires_grad_() * 1
-    seen: dict[str, int] = {}
-    qkv.register_hook(lambda grad: seen.update(given_on=grad.data_ptr()))
-    view = qkv.unflatten(-1, (6, 8))
-    turned = rotate(view, cos, sin, 4)
-    assert turned.data_ptr() == qkv.data_ptr()
-    turned.register_hook(lambda grad: seen.update(came=grad.data_ptr()))
+    leaf = random(2, 5, 48).float().to(device).requires_grad_()
+    seen: list[int] = []
+    leaf.register_hook(lambda grad: seen.append(grad.data_ptr()))
+    qkv = leaf + 1
+    address = qkv.data_ptr()
+    turned = rotate(qkv, 8, 4, cos, sin)
+    assert turned.data_ptr() == address
+    turned.register_hook(lambda grad: seen.append(grad.data_ptr()))
     q, k, v = turned.split((3, 1, 2), dim=2)
     (q.square().sum() + k.exp().sum() + v.sum()).backward()
-    assert seen["came"] == seen["given_on"]
+    assert seen[0] == seen[1]
 
 
 def used_once(turned: Tensor, other: Tensor) -> Tensor:
@@ -135,7 +139,7 @@ def test_gradients_of_all_that_is_near(
 
         def loss(x: Tensor, weight: Tensor, other: Tensor) -> Tensor:
             before = other.mul(3)  # its backward runs after that of the rotation
-            return use(function((x @ weight.t()).unflatten(-1, (6, 8)), cos, sin, 4), before)
+            return use(function(x @ weight.t(), 8, 4, cos, sin), before)
 
         if how == "compiled":
             torch._dynamo.reset()
@@ -147,7 +151,7 @@ def test_gradients_of_all_that_is_near(
         result.backward()
         return [result, x.grad, weight.grad, other.grad]
 
-    for a, b in zip(run(rotate), run(_rotate_plainly), strict=True):
+    for a, b in zip(run(rotate), run(plainly), strict=True):
         assert error(a, b) <= BOUND[torch.float32]
 
 
@@ -155,17 +159,28 @@ def test_gradient_of_the_caller_is_left_alone(device: torch.device) -> None:  # 
     cos, sin = (x.to(device) for x in angles(1, 5, 4))
     grad = random(2, 5, 6, 8).float().to(device)
     given = grad.clone()
-    x = random(2, 5, 6, 8, seed=1).float().to(device).requires_grad_()
-    torch.autograd.grad(rotate(x * 1, cos, sin, 4), x, given)
+    x = random(2, 5, 48, seed=1).float().to(device).requires_grad_()
+    torch.autograd.grad(rotate(x * 1, 8, 4, cos, sin), x, given)
     assert torch.equal(given, grad)
+
+
+@needs_kernels
+def test_projection_used_later_is_the_turned_one(device: torch.device) -> None:  # noqa: F811
+    cos, sin = (x.to(device) for x in angles(1, 5, 4))
+    x = random(2, 5, 48).float().to(device).requires_grad_()
+    qkv = x * 1
+    rotate(qkv, 8, 4, cos, sin)
+    (found,) = torch.autograd.grad(qkv.pow(3).sum(), x)
+    (wanted,) = torch.autograd.grad(plainly(x, 8, 4, cos, sin).pow(3).sum(), x)
+    assert error(found, wanted) <= BOUND[torch.float32]
 
 
 @needs_kernels
 def test_values_saved_before_are_refused(device: torch.device) -> None:  # noqa: F811
     cos, sin = (x.to(device) for x in angles(1, 5, 4))
-    x = random(2, 5, 6, 8).float().to(device).requires_grad_()
+    x = random(2, 5, 48).float().to(device).requires_grad_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        rotate(x.exp(), cos, sin, 4).sum().backward()
+        rotate(x.exp(), 8, 4, cos, sin).sum().backward()
 
 
 @needs_kernels
@@ -174,9 +189,9 @@ def test_compiled_by_inductor() -> None:
     weight, x = random(48, 10).float().requires_grad_(), random(2, 5, 10).float()
 
     def loss(weight: Tensor, function: Callable[..., Tensor]) -> Tensor:
-        return function((x @ weight.t()).unflatten(-1, (6, 8)), cos, sin, 4).square().cumsum(-1).sum()
+        return function(x @ weight.t(), 8, 4, cos, sin).square().cumsum(-1).sum()
 
-    (wanted,) = torch.autograd.grad(loss(weight, _rotate_plainly), weight)
+    (wanted,) = torch.autograd.grad(loss(weight, plainly), weight)
     torch._dynamo.reset()
     (found,) = torch.autograd.grad(torch.compile(loss, fullgraph=True)(weight, rotate), weight)
     assert error(found, wanted) <= BOUND[torch.float32]
@@ -184,11 +199,11 @@ def test_compiled_by_inductor() -> None:
 
 def test_plain_torch_is_out_of_place() -> None:
     cos, sin = angles(1, 5, 4)
-    qkv = random(2, 5, 6, 8)
+    qkv = random(2, 5, 48).float()
     try:
         library.use(KernelsConfig(rope="torch"))
         before = qkv.clone()
-        rotate(qkv, cos, sin, 4)
+        rotate(qkv, 8, 4, cos, sin)
         assert torch.equal(qkv, before)
     finally:
         library.use(KernelsConfig())

@@ -266,22 +266,20 @@ def test_dropout_can_be_off() -> None:
 @pytest.mark.parametrize("packed", [False, True], ids=["one document", "packed"])
 def test_attention_written_out_equals_torch(packed: bool) -> None:
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, 9, heads, 8, generator=generator) for heads in (4, 2, 2))
+    qkv = torch.randn(2, 9, 4 + 2 + 2, 8, generator=generator)
     documents = torch.tensor([[0] * 4 + [1] + [2] * 4, [0] * 8 + [1]]) if packed else None
     where = places(9, KEYS[:2], documents)
     attention, dropping = CausalAttention(), CausalAttention(Dropout(1e-9, "a", over_heads=True)).train()
-    wanted = attention(q, k, v, where)
+    wanted = attention(qkv, 4, 2, where)
     # Both in fp32, sums of at most nine values near 1.
-    torch.testing.assert_close(dropping(q, k, v, where), wanted, rtol=0, atol=2e-6)
-    last = torch.tensor(8)
-    assert torch.equal(
-        attention(q, k.index_fill(1, last, 9.0), v.index_fill(1, last, 9.0), where)[:, :8], wanted[:, :8]
-    )
+    torch.testing.assert_close(dropping(qkv, 4, 2, where), wanted, rtol=0, atol=2e-6)
+    other = qkv.clone()
+    other[:, 8, 4:] = 9.0
+    assert torch.equal(attention(other, 4, 2, where)[:, :8], wanted[:, :8])
     if packed:  # each document alone gives the same
         for row, pieces in enumerate([(slice(0, 4), slice(4, 5), slice(5, 9)), (slice(0, 8), slice(8, 9))]):
             for piece in pieces:
-                alone = (x[row : row + 1, piece] for x in (q, k, v))
-                found = attention(*alone, places(piece.stop - piece.start))
+                found = attention(qkv[row : row + 1, piece], 4, 2, places(piece.stop - piece.start))
                 torch.testing.assert_close(found[0], wanted[row, piece], rtol=0, atol=2e-6)
 
 

@@ -87,7 +87,7 @@ def run(attention: Attend, qkv: Tensor, places: Places, weights: Tensor) -> dict
     """Output and gradients of the loss ⟨weights, output⟩."""
     qkv = qkv.detach().requires_grad_()
     groups = (qkv.shape[2] - HEADS) // 2
-    out = attention(*qkv.split((HEADS, groups, groups), dim=2), places)
+    out = attention(qkv, HEADS, groups, places)
     (out * weights).sum().backward()
     assert qkv.grad is not None
     assert out.dtype == qkv.dtype
@@ -109,7 +109,7 @@ def saved_bytes(axis: Axis) -> tuple[int, int]:
     """Of the memory that tensors saved for the backward pass keep alive: found and wanted."""
     case = Case(48, 2, "uneven", torch.float32)
     index = zigzag(48, axis)
-    q, k, v = (x.clone().requires_grad_() for x in fused(case)[:, index].split((HEADS, 2, 2), dim=2))
+    qkv = fused(case)[:, index].requires_grad_()
     kept: dict[int, int] = {}
 
     def keep(x: Tensor) -> Tensor:
@@ -117,10 +117,10 @@ def saved_bytes(axis: Axis) -> tuple[int, int]:
         return x
 
     with saved_tensors_hooks(keep, lambda x: x):
-        out = RingAttention(axis)(q, k, v, places_of(case, index))
+        out = RingAttention(axis)(qkv, HEADS, 2, places_of(case, index))
     tokens = BATCH * len(index)
     log_sum_exp, documents = 4 * tokens * HEADS, 8 * tokens
-    return sum(kept.values()), sum(4 * x.numel() for x in (q, k, v, out)) + log_sum_exp + documents
+    return sum(kept.values()), sum(4 * x.numel() for x in (qkv, out)) + log_sum_exp + documents
 
 
 class Found(NamedTuple):
@@ -234,7 +234,7 @@ def test_gradient_without_strides() -> None:
     grads = []
     for attention in (CausalAttention(), RingAttention(Axis())):
         qkv = fused(case).requires_grad_()
-        attention(*qkv.split(HEADS, dim=2), places_of(case, index)).sum().backward()
+        attention(qkv, HEADS, HEADS, places_of(case, index)).sum().backward()
         grads.append(qkv.grad)
     torch.testing.assert_close(*grads)
 

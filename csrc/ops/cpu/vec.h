@@ -29,33 +29,33 @@ template <> inline bf16 from_float<bf16>(float x) {
   return {static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded)};
 }
 
-// e^x to 2 ulp for the results that are normal numbers; below them 0, above them infinity; NaN stays NaN. Cody and
-// Waite's reduction to |r| <= ln(2)/2, then the Taylor polynomial of degree 7 (its remainder is 1e-8 there).
+// e^x to 2 ulp; below 2^-125.5 0, above the largest float infinity; NaN stays NaN. Cody and Waite's reduction to
+// |r| <= ln(2)/2, then the Taylor polynomial of degree 7 (its remainder is 1e-8 there). No choice is made after the
+// polynomial: the compiler would repeat for each outcome what its caller computes next.
 inline float exp(float x) {
-  const float clamped = x < -87.3f ? -87.3f : (x > 88.7f ? 88.7f : x);
+  const float above = x < -87.3f ? -87.3f : x;
+  const float clamped = above > 89.0f ? 89.0f : above;
   const float shifted = clamped * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum's low bits are the rounded integer
   const float n = shifted - 12582912.0f;
   float r = clamped - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;
-  float p = 1.0f / 5040.0f;
-  p = p * r + 1.0f / 720.0f;
-  p = p * r + 1.0f / 120.0f;
-  p = p * r + 1.0f / 24.0f;
-  p = p * r + 1.0f / 6.0f;
-  p = p * r + 0.5f;
+  float p = 2.0f / 5040.0f;  // twice the polynomial, for 2^(n-1): n reaches 128, and at -126 the factor's bits are 0
+  p = p * r + 2.0f / 720.0f;
+  p = p * r + 2.0f / 120.0f;
+  p = p * r + 2.0f / 24.0f;
+  p = p * r + 2.0f / 6.0f;
   p = p * r + 1.0f;
-  p = p * r + 1.0f;
+  p = p * r + 2.0f;
+  p = p * r + 2.0f;
   int32_t bits;
   std::memcpy(&bits, &shifted, 4);
-  // 2^n in two factors, because n reaches 128, which one exponent does not hold.
-  const int32_t whole = bits - 0x4b400000, half = whole >> 1;
-  const int32_t first_bits = (half + 127) << 23, second_bits = (whole - half + 127) << 23;
-  float first, second;
-  std::memcpy(&first, &first_bits, 4);
-  std::memcpy(&second, &second_bits, 4);
-  const float value = p * first * second;
-  return x < -87.3f ? 0.0f : (x > 88.7f ? x * 3.0e38f : (x != x ? x : value));
+  const int32_t factor_bits = (bits - (0x4b400000 - 126)) << 23;
+  float factor;
+  std::memcpy(&factor, &factor_bits, 4);
+  return p * factor;
 }
+
+inline float sigmoid(float x) { return 1.0f / (1.0f + exp(-x)); }
 
 }  // namespace megalite::cpu::MEGALITE_ISA
 

@@ -1,0 +1,555 @@
+// Attention by tiles, softmax and all (Dao et al. 2022): scores exist for a few queries and keys at a time, and the backward
+// pass computes them again. Every product goes through `tile`, six rows of a result at once: rows are queries or keys,
+// in strips that never straddle a block. With bf16, probabilities and the gradients of scores are rounded to it for the
+// products that follow; all sums are fp32.
+#include "../attention.h"
+
+#include <cmath>
+#include <cstdlib>
+#include <new>
+
+#include "tile.h"
+
+namespace megalite::cpu::MEGALITE_ISA {
+
+namespace {
+
+constexpr int64_t QUERIES = ATTENTION_QUERIES;
+// Keys that a strip of queries meets at once. Forward: few, so that keys and values stay in L1. Backward: more, because
+// the sums over them are read and written once a block.
+constexpr int64_t FORWARD_KEYS = 64, BACKWARD_KEYS = 192;
+static_assert(QUERIES % TILE_ROWS == 0 && BACKWARD_KEYS % TILE_ROWS == 0 && TILE_ROWS % 2 == 0);
+static_assert(FORWARD_KEYS % TILE_COLUMNS == 0 && BACKWARD_KEYS % TILE_COLUMNS == 0);
+static_assert(ATTENTION_KEYS % TILE_COLUMNS == 0 && ATTENTION_SIZE % WIDTH == 0);
+
+constexpr float LOG2E = 1.44269504f;
+constexpr float LOWEST = -1e38f;  // below every score, yet its product with log2(e) is finite
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t round_down(int64_t x, int64_t multiple) { return x / multiple * multiple; }
+inline int64_t round_up(int64_t x, int64_t multiple) { return round_down(x + multiple - 1, multiple); }
+
+// Memory of its own for one task.
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t count) : at_(static_cast<T*>(std::aligned_alloc(64, round_up(count * sizeof(T) + 1, 64)))) {
+    if (!at_) throw std::bad_alloc();
+  }
+  Buffer(const Buffer&) = delete;
+  ~Buffer() { std::free(at_); }
+  operator T*() const { return at_; }
+
+ private:
+  T* at_;
+};
+
+// 2^x to 2e-7 for x < 1; 0 below -126. A polynomial for the fraction in [0, 1], exact at both of its ends.
+inline vec exp2(vec x) {
+#ifdef __AVX512F__
+  const vec r = (vec)_mm512_reduce_ps((__m512)x, 1);  // x - floor(x)
+#else
+  constexpr float shift = 12582912.0f + 127.0f;  // 1.5 * 2^23: the sum's low bits are the rounded integer
+  const vec clamped = x < -126.0f ? vec{} - 126.0f : x;
+  const vec shifted = (clamped - 0.5f) + shift;
+  const vec r = clamped - (shifted - shift);
+#endif
+  vec p = r * 1.8793186e-3f + 8.9909956e-3f;
+  p = p * r + 5.5818677e-2f;
+  p = p * r + 2.4015927e-1f;
+  p = p * r + 6.9315171e-1f;
+  p = p * r + 1.0f;
+#ifdef __AVX512F__
+  return (vec)_mm512_scalef_ps((__m512)p, (__m512)x);
+#else
+  return x < -126.0f ? vec{} : p * (vec)((bits)shifted << 23);
+#endif
+}
+
+inline float largest(vec x) {
+#ifdef __AVX512F__
+  return _mm512_reduce_max_ps((__m512)x);
+#else
+  float value = x[0];
+  for (int i = 1; i < WIDTH; ++i) value = x[i] > value ? x[i] : value;
+  return value;
+#endif
+}
+
+inline float total(vec x) {
+  float value = 0.0f;
+  for (int i = 0; i < WIDTH; ++i) value += x[i];
+  return value;
+}
+
+// Rounded to bf16, in the upper half of each element; NaN stays NaN.
+inline bits rounded(vec x) {
+  const bits raw = (bits)x, up = raw + 0x7fffu + ((raw >> 16) & 1u);
+  return x == x ? up : raw | 0x400000u;
+}
+
+inline void store_row(float* to, vec x) { store_vector(to, x); }
+inline void store_row(bf16* to, vec x) {
+#ifdef __AVX512BF16__
+  store_vector(to, _mm512_cvtneps_pbh((__m512)x));
+#else
+  typedef uint16_t halves __attribute__((vector_size(2 * WIDTH)));
+  store_vector(to, __builtin_convertvector(rounded(x) >> 16, halves));
+#endif
+}
+
+// Two rows as steps of a product's depth: bf16 in pairs, fp32 one after the other, `row` elements apart.
+inline void store_steps(float* to, int64_t row, vec even, vec odd) {
+  store_vector(to, even);
+  store_vector(to + row, odd);
+}
+inline void store_steps(bf16* to, int64_t, vec even, vec odd) {
+#ifdef __AVX512BF16__
+  const __m512i order = _mm512_set_epi16(
+      31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1,
+      16, 0);
+  store_vector(to, _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even)));
+#else
+  store_vector(to, rounded(even) >> 16 | (rounded(odd) & 0xffff0000u));
+#endif
+}
+
+// Rows one after the other, each filled up with zeros to `padded` elements: operand a with rows along the tile's rows.
+template <class T>
+void copy_rows(const T* from, int64_t from_row, int64_t rows, int64_t size, T* to, int64_t padded) {
+  for (int64_t r = 0; r < rows; ++r, from += from_row, to += padded) {
+    std::memcpy(to, from, size * sizeof(T));
+    for (int64_t i = size; i < padded; ++i) to[i] = T{};
+  }
+}
+
+// Rows as steps of the depth, columns next to each other: [rows / STEP, padded, STEP].
+template <class T>
+void pack_rows(const T* from, int64_t from_row, int64_t rows, int64_t size, T* to, int64_t padded) {
+  for (int64_t r = 0; r < rows; r += STEP<T>, from += STEP<T> * from_row, to += STEP<T> * padded) {
+    if constexpr (STEP<T> == 1) {
+      std::memcpy(to, from, size * sizeof(T));
+    } else {
+      const T zero{}, *odd = r + 1 < rows ? from + from_row : &zero;
+      const int64_t odd_step = r + 1 < rows;
+#pragma omp simd
+      for (int64_t i = 0; i < size; ++i) to[2 * i] = from[i];
+      if (odd_step) {
+#pragma omp simd
+        for (int64_t i = 0; i < size; ++i) to[2 * i + 1] = odd[i];
+      } else {
+        for (int64_t i = 0; i < size; ++i) to[2 * i + 1] = zero;
+      }
+    }
+    for (int64_t i = STEP<T> * size; i < STEP<T> * padded; ++i) to[i] = T{};
+  }
+}
+
+// Rows as columns, in panels of as many as a tile is wide: [rows / TILE_COLUMNS, steps, TILE_COLUMNS, STEP].
+template <class T>
+void pack_columns(const T* from, int64_t from_row, int64_t rows, int64_t size, T* to) {
+  const int64_t whole = size / STEP<T>, steps = (size + STEP<T> - 1) / STEP<T>, row_steps = TILE_COLUMNS * STEP<T>;
+  for (int64_t panel = 0; panel < rows; panel += TILE_COLUMNS, to += steps * row_steps)
+    for (int64_t column = 0; column < TILE_COLUMNS; ++column) {
+      T* at = to + column * STEP<T>;
+      if (panel + column >= rows) {
+        for (int64_t step = 0; step < steps; ++step, at += row_steps)
+          for (int64_t i = 0; i < STEP<T>; ++i) at[i] = T{};
+        continue;
+      }
+      const T* row = from + (panel + column) * from_row;
+      for (int64_t step = 0; step < whole; ++step, at += row_steps)
+        std::memcpy(at, row + step * STEP<T>, STEP<T> * sizeof(T));
+      if (whole < steps) {
+        at[0] = row[size - 1];
+        at[1] = T{};
+      }
+    }
+}
+
+template <int C, class T>
+void multiply_columns(
+    int64_t steps, const T* a, int64_t a_row, int64_t a_step, const T* b, int64_t b_step, float* c, int64_t c_row,
+    const float* keep) {
+  if constexpr (C <= TILE_VECTORS) {
+    vec acc[TILE_ROWS][C];
+    for (int r = 0; r < TILE_ROWS; ++r)
+      for (int v = 0; v < C; ++v) acc[r][v] = keep ? keep[r] * load_vector<vec>(c + r * c_row + v * WIDTH) : vec{};
+    tile(steps, a, a_row, a_step, b, b_step, acc);
+    for (int r = 0; r < TILE_ROWS; ++r)
+      for (int v = 0; v < C; ++v) store_vector(c + r * c_row + v * WIDTH, acc[r][v]);
+  }
+}
+
+// c = keep c + a b for TILE_ROWS rows and `vectors` vectors of columns. `keep` has a factor a row; null: c is not read.
+template <class T>
+void multiply(
+    int64_t steps, const T* a, int64_t a_row, int64_t a_step, const T* b, int64_t b_step, int64_t vectors, float* c,
+    int64_t c_row, const float* keep) {
+  for (int64_t v = 0, count; v < vectors; v += count) {
+    const int64_t rest = vectors - v;
+    count = rest <= TILE_VECTORS ? rest : (rest < 2 * TILE_VECTORS ? (rest + 1) / 2 : TILE_VECTORS);
+    const T* columns = b + v * WIDTH * STEP<T>;
+    float* to = c + v * WIDTH;
+    switch (count) {
+      case 1: multiply_columns<1>(steps, a, a_row, a_step, columns, b_step, to, c_row, keep); break;
+      case 2: multiply_columns<2>(steps, a, a_row, a_step, columns, b_step, to, c_row, keep); break;
+      case 3: multiply_columns<3>(steps, a, a_row, a_step, columns, b_step, to, c_row, keep); break;
+      default: multiply_columns<4>(steps, a, a_row, a_step, columns, b_step, to, c_row, keep);
+    }
+  }
+}
+
+constexpr float ones[TILE_ROWS] = {1.0f, 1.0f, 1.0f, 1.0f, 1.0f, 1.0f};
+
+// Sizes and strides of one call, in elements.
+template <class T>
+struct Layout {
+  explicit Layout(const Attention& a)
+      : token((a.heads + 2 * a.kv_heads) * a.size),
+        padded(a.padded_size),
+        length(a.padded_length),
+        steps((a.size + STEP<T> - 1) / STEP<T>),
+        vectors((a.size + WIDTH - 1) / WIDTH),
+        group(a.heads / a.kv_heads) {}
+  const int64_t token;           // from one token of qkv to the next
+  const int64_t padded, length;  // of packed heads
+  const int64_t steps;           // of the depth of products over the head size
+  const int64_t vectors;         // of a head
+  const int64_t group;           // query heads of a key/value head
+};
+
+// Who attends to whom, in one row of the batch.
+struct Reach {
+  const int64_t* start;
+  int64_t length;
+  int64_t first(int64_t query) const { return start ? start[query < length ? query : length - 1] : 0; }
+  int64_t end(int64_t query) const { return query < length ? query + 1 : length; }
+};
+
+// Scores of keys that a strip of queries, the first of them `query`, does not reach become -infinity. `scores` are of
+// keys [begin, end).
+inline void hide(const Reach& reach, int64_t query, float* scores, int64_t row, int64_t begin, int64_t end) {
+  if (reach.first(query + TILE_ROWS - 1) <= begin && reach.end(query) >= end) return;
+  for (int r = 0; r < TILE_ROWS; ++r, scores += row) {
+    const int64_t first = reach.first(query + r), last = reach.end(query + r);
+    for (int64_t key = begin; key < end && key < first; ++key) scores[key - begin] = -INFINITY;
+    for (int64_t key = end; key-- > begin && key >= last;) scores[key - begin] = -INFINITY;
+  }
+}
+
+template <class T>
+void pack(const AttentionForward& a, int64_t begin, int64_t end) {
+  const Layout<T> at(a);
+  for (int64_t pair = begin; pair < end; ++pair) {
+    const int64_t b = pair / a.kv_heads, g = pair % a.kv_heads;
+    const T* k = static_cast<const T*>(a.qkv) + b * a.length * at.token + (a.heads + g) * a.size;
+    T* packed = static_cast<T*>(a.packed) + pair * 2 * at.length * at.padded;
+    pack_columns(k, at.token, a.length, a.size, packed);
+    pack_rows(k + a.kv_heads * a.size, at.token, a.length, a.size, packed + at.length * at.padded, at.padded);
+  }
+}
+
+// One strip's softmax over scores[begin..end), which lie in rows of FORWARD_KEYS: their e^(score - largest) go to
+// `probabilities`, and `largest`, `sum` take them in. `keep` gets the factors of what was summed up before.
+template <class T>
+inline void take_in(
+    const float* scores, int64_t begin, int64_t end, float scale, float* top, vec* sum, T* probabilities,
+    float* keep) {
+  for (int r = 0; r < TILE_ROWS; ++r) {
+    const float* row = scores + r * FORWARD_KEYS;
+    vec high = load_vector<vec>(row + begin);
+    for (int64_t i = begin + WIDTH; i < end; i += WIDTH) {
+      const vec x = load_vector<vec>(row + i);
+      high = x > high ? x : high;
+    }
+    const float highest = largest(high), before = top[r];
+    top[r] = highest > before ? highest : before;
+    keep[r] = (before - top[r]) * scale;
+  }
+  for (int i = 0; i < TILE_ROWS; i += WIDTH) store_vector(keep + i, exp2(load_vector<vec>(keep + i)));
+  for (int r = 0; r < TILE_ROWS; ++r) {
+    const float* row = scores + r * FORWARD_KEYS;
+    const float offset = top[r] * scale;
+    vec added = sum[r] * keep[r];
+    for (int64_t i = begin; i < end; i += WIDTH) {
+      const vec p = exp2(load_vector<vec>(row + i) * scale - offset);
+      added += p;
+      store_row(probabilities + r * FORWARD_KEYS + i, p);
+    }
+    sum[r] = added;
+  }
+}
+
+template <class T>
+void forward(const AttentionForward& a, int64_t begin, int64_t end) {
+  const Layout<T> at(a);
+  const int64_t blocks = (a.length + QUERIES - 1) / QUERIES, panel = at.steps * TILE_COLUMNS * STEP<T>;
+  const float root = 1.0f / std::sqrt(static_cast<float>(a.size)), scale = root * LOG2E;
+  const Buffer<T> q(QUERIES * at.padded), probabilities(TILE_ROWS * FORWARD_KEYS);
+  const Buffer<float> out(QUERIES * at.padded), top(QUERIES), scores(TILE_ROWS * FORWARD_KEYS);
+  const Buffer<float> keep(TILE_ROWS + WIDTH);
+  const Buffer<vec> sum(QUERIES);
+  for (int i = 0; i < TILE_ROWS + WIDTH; ++i) keep[i] = 0.0f;
+
+  for (int64_t item = begin; item < end; ++item) {
+    // Early and late blocks take turns, so that any run of items is as much work as any other.
+    const int64_t turn = item % blocks, block = turn % 2 ? blocks - 1 - turn / 2 : turn / 2;
+    const int64_t h = item / blocks % a.heads, b = item / blocks / a.heads, g = h / at.group;
+    const Reach reach{a.start ? a.start + b * a.length : nullptr, a.length};
+    const int64_t q0 = block * QUERIES, rows = smaller(QUERIES, a.length - q0), padded_rows = round_up(rows, TILE_ROWS);
+    const T* from = static_cast<const T*>(a.qkv) + (b * a.length + q0) * at.token + h * a.size;
+    const T* k = static_cast<const T*>(a.packed) + (b * a.kv_heads + g) * 2 * at.length * at.padded;
+    const T* v = k + at.length * at.padded;
+    copy_rows(from, at.token, rows, a.size, static_cast<T*>(q), at.padded);
+    for (int64_t i = rows * at.padded; i < padded_rows * at.padded; ++i) q[i] = T{};
+    for (int64_t i = 0; i < padded_rows * at.padded; ++i) out[i] = 0.0f;
+    for (int64_t r = 0; r < padded_rows; ++r) top[r] = LOWEST, sum[r] = vec{};
+
+    for (int64_t k0 = round_down(reach.first(q0), FORWARD_KEYS); k0 < q0 + rows; k0 += FORWARD_KEYS) {
+      for (int64_t r0 = 0; r0 < padded_rows; r0 += TILE_ROWS) {
+        const int64_t first = larger(round_down(reach.first(q0 + r0), WIDTH), k0) - k0;
+        const int64_t reached = smaller(reach.end(q0 + r0 + TILE_ROWS - 1) - k0, FORWARD_KEYS);
+        const int64_t last = round_up(reached, WIDTH);
+        if (first >= last) continue;
+        const T* strip = q + r0 * at.padded;
+        for (int64_t c = round_down(first, TILE_COLUMNS); c < last; c += TILE_COLUMNS) {
+          const int64_t from_column = larger(first, c), to_column = smaller(last, c + TILE_COLUMNS);
+          multiply(
+              at.steps, strip, at.padded, STEP<T>, k + (k0 + c) / TILE_COLUMNS * panel + (from_column - c) * STEP<T>,
+              TILE_COLUMNS * STEP<T>, (to_column - from_column) / WIDTH, scores + from_column, FORWARD_KEYS, nullptr);
+        }
+        hide(reach, q0 + r0, scores + first, FORWARD_KEYS, k0 + first, k0 + last);
+        take_in<T>(scores, first, last, scale, top + r0, sum + r0, probabilities, keep);
+        multiply(
+            (reached - first + STEP<T> - 1) / STEP<T>, probabilities + first, FORWARD_KEYS, STEP<T>,
+            v + (k0 + first) * at.padded, at.padded * STEP<T>, at.vectors, out + r0 * at.padded, at.padded, keep);
+      }
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      const float weight = total(sum[r]), inverse = 1.0f / weight;
+      a.lse[(b * a.heads + h) * a.length + q0 + r] = top[r] * root + std::log(weight);
+      const float* row = out + r * at.padded;
+      T* to = static_cast<T*>(a.out) + ((b * a.length + q0 + r) * a.heads + h) * a.size;
+#pragma omp simd
+      for (int64_t i = 0; i < a.size; ++i) to[i] = from_float<T>(row[i] * inverse);
+    }
+  }
+}
+
+// A block of queries of one head, as the products of the backward pass read it.
+template <class T>
+struct Queries {
+  explicit Queries(const Layout<T>& at)
+      : q(QUERIES * at.padded), grad(QUERIES * at.padded), q_steps(QUERIES * at.padded),
+        grad_steps(QUERIES * at.padded), lse(QUERIES), delta(QUERIES), dq(QUERIES * at.padded) {}
+  const Buffer<T> q, grad, q_steps, grad_steps;
+  const Buffer<float> lse, delta;  // log2 of the sum of e^score; grad . out
+  const Buffer<float> dq;
+};
+
+template <class T>
+void load_queries(
+    const AttentionBackward& a, const Layout<T>& at, int64_t b, int64_t h, int64_t q0, int64_t rows,
+    const Queries<T>& to) {
+  const int64_t out_row = a.heads * a.size, place = ((b * a.length + q0) * a.heads + h) * a.size;
+  const T* q = static_cast<const T*>(a.qkv) + (b * a.length + q0) * at.token + h * a.size;
+  const T* grad = static_cast<const T*>(a.grad) + place;
+  const T* out = static_cast<const T*>(a.out) + place;
+  copy_rows(q, at.token, rows, a.size, static_cast<T*>(to.q), at.padded);
+  copy_rows(grad, out_row, rows, a.size, static_cast<T*>(to.grad), at.padded);
+  // Rows that fill up the last strip are zeros: they add nothing.
+  const int64_t padded_rows = round_up(rows, TILE_ROWS);
+  for (int64_t i = rows * at.padded; i < padded_rows * at.padded; ++i) to.q[i] = to.grad[i] = T{};
+  for (int64_t r = rows; r < padded_rows; ++r) to.lse[r] = to.delta[r] = 0.0f;
+  pack_rows<T>(to.q, at.padded, padded_rows, at.padded, to.q_steps, at.padded);
+  pack_rows<T>(to.grad, at.padded, padded_rows, at.padded, to.grad_steps, at.padded);
+  for (int64_t r = 0; r < rows; ++r) {
+    float dot = 0.0f;
+#pragma omp simd reduction(+ : dot)
+    for (int64_t i = 0; i < a.size; ++i) dot += to_float(grad[r * out_row + i]) * to_float(out[r * out_row + i]);
+    to.delta[r] = dot;
+    to.lse[r] = a.lse[(b * a.heads + h) * a.length + q0 + r] * LOG2E;
+  }
+}
+
+// Probabilities and gradients of scores of a block of queries and keys, in rows of BACKWARD_KEYS.
+template <class T>
+struct Block {
+  Block()
+      : p(QUERIES * BACKWARD_KEYS), ds(QUERIES * BACKWARD_KEYS), ds_rows(STEP<T> == 1 ? 0 : QUERIES * BACKWARD_KEYS) {}
+  const Buffer<T> p, ds;    // queries as steps of the depth
+  const Buffer<T> ds_rows;  // bf16: the same as ds, keys as steps; fp32 reads ds itself
+};
+
+// One strip of queries and the keys [begin, end) of one panel.
+template <class T>
+inline void differentiate(
+    const float* scores, const float* dp, int64_t begin, int64_t end, float scale, const float* lse,
+    const float* delta, T* p, T* ds, T* ds_rows) {
+  for (int r = 0; r < TILE_ROWS; r += 2)
+    for (int64_t i = begin; i < end; i += WIDTH) {
+      vec probability[2], gradient[2];
+      for (int j = 0; j < 2; ++j) {
+        const int64_t from = (r + j) * TILE_COLUMNS + i;
+        probability[j] = exp2(load_vector<vec>(scores + from) * scale - lse[r + j]);
+        gradient[j] = probability[j] * (load_vector<vec>(dp + from) - delta[r + j]);
+        if constexpr (STEP<T> == 2) store_row(ds_rows + (r + j) * BACKWARD_KEYS + i, gradient[j]);
+      }
+      store_steps(p + r * BACKWARD_KEYS + i * STEP<T>, BACKWARD_KEYS, probability[0], probability[1]);
+      store_steps(ds + r * BACKWARD_KEYS + i * STEP<T>, BACKWARD_KEYS, gradient[0], gradient[1]);
+    }
+}
+
+// That a strip has nothing to do with the keys [begin, end) of a block.
+template <class T>
+inline void clear(const Block<T>& to, int64_t r0, int64_t begin, int64_t end) {
+  for (int64_t r = r0; r < r0 + TILE_ROWS; r += STEP<T>)
+    for (int64_t i = r * BACKWARD_KEYS + begin * STEP<T>; i < r * BACKWARD_KEYS + end * STEP<T>; ++i)
+      to.p[i] = to.ds[i] = T{};
+  if constexpr (STEP<T> == 2)
+    for (int64_t r = r0; r < r0 + TILE_ROWS; ++r)
+      for (int64_t i = begin; i < end; ++i) to.ds_rows[r * BACKWARD_KEYS + i] = T{};
+}
+
+template <class T>
+void backward(const AttentionBackward& a, int64_t begin, int64_t end) {
+  const Layout<T> at(a);
+  const int64_t panel = at.steps * TILE_COLUMNS * STEP<T>, heads = at.group / a.parts;
+  const float root = 1.0f / std::sqrt(static_cast<float>(a.size)), scale = root * LOG2E;
+  const Buffer<T> k_columns(at.length * at.padded), v_columns(at.length * at.padded), k_steps(at.length * at.padded);
+  const int64_t sums = round_up(a.length, TILE_ROWS) * at.padded;
+  const Buffer<float> dk(sums), dv(sums), scores(TILE_ROWS * TILE_COLUMNS), dp(TILE_ROWS * TILE_COLUMNS);
+  const Queries<T> queries(at);
+  const Block<T> tile_of;
+
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t pair = item / a.parts, b = pair / a.kv_heads, g = pair % a.kv_heads;
+    const Reach reach{a.start ? a.start + b * a.length : nullptr, a.length};
+    const T* k = static_cast<const T*>(a.qkv) + b * a.length * at.token + (a.heads + g) * a.size;
+    T* dqkv = static_cast<T*>(a.dqkv) + b * a.length * at.token;
+    pack_columns<T>(k, at.token, a.length, a.size, k_columns);
+    pack_columns<T>(k + a.kv_heads * a.size, at.token, a.length, a.size, v_columns);
+    pack_rows<T>(k, at.token, a.length, a.size, k_steps, at.padded);
+
+    for (int64_t head = 0; head < heads; ++head) {
+      const int64_t h = g * at.group + item % a.parts * heads + head;
+      for (int64_t q0 = 0; q0 < a.length; q0 += QUERIES) {
+        const int64_t rows = smaller(QUERIES, a.length - q0), padded_rows = round_up(rows, TILE_ROWS);
+        load_queries(a, at, b, h, q0, rows, queries);
+        const int64_t k_begin = round_down(reach.first(q0), BACKWARD_KEYS);
+        for (int64_t k0 = k_begin; k0 < q0 + rows; k0 += BACKWARD_KEYS) {
+          const int64_t keys = smaller(BACKWARD_KEYS, q0 + rows - k0);
+          for (int64_t c = 0; c < keys; c += TILE_COLUMNS)
+            for (int64_t r0 = 0; r0 < padded_rows; r0 += TILE_ROWS) {
+              const int64_t first = smaller(
+                  larger(round_down(reach.first(q0 + r0), WIDTH) - k0 - c, 0), TILE_COLUMNS);
+              const int64_t last = smaller(
+                  round_up(larger(reach.end(q0 + r0 + TILE_ROWS - 1) - k0 - c, 0), WIDTH), TILE_COLUMNS);
+              if (first > 0) clear(tile_of, r0, c, c + first);
+              if (first >= last) continue;
+              const int64_t columns = (k0 + c) / TILE_COLUMNS * panel + first * STEP<T>, vectors = (last - first) / WIDTH;
+              multiply<T>(
+                  at.steps, queries.q + r0 * at.padded, at.padded, STEP<T>, k_columns + columns,
+                  TILE_COLUMNS * STEP<T>, vectors, scores + first, TILE_COLUMNS, nullptr);
+              multiply<T>(
+                  at.steps, queries.grad + r0 * at.padded, at.padded, STEP<T>, v_columns + columns,
+                  TILE_COLUMNS * STEP<T>, vectors, dp + first, TILE_COLUMNS, nullptr);
+              hide(reach, q0 + r0, scores + first, TILE_COLUMNS, k0 + c + first, k0 + c + last);
+              const int64_t place = r0 * BACKWARD_KEYS + c * STEP<T>;
+              differentiate<T>(
+                  scores, dp, first, last, scale, queries.lse + r0, queries.delta + r0, tile_of.p + place,
+                  tile_of.ds + place, tile_of.ds_rows + (STEP<T> == 1 ? 0 : r0 * BACKWARD_KEYS + c));
+            }
+          // dV += P^T dO and dK += dS^T Q. A strip of keys is reached by the queries from its own place on, and until
+          // `done`, after which its documents have ended.
+          for (int64_t s = 0, done = 0; s < keys; s += TILE_ROWS) {
+            const int64_t key = k0 + s, r0 = larger(key - q0, 0);
+            while (done < padded_rows && reach.first(q0 + done) < key + TILE_ROWS) ++done;
+            if (r0 >= done) continue;
+            const float* keep = head == 0 && key >= q0 ? nullptr : ones;
+            const int64_t steps = (done - r0 + STEP<T> - 1) / STEP<T>;
+            const int64_t place = r0 * BACKWARD_KEYS + s * STEP<T>, step = BACKWARD_KEYS * STEP<T>;
+            multiply<T>(
+                steps, tile_of.p + place, STEP<T>, step, queries.grad_steps + r0 * at.padded, at.padded * STEP<T>,
+                at.vectors, dv + key * at.padded, at.padded, keep);
+            multiply<T>(
+                steps, tile_of.ds + place, STEP<T>, step, queries.q_steps + r0 * at.padded, at.padded * STEP<T>,
+                at.vectors, dk + key * at.padded, at.padded, keep);
+          }
+          // dQ += dS K.
+          const T* ds = STEP<T> == 1 ? tile_of.ds : tile_of.ds_rows;
+          for (int64_t r0 = 0; r0 < padded_rows; r0 += TILE_ROWS) {
+            const int64_t first = larger(round_down(reach.first(q0 + r0), STEP<T>) - k0, 0);
+            const int64_t reached = smaller(reach.end(q0 + r0 + TILE_ROWS - 1) - k0, BACKWARD_KEYS);
+            const int64_t steps = larger(reached - first + STEP<T> - 1, 0) / STEP<T>;
+            multiply<T>(
+                steps, ds + r0 * BACKWARD_KEYS + first, BACKWARD_KEYS, STEP<T>, k_steps + (k0 + first) * at.padded,
+                at.padded * STEP<T>, at.vectors, queries.dq + r0 * at.padded, at.padded,
+                k0 == k_begin ? nullptr : ones);
+          }
+        }
+        for (int64_t r = 0; r < rows; ++r) {
+          T* to = dqkv + (q0 + r) * at.token + h * a.size;
+          const float* from = queries.dq + r * at.padded;
+#pragma omp simd
+          for (int64_t i = 0; i < a.size; ++i) to[i] = from_float<T>(from[i] * root);
+        }
+      }
+    }
+    T* to = dqkv + (a.heads + g) * a.size;
+    for (int64_t t = 0; t < a.length; ++t, to += at.token) {
+      const float *dk_row = dk + t * at.padded, *dv_row = dv + t * at.padded;
+      if (a.partial) {
+        float* part = a.partial + (item * 2 * a.length + t) * a.size;
+        std::memcpy(part, dk_row, a.size * sizeof(float));
+        std::memcpy(part + a.length * a.size, dv_row, a.size * sizeof(float));
+        continue;
+      }
+#pragma omp simd
+      for (int64_t i = 0; i < a.size; ++i) to[i] = from_float<T>(dk_row[i] * root);
+#pragma omp simd
+      for (int64_t i = 0; i < a.size; ++i) to[a.kv_heads * a.size + i] = from_float<T>(dv_row[i]);
+    }
+  }
+}
+
+template <class T>
+void add_parts(const AttentionBackward& a, int64_t begin, int64_t end) {
+  const Layout<T> at(a);
+  const float root = 1.0f / std::sqrt(static_cast<float>(a.size));
+  for (int64_t pair = begin; pair < end; ++pair)
+    for (int64_t kind = 0; kind < 2; ++kind) {
+      const int64_t b = pair / a.kv_heads, g = pair % a.kv_heads;
+      const float* from = a.partial + (pair * a.parts * 2 + kind) * a.length * a.size;
+      T* to = static_cast<T*>(a.dqkv) + b * a.length * at.token + (a.heads + kind * a.kv_heads + g) * a.size;
+      const float scale = kind == 0 ? root : 1.0f;
+      for (int64_t t = 0; t < a.length; ++t, from += a.size, to += at.token)
+        for (int64_t i = 0; i < a.size; ++i) {
+          float sum = 0.0f;
+          for (int64_t part = 0; part < a.parts; ++part) sum += from[part * 2 * a.length * a.size + i];
+          to[i] = from_float<T>(sum * scale);
+        }
+    }
+}
+
+}  // namespace
+
+void attention_pack(const AttentionForward& a, int64_t begin, int64_t end) {
+  MEGALITE_BY_TYPE(a.type, pack, a, begin, end);
+}
+
+void attention_forward(const AttentionForward& a, int64_t begin, int64_t end) {
+  MEGALITE_BY_TYPE(a.type, forward, a, begin, end);
+}
+
+void attention_backward(const AttentionBackward& a, int64_t begin, int64_t end) {
+  MEGALITE_BY_TYPE(a.type, backward, a, begin, end);
+}
+
+void attention_add_parts(const AttentionBackward& a, int64_t begin, int64_t end) {
+  MEGALITE_BY_TYPE(a.type, add_parts, a, begin, end);
+}
+
+}  // namespace megalite::cpu::MEGALITE_ISA

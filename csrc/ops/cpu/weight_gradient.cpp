@@ -1,0 +1,136 @@
+#include "../weight_gradient.h"
+
+#include <algorithm>
+#include <memory>
+
+#include "tile.h"
+
+namespace megalite::cpu::MEGALITE_ISA {
+
+namespace {
+
+template <class T>
+int64_t steps_of(int64_t tokens) { return (tokens + STEP<T> - 1) / STEP<T>; }
+
+template <class T>
+void interleave_whole(const T* from, int64_t stride, int64_t columns, T* to) {
+  if constexpr (STEP<T> == 2) {
+    const T* second = from + stride;
+#pragma omp simd
+    for (int64_t i = 0; i < columns; ++i) {
+      const uint32_t pair = from[i].bits | static_cast<uint32_t>(second[i].bits) << 16;
+      std::memcpy(to + 2 * i, &pair, 4);
+    }
+  } else {
+    std::memcpy(to, from, sizeof(T) * columns);
+  }
+}
+
+// The next step of a [tokens, width], its tokens interleaved; zeros where the tokens or the width end.
+template <int COLUMNS, class T>
+void interleave(const T* from, int64_t stride, int64_t tokens, int64_t width, T* to) {
+  if (width >= COLUMNS && tokens >= STEP<T>) return interleave_whole(from, stride, COLUMNS, to);
+  std::fill(to, to + COLUMNS * STEP<T>, T{});
+  if (tokens >= STEP<T>) return interleave_whole(from, stride, width, to);
+  for (int64_t i = 0; i < std::min<int64_t>(width, COLUMNS); ++i) to[i * STEP<T>] = from[i];
+}
+
+template <class T>
+void pack(const PackPanels& a, int64_t begin, int64_t end) {
+  const int64_t steps = steps_of<T>(a.tokens), step_size = TILE_COLUMNS * STEP<T>;
+  for (int64_t panel = begin; panel < end; ++panel) {
+    const int64_t first = panel * TILE_COLUMNS;
+    const T* x = static_cast<const T*>(a.x) + first;
+    T* to = static_cast<T*>(a.to) + panel * steps * step_size;
+    for (int64_t step = 0; step < steps; ++step) {
+      const int64_t token = step * STEP<T>;
+      interleave<TILE_COLUMNS>(x + token * a.stride, a.stride, a.tokens - token, a.columns - first, to);
+      to += step_size;
+    }
+  }
+}
+
+// Rows [0, width) of the result, the columns of [tokens, width], as tiles [steps, TILE_ROWS * STEP]. GROUP of them at a
+// time, so that whole cache lines are read.
+template <class T>
+void pack_tiles(const T* grad, int64_t stride, int64_t tokens, int64_t width, T* to) {
+  constexpr int64_t GROUP = 8, TILE = TILE_ROWS * STEP<T>;
+  const int64_t steps = steps_of<T>(tokens);
+  for (int64_t first = 0; first < width; first += GROUP * TILE_ROWS) {
+    const int64_t tiles = std::min((width - first + TILE_ROWS - 1) / TILE_ROWS, GROUP);
+    T* group = to + first / TILE_ROWS * steps * TILE;
+    for (int64_t step = 0; step < steps; ++step) {
+      const int64_t token = step * STEP<T>;
+      const T* from = grad + token * stride + first;
+      // The hardware does not foresee rows that lie pages apart.
+      for (int s = 0; s < STEP<T>; ++s)
+        for (int64_t i = 0; i < GROUP * TILE_ROWS; i += 64 / sizeof(T))
+          __builtin_prefetch(from + (12 * STEP<T> + s) * stride + i);
+      T line[GROUP * TILE];
+      interleave<GROUP * TILE_ROWS>(from, stride, tokens - token, width - first, line);
+      for (int64_t i = 0; i < tiles; ++i)
+        std::memcpy(group + (i * steps + step) * TILE, line + i * TILE, sizeof(T) * TILE);
+    }
+  }
+}
+
+template <int R, class T>
+void tile_of(int64_t steps, const T* a, const T* b, float* into, int64_t stride, int64_t columns, bool add) {
+  vec acc[R][TILE_VECTORS] = {};
+  tile<R, TILE_VECTORS>(steps, a, STEP<T>, TILE_ROWS * STEP<T>, b, TILE_COLUMNS * STEP<T>, acc);
+  for (int r = 0; r < R; ++r, into += stride) {
+    float row[TILE_COLUMNS];
+    std::memcpy(row, acc[r], sizeof row);
+    if (columns == TILE_COLUMNS) {
+#pragma omp simd
+      for (int i = 0; i < TILE_COLUMNS; ++i) into[i] = add ? into[i] + row[i] : row[i];
+    } else {
+      for (int64_t i = 0; i < columns; ++i) into[i] = add ? into[i] + row[i] : row[i];
+    }
+  }
+}
+
+template <class T>
+void tile_of_rows(
+    int64_t rows, int64_t steps, const T* a, const T* b, float* into, int64_t stride, int64_t columns, bool add) {
+  static_assert(TILE_ROWS == 6);
+  switch (rows) {
+    case 1: return tile_of<1>(steps, a, b, into, stride, columns, add);
+    case 2: return tile_of<2>(steps, a, b, into, stride, columns, add);
+    case 3: return tile_of<3>(steps, a, b, into, stride, columns, add);
+    case 4: return tile_of<4>(steps, a, b, into, stride, columns, add);
+    case 5: return tile_of<5>(steps, a, b, into, stride, columns, add);
+    default: return tile_of<6>(steps, a, b, into, stride, columns, add);
+  }
+}
+
+template <class T>
+void product(const WeightGradient& a, int64_t begin, int64_t end) {
+  const int64_t steps = steps_of<T>(a.tokens);
+  const int64_t tile_size = steps * STEP<T> * TILE_ROWS, panel_size = steps * STEP<T> * TILE_COLUMNS;
+  std::unique_ptr<T[]> tiles(new T[a.block / TILE_ROWS * tile_size]);
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t first = block * a.block, rows = std::min(a.block, a.rows - first);
+    pack_tiles(static_cast<const T*>(a.grad) + first, a.grad_stride, a.tokens, rows, tiles.get());
+    for (int64_t column = 0; column < a.columns; column += TILE_COLUMNS) {
+      const T* panel = static_cast<const T*>(a.panels) + column / TILE_COLUMNS * panel_size;
+      for (int64_t row = 0; row < rows; row += TILE_ROWS)
+        tile_of_rows(
+            std::min<int64_t>(TILE_ROWS, rows - row), steps, tiles.get() + row / TILE_ROWS * tile_size, panel,
+            a.into + (first + row) * a.columns + column, a.columns,
+            std::min<int64_t>(TILE_COLUMNS, a.columns - column), a.add);
+    }
+  }
+}
+
+}  // namespace
+
+void tile_shape(TileShape& shape) { shape = {TILE_ROWS, TILE_COLUMNS, STEP<bf16>}; }
+
+void pack_panels(const PackPanels& a, int64_t begin, int64_t end) { MEGALITE_BY_TYPE(a.type, pack, a, begin, end); }
+
+void weight_gradient(const WeightGradient& a, int64_t begin, int64_t end) {
+  MEGALITE_BY_TYPE(a.type, product, a, begin, end);
+}
+
+}  // namespace megalite::cpu::MEGALITE_ISA
