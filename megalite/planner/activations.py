@@ -3,7 +3,7 @@ what passes hold on top while they run. Counted with megalite's own kernels: pla
 
 Letters: T tokens of a micro-batch on this rank, D hidden features, d those a token has here (a share under sequence
 parallelism), Q and K features of its queries and of its keys, I of its MLP, V rows of the vocabulary, all but D per
-tensor rank. The MLP's first product gives F = 2I features where it has a gate, otherwise I.
+tensor rank. The MLP's first product gives 2·I features where it has a gate, otherwise I.
 """
 
 from __future__ import annotations
@@ -15,9 +15,7 @@ from megalite.planner.shapes import Shapes
 
 Recompute = Literal["none", "selective", "full"]
 
-FP32 = 4
-
-INT64 = 8
+FP32, INT64 = 4, 8
 
 RANDOM_BYTES = 3 * INT64
 """Held per number while counter_random makes dropout masks."""
@@ -39,60 +37,90 @@ class PartBytes:
 
 def layer_bytes(shapes: Shapes, recompute: Recompute, on_gloo: bool = False) -> PartBytes:
     """`on_gloo`: collectives are those of the CPU."""
-    hidden, norms, attention = shapes.hidden_bytes, _norms(shapes), _attention(shapes)
-    inner = shapes.tokens * shapes.inner * shapes.element
-    first = 2 * inner if shapes.gated else inner
-    everything = norms + attention + first + inner
-    if recompute == "selective" and shapes.attention_dropout:
-        attention = _projection(shapes) + _attended(shapes)
-    kept = {"none": everything, "selective": norms + attention + first, "full": hidden}[recompute]
-
-    # Till its end the layer holds what attention added to the residual stream. There the second product gives its
-    # output, which is summed over the tensor ranks and then added.
-    at_end = {"none": kept, "selective": kept + inner, "full": 3 * hidden + first + inner}[recompute]
-    at_end += _added(shapes) + max(_whole(shapes) + _scatter(shapes, on_gloo), _added(shapes) + hidden)
-    attending = norms // 2 + _attention_forward(shapes)
-
-    # The residual stream's gradient is there all the time.
-    of_mlp = hidden + norms + attention
-    # Gradients of the second product's input, which is free by then, and of the first one's output.
-    activation = of_mlp + first + inner + first
-    of_attention = hidden + norms // 2 + _attention_backward(shapes, recompute)
-    moments = [activation, of_attention]
-    if shapes.sequence:
-        moments.append(of_mlp + first + inner + max(_gathered(shapes), _whole(shapes) + inner))
-        # The first product's input, gathered, and the gradient of it.
-        moments.append(of_mlp + first + _whole(shapes) + _whole(shapes) + _scatter(shapes, on_gloo))
-    if recompute != "none":
-        # As far as the second product, which gives its output again.
-        again = everything if recompute == "full" else kept + inner
-        moments.append(hidden + again + _whole(shapes))
-    if recompute == "full":
-        moments.append(hidden + attending)
-
+    layer = _Layer(shapes, recompute, on_gloo)
+    of_mlp, of_attention = max(layer.mlp_backward()), max(layer.attention_backward())
     products = [shapes.tokens * shapes.element * features for features in _product_features(shapes)]
     return PartBytes(
-        kept=kept,
-        forward=max(at_end, attending),
-        backward=max(moments),
-        backward_input=max(*moments, activation + inner, of_attention + sum(products[2:])),
+        kept=layer.kept,
+        forward=max(layer.forward()),
+        backward=max(of_mlp, of_attention),
+        # The second product's input is not free, nor anything of the MLP's products by the time of attention's.
+        backward_input=max(of_mlp + layer.inner, of_attention + sum(products[2:])),
         for_weights=sum(products),
     )
 
 
-def _norms(shapes: Shapes) -> int:
-    """Both norms: input (of the second: the sum of the residual stream and what is added to it), output (the product
-    behind it keeps it) and fp32 statistics."""
-    statistics = (1 if shapes.rms_norm else 2) * FP32
-    return 2 * (2 * shapes.hidden_bytes + _cut_tokens(shapes) * statistics)
+class _Layer:
+    """What stands in a layer, and what there is at each moment of its passes that may be the fullest."""
+
+    def __init__(self, shapes: Shapes, recompute: Recompute, on_gloo: bool):
+        self.shapes, self.recompute, self.on_gloo = shapes, recompute, on_gloo
+        self.hidden = shapes.hidden_bytes
+        self.norm = _norm(shapes)
+        self.masks = self.hidden if shapes.hidden_dropout else 0
+        """Of the dropout behind attention, and as much behind the MLP."""
+        lean_attention = recompute == "selective" and shapes.attention_dropout
+        self.attention = (_lean_attention if lean_attention else _attention)(shapes)
+        self.inner = shapes.tokens * shapes.inner * shapes.element
+        """The input of the MLP's second product."""
+        self.first = 2 * self.inner if shapes.gated else self.inner
+        """The output of its first."""
+        self.plain = 2 * self.norm + self.attention + self.first + self.inner + 2 * self.masks
+        """All that a layer keeps for its backward pass where nothing is computed again, or has when it was."""
+        self.kept = {"none": self.plain, "selective": self.plain - self.inner, "full": self.hidden}[recompute]
+
+    def forward(self) -> list[int]:
+        hidden, added = self.hidden, _added(self.shapes)
+        # Of what `full` drops, the sum with what attention added, and its norm, stay till the layer's end; what
+        # attention added stays in any case.
+        at_end = {"none": self.plain, "selective": self.plain, "full": 3 * hidden + self.first + self.inner}
+        moments = [
+            self.norm + _attention_forward(self.shapes),
+            # The second product's output, summed over the tensor ranks; then added.
+            at_end[self.recompute] + added + max(_whole(self.shapes) + self._scatter(), added + hidden),
+        ]
+        if self.masks:
+            without_mask = 3 * hidden if self.recompute == "full" else self.kept - self.masks
+            moments.append(without_mask + 2 * added + _mask_numbers(self.shapes))
+        return moments
+
+    def mlp_backward(self) -> list[int]:
+        """Beside it, the residual stream's gradient."""
+        before = self.hidden + self.plain - self.masks
+        # Gradients of the second product's input, which is free by then, and of the first one's output.
+        moments = [before + self.first]
+        if self.shapes.sequence:
+            moments.append(before + max(_gathered(self.shapes), _whole(self.shapes) + self.inner))
+            # The first product's input, gathered, and the gradient of it; its output is free by then.
+            moments.append(before - self.inner + 2 * _whole(self.shapes) + self._scatter())
+        if self.recompute != "none":
+            # As far as the second product, which gives its output again.
+            moments.append(before + self.masks + _whole(self.shapes))
+        if self.recompute == "full" and self.masks:
+            moments.append(before + 2 * _added(self.shapes) + _mask_numbers(self.shapes))
+        return moments
+
+    def attention_backward(self) -> list[int]:
+        """All of the MLP is free."""
+        beside = self.hidden + self.norm
+        moments = [beside + _attended(self.shapes) + _attention_backward(self.shapes)]
+        if self.recompute == "full" or (self.recompute == "selective" and self.shapes.attention_dropout):
+            moments.append(beside + _attended(self.shapes) + _attention_forward(self.shapes))
+        return moments
+
+    def _scatter(self) -> int:
+        return _scatter(self.shapes, self.on_gloo)
 
 
-def _cut_tokens(shapes: Shapes) -> int:
-    return shapes.tokens // shapes.tensor if shapes.sequence else shapes.tokens
+def _norm(shapes: Shapes) -> int:
+    """Input (of the second norm: the sum of the residual stream and what is added to it), output (the product behind it
+    keeps it) and fp32 statistics."""
+    tokens = shapes.tokens // shapes.tensor if shapes.sequence else shapes.tokens
+    return 2 * shapes.hidden_bytes + tokens * (1 if shapes.rms_norm else 2) * FP32
 
 
 def _projection(shapes: Shapes) -> int:
-    """Queries, keys and values, in which positions are turned in place."""
+    """Queries, keys and values as one tensor, in which positions are turned in place."""
     return shapes.tokens * (shapes.q + 2 * shapes.kv) * shapes.element
 
 
@@ -101,57 +129,63 @@ def _attended(shapes: Shapes) -> int:
     return shapes.tokens * shapes.q * shapes.element
 
 
-def _attention(shapes: Shapes) -> int:
-    """The fused projection, the output and its log-sum-exp."""
-    if shapes.attention_dropout:
-        # Written out: probabilities in fp32, the mask of the dropout and what it left, and which tokens attend to
-        # which; queries, keys and values are copied for their products, and the projection is free.
-        scores = _scores(shapes) * (FP32 + 2 * shapes.element) + shapes.seq_length**2
-        size = 3 * _attended(shapes) + scores + _attended(shapes)
-    else:
-        size = _projection(shapes) + _attended(shapes) + shapes.tokens * shapes.heads * FP32
-    if shapes.head_norms:
-        # What they were computed from, and statistics.
-        size += _projection(shapes) + shapes.tokens * (shapes.heads + shapes.kv_heads) * FP32
-    if shapes.hidden_dropout:
-        size += 2 * shapes.hidden_bytes  # masks behind attention and MLP
-    return size
-
-
 def _scores(shapes: Shapes) -> int:
-    """How many are written out."""
+    """How many, where they are written out."""
     return shapes.tokens * shapes.heads * shapes.seq_length
 
 
+def _attention(shapes: Shapes) -> int:
+    """The projection, the output and its log-sum-exp."""
+    if not shapes.attention_dropout:
+        return _lean_attention(shapes) + shapes.tokens * shapes.heads * FP32
+    # Written out: probabilities in fp32, the mask of the dropout and what it left, and who attends to whom; queries,
+    # keys and values are copied for their products, and the projection is free.
+    scores = _scores(shapes) * (FP32 + 2 * shapes.element) + shapes.seq_length**2
+    return 3 * _attended(shapes) + scores + _attended(shapes)
+
+
+def _lean_attention(shapes: Shapes) -> int:
+    """What it begins with and what it gives."""
+    size = _projection(shapes) + _attended(shapes)
+    if shapes.head_norms:
+        # What they were computed from, and statistics.
+        size += _projection(shapes) + shapes.tokens * (shapes.heads + shapes.kv_heads) * FP32
+    return size
+
+
 def _attention_forward(shapes: Shapes) -> int:
-    """At the fullest moment of attention itself, which is fuller than the layer's end where it makes masks, or where
-    keys and values travel a ring."""
+    """At the fullest moment of attention itself."""
     size = _projection(shapes)
     if shapes.attention_dropout:
-        # The scores, their softmax, that in the activations' precision; the mask's random numbers and their indices,
-        # which all samples share.
+        # Scores and their softmax in fp32, and that in the activations' precision, for the mask of which random numbers
+        # are being made.
         scores = _scores(shapes) * (2 * FP32 + shapes.element + RANDOM_BYTES)
-        size += 3 * _attended(shapes) + scores + _scores(shapes) * INT64 // shapes.micro_batch_size
+        size += 3 * _attended(shapes) + scores + _scores(shapes) // shapes.micro_batch_size * INT64
     if shapes.context > 1:
-        # Own and arriving keys and values, a block's output, and all blocks' and a block's in fp32.
-        per_token = 4 * shapes.kv * shapes.element + shapes.q * (shapes.element + 2 * FP32)
-        size += shapes.tokens * per_token
+        # Keys and values twice, own and arriving; a block's output, in fp32 as well, and that of all blocks.
+        size += shapes.tokens * (4 * shapes.kv * shapes.element + shapes.q * (shapes.element + 2 * FP32))
     return size
 
 
-def _attention_backward(shapes: Shapes, recompute: Recompute) -> int:
-    """What is kept of it, the output's gradient and the projection's."""
+def _attention_backward(shapes: Shapes) -> int:
+    """What attention has kept, and the gradients it makes, of which the projection's is what it gives."""
+    size = _attention(shapes) + _projection(shapes)
     if shapes.attention_dropout:
-        # The gradient of the probabilities, of the scores, and of the scores before those that do not count.
-        beside = _scores(shapes) * 2 * FP32
-        again = _attention_forward(shapes) if recompute == "selective" else 0
-        return _attended(shapes) + max(_attention(shapes) + beside, again)
-    size = _attention(shapes) + _attended(shapes) + _projection(shapes)
+        # Of the probabilities, and of the scores.
+        size += _scores(shapes) * 2 * FP32
     if shapes.context > 1:
-        # Own and arriving keys and values; in fp32, the queries' gradient and that of keys and values twice, own and
-        # arriving.
-        size += shapes.tokens * (4 * shapes.kv * shapes.element + (shapes.q + 4 * shapes.kv) * FP32)
+        # Keys and values twice, own and arriving. Gradients in fp32: queries', keys' and values' twice. The last
+        # block's, of half of the queries or half of the keys; and the projection's in pieces before it is whole.
+        fp32 = (shapes.q + 4 * shapes.kv) * FP32
+        block = max(shapes.q // 2 + 2 * shapes.kv, shapes.q + shapes.kv) * shapes.element
+        size += shapes.tokens * (4 * shapes.kv * shapes.element + fp32 + block) + _projection(shapes)
     return size
+
+
+def _mask_numbers(shapes: Shapes) -> int:
+    """What makes a dropout's mask for hidden states: random numbers, and their indices, which all samples share."""
+    numbers = shapes.tokens * shapes.norm_hidden
+    return numbers * RANDOM_BYTES + numbers // shapes.micro_batch_size * INT64
 
 
 def _whole(shapes: Shapes) -> int:
@@ -171,12 +205,11 @@ def _added(shapes: Shapes) -> int:
 
 
 def _scatter(shapes: Shapes, on_gloo: bool) -> int:
-    """Beside a tensor of T·D while it is summed over the tensor ranks, each of which keeps a slice: its slices one
-    behind another; gloo takes the other ranks' slices beside them."""
+    """Beside a T·D while it is summed over the tensor ranks, of which each keeps a slice: its slices one behind
+    another. gloo receives the other ranks' slices beside them."""
     if not shapes.sequence:
         return 0
-    received = _whole(shapes) * (shapes.tensor - 1) // shapes.tensor if on_gloo else 0
-    return _whole(shapes) + received
+    return _whole(shapes) + (_whole(shapes) * (shapes.tensor - 1) // shapes.tensor if on_gloo else 0)
 
 
 def _product_features(shapes: Shapes) -> list[int]:
@@ -189,31 +222,30 @@ def _product_features(shapes: Shapes) -> list[int]:
 
 
 def embedding_bytes(shapes: Shapes, largest_gradient: int) -> PartBytes:
-    """Its output is the first layer's input, and counted there. Only where a sequence is cut is that a slice of more
-    (`_added`). The gradients of what it looked up, of which the largest has so many bytes, are as large as itself."""
+    """Its output is the first layer's input, and counted there but for what it keeps alive (`_added`). Of the gradients
+    of what it looked up, the largest has so many bytes."""
     kept = _added(shapes) - shapes.hidden_bytes
     gradient = _gathered(shapes) if shapes.sequence else _whole(shapes)
     backward = kept + max(gradient, _whole(shapes) + largest_gradient)
-    return PartBytes(kept, kept, backward, backward, 0)
+    return PartBytes(kept, kept, backward, backward, for_weights=0)
 
 
 def rope_bytes(shapes: Shapes) -> int:
-    """Cosine and sine of a pair of numbers of a head, in fp32, which all samples share."""
+    """Cosine and sine for each pair of a head's numbers, in fp32, which all layers and all samples share."""
     return shapes.tokens // shapes.micro_batch_size * shapes.head_size * FP32 if shapes.rope else 0
 
 
 def head_bytes(shapes: Shapes, by_autograd: bool, on_gloo: bool = False) -> PartBytes:
     """Of the last norm, the head and the loss, which keeps the logits and their log-sum-exp and in its backward pass
     overwrites the logits with their gradient. `by_autograd`: the head's own gradient is made beside them."""
-    logits = shapes.tokens * shapes.vocab * shapes.element
-    kept = _norms(shapes) // 2 + logits + shapes.tokens * FP32
+    kept = _norm(shapes) + shapes.tokens * (shapes.vocab * shapes.element + FP32)
     gathered = _whole(shapes) if shapes.sequence else 0
-    gradients = _whole(shapes) + _scatter(shapes, on_gloo)
+    of_input = _whole(shapes) + _scatter(shapes, on_gloo)
     of_weight = shapes.vocab * shapes.hidden * shapes.element if by_autograd else 0
     return PartBytes(
         kept=kept,
         forward=kept + gathered,
-        backward=kept + gathered + gradients + of_weight,
-        backward_input=kept + gradients,
+        backward=kept + gathered + of_input + of_weight,
+        backward_input=kept + of_input,
         for_weights=shapes.tokens * (shapes.norm_hidden + shapes.vocab) * shapes.element,
     )

@@ -3,7 +3,7 @@ what they hold on top while they run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,7 +12,13 @@ from megalite.engine.native import IN_FLIGHT
 from megalite.parallel.stage import MESSAGES_UNDER_WAY
 from megalite.plan import Plan, StageSpan
 from megalite.planner.activations import (
-    FP32, INT64, PartBytes, embedding_bytes, head_bytes, layer_bytes, rope_bytes,
+    FP32,
+    INT64,
+    PartBytes,
+    embedding_bytes,
+    head_bytes,
+    layer_bytes,
+    rope_bytes,
 )
 from megalite.planner.schedule import Order
 from megalite.planner.shapes import Shapes, StageSizes
@@ -52,83 +58,77 @@ def rank_memories(
 ) -> tuple[Memory, ...]:
     """On the CPU, gloo's collectives need memory of their own."""
     on_gloo = device == "cpu"
-    stages = [_stage_bytes(stage, plan, config.train, shapes, sizes[stage.index], on_gloo) for stage in plan.stages]
-    return tuple(
-        _rank_memory(plan, config, shapes, plan.stages_of(rank), sizes, stages, order[rank], on_gloo)
-        for rank in range(plan.pipeline)
-    )
+    counts = _Counts(plan, config.train, shapes, on_gloo)
+    stages = [counts.stage(stage, sizes[stage.index]) for stage in plan.stages]
+    memories = []
+    for rank in range(plan.pipeline):
+        spans = plan.stages_of(rank)
+        own = [sizes[span.index] for span in spans]
+        weights, gradients, optimizer = _resident(plan, sum(size.total for size in own), shapes.element)
+        activations, transient = _in_passes(order[rank], stages)
+        buffers = (
+            _tokens(plan, shapes)
+            + _messages(plan, spans) * shapes.hidden_bytes
+            + _buckets(plan, config, own, on_gloo)
+            + _gathered_weights(plan, own, shapes.element)
+        )
+        memories.append(Memory(weights, gradients, optimizer, activations, transient, buffers))
+    return tuple(memories)
 
 
-def _stage_bytes(
-    stage: StageSpan, plan: Plan, train: TrainConfig, shapes: Shapes, sizes: StageSizes, on_gloo: bool
-) -> PartBytes:
-    count = stage.stop - stage.start
-    num_lean = min(count, train.recompute_layers or count) if train.recompute != "none" else 0
-    parts = [
-        (num_lean, layer_bytes(shapes, train.recompute, on_gloo)),
-        (count - num_lean, layer_bytes(shapes, "none", on_gloo)),
-    ]
-    # Autograd makes the gradients of what is looked up; those of products the native engine sums where they stay.
-    by_autograd = plan.engine != "native"
-    if stage.first:
-        largest = sizes.largest if by_autograd else sizes.largest_looked_up
-        parts.insert(0, (1, embedding_bytes(shapes, largest * shapes.element)))
-    if stage.last:
-        parts.append((1, head_bytes(shapes, by_autograd, on_gloo)))
-    # Positions as all layers need them; and torch holds what a stage gave until its backward pass.
-    beside = rope_bytes(shapes) + (0 if stage.last else shapes.hidden_bytes)
-    kept = sum(number * part.kept for number, part in parts)
-    return PartBytes(
-        kept=beside + kept,
-        forward=beside + _fullest(parts, 0, lambda part: (part.forward, part.kept)),
-        backward=beside + _fullest(parts[::-1], kept, lambda part: (part.backward - part.kept, -part.kept)),
-        backward_input=beside
-        + _fullest(
-            parts[::-1], kept, lambda part: (part.backward_input - part.kept, part.for_weights - part.kept)
-        ),
-        for_weights=sum(number * part.for_weights for number, part in parts),
-    )
+class _Counts:
+    """Bytes of stages for one micro-batch."""
+
+    def __init__(self, plan: Plan, train: TrainConfig, shapes: Shapes, on_gloo: bool):
+        self.train, self.shapes = train, shapes
+        # The native engine adds the gradients of products where they stay; only those of what is looked up are made by
+        # autograd first.
+        self.by_autograd = plan.engine != "native"
+        self.plain, self.lean = (layer_bytes(shapes, kind, on_gloo) for kind in ("none", train.recompute))
+        self.head = head_bytes(shapes, self.by_autograd, on_gloo)
+
+    def stage(self, stage: StageSpan, sizes: StageSizes) -> PartBytes:
+        parts, hidden = self._parts(stage, sizes), self.shapes.hidden_bytes
+        kept = sum(number * part.kept for number, part in parts)
+        for_weights = sum(number * part.for_weights for number, part in parts)
+        forward = [(number, part.forward, part.kept) for number, part in parts]
+        backward = [(number, part.backward - part.kept, -part.kept) for number, part in parts[::-1]]
+        backward_input = [
+            (number, part.backward_input - part.kept, part.for_weights - part.kept) for number, part in parts[::-1]
+        ]
+        # Positions as all layers need them. Till its backward pass torch holds what a stage gave, and under zero bubble
+        # what it took till the pass for the weights.
+        beside = rope_bytes(self.shapes) + (0 if stage.last else hidden)
+        return PartBytes(
+            kept=beside + kept,
+            forward=beside + _fullest(0, forward),
+            backward=beside + _fullest(kept, backward),
+            backward_input=beside + _fullest(kept, backward_input),
+            for_weights=for_weights + (0 if stage.first else hidden),
+        )
+
+    def _parts(self, stage: StageSpan, sizes: StageSizes) -> list[tuple[int, PartBytes]]:
+        """Parts in the order of the forward pass, and how many of each follow each other."""
+        count = stage.stop - stage.start
+        num_lean = min(count, self.train.recompute_layers or count)
+        parts = [(num_lean, self.lean), (count - num_lean, self.plain)]
+        if stage.first:
+            largest = sizes.largest if self.by_autograd else sizes.largest_looked_up
+            parts.insert(0, (1, embedding_bytes(self.shapes, largest * self.shapes.element)))
+        if stage.last:
+            parts.append((1, self.head))
+        return [part for part in parts if part[0]]
 
 
-def _fullest(
-    parts: Sequence[tuple[int, PartBytes]], held: int, of: Callable[[PartBytes], tuple[int, int]]
-) -> int:
-    """The most that is held while a pass goes through `parts`, each so many times: `of` gives what is held on top while
-    it runs, and by how much it leaves more behind than it found."""
+def _fullest(held: int, parts: Sequence[tuple[int, int, int]]) -> int:
+    """The most that is held in a pass that begins with `held`. Of each part: how many follow each other, what one holds
+    on top while it runs, and by how much it leaves more behind than it found."""
     most = held
-    for number, part in parts:
-        on_top, left = of(part)
-        for before in (0, number - 1) if number else ():  # it grows or shrinks from one to the next
-            most = max(most, held + before * left + on_top)
-        held += number * left
+    for number, on_top, left in parts:
+        last = held + (number - 1) * left
+        most = max(most, held + on_top, last + on_top)
+        held = last + left
     return most
-
-
-def _rank_memory(
-    plan: Plan,
-    config: Config,
-    shapes: Shapes,
-    spans: Sequence[StageSpan],
-    sizes: Sequence[StageSizes],
-    stages: Sequence[PartBytes],
-    actions: Sequence[tuple[str, int, int]],
-    on_gloo: bool,
-) -> Memory:
-    own = [sizes[span.index] for span in spans]
-    params = sum(size.total for size in own)
-    weights, gradients, optimizer = _resident(plan, params, shapes.element)
-    activations, transient = _in_passes(actions, stages)
-    return Memory(
-        weights=weights,
-        gradients=gradients,
-        optimizer=optimizer,
-        activations=activations,
-        transient=transient,
-        buffers=_messages(plan, spans) * shapes.hidden_bytes
-        + _buckets(plan, config.parallel.bucket_mb, own, on_gloo)
-        + 2 * INT64 * shapes.tokens * plan.micro_batches  # tokens and labels of the step
-        + _gathered_weights(plan, own, shapes.element),
-    )
 
 
 def resident_bytes(plan: Plan, params: int, element: int) -> int:
@@ -166,27 +166,33 @@ def _in_passes(actions: Sequence[tuple[str, int, int]], stages: Sequence[PartByt
     return most
 
 
+def _tokens(plan: Plan, shapes: Shapes) -> int:
+    """And labels, of all of the step's micro-batches."""
+    return 2 * INT64 * shapes.tokens * plan.micro_batches
+
+
 def _messages(plan: Plan, spans: Sequence[StageSpan]) -> int:
-    """Hidden states and gradients a rank holds because they travel. What is received is counted where it is used, but
-    one message is asked for ahead of its pass; and of what a stage sends, of which the last messages stay until the
-    next ones go, the hidden states are kept in any case."""
+    """Hidden states and gradients a rank holds because they travel. What it receives is counted where it is used, but
+    one is asked for ahead of its pass. Of what a stage sends, the last messages stay until the next ones go: its hidden
+    states are kept in any case, and where it sends both, every other is a gradient."""
     if plan.pipeline == 1:
         return 0
     if plan.schedule == "1f1b":
         return 1
-    gradients = [0 if span.first else MESSAGES_UNDER_WAY if span.last else MESSAGES_UNDER_WAY // 2 for span in spans]
+    gradients = [0 if span.first else MESSAGES_UNDER_WAY if span.last else 1 for span in spans]
     return 1 + sum(gradients)
 
 
-def _buckets(plan: Plan, bucket_mb: float, sizes: Sequence[StageSizes], on_gloo: bool) -> int:
+def _buckets(plan: Plan, config: Config, sizes: Sequence[StageSizes], on_gloo: bool) -> int:
     """Of ZeRO 2, whose gradients are whole only while they are filled and reduced."""
     if plan.zero_stage != 2:
         return 0
     everything = sum(size.total for size in sizes) * FP32
     largest = max(size.largest for size in sizes) * FP32
-    bucket = min(everything, max(int(bucket_mb * 2**20), largest))
-    # One of them is filled. Of one or two large ones, that of the norms takes the other place on the way.
-    travelling = IN_FLIGHT if everything > 2 * bucket else 1
+    bucket = min(everything, max(int(config.parallel.bucket_mb * 2**20), largest))
+    # One of them is filled. The fullest moment is where a backward pass begins, and of the one before only the last
+    # bucket of matrices is on its way, beside that of the norms; but where little is kept, any moment is as full.
+    travelling = IN_FLIGHT if config.train.recompute == "full" and everything > 2 * bucket else 1
     received = bucket * (plan.replicas - 1) // plan.replicas if on_gloo else 0
     return bucket + travelling * (bucket + received)
 
