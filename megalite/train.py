@@ -24,6 +24,7 @@ from megalite.data.loader import Loader, MicroBatch
 from megalite.data.tokenizer import Tokenizer, load_tokenizer
 from megalite.engine import Engine, ReadState, make_engine
 from megalite.engine.layout import choose_owners, elements_of
+from megalite.host_memory import keep_freed_memory
 from megalite.kernels import library
 from megalite.keys import key_of
 from megalite.mesh import Launch, Mesh, make_mesh
@@ -57,6 +58,7 @@ def train(config: Config) -> None:
     check_vocabulary(config, tokenizer)
     launch.join()
     mesh = make_mesh(plan, launch.device)
+    keep_freed_memory()
     check_same_everywhere(config, data, mesh)
     folder = config.run.folder
     checkpoint, warnings = find_checkpoint(folder / "checkpoints", config.checkpoint.resume, mesh)

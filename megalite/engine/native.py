@@ -165,12 +165,13 @@ class NativeEngine:
             parameter.grad = None
         self._count_event(bucket)
 
-    def _add_product(self, parameter: Tensor, grad: Tensor, x: Tensor) -> None:
+    def _add_product(self, parameter: Tensor, grad: Tensor, x: Tensor, last: bool) -> None:
         bucket, slot = self._home[parameter]
         place = bucket.whole_grads()[slot.start : slot.stop].view_as(parameter)
         accumulate_weight_gradient(place, grad, x, add=slot.start in bucket.filled)
         bucket.filled.add(slot.start)
-        self._count_event(bucket)
+        if last:
+            self._count_event(bucket)
 
     def _count_event(self, bucket: BucketState) -> None:
         bucket.events += 1

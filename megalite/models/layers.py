@@ -53,6 +53,8 @@ class Decoder(nn.Module):
     config: Any
     layers: nn.ModuleDict
     """By their number in the whole model."""
+    norm: nn.Module
+    head: nn.Module
     loss: nn.Module
 
     def embed(self, tokens_BT: Tensor, places: Places) -> Tensor:
@@ -65,7 +67,11 @@ class Decoder(nn.Module):
 
     def predict(self, x_BTD: Tensor) -> Tensor:
         """Logits [B,T,V]"""
-        raise NotImplementedError
+        return self.head(self.norm(x_BTD))
+
+    def losses(self, x_BTD: Tensor, labels_BT: Tensor) -> Tensor:
+        """Of every token, fp32 [B,T]; 0 where the label is `IGNORE`."""
+        return self.loss(self.predict(x_BTD), labels_BT)
 
     def run_layers(self, x_BTD: Tensor, places: Places) -> Tensor:
         shared = self.shared(places, x_BTD.dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 import torch.nn as nn
@@ -16,6 +16,7 @@ from megalite.models.weights import Weight
 from megalite.parallel.context import RingAttention
 from megalite.parallel.stage import cut
 from megalite.parallel.tensor import (
+    ChunkedHead,
     ColumnParallelLinear,
     PutOff,
     RowParallelLinear,
@@ -41,9 +42,22 @@ def apply_parallelism(
     if mesh.tensor.size > 1 or plan.engine == "native":  # whose linear modules give it their weight gradients
         table = {weight.name: weight for weight in weights}
         apply_tensor_parallelism(model, table, mesh.tensor, plan.sequence, later)
+    if train.loss_chunk and span.last:
+        apply_chunked_loss(model, weights, mesh.tensor, plan.sequence, train.loss_chunk)
     if mesh.context.size > 1:
         apply_context_parallelism(model, mesh.context)
     apply_recompute(model, train)
+
+
+def apply_chunked_loss(model: Decoder, weights: Sequence[Weight], axis: Axis, sequence: bool, rows: int) -> None:
+    assert isinstance(model.head.weight, nn.Parameter)
+    head = ChunkedHead(model.head.weight, axis, sequence, _vocab_size(weights), rows)
+    model.head, model.loss = head, nn.Identity()  # which is not asked
+    model.losses = lambda x_BTD, labels_BT: head(model.norm(x_BTD), labels_BT)  # type: ignore[method-assign]
+
+
+def _vocab_size(weights: Iterable[Weight]) -> int:
+    return next(weight.shape[0] for weight in weights if weight.shard == "vocab")
 
 
 def apply_context_parallelism(model: nn.Module, axis: Axis) -> None:
@@ -103,8 +117,7 @@ def _counterpart(
     if axis.size == 1 and not isinstance(child, nn.Linear):
         return None
     if isinstance(child, CrossEntropy):
-        vocab_size = next(weight.shape[0] for weight in table.values() if weight.shard == "vocab")
-        return VocabParallelCrossEntropy(axis, vocab_size)
+        return VocabParallelCrossEntropy(axis, _vocab_size(table.values()))
     if isinstance(child, Dropout):
         # Attention probabilities are cut by heads in any case, hidden states only along a cut sequence.
         if sequence or child.over_heads:

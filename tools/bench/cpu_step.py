@@ -30,6 +30,7 @@ from megalite.checkpoint.load import from_seed
 from megalite.config import Config, OptimizerConfig
 from megalite.config_file import parse_config
 from megalite.data.loader import MicroBatch
+from megalite.host_memory import keep_freed_memory
 from megalite.mesh import ALONE, make_mesh
 from megalite.models import model_config, weight_table
 from megalite.observe.throughput import model_flops_per_token
@@ -176,6 +177,7 @@ def main() -> None:
     parser.add_argument("--memory", nargs="?", const="all", help="measure memory instead, of all or of the one named")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    keep_freed_memory()  # as `megalite train` does; here it serves all alike
     if arguments.memory and arguments.memory != "all":
         measure_memory(arguments.memory, arguments)
         return
