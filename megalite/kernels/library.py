@@ -82,6 +82,7 @@ def _warn_once() -> None:
     warnings.warn(f"{why_not_built()}. Plain torch computes instead, more slowly.", stacklevel=3)
 
 
+@torch.compiler.assume_constant_result
 def _takes(device: str, dtype: torch.dtype) -> bool:
     module = own()
     if module is None or dtype not in (torch.float32, torch.bfloat16):
