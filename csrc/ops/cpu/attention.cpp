@@ -78,9 +78,13 @@ inline float largest(vec x) {
 }
 
 inline float total(vec x) {
-  float value = 0.0f;
-  for (int i = 0; i < WIDTH; ++i) value += x[i];
+#ifdef __AVX512F__
+  return _mm512_reduce_add_ps((__m512)x);
+#else
+  float value = x[0];
+  for (int i = 1; i < WIDTH; ++i) value += x[i];
   return value;
+#endif
 }
 
 // Rounded to bf16, in the upper half of each element; NaN stays NaN.
@@ -89,14 +93,37 @@ inline bits rounded(vec x) {
   return x == x ? up : raw | 0x400000u;
 }
 
+typedef uint16_t halves __attribute__((vector_size(2 * WIDTH)));
+
+inline vec load_row(const float* from) { return load_vector<vec>(from); }
+inline vec load_row(const bf16* from) {
+  return (vec)(__builtin_convertvector(load_vector<halves>(from), bits) << 16);
+}
+
 inline void store_row(float* to, vec x) { store_vector(to, x); }
 inline void store_row(bf16* to, vec x) {
 #ifdef __AVX512BF16__
   store_vector(to, _mm512_cvtneps_pbh((__m512)x));
 #else
-  typedef uint16_t halves __attribute__((vector_size(2 * WIDTH)));
   store_vector(to, __builtin_convertvector(rounded(x) >> 16, halves));
 #endif
+}
+
+template <class T>
+void write_row(T* to, const float* from, int64_t size, float factor) {
+  int64_t i = 0;
+  for (; i + WIDTH <= size; i += WIDTH) store_row(to + i, load_vector<vec>(from + i) * factor);
+  for (; i < size; ++i) to[i] = from_float<T>(from[i] * factor);
+}
+
+template <class T>
+float dot(const T* x, const T* y, int64_t size) {
+  vec sum{};
+  int64_t i = 0;
+  for (; i + WIDTH <= size; i += WIDTH) sum += load_row(x + i) * load_row(y + i);
+  float value = total(sum);
+  for (; i < size; ++i) value += to_float(x[i]) * to_float(y[i]);
+  return value;
 }
 
 // Two rows as steps of a product's depth: bf16 in pairs, fp32 one after the other, `row` elements apart.
@@ -130,42 +157,57 @@ void pack_rows(const T* from, int64_t from_row, int64_t rows, int64_t size, T* t
   for (int64_t r = 0; r < rows; r += STEP<T>, from += STEP<T> * from_row, to += STEP<T> * padded) {
     if constexpr (STEP<T> == 1) {
       std::memcpy(to, from, size * sizeof(T));
-    } else {
-      const T zero{}, *odd = r + 1 < rows ? from + from_row : &zero;
-      const int64_t odd_step = r + 1 < rows;
+    } else if (r + 1 < rows) {
+      const T *even = from, *odd = from + from_row;
 #pragma omp simd
-      for (int64_t i = 0; i < size; ++i) to[2 * i] = from[i];
-      if (odd_step) {
-#pragma omp simd
-        for (int64_t i = 0; i < size; ++i) to[2 * i + 1] = odd[i];
-      } else {
-        for (int64_t i = 0; i < size; ++i) to[2 * i + 1] = zero;
+      for (int64_t i = 0; i < size; ++i) {
+        const uint32_t pair = even[i].bits | static_cast<uint32_t>(odd[i].bits) << 16;
+        std::memcpy(to + 2 * i, &pair, 4);
       }
+    } else {
+      for (int64_t i = 0; i < size; ++i) to[2 * i] = from[i], to[2 * i + 1] = T{};
     }
     for (int64_t i = STEP<T> * size; i < STEP<T> * padded; ++i) to[i] = T{};
+  }
+}
+
+// A square of WIDTH vectors, its rows made its columns: blocks of half the size change places, then within them.
+inline void transpose(bits (&square)[WIDTH]) {
+  bits lanes;
+  for (int i = 0; i < WIDTH; ++i) lanes[i] = i;
+#pragma GCC unroll 4
+  for (int half = WIDTH / 2; half > 0; half /= 2) {
+    const bits left = lanes + ((lanes & half) != 0 & (WIDTH - half)), right = left + half;
+#pragma GCC unroll 16
+    for (int i = 0; i < WIDTH; ++i)
+      if (!(i & half)) {
+        const bits upper = square[i], lower = square[i + half];
+        square[i] = __builtin_shuffle(upper, lower, left);
+        square[i + half] = __builtin_shuffle(upper, lower, right);
+      }
   }
 }
 
 // Rows as columns, in panels of as many as a tile is wide: [rows / TILE_COLUMNS, steps, TILE_COLUMNS, STEP].
 template <class T>
 void pack_columns(const T* from, int64_t from_row, int64_t rows, int64_t size, T* to) {
-  const int64_t whole = size / STEP<T>, steps = (size + STEP<T> - 1) / STEP<T>, row_steps = TILE_COLUMNS * STEP<T>;
-  for (int64_t panel = 0; panel < rows; panel += TILE_COLUMNS, to += steps * row_steps)
-    for (int64_t column = 0; column < TILE_COLUMNS; ++column) {
-      T* at = to + column * STEP<T>;
-      if (panel + column >= rows) {
-        for (int64_t step = 0; step < steps; ++step, at += row_steps)
-          for (int64_t i = 0; i < STEP<T>; ++i) at[i] = T{};
-        continue;
+  const int64_t steps = (size + STEP<T> - 1) / STEP<T>, to_step = TILE_COLUMNS * STEP<T>;
+  for (int64_t column = 0; column < round_up(rows, TILE_COLUMNS); column += WIDTH) {
+    T* at = to + column / TILE_COLUMNS * steps * to_step + column % TILE_COLUMNS * STEP<T>;
+    int64_t step = 0;
+    if (column + WIDTH <= rows)
+      for (; (step + WIDTH) * STEP<T> <= size; step += WIDTH) {
+        bits square[WIDTH];
+        for (int i = 0; i < WIDTH; ++i) square[i] = load_vector<bits>(from + (column + i) * from_row + step * STEP<T>);
+        transpose(square);
+        for (int i = 0; i < WIDTH; ++i) store_vector(at + (step + i) * to_step, square[i]);
       }
-      const T* row = from + (panel + column) * from_row;
-      for (int64_t step = 0; step < whole; ++step, at += row_steps)
-        std::memcpy(at, row + step * STEP<T>, STEP<T> * sizeof(T));
-      if (whole < steps) {
-        at[0] = row[size - 1];
-        at[1] = T{};
+    for (; step < steps; ++step)
+      for (int64_t i = 0; i < WIDTH * STEP<T>; ++i) {
+        const int64_t row = column + i / STEP<T>, element = step * STEP<T> + i % STEP<T>;
+        at[step * to_step + i] = row < rows && element < size ? from[row * from_row + element] : T{};
       }
-    }
+  }
 }
 
 template <int C, class T>
@@ -173,12 +215,20 @@ void multiply_columns(
     int64_t steps, const T* a, int64_t a_row, int64_t a_step, const T* b, int64_t b_step, float* c, int64_t c_row,
     const float* keep) {
   if constexpr (C <= TILE_VECTORS) {
+    // Unrolled early, or else the sums would go through memory on their way in and out.
     vec acc[TILE_ROWS][C];
+#pragma GCC unroll 6
     for (int r = 0; r < TILE_ROWS; ++r)
-      for (int v = 0; v < C; ++v) acc[r][v] = keep ? keep[r] * load_vector<vec>(c + r * c_row + v * WIDTH) : vec{};
+#pragma GCC unroll 4
+      for (int v = 0; v < C; ++v) acc[r][v] = vec{};
     tile(steps, a, a_row, a_step, b, b_step, acc);
+#pragma GCC unroll 6
     for (int r = 0; r < TILE_ROWS; ++r)
-      for (int v = 0; v < C; ++v) store_vector(c + r * c_row + v * WIDTH, acc[r][v]);
+#pragma GCC unroll 4
+      for (int v = 0; v < C; ++v) {
+        float* to = c + r * c_row + v * WIDTH;
+        store_vector(to, keep ? load_vector<vec>(to) * keep[r] + acc[r][v] : acc[r][v]);
+      }
   }
 }
 
@@ -266,9 +316,8 @@ inline void take_in(
     }
     const float highest = largest(high), before = top[r];
     top[r] = highest > before ? highest : before;
-    keep[r] = (before - top[r]) * scale;
+    keep[r] = exp2(vec{} + (before - top[r]) * scale)[0];
   }
-  for (int i = 0; i < TILE_ROWS; i += WIDTH) store_vector(keep + i, exp2(load_vector<vec>(keep + i)));
   for (int r = 0; r < TILE_ROWS; ++r) {
     const float* row = scores + r * FORWARD_KEYS;
     const float offset = top[r] * scale;
@@ -288,10 +337,8 @@ void forward(const AttentionForward& a, int64_t begin, int64_t end) {
   const int64_t blocks = (a.length + QUERIES - 1) / QUERIES, panel = at.steps * TILE_COLUMNS * STEP<T>;
   const float root = 1.0f / std::sqrt(static_cast<float>(a.size)), scale = root * LOG2E;
   const Buffer<T> q(QUERIES * at.padded), probabilities(TILE_ROWS * FORWARD_KEYS);
-  const Buffer<float> out(QUERIES * at.padded), top(QUERIES), scores(TILE_ROWS * FORWARD_KEYS);
-  const Buffer<float> keep(TILE_ROWS + WIDTH);
+  const Buffer<float> out(QUERIES * at.padded), top(QUERIES), scores(TILE_ROWS * FORWARD_KEYS), keep(TILE_ROWS);
   const Buffer<vec> sum(QUERIES);
-  for (int i = 0; i < TILE_ROWS + WIDTH; ++i) keep[i] = 0.0f;
 
   for (int64_t item = begin; item < end; ++item) {
     // Early and late blocks take turns, so that any run of items is as much work as any other.
@@ -304,7 +351,6 @@ void forward(const AttentionForward& a, int64_t begin, int64_t end) {
     const T* v = k + at.length * at.padded;
     copy_rows(from, at.token, rows, a.size, static_cast<T*>(q), at.padded);
     for (int64_t i = rows * at.padded; i < padded_rows * at.padded; ++i) q[i] = T{};
-    for (int64_t i = 0; i < padded_rows * at.padded; ++i) out[i] = 0.0f;
     for (int64_t r = 0; r < padded_rows; ++r) top[r] = LOWEST, sum[r] = vec{};
 
     for (int64_t k0 = round_down(reach.first(q0), FORWARD_KEYS); k0 < q0 + rows; k0 += FORWARD_KEYS) {
@@ -324,16 +370,15 @@ void forward(const AttentionForward& a, int64_t begin, int64_t end) {
         take_in<T>(scores, first, last, scale, top + r0, sum + r0, probabilities, keep);
         multiply(
             (reached - first + STEP<T> - 1) / STEP<T>, probabilities + first, FORWARD_KEYS, STEP<T>,
-            v + (k0 + first) * at.padded, at.padded * STEP<T>, at.vectors, out + r0 * at.padded, at.padded, keep);
+            v + (k0 + first) * at.padded, at.padded * STEP<T>, at.vectors, out + r0 * at.padded, at.padded,
+            k0 <= reach.first(q0 + r0) ? nullptr : static_cast<const float*>(keep));
       }
     }
     for (int64_t r = 0; r < rows; ++r) {
-      const float weight = total(sum[r]), inverse = 1.0f / weight;
+      const float weight = total(sum[r]);
       a.lse[(b * a.heads + h) * a.length + q0 + r] = top[r] * root + std::log(weight);
-      const float* row = out + r * at.padded;
       T* to = static_cast<T*>(a.out) + ((b * a.length + q0 + r) * a.heads + h) * a.size;
-#pragma omp simd
-      for (int64_t i = 0; i < a.size; ++i) to[i] = from_float<T>(row[i] * inverse);
+      write_row(to, out + r * at.padded, a.size, 1.0f / weight);
     }
   }
 }
@@ -366,10 +411,7 @@ void load_queries(
   pack_rows<T>(to.q, at.padded, padded_rows, at.padded, to.q_steps, at.padded);
   pack_rows<T>(to.grad, at.padded, padded_rows, at.padded, to.grad_steps, at.padded);
   for (int64_t r = 0; r < rows; ++r) {
-    float dot = 0.0f;
-#pragma omp simd reduction(+ : dot)
-    for (int64_t i = 0; i < a.size; ++i) dot += to_float(grad[r * out_row + i]) * to_float(out[r * out_row + i]);
-    to.delta[r] = dot;
+    to.delta[r] = dot(grad + r * out_row, out + r * out_row, a.size);
     to.lse[r] = a.lse[(b * a.heads + h) * a.length + q0 + r] * LOG2E;
   }
 }
@@ -490,12 +532,8 @@ void backward(const AttentionBackward& a, int64_t begin, int64_t end) {
                 k0 == k_begin ? nullptr : ones);
           }
         }
-        for (int64_t r = 0; r < rows; ++r) {
-          T* to = dqkv + (q0 + r) * at.token + h * a.size;
-          const float* from = queries.dq + r * at.padded;
-#pragma omp simd
-          for (int64_t i = 0; i < a.size; ++i) to[i] = from_float<T>(from[i] * root);
-        }
+        for (int64_t r = 0; r < rows; ++r)
+          write_row(dqkv + (q0 + r) * at.token + h * a.size, queries.dq + r * at.padded, a.size, root);
       }
     }
     T* to = dqkv + (a.heads + g) * a.size;
@@ -507,10 +545,8 @@ void backward(const AttentionBackward& a, int64_t begin, int64_t end) {
         std::memcpy(part + a.length * a.size, dv_row, a.size * sizeof(float));
         continue;
       }
-#pragma omp simd
-      for (int64_t i = 0; i < a.size; ++i) to[i] = from_float<T>(dk_row[i] * root);
-#pragma omp simd
-      for (int64_t i = 0; i < a.size; ++i) to[a.kv_heads * a.size + i] = from_float<T>(dv_row[i]);
+      write_row(to, dk_row, a.size, root);
+      write_row(to + a.kv_heads * a.size, dv_row, a.size, 1.0f);
     }
   }
 }
