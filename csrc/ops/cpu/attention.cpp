@@ -18,6 +18,8 @@ constexpr int64_t QUERIES = ATTENTION_QUERIES;
 // Keys that a strip of queries meets at once. Forward: few, so that keys and values stay in L1. Backward: more, because
 // the sums over them are read and written once a block.
 constexpr int64_t FORWARD_KEYS = 64, BACKWARD_KEYS = 192;
+// Strips that go together from one product to the next step: while the first waits for a result, others have work.
+constexpr int64_t GROUP = 4 * TILE_ROWS;
 static_assert(QUERIES % TILE_ROWS == 0 && BACKWARD_KEYS % TILE_ROWS == 0 && TILE_ROWS % 2 == 0);
 static_assert(FORWARD_KEYS % TILE_COLUMNS == 0 && BACKWARD_KEYS % TILE_COLUMNS == 0);
 static_assert(ATTENTION_KEYS % TILE_COLUMNS == 0 && ATTENTION_SIZE % WIDTH == 0);
@@ -270,12 +272,22 @@ struct Layout {
   const int64_t group;           // query heads of a key/value head
 };
 
-// Who attends to whom, in one row of the batch.
+// Keys of a block: [first, end) are those that a strip of queries reaches. `first` is rounded down to a vector's begin,
+// and `last` is `end` rounded up. Empty where first >= last.
+struct Span { int64_t first, end, last; };
+
+// Who attends to whom, in one row of the batch. Queries beyond the last one, which fill up a strip, are as the last.
 struct Reach {
   const int64_t* start;
   int64_t length;
   int64_t first(int64_t query) const { return start ? start[query < length ? query : length - 1] : 0; }
   int64_t end(int64_t query) const { return query < length ? query + 1 : length; }
+  // Of the strip that begins with `query`, in the `keys` keys from `begin` on.
+  Span span(int64_t query, int64_t begin, int64_t keys) const {
+    const int64_t from = larger(round_down(first(query), WIDTH) - begin, 0);
+    const int64_t to = larger(smaller(end(query + TILE_ROWS - 1) - begin, keys), 0);
+    return {smaller(from, keys), to, round_up(to, WIDTH)};
+  }
 };
 
 // Scores of keys that a strip of queries, the first of them `query`, does not reach become -infinity. `scores` are of
@@ -336,8 +348,8 @@ void forward(const AttentionForward& a, int64_t begin, int64_t end) {
   const Layout<T> at(a);
   const int64_t blocks = (a.length + QUERIES - 1) / QUERIES, panel = at.steps * TILE_COLUMNS * STEP<T>;
   const float root = 1.0f / std::sqrt(static_cast<float>(a.size)), scale = root * LOG2E;
-  const Buffer<T> q(QUERIES * at.padded), probabilities(TILE_ROWS * FORWARD_KEYS);
-  const Buffer<float> out(QUERIES * at.padded), top(QUERIES), scores(TILE_ROWS * FORWARD_KEYS), keep(TILE_ROWS);
+  const Buffer<T> q(QUERIES * at.padded), probabilities(GROUP * FORWARD_KEYS);
+  const Buffer<float> out(QUERIES * at.padded), top(QUERIES), scores(GROUP * FORWARD_KEYS), keep(GROUP);
   const Buffer<vec> sum(QUERIES);
 
   for (int64_t item = begin; item < end; ++item) {
@@ -354,24 +366,35 @@ void forward(const AttentionForward& a, int64_t begin, int64_t end) {
     for (int64_t r = 0; r < padded_rows; ++r) top[r] = LOWEST, sum[r] = vec{};
 
     for (int64_t k0 = round_down(reach.first(q0), FORWARD_KEYS); k0 < q0 + rows; k0 += FORWARD_KEYS) {
-      for (int64_t r0 = 0; r0 < padded_rows; r0 += TILE_ROWS) {
-        const int64_t first = larger(round_down(reach.first(q0 + r0), WIDTH), k0) - k0;
-        const int64_t reached = smaller(reach.end(q0 + r0 + TILE_ROWS - 1) - k0, FORWARD_KEYS);
-        const int64_t last = round_up(reached, WIDTH);
-        if (first >= last) continue;
-        const T* strip = q + r0 * at.padded;
-        for (int64_t c = round_down(first, TILE_COLUMNS); c < last; c += TILE_COLUMNS) {
-          const int64_t from_column = larger(first, c), to_column = smaller(last, c + TILE_COLUMNS);
-          multiply(
-              at.steps, strip, at.padded, STEP<T>, k + (k0 + c) / TILE_COLUMNS * panel + (from_column - c) * STEP<T>,
-              TILE_COLUMNS * STEP<T>, (to_column - from_column) / WIDTH, scores + from_column, FORWARD_KEYS, nullptr);
+      for (int64_t g0 = 0; g0 < padded_rows; g0 += GROUP) {
+        const int64_t g1 = smaller(g0 + GROUP, padded_rows);
+        for (int64_t r0 = g0; r0 < g1; r0 += TILE_ROWS) {
+          const Span span = reach.span(q0 + r0, k0, FORWARD_KEYS);
+          for (int64_t c = round_down(span.first, TILE_COLUMNS); c < span.last; c += TILE_COLUMNS) {
+            const int64_t from_column = larger(span.first, c), to_column = smaller(span.last, c + TILE_COLUMNS);
+            multiply<T>(
+                at.steps, q + r0 * at.padded, at.padded, STEP<T>,
+                k + (k0 + c) / TILE_COLUMNS * panel + (from_column - c) * STEP<T>, TILE_COLUMNS * STEP<T>,
+                (to_column - from_column) / WIDTH, scores + (r0 - g0) * FORWARD_KEYS + from_column, FORWARD_KEYS,
+                nullptr);
+          }
         }
-        hide(reach, q0 + r0, scores + first, FORWARD_KEYS, k0 + first, k0 + last);
-        take_in<T>(scores, first, last, scale, top + r0, sum + r0, probabilities, keep);
-        multiply(
-            (reached - first + STEP<T> - 1) / STEP<T>, probabilities + first, FORWARD_KEYS, STEP<T>,
-            v + (k0 + first) * at.padded, at.padded * STEP<T>, at.vectors, out + r0 * at.padded, at.padded,
-            k0 <= reach.first(q0 + r0) ? nullptr : static_cast<const float*>(keep));
+        for (int64_t r0 = g0; r0 < g1; r0 += TILE_ROWS) {
+          const Span span = reach.span(q0 + r0, k0, FORWARD_KEYS);
+          if (span.first >= span.last) continue;
+          const int64_t place = (r0 - g0) * FORWARD_KEYS;
+          hide(reach, q0 + r0, scores + place + span.first, FORWARD_KEYS, k0 + span.first, k0 + span.last);
+          take_in<T>(
+              scores + place, span.first, span.last, scale, top + r0, sum + r0, probabilities + place, keep + r0 - g0);
+        }
+        for (int64_t r0 = g0; r0 < g1; r0 += TILE_ROWS) {
+          const Span span = reach.span(q0 + r0, k0, FORWARD_KEYS);
+          if (span.first >= span.last) continue;
+          multiply<T>(
+              (span.end - span.first + STEP<T> - 1) / STEP<T>, probabilities + (r0 - g0) * FORWARD_KEYS + span.first,
+              FORWARD_KEYS, STEP<T>, v + (k0 + span.first) * at.padded, at.padded * STEP<T>, at.vectors,
+              out + r0 * at.padded, at.padded, k0 <= reach.first(q0 + r0) ? nullptr : keep + (r0 - g0));
+        }
       }
     }
     for (int64_t r = 0; r < rows; ++r) {
@@ -462,7 +485,7 @@ void backward(const AttentionBackward& a, int64_t begin, int64_t end) {
   const float root = 1.0f / std::sqrt(static_cast<float>(a.size)), scale = root * LOG2E;
   const Buffer<T> k_columns(at.length * at.padded), v_columns(at.length * at.padded), k_steps(at.length * at.padded);
   const int64_t sums = round_up(a.length, TILE_ROWS) * at.padded;
-  const Buffer<float> dk(sums), dv(sums), scores(TILE_ROWS * TILE_COLUMNS), dp(TILE_ROWS * TILE_COLUMNS);
+  const Buffer<float> dk(sums), dv(sums), scores(GROUP * TILE_COLUMNS), dp(GROUP * TILE_COLUMNS);
   const Queries<T> queries(at);
   const Block<T> tile_of;
 
@@ -484,25 +507,33 @@ void backward(const AttentionBackward& a, int64_t begin, int64_t end) {
         for (int64_t k0 = k_begin; k0 < q0 + rows; k0 += BACKWARD_KEYS) {
           const int64_t keys = smaller(BACKWARD_KEYS, q0 + rows - k0);
           for (int64_t c = 0; c < keys; c += TILE_COLUMNS)
-            for (int64_t r0 = 0; r0 < padded_rows; r0 += TILE_ROWS) {
-              const int64_t first = smaller(
-                  larger(round_down(reach.first(q0 + r0), WIDTH) - k0 - c, 0), TILE_COLUMNS);
-              const int64_t last = smaller(
-                  round_up(larger(reach.end(q0 + r0 + TILE_ROWS - 1) - k0 - c, 0), WIDTH), TILE_COLUMNS);
-              if (first > 0) clear(tile_of, r0, c, c + first);
-              if (first >= last) continue;
-              const int64_t columns = (k0 + c) / TILE_COLUMNS * panel + first * STEP<T>, vectors = (last - first) / WIDTH;
-              multiply<T>(
-                  at.steps, queries.q + r0 * at.padded, at.padded, STEP<T>, k_columns + columns,
-                  TILE_COLUMNS * STEP<T>, vectors, scores + first, TILE_COLUMNS, nullptr);
-              multiply<T>(
-                  at.steps, queries.grad + r0 * at.padded, at.padded, STEP<T>, v_columns + columns,
-                  TILE_COLUMNS * STEP<T>, vectors, dp + first, TILE_COLUMNS, nullptr);
-              hide(reach, q0 + r0, scores + first, TILE_COLUMNS, k0 + c + first, k0 + c + last);
-              const int64_t place = r0 * BACKWARD_KEYS + c * STEP<T>;
-              differentiate<T>(
-                  scores, dp, first, last, scale, queries.lse + r0, queries.delta + r0, tile_of.p + place,
-                  tile_of.ds + place, tile_of.ds_rows + (STEP<T> == 1 ? 0 : r0 * BACKWARD_KEYS + c));
+            for (int64_t g0 = 0; g0 < padded_rows; g0 += GROUP) {
+              const int64_t g1 = smaller(g0 + GROUP, padded_rows);
+              for (int64_t r0 = g0; r0 < g1; r0 += TILE_ROWS) {
+                const Span span = reach.span(q0 + r0, k0 + c, TILE_COLUMNS);
+                if (span.first >= span.last) continue;
+                const int64_t columns = (k0 + c) / TILE_COLUMNS * panel + span.first * STEP<T>;
+                const int64_t vectors = (span.last - span.first) / WIDTH;
+                const int64_t place = (r0 - g0) * TILE_COLUMNS + span.first;
+                multiply<T>(
+                    at.steps, queries.q + r0 * at.padded, at.padded, STEP<T>, k_columns + columns,
+                    TILE_COLUMNS * STEP<T>, vectors, scores + place, TILE_COLUMNS, nullptr);
+                multiply<T>(
+                    at.steps, queries.grad + r0 * at.padded, at.padded, STEP<T>, v_columns + columns,
+                    TILE_COLUMNS * STEP<T>, vectors, dp + place, TILE_COLUMNS, nullptr);
+              }
+              for (int64_t r0 = g0; r0 < g1; r0 += TILE_ROWS) {
+                const Span span = reach.span(q0 + r0, k0 + c, TILE_COLUMNS);
+                if (span.first > 0) clear(tile_of, r0, c, c + span.first);
+                if (span.first >= span.last) continue;
+                float* strip = scores + (r0 - g0) * TILE_COLUMNS;
+                hide(reach, q0 + r0, strip + span.first, TILE_COLUMNS, k0 + c + span.first, k0 + c + span.last);
+                const int64_t place = r0 * BACKWARD_KEYS + c * STEP<T>;
+                differentiate<T>(
+                    strip, dp + (r0 - g0) * TILE_COLUMNS, span.first, span.last, scale, queries.lse + r0,
+                    queries.delta + r0, tile_of.p + place, tile_of.ds + place,
+                    tile_of.ds_rows + (STEP<T> == 1 ? 0 : r0 * BACKWARD_KEYS + c));
+              }
             }
           // dV += P^T dO and dK += dS^T Q. A strip of keys is reached by the queries from its own place on, and until
           // `done`, after which its documents have ended.
