@@ -16,9 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from megalite.kernels.library import own, pick
 
 
-def causal_attention(
-    qkv_BTNK: Tensor, num_heads: int, num_kv_heads: int, document_BT: Tensor | None = None
-) -> Tensor:
+def causal_attention(qkv_BTNK: Tensor, num_heads: int, num_kv_heads: int, document_BT: Tensor | None = None) -> Tensor:
     """→ [B,T,H·K]. Each token attends to itself and to those before it in its document: `document_BT` int64, numbers
     that ascend along T; None: all are one.
 
@@ -40,7 +38,7 @@ def attention_mask(document_BT: Tensor) -> Tensor:
 
 
 def _split(qkv_BTNK: Tensor, num_heads: int, num_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    return qkv_BTNK.split((num_heads, num_kv_heads, num_kv_heads), dim=2)  # type: ignore[return-value]
+    return qkv_BTNK.split((num_heads, num_kv_heads, num_kv_heads), dim=2)
 
 
 def _torch(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, document_BT: Tensor | None) -> Tensor:

@@ -15,9 +15,9 @@ namespace megalite::cpu::MEGALITE_ISA {
 namespace {
 
 constexpr int64_t QUERIES = ATTENTION_QUERIES;
-// Keys that a strip of queries meets at once. Forward: few, so that keys and values stay in L1. Backward: more, because
+// Keys that a strip of queries meets at once. Forward: few, so that they stay near. Backward: more, because
 // the sums over them are read and written once a block.
-constexpr int64_t FORWARD_KEYS = 64, BACKWARD_KEYS = 192;
+constexpr int64_t FORWARD_KEYS = 128, BACKWARD_KEYS = 192;
 // Strips that go together from one product to the next step: while the first waits for a result, others have work.
 constexpr int64_t GROUP = 4 * TILE_ROWS;
 static_assert(QUERIES % TILE_ROWS == 0 && BACKWARD_KEYS % TILE_ROWS == 0 && TILE_ROWS % 2 == 0);
