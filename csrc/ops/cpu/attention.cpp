@@ -15,9 +15,11 @@ namespace megalite::cpu::MEGALITE_ISA {
 namespace {
 
 constexpr int64_t QUERIES = ATTENTION_QUERIES;
-// Keys that a strip of queries meets at once. Forward: few, so that keys and values stay in L1. Backward: more, because
+// Keys that a strip of queries meets at once. Forward: few, so that they stay near. Backward: more, because
 // the sums over them are read and written once a block.
-constexpr int64_t FORWARD_KEYS = 64, BACKWARD_KEYS = 192;
+constexpr int64_t FORWARD_KEYS = 128, BACKWARD_KEYS = 192;
+// Strips that go together from one product to the next step: while the first waits for a result, others have work.
+constexpr int64_t GROUP = 4 * TILE_ROWS;
 static_assert(QUERIES % TILE_ROWS == 0 && BACKWARD_KEYS % TILE_ROWS == 0 && TILE_ROWS % 2 == 0);
 static_assert(FORWARD_KEYS % TILE_COLUMNS == 0 && BACKWARD_KEYS % TILE_COLUMNS == 0);
 static_assert(ATTENTION_KEYS % TILE_COLUMNS == 0 && ATTENTION_SIZE % WIDTH == 0);
@@ -78,9 +80,13 @@ inline float largest(vec x) {
 }
 
 inline float total(vec x) {
-  float value = 0.0f;
-  for (int i = 0; i < WIDTH; ++i) value += x[i];
+#ifdef __AVX512F__
+  return _mm512_reduce_add_ps((__m512)x);
+#else
+  float value = x[0];
+  for (int i = 1; i < WIDTH; ++i) value += x[i];
   return value;
+#endif
 }
 
 // Rounded to bf16, in the upper half of each element; NaN stays NaN.
@@ -89,14 +95,37 @@ inline bits rounded(vec x) {
   return x == x ? up : raw | 0x400000u;
 }
 
+typedef uint16_t halves __attribute__((vector_size(2 * WIDTH)));
+
+inline vec load_row(const float* from) { return load_vector<vec>(from); }
+inline vec load_row(const bf16* from) {
+  return (vec)(__builtin_convertvector(load_vector<halves>(from), bits) << 16);
+}
+
 inline void store_row(float* to, vec x) { store_vector(to, x); }
 inline void store_row(bf16* to, vec x) {
 #ifdef __AVX512BF16__
   store_vector(to, _mm512_cvtneps_pbh((__m512)x));
 #else
-  typedef uint16_t halves __attribute__((vector_size(2 * WIDTH)));
   store_vector(to, __builtin_convertvector(rounded(x) >> 16, halves));
 #endif
+}
+
+template <class T>
+void write_row(T* to, const float* from, int64_t size, float factor) {
+  int64_t i = 0;
+  for (; i + WIDTH <= size; i += WIDTH) store_row(to + i, load_vector<vec>(from + i) * factor);
+  for (; i < size; ++i) to[i] = from_float<T>(from[i] * factor);
+}
+
+template <class T>
+float dot(const T* x, const T* y, int64_t size) {
+  vec sum{};
+  int64_t i = 0;
+  for (; i + WIDTH <= size; i += WIDTH) sum += load_row(x + i) * load_row(y + i);
+  float value = total(sum);
+  for (; i < size; ++i) value += to_float(x[i]) * to_float(y[i]);
+  return value;
 }
 
 // Two rows as steps of a product's depth: bf16 in pairs, fp32 one after the other, `row` elements apart.
@@ -130,42 +159,57 @@ void pack_rows(const T* from, int64_t from_row, int64_t rows, int64_t size, T* t
   for (int64_t r = 0; r < rows; r += STEP<T>, from += STEP<T> * from_row, to += STEP<T> * padded) {
     if constexpr (STEP<T> == 1) {
       std::memcpy(to, from, size * sizeof(T));
-    } else {
-      const T zero{}, *odd = r + 1 < rows ? from + from_row : &zero;
-      const int64_t odd_step = r + 1 < rows;
+    } else if (r + 1 < rows) {
+      const T *even = from, *odd = from + from_row;
 #pragma omp simd
-      for (int64_t i = 0; i < size; ++i) to[2 * i] = from[i];
-      if (odd_step) {
-#pragma omp simd
-        for (int64_t i = 0; i < size; ++i) to[2 * i + 1] = odd[i];
-      } else {
-        for (int64_t i = 0; i < size; ++i) to[2 * i + 1] = zero;
+      for (int64_t i = 0; i < size; ++i) {
+        const uint32_t pair = even[i].bits | static_cast<uint32_t>(odd[i].bits) << 16;
+        std::memcpy(to + 2 * i, &pair, 4);
       }
+    } else {
+      for (int64_t i = 0; i < size; ++i) to[2 * i] = from[i], to[2 * i + 1] = T{};
     }
     for (int64_t i = STEP<T> * size; i < STEP<T> * padded; ++i) to[i] = T{};
+  }
+}
+
+// A square of WIDTH vectors, its rows made its columns: blocks of half the size change places, then within them.
+inline void transpose(bits (&square)[WIDTH]) {
+  bits lanes;
+  for (int i = 0; i < WIDTH; ++i) lanes[i] = i;
+#pragma GCC unroll 4
+  for (int half = WIDTH / 2; half > 0; half /= 2) {
+    const bits left = lanes + ((lanes & half) != 0 & (WIDTH - half)), right = left + half;
+#pragma GCC unroll 16
+    for (int i = 0; i < WIDTH; ++i)
+      if (!(i & half)) {
+        const bits upper = square[i], lower = square[i + half];
+        square[i] = __builtin_shuffle(upper, lower, left);
+        square[i + half] = __builtin_shuffle(upper, lower, right);
+      }
   }
 }
 
 // Rows as columns, in panels of as many as a tile is wide: [rows / TILE_COLUMNS, steps, TILE_COLUMNS, STEP].
 template <class T>
 void pack_columns(const T* from, int64_t from_row, int64_t rows, int64_t size, T* to) {
-  const int64_t whole = size / STEP<T>, steps = (size + STEP<T> - 1) / STEP<T>, row_steps = TILE_COLUMNS * STEP<T>;
-  for (int64_t panel = 0; panel < rows; panel += TILE_COLUMNS, to += steps * row_steps)
-    for (int64_t column = 0; column < TILE_COLUMNS; ++column) {
-      T* at = to + column * STEP<T>;
-      if (panel + column >= rows) {
-        for (int64_t step = 0; step < steps; ++step, at += row_steps)
-          for (int64_t i = 0; i < STEP<T>; ++i) at[i] = T{};
-        continue;
+  const int64_t steps = (size + STEP<T> - 1) / STEP<T>, to_step = TILE_COLUMNS * STEP<T>;
+  for (int64_t column = 0; column < round_up(rows, TILE_COLUMNS); column += WIDTH) {
+    T* at = to + column / TILE_COLUMNS * steps * to_step + column % TILE_COLUMNS * STEP<T>;
+    int64_t step = 0;
+    if (column + WIDTH <= rows)
+      for (; (step + WIDTH) * STEP<T> <= size; step += WIDTH) {
+        bits square[WIDTH];
+        for (int i = 0; i < WIDTH; ++i) square[i] = load_vector<bits>(from + (column + i) * from_row + step * STEP<T>);
+        transpose(square);
+        for (int i = 0; i < WIDTH; ++i) store_vector(at + (step + i) * to_step, square[i]);
       }
-      const T* row = from + (panel + column) * from_row;
-      for (int64_t step = 0; step < whole; ++step, at += row_steps)
-        std::memcpy(at, row + step * STEP<T>, STEP<T> * sizeof(T));
-      if (whole < steps) {
-        at[0] = row[size - 1];
-        at[1] = T{};
+    for (; step < steps; ++step)
+      for (int64_t i = 0; i < WIDTH * STEP<T>; ++i) {
+        const int64_t row = column + i / STEP<T>, element = step * STEP<T> + i % STEP<T>;
+        at[step * to_step + i] = row < rows && element < size ? from[row * from_row + element] : T{};
       }
-    }
+  }
 }
 
 template <int C, class T>
@@ -173,12 +217,20 @@ void multiply_columns(
     int64_t steps, const T* a, int64_t a_row, int64_t a_step, const T* b, int64_t b_step, float* c, int64_t c_row,
     const float* keep) {
   if constexpr (C <= TILE_VECTORS) {
+    // Unrolled early, or else the sums would go through memory on their way in and out.
     vec acc[TILE_ROWS][C];
+#pragma GCC unroll 6
     for (int r = 0; r < TILE_ROWS; ++r)
-      for (int v = 0; v < C; ++v) acc[r][v] = keep ? keep[r] * load_vector<vec>(c + r * c_row + v * WIDTH) : vec{};
+#pragma GCC unroll 4
+      for (int v = 0; v < C; ++v) acc[r][v] = vec{};
     tile(steps, a, a_row, a_step, b, b_step, acc);
+#pragma GCC unroll 6
     for (int r = 0; r < TILE_ROWS; ++r)
-      for (int v = 0; v < C; ++v) store_vector(c + r * c_row + v * WIDTH, acc[r][v]);
+#pragma GCC unroll 4
+      for (int v = 0; v < C; ++v) {
+        float* to = c + r * c_row + v * WIDTH;
+        store_vector(to, keep ? load_vector<vec>(to) * keep[r] + acc[r][v] : acc[r][v]);
+      }
   }
 }
 
@@ -220,12 +272,22 @@ struct Layout {
   const int64_t group;           // query heads of a key/value head
 };
 
-// Who attends to whom, in one row of the batch.
+// Keys of a block: [first, end) are those that a strip of queries reaches. `first` is rounded down to a vector's begin,
+// and `last` is `end` rounded up. Empty where first >= last.
+struct Span { int64_t first, end, last; };
+
+// Who attends to whom, in one row of the batch. Queries beyond the last one, which fill up a strip, are as the last.
 struct Reach {
   const int64_t* start;
   int64_t length;
   int64_t first(int64_t query) const { return start ? start[query < length ? query : length - 1] : 0; }
   int64_t end(int64_t query) const { return query < length ? query + 1 : length; }
+  // Of the strip that begins with `query`, in the `keys` keys from `begin` on.
+  Span span(int64_t query, int64_t begin, int64_t keys) const {
+    const int64_t from = larger(round_down(first(query), WIDTH) - begin, 0);
+    const int64_t to = larger(smaller(end(query + TILE_ROWS - 1) - begin, keys), 0);
+    return {smaller(from, keys), to, round_up(to, WIDTH)};
+  }
 };
 
 // Scores of keys that a strip of queries, the first of them `query`, does not reach become -infinity. `scores` are of
@@ -266,9 +328,8 @@ inline void take_in(
     }
     const float highest = largest(high), before = top[r];
     top[r] = highest > before ? highest : before;
-    keep[r] = (before - top[r]) * scale;
+    keep[r] = exp2(vec{} + (before - top[r]) * scale)[0];
   }
-  for (int i = 0; i < TILE_ROWS; i += WIDTH) store_vector(keep + i, exp2(load_vector<vec>(keep + i)));
   for (int r = 0; r < TILE_ROWS; ++r) {
     const float* row = scores + r * FORWARD_KEYS;
     const float offset = top[r] * scale;
@@ -287,11 +348,9 @@ void forward(const AttentionForward& a, int64_t begin, int64_t end) {
   const Layout<T> at(a);
   const int64_t blocks = (a.length + QUERIES - 1) / QUERIES, panel = at.steps * TILE_COLUMNS * STEP<T>;
   const float root = 1.0f / std::sqrt(static_cast<float>(a.size)), scale = root * LOG2E;
-  const Buffer<T> q(QUERIES * at.padded), probabilities(TILE_ROWS * FORWARD_KEYS);
-  const Buffer<float> out(QUERIES * at.padded), top(QUERIES), scores(TILE_ROWS * FORWARD_KEYS);
-  const Buffer<float> keep(TILE_ROWS + WIDTH);
+  const Buffer<T> q(QUERIES * at.padded), probabilities(GROUP * FORWARD_KEYS);
+  const Buffer<float> out(QUERIES * at.padded), top(QUERIES), scores(GROUP * FORWARD_KEYS), keep(GROUP);
   const Buffer<vec> sum(QUERIES);
-  for (int i = 0; i < TILE_ROWS + WIDTH; ++i) keep[i] = 0.0f;
 
   for (int64_t item = begin; item < end; ++item) {
     // Early and late blocks take turns, so that any run of items is as much work as any other.
@@ -304,36 +363,45 @@ void forward(const AttentionForward& a, int64_t begin, int64_t end) {
     const T* v = k + at.length * at.padded;
     copy_rows(from, at.token, rows, a.size, static_cast<T*>(q), at.padded);
     for (int64_t i = rows * at.padded; i < padded_rows * at.padded; ++i) q[i] = T{};
-    for (int64_t i = 0; i < padded_rows * at.padded; ++i) out[i] = 0.0f;
     for (int64_t r = 0; r < padded_rows; ++r) top[r] = LOWEST, sum[r] = vec{};
 
     for (int64_t k0 = round_down(reach.first(q0), FORWARD_KEYS); k0 < q0 + rows; k0 += FORWARD_KEYS) {
-      for (int64_t r0 = 0; r0 < padded_rows; r0 += TILE_ROWS) {
-        const int64_t first = larger(round_down(reach.first(q0 + r0), WIDTH), k0) - k0;
-        const int64_t reached = smaller(reach.end(q0 + r0 + TILE_ROWS - 1) - k0, FORWARD_KEYS);
-        const int64_t last = round_up(reached, WIDTH);
-        if (first >= last) continue;
-        const T* strip = q + r0 * at.padded;
-        for (int64_t c = round_down(first, TILE_COLUMNS); c < last; c += TILE_COLUMNS) {
-          const int64_t from_column = larger(first, c), to_column = smaller(last, c + TILE_COLUMNS);
-          multiply(
-              at.steps, strip, at.padded, STEP<T>, k + (k0 + c) / TILE_COLUMNS * panel + (from_column - c) * STEP<T>,
-              TILE_COLUMNS * STEP<T>, (to_column - from_column) / WIDTH, scores + from_column, FORWARD_KEYS, nullptr);
+      for (int64_t g0 = 0; g0 < padded_rows; g0 += GROUP) {
+        const int64_t g1 = smaller(g0 + GROUP, padded_rows);
+        for (int64_t r0 = g0; r0 < g1; r0 += TILE_ROWS) {
+          const Span span = reach.span(q0 + r0, k0, FORWARD_KEYS);
+          for (int64_t c = round_down(span.first, TILE_COLUMNS); c < span.last; c += TILE_COLUMNS) {
+            const int64_t from_column = larger(span.first, c), to_column = smaller(span.last, c + TILE_COLUMNS);
+            multiply<T>(
+                at.steps, q + r0 * at.padded, at.padded, STEP<T>,
+                k + (k0 + c) / TILE_COLUMNS * panel + (from_column - c) * STEP<T>, TILE_COLUMNS * STEP<T>,
+                (to_column - from_column) / WIDTH, scores + (r0 - g0) * FORWARD_KEYS + from_column, FORWARD_KEYS,
+                nullptr);
+          }
         }
-        hide(reach, q0 + r0, scores + first, FORWARD_KEYS, k0 + first, k0 + last);
-        take_in<T>(scores, first, last, scale, top + r0, sum + r0, probabilities, keep);
-        multiply(
-            (reached - first + STEP<T> - 1) / STEP<T>, probabilities + first, FORWARD_KEYS, STEP<T>,
-            v + (k0 + first) * at.padded, at.padded * STEP<T>, at.vectors, out + r0 * at.padded, at.padded, keep);
+        for (int64_t r0 = g0; r0 < g1; r0 += TILE_ROWS) {
+          const Span span = reach.span(q0 + r0, k0, FORWARD_KEYS);
+          if (span.first >= span.last) continue;
+          const int64_t place = (r0 - g0) * FORWARD_KEYS;
+          hide(reach, q0 + r0, scores + place + span.first, FORWARD_KEYS, k0 + span.first, k0 + span.last);
+          take_in<T>(
+              scores + place, span.first, span.last, scale, top + r0, sum + r0, probabilities + place, keep + r0 - g0);
+        }
+        for (int64_t r0 = g0; r0 < g1; r0 += TILE_ROWS) {
+          const Span span = reach.span(q0 + r0, k0, FORWARD_KEYS);
+          if (span.first >= span.last) continue;
+          multiply<T>(
+              (span.end - span.first + STEP<T> - 1) / STEP<T>, probabilities + (r0 - g0) * FORWARD_KEYS + span.first,
+              FORWARD_KEYS, STEP<T>, v + (k0 + span.first) * at.padded, at.padded * STEP<T>, at.vectors,
+              out + r0 * at.padded, at.padded, k0 <= reach.first(q0 + r0) ? nullptr : keep + (r0 - g0));
+        }
       }
     }
     for (int64_t r = 0; r < rows; ++r) {
-      const float weight = total(sum[r]), inverse = 1.0f / weight;
+      const float weight = total(sum[r]);
       a.lse[(b * a.heads + h) * a.length + q0 + r] = top[r] * root + std::log(weight);
-      const float* row = out + r * at.padded;
       T* to = static_cast<T*>(a.out) + ((b * a.length + q0 + r) * a.heads + h) * a.size;
-#pragma omp simd
-      for (int64_t i = 0; i < a.size; ++i) to[i] = from_float<T>(row[i] * inverse);
+      write_row(to, out + r * at.padded, a.size, 1.0f / weight);
     }
   }
 }
@@ -366,10 +434,7 @@ void load_queries(
   pack_rows<T>(to.q, at.padded, padded_rows, at.padded, to.q_steps, at.padded);
   pack_rows<T>(to.grad, at.padded, padded_rows, at.padded, to.grad_steps, at.padded);
   for (int64_t r = 0; r < rows; ++r) {
-    float dot = 0.0f;
-#pragma omp simd reduction(+ : dot)
-    for (int64_t i = 0; i < a.size; ++i) dot += to_float(grad[r * out_row + i]) * to_float(out[r * out_row + i]);
-    to.delta[r] = dot;
+    to.delta[r] = dot(grad + r * out_row, out + r * out_row, a.size);
     to.lse[r] = a.lse[(b * a.heads + h) * a.length + q0 + r] * LOG2E;
   }
 }
@@ -420,7 +485,7 @@ void backward(const AttentionBackward& a, int64_t begin, int64_t end) {
   const float root = 1.0f / std::sqrt(static_cast<float>(a.size)), scale = root * LOG2E;
   const Buffer<T> k_columns(at.length * at.padded), v_columns(at.length * at.padded), k_steps(at.length * at.padded);
   const int64_t sums = round_up(a.length, TILE_ROWS) * at.padded;
-  const Buffer<float> dk(sums), dv(sums), scores(TILE_ROWS * TILE_COLUMNS), dp(TILE_ROWS * TILE_COLUMNS);
+  const Buffer<float> dk(sums), dv(sums), scores(GROUP * TILE_COLUMNS), dp(GROUP * TILE_COLUMNS);
   const Queries<T> queries(at);
   const Block<T> tile_of;
 
@@ -442,25 +507,33 @@ void backward(const AttentionBackward& a, int64_t begin, int64_t end) {
         for (int64_t k0 = k_begin; k0 < q0 + rows; k0 += BACKWARD_KEYS) {
           const int64_t keys = smaller(BACKWARD_KEYS, q0 + rows - k0);
           for (int64_t c = 0; c < keys; c += TILE_COLUMNS)
-            for (int64_t r0 = 0; r0 < padded_rows; r0 += TILE_ROWS) {
-              const int64_t first = smaller(
-                  larger(round_down(reach.first(q0 + r0), WIDTH) - k0 - c, 0), TILE_COLUMNS);
-              const int64_t last = smaller(
-                  round_up(larger(reach.end(q0 + r0 + TILE_ROWS - 1) - k0 - c, 0), WIDTH), TILE_COLUMNS);
-              if (first > 0) clear(tile_of, r0, c, c + first);
-              if (first >= last) continue;
-              const int64_t columns = (k0 + c) / TILE_COLUMNS * panel + first * STEP<T>, vectors = (last - first) / WIDTH;
-              multiply<T>(
-                  at.steps, queries.q + r0 * at.padded, at.padded, STEP<T>, k_columns + columns,
-                  TILE_COLUMNS * STEP<T>, vectors, scores + first, TILE_COLUMNS, nullptr);
-              multiply<T>(
-                  at.steps, queries.grad + r0 * at.padded, at.padded, STEP<T>, v_columns + columns,
-                  TILE_COLUMNS * STEP<T>, vectors, dp + first, TILE_COLUMNS, nullptr);
-              hide(reach, q0 + r0, scores + first, TILE_COLUMNS, k0 + c + first, k0 + c + last);
-              const int64_t place = r0 * BACKWARD_KEYS + c * STEP<T>;
-              differentiate<T>(
-                  scores, dp, first, last, scale, queries.lse + r0, queries.delta + r0, tile_of.p + place,
-                  tile_of.ds + place, tile_of.ds_rows + (STEP<T> == 1 ? 0 : r0 * BACKWARD_KEYS + c));
+            for (int64_t g0 = 0; g0 < padded_rows; g0 += GROUP) {
+              const int64_t g1 = smaller(g0 + GROUP, padded_rows);
+              for (int64_t r0 = g0; r0 < g1; r0 += TILE_ROWS) {
+                const Span span = reach.span(q0 + r0, k0 + c, TILE_COLUMNS);
+                if (span.first >= span.last) continue;
+                const int64_t columns = (k0 + c) / TILE_COLUMNS * panel + span.first * STEP<T>;
+                const int64_t vectors = (span.last - span.first) / WIDTH;
+                const int64_t place = (r0 - g0) * TILE_COLUMNS + span.first;
+                multiply<T>(
+                    at.steps, queries.q + r0 * at.padded, at.padded, STEP<T>, k_columns + columns,
+                    TILE_COLUMNS * STEP<T>, vectors, scores + place, TILE_COLUMNS, nullptr);
+                multiply<T>(
+                    at.steps, queries.grad + r0 * at.padded, at.padded, STEP<T>, v_columns + columns,
+                    TILE_COLUMNS * STEP<T>, vectors, dp + place, TILE_COLUMNS, nullptr);
+              }
+              for (int64_t r0 = g0; r0 < g1; r0 += TILE_ROWS) {
+                const Span span = reach.span(q0 + r0, k0 + c, TILE_COLUMNS);
+                if (span.first > 0) clear(tile_of, r0, c, c + span.first);
+                if (span.first >= span.last) continue;
+                float* strip = scores + (r0 - g0) * TILE_COLUMNS;
+                hide(reach, q0 + r0, strip + span.first, TILE_COLUMNS, k0 + c + span.first, k0 + c + span.last);
+                const int64_t place = r0 * BACKWARD_KEYS + c * STEP<T>;
+                differentiate<T>(
+                    strip, dp + (r0 - g0) * TILE_COLUMNS, span.first, span.last, scale, queries.lse + r0,
+                    queries.delta + r0, tile_of.p + place, tile_of.ds + place,
+                    tile_of.ds_rows + (STEP<T> == 1 ? 0 : r0 * BACKWARD_KEYS + c));
+              }
             }
           // dV += P^T dO and dK += dS^T Q. A strip of keys is reached by the queries from its own place on, and until
           // `done`, after which its documents have ended.
@@ -490,12 +563,8 @@ void backward(const AttentionBackward& a, int64_t begin, int64_t end) {
                 k0 == k_begin ? nullptr : ones);
           }
         }
-        for (int64_t r = 0; r < rows; ++r) {
-          T* to = dqkv + (q0 + r) * at.token + h * a.size;
-          const float* from = queries.dq + r * at.padded;
-#pragma omp simd
-          for (int64_t i = 0; i < a.size; ++i) to[i] = from_float<T>(from[i] * root);
-        }
+        for (int64_t r = 0; r < rows; ++r)
+          write_row(dqkv + (q0 + r) * at.token + h * a.size, queries.dq + r * at.padded, a.size, root);
       }
     }
     T* to = dqkv + (a.heads + g) * a.size;
@@ -507,10 +576,8 @@ void backward(const AttentionBackward& a, int64_t begin, int64_t end) {
         std::memcpy(part + a.length * a.size, dv_row, a.size * sizeof(float));
         continue;
       }
-#pragma omp simd
-      for (int64_t i = 0; i < a.size; ++i) to[i] = from_float<T>(dk_row[i] * root);
-#pragma omp simd
-      for (int64_t i = 0; i < a.size; ++i) to[a.kv_heads * a.size + i] = from_float<T>(dv_row[i]);
+      write_row(to, dk_row, a.size, root);
+      write_row(to + a.kv_heads * a.size, dv_row, a.size, 1.0f);
     }
   }
 }
