@@ -43,8 +43,10 @@ def predicted(config: Config, world_size: int) -> tuple[Memory, ...]:
     return memory_of(config, plan, device="cpu")
 
 
-def check(found: dict[str, int], memory: Memory) -> None:
-    resident = memory.weights + memory.gradients + memory.optimizer
+def check(found: dict[str, int], memory: Memory, config: Config) -> None:
+    resident = memory.weights + memory.optimizer
+    if config.parallel.zero_stage < 2:  # it makes its gradients in every step anew
+        resident += memory.gradients
     off = memory.total / found["peak"] - 1
     passes_off = (memory.total - resident) / (found["peak"] - found["resident"]) - 1
     print(f"peak {found['peak'] / 2**20:.2f} MiB, predicted {off:+.2%}; beyond what stays {passes_off:+.2%}")
@@ -71,7 +73,7 @@ def test_one_process(case: str) -> None:
     found = measure_step(0, 1, config)
     (memory,) = predicted(config, 1)
     assert memory.weights + memory.gradients + memory.optimizer == pytest.approx(found["resident"], rel=RESIDENT_WITHIN)
-    check(found, memory)
+    check(found, memory, config)
 
 
 PIPELINE, ZERO_BUBBLE = "parallel.pipeline=2", "parallel.schedule=zero_bubble"
@@ -105,7 +107,7 @@ def measured_pairs() -> list[dict[str, dict[str, int]]]:
 def test_two_ranks(case: str, measured_pairs: list[dict[str, dict[str, int]]]) -> None:
     memories = predicted(pair_config(case), 2)
     for rank, found in enumerate(measured_pairs):
-        check(found[case], memories[rank % len(memories)])
+        check(found[case], memories[rank % len(memories)], pair_config(case))
 
 
 def test_a_pipeline_holds_most_where_it_begins() -> None:
