@@ -19,7 +19,7 @@ from torch import Tensor
 from megalite.config import ConfigError, KernelsConfig
 
 OPERATIONS = tuple(KernelsConfig.model_fields)
-CPU_ONLY = ("attention",)
+CPU_ONLY = ("attention", "weight_gradient")
 """Operations whose kernel for CUDA is torch's own."""
 
 _wishes = KernelsConfig()
