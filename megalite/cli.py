@@ -79,6 +79,9 @@ def make_parser() -> argparse.ArgumentParser:
     generate.add_argument("--tensor", type=int, default=1, help="ranks that share every matrix, under torchrun")
     generate.add_argument("--pipeline", type=int, default=1, help="ranks that each hold some layers, under torchrun")
     generate.set_defaults(verb=_generate)
+
+    ops = verbs.add_parser("ops", help="list what computes each fused operation on this machine, and why")
+    ops.set_defaults(verb=_ops)
     return parser
 
 
@@ -151,3 +154,16 @@ def _generate(arguments: argparse.Namespace) -> None:
         if launch.rank == 0:  # the others compute along
             print(text, end="", flush=True)
     leave()
+
+
+def _ops(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from megalite.kernels.library import OPERATIONS, explain
+
+    devices = {"cpu": "CPU"} | ({"cuda": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
+    for device, name in devices.items():
+        print(f"{name}:")
+        for operation in OPERATIONS:
+            implementation, reason = explain(operation, device)
+            print(f"  {operation:18}{implementation:12}{reason}")

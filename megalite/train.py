@@ -24,6 +24,7 @@ from megalite.data.loader import Loader, MicroBatch
 from megalite.data.tokenizer import Tokenizer, load_tokenizer
 from megalite.engine import Engine, ReadState, make_engine
 from megalite.engine.layout import choose_owners, elements_of
+from megalite.host_memory import keep_freed_memory
 from megalite.kernels import library
 from megalite.keys import key_of
 from megalite.mesh import Launch, Mesh, make_mesh
@@ -49,7 +50,6 @@ def train(config: Config) -> None:
     """Train as the config says, on the ranks this process was started among. Resumes by itself.
 
     Raises ConfigError, DataError or CheckpointError, before the first step where something asked for cannot be done."""
-    library.use(config.kernels)
     launch = Launch.from_environment()
     plan = make_plan(config, weight_table(config.model), launch.world_size)
     data = build_mixtures(config.data, config.train.seed)
@@ -57,6 +57,7 @@ def train(config: Config) -> None:
     check_vocabulary(config, tokenizer)
     launch.join()
     mesh = make_mesh(plan, launch.device)
+    keep_freed_memory()
     check_same_everywhere(config, data, mesh)
     folder = config.run.folder
     checkpoint, warnings = find_checkpoint(folder / "checkpoints", config.checkpoint.resume, mesh)
@@ -203,7 +204,8 @@ class Parts:
 
 
 def build(config: Config, plan: Plan, mesh: Mesh) -> Parts:
-    """This rank's part of the model, with its weights still zero."""
+    """This rank's part of the model, with its weights still zero. Chooses the process's kernels."""
+    library.use(config.kernels)
     table = weight_table(config.model)
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     spans = plan.stages_of(mesh.pipeline.rank)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from megalite.cli import main
+from megalite.kernels import library
 from megalite.resources import configs_dir
 
 QUICKSTART = str(configs_dir() / "quickstart.yaml")
@@ -56,7 +59,7 @@ print("heavy:", sorted(heavy & sys.modules.keys()))
     assert "generate" in found.stdout
 
 
-@pytest.mark.parametrize("verb", ["train", "ranks", "generate"])
+@pytest.mark.parametrize("verb", ["train", "ranks", "generate", "ops"])
 def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main([verb, "--help"])
@@ -142,3 +145,26 @@ def test_print_plan_for_the_ranks_of_a_job(
 
 def test_overrides_may_follow_an_option(tmp_path: Path) -> None:
     assert main(["train", write(tmp_path), "--print-plan", "train.steps=5"]) == 0
+
+
+def test_ops_names_what_computes_each_operation(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
+    assert main(["ops"]) == 0
+    _, cpu, gpu = re.split("CPU:|NVIDIA H100:", capsys.readouterr().out)
+    for found, device in ((cpu, "cpu"), (gpu, "cuda")):
+        rows = [line.split(maxsplit=2) for line in found.strip().splitlines()]
+        assert rows == [[operation, *library.explain(operation, device)] for operation in library.OPERATIONS]
+
+
+def test_ops_says_that_kernels_are_missing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "megalite._ops", None)
+    library.own.cache_clear()
+    try:
+        assert main(["ops"]) == 0
+    finally:
+        library.own.cache_clear()
+    rows = capsys.readouterr().out.splitlines()[1:]
+    assert all(row.split()[1] == "torch" and "install a C++ compiler" in row for row in rows)

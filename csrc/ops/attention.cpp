@@ -84,6 +84,7 @@ Tensor backward(
     check_like(x, qkv, op, name);
   }
   check_shape(lse, {a.batch, heads, a.length}, op, "lse");
+  TORCH_CHECK_TYPE(lse.scalar_type() == at::kFloat, op, ": lse is ", lse.scalar_type(), ", but must be float32");
   Tensor start;
   if (document) {
     start = starts(*document, a, op);

@@ -5,12 +5,14 @@
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <c10/core/DeviceGuard.h>
-#include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/library.h>
 
 #include "types.h"
 
 #ifdef MEGALITE_CUDA
+// Of torch_cuda's stable interface: this way no header of CUDA is needed.
+extern "C" int32_t aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+
 #define MEGALITE_REGISTER(m) \
   static void register_all(torch::Library&); \
   TORCH_LIBRARY_IMPL(megalite, CPU, m) { register_all(m); } \
@@ -35,9 +37,13 @@
 
 namespace megalite {
 
+#ifdef MEGALITE_CUDA
 inline void* current_stream(c10::Device device) {
-  return c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
+  void* stream = nullptr;
+  TORCH_CHECK(aoti_torch_get_current_cuda_stream(device.index(), &stream) == 0, device, " has no current stream");
+  return stream;
 }
+#endif
 
 inline Type type_of(const at::Tensor& x, const char* op, const char* name) {
   if (x.scalar_type() == at::kFloat) return Type::f32;

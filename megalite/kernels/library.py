@@ -19,6 +19,8 @@ from torch import Tensor
 from megalite.config import ConfigError, KernelsConfig
 
 OPERATIONS = tuple(KernelsConfig.model_fields)
+CPU_ONLY = ("attention", "weight_gradient")
+"""Operations whose kernel for CUDA is torch's own."""
 
 _wishes = KernelsConfig()
 
@@ -42,7 +44,9 @@ def pick(operation: str, x: Tensor) -> str:
     wish = getattr(_wishes, operation)
     if wish not in ("auto", "megalite"):
         return wish
-    return "megalite" if _takes(x.device.type, x.dtype) else "torch"
+    if wish == "auto" and operation == "weight_gradient" and x.dtype == torch.bfloat16 and _has_matrix_unit():
+        return "torch"
+    return "megalite" if _takes(operation, x.device.type, x.dtype) else "torch"
 
 
 def explain(operation: str, device: str) -> tuple[str, str]:
@@ -50,8 +54,12 @@ def explain(operation: str, device: str) -> tuple[str, str]:
     wish = getattr(_wishes, operation)
     if wish not in ("auto", "megalite"):
         return wish, f"kernels.{operation} asks for it"
-    if _takes(device, torch.float32):
+    if wish == "auto" and operation == "weight_gradient" and device == "cpu" and _has_matrix_unit():
+        return "torch", "oneDNN uses this processor's AMX for bf16"
+    if _takes(operation, device, torch.float32):
         return "megalite", f"built{f', runs with {own().isa()}' if device == 'cpu' else ''}"  # type: ignore[union-attr]
+    if operation in CPU_ONLY and device != "cpu":
+        return "torch", f"megalite's own {operation} is for the CPU"
     return "torch", why_not_built() if own() is None else "built without CUDA"
 
 
@@ -78,13 +86,19 @@ def why_not_built() -> str:
 
 
 @functools.cache
+def _has_matrix_unit() -> bool:
+    """Whether oneDNN can use AMX, which our product does not."""
+    return torch.cpu._is_amx_tile_supported()
+
+
+@functools.cache
 def _warn_once() -> None:
     warnings.warn(f"{why_not_built()}. Plain torch computes instead, more slowly.", stacklevel=3)
 
 
 @torch.compiler.assume_constant_result
-def _takes(device: str, dtype: torch.dtype) -> bool:
+def _takes(operation: str, device: str, dtype: torch.dtype) -> bool:
     module = own()
     if module is None or dtype not in (torch.float32, torch.bfloat16):
         return False
-    return device == "cpu" or (device == "cuda" and bool(module.has_cuda))
+    return device == "cpu" or (device == "cuda" and bool(module.has_cuda) and operation not in CPU_ONLY)

@@ -110,9 +110,6 @@ class GPT2(Decoder):
     def shared(self, places: Places, dtype: torch.dtype) -> Places:
         return places
 
-    def predict(self, x_BTD: Tensor) -> Tensor:
-        return self.head(self.norm(x_BTD))
-
 
 def weights(config: GPT2Config) -> Iterator[Weight]:
     hidden, inner, std = config.hidden_size, config.inner_size, config.init_std

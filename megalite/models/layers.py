@@ -53,6 +53,8 @@ class Decoder(nn.Module):
     config: Any
     layers: nn.ModuleDict
     """By their number in the whole model."""
+    norm: nn.Module
+    head: nn.Module
     loss: nn.Module
 
     def embed(self, tokens_BT: Tensor, places: Places) -> Tensor:
@@ -65,7 +67,11 @@ class Decoder(nn.Module):
 
     def predict(self, x_BTD: Tensor) -> Tensor:
         """Logits [B,T,V]"""
-        raise NotImplementedError
+        return self.head(self.norm(x_BTD))
+
+    def losses(self, x_BTD: Tensor, labels_BT: Tensor) -> Tensor:
+        """Of every token, fp32 [B,T]; 0 where the label is `IGNORE`."""
+        return self.loss(self.predict(x_BTD), labels_BT)
 
     def run_layers(self, x_BTD: Tensor, places: Places) -> Tensor:
         shared = self.shared(places, x_BTD.dtype)
@@ -97,6 +103,10 @@ class Dropout(nn.Module):
         """`x` is [B,T,D], or [B,H,T,T] where `over_heads`. Without keys, or in evaluation, it is left alone."""
         if self.p == 0.0 or places.key_B is None or not self.training:
             return x
+        return self._drop(x, places, places.key_B)
+
+    @torch.compiler.disable  # of products that wrap around int64 a compiler makes constants that do not fit
+    def _drop(self, x: Tensor, places: Places, key_B: Tensor) -> Tensor:
         rank, ranks = self.shard
         if self.over_heads:
             first = rank * x.shape[1] + torch.arange(x.shape[1], device=x.device)
@@ -104,7 +114,7 @@ class Dropout(nn.Module):
             first = places.index_T.chunk(ranks)[rank]
         inner = x[0, 0].numel()
         index = first[:, None] * inner + torch.arange(inner, device=x.device)
-        keys = random_bits(self.site, places.key_B).view(-1, *[1] * (x.dim() - 1))
+        keys = random_bits(self.site, key_B).view(-1, *[1] * (x.dim() - 1))
         keep = uniform(keys, index.view(x.shape[1:])) >= self.p
         return x * (keep / (1.0 - self.p)).to(x.dtype)
 

@@ -147,9 +147,6 @@ class Llama(Decoder):
         angle_BTK = places.position_BT[..., None] * frequency_K
         return Shared((angle_BTK.cos(), angle_BTK.sin()), places)
 
-    def predict(self, x_BTD: Tensor) -> Tensor:
-        return self.head(self.norm(x_BTD))
-
 
 def weights(config: LlamaConfig) -> Iterator[Weight]:
     hidden, inner, vocab = config.hidden_size, config.intermediate_size, config.vocab_size

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 
+import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -16,6 +17,7 @@ from megalite.models.weights import Weight
 from megalite.parallel.context import RingAttention
 from megalite.parallel.stage import cut
 from megalite.parallel.tensor import (
+    ChunkedHead,
     ColumnParallelLinear,
     PutOff,
     RowParallelLinear,
@@ -40,10 +42,28 @@ def apply_parallelism(
     cut(model, span, tied=any(weight.place == "both" for weight in weights))
     if mesh.tensor.size > 1 or plan.engine == "native":  # whose linear modules give it their weight gradients
         table = {weight.name: weight for weight in weights}
-        apply_tensor_parallelism(model, table, mesh.tensor, plan.sequence, later)
+        # A compiler sees nothing of what linear modules do beside computing: inside of layers they stay plain.
+        parents = [model] if train.compile else list(model.modules())
+        apply_tensor_parallelism(model, table, mesh.tensor, plan.sequence, later, parents)
+    if train.loss_chunk and span.last:
+        apply_chunked_loss(model, weights, mesh.tensor, plan.sequence, train.loss_chunk)
     if mesh.context.size > 1:
         apply_context_parallelism(model, mesh.context)
     apply_recompute(model, train)
+    if train.compile:
+        for layer in model.layers.values():
+            layer.forward = torch.compile(layer.forward, dynamic=False)
+
+
+def apply_chunked_loss(model: Decoder, weights: Sequence[Weight], axis: Axis, sequence: bool, rows: int) -> None:
+    assert isinstance(model.head.weight, nn.Parameter)
+    head = ChunkedHead(model.head.weight, axis, sequence, _vocab_size(weights), rows)
+    model.head, model.loss = head, nn.Identity()  # which is not asked
+    model.losses = lambda x_BTD, labels_BT: head(model.norm(x_BTD), labels_BT)  # type: ignore[method-assign]
+
+
+def _vocab_size(weights: Iterable[Weight]) -> int:
+    return next(weight.shape[0] for weight in weights if weight.shard == "vocab")
 
 
 def apply_context_parallelism(model: nn.Module, axis: Axis) -> None:
@@ -75,16 +95,21 @@ def _recompute(module: nn.Module, method: str) -> None:
 
 
 def apply_tensor_parallelism(
-    model: nn.Module, table: dict[str, Weight], axis: Axis, sequence: bool, later: PutOff | None = None
+    model: nn.Module,
+    table: dict[str, Weight],
+    axis: Axis,
+    sequence: bool,
+    later: PutOff | None,
+    parents: Sequence[nn.Module],
 ) -> None:
-    """Swap each module for its parallel counterpart, as the table says how its weight is cut. Tied weights stay
-    tied."""
+    """Swap each child of `parents` for its parallel counterpart, as the table says how its weight is cut. Tied weights
+    stay tied."""
     shrunk: dict[Tensor, nn.Parameter] = {}
     for name, parameter in model.named_parameters():
         local = parameter.new_empty(table[name].local_shape(axis.size))
         shrunk[parameter] = nn.Parameter(local) if axis.size > 1 else parameter  # a swapped head stays tied
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    for parent in list(model.modules()):
+    for parent in parents:
         for child_name, child in list(parent.named_children()):
             swapped = _counterpart(child, shrunk, names, table, axis, sequence, later)
             if swapped is not None:
@@ -103,8 +128,7 @@ def _counterpart(
     if axis.size == 1 and not isinstance(child, nn.Linear):
         return None
     if isinstance(child, CrossEntropy):
-        vocab_size = next(weight.shape[0] for weight in table.values() if weight.shard == "vocab")
-        return VocabParallelCrossEntropy(axis, vocab_size)
+        return VocabParallelCrossEntropy(axis, _vocab_size(table.values()))
     if isinstance(child, Dropout):
         # Attention probabilities are cut by heads in any case, hidden states only along a cut sequence.
         if sequence or child.over_heads:

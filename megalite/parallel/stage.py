@@ -42,8 +42,7 @@ class Stage(nn.Module):
         x_BTD = model.run_layers(x_BTD, inputs.places)
         if not self.span.last:
             return x_BTD
-        logits = model.predict(x_BTD)
-        return logits if inputs.labels_BT is None else model.loss(logits, inputs.labels_BT)
+        return model.predict(x_BTD) if inputs.labels_BT is None else model.losses(x_BTD, inputs.labels_BT)
 
 
 def cut(model: Decoder, span: StageSpan, tied: bool) -> None:

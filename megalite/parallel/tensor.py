@@ -12,6 +12,7 @@ block communicates once on its way in and once on its way out.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from megalite.kernels.loss import cross_entropy
+from megalite.kernels.loss import cross_entropy, linear_cross_entropy
 from megalite.mesh import ALONE, Axis
 from megalite.parallel.collectives import (
     Result,
@@ -59,6 +60,19 @@ class _ScatterSequence(Function):
         return all_gather(grad, ctx.axis, SEQUENCE), None
 
 
+class _Enter(Function):
+    """The way in by itself."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis, sequence: bool) -> Tensor:
+        ctx.axis, ctx.sequence = axis, sequence
+        return all_gather(x, axis, SEQUENCE) if sequence else x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _start_input_gradient(ctx, grad)(), None, None
+
+
 def leave(x: Tensor, axis: Axis, sequence: bool) -> Tensor:
     """Out of a tensor-parallel region: every rank holds a part of the sum."""
     if axis.size == 1:
@@ -66,8 +80,9 @@ def leave(x: Tensor, axis: Axis, sequence: bool) -> Tensor:
     return (_ScatterSequence if sequence else _Leave).apply(x, axis)
 
 
-Deliver = Callable[[Tensor, Tensor, Tensor], None]
-"""Takes (parameter, grad [T,N], x [T,K]): adds gradᵀ x to the parameter's gradient."""
+Deliver = Callable[[Tensor, Tensor, Tensor, bool], None]
+"""Takes (parameter, grad [T,N], x [T,K], last): adds gradᵀ x to the parameter's gradient; `last` for the last, most
+often only, such product of a micro-batch."""
 
 
 class PutOff:
@@ -121,14 +136,16 @@ class _Linear(Function):
         if ctx.later:
             axis, sequence, deliver, parameter = ctx.axis, ctx.sequence, ctx.deliver, ctx.parameter
             ctx.later.put(
-                lambda: deliver(parameter, grad_rows, (all_gather(x, axis, SEQUENCE) if sequence else x).flatten(0, -2))
+                lambda: deliver(
+                    parameter, grad_rows, (all_gather(x, axis, SEQUENCE) if sequence else x).flatten(0, -2), True
+                )
             )
             return _start_input_gradient(ctx, grad @ weight)(), None, grad_bias, None, None, None, None
         whole_x = start_gather_along(x, ctx.axis, SEQUENCE) if ctx.sequence else None
         input_gradient = _start_input_gradient(ctx, grad @ weight)
         rows = (whole_x() if whole_x else x).flatten(0, -2)
         if ctx.deliver:
-            grad_weight = ctx.deliver(ctx.parameter, grad_rows, rows)
+            grad_weight = ctx.deliver(ctx.parameter, grad_rows, rows, True)
         else:
             grad_weight = grad_rows.t() @ rows
         return input_gradient(), grad_weight, grad_bias, None, None, None, None
@@ -213,13 +230,46 @@ class VocabParallelCrossEntropy(nn.Module):
         self.axis, self.vocab_size = axis, vocab_size
 
     def forward(self, logits: Tensor, labels_BT: Tensor) -> Tensor:
-        columns = logits.shape[-1]
-        first = self.axis.rank * columns
-        num_valid = min(max(self.vocab_size - first, 0), columns)
-        return cross_entropy(logits, labels_BT, first, num_valid, self._combine)
+        columns = _columns(logits.shape[-1], self.axis, self.vocab_size)
+        return cross_entropy(logits, labels_BT, *columns, partial(_combine, axis=self.axis))
 
-    def _combine(self, lse: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        largest = all_reduce(lse.clone(), self.axis, dist.ReduceOp.MAX)
-        # One message for both sums.
-        total, target = all_reduce(torch.stack(((lse - largest).exp(), target)), self.axis).unbind()
-        return largest + total.log(), target
+
+class ChunkedHead(ParallelLinear):
+    """The head, and with labels the loss behind it, for which it never holds the logits of more than `rows` tokens."""
+
+    def __init__(self, weight: nn.Parameter, axis: Axis, sequence: bool, vocab_size: int, rows: int):
+        super().__init__(weight, None, axis, sequence)
+        self.vocab_size, self.rows = vocab_size, rows
+
+    def forward(self, x: Tensor, labels_BT: Tensor | None = None) -> Tensor:
+        """Logits [B,T,V/n], or losses [B,T]."""
+        if labels_BT is None:
+            return _Linear.apply(x, self.weight, None, self.axis, self.sequence, self.deliver, None)
+        columns = _columns(self.weight.shape[0], self.axis, self.vocab_size)
+        x = _Enter.apply(x, self.axis, self.sequence)
+        combine = partial(_combine, axis=self.axis) if self.axis.size > 1 else None
+        deliver = self._in_chunks(self.deliver, labels_BT.numel()) if self.deliver else None
+        return linear_cross_entropy(x, self.weight, labels_BT, self.rows, *columns, combine, deliver)
+
+    def _in_chunks(self, whole: Deliver, num_tokens: int) -> Callable[[Tensor, Tensor], None]:
+        left = num_tokens
+
+        def deliver(grad: Tensor, x: Tensor) -> None:
+            nonlocal left
+            left -= len(x)
+            whole(self.weight, grad, x, left == 0)
+
+        return deliver
+
+
+def _columns(held: int, axis: Axis, vocab_size: int) -> tuple[int, int]:
+    """(first, number that are not padding) of the columns of a vocabulary that a rank holds."""
+    first = axis.rank * held
+    return first, min(max(vocab_size - first, 0), held)
+
+
+def _combine(lse: Tensor, target: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
+    largest = all_reduce(lse.clone(), axis, dist.ReduceOp.MAX)
+    # One message for both sums.
+    total, target = all_reduce(torch.stack(((lse - largest).exp(), target)), axis).unbind()
+    return largest + total.log(), target

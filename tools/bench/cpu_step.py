@@ -19,102 +19,32 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
-from typing import Any
 
 import psutil
 import torch
-from torch import Tensor
 
-from megalite.checkpoint.load import from_seed
-from megalite.config import Config, OptimizerConfig
-from megalite.config_file import parse_config
-from megalite.data.loader import MicroBatch
-from megalite.mesh import ALONE, make_mesh
-from megalite.models import model_config, weight_table
+from ceilings import product_rate
+from megalite.host_memory import keep_freed_memory
 from megalite.observe.throughput import model_flops_per_token
-from megalite.plan import make_plan
-from megalite.train import build, forward_backward
+from peers import Step, batches, config_of, megalite_step, transformers_step
 
-OPTIMIZER = OptimizerConfig(lr=1e-4)
-Step = Callable[[Tensor], float]
-
-
-def config_of(arguments: argparse.Namespace) -> Config:
-    batch = arguments.batch
-    return parse_config(
-        {
-            "run": {"name": "bench"}, "model": {"preset": arguments.preset},
-            "data": {"train": [{"path": "-"}], "seq_length": arguments.seq_length}, "optimizer": OPTIMIZER.model_dump(),
-            "train": {"steps": 1, "global_batch_size": batch, "micro_batch_size": batch, "precision": "bf16"},
-        }
-    )  # fmt: skip
-
-
-def megalite_step(config: Config) -> Step:
-    batch = config.train.global_batch_size
-    plan = make_plan(config, weight_table(config.model), 1)
-    mesh = make_mesh(plan, torch.device("cpu"))
-    parts = build(config, plan, mesh)
-    parts.engine.load(from_seed(0, ALONE))
-
-    def step(tokens: Tensor) -> float:
-        micro = MicroBatch(tokens[:, :-1], tokens[:, 1:], torch.arange(batch), None)
-        loss = forward_backward(parts, [micro], mesh, seed=0)
-        parts.engine.step(OPTIMIZER.lr)
-        return loss.item()
-
-    return step
-
-
-def transformers_step(preset: str, compiled: bool, autocast: bool = False) -> Step:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from megalite.models.llama import to_hf
-
-    config: Any = model_config({"preset": preset})
-    hf = LlamaConfig(**{k: v for k, v in to_hf(config).items() if v is not None})
-    torch.manual_seed(0)
-    model = LlamaForCausalLM._from_config(hf, dtype=torch.float32 if autocast else torch.bfloat16)
-    decay = [p for p in model.parameters() if p.dim() > 1]
-    rest = [p for p in model.parameters() if p.dim() == 1]
-    groups = [{"params": decay, "weight_decay": OPTIMIZER.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=OPTIMIZER.lr, betas=OPTIMIZER.betas, eps=OPTIMIZER.eps, fused=True)
-    run: Any = torch.compile(model) if compiled else model
-
-    def step(tokens: Tensor) -> float:
-        # `labels` are shifted by transformers itself: of the same tokens, the last has no label.
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss = run(input_ids=tokens[:, :-1], labels=tokens[:, :-1], use_cache=False).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.item()
-
-    return step
+CPU = torch.device("cpu")
 
 
 def make(name: str, arguments: argparse.Namespace) -> Step:
     if name == "megalite":
-        return megalite_step(config_of(arguments))
-    return transformers_step(arguments.preset, "compile" in name, "autocast" in name)
+        return megalite_step(config_of(arguments), CPU)
+    return transformers_step(arguments.preset, CPU, "compile" in name, "autocast" in name)
 
 
 SPEED = ("megalite", "transformers", "transformers + torch.compile")
 MEMORY = (*SPEED, "transformers, autocast of fp32 weights")
 
 
-def batches(arguments: argparse.Namespace) -> Callable[[], Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    vocab_size = model_config({"preset": arguments.preset}).vocab_size
-    return lambda: torch.randint(vocab_size, (arguments.batch, arguments.seq_length + 1), generator=generator)
-
-
 def measure_speed(arguments: argparse.Namespace) -> None:
     steps = {name: make(name, arguments) for name in SPEED}
     times: dict[str, list[float]] = {name: [] for name in steps}
-    next_batch = batches(arguments)
+    next_batch = batches(arguments, CPU)
     for number in range(arguments.steps + 3):
         tokens = next_batch()
         for name in [*steps][number % len(steps) :] + [*steps][: number % len(steps)]:
@@ -122,7 +52,7 @@ def measure_speed(arguments: argparse.Namespace) -> None:
             steps[name](tokens)
             if number >= 3:  # the first steps allocate and compile
                 times[name].append(time.perf_counter() - begin)
-    ceiling = product_rate()
+    ceiling = product_rate(CPU)
     tokens_a_step = arguments.batch * arguments.seq_length
     flops = model_flops_per_token(config_of(arguments))
     print(f"bf16 matrix product 2048 × 2048 × 2048: {ceiling / 1e9:,.0f} GFLOP/s\n")
@@ -133,17 +63,6 @@ def measure_speed(arguments: argparse.Namespace) -> None:
         rate = tokens_a_step / median
         share = rate * flops / ceiling
         print(f"{name:32}{median * 1e3:12.0f}{rate:12,.0f}{share:12.1%}{median / ours:13.2f}×")
-
-
-def product_rate() -> float:
-    """FLOP/s of a bf16 matrix product, the median of many."""
-    a, b = (torch.randn(2048, 2048, dtype=torch.bfloat16) for _ in range(2))
-    seconds = []
-    for _ in range(20):
-        begin = time.perf_counter()
-        torch.mm(a, b)
-        seconds.append(time.perf_counter() - begin)
-    return 2 * 2048**3 / statistics.median(seconds)
 
 
 def measure_memory(name: str, arguments: argparse.Namespace) -> None:
@@ -159,7 +78,7 @@ def measure_memory(name: str, arguments: argparse.Namespace) -> None:
             peak = max(peak, process.memory_info().rss)
 
     threading.Thread(target=watch, daemon=True).start()
-    step, next_batch = make(name, arguments), batches(arguments)
+    step, next_batch = make(name, arguments), batches(arguments, CPU)
     for _ in range(3):
         step(next_batch())
     done.set()
@@ -176,6 +95,7 @@ def main() -> None:
     parser.add_argument("--memory", nargs="?", const="all", help="measure memory instead, of all or of the one named")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    keep_freed_memory()  # as `megalite train` does; here it serves all alike
     if arguments.memory and arguments.memory != "all":
         measure_memory(arguments.memory, arguments)
         return

@@ -1,0 +1,209 @@
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from exactness import DTYPES, check_against_float64, device, needs_kernels  # noqa: F401, device is a fixture
+from megalite.config import KernelsConfig
+from megalite.kernels import library
+from megalite.kernels.attention import causal_attention
+
+# (B, T, H, G, K): a token, odd sizes, lengths and heads that fill no tile, several blocks of queries and of keys, one
+# task a query head and one a key/value head, and nothing at all.
+SHAPES = [
+    (1, 1, 1, 1, 4),
+    (2, 7, 4, 2, 5),
+    (3, 65, 2, 2, 33),
+    (1, 97, 4, 1, 64),
+    (1, 193, 2, 1, 256),
+    (2, 385, 6, 2, 80),
+    (9, 40, 4, 2, 16),
+    (1, 600, 2, 1, 1),
+    (0, 8, 4, 2, 16),
+    (2, 0, 4, 2, 16),
+]
+# Lengths of documents: cut at and between tiles, of one token, of several blocks.
+DOCUMENTS = [(600,), (1,) * 40, (5, 1, 90, 96, 1, 200), (16, 48, 64, 192, 250), (399, 1)]
+
+
+def plain_attention(qkv: Tensor, num_heads: int, num_kv_heads: int, document: Tensor | None = None) -> Tensor:
+    """By its definition, one matrix of probabilities a head."""
+    q, k, v = (x.transpose(1, 2) for x in qkv.split((num_heads, num_kv_heads, num_kv_heads), dim=2))
+    k, v = (x.repeat_interleave(num_heads // num_kv_heads, dim=1) for x in (k, v))
+    scores = q @ k.transpose(-1, -2) / qkv.shape[-1] ** 0.5
+    if document is None:
+        document = torch.zeros(qkv.shape[:2], dtype=torch.int64)
+    reached = (document[:, None, :, None] == document[:, None, None, :]).tril()
+    return (scores.masked_fill(~reached, -torch.inf).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def numbers(*lengths: int) -> Tensor:
+    return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_causal_attention(
+    shape: tuple[int, int, int, int, int],
+    dtype: torch.dtype,
+    device: torch.device,  # noqa: F811
+) -> None:
+    batch, length, heads, groups, size = shape
+    qkv = random(batch, length, heads + 2 * groups, size)
+    check_against_float64(
+        lambda x: causal_attention(x, heads, groups), lambda x: plain_attention(x, heads, groups), [qkv], dtype, device
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lengths", DOCUMENTS)
+def test_documents(lengths: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:  # noqa: F811
+    """Two rows with different documents, and numbers that do not begin at 0."""
+    document = torch.stack((numbers(*lengths) + 3, 2 * numbers(*reversed(lengths))))
+    qkv = random(2, document.shape[1], 8, 24)
+    check_against_float64(
+        lambda x: causal_attention(x, 4, 2, document.to(device)),
+        lambda x: plain_attention(x, 4, 2, document),
+        [qkv],
+        dtype,
+        device,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scores_far_apart(dtype: torch.dtype, device: torch.device) -> None:  # noqa: F811
+    """Scores of 100 and more, whose e^score overflows, and next to which most others vanish."""
+    qkv = random(1, 130, 3, 16)
+    qkv[:, :, :2] *= 5
+    check_against_float64(lambda x: causal_attention(x, 1, 1), lambda x: plain_attention(x, 1, 1), [qkv], dtype, device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_not_contiguous(dtype: torch.dtype, device: torch.device) -> None:  # noqa: F811
+    qkv = random(2, 8, 50, 12).transpose(1, 2)
+    check_against_float64(lambda x: causal_attention(x, 4, 2), lambda x: plain_attention(x, 4, 2), [qkv], dtype, device)
+
+
+@needs_kernels
+@pytest.mark.parametrize("batch", [2, 8])
+def test_no_number_of_threads_changes_a_bit(batch: int) -> None:
+    """Where each query head is a task, and where each key/value head is."""
+    qkv, grad = random(batch, 150, 8, 40).bfloat16(), random(batch, 150, 160).bfloat16()
+
+    def run() -> tuple[Tensor, ...]:
+        out, lse = torch.ops.megalite.attention_forward(qkv, 4, 2, None)
+        return out, lse, torch.ops.megalite.attention_backward(grad, qkv, out, lse, 4, 2, None)
+
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(run())
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@needs_kernels
+def test_log_sum_exp() -> None:
+    qkv = random(2, 70, 4, 16).float()
+    lse = torch.ops.megalite.attention_forward(qkv, 2, 1, None)[1]
+    q, k = qkv[:, :, :2].double().transpose(1, 2), qkv[:, :, 2:3].double().transpose(1, 2)
+    hidden = torch.ones(70, 70, dtype=torch.bool).triu(1)
+    wanted = (q @ k.transpose(-1, -2) / 4).masked_fill(hidden, -torch.inf).logsumexp(-1)
+    torch.testing.assert_close(lse.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+@needs_kernels
+def test_bad_input_is_named() -> None:
+    qkv, forward = torch.zeros(2, 6, 8, 4), torch.ops.megalite.attention_forward
+    with pytest.raises(ValueError, match=r"attention_forward: qkv has shape \[6, 8, 4\], but must have \[batch"):
+        forward(qkv[0], 4, 2, None)
+    with pytest.raises(ValueError, match=r"attention_forward: qkv has 8 heads, but must have 6 \+ 2 \* 2"):
+        forward(qkv, 6, 2, None)
+    with pytest.raises(ValueError, match="num_heads 4 must be a positive multiple of num_kv_heads 3"):
+        forward(qkv, 4, 3, None)
+    with pytest.raises(TypeError, match=r"qkv is .*Double.* must be float32 or bfloat16"):
+        forward(qkv.double(), 4, 2, None)
+    with pytest.raises(ValueError, match=r"document has shape \[6\], but must have \[2, 6\]"):
+        forward(qkv, 4, 2, numbers(6))
+    with pytest.raises(TypeError, match=r"document is .*Int, but must be int64"):
+        forward(qkv, 4, 2, torch.zeros(2, 6, dtype=torch.int32))
+    with pytest.raises(ValueError, match="document falls from 1 to 0 at token 3 of row 1"):
+        forward(qkv, 4, 2, torch.tensor([[0, 0, 0, 1, 1, 1], [0, 1, 1, 0, 0, 0]]))
+    out, lse = forward(qkv, 4, 2, None)
+    with pytest.raises(ValueError, match=r"attention_backward: grad has shape \[2, 6, 8\], but must have \[2, 6, 16\]"):
+        torch.ops.megalite.attention_backward(out[..., :8], qkv, out, lse, 4, 2, None)
+    with pytest.raises(TypeError, match=r"attention_backward: lse is .*BFloat16, but must be float32"):
+        torch.ops.megalite.attention_backward(out, qkv, out, lse.bfloat16(), 4, 2, None)
+
+
+@needs_kernels
+def test_operators_are_well_formed() -> None:
+    """Schema, autograd and fake kernels agree, so that torch.compile may keep them whole."""
+    qkv = torch.randn(2, 9, 8, 4).requires_grad_()
+    for document in (None, numbers(2, 7).expand(2, -1).contiguous()):
+        torch.library.opcheck(torch.ops.megalite.attention_forward, (qkv, 4, 2, document))
+        out, lse = torch.ops.megalite.attention_forward(qkv.detach(), 4, 2, document)
+        torch.library.opcheck(
+            torch.ops.megalite.attention_backward, (torch.randn_like(out), qkv.detach(), out, lse, 4, 2, document)
+        )
+
+
+@pytest.fixture
+def flash_attn(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A stand-in for the library, asked for; returns what was called."""
+    calls: list[str] = []
+    module = ModuleType("flash_attn")
+
+    def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
+        assert causal
+        calls.append("flash_attn_func")
+        qkv = torch.cat((q, k, v), dim=2)
+        return plain_attention(qkv, q.shape[2], k.shape[2]).view_as(q)
+
+    def flash_attn_varlen_func(
+        q: Tensor, k: Tensor, v: Tensor, q_ends: Tensor, k_ends: Tensor, q_most: int, k_most: int, *, causal: bool
+    ) -> Tensor:
+        assert causal
+        assert q_ends.dtype == torch.int32
+        assert q_ends is k_ends
+        assert q_most == k_most >= int(q_ends.diff().max())
+        calls.append(f"flash_attn_varlen_func of {q_ends.tolist()}")
+        parts = [
+            torch.cat(x, dim=1)[None]
+            for x in zip(*(y.tensor_split(q_ends[1:-1].long()) for y in (q, k, v)), strict=True)
+        ]
+        return torch.cat([plain_attention(x, q.shape[1], k.shape[1]) for x in parts], dim=1).view_as(q)
+
+    module.flash_attn_func, module.flash_attn_varlen_func = flash_attn_func, flash_attn_varlen_func  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+    monkeypatch.setattr(library, "_wishes", KernelsConfig(attention="flash_attn"))
+    return calls
+
+
+def test_flash_attn(flash_attn: list[str]) -> None:
+    qkv, document = random(2, 8, 8, 4), torch.stack((numbers(3, 5), numbers(1, 6, 1)))
+    torch.testing.assert_close(causal_attention(qkv, 4, 2), plain_attention(qkv, 4, 2))
+    for _ in range(2):
+        torch.testing.assert_close(causal_attention(qkv, 4, 2, document), plain_attention(qkv, 4, 2, document))
+    assert flash_attn == ["flash_attn_func", *["flash_attn_varlen_func of [0, 3, 8, 9, 15, 16]"] * 2]
+
+
+def test_cuda_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = ModuleType("_ops")
+    built.has_cuda, built.isa = 1, lambda: "avx2"  # type: ignore[attr-defined]
+    monkeypatch.setattr(library, "own", lambda: built)
+    assert library.explain("attention", "cuda") == ("torch", "megalite's own attention is for the CPU")
+    assert library.explain("attention", "cpu") == ("megalite", "built, runs with avx2")
+    assert library.explain("norm", "cuda")[0] == "megalite"
