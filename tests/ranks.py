@@ -20,7 +20,14 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) ->
 
     A failing rank fails the test with its own traceback."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, (world_size, folder, function, arguments), nprocs=world_size)
+        ranks = mp.spawn(_rank, (world_size, folder, function, arguments), nprocs=world_size, join=False)
+        try:
+            while not ranks.join():
+                pass
+        except BaseException:  # a test out of time, or stopped by hand: its ranks would hold up pytest's end for ever
+            for process in ranks.processes:
+                process.kill()
+            raise
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
 
 
