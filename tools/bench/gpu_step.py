@@ -111,7 +111,9 @@ def report(found: dict[str, Measured], arguments: argparse.Namespace) -> None:
     ceiling = statistics.median(rate for measured in found.values() for rate in measured.ceilings)
     tokens, flops = arguments.batch * arguments.seq_length, model_flops_per_token(config_of(arguments))
     print(f"bf16 matrix product: {ceiling / 1e12:,.3g} TFLOP/s\n")
-    print(f"{'':30}{'ms a step':>12}{'tokens/s':>12}{'TFLOP/s':>10}{'of ceiling':>12}{'peak GiB':>10}{'megalite is':>14}")
+    print(
+        f"{'':30}{'ms a step':>12}{'tokens/s':>12}{'TFLOP/s':>10}{'of ceiling':>12}{'peak GiB':>10}{'megalite is':>14}"
+    )
     ours = found.get("megalite")
     for name, measured in found.items():
         seconds = statistics.median(measured.seconds)
