@@ -142,6 +142,7 @@ class TrainConfig(Section):
         description="activations computed again in the backward pass: none; what is large and cheap; all of a layer",
     )
     recompute_layers: int | None = Field(None, gt=0, description="first layers of each stage to recompute; all if null")
+    compile: bool = Field(False, description="torch.compile each layer; not with tensor or context parallelism")
     loss_chunk: int | None = Field(
         None,
         gt=0,

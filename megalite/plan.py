@@ -134,6 +134,7 @@ def make_plan(config: Config, weights: Sequence[Sized], world_size: int) -> Plan
     _check_engine(parallel)
     _check_schedule(parallel, micro_batches)
     _check_sequence(config, sequence)
+    _check_compile(config)
     stages = _stages(config, weights)
     try:
         sizes = [prod(weight.local_shape(tensor)) for weight in weights]
@@ -251,6 +252,22 @@ def _check_sequence(config: Config, sequence: bool) -> None:
         raise ConfigError(
             f"model.attention_dropout = {dropout} needs parallel.context: 1; "
             "attention that travels a ring never has all its probabilities in one place"
+        )
+
+
+def _check_compile(config: Config) -> None:
+    parallel = config.parallel
+    for name, value, only in (
+        ("tensor", parallel.tensor, 1), ("context", parallel.context, 1), ("engine", parallel.engine, "native")
+    ):  # fmt: skip
+        if config.train.compile and value != only:
+            raise ConfigError(
+                f"train.compile needs parallel.{name}: {only}, not {value}: a compiled layer cannot communicate"
+            )
+    if config.train.compile and parallel.pipeline > 1 and parallel.schedule == "zero_bubble":
+        raise ConfigError(
+            "train.compile cannot put weight gradients off, as parallel.schedule: zero_bubble does; use 1f1b or "
+            "interleaved"
         )
 
 

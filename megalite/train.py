@@ -50,7 +50,6 @@ def train(config: Config) -> None:
     """Train as the config says, on the ranks this process was started among. Resumes by itself.
 
     Raises ConfigError, DataError or CheckpointError, before the first step where something asked for cannot be done."""
-    library.use(config.kernels)
     launch = Launch.from_environment()
     plan = make_plan(config, weight_table(config.model), launch.world_size)
     data = build_mixtures(config.data, config.train.seed)
@@ -205,7 +204,8 @@ class Parts:
 
 
 def build(config: Config, plan: Plan, mesh: Mesh) -> Parts:
-    """This rank's part of the model, with its weights still zero."""
+    """This rank's part of the model, with its weights still zero. Chooses the process's kernels."""
+    library.use(config.kernels)
     table = weight_table(config.model)
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     spans = plan.stages_of(mesh.pipeline.rank)

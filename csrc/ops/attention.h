@@ -1,4 +1,5 @@
-// Arguments of the attention kernels of the CPU. Letters: B batch, T tokens, H query heads, G key/value heads, K head size.
+// Arguments of the attention kernels of the CPU. Letters: B batch, T tokens, H query heads, G key/value heads, K head
+// size.
 #pragma once
 
 #include "cpu/isa.h"
@@ -28,8 +29,8 @@ struct AttentionBackward : Attention {
   const void *grad, *out;  // [B, T, H K]
   const float* lse;
   void* dqkv;
-  float* partial;  // [B, G, parts, 2, T, K]: gradients of keys and values from a part of the queries; null for one part
-  int64_t parts;   // the queries of a key/value head are cut into so many, each a task of its own
+  float* partial;  // [B, G, parts, 2, T, K]: gradients of keys and values from a part of the heads; null for one part
+  int64_t parts;   // the query heads of a key/value head are cut into so many, each a task of its own
 };
 
 }  // namespace megalite

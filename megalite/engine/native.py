@@ -37,6 +37,7 @@ from megalite.kernels.optimizer import adamw_, sum_of_squares
 from megalite.kernels.weight_gradient import accumulate_weight_gradient
 from megalite.mesh import Mesh
 from megalite.models import set_parameters
+from megalite.models.layers import Decoder
 from megalite.models.weights import Weight
 from megalite.parallel.collectives import (
     Wait,
@@ -103,7 +104,7 @@ class BucketState:
 class NativeEngine:
     """Gives clean or parallelised models on the meta device their weights, and trains them. See `Engine`."""
 
-    def __init__(self, models: Sequence[nn.Module], weights: Sequence[Weight], plan: Plan, mesh: Mesh, config: Config):
+    def __init__(self, models: Sequence[Decoder], weights: Sequence[Weight], plan: Plan, mesh: Mesh, config: Config):
         self.mesh, self.config, self.sequence = mesh, config.optimizer, plan.sequence
         self.zero_stage, self.num_steps = plan.zero_stage, 0
         self.dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
@@ -121,7 +122,7 @@ class NativeEngine:
     def states(self) -> tuple[str, ...]:
         return STATES[1:] if self.dtype == torch.float32 else STATES
 
-    def _adopt(self, models: Sequence[nn.Module]) -> None:
+    def _adopt(self, models: Sequence[Decoder]) -> None:
         """Make every parameter a view into its bucket, watch its gradient arrive, and make modules wait for it."""
         shapes = {name: parameter.shape for model in models for name, parameter in model.named_parameters()}
         views: dict[str, nn.Parameter] = {}
@@ -134,10 +135,12 @@ class NativeEngine:
         assert views.keys() == shapes.keys(), f"table and model differ: {views.keys() ^ shapes.keys()}"
         for model in models:
             set_parameters(model, views)
+            # Weights are awaited before whole layers, whose inside may be compiled, and what stands beside them.
+            beside = [child for child in model.children() if child is not model.layers]
+            for unit in [*beside, *model.layers.values()]:
+                buckets = {id(b): b for p in unit.parameters() for b, _ in [self._home[p]]}
+                unit.register_forward_pre_hook(_await_weights_of(list(buckets.values())))
             for module in model.modules():
-                buckets = {id(b): b for p in module.parameters(recurse=False) for b, _ in [self._home[p]]}
-                if buckets:
-                    module.register_forward_pre_hook(_await_weights_of(list(buckets.values())))
                 if isinstance(module, ParallelLinear):
                     module.deliver = self._add_product
                     self._home[module.weight][0].num_events += 1

@@ -44,6 +44,8 @@ def pick(operation: str, x: Tensor) -> str:
     wish = getattr(_wishes, operation)
     if wish not in ("auto", "megalite"):
         return wish
+    if wish == "auto" and operation == "weight_gradient" and x.dtype == torch.bfloat16 and _has_matrix_unit():
+        return "torch"
     return "megalite" if _takes(operation, x.device.type, x.dtype) else "torch"
 
 
@@ -52,6 +54,8 @@ def explain(operation: str, device: str) -> tuple[str, str]:
     wish = getattr(_wishes, operation)
     if wish not in ("auto", "megalite"):
         return wish, f"kernels.{operation} asks for it"
+    if wish == "auto" and operation == "weight_gradient" and device == "cpu" and _has_matrix_unit():
+        return "torch", "oneDNN uses this processor's AMX for bf16"
     if _takes(operation, device, torch.float32):
         return "megalite", f"built{f', runs with {own().isa()}' if device == 'cpu' else ''}"  # type: ignore[union-attr]
     if operation in CPU_ONLY and device != "cpu":
@@ -79,6 +83,12 @@ def why_not_built() -> str:
     except ImportError as error:
         return f"megalite's kernels do not fit this torch and must be built again: {error}"
     return "they are built"
+
+
+@functools.cache
+def _has_matrix_unit() -> bool:
+    """Whether oneDNN can use AMX, which our product does not."""
+    return torch.cpu._is_amx_tile_supported()
 
 
 @functools.cache

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -17,20 +15,10 @@ def accumulate_weight_gradient(into: Tensor, grad: Tensor, x: Tensor, add: bool)
             torch.addmm(into, grad.t(), x, torch.float32, out=into)
         else:
             torch.mm(grad.t(), x, torch.float32, out=into)
-    elif x.device.type == "cpu" and pick("weight_gradient", x) == "megalite" and not _better_by_torch(x):
+    elif pick("weight_gradient", x) == "megalite":
         torch.ops.megalite.weight_gradient_(into, grad, x, add)
     elif x.dtype == torch.float32:
         into.addmm_(grad.t(), x, beta=1.0 if add else 0.0)
     else:
         product = grad.t() @ x
         into.add_(product) if add else into.copy_(product)
-
-
-@functools.cache
-def _has_matrix_unit() -> bool:
-    """Whether oneDNN can use AMX, which our kernel does not."""
-    return torch.cpu._is_amx_tile_supported()
-
-
-def _better_by_torch(x: Tensor) -> bool:
-    return x.dtype == torch.bfloat16 and _has_matrix_unit()

@@ -103,6 +103,10 @@ class Dropout(nn.Module):
         """`x` is [B,T,D], or [B,H,T,T] where `over_heads`. Without keys, or in evaluation, it is left alone."""
         if self.p == 0.0 or places.key_B is None or not self.training:
             return x
+        return self._drop(x, places, places.key_B)
+
+    @torch.compiler.disable  # of products that wrap around int64 a compiler makes constants that do not fit
+    def _drop(self, x: Tensor, places: Places, key_B: Tensor) -> Tensor:
         rank, ranks = self.shard
         if self.over_heads:
             first = rank * x.shape[1] + torch.arange(x.shape[1], device=x.device)
@@ -110,7 +114,7 @@ class Dropout(nn.Module):
             first = places.index_T.chunk(ranks)[rank]
         inner = x[0, 0].numel()
         index = first[:, None] * inner + torch.arange(inner, device=x.device)
-        keys = random_bits(self.site, places.key_B).view(-1, *[1] * (x.dim() - 1))
+        keys = random_bits(self.site, key_B).view(-1, *[1] * (x.dim() - 1))
         keep = uniform(keys, index.view(x.shape[1:])) >= self.p
         return x * (keep / (1.0 - self.p)).to(x.dtype)
 

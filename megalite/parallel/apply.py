@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from functools import partial
 
+import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -41,12 +42,17 @@ def apply_parallelism(
     cut(model, span, tied=any(weight.place == "both" for weight in weights))
     if mesh.tensor.size > 1 or plan.engine == "native":  # whose linear modules give it their weight gradients
         table = {weight.name: weight for weight in weights}
-        apply_tensor_parallelism(model, table, mesh.tensor, plan.sequence, later)
+        # A compiler sees nothing of what linear modules do beside computing: inside of layers they stay plain.
+        parents = [model] if train.compile else list(model.modules())
+        apply_tensor_parallelism(model, table, mesh.tensor, plan.sequence, later, parents)
     if train.loss_chunk and span.last:
         apply_chunked_loss(model, weights, mesh.tensor, plan.sequence, train.loss_chunk)
     if mesh.context.size > 1:
         apply_context_parallelism(model, mesh.context)
     apply_recompute(model, train)
+    if train.compile:
+        for layer in model.layers.values():
+            layer.forward = torch.compile(layer.forward, dynamic=False)
 
 
 def apply_chunked_loss(model: Decoder, weights: Sequence[Weight], axis: Axis, sequence: bool, rows: int) -> None:
@@ -89,16 +95,21 @@ def _recompute(module: nn.Module, method: str) -> None:
 
 
 def apply_tensor_parallelism(
-    model: nn.Module, table: dict[str, Weight], axis: Axis, sequence: bool, later: PutOff | None = None
+    model: nn.Module,
+    table: dict[str, Weight],
+    axis: Axis,
+    sequence: bool,
+    later: PutOff | None,
+    parents: Sequence[nn.Module],
 ) -> None:
-    """Swap each module for its parallel counterpart, as the table says how its weight is cut. Tied weights stay
-    tied."""
+    """Swap each child of `parents` for its parallel counterpart, as the table says how its weight is cut. Tied weights
+    stay tied."""
     shrunk: dict[Tensor, nn.Parameter] = {}
     for name, parameter in model.named_parameters():
         local = parameter.new_empty(table[name].local_shape(axis.size))
         shrunk[parameter] = nn.Parameter(local) if axis.size > 1 else parameter  # a swapped head stays tied
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    for parent in list(model.modules()):
+    for parent in parents:
         for child_name, child in list(parent.named_children()):
             swapped = _counterpart(child, shrunk, names, table, axis, sequence, later)
             if swapped is not None:

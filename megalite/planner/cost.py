@@ -11,13 +11,9 @@ from megalite.planner.shapes import Matrix, Shapes
 ACCUMULATE_BYTES, FUSED_ACCUMULATE_BYTES = 10, 8
 """To add a weight's bf16 gradient to its fp32 sum: read 2 + 4, write 4; in the product's kernel, read 4, write 4."""
 
-LOSS_BYTES, PARALLEL_LOSS_BYTES = 44, 52
-"""Read and written per logit of bf16 by the passes of models/layers.py CrossEntropy (to fp32, log-softmax, gradients of
-the gather and of the log-softmax, back to bf16), and by those of parallel/tensor.py _CrossEntropy."""
-
 OPTIMIZER_BYTES = 34
-"""Per stepped element: the norm reads the gradient (4); AdamW reads gradient, master and moments (16) and writes the
-latter three (12); the cast to bf16 writes 2."""
+"""Per stepped element, kernels/optimizer.py: the norm reads the gradient (4). AdamW in one pass reads gradient, master
+and moments (16), and writes the latter three (12) and the bf16 weights (2)."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +40,11 @@ NOTHING = PassTimes(0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 class Costs:
-    """Of one rank's shapes on given hardware."""
+    """Of one rank's shapes on given hardware. `products_add`: those of weight gradients add to the sum themselves."""
 
-    def __init__(self, shapes: Shapes, kernels: Kernels, network: Network):
+    def __init__(self, shapes: Shapes, kernels: Kernels, network: Network, products_add: bool):
         self.shapes, self.kernels, self.network = shapes, kernels, network
+        self._product_add_bytes = FUSED_ACCUMULATE_BYTES if products_add else ACCUMULATE_BYTES
         self._whole = shapes.tokens * shapes.hidden * shapes.element
         """Bytes of the hidden states of all of this rank's tokens, uncut."""
 
@@ -55,12 +52,9 @@ class Costs:
         total = NOTHING
         for matrix in self.shapes.matrices:
             total += self._product(matrix)
-        total += (
-            self._attention()
-            + self._elementwise()
-            + self._accumulation(sum(m.rows * m.columns for m in self.shapes.matrices))
-        )
-        again = {"none": 0.0, "selective": self._activation(), "full": total.forward}[recompute]
+        size = sum(matrix.rows * matrix.columns for matrix in self.shapes.matrices)
+        total += self._attention() + self._elementwise() + self._accumulation(size, self._product_add_bytes)
+        again = {"none": 0.0, "selective": self._activation()[0], "full": total.forward}[recompute]
         return total + PassTimes(0.0, again, again, 0.0, self._forward_tensor_bytes() if recompute == "full" else 0.0)
 
     def embedding(self) -> PassTimes:
@@ -69,21 +63,23 @@ class Costs:
         passes = 2 + (4 if shapes.tensor > 1 else 0)
         forward = self.kernels.memory(passes * self._whole, 4) + self._leave()
         backward = self.kernels.memory(passes * self._whole + table * shapes.element, 4) + self._gather_back()
-        return PassTimes(forward, backward, 0.0, backward, 2 * self._sent(self._whole)) + self._accumulation(table)
+        times = PassTimes(forward, backward, 0.0, backward, 2 * self._sent(self._whole))
+        return times + self._accumulation(table, ACCUMULATE_BYTES)
 
     def head(self) -> PassTimes:
-        shapes = self.shapes
-        logits = shapes.tokens * shapes.vocab
-        loss = self.kernels.memory(
-            logits * (PARALLEL_LOSS_BYTES if shapes.tensor > 1 else LOSS_BYTES) * shapes.element / 2, 12
-        )
-        norm = self.kernels.memory(2 * shapes.hidden_bytes, 1)
-        agree = 2 * self.network.all_reduce(8.0 * shapes.tokens, self.network.tensor)
-        # Of the passes over the logits, about three fifths are before the loss is known.
-        forward, backward = 0.6 * loss + norm + agree, 0.4 * loss + 2 * norm
+        """The norm reads and writes; its backward pass reads the gradient and what was kept and writes a gradient."""
+        shapes, memory = self.shapes, self.kernels.memory
+        logit_bytes = shapes.tokens * shapes.vocab * shapes.element / 2
+        loss_forward, loss_backward = (count * logit_bytes for count in self.kernels.software.loss_bytes)
+        # Each rank's log-sum-exp, for the largest; then its share of the sum, and the label's logit.
+        agree = sum(self.network.all_reduce(size * shapes.tokens, self.network.tensor) for size in (4.0, 8.0))
+        forward = memory(loss_forward, 8) + memory(2 * shapes.hidden_bytes, 1) + agree
+        backward = memory(loss_backward, 3) + memory(3 * shapes.hidden_bytes, 2)
         around = PassTimes(forward, backward, backward, 0.0, 0.0)
         matrix = Matrix(shapes.vocab, shapes.hidden, column_parallel=True)
-        return self._product(matrix) + around + self._accumulation(shapes.vocab * shapes.hidden)
+        return (
+            self._product(matrix) + around + self._accumulation(shapes.vocab * shapes.hidden, self._product_add_bytes)
+        )
 
     # --- parts of a layer -----------------------------------------------------------------------------------------
 
@@ -123,7 +119,7 @@ class Costs:
 
     def _cut_copies(self, column_parallel: bool) -> float:
         """Pieces of a sequence are put together (needed for several sequences) or taken apart by copying."""
-        if self.kernels.software.fused:
+        if self.kernels.software.sequence_first:
             return 0.0
         if column_parallel and self.shapes.micro_batch_size == 1:
             return 0.0
@@ -156,36 +152,37 @@ class Costs:
         return PassTimes(forward, backward, backward, 0.0, 0.0, sent)
 
     def _elementwise(self) -> PassTimes:
-        """Norms, rotation, activation and residual sums: bytes read and written. Backward passes read the gradient and
-        what was kept and write a gradient: twice the forward pass's bytes."""
+        """Norms, rotation, activation and residual sums: bytes read and written. A norm's backward pass reads the
+        gradient and what was kept and writes a gradient; where the stream parts, two gradients are summed."""
         shapes = self.shapes
         hidden = shapes.tokens * shapes.norm_hidden * shapes.element
         heads = shapes.tokens * (shapes.q + shapes.kv) * shapes.element
-        fused = self.kernels.software.fused
-        moved = 2 * (2 + 3) * hidden  # two norms, two residual sums
+        if self.kernels.software.norm_adds:
+            # A norm (2, 3); the other with the addition before it, and in its backward pass the gradients' (4, 4); the
+            # other addition (3, 0), and the gradients' (0, 3).
+            forward, backward = 9 * hidden, 10 * hidden
+        else:
+            forward, backward = 2 * (2 + 3) * hidden, 2 * (3 + 3) * hidden
         kernels = 4
-        if shapes.rope:
-            # Four halves multiplied, two pairs summed, joined: 9 passes of queries and keys; fused, 2.
-            moved += (2 if fused else 9) * heads
-            kernels += 2 if fused else 14
+        if shapes.rope:  # in place
+            forward, backward, kernels = forward + 2 * heads, backward + 2 * heads, kernels + 1
         if shapes.head_norms:
-            moved += 2 * heads
-            kernels += 2
-        if shapes.hidden_dropout:
-            moved += (0 if fused else 2 * 12) * hidden  # keys, comparison, scaling, product
-            kernels += 0 if fused else 16
-        forward = self.kernels.memory(moved, kernels) + self._activation()
-        return PassTimes(forward, 2 * forward, 2 * forward, 0.0, 0.0)
+            forward, backward, kernels = forward + 2 * heads, backward + 3 * heads, kernels + 2
+        if shapes.hidden_dropout:  # keys, comparison, scaling, product; and a product
+            forward, backward, kernels = forward + 2 * 12 * hidden, backward + 2 * 3 * hidden, kernels + 16
+        memory, (activation, activation_back) = self.kernels.memory, self._activation()
+        back = memory(backward, kernels) + activation_back
+        return PassTimes(memory(forward, kernels) + activation, back, back, 0.0, 0.0)
 
-    def _activation(self) -> float:
-        """silu(gate) (2 passes over I) and its product with `up` (3), or fused 3; gelu 2."""
-        shapes, fused = self.shapes, self.kernels.software.fused
-        passes = (3 if fused else 5) if shapes.gated else 2
-        return self.kernels.memory(passes * shapes.tokens * shapes.inner * shapes.element, 2)
+    def _activation(self) -> tuple[float, float]:
+        """(forward, backward): of silu(gate) · up, 3 passes over I and 5, of gelu 2 and 3."""
+        shapes = self.shapes
+        one = shapes.tokens * shapes.inner * shapes.element
+        forward, backward = (3, 5) if shapes.gated else (2, 3)
+        return self.kernels.memory(forward * one, 1), self.kernels.memory(backward * one, 1)
 
-    def _accumulation(self, elements: int) -> PassTimes:
-        per_element = FUSED_ACCUMULATE_BYTES if self.kernels.software.fused else ACCUMULATE_BYTES
-        time = self.kernels.memory(float(elements * per_element), 1)
+    def _accumulation(self, elements: int, bytes_each: int) -> PassTimes:
+        time = self.kernels.memory(float(elements * bytes_each), 1)
         return PassTimes(0.0, time, 0.0, time, 0.0)
 
     # --- messages -------------------------------------------------------------------------------------------------

@@ -99,7 +99,7 @@ class Outlook:
         self.sizes: tuple[StageSizes, ...] = tuple(local.of(stage) for stage in plan.stages)
         self.network: Network = place(plan, hardware)
         self.kernels = Kernels(hardware.chip, software, self.shapes.element)
-        self.costs = Costs(self.shapes, self.kernels, self.network)
+        self.costs = Costs(self.shapes, self.kernels, self.network, products_add=plan.engine == "native")
 
     @cached_property
     def order(self) -> Order:

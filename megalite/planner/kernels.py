@@ -31,17 +31,36 @@ class Software:
     """How a trainer uses the chip."""
 
     name: str
-    fused: bool
-    """Element-wise work of a block is one kernel each, and weight gradients are added in the product's own kernel."""
     hides_tensor: bool
     """Collectives of tensor parallelism run in pieces beside the pieces of their product, in both passes. Otherwise
     only what `parallel/tensor.py` overlaps: both of a column-parallel layer's in its backward pass."""
+    sequence_first: bool
+    """Activations are [sequence, batch, …], so that the slices of a cut sequence lie together and none is copied."""
+    norm_adds: bool
+    """The addition to the residual stream is in the pass of the norm behind it."""
+    loss_bytes: tuple[int, int]
+    """Read and written per bf16 logit in the forward pass, and in the backward pass."""
 
 
-MEGALITE = Software("megalite", fused=False, hides_tensor=False)
+MEGALITE = Software(
+    "megalite",
+    hides_tensor=False,
+    sequence_first=False,
+    norm_adds=True,
+    # kernels/loss.py: the logits are read once; then again, and overwritten with their gradient.
+    loss_bytes=(2, 4),
+)
 
-MEGATRON = Software("Megatron-LM", fused=True, hides_tensor=True)
-"""As its published figures were measured: --tp-comm-overlap and fused kernels."""
+MEGATRON = Software(
+    "Megatron-LM",
+    hides_tensor=True,
+    sequence_first=True,
+    norm_adds=False,
+    # core/tensor_parallel/cross_entropy.py. Forward: to fp32 (6), maximum (4), subtraction (8), exponential (8), sum
+    # (4), division (8). Backward: scaled by the loss's gradient (8), to bf16 (6).
+    loss_bytes=(38, 14),
+)
+"""As its published figures were measured: --tp-comm-overlap, and without --cross-entropy-loss-fusion."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,15 @@ from megalite.config import Config, TrainConfig
 from megalite.engine.native import IN_FLIGHT
 from megalite.parallel.stage import MESSAGES_UNDER_WAY
 from megalite.plan import Plan, StageSpan
-from megalite.planner.activations import FP32, LayerBytes, head_bytes, layer_bytes
+from megalite.planner.activations import (
+    FP32,
+    INT64,
+    PartBytes,
+    embedding_bytes,
+    head_bytes,
+    layer_bytes,
+    rope_bytes,
+)
 from megalite.planner.schedule import Order
 from megalite.planner.shapes import Shapes, StageSizes
 
@@ -26,9 +34,11 @@ class Memory:
     activations: int
     """Kept by passes whose backward pass is still to come, at the fullest moment."""
     transient: int
-    """On top of it while a pass runs: logits and their gradients, one layer's gradients, a weight's gradient."""
+    """On top of it while a pass runs: one layer's gradients, what it gathers or passes around, an embedding's
+    gradient."""
     buffers: int
-    """What is being sent or received: pipeline hand-overs, keys and values of a ring, buckets under way."""
+    """The step's tokens, and what is being sent or received beside the passes: pipeline hand-overs, buckets under
+    way."""
 
     @property
     def total(self) -> int:
@@ -46,70 +56,79 @@ def rank_memories(
     order: Order,
     device: Literal["cuda", "cpu"],
 ) -> tuple[Memory, ...]:
-    """On the CPU rms_norm is not one kernel, and keeps more."""
-    stages = [_stage_bytes(stage, config.train, shapes, device == "cuda") for stage in plan.stages]
-    return tuple(
-        _rank_memory(plan, config, shapes, [sizes[s.index] for s in plan.stages_of(rank)], stages, order[rank])
-        for rank in range(plan.pipeline)
-    )
+    """On the CPU, gloo's collectives need memory of their own."""
+    on_gloo = device == "cpu"
+    counts = _Counts(plan, config.train, shapes, on_gloo)
+    stages = [counts.stage(stage, sizes[stage.index]) for stage in plan.stages]
+    memories = []
+    for rank in range(plan.pipeline):
+        spans = plan.stages_of(rank)
+        own = [sizes[span.index] for span in spans]
+        weights, gradients, optimizer = _resident(plan, sum(size.total for size in own), shapes.element)
+        activations, transient = _in_passes(order[rank], stages)
+        buffers = (
+            _tokens(plan, shapes)
+            + _messages(plan, spans) * shapes.hidden_bytes
+            + _buckets(plan, config, own, on_gloo)
+            + _gathered_weights(plan, own, shapes.element)
+        )
+        memories.append(Memory(weights, gradients, optimizer, activations, transient, buffers))
+    return tuple(memories)
 
 
-@dataclass(frozen=True)
-class _StageBytes:
-    """Of one stage, for one micro-batch."""
+class _Counts:
+    """Bytes of stages for one micro-batch."""
 
-    kept: int
-    for_weights: int
-    forward_peak: int
-    """On top of `kept` while its forward pass runs."""
-    backward_peak: int
+    def __init__(self, plan: Plan, train: TrainConfig, shapes: Shapes, on_gloo: bool):
+        self.train, self.shapes = train, shapes
+        # The native engine adds the gradients of products where they stay; only those of what is looked up are made by
+        # autograd first.
+        self.by_autograd = plan.engine != "native"
+        self.plain, self.lean = (layer_bytes(shapes, kind, on_gloo) for kind in ("none", train.recompute))
+        self.head = head_bytes(shapes, self.by_autograd, on_gloo)
+
+    def stage(self, stage: StageSpan, sizes: StageSizes) -> PartBytes:
+        parts, hidden = self._parts(stage, sizes), self.shapes.hidden_bytes
+        kept = sum(number * part.kept for number, part in parts)
+        for_weights = sum(number * part.for_weights for number, part in parts)
+        forward = [(number, part.forward, part.kept) for number, part in parts]
+        backward = [(number, part.backward - part.kept, -part.kept) for number, part in parts[::-1]]
+        backward_input = [
+            (number, part.backward_input - part.kept, part.for_weights - part.kept) for number, part in parts[::-1]
+        ]
+        # Positions as all layers need them. Till its backward pass torch holds what a stage gave, and under zero bubble
+        # what it took till the pass for the weights.
+        beside = rope_bytes(self.shapes) + (0 if stage.last else hidden)
+        return PartBytes(
+            kept=beside + kept,
+            forward=beside + _fullest(0, forward),
+            backward=beside + _fullest(kept, backward),
+            backward_input=beside + _fullest(kept, backward_input),
+            for_weights=for_weights + (0 if stage.first else hidden),
+        )
+
+    def _parts(self, stage: StageSpan, sizes: StageSizes) -> list[tuple[int, PartBytes]]:
+        """Parts in the order of the forward pass, and how many of each follow each other."""
+        count = stage.stop - stage.start
+        num_lean = min(count, self.train.recompute_layers or count)
+        parts = [(num_lean, self.lean), (count - num_lean, self.plain)]
+        if stage.first:
+            largest = sizes.largest if self.by_autograd else sizes.largest_looked_up
+            parts.insert(0, (1, embedding_bytes(self.shapes, largest * self.shapes.element)))
+        if stage.last:
+            parts.append((1, self.head))
+        return [part for part in parts if part[0]]
 
 
-def _stage_bytes(stage: StageSpan, train: TrainConfig, shapes: Shapes, fused_norm: bool) -> _StageBytes:
-    count = stage.stop - stage.start
-    plain = layer_bytes(shapes, "none", fused_norm)
-    lean = layer_bytes(shapes, train.recompute, fused_norm)
-    num_lean = min(count, train.recompute_layers or count) if train.recompute != "none" else 0
-    kept = num_lean * lean.kept + (count - num_lean) * plain.kept
-    for_weights = count * plain.for_weights
-    widest: list[LayerBytes] = [plain] * (num_lean < count) + [lean] * (num_lean > 0)
-    forward_peak = backward_peak = max((layer.transient for layer in widest), default=0)
-    if train.recompute != "none":
-        forward_peak = plain.kept - lean.kept
-    elif not shapes.attention_dropout:
-        forward_peak = 0
-    if not stage.last:
-        kept += shapes.hidden_bytes  # torch holds what a stage gave until its backward pass
-    if stage.last:
-        head = head_bytes(shapes, fused_norm)
-        kept += head.kept
-        forward_peak = max(forward_peak - head.kept, head.forward - head.kept)
-        backward_peak = max(backward_peak - head.kept, head.backward - head.kept)
-        for_weights += shapes.tokens * (shapes.norm_hidden + shapes.vocab) * shapes.element
-    return _StageBytes(kept, for_weights, forward_peak, backward_peak)
-
-
-def _rank_memory(
-    plan: Plan,
-    config: Config,
-    shapes: Shapes,
-    sizes: Sequence[StageSizes],
-    stages: Sequence[_StageBytes],
-    actions: Sequence[tuple[str, int, int]],
-) -> Memory:
-    params = sum(size.total for size in sizes)
-    weights, gradients, optimizer = _resident(plan, params, shapes.element)
-    # A gradient exists beside the buckets from when autograd made it until it is added to them.
-    largest = max(size.largest for size in sizes) * shapes.element
-    activations, transient = _fullest(actions, stages, largest)
-    return Memory(
-        weights=weights,
-        gradients=gradients,
-        optimizer=optimizer,
-        activations=activations,
-        transient=transient,
-        buffers=_buffers(plan, config.parallel.bucket_mb, shapes, params, sizes),
-    )
+def _fullest(held: int, parts: Sequence[tuple[int, int, int]]) -> int:
+    """The most that is held in a pass that begins with `held`. Of each part: how many follow each other, what one holds
+    on top while it runs, and by how much it leaves more behind than it found."""
+    most = held
+    for number, on_top, left in parts:
+        last = held + (number - 1) * left
+        most = max(most, held + on_top, last + on_top)
+        held = last + left
+    return most
 
 
 def resident_bytes(plan: Plan, params: int, element: int) -> int:
@@ -125,46 +144,61 @@ def _resident(plan: Plan, params: int, element: int) -> tuple[int, int, int]:
     return weights, gradients, (shard if plan.zero_stage else params) * (8 if element == FP32 else 12)
 
 
-def _fullest(
-    actions: Sequence[tuple[str, int, int]], stages: Sequence[_StageBytes], largest_gradient: int
-) -> tuple[int, int]:
+def _in_passes(actions: Sequence[tuple[str, int, int]], stages: Sequence[PartBytes]) -> tuple[int, int]:
     """(kept by passes, on top of it while a pass runs) at the moment at which their sum is largest."""
     held = 0
     most = (0, 0)
     for kind, number, _ in actions:
         stage = stages[number]
-        before = held
         if kind == "F":
+            now = (held + stage.kept, stage.forward - stage.kept)
             held += stage.kept
-            now = (held, stage.forward_peak)
         elif kind == "I":
-            now = (before, stage.backward_peak)
+            now = (held, stage.backward_input - stage.kept)
             held += stage.for_weights - stage.kept
+        elif kind == "B":
+            now = (held, stage.backward - stage.kept)
+            held -= stage.kept
         else:
-            held -= stage.for_weights if kind == "W" else stage.kept
-            # The first layer's gradients appear when the other layers' activations are gone.
-            now = (before, stage.backward_peak) if kind == "B" else (before, 0)
-            late = (held, largest_gradient)
-            now = max(now, late, key=sum)
+            now = (held, 0)
+            held -= stage.for_weights
         most = max(most, now, key=sum)
     return most
 
 
-def _buffers(plan: Plan, bucket_mb: float, shapes: Shapes, params: int, sizes: Sequence[StageSizes]) -> int:
-    total = 0
-    if plan.pipeline > 1:
-        # One message each way is asked for ahead of its pass, and some are on their way to other ranks.
-        messages = 2 if plan.schedule == "1f1b" else 2 + MESSAGES_UNDER_WAY
-        total += messages * len(sizes) * shapes.hidden_bytes
-    if plan.context > 1:
-        # Own and travelling keys and values, twice, and their fp32 gradients on the way home.
-        kv = 2 * shapes.tokens * shapes.kv
-        total += 2 * kv * shapes.element + 2 * kv * FP32
-    if plan.tensor > 1 and plan.sequence:
-        total += 2 * shapes.tokens * shapes.hidden * shapes.element  # a gathered input, the pieces of an output
-    if plan.zero_stage == 2:
-        bucket = min(params * FP32, max(int(bucket_mb * 2**20), max(size.largest for size in sizes) * FP32))
-        total += IN_FLIGHT * bucket
-    if plan.zero_stage == 3:
-        total += 2 * max((max(size.layers, default=0) for size in sizes), default=0) * shapes.element
-    return total
+def _tokens(plan: Plan, shapes: Shapes) -> int:
+    """And labels, of all of the step's micro-batches."""
+    return 2 * INT64 * shapes.tokens * plan.micro_batches
+
+
+def _messages(plan: Plan, spans: Sequence[StageSpan]) -> int:
+    """Hidden states and gradients a rank holds because they travel. What it receives is counted where it is used, but
+    one is asked for ahead of its pass. Of what a stage sends, the last messages stay until the next ones go: its hidden
+    states are kept in any case, and where it sends both, every other is a gradient."""
+    if plan.pipeline == 1:
+        return 0
+    if plan.schedule == "1f1b":
+        return 1
+    gradients = [0 if span.first else MESSAGES_UNDER_WAY if span.last else 1 for span in spans]
+    return 1 + sum(gradients)
+
+
+def _buckets(plan: Plan, config: Config, sizes: Sequence[StageSizes], on_gloo: bool) -> int:
+    """Of ZeRO 2, whose gradients are whole only while they are filled and reduced."""
+    if plan.zero_stage != 2:
+        return 0
+    everything = sum(size.total for size in sizes) * FP32
+    largest = max(size.largest for size in sizes) * FP32
+    bucket = min(everything, max(int(config.parallel.bucket_mb * 2**20), largest))
+    # One of them is filled. The fullest moment is where a backward pass begins, and of the one before only the last
+    # bucket of matrices is on its way, beside that of the norms; but where little is kept, any moment is as full.
+    travelling = IN_FLIGHT if config.train.recompute == "full" and everything > 2 * bucket else 1
+    received = bucket * (plan.replicas - 1) // plan.replicas if on_gloo else 0
+    return bucket + travelling * (bucket + received)
+
+
+def _gathered_weights(plan: Plan, sizes: Sequence[StageSizes], element: int) -> int:
+    """Of ZeRO 3: a layer's, and the next one's on their way."""
+    if plan.zero_stage != 3:
+        return 0
+    return 2 * max((max(size.layers, default=0) for size in sizes), default=0) * element

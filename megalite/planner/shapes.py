@@ -136,6 +136,8 @@ class StageSizes:
     """What stands behind them: the last norm and the head. A tied head counts on both ends of a pipeline."""
     largest: int
     """The largest single weight."""
+    largest_looked_up: int
+    """The largest of those that are looked up in, where the stage has them."""
 
     @property
     def total(self) -> int:
@@ -148,8 +150,11 @@ class LocalSizes:
     def __init__(self, weights: Sequence[Weight], tensor: int):
         self.total: dict[Place, int] = {}
         self.largest: dict[Place, int] = {}
+        self.largest_looked_up = 0
         for weight in weights:
             size = prod(weight.local_shape(tensor))
+            if weight.name in LOOKED_UP:
+                self.largest_looked_up = max(self.largest_looked_up, size)
             self.total[weight.place] = self.total.get(weight.place, 0) + size
             self.largest[weight.place] = max(self.largest.get(weight.place, 0), size)
 
@@ -162,6 +167,7 @@ class LocalSizes:
             # A tied weight is held once where the stage is both ends.
             after=last + (0 if stage.first else both) if stage.last else 0,
             largest=max((self.largest.get(place, 0) for place in places), default=0),
+            largest_looked_up=self.largest_looked_up if stage.first else 0,
         )
 
 

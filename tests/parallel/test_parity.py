@@ -70,6 +70,7 @@ class Layout:
     recompute: str = "none"
     engine: str = "native"
     loss_chunk: int | None = None
+    compile: bool = False
 
     def __str__(self) -> str:
         data = self.ranks // (self.tensor * self.pipeline * self.context)
@@ -80,6 +81,7 @@ class Layout:
             name += f"-cp{self.context}"
         name += f"-{self.recompute}" if self.recompute != "none" else ""
         name += f"-chunks{self.loss_chunk}" if self.loss_chunk else ""
+        name += "-compiled" if self.compile else ""
         return name + (f"-{self.engine}" if self.engine != "native" else "")
 
 
@@ -107,6 +109,9 @@ LAYOUTS = [
     Layout(2, micro=2),
     Layout(2, tensor=2, sequence=True, micro=2, zero=2),
     Layout(1, loss_chunk=5),
+    Layout(1, compile=True),
+    Layout(1, compile=True, recompute="full"),
+    Layout(2, pipeline=2, micro=2, compile=True, recompute="selective"),
     Layout(2, tensor=2, sequence=True, loss_chunk=5, micro=2),
     Layout(2, tensor=2, zero=3, engine="deepspeed", loss_chunk=7),
     Layout(2, pipeline=2, schedule="zero_bubble", micro=2, loss_chunk=5),
@@ -154,6 +159,7 @@ def config_of(model: str, layout: Layout) -> Config:
             "train": {
                 "steps": STEPS, "global_batch_size": BATCH, "micro_batch_size": layout.micro,
                 "precision": "fp32", "seed": SEED, "recompute": layout.recompute, "loss_chunk": layout.loss_chunk,
+                "compile": layout.compile,
             },
             # eps far above rounding: Adam's first steps would otherwise divide noise by noise, and no tolerance would
             # tell a wrong gradient from a right one. Clipping at 0.5 is active in both steps.

@@ -9,6 +9,7 @@ import pytest
 from live_bytes import measure_step
 from megalite.config import Config
 from megalite.config_file import parse_config
+from megalite.kernels.library import own, why_not_built
 from megalite.models import weight_table
 from megalite.plan import make_plan
 from megalite.planner.estimate import memory_of
@@ -23,7 +24,7 @@ GPT2 = {
     "family": "gpt2", "vocab_size": 1000, "hidden_size": 128, "num_layers": 4, "num_attention_heads": 8,
     "max_positions": 256,
 }  # fmt: skip
-WITHIN = 0.10  # what the issue asks for; most cases are within 1%
+WITHIN = 0.05  # nearly all are within 1%; when a pipeline's messages arrive is chance, and one of them is up to 3%
 RESIDENT_WITHIN = 0.02  # known exactly but for the padding of buckets and the batch itself
 
 
@@ -43,8 +44,10 @@ def predicted(config: Config, world_size: int) -> tuple[Memory, ...]:
     return memory_of(config, plan, device="cpu")
 
 
-def check(found: dict[str, int], memory: Memory) -> None:
-    resident = memory.weights + memory.gradients + memory.optimizer
+def check(found: dict[str, int], memory: Memory, config: Config) -> None:
+    resident = memory.weights + memory.optimizer
+    if config.parallel.zero_stage < 2:  # it makes its gradients in every step anew
+        resident += memory.gradients
     off = memory.total / found["peak"] - 1
     passes_off = (memory.total - resident) / (found["peak"] - found["resident"]) - 1
     print(f"peak {found['peak'] / 2**20:.2f} MiB, predicted {off:+.2%}; beyond what stays {passes_off:+.2%}")
@@ -53,17 +56,25 @@ def check(found: dict[str, int], memory: Memory) -> None:
     assert abs(passes_off) <= WITHIN, memory
 
 
+measured = pytest.mark.skipif(own() is None, reason=f"the planner counts megalite's kernels, and {why_not_built()}")
+DROPOUT = ("model.hidden_dropout=0.1", "model.attention_dropout=0.1", "data.seq_length=128")
+SMALL_HEAD = "model.vocab_size=64"  # so that a layer is the fullest place
 ALONE = {
     "gpt2": (GPT2,),
-    "gpt2 with dropout": (GPT2, "model.hidden_dropout=0.1", "model.attention_dropout=0.1", "data.seq_length=128"),
+    "gpt2 with dropout": (GPT2, *DROPOUT),
+    "gpt2 with dropout, selective": (GPT2, *DROPOUT, "train.recompute=selective"),
+    "gpt2 with hidden dropout": (GPT2, "model.hidden_dropout=0.1"),
     "llama": (LLAMA,),
     "llama fp32": (LLAMA, "train.precision=fp32"),
+    "llama small head": (LLAMA, SMALL_HEAD),
     "llama selective": (LLAMA, "train.recompute=selective"),
+    "llama full": (LLAMA, SMALL_HEAD, "train.recompute=full"),
     "llama half full": (LLAMA, "train.recompute=full", "train.recompute_layers=2"),
     "llama large vocabulary": (LLAMA, "model.vocab_size=8000"),
 }
 
 
+@measured
 @pytest.mark.parametrize("case", ALONE)
 def test_one_process(case: str) -> None:
     model, *overrides = ALONE[case]
@@ -71,17 +82,20 @@ def test_one_process(case: str) -> None:
     found = measure_step(0, 1, config)
     (memory,) = predicted(config, 1)
     assert memory.weights + memory.gradients + memory.optimizer == pytest.approx(found["resident"], rel=RESIDENT_WITHIN)
-    check(found, memory)
+    check(found, memory, config)
 
 
 PIPELINE, ZERO_BUBBLE = "parallel.pipeline=2", "parallel.schedule=zero_bubble"
 PAIRS = {
     "tensor": (LLAMA, "parallel.tensor=2"),
     "tensor, whole sequence": (GPT2, "parallel.tensor=2", "parallel.sequence=false"),
+    "tensor, small MLP": (LLAMA, "parallel.tensor=2", SMALL_HEAD, "model.intermediate_size=64"),
     "context": (LLAMA, "parallel.context=2"),
+    "context, many keys": (LLAMA, "parallel.context=2", SMALL_HEAD, "model.num_kv_heads=8"),
     "1f1b": (LLAMA, PIPELINE),
     "interleaved": (LLAMA, PIPELINE, "parallel.virtual=2", "parallel.schedule=interleaved"),
     "zero bubble": (LLAMA, PIPELINE, "parallel.virtual=2", ZERO_BUBBLE),
+    "zero bubble, full": (LLAMA, PIPELINE, "parallel.virtual=2", ZERO_BUBBLE, "train.recompute=full"),
     "zero": (LLAMA, "parallel.zero_stage=2", "train.global_batch_size=16"),
 }
 
@@ -101,11 +115,12 @@ def measured_pairs() -> list[dict[str, dict[str, int]]]:
     return run_ranks(2, measure_all, configs)
 
 
+@measured
 @pytest.mark.parametrize("case", PAIRS)
 def test_two_ranks(case: str, measured_pairs: list[dict[str, dict[str, int]]]) -> None:
     memories = predicted(pair_config(case), 2)
     for rank, found in enumerate(measured_pairs):
-        check(found[case], memories[rank % len(memories)])
+        check(found[case], memories[rank % len(memories)], pair_config(case))
 
 
 def test_a_pipeline_holds_most_where_it_begins() -> None:

@@ -3,7 +3,8 @@ transformers + torch.compile, in bf16.
 
 All train a Llama of one preset on the same random tokens, with AdamW (decay on matrices only) and clipping by the
 global norm. megalite keeps fp32 master weights and moments; the others train bf16 weights with bf16 moments, which is
-less work. They take turns, step by step, in one process, so that what else the machine does hits all alike.
+less work. They take turns, step by step, in one process, so that what else the machine does hits all alike. `megalite
+train` has the C library keep freed memory (megalite/host_memory.py); the others are measured as they come, and so too.
 
 --memory runs each in a process of its own and tells the peak of resident memory above what its imports take; there
 transformers also trains fp32 weights under autocast, the way that keeps as much precision as megalite does.
@@ -12,6 +13,7 @@ transformers also trains fp32 weights under autocast, the way that keeps as much
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 import platform
 import statistics
@@ -41,28 +43,41 @@ SPEED = ("megalite", "transformers", "transformers + torch.compile")
 MEMORY = (*SPEED, "transformers, autocast of fp32 weights")
 
 
+def give_freed_memory_back() -> None:
+    """What glibc comes to by itself, once blocks as large as it watches for have been freed."""
+    libc = ctypes.CDLL(None)
+    libc.mallopt(-3, 2**25)
+    libc.mallopt(-1, 2**26)
+    libc.malloc_trim(0)
+
+
 def measure_speed(arguments: argparse.Namespace) -> None:
     steps = {name: make(name, arguments) for name in SPEED}
-    times: dict[str, list[float]] = {name: [] for name in steps}
+    turns = {name: (steps[name], give_freed_memory_back) for name in SPEED[1:]}
+    turns |= {f"{name}, memory kept": (steps[name], keep_freed_memory) for name in SPEED[1:]}
+    turns |= {"megalite": (steps["megalite"], keep_freed_memory)}
+    times: dict[str, list[float]] = {name: [] for name in turns}
+    rates: list[float] = []
     next_batch = batches(arguments, CPU)
     for number in range(arguments.steps + 3):
-        tokens = next_batch()
-        for name in [*steps][number % len(steps) :] + [*steps][: number % len(steps)]:
+        tokens, order = next_batch(), [*turns][number % len(turns) :] + [*turns][: number % len(turns)]
+        for name in order:
+            step, allocator = turns[name]
+            allocator()
             begin = time.perf_counter()
-            steps[name](tokens)
+            step(tokens)
             if number >= 3:  # the first steps allocate and compile
                 times[name].append(time.perf_counter() - begin)
-    ceiling = product_rate(CPU)
+        rates.append(product_rate(CPU))
+    ceiling = statistics.median(rates)
     tokens_a_step = arguments.batch * arguments.seq_length
     flops = model_flops_per_token(config_of(arguments))
     print(f"bf16 matrix product 2048 × 2048 × 2048: {ceiling / 1e9:,.0f} GFLOP/s\n")
-    print(f"{'':32}{'ms a step':>12}{'tokens/s':>12}{'of ceiling':>12}{'megalite is':>14}")
-    ours = statistics.median(times["megalite"])
+    print(f"{'':44}{'ms a step':>10}{'tokens/s':>10}{'of ceiling':>12}{'megalite is':>13}")
     for name, seconds in times.items():
-        median = statistics.median(seconds)
-        rate = tokens_a_step / median
-        share = rate * flops / ceiling
-        print(f"{name:32}{median * 1e3:12.0f}{rate:12,.0f}{share:12.1%}{median / ours:13.2f}×")
+        rate = tokens_a_step / statistics.median(seconds)
+        ratio = statistics.median(theirs / ours for theirs, ours in zip(seconds, times["megalite"], strict=True))
+        print(f"{name:44}{1e3 * tokens_a_step / rate:10.0f}{rate:10,.0f}{rate * flops / ceiling:12.1%}{ratio:12.2f}×")
 
 
 def measure_memory(name: str, arguments: argparse.Namespace) -> None:
@@ -78,6 +93,8 @@ def measure_memory(name: str, arguments: argparse.Namespace) -> None:
             peak = max(peak, process.memory_info().rss)
 
     threading.Thread(target=watch, daemon=True).start()
+    if name == "megalite":
+        keep_freed_memory()
     step, next_batch = make(name, arguments), batches(arguments, CPU)
     for _ in range(3):
         step(next_batch())
@@ -95,7 +112,6 @@ def main() -> None:
     parser.add_argument("--memory", nargs="?", const="all", help="measure memory instead, of all or of the one named")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    keep_freed_memory()  # as `megalite train` does; here it serves all alike
     if arguments.memory and arguments.memory != "all":
         measure_memory(arguments.memory, arguments)
         return

@@ -1,7 +1,7 @@
-// Attention by tiles, softmax and all (Dao et al. 2022): scores exist for a few queries and keys at a time, and the backward
-// pass computes them again. Every product goes through `tile`, six rows of a result at once: rows are queries or keys,
-// in strips that never straddle a block. With bf16, probabilities and the gradients of scores are rounded to it for the
-// products that follow; all sums are fp32.
+// Attention by tiles, softmax and all (Dao et al. 2022): scores exist for a few queries and keys at a time, and the
+// backward pass computes them again. Every product goes through `tile`, a strip of rows of a result at once: rows are
+// queries or keys, and no strip straddles a block. With bf16, probabilities and the gradients of scores are rounded to
+// it for the products that follow; all sums are fp32.
 #include "../attention.h"
 
 #include <cmath>
@@ -361,7 +361,7 @@ void forward(const AttentionForward& a, int64_t begin, int64_t end) {
     const T* from = static_cast<const T*>(a.qkv) + (b * a.length + q0) * at.token + h * a.size;
     const T* k = static_cast<const T*>(a.packed) + (b * a.kv_heads + g) * 2 * at.length * at.padded;
     const T* v = k + at.length * at.padded;
-    copy_rows(from, at.token, rows, a.size, static_cast<T*>(q), at.padded);
+    copy_rows<T>(from, at.token, rows, a.size, q, at.padded);
     for (int64_t i = rows * at.padded; i < padded_rows * at.padded; ++i) q[i] = T{};
     for (int64_t r = 0; r < padded_rows; ++r) top[r] = LOWEST, sum[r] = vec{};
 
@@ -406,7 +406,7 @@ void forward(const AttentionForward& a, int64_t begin, int64_t end) {
   }
 }
 
-// A block of queries of one head, as the products of the backward pass read it.
+// A block of queries of one head, as the products of the backward pass read it, and its gradient.
 template <class T>
 struct Queries {
   explicit Queries(const Layout<T>& at)
@@ -417,6 +417,29 @@ struct Queries {
   const Buffer<float> dq;
 };
 
+// Keys and values of one head, the same, and the sums of their gradients so far.
+template <class T>
+struct Keys {
+  explicit Keys(const Layout<T>& at)
+      : k_columns(at.length * at.padded), v_columns(at.length * at.padded), k_steps(at.length * at.padded),
+        dk(round_up(at.length, TILE_ROWS) * at.padded), dv(round_up(at.length, TILE_ROWS) * at.padded) {}
+  const Buffer<T> k_columns, v_columns, k_steps;
+  const Buffer<float> dk, dv;
+};
+
+// Scores of a block of queries and a block of keys, in rows of BACKWARD_KEYS: probabilities and gradients.
+template <class T>
+struct Scores {
+  Scores()
+      : p(QUERIES * BACKWARD_KEYS), ds(QUERIES * BACKWARD_KEYS),
+        ds_rows_of_bf16(STEP<T> == 1 ? 0 : QUERIES * BACKWARD_KEYS), raw(GROUP * TILE_COLUMNS),
+        dp(GROUP * TILE_COLUMNS) {}
+  const Buffer<T> p, ds;             // queries as steps of the depth
+  const Buffer<T> ds_rows_of_bf16;   // the same as ds, with keys as steps of the depth; fp32 reads ds itself
+  const Buffer<float> raw, dp;       // what the first two are made of, for a few strips
+  T* ds_rows() const { return STEP<T> == 1 ? ds : ds_rows_of_bf16; }
+};
+
 template <class T>
 void load_queries(
     const AttentionBackward& a, const Layout<T>& at, int64_t b, int64_t h, int64_t q0, int64_t rows,
@@ -425,40 +448,32 @@ void load_queries(
   const T* q = static_cast<const T*>(a.qkv) + (b * a.length + q0) * at.token + h * a.size;
   const T* grad = static_cast<const T*>(a.grad) + place;
   const T* out = static_cast<const T*>(a.out) + place;
-  copy_rows(q, at.token, rows, a.size, static_cast<T*>(to.q), at.padded);
-  copy_rows(grad, out_row, rows, a.size, static_cast<T*>(to.grad), at.padded);
+  copy_rows<T>(q, at.token, rows, a.size, to.q, at.padded);
+  copy_rows<T>(grad, out_row, rows, a.size, to.grad, at.padded);
+  for (int64_t r = 0; r < rows; ++r) {
+    to.delta[r] = dot(grad + r * out_row, out + r * out_row, a.size);
+    to.lse[r] = a.lse[(b * a.heads + h) * a.length + q0 + r] * LOG2E;
+  }
   // Rows that fill up the last strip are zeros: they add nothing.
   const int64_t padded_rows = round_up(rows, TILE_ROWS);
   for (int64_t i = rows * at.padded; i < padded_rows * at.padded; ++i) to.q[i] = to.grad[i] = T{};
   for (int64_t r = rows; r < padded_rows; ++r) to.lse[r] = to.delta[r] = 0.0f;
   pack_rows<T>(to.q, at.padded, padded_rows, at.padded, to.q_steps, at.padded);
   pack_rows<T>(to.grad, at.padded, padded_rows, at.padded, to.grad_steps, at.padded);
-  for (int64_t r = 0; r < rows; ++r) {
-    to.delta[r] = dot(grad + r * out_row, out + r * out_row, a.size);
-    to.lse[r] = a.lse[(b * a.heads + h) * a.length + q0 + r] * LOG2E;
-  }
 }
 
-// Probabilities and gradients of scores of a block of queries and keys, in rows of BACKWARD_KEYS.
-template <class T>
-struct Block {
-  Block()
-      : p(QUERIES * BACKWARD_KEYS), ds(QUERIES * BACKWARD_KEYS), ds_rows(STEP<T> == 1 ? 0 : QUERIES * BACKWARD_KEYS) {}
-  const Buffer<T> p, ds;    // queries as steps of the depth
-  const Buffer<T> ds_rows;  // bf16: the same as ds, keys as steps; fp32 reads ds itself
-};
-
-// One strip of queries and the keys [begin, end) of one panel.
+// From raw scores and dP of one strip, in rows of TILE_COLUMNS, the columns of `span`: P = e^(score - lse) and
+// dS = P (dP - delta).
 template <class T>
 inline void differentiate(
-    const float* scores, const float* dp, int64_t begin, int64_t end, float scale, const float* lse,
-    const float* delta, T* p, T* ds, T* ds_rows) {
+    const float* raw, const float* dp, Span span, float scale, const float* lse, const float* delta, T* p, T* ds,
+    T* ds_rows) {
   for (int r = 0; r < TILE_ROWS; r += 2)
-    for (int64_t i = begin; i < end; i += WIDTH) {
+    for (int64_t i = span.first; i < span.last; i += WIDTH) {
       vec probability[2], gradient[2];
       for (int j = 0; j < 2; ++j) {
         const int64_t from = (r + j) * TILE_COLUMNS + i;
-        probability[j] = exp2(load_vector<vec>(scores + from) * scale - lse[r + j]);
+        probability[j] = exp2(load_vector<vec>(raw + from) * scale - lse[r + j]);
         gradient[j] = probability[j] * (load_vector<vec>(dp + from) - delta[r + j]);
         if constexpr (STEP<T> == 2) store_row(ds_rows + (r + j) * BACKWARD_KEYS + i, gradient[j]);
       }
@@ -467,117 +482,136 @@ inline void differentiate(
     }
 }
 
-// That a strip has nothing to do with the keys [begin, end) of a block.
+// That the strip at r0 does not reach the keys [begin, end) of a block.
 template <class T>
-inline void clear(const Block<T>& to, int64_t r0, int64_t begin, int64_t end) {
+inline void clear(const Scores<T>& to, int64_t r0, int64_t begin, int64_t end) {
   for (int64_t r = r0; r < r0 + TILE_ROWS; r += STEP<T>)
     for (int64_t i = r * BACKWARD_KEYS + begin * STEP<T>; i < r * BACKWARD_KEYS + end * STEP<T>; ++i)
       to.p[i] = to.ds[i] = T{};
-  if constexpr (STEP<T> == 2)
-    for (int64_t r = r0; r < r0 + TILE_ROWS; ++r)
-      for (int64_t i = begin; i < end; ++i) to.ds_rows[r * BACKWARD_KEYS + i] = T{};
+  for (int64_t r = r0; r < r0 + TILE_ROWS; ++r)
+    for (int64_t i = begin; i < end; ++i) to.ds_rows()[r * BACKWARD_KEYS + i] = T{};
+}
+
+// Queries [q0, q0 + rows), rounded up to strips, and keys [k0, k0 + keys) of one head.
+struct Pair { int64_t q0, rows, k0, keys; };
+
+// P and dS of a block.
+template <class T>
+void score(
+    const Layout<T>& at, const Reach& reach, const Pair& pair, float scale, const Queries<T>& queries,
+    const Keys<T>& keys, const Scores<T>& to) {
+  constexpr int64_t columns_step = TILE_COLUMNS * STEP<T>;
+  for (int64_t c = 0; c < pair.keys; c += TILE_COLUMNS) {
+    const int64_t k0 = pair.k0 + c, panel = k0 * at.steps * STEP<T>;
+    for (int64_t g0 = 0; g0 < pair.rows; g0 += GROUP) {
+      const int64_t g1 = smaller(g0 + GROUP, pair.rows);
+      for (int64_t r0 = g0; r0 < g1; r0 += TILE_ROWS) {
+        const Span span = reach.span(pair.q0 + r0, k0, TILE_COLUMNS);
+        const int64_t columns = panel + span.first * STEP<T>, vectors = (span.last - span.first) / WIDTH;
+        const int64_t from = r0 * at.padded, place = (r0 - g0) * TILE_COLUMNS + span.first;
+        multiply<T>(
+            at.steps, queries.q + from, at.padded, STEP<T>, keys.k_columns + columns, columns_step, vectors,
+            to.raw + place, TILE_COLUMNS, nullptr);
+        multiply<T>(
+            at.steps, queries.grad + from, at.padded, STEP<T>, keys.v_columns + columns, columns_step, vectors,
+            to.dp + place, TILE_COLUMNS, nullptr);
+      }
+      for (int64_t r0 = g0; r0 < g1; r0 += TILE_ROWS) {
+        const Span span = reach.span(pair.q0 + r0, k0, TILE_COLUMNS);
+        if (span.first > 0) clear(to, r0, c, c + span.first);
+        if (span.first >= span.last) continue;
+        const int64_t from = (r0 - g0) * TILE_COLUMNS, place = r0 * BACKWARD_KEYS + c * STEP<T>;
+        hide(reach, pair.q0 + r0, to.raw + from + span.first, TILE_COLUMNS, k0 + span.first, k0 + span.last);
+        differentiate<T>(
+            to.raw + from, to.dp + from, span, scale, queries.lse + r0, queries.delta + r0, to.p + place,
+            to.ds + place, to.ds_rows() + r0 * BACKWARD_KEYS + c);
+      }
+    }
+  }
+}
+
+// dV += P^T dO and dK += dS^T Q, but = where a strip of keys meets its first queries if `begins`. It is reached by the
+// queries from its own place on, and until `done`, where its documents have ended.
+template <class T>
+void add_to_keys(
+    const Layout<T>& at, const Reach& reach, const Pair& pair, bool begins, const Queries<T>& queries,
+    const Scores<T>& scores, const Keys<T>& to) {
+  constexpr int64_t step = BACKWARD_KEYS * STEP<T>;
+  for (int64_t s = 0, done = 0; s < pair.keys; s += TILE_ROWS) {
+    const int64_t key = pair.k0 + s, r0 = larger(key - pair.q0, 0);
+    while (done < pair.rows && reach.first(pair.q0 + done) < key + TILE_ROWS) ++done;
+    if (r0 >= done) continue;
+    const float* keep = begins && key >= pair.q0 ? nullptr : ones;
+    const int64_t steps = (done - r0 + STEP<T> - 1) / STEP<T>, from = r0 * BACKWARD_KEYS + s * STEP<T>;
+    const int64_t columns = r0 * at.padded, columns_step = at.padded * STEP<T>, place = key * at.padded;
+    multiply<T>(
+        steps, scores.p + from, STEP<T>, step, queries.grad_steps + columns, columns_step, at.vectors, to.dv + place,
+        at.padded, keep);
+    multiply<T>(
+        steps, scores.ds + from, STEP<T>, step, queries.q_steps + columns, columns_step, at.vectors, to.dk + place,
+        at.padded, keep);
+  }
+}
+
+// dQ += dS K, but = if `begins`.
+template <class T>
+void add_to_queries(
+    const Layout<T>& at, const Reach& reach, const Pair& pair, bool begins, const Keys<T>& keys,
+    const Scores<T>& scores, const Queries<T>& to) {
+  for (int64_t r0 = 0; r0 < pair.rows; r0 += TILE_ROWS) {
+    const Span span = reach.span(pair.q0 + r0, pair.k0, BACKWARD_KEYS);
+    const int64_t steps = larger(span.end - span.first + STEP<T> - 1, 0) / STEP<T>;
+    multiply<T>(
+        steps, scores.ds_rows() + r0 * BACKWARD_KEYS + span.first, BACKWARD_KEYS, STEP<T>,
+        keys.k_steps + (pair.k0 + span.first) * at.padded, at.padded * STEP<T>, at.vectors, to.dq + r0 * at.padded,
+        at.padded, begins ? nullptr : ones);
+  }
 }
 
 template <class T>
 void backward(const AttentionBackward& a, int64_t begin, int64_t end) {
   const Layout<T> at(a);
-  const int64_t panel = at.steps * TILE_COLUMNS * STEP<T>, heads = at.group / a.parts;
-  const float root = 1.0f / std::sqrt(static_cast<float>(a.size)), scale = root * LOG2E;
-  const Buffer<T> k_columns(at.length * at.padded), v_columns(at.length * at.padded), k_steps(at.length * at.padded);
-  const int64_t sums = round_up(a.length, TILE_ROWS) * at.padded;
-  const Buffer<float> dk(sums), dv(sums), scores(GROUP * TILE_COLUMNS), dp(GROUP * TILE_COLUMNS);
+  const float root = 1.0f / std::sqrt(static_cast<float>(a.size));
+  const int64_t heads = at.group / a.parts;
   const Queries<T> queries(at);
-  const Block<T> tile_of;
-
-  for (int64_t item = begin; item < end; ++item) {
-    const int64_t pair = item / a.parts, b = pair / a.kv_heads, g = pair % a.kv_heads;
+  const Keys<T> keys(at);
+  const Scores<T> scores;
+  for (int64_t part = begin; part < end; ++part) {
+    const int64_t b = part / a.parts / a.kv_heads, g = part / a.parts % a.kv_heads;
+    const int64_t h0 = g * at.group + part % a.parts * heads;
     const Reach reach{a.start ? a.start + b * a.length : nullptr, a.length};
     const T* k = static_cast<const T*>(a.qkv) + b * a.length * at.token + (a.heads + g) * a.size;
     T* dqkv = static_cast<T*>(a.dqkv) + b * a.length * at.token;
-    pack_columns<T>(k, at.token, a.length, a.size, k_columns);
-    pack_columns<T>(k + a.kv_heads * a.size, at.token, a.length, a.size, v_columns);
-    pack_rows<T>(k, at.token, a.length, a.size, k_steps, at.padded);
+    pack_columns<T>(k, at.token, a.length, a.size, keys.k_columns);
+    pack_columns<T>(k + a.kv_heads * a.size, at.token, a.length, a.size, keys.v_columns);
+    pack_rows<T>(k, at.token, a.length, a.size, keys.k_steps, at.padded);
 
-    for (int64_t head = 0; head < heads; ++head) {
-      const int64_t h = g * at.group + item % a.parts * heads + head;
+    for (int64_t h = h0; h < h0 + heads; ++h)
       for (int64_t q0 = 0; q0 < a.length; q0 += QUERIES) {
-        const int64_t rows = smaller(QUERIES, a.length - q0), padded_rows = round_up(rows, TILE_ROWS);
+        const int64_t rows = smaller(QUERIES, a.length - q0);
         load_queries(a, at, b, h, q0, rows, queries);
         const int64_t k_begin = round_down(reach.first(q0), BACKWARD_KEYS);
         for (int64_t k0 = k_begin; k0 < q0 + rows; k0 += BACKWARD_KEYS) {
-          const int64_t keys = smaller(BACKWARD_KEYS, q0 + rows - k0);
-          for (int64_t c = 0; c < keys; c += TILE_COLUMNS)
-            for (int64_t g0 = 0; g0 < padded_rows; g0 += GROUP) {
-              const int64_t g1 = smaller(g0 + GROUP, padded_rows);
-              for (int64_t r0 = g0; r0 < g1; r0 += TILE_ROWS) {
-                const Span span = reach.span(q0 + r0, k0 + c, TILE_COLUMNS);
-                if (span.first >= span.last) continue;
-                const int64_t columns = (k0 + c) / TILE_COLUMNS * panel + span.first * STEP<T>;
-                const int64_t vectors = (span.last - span.first) / WIDTH;
-                const int64_t place = (r0 - g0) * TILE_COLUMNS + span.first;
-                multiply<T>(
-                    at.steps, queries.q + r0 * at.padded, at.padded, STEP<T>, k_columns + columns,
-                    TILE_COLUMNS * STEP<T>, vectors, scores + place, TILE_COLUMNS, nullptr);
-                multiply<T>(
-                    at.steps, queries.grad + r0 * at.padded, at.padded, STEP<T>, v_columns + columns,
-                    TILE_COLUMNS * STEP<T>, vectors, dp + place, TILE_COLUMNS, nullptr);
-              }
-              for (int64_t r0 = g0; r0 < g1; r0 += TILE_ROWS) {
-                const Span span = reach.span(q0 + r0, k0 + c, TILE_COLUMNS);
-                if (span.first > 0) clear(tile_of, r0, c, c + span.first);
-                if (span.first >= span.last) continue;
-                float* strip = scores + (r0 - g0) * TILE_COLUMNS;
-                hide(reach, q0 + r0, strip + span.first, TILE_COLUMNS, k0 + c + span.first, k0 + c + span.last);
-                const int64_t place = r0 * BACKWARD_KEYS + c * STEP<T>;
-                differentiate<T>(
-                    strip, dp + (r0 - g0) * TILE_COLUMNS, span.first, span.last, scale, queries.lse + r0,
-                    queries.delta + r0, tile_of.p + place, tile_of.ds + place,
-                    tile_of.ds_rows + (STEP<T> == 1 ? 0 : r0 * BACKWARD_KEYS + c));
-              }
-            }
-          // dV += P^T dO and dK += dS^T Q. A strip of keys is reached by the queries from its own place on, and until
-          // `done`, after which its documents have ended.
-          for (int64_t s = 0, done = 0; s < keys; s += TILE_ROWS) {
-            const int64_t key = k0 + s, r0 = larger(key - q0, 0);
-            while (done < padded_rows && reach.first(q0 + done) < key + TILE_ROWS) ++done;
-            if (r0 >= done) continue;
-            const float* keep = head == 0 && key >= q0 ? nullptr : ones;
-            const int64_t steps = (done - r0 + STEP<T> - 1) / STEP<T>;
-            const int64_t place = r0 * BACKWARD_KEYS + s * STEP<T>, step = BACKWARD_KEYS * STEP<T>;
-            multiply<T>(
-                steps, tile_of.p + place, STEP<T>, step, queries.grad_steps + r0 * at.padded, at.padded * STEP<T>,
-                at.vectors, dv + key * at.padded, at.padded, keep);
-            multiply<T>(
-                steps, tile_of.ds + place, STEP<T>, step, queries.q_steps + r0 * at.padded, at.padded * STEP<T>,
-                at.vectors, dk + key * at.padded, at.padded, keep);
-          }
-          // dQ += dS K.
-          const T* ds = STEP<T> == 1 ? tile_of.ds : tile_of.ds_rows;
-          for (int64_t r0 = 0; r0 < padded_rows; r0 += TILE_ROWS) {
-            const int64_t first = larger(round_down(reach.first(q0 + r0), STEP<T>) - k0, 0);
-            const int64_t reached = smaller(reach.end(q0 + r0 + TILE_ROWS - 1) - k0, BACKWARD_KEYS);
-            const int64_t steps = larger(reached - first + STEP<T> - 1, 0) / STEP<T>;
-            multiply<T>(
-                steps, ds + r0 * BACKWARD_KEYS + first, BACKWARD_KEYS, STEP<T>, k_steps + (k0 + first) * at.padded,
-                at.padded * STEP<T>, at.vectors, queries.dq + r0 * at.padded, at.padded,
-                k0 == k_begin ? nullptr : ones);
-          }
+          const Pair pair{q0, round_up(rows, TILE_ROWS), k0, smaller(BACKWARD_KEYS, q0 + rows - k0)};
+          score(at, reach, pair, root * LOG2E, queries, keys, scores);
+          add_to_keys(at, reach, pair, h == h0, queries, scores, keys);
+          add_to_queries(at, reach, pair, k0 == k_begin, keys, scores, queries);
         }
         for (int64_t r = 0; r < rows; ++r)
           write_row(dqkv + (q0 + r) * at.token + h * a.size, queries.dq + r * at.padded, a.size, root);
       }
-    }
-    T* to = dqkv + (a.heads + g) * a.size;
-    for (int64_t t = 0; t < a.length; ++t, to += at.token) {
-      const float *dk_row = dk + t * at.padded, *dv_row = dv + t * at.padded;
+
+    for (int64_t t = 0; t < a.length; ++t) {
+      const float *dk = keys.dk + t * at.padded, *dv = keys.dv + t * at.padded;
       if (a.partial) {
-        float* part = a.partial + (item * 2 * a.length + t) * a.size;
-        std::memcpy(part, dk_row, a.size * sizeof(float));
-        std::memcpy(part + a.length * a.size, dv_row, a.size * sizeof(float));
-        continue;
+        float* to = a.partial + (part * 2 * a.length + t) * a.size;
+        write_row(to, dk, a.size, root);
+        write_row(to + a.length * a.size, dv, a.size, 1.0f);
+      } else {
+        T* to = dqkv + t * at.token + (a.heads + g) * a.size;
+        write_row(to, dk, a.size, root);
+        write_row(to + a.kv_heads * a.size, dv, a.size, 1.0f);
       }
-      write_row(to, dk_row, a.size, root);
-      write_row(to + a.kv_heads * a.size, dv_row, a.size, 1.0f);
     }
   }
 }
@@ -585,19 +619,20 @@ void backward(const AttentionBackward& a, int64_t begin, int64_t end) {
 template <class T>
 void add_parts(const AttentionBackward& a, int64_t begin, int64_t end) {
   const Layout<T> at(a);
-  const float root = 1.0f / std::sqrt(static_cast<float>(a.size));
+  const int64_t next = 2 * a.length * a.size;
   for (int64_t pair = begin; pair < end; ++pair)
     for (int64_t kind = 0; kind < 2; ++kind) {
       const int64_t b = pair / a.kv_heads, g = pair % a.kv_heads;
-      const float* from = a.partial + (pair * a.parts * 2 + kind) * a.length * a.size;
+      float* sum = a.partial + pair * a.parts * next + kind * a.length * a.size;
       T* to = static_cast<T*>(a.dqkv) + b * a.length * at.token + (a.heads + kind * a.kv_heads + g) * a.size;
-      const float scale = kind == 0 ? root : 1.0f;
-      for (int64_t t = 0; t < a.length; ++t, from += a.size, to += at.token)
-        for (int64_t i = 0; i < a.size; ++i) {
-          float sum = 0.0f;
-          for (int64_t part = 0; part < a.parts; ++part) sum += from[part * 2 * a.length * a.size + i];
-          to[i] = from_float<T>(sum * scale);
+      for (int64_t t = 0; t < a.length; ++t, sum += a.size, to += at.token) {
+        for (int64_t part = 1; part < a.parts; ++part) {
+          const float* more = sum + part * next;
+#pragma omp simd
+          for (int64_t i = 0; i < a.size; ++i) sum[i] += more[i];
         }
+        write_row(to, sum, a.size, 1.0f);
+      }
     }
 }
 
