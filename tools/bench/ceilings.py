@@ -3,48 +3,68 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
+
+from megalite.observe.throughput import HostEvent
 
 REPEATS = 20
 PRODUCT = {"cpu": 2048, "cuda": 8192}
 """Rows and columns: few more would not be faster."""
-COPIED_BYTES = {"cpu": 2**28, "cuda": 2**31}
+COPIED_BYTES = {"cpu": 2**27, "cuda": 2**30}
 """Far more than fits into caches."""
 
 
+def event(device: torch.device) -> Any:
+    """Recorded here: in a GPU's stream it is when the device comes to it."""
+    found = HostEvent() if device.type == "cpu" else torch.cuda.Event(enable_timing=True)
+    found.record()
+    return found
+
+
+def seconds_between(begin: Any, end: Any) -> float:
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
 def seconds_of(run: Callable[[], object], device: torch.device) -> float:
-    """Of work that a GPU begins behind what it was given before: where that lasts long enough, the host has handed over
-    all of `run` by then, and its own time does not count."""
-    if device.type == "cpu":
-        begin = time.perf_counter()
-        run()
-        return time.perf_counter() - begin
-    begin_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin_event.record()
+    begin = event(device)
     run()
-    end_event.record()
-    end_event.synchronize()
-    return begin_event.elapsed_time(end_event) / 1e3
+    return seconds_between(begin, event(device))
 
 
-def product_rate(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> float:
-    """FLOP/s, the median of many."""
-    size = PRODUCT[device.type]
-    a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
-    out = torch.empty_like(a)
-    return 2 * size**3 / _median(lambda: torch.mm(a, b, out=out), device)
+class Product:
+    """One product at a call."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype = torch.bfloat16):
+        size = PRODUCT[device.type]
+        self.a, self.b, self.out = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(3))
+        self.work = 2 * size**3
+        """Floating-point operations."""
+
+    def __call__(self) -> None:
+        torch.mm(self.a, self.b, out=self.out)
 
 
-def copy_rate(device: torch.device) -> float:
-    """Bytes/s read and written, the median of many."""
-    source, target = (torch.zeros(COPIED_BYTES[device.type], dtype=torch.uint8, device=device) for _ in range(2))
-    return 2 * source.numel() / _median(lambda: target.copy_(source), device)
+class Copy:
+    """One copy at a call. It also drives everything else out of the caches."""
+
+    def __init__(self, device: torch.device):
+        self.source, self.target = (
+            torch.zeros(COPIED_BYTES[device.type], dtype=torch.uint8, device=device) for _ in range(2)
+        )
+        self.work = 2 * self.source.numel()
+        """Bytes read and written."""
+
+    def __call__(self) -> None:
+        self.target.copy_(self.source)
 
 
-def _median(run: Callable[[], object], device: torch.device) -> float:
+def product_rate(device: torch.device) -> float:
+    """FLOP/s in bf16, the median of many."""
+    product = Product(device)
     for _ in range(3):
-        run()
-    return statistics.median(seconds_of(run, device) for _ in range(REPEATS))
+        product()
+    return product.work / statistics.median(seconds_of(product, device) for _ in range(REPEATS))
