@@ -238,6 +238,8 @@ def rope_bytes(shapes: Shapes) -> int:
 def head_bytes(shapes: Shapes, by_autograd: bool, on_gloo: bool = False) -> PartBytes:
     """Of the last norm, the head and the loss, which keeps the logits and their log-sum-exp and in its backward pass
     overwrites the logits with their gradient. `by_autograd`: the head's own gradient is made beside them."""
+    if shapes.loss_chunk is not None:
+        return _chunked_head_bytes(shapes, shapes.loss_chunk, by_autograd, on_gloo)
     kept = _norm(shapes) + shapes.tokens * (shapes.vocab * shapes.element + FP32)
     gathered = _whole(shapes) if shapes.sequence else 0
     of_input = _whole(shapes) + _scatter(shapes, on_gloo)
@@ -249,3 +251,14 @@ def head_bytes(shapes: Shapes, by_autograd: bool, on_gloo: bool = False) -> Part
         backward_input=kept + of_input,
         for_weights=shapes.tokens * (shapes.norm_hidden + shapes.vocab) * shapes.element,
     )
+
+
+def _chunked_head_bytes(shapes: Shapes, chunk: int, by_autograd: bool, on_gloo: bool) -> PartBytes:
+    """Logits of a chunk of tokens at a time. What is kept is the head's input, whole also where a sequence is cut; and
+    weight gradients are never put off."""
+    kept = _norm(shapes) - shapes.hidden_bytes + _whole(shapes) + shapes.tokens * FP32
+    logits = chunk * shapes.vocab * shapes.element
+    # Autograd's is summed in fp32 over the chunks, and each of those in the activations' precision beside it.
+    of_weight = shapes.vocab * shapes.hidden * (FP32 + shapes.element) if by_autograd else 0
+    backward = kept + _whole(shapes) + max(logits + of_weight, _scatter(shapes, on_gloo))
+    return PartBytes(kept, kept + logits, backward, backward, for_weights=0)

@@ -70,15 +70,31 @@ class Costs:
         """The norm reads and writes; its backward pass reads the gradient and what was kept and writes a gradient."""
         shapes, memory = self.shapes, self.kernels.memory
         logit_bytes = shapes.tokens * shapes.vocab * shapes.element / 2
+        chunks = -(-shapes.tokens // (shapes.loss_chunk or shapes.tokens))
         loss_forward, loss_backward = (count * logit_bytes for count in self.kernels.software.loss_bytes)
         # Each rank's log-sum-exp, for the largest; then its share of the sum, and the label's logit.
         agree = sum(self.network.all_reduce(size * shapes.tokens, self.network.tensor) for size in (4.0, 8.0))
-        forward = memory(loss_forward, 8) + memory(2 * shapes.hidden_bytes, 1) + agree
-        backward = memory(loss_backward, 3) + memory(3 * shapes.hidden_bytes, 2)
+        forward = memory(loss_forward, 7 + chunks) + memory(2 * shapes.hidden_bytes, 1) + agree
+        backward = memory(loss_backward, 2 + chunks) + memory(3 * shapes.hidden_bytes, 2)
         around = PassTimes(forward, backward, backward, 0.0, 0.0)
+        elements = shapes.vocab * shapes.hidden
+        if shapes.loss_chunk is not None:
+            return around + self._chunked_product(shapes.loss_chunk, chunks)
         matrix = Matrix(shapes.vocab, shapes.hidden, column_parallel=True)
-        return (
-            self._product(matrix) + around + self._accumulation(shapes.vocab * shapes.hidden, self._product_add_bytes)
+        return around + self._product(matrix) + self._accumulation(elements, self._product_add_bytes)
+
+    def _chunked_product(self, chunk: int, chunks: int) -> PassTimes:
+        """The head's, a chunk of tokens at a time: logits again in the backward pass, where none of it is put off, and
+        nothing beside the messages."""
+        shapes, product = self.shapes, self.kernels.product
+        forward = chunks * product(chunk, shapes.vocab, shapes.hidden)
+        gradients = product(chunk, shapes.hidden, shapes.vocab) + product(shapes.vocab, shapes.hidden, chunk)
+        elements = shapes.vocab * shapes.hidden
+        added = self.kernels.memory(float(elements * self._product_add_bytes), 1)
+        backward = forward + chunks * (gradients + added)
+        way_back = self._leave()  # of the input's gradient
+        return PassTimes(
+            forward + self._gather_back(), backward + way_back, backward + way_back, 0.0, 2 * self._sent(self._whole)
         )
 
     # --- parts of a layer -----------------------------------------------------------------------------------------

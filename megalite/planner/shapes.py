@@ -45,6 +45,8 @@ class Shapes:
     head_size: int
     inner: int
     vocab: int
+    loss_chunk: int | None
+    """Tokens whose logits exist at a time; None: all, and their product is not computed again."""
     gated: bool
     rope: bool
     rms_norm: bool
@@ -90,8 +92,9 @@ def shapes_of(config: Config, plan: Plan, weights: Sequence[Weight]) -> Shapes:
     heads, head_size = model.num_attention_heads, model.head_size
     kv_heads = getattr(model, "kv_heads", heads)
     train = config.train
+    tokens = train.micro_batch_size * config.data.seq_length // plan.context
     return Shapes(
-        tokens=train.micro_batch_size * config.data.seq_length // plan.context,
+        tokens=tokens,
         micro_batch_size=train.micro_batch_size,
         seq_length=config.data.seq_length,
         hidden=model.hidden_size,
@@ -101,6 +104,7 @@ def shapes_of(config: Config, plan: Plan, weights: Sequence[Weight]) -> Shapes:
         head_size=head_size,
         inner=_inner(layer, plan.tensor),
         vocab=_vocab(weights).local_shape(plan.tensor)[0],
+        loss_chunk=None if train.loss_chunk is None else min(train.loss_chunk, tokens),
         gated="mlp.gate_up.weight" in layer,
         rope=not any(weight.name == "positions.weight" for weight in weights),
         rms_norm="attention_norm.bias" not in layer,

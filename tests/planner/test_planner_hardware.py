@@ -14,6 +14,7 @@ from megalite.config_file import parse_config
 from megalite.models import weight_table
 from megalite.observe.throughput import chip_peak
 from megalite.plan import make_plan
+from megalite.planner.estimate import estimate
 from megalite.planner.hardware import TYPICAL_MATMUL, Chip, Interconnect, find_hardware
 from megalite.planner.kernels import LAUNCH_US, MEGALITE, MEMORY_SHARE, SUSTAINED, Kernels
 from megalite.planner.network import BASE_US, LINK_SHARE, LINK_US, NETWORK_SHARE, Group, Network, place
@@ -144,3 +145,25 @@ def test_products_by_hand() -> None:
 def test_fp32_has_no_peak() -> None:
     with pytest.raises(ConfigError, match=r"train\.precision"):
         Kernels(find_hardware("h100").chip, MEGALITE, 4).product(128, 128, 128)
+
+
+def test_a_loss_in_chunks_needs_less_and_takes_longer() -> None:
+    found = []
+    for chunk in (None, 4096, 1024):
+        config = parse_config(
+            {
+                "run": {"name": "test"},
+                "model": {"preset": "llama-8b"},
+                "data": {"train": [{"path": "x"}], "seq_length": 4096},
+                "train": {"steps": 1, "global_batch_size": 8, "micro_batch_size": 1, "loss_chunk": chunk},
+                "optimizer": {"lr": 1e-4},
+            }
+        )
+        plan = make_plan(config, weight_table(config.model), 8)
+        found.append(estimate(config, plan, find_hardware("h100")))
+    times, totals = [one.step_time_s for one in found], [one.fullest.total for one in found]
+    assert times == sorted(times)
+    assert times[1] / times[0] < 1.05, "a product of four with the head is little of a step"
+    # All at once, its logits are there in the passes only; a quarter is three quarters less.
+    assert totals[1] == pytest.approx(totals[0], rel=1e-3)
+    assert totals[1] - totals[2] == pytest.approx(3072 * 128256 * 2, rel=0.01)

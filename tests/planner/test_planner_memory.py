@@ -71,6 +71,7 @@ ALONE = {
     "llama full": (LLAMA, SMALL_HEAD, "train.recompute=full"),
     "llama half full": (LLAMA, "train.recompute=full", "train.recompute_layers=2"),
     "llama large vocabulary": (LLAMA, "model.vocab_size=8000"),
+    "llama chunked loss": (LLAMA, "model.vocab_size=8000", "train.loss_chunk=200"),
 }
 
 
@@ -90,6 +91,7 @@ PAIRS = {
     "tensor": (LLAMA, "parallel.tensor=2"),
     "tensor, whole sequence": (GPT2, "parallel.tensor=2", "parallel.sequence=false"),
     "tensor, small MLP": (LLAMA, "parallel.tensor=2", SMALL_HEAD, "model.intermediate_size=64"),
+    "tensor, chunked loss": (LLAMA, "parallel.tensor=2", "model.vocab_size=8000", "train.loss_chunk=200"),
     "context": (LLAMA, "parallel.context=2"),
     "context, many keys": (LLAMA, "parallel.context=2", SMALL_HEAD, "model.num_kv_heads=8"),
     "1f1b": (LLAMA, PIPELINE),
