@@ -32,10 +32,6 @@ class Places:
     key_B: Tensor | None = None
     """Dropout keys, int64, one a sample; None drops nothing."""
 
-    def to(self, device: torch.device) -> Places:
-        document, key = (x if x is None else x.to(device) for x in (self.document_BT, self.key_B))
-        return Places(self.index_T.to(device), self.position_BT.to(device), document, key)
-
     @classmethod
     def whole(cls, length: int, device: torch.device) -> Places:
         """A whole sequence of one document."""
