@@ -16,6 +16,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
+from megalite.urls import check_no_secret
+
 
 class ConfigError(ValueError):
     """A config that cannot be used. The message says which setting to change and how."""
@@ -63,8 +65,14 @@ class ModelConfig(Section):
 
 
 class Source(Section):
-    path: Path = Field(description="PREFIX of PREFIX.bin and PREFIX.idx")
+    path: str = Field(description="PREFIX of PREFIX.bin and PREFIX.idx: a path, or a URL such as s3://bucket/data/a")
     weight: float = Field(1.0, gt=0, description="share of the samples, relative to the other sources")
+
+    @model_validator(mode="after")
+    def _no_secret(self) -> Source:
+        # Of the section, since the complaint about a single value would repeat it.
+        check_no_secret(self.path)
+        return self
 
 
 class DataConfig(Section):

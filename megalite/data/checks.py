@@ -13,9 +13,12 @@ import torch.distributed as dist
 from megalite.config import Config
 from megalite.data.dataset import Mixture
 from megalite.data.indexed import DataError
+from megalite.data.remote import local_copy
+from megalite.data.store import Missing
 from megalite.data.tokenizer import Tokenizer
 from megalite.keys import key_of
 from megalite.mesh import Mesh
+from megalite.urls import is_url
 
 
 def check_vocabulary(config: Config, tokenizer: Tokenizer | None) -> None:
@@ -41,10 +44,14 @@ def check_vocabulary(config: Config, tokenizer: Tokenizer | None) -> None:
             )
 
 
-def _note_beside(prefix: Path) -> dict[str, Any]:
+def _note_beside(prefix: str) -> dict[str, Any]:
     path = Path(f"{prefix}.json")
     try:
+        if is_url(prefix):
+            path = local_copy(f"{prefix}.json")
         return json.loads(path.read_text()) if path.exists() else {}
+    except Missing:
+        return {}
     except ValueError as error:
         raise DataError(f"{path} is not valid JSON: {error}") from None
 

@@ -12,7 +12,6 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -75,6 +74,7 @@ class TokenSource:
         if samples.size and not 0 <= samples.min() <= samples.max() < self.num_samples:
             raise IndexError(f"samples {samples.min()} … {samples.max()} are not in [0, {self.num_samples})")
         out = np.empty((len(samples), self.seq_length + 1), np.int64)
+        self.dataset.fetch(self.first_token + samples * self.seq_length, self.seq_length + 1)
         gather(self.dataset.tokens, self.first_token + samples * self.seq_length, self.seq_length + 1, out)
         return out
 
@@ -168,11 +168,11 @@ def build_mixtures(config: DataConfig, seed: int) -> dict[str, Mixture | None]:
 
     Validation and test are read in sequential order, so that they start at sample 0 with the same samples every time.
     Raises DataError, naming the setting, where a source cannot be read or has too few tokens."""
-    opened: dict[Path, IndexedDataset] = {}
+    opened: dict[str, IndexedDataset] = {}
     return {which: _build_mixture(config, which, seed, opened) for which in SPLITS}
 
 
-def _build_mixture(config: DataConfig, which: Split, seed: int, opened: dict[Path, IndexedDataset]) -> Mixture | None:
+def _build_mixture(config: DataConfig, which: Split, seed: int, opened: dict[str, IndexedDataset]) -> Mixture | None:
     shares = config.split
     wanted: tuple[Source, ...] = getattr(config, which) if shares is None else config.train
     if not wanted or (shares is not None and shares[SPLITS.index(which)] == 0):

@@ -8,14 +8,17 @@ from __future__ import annotations
 import codecs
 import glob
 import importlib.util
+import io
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from megalite.data.indexed import DataError
+from megalite.data.errors import DataError
+from megalite.data.store import ObjectFile, Store, stream
+from megalite.urls import is_url
 
 # Of a compressed file this much is taken at a time: small, because deflate unpacks up to a thousandfold.
 CHUNK_BYTES = 1 << 16
@@ -63,25 +66,36 @@ class Report:
 def iter_documents(inputs: Sequence[str], json_key: str, report: Report) -> Iterator[Document]:
     """Stream the documents of `inputs` (files, folders, globs) in a fixed order, counting everything in `report`.
 
-    A file is read once, even if two inputs name it. JSON lines hold a document under `json_key`, parquet in the column
+    Inputs are paths or URLs. A file is read once, even if two inputs name it. JSON lines hold a document under `json_key`, parquet in the column
     of that name; any other file that is UTF-8 is one document. Raises DataError, before anything is read, for an input
     that matches nothing or a format whose library is missing."""
-    files = list(dict.fromkeys(path for item in inputs for path in _expand(item, report)))
+    files = {path: size for item in inputs for path, size in _expand(item, report)}
     for suffix, package in {".zst": "zstandard", ".parquet": "pyarrow"}.items():
         if importlib.util.find_spec(package) is None and (path := next((p for p in files if p.endswith(suffix)), None)):
             raise DataError(f"{path}: reading {suffix} needs {package}; pip install 'megalite[data]'")
-    report.total_bytes += sum(os.stat(path).st_size for path in files)
+    report.total_bytes += sum(files.values())
     return _read_all(files, json_key, report)
 
 
-def _expand(item: str, report: Report) -> list[str]:
-    """The files one input stands for, sorted. Raises DataError when there are none."""
-    matches = [item] if os.path.exists(item) else sorted(glob.glob(item, recursive=True))
-    files = [path for match in matches for path in (_walk(match, report) if os.path.isdir(match) else [match])]
-    files = [path for path in files if os.path.isfile(path)]
+def _expand(item: str, report: Report) -> list[tuple[str, int]]:
+    """The files one input stands for and their sizes, sorted. Raises DataError when there are none."""
+    files = _find(item, report) if is_url(item) else _match(item, report)
     if not files:
         raise DataError(f"input {item!r} matches no file; give existing files, folders or a quoted glob")
     return files
+
+
+def _match(item: str, report: Report) -> list[tuple[str, int]]:
+    matches = [item] if os.path.exists(item) else sorted(glob.glob(item, recursive=True))
+    files = [path for match in matches for path in (_walk(match, report) if os.path.isdir(match) else [match])]
+    return [(path, os.stat(path).st_size) for path in files if os.path.isfile(path)]
+
+
+def _find(url: str, report: Report) -> list[tuple[str, int]]:
+    found = Store(url).find()
+    visible = [item for item in found if not any(part.startswith(".") for part in item.below.split("/"))]
+    report.num_hidden += len(found) - len(visible)
+    return [(item.url, item.size) for item in visible]
 
 
 def _walk(folder: str, report: Report) -> Iterator[str]:
@@ -93,9 +107,9 @@ def _walk(folder: str, report: Report) -> Iterator[str]:
         yield from (os.path.join(root, name) for name in sorted(visible))
 
 
-def _read_all(files: list[str], json_key: str, report: Report) -> Iterator[Document]:
-    for path in files:
-        before, size = report.bytes_read, os.stat(path).st_size
+def _read_all(files: Mapping[str, int], json_key: str, report: Report) -> Iterator[Document]:
+    for path, size in files.items():
+        before = report.bytes_read
         for text, line in _reader(path)(path, json_key, report):
             try:
                 num_bytes = len(text.encode())
@@ -173,9 +187,12 @@ def _read_parquet(path: str, json_key: str, report: Report) -> Iterator[tuple[st
     import pyarrow
     from pyarrow import parquet
 
-    before, size, row = report.bytes_read, os.stat(path).st_size, 0
+    before, row = report.bytes_read, 0
     try:
-        with parquet.ParquetFile(path) as file:
+        # A path would do as well, but not a URL.
+        source = io.BufferedReader(ObjectFile(path)) if is_url(path) else open(path, "rb")
+        size = source.seek(0, os.SEEK_END)
+        with source, parquet.ParquetFile(source) as file:
             if json_key not in file.schema_arrow.names:
                 raise DataError(f"no column {json_key!r}; columns here: {', '.join(file.schema_arrow.names[:8])}")
             for batch in file.iter_batches(batch_size=256, columns=[json_key]):
@@ -237,18 +254,26 @@ def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
 
 def _chunks(path: str, report: Report) -> Iterator[bytes]:
     """The unpacked bytes of a file. Raises OSError, and DataError where packed data is damaged or ends too early."""
-    with open(path, "rb") as file:
-        packed = _counted(iter(lambda: file.read(CHUNK_BYTES), b""), report)
-        if path.endswith(".gz"):
-            yield from _unpack(packed, lambda: zlib.decompressobj(wbits=31), zlib.error)
-        elif path.endswith(".zst"):
-            import zstandard
+    packed = _counted(_packed(path), report)
+    if path.endswith(".gz"):
+        yield from _unpack(packed, lambda: zlib.decompressobj(wbits=31), zlib.error)
+    elif path.endswith(".zst"):
+        import zstandard
 
-            # The default refuses the long windows of `zstd --long` and --ultra.
-            context = zstandard.ZstdDecompressor(max_window_size=2**31)
-            yield from _unpack(packed, context.decompressobj, zstandard.ZstdError)
-        else:
-            yield from packed
+        # The default refuses the long windows of `zstd --long` and --ultra.
+        context = zstandard.ZstdDecompressor(max_window_size=2**31)
+        yield from _unpack(packed, context.decompressobj, zstandard.ZstdError)
+    else:
+        yield from packed
+
+
+def _packed(path: str) -> Iterator[bytes]:
+    if is_url(path):
+        for data in stream(path):
+            yield from (data[start : start + CHUNK_BYTES] for start in range(0, len(data), CHUNK_BYTES))
+        return
+    with open(path, "rb") as file:
+        yield from iter(lambda: file.read(CHUNK_BYTES), b"")
 
 
 def _counted(chunks: Iterator[bytes], report: Report) -> Iterator[bytes]:

@@ -21,7 +21,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megalite.data.errors import DataError
+from megalite.data.remote import CachedObject, local_copy
 from megalite.resources import fsync
+from megalite.urls import is_url
 
 MAGIC, VERSION = b"MMIDIDX\0\0", 1
 HEADER = struct.Struct("<9sQBQQ")
@@ -33,10 +36,6 @@ CHUNK_DOCUMENTS = 1 << 20  # of the index in memory at a time
 Array = npt.NDArray[Any]
 
 
-class DataError(ValueError):
-    """Data that cannot be used. The message names the file, what is wrong with it and what to do."""
-
-
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
     """The dtype Megatron writes: u16 below 65,500 tokens, which leaves room to pad the vocabulary, else i32."""
     return np.dtype("<u2") if vocab_size < 65500 else np.dtype("<i4")
@@ -44,13 +43,19 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 
 class IndexedDataset:
     """The pair PREFIX.bin, PREFIX.idx, memory-mapped: opening it costs the same for a thousand tokens and a trillion.
+    Where PREFIX is a URL, .idx is fetched here, and of .bin what `fetch` asks for; the rest of `tokens` reads as zeros.
 
     Everything that can be checked in O(1) is checked here, so that a truncated or mismatched pair raises `DataError`
     before the first step and not in the middle of a run."""
 
     def __init__(self, prefix: str | Path) -> None:
         self.prefix = str(prefix)
-        self._bin, self._idx = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
+        self._remote: CachedObject | None = None
+        if is_url(self.prefix):
+            self._remote = CachedObject(f"{prefix}.bin")
+            self._bin, self._idx = self._remote.path, local_copy(f"{prefix}.idx")
+        else:
+            self._bin, self._idx = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
         for path in (self._bin, self._idx):
             if not path.is_file():
                 raise DataError(f"{path} does not exist; tools/preprocess_data.py writes {self.prefix}.bin and .idx")
@@ -97,7 +102,9 @@ class IndexedDataset:
             raise self._broken(f"promises {self.dtype.name} tokens, but .bin has {size} bytes")
 
     def _broken(self, why: str) -> DataError:
-        return DataError(f"{self._idx} {why}; .bin and .idx are truncated or not a pair: write or copy both again")
+        return DataError(
+            f"{self.prefix}.idx {why}; .bin and .idx are truncated or not a pair: write or copy both again"
+        )
 
     def __reduce__(self) -> tuple[type[IndexedDataset], tuple[str]]:
         return IndexedDataset, (self.prefix,)  # the default would pickle the mapped files' whole content
@@ -105,11 +112,19 @@ class IndexedDataset:
     def __len__(self) -> int:
         return self.num_sequences
 
+    def fetch(self, starts: npt.ArrayLike, lengths: npt.ArrayLike) -> None:
+        """Have `tokens[starts[i] : starts[i] + lengths[i]]` on this machine, all [n] or one number for all; nothing to
+        do where the files are. Raises DataError where they cannot be had, and IndexError for tokens there are not."""
+        if self._remote is not None:
+            first, count = np.broadcast_arrays(np.asarray(starts, np.int64), np.asarray(lengths, np.int64))
+            self._remote.fetch(first.ravel() * self.dtype.itemsize, count.ravel() * self.dtype.itemsize)
+
     def __getitem__(self, i: int) -> Array:
         """Tokens of sequence i, [length], read-only and still on disk. Raises IndexError outside 0 … N - 1."""
         if not 0 <= i < self.num_sequences:
             raise IndexError(f"{self.prefix}: sequence {i} of {self.num_sequences}")
         start = int(self._pointers[i]) // self.dtype.itemsize
+        self.fetch(start, self._lengths[i])
         return self.tokens[start : start + int(self._lengths[i])].view(np.ndarray)
 
     def document_start(self, d: int) -> int:
@@ -132,9 +147,12 @@ class IndexedDataset:
         digest = hashlib.sha256()
         for path in (self._idx, self._bin):
             size = path.stat().st_size
+            starts = np.linspace(0, max(size - 4096, 0), 64, dtype=np.int64)
+            if path == self._bin and self._remote is not None:
+                self._remote.fetch(starts, np.full_like(starts, min(size, 4096)))
             digest.update(str(size).encode())
             with open(path, "rb") as file:
-                for start in np.linspace(0, max(size - 4096, 0), 64, dtype=np.int64).tolist():
+                for start in starts.tolist():
                     file.seek(start)
                     digest.update(file.read(4096))
         return digest.hexdigest()[:32]
