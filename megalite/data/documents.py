@@ -66,9 +66,9 @@ class Report:
 def iter_documents(inputs: Sequence[str], json_key: str, report: Report) -> Iterator[Document]:
     """Stream the documents of `inputs` (files, folders, globs) in a fixed order, counting everything in `report`.
 
-    Inputs are paths or URLs. A file is read once, even if two inputs name it. JSON lines hold a document under `json_key`, parquet in the column
-    of that name; any other file that is UTF-8 is one document. Raises DataError, before anything is read, for an input
-    that matches nothing or a format whose library is missing."""
+    Inputs are paths or URLs. A file is read once, even if two inputs name it. JSON lines hold a document under
+    `json_key`, parquet in the column of that name; any other file that is UTF-8 is one document. Raises DataError,
+    before anything is read, for an input that matches nothing or a format whose library is missing."""
     files = {path: size for item in inputs for path, size in _expand(item, report)}
     for suffix, package in {".zst": "zstandard", ".parquet": "pyarrow"}.items():
         if importlib.util.find_spec(package) is None and (path := next((p for p in files if p.endswith(suffix)), None)):
@@ -190,7 +190,7 @@ def _read_parquet(path: str, json_key: str, report: Report) -> Iterator[tuple[st
     before, row = report.bytes_read, 0
     try:
         # A path would do as well, but not a URL.
-        source = io.BufferedReader(ObjectFile(path)) if is_url(path) else open(path, "rb")
+        source = io.BufferedReader(ObjectFile(path)) if is_url(path) else open(path, "rb")  # noqa: SIM115
         size = source.seek(0, os.SEEK_END)
         with source, parquet.ParquetFile(source) as file:
             if json_key not in file.schema_arrow.names:

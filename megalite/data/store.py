@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import random
+import re
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -29,7 +30,9 @@ VERSIONS = ("e_tag", "ETag", "etag", "blob_id", "generation", "md5Hash", "sha")
 DATES = ("last_modified", "LastModified", "Last-Modified", "mtime", "modificationTime", "modify", "created")
 # Faults that stay.
 LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotImplementedError)
-LASTING_IN_OBSTORE = ("PermissionDeniedError", "UnauthenticatedError", "InvalidPathError", "NotSupportedError")
+LASTING_IN_OBSTORE = re.compile(
+    r"^(PermissionDenied|Unauthenticated|InvalidPath|NotSupported)Error|status code: 4(?!08|29)\d\d"
+)
 
 
 class Missing(DataError):
@@ -91,7 +94,12 @@ class Store:
         def once() -> list[Found]:
             is_glob = any(letter in self._path for letter in "*?[")
             self._files.invalidate_cache()
-            matches = list(self._files.glob(self._path, detail=True).values()) if is_glob else [self._info()]
+            # The name in an object's own information lacks the bucket in obstore.
+            matches = (
+                list(self._files.glob(self._path, detail=True).values())
+                if is_glob
+                else [self._info() | {"name": self._path}]
+            )
             found = [Found(match["name"], match["size"], "") for match in matches if match["type"] != "directory"]
             for folder in (match["name"].rstrip("/") for match in matches if match["type"] == "directory"):
                 inside = self._files.find(folder, detail=True).values()
@@ -114,7 +122,7 @@ class Store:
                     raise Missing(f"{self.url} does not exist") from None
                 # One line: what follows may be the whole request, with its credentials.
                 why = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-                lasts = isinstance(error, LASTING) or type(error).__name__ in LASTING_IN_OBSTORE
+                lasts = isinstance(error, LASTING) or LASTING_IN_OBSTORE.search(why) is not None
             else:
                 self.trouble = ""
                 return result
