@@ -68,6 +68,11 @@ class Source(Section):
     path: str = Field(description="PREFIX of PREFIX.bin and PREFIX.idx: a path, or a URL such as s3://bucket/data/a")
     weight: float = Field(1.0, gt=0, description="share of the samples, relative to the other sources")
 
+    @field_validator("path", mode="before")
+    @classmethod
+    def _as_text(cls, path: Any) -> Any:
+        return str(path) if isinstance(path, Path) else path
+
     @model_validator(mode="after")
     def _no_secret(self) -> Source:
         # Of the section, since the complaint about a single value would repeat it.
