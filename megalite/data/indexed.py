@@ -112,12 +112,29 @@ class IndexedDataset:
         start = int(self._pointers[i]) // self.dtype.itemsize
         return self.tokens[start : start + int(self._lengths[i])].view(np.ndarray)
 
+    def lengths(self, first: int, last: int) -> Array:
+        """Tokens of sequences [first, last), int32; a copy."""
+        return np.array(self._lengths[first:last])
+
+    def token_of_sequence(self, i: int) -> int:
+        """Offset of sequence i's first token in `tokens`; of i = N, the end. Raises IndexError."""
+        if not 0 <= i <= self.num_sequences:
+            raise IndexError(f"{self.prefix}: sequence {i} of {self.num_sequences}")
+        return int(self._pointers[i]) // self.dtype.itemsize if i < len(self) else self.num_tokens
+
     def document_start(self, d: int) -> int:
         """Offset of document d's first token in `tokens`; of d = num_documents, the end. Raises IndexError."""
         if not 0 <= d <= self.num_documents:
             raise IndexError(f"{self.prefix}: document {d} of {self.num_documents}")
-        sequence = int(self._documents[d])
-        return int(self._pointers[sequence]) // self.dtype.itemsize if sequence < len(self) else self.num_tokens
+        return self.token_of_sequence(int(self._documents[d]))
+
+    def starts_of_documents(self, first: int, last: int) -> Array:
+        """Offsets in `tokens` at which documents first … last begin, int64 [last - first + 1]; a copy of all of them.
+        That of num_documents is the end."""
+        sequences = np.array(self._documents[first : last + 1])
+        low, high = int(sequences[0]), int(sequences[-1])
+        starts = np.append(self._pointers[low:high], self.token_of_sequence(high) * self.dtype.itemsize)
+        return starts[sequences - low] // self.dtype.itemsize
 
     def document_starts(self, first: int, last: int) -> Array:
         """Offsets in `tokens`, ascending, at which documents begin within [first, last). Found by bisection: numpy's
