@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megalite.config import DataConfig, Source
+from megalite.data.gather import gather
 from megalite.data.indexed import DataError, IndexedDataset
 from megalite.data.order import Blend, Int64s, Order, sample_in_epoch
 
@@ -27,28 +28,6 @@ SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 
 # Part of every fingerprint: changes whenever a change here or in order.py gives other samples for the same config.
 _SCHEME = "megalite-samples-1"
-
-
-def gather_reference(tokens: npt.NDArray, starts: Int64s, length: int, out: Int64s) -> None:
-    """out[i, :] = tokens[starts[i] : starts[i] + length], in numpy.
-
-    tokens: [N] of any dtype Megatron writes; starts: [n] int64; out: [n, length] int64. Raises IndexError where a row
-    reaches outside the tokens and ValueError where a float is no int64; `csrc/data/gather.cpp` does the same faster."""
-    tokens, last = np.asarray(tokens), len(tokens) - length  # slices of a memmap itself are slow to make
-    for start in starts:
-        if not 0 <= start <= last:
-            raise IndexError(f"tokens [{start}, {start} + {length}) are outside the {len(tokens)} there are")
-    for row, start in zip(out, starts, strict=True):
-        taken = tokens[start : start + length]
-        if taken.dtype.kind == "f" and not np.all(np.abs(taken) < 2.0**63):  # false for NaN as well
-            raise ValueError(f"tokens from {start} on hold a float that is no int64")
-        row[:] = taken
-
-
-try:
-    from megalite._data import gather
-except ImportError:  # installed without a compiler
-    gather = gather_reference
 
 
 class TokenSource:
@@ -75,7 +54,8 @@ class TokenSource:
         if samples.size and not 0 <= samples.min() <= samples.max() < self.num_samples:
             raise IndexError(f"samples {samples.min()} … {samples.max()} are not in [0, {self.num_samples})")
         out = np.empty((len(samples), self.seq_length + 1), np.int64)
-        gather(self.dataset.tokens, self.first_token + samples * self.seq_length, self.seq_length + 1, out)
+        starts, places = self.first_token + samples * self.seq_length, np.arange(len(samples)) * out.shape[1]
+        gather(self.dataset.tokens, starts, np.full_like(starts, out.shape[1]), places, out)
         return out
 
     def documents(self, samples: Int64s) -> Int64s:
