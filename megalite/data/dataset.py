@@ -153,11 +153,6 @@ class MegatronSource:
         self, dataset: IndexedDataset, first: int, last: int, seq_length: int, num_samples: int, seed: int
     ) -> None:
         lengths = dataset.lengths(first, last)
-        if int(lengths.sum(dtype=np.int64)) < seq_length + 1:
-            raise DataError(
-                f"{lengths.sum(dtype=np.int64)} tokens are too few for one sample of seq_length {seq_length}: "
-                f"at least {seq_length + 1} are needed"
-            )
         self.dataset, self.seq_length = dataset, seq_length
         self._sequences, self._asked, self._seed = (first, last), num_samples, seed
         self._order = MegatronOrder(lengths, num_samples, seq_length, seed)

@@ -137,7 +137,9 @@ def _build_mixture(
     num_samples = config.train.steps * config.train.global_batch_size
     is_megatron = data.order == "megatron" and which == "train"
     weights = [item.weight for item in wanted]
-    sizes = sizes_of(weights, num_samples) if is_megatron else [None] * len(wanted)
+    sizes: list[int | None] = [None] * len(wanted)
+    if is_megatron:  # which asks for a little more of each than it needs, unless there is but one
+        sizes = sizes_of(weights, num_samples).tolist() if len(wanted) > 1 else [num_samples]
     sources: list[SampleSource] = []
     for number, item in enumerate(wanted):
         if item.path not in opened:

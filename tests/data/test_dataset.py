@@ -6,11 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from megalite.data.dataset import TokenSource, read_windows, split_range
-from megalite.data.gather import gather_reference
 from megalite.data.indexed import DataError, IndexedDataset, IndexedWriter
 from megalite.data.mixture import build_mixtures
 from megalite.data.order import BLOCK
@@ -31,76 +28,6 @@ def write(prefix: Path, documents, dtype=np.uint16) -> IndexedDataset:
 def counting(tmp_path):
     """A hundred documents of ten tokens each; token i of the stream is i."""
     return write(tmp_path / "counting", np.arange(1000).reshape(100, 10))
-
-
-@pytest.fixture(params=["reference", "native"])
-def gather(request):
-    return gather_reference if request.param == "reference" else pytest.importorskip("megalite._data").gather
-
-
-@given(st.sampled_from(DTYPES), st.integers(1, 200), st.integers(0, 20), st.integers(1, 12), st.data())
-@settings(max_examples=60, deadline=None)
-def test_gather_native_equals_reference(dtype, size, num, length, data):
-    native = pytest.importorskip("megalite._data").gather
-    length = min(length, size)
-    seed = data.draw(st.integers(0, 1000))
-    tokens = np.random.default_rng(seed).integers(-(2**62), 2**62, size).astype(dtype)
-    starts = np.array(data.draw(st.lists(st.integers(0, size - length), min_size=num, max_size=num)), np.int64)
-    expected, out = np.full((2, num, length), -7)
-    gather_reference(tokens, starts, length, expected)
-    native(tokens, starts, length, out)
-    windows = [tokens[start : start + length].astype(np.int64) for start in starts]
-    assert np.array_equal(expected, np.array(windows).reshape(num, length))
-    assert np.array_equal(out, expected)
-
-
-@pytest.mark.parametrize("start", [-1, 8, 10, 2**63 - 1, -(2**63)])
-def test_gather_refuses_rows_outside_and_writes_nothing(gather, start):
-    out = np.full((2, 3), -7)
-    with pytest.raises(IndexError, match="outside the 10"):
-        gather(np.arange(10, dtype=np.uint16), np.array([0, start]), 3, out)
-    assert (out == -7).all()
-    with pytest.raises(IndexError):
-        gather(np.arange(2, dtype=np.uint16), np.array([0]), 3, out[:1])
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 2.0**63])
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_gather_refuses_floats_that_are_no_int64(gather, value, dtype):
-    tokens = np.array([1.0, value, 3.0], dtype)
-    out = np.zeros((1, 1), np.int64)
-    gather(tokens, np.array([2]), 1, out)
-    assert out[0, 0] == 3
-    with pytest.raises(ValueError, match="no int64"):
-        gather(tokens, np.array([1]), 1, out)
-
-
-def test_native_gather_refuses_arrays_it_cannot_read_in_place():
-    native = pytest.importorskip("megalite._data").gather
-    tokens, starts, out = np.arange(10, dtype=np.uint16), np.array([0, 1]), np.zeros((2, 3), np.int64)
-    read_only = out.copy()
-    read_only.flags.writeable = False
-    unaligned = np.frombuffer(b"x" + tokens.tobytes(), np.uint16, offset=1)
-    for arguments in [
-        (tokens[::2], starts, 3, out),
-        (tokens.reshape(2, 5), starts, 3, out),
-        (unaligned, starts, 3, out),
-        (tokens, starts, 2, out),
-        (tokens, starts, -1, out),
-        (tokens, starts[:1], 3, out),
-        (tokens, starts, 3, read_only),
-    ]:
-        with pytest.raises(ValueError, match=r"contiguous|shape|aligned|writeable"):
-            native(*arguments)
-    for arguments in [
-        (tokens, starts, 3, out.astype(np.int32)),
-        (tokens, starts, 3, np.asfortranarray(out)),
-        (tokens, starts.astype(np.float64), 3, out),
-        (tokens.astype(np.uint32), starts, 3, out),
-        (tokens.astype(">u2"), starts, 3, out),
-    ]:
-        with pytest.raises(TypeError):
-            native(*arguments)
 
 
 def test_source_predicts_every_token_of_its_range_once(counting):
