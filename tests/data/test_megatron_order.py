@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from megalite.data.indexed import DataError
+from megalite.data.indexed import DataError, IndexedWriter
 from megalite.data.megatron_order import (
     MegatronOrder,
     blend,
@@ -14,6 +14,8 @@ from megalite.data.megatron_order import (
     blend_greedily_reference,
     sizes_of,
 )
+from megalite.data.mixture import build_mixtures
+from mixtures import config_of, windows
 
 
 class Plain:
@@ -243,3 +245,38 @@ def test_blend_refuses_weights_that_are_none():
     for size, weights in [(-1, np.ones(1)), (3, np.ones(0)), (3, np.ones((1, 1))), (3, np.ones(40_000))]:
         with pytest.raises(ValueError, match="shape"):
             native(weights, size)
+
+
+@pytest.mark.parametrize("paths", [["a"], ["a", "b"]])
+def test_a_run_in_megatrons_order_reads_these_tokens(tmp_path, paths):
+    """From a config with a split to the batches: sequence numbers, splits, epochs and the blend all fit together."""
+    lengths, flat, split = {"a": [9, 1, 30, 4, 12, 7, 20, 3], "b": [40, 2, 17, 15]}, {}, (3, 1, 0)
+    for number, name in enumerate(paths):
+        flat[name] = [[1000 * number + 100 * i + j for j in range(length)] for i, length in enumerate(lengths[name], 1)]
+        with IndexedWriter(tmp_path / name, np.uint16) as writer:
+            for tokens in flat[name]:
+                writer.add_document(tokens)
+    weights = [0.3, 0.7][-len(paths) :]
+    config = config_of(
+        seed=7, steps=25, batch=4, order="megatron", seq_length=8, split=split,
+        train=[{"path": tmp_path / name, "weight": weight} for name, weight in zip(paths, weights, strict=True)],
+    )  # fmt: skip
+    train, valid = (build_mixtures(config)[which] for which in ("train", "valid"))
+    sizes = sizes_of(weights, 100).tolist() if len(paths) > 1 else [100]
+    kept = {name: lengths[name][: len(lengths[name]) * 3 // 4] for name in paths}
+    plains = {name: Plain(kept[name], size, 8, 7) for name, size in zip(paths, sizes, strict=True)}
+    taken, expected = [0] * len(paths), []
+    for i in range(100):
+        of_source = max(range(len(paths)), key=lambda d: (weights[d] / sum(weights) * max(i, 1) - taken[d], -d))
+        sample = plains[paths[of_source]].sample(taken[of_source])
+        expected.append([flat[paths[of_source]][sequence][offset] for sequence, offset in sample])
+        taken[of_source] += 1
+    assert windows(train, np.arange(100)).tolist() == expected
+    assert list(train.consumed(100).values()) == taken
+    assert list(train.consumed(50).values()) == np.bincount(train.order.locate(np.arange(50))[0]).tolist()
+    with pytest.raises(ValueError, match="not among the run's 100"):
+        train.read([100])
+    # Validation starts behind what is for training, and is read in a row.
+    assert valid.read([0]).tokens[0, 0] == flat["a"][6][0]
+    other = build_mixtures(config_of(**config.data.model_dump(), seed=7, steps=26, batch=4))["train"]
+    assert other.fingerprint() != train.fingerprint()  # another number of samples is another order
