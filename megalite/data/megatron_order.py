@@ -41,7 +41,7 @@ class MegatronOrder:
 
     lengths: [N] int32, tokens of each sequence of the split, read on and on (a memory map will do); num_samples: how
     many are wanted, whence the number of epochs; None: those of one epoch. There are at least as many as wanted: its
-    `num_samples` says how many. Memory: 4.5 bytes a sequence and epoch, 4 a sample.
+    `num_samples` says how many. Memory: 4.5 bytes a sequence and epoch, 4 a sample; 4 a sequence more at the start.
 
     Raises DataError where there are too few tokens for a sample or a length is negative, and ValueError for a seed that
     is not in 0 … 2^32 - 1."""
