@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from megalite.config import Config
 from megalite.config_file import parse_config
-from megalite.data.dataset import SampleSource
+from megalite.data.dataset import SampleSource, Windows, empty_windows, read_windows
 from megalite.data.mixture import PLAIN, Mixture, View
 from megalite.data.order import Int64s, Order, Phase, PhasedOrder
 
@@ -29,6 +29,14 @@ def mixture_of(
         PhasedOrder([source.num_samples for source in sources], phases, seed, order),
         view,
     )
+
+
+def read(source: SampleSource, samples: npt.ArrayLike, by_document: bool = False) -> Windows:
+    """[n] numbers of samples → their windows."""
+    samples = np.asarray(samples)
+    found = empty_windows(len(samples), source.seq_length, by_document)
+    read_windows(source, samples, found, np.arange(len(samples)))
+    return found
 
 
 def windows(mixture: Mixture, indices: npt.ArrayLike) -> Int64s:

@@ -53,24 +53,33 @@ class SampleSource(Protocol):
         """Names what decides the content of each sample."""
 
 
-def read_windows(source: SampleSource, samples: Int64s, by_document: bool) -> Windows:
-    """[n] numbers of samples → their tokens, and the documents these are of where asked for."""
+def empty_windows(count: int, seq_length: int, by_document: bool) -> Windows:
+    shape = count, seq_length + 1
+    documents = np.empty(shape, np.int64) if by_document else None
+    return Windows(np.empty(shape, np.int64), np.empty(count, np.int64), documents)
+
+
+def read_windows(source: SampleSource, samples: Int64s, into: Windows, rows: Int64s) -> None:
+    """Samples of a source, [m] numbers, into these rows, [m]; their documents where `into` has room for them."""
     if samples.size and not 0 <= samples.min() <= samples.max() < source.num_samples:
         raise IndexError(f"samples {samples.min()} … {samples.max()} are not in [0, {source.num_samples})")
-    width = source.seq_length + 1
-    row, start, length = source.pieces(samples, by_document)
+    tokens, documents = into.tokens, into.documents
+    width = tokens.shape[1]
+    row, start, length = source.pieces(samples, documents is not None)
+    gather(source.dataset.tokens, start, length, rows[row] * width + _before(length, row), tokens)
     filled = np.bincount(row, length, len(samples)).astype(np.int64)
-    is_full = bool((filled == width).all())
-    tokens = (np.empty if is_full else np.zeros)((len(samples), width), np.int64)
-    gather(source.dataset.tokens, start, length, row * width + _before(length, row), tokens)
-    if not by_document:
-        return Windows(tokens, filled, None)
-    of_token = np.repeat(_before(np.ones_like(row), row), length)
-    if is_full:
-        return Windows(tokens, filled, of_token.reshape(tokens.shape))
-    documents = np.repeat(np.bincount(row, minlength=len(samples))[:, None], width, 1)
-    documents[np.arange(width) < filled[:, None]] = of_token
-    return Windows(tokens, filled, documents)
+    into.filled[rows] = filled
+    numbers = np.repeat(_before(np.ones_like(row), row), length) if documents is not None else None
+    if (filled == width).all():
+        if documents is not None and numbers is not None:
+            documents[rows] = numbers.reshape(len(rows), width)
+        return
+    is_filled = np.arange(width) < filled[:, None]
+    tokens[rows] *= is_filled
+    if documents is not None and numbers is not None:
+        of_rows = np.repeat(np.bincount(row, minlength=len(samples))[:, None], width, 1)
+        of_rows[is_filled] = numbers
+        documents[rows] = of_rows
 
 
 def _before(sizes: Int64s, row: Int64s) -> Int64s:

@@ -56,9 +56,10 @@ class IndexedDataset:
                 raise DataError(f"{path} does not exist; tools/preprocess_data.py writes {self.prefix}.bin and .idx")
         num_indices = self._read_header()
         num, lengths_end = self.num_sequences, HEADER.size + 4 * self.num_sequences
-        self._lengths = np.memmap(self._idx, "<i4", "r", HEADER.size, (num,))
-        self._pointers = np.memmap(self._idx, "<i8", "r", lengths_end, (num,))
-        self._documents = np.memmap(self._idx, "<i8", "r", lengths_end + 8 * num, (num_indices,))
+        # Plain arrays on the maps: reading one element of a memmap itself takes several times as long.
+        self._lengths = np.asarray(np.memmap(self._idx, "<i4", "r", HEADER.size, (num,)))
+        self._pointers = np.asarray(np.memmap(self._idx, "<i8", "r", lengths_end, (num,)))
+        self._documents = np.asarray(np.memmap(self._idx, "<i8", "r", lengths_end + 8 * num, (num_indices,)))
         self.num_documents = num_indices - 1
         self._check_ends()
         self.num_tokens = self._bin.stat().st_size // self.dtype.itemsize

@@ -24,6 +24,7 @@ from megalite.data.dataset import (
     Split,
     TokenSource,
     Windows,
+    empty_windows,
     read_windows,
     split_range,
 )
@@ -88,20 +89,12 @@ class Mixture:
         return Samples(tokens[:, :-1].copy(), labels, kept)
 
     def _windows(self, index: Int64s) -> Windows:
-        by_document = self.view != PLAIN
+        windows = empty_windows(len(index), self.seq_length, by_document=self.view != PLAIN)
         source, sample = self.order.locate(index)
-        numbers = np.unique(source)
-        if len(numbers) == 1:
-            return read_windows(self.sources[numbers[0]], sample, by_document)
-        tokens = np.empty((len(index), self.seq_length + 1), np.int64)
-        filled, documents = np.empty_like(index), np.empty_like(tokens) if by_document else None
-        for number in numbers:
+        for number in np.unique(source):
             rows = np.flatnonzero(source == number)
-            part = read_windows(self.sources[number], sample[rows], by_document)
-            tokens[rows], filled[rows] = part.tokens, part.filled
-            if documents is not None and part.documents is not None:
-                documents[rows] = part.documents
-        return Windows(tokens, filled, documents)
+            read_windows(self.sources[number], sample[rows], windows, rows)
+        return windows
 
     def consumed(self, count: int) -> dict[str, int]:
         """How many of the first `count` samples come from each source."""

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megalite.data.dataset import TokenSource, read_windows, split_range
+from megalite.data.dataset import TokenSource, split_range
 from megalite.data.indexed import DataError, IndexedDataset, IndexedWriter
 from megalite.data.mixture import build_mixtures
 from megalite.data.order import BLOCK
-from mixtures import config_of, mixture_of, windows
+from mixtures import config_of, mixture_of, read, windows
 
 DTYPES = ["uint8", "int8", "int16", "int32", "int64", "float64", "float32", "uint16"]
 
@@ -33,13 +33,13 @@ def counting(tmp_path):
 def test_source_predicts_every_token_of_its_range_once(counting):
     source = TokenSource(counting, 100, 113, seq_length=4)
     assert source.num_samples == 3
-    found = read_windows(source, np.arange(3), by_document=False)
+    found = read(source, np.arange(3))
     assert found.tokens.tolist() == [[100, 101, 102, 103, 104], [104, 105, 106, 107, 108], [108, 109, 110, 111, 112]]
     assert found.tokens.dtype == np.int64
     assert found.filled.tolist() == [5, 5, 5]
     for outside in (-1, 3):
         with pytest.raises(IndexError):
-            read_windows(source, np.array([outside]), by_document=False)
+            read(source, [outside])
 
 
 def test_source_says_how_many_tokens_it_needs(counting):

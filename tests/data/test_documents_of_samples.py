@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from megalite.data.dataset import TokenSource, read_windows
+from megalite.data.dataset import TokenSource
 from megalite.data.indexed import IndexedDataset, IndexedWriter
 from megalite.data.loader import Loader
 from megalite.data.mixture import View
 from megalite.parallel.stage import positions_of
-from mixtures import mixture_of
+from mixtures import mixture_of, read
 
 LENGTHS = [5, 1, 1, 12, 3, 30, 2, 40, 7]
 
@@ -35,7 +35,7 @@ def numbered(tokens: np.ndarray) -> list[int]:
 def test_documents_change_exactly_where_the_index_says(dataset: IndexedDataset) -> None:
     source = TokenSource(dataset, 0, dataset.num_tokens, 8)
     samples = np.arange(source.num_samples)
-    tokens, _, documents = read_windows(source, samples, by_document=True)
+    tokens, _, documents = read(source, samples, by_document=True)
     assert documents is not None
     assert documents.shape == (len(samples), 9)
     for row in samples:
@@ -44,7 +44,7 @@ def test_documents_change_exactly_where_the_index_says(dataset: IndexedDataset) 
 
 def test_a_range_that_begins_inside_the_file(dataset: IndexedDataset) -> None:
     source = TokenSource(dataset, 7, dataset.num_tokens, 16)
-    tokens, _, documents = read_windows(source, np.array([0, 2]), by_document=True)
+    tokens, _, documents = read(source, [0, 2], by_document=True)
     assert documents is not None
     assert documents.tolist() == [numbered(row) for row in tokens]
 
@@ -72,7 +72,7 @@ def test_finding_documents_reads_little_of_a_large_index(tmp_path: Path) -> None
     dataset = IndexedDataset(tmp_path / "many")
     source = TokenSource(dataset, 0, dataset.num_tokens, 64)
     begin = time.process_time()
-    documents = read_windows(source, np.arange(0, source.num_samples, source.num_samples // 200), True).documents
+    documents = read(source, np.arange(0, source.num_samples, source.num_samples // 200), True).documents
     # 200 samples of 40 probes each take about 30 ms; copying the index for each would take seconds.
     assert time.process_time() - begin < 1.0
     assert documents is not None

@@ -1,4 +1,4 @@
-"""What the data side costs a core: reading samples, Megatron's order, best-fit packing and blending.
+"""What the data side costs a core: the loader and reading samples, Megatron's order, best-fit packing and blending.
 
 Documents are log-normal, with a mean of 940 tokens; samples have 4,096. Samples are read in batches of 8, at random out
 of a file of uint16 tokens in the page cache: as one piece each, and as Megatron's order has them, finding the pieces
@@ -22,8 +22,13 @@ from statistics import median
 import numpy as np
 import numpy.typing as npt
 
-from megalite.data.gather import Int64s, gather, gather_reference
+from megalite.config_file import parse_config
+from megalite.data.gather import gather, gather_reference
+from megalite.data.indexed import IndexedWriter
+from megalite.data.loader import Loader
 from megalite.data.megatron_order import MegatronOrder, blend
+from megalite.data.mixture import build_mixtures
+from megalite.data.order import Int64s
 from megalite.data.packing import Packing, best_fit
 
 SEQ_LENGTH, BATCH = 4096, 8
@@ -81,6 +86,36 @@ def measure_reading(num_documents: int, turns: int, batches: int) -> None:
     report("reading in Megatron's order", f"{asked / median(pieces):,.0f} M tokens/s")
 
 
+def measure_loader(num_documents: int, turns: int, steps: int) -> None:
+    settings: dict[str, dict[str, object]] = {
+        "concat": {},
+        "concat, documents masked": {"document_mask": True},
+        "best_fit": {"packing": "best_fit"},
+        "best_fit, documents masked": {"packing": "best_fit", "document_mask": True},
+        "order: megatron": {"order": "megatron"},
+    }
+    lengths = document_lengths(num_documents)
+    with tempfile.TemporaryDirectory() as folder:
+        with IndexedWriter(Path(folder, "tokens"), np.uint16) as writer:
+            tokens = np.random.default_rng(1).integers(0, 50_000, int(lengths.sum(dtype=np.int64)), np.uint16)
+            writer.add_documents(tokens, lengths)
+        for name, setting in settings.items():
+            data = {"train": [{"path": f"{folder}/tokens"}], "seq_length": SEQ_LENGTH, **setting}
+            train = {"steps": turns * (steps + 1), "global_batch_size": 2 * BATCH}
+            sections = {"run": {"name": "bench"}, "model": {"preset": "llama-1b"}, "optimizer": {"lr": 1e-4}}
+            mixture = build_mixtures(parse_config({**sections, "data": data, "train": train}))["train"]
+            assert mixture is not None
+            took = []
+            with Loader(mixture, 2 * BATCH, BATCH, 0, 1, vocab_size=50_000) as loader:
+                next(loader)
+                for _ in range(turns):
+                    begin = time.process_time()
+                    for _ in range(steps):
+                        next(loader)
+                    took.append(time.process_time() - begin)
+            report(f"the loader, {name}", f"{steps * 2 * BATCH * SEQ_LENGTH / median(took) / 1e6:,.0f} M tokens/s")
+
+
 def measure_order(num_documents: int) -> None:
     lengths = document_lengths(num_documents)
     orders: list[MegatronOrder] = []
@@ -115,6 +150,7 @@ def main() -> None:
     arguments = parser.parse_args()
     compiled = "without the compiled helpers" if gather is gather_reference else "compiled"
     print(f"{os.cpu_count()} cores, numpy {np.__version__}, Python {platform.python_version()}, {compiled}\n")
+    measure_loader(100_000, arguments.turns, steps=20)
     measure_reading(300_000, arguments.turns, batches=500)
     measure_order(arguments.documents)
     measure_packing(arguments.documents)
