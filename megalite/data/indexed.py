@@ -137,12 +137,10 @@ class IndexedDataset:
         starts = np.append(self._pointers[low:high], self.token_of_sequence(high) * self.dtype.itemsize)
         return starts[sequences - low] // self.dtype.itemsize
 
-    def document_starts(self, first: int, last: int) -> Array:
-        """Offsets in `tokens`, ascending, at which documents begin within [first, last). Found by bisection: numpy's
-        own search would copy the whole index, which lies unaligned in its file."""
-        low = bisect.bisect_left(range(self.num_documents), first, key=self.document_start)
-        high = bisect.bisect_left(range(self.num_documents), last, lo=low, key=self.document_start)
-        return np.array([self.document_start(d) for d in range(low, high)], np.int64)
+    def document_starts(self, first: Array, last: Array) -> tuple[Array, Array]:
+        """Offsets in `tokens`, ascending, at which documents begin within [first[i], last[i]) for each i: how many
+        there are, [n], and those of all, int64. Found by bisection."""
+        return document_starts(self._documents, self._pointers, self.dtype.itemsize, first, last)
 
     def fingerprint(self) -> str:
         """Hex name of the content: both sizes and 64 slices of 4 KiB spread evenly over each file. Bounded work, so
@@ -156,6 +154,28 @@ class IndexedDataset:
                     file.seek(start)
                     digest.update(file.read(4096))
         return digest.hexdigest()[:32]
+
+
+def document_starts_reference(
+    documents: Array, pointers: Array, itemsize: int, first: Array, last: Array
+) -> tuple[Array, Array]:
+    """`csrc/data/starts.cpp` in Python. (numpy's own search would copy the index, which lies unaligned in its file.)"""
+
+    def start(document: int) -> int:
+        return int(pointers[documents[document]]) // itemsize
+
+    numbers, found = range(len(documents) - 1), []
+    for begin, end in zip(first.tolist(), last.tolist(), strict=True):
+        low = bisect.bisect_left(numbers, begin, key=start)
+        high = bisect.bisect_left(numbers, end, lo=low, key=start)
+        found.append([start(document) for document in range(low, high)])
+    return np.array([len(of_row) for of_row in found], np.int64), np.array([x for row in found for x in row], np.int64)
+
+
+try:
+    from megalite._data import document_starts
+except ImportError:  # installed without a compiler
+    document_starts = document_starts_reference
 
 
 class IndexedWriter:
