@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megalite.config import Config
 from megalite.data.dataset import Split
-from megalite.data.indexed import DataError
+from megalite.data.indexed import DataError, read_note
 from megalite.data.mixture import Mixture
-from megalite.data.remote import local_copy
-from megalite.data.store import Missing
 from megalite.data.tokenizer import Tokenizer
 from megalite.keys import key_of
 from megalite.mesh import Mesh
-from megalite.urls import is_url
 
 
 def check_vocabulary(config: Config, tokenizer: Tokenizer | None) -> None:
@@ -35,7 +30,7 @@ def check_vocabulary(config: Config, tokenizer: Tokenizer | None) -> None:
         )
     fingerprint = tokenizer.fingerprint() if tokenizer else None
     for source in (*config.data.train, *config.data.valid, *config.data.test):
-        note = _note_beside(source.path)
+        note = read_note(source.path)
         if note.get("vocab_size", 0) > model_size:
             raise DataError(f"{source.path} has {note['vocab_size']} token ids, but model.vocab_size = {model_size}")
         made_by = note.get("tokenizer_fingerprint")
@@ -43,18 +38,6 @@ def check_vocabulary(config: Config, tokenizer: Tokenizer | None) -> None:
             raise DataError(
                 f"{source.path} was made with another tokenizer than data.tokenizer {config.data.tokenizer}"
             )
-
-
-def _note_beside(prefix: str) -> dict[str, Any]:
-    path = Path(f"{prefix}.json")
-    try:
-        if is_url(prefix):
-            path = local_copy(f"{prefix}.json")
-        return json.loads(path.read_text()) if path.exists() else {}
-    except Missing:
-        return {}
-    except ValueError as error:
-        raise DataError(f"{path} is not valid JSON: {error}") from None
 
 
 def check_same_everywhere(config: Config, data: Mapping[Split, Mixture | None], mesh: Mesh) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import bisect
 import hashlib
+import json
 import os
 import struct
 from contextlib import suppress
@@ -23,6 +24,7 @@ import numpy.typing as npt
 
 from megalite.data.errors import DataError
 from megalite.data.remote import CachedObject, local_copy
+from megalite.data.store import Missing
 from megalite.resources import fsync
 from megalite.urls import is_url
 
@@ -39,6 +41,19 @@ Array = npt.NDArray[Any]
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
     """The dtype Megatron writes: u16 below 65,500 tokens, which leaves room to pad the vocabulary, else i32."""
     return np.dtype("<u2") if vocab_size < 65500 else np.dtype("<i4")
+
+
+def read_note(prefix: str) -> dict[str, Any]:
+    """PREFIX.json, which preprocessing writes beside its token files; nothing where there is none. Raises DataError."""
+    name = f"{prefix}.json"
+    try:
+        text = (local_copy(name) if is_url(name) else Path(name)).read_text(encoding="utf-8")
+    except (FileNotFoundError, Missing):
+        return {}
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{name} is not valid JSON: {error}") from None
 
 
 class IndexedDataset:
@@ -125,8 +140,12 @@ class IndexedDataset:
         if not 0 <= i < self.num_sequences:
             raise IndexError(f"{self.prefix}: sequence {i} of {self.num_sequences}")
         start = int(self._pointers[i]) // self.dtype.itemsize
-        self.fetch(start, self._lengths[i])
-        return self.tokens[start : start + int(self._lengths[i])].view(np.ndarray)
+        return self.read(start, start + int(self._lengths[i]))
+
+    def read(self, first: int, last: int) -> Array:
+        """Tokens [first, last), read-only and still on disk, fetched where need be. Raises as `fetch`."""
+        self.fetch(first, last - first)
+        return self.tokens[first:last].view(np.ndarray)
 
     def lengths(self, first: int, last: int) -> Array:
         """Tokens of sequences [first, last), int32; a copy."""

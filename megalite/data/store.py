@@ -47,7 +47,7 @@ class Status(NamedTuple):
 class Found(NamedTuple):
     url: str
     size: int
-    below: str  # its path inside the folder that was asked for; empty where it was asked for itself
+    below: str  # its path inside the folder, or inside what comes before a glob's first wildcard; empty where it is it
 
 
 class Store:
@@ -60,12 +60,12 @@ class Store:
         """The last fault, while it is being waited out."""
         try:
             check_no_secret(url)
-            self._files, self._path = _open(url)
-        except ImportError as error:
-            raise DataError(f"{url}: {error}; pip install 'megalite[remote]'") from None
         except ValueError as error:
-            # Not the URL: it may hold a secret.
             raise DataError(str(error)) from None
+        try:
+            self._files, self._path = _open(url)
+        except (ImportError, ValueError) as error:
+            raise DataError(f"{url}: {error}; pip install 'megalite[remote]', or what fsspec needs for it") from None
 
     def status(self) -> Status:
         """Of the object as it is now."""
@@ -92,19 +92,22 @@ class Store:
         """The objects that the URL, a glob or a folder, stands for, sorted."""
 
         def once() -> list[Found]:
-            is_glob = any(letter in self._path for letter in "*?[")
-            self._files.invalidate_cache()
-            # The name in an object's own information lacks the bucket in obstore.
-            matches = (
-                list(self._files.glob(self._path, detail=True).values())
-                if is_glob
-                else [self._info() | {"name": self._path}]
+            plain = re.split(r"[*?[]", self._path, maxsplit=1)[0]
+            if plain == self._path:
+                matches = {self._path: self._info()}  # the name in there lacks the bucket in obstore
+            else:
+                self._files.invalidate_cache()
+                matches = self._files.glob(self._path, detail=True)
+            # Of a glob, what its first wildcard stands for is a choice, and `*` is not to choose what is hidden.
+            asked = self._path.rstrip("/") if plain == self._path else plain.rpartition("/")[0]
+            folders = [name for name, info in matches.items() if info["type"] == "directory"]
+            for folder in folders:
+                matches |= self._files.find(folder.rstrip("/"), detail=True)
+            return sorted(
+                Found(self._files.unstrip_protocol(name), info["size"], name[len(asked) + 1 :])
+                for name, info in matches.items()
+                if info["type"] != "directory"
             )
-            found = [Found(match["name"], match["size"], "") for match in matches if match["type"] != "directory"]
-            for folder in (match["name"].rstrip("/") for match in matches if match["type"] == "directory"):
-                inside = self._files.find(folder, detail=True).values()
-                found += [Found(info["name"], info["size"], info["name"][len(folder) + 1 :]) for info in inside]
-            return sorted(item._replace(url=self._files.unstrip_protocol(item.url)) for item in found)
 
         return self._patiently(once)
 
