@@ -148,16 +148,16 @@ class CachedObject:
         with ThreadPoolExecutor(min(THREADS, len(runs)), "megalite-fetch") as pool:
             try:
                 copies = [pool.submit(self._copy, run, stop) for run in runs]
-                while wait(copies, SECONDS_PER_LINE, FIRST_EXCEPTION).not_done:
-                    if any(copy.done() and copy.exception() for copy in copies):
+                while True:
+                    done, under_way = wait(copies, SECONDS_PER_LINE, FIRST_EXCEPTION)
+                    for copy in done:
+                        copy.result()
+                    if not under_way:
                         break
                     self._say(f"waiting for {len(blocks) * BLOCK_BYTES / 1e6:,.0f} MB {self._store.trouble}")
             finally:
                 stop.set()
                 pool.shutdown(cancel_futures=True)
-        for copy in copies:
-            if not copy.cancelled():
-                copy.result()
         os.fsync(self._data.fileno())  # or a power cut could leave `present` without the data
         # What was read before this answer is of the version that it names.
         if self._store.status() != self._status:
