@@ -81,7 +81,8 @@ class CachedObject:
             num_blocks = -(-self.size // BLOCK_BYTES)
             self._locks = open(self._folder / "present", "a+b", buffering=0)  # noqa: SIM115
             self._locks.truncate(max(num_blocks, 1))  # an empty file cannot be mapped
-            self._present = np.memmap(self._folder / "present", np.uint8, "r+", shape=max(num_blocks, 1))
+            # Shared with other processes through the mapping; as an array of its own class it would be slow to index.
+            self._present = np.asarray(np.memmap(self._locks, np.bool_, "r+", shape=max(num_blocks, 1)))
         except OSError as error:
             raise self._unusable(error) from None
         self._one_at_a_time = threading.Lock()  # a process is not locked out by its own locks
@@ -90,29 +91,30 @@ class CachedObject:
         """Have bytes [starts[i], starts[i] + lengths[i]) in `path`, all [n].
 
         Raises IndexError for bytes the object has not, and DataError where they cannot be had."""
-        blocks = self._blocks(starts, lengths)
+        if not lengths.all():
+            starts, lengths = starts[lengths > 0], lengths[lengths > 0]
+        if not starts.size:
+            return
+        ends = starts + lengths
+        if starts.min() < 0 or ends.max() > self.size:
+            raise IndexError(f"bytes {starts.min()} to {ends.max()} are not all in {self.url}")
+        first, last = starts // BLOCK_BYTES, (ends - 1) // BLOCK_BYTES
+        counts = last - first + 1
+        # Samples are shorter than blocks: once these are there, this is all it takes.
+        if counts.max() <= 2 and self._present[first].all() and self._present[last].all():
+            return
+        blocks = np.unique(np.repeat(first - np.cumsum(counts) + counts, counts) + np.arange(counts.sum()))
         if not self._present[blocks].all():
             with self._one_at_a_time:
-                self._fetch(np.unique(blocks))
-
-    def _blocks(self, starts: Int64s, lengths: Int64s) -> Int64s:
-        """Numbers of the blocks, some more than once."""
-        starts, lengths = starts[lengths > 0], lengths[lengths > 0]
-        if not starts.size:
-            return starts
-        if starts.min() < 0 or (starts + lengths).max() > self.size:
-            raise IndexError(f"bytes {starts.min()} to {(starts + lengths).max()} are not all in {self.url}")
-        first, last = starts // BLOCK_BYTES, (starts + lengths - 1) // BLOCK_BYTES
-        counts = last - first + 1
-        return np.repeat(first - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
+                self._fetch(blocks)
 
     def _fetch(self, blocks: Int64s) -> None:
         said = time.monotonic()
-        while (missing := blocks[self._present[blocks] == 0]).size:
+        while (missing := blocks[~self._present[blocks]]).size:
             mine = self._lock(missing)
             try:
                 # Another process may have completed a block between the look at it and the lock.
-                self._download(mine[self._present[mine] == 0])
+                self._download(mine[~self._present[mine]])
             except OSError as error:
                 is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
                 if not (is_full and _remove_unused(self._folder.parent.iterdir())):
@@ -162,7 +164,7 @@ class CachedObject:
         # What was read before this answer is of the version that it names.
         if self._store.status() != self._status:
             raise DataError(f"{self.url} changed while it was read; start again to use what it is now")
-        self._present[blocks] = 1
+        self._present[blocks] = True
 
     def _copy(self, run: Int64s, stop: threading.Event) -> None:
         start, end = int(run[0]) * BLOCK_BYTES, min((int(run[-1]) + 1) * BLOCK_BYTES, self.size)

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -54,6 +55,11 @@ class ObjectStore(ThreadingHTTPServer):
             time.sleep(max(until - time.monotonic(), 0))
 
 
+@cache
+def _etag(content: bytes) -> str:
+    return hashlib.md5(content).hexdigest()
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
@@ -75,7 +81,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(404, b"", is_head=is_head)
             return
         content = self.server.objects[name]
-        headers = {"ETag": f'"{hashlib.md5(content).hexdigest()}"', "Last-Modified": "Mon, 02 Nov 2026 10:00:00 GMT"}
+        headers = {"ETag": f'"{_etag(content)}"', "Last-Modified": "Mon, 02 Nov 2026 10:00:00 GMT"}
         if is_head:
             self._send(200, content, headers, is_head=True)
             return
@@ -105,7 +111,7 @@ class _Handler(BaseHTTPRequestHandler):
                 continue
             items.append(
                 f"<Contents><Key>{escape(key)}</Key><LastModified>2026-11-02T10:00:00.000Z</LastModified>"
-                f"<ETag>&quot;{hashlib.md5(content).hexdigest()}&quot;</ETag><Size>{len(content)}</Size>"
+                f"<ETag>&quot;{_etag(content)}&quot;</ETag><Size>{len(content)}</Size>"
                 "<StorageClass>STANDARD</StorageClass></Contents>"
             )
         items += [f"<CommonPrefixes><Prefix>{escape(folder)}</Prefix></CommonPrefixes>" for folder in sorted(folders)]

@@ -255,7 +255,7 @@ def test_killed_while_fetching(server):
         time.sleep(0.02)  # until block 1, which came first of its round, lies in the file
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert file._present.tolist() == [1, 0, 0, 0, 0, 0]
+    assert file._present.tolist() == [True, False, False, False, False, False]
     release.set()
     server.asked.clear()
     fetch(file, (0, len(content)))
