@@ -8,7 +8,6 @@ from __future__ import annotations
 import codecs
 import glob
 import importlib.util
-import io
 import json
 import os
 import zlib
@@ -17,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from megalite.data.errors import DataError
-from megalite.data.store import ObjectFile, Store, stream
+from megalite.data.store import Store, open_file, stream
 from megalite.urls import is_url
 
 # Of a compressed file this much is taken at a time: small, because deflate unpacks up to a thousandfold.
@@ -189,10 +188,8 @@ def _read_parquet(path: str, json_key: str, report: Report) -> Iterator[tuple[st
 
     before, row = report.bytes_read, 0
     try:
-        # A path would do as well, but not a URL.
-        source = io.BufferedReader(ObjectFile(path)) if is_url(path) else open(path, "rb")  # noqa: SIM115
-        size = source.seek(0, os.SEEK_END)
-        with source, parquet.ParquetFile(source) as file:
+        with open_file(path) as source, parquet.ParquetFile(source) as file:
+            size = source.seek(0, os.SEEK_END)
             if json_key not in file.schema_arrow.names:
                 raise DataError(f"no column {json_key!r}; columns here: {', '.join(file.schema_arrow.names[:8])}")
             for batch in file.iter_batches(batch_size=256, columns=[json_key]):

@@ -14,7 +14,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megalite.data.errors import DataError
-from megalite.urls import check_no_secret
+from megalite.urls import check_no_secret, is_url
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -155,9 +155,12 @@ def stream(url: str) -> Iterator[bytes]:
             pool.shutdown(cancel_futures=True)
 
 
-class ObjectFile(io.RawIOBase):
-    """An object as a file that is read and sought, to be put into a `BufferedReader`. Reading raises DataError."""
+def open_file(path: str) -> io.BufferedReader:
+    """A file or the object of a URL, to be read and sought. Raises OSError, and DataError for a URL, also later."""
+    return io.BufferedReader(_ObjectFile(path)) if is_url(path) else open(path, "rb")
 
+
+class _ObjectFile(io.RawIOBase):
     def __init__(self, url: str) -> None:
         self._store, self._position = Store(url), 0
         self.size = self._store.status().size

@@ -1,7 +1,6 @@
 import contextlib
 import errno
 import hashlib
-import io
 import json
 import os
 import signal
@@ -414,7 +413,7 @@ def test_streams_are_read_ahead_and_end_with_their_reader(server, monkeypatch):
     with contextlib.closing(store.stream("s3://b/x")) as stream:
         assert next(stream) == content[:1000]
     assert server.count("x") <= 1 + store.READ_AHEAD
-    file = io.BufferedReader(store.ObjectFile("s3://b/x"), 300)
+    file = store.open_file("s3://b/x")
     file.seek(-5500, os.SEEK_END)
     assert file.read(5000) == content[-5500:-500]
     assert file.read() == content[-500:]
