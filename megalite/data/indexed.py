@@ -68,7 +68,8 @@ class IndexedDataset:
         self._remote: CachedObject | None = None
         if is_url(self.prefix):
             self._remote = CachedObject(f"{prefix}.bin")
-            self._bin, self._idx = self._remote.path, local_copy(f"{prefix}.idx")
+            self._index = CachedObject(f"{prefix}.idx")  # held, or the cache could give its room to something else
+            self._bin, self._idx = self._remote.path, self._index.whole()
         else:
             self._bin, self._idx = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
         for path in (self._bin, self._idx):

@@ -51,9 +51,7 @@ def cache_folder() -> Path:
 
 def local_copy(url: str) -> Path:
     """The whole object in the cache. Raises DataError."""
-    file = CachedObject(url)
-    file.fetch(np.zeros(1, np.int64), np.full(1, file.size))
-    return file.path
+    return CachedObject(url).whole()
 
 
 class CachedObject:
@@ -107,6 +105,11 @@ class CachedObject:
         if not self._present[blocks].all():
             with self._one_at_a_time:
                 self._fetch(blocks)
+
+    def whole(self) -> Path:
+        """`path`, with all of the object. Raises DataError."""
+        self.fetch(np.zeros(1, np.int64), np.full(1, self.size))
+        return self.path
 
     def _fetch(self, blocks: Int64s) -> None:
         said = time.monotonic()
