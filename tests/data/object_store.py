@@ -34,7 +34,7 @@ class ObjectStore(ThreadingHTTPServer):
         self._free_at = 0.0
         self.lock = threading.Lock()
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
     def environment(self) -> dict[str, str]:
         return {
