@@ -22,11 +22,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def parse_config(values: dict[str, Any], overrides: Sequence[str] = (), origin: str = "config") -> Config:
     """The same from values already read. `origin` is what messages call them. Raises ConfigError with every mistake."""
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not all(key.split(".")):
-            raise ConfigError(f"override {override!r} is not of the form section.key=value")
-        values = _with(values, key.split("."), parse_yaml(text, f"override {override!r}"), override)
+    values = with_overrides(values, overrides)
     mistakes = []
     model = values.get("model")
     if isinstance(model, dict):
@@ -44,6 +40,16 @@ def parse_config(values: dict[str, Any], overrides: Sequence[str] = (), origin: 
         mistakes += [line for line in found if not (mistakes and line.startswith("model ="))]
         raise ConfigError("\n  ".join([f"{origin}: {mistakes[0]}", *mistakes[1:]])) from None
     return config
+
+
+def with_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """`values`, itself left alone, with overrides such as `train.steps=100` applied. Raises ConfigError."""
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not all(key.split(".")):
+            raise ConfigError(f"override {override!r} is not of the form section.key=value")
+        values = _with(values, key.split("."), parse_yaml(text, f"override {override!r}"), override)
+    return values
 
 
 def _with(values: dict[str, Any], keys: Sequence[str], value: Any, override: str) -> dict[str, Any]:
