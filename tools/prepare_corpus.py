@@ -1,4 +1,4 @@
-"""Clean, deduplicate and split raw text: CONFIG, or CONFIG with section.key=value behind it. See megalite/corpus/run.py.
+"""Clean, deduplicate and split raw text as CONFIG says. See megalite/corpus/run.py.
 
 Interrupted, it goes on where it was when the same command is given again. Bad input is counted and reported in the
 output's report.json and report.html; the exit status is then still 0."""

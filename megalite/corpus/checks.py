@@ -4,8 +4,6 @@ The rules are datatrove's; what is written here is what it cannot do without a d
 
 from __future__ import annotations
 
-import ipaddress
-import re
 from collections import Counter
 from contextlib import AbstractContextManager
 from importlib import resources
@@ -23,7 +21,6 @@ from datatrove.pipeline.filters import (
 )
 from datatrove.pipeline.filters.base_filter import BaseFilter, get_filter_result
 from datatrove.pipeline.formatters import FTFYFormatter
-from datatrove.pipeline.formatters.pii import PIIReplacer, public_ip_validator
 from datatrove.utils.text import split_into_words
 
 from megalite.config import ConfigError
@@ -40,6 +37,7 @@ from megalite.corpus.config import (
     RepetitionConfig,
     WordsConfig,
 )
+from megalite.corpus.personal import EMAILS, IPS, replaced
 from megalite.corpus.steps import Check, Stage
 from megalite.corpus.tokenizing import Words
 from megalite.resources import configs_dir, read_yaml
@@ -75,7 +73,9 @@ class Extract(AbstractContextManager[None]):
 
     def __init__(self, config: ExtractConfig) -> None:
         # trafilatura's own deduplication remembers earlier pages, so that a page's text would depend on them.
-        self._extractor = Trafilatura(config.favor == "precision", deduplicate=False, favor_recall=config.favor == "recall")
+        self._extractor = Trafilatura(
+            config.favor == "precision", deduplicate=False, favor_recall=config.favor == "recall"
+        )
         self._timeout = config.timeout_seconds
 
     def __enter__(self) -> None:
@@ -128,7 +128,8 @@ class Length:
 
 class Language:
     def __init__(self, config: LanguageConfig) -> None:
-        self._config, self._detector = config, None
+        self._config = config
+        self._detector: Any = None
 
     def __call__(self, document: Document, notes: Counter[str]) -> str | None:
         if self._detector is None:
@@ -242,41 +243,15 @@ def fineweb(config: FineWebConfig) -> Check:
     return Rules(rules, words)
 
 
-# datatrove's own pattern takes quadratic time on long runs without spaces. No address has more than 64 characters before
-# its @, and a part of its domain no more than 63.
-EMAIL = (
-    r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~.-]{1,64}@"
-    r"(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.)+[A-Za-z]{2,63}\b"
-)
-IPV4 = r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?![\w]|\.\d)"
-# Addresses that are given out begin with 2 or 3; `std::` and the like are none.
-IPV6 = r"(?<![\w:.])[23][0-9A-Fa-f]{3}:[0-9A-Fa-f:]{2,34}(?![\w:])"
-
-
 class Personal:
-    """One replacement each, for addresses that nobody has: what a text becomes depends on nothing but the text."""
-
     def __init__(self, config: PersonalConfig) -> None:
-        self._patterns: dict[str, list[PIIReplacer]] = {}
-        if config.emails:
-            self._patterns["email addresses"] = [PIIReplacer(EMAIL, "email@example.com", _is_somebodys)]
-        if config.ips:
-            self._patterns["IP addresses"] = [
-                PIIReplacer(IPV4, "192.0.2.1", public_ip_validator),
-                PIIReplacer(IPV6, "2001:db8::1", public_ip_validator),
-            ]
+        self._kinds = [*([EMAILS] if config.emails else []), *([IPS] if config.ips else [])]
 
     def __call__(self, document: Document, notes: Counter[str]) -> None:
-        for what, replacers in self._patterns.items():
-            for replacer in replacers:
-                before = document.text
-                document.text = replacer.replace(before)
-                if document.text != before:
-                    notes[what] += sum(map(replacer.validator, replacer.regex.findall(before)))
-
-
-def _is_somebodys(address: str) -> bool:
-    return not address.lower().endswith(("@example.com", "@example.org", "@example.net"))
+        for kind in self._kinds:
+            document.text, count = replaced(document.text, kind)
+            if count:
+                notes[kind] += count
 
 
 class ListedWords:

@@ -12,12 +12,9 @@ from typing import Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from megalite.config import ConfigError, Section, describe_errors
-from megalite.config_file import with_overrides
-from megalite.resources import read_yaml
+from megalite.resources import read_yaml, with_overrides
 
-StageName = Literal[
-    "encoding", "length", "language", "repetition", "gopher", "c4", "fineweb", "personal", "words"
-]
+StageName = Literal["encoding", "length", "language", "repetition", "gopher", "c4", "fineweb", "personal", "words"]
 
 
 class Source(Section):

@@ -30,7 +30,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write to that takes the name `path` once it is complete and on disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # With the process's id: one that was thought dead and writes on cannot meddle with this one.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -51,7 +51,7 @@ def packing(file: BinaryIO, compression: Compression) -> Iterator[Any]:
         with zstandard.ZstdCompressor(level=3).stream_writer(file, closefd=False) as packed:
             yield packed
     elif compression == "gz":
-        with gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0) as packed, io.BufferedWriter(packed) as fast:
+        with gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0) as zipped, io.BufferedWriter(zipped) as fast:
             yield fast
     else:
         yield file

@@ -27,30 +27,45 @@ MOST_REASONS = 12
 MOST_LANGUAGES = 15
 
 STYLE = """
-:root { --ink: #1d2530; --soft: #667085; --line: #e4e7ec; --paper: #fff; --shade: #f7f8fa; --kept: #2f7d6d; --dropped: #d9705a;
-  --edited: #d9a441; }
+:root { --ink: #1d2530; --soft: #667085; --line: #e4e7ec; --paper: #fff; --shade: #f7f8fa; --kept: #2f7d6d;
+  --dropped: #d9705a; --edited: #d9a441; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e9ee; --soft: #98a2b3; --line: #2c3440; --paper: #14181f;
-  --shade: #1b212a; --kept: #4fae9a; --dropped: #e08a76; --edited: #d9a441; } }
+  --shade: #1b212a; --kept: #4fae9a; --dropped: #e08a76; --edited: #d9a441; }
 * { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; }
+body { margin: 0; background: var(--paper); color: var(--ink);
+  font: 15px/1.5 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; }
 main { max-width: 1060px; margin: 0 auto; padding: 40px 28px 80px; }
-h1 { font-size: 27px; margin: 0; letter-spacing: -.01em; } h2 { font-size: 19px; margin: 52px 0 4px; }
+h1 { font-size: 27px; margin: 0; letter-spacing: -.01em; }
+h2 { font-size: 19px; margin: 52px 0 4px; }
 h3 { font-size: 16px; margin: 34px 0 2px; }
-p { margin: 2px 0 12px; } .soft { color: var(--soft); } code, pre { font: 12.5px/1.45 "DejaVu Sans Mono", ui-monospace, monospace; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(180px, 1fr)); gap: 12px; margin: 24px 0 8px; }
+p { margin: 2px 0 12px; }
+.soft { color: var(--soft); }
+code, pre { font: 12.5px/1.45 "DejaVu Sans Mono", ui-monospace, monospace; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); gap: 12px; margin: 24px 0 8px; }
 .tile { background: var(--shade); border: 1px solid var(--line); border-radius: 8px; padding: 12px 16px; }
-.tile b { display: block; font-size: 23px; font-weight: 600; letter-spacing: -.01em; } .tile span { color: var(--soft); font-size: 13px; }
-table { border-collapse: collapse; width: 100%; margin: 8px 0 4px; font-variant-numeric: tabular-nums; }
-th { text-align: right; font-weight: 500; color: var(--soft); font-size: 12.5px; border-bottom: 1px solid var(--line); padding: 4px 10px; }
+.tile b { display: block; font-size: 21px; white-space: nowrap; font-weight: 600; letter-spacing: -.01em; }
+.tile span { color: var(--soft); font-size: 13px; }
+table { border-collapse: collapse; width: 100%; table-layout: fixed; margin: 8px 0 4px;
+  font-variant-numeric: tabular-nums; }
+th { text-align: right; font-weight: 500; color: var(--soft); font-size: 12.5px;
+  border-bottom: 1px solid var(--line); padding: 4px 10px; }
 td { text-align: right; padding: 5px 10px; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; white-space: normal; }
-.wide { width: 34%; } .bar { display: flex; height: 10px; border-radius: 2px; overflow: hidden; }
-.bar i { display: block; height: 100%; } .kept { background: var(--kept); } .dropped { background: var(--dropped); }
+.first { width: 25%; }
+.wide { width: 31%; }
+.bar { display: flex; height: 10px; border-radius: 2px; overflow: hidden; }
+.bar i { display: block; height: 100%; }
+.kept { background: var(--kept); }
+.dropped { background: var(--dropped); }
 .edited { background: var(--edited); }
-.key { display: inline-block; width: 10px; height: 10px; border-radius: 2px; margin: 0 5px 0 14px; } .key:first-child { margin-left: 0; }
-td.num { font-weight: 600; } a { color: inherit; text-decoration-color: var(--soft); text-underline-offset: 3px; }
-details { margin: 4px 0 2px; } summary { cursor: pointer; color: var(--soft); font-size: 13.5px; }
-figure { margin: 10px 0; background: var(--shade); border: 1px solid var(--line); border-radius: 6px; padding: 8px 12px; }
+.key { display: inline-block; width: 10px; height: 10px; border-radius: 2px; margin: 0 5px 0 14px; }
+.key:first-child { margin-left: 0; }
+td.num { font-weight: 600; }
+a { color: inherit; text-decoration-color: var(--soft); text-underline-offset: 3px; }
+details { margin: 4px 0 2px; }
+summary { cursor: pointer; color: var(--soft); font-size: 13.5px; }
+figure { margin: 10px 0; background: var(--shade); border: 1px solid var(--line); border-radius: 6px;
+  padding: 8px 12px; }
 figcaption { font-size: 12.5px; color: var(--soft); overflow-wrap: anywhere; }
 pre { margin: 4px 0 0; white-space: pre-wrap; overflow-wrap: anywhere; }
 """
@@ -68,7 +83,7 @@ def page_of(report: dict[str, Any]) -> str:
         "<h2>Sources</h2>",
         _sources(report["sources"]),
         "<h2>What was dropped, and why</h2>",
-        *(_stage(stage) for stage in stages if stage["dropped"] or stage["notes"] or stage["edited"]),
+        *(_stage(stage) for stage in stages),
         _messages(report),
         _languages(report["languages"]),
         _groups(report["groups"]),
@@ -96,18 +111,19 @@ def _tiles(report: dict[str, Any]) -> str:
         (f"{documents:,}", f"of {came['documents']:,} documents kept, {_share(documents, came['documents'])}"),
         (_size(num_bytes), f"of {_size(came['num_bytes'])} of text kept, {_share(num_bytes, came['num_bytes'])}"),
         (f"{repeated:,}", "duplicates dropped"),
-        (
-            " · ".join(f"{splits[side]['documents']:,}" for side in splits),
-            "documents in " + " · ".join(splits),
-        ),
+        (" · ".join(f"{splits[side]['documents']:,}" for side in splits), "documents in " + " · ".join(splits)),
     ]
-    return '<div class="tiles">' + "".join(f'<div class="tile"><b>{b}</b><span>{s}</span></div>' for b, s in tiles) + "</div>"
+    return (
+        '<div class="tiles">'
+        + "".join(f'<div class="tile"><b>{b}</b><span>{s}</span></div>' for b, s in tiles)
+        + "</div>"
+    )
 
 
 def _legend() -> str:
     return (
-        '<p class="soft"><span class="key kept"></span>kept<span class="key dropped"></span>dropped, of the bytes that '
-        "were read. Bytes are of text in UTF-8.</p>"
+        '<p class="soft"><span class="key kept"></span>kept<span class="key edited"></span>taken out of documents that '
+        'were kept<span class="key dropped"></span>in documents that were dropped. Bytes are of text in UTF-8.</p>'
     )
 
 
@@ -116,11 +132,12 @@ def _funnel(stages: list[dict[str, Any]]) -> str:
     rows = []
     for stage in stages:
         came, kept = stage["came"], stage["kept"]
-        dropped = came["num_bytes"] - kept["num_bytes"]
+        taken = max(stage["removed_bytes"], 0)
+        dropped = sum(reason["num_bytes"] for reason in stage["dropped"].values())
         rows.append(
             [
                 f'<a href="#{stage["name"]}">{stage["name"]}</a>',
-                _bar([("kept", kept["num_bytes"] / whole), ("dropped", max(dropped, 0) / whole)]),
+                _bar([("kept", kept["num_bytes"] / whole), ("edited", taken / whole), ("dropped", dropped / whole)]),
                 f"{kept['documents']:,}",
                 _minus(came["documents"] - kept["documents"]),
                 _share(came["documents"] - kept["documents"], came["documents"], zero=""),
@@ -128,7 +145,7 @@ def _funnel(stages: list[dict[str, Any]]) -> str:
                 f"{stage['edited']:,}" if stage["edited"] else "",
             ]
         )
-    return _table(["stage", "", "documents kept", "dropped", "", "bytes kept", "edited"], rows, wide=1)
+    return _table(["stage", "", "documents kept", "dropped", "", "bytes kept", "edited"], rows)
 
 
 def _stage(stage: dict[str, Any]) -> str:
@@ -145,13 +162,17 @@ def _stage(stage: dict[str, Any]) -> str:
         ]
         for reason, dropped in reasons[:MOST_REASONS]
     ]
-    parts = [f'<h3 id="{stage["name"]}">{stage["name"]}</h3><p class="soft">{ABOUT[stage["name"]]} {_edited(stage)}</p>']
+    parts = [
+        f'<h3 id="{stage["name"]}">{stage["name"]}</h3><p class="soft">{ABOUT[stage["name"]]} {_edited(stage)}</p>'
+    ]
     if rows:
-        parts.append(_table(["dropped for", "", "documents", "of those that came", "bytes"], rows, wide=1))
+        parts.append(_table(["dropped for", "", "documents", "of those that came", "bytes"], rows))
     if more := reasons[MOST_REASONS:]:
         count = sum(dropped["documents"] for _, dropped in more)
         parts.append(f'<p class="soft">… and {len(more)} rarer reasons with {count:,} documents, in report.json</p>')
-    samples = [_sample(reason, sample) for reason, dropped in reasons[:MOST_REASONS] for sample in dropped["samples"][:2]]
+    samples = [
+        _sample(reason, sample) for reason, dropped in reasons[:MOST_REASONS] for sample in dropped["samples"][:2]
+    ]
     if samples:
         parts.append(f"<details><summary>samples of what was dropped</summary>{''.join(samples)}</details>")
     return "".join(parts)
@@ -163,9 +184,13 @@ def _edited(stage: dict[str, Any]) -> str:
         size = stage["removed_bytes"]
         change = f"{_size(abs(size))} {'shorter' if size > 0 else 'longer'} in all" if size else "as long as before"
         told.append(f"{stage['edited']:,} of the documents kept were edited, {change}.")
-    if stage["name"] in ("read", "personal", "extract"):
+    if stage["name"] in ("read", "personal"):
         told += [f"{count:,} {escape(what)}." for what, count in stage["notes"].items()]
-    return " ".join(told)
+    if stage["name"] == "words":
+        told.append(
+            f'{stage["notes"].get("listed", 0):,} documents hold listed words; <a href="#groups">groups</a> are below.'
+        )
+    return " ".join(told) or ("" if stage["dropped"] else "It found nothing.")
 
 
 def _sample(reason: str, sample: dict[str, str]) -> str:
@@ -190,7 +215,7 @@ def _sources(sources: dict[str, Any]) -> str:
                 _size(kept),
             ]
         )
-    return _table(["source", "", "read", "", "train", "valid", "test", "kept"], rows, wide=1)
+    return _table(["source", "", "read", "", "train", "valid", "test", "kept"], rows)
 
 
 def _messages(report: dict[str, Any]) -> str:
@@ -212,7 +237,7 @@ def _languages(languages: dict[str, int]) -> str:
     ]
     more = f'<p class="soft">… and {len(found) - MOST_LANGUAGES} more</p>' if len(found) > MOST_LANGUAGES else ""
     intro = '<p class="soft">Of the documents that came to the language stage.</p>'
-    return "<h2>Languages</h2>" + intro + _table(["code", "", "documents", ""], rows, wide=1) + more
+    return "<h2>Languages</h2>" + intro + _table(["code", "", "documents", ""], rows) + more
 
 
 def _groups(groups: dict[str, Any]) -> str:
@@ -232,23 +257,27 @@ def _groups(groups: dict[str, Any]) -> str:
                 f"{share / listed:.1f}×" if listed and counts["listed"] else "–",
             ]
         )
+    holding = f"{groups['listed']:,} ({_share(groups['listed'], groups['documents'])}) hold listed words"
     intro = (
-        f'<p class="soft">Of {groups["documents"]:,} documents, {groups["listed"]:,} ({_share(groups["listed"], groups["documents"])}) '
-        "hold listed words. The last column says how much oftener than all others those do that speak of a group. Words are "
-        "counted, not meanings.</p>"
+        f'<p class="soft">Of {groups["documents"]:,} documents, {holding}. The last column says how much oftener than '
+        "all others those do that speak of a group. Words are counted, not meanings.</p>"
     )
     header = ["group", "", "documents that mention it", "", "with listed words", "against all"]
-    return "<h2>Groups of people</h2>" + intro + _table(header, rows, wide=1)
+    return '<h2 id="groups">Groups of people</h2>' + intro + _table(header, rows)
 
 
-def _table(header: list[str], rows: Iterable[list[str]], wide: int) -> str:
-    head = "".join(f'<th class="wide">{cell}</th>' if i == wide else f"<th>{cell}</th>" for i, cell in enumerate(header))
+def _table(header: list[str], rows: Iterable[list[str]]) -> str:
+    """The first column holds names, the second one bars."""
+    classes = {0: ' class="first"', 1: ' class="wide"'}
+    head = "".join(f"<th{classes.get(number, '')}>{cell}</th>" for number, cell in enumerate(header))
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def _bar(parts: list[tuple[str, float]]) -> str:
-    inner = "".join(f'<i class="{kind}" style="width:{100 * min(share, 1):.2f}%"></i>' for kind, share in parts if share > 0)
+    inner = "".join(
+        f'<i class="{kind}" style="width:{100 * min(share, 1):.2f}%"></i>' for kind, share in parts if share > 0
+    )
     return f'<div class="bar">{inner}</div>'
 
 

@@ -52,7 +52,10 @@ def make_report(work: Path, config: CorpusConfig, num_shards: int) -> dict[str, 
     reading["num_hidden"] += inputs["hidden"]
     merged = [_merged(shards) for part in (cleaned, split) for shards in zip(*(s["stages"] for s in part), strict=True)]
     notes = {stage.name: stage.notes for stage in merged}
-    stages = [_read_tally(reading, sources), *(stage for stage in merged if stage.name != "extract" or stage.notes)]
+    stages = [
+        _read_tally(reading, sources),
+        *(stage for stage in merged if stage.name != "extract" or stage.notes or stage.dropped),
+    ]
     return {
         "stages": [stage.to_json() for stage in stages],
         "splits": {side: vars(_sum(counts[side] for counts in sources.values())) for side in SPLITS},

@@ -18,7 +18,7 @@ import fcntl
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,8 @@ def prepare_corpus(config: CorpusConfig, console: Console | None = None) -> dict
         if config.slurm is not None:
             submit(phases, work / "logs", config.slurm, config.workers)
             return None
+        for left in output.rglob(".*.tmp"):  # of a process that was killed
+            left.unlink()
         run_here(phases, work / "logs", config.workers, console)
     return json.loads((output / "report.json").read_text(encoding="utf-8"))
 

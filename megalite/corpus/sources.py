@@ -22,7 +22,7 @@ from megalite.data.documents import Reading, Report, list_files, read_bytes, rea
 from megalite.data.indexed import DataError
 
 MOST_SHARDS = 1000
-SMALLEST_SHARD = 8_000_000  # bytes
+SMALLEST_SHARD = 4_000_000  # bytes
 WARC_SUFFIXES = (".warc", ".warc.gz", ".warc.zst", ".wet", ".wet.gz")
 HTML = ("text/html", "application/xhtml+xml")
 # What `save_to_disk` of the `datasets` library and snapshots of its hub have beside the data.
@@ -85,6 +85,9 @@ class ReadInputs(PipelineStep):
             else:
                 documents = read_files([path], Reading(source.json_key, metadata=True, mend=True), self.report)
             for document in documents:
+                if not document.text.strip():
+                    self.report.num_empty += 1
+                    continue
                 self.read[source.name].add(document.num_bytes)
                 yield _document(document, source)
 
@@ -117,9 +120,10 @@ def read_warc(path: str, report: Report) -> Iterator[Read]:
     from warcio.exceptions import ArchiveLoadFailed
 
     before, size, number = report.bytes_read, os.stat(path).st_size, 0
+    # Unpacked here, since warcio takes a packed file that ends too early for complete.
+    stream = _Stream(read_bytes(path, report))
     try:
-        # Unpacked here, since warcio takes a packed file that ends too early for complete.
-        for number, record in enumerate(ArchiveIterator(io.BufferedReader(_Stream(read_bytes(path, report)))), 1):
+        for number, record in enumerate(ArchiveIterator(io.BufferedReader(stream)), 1):
             if record.rec_type not in ("response", "conversion"):
                 continue
             content_type = _content_type(record)
@@ -138,8 +142,10 @@ def read_warc(path: str, report: Report) -> Iterator[Read]:
             metadata = {key: headers.get_header(name) for key, name in named.items()} | {"content_type": content_type}
             report.num_documents += 1
             yield Read(text, len(text.encode("utf-8", "replace")), path, number, metadata)
+        if stream.failure:
+            raise stream.failure
     except (OSError, DataError, ArchiveLoadFailed, ValueError) as error:
-        report.bad(path, number + 1, f"unreadable from this record on: {error}")
+        report.bad(path, number, f"unreadable from this record on: {stream.failure or error}")
     report.bytes_read = before + size
 
 
@@ -150,20 +156,24 @@ def _content_type(record: Any) -> str:
 
 
 class _Stream(io.RawIOBase):
-    """Chunks of bytes as a file."""
+    """Chunks of bytes as a file. It ends where they fail, and remembers why: what came before is not lost."""
 
     def __init__(self, chunks: Iterator[bytes]) -> None:
         self._chunks, self._rest = chunks, memoryview(b"")
+        self.failure: DataError | OSError | None = None
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        while not self._rest:
-            chunk = next(self._chunks, None)
-            if chunk is None:
-                return 0
-            self._rest = memoryview(chunk)
+        try:
+            while not self._rest:
+                self._rest = memoryview(next(self._chunks))
+        except StopIteration:
+            return 0
+        except (DataError, OSError) as error:
+            self.failure = error
+            return 0
         taken = min(len(buffer), len(self._rest))
         buffer[:taken], self._rest = self._rest[:taken], self._rest[taken:]
         return taken

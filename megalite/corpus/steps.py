@@ -50,12 +50,12 @@ class Stage(PipelineStep):
             reason = self._check(document, self.tally.notes)
         except Exception as error:  # rules and parsers of others, on whatever the web holds: one text ends no shard
             reason = f"failed: {type(error).__name__}: {error}"[:120]
-        if not reason and not document.text.strip():
+        changed = document.text is not text and document.text != text
+        if changed and not reason and not document.text.strip():
             reason = "nothing left"
         if reason:
             self.tally.drop(size, reason, document.id, text)
             return False
-        changed = document.text is not text and document.text != text
         self.tally.keep(size, num_bytes_of(document.text) if changed else size, changed)
         return True
 

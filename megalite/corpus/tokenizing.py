@@ -10,7 +10,7 @@ import re
 from datatrove.utils.text import TERMINAL_PUNCTUATION
 from datatrove.utils.word_tokenizers import WordTokenizer
 
-WORD = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]+")
+WORD = re.compile(r"\w+(?:['’]\w+|(?<=\d)[.,]\d+)*|[^\w\s]+")
 SENTENCE = re.compile(rf"[^\n]+?(?:[{re.escape(''.join(sorted(TERMINAL_PUNCTUATION)))}]+[\"'”’)\]]*(?=\s|$)|\n|$)\s*")
 
 
