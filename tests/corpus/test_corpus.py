@@ -173,7 +173,7 @@ def is_alive(pid):
         return False
 
 
-@pytest.mark.parametrize("phase", ["clean", "split"])
+@pytest.mark.parametrize("phase", ["clean", "signatures"])
 def test_killed_and_resumed_gives_the_same_bytes(raw, prepared, tmp_path, phase):
     """Killed once a task of the phase is finished; that one is not done again, and no process stays behind."""
     output = tmp_path / "out"
