@@ -96,6 +96,7 @@ def _quiet() -> None:
 
 def submit(phases: list[Phase], logs: Path, config: SlurmConfig, workers: int | None) -> None:
     """A job array a phase, each waiting for the one before. Tasks that are finished are left out."""
+    _quiet()
     executor = None
     for phase in phases:
         executor = SlurmPipelineExecutor(

@@ -348,9 +348,9 @@ def test_words_and_groups(tmp_path):
 def test_an_output_of_another_config_or_other_files_is_refused(raw, prepared, tmp_path):
     with pytest.raises(DataError, match="was begun with another config; name another `output`"):
         prepare_corpus(config_of(raw, prepared[0], length={"min_chars": 100}))
+    other = config_of(raw, prepared[0], sources=[{"name": "more", "path": str(raw / "more")}])
     with pytest.raises(DataError, match="was begun with files of other names or sizes"):
-        other = [{"name": "more", "path": str(raw / "more")}]
-        prepare_corpus(config_of(raw, prepared[0], sources=other))
+        prepare_corpus(other)
     before = digest_of(prepared[0])
     prepare_corpus(config_of(raw, prepared[0], workers=2))
     assert digest_of(prepared[0]) == before
