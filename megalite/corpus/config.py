@@ -140,7 +140,7 @@ class NearConfig(Section):
 
 
 class SplitConfig(Section):
-    """By a hash of the words: the same text is on the same side in every corpus, whatever else is in it."""
+    """By a hash of the text: the same one is on the same side in every corpus, whatever else is in it."""
 
     valid: float = Field(0.005, ge=0, lt=1, description="share of the documents")
     test: float = Field(0.005, ge=0, lt=1, description="share of the documents")

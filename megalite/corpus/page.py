@@ -25,12 +25,16 @@ ABOUT = {
 }
 MOST_REASONS = 12
 MOST_LANGUAGES = 15
+# In fewer documents than this, how often listed words stand beside a group says nothing.
+FEWEST_OF_A_GROUP = 30
 
 STYLE = """
-:root { --ink: #1d2530; --soft: #667085; --line: #e4e7ec; --paper: #fff; --shade: #f7f8fa; --kept: #2f7d6d;
-  --dropped: #d9705a; --edited: #d9a441; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ee; --soft: #98a2b3; --line: #2c3440; --paper: #14181f;
-  --shade: #1b212a; --kept: #4fae9a; --dropped: #e08a76; --edited: #d9a441; }
+:root { --ink: #1d2530; --soft: #667085; --line: #e4e7ec; --paper: #fff; --shade: #f7f8fa;
+  --kept: #2f7d6d; --dropped: #d9705a; --edited: #e0b04c; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6e9ee; --soft: #98a2b3; --line: #2c3440; --paper: #14181f; --shade: #1b212a;
+    --kept: #4fae9a; --dropped: #e08a76; --edited: #d9a441; }
+}
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink);
   font: 15px/1.5 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; }
@@ -39,35 +43,34 @@ h1 { font-size: 27px; margin: 0; letter-spacing: -.01em; }
 h2 { font-size: 19px; margin: 52px 0 4px; }
 h3 { font-size: 16px; margin: 34px 0 2px; }
 p { margin: 2px 0 12px; }
+a { color: inherit; text-decoration-color: var(--soft); text-underline-offset: 3px; }
+pre { margin: 4px 0 0; white-space: pre-wrap; overflow-wrap: anywhere;
+  font: 12.5px/1.45 "DejaVu Sans Mono", ui-monospace, monospace; }
+figure { margin: 10px 0; padding: 8px 12px; background: var(--shade);
+  border: 1px solid var(--line); border-radius: 6px; }
+figcaption { font-size: 12.5px; color: var(--soft); overflow-wrap: anywhere; }
+details { margin: 4px 0 2px; }
+summary { cursor: pointer; color: var(--soft); font-size: 13.5px; }
 .soft { color: var(--soft); }
-code, pre { font: 12.5px/1.45 "DejaVu Sans Mono", ui-monospace, monospace; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); gap: 12px; margin: 24px 0 8px; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(220px, 1fr)); gap: 12px; margin: 24px 0 8px; }
 .tile { background: var(--shade); border: 1px solid var(--line); border-radius: 8px; padding: 12px 16px; }
-.tile b { display: block; font-size: 21px; white-space: nowrap; font-weight: 600; letter-spacing: -.01em; }
+.tile b { display: block; font-size: 21px; font-weight: 600; letter-spacing: -.01em; white-space: nowrap; }
 .tile span { color: var(--soft); font-size: 13px; }
-table { border-collapse: collapse; width: 100%; table-layout: fixed; margin: 8px 0 4px;
+table { width: 100%; margin: 8px 0 4px; border-collapse: collapse; table-layout: fixed;
   font-variant-numeric: tabular-nums; }
-th { text-align: right; font-weight: 500; color: var(--soft); font-size: 12.5px;
-  border-bottom: 1px solid var(--line); padding: 4px 10px; }
-td { text-align: right; padding: 5px 10px; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th { padding: 4px 10px; text-align: right; font-weight: 500; font-size: 12.5px; color: var(--soft);
+  border-bottom: 1px solid var(--line); }
+td { padding: 5px 10px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child { text-align: left; padding-left: 0; white-space: normal; }
-.first { width: 25%; }
-.wide { width: 31%; }
+.first { width: 24%; }
+.wide { width: 30%; }
 .bar { display: flex; height: 10px; border-radius: 2px; overflow: hidden; }
 .bar i { display: block; height: 100%; }
+.key { display: inline-block; width: 10px; height: 10px; border-radius: 2px; margin: 0 5px 0 14px; }
+.key:first-child { margin-left: 0; }
 .kept { background: var(--kept); }
 .dropped { background: var(--dropped); }
 .edited { background: var(--edited); }
-.key { display: inline-block; width: 10px; height: 10px; border-radius: 2px; margin: 0 5px 0 14px; }
-.key:first-child { margin-left: 0; }
-td.num { font-weight: 600; }
-a { color: inherit; text-decoration-color: var(--soft); text-underline-offset: 3px; }
-details { margin: 4px 0 2px; }
-summary { cursor: pointer; color: var(--soft); font-size: 13.5px; }
-figure { margin: 10px 0; background: var(--shade); border: 1px solid var(--line); border-radius: 6px;
-  padding: 8px 12px; }
-figcaption { font-size: 12.5px; color: var(--soft); overflow-wrap: anywhere; }
-pre { margin: 4px 0 0; white-space: pre-wrap; overflow-wrap: anywhere; }
 """
 
 
@@ -244,23 +247,25 @@ def _groups(groups: dict[str, Any]) -> str:
     if not groups.get("documents"):
         return ""
     listed = groups["listed"] / groups["documents"]
+    most = max((counts["documents"] for counts in groups["groups"].values()), default=1)
     rows = []
     for name, counts in groups["groups"].items():
         share = counts["listed"] / counts["documents"]
         rows.append(
             [
                 escape(name.replace("/", ": ").replace("_", " ")),
-                _bar([("kept", counts["documents"] / groups["documents"])]),
+                _bar([("kept", counts["documents"] / most)]),
                 f"{counts['documents']:,}",
                 _share(counts["documents"], groups["documents"]),
                 _share(counts["listed"], counts["documents"], zero="–"),
-                f"{share / listed:.1f}×" if listed and counts["listed"] else "–",
+                f"{share / listed:.1f}×" if listed and counts["documents"] >= FEWEST_OF_A_GROUP else "–",
             ]
         )
     holding = f"{groups['listed']:,} ({_share(groups['listed'], groups['documents'])}) hold listed words"
     intro = (
         f'<p class="soft">Of {groups["documents"]:,} documents, {holding}. The last column says how much oftener than '
-        "all others those do that speak of a group. Words are counted, not meanings.</p>"
+        f"all those do that speak of a group, from {FEWEST_OF_A_GROUP} documents on. Words are counted, not meanings."
+        "</p>"
     )
     header = ["group", "", "documents that mention it", "", "with listed words", "against all"]
     return '<h2 id="groups">Groups of people</h2>' + intro + _table(header, rows)

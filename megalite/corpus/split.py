@@ -1,11 +1,12 @@
-"""Train, valid and test by a hash of a document's words.
+"""Train, valid and test by a hash of a document's letters and digits.
 
-Case, punctuation, numbers and spaces do not count: also where duplicates are kept, none that differs in these alone
-lies on two sides."""
+Case, punctuation and spaces do not count: also where duplicates are kept, none that differs in these alone lies on two
+sides."""
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,17 +14,18 @@ from typing import Any
 
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
-from datatrove.utils.text import simplify_text
 
 from megalite.corpus.config import SplitConfig
 from megalite.corpus.files import Compression, line_of, packing, replacing, suffix_of, write_json
 from megalite.corpus.tally import Count, num_bytes_of
 
 SPLITS = ("train", "valid", "test")
+NEITHER_LETTER_NOR_DIGIT = re.compile(r"[\W_]+")
 
 
 def split_of(text: str, config: SplitConfig) -> str:
-    digest = hashlib.blake2b(simplify_text(text).encode("utf-8", "replace"), digest_size=8).digest()
+    letters = NEITHER_LETTER_NOR_DIGIT.sub("", text.lower())
+    digest = hashlib.blake2b(letters.encode("utf-8", "replace"), digest_size=8).digest()
     point = int.from_bytes(digest) / 2**64
     if point < config.test:
         return "test"

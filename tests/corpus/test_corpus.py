@@ -267,7 +267,7 @@ class Page(HTMLParser):
 
     def __init__(self):
         super().__init__()
-        self.open, self.loaded, self.text, self.targets, self.ids = [], [], [], [], []
+        self.open, self.loaded, self.text, self.targets, self.ids, self.classes = [], [], [], [], [], []
 
     def handle_starttag(self, tag, attributes):
         if tag not in ("meta", "br"):
@@ -279,6 +279,8 @@ class Page(HTMLParser):
                 self.targets.append(value[1:])
             elif name == "id":
                 self.ids.append(value)
+            elif name == "class":
+                self.classes.append(value)
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
@@ -297,6 +299,9 @@ def test_page_is_whole_and_shows_what_the_json_says(prepared):
     assert "url(" not in source
     assert "@import" not in source
     assert set(page.targets) <= set(page.ids)
+    style = source[source.index("<style>") : source.index("</style>")]
+    assert style.count("{") == style.count("}")
+    assert set(" ".join(page.classes).split()) <= set(re.findall(r"\.([a-z]+)", style))
     text = " ".join(page.text)
     for stage in report["stages"]:
         assert f"{stage['kept']['documents']:,}" in text
