@@ -44,6 +44,7 @@ def run_here(phases: list[Phase], logs: Path, workers: int | None, console: Cons
     # datatrove's own pool would wait for ever for a worker that was killed. Spawned, since a fork of a process with
     # threads may hang.
     context = multiprocessing.get_context("spawn")
+    before = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(workers, context, initializer=_start) if workers > 1 else None
     with pool or nullcontext():
         try:
@@ -54,9 +55,11 @@ def run_here(phases: list[Phase], logs: Path, workers: int | None, console: Cons
                         meter.update(num_done)
         except BrokenProcessPool:
             raise DataError(f"one of {workers} workers was killed, most likely for memory; use fewer workers") from None
-        finally:
-            if pool:
-                pool.shutdown(wait=False, cancel_futures=True)
+        except BaseException:
+            # A task may take minutes, and is done anew anyway.
+            for child in set(multiprocessing.active_children()) - before:
+                child.kill()
+            raise
 
 
 def _finished(executor: PipelineExecutor, pool: Executor | None, tasks: int) -> Iterator[int]:

@@ -22,6 +22,8 @@ CHUNK_BYTES = 1 << 16
 MAX_MESSAGES = 20
 # Bytes of plain text that are one document. No document is as long; a whole crawl in one file may be.
 LONGEST_TEXT = 16 << 20
+# Bytes of a JSON line that are held at most; a longer one is left out.
+LONGEST_LINE = 64 << 20
 # Where more of a text than this is not UTF-8, it is in an encoding that cannot be guessed a byte at a time.
 MOST_MENDED = 0.2
 # What decoding with `surrogateescape` left of bytes that are not UTF-8, as the commonest other encoding has them.
@@ -189,6 +191,9 @@ def _read_json_lines(path: str, reading: Reading, report: Report) -> Iterator[tu
             if not line.strip():
                 report.num_empty += 1
                 continue
+            if len(line) > LONGEST_LINE:
+                report.bad(path, number, f"the line is longer than {LONGEST_LINE:,} bytes")
+                continue
             try:
                 record = _record_of(line, reading)
             except ValueError as error:
@@ -310,15 +315,19 @@ def _read_text(path: str, reading: Reading, report: Report) -> Iterator[tuple[st
 
 
 def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """Lines without their newline. A line is joined once, however many chunks it spans."""
+    """Lines without their newline. A line is joined once, however many chunks it spans; of one that is longer than
+    LONGEST_LINE, the beginning comes."""
     parts: list[bytes] = []
+    held = 0
     for chunk in chunks:
         first, *rest = chunk.split(b"\n")
-        parts.append(first)
+        if held <= LONGEST_LINE:
+            parts.append(first)
+            held += len(first)
         if rest:
             yield b"".join(parts)
             yield from rest[:-1]
-            parts = [rest[-1]]
+            parts, held = [rest[-1]], len(rest[-1])
     if last := b"".join(parts):
         yield last
 

@@ -204,6 +204,24 @@ def test_killed_and_resumed_gives_the_same_bytes(raw, prepared, tmp_path, phase)
     assert not list(output.rglob("*.tmp")), "a temporary file was left behind"
 
 
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_tool_leaves_no_processes(raw, tmp_path, sent):
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps(config_of(raw, tmp_path / "out").model_dump(mode="json")))
+    process = subprocess.Popen([sys.executable, TOOL, str(config), "workers=2"], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "out" / "work" / "clean").glob("*")):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    children = descendants(process.pid)
+    process.send_signal(sent)
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said.splitlines()[-1]) == (130, "interrupted; the same command goes on from here")
+    while any(is_alive(child) for child in children):
+        assert time.monotonic() < deadline, "a worker has outlived its parent"
+        time.sleep(0.01)
+
+
 def test_a_worker_that_is_killed_ends_the_run_with_a_reason(raw, tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text(json.dumps(config_of(raw, tmp_path / "out").model_dump(mode="json")))

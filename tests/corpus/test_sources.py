@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import time
+import tracemalloc
 from collections import Counter
 
 import pyarrow
@@ -161,3 +162,17 @@ def test_a_file_in_two_sources_is_refused(tmp_path):
     sources = [Source(name="one", path=str(tmp_path)), Source(name="two", path=str(tmp_path / "*.jsonl"))]
     with pytest.raises(DataError, match=r"a\.jsonl is in two sources, one and two"):
         list_inputs(sources, Report())
+
+
+def test_a_line_without_end_is_reported_and_not_held(tmp_path, monkeypatch):
+    monkeypatch.setattr("megalite.data.documents.LONGEST_LINE", 1_000_000)
+    lines = [json.dumps({"text": text}) for text in ("first", "x" * 30_000_000, "last")]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    report = Report()
+    tracemalloc.start()
+    documents = list(read_files([str(tmp_path / "a.jsonl")], Reading(), report))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert [document.text for document in documents] == ["first", "last"]
+    assert report.messages == [f"{tmp_path}/a.jsonl:2: the line is longer than 1,000,000 bytes"]
+    assert peak < 5_000_000
