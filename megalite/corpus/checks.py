@@ -4,7 +4,9 @@ The rules are datatrove's; what is written here is what it cannot do without a d
 
 from __future__ import annotations
 
+import signal
 from collections import Counter
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from importlib import resources
 from pathlib import Path
@@ -49,7 +51,7 @@ LANGUAGE_CHARS = 20_000
 
 def stages(config: CorpusConfig) -> list[Stage]:
     """Those that are turned on. Raises ConfigError for lists of words that cannot be used."""
-    sections = {
+    made: dict[str, tuple[Any, Callable[[Any], Check]]] = {
         "encoding": (config.encoding, Encoding),
         "length": (config.length, Length),
         "language": (config.language, Language),
@@ -61,7 +63,7 @@ def stages(config: CorpusConfig) -> list[Stage]:
         "words": (config.words, ListedWords),
     }
     checks: dict[str, Check] = {"extract": Extract(config.extract)}
-    checks |= {name: make(section) for name, (section, make) in sections.items() if section is not None}  # type: ignore[operator]
+    checks |= {name: make(section) for name, (section, make) in made.items() if section is not None}
     return [
         Stage(name, check, [source.name for source in config.sources if name in source.skip])
         for name, check in checks.items()
@@ -101,6 +103,8 @@ class _Sandbox(ExtractorSandbox):
     def _worker(self, conn: Any, extract_fn: Any) -> None:
         # It holds both ends of the pipe, and so would wait for ever for a parent that was killed.
         leave_with_parent()
+        # It is ended with SIGTERM, on which it need not say anything, whatever its parent does on it.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         super()._worker(conn, extract_fn)
 
 

@@ -407,6 +407,18 @@ def test_example_configs_are_right():
     }
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_tool_says_little(raw, tmp_path, workers):
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps(config_of(raw, tmp_path / "out", near=None).model_dump(mode="json")))
+    command = [sys.executable, TOOL, str(config), f"workers={workers}", "shard_mb=null"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert re.fullmatch(
+        r"\S+: \d+ train, \d+ valid, \d+ test documents out of \d+ \(.*\) in .* s; see .*\n", done.stdout
+    )
+    assert re.fullmatch(r"(\w+: \d+ of \d+ tasks, [\d.]+ s\n)+", done.stderr), done.stderr
+
+
 def test_tool_says_what_is_wrong(tmp_path):
     (tmp_path / "c.yaml").write_text(f"output: {tmp_path}/out\nsources: [{{name: a, path: {tmp_path}/none}}]\n")
     done = subprocess.run([sys.executable, TOOL, str(tmp_path / "c.yaml")], capture_output=True, text=True)
