@@ -80,6 +80,15 @@ def make_parser() -> argparse.ArgumentParser:
     generate.add_argument("--pipeline", type=int, default=1, help="ranks that each hold some layers, under torchrun")
     generate.set_defaults(verb=_generate)
 
+    inspect = verbs.add_parser("inspect", help="show what is in token files, or what a config makes of them")
+    inspect.add_argument("what", help="PREFIX of token files, or a config (.yaml) to see samples as its model will")
+    inspect.add_argument("overrides", nargs="*", metavar="key=value", help="of a config, such as data.packing=best_fit")
+    inspect.add_argument("--count", type=int, default=2, help="documents or samples to print (default: 2)")
+    inspect.add_argument("--start", type=int, default=0, help="number of the first of them (default: 0)")
+    inspect.add_argument("--split", choices=("train", "valid", "test"), default="train", help="of a config")
+    inspect.add_argument("--tokenizer", type=Path, help="for token files; a config names its own")
+    inspect.set_defaults(verb=_inspect)
+
     ops = verbs.add_parser("ops", help="list what computes each fused operation on this machine, and why")
     ops.set_defaults(verb=_ops)
     return parser
@@ -154,6 +163,20 @@ def _generate(arguments: argparse.Namespace) -> None:
         if launch.rank == 0:  # the others compute along
             print(text, end="", flush=True)
     leave()
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from megalite.config_file import load_config
+    from megalite.data.inspect import inspect_file, inspect_samples
+
+    console, count, start = Console(soft_wrap=True), arguments.count, arguments.start
+    if arguments.what.endswith((".yaml", ".yml")):
+        config = load_config(arguments.what, arguments.overrides)
+        inspect_samples(config, arguments.split, count, start, console)
+    else:
+        inspect_file(arguments.what, arguments.tokenizer, count, start, console)
 
 
 def _ops(arguments: argparse.Namespace) -> None:

@@ -64,7 +64,30 @@ class ModelConfig(Section):
 
 class Source(Section):
     path: Path = Field(description="PREFIX of PREFIX.bin and PREFIX.idx")
-    weight: float = Field(1.0, gt=0, description="share of the samples, relative to the other sources")
+    name: str | None = Field(None, description="in metrics and `phases`; the last part of the path where left out")
+    weight: float = Field(1.0, gt=0, description="relative to the other sources; `data.weights` says of what")
+
+
+class Phase(Section):
+    after_step: int = Field(gt=0, description="the last step of the phase before")
+    weights: dict[str, float] = Field(min_length=1, description="of each train source by its name; 0 or left out: none")
+
+    @field_validator("weights")
+    @classmethod
+    def _some_weight(cls, weights: dict[str, float]) -> dict[str, float]:
+        if min(weights.values()) < 0 or max(weights.values()) == 0:
+            raise ValueError("weights must not be negative, and one must be above 0")
+        return weights
+
+
+class FillInTheMiddleConfig(Section):
+    """Documents turned so that a model that only looks back learns to fill a gap (Bavarian et al. 2022)."""
+
+    rate: float = Field(0.5, gt=0, le=1, description="share of the documents that are turned")
+    spm_rate: float = Field(0.5, ge=0, le=1, description="of those, share with the suffix before the prefix")
+    tokens: tuple[str, str, str] = Field(
+        ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>"), description="data.tokenizer's names of the three"
+    )
 
 
 class DataConfig(Section):
@@ -75,10 +98,22 @@ class DataConfig(Section):
         None, description="shares of each train source's documents for train, valid, test, instead of own files"
     )
     seq_length: int = Field(gt=0)
-    order: Literal["shuffle", "sequential"] = "shuffle"
+    order: Literal["shuffle", "sequential", "megatron"] = Field(
+        "shuffle", description="of training samples; `megatron`: those of Megatron-LM's GPTDataset for this seed"
+    )
+    packing: Literal["concat", "best_fit"] = Field(
+        "concat", description="concat: documents in a row, cut anywhere; best_fit: as few cut as possible, then padded"
+    )
+    weights: Literal["tokens", "epochs"] = Field(
+        "tokens", description="what a weight is: a share of all tokens, or how often the source itself is gone through"
+    )
+    temperature: float = Field(1.0, gt=0, description="above 1 evens out the shares: each to the power 1/temperature")
+    phases: tuple[Phase, ...] = Field((), description="other weights later in training")
     document_mask: bool = Field(
         False, description="tokens attend only to their own document, and its positions begin at 0"
     )
+    border_loss: bool = Field(True, description="also predict a document's first token, from the document before it")
+    fim: FillInTheMiddleConfig | None = None
     tokenizer: Path | None = Field(None, description="folder copied into every checkpoint")
 
     @field_validator("split")
@@ -93,6 +128,42 @@ class DataConfig(Section):
         if self.split is not None and (self.valid or self.test):
             raise ValueError("give either `split` or files of their own under `valid` and `test`, not both")
         return self
+
+    @model_validator(mode="after")
+    def _orders_fit(self) -> DataConfig:
+        steps = [phase.after_step for phase in self.phases]
+        if sorted(set(steps)) != steps:
+            raise ValueError(f"each of `phases` must begin later than the one before, but they begin after {steps}")
+        if self.order == "megatron" and (self.packing != "concat" or self.phases):
+            raise ValueError("order: megatron is Megatron-LM's, which has neither `packing: best_fit` nor `phases`")
+        if self.fim and not self.tokenizer:
+            raise ValueError("fim needs `tokenizer`, which knows the ids of its tokens")
+        return self
+
+    @model_validator(mode="after")
+    def _names_are_known(self) -> DataConfig:
+        for sources in (self.train, self.valid, self.test):
+            names_of(sources)
+        known = names_of(self.train)
+        for phase in self.phases:
+            for name in phase.weights:
+                if name not in known:
+                    raise ValueError(f"phases name a source {name!r}; those of train are {', '.join(known)}")
+        return self
+
+
+def names_of(sources: Sequence[Source]) -> list[str]:
+    """What each source is called; the whole path where the last parts of two are the same. Raises ValueError where two
+    are given one name."""
+    last = [source.name or source.path.name for source in sources]
+    names = [
+        source.name or (str(source.path) if last.count(name) > 1 else name)
+        for source, name in zip(sources, last, strict=True)
+    ]
+    given = [source.name for source in sources if source.name]
+    if twice := next((name for name in given if names.count(name) > 1), None):
+        raise ValueError(f"two sources are named {twice!r}")
+    return names
 
 
 class OffloadConfig(Section):

@@ -4,6 +4,7 @@ bottom."""
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from megalite.checkpoint.tensors import CheckpointError
 from megalite.config import Config
 from megalite.counter_random import random_bits
 from megalite.data.checks import check_same_everywhere, check_vocabulary
-from megalite.data.dataset import Mixture, build_mixtures
+from megalite.data.dataset import Split
 from megalite.data.loader import Loader, MicroBatch
+from megalite.data.mixture import Mixture, build_mixtures
 from megalite.data.tokenizer import Tokenizer, load_tokenizer
 from megalite.engine import Engine, ReadState, make_engine
 from megalite.engine.layout import choose_owners, elements_of
@@ -43,7 +45,7 @@ from megalite.parallel.stage import Inputs, Stage, positions_of
 from megalite.parallel.tensor import PutOff
 from megalite.plan import Plan, make_plan
 
-Data = dict[str, Mixture | None]
+Data = Mapping[Split, Mixture | None]
 
 
 def train(config: Config) -> None:
@@ -52,8 +54,8 @@ def train(config: Config) -> None:
     Raises ConfigError, DataError or CheckpointError, before the first step where something asked for cannot be done."""
     launch = Launch.from_environment()
     plan = make_plan(config, weight_table(config.model), launch.world_size)
-    data = build_mixtures(config.data, config.train.seed)
     tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
+    data = build_mixtures(config, tokenizer)
     check_vocabulary(config, tokenizer)
     launch.join()
     mesh = make_mesh(plan, launch.device)
@@ -173,7 +175,7 @@ def run_steps(run: Run, parts: Parts, loader: Loader, data: Data, saver: Saver, 
             grad_norm = parts.engine.step(lr)
             tokens = loader.samples * config.data.seq_length
             record: Record = {"step": step, "loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens": tokens}
-            log.add(record, run.plan.tokens_per_step)
+            log.add(record | consumed_tokens(loader), run.plan.tokens_per_step)
             profiler.end(step)
             evaluates, saves = run.due(step, config.observe.eval_every), run.due(step, config.checkpoint.every)
             if evaluates or saves:
@@ -262,31 +264,48 @@ def count_labels(inputs: list[Inputs]) -> Tensor:
     return torch.stack([(x.labels_BT != IGNORE).sum() for x in inputs if x.labels_BT is not None]).sum()
 
 
+def consumed_tokens(loader: Loader) -> Record:
+    """Of each source so far, where there are several."""
+    found = loader.mixture.consumed(loader.samples)
+    length = loader.mixture.seq_length
+    return {f"tokens/{name}": count * length for name, count in found.items()} if len(found) > 1 else {}
+
+
 @torch.no_grad()
-def evaluate(run: Run, parts: Parts, data: Data, split: str, step: int) -> None:
-    """Record the mean loss over the first global batches of a split, the same ones every time, where there is one."""
+def evaluate(run: Run, parts: Parts, data: Data, split: Split, step: int) -> None:
+    """Record the mean loss over the first global batches of a split, the same ones every time, where there is one; of
+    several sources also that of each."""
     mixture, mesh = data[split], run.mesh
     if mixture is None:
         return
-    sums = torch.zeros(2, dtype=torch.float64, device=mesh.device)
+    # Sums of the losses and numbers of labels, of each source.
+    sums = torch.zeros(2, len(mixture.names), dtype=torch.float64, device=mesh.device)
     parts.train(False)
     # A split smaller than a batch is gone through more than once rather than refused.
     available = sum(source.num_samples for source in mixture.sources) // run.config.train.global_batch_size
     with make_loader(mixture, run) as loader:
         for _ in range(max(1, min(run.config.observe.eval_batches, available))):
-            inputs = [make_inputs(micro, mesh) for micro in next(loader)]
+            batch = next(loader)
+            inputs = [make_inputs(micro, mesh) for micro in batch]
             if parts.pipeline:
                 losses = parts.pipeline.forward(inputs)
             else:
                 losses = [parts.stages[0](None, micro) for micro in inputs]
-            if losses:  # on the last stage
-                sums[0] += sum(loss.sum() for loss in losses)
-                sums[1] += count_labels(inputs)
-    total, count = all_reduce(all_reduce(sums, mesh.replicas), mesh.pipeline).tolist()
+            # There are none before the last stage.
+            for loss_BT, micro, read in zip(losses, inputs, batch, strict=False):
+                source = torch.from_numpy(mixture.order.locate(read.samples.numpy())[0]).to(mesh.device)
+                assert micro.labels_BT is not None
+                counts = (micro.labels_BT != IGNORE).sum(1)
+                sums.index_add_(1, source, torch.stack([loss_BT.sum(1).double(), counts.double()]))
+    of_source = all_reduce(all_reduce(sums, mesh.replicas), mesh.pipeline)
+    total, count = of_source.sum(1).tolist()
     loss = total / max(count, 1.0)
+    record = {"step": step, f"{split}_loss": loss, f"{split}_perplexity": math.exp(min(loss, 700.0))}  # exp overflows
+    if len(mixture.names) > 1:
+        each = (of_source[0] / of_source[1]).tolist()  # NaN where the batches have none of it
+        record |= {f"{split}_loss/{name}": x for name, x in zip(mixture.names, each, strict=True) if math.isfinite(x)}
     if run.recorder:
-        perplexity = math.exp(min(loss, 700.0))  # exp overflows beyond
-        run.recorder.evaluation({"step": step, f"{split}_loss": loss, f"{split}_perplexity": perplexity})
+        run.recorder.evaluation(record)
 
 
 def make_loader(mixture: Mixture, run: Run, start_sample: int = 0) -> Loader:
@@ -299,6 +318,5 @@ def make_loader(mixture: Mixture, run: Run, start_sample: int = 0) -> Loader:
         data.size,
         start_sample,
         vocab_size=run.config.model.vocab_size,
-        document_mask=run.config.data.document_mask,
         pin=run.mesh.device.type == "cuda",
     )

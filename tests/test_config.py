@@ -84,7 +84,7 @@ def test_numbers_in_every_notation(text: str, lr: float) -> None:
         ("train.precision=fp16", ["train.precision", "'fp16'", "'bf16' or 'fp32'", "did you mean 'bf16'"]),
         ("parallel.zero_stage=4", ["parallel.zero_stage = 4", "0, 1, 2 or 3"]),
         ("optimizer.schedule.name=cosin", ["optimizer.schedule.name", "'cosin'", "did you mean 'cosine'"]),
-        ("data.order=random", ["data.order", "'random'", "'shuffle' or 'sequential'"]),
+        ("data.order=random", ["data.order", "'random'", "'shuffle', 'sequential' or 'megatron'"]),
         # wrong types
         ("train.steps=ten", ["train.steps", "'ten'", "integer"]),
         ("train.steps=1.5", ["train.steps", "1.5", "integer"]),

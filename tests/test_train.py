@@ -12,14 +12,16 @@ import torch
 from safetensors.torch import load_file
 
 from megalite.checkpoint.folder import complete_steps, step_folder
+from megalite.checkpoint.resume import read_train_state
 from megalite.checkpoint.tensors import CheckpointError
 from megalite.config import Config
-from megalite.data.dataset import build_mixtures
 from megalite.data.indexed import DataError
+from megalite.data.mixture import build_mixtures
 from megalite.data.tokenizer_training import train_tokenizer
 from megalite.models import weight_table
 from megalite.optim.schedule import learning_rate
 from megalite.train import train
+from mixtures import windows
 from ranks import run_ranks
 from small_runs import curve_of, make_config, metrics_of, train_on_rank, write_corpus
 
@@ -126,11 +128,11 @@ def transformers_curve(folder: Path, config: Config) -> list[float]:
     rest = [p for name, p in model.named_parameters() if name not in decays]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
-    data = build_mixtures(config.data, config.train.seed)["train"]
+    data = build_mixtures(config)["train"]
     assert data is not None
     losses = []
     for step in range(config.train.steps):
-        tokens = torch.from_numpy(data.samples(range(step * 4, step * 4 + 4)))
+        tokens = torch.from_numpy(windows(data, range(step * 4, step * 4 + 4)))
         # transformers shifts labels itself: the last token of a sample is only predicted.
         loss = model(input_ids=tokens, labels=tokens).loss
         optimizer.zero_grad()
@@ -236,3 +238,40 @@ def test_torchrun_starts_it(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert re.search(r"step +2/2 +loss", done.stdout)
     assert "saved" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [("parallel.pipeline=2",), ("parallel.context=2", "data.document_mask=true"), ("train.micro_batch_size=2",)],
+    ids=["pipeline-2", "context-2", "data-2"],
+)
+def test_each_source_is_followed_on_its_own(tmp_path: Path, layout: tuple[str, ...]) -> None:
+    """What was consumed of it, through phases of other weights, and its loss in validation."""
+    sources = [f"{{path: {write_corpus(tmp_path / name, 16 * n + 1, n)}}}" for name, n in (("web", 20), ("code", 8))]
+    both = (f"data.train=[{','.join(sources)}]", f"data.valid=[{','.join(sources)}]")
+    phases = "data.phases=[{after_step: 5, weights: {web: 1}}, {after_step: 8, weights: {code: 1, web: 1}}]"
+    config = make_config(tmp_path, "llama", *both, phases, *layout, "run.name=both", "observe.eval_batches=2")
+    alone = [  # half as many samples, all of one source
+        make_config(
+            tmp_path, "llama", both[0], phases, *layout, f"data.valid=[{source}]", f"run.name=alone-{number}",
+            "observe.eval_batches=1",
+        )
+        for number, source in enumerate(sources)
+    ]  # fmt: skip
+    run_ranks(2, train_on_rank, [config, *alone])
+    steps = [line for line in metrics_of(config) if "loss" in line]
+    assert all(line["tokens/web"] + line["tokens/code"] == line["tokens"] for line in steps)
+    in_second_phase = steps[4]["tokens/code"], steps[7]["tokens/code"]
+    assert in_second_phase[0] == in_second_phase[1] > 0
+    assert steps[15]["tokens/code"] > in_second_phase[1]
+    state = read_train_state(step_folder(config.run.folder / "checkpoints", 16))
+    assert {name: count * 16 for name, count in state["data"]["consumed"].items()} == {
+        name: steps[15][f"tokens/{name}"] for name in ("web", "code")
+    }
+    found = [line for line in metrics_of(config) if "valid_loss" in line]
+    for name, other in zip(("web", "code"), alone, strict=True):
+        wanted = [line["valid_loss"] for line in metrics_of(other) if "valid_loss" in line]
+        assert len(wanted) == 2
+        assert [line[f"valid_loss/{name}"] for line in found] == pytest.approx(wanted, rel=1e-6)
+    for line in found:  # as many rows of each: the mean of all is the mean of both
+        assert line["valid_loss"] == pytest.approx((line["valid_loss/web"] + line["valid_loss/code"]) / 2, rel=1e-6)

@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 
 from megalite.config import Config
-from megalite.data.dataset import Mixture
+from megalite.data.dataset import Split
 from megalite.data.indexed import DataError
+from megalite.data.mixture import Mixture
 from megalite.data.tokenizer import Tokenizer
 from megalite.keys import key_of
 from megalite.mesh import Mesh
@@ -49,7 +50,7 @@ def _note_beside(prefix: Path) -> dict[str, Any]:
         raise DataError(f"{path} is not valid JSON: {error}") from None
 
 
-def check_same_everywhere(config: Config, data: Mapping[str, Mixture | None], mesh: Mesh) -> None:
+def check_same_everywhere(config: Config, data: Mapping[Split, Mixture | None], mesh: Mesh) -> None:
     """Refuse to train where a rank has read another config or other token files than rank 0. All ranks call it.
 
     Raises DataError on all ranks."""

@@ -1,54 +1,92 @@
-"""Token files as training samples: ranges of the flat token stream, and weighted mixtures of them.
+"""Token files cut into training samples: the same for every run of the same settings, whatever the ranks.
 
-Nothing here is built ahead: a sample is found by arithmetic (`order.py`) and read through the memory map, so that
-start-up costs O(number of sources), whatever the corpus holds.
+A source says which pieces of its token file a sample is made of; `read_windows` reads them. Cutting the flat stream
+(`TokenSource`) needs nothing built ahead: start-up costs O(1), whatever the corpus holds.
 
-Legend: n = samples asked for, L = seq_length, D = number of sources.
+Legend: n = samples asked for, L = seq_length, P = pieces of all of them.
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
-from megalite.config import DataConfig, Source
+from megalite.data.gather import gather
 from megalite.data.indexed import DataError, IndexedDataset
-from megalite.data.order import Blend, Int64s, Order, sample_in_epoch
+from megalite.data.megatron_order import MegatronOrder
+from megalite.data.order import Int64s
+from megalite.data.packing import best_fit
 
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 
-# Part of every fingerprint: changes whenever a change here or in order.py gives other samples for the same config.
-_SCHEME = "megalite-samples-1"
+
+class Pieces(NamedTuple):
+    """Ranges of a token file, in the order in which they fill the rows. All [P]."""
+
+    row: Int64s
+    start: Int64s
+    length: Int64s
 
 
-def gather_reference(tokens: npt.NDArray, starts: Int64s, length: int, out: Int64s) -> None:
-    """out[i, :] = tokens[starts[i] : starts[i] + length], in numpy.
-
-    tokens: [N] of any dtype Megatron writes; starts: [n] int64; out: [n, length] int64. Raises IndexError where a row
-    reaches outside the tokens and ValueError where a float is no int64; `csrc/data/gather.cpp` does the same faster."""
-    tokens, last = np.asarray(tokens), len(tokens) - length  # slices of a memmap itself are slow to make
-    for start in starts:
-        if not 0 <= start <= last:
-            raise IndexError(f"tokens [{start}, {start} + {length}) are outside the {len(tokens)} there are")
-    for row, start in zip(out, starts, strict=True):
-        taken = tokens[start : start + length]
-        if taken.dtype.kind == "f" and not np.all(np.abs(taken) < 2.0**63):  # false for NaN as well
-            raise ValueError(f"tokens from {start} on hold a float that is no int64")
-        row[:] = taken
+class Windows(NamedTuple):
+    tokens: Int64s  # [n, L + 1]
+    filled: Int64s  # [n], tokens of each row; what follows them is zeros
+    documents: Int64s | None  # [n, L + 1], from 0 on in every row; what follows the tokens counts as one more
 
 
-try:
-    from megalite._data import gather
-except ImportError:  # installed without a compiler
-    gather = gather_reference
+class SampleSource(Protocol):
+    dataset: IndexedDataset
+    seq_length: int
+    num_samples: int
+    """Of an epoch."""
+
+    def pieces(self, samples: Int64s, by_document: bool) -> Pieces:
+        """[n] numbers of samples → what rows 0 … n - 1 are made of, at most L + 1 tokens each. With `by_document`, no
+        piece holds tokens of two documents and no two pieces of a row belong together. Raises IndexError for a number
+        that is not in the range."""
+
+    def fingerprint(self) -> str:
+        """Names what decides the content of each sample."""
+
+
+def empty_windows(count: int, seq_length: int, by_document: bool) -> Windows:
+    shape = count, seq_length + 1
+    documents = np.empty(shape, np.int64) if by_document else None
+    return Windows(np.empty(shape, np.int64), np.empty(count, np.int64), documents)
+
+
+def read_windows(source: SampleSource, samples: Int64s, into: Windows, rows: Int64s) -> None:
+    """Samples of a source, [m] numbers, into these rows, [m]; their documents where `into` has room for them."""
+    if samples.size and not 0 <= samples.min() <= samples.max() < source.num_samples:
+        raise IndexError(f"samples {samples.min()} … {samples.max()} are not in [0, {source.num_samples})")
+    tokens, documents = into.tokens, into.documents
+    width = tokens.shape[1]
+    row, start, length = source.pieces(samples, documents is not None)
+    gather(source.dataset.tokens, start, length, rows[row] * width + _before(length, row), tokens)
+    filled = np.bincount(row, length, len(samples)).astype(np.int64)
+    into.filled[rows] = filled
+    numbers = np.repeat(_before(np.ones_like(row), row), length) if documents is not None else None
+    if (filled == width).all():
+        if documents is not None and numbers is not None:
+            documents[rows] = numbers.reshape(len(rows), width)
+        return
+    is_filled = np.arange(width) < filled[:, None]
+    tokens[rows] *= is_filled
+    if documents is not None and numbers is not None:
+        of_rows = np.repeat(np.bincount(row, minlength=len(samples))[:, None], width, 1)
+        of_rows[is_filled] = numbers
+        documents[rows] = of_rows
+
+
+def _before(sizes: Int64s, row: Int64s) -> Int64s:
+    """Sum of the sizes that come before each one in its row, [P]."""
+    total = np.cumsum(sizes) - sizes
+    is_first = np.diff(row, prepend=-1) > 0
+    return total - np.maximum.accumulate(np.where(is_first, total, 0))
 
 
 class TokenSource:
@@ -70,123 +108,84 @@ class TokenSource:
                 f"at least {seq_length + 1} are needed"
             )
 
-    def read(self, samples: Int64s) -> Int64s:
-        """[n] numbers of samples → [n, L + 1] tokens. Raises IndexError for a number that is not in the range."""
-        if samples.size and not 0 <= samples.min() <= samples.max() < self.num_samples:
-            raise IndexError(f"samples {samples.min()} … {samples.max()} are not in [0, {self.num_samples})")
-        out = np.empty((len(samples), self.seq_length + 1), np.int64)
-        gather(self.dataset.tokens, self.first_token + samples * self.seq_length, self.seq_length + 1, out)
-        return out
-
-    def documents(self, samples: Int64s) -> Int64s:
-        """[n] numbers of samples → [n, L]: which document of the sample each of its first L tokens is in, from 0 on."""
-        out = np.empty((len(samples), self.seq_length), np.int64)
-        for row, first in zip(out, self.first_token + samples * self.seq_length, strict=True):
-            starts = self.dataset.document_starts(int(first) + 1, int(first) + self.seq_length) - first
-            row[:] = np.searchsorted(starts, np.arange(self.seq_length), side="right")
-        return out
+    def pieces(self, samples: Int64s, by_document: bool) -> Pieces:
+        first, width = self.first_token + samples * self.seq_length, self.seq_length + 1
+        if not by_document:
+            return Pieces(np.arange(len(samples)), first, np.full(len(samples), width))
+        counts, borders = self.dataset.document_starts(first + 1, first + width)
+        row = np.repeat(np.arange(len(samples)), counts + 1)
+        is_first = np.diff(row, prepend=-1) > 0
+        start = np.empty(len(row), np.int64)
+        start[is_first], start[~is_first] = first, borders
+        end = np.append(start[1:], 0)
+        end[np.append(is_first[1:], True)] = first + width
+        return Pieces(row, start, end - start)
 
     def fingerprint(self) -> str:
         return f"{self.dataset.fingerprint()}[{self.first_token}:{self.last_token}]/{self.seq_length}"
 
 
-class Mixture:
-    """An endless stream of samples out of several sources in proportion to their weights.
+class PackedSource:
+    """Documents [first, last) of a dataset, packed so that as few as possible are cut: one longer than L + 1 tokens is,
+    and then what fits together best makes a sample of at most L + 1 tokens. Needs all lengths at the start: about 30
+    bytes of memory a document.
 
-    Sample i is a function of (sources, weights, seed, order, i) alone. Blocks of 65,536 samples hold an exact quota of
-    each source, and each source goes through its own epochs, each of which has every sample once."""
+    Raises DataError where there are no documents."""
 
-    def __init__(
-        self, sources: Sequence[TokenSource], weights: Sequence[float], seq_length: int, seed: int, order: Order
-    ) -> None:
-        if len(sources) != len(weights):
-            raise DataError(f"{len(sources)} sources have {len(weights)} weights")
-        if any(source.seq_length != seq_length for source in sources):
-            raise DataError(f"a source is cut by another seq_length than the mixture's {seq_length}")
-        self.sources, self.weights = tuple(sources), tuple(map(float, weights))
-        self.seq_length, self.seed, self.order = seq_length, seed, order
-        self._fingerprint = ""
-        try:
-            self._blend = Blend(self.weights, seed, order)
-        except ValueError as error:
-            raise DataError(str(error)) from None
+    def __init__(self, dataset: IndexedDataset, first: int, last: int, seq_length: int) -> None:
+        if not 0 <= first < last <= dataset.num_documents:
+            raise DataError(f"documents [{first}, {last}) are none of the {dataset.num_documents} there are")
+        self.dataset, self.seq_length, self._documents = dataset, seq_length, (first, last)
+        self._starts = dataset.starts_of_documents(first, last)
+        self._packing = best_fit(np.diff(self._starts), seq_length + 1)
+        self.num_samples = len(self._packing.first_piece) - 1
 
-    def locate(self, indices: npt.ArrayLike) -> tuple[Int64s, Int64s]:
-        """[n] global sample indices → which source, and which of its samples, both [n]."""
-        source, position = self._blend.locate(indices)
-        sample = np.empty_like(position)
-        for number in np.unique(source):
-            rows = source == number
-            size = self.sources[number].num_samples
-            sample[rows] = sample_in_epoch(position[rows], size, self.seed, int(number), self.order)
-        return source, sample
-
-    def samples(self, indices: npt.ArrayLike) -> Int64s:
-        """[n] global sample indices → [n, L + 1] tokens. Raises ValueError for a negative index."""
-        return self._read(indices, TokenSource.read)
-
-    def documents(self, indices: npt.ArrayLike) -> Int64s:
-        """[n] global sample indices → [n, L]: which document of its sample each of its first L tokens is in."""
-        return self._read(indices, TokenSource.documents)
-
-    def _read(self, indices: npt.ArrayLike, what: Callable[[TokenSource, Int64s], Int64s]) -> Int64s:
-        source, sample = self.locate(indices)
-        rows = [np.flatnonzero(source == number) for number in np.unique(source)]
-        parts = [what(self.sources[source[row[0]]], sample[row]) for row in rows]
-        out = np.empty((len(sample), parts[0].shape[1]), np.int64)
-        for row, part in zip(rows, parts, strict=True):
-            out[row] = part
-        return out
-
-    def consumed(self, count: int) -> Int64s:
-        """How many of the first `count` samples come from each source, [D]."""
-        return self._blend.consumed(count)
+    def pieces(self, samples: Int64s, by_document: bool) -> Pieces:
+        packing = self._packing
+        first, last = packing.first_piece[samples], packing.first_piece[samples + 1]
+        row = np.repeat(np.arange(len(samples)), last - first)
+        piece = np.repeat(first, last - first) + _before(np.ones_like(row), row)
+        start = self._starts[packing.document[piece]] + packing.offset[piece]
+        return Pieces(row, start, packing.length[piece].astype(np.int64))
 
     def fingerprint(self) -> str:
-        """Hexadecimal digest of all that decides which tokens sample i has; the files are read for it once."""
-        if not self._fingerprint:
-            parts = [source.fingerprint() for source in self.sources]
-            identity = json.dumps([_SCHEME, parts, self.weights, self.seq_length, self.seed, self.order])
-            self._fingerprint = hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
-        return self._fingerprint
+        first, last = self._documents
+        return f"{self.dataset.fingerprint()}best_fit[{first}:{last}]/{self.seq_length}"
 
 
-def split_range(dataset: IndexedDataset, shares: Sequence[float], which: Split) -> tuple[int, int]:
-    """[first, last) token of a split: Megatron's rule over documents, so that no document is in two splits.
+class MegatronSource:
+    """Sequences [first, last) of a dataset as Megatron-LM's GPTDataset hands them out: `num_samples` samples, over as
+    many epochs as that takes, already shuffled.
+
+    Raises DataError where there are too few tokens."""
+
+    def __init__(
+        self, dataset: IndexedDataset, first: int, last: int, seq_length: int, num_samples: int, seed: int
+    ) -> None:
+        lengths = dataset.lengths(first, last)
+        self.dataset, self.seq_length = dataset, seq_length
+        self._sequences, self._asked, self._seed = (first, last), num_samples, seed
+        self._order = MegatronOrder(lengths, num_samples, seq_length, seed)
+        self._starts = dataset.token_of_sequence(first) + np.append(0, np.cumsum(lengths, dtype=np.int64))
+        self.num_samples = self._order.num_samples
+
+    def pieces(self, samples: Int64s, by_document: bool) -> Pieces:
+        row, sequence, offset, length = self._order.pieces(samples)
+        return Pieces(row, self._starts[sequence] + offset, length)
+
+    def fingerprint(self) -> str:
+        first, last = self._sequences
+        cut = f"megatron[{first}:{last}]/{self.seq_length}"
+        return f"{self.dataset.fingerprint()}{cut}*{self._asked}#{self._seed}"
+
+
+def split_range(size: int, shares: Sequence[float], which: Split) -> tuple[int, int]:
+    """[first, last) of `size` documents that are of a split, by Megatron's rule.
 
     shares: of train, valid and test, in any unit; they are normalised."""
     # float64 throughout and Python's round (half to even), as in Megatron, or a document would change sides.
     normalised = np.asarray(shares, np.float64) / np.sum(np.asarray(shares, np.float64))
     bookends = list(itertools.accumulate([0.0, *normalised.tolist()]))
     number = SPLITS.index(which)
-    first, last = (round(bookend * float(dataset.num_documents)) for bookend in bookends[number : number + 2])
-    return dataset.document_start(first), dataset.document_start(last)
-
-
-def build_mixtures(config: DataConfig, seed: int) -> dict[str, Mixture | None]:
-    """The mixtures "train", "valid" and "test" of a config; None where it has no data for one.
-
-    Validation and test are read in sequential order, so that they start at sample 0 with the same samples every time.
-    Raises DataError, naming the setting, where a source cannot be read or has too few tokens."""
-    opened: dict[Path, IndexedDataset] = {}
-    return {which: _build_mixture(config, which, seed, opened) for which in SPLITS}
-
-
-def _build_mixture(config: DataConfig, which: Split, seed: int, opened: dict[Path, IndexedDataset]) -> Mixture | None:
-    shares = config.split
-    wanted: tuple[Source, ...] = getattr(config, which) if shares is None else config.train
-    if not wanted or (shares is not None and shares[SPLITS.index(which)] == 0):
-        return None
-    sources = []
-    for number, item in enumerate(wanted):
-        if item.path not in opened:
-            opened[item.path] = IndexedDataset(item.path)
-        dataset = opened[item.path]
-        tokens = (0, dataset.num_tokens) if shares is None else split_range(dataset, shares, which)
-        try:
-            sources.append(TokenSource(dataset, *tokens, config.seq_length))
-        except DataError as error:
-            setting = f"data.{which}[{number}]" if shares is None else f"data.split {list(shares)}: {which} part of"
-            raise DataError(f"{setting} {item.path}: {error}") from None
-    order: Order = config.order if which == "train" else "sequential"
-    return Mixture(sources, [item.weight for item in wanted], config.seq_length, seed, order)
+    first, last = (round(bookend * float(size)) for bookend in bookends[number : number + 2])
+    return first, last

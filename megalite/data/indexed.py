@@ -56,9 +56,10 @@ class IndexedDataset:
                 raise DataError(f"{path} does not exist; tools/preprocess_data.py writes {self.prefix}.bin and .idx")
         num_indices = self._read_header()
         num, lengths_end = self.num_sequences, HEADER.size + 4 * self.num_sequences
-        self._lengths = np.memmap(self._idx, "<i4", "r", HEADER.size, (num,))
-        self._pointers = np.memmap(self._idx, "<i8", "r", lengths_end, (num,))
-        self._documents = np.memmap(self._idx, "<i8", "r", lengths_end + 8 * num, (num_indices,))
+        # Plain arrays on the maps: reading one element of a memmap itself takes several times as long.
+        self._lengths = np.asarray(np.memmap(self._idx, "<i4", "r", HEADER.size, (num,)))
+        self._pointers = np.asarray(np.memmap(self._idx, "<i8", "r", lengths_end, (num,)))
+        self._documents = np.asarray(np.memmap(self._idx, "<i8", "r", lengths_end + 8 * num, (num_indices,)))
         self.num_documents = num_indices - 1
         self._check_ends()
         self.num_tokens = self._bin.stat().st_size // self.dtype.itemsize
@@ -112,19 +113,34 @@ class IndexedDataset:
         start = int(self._pointers[i]) // self.dtype.itemsize
         return self.tokens[start : start + int(self._lengths[i])].view(np.ndarray)
 
+    def lengths(self, first: int, last: int) -> Array:
+        """Tokens of sequences [first, last), int32; a copy."""
+        return np.array(self._lengths[first:last])
+
+    def token_of_sequence(self, i: int) -> int:
+        """Offset of sequence i's first token in `tokens`; of i = N, the end. Raises IndexError."""
+        if not 0 <= i <= self.num_sequences:
+            raise IndexError(f"{self.prefix}: sequence {i} of {self.num_sequences}")
+        return int(self._pointers[i]) // self.dtype.itemsize if i < len(self) else self.num_tokens
+
     def document_start(self, d: int) -> int:
         """Offset of document d's first token in `tokens`; of d = num_documents, the end. Raises IndexError."""
         if not 0 <= d <= self.num_documents:
             raise IndexError(f"{self.prefix}: document {d} of {self.num_documents}")
-        sequence = int(self._documents[d])
-        return int(self._pointers[sequence]) // self.dtype.itemsize if sequence < len(self) else self.num_tokens
+        return self.token_of_sequence(int(self._documents[d]))
 
-    def document_starts(self, first: int, last: int) -> Array:
-        """Offsets in `tokens`, ascending, at which documents begin within [first, last). Found by bisection: numpy's
-        own search would copy the whole index, which lies unaligned in its file."""
-        low = bisect.bisect_left(range(self.num_documents), first, key=self.document_start)
-        high = bisect.bisect_left(range(self.num_documents), last, lo=low, key=self.document_start)
-        return np.array([self.document_start(d) for d in range(low, high)], np.int64)
+    def starts_of_documents(self, first: int, last: int) -> Array:
+        """Offsets in `tokens` at which documents first … last begin, int64 [last - first + 1]; a copy of all of them.
+        That of num_documents is the end."""
+        sequences = np.array(self._documents[first : last + 1])
+        low, high = int(sequences[0]), int(sequences[-1])
+        starts = np.append(self._pointers[low:high], self.token_of_sequence(high) * self.dtype.itemsize)
+        return starts[sequences - low] // self.dtype.itemsize
+
+    def document_starts(self, first: Array, last: Array) -> tuple[Array, Array]:
+        """Offsets in `tokens`, ascending, at which documents begin within [first[i], last[i]) for each i: how many
+        there are, [n], and those of all, int64. Found by bisection."""
+        return document_starts(self._documents, self._pointers, self.dtype.itemsize, first, last)
 
     def fingerprint(self) -> str:
         """Hex name of the content: both sizes and 64 slices of 4 KiB spread evenly over each file. Bounded work, so
@@ -138,6 +154,28 @@ class IndexedDataset:
                     file.seek(start)
                     digest.update(file.read(4096))
         return digest.hexdigest()[:32]
+
+
+def document_starts_reference(
+    documents: Array, pointers: Array, itemsize: int, first: Array, last: Array
+) -> tuple[Array, Array]:
+    """`csrc/data/starts.cpp` in Python. (numpy's own search would copy the index, which lies unaligned in its file.)"""
+
+    def start(document: int) -> int:
+        return int(pointers[documents[document]]) // itemsize
+
+    numbers, found = range(len(documents) - 1), []
+    for begin, end in zip(first.tolist(), last.tolist(), strict=True):
+        low = bisect.bisect_left(numbers, begin, key=start)
+        high = bisect.bisect_left(numbers, end, lo=low, key=start)
+        found.append([start(document) for document in range(low, high)])
+    return np.array([len(of_row) for of_row in found], np.int64), np.array([x for row in found for x in row], np.int64)
+
+
+try:
+    from megalite._data import document_starts
+except ImportError:  # installed without a compiler
+    document_starts = document_starts_reference
 
 
 class IndexedWriter:

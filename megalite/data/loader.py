@@ -9,22 +9,22 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 import torch
 
-from megalite.data.dataset import Mixture
 from megalite.data.indexed import DataError
+from megalite.data.mixture import IGNORE, Mixture
 from megalite.data.order import Int64s
 
 
 @dataclass(frozen=True)
 class MicroBatch:
     tokens: torch.Tensor  # [B, T] int64
-    labels: torch.Tensor  # [B, T] int64, the token that follows each; layers.IGNORE where none is to be predicted
+    labels: torch.Tensor  # [B, T] int64, the token that follows each; IGNORE where none is to be predicted
     samples: torch.Tensor  # [B] int64, index of each sample in the whole run, over all ranks
     documents: torch.Tensor | None = None  # [B, T] int64, document of each token in its sample; None: not kept apart
 
@@ -47,8 +47,7 @@ class Loader:
     Step s is samples start_sample + [s·G, (s+1)·G) of the mixture, whatever the ranks: micro-batch m of data rank d
     is its samples (m·data_size + d)·B + [0, B). A thread reads `prefetch` steps ahead; an error in it is raised here.
     Close the loader, or use it in a `with`, to end the thread. Raises DataError for sizes that do not divide, and for
-    a token id that is not below `vocab_size`, where that is given. `document_mask` adds the documents; `pin` is for
-    batches that go to a GPU."""
+    a token id that is not below `vocab_size`, where that is given. `pin` is for batches that go to a GPU."""
 
     def __init__(
         self,
@@ -60,7 +59,6 @@ class Loader:
         start_sample: int = 0,
         prefetch: int = 2,
         vocab_size: int | None = None,
-        document_mask: bool = False,
         pin: bool = False,
     ) -> None:
         if min(global_batch_size, micro_batch_size, data_size, prefetch) < 1 or start_sample < 0:
@@ -88,7 +86,6 @@ class Loader:
                 start_sample,
                 global_batch_size,
                 vocab_size,
-                document_mask,
                 pin,
             ),
             name="megalite-loader",
@@ -120,11 +117,13 @@ class Loader:
         return self._samples
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds: which data, and how many of its samples all ranks together were handed.
+        """What a checkpoint holds: which data, and how many of its samples all ranks together were handed, of all and
+        of each source.
 
         Steps that were read ahead but not handed out do not count. A run goes on by `start_sample=state["samples"]`,
         on any number of ranks and with any batch size."""
-        return {"fingerprint": self.mixture.fingerprint(), "samples": self._samples}
+        consumed = self.mixture.consumed(self._samples)
+        return {"fingerprint": self.mixture.fingerprint(), "samples": self._samples, "consumed": consumed}
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Raises DataError where the state belongs to other data than this loader's."""
@@ -160,12 +159,11 @@ def _read_ahead(
     first: int,
     stride: int,
     vocab_size: int | None,
-    document_mask: bool,
     pin: bool,
 ) -> None:
     while not stop.is_set():
         try:
-            step: Any = _read_step(mixture, first + rows, vocab_size, document_mask)
+            step: Any = _read_step(mixture, first + rows, vocab_size)
             step = [micro.pinned() for micro in step] if pin else step
         except BaseException as error:
             # Whatever it is belongs to the consumer, who would wait for ever otherwise.
@@ -176,26 +174,29 @@ def _read_ahead(
         first += stride
 
 
-def _read_step(mixture: Mixture, indices: Int64s, vocab_size: int | None, document_mask: bool) -> list[MicroBatch]:
+def _read_step(mixture: Mixture, indices: Int64s, vocab_size: int | None) -> list[MicroBatch]:
     """indices: [micro-batches, B]."""
-    tokens = mixture.samples(indices.ravel())
-    # A cut vocabulary would take an id outside of it for another rank's, and train on nonsense without a word.
-    if vocab_size is not None and not 0 <= tokens.min() <= tokens.max() < vocab_size:
-        row = int(np.argmax((tokens < 0).any(1) | (tokens >= vocab_size).any(1)))
-        source, sample = mixture.locate(indices.ravel()[row : row + 1])
-        raise DataError(
-            f"{mixture.sources[int(source[0])].dataset.prefix}: sample {int(sample[0])} holds token id "
-            f"{max(tokens[row].max(), -tokens[row].min())}, but model.vocab_size = {vocab_size}"
-        )
-    windows = torch.from_numpy(tokens).view(*indices.shape, -1)  # [micro-batches, B, T + 1]
-    batch = [
-        MicroBatch(window[:, :-1].contiguous(), window[:, 1:].contiguous(), samples)
-        for window, samples in zip(windows, torch.from_numpy(indices), strict=True)
-    ]
-    if document_mask:
-        documents = torch.from_numpy(mixture.documents(indices.ravel())).view(*indices.shape, -1)
-        batch = [replace(micro, documents=part) for micro, part in zip(batch, documents, strict=True)]
-    return batch
+    found = mixture.read(indices.ravel())
+    tensors = [torch.from_numpy(x).view(*indices.shape, -1) for x in found if x is not None]
+    if vocab_size is not None:
+        last_label = np.where(found.labels[:, -1:] == IGNORE, 0, found.labels[:, -1:])
+        _check_ids(mixture, indices.ravel(), found.tokens, vocab_size)
+        _check_ids(mixture, indices.ravel(), last_label, vocab_size)
+    parts = zip(*tensors, torch.from_numpy(indices), strict=True)
+    return [MicroBatch(tokens, labels, samples, *documents) for tokens, labels, *documents, samples in parts]
+
+
+def _check_ids(mixture: Mixture, indices: Int64s, tokens: Int64s, vocab_size: int) -> None:
+    """A cut vocabulary would take an id outside of it for another rank's, and train on nonsense without a word."""
+    if 0 <= tokens.min() <= tokens.max() < vocab_size:
+        return
+    is_bad = (tokens < 0) | (tokens >= vocab_size)
+    row = int(np.argmax(is_bad.any(1)))
+    source, sample = mixture.order.locate(indices[row : row + 1])
+    raise DataError(
+        f"{mixture.sources[int(source[0])].dataset.prefix}: sample {int(sample[0])} holds token id "
+        f"{int(tokens[row][is_bad[row]][0])}, but model.vocab_size = {vocab_size}"
+    )
 
 
 def _end(steps: queue.Queue, stop: threading.Event) -> None:

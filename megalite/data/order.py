@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -43,13 +43,20 @@ def permute(index: npt.ArrayLike, size: int, key: npt.ArrayLike) -> Int64s:
     if index.size and not 0 <= index.min() <= index.max() < size:
         raise ValueError(f"index {index.min()} … {index.max()} is not in [0, {size})")
     half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
-    value = index.astype(np.uint64).ravel()
-    keys = np.broadcast_to(np.asarray(key, np.uint64), index.shape).ravel()
-    outside = np.arange(value.size)
+    values = index.astype(np.uint64).ravel()
+    keys = np.ascontiguousarray(np.broadcast_to(np.asarray(key, np.uint64), index.shape).ravel())
+    permute_in_place(values, keys, size, half_bits)
+    return values.astype(np.int64).reshape(index.shape)
+
+
+def permute_in_place_reference(
+    values: npt.NDArray[np.uint64], keys: npt.NDArray[np.uint64], size: int, half_bits: int
+) -> None:
+    """The walk of `permute`, [n] values with a key each, in numpy; `csrc/data/permute.cpp` does the same faster."""
+    outside = np.arange(values.size)
     while outside.size:
-        value[outside] = _feistel(value[outside], keys[outside], half_bits)
-        outside = outside[value[outside] >= np.uint64(size)]
-    return value.astype(np.int64).reshape(index.shape)
+        values[outside] = _feistel(values[outside], keys[outside], half_bits)
+        outside = outside[values[outside] >= np.uint64(size)]
 
 
 def _feistel(value: npt.NDArray[np.uint64], keys: npt.NDArray[np.uint64], half_bits: int) -> npt.NDArray[np.uint64]:
@@ -67,6 +74,12 @@ def _splitmix64(keys: npt.NDArray[np.uint64], position: npt.NDArray[np.uint64]) 
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return state ^ (state >> np.uint64(31))
+
+
+try:
+    from megalite._data import permute_in_place
+except ImportError:  # installed without a compiler
+    permute_in_place = permute_in_place_reference
 
 
 def sample_in_epoch(position: npt.ArrayLike, size: int, seed: int, source: int, order: Order) -> Int64s:
@@ -109,18 +122,32 @@ def quotas(weights: Sequence[float]) -> Int64s:
 class Blend:
     """Sample i of a weighted mixture → (source, position in that source's endless stream).
 
-    Every block of BLOCK samples holds exactly `quota[d]` of source d, in an order permuted by (seed, block), or, where
-    `order` is sequential, spread as evenly as can be with each source's own order kept. A source alone keeps its order.
-    Memory is one block, whatever the index."""
+    Every block of BLOCK samples holds exactly `quota[d]` of source d, in an order permuted by (seed, name, block), or,
+    where `order` is sequential, spread as evenly as can be. Positions count up, so that any number of first samples has
+    the first ones of each source. Memory is a few blocks, whatever the index."""
 
-    def __init__(self, weights: Sequence[float], seed: int, order: Order) -> None:
+    def __init__(self, weights: Sequence[float], seed: int, order: Order, name: str = "blend") -> None:
         self.quota = quotas(weights)
-        self._seed, self._order = seed, order
+        self._seed, self._order, self._name = seed, order, name
         source = np.repeat(np.arange(len(weights)), self.quota)
         rank = np.arange(BLOCK) - np.repeat(np.cumsum(self.quota) - self.quota, self.quota)
         # Sample r of a quota q belongs at (r + 1/2) / q of the block: sorting by that interleaves the sources evenly.
-        spread = np.argsort((rank + 0.5) / self.quota[source], kind="stable")
-        self._source, self._rank = source[spread].astype(np.int32), rank[spread].astype(np.int32)
+        self._spread = source[np.argsort((rank + 0.5) / self.quota[source], kind="stable")]
+        self._kept: dict[int, tuple[Int64s, Int64s]] = {}
+
+    def _block(self, number: int) -> tuple[Int64s, Int64s]:
+        """Source of each sample of a block, and how many of that source come before it in the block, both [BLOCK]."""
+        found = self._kept.get(number)
+        if found is None:
+            source = self._spread
+            if self._order == "shuffle":
+                source = source[permute(np.arange(BLOCK), BLOCK, key_of(self._seed, self._name, number))]
+            rank = np.empty_like(source)
+            rank[np.argsort(source, kind="stable")] = np.concatenate([np.arange(quota) for quota in self.quota])
+            found = source, rank
+            # A step reads from two blocks at most. Assigned in one go: the loader's thread comes here as well.
+            self._kept = {**dict(list(self._kept.items())[-1:]), number: found}
+        return found
 
     def locate(self, index: npt.ArrayLike) -> tuple[Int64s, Int64s]:
         """(source, position) of each sample, both shaped like `index`. Raises ValueError for a negative index."""
@@ -130,15 +157,96 @@ class Blend:
         if len(self.quota) == 1:
             return np.zeros_like(index), index
         block, slot = np.divmod(index, BLOCK)
-        if self._order == "shuffle":
-            slot = permute(slot, BLOCK, _keys(block, self._seed, "blend"))
-        source = self._source[slot].astype(np.int64)
-        return source, block * self.quota[source] + self._rank[slot]
+        source, position = np.empty_like(index), np.empty_like(index)
+        for number in np.unique(block):
+            rows = block == number
+            of_slot, rank = self._block(int(number))
+            source[rows] = of_slot[slot[rows]]
+            position[rows] = number * self.quota[source[rows]] + rank[slot[rows]]
+        return source, position
 
     def consumed(self, count: int) -> Int64s:
         """How many of the first `count` samples come from each source, [D]; their sum is `count`."""
         if count < 0:
             raise ValueError(f"count {count} is negative")
-        blocks, rest = divmod(count, BLOCK)
-        source, _ = self.locate(np.arange(count - rest, count))
-        return blocks * self.quota + np.bincount(source, minlength=len(self.quota))
+        if len(self.quota) == 1:
+            return np.array([count])
+        number, rest = divmod(count, BLOCK)
+        of_block = np.bincount(self._block(number)[0][:rest], minlength=len(self.quota)) if rest else 0
+        return number * self.quota + of_block
+
+
+class SampleOrder(Protocol):
+    """Which sample of which source comes when, in the whole run."""
+
+    def locate(self, indices: npt.ArrayLike) -> tuple[Int64s, Int64s]:
+        """[n] global sample indices → which source, and which of its samples, both [n]. Raises ValueError for an index
+        outside the run."""
+
+    def consumed(self, count: int) -> Int64s:
+        """How many of the first `count` samples come from each source, [D]; their sum is `count`."""
+
+    def identity(self) -> list[Any]:
+        """JSON of all that decides what `locate` says, but for the sources."""
+
+
+class Phase(NamedTuple):
+    begin: int
+    """Its first sample."""
+    weights: Sequence[float]
+    """Of each source, [D]; 0 for none of it."""
+
+
+class PhasedOrder:
+    """An endless stream of samples out of several sources, in proportion to the weights of the phase that an index is
+    in. Blocks of 65,536 samples hold an exact quota of each source, and each source goes through its own epochs, each
+    of which has every sample once, whatever the phases.
+
+    sizes: samples of each source in an epoch, [D]. Raises ValueError for weights that do not fit or phases that do not
+    begin at 0 and then ever later."""
+
+    def __init__(self, sizes: Sequence[int], phases: Sequence[Phase], seed: int, order: Order) -> None:
+        begins = [phase.begin for phase in phases]
+        if not begins or begins[0] != 0 or sorted(set(begins)) != begins:
+            raise ValueError(f"phases must begin at sample 0 and then ever later, got {begins}")
+        if any(len(phase.weights) != len(sizes) for phase in phases):
+            raise ValueError(f"{len(sizes)} sources have {[len(phase.weights) for phase in phases]} weights")
+        self._sizes, self._seed, self._order, self._phases = tuple(sizes), seed, order, tuple(phases)
+        self._begins = np.array(begins, np.int64)
+        self._members, self._blends = [], []
+        before = [np.zeros(len(sizes), np.int64)]
+        for number, phase in enumerate(phases):
+            members = np.flatnonzero(phase.weights)
+            name = "blend" if number == 0 else f"blend {number}"
+            self._members.append(members)
+            self._blends.append(Blend([phase.weights[int(d)] for d in members], seed, order, name))
+            if number + 1 < len(phases):
+                before.append(before[-1] + self._consumed_in(number, begins[number + 1] - phase.begin))
+        self._before = np.stack(before)  # [phases, D], samples of each source in earlier phases
+
+    def locate(self, indices: npt.ArrayLike) -> tuple[Int64s, Int64s]:
+        indices = np.asarray(indices, np.int64)
+        phase = np.maximum(np.searchsorted(self._begins, indices, side="right") - 1, 0)
+        source, position = np.empty_like(indices), np.empty_like(indices)
+        for number in np.unique(phase):
+            rows = phase == number
+            member, own = self._blends[number].locate(indices[rows] - self._begins[number])
+            source[rows] = self._members[number][member]
+            position[rows] = self._before[number][source[rows]] + own
+        sample = np.empty_like(position)
+        for number in np.unique(source):
+            rows = source == number
+            sample[rows] = sample_in_epoch(position[rows], self._sizes[number], self._seed, int(number), self._order)
+        return source, sample
+
+    def consumed(self, count: int) -> Int64s:
+        number = max(int(np.searchsorted(self._begins, count, side="right")) - 1, 0)
+        return self._before[number] + self._consumed_in(number, count - int(self._begins[number]))
+
+    def _consumed_in(self, phase: int, count: int) -> Int64s:
+        found = np.zeros(len(self._sizes), np.int64)
+        found[self._members[phase]] = self._blends[phase].consumed(count)
+        return found
+
+    def identity(self) -> list[Any]:
+        return [[[begin, *map(float, weights)] for begin, weights in self._phases], self._seed, self._order]

@@ -113,6 +113,8 @@ class Console:
         split = "test" if "test_loss" in record else "valid"
         loss, perplexity = record[f"{split}_loss"], record[f"{split}_perplexity"]
         text = f"{self._at(f'{split:<5}', record['step'])}  loss {loss:8.4f}  perplexity {perplexity:.2f}"
+        of_source = {key.removeprefix(f"{split}_loss/"): x for key, x in record.items() if "_loss/" in key}
+        text += f"  ({', '.join(f'{name} {x:.4f}' for name, x in of_source.items())})" if of_source else ""
         if split == "test":
             self._print(text, "bold green")
             return

@@ -61,11 +61,12 @@ class Recorder:
 
     def step(self, record: dict[str, float]) -> None:
         """`record`: step, loss, lr, grad_norm, tokens (so far), tokens_per_s, step_time_s; where known tflops, mfu,
-        memory_gb."""
+        memory_gb; tokens/NAME (so far) of each source where there are several."""
         self._each(lambda sink: sink.step(record))
 
     def evaluation(self, record: dict[str, float]) -> None:
-        """`record`: step, valid_loss, valid_perplexity; or the same of test."""
+        """`record`: step, valid_loss, valid_perplexity, and valid_loss/NAME of each source where there are several; or
+        the same of test."""
         self._each(lambda sink: sink.evaluation(record))
 
     def message(self, text: str) -> None:

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from megalite.config import DataConfig
-from megalite.data.dataset import Mixture, TokenSource, build_mixtures, gather_reference, split_range
+from megalite.data.dataset import TokenSource, split_range
 from megalite.data.indexed import DataError, IndexedDataset, IndexedWriter
+from megalite.data.mixture import build_mixtures
+from megalite.data.order import BLOCK
+from mixtures import config_of, mixture_of, read, windows
 
 DTYPES = ["uint8", "int8", "int16", "int32", "int64", "float64", "float32", "uint16"]
 
@@ -30,85 +30,16 @@ def counting(tmp_path):
     return write(tmp_path / "counting", np.arange(1000).reshape(100, 10))
 
 
-@pytest.fixture(params=["reference", "native"])
-def gather(request):
-    return gather_reference if request.param == "reference" else pytest.importorskip("megalite._data").gather
-
-
-@given(st.sampled_from(DTYPES), st.integers(1, 200), st.integers(0, 20), st.integers(1, 12), st.data())
-@settings(max_examples=60, deadline=None)
-def test_gather_native_equals_reference(dtype, size, num, length, data):
-    native = pytest.importorskip("megalite._data").gather
-    length = min(length, size)
-    seed = data.draw(st.integers(0, 1000))
-    tokens = np.random.default_rng(seed).integers(-(2**62), 2**62, size).astype(dtype)
-    starts = np.array(data.draw(st.lists(st.integers(0, size - length), min_size=num, max_size=num)), np.int64)
-    expected, out = np.full((2, num, length), -7)
-    gather_reference(tokens, starts, length, expected)
-    native(tokens, starts, length, out)
-    windows = [tokens[start : start + length].astype(np.int64) for start in starts]
-    assert np.array_equal(expected, np.array(windows).reshape(num, length))
-    assert np.array_equal(out, expected)
-
-
-@pytest.mark.parametrize("start", [-1, 8, 10, 2**63 - 1, -(2**63)])
-def test_gather_refuses_rows_outside_and_writes_nothing(gather, start):
-    out = np.full((2, 3), -7)
-    with pytest.raises(IndexError, match="outside the 10"):
-        gather(np.arange(10, dtype=np.uint16), np.array([0, start]), 3, out)
-    assert (out == -7).all()
-    with pytest.raises(IndexError):
-        gather(np.arange(2, dtype=np.uint16), np.array([0]), 3, out[:1])
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 2.0**63])
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_gather_refuses_floats_that_are_no_int64(gather, value, dtype):
-    tokens = np.array([1.0, value, 3.0], dtype)
-    out = np.zeros((1, 1), np.int64)
-    gather(tokens, np.array([2]), 1, out)
-    assert out[0, 0] == 3
-    with pytest.raises(ValueError, match="no int64"):
-        gather(tokens, np.array([1]), 1, out)
-
-
-def test_native_gather_refuses_arrays_it_cannot_read_in_place():
-    native = pytest.importorskip("megalite._data").gather
-    tokens, starts, out = np.arange(10, dtype=np.uint16), np.array([0, 1]), np.zeros((2, 3), np.int64)
-    read_only = out.copy()
-    read_only.flags.writeable = False
-    unaligned = np.frombuffer(b"x" + tokens.tobytes(), np.uint16, offset=1)
-    for arguments in [
-        (tokens[::2], starts, 3, out),
-        (tokens.reshape(2, 5), starts, 3, out),
-        (unaligned, starts, 3, out),
-        (tokens, starts, 2, out),
-        (tokens, starts, -1, out),
-        (tokens, starts[:1], 3, out),
-        (tokens, starts, 3, read_only),
-    ]:
-        with pytest.raises(ValueError, match=r"contiguous|shape|aligned|writeable"):
-            native(*arguments)
-    for arguments in [
-        (tokens, starts, 3, out.astype(np.int32)),
-        (tokens, starts, 3, np.asfortranarray(out)),
-        (tokens, starts.astype(np.float64), 3, out),
-        (tokens.astype(np.uint32), starts, 3, out),
-        (tokens.astype(">u2"), starts, 3, out),
-    ]:
-        with pytest.raises(TypeError):
-            native(*arguments)
-
-
 def test_source_predicts_every_token_of_its_range_once(counting):
     source = TokenSource(counting, 100, 113, seq_length=4)
     assert source.num_samples == 3
-    windows = source.read(np.arange(3))
-    assert windows.tolist() == [[100, 101, 102, 103, 104], [104, 105, 106, 107, 108], [108, 109, 110, 111, 112]]
-    assert windows.dtype == np.int64
+    found = read(source, np.arange(3))
+    assert found.tokens.tolist() == [[100, 101, 102, 103, 104], [104, 105, 106, 107, 108], [108, 109, 110, 111, 112]]
+    assert found.tokens.dtype == np.int64
+    assert found.filled.tolist() == [5, 5, 5]
     for outside in (-1, 3):
         with pytest.raises(IndexError):
-            source.read(np.array([outside]))
+            read(source, [outside])
 
 
 def test_source_says_how_many_tokens_it_needs(counting):
@@ -121,47 +52,47 @@ def test_source_says_how_many_tokens_it_needs(counting):
 
 def test_one_source_gives_every_sample_once_an_epoch(counting):
     source = TokenSource(counting, 0, 1000, seq_length=7)
-    mixture = Mixture([source], [2.0], 7, seed=3, order="shuffle")
+    mixture = mixture_of([source], [2.0], seed=3)
     size = source.num_samples
-    windows = mixture.samples(np.arange(2 * size))
-    for epoch in (windows[:size], windows[size:]):
+    found = windows(mixture, np.arange(2 * size))
+    for epoch in (found[:size], found[size:]):
         assert sorted(epoch[:, 0].tolist()) == list(range(0, size * 7, 7))
         assert np.array_equal(epoch - epoch[:, :1], np.tile(np.arange(8), (size, 1)))
-    assert not np.array_equal(windows[:size], windows[size:])
-    assert np.array_equal(mixture.samples(np.array([size + 1, 0])), windows[[size + 1, 0]])
+    assert not np.array_equal(found[:size], found[size:])
+    assert np.array_equal(windows(mixture, [size + 1, 0]), found[[size + 1, 0]])
 
 
 @pytest.mark.parametrize("order", ["shuffle", "sequential"])
 def test_mixture_reads_the_sample_that_locate_names(tmp_path, order):
     first = write(tmp_path / "a", [np.arange(101)])
     second = write(tmp_path / "b", [np.arange(5000, 5000 + 3001)], np.int32)
-    mixture = Mixture(
-        [TokenSource(first, 0, 101, 10), TokenSource(second, 0, 3001, 10)], [3.0, 1.0], 10, seed=0, order=order
-    )
-    index = np.arange(65_536)
-    source, sample = mixture.locate(index)
-    assert np.bincount(source).tolist() == [49_152, 16_384] == mixture.consumed(65_536).tolist()
-    assert np.array_equal(mixture.samples(index)[:, 0], np.where(source == 0, 0, 5000) + 10 * sample)
+    mixture = mixture_of([TokenSource(first, 0, 101, 10), TokenSource(second, 0, 3001, 10)], [3.0, 1.0], order=order)
+    index = np.arange(BLOCK)
+    source, sample = mixture.order.locate(index)
+    assert np.bincount(source).tolist() == [49_152, 16_384] == list(mixture.consumed(BLOCK).values())
+    assert np.array_equal(mixture.read(index).tokens[:, 0], np.where(source == 0, 0, 5000) + 10 * sample)
     # 10 and 300 samples an epoch: all of them come, each as often as any other, give or take the epoch under way.
     for number, size in enumerate([10, 300]):
         counts = np.bincount(sample[source == number], minlength=size)
         assert len(counts) == size
         assert counts.max() - counts.min() <= 1
     with pytest.raises(ValueError, match="negative"):
-        mixture.samples(np.array([-1]))
+        mixture.read([-1])
 
 
 def test_mixture_refuses_what_does_not_fit(counting):
     source = TokenSource(counting, 0, 1000, 8)
-    for sources, weights, seq_length in [([source], [1, 2], 8), ([source], [1], 9), ([source], [0], 8), ([], [], 8)]:
-        with pytest.raises(DataError):
-            Mixture(sources, weights, seq_length, seed=0, order="shuffle")
+    for sources, weights in [([source], [1, 2]), ([source], [0])]:
+        with pytest.raises(ValueError, match=r"weights|sources"):
+            mixture_of(sources, weights)
+    with pytest.raises(DataError, match=r"lengths of \[8, 9\]"):
+        mixture_of([source, TokenSource(counting, 0, 1000, 9)], [1, 1])
 
 
 def test_fingerprint_changes_with_whatever_changes_the_samples(tmp_path, counting):
     def mixture(dataset=counting, last=1000, weights=(1.0, 2.0), seq_length=8, seed=0, order="shuffle"):
         sources = [TokenSource(dataset, 0, last, seq_length), TokenSource(counting, 0, 1000, seq_length)]
-        return Mixture(sources, weights, seq_length, seed, order).fingerprint()
+        return mixture_of(sources, weights, seed, order).fingerprint()
 
     other = write(tmp_path / "other", np.arange(1, 1001).reshape(100, 10))
     again = write(tmp_path / "elsewhere" / "again", np.arange(1000).reshape(100, 10))
@@ -181,48 +112,47 @@ def test_fingerprint_changes_with_whatever_changes_the_samples(tmp_path, countin
         (3, (1, 1, 1), (1, 2, 3)),
     ],
 )
-def test_split_range_is_megatrons(tmp_path, num_documents, shares, documents):
-    dataset = write(tmp_path / "x", [np.zeros(1 + number % 3, int) for number in range(num_documents)])
-    lengths = [1 + number % 3 for number in range(num_documents)]
-    ends = [sum(lengths[:end]) for end in documents]
-    assert split_range(dataset, shares, "train") == (0, ends[0])
-    assert split_range(dataset, shares, "valid") == (ends[0], ends[1])
-    assert split_range(dataset, shares, "test") == (ends[1], ends[2])
+def test_split_range_is_megatrons(num_documents, shares, documents):
+    first, second, third = documents
+    assert split_range(num_documents, shares, "train") == (0, first)
+    assert split_range(num_documents, shares, "valid") == (first, second)
+    assert split_range(num_documents, shares, "test") == (second, third)
 
 
 def test_build_mixtures_from_a_split(counting):
-    config = DataConfig(train=[{"path": counting.prefix}], split=(0.7, 0.3, 0.0), seq_length=9)
-    mixtures = build_mixtures(config, seed=1)
+    data = {"train": [{"path": counting.prefix}], "split": (0.7, 0.3, 0.0), "seq_length": 9}
+    mixtures = build_mixtures(config_of(seed=1, **data))
     train, valid = mixtures["train"], mixtures["valid"]
     assert mixtures["test"] is None
-    assert (train.order, train.sources[0].first_token, train.sources[0].last_token) == ("shuffle", 0, 700)
-    assert valid.samples(np.arange(2))[:, 0].tolist() == [700, 709]
-    other_seed = build_mixtures(config, seed=2)
-    assert np.array_equal(other_seed["valid"].samples(np.arange(20)), valid.samples(np.arange(20)))
-    assert not np.array_equal(other_seed["train"].samples(np.arange(20)), train.samples(np.arange(20)))
+    assert (train.sources[0].first_token, train.sources[0].last_token) == (0, 700)
+    assert valid.read(np.arange(2)).tokens[:, 0].tolist() == [700, 709]
+    other_seed = build_mixtures(config_of(seed=2, **data))
+    assert np.array_equal(windows(other_seed["valid"], np.arange(20)), windows(valid, np.arange(20)))
+    assert not np.array_equal(windows(other_seed["train"], np.arange(20)), windows(train, np.arange(20)))
 
 
 def test_build_mixtures_from_files_of_their_own(tmp_path, counting):
     write(tmp_path / "held_out", [np.arange(500, 540)])
     held_out = {"path": tmp_path / "held_out"}
-    config = DataConfig(
-        train=[{"path": counting.prefix, "weight": 3}, held_out], valid=[held_out], seq_length=9, order="sequential"
+    mixtures = build_mixtures(
+        config_of(
+            train=[{"path": counting.prefix, "weight": 3}, held_out], valid=[held_out], seq_length=9, order="sequential"
+        )
     )
-    mixtures = build_mixtures(config, seed=1)
     assert mixtures["test"] is None
-    assert mixtures["train"].consumed(65_536).tolist() == [49_152, 16_384]
-    assert mixtures["valid"].samples([0, 1, 3, 4])[:, 0].tolist() == [500, 509, 527, 500]
+    assert mixtures["train"].consumed(BLOCK) == {"counting": 49_152, "held_out": 16_384}
+    assert mixtures["valid"].read([0, 1, 3, 4]).tokens[:, 0].tolist() == [500, 509, 527, 500]
 
 
 def test_build_mixtures_names_the_setting_that_is_wrong(tmp_path, counting):
     write(tmp_path / "tiny", [np.arange(5)])
     source, tiny = {"path": counting.prefix}, {"path": tmp_path / "tiny"}
     with pytest.raises(DataError, match=r"data\.valid\[1\] .*tiny: 5 tokens are too few.*at least 10"):
-        build_mixtures(DataConfig(train=[source], valid=[source, tiny], seq_length=9), seed=0)
+        build_mixtures(config_of(train=[source], valid=[source, tiny], seq_length=9))
     with pytest.raises(DataError, match=r"data\.split.*test part of .*counting: 0 tokens"):
-        build_mixtures(DataConfig(train=[source], split=(99, 1, 0.1), seq_length=9), seed=0)
+        build_mixtures(config_of(train=[source], split=(99, 1, 0.1), seq_length=9))
     with pytest.raises(DataError, match=r"missing\.bin does not exist"):
-        build_mixtures(DataConfig(train=[{"path": tmp_path / "missing"}], seq_length=9), seed=0)
+        build_mixtures(config_of(train=[{"path": tmp_path / "missing"}], seq_length=9))
 
 
 def sparse_corpus(prefix: Path, num_documents: int, length: int) -> None:
@@ -249,13 +179,13 @@ def test_ten_billion_tokens_start_at_once_in_constant_memory(tmp_path):
     def first_batch(num_documents: int) -> tuple[float, int, int]:
         prefix = tmp_path / f"sparse-{num_documents}"
         sparse_corpus(prefix, num_documents, length=1000)
-        config = DataConfig(train=[{"path": prefix}], split=(98, 1, 1), seq_length=4096)
+        config = config_of(train=[{"path": prefix}], split=(98, 1, 1), seq_length=4096)
         resident, start = resident_bytes(), time.perf_counter()
         tracemalloc.start()
-        train = build_mixtures(config, seed=0)["train"]
+        train = build_mixtures(config)["train"]
         assert train is not None
         assert train.sources[0].last_token == num_documents * 980
-        assert train.samples(np.arange(32)).shape == (32, 4097)
+        assert train.read(np.arange(32)).labels.shape == (32, 4096)
         assert len(train.fingerprint()) == 32
         seconds, peak = time.perf_counter() - start, tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()

