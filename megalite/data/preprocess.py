@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import signal
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -19,7 +17,6 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cache, partial
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +29,7 @@ from megalite.data.documents import Document, Report, iter_documents
 from megalite.data.indexed import DataError, IndexedWriter, token_dtype
 from megalite.data.tokenizer import Tokenizer, load_tokenizer
 from megalite.resources import fsync
+from megalite.workers import start_worker
 
 BATCH_BYTES = 1 << 20
 BATCHES_PER_WORKER = 4
@@ -149,7 +147,7 @@ def _encoded(
     pending: deque[tuple[Batch, Future[Encoded]]] = deque()
     # Spawned, since a fork of a process with threads may hang.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=_start_worker) as pool:
+    with ProcessPoolExecutor(workers, context, initializer=start_worker) as pool:
         try:
             for batch in batches:
                 pending.append((batch, pool.submit(encode, batch.texts)))
@@ -162,21 +160,6 @@ def _encoded(
             raise DataError(f"one of {workers} workers was killed, most likely for memory; use fewer workers") from None
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _start_worker() -> None:
-    os.environ.update(TOKENIZERS_PARALLELISM="false", RAYON_NUM_THREADS="1")  # the processes are the parallelism
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent alone answers it
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    sentinel = parent.sentinel
-
-    def leave_with_parent() -> None:
-        wait([sentinel])
-        os._exit(1)
-
-    # A parent that was killed outright cannot end its pool, whose processes would wait for work for ever.
-    threading.Thread(target=leave_with_parent, daemon=True).start()
 
 
 def _write_metadata(result: Preprocessed, tokenizer: Tokenizer, inputs: Sequence[str], append_eod: bool) -> None:

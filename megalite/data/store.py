@@ -155,6 +155,11 @@ def stream(url: str) -> Iterator[bytes]:
             pool.shutdown(cancel_futures=True)
 
 
+def size_of(path: str) -> int:
+    """Bytes of a file or an object. Raises OSError, and DataError for a URL."""
+    return Store(path).status().size if is_url(path) else os.stat(path).st_size
+
+
 def open_file(path: str) -> io.BufferedReader:
     """A file or the object of a URL, to be read and sought. Raises OSError, and DataError for a URL, also later."""
     return io.BufferedReader(_ObjectFile(path)) if is_url(path) else open(path, "rb")
