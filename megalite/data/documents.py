@@ -130,7 +130,7 @@ def _read_all(files: Sequence[str], reading: Reading, report: Report) -> Iterato
                 num_bytes = len(text.encode())
             except UnicodeEncodeError:
                 try:
-                    text, mended = _mend(text)
+                    text, mended = mend(text)
                 except ValueError as error:
                     report.bad(path, line, error)
                     continue
@@ -144,7 +144,7 @@ def _read_all(files: Sequence[str], reading: Reading, report: Report) -> Iterato
         report.bytes_read = before + size
 
 
-def _mend(text: str) -> tuple[str, int]:
+def mend(text: str) -> tuple[str, int]:
     """The text and how many of its bytes were not UTF-8. Raises ValueError that says why it cannot be mended."""
     mended = text.translate(WINDOWS_1252)
     num_bytes = sum(0xDC80 <= ord(character) <= 0xDCFF for character in text)
@@ -158,6 +158,10 @@ def _mend(text: str) -> tuple[str, int]:
 
 
 Reader = Callable[[str, Reading, Report], Iterator[tuple[str, int, dict[str, Any]]]]
+
+
+def is_json_lines(path: str) -> bool:
+    return _reader(path) is _read_json_lines
 
 
 def _reader(path: str) -> Reader:
@@ -190,7 +194,7 @@ def _read_json_lines(path: str, reading: Reading, report: Report) -> Iterator[tu
                 report.num_empty += 1
                 continue
             try:
-                record = _record_of(line, reading)
+                record = record_of(line, reading)
             except ValueError as error:
                 report.bad(path, number, error)
             else:
@@ -200,7 +204,7 @@ def _read_json_lines(path: str, reading: Reading, report: Report) -> Iterator[tu
         report.bad(path, number + 1, f"unreadable from here on: {error}")
 
 
-def _record_of(line: bytes, reading: Reading) -> dict[str, Any]:
+def record_of(line: bytes, reading: Reading) -> dict[str, Any]:
     """Raises ValueError that says why the line has no text."""
     json_key = reading.json_key
     try:
