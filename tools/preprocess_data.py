@@ -1,7 +1,7 @@
 """Tokenize text into Megatron's .bin/.idx files. See megalite/data/preprocess.py.
 
-Inputs are JSON lines (plain, .gz, .zst), parquet, Arrow, plain text (a document each), folders and globs of these. Lines
-that cannot be used are counted, reported and left out; the exit status is then still 0.
+Inputs are JSON lines (plain, .gz, .zst), parquet, Arrow, plain text (a document each), folders and globs of these.
+Lines that cannot be used are counted, reported and left out; the exit status is then still 0.
 
 Several jobs share the work by --shard 0/4, 1/4, …: each writes its part, keeps it if it is there already, and the one
 that completes the last part joins them into the files that a single job would have written. slurm/preprocess.sh runs
@@ -36,7 +36,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=cores, help="threads or processes (default: one a core)")
     parser.add_argument(
         "--exact", action="store_true",
-        help="Hugging Face's tokenizers alone, where otherwise gigatoken, compared with them on samples, is much faster",
+        help="take Hugging Face's tokenizers, not gigatoken, which is faster and compared with them on samples",
     )  # fmt: skip
     parser.add_argument("--shard", type=_shard, metavar="I/N", help="only part I (from 0) of N of the input")
     args = parser.parse_args()

@@ -28,7 +28,7 @@ from megalite.data.documents import (
 )
 from megalite.data.indexed import DataError
 
-BLOCK_BYTES = 1 << 20
+BLOCK_BYTES, READ_BYTES = 1 << 20, 1 << 18
 TOO_LONG = f"longer than {LONGEST_TEXT >> 20} MiB; cut the text into several documents"
 
 
@@ -107,14 +107,14 @@ def _read_span(path: str, first: int, last: int, report: Report) -> Iterator[byt
     with open(path, "rb") as file:
         if first:
             file.seek(first - 1)
-            while (skipped := file.readline(BLOCK_BYTES)) and not skipped.endswith(b"\n"):
+            while (skipped := file.readline(READ_BYTES)) and not skipped.endswith(b"\n"):
                 pass
         data = b"\n"
-        while (left := last - file.tell()) > 0 and (data := file.read(min(BLOCK_BYTES, left))):
+        while (left := last - file.tell()) > 0 and (data := file.read(min(READ_BYTES, left))):
             report.bytes_read += len(data)
             yield data
         while data and not data.endswith(b"\n"):  # the last line may end behind the span
-            data = file.readline(BLOCK_BYTES)
+            data = file.readline(READ_BYTES)
             yield data
 
 
@@ -190,7 +190,7 @@ def lines_before(path: str, start: int) -> int:
     """How many lines of the file begin before this byte: asked for once a shard, and only if a line of it is bad."""
     num_lines, last = 0, b"\n"
     with open(path, "rb") as file:
-        while start > 0 and (data := file.read(min(start, BLOCK_BYTES))):
+        while start > 0 and (data := file.read(min(start, READ_BYTES))):
             num_lines, last, start = num_lines + data.count(b"\n"), data[-1:], start - len(data)
     return num_lines + (last != b"\n")
 

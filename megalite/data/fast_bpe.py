@@ -25,7 +25,7 @@ CACHE_BYTES, CACHE_BYTES_PER_WORKER = 512 << 20, 64 << 20
 # For a byte of text, where the system does not say what a process holds: text in which no word recurs needs this much.
 MOST_REMEMBERED = 10
 # Characters of the first texts, and of later ones, that both libraries encode.
-FIRST_COMPARED, COMPARED = 1 << 16, 1 << 10
+FIRST_COMPARED, COMPARED = 1 << 15, 1 << 9
 UNKNOWN, SAME, DIFFERENT = range(3)
 ASCII = bytes(range(128))
 # Company that tells letters, their case, digits, signs, spaces and line ends apart wherever a pattern does. Neighbours

@@ -196,8 +196,8 @@ class IndexedWriter:
         other = IndexedDataset(prefix)
         if other.dtype != self.dtype or other.num_documents != other.num_sequences:
             raise DataError(
-                f"{prefix}: {other.num_documents} documents of {other.num_sequences} {other.dtype.name} sequences do not "
-                f"go with documents of one {self.dtype.name} sequence each; tokenize the input again"
+                f"{prefix}: {other.num_documents} documents of {other.num_sequences} {other.dtype.name} sequences do "
+                f"not go with documents of one {self.dtype.name} sequence each; tokenize the input again"
             )
         with open(f"{prefix}.bin", "rb") as source:
             _copy(source, self._bin, other.num_tokens * self.dtype.itemsize)

@@ -140,8 +140,9 @@ class _Job:
             with ThreadPoolExecutor(self.workers) as pool:
                 result = self._write(prefix, shard, "gigatoken", pool, partial(_encode_fast, fast, self.packing))
             result.remark = (
-                f"by gigatoken: {fast.num_compared:,} characters from all over the text have the ids that Hugging Face's "
-                f"tokenizers give; to these were left {result.num_left:,} documents with characters the two know apart"
+                f"by gigatoken: on {fast.num_compared:,} characters from all over the text its ids are those of "
+                f"Hugging Face's tokenizers; {result.num_left:,} documents were left to these, for characters on which "
+                "the two disagree"
             )
             return result
         except NotFast as why:
