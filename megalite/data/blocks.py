@@ -111,8 +111,9 @@ def _read_span(path: str, first: int, last: int, report: Report) -> Iterator[byt
                 pass
         data = b"\n"
         while (left := last - file.tell()) > 0 and (data := file.read(min(READ_BYTES, left))):
-            report.bytes_read += len(data)
+            report.bytes_read = file.tell() - first
             yield data
+        report.bytes_read = last - first
         while data and not data.endswith(b"\n"):  # the last line may end behind the span
             data = file.readline(READ_BYTES)
             yield data

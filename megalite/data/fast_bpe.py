@@ -30,7 +30,7 @@ UNKNOWN, SAME, DIFFERENT = range(3)
 ASCII = bytes(range(128))
 # Company that tells letters, their case, digits, signs, spaces and line ends apart wherever a pattern does. Neighbours
 # stand twice, so that what happens on one side of them hides nothing on the other.
-COMPANY = "{0}aa{0}AA{0}11{0}..{0}  {0}\n\n{0}{0}a'{0}a"
+COMPANY = "{0}aa{0}AA{0}Aa{0}11{0}..{0}  {0}\n\n{0}{0}a'{0}a"
 NEIGHBOURS, LEADS, CONTINUATIONS = b"aA1. \n'", range(0xC2, 0xF5), range(0x80, 0xC0)
 
 
@@ -176,9 +176,11 @@ def _showing_borders(description: dict[str, Any]) -> dict[str, Any]:
     """The same splitting, over bytes of which any two are merged that may stand on the two sides of a border between a
     character and its company: where there is a border, they are not."""
     byte = _byte_characters()
-    pairs = [(near, lead) for near in NEIGHBOURS for lead in [*LEADS, *ASCII]]
-    pairs += [(last, near) for last in [*CONTINUATIONS, *ASCII] for near in NEIGHBOURS]
-    pairs += [(last, lead) for last in CONTINUATIONS for lead in LEADS]
+    pairs = [(last, lead) for last in CONTINUATIONS for lead in LEADS]
+    pairs += [(near, lead) for near in NEIGHBOURS for lead in LEADS]
+    pairs += [(last, near) for last in CONTINUATIONS for near in NEIGHBOURS]
+    # After these, so that neighbours are not merged with each other before.
+    pairs += [pair for near in NEIGHBOURS for other in ASCII for pair in ((near, other), (other, near))]
     merges = list(dict.fromkeys((byte[one], byte[two]) for one, two in pairs if one != two))
     vocabulary = [*byte.values(), *(one + two for one, two in merges)]
     model = {"type": "BPE", "vocab": {token: i for i, token in enumerate(vocabulary)}, "merges": merges}

@@ -33,12 +33,13 @@ class Preprocessed:
     remark: str = ""
 
     def __str__(self) -> str:
-        rate = f"{self.text_bytes / 1e6 / self.seconds:.1f} MB/s, {self.num_tokens / self.seconds:,.0f} tokens/s"
         summary = (
             f"{self.prefix}: {self.num_documents:,} documents, {self.num_tokens:,} tokens from "
             f"{self.text_bytes / 1e6:,.1f} MB of text"
         )
-        summary += f" in {self.seconds:.1f} s ({rate})" if self.seconds else ""
+        if self.seconds:
+            rate = f"{self.text_bytes / 1e6 / self.seconds:.1f} MB/s, {self.num_tokens / self.seconds:,.0f} tokens/s"
+            summary += f" in {self.seconds:.1f} s ({rate})"
         return "\n".join(line for line in (summary, self.remark, str(self.report)) if line)
 
     def write(self) -> None:
