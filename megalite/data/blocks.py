@@ -1,7 +1,8 @@
 """The inputs cut into blocks, to be read and tokenized apart from each other and put together in their order.
 
-Files of JSON lines are handed over as bytes of whole lines, so that parsing, too, is done by those who tokenize. Where
-the cuts fall depends on the files alone, never on how many do the work."""
+A plain file of JSON lines is cut without being looked at: a line belongs to the block in which it begins, and whoever
+tokenizes the block reads and parses it. Where the cuts fall depends on the files alone, never on how many do the
+work."""
 
 from __future__ import annotations
 
@@ -9,7 +10,6 @@ import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import NamedTuple
 
 import orjson
@@ -28,7 +28,7 @@ from megalite.data.documents import (
 )
 from megalite.data.indexed import DataError
 
-BLOCK_BYTES, READ_BYTES = 1 << 20, 1 << 18
+BLOCK_BYTES, READ_BYTES = 1 << 20, 1 << 16
 TOO_LONG = f"longer than {LONGEST_TEXT >> 20} MiB; cut the text into several documents"
 
 
@@ -41,18 +41,30 @@ class Shard:
 
 
 class Block(NamedTuple):
-    """Whole JSON lines, or documents of other files; and what was counted and found unreadable on the way there."""
+    """Lines that begin within bytes [first, last) of `path`; or whole lines of a packed file; or documents of others.
+
+    `report` counts what was met on the way there, `failure` says why the file ends with this block."""
 
     report: Report
-    documents: list[Document]
-    lines: bytes = b""
     path: str = ""
-    start: int = 0  # byte of the file at which the shard's first line begins
-    first_line: int = 1  # of this block, counted from there
+    first: int = 0
+    last: int = 0
+    lines: bytes = b""
+    documents: Sequence[Document] = ()
+    failure: str = ""
+
+
+class Texts(NamedTuple):
+    """A block's texts, none of them empty. `bad` says which of its lines, counted from 1, are no use, and why."""
+
+    texts: list[str]
+    report: Report
+    num_lines: int
+    bad: list[tuple[int, str]]
 
 
 def iter_blocks(files: Sequence[str], json_key: str, shard: Shard) -> Iterator[Block]:
-    """Stream the shard's blocks. A JSON line belongs to the shard in which it begins, as does any other whole file.
+    """Stream the blocks of a shard. A plain JSON line belongs to the one in which it begins, as does any other file.
 
     Raises DataError, before anything is read, for a missing library."""
     read_files(files, Reading(json_key), Report())  # checks, and reads nothing yet
@@ -79,12 +91,12 @@ def _iter_blocks(files: Sequence[str], json_key: str, shard: Shard) -> Iterator[
         if others:
             yield from _read_documents(others, json_key)
             others = []
-        report = Report()
-        if path.endswith((".gz", ".zst")):
-            if is_here:
-                yield from _cut_lines(path, 0, read_bytes(path, report), report)
-        elif first < last:
-            yield from _cut_lines(path, first, _read_span(path, first, last, report), report)
+        if not path.endswith((".gz", ".zst")):
+            for start in range(first, last, BLOCK_BYTES):
+                end = min(start + BLOCK_BYTES, last)
+                yield Block(Report(bytes_read=end - start), path, start, end)
+        elif is_here:
+            yield from _unpack_lines(path)
     if others:
         yield from _read_documents(others, json_key)
 
@@ -97,79 +109,82 @@ def _read_documents(files: Sequence[str], json_key: str) -> Iterator[Block]:
         documents.append(document)
         num_bytes += document.num_bytes
         if num_bytes >= BLOCK_BYTES:
-            yield Block(_difference(report, before), documents)
+            yield Block(_difference(report, before), documents=documents)
             documents, num_bytes, before = [], 0, _difference(report, Report())
-    yield Block(_difference(report, before), documents)
+    yield Block(_difference(report, before), documents=documents)
 
 
-def _read_span(path: str, first: int, last: int, report: Report) -> Iterator[bytes]:
-    """The lines that begin within bytes [first, last). Raises OSError."""
-    with open(path, "rb") as file:
-        if first:
-            file.seek(first - 1)
-            while (skipped := file.readline(READ_BYTES)) and not skipped.endswith(b"\n"):
-                pass
-        data = b"\n"
-        while (left := last - file.tell()) > 0 and (data := file.read(min(READ_BYTES, left))):
-            report.bytes_read = file.tell() - first
-            yield data
-        report.bytes_read = last - first
-        while data and not data.endswith(b"\n"):  # the last line may end behind the span
-            data = file.readline(READ_BYTES)
-            yield data
-
-
-def _cut_lines(path: str, start: int, chunks: Iterator[bytes], report: Report) -> Iterator[Block]:
-    before, line, held = Report(), 1, 0
+def _unpack_lines(path: str) -> Iterator[Block]:
+    report, before = Report(), Report()
     whole: list[bytes] = []
     tail: list[bytes] = []  # of a line that has not ended yet
+    held, failure = 0, ""
     try:
-        for chunk in chunks:
+        for chunk in read_bytes(path, report):
             cut = chunk.rfind(b"\n") + 1
             if cut:
                 whole += [*tail, chunk[:cut]]
                 tail = []
-            # Of a line that is too long enough is kept for `texts_of` to see that it is.
+            # Of a line that is too long enough is kept to see that it is.
             if sum(map(len, tail)) <= LONGEST_TEXT:
                 tail.append(chunk[cut:])
             held += cut
             if held >= BLOCK_BYTES:
-                lines = b"".join(whole)
-                yield Block(_difference(report, before), [], lines, path, start, line)
-                before, line = _difference(report, Report()), line + lines.count(b"\n")
-                whole, held = [], 0
-        whole, tail = [*whole, *tail], []
+                yield Block(_difference(report, before), path, lines=b"".join(whole))
+                whole, held, before = [], 0, _difference(report, Report())
+        whole += tail
     except (OSError, DataError) as error:
-        bad_line = line + b"".join(whole).count(b"\n")
-        report.bad(path, lines_before(path, start) + bad_line, f"unreadable from here on: {error}")
-    yield Block(_difference(report, before), [], b"".join(whole), path, start, line)
+        failure = f"unreadable from here on: {error}"
+    yield Block(_difference(report, before), path, lines=b"".join(whole), failure=failure)
 
 
-def texts_of(block: Block, json_key: str) -> tuple[list[str], Report]:
-    """The block's texts, none of them empty, and all that has been counted for them."""
-    report, texts = _difference(block.report, Report()), []
+def texts_of(block: Block, json_key: str) -> Texts:
+    result = Texts([], _difference(block.report, Report()), 0, [])
     for document in block.documents:
         if document.num_bytes > LONGEST_TEXT:
-            report.bad(document.path, document.line, TOO_LONG)
+            result.report.bad(document.path, document.line, TOO_LONG)
         else:
-            texts.append(document.text)
-    lines = block.lines.split(b"\n")
+            result.texts.append(document.text)
+    failure = block.failure
+    try:
+        lines = (_read_lines(block) if block.first < block.last else block.lines).split(b"\n")
+    except OSError as error:
+        lines, failure = [b""], f"unreadable from here on: {error}"
     if not lines[-1]:
         lines.pop()
-    for number, line in enumerate(lines, block.first_line):
+    if lines and not block.first:
+        lines[0] = lines[0].removeprefix(b"\xef\xbb\xbf")  # the byte-order mark some editors write
+    for number, line in enumerate(lines, 1):
         try:
-            text = _text_of(line, json_key, is_first=number == 1 and not block.start, report=report)
+            text = _text_of(line, json_key, result.report)
         except ValueError as error:
-            report.bad(block.path, lines_before(block.path, block.start) + number, error)
+            result.bad.append((number, str(error)))
             continue
         if text:
-            texts.append(text)
+            result.texts.append(text)
         else:
-            report.num_empty += 1
-    return texts, report
+            result.report.num_empty += 1
+    bad = [*result.bad, *([(len(lines) + 1, failure)] if failure else [])]
+    return result._replace(num_lines=len(lines), bad=bad)
 
 
-def _text_of(line: bytes, json_key: str, is_first: bool, report: Report) -> str:
+def _read_lines(block: Block) -> bytes:
+    """Raises OSError."""
+    with open(block.path, "rb") as file:
+        file.seek(max(block.first - 1, 0))
+        data = file.read(block.last - file.tell())
+        if block.first:
+            cut = data.find(b"\n") + 1
+            data = data[cut:] if cut else b""  # without a cut, it is all of a line that began before
+        parts = [data]
+        # The last line may end behind the block. Of one that is too long enough is read to see that it is.
+        while data and not data.endswith(b"\n") and sum(map(len, parts)) <= BLOCK_BYTES + LONGEST_TEXT:
+            data = file.readline(READ_BYTES)
+            parts.append(data)
+    return b"".join(parts)
+
+
+def _text_of(line: bytes, json_key: str, report: Report) -> str:
     """Raises ValueError that says why there is none. Whatever orjson takes, json takes for the same; the rest, which is
     rare, is left to it and to the messages that all of megalite gives."""
     if len(line) > LONGEST_TEXT:
@@ -177,7 +192,6 @@ def _text_of(line: bytes, json_key: str, is_first: bool, report: Report) -> str:
     try:
         text = orjson.loads(line)[json_key]
     except (ValueError, KeyError, TypeError):
-        line = line.removeprefix(b"\xef\xbb\xbf") if is_first else line
         if not line.strip():
             return ""
         text, num_mended = mend(record_of(line, Reading(json_key))[json_key])
@@ -186,13 +200,31 @@ def _text_of(line: bytes, json_key: str, is_first: bool, report: Report) -> str:
     return text if isinstance(text, str) else record_of(line, Reading(json_key))[json_key]
 
 
-@cache
-def lines_before(path: str, start: int) -> int:
-    """How many lines of the file begin before this byte: asked for once a shard, and only if a line of it is bad."""
+class LineNumbers:
+    """Adds up reports in the order of their blocks, and so comes to know the numbers of bad lines in their files."""
+
+    def __init__(self, total: Report) -> None:
+        self._total = total
+        self._path, self._first, self._num_lines = "", 0, 0
+
+    def add(self, block: Block, report: Report, num_lines: int, bad: Sequence[tuple[int, str]]) -> None:
+        if block.path != self._path:
+            self._path, self._first, self._num_lines = block.path, block.first, 0
+        add_to(self._total, report)
+        for line, why in bad:
+            before = 0
+            if self._first and len(self._total.messages) < MAX_MESSAGES:  # a shard that begins within the file
+                before = _lines_before(self._path, self._first)
+            self._total.bad(self._path, before + self._num_lines + line, why)
+        self._num_lines += num_lines
+
+
+def _lines_before(path: str, first: int) -> int:
+    """How many lines of the file begin before this byte."""
     num_lines, last = 0, b"\n"
     with open(path, "rb") as file:
-        while start > 0 and (data := file.read(min(start, READ_BYTES))):
-            num_lines, last, start = num_lines + data.count(b"\n"), data[-1:], start - len(data)
+        while first > 0 and (data := file.read(min(first, BLOCK_BYTES))):
+            num_lines, last, first = num_lines + data.count(b"\n"), data[-1:], first - len(data)
     return num_lines + (last != b"\n")
 
 

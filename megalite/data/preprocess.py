@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from megalite.data import shards
-from megalite.data.blocks import Block, Shard, add_to, iter_blocks, shard_bytes, texts_of
+from megalite.data.blocks import Block, LineNumbers, Shard, Texts, iter_blocks, shard_bytes, texts_of
 from megalite.data.documents import Report, list_files
 from megalite.data.fast_bpe import FastBPE, NotFast
 from megalite.data.indexed import DataError, IndexedWriter, token_dtype
@@ -46,7 +46,8 @@ class Encoded(NamedTuple):
     lengths: npt.NDArray[np.int32]  # documents that have tokens, [num_documents]
     text_bytes: int
     num_left: int
-    report: Report
+    read: Texts  # whose texts are left out
+    num_empty: int
 
 
 class Packing(NamedTuple):
@@ -177,9 +178,11 @@ class _Job:
                 _Meter("tokenizing", high - low, self.console) as meter,
                 closing(_encoded(blocks, encode, pool, self.workers)) as results,
             ):
-                for encoded in results:
+                numbers = LineNumbers(report)
+                for block, encoded in results:
                     writer.add_documents(encoded.tokens, encoded.lengths)
-                    add_to(report, encoded.report)
+                    numbers.add(block, *encoded.read[1:])
+                    report.num_empty += encoded.num_empty
                     text_bytes, num_left = text_bytes + encoded.text_bytes, num_left + encoded.num_left
                     meter.update(report.bytes_read, writer.num_tokens)
                 if not writer.num_documents:
@@ -198,17 +201,17 @@ class _Job:
 
 def _encode_fast(fast: FastBPE, packing: Packing, block: Block) -> Encoded:
     """Raises NotFast."""
-    texts, report = texts_of(block, packing.json_key)
-    fast.compare_sample(texts)
-    flat, lengths, num_left = fast.encode(texts)
-    return _pack(texts, flat, lengths, packing, report)._replace(num_left=num_left)
+    read = texts_of(block, packing.json_key)
+    fast.compare_sample(read.texts)
+    flat, lengths, num_left = fast.encode(read.texts)
+    return _pack(read, flat, lengths, num_left, packing)
 
 
 def _encode_exactly(tokenizer: str, packing: Packing, block: Block) -> Encoded:
-    texts, report = texts_of(block, packing.json_key)
-    rows = _opened(tokenizer).encode_batch(texts)
+    read = texts_of(block, packing.json_key)
+    rows = _opened(tokenizer).encode_batch(read.texts)
     flat = np.fromiter(chain.from_iterable(rows), np.uint32)
-    return _pack(texts, flat, np.array([len(row) for row in rows], np.int64), packing, report)
+    return _pack(read, flat, np.array([len(row) for row in rows], np.int64), 0, packing)
 
 
 @cache
@@ -217,39 +220,36 @@ def _opened(tokenizer: str) -> Tokenizer:
 
 
 def _pack(
-    texts: Sequence[str],
-    flat: npt.NDArray[np.uint32],
-    lengths: npt.NDArray[np.int64],
-    packing: Packing,
-    report: Report,
+    read: Texts, flat: npt.NDArray[np.uint32], lengths: npt.NDArray[np.int64], num_left: int, packing: Packing
 ) -> Encoded:
     """A document without tokens is left out, and gets no end of document either."""
-    report.num_empty += len(lengths)
-    lengths = lengths[lengths > 0]
-    report.num_empty -= len(lengths)
+    num_texts, lengths = len(lengths), lengths[lengths > 0]
     tokens = flat.astype(packing.dtype)
     if packing.end is not None:
         tokens = np.insert(tokens, lengths.cumsum(), packing.end)
         lengths += 1
-    text_bytes = sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
-    return Encoded(tokens, lengths.astype(np.int32), text_bytes, 0, report)
+    text_bytes = sum(len(text) if text.isascii() else len(text.encode()) for text in read.texts)
+    num_empty = num_texts - len(lengths)
+    return Encoded(tokens, lengths.astype(np.int32), text_bytes, num_left, read._replace(texts=[]), num_empty)
 
 
 def _encoded(
     blocks: Iterator[Block], encode: Callable[[Block], Encoded], pool: Executor | None, workers: int
-) -> Generator[Encoded, None, None]:
-    """Every block's tokens, in order, at most BLOCKS_PER_WORKER × `workers` of them under way."""
+) -> Generator[tuple[Block, Encoded], None, None]:
+    """Every block and its tokens, in order, at most BLOCKS_PER_WORKER × `workers` of them under way."""
     if pool is None:
-        yield from map(encode, blocks)
+        yield from ((block, encode(block)) for block in blocks)
         return
-    pending: deque[Future[Encoded]] = deque()
+    pending: deque[tuple[Block, Future[Encoded]]] = deque()
     try:
         for block in blocks:
-            pending.append(pool.submit(encode, block))
+            pending.append((block, pool.submit(encode, block)))
             if len(pending) >= BLOCKS_PER_WORKER * workers:
-                yield pending.popleft().result()
+                done, future = pending.popleft()
+                yield done, future.result()
         while pending:
-            yield pending.popleft().result()
+            done, future = pending.popleft()
+            yield done, future.result()
     except BrokenProcessPool:
         raise DataError(f"one of {workers} workers was killed, most likely for memory; use fewer workers") from None
     finally:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from megalite.data import blocks as module
-from megalite.data.blocks import Shard, add_to, iter_blocks, texts_of
+from megalite.data.blocks import LineNumbers, Shard, add_to, iter_blocks, texts_of
 from megalite.data.documents import Report, iter_documents, list_files
 
 LINES = [
@@ -41,10 +41,11 @@ LINES = [
 
 def read(files, shard):
     texts, report = [], Report()
+    numbers = LineNumbers(report)
     for block in iter_blocks(files, "text", shard):
-        found, part = texts_of(block, "text")
-        texts += found
-        add_to(report, part)
+        found = texts_of(block, "text")
+        texts += found.texts
+        numbers.add(block, *found[1:])
     return texts, report
 
 
@@ -62,7 +63,6 @@ def test_the_documents_of_one_reader_however_cut(tmp_path, lines, ends, read_byt
     path.write_bytes(b"\n".join(lines) + b"\n" * ends)
     expected = Report()
     texts = [document.text for document in iter_documents([str(path)], "text", expected)]
-    module.lines_before.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "READ_BYTES", read_bytes)
         patch.setattr(module, "BLOCK_BYTES", block_bytes)
@@ -111,6 +111,7 @@ def test_lines_too_long_are_named_and_not_kept(tmp_path, monkeypatch, name):
     monkeypatch.setattr("megalite.data.documents.CHUNK_BYTES", 10)
     data = b"\n".join(b'{"text": "%s"}' % (b"x" * size) for size in (5, 50_000, 980, 989, 5, 70_000))
     (tmp_path / name).write_bytes(gzip.compress(data, 1) if name.endswith("gz") else data)
+    monkeypatch.setattr(module, "BLOCK_BYTES", 2000)
     held = [len(block.lines) for block in iter_blocks([str(tmp_path / name)], "text", Shard())]
     texts, report = read([str(tmp_path / name)], Shard())
     assert [len(text) for text in texts] == [5, 980, 5]

@@ -267,7 +267,7 @@ def test_reading_never_runs_far_ahead():
     with ThreadPoolExecutor(2) as pool:
         results = module._encoded(endless(), len, pool, workers=2)  # len stands in for the tokenizer
         for taken in range(1, 50):
-            assert next(results) == 5
+            assert next(results) == ("block", 5)
             assert read - taken < module.BLOCKS_PER_WORKER * 2
         results.close()
 
