@@ -28,7 +28,7 @@ from megalite.data.documents import (
 )
 from megalite.data.indexed import DataError
 
-BLOCK_BYTES, READ_BYTES = 1 << 20, 1 << 16
+BLOCK_BYTES, READ_BYTES = 2 << 20, 1 << 16
 TOO_LONG = f"longer than {LONGEST_TEXT >> 20} MiB; cut the text into several documents"
 
 

@@ -21,7 +21,7 @@ from megalite.data.indexed import DataError
 CHUNK_BYTES = 1 << 16
 MAX_MESSAGES = 20
 # Bytes of plain text that are one document. No document is as long; a whole crawl in one file may be.
-LONGEST_TEXT = 16 << 20
+LONGEST_TEXT = 8 << 20
 # Where more of a text than this is not UTF-8, it is in an encoding that cannot be guessed a byte at a time.
 MOST_MENDED = 0.2
 # What decoding with `surrogateescape` left of bytes that are not UTF-8, as the commonest other encoding has them.

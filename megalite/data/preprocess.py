@@ -16,10 +16,9 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import chain
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,6 +38,10 @@ from megalite.data.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokeni
 
 BLOCKS_PER_WORKER = 4
 SECONDS_PER_LINE = 5.0
+# Characters that Hugging Face's tokenizers get at a time: they need some 130 bytes for each. Longer texts are done by
+# one worker after the other, for which `_turn` is a lock between processes.
+BITE = 1 << 19
+_turn: AbstractContextManager[object] = nullcontext()
 
 
 class Encoded(NamedTuple):
@@ -161,7 +164,7 @@ class _Job:
             return self._write(prefix, shard, library, None, encode)
         # Spawned, since a fork of a process with threads may hang.
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(self.workers, context, initializer=_start_worker) as pool:
+        with ProcessPoolExecutor(self.workers, context, initializer=_start_worker, initargs=(context.Lock(),)) as pool:
             return self._write(prefix, shard, library, pool, encode)
 
     def _write(
@@ -209,9 +212,26 @@ def _encode_fast(fast: FastBPE, packing: Packing, block: Block) -> Encoded:
 
 def _encode_exactly(tokenizer: str, packing: Packing, block: Block) -> Encoded:
     read = texts_of(block, packing.json_key)
-    rows = _opened(tokenizer).encode_batch(read.texts)
-    flat = np.fromiter(chain.from_iterable(rows), np.uint32)
+    rows: list[npt.NDArray[np.uint32]] = []
+    for texts in _bites(read.texts):
+        with _turn if len(texts[0]) > BITE else nullcontext():
+            rows += [np.array(ids, np.uint32) for ids in _opened(tokenizer).encode_batch(texts)]
+    flat = np.concatenate([np.empty(0, np.uint32), *rows])
     return _pack(read, flat, np.array([len(row) for row in rows], np.int64), 0, packing)
+
+
+def _bites(texts: Sequence[str]) -> Iterator[list[str]]:
+    """A few texts together; one that is longer, alone."""
+    bite: list[str] = []
+    length = 0
+    for text in texts:
+        if bite and length + len(text) > BITE:
+            yield bite
+            bite, length = [], 0
+        bite.append(text)
+        length += len(text)
+    if bite:
+        yield bite
 
 
 @cache
@@ -256,7 +276,9 @@ def _encoded(
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _start_worker() -> None:
+def _start_worker(turn: AbstractContextManager[object] | None = None) -> None:
+    global _turn
+    _turn = turn or _turn
     os.environ.update(TOKENIZERS_PARALLELISM="false", RAYON_NUM_THREADS="1")  # the processes are the parallelism
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent alone answers it
     parent = multiprocessing.parent_process()
