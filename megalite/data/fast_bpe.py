@@ -70,8 +70,9 @@ class FastBPE:
         normal = texts
         if self._normalize is not None:
             normal = [text if text.isascii() else self._normalize(text) for text in texts]
-        left = self._find_left(texts, normal)
-        flat, lengths = self._encode([text.encode() for i, text in enumerate(normal) if i not in left])
+        data = [text.encode() for text in normal]
+        left = self._find_left(texts, data)
+        flat, lengths = self._encode([one for i, one in enumerate(data) if i not in left] if left else data)
         if not left:
             return flat, lengths, 0
         fast = iter(np.split(flat, lengths.cumsum()[:-1]))
@@ -122,11 +123,9 @@ class FastBPE:
         self._fast = _load(self._json)  # other threads may still be using the old one
         self._seen_bytes, self._resident_before = 0, _resident_bytes() or 0
 
-    def _find_left(self, texts: Sequence[str], normal: Sequence[str]) -> set[int]:
-        """Which texts gigatoken might encode otherwise."""
-        others = {
-            i: _code_points(text.encode().translate(None, ASCII)) for i, text in enumerate(normal) if not text.isascii()
-        }
+    def _find_left(self, texts: Sequence[str], data: list[bytes]) -> set[int]:
+        """Which texts gigatoken might encode otherwise, given its input."""
+        others = {i: _code_points(data[i].translate(None, ASCII)) for i, text in enumerate(texts) if not text.isascii()}
         if not others:
             return set()
         points = np.concatenate(list(others.values()))

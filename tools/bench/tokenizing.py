@@ -200,8 +200,8 @@ def measure_endless_words(folder: Path, megabytes: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabytes", type=int, default=200, help="of text (default: %(default)s)")
-    parser.add_argument("--slow-megabytes", type=int, default=15, help="of it for the slow ones (default: %(default)s)")
+    parser.add_argument("--megabytes", type=int, default=400, help="of text (default: %(default)s)")
+    parser.add_argument("--slow-megabytes", type=int, default=8, help="of it for the slow ones (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--slow-rounds", type=int, default=3)
     parser.add_argument("--unicode", action="store_true", help="compare ids of all code points instead")
