@@ -23,7 +23,7 @@ from megalite.urls import is_url
 CHUNK_BYTES = 1 << 16
 MAX_MESSAGES = 20
 # Bytes of plain text that are one document. No document is as long; a whole crawl in one file may be.
-LONGEST_TEXT = 16 << 20
+LONGEST_TEXT = 8 << 20
 # Bytes of a JSON line that are held at most; a longer one is left out.
 LONGEST_LINE = 64 << 20
 # Where more of a text than this is not UTF-8, it is in an encoding that cannot be guessed a byte at a time.
@@ -148,7 +148,7 @@ def _read_all(files: Mapping[str, int], reading: Reading, report: Report) -> Ite
                 num_bytes = len(text.encode())
             except UnicodeEncodeError:
                 try:
-                    text, mended = _mend(text)
+                    text, mended = mend(text)
                 except ValueError as error:
                     report.bad(path, line, error)
                     continue
@@ -162,7 +162,7 @@ def _read_all(files: Mapping[str, int], reading: Reading, report: Report) -> Ite
         report.bytes_read = before + size
 
 
-def _mend(text: str) -> tuple[str, int]:
+def mend(text: str) -> tuple[str, int]:
     """The text and how many of its bytes were not UTF-8. Raises ValueError that says why it cannot be mended."""
     mended = text.translate(WINDOWS_1252)
     num_bytes = sum(0xDC80 <= ord(character) <= 0xDCFF for character in text)
@@ -176,6 +176,10 @@ def _mend(text: str) -> tuple[str, int]:
 
 
 Reader = Callable[[str, Reading, Report], Iterator[tuple[str, int, dict[str, Any]]]]
+
+
+def is_json_lines(path: str) -> bool:
+    return _reader(path) is _read_json_lines
 
 
 def _reader(path: str) -> Reader:
@@ -211,7 +215,7 @@ def _read_json_lines(path: str, reading: Reading, report: Report) -> Iterator[tu
                 report.bad(path, number, f"the line is longer than {LONGEST_LINE:,} bytes")
                 continue
             try:
-                record = _record_of(line, reading)
+                record = record_of(line, reading)
             except ValueError as error:
                 report.bad(path, number, error)
             else:
@@ -221,7 +225,7 @@ def _read_json_lines(path: str, reading: Reading, report: Report) -> Iterator[tu
         report.bad(path, number + 1, f"unreadable from here on: {error}")
 
 
-def _record_of(line: bytes, reading: Reading) -> dict[str, Any]:
+def record_of(line: bytes, reading: Reading) -> dict[str, Any]:
     """Raises ValueError that says why the line has no text."""
     json_key = reading.json_key
     try:

@@ -13,11 +13,12 @@ import bisect
 import hashlib
 import json
 import os
+import shutil
 import struct
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -252,7 +253,7 @@ class IndexedWriter:
                 f"{self._final[0]}: documents need 1 to 2^31 - 1 tokens and lengths that sum to {flat.size}; "
                 f"got lengths from {sizes.min()} to {sizes.max()} that sum to {sizes.sum()}"
             )
-        if self.dtype.kind in "iu":
+        if self.dtype.kind in "iu" and flat.dtype != self.dtype:
             low, high, info = flat.min(), flat.max(), np.iinfo(self.dtype)
             if flat.dtype.kind not in "iu" or low < info.min or high > info.max:
                 raise DataError(
@@ -263,6 +264,23 @@ class IndexedWriter:
         self._idx.write(sizes.astype("<i4").data)
         self.num_documents += sizes.size
         self.num_tokens += flat.size
+
+    def add_pair(self, prefix: str | Path) -> None:
+        """Append all documents of another pair. The kernel copies the tokens; what is read are the lengths.
+
+        Raises DataError if they are of another type, or its documents are not of one sequence each."""
+        other = IndexedDataset(prefix)
+        if other.dtype != self.dtype or other.num_documents != other.num_sequences:
+            raise DataError(
+                f"{prefix}: {other.num_documents} documents of {other.num_sequences} {other.dtype.name} sequences do "
+                f"not go with documents of one {self.dtype.name} sequence each; tokenize the input again"
+            )
+        with open(f"{prefix}.bin", "rb") as source:
+            _copy(source, self._bin, other.num_tokens * self.dtype.itemsize)
+        for start in range(0, other.num_sequences, CHUNK_DOCUMENTS):
+            self._idx.write(other._lengths[start : start + CHUNK_DOCUMENTS].tobytes())
+        self.num_documents += other.num_documents
+        self.num_tokens += other.num_tokens
 
     def finish(self) -> None:
         """Complete the index, make both files durable and give them their names. Raises DataError without documents."""
@@ -316,3 +334,15 @@ class IndexedWriter:
                 self.finish()
         finally:
             self.abort()
+
+
+def _copy(source: BinaryIO, target: BinaryIO, num_bytes: int) -> None:
+    """To the target's position, within the kernel; a file system that can shares the blocks instead of copying them."""
+    target.flush()
+    copied = 0
+    with suppress(OSError, AttributeError):  # two file systems, or one or a platform that cannot: see below
+        while copied < num_bytes and (step := os.copy_file_range(source.fileno(), target.fileno(), num_bytes - copied)):
+            copied += step
+    target.seek(0, os.SEEK_END)
+    source.seek(copied)
+    shutil.copyfileobj(source, target, 1 << 24)
