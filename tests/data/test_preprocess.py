@@ -310,7 +310,9 @@ def test_interrupted_tool_leaves_no_files_and_no_processes(tmp_path, tokenizer, 
     assert partial.stat().st_size > 0
     os.kill(process.pid, number)
     _, error = process.communicate(timeout=30)  # the pipes close once the workers have ended as well
-    assert (process.returncode, error) == (130, "interrupted\n")
+    *progress, last = error.splitlines()  # of which a slow machine may have come to print some
+    assert (process.returncode, last) == (130, "interrupted")
+    assert all("tokens/s" in line for line in progress)
     assert list(tmp_path.iterdir()) == [path]
     assert group_ends(process.pid)
 
