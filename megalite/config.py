@@ -61,6 +61,10 @@ class ModelConfig(Section):
     init_std: float = Field(0.02, gt=0)
     tie_embeddings: bool = False
 
+    def window(self, layer: int) -> int | None:
+        """Tokens that each token of a layer attends to at most; None: all before it."""
+        return None
+
 
 class Source(Section):
     path: Path = Field(description="PREFIX of PREFIX.bin and PREFIX.idx")

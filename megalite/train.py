@@ -257,7 +257,7 @@ def make_inputs(micro: MicroBatch, mesh: Mesh, seed: int | None = None) -> Input
     position = index[None] if micro.documents is None else positions_of(micro.documents)[:, index]
     document = None if micro.documents is None else micro.documents[:, index]
     keys = None if seed is None else random_bits(key_of(seed, "dropout"), micro.samples)
-    return Inputs(micro.tokens[:, index], Places(index, position, document, keys), micro.labels[:, index])
+    return Inputs(micro.tokens[:, index], Places(index, position, document, keys, length), micro.labels[:, index])
 
 
 def count_labels(inputs: list[Inputs]) -> Tensor:

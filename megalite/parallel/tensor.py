@@ -221,6 +221,34 @@ class SequenceCutEmbedding(_Parallel):
         return F.embedding(positions_BT.chunk(self.axis.size, SEQUENCE)[self.axis.rank], self.weight)
 
 
+class _SumOverRanks(Function):
+    """What each rank adds to a sum that all of them go on to use, each for its own features."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return all_reduce(x.clone(), axis)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return all_reduce(grad.clone(), ctx.axis), None
+
+
+class FeatureCutRMSNorm(nn.Module):
+    """RMSNorm over features of which each rank holds some, and their weight: one number a token travels (OLMo 2's norms
+    over all heads of a token)."""
+
+    def __init__(self, weight: nn.Parameter, eps: float, axis: Axis):
+        super().__init__()
+        self.weight, self.eps, self.axis = weight, eps, axis
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        squares = _SumOverRanks.apply(wide.square().sum(-1, keepdim=True), self.axis)
+        scale = torch.rsqrt(squares / (x.shape[-1] * self.axis.size) + self.eps)
+        return (wide * scale * self.weight).to(x.dtype)
+
+
 class VocabParallelCrossEntropy(nn.Module):
     """Loss of every token from logits of which each rank holds some columns: three numbers a token travel, no
     logits. The backward pass overwrites the logits."""

@@ -20,37 +20,17 @@ from megalite.config import ConfigError
 from megalite.infer.generate import load_model
 from megalite.models import from_hf_config, model_config, to_hf_config, weight_table
 from megalite.models.layers import IGNORE, CausalAttention, CrossEntropy, Dropout, Places
+from tiny_models import CASES, GPT2, IDS, LLAMA, LLAMA3_ROPE, ON_DISK
 
 transformers = pytest.importorskip("transformers")
 
 LENGTH = 40
-LLAMA: dict[str, Any] = {
-    "vocab_size": 99, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 4, "max_position_embeddings": 64, "bos_token_id": None, "eos_token_id": None,
-}  # fmt: skip
-GPT2: dict[str, Any] = {
-    "vocab_size": 99, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4,
-    "bos_token_id": None, "eos_token_id": None,
-}  # fmt: skip
-# LENGTH goes past the original 16 positions, and the six frequencies of a head of 12 fall into all three bands.
-LLAMA3_ROPE = {
-    "rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}  # fmt: skip
-CASES: dict[str, dict[str, Any]] = {
-    "llama": LLAMA,
-    "llama-grouped-queries": LLAMA | {"num_key_value_heads": 2, "rms_norm_eps": 1e-3},
-    "llama-tied": LLAMA | {"num_key_value_heads": 1, "tie_word_embeddings": True},
-    "llama-3": LLAMA | {"head_dim": 12, "rope_parameters": LLAMA3_ROPE},
-    "gpt2": GPT2,
-    "gpt2-untied": GPT2 | {"tie_word_embeddings": False, "n_inner": 40, "layer_norm_epsilon": 1e-3},
-}
 
 
 def their_model(case: str) -> nn.Module:
     torch.manual_seed(0)
-    family = transformers.LlamaForCausalLM if case.startswith("llama") else transformers.GPT2LMHeadModel
-    model = family(family.config_class(**CASES[case])).eval()
+    config = transformers.AutoConfig.for_model(**CASES[case])
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for parameter in model.parameters():  # norms and biases too: left at 1 and 0 they could be swapped unseen
             parameter.normal_(mean=0.5 * (parameter.dim() == 1), std=0.25)
@@ -83,7 +63,8 @@ def test_logits_and_gradients_are_those_of_transformers(pair: tuple[nn.Module, P
     ours.loss(found, labels).sum().div(7).backward()
     theirs.zero_grad()
     (F.cross_entropy(wanted.flatten(0, 1), labels.flatten(), reduction="sum") / 7).backward()
-    grads = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    on_disk = ON_DISK.get(ours.config.family, {})
+    grads = {on_disk.get(name, name): parameter.grad for name, parameter in theirs.named_parameters()}
     parameters = dict(ours.named_parameters())
     for weight in weight_table(ours.config):
         for name, grad in weight.to_hf(parameters[weight.name].grad).items():
@@ -103,12 +84,12 @@ def test_config_survives_the_way_there_and_back(pair: tuple[nn.Module, Path]) ->
         type(pair[0].config)(**values)
         for values in (json.loads((folder / "config.json").read_text()), to_hf_config(config))
     )
-    for key in CASES[folder.name[:-1]].keys() - {"bos_token_id", "eos_token_id"}:  # the tokenizer's, not the model's
+    for key in CASES[folder.name[:-1]].keys() - IDS.keys():  # the tokenizer's, not the model's
         assert getattr(ours, key) == getattr(theirs, key), key
 
 
 def test_position_scaling_as_transformers_4_writes_it() -> None:
-    new = {"model_type": "llama", "rms_norm_eps": 1e-6} | LLAMA | {"rope_parameters": LLAMA3_ROPE}
+    new = {"rms_norm_eps": 1e-6} | LLAMA | {"rope_parameters": LLAMA3_ROPE}
     old = {key: value for key, value in new.items() if key != "rope_parameters"}
     old |= {"rope_theta": 500.0, "rope_scaling": {k: v for k, v in LLAMA3_ROPE.items() if k != "rope_theta"}}
     assert from_hf_config(old) == from_hf_config(new)
@@ -129,9 +110,7 @@ def test_position_scaling_as_transformers_4_writes_it() -> None:
     ],
 )
 def test_what_a_family_cannot_compute_is_refused_by_name(tmp_path: Path, kind: str, key: str, value: Any) -> None:
-    values = {"model_type": kind, "rms_norm_eps": 1e-6, "layer_norm_epsilon": 1e-5} | (
-        LLAMA if kind == "llama" else GPT2
-    )
+    values = {"rms_norm_eps": 1e-6, "layer_norm_epsilon": 1e-5} | (LLAMA if kind == "llama" else GPT2)
     values |= {"rope_parameters": LLAMA3_ROPE | {key: value}} if key == "rope_type" else {key: value}
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(ConfigError, match=rf"{key} = {value!r}.*{kind} family supports"):
@@ -140,7 +119,7 @@ def test_what_a_family_cannot_compute_is_refused_by_name(tmp_path: Path, kind: s
 
 def test_unknown_architecture_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "t5"}')
-    with pytest.raises(ConfigError, match=r"model_type = 't5'.*gpt2, llama"):
+    with pytest.raises(ConfigError, match=r"model_type = 't5'.*gemma2, .*gpt2, .*llama, mistral"):
         load_model(tmp_path)
 
 
