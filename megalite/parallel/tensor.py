@@ -126,7 +126,9 @@ class _Linear(Function):
         ctx.save_for_backward(x, weight)
         ctx.axis, ctx.sequence, ctx.has_bias = axis, sequence, bias is not None
         ctx.deliver, ctx.later, ctx.parameter = deliver, later, weight
-        return F.linear(all_gather(x, axis, SEQUENCE) if sequence else x, weight, bias)
+        out = F.linear(all_gather(x, axis, SEQUENCE) if sequence else x, weight, bias)
+        # With a bias it comes as a view, in which autograd would let nobody turn positions in place.
+        return out if bias is None else torch.ops.aten._unsafe_view(out, out.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
