@@ -11,12 +11,11 @@ import torch.nn as nn
 from pydantic import Field
 from torch import Tensor
 
-from megalite.kernels.activation import geglu
 from megalite.kernels.attention import AttentionKind
-from megalite.models import llama
 from megalite.models.hf import require
 from megalite.models.layers import OffsetRMSNorm, Places, RMSNorm
 from megalite.models.llama import (
+    MLP,
     Attention,
     Llama,
     Shared,
@@ -40,6 +39,7 @@ class GemmaLike(WindowedByLayer):
     query_pre_attn_scalar: float = Field(0, ge=0, description="scores are divided by its root; 0: the head size")
     logit_softcap: float | None = Field(None, gt=0, description="c of logits c · tanh(logit / c)")
 
+    GATE: ClassVar[Literal["silu", "gelu"]] = "gelu"
     NORM: ClassVar[type[RMSNorm]] = OffsetRMSNorm
 
     def attention(self, layer: int) -> AttentionKind:
@@ -57,11 +57,6 @@ class Gemma2Config(GemmaLike):
     def attention(self, layer: int) -> AttentionKind:
         kind = super().attention(layer)
         return AttentionKind(kind.window, self.attention_softcap, kind.scale)
-
-
-class MLP(llama.MLP):
-    def shrink(self, gate_up: Tensor) -> Tensor:
-        return self.down(geglu(gate_up))
 
 
 class Layer(nn.Module):
@@ -127,16 +122,17 @@ def gemma_to_hf(config: GemmaLike, architecture: str) -> dict[str, Any]:
 
 
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
-    return gemma_from_hf(hf, "gemma2") | {"attention_softcap": hf.get("attn_logit_softcapping")}
+    return gemma_from_hf(hf, "gemma2") | {"attention_softcap": hf["attn_logit_softcapping"]}
 
 
 def gemma_from_hf(hf: dict[str, Any], family: str) -> dict[str, Any]:
     require(hf, family, {"hidden_activation": GELU, "use_bidirectional_attention": False})
     return fields_from_hf({"tie_word_embeddings": True, **hf}, family, GELU) | {
+        "head_dim": hf["head_dim"],
         "query_pre_attn_scalar": hf["query_pre_attn_scalar"],
-        "sliding_window": hf.get("sliding_window"),
+        "sliding_window": hf["sliding_window"],
         "layer_types": hf.get("layer_types"),
-        "logit_softcap": hf.get("final_logit_softcapping"),
+        "logit_softcap": hf["final_logit_softcapping"],
     }
 
 

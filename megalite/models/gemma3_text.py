@@ -57,7 +57,8 @@ def to_hf(config: Gemma3TextConfig) -> dict[str, Any]:
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
     require(hf, "gemma3_text", {"attn_logit_softcapping": None})
     ropes = hf.get("rope_parameters") or {}
-    flat = {"rope_theta": 1_000_000.0, **hf, "rope_parameters": ropes.get("full_attention")}
+    usual = {"rope_theta": 1_000_000.0, "final_logit_softcapping": None}
+    flat = {**usual, **hf, "rope_parameters": ropes.get("full_attention")}
     local = (ropes.get("sliding_attention") or {}).get("rope_theta", hf.get("rope_local_base_freq", 10_000.0))
     found = gemma_from_hf(flat, "gemma3_text") | {"local_rope_theta": local}
     if found["layer_types"] is None and (pattern := hf.get("sliding_window_pattern", 6)) != 6:

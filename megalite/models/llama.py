@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from megalite.config import ModelConfig
-from megalite.kernels.activation import swiglu
+from megalite.kernels.activation import geglu, swiglu
 from megalite.kernels.attention import AttentionKind
 from megalite.kernels.rope import rotate
 from megalite.models import rope
@@ -34,6 +34,7 @@ class LlamaLike(ModelConfig):
     rope_scaling: rope.Scaling | None = None
 
     QKV_BIAS: ClassVar[bool] = False
+    GATE: ClassVar[Literal["silu", "gelu"]] = "silu"
     NORM: ClassVar[type[RMSNorm]] = RMSNorm
 
     @model_validator(mode="after")
@@ -126,12 +127,13 @@ class MLP(nn.Module):
         super().__init__()
         self.gate_up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate = {"silu": swiglu, "gelu": geglu}[config.GATE]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.shrink(self.gate_up(x))
 
     def shrink(self, gate_up: Tensor) -> Tensor:
-        return self.down(swiglu(gate_up))
+        return self.down(self.gate(gate_up))
 
 
 class Layer(nn.Module):

@@ -18,7 +18,7 @@ def to_hf(config: MistralConfig) -> dict[str, Any]:
 
 
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
-    return fields_from_hf(hf, "mistral") | {"sliding_window": hf.get("sliding_window")}
+    return fields_from_hf(hf, "mistral") | {"sliding_window": hf["sliding_window"]}
 
 
 MODEL, CONFIG = Llama, MistralConfig

@@ -40,7 +40,10 @@ def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
     require(hf, "smollm3", {"mlp_bias": False, "use_sliding_window": False})
     count, interval = hf["num_hidden_layers"], hf.get("no_rope_layer_interval", 4)
     turning = hf.get("no_rope_layers") or [(layer + 1) % interval for layer in range(count)]
-    return fields_from_hf(hf, "smollm3") | {"nope_layers": [layer for layer in range(count) if not turning[layer]]}
+    usual = {"rope_theta": 2_000_000.0, "tie_word_embeddings": True}
+    return fields_from_hf(usual | hf, "smollm3") | {
+        "nope_layers": [layer for layer in range(count) if not turning[layer]]
+    }
 
 
 MODEL, CONFIG = Llama, SmolLM3Config
