@@ -237,6 +237,20 @@ def test_refuses_dropout_on_attention_that_travels() -> None:
     assert "attention_dropout = 0.1" in refusal(2, "parallel.context=2", model=model)
 
 
+CAPPED = {
+    "family": "gemma2", "vocab_size": 9, "hidden_size": 24, "intermediate_size": 8, "num_layers": 1,
+    "num_attention_heads": 6, "max_positions": 64,
+}  # fmt: skip
+
+
+def test_refuses_what_a_capped_model_cannot_do() -> None:
+    found = refusal(2, "parallel.context=2", model=CAPPED | {"attention_softcap": 50.0})
+    assert "model.attention_softcap = 50.0 needs parallel.context: 1, not 2" in found
+    found = refusal(1, "train.loss_chunk=8", model=CAPPED | {"logit_softcap": 30.0})
+    assert "model.logit_softcap = 30.0 needs train.loss_chunk: null, not 8" in found
+    plan_of(2, "parallel.context=2", "train.loss_chunk=8", model=CAPPED)
+
+
 PUBLISHED = {
     "llama-7b": 6_738_415_616, "llama-8b": 8_030_261_248, "llama-13b": 13_015_864_320, "llama-70b": 70_553_706_496,
     "llama-1b": 1_235_814_400, "llama-3b": 3_212_749_824, "gpt2-124m": 124_439_808, "gpt2-355m": 354_823_168,
