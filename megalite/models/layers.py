@@ -126,6 +126,8 @@ class Dropout(nn.Module):
 class RMSNorm(nn.Module):
     INIT: Literal["ones", "zeros"] = "ones"
     """Of the weight, so that nothing is scaled at first."""
+    UNIT = 0.0
+    """Added to the weight."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -135,22 +137,15 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
         """The norm of `x`; with a residual, (norm, sum) of their sum."""
         if residual is None:
-            return rms_norm(x, self.weight, self.eps)
-        return add_rms_norm(x, residual, self.weight, self.eps)
+            return rms_norm(x, self.weight, self.eps, self.UNIT)
+        return add_rms_norm(x, residual, self.weight, self.eps, self.UNIT)
 
 
 class OffsetRMSNorm(RMSNorm):
-    """Scales by 1 + weight (Gemma). The sum is never made: in bf16 it would lose what the weight has below 2⁻⁷."""
+    """Scales by 1 + weight (Gemma)."""
 
     INIT = "zeros"
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
-        ones = torch.ones_like(self.weight)
-        if residual is None:
-            normed = rms_norm(x, ones, self.eps)
-            return torch.addcmul(normed, normed, self.weight)
-        normed, total = add_rms_norm(x, residual, ones, self.eps)
-        return torch.addcmul(normed, normed, self.weight), total
+    UNIT = 1.0
 
 
 class LayerNorm(nn.Module):

@@ -122,10 +122,9 @@ def _norm(shapes: Shapes) -> int:
 
 
 def _more_norms(shapes: Shapes) -> int:
-    """Of norms behind attention and MLP, their inputs; of those that scale by 1 + weight, what they scale."""
+    """Beyond two, which stand behind attention and MLP: inputs and statistics."""
     tokens = shapes.tokens // shapes.tensor if shapes.sequence else shapes.tokens
-    behind = (shapes.norms - 2) * (shapes.hidden_bytes + tokens * FP32)
-    return behind + (shapes.norms * shapes.hidden_bytes if shapes.offset_norms else 0)
+    return (shapes.norms - 2) * (shapes.hidden_bytes + tokens * FP32)
 
 
 def _projection(shapes: Shapes) -> int:
@@ -164,11 +163,10 @@ def _lean_attention(shapes: Shapes) -> int:
 
 
 def _before_head_norms(shapes: Shapes) -> int:
-    """What they were computed from, and statistics; of those that scale by 1 + weight, what they scale."""
+    """What they were computed from, and statistics."""
     if not shapes.head_norms:
         return 0
-    scaled = shapes.tokens * (shapes.q + shapes.kv) * shapes.element if shapes.offset_norms else 0
-    return _projection(shapes) + shapes.tokens * (shapes.heads + shapes.kv_heads) * FP32 + scaled
+    return _projection(shapes) + shapes.tokens * (shapes.heads + shapes.kv_heads) * FP32
 
 
 def _attention_forward(shapes: Shapes) -> int:

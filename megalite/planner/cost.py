@@ -183,9 +183,6 @@ class Costs:
         if shapes.norms > 2:  # behind attention and MLP: 2 passes each, 3 back
             more = shapes.norms - 2
             forward, backward, kernels = forward + 2 * more * hidden, backward + 3 * more * hidden, kernels + more
-        if shapes.offset_norms:  # their scaling: 2 passes, 4 back
-            forward, backward = forward + 2 * shapes.norms * hidden, backward + 4 * shapes.norms * hidden
-            kernels += shapes.norms
         if shapes.rope:  # in place
             forward, backward, kernels = forward + 2 * heads, backward + 2 * heads, kernels + 1
         if shapes.head_norms:

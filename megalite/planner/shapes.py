@@ -54,8 +54,6 @@ class Shapes:
     rms_norm: bool
     norms: int
     """Of hidden states in a layer."""
-    offset_norms: bool
-    """A norm scales by 1 + weight, in a pass of its own (Gemma)."""
     head_norms: bool
     """Queries and keys are normalised (Qwen3)."""
     window: bool
@@ -124,7 +122,6 @@ def shapes_of(config: Config, plan: Plan, weights: Sequence[Weight]) -> Shapes:
         rope=not any(weight.name == "positions.weight" for weight in weights),
         rms_norm="attention_norm.bias" not in layer,
         norms=sum(name.endswith("norm.weight") and "." not in name[:-7] for name in layer),
-        offset_norms=layer["attention_norm.weight"].init == "zeros",
         head_norms=any("q_norm" in name for name in layer),
         window=any((model.window(number) or length) < length for number in range(model.num_layers)),
         attention_softcap=getattr(model, "attention_softcap", None) is not None,

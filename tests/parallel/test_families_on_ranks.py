@@ -201,9 +201,9 @@ def test_a_step_is_that_of_transformers(
     assert found["loss"] == pytest.approx(loss, rel=1e-5)
     assert found["grads"].keys() == grads.keys()
     for name, grad in grads.items():
-        # The project's bound; fp32 sums in another order, about 1e-7 an operation, give up to 1e-5 here.
+        # The project's bound for every layout; fp32 sums in another order, about 1e-7 an operation, give up to 3e-6.
         error = ((found["grads"][name] - grad).norm() / grad.norm()).item()
-        assert error <= 1e-4, f"gradient of {name} is off by {error:.1e}"
+        assert error <= 1e-5, f"gradient of {name} is off by {error:.1e}"
 
 
 @pytest.mark.parametrize("case", FAMILIES)

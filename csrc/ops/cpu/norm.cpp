@@ -33,6 +33,7 @@ void forward(const NormForward& a, int64_t begin, int64_t end) {
   const T* weight = static_cast<const T*>(a.weight);
   const T* bias = static_cast<const T*>(a.bias);
   const int64_t size = a.size;
+  const float unit = centred ? 0.0f : a.unit;
   const auto first = [](float value) { return centred ? value : value * value; };
   for (int64_t row = begin; row < end; ++row) {
     const T* x = static_cast<const T*>(a.x) + row * size;
@@ -58,7 +59,7 @@ void forward(const NormForward& a, int64_t begin, int64_t end) {
     a.rstd[row] = rstd;
 #pragma omp simd
     for (int64_t i = 0; i < size; ++i) {
-      const float value = (to_float(x[i]) - mean) * rstd * to_float(weight[i]);
+      const float value = (to_float(x[i]) - mean) * rstd * (to_float(weight[i]) + unit);
       out[i] = from_float<T>(centred ? value + to_float(bias[i]) : value);
     }
   }
@@ -70,6 +71,7 @@ template <class T, bool centred>
 void backward(const NormBackward& a, int64_t begin, int64_t end) {
   const T* weight = static_cast<const T*>(a.weight);
   const int64_t size = a.size;
+  const float unit = centred ? 0.0f : a.unit;
   for (int64_t part = begin; part < end; ++part) {
     float* dweight = a.dweight + part * size;
     float* dbias = a.dbias + part * size;
@@ -84,7 +86,7 @@ void backward(const NormBackward& a, int64_t begin, int64_t end) {
       const float dot = sum_of(size, [=](int64_t i) {
         const float product = to_float(grad[i]) * (to_float(x[i]) - mean) * rstd;
         dweight[i] += product;
-        return product * to_float(weight[i]);
+        return product * (to_float(weight[i]) + unit);
       });
       const float slope = dot / static_cast<float>(size) * rstd;
       float offset = 0.0f;
@@ -96,7 +98,7 @@ void backward(const NormBackward& a, int64_t begin, int64_t end) {
         offset /= static_cast<float>(size);
       }
       const auto value = [=](int64_t i) {
-        return (to_float(grad[i]) * to_float(weight[i]) - offset - (to_float(x[i]) - mean) * slope) * rstd;
+        return (to_float(grad[i]) * (to_float(weight[i]) + unit) - offset - (to_float(x[i]) - mean) * slope) * rstd;
       };
       if (a.grad_sum) {
         const T* grad_sum = static_cast<const T*>(a.grad_sum) + row * size;
