@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megalite.kernels.attention import AttentionKind
 from megalite.models.hf import require
-from megalite.models.layers import OffsetRMSNorm, Places, RMSNorm
+from megalite.models.layers import LayerNorm, OffsetRMSNorm, Places, RMSNorm
 from megalite.models.llama import (
     MLP,
     Attention,
@@ -40,7 +40,7 @@ class GemmaLike(WindowedByLayer):
     logit_softcap: float | None = Field(None, gt=0, description="c of logits c · tanh(logit / c)")
 
     GATE: ClassVar[Literal["silu", "gelu"]] = "gelu"
-    NORM: ClassVar[type[RMSNorm]] = OffsetRMSNorm
+    NORM: ClassVar[type[RMSNorm] | type[LayerNorm]] = OffsetRMSNorm
 
     def attention(self, layer: int) -> AttentionKind:
         usual = self.query_pre_attn_scalar in (0, self.head_size)

@@ -1,24 +1,21 @@
-"""GPT-NeoX and Pythia (Black et al. 2022, Biderman et al. 2023): LayerNorm, biases, heads that turn in part, and
-attention and MLP side by side between two points of the residual stream."""
+"""GPT-NeoX and Pythia (Black et al. 2022, Biderman et al. 2023): Llama's attention with heads that turn in part, among
+LayerNorm, GELU and biases, and attention and MLP side by side between two points of the residual stream."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from megalite.config import ModelConfig
 from megalite.kernels.activation import gelu
-from megalite.kernels.rope import rotate
 from megalite.models import rope
 from megalite.models.hf import require
-from megalite.models.layers import CausalAttention, CrossEntropy, Decoder, LayerNorm, Places, numbered
-from megalite.models.llama import Shared, residual_std
+from megalite.models.layers import LayerNorm, RMSNorm
+from megalite.models.llama import Attention, Llama, LlamaLike, Shared, residual_std
 from megalite.models.weights import Weight, layer_rows
 from megalite.plan import Place
 
@@ -26,50 +23,25 @@ TANH = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")
 """Names of one approximation of GELU."""
 
 
-class GPTNeoXConfig(ModelConfig):
+class GPTNeoXConfig(LlamaLike):
     family: Literal["gpt_neox"] = "gpt_neox"
-    intermediate_size: int = Field(gt=0)
     rotary_pct: float = Field(0.25, gt=0, le=1, description="share of each head that turns")
-    rope_theta: float = Field(10_000.0, gt=0)
-    rope_scaling: rope.Scaling | None = None
     parallel_residual: bool = Field(True, description="attention and MLP take the same input; false: one the other's")
     tanh_gelu: bool = Field(False, description="GELU in its tanh approximation")
 
-    @model_validator(mode="after")
-    def _heads_fit(self) -> GPTNeoXConfig:
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads {self.num_attention_heads}"
-            )
-        if not self.rotary_size or self.rotary_size % 2:
-            raise ValueError(
-                f"rotary_pct {self.rotary_pct} of heads of size {self.head_size} is {self.rotary_size}: numbers turn "
-                "in pairs"
-            )
-        return self
+    QKV_BIAS: ClassVar[bool] = True
+    OUT_BIAS: ClassVar[bool] = True
+    NORM: ClassVar[type[RMSNorm] | type[LayerNorm]] = LayerNorm
 
-    @property
-    def head_size(self) -> int:
-        return self.hidden_size // self.num_attention_heads
+    @model_validator(mode="after")
+    def _plain_heads(self) -> GPTNeoXConfig:
+        if self.kv_heads != self.num_attention_heads or self.head_size * self.num_attention_heads != self.hidden_size:
+            raise ValueError("gpt_neox has as many num_kv_heads as num_attention_heads, and together they fill a token")
+        return self
 
     @property
     def rotary_size(self) -> int:
         return int(self.head_size * self.rotary_pct)
-
-
-class Attention(nn.Module):
-    def __init__(self, config: GPTNeoXConfig):
-        super().__init__()
-        self.head_size = config.head_size
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.core = CausalAttention()
-        self.out = nn.Linear(config.hidden_size, config.hidden_size)
-
-    def forward(self, x_BTD: Tensor, shared: Shared) -> Tensor:
-        qkv = self.qkv(x_BTD)
-        heads = qkv.shape[2] // self.head_size // 3  # all, or the share of a tensor rank
-        qkv_BTNK = rotate(qkv, self.head_size, 2 * heads, *shared.turns[0])
-        return self.out(self.core(qkv_BTNK, heads, heads, shared.places))
 
 
 class MLP(nn.Module):
@@ -87,11 +59,11 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, config: GPTNeoXConfig):
+    def __init__(self, config: GPTNeoXConfig, number: int):
         super().__init__()
         self.parallel = config.parallel_residual
         self.attention_norm = LayerNorm(config.hidden_size, config.norm_eps)
-        self.attention = Attention(config)
+        self.attention = Attention(config, number)
         self.mlp_norm = LayerNorm(config.hidden_size, config.norm_eps)
         self.mlp = MLP(config)
 
@@ -103,27 +75,11 @@ class Layer(nn.Module):
         return x + self.mlp(normed)
 
 
-class GPTNeoX(Decoder):
-    INPUT, OUTPUT = ("embedding",), ("norm", "head", "loss")
+class GPTNeoX(Llama):
+    config: GPTNeoXConfig
 
-    def __init__(self, config: GPTNeoXConfig):
-        super().__init__()
-        self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = numbered(Layer(config) for _ in range(config.num_layers))
-        self.norm = LayerNorm(config.hidden_size, config.norm_eps)
-        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.tie_embeddings:
-            self.head.weight = self.embedding.weight
-        self.loss = CrossEntropy()
-
-    def embed(self, tokens_BT: Tensor, places: Places) -> Tensor:
-        return self.embedding(tokens_BT)
-
-    def shared(self, places: Places, dtype: torch.dtype) -> Shared:
-        c = self.config
-        arguments = c.rotary_size, c.rope_theta, c.rope_scaling, places.length, c.max_positions
-        return Shared((rope.turns(places.position_BT, *arguments),), places)
+    def layer(self, number: int) -> nn.Module:
+        return Layer(self.config, number)
 
 
 def weights(config: GPTNeoXConfig) -> Iterator[Weight]:

@@ -149,6 +149,8 @@ class OffsetRMSNorm(RMSNorm):
 
 
 class LayerNorm(nn.Module):
+    INIT: Literal["ones"] = "ones"
+
     def __init__(self, size: int, eps: float):
         super().__init__()
         self.weight, self.bias = nn.Parameter(torch.empty(size)), nn.Parameter(torch.empty(size))

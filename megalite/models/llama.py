@@ -18,7 +18,7 @@ from megalite.kernels.attention import AttentionKind
 from megalite.kernels.rope import rotate
 from megalite.models import rope
 from megalite.models.hf import require
-from megalite.models.layers import CausalAttention, CrossEntropy, Decoder, Places, RMSNorm, numbered
+from megalite.models.layers import CausalAttention, CrossEntropy, Decoder, LayerNorm, Places, RMSNorm, numbered
 from megalite.models.weights import Weight, layer_rows
 from megalite.plan import Place
 
@@ -34,8 +34,9 @@ class LlamaLike(ModelConfig):
     rope_scaling: rope.Scaling | None = None
 
     QKV_BIAS: ClassVar[bool] = False
+    OUT_BIAS: ClassVar[bool] = False
     GATE: ClassVar[Literal["silu", "gelu"]] = "silu"
-    NORM: ClassVar[type[RMSNorm]] = RMSNorm
+    NORM: ClassVar[type[RMSNorm] | type[LayerNorm]] = RMSNorm
 
     @model_validator(mode="after")
     def _heads_fit(self) -> LlamaLike:
@@ -43,7 +44,7 @@ class LlamaLike(ModelConfig):
             raise ValueError(
                 f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads {self.num_attention_heads}"
             )
-        if self.rotary_size % 2:
+        if not self.rotary_size or self.rotary_size % 2:
             raise ValueError(f"heads of size {self.rotary_size} cannot be rotated in pairs: the size must be even")
         if self.num_attention_heads % self.kv_heads:
             raise ValueError(
@@ -90,7 +91,7 @@ class Attention(nn.Module):
         self.heads_per_group, self.turn = heads // groups, config.turn(layer)
         self.qkv = nn.Linear(config.hidden_size, (heads + 2 * groups) * self.head_size, bias=config.QKV_BIAS)
         self.core = CausalAttention(kind=config.attention(layer))
-        self.out = nn.Linear(heads * self.head_size, config.hidden_size, bias=False)
+        self.out = nn.Linear(heads * self.head_size, config.hidden_size, bias=config.OUT_BIAS)
 
     def forward(self, x_BTD: Tensor, shared: Shared) -> Tensor:
         qkv = self.qkv(x_BTD)
