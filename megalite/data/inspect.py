@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +14,7 @@ from rich.text import Text
 
 from megalite.config import Config
 from megalite.data.dataset import Split
-from megalite.data.indexed import DataError, IndexedDataset
+from megalite.data.indexed import DataError, IndexedDataset, read_note
 from megalite.data.mixture import IGNORE, Mixture, Samples, build_mixtures
 from megalite.data.order import Int64s
 from megalite.data.tokenizer import Tokenizer, load_tokenizer
@@ -31,8 +30,7 @@ def inspect_file(prefix: str, tokenizer: Path | None, count: int, start: int, co
     tokenizer. Raises DataError."""
     dataset = IndexedDataset(prefix)
     lengths = _document_lengths(dataset)
-    note = Path(f"{prefix}.json")
-    made_of = json.loads(note.read_text()) if note.is_file() else {}
+    made_of = read_note(prefix)
     console.print(Text(prefix, style="bold"))
     size = dataset.num_tokens * dataset.dtype.itemsize
     for name, text in {
@@ -49,7 +47,7 @@ def inspect_file(prefix: str, tokenizer: Path | None, count: int, start: int, co
     for number in range(start, min(start + count, dataset.num_documents)):
         first, last = (dataset.document_start(d) for d in (number, number + 1))
         console.print(f"\ndocument {number:,}, {last - first:,} tokens", style="bold", highlight=False)
-        ids = dataset.tokens[first:last].tolist()
+        ids = dataset.read(first, last).tolist()
         console.print(Text(known.decode(ids) if known else " ".join(map(str, ids))))
 
 
@@ -65,7 +63,7 @@ def _document_lengths(dataset: IndexedDataset) -> Int64s:
 def _ids(dataset: IndexedDataset, vocab_size: int | None) -> dict[str, str]:
     size = LOOKED_AT // SLICES if dataset.num_tokens > LOOKED_AT else dataset.num_tokens
     firsts = np.linspace(0, dataset.num_tokens - size, SLICES, dtype=np.int64).tolist()
-    looked_at = np.concatenate([dataset.tokens[first : first + size] for first in dict.fromkeys(firsts)])
+    looked_at = np.concatenate([dataset.read(first, first + size) for first in dict.fromkeys(firsts)])
     ids, counts = np.unique(looked_at, return_counts=True)
     of_all = f" of {vocab_size:,}" if vocab_size else ""
     often = ", ".join(f"{ids[i]} ({counts[i] / counts.sum():.1%})" for i in np.argsort(-counts, kind="stable")[:5])
