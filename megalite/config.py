@@ -415,8 +415,8 @@ def _walk(loc: Sequence[str | int], model: type[BaseModel] | None) -> tuple[list
 
 
 def _section_in(annotation: Any) -> type[BaseModel] | None:
-    """The section an annotation such as `tuple[Source, ...]` or `Section | None` is about."""
-    for candidate in (annotation, *typing.get_args(annotation)):
-        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            return candidate
-    return None
+    """The section an annotation such as `tuple[Source, ...]` or `Section | None` is about; of several, the first."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    found = (_section_in(inner) for inner in typing.get_args(annotation))
+    return next((section for section in found if section), None)

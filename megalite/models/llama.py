@@ -46,6 +46,10 @@ class LlamaLike(ModelConfig):
             )
         if not self.rotary_size or self.rotary_size % 2:
             raise ValueError(f"heads of size {self.rotary_size} cannot be rotated in pairs: the size must be even")
+        if isinstance(self.rope_scaling, rope.LongRope):
+            for name in ("short_factor", "long_factor"):
+                if (count := len(getattr(self.rope_scaling, name))) != self.rotary_size // 2:
+                    raise ValueError(f"rope_scaling.{name} has {count} numbers for {self.rotary_size // 2} pairs")
         if self.num_attention_heads % self.kv_heads:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} must be a multiple of num_kv_heads {self.kv_heads}"

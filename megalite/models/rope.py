@@ -4,10 +4,10 @@ trained on, and how a Hugging Face config.json says so. R in shapes: pairs of a 
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 from torch import Tensor
 
 from megalite.config import ConfigError, Section
@@ -68,9 +68,23 @@ class LongRope(Section):
         return math.sqrt(1 + math.log(factor) / math.log(self.original_max_positions)) if factor > 1 else 1.0
 
 
-Scaling = Llama3Scaling | LinearScaling | LongRope
+KINDS: dict[str, type[Llama3Scaling] | type[LinearScaling] | type[LongRope]] = {
+    "llama3": Llama3Scaling,
+    "linear": LinearScaling,
+    "longrope": LongRope,
+}
 
-KINDS: dict[str, type[Scaling]] = {"llama3": Llama3Scaling, "linear": LinearScaling, "longrope": LongRope}
+
+def _kind(values: Any) -> str:
+    return values.get("type", "llama3") if isinstance(values, dict) else getattr(values, "type", "llama3")
+
+
+Scaling = Annotated[
+    Annotated[Llama3Scaling, Tag("llama3")]
+    | Annotated[LinearScaling, Tag("linear")]
+    | Annotated[LongRope, Tag("longrope")],
+    Discriminator(_kind, "unknown_rope", f"type must be {', '.join(KINDS)}"),
+]
 HF_NAMES = {"original_max_positions": "original_max_position_embeddings"}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from megalite.models.hf import require
 from megalite.models.llama import Llama, LlamaLike, fields_from_hf, fields_to_hf
@@ -17,6 +17,14 @@ class SmolLM3Config(LlamaLike):
     nope_layers: tuple[int, ...] | None = Field(
         None, description="numbers of the layers that encode no positions, from 0; left out: every fourth"
     )
+
+    @field_validator("nope_layers")
+    @classmethod
+    def _layers_exist(cls, layers: tuple[int, ...] | None, info: ValidationInfo) -> tuple[int, ...] | None:
+        count = info.data.get("num_layers")
+        if layers and count and not 0 <= min(layers) <= max(layers) < count:
+            raise ValueError(f"the {count} layers have the numbers 0 to {count - 1}")
+        return layers
 
     @property
     def without_positions(self) -> tuple[int, ...]:

@@ -157,10 +157,23 @@ def test_what_a_family_cannot_compute_is_refused_by_name(tmp_path: Path, case: s
         load_model(tmp_path)
 
 
-def test_layer_types_must_be_as_many_as_layers() -> None:
-    values = from_hf_config(transformers.AutoConfig.for_model(**CASES["gemma2"]).to_dict())
-    with pytest.raises(ConfigError, match="layer_types has 2 entries for num_layers = 3"):
-        model_config(values | {"num_layers": 3})
+@pytest.mark.parametrize(
+    ("case", "change", "words"),
+    [
+        ("gemma2", {"num_layers": 3}, "layer_types has 2 entries for num_layers = 3"),
+        ("smollm3", {"nope_layers": [2]}, "the 2 layers have the numbers 0 to 1"),
+        ("phi3-long", {"partial_rotary_factor": 0.5}, "rope_scaling.short_factor has 3 numbers for 2 pairs"),
+        ("gpt_neox", {"num_kv_heads": 1}, "as many num_kv_heads as num_attention_heads"),
+        ("gpt_neox", {"rotary_pct": 0.1}, "heads of size 1 cannot be rotated in pairs"),
+        ("llama", {"rope_scaling": {"type": "yarn"}}, "rope_scaling: type must be llama3, linear, longrope"),
+        ("llama", {"rope_scaling": {"type": "linear", "factr": 2}}, "did you mean 'factor'"),
+        ("llama", {"rope_scaling": {"factor": -1}}, "rope_scaling.factor = -1: should be greater than 0$"),
+    ],
+)
+def test_a_config_that_does_not_fit_its_family(case: str, change: dict[str, Any], words: str) -> None:
+    values = from_hf_config(transformers.AutoConfig.for_model(**CASES[case]).to_dict())
+    with pytest.raises(ConfigError, match=words):
+        model_config(values | change)
 
 
 def test_unknown_architecture_is_refused_by_name(tmp_path: Path) -> None:
