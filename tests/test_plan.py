@@ -271,6 +271,29 @@ def test_presets_have_the_size_they_are_named_for(preset: str) -> None:
     assert config.family == preset.split("-")[0]
 
 
+# Vocabulary, hidden and intermediate size, layers, heads, key/value heads and, where it is not hidden / heads, head size.
+OF_FAMILIES = {
+    "mistral": ((32000, 4096, 14336, 32, 32, 8), 7_241_732_096),  # 7B
+    "qwen2": ((151936, 896, 4864, 24, 14, 2), 494_032_768),  # 0.5B
+    "qwen3": ((151936, 1024, 3072, 28, 16, 8, 128), 596_049_920),  # 0.6B
+    "smollm3": ((128256, 2048, 11008, 36, 16, 4), 3_075_098_624),  # 3B
+    "phi3": ((32064, 3072, 8192, 32, 32, 32), 3_821_079_552),  # mini
+    "gpt_neox": ((50304, 768, 3072, 12, 12, 12), 162_322_944),  # Pythia 160M
+    "gemma2": ((256000, 2304, 9216, 26, 8, 4, 256), 2_614_341_888),  # 2B
+    "gemma3_text": ((262144, 1152, 6912, 26, 4, 1, 256), 999_885_952),  # 1B
+}
+
+
+@pytest.mark.parametrize("family", OF_FAMILIES)
+def test_families_have_the_sizes_their_models_were_published_with(family: str) -> None:
+    sizes, wanted = OF_FAMILIES[family]
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_attention_heads", "num_kv_heads")
+    values = dict(zip((*names, "head_dim"), sizes, strict=False)) | {"family": family, "max_positions": 2048}
+    tied = family in ("qwen2", "qwen3", "smollm3", "gemma2", "gemma3_text")
+    config = config_of(values | {"tie_embeddings": tied}, "parallel.tensor=1")
+    assert make_plan(config, weight_table(config.model), 1).num_params == wanted
+
+
 def test_plan_of_a_large_cluster_takes_milliseconds() -> None:
     config = config_of({"preset": "llama-70b"}, "parallel.tensor=8", "train.global_batch_size=2048")
     table, times = weight_table(config.model), []

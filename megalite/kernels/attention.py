@@ -100,6 +100,9 @@ def _torch(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, document_BT: Tensor |
         mask = attention_mask(document_BT, kind.window)
     elif kind.window is not None:
         mask = attention_mask(torch.zeros(1, q.shape[2], dtype=torch.int64, device=q.device), kind.window)
+    if mask is not None and q.device.type == "cuda":
+        # The kernel for CUDA that takes a mask knows no grouped queries; asked for them, torch would write scores out.
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     grouped = q.shape[1] != k.shape[1]
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, scale=kind.scale, enable_gqa=grouped
