@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -26,11 +26,12 @@ COLOURS = ("default", "cyan")
 
 
 def inspect_file(prefix: str, tokenizer: Path | None, count: int, start: int, console: Console) -> None:
-    """Statistics of PREFIX.bin and .idx, and `count` documents from number `start` on, as text where there is a
-    tokenizer. Raises DataError."""
+    """Statistics of PREFIX.bin and .idx, and `count` documents from number `start` on, as text where their tokenizer is
+    given or still lies where it lay when they were made. Raises DataError."""
     dataset = IndexedDataset(prefix)
     lengths = _document_lengths(dataset)
     made_of = read_note(prefix)
+    known = _tokenizer_of(prefix, made_of, tokenizer)
     console.print(Text(prefix, style="bold"))
     size = dataset.num_tokens * dataset.dtype.itemsize
     for name, text in {
@@ -43,12 +44,23 @@ def inspect_file(prefix: str, tokenizer: Path | None, count: int, start: int, co
         if text:
             console.print(f"  {name:14} {text}", highlight=False, markup=False)
     _print_lengths(lengths, dataset.num_documents, console)
-    known = load_tokenizer(tokenizer) if tokenizer else None
     for number in range(start, min(start + count, dataset.num_documents)):
         first, last = (dataset.document_start(d) for d in (number, number + 1))
         console.print(f"\ndocument {number:,}, {last - first:,} tokens", style="bold", highlight=False)
         ids = dataset.read(first, last).tolist()
         console.print(Text(known.decode(ids) if known else " ".join(map(str, ids))))
+
+
+def _tokenizer_of(prefix: str, made_of: dict[str, Any], given: Path | None) -> Tokenizer | None:
+    path = given or Path(made_of.get("tokenizer", ""))
+    if not given and not ("tokenizer" in made_of and path.exists()):
+        return None
+    tokenizer = load_tokenizer(path)
+    if made_of.get("tokenizer_fingerprint", tokenizer.fingerprint()) == tokenizer.fingerprint():
+        return tokenizer
+    if given:
+        raise DataError(f"{prefix} was made with another tokenizer than {given}")
+    return None
 
 
 def _document_lengths(dataset: IndexedDataset) -> Int64s:

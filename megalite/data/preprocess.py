@@ -94,6 +94,7 @@ def preprocess(
         "vocab_size": opened.vocab_size,
         "eod_id": opened.eod_id,
         "append_eod": append_eod,
+        "tokenizer": str(tokenizer),
         "tokenizer_fingerprint": opened.fingerprint(),
         "inputs": list(inputs),
         "input_bytes": shard_bytes(files, Shard())[1],
