@@ -271,7 +271,7 @@ def test_presets_have_the_size_they_are_named_for(preset: str) -> None:
     assert config.family == preset.split("-")[0]
 
 
-# Vocabulary, hidden and intermediate size, layers, heads, key/value heads and, where it is not hidden / heads, head size.
+# Vocabulary, hidden size, intermediate size, layers, heads, key/value heads, and head size where it is its own.
 OF_FAMILIES = {
     "mistral": ((32000, 4096, 14336, 32, 32, 8), 7_241_732_096),  # 7B
     "qwen2": ((151936, 896, 4864, 24, 14, 2), 494_032_768),  # 0.5B
