@@ -63,6 +63,10 @@ class ModelConfig(Section):
     init_std: float = Field(0.02, gt=0)
     tie_embeddings: bool = False
 
+    def window(self, layer: int) -> int | None:
+        """Tokens that each token of a layer attends to at most; None: all before it."""
+        return None
+
 
 class Source(Section):
     path: str = Field(description="PREFIX of PREFIX.bin and PREFIX.idx: a path, or a URL such as s3://bucket/data/a")
@@ -411,8 +415,8 @@ def _walk(loc: Sequence[str | int], model: type[BaseModel] | None) -> tuple[list
 
 
 def _section_in(annotation: Any) -> type[BaseModel] | None:
-    """The section an annotation such as `tuple[Source, ...]` or `Section | None` is about."""
-    for candidate in (annotation, *typing.get_args(annotation)):
-        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            return candidate
-    return None
+    """The section an annotation such as `tuple[Source, ...]` or `Section | None` is about; of several, the first."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    found = (_section_in(inner) for inner in typing.get_args(annotation))
+    return next((section for section in found if section), None)

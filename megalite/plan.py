@@ -135,6 +135,7 @@ def make_plan(config: Config, weights: Sequence[Sized], world_size: int) -> Plan
     _check_schedule(parallel, micro_batches)
     _check_sequence(config, sequence)
     _check_compile(config)
+    _check_model(config)
     stages = _stages(config, weights)
     try:
         sizes = [prod(weight.local_shape(tensor)) for weight in weights]
@@ -252,6 +253,21 @@ def _check_sequence(config: Config, sequence: bool) -> None:
         raise ConfigError(
             f"model.attention_dropout = {dropout} needs parallel.context: 1; "
             "attention that travels a ring never has all its probabilities in one place"
+        )
+
+
+def _check_model(config: Config) -> None:
+    """What a family's model does that a setting cannot."""
+    model: Any = config.model
+    if (cap := getattr(model, "attention_softcap", None)) is not None and config.parallel.context > 1:
+        raise ConfigError(
+            f"model.attention_softcap = {cap} needs parallel.context: 1, not {config.parallel.context}; the attention "
+            "that travels a ring cannot bend its scores"
+        )
+    if (cap := getattr(model, "logit_softcap", None)) is not None and config.train.loss_chunk is not None:
+        raise ConfigError(
+            f"model.logit_softcap = {cap} needs train.loss_chunk: null, not {config.train.loss_chunk}; the loss in "
+            "chunks takes the head's logits as they are"
         )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megalite.checkpoint.export import write_extras
+from megalite.checkpoint.export import keep_source, write_extras
 from megalite.checkpoint.load import from_checkpoint, from_hf, from_seed
 from megalite.checkpoint.resume import find_checkpoint, read_train_state
 from megalite.checkpoint.save import Saver
@@ -107,6 +107,7 @@ def open_recorder(config: Config, plan: Plan, state: dict[str, Any], tokenizer: 
     (folder / "config.yaml").write_text(config.to_yaml())
     if tokenizer:
         tokenizer.save(folder / "tokenizer")
+    keep_source(config)
     axes = {"data": plan.data, "pipeline": plan.pipeline, "context": plan.context, "tensor": plan.tensor}
     layout: dict[str, object] = {name: size for name, size in axes.items() if size > 1 or name == "data"}
     layout |= {"sequence": plan.sequence} if plan.tensor > 1 else {}
@@ -257,7 +258,7 @@ def make_inputs(micro: MicroBatch, mesh: Mesh, seed: int | None = None) -> Input
     position = index[None] if micro.documents is None else positions_of(micro.documents)[:, index]
     document = None if micro.documents is None else micro.documents[:, index]
     keys = None if seed is None else random_bits(key_of(seed, "dropout"), micro.samples)
-    return Inputs(micro.tokens[:, index], Places(index, position, document, keys), micro.labels[:, index])
+    return Inputs(micro.tokens[:, index], Places(index, position, document, keys, length), micro.labels[:, index])
 
 
 def count_labels(inputs: list[Inputs]) -> Tensor:

@@ -237,6 +237,20 @@ def test_refuses_dropout_on_attention_that_travels() -> None:
     assert "attention_dropout = 0.1" in refusal(2, "parallel.context=2", model=model)
 
 
+CAPPED = {
+    "family": "gemma2", "vocab_size": 9, "hidden_size": 24, "intermediate_size": 8, "num_layers": 1,
+    "num_attention_heads": 6, "max_positions": 64,
+}  # fmt: skip
+
+
+def test_refuses_what_a_capped_model_cannot_do() -> None:
+    found = refusal(2, "parallel.context=2", model=CAPPED | {"attention_softcap": 50.0})
+    assert "model.attention_softcap = 50.0 needs parallel.context: 1, not 2" in found
+    found = refusal(1, "train.loss_chunk=8", model=CAPPED | {"logit_softcap": 30.0})
+    assert "model.logit_softcap = 30.0 needs train.loss_chunk: null, not 8" in found
+    plan_of(2, "parallel.context=2", "train.loss_chunk=8", model=CAPPED)
+
+
 PUBLISHED = {
     "llama-7b": 6_738_415_616, "llama-8b": 8_030_261_248, "llama-13b": 13_015_864_320, "llama-70b": 70_553_706_496,
     "llama-1b": 1_235_814_400, "llama-3b": 3_212_749_824, "gpt2-124m": 124_439_808, "gpt2-355m": 354_823_168,
@@ -255,6 +269,29 @@ def test_presets_have_the_size_they_are_named_for(preset: str) -> None:
     # Names are rounded by custom: the widest are 799,584 as "1m", 1.24e9 as "1b" and 109.5e6 as "125m" (vocabulary).
     assert size == pytest.approx(float(named[:-1]) * UNITS[named[-1]], rel=0.25)
     assert config.family == preset.split("-")[0]
+
+
+# Vocabulary, hidden size, intermediate size, layers, heads, key/value heads, and head size where it is its own.
+OF_FAMILIES = {
+    "mistral": ((32000, 4096, 14336, 32, 32, 8), 7_241_732_096),  # 7B
+    "qwen2": ((151936, 896, 4864, 24, 14, 2), 494_032_768),  # 0.5B
+    "qwen3": ((151936, 1024, 3072, 28, 16, 8, 128), 596_049_920),  # 0.6B
+    "smollm3": ((128256, 2048, 11008, 36, 16, 4), 3_075_098_624),  # 3B
+    "phi3": ((32064, 3072, 8192, 32, 32, 32), 3_821_079_552),  # mini
+    "gpt_neox": ((50304, 768, 3072, 12, 12, 12), 162_322_944),  # Pythia 160M
+    "gemma2": ((256000, 2304, 9216, 26, 8, 4, 256), 2_614_341_888),  # 2B
+    "gemma3_text": ((262144, 1152, 6912, 26, 4, 1, 256), 999_885_952),  # 1B
+}
+
+
+@pytest.mark.parametrize("family", OF_FAMILIES)
+def test_families_have_the_sizes_their_models_were_published_with(family: str) -> None:
+    sizes, wanted = OF_FAMILIES[family]
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_attention_heads", "num_kv_heads")
+    values = dict(zip((*names, "head_dim"), sizes, strict=False)) | {"family": family, "max_positions": 2048}
+    tied = family in ("qwen2", "qwen3", "smollm3", "gemma2", "gemma3_text")
+    config = config_of(values | {"tie_embeddings": tied}, "parallel.tensor=1")
+    assert make_plan(config, weight_table(config.model), 1).num_params == wanted
 
 
 def test_plan_of_a_large_cluster_takes_milliseconds() -> None:

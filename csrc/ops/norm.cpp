@@ -28,7 +28,7 @@ void check(const Tensor& x, at::IntArrayRef shape, const Tensor& like, const cha
 // LayerNorm with a bias, RMSNorm without.
 Normed forward(
     const Tensor& x_in, const std::optional<Tensor>& residual_in, const Tensor& weight_in,
-    const std::optional<Tensor>& bias_in, double eps, const char* op) {
+    const std::optional<Tensor>& bias_in, double eps, double unit, const char* op) {
   const Tensor x = x_in.contiguous(), residual = contiguous(residual_in);
   const Tensor weight = weight_in.contiguous(), bias = contiguous(bias_in);
   const auto type = megalite::type_of(x, op, "x");
@@ -43,7 +43,7 @@ Normed forward(
   NormForward a{
       type, x.data_ptr(), pointer(residual), weight.data_ptr(), pointer(bias), result.out.data_ptr(),
       pointer(result.sum), floats(result.mean), floats(result.rstd), result.rstd.numel(), size,
-      static_cast<float>(eps)};
+      static_cast<float>(eps), static_cast<float>(unit)};
   if (x.numel() > 0)
     MEGALITE_LAUNCH(
         x, a.rows, megalite::grain(size), megalite::cpu::norm_forward(a, begin, end),
@@ -54,7 +54,7 @@ Normed forward(
 // Gradients of x, weight and bias (undefined without mean).
 std::tuple<Tensor, Tensor, Tensor> backward(
     const Tensor& grad_in, const std::optional<Tensor>& grad_sum_in, const Tensor& x_in, const Tensor& weight_in,
-    const std::optional<Tensor>& mean_in, const Tensor& rstd_in, const char* op) {
+    const std::optional<Tensor>& mean_in, const Tensor& rstd_in, double unit, const char* op) {
   const Tensor x = x_in.contiguous(), grad = grad_in.contiguous(), grad_sum = contiguous(grad_sum_in);
   const Tensor weight = weight_in.contiguous(), mean = contiguous(mean_in), rstd = rstd_in.contiguous();
   const auto type = megalite::type_of(x, op, "x");
@@ -75,7 +75,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   const Tensor dbias = mean.defined() ? at::empty_like(dweight) : Tensor();
   NormBackward a{
       type, grad.data_ptr(), pointer(grad_sum), x.data_ptr(), weight.data_ptr(), floats(mean), floats(rstd),
-      dx.data_ptr(), floats(dweight), floats(dbias), rows, size, parts};
+      dx.data_ptr(), floats(dweight), floats(dbias), rows, size, parts, static_cast<float>(unit)};
   if (size > 0)
     MEGALITE_LAUNCH(
         x, parts, 1, megalite::cpu::norm_backward(a, begin, end), megalite::cuda::norm_backward(a, stream));
@@ -83,49 +83,50 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   return {dx, whole(dweight), dbias.defined() ? whole(dbias) : Tensor()};
 }
 
-std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, double eps) {
-  const Normed result = forward(x, std::nullopt, weight, std::nullopt, eps, "rms_norm");
+std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, double eps, double unit) {
+  const Normed result = forward(x, std::nullopt, weight, std::nullopt, eps, unit, "rms_norm");
   return {result.out, result.rstd};
 }
 
 std::tuple<Tensor, Tensor, Tensor> add_rms_norm(
-    const Tensor& x, const Tensor& residual, const Tensor& weight, double eps) {
-  const Normed result = forward(x, residual, weight, std::nullopt, eps, "add_rms_norm");
+    const Tensor& x, const Tensor& residual, const Tensor& weight, double eps, double unit) {
+  const Normed result = forward(x, residual, weight, std::nullopt, eps, unit, "add_rms_norm");
   return {result.out, result.sum, result.rstd};
 }
 
 std::tuple<Tensor, Tensor> rms_norm_backward(
     const Tensor& grad, const std::optional<Tensor>& grad_sum, const Tensor& x, const Tensor& weight,
-    const Tensor& rstd) {
-  const auto [dx, dweight, _] = backward(grad, grad_sum, x, weight, std::nullopt, rstd, "rms_norm_backward");
+    const Tensor& rstd, double unit) {
+  const auto [dx, dweight, _] = backward(grad, grad_sum, x, weight, std::nullopt, rstd, unit, "rms_norm_backward");
   return {dx, dweight};
 }
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps) {
-  const Normed result = forward(x, std::nullopt, weight, bias, eps, "layer_norm");
+  const Normed result = forward(x, std::nullopt, weight, bias, eps, 0.0, "layer_norm");
   return {result.out, result.mean, result.rstd};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(
     const Tensor& x, const Tensor& residual, const Tensor& weight, const Tensor& bias, double eps) {
-  const Normed result = forward(x, residual, weight, bias, eps, "add_layer_norm");
+  const Normed result = forward(x, residual, weight, bias, eps, 0.0, "add_layer_norm");
   return {result.out, result.sum, result.mean, result.rstd};
 }
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(
     const Tensor& grad, const std::optional<Tensor>& grad_sum, const Tensor& x, const Tensor& weight,
     const Tensor& mean, const Tensor& rstd) {
-  return backward(grad, grad_sum, x, weight, mean, rstd, "layer_norm_backward");
+  return backward(grad, grad_sum, x, weight, mean, rstd, 0.0, "layer_norm_backward");
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(megalite, m) {
-  m.def("rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor out, Tensor rstd)");
+  m.def("rms_norm(Tensor x, Tensor weight, float eps, float unit=0.) -> (Tensor out, Tensor rstd)");
   m.def(
-      "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor out, Tensor sum, Tensor rstd)");
+      "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, float unit=0.) "
+      "-> (Tensor out, Tensor sum, Tensor rstd)");
   m.def(
-      "rms_norm_backward(Tensor grad, Tensor? grad_sum, Tensor x, Tensor weight, Tensor rstd) "
+      "rms_norm_backward(Tensor grad, Tensor? grad_sum, Tensor x, Tensor weight, Tensor rstd, float unit=0.) "
       "-> (Tensor dx, Tensor dweight)");
   m.def("layer_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor out, Tensor mean, Tensor rstd)");
   m.def(

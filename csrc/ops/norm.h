@@ -13,7 +13,7 @@ struct NormForward {
   void *out, *sum;                           // sum = x + residual, rounded to the type; null without residual
   float *mean, *rstd;                        // [rows]
   int64_t rows, size;
-  float eps;
+  float eps, unit;  // unit is added to every weight: RMSNorm only
 };
 
 struct NormBackward {
@@ -23,6 +23,7 @@ struct NormBackward {
   void* dx;
   float *dweight, *dbias;  // [parts, size], summed over a part's rows
   int64_t rows, size, parts;
+  float unit;
 };
 
 }  // namespace megalite

@@ -1,24 +1,48 @@
-"""What makes a folder of safetensors a Hugging Face model: config.json, generation_config.json and the tokenizer."""
+"""What makes a folder of safetensors a Hugging Face model: config.json, generation_config.json and the tokenizer. A run
+that started from such a model takes along what it had of them."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 from megalite.checkpoint.folder import write_json
 from megalite.config import Config
-from megalite.data.tokenizer import Tokenizer
-from megalite.models import to_hf_config
+from megalite.data.tokenizer import FILES, Tokenizer
+from megalite.models import read_hf_config, to_hf_config
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+SOURCE = "source"
+"""Folder in that of the run: what it started from may be elsewhere, or nowhere, when it goes on."""
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def keep_source(config: Config) -> None:
+    """Copy into the run's folder what a Hugging Face model has beside its weights, where the run starts from one."""
+    folder = config.run.folder / SOURCE
+    if config.model.hf is None or folder.exists():
+        return
+    folder.mkdir(parents=True)
+    for name in ("config.json", "generation_config.json", *FILES):
+        if (config.model.hf / name).is_file():
+            shutil.copyfile(config.model.hf / name, folder / name)
 
 
 def write_extras(folder: Path, config: Config, tokenizer: Tokenizer | None) -> None:
     """Also keeps the run's own config beside them, as config.yaml."""
-    dtype = DTYPES[config.train.precision]
-    ends = {"bos_token_id": None, "eos_token_id": tokenizer.eod_id if tokenizer else None}
+    source, dtype = config.run.folder / SOURCE, DTYPES[config.train.precision]
+    # All are written: what is left out, transformers takes from the family's first model.
+    ids: dict[str, Any] = dict.fromkeys(SPECIAL) | {"eos_token_id": tokenizer.eod_id if tokenizer else None}
+    if (source / "config.json").is_file():
+        stored = read_hf_config(source)
+        ids |= {name: stored[name] for name in SPECIAL if stored.get(name) is not None}
     # transformers 5 reads `dtype`, transformers 4 and vLLM `torch_dtype`.
-    write_json(folder / "config.json", to_hf_config(config.model) | ends | {"dtype": dtype, "torch_dtype": dtype})
-    write_json(folder / "generation_config.json", ends | {"do_sample": True})
+    write_json(folder / "config.json", to_hf_config(config.model) | ids | {"dtype": dtype, "torch_dtype": dtype})
+    write_json(folder / "generation_config.json", ids | {"do_sample": True})
     (folder / "config.yaml").write_text(config.to_yaml())
+    for name in ("generation_config.json", *([] if tokenizer else FILES)):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
     if tokenizer:
         tokenizer.save(folder)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from megalite.models.weights import Weight
 
-BUFFERS = re.compile(r"(\.attn\.(masked_)?bias|\.rotary_emb\.inv_freq)$")
-"""No weights, but stored by older versions of transformers: GPT-2's causal mask, Llama's rotary frequencies."""
+BUFFERS = re.compile(r"(\.attn\.(masked_)?bias|\.attention\.(masked_)?bias|\.rotary_emb\.inv_freq)$")
+"""No weights, but stored by older versions of transformers: causal masks of GPT-2 and GPT-NeoX, rotary frequencies."""
 
 
 class CheckpointError(RuntimeError):

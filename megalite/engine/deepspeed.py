@@ -127,10 +127,9 @@ class DeepSpeedEngine:
         with redirect_stdout(StringIO()):  # memory reports that its log level does not stop; warnings pass
             self.engine, *_ = deepspeed.initialize(model=inner, optimizer=self.optimizer, config=ds_config, mpu=groups)
         stage.forward = self.engine.forward  # type: ignore[method-assign]
-        if plan.sequence:
-            for weight in weights:
-                if weight.partial_grad:
-                    parameters[weight.name].register_hook(self._sum_over_tensor_ranks)
+        for weight in weights:
+            if plan.tensor > 1 and weight.sums_over_tensor_ranks(plan.sequence):
+                parameters[weight.name].register_hook(self._sum_over_tensor_ranks)
         self.zero = self.engine.optimizer
         self.fragments = self._find_fragments(parameters)
         self._spans = self._share_spans()

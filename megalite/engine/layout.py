@@ -34,6 +34,7 @@ class Bucket:
     cut: bool
     """Cut over the tensor axis: the ranks hold different elements, and all of them count in a norm."""
     partial_grad: bool
+    """Its gradient is summed over the tensor ranks, of which each has a part."""
     tied: bool
     """Both ends of a pipeline hold a copy, and the gradient is the sum of both."""
 
@@ -58,7 +59,7 @@ def make_buckets(weights: Sequence[Weight], plan: Plan, max_elements: int) -> tu
         kind = _Kind(
             weight.decay,
             weight.shard is not None and plan.tensor > 1,
-            weight.partial_grad,
+            weight.sums_over_tensor_ranks(plan.sequence),
             weight.place == "both" and plan.pipeline > 1,
         )
         slots = open_slots.setdefault(kind, [])

@@ -105,7 +105,7 @@ class NativeEngine:
     """Gives clean or parallelised models on the meta device their weights, and trains them. See `Engine`."""
 
     def __init__(self, models: Sequence[Decoder], weights: Sequence[Weight], plan: Plan, mesh: Mesh, config: Config):
-        self.mesh, self.config, self.sequence = mesh, config.optimizer, plan.sequence
+        self.mesh, self.config = mesh, config.optimizer
         self.zero_stage, self.num_steps = plan.zero_stage, 0
         self.dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         layout = make_buckets(weights, plan, elements_of(config.parallel.bucket_mb))
@@ -203,7 +203,7 @@ class NativeEngine:
         for slot in bucket.layout.slots:
             if slot.start not in bucket.filled:  # a weight that no token used
                 grads[slot.start : slot.stop] = 0.0
-        if bucket.layout.partial_grad and self.sequence:
+        if bucket.layout.partial_grad:
             all_reduce(grads, self.mesh.tensor)
         if bucket.layout.tied:
             add_from_other_end(grads, self.mesh.pipeline)

@@ -1,5 +1,5 @@
-"""The nonlinearities between a block's two products: SwiGLU (Shazeer 2020) and GELU (Hendrycks and Gimpel 2016) in its
-tanh approximation, each in one pass forward and one backward."""
+"""The nonlinearities between a block's two products: SwiGLU and GeGLU (Shazeer 2020), and GELU (Hendrycks and Gimpel
+2016) in its tanh approximation, SwiGLU and GELU each in one pass forward and one backward."""
 
 from __future__ import annotations
 
@@ -25,6 +25,12 @@ def gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
     if pick("activation", x) == "megalite":
         return torch.ops.megalite.gelu(x, bias)
     return F.gelu(x if bias is None else x + bias, approximate="tanh")
+
+
+def geglu(gate_up: Tensor) -> Tensor:
+    """gelu(gate) · up: […,2I] → […,I], the gate being the first half of the last dimension."""
+    gate, up = gate_up.chunk(2, -1)
+    return gelu(gate) * up
 
 
 def _register() -> None:

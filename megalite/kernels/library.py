@@ -2,7 +2,9 @@
 library.
 
 `use` takes the config's wishes once, before a model runs; `pick` answers for a tensor at hand. The plain torch version
-of every operation is its reference: it serves where kernels are not built, and for dtypes that they do not take.
+of every operation is its reference: it serves where kernels are not built, and for dtypes that they do not take. So it
+does for a sliding window, a soft cap or another scale of attention, which megalite's own kernel does not know
+(`attention.AttentionKind`).
 """
 
 from __future__ import annotations

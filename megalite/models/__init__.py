@@ -19,7 +19,20 @@ from megalite.models.layers import Decoder
 from megalite.models.weights import Weight
 from megalite.resources import configs_dir, read_yaml
 
-FAMILIES = ("gpt2", "llama")
+FAMILIES = (
+    "gemma2",
+    "gemma3_text",
+    "gpt2",
+    "gpt_neox",
+    "llama",
+    "mistral",
+    "olmo2",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+)
+"""Hugging Face's names (`model_type`). SmolLM 1 and 2, and others, call themselves llama."""
 
 
 class Family(Protocol):
@@ -92,7 +105,9 @@ def from_hf_config(hf: dict[str, Any]) -> dict[str, Any]:
     """Fields of the `model:` section from a Hugging Face config.json. Unknown architectures raise ConfigError."""
     kind = str(hf.get("model_type"))
     if kind not in FAMILIES:
-        raise ConfigError(f"config.json has model_type = {kind!r}; {_nearest(kind, FAMILIES)}")
+        close = difflib.get_close_matches(kind, FAMILIES, n=1)
+        guess = f"did you mean {close[0]!r}? " if close else ""
+        raise ConfigError(f"config.json has model_type = {kind!r}; {guess}megalite knows {', '.join(FAMILIES)}")
     try:
         return family(kind).from_hf(hf)
     except KeyError as error:

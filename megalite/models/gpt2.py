@@ -12,8 +12,9 @@ import torch.nn as nn
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from megalite.config import ConfigError, ModelConfig
+from megalite.config import ModelConfig
 from megalite.kernels.activation import gelu
+from megalite.models.hf import require
 from megalite.models.layers import CausalAttention, CrossEntropy, Decoder, Dropout, LayerNorm, Places, numbered
 from megalite.models.weights import Weight, layer_rows
 from megalite.plan import Place
@@ -128,7 +129,11 @@ def weights(config: GPT2Config) -> Iterator[Weight]:
         "embedding.weight", (config.vocab_size, hidden), ("transformer.wte.weight",), "vocab", init=std, place=ends
     )
     yield Weight(
-        "positions.weight", (config.max_positions, hidden), ("transformer.wpe.weight",), init=std, partial_grad=True
+        "positions.weight",
+        (config.max_positions, hidden),
+        ("transformer.wpe.weight",),
+        init=std,
+        partial_grad="sequence",
     )
     for i in range(config.num_layers):
         yield from layer_rows(i, "transformer.h", layer)
@@ -138,8 +143,8 @@ def weights(config: GPT2Config) -> Iterator[Weight]:
 
 
 def _norm(name: str, hf: str, size: int, place: Place = 0) -> tuple[Weight, Weight]:
-    scale = Weight(f"{name}.weight", (size,), (f"{hf}.weight",), init="ones", decay=False, partial_grad=True)
-    shift = Weight(f"{name}.bias", (size,), (f"{hf}.bias",), init="zeros", decay=False, partial_grad=True)
+    scale = Weight(f"{name}.weight", (size,), (f"{hf}.weight",), init="ones", decay=False, partial_grad="sequence")
+    shift = Weight(f"{name}.bias", (size,), (f"{hf}.bias",), init="zeros", decay=False, partial_grad="sequence")
     return replace(scale, place=place), replace(shift, place=place)
 
 
@@ -158,7 +163,7 @@ def _linear(
     matrix = Weight(f"{name}.weight", shape, (f"{hf}.weight",), shard, parts, unit, transpose=True, init=std)
     bias = Weight(
         f"{name}.bias", shape[:1], (f"{hf}.bias",), bias_shard, parts, unit,
-        init="zeros", decay=False, partial_grad=not cut,
+        init="zeros", decay=False, partial_grad=None if cut else "sequence",
     )  # fmt: skip
     return matrix, bias
 
@@ -190,9 +195,7 @@ def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
         "scale_attn_by_inverse_layer_idx": False,
         "add_cross_attention": False,
     }
-    for key, only in supported.items():
-        if hf.get(key, only) != only:
-            raise ConfigError(f"config.json has {key} = {hf[key]!r}; the gpt2 family supports {only!r}")
+    require(hf, "gpt2", supported)
     return {
         "family": "gpt2",
         "vocab_size": hf["vocab_size"],

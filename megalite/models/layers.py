@@ -3,16 +3,17 @@ G key/value heads, K head size, V vocabulary."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
 from megalite.counter_random import random_bits, uniform
-from megalite.kernels.attention import attention_mask, causal_attention
+from megalite.kernels.attention import PLAIN, AttentionKind, causal_attention, written_out
 from megalite.kernels.loss import IGNORE as IGNORE
 from megalite.kernels.loss import cross_entropy
 from megalite.kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
@@ -31,6 +32,13 @@ class Places:
     """Number of each token's document in its sequence: tokens attend only within theirs. None: all are one."""
     key_B: Tensor | None = None
     """Dropout keys, int64, one a sample; None drops nothing."""
+    whole_length: int | None = None
+    """Tokens of a whole sequence, where a context rank has a part; None: T."""
+
+    @property
+    def length(self) -> int:
+        """Of a whole sequence."""
+        return self.whole_length or len(self.index_T)
 
     @classmethod
     def whole(cls, length: int, device: torch.device) -> Places:
@@ -116,6 +124,11 @@ class Dropout(nn.Module):
 
 
 class RMSNorm(nn.Module):
+    INIT: Literal["ones", "zeros"] = "ones"
+    """Of the weight, so that nothing is scaled at first."""
+    UNIT = 0.0
+    """Added to the weight."""
+
     def __init__(self, size: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size))
@@ -124,11 +137,20 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
         """The norm of `x`; with a residual, (norm, sum) of their sum."""
         if residual is None:
-            return rms_norm(x, self.weight, self.eps)
-        return add_rms_norm(x, residual, self.weight, self.eps)
+            return rms_norm(x, self.weight, self.eps, self.UNIT)
+        return add_rms_norm(x, residual, self.weight, self.eps, self.UNIT)
+
+
+class OffsetRMSNorm(RMSNorm):
+    """Scales by 1 + weight (Gemma)."""
+
+    INIT = "zeros"
+    UNIT = 1.0
 
 
 class LayerNorm(nn.Module):
+    INIT: Literal["ones"] = "ones"
+
     def __init__(self, size: int, eps: float):
         super().__init__()
         self.weight, self.bias = nn.Parameter(torch.empty(size)), nn.Parameter(torch.empty(size))
@@ -152,26 +174,20 @@ class CausalAttention(nn.Module):
     """Attention of each token to itself and to those before it in its document, with grouped queries. Context
     parallelism replaces it."""
 
-    def __init__(self, dropout: Dropout | None = None):
+    def __init__(self, dropout: Dropout | None = None, kind: AttentionKind = PLAIN):
         """`dropout` is applied to the probabilities."""
         super().__init__()
-        self.dropout = dropout
+        self.dropout, self.kind = dropout, kind
+
+    @property
+    def writes_scores(self) -> bool:
+        """It may hold [B,H,T,T]."""
+        return self.kind.softcap is not None or bool(self.dropout and self.dropout.p)
 
     def forward(self, qkv_BTNK: Tensor, num_heads: int, num_kv_heads: int, places: Places) -> Tensor:
         """Of the fused projection, N = num_heads of queries + num_kv_heads of keys + as many of values: → [B,T,H·K]"""
         if self.training and self.dropout is not None and self.dropout.p and places.key_B is not None:
-            return self._written_out(qkv_BTNK.split((num_heads, num_kv_heads, num_kv_heads), dim=2), places)
-        return causal_attention(qkv_BTNK, num_heads, num_kv_heads, places.document_BT)
-
-    def _written_out(self, qkv: Sequence[Tensor], places: Places) -> Tensor:
-        """For dropout on the probabilities: fused kernels' own random numbers would depend on the layout. Holds
-        [B,H,T,T]."""
-        assert self.dropout is not None
-        q, k, v = (x.transpose(1, 2) for x in qkv)
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        scores = (q @ k.transpose(-1, -2)).float() / q.shape[-1] ** 0.5
-        document = places.document_BT
-        if document is None:
-            document = scores.new_zeros(1, scores.shape[-1], dtype=torch.int64)
-        scores = scores.masked_fill(~attention_mask(document), -torch.inf)
-        return (self.dropout(scores.softmax(-1).to(v.dtype), places) @ v).transpose(1, 2).flatten(2)
+            # Fused kernels' own random numbers would depend on the layout.
+            drop = partial(self.dropout, places=places)
+            return written_out(qkv_BTNK, num_heads, num_kv_heads, places.document_BT, self.kind, drop)
+        return causal_attention(qkv_BTNK, num_heads, num_kv_heads, places.document_BT, self.kind)

@@ -46,19 +46,23 @@ class Weight:
     """Rows (of a column-parallel weight) or columns (of a row-parallel one) that stay together: those of a head."""
     transpose: bool = False
     """The Hugging Face tensor is stored [in, out] (GPT-2's Conv1D)."""
+    by_unit: bool = False
+    """The one Hugging Face tensor has the first unit of each part, then the second of each: q, k and v of a head side
+    by side (GPT-NeoX)."""
     init: float | Literal["ones", "zeros"] = 0.02
     """Standard deviation of a normal distribution, or a constant."""
     decay: bool = True
     """Takes weight decay."""
     place: Place = "first"
     """Where it is used: in a layer, before the layers, after them, or (tied) at both ends."""
-    partial_grad: bool = False
-    """Used on activations that sequence parallelism cuts along the sequence: its gradient is summed over tensor
-    ranks."""
+    partial_grad: Literal["sequence", "heads"] | None = None
+    """A replicated weight of whose gradient each tensor rank has a part, so that it is summed over them. sequence: used
+    on activations that sequence parallelism cuts along the sequence; heads: used on the heads of each rank."""
 
     def __post_init__(self) -> None:
         assert sum(self.row_groups) == self.shape[0], self
         assert len(self.hf) in (1, len(self.row_groups)), self
+        assert not self.by_unit or (len(self.hf) == 1 and len(set(self.parts)) == 1 and not self.transpose), self
 
     @property
     def row_groups(self) -> tuple[int, ...]:
@@ -67,6 +71,10 @@ class Weight:
     @property
     def numel(self) -> int:
         return torch.Size(self.shape).numel()
+
+    def sums_over_tensor_ranks(self, sequence: bool) -> bool:
+        """Whether its gradient does; `sequence`: sequence parallelism is on."""
+        return self.partial_grad == "heads" or (self.partial_grad == "sequence" and sequence)
 
     def local_shape(self, tensor: int) -> tuple[int, ...]:
         """Shape on each of `tensor` ranks. Raises ValueError when the weight cannot be cut evenly."""
@@ -141,6 +149,9 @@ class Weight:
         return full
 
     def to_hf(self, logical: Tensor) -> dict[str, Tensor]:
+        if self.by_unit:
+            units = logical.unflatten(0, (len(self.parts), -1, self.unit))
+            return {self.hf[0]: units.transpose(0, 1).reshape(self.shape).contiguous()}
         pieces = logical.split(self.row_groups) if len(self.hf) > 1 else (logical,)
         return {n: (p.t() if self.transpose else p).contiguous() for n, p in zip(self.hf, pieces, strict=True)}
 
@@ -151,6 +162,8 @@ class Weight:
 
     def rows_from_hf(self, fetch: Fetch, start: int, stop: int, columns: tuple[int, int] | None) -> Tensor:
         """Logical rows [start, stop), cut to `columns` for a matrix, read with as few bytes as possible."""
+        if self.by_unit:
+            return self._rows_by_unit(fetch, start, stop, columns)
         pieces, offset = [], 0
         for name, shape in self.hf_shapes().items():
             rows = shape[-1] if self.transpose else shape[0]
@@ -161,6 +174,18 @@ class Weight:
             where = (slice(low, high),) if columns is None else (slice(low, high), slice(*columns))
             piece = fetch(name, where[::-1] if self.transpose else where)
             pieces.append(piece.t() if self.transpose else piece)
+        return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+
+    def _rows_by_unit(self, fetch: Fetch, start: int, stop: int, columns: tuple[int, int] | None) -> Tensor:
+        pieces, units = [], self.parts[0] // self.unit
+        while start < stop:
+            number, inside = divmod(start, self.unit)
+            part, unit = divmod(number, units)
+            count = min(self.unit - inside, stop - start)
+            row = (unit * len(self.parts) + part) * self.unit + inside
+            rows = slice(row, row + count)
+            pieces.append(fetch(self.hf[0], (rows,) if columns is None else (rows, slice(*columns))))
+            start += count
         return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 
     def initial_rows(

@@ -21,7 +21,7 @@ from megalite.resources import configs_dir
 
 
 def flops_per_token(
-    num_params_without_embedding: int, num_layers: int, hidden_size_of_attention: int, seq_length: int
+    num_params_without_embedding: int, num_layers: int, hidden_size_of_attention: int, seq_length: float
 ) -> float:
     """Floating-point operations one training token costs: 6N + 12·L·(H·Q)·T (PaLM, appendix B).
 
@@ -32,13 +32,16 @@ def flops_per_token(
 
 
 def model_flops_per_token(config: Config) -> float:
-    """`flops_per_token` of the model and sequence length of a config."""
+    """`flops_per_token` of the model and sequence length of a config. A layer with a sliding window has no more
+    positions than the window."""
     model: Any = config.model
+    length = config.data.seq_length
+    attended = sum(min(model.window(layer) or length, length) for layer in range(model.num_layers))
     # The embeddings only look up; the head multiplies, tied or not.
     matrices = sum(w.numel for w in weight_table(model) if w.name not in ("embedding.weight", "positions.weight"))
     head = model.vocab_size * model.hidden_size if model.tie_embeddings else 0
     attention_width = model.num_attention_heads * model.head_size
-    return flops_per_token(matrices + head, model.num_layers, attention_width, config.data.seq_length)
+    return flops_per_token(matrices + head, model.num_layers, attention_width, attended / model.num_layers)
 
 
 @cache

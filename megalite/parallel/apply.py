@@ -12,13 +12,14 @@ from torch.utils.checkpoint import checkpoint
 
 from megalite.config import TrainConfig
 from megalite.mesh import Axis, Mesh
-from megalite.models.layers import CausalAttention, CrossEntropy, Decoder, Dropout
+from megalite.models.layers import CausalAttention, CrossEntropy, Decoder, Dropout, RMSNorm
 from megalite.models.weights import Weight
 from megalite.parallel.context import RingAttention
 from megalite.parallel.stage import cut
 from megalite.parallel.tensor import (
     ChunkedHead,
     ColumnParallelLinear,
+    FeatureCutRMSNorm,
     PutOff,
     RowParallelLinear,
     SequenceCutEmbedding,
@@ -70,7 +71,7 @@ def apply_context_parallelism(model: nn.Module, axis: Axis) -> None:
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, CausalAttention):
-                setattr(parent, name, RingAttention(axis))
+                setattr(parent, name, RingAttention(axis, child.kind))
 
 
 def apply_recompute(model: Decoder, train: TrainConfig) -> None:
@@ -84,7 +85,7 @@ def apply_recompute(model: Decoder, train: TrainConfig) -> None:
             for module in layer.modules():
                 if hasattr(module, "shrink"):
                     _recompute(module, "shrink")
-                if isinstance(module, CausalAttention) and module.dropout is not None and module.dropout.p:
+                if isinstance(module, CausalAttention) and module.writes_scores:
                     _recompute(module, "forward")
 
 
@@ -134,10 +135,12 @@ def _counterpart(
         if sequence or child.over_heads:
             child.shard = (axis.rank, axis.size)
         return None
-    if not isinstance(child, nn.Linear | nn.Embedding):
+    if not isinstance(child, nn.Linear | nn.Embedding | RMSNorm):
         return None
     weight = shrunk[child.weight]
     shard = table[names[child.weight]].shard
+    if isinstance(child, RMSNorm):
+        return FeatureCutRMSNorm(weight, child.eps, axis) if shard == "column" else None
     if isinstance(child, nn.Linear):
         bias = None if child.bias is None else shrunk[child.bias]
         if shard == "row":

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from megalite.kernels.attention import PLAIN, AttentionKind
 from megalite.mesh import Axis
 from megalite.models.layers import Places
 from megalite.parallel.collectives import Result, start_shift
@@ -33,35 +34,45 @@ def zigzag(length: int, axis: Axis) -> Tensor:
     """Which tokens of a sequence of `length` this rank takes: [T] int64, ascending.
 
     Raises ValueError where the sequence cannot be cut into 2 · `axis.size` equal chunks."""
-    num_chunks = 2 * axis.size
-    if length % num_chunks:
+    if length % (2 * axis.size):
         raise ValueError(f"a sequence of {length} tokens cannot be cut into 2 × {axis.size} equal chunks")
-    chunks = torch.arange(length).view(num_chunks, -1)
-    return torch.cat((chunks[axis.rank], chunks[num_chunks - 1 - axis.rank]))
+    return _zigzag_of(axis.rank, length, axis.size)
+
+
+def _zigzag_of(rank: int, length: int, ranks: int) -> Tensor:
+    chunks = torch.arange(length).view(2 * ranks, -1)
+    return torch.cat((chunks[rank], chunks[2 * ranks - 1 - rank]))
 
 
 class RingAttention(nn.Module):
     """`models.layers.CausalAttention` where each rank of the axis holds the tokens that `zigzag` gives it: who attends
-    to whom follows from that, and `places.index_T` is not asked. It drops nothing: the plan refuses attention
-    dropout."""
+    to whom follows from that, and `places.index_T` is not asked. It drops nothing and caps no scores: the plan refuses
+    both."""
 
-    def __init__(self, axis: Axis):
+    def __init__(self, axis: Axis, kind: AttentionKind = PLAIN):
         super().__init__()
-        self.axis = axis
+        self.axis, self.kind = axis, kind
 
     def forward(self, qkv_BTNK: Tensor, num_heads: int, num_kv_heads: int, places: Places) -> Tensor:
         """→ [B,T,H·K]"""
-        return _RingAttention.apply(qkv_BTNK, num_heads, num_kv_heads, places.document_BT, self.axis)
+        kind = self.kind.within(qkv_BTNK.shape[1] * self.axis.size)
+        return _RingAttention.apply(qkv_BTNK, num_heads, num_kv_heads, places.document_BT, self.axis, kind)
 
 
 class _RingAttention(Function):
     @staticmethod
     def forward(
-        ctx: Any, qkv_BTNK: Tensor, num_heads: int, num_kv_heads: int, document_BT: Tensor | None, axis: Axis
+        ctx: Any,
+        qkv_BTNK: Tensor,
+        num_heads: int,
+        num_kv_heads: int,
+        document_BT: Tensor | None,
+        axis: Axis,
+        kind: AttentionKind,
     ) -> Tensor:
         q, kv_2BTGK = _queries_and_message(qkv_BTNK, num_heads, num_kv_heads)
-        for block in _blocks(kv_2BTGK, document_BT, axis):
-            out, lse = attend(q[:, :, block.rows], block.k, block.v, block.causal, block.mask)
+        for block in _blocks(kv_2BTGK, document_BT, kind.window, axis):
+            out, lse = attend(q[:, :, block.rows], block.k, block.v, block.causal, block.mask, kind.scale)
             if block.step == 0:
                 # Every token attends to itself, so that this lse is finite and no row of the merges is empty.
                 merged, merged_lse = out.to(lse.dtype), lse
@@ -69,12 +80,12 @@ class _RingAttention(Function):
                 _merge(merged[:, :, block.rows], merged_lse[:, :, block.rows], out, lse)
         out_BTHK = merged.to(q.dtype).transpose(1, 2).contiguous()
         ctx.save_for_backward(qkv_BTNK, out_BTHK, merged_lse, document_BT)
-        ctx.axis, ctx.heads = axis, (num_heads, num_kv_heads)
+        ctx.axis, ctx.kind, ctx.heads = axis, kind, (num_heads, num_kv_heads)
         return out_BTHK.flatten(2)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         qkv_BTNK, out_BTHK, lse, document_BT = ctx.saved_tensors
         q, kv_2BTGK = _queries_and_message(qkv_BTNK, *ctx.heads)
         grad_BTHK = grad.contiguous().view_as(out_BTHK)  # GPU kernels want a last stride of 1; of a sum it is 0
@@ -82,7 +93,7 @@ class _RingAttention(Function):
         dq_BHTK = torch.zeros_like(q, dtype=lse.dtype)
         dkv_2BTGK = torch.zeros_like(kv_2BTGK, dtype=lse.dtype)
         travelling: Result | None = None
-        for block in _blocks(kv_2BTGK, document_BT, ctx.axis):
+        for block in _blocks(kv_2BTGK, document_BT, ctx.kind.window, ctx.axis):
             rows = block.rows
             dq, dk, dv = attend_backward(
                 grad[:, :, rows],
@@ -93,6 +104,7 @@ class _RingAttention(Function):
                 lse[:, :, rows],
                 block.causal,
                 block.mask,
+                ctx.kind.scale,
             )
             dq_BHTK[:, :, rows] += dq
             if travelling is not None:
@@ -102,7 +114,7 @@ class _RingAttention(Function):
             travelling = start_shift(dkv_2BTGK, ctx.axis)
         assert travelling is not None
         parts = (dq_BHTK.transpose(1, 2), *travelling())
-        return torch.cat([part.to(q.dtype) for part in parts], dim=2), None, None, None, None
+        return torch.cat([part.to(q.dtype) for part in parts], dim=2), None, None, None, None, None
 
 
 def _queries_and_message(qkv_BTNK: Tensor, num_heads: int, num_kv_heads: int) -> tuple[Tensor, Tensor]:
@@ -119,12 +131,12 @@ class _Block(NamedTuple):
     keys: slice
     causal: bool
     mask: Tensor | None
-    """[B,1,rows,keys] bool: where query and key are of one document."""
+    """[B or 1,1,rows,keys] bool: where query and key are of one document and in one window."""
     k: Tensor
     v: Tensor
 
 
-def _blocks(kv_2BTGK: Tensor, document_BT: Tensor | None, axis: Axis) -> Iterator[_Block]:
+def _blocks(kv_2BTGK: Tensor, document_BT: Tensor | None, window: int | None, axis: Axis) -> Iterator[_Block]:
     """The blocks of all ranks, the own first. The next one travels while the caller works on the one given."""
     half = kv_2BTGK.shape[2] // 2
     at_hand = [kv_2BTGK] if document_BT is None else [kv_2BTGK, document_BT.contiguous()]
@@ -136,9 +148,19 @@ def _blocks(kv_2BTGK: Tensor, document_BT: Tensor | None, axis: Axis) -> Iterato
         mask = None
         if document_BT is not None:
             mask = document_BT[:, None, rows, None] == at_hand[1][:, None, None, keys]
+        if window is not None:
+            near = _distances(kv_2BTGK, axis, source)[rows, keys] < window
+            mask = near[None, None] if mask is None else mask & near
         k, v = at_hand[0][:, :, keys].transpose(2, 3)
         yield _Block(step, rows, keys, step == 0, mask, k, v)
         at_hand = [arrived() for arrived in arriving]
+
+
+def _distances(kv_2BTGK: Tensor, axis: Axis, source: int) -> Tensor:
+    """How far back in the sequence another rank's keys lie from this rank's queries: [T,T]"""
+    length = kv_2BTGK.shape[2] * axis.size
+    with kv_2BTGK.device:
+        return zigzag(length, axis)[:, None] - _zigzag_of(source, length, axis.size)
 
 
 def _merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> None:
@@ -148,19 +170,23 @@ def _merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> None:
     lse.copy_(torch.logaddexp(lse, more_lse))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
     """Attention of q [B,H,T,K] to k and v [B,G,S,K], where the bool mask [B or 1,1,T,S] is true: the output [B,H,T,K]
     and the log-sum-exp [B,H,T] (fp32, or fp64 of fp64). A query with nothing to attend to gets 0 and -inf.
 
-    `causal`, where T = S, leaves out the keys after a query."""
+    `causal`, where T = S, leaves out the keys after a query. Scores are multiplied by `scale`; None: 1/√K."""
     bias = None if mask is None else _bias(mask, q)
     if q.device.type == "cpu":
-        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, is_causal=causal, attn_mask=bias)
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, is_causal=causal, attn_mask=bias, scale=scale
+        )
     elif _flash_on_cuda(q, mask):
-        out, lse = aten._scaled_dot_product_flash_attention(q, k, v, is_causal=causal)[:2]
+        out, lse = aten._scaled_dot_product_flash_attention(q, k, v, is_causal=causal, scale=scale)[:2]
     else:
         k, v = (_for_every_head(x, q) for x in (k, v))
-        out, lse = aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, is_causal=causal)[:2]
+        out, lse = aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, is_causal=causal, scale=scale)[:2]
         lse = lse[:, :, : q.shape[2]]  # it comes padded to a multiple of 32
     if mask is not None:  # what kernels give for empty rows differs, and none of it can be merged
         empty = ~mask.any(-1)
@@ -170,26 +196,34 @@ def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -
 
 
 def attend_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, mask: Tensor | None
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    mask: Tensor | None,
+    scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What these keys and values add to the gradients of q, k and v. `out` and `lse` are those of the attention to ALL
     keys: a probability is exp(score - lse), and what normalises its gradient is the sum of out · grad (Dao 2023)."""
     bias = None if mask is None else _bias(mask, q)
     if q.device.type == "cpu":
         return aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, q, k, v, out, lse, 0.0, causal, attn_mask=bias
+            grad, q, k, v, out, lse, 0.0, causal, attn_mask=bias, scale=scale
         )
     lse = lse.contiguous()  # of the second half of the queries it is not, and these kernels do not ask
     seed = offset = torch.zeros(2, dtype=torch.int64, device=q.device)  # of a dropout that there is not
     if _flash_on_cuda(q, mask):
         return aten._scaled_dot_product_flash_attention_backward(
-            grad, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, causal, seed, offset
+            grad, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, causal, seed, offset, scale=scale
         )
     lse = nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=torch.inf)  # as the forward kernel leaves it
     many_k, many_v = (_for_every_head(x, q) for x in (k, v))
     wanted = [True, True, True, False]
     dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(
-        grad, q, many_k, many_v, bias, out, lse, seed, offset, 0.0, wanted, causal
+        grad, q, many_k, many_v, bias, out, lse, seed, offset, 0.0, wanted, causal, scale=scale
     )
     dk, dv = (x.unflatten(1, (k.shape[1], -1)).sum(2) for x in (dk, dv))
     return dq, dk, dv

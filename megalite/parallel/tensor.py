@@ -126,7 +126,9 @@ class _Linear(Function):
         ctx.save_for_backward(x, weight)
         ctx.axis, ctx.sequence, ctx.has_bias = axis, sequence, bias is not None
         ctx.deliver, ctx.later, ctx.parameter = deliver, later, weight
-        return F.linear(all_gather(x, axis, SEQUENCE) if sequence else x, weight, bias)
+        out = F.linear(all_gather(x, axis, SEQUENCE) if sequence else x, weight, bias)
+        # With a bias it comes as a view, in which autograd would let nobody turn positions in place.
+        return out if bias is None else torch.ops.aten._unsafe_view(out, out.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -219,6 +221,34 @@ class SequenceCutEmbedding(_Parallel):
 
     def forward(self, positions_BT: Tensor) -> Tensor:
         return F.embedding(positions_BT.chunk(self.axis.size, SEQUENCE)[self.axis.rank], self.weight)
+
+
+class _SumOverRanks(Function):
+    """What each rank adds to a sum that all of them go on to use, each for its own features."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return all_reduce(x.clone(), axis)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return all_reduce(grad.clone(), ctx.axis), None
+
+
+class FeatureCutRMSNorm(nn.Module):
+    """RMSNorm over features of which each rank holds some, and their weight: one number a token travels (OLMo 2's norms
+    over all heads of a token)."""
+
+    def __init__(self, weight: nn.Parameter, eps: float, axis: Axis):
+        super().__init__()
+        self.weight, self.eps, self.axis = weight, eps, axis
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        squares = _SumOverRanks.apply(wide.square().sum(-1, keepdim=True), self.axis)
+        scale = torch.rsqrt(squares / (x.shape[-1] * self.axis.size) + self.eps)
+        return (wide * scale * self.weight).to(x.dtype)
 
 
 class VocabParallelCrossEntropy(nn.Module):

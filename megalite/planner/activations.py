@@ -59,15 +59,17 @@ class _Layer:
         self.norm = _norm(shapes)
         self.masks = self.hidden if shapes.hidden_dropout else 0
         """Of the dropout behind attention, and as much behind the MLP."""
-        lean_attention = recompute == "selective" and shapes.attention_dropout
+        lean_attention = recompute == "selective" and shapes.writes_scores
         self.attention = (_lean_attention if lean_attention else _attention)(shapes)
         self.inner = shapes.tokens * shapes.inner * shapes.element
         """The input of the MLP's second product."""
         self.first = 2 * self.inner if shapes.gated else self.inner
         """The output of its first."""
-        self.plain = 2 * self.norm + self.attention + self.first + self.inner + 2 * self.masks
+        norms = 2 * self.norm + _more_norms(shapes)
+        gate = self.inner if shapes.gelu_gate else 0  # gelu(gate), by itself
+        self.plain = norms + self.attention + self.first + gate + self.inner + 2 * self.masks
         """All that a layer keeps for its backward pass where nothing is computed again, or has when it was."""
-        self.kept = {"none": self.plain, "selective": self.plain - self.inner, "full": self.hidden}[recompute]
+        self.kept = {"none": self.plain, "selective": self.plain - gate - self.inner, "full": self.hidden}[recompute]
 
     def forward(self) -> list[int]:
         hidden, added = self.hidden, _added(self.shapes)
@@ -104,7 +106,7 @@ class _Layer:
         """All of the MLP is free."""
         beside = self.hidden + self.norm
         moments = [beside + _attended(self.shapes) + _attention_backward(self.shapes)]
-        if self.recompute == "full" or (self.recompute == "selective" and self.shapes.attention_dropout):
+        if self.recompute == "full" or (self.recompute == "selective" and self.shapes.writes_scores):
             moments.append(beside + _attended(self.shapes) + _attention_forward(self.shapes))
         return moments
 
@@ -117,6 +119,12 @@ def _norm(shapes: Shapes) -> int:
     keeps it) and fp32 statistics."""
     tokens = shapes.tokens // shapes.tensor if shapes.sequence else shapes.tokens
     return 2 * shapes.hidden_bytes + tokens * (1 if shapes.rms_norm else 2) * FP32
+
+
+def _more_norms(shapes: Shapes) -> int:
+    """Beyond two, which stand behind attention and MLP: inputs and statistics."""
+    tokens = shapes.tokens // shapes.tensor if shapes.sequence else shapes.tokens
+    return (shapes.norms - 2) * (shapes.hidden_bytes + tokens * FP32)
 
 
 def _projection(shapes: Shapes) -> int:
@@ -136,21 +144,29 @@ def _scores(shapes: Shapes) -> int:
 
 def _attention(shapes: Shapes) -> int:
     """The projection, the output and its log-sum-exp."""
-    if not shapes.attention_dropout:
-        return _lean_attention(shapes) + shapes.tokens * shapes.heads * FP32
-    # Written out: probabilities in fp32, the mask of the dropout and what it left, and who attends to whom; queries,
-    # keys and values are copied for their products, and the projection is free.
-    scores = _scores(shapes) * (FP32 + 2 * shapes.element) + shapes.seq_length**2
-    return 3 * _attended(shapes) + scores + _attended(shapes)
+    if not shapes.writes_scores:
+        mask = shapes.seq_length**2 * (shapes.element + 1) if shapes.window else 0
+        return _lean_attention(shapes) + shapes.tokens * shapes.heads * FP32 + mask
+    # Written out: probabilities in fp32, and who attends to whom; queries, keys and values are copied for their
+    # products, and the projection is free.
+    scores = _scores(shapes) * (FP32 + shapes.element) + shapes.seq_length**2
+    if shapes.attention_dropout:
+        scores += _scores(shapes) * shapes.element  # its mask beside what it left
+    if shapes.attention_softcap:
+        scores += _scores(shapes) * FP32  # what the tanh gave
+    return 3 * _attended(shapes) + scores + _attended(shapes) + _before_head_norms(shapes)
 
 
 def _lean_attention(shapes: Shapes) -> int:
     """What it begins with and what it gives."""
-    size = _projection(shapes) + _attended(shapes)
-    if shapes.head_norms:
-        # What they were computed from, and statistics.
-        size += _projection(shapes) + shapes.tokens * (shapes.heads + shapes.kv_heads) * FP32
-    return size
+    return _projection(shapes) + _attended(shapes) + _before_head_norms(shapes)
+
+
+def _before_head_norms(shapes: Shapes) -> int:
+    """What they were computed from, and statistics."""
+    if not shapes.head_norms:
+        return 0
+    return _projection(shapes) + shapes.tokens * (shapes.heads + shapes.kv_heads) * FP32
 
 
 def _attention_forward(shapes: Shapes) -> int:
@@ -161,6 +177,9 @@ def _attention_forward(shapes: Shapes) -> int:
         # are being made.
         scores = _scores(shapes) * (2 * FP32 + shapes.element + RANDOM_BYTES)
         size += 3 * _attended(shapes) + scores + _scores(shapes) // shapes.micro_batch_size * INT64
+    elif shapes.attention_softcap:
+        # Scores, capped, masked, and their softmax.
+        size += 3 * _attended(shapes) + _scores(shapes) * 4 * FP32
     if shapes.context > 1:
         # Keys and values twice, own and arriving; a block's output, in fp32 as well, and that of all blocks.
         size += shapes.tokens * (4 * shapes.kv * shapes.element + shapes.q * (shapes.element + 2 * FP32))
@@ -170,7 +189,7 @@ def _attention_forward(shapes: Shapes) -> int:
 def _attention_backward(shapes: Shapes) -> int:
     """What attention has kept, and the gradients it makes, of which the projection's is what it gives."""
     size = _attention(shapes) + _projection(shapes)
-    if shapes.attention_dropout:
+    if shapes.writes_scores:
         # Of the probabilities, and of the scores.
         size += _scores(shapes) * 2 * FP32
     if shapes.context > 1:
@@ -240,7 +259,9 @@ def head_bytes(shapes: Shapes, by_autograd: bool, on_gloo: bool = False) -> Part
     overwrites the logits with their gradient. `by_autograd`: the head's own gradient is made beside them."""
     if shapes.loss_chunk is not None:
         return _chunked_head_bytes(shapes, shapes.loss_chunk, by_autograd, on_gloo)
-    kept = _norm(shapes) + shapes.tokens * (shapes.vocab * shapes.element + FP32)
+    # A soft cap keeps what its tanh gave beside the logits.
+    logits = shapes.tokens * shapes.vocab * shapes.element
+    kept = _norm(shapes) + logits * (2 if shapes.logit_softcap else 1) + shapes.tokens * FP32
     gathered = _whole(shapes) if shapes.sequence else 0
     of_input = _whole(shapes) + _scatter(shapes, on_gloo)
     of_weight = shapes.vocab * shapes.hidden * shapes.element if by_autograd else 0

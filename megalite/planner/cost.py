@@ -147,7 +147,7 @@ class Costs:
         shapes = self.shapes
         operations = 2.0 * shapes.tokens * shapes.seq_length * shapes.q
         forward, backward = self.kernels.attention(operations), self.kernels.attention(2.5 * operations)
-        if shapes.attention_dropout:
+        if shapes.writes_scores:
             scores = shapes.tokens * shapes.seq_length * shapes.heads
             forward += self.kernels.memory(scores * 30.0, 8)
             backward += self.kernels.memory(scores * 40.0, 8)
@@ -180,6 +180,9 @@ class Costs:
         else:
             forward, backward = 2 * (2 + 3) * hidden, 2 * (3 + 3) * hidden
         kernels = 4
+        if shapes.norms > 2:  # behind attention and MLP: 2 passes each, 3 back
+            more = shapes.norms - 2
+            forward, backward, kernels = forward + 2 * more * hidden, backward + 3 * more * hidden, kernels + more
         if shapes.rope:  # in place
             forward, backward, kernels = forward + 2 * heads, backward + 2 * heads, kernels + 1
         if shapes.head_norms:
@@ -191,10 +194,12 @@ class Costs:
         return PassTimes(memory(forward, kernels) + activation, back, back, 0.0, 0.0)
 
     def _activation(self) -> tuple[float, float]:
-        """(forward, backward): of silu(gate) · up, 3 passes over I and 5, of gelu 2 and 3."""
+        """(forward, backward): of silu(gate) · up, 3 passes over I and 5, of gelu 2 and 3, of gelu(gate), · up both."""
         shapes = self.shapes
         one = shapes.tokens * shapes.inner * shapes.element
         forward, backward = (3, 5) if shapes.gated else (2, 3)
+        if shapes.gelu_gate:
+            forward, backward = forward + 2, backward + 3
         return self.kernels.memory(forward * one, 1), self.kernels.memory(backward * one, 1)
 
     def _accumulation(self, elements: int, bytes_each: int) -> PassTimes:

@@ -48,10 +48,18 @@ class Shapes:
     loss_chunk: int | None
     """Tokens whose logits exist at a time; None: all, and their product is not computed again."""
     gated: bool
+    gelu_gate: bool
+    """GeGLU: its gate is a pass of its own (Gemma)."""
     rope: bool
     rms_norm: bool
+    norms: int
+    """Of hidden states in a layer."""
     head_norms: bool
     """Queries and keys are normalised (Qwen3)."""
+    window: bool
+    """Some layer attends to a part of the sequence: by a mask."""
+    attention_softcap: bool
+    logit_softcap: bool
     hidden_dropout: bool
     attention_dropout: bool
     matrices: tuple[Matrix, ...]
@@ -65,6 +73,10 @@ class Shapes:
     @property
     def q(self) -> int:
         return self.heads * self.head_size
+
+    @property
+    def writes_scores(self) -> bool:
+        return self.attention_dropout or self.attention_softcap
 
     @property
     def kv(self) -> int:
@@ -91,12 +103,12 @@ def shapes_of(config: Config, plan: Plan, weights: Sequence[Weight]) -> Shapes:
     )
     heads, head_size = model.num_attention_heads, model.head_size
     kv_heads = getattr(model, "kv_heads", heads)
-    train = config.train
-    tokens = train.micro_batch_size * config.data.seq_length // plan.context
+    train, length = config.train, config.data.seq_length
+    tokens = train.micro_batch_size * length // plan.context
     return Shapes(
         tokens=tokens,
         micro_batch_size=train.micro_batch_size,
-        seq_length=config.data.seq_length,
+        seq_length=length,
         hidden=model.hidden_size,
         norm_hidden=model.hidden_size // plan.tensor if plan.sequence else model.hidden_size,
         heads=heads // plan.tensor,
@@ -106,9 +118,14 @@ def shapes_of(config: Config, plan: Plan, weights: Sequence[Weight]) -> Shapes:
         vocab=_vocab(weights).local_shape(plan.tensor)[0],
         loss_chunk=None if train.loss_chunk is None else min(train.loss_chunk, tokens),
         gated="mlp.gate_up.weight" in layer,
+        gelu_gate=getattr(model, "GATE", None) == "gelu",
         rope=not any(weight.name == "positions.weight" for weight in weights),
         rms_norm="attention_norm.bias" not in layer,
+        norms=sum(name.endswith("norm.weight") and "." not in name[:-7] for name in layer),
         head_norms=any("q_norm" in name for name in layer),
+        window=any((model.window(number) or length) < length for number in range(model.num_layers)),
+        attention_softcap=getattr(model, "attention_softcap", None) is not None,
+        logit_softcap=getattr(model, "logit_softcap", None) is not None,
         hidden_dropout=bool(getattr(model, "hidden_dropout", 0.0)),
         attention_dropout=bool(getattr(model, "attention_dropout", 0.0)),
         matrices=matrices,

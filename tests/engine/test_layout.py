@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 from math import prod
+from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,6 +25,9 @@ def plan_of(tensor: int, data: int, pipeline: int = 1) -> Plan:
     )  # fmt: skip
 
 
+PARTIAL: dict[str | None, Any] = {"column": None, "row": None, "vocab": None, None: "heads"}
+
+
 @st.composite
 def tables(draw: st.DrawFn) -> tuple[Weight, ...]:
     rows = draw(
@@ -36,7 +40,7 @@ def tables(draw: st.DrawFn) -> tuple[Weight, ...]:
         )
     )
     return tuple(
-        Weight(f"w{i}", (4 * height, 4 * width), (f"h{i}",), shard, decay=decay, partial_grad=shard is None)
+        Weight(f"w{i}", (4 * height, 4 * width), (f"h{i}",), shard, decay=decay, partial_grad=PARTIAL[shard])
         for i, (height, width, shard, decay) in enumerate(rows)
     )
 
@@ -45,7 +49,7 @@ TENSOR, DATA, MOST = st.sampled_from([1, 2, 4]), st.integers(1, 8), st.integers(
 
 
 def kind_of(weight: Weight, tensor: int) -> Kind:
-    return weight.decay, weight.shard is not None and tensor > 1, weight.partial_grad, False
+    return weight.decay, weight.shard is not None and tensor > 1, weight.sums_over_tensor_ranks(sequence=False), False
 
 
 def bucket_kind(bucket: Bucket) -> Kind:

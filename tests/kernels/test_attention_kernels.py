@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import sys
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from exactness import DTYPES, check_against_float64, device, needs_kernels  # noqa: F401, device is a fixture
 from megalite.config import KernelsConfig
 from megalite.kernels import library
-from megalite.kernels.attention import causal_attention
+from megalite.kernels.attention import PLAIN, AttentionKind, causal_attention
 
 # (B, T, H, G, K): a token, odd sizes, lengths and heads that fill no tile, several blocks of queries and of keys, one
 # task a query head and one a key/value head, and nothing at all.
@@ -30,14 +31,21 @@ SHAPES = [
 DOCUMENTS = [(600,), (1,) * 40, (5, 1, 90, 96, 1, 200), (16, 48, 64, 192, 250), (399, 1)]
 
 
-def plain_attention(qkv: Tensor, num_heads: int, num_kv_heads: int, document: Tensor | None = None) -> Tensor:
+def plain_attention(
+    qkv: Tensor, num_heads: int, num_kv_heads: int, document: Tensor | None = None, kind: AttentionKind = PLAIN
+) -> Tensor:
     """By its definition, one matrix of probabilities a head."""
     q, k, v = (x.transpose(1, 2) for x in qkv.split((num_heads, num_kv_heads, num_kv_heads), dim=2))
     k, v = (x.repeat_interleave(num_heads // num_kv_heads, dim=1) for x in (k, v))
-    scores = q @ k.transpose(-1, -2) / qkv.shape[-1] ** 0.5
+    scores = q @ k.transpose(-1, -2) * (kind.scale or qkv.shape[-1] ** -0.5)
+    if kind.softcap:
+        scores = kind.softcap * torch.tanh(scores / kind.softcap)
     if document is None:
         document = torch.zeros(qkv.shape[:2], dtype=torch.int64)
     reached = (document[:, None, :, None] == document[:, None, None, :]).tril()
+    if kind.window:
+        place = torch.arange(qkv.shape[1])
+        reached = reached & (place[:, None] - place < kind.window)
     return (scores.masked_fill(~reached, -torch.inf).softmax(-1) @ v).transpose(1, 2).flatten(2)
 
 
@@ -76,6 +84,40 @@ def test_documents(lengths: tuple[int, ...], dtype: torch.dtype, device: torch.d
         dtype,
         device,
     )
+
+
+KINDS = [
+    AttentionKind(window=1),
+    AttentionKind(window=7),
+    AttentionKind(window=33, scale=0.5),
+    AttentionKind(window=40),
+    AttentionKind(softcap=2.0),
+    AttentionKind(window=7, softcap=0.5, scale=1.0),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("packed", [False, True], ids=["one document", "packed"])
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_kinds(kind: AttentionKind, packed: bool, dtype: torch.dtype, device: torch.device) -> None:  # noqa: F811
+    document = torch.stack((numbers(3, 1, 36), numbers(20, 20))) if packed else None
+    qkv = random(2, 40, 8, 12)
+    check_against_float64(
+        lambda x: causal_attention(x, 4, 2, None if document is None else document.to(device), kind),
+        lambda x: plain_attention(x, 4, 2, document, kind),
+        [qkv],
+        dtype,
+        device,
+    )
+
+
+@needs_kernels
+def test_a_window_that_takes_in_everything_costs_nothing() -> None:
+    """megalite's own kernel takes it, as it takes no window."""
+    qkv = random(2, 40, 8, 12).float()
+    assert torch.equal(causal_attention(qkv, 4, 2, kind=AttentionKind(window=40)), causal_attention(qkv, 4, 2))
+    assert AttentionKind(window=40).within(40) == PLAIN
+    assert AttentionKind(window=39).within(40) != PLAIN
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -160,21 +202,30 @@ def test_operators_are_well_formed() -> None:
         )
 
 
+def kind_of(
+    window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0, softmax_scale: float | None = None
+) -> AttentionKind:
+    """What these arguments of the library mean; its defaults are none of it."""
+    assert window_size[1] in (-1, 0)
+    return AttentionKind(window_size[0] + 1 or None, softcap or None, softmax_scale)
+
+
 @pytest.fixture
 def flash_attn(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A stand-in for the library, asked for; returns what was called."""
     calls: list[str] = []
     module = ModuleType("flash_attn")
 
-    def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
+    def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, **asked: Any) -> Tensor:
         assert causal
         calls.append("flash_attn_func")
         qkv = torch.cat((q, k, v), dim=2)
-        return plain_attention(qkv, q.shape[2], k.shape[2]).view_as(q)
+        return plain_attention(qkv, q.shape[2], k.shape[2], kind=kind_of(**asked)).view_as(q)
 
     def flash_attn_varlen_func(
-        q: Tensor, k: Tensor, v: Tensor, q_ends: Tensor, k_ends: Tensor, q_most: int, k_most: int, *, causal: bool
-    ) -> Tensor:
+        q: Tensor, k: Tensor, v: Tensor, q_ends: Tensor, k_ends: Tensor, q_most: int, k_most: int, *, causal: bool,
+        **asked: Any,
+    ) -> Tensor:  # fmt: skip
         assert causal
         assert q_ends.dtype == torch.int32
         assert q_ends is k_ends
@@ -184,7 +235,8 @@ def flash_attn(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             torch.cat(x, dim=1)[None]
             for x in zip(*(y.tensor_split(q_ends[1:-1].long()) for y in (q, k, v)), strict=True)
         ]
-        return torch.cat([plain_attention(x, q.shape[1], k.shape[1]) for x in parts], dim=1).view_as(q)
+        kind = kind_of(**asked)
+        return torch.cat([plain_attention(x, q.shape[1], k.shape[1], kind=kind) for x in parts], dim=1).view_as(q)
 
     module.flash_attn_func, module.flash_attn_varlen_func = flash_attn_func, flash_attn_varlen_func  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "flash_attn", module)
@@ -198,6 +250,15 @@ def test_flash_attn(flash_attn: list[str]) -> None:
     for _ in range(2):
         torch.testing.assert_close(causal_attention(qkv, 4, 2, document), plain_attention(qkv, 4, 2, document))
     assert flash_attn == ["flash_attn_func", *["flash_attn_varlen_func of [0, 3, 8, 9, 15, 16]"] * 2]
+
+
+@pytest.mark.parametrize("kind", KINDS[1:], ids=str)
+def test_flash_attn_is_told_the_kind(kind: AttentionKind, flash_attn: list[str]) -> None:
+    qkv, document = random(2, 40, 8, 4), torch.stack((numbers(3, 37), numbers(20, 20)))
+    for documents in (None, document):
+        found = causal_attention(qkv, 4, 2, documents, kind)
+        torch.testing.assert_close(found, plain_attention(qkv, 4, 2, documents, kind))
+    assert len(flash_attn) == 2
 
 
 def test_cuda_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:

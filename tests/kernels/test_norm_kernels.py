@@ -56,6 +56,33 @@ def test_add_rms_norm(shape: tuple[int, ...], dtype: torch.dtype, device: torch.
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
+def test_one_added_to_the_weight(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:  # noqa: F811
+    inputs = [random(*shape), random(*shape, seed=2), random(shape[-1], seed=1)]
+    check_against_float64(
+        lambda x, r, w: (rms_norm(x, w, EPS, 1.0), *add_rms_norm(x, r, w, EPS, 1.0)),
+        lambda x, r, w: (plain_rms_norm(x, 1 + w), *plain_add_rms_norm(x, r, 1 + w)),
+        inputs,
+        dtype,
+        device,
+    )
+
+
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+def test_nothing_of_the_weight_is_lost_beside_one(
+    kernels: str,
+    device: torch.device,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """1 + 2⁻⁹ is 1 in bf16."""
+    monkeypatch.setattr(library, "_wishes", KernelsConfig(norm=kernels))
+    x = random(200, 64).to(device, torch.bfloat16)
+    plain, scaled = (rms_norm(x, torch.full_like(x[0], weight), EPS, 1.0).double().norm() for weight in (0.0, 2.0**-9))
+    # Roundings of 12,800 numbers by up to 2⁻⁹ average out far below that.
+    assert (scaled / plain).item() == pytest.approx(1 + 2.0**-9, abs=2.0**-12)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
 def test_layer_norm(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:  # noqa: F811
     inputs = [random(*shape), random(shape[-1], seed=1), random(shape[-1], seed=3)]
     check_against_float64(lambda x, w, b: layer_norm(x, w, b, EPS), plain_layer_norm, inputs, dtype, device)

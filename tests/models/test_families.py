@@ -20,37 +20,17 @@ from megalite.config import ConfigError
 from megalite.infer.generate import load_model
 from megalite.models import from_hf_config, model_config, to_hf_config, weight_table
 from megalite.models.layers import IGNORE, CausalAttention, CrossEntropy, Dropout, Places
+from tiny_models import CASES, IDS, LLAMA, LLAMA3_ROPE, ON_DISK
 
 transformers = pytest.importorskip("transformers")
 
 LENGTH = 40
-LLAMA: dict[str, Any] = {
-    "vocab_size": 99, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 4, "max_position_embeddings": 64, "bos_token_id": None, "eos_token_id": None,
-}  # fmt: skip
-GPT2: dict[str, Any] = {
-    "vocab_size": 99, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4,
-    "bos_token_id": None, "eos_token_id": None,
-}  # fmt: skip
-# LENGTH goes past the original 16 positions, and the six frequencies of a head of 12 fall into all three bands.
-LLAMA3_ROPE = {
-    "rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}  # fmt: skip
-CASES: dict[str, dict[str, Any]] = {
-    "llama": LLAMA,
-    "llama-grouped-queries": LLAMA | {"num_key_value_heads": 2, "rms_norm_eps": 1e-3},
-    "llama-tied": LLAMA | {"num_key_value_heads": 1, "tie_word_embeddings": True},
-    "llama-3": LLAMA | {"head_dim": 12, "rope_parameters": LLAMA3_ROPE},
-    "gpt2": GPT2,
-    "gpt2-untied": GPT2 | {"tie_word_embeddings": False, "n_inner": 40, "layer_norm_epsilon": 1e-3},
-}
 
 
 def their_model(case: str) -> nn.Module:
     torch.manual_seed(0)
-    family = transformers.LlamaForCausalLM if case.startswith("llama") else transformers.GPT2LMHeadModel
-    model = family(family.config_class(**CASES[case])).eval()
+    config = transformers.AutoConfig.for_model(**CASES[case])
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for parameter in model.parameters():  # norms and biases too: left at 1 and 0 they could be swapped unseen
             parameter.normal_(mean=0.5 * (parameter.dim() == 1), std=0.25)
@@ -83,7 +63,8 @@ def test_logits_and_gradients_are_those_of_transformers(pair: tuple[nn.Module, P
     ours.loss(found, labels).sum().div(7).backward()
     theirs.zero_grad()
     (F.cross_entropy(wanted.flatten(0, 1), labels.flatten(), reduction="sum") / 7).backward()
-    grads = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    on_disk = ON_DISK.get(ours.config.family, {})
+    grads = {on_disk.get(name, name): parameter.grad for name, parameter in theirs.named_parameters()}
     parameters = dict(ours.named_parameters())
     for weight in weight_table(ours.config):
         for name, grad in weight.to_hf(parameters[weight.name].grad).items():
@@ -103,44 +84,101 @@ def test_config_survives_the_way_there_and_back(pair: tuple[nn.Module, Path]) ->
         type(pair[0].config)(**values)
         for values in (json.loads((folder / "config.json").read_text()), to_hf_config(config))
     )
-    for key in CASES[folder.name[:-1]].keys() - {"bos_token_id", "eos_token_id"}:  # the tokenizer's, not the model's
+    for key in CASES[folder.name[:-1]].keys() - IDS.keys():  # the tokenizer's, not the model's
         assert getattr(ours, key) == getattr(theirs, key), key
 
 
 def test_position_scaling_as_transformers_4_writes_it() -> None:
-    new = {"model_type": "llama", "rms_norm_eps": 1e-6} | LLAMA | {"rope_parameters": LLAMA3_ROPE}
+    new = {"rms_norm_eps": 1e-6} | LLAMA | {"rope_parameters": LLAMA3_ROPE}
     old = {key: value for key, value in new.items() if key != "rope_parameters"}
     old |= {"rope_theta": 500.0, "rope_scaling": {k: v for k, v in LLAMA3_ROPE.items() if k != "rope_theta"}}
     assert from_hf_config(old) == from_hf_config(new)
     assert from_hf_config(new)["rope_scaling"]["factor"] == 4.0
 
 
+@pytest.mark.parametrize("case", ["llama-3", "mistral", "smollm3", "phi3-long", "gpt_neox", "gemma3_text-linear"])
+def test_a_config_as_transformers_4_reads_it(case: str) -> None:
+    """What is written for it beside the keys of transformers 5 says the same."""
+    config = model_config(from_hf_config(transformers.AutoConfig.for_model(**CASES[case]).to_dict()))
+    old = {key: value for key, value in to_hf_config(config).items() if key != "rope_parameters"}
+    assert model_config(from_hf_config(old)) == config
+
+
 @pytest.mark.parametrize(
-    ("kind", "key", "value"),
+    ("family", "stored", "found"),
+    [
+        ("gemma2", {"num_hidden_layers": 3}, ["sliding_attention", "full_attention", "sliding_attention"]),
+        ("gemma3_text", {"num_hidden_layers": 3}, ["sliding_attention"] * 3),
+        ("gemma3_text", {"num_hidden_layers": 3, "sliding_window_pattern": 2}, ["sliding_attention", "full_attention"]),
+        ("qwen2", {"num_hidden_layers": 2, "max_window_layers": 1}, ["full_attention", "sliding_attention"]),
+        ("qwen2", {"num_hidden_layers": 2, "use_sliding_window": False}, ["full_attention"] * 2),
+    ],
+)
+def test_which_layers_slide_where_an_old_config_has_a_pattern(
+    family: str, stored: dict[str, Any], found: list[str]
+) -> None:
+    case = {"gemma2": "gemma2", "gemma3_text": "gemma3_text", "qwen2": "qwen2-window"}[family]
+    old = transformers.AutoConfig.for_model(**CASES[case]).to_dict() | stored
+    del old["layer_types"]
+    config = model_config(from_hf_config(old))
+    windows = [config.window(layer) for layer in range(len(found))]
+    assert windows == [7 if kind == "sliding_attention" else None for kind in found]
+
+
+@pytest.mark.parametrize(
+    ("case", "key", "value"),
     [
         ("llama", "attention_bias", True),
         ("llama", "mlp_bias", True),
         ("llama", "hidden_act", "gelu"),
+        ("llama", "attention_dropout", 0.1),
         ("llama", "rope_type", "yarn"),
         ("gpt2", "activation_function", "relu"),
         ("gpt2", "scale_attn_weights", False),
         ("gpt2", "scale_attn_by_inverse_layer_idx", True),
         ("gpt2", "add_cross_attention", True),
+        ("mistral", "hidden_act", "relu"),
+        ("qwen3", "attention_bias", True),
+        ("smollm3", "use_sliding_window", True),
+        ("phi3", "resid_pdrop", 0.1),
+        ("olmo2", "attention_bias", True),
+        ("gpt_neox", "attention_bias", False),
+        ("gpt_neox", "hidden_act", "relu"),
+        ("gemma2", "use_bidirectional_attention", True),
+        ("gemma3_text", "attn_logit_softcapping", 50.0),
+        ("gemma3_text", "hidden_activation", "silu"),
     ],
 )
-def test_what_a_family_cannot_compute_is_refused_by_name(tmp_path: Path, kind: str, key: str, value: Any) -> None:
-    values = {"model_type": kind, "rms_norm_eps": 1e-6, "layer_norm_epsilon": 1e-5} | (
-        LLAMA if kind == "llama" else GPT2
-    )
+def test_what_a_family_cannot_compute_is_refused_by_name(tmp_path: Path, case: str, key: str, value: Any) -> None:
+    values = transformers.AutoConfig.for_model(**CASES[case]).to_dict()
     values |= {"rope_parameters": LLAMA3_ROPE | {key: value}} if key == "rope_type" else {key: value}
     (tmp_path / "config.json").write_text(json.dumps(values))
-    with pytest.raises(ConfigError, match=rf"{key} = {value!r}.*{kind} family supports"):
+    with pytest.raises(ConfigError, match=rf"{key} = {value!r}.*{case} family supports"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("case", "change", "words"),
+    [
+        ("gemma2", {"num_layers": 3}, "layer_types has 2 entries for num_layers = 3"),
+        ("smollm3", {"nope_layers": [2]}, "the 2 layers have the numbers 0 to 1"),
+        ("phi3-long", {"partial_rotary_factor": 0.5}, "rope_scaling.short_factor has 3 numbers for 2 pairs"),
+        ("gpt_neox", {"num_kv_heads": 1}, "as many num_kv_heads as num_attention_heads"),
+        ("gpt_neox", {"rotary_pct": 0.1}, "heads of size 1 cannot be rotated in pairs"),
+        ("llama", {"rope_scaling": {"type": "yarn"}}, "rope_scaling: type must be llama3, linear, longrope"),
+        ("llama", {"rope_scaling": {"type": "linear", "factr": 2}}, "did you mean 'factor'"),
+        ("llama", {"rope_scaling": {"factor": -1}}, "rope_scaling.factor = -1: should be greater than 0$"),
+    ],
+)
+def test_a_config_that_does_not_fit_its_family(case: str, change: dict[str, Any], words: str) -> None:
+    values = from_hf_config(transformers.AutoConfig.for_model(**CASES[case]).to_dict())
+    with pytest.raises(ConfigError, match=words):
+        model_config(values | change)
 
 
 def test_unknown_architecture_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "t5"}')
-    with pytest.raises(ConfigError, match=r"model_type = 't5'.*gpt2, llama"):
+    with pytest.raises(ConfigError, match=r"model_type = 't5'.*gemma2, .*gpt2, .*llama, mistral"):
         load_model(tmp_path)
 
 
@@ -196,6 +234,19 @@ def test_half_precision_weights_stay_as_they_are_stored(tmp_path: Path) -> None:
     their_model("llama").bfloat16().save_pretrained(tmp_path)
     assert {p.dtype for p in load_model(tmp_path).parameters()} == {torch.bfloat16}
     assert {p.dtype for p in load_model(tmp_path, torch.float32).parameters()} == {torch.float32}
+
+
+def test_bf16_is_as_close_to_fp32_as_transformers(tmp_path: Path) -> None:
+    """Gemma's 1 + weight is where bf16 would lose most."""
+    their_model("gemma3_text").save_pretrained(tmp_path)
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    tokens, _ = tokens_and_labels()
+    with torch.no_grad():
+        exact = load(tmp_path, attn_implementation="eager")(tokens).logits
+        theirs = load(tmp_path, attn_implementation="eager", dtype=torch.bfloat16)(tokens).logits.float()
+        ours = load_model(tmp_path, torch.bfloat16)(tokens).float()
+    # Both round at other places: neither is the nearer one by more than chance.
+    assert (ours - exact).norm() <= 1.25 * (theirs - exact).norm()
 
 
 # --- pieces that families share -------------------------------------------------------------------------------------

@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megalite.models import build_model, model_config, to_hf_config, weight_table
+from megalite.config import ModelConfig
+from megalite.models import build_model, from_hf_config, model_config, to_hf_config, weight_table
 from megalite.models.weights import VOCAB_MULTIPLE, Weight, layer_rows
+from tiny_models import CASES, IDS, ON_DISK
 
 TENSOR = (1, 2, 3, 4)
 
@@ -28,14 +30,16 @@ def weights(draw: st.DrawFn) -> tuple[Weight, int]:
         rows = draw(st.integers(1, 3 * VOCAB_MULTIPLE))
     else:
         multiple = tensor * unit if shard == "column" else 1
-        groups = [multiple * size for size in draw(st.lists(st.integers(1, 4), min_size=1, max_size=3))]
+        equal = st.integers(1, 4).flatmap(lambda size: st.lists(st.just(size), min_size=2, max_size=3))
+        groups = [multiple * size for size in draw(st.lists(st.integers(1, 4), min_size=1, max_size=3) | equal)]
         parts, rows = tuple(groups) if len(groups) > 1 else (), sum(groups)
     columns = draw(st.integers(1, 4)) * (tensor * unit if shard == "row" else 1)
     separate = bool(parts) and draw(st.booleans())
     names = tuple(f"hf.{i}" for i in range(len(parts) if separate else 1))
     transpose = matrix and draw(st.booleans())
+    by_unit = shard == "column" and len(set(parts)) == 1 and not separate and not transpose and draw(st.booleans())
     shape = (rows, columns) if matrix else (rows,)
-    return Weight("w", shape, names, shard, parts, unit=unit, transpose=transpose), tensor
+    return Weight("w", shape, names, shard, parts, unit=unit, transpose=transpose, by_unit=by_unit), tensor
 
 
 def logical_of(weight: Weight) -> Tensor:
@@ -160,44 +164,44 @@ def test_rows_of_a_layer_are_named_after_it() -> None:
     assert (row.name, row.hf) == ("layers.3.up.weight", ("model.layers.3.a.weight", "model.layers.3.b.weight"))
 
 
-SMALL: dict[str, Any] = {
-    "vocab_size": 50, "hidden_size": 12, "num_layers": 2, "num_attention_heads": 6, "max_positions": 16,
-}  # fmt: skip
-LLAMA = SMALL | {"family": "llama", "intermediate_size": 20}
-GPT2 = SMALL | {"family": "gpt2"}
-MODELS = [
-    LLAMA,
-    LLAMA | {"num_kv_heads": 2, "head_dim": 4, "tie_embeddings": True},
-    GPT2,
-    GPT2 | {"tie_embeddings": False, "intermediate_size": 20},
-]
+def test_parts_side_by_side_in_each_unit() -> None:
+    weight = Weight("w", (12, 1), ("h",), "column", parts=(4, 4, 4), unit=2, by_unit=True)
+    stored = weight.to_hf(torch.arange(12.0)[:, None])["h"]
+    assert stored.flatten().tolist() == [0, 1, 4, 5, 8, 9, 2, 3, 6, 7, 10, 11]
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_table_lists_every_parameter_of_the_model(model: dict[str, Any]) -> None:
-    config = model_config(model)
+def config_of(case: str) -> tuple[Any, ModelConfig]:
+    """transformers' config of a tiny model, and megalite's."""
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoConfig.for_model(**CASES[case])
+    return theirs, model_config(from_hf_config(theirs.to_dict()))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_table_lists_every_parameter_of_the_model(case: str) -> None:
+    config = config_of(case)[1]
     parameters = build_model(config).named_parameters()
     table = weight_table(config)
     assert {w.name: w.shape for w in table} == {name: tuple(p.shape) for name, p in parameters}
     assert len({w.name for w in table}) == len(table)
     for weight in table:
         assert weight.decay == (len(weight.shape) == 2), f"{weight.name}: norms and biases do not decay, matrices do"
-        # Under sequence parallelism a replicated weight sees a part of the sequence; a cut one is given all of it.
-        assert weight.partial_grad == (weight.shard is None), weight.name
+        # A rank sees all that a cut weight is used on, and of what a replicated one is: a part of the sequence under
+        # sequence parallelism, or its own heads.
+        assert (weight.partial_grad is None) == (weight.shard is not None), weight.name
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_table_names_every_tensor_of_transformers(model: dict[str, Any]) -> None:
+@pytest.mark.parametrize("case", CASES)
+def test_table_names_every_tensor_of_transformers(case: str) -> None:
     transformers = pytest.importorskip("transformers")
-    config = model_config(model)
-    hf = to_hf_config(config)
+    config = config_of(case)[1]
     with torch.device("meta"):
-        theirs = transformers.AutoModelForCausalLM.from_config(
-            transformers.AutoConfig.for_model(**hf | {"bos_token_id": None, "eos_token_id": None})
-        )
-    state = {name: tuple(tensor.shape) for name, tensor in theirs.state_dict().items()}
+        again = transformers.AutoConfig.for_model(**to_hf_config(config) | IDS)
+        theirs = transformers.AutoModelForCausalLM.from_config(again)
+    on_disk = ON_DISK.get(config.family, {})
+    state = {on_disk.get(name, name): tuple(tensor.shape) for name, tensor in theirs.state_dict().items()}
     if config.tie_embeddings:
-        assert state.pop("lm_head.weight") == (config.vocab_size, config.hidden_size)
+        del state[on_disk.get("lm_head.weight", "lm_head.weight")]
     ours = [item for weight in weight_table(config) for item in weight.hf_shapes().items()]
     assert dict(ours) == state
     assert len(ours) == len(state), "each tensor belongs to one weight"

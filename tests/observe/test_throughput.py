@@ -5,8 +5,9 @@ import time
 import pytest
 import torch
 
+from megalite.config_file import parse_config
 from megalite.observe import throughput
-from megalite.observe.throughput import HostEvent, Meter, chip_peak, flops_per_token
+from megalite.observe.throughput import HostEvent, Meter, chip_peak, flops_per_token, model_flops_per_token
 
 
 def test_flops_follow_the_published_convention() -> None:
@@ -15,6 +16,22 @@ def test_flops_follow_the_published_convention() -> None:
     flops = flops_per_token(num_params, num_layers=96, hidden_size_of_attention=96 * 128, seq_length=2048)
     assert flops == 6 * num_params + 12 * 96 * 12288 * 2048
     assert flops / (6 * num_params) == pytest.approx(1.0277, abs=1e-4)  # attention is 2.8 % of that model's work
+
+
+def test_a_window_counts_as_what_it_sees() -> None:
+    model = {
+        "family": "gemma3_text", "vocab_size": 100, "hidden_size": 32, "intermediate_size": 64, "num_layers": 6,
+        "num_attention_heads": 4, "max_positions": 512, "sliding_window": 64,
+    }  # fmt: skip
+    rest = {"run": {"name": "t"}, "train": {"steps": 1, "global_batch_size": 1}, "optimizer": {"lr": 1.0}}
+    data = {"train": [{"path": "x"}]}
+
+    def of(length: int) -> float:
+        return model_flops_per_token(parse_config({**rest, "model": model, "data": data | {"seq_length": length}}))
+
+    # Of six layers one sees all; from 64 on, the others see no more.
+    assert of(512) - of(64) == 12 * 32 * (512 - 64)
+    assert of(64) - of(32) == 12 * 32 * 6 * (64 - 32)
 
 
 @pytest.mark.parametrize(

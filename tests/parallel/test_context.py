@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from megalite.kernels.attention import PLAIN, AttentionKind
 from megalite.mesh import Axis
 from megalite.models.layers import CausalAttention, Places
 from megalite.parallel.collectives import start_shift
@@ -45,11 +46,20 @@ class Case(NamedTuple):
     groups: int
     documents: str
     dtype: torch.dtype
+    kind: AttentionKind = PLAIN
 
 
 CASES = [
     *itertools.starmap(Case, itertools.product((48,), (4, 2, 1), DOCUMENTS, (torch.float32, torch.float64))),
     *itertools.starmap(Case, itertools.product((48,), (4, 2), ("one", "uneven"), (torch.bfloat16,))),
+    # Windows that end inside chunks, at one and beyond; of a token, every other block is masked.
+    *(
+        Case(48, 2, documents, torch.float64, AttentionKind(window, scale=scale))
+        for documents, (window, scale) in itertools.product(
+            ("one", "uneven"), ((1, None), (6, 0.5), (13, None), (47, None), (None, 0.5))
+        )
+    ),
+    Case(48, 2, "uneven", torch.bfloat16, AttentionKind(13, scale=0.5)),
     # Longer than the blocks of 512 keys in which the CPU kernel works, at a block size that no power of 2 divides.
     *(Case(16 * 123, 2, documents, torch.float32) for documents in ("one", "uneven")),
 ]
@@ -100,7 +110,7 @@ def compare(case: Case, attention: Attend, index: Tensor) -> Result:
     qkv, weights = fused(case), numbers(1, BATCH, case.length, HEADS * SIZE, dtype=case.dtype)
     reference = torch.float64 if case.dtype == torch.bfloat16 else case.dtype
     whole = torch.arange(case.length)
-    wanted = run(CausalAttention(), qkv.to(reference), places_of(case, whole), weights.to(reference))
+    wanted = run(CausalAttention(kind=case.kind), qkv.to(reference), places_of(case, whole), weights.to(reference))
     found = run(attention, qkv[:, index], places_of(case, index), weights[:, index])
     return {key: (found[key], wanted[key][:, index]) for key in found}
 
@@ -144,7 +154,7 @@ def on_rank(rank: int, world_size: int) -> Found:
         return checkpoint(ring, *arguments, use_reentrant=False)
 
     return Found(
-        {case: compare(case, ring, zigzag(case.length, axis)) for case in CASES},
+        {case: compare(case, RingAttention(axis, case.kind), zigzag(case.length, axis)) for case in CASES},
         compare(some, recomputing, zigzag(48, axis)),
         compare(some, ring, torch.arange(48).chunk(world_size)[rank]),
         compare(some, RingAttention(strided), zigzag(48, strided)),

@@ -24,6 +24,7 @@ GPT2 = {
     "family": "gpt2", "vocab_size": 1000, "hidden_size": 128, "num_layers": 4, "num_attention_heads": 8,
     "max_positions": 256,
 }  # fmt: skip
+GEMMA = LLAMA | {"family": "gemma2", "sliding_window": 64, "attention_softcap": 50.0, "logit_softcap": 30.0}
 WITHIN = 0.05  # nearly all are within 1%; when a pipeline's messages arrive is chance, and one of them is up to 3%
 RESIDENT_WITHIN = 0.02  # known exactly but for the padding of buckets and the batch itself
 
@@ -71,6 +72,9 @@ ALONE = {
     "llama full": (LLAMA, SMALL_HEAD, "train.recompute=full"),
     "llama half full": (LLAMA, "train.recompute=full", "train.recompute_layers=2"),
     "llama large vocabulary": (LLAMA, "model.vocab_size=8000"),
+    "mistral": (LLAMA | {"family": "mistral", "sliding_window": 64},),
+    "olmo2": (LLAMA | {"family": "olmo2"},),
+    "gemma2": (GEMMA,),
     "llama chunked loss": (LLAMA, "model.vocab_size=8000", "train.loss_chunk=200"),
 }
 

@@ -18,6 +18,7 @@ __global__ void norm_forward_kernel(NormForward a) {
   const T* bias = static_cast<const T*>(a.bias);
   T* out = static_cast<T*>(a.out) + row * a.size;
   T* sum = static_cast<T*>(a.sum) + row * a.size;
+  const float unit = centred ? 0.0f : a.unit;
   float total = 0.0f;
   for (int64_t i = threadIdx.x * N; i < a.size; i += blockDim.x * N) {
     Pack<T, N> values = load<N>(x + i);
@@ -48,7 +49,7 @@ __global__ void norm_forward_kernel(NormForward a) {
     const Pack<T, N> scale = load<N>(weight + i);
     if (centred) shift = load<N>(bias + i);
     for (int j = 0; j < N; ++j) {
-      float value = (to_float(values.at[j]) - mean) * rstd * to_float(scale.at[j]);
+      float value = (to_float(values.at[j]) - mean) * rstd * (to_float(scale.at[j]) + unit);
       if (centred) value += to_float(shift.at[j]);
       values.at[j] = from_float<T>(value);
     }
@@ -66,6 +67,7 @@ __global__ void norm_backward_kernel(NormBackward a) {
   const T* weight = static_cast<const T*>(a.weight);
   float* dweight = a.dweight + part * a.size;
   float* dbias = a.dbias + part * a.size;
+  const float unit = centred ? 0.0f : a.unit;
   float own_dweight[N] = {}, own_dbias[N] = {};
   const auto write_sums = [&](int64_t i) {
     for (int j = 0; j < N; ++j) {
@@ -87,7 +89,7 @@ __global__ void norm_backward_kernel(NormBackward a) {
       for (int j = 0; j < N; ++j) {
         const float g = to_float(grads.at[j]), product = g * (to_float(values.at[j]) - mean) * rstd;
         (in_registers ? own_dweight[j] : dweight[i + j]) += product;
-        dot += product * to_float(scale.at[j]);
+        dot += product * (to_float(scale.at[j]) + unit);
         if (centred) {
           (in_registers ? own_dbias[j] : dbias[i + j]) += g;
           total += g * to_float(scale.at[j]);
@@ -101,8 +103,8 @@ __global__ void norm_backward_kernel(NormBackward a) {
       Pack<T, N> result, more;
       if (a.grad_sum) more = load<N>(grad_sum + i);
       for (int j = 0; j < N; ++j) {
-        float value = to_float(grads.at[j]) * to_float(scale.at[j]) - offset - (to_float(values.at[j]) - mean) * slope;
-        value *= rstd;
+        float value = to_float(grads.at[j]) * (to_float(scale.at[j]) + unit) - offset;
+        value = (value - (to_float(values.at[j]) - mean) * slope) * rstd;
         if (a.grad_sum) value += to_float(more.at[j]);
         result.at[j] = from_float<T>(value);
       }

@@ -1,0 +1,139 @@
+"""Gemma 2 (Gemma Team 2024): norms before and after attention and MLP, GeGLU, scores and logits bent by a tanh ("soft
+caps"), every second layer looking back over a window only, and embeddings scaled by the root of their size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn as nn
+from pydantic import Field
+from torch import Tensor
+
+from megalite.kernels.attention import AttentionKind
+from megalite.models.hf import require
+from megalite.models.layers import LayerNorm, OffsetRMSNorm, Places, RMSNorm
+from megalite.models.llama import (
+    MLP,
+    Attention,
+    Llama,
+    Shared,
+    attention_rows,
+    fields_from_hf,
+    fields_to_hf,
+    mlp_rows,
+    norm_row,
+    table,
+)
+from megalite.models.weights import Weight
+from megalite.models.windows import LayerType, WindowedByLayer
+
+GELU = "gelu_pytorch_tanh"
+
+
+class GemmaLike(WindowedByLayer):
+    """What Gemma 2 and 3 share."""
+
+    tie_embeddings: bool = True
+    query_pre_attn_scalar: float = Field(0, ge=0, description="scores are divided by its root; 0: the head size")
+    logit_softcap: float | None = Field(None, gt=0, description="c of logits c · tanh(logit / c)")
+
+    GATE: ClassVar[Literal["silu", "gelu"]] = "gelu"
+    NORM: ClassVar[type[RMSNorm] | type[LayerNorm]] = OffsetRMSNorm
+
+    def attention(self, layer: int) -> AttentionKind:
+        usual = self.query_pre_attn_scalar in (0, self.head_size)
+        return AttentionKind(self.window(layer), scale=None if usual else self.query_pre_attn_scalar**-0.5)
+
+
+class Gemma2Config(GemmaLike):
+    family: Literal["gemma2"] = "gemma2"
+    attention_softcap: float | None = Field(None, gt=0, description="c of attention scores c · tanh(score / c)")
+
+    def usual_type(self, layer: int) -> LayerType:
+        return "full_attention" if layer % 2 else "sliding_attention"
+
+    def attention(self, layer: int) -> AttentionKind:
+        kind = super().attention(layer)
+        return AttentionKind(kind.window, self.attention_softcap, kind.scale)
+
+
+class Layer(nn.Module):
+    def __init__(self, config: GemmaLike, attention: Attention):
+        super().__init__()
+        size, eps = config.hidden_size, config.norm_eps
+        self.attention_norm, self.attention_out_norm = OffsetRMSNorm(size, eps), OffsetRMSNorm(size, eps)
+        self.attention = attention
+        self.mlp_norm, self.mlp_out_norm = OffsetRMSNorm(size, eps), OffsetRMSNorm(size, eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, shared: Shared) -> Tensor:
+        attended = self.attention_out_norm(self.attention(self.attention_norm(x), shared))
+        normed, x = self.mlp_norm(attended, x)
+        return x + self.mlp_out_norm(self.mlp(normed))
+
+
+class Gemma(Llama):
+    config: GemmaLike
+
+    def layer(self, number: int) -> nn.Module:
+        return Layer(self.config, Attention(self.config, number))
+
+    def embed(self, tokens_BT: Tensor, places: Places) -> Tensor:
+        x_BTD = self.embedding(tokens_BT)
+        # The factor is rounded to the weights' precision, as it was when Google trained them.
+        return x_BTD * torch.tensor(self.config.hidden_size**0.5, dtype=x_BTD.dtype)
+
+    def predict(self, x_BTD: Tensor) -> Tensor:
+        logits, cap = super().predict(x_BTD), self.config.logit_softcap
+        return logits if cap is None else (logits / cap).tanh() * cap
+
+
+def weights(config: Gemma2Config) -> Iterator[Weight]:
+    yield from table(config, layer_rows(config, attention_rows(config)))
+
+
+def layer_rows(config: GemmaLike, attention: Sequence[Weight]) -> tuple[Weight, ...]:
+    return (
+        norm_row(config, "attention_norm", "input_layernorm"),
+        *attention,
+        norm_row(config, "attention_out_norm", "post_attention_layernorm"),
+        norm_row(config, "mlp_norm", "pre_feedforward_layernorm"),
+        *mlp_rows(config),
+        norm_row(config, "mlp_out_norm", "post_feedforward_layernorm"),
+    )
+
+
+def to_hf(config: Gemma2Config) -> dict[str, Any]:
+    return gemma_to_hf(config, "Gemma2ForCausalLM") | {"attn_logit_softcapping": config.attention_softcap}
+
+
+def gemma_to_hf(config: GemmaLike, architecture: str) -> dict[str, Any]:
+    scalar = config.query_pre_attn_scalar or config.head_size
+    return fields_to_hf(config, architecture, GELU) | {
+        "hidden_activation": GELU,
+        "query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar,
+        "sliding_window": config.sliding_window,
+        "layer_types": list(config.types),
+        "final_logit_softcapping": config.logit_softcap,
+        "use_bidirectional_attention": False,
+    }
+
+
+def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
+    return gemma_from_hf(hf, "gemma2") | {"attention_softcap": hf["attn_logit_softcapping"]}
+
+
+def gemma_from_hf(hf: dict[str, Any], family: str) -> dict[str, Any]:
+    require(hf, family, {"hidden_activation": GELU, "use_bidirectional_attention": False})
+    return fields_from_hf({"tie_word_embeddings": True, **hf}, family, GELU) | {
+        "head_dim": hf["head_dim"],
+        "query_pre_attn_scalar": hf["query_pre_attn_scalar"],
+        "sliding_window": hf["sliding_window"],
+        "layer_types": hf.get("layer_types"),
+        "logit_softcap": hf["final_logit_softcapping"],
+    }
+
+
+MODEL, CONFIG = Gemma, Gemma2Config

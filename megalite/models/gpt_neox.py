@@ -1,0 +1,178 @@
+"""GPT-NeoX and Pythia (Black et al. 2022, Biderman et al. 2023): Llama's attention with heads that turn in part, among
+LayerNorm, GELU and biases, and attention and MLP side by side between two points of the residual stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar, Literal
+
+import torch.nn as nn
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from megalite.kernels.activation import gelu
+from megalite.models import rope
+from megalite.models.hf import require
+from megalite.models.layers import LayerNorm, RMSNorm
+from megalite.models.llama import Attention, Llama, LlamaLike, Shared, residual_std
+from megalite.models.weights import Weight, layer_rows
+from megalite.plan import Place
+
+TANH = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")
+"""Names of one approximation of GELU."""
+
+
+class GPTNeoXConfig(LlamaLike):
+    family: Literal["gpt_neox"] = "gpt_neox"
+    rotary_pct: float = Field(0.25, gt=0, le=1, description="share of each head that turns")
+    parallel_residual: bool = Field(True, description="attention and MLP take the same input; false: one the other's")
+    tanh_gelu: bool = Field(False, description="GELU in its tanh approximation")
+
+    QKV_BIAS: ClassVar[bool] = True
+    OUT_BIAS: ClassVar[bool] = True
+    NORM: ClassVar[type[RMSNorm] | type[LayerNorm]] = LayerNorm
+
+    @model_validator(mode="after")
+    def _plain_heads(self) -> GPTNeoXConfig:
+        if self.kv_heads != self.num_attention_heads or self.head_size * self.num_attention_heads != self.hidden_size:
+            raise ValueError("gpt_neox has as many num_kv_heads as num_attention_heads, and together they fill a token")
+        return self
+
+    @property
+    def rotary_size(self) -> int:
+        return int(self.head_size * self.rotary_pct)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTNeoXConfig):
+        super().__init__()
+        self.up = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.activation = gelu if config.tanh_gelu else F.gelu
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shrink(self.up(x))
+
+    def shrink(self, up: Tensor) -> Tensor:
+        return self.down(self.activation(up))
+
+
+class Layer(nn.Module):
+    def __init__(self, config: GPTNeoXConfig, number: int):
+        super().__init__()
+        self.parallel = config.parallel_residual
+        self.attention_norm = LayerNorm(config.hidden_size, config.norm_eps)
+        self.attention = Attention(config, number)
+        self.mlp_norm = LayerNorm(config.hidden_size, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, shared: Shared) -> Tensor:
+        attended = self.attention(self.attention_norm(x), shared)
+        if self.parallel:
+            return x + attended + self.mlp(self.mlp_norm(x))
+        normed, x = self.mlp_norm(attended, x)
+        return x + self.mlp(normed)
+
+
+class GPTNeoX(Llama):
+    config: GPTNeoXConfig
+
+    def layer(self, number: int) -> nn.Module:
+        return Layer(self.config, number)
+
+
+def weights(config: GPTNeoXConfig) -> Iterator[Weight]:
+    hidden, inner, std = config.hidden_size, config.intermediate_size, config.init_std
+    unit, shape = config.head_size, (config.vocab_size, hidden)
+    layer = (
+        *_norm("attention_norm", "input_layernorm", hidden),
+        *_column("attention.qkv", "attention.query_key_value", (3 * hidden, hidden), std, (hidden,) * 3, unit),
+        *_row("attention.out", "attention.dense", (hidden, hidden), residual_std(config), unit),
+        *_norm("mlp_norm", "post_attention_layernorm", hidden),
+        *_column("mlp.up", "mlp.dense_h_to_4h", (inner, hidden), std),
+        *_row("mlp.down", "mlp.dense_4h_to_h", (hidden, inner), residual_std(config)),
+    )
+    ends: Place = "both" if config.tie_embeddings else "first"
+    yield Weight("embedding.weight", shape, ("gpt_neox.embed_in.weight",), "vocab", init=std, place=ends)
+    for i in range(config.num_layers):
+        yield from layer_rows(i, "gpt_neox.layers", layer)
+    yield from _norm("norm", "gpt_neox.final_layer_norm", hidden, "last")
+    if not config.tie_embeddings:
+        yield Weight("head.weight", shape, ("embed_out.weight",), "vocab", init=std, place="last")
+
+
+def _norm(name: str, hf: str, size: int, place: Place = 0) -> Iterator[Weight]:
+    for part, init in (("weight", "ones"), ("bias", "zeros")):
+        yield Weight(
+            f"{name}.{part}", (size,), (f"{hf}.{part}",), init=init, decay=False,  # type: ignore[arg-type]
+            partial_grad="sequence", place=place,
+        )  # fmt: skip
+
+
+def _column(
+    name: str, hf: str, shape: tuple[int, int], std: float, parts: tuple[int, ...] = (), unit: int = 1
+) -> Iterator[Weight]:
+    """Hugging Face has the parts of the first head before those of the second."""
+    by_unit = bool(parts)
+    yield Weight(f"{name}.weight", shape, (f"{hf}.weight",), "column", parts, unit, by_unit=by_unit, init=std)
+    yield Weight(
+        f"{name}.bias", shape[:1], (f"{hf}.bias",), "column", parts, unit, by_unit=by_unit, init="zeros", decay=False
+    )
+
+
+def _row(name: str, hf: str, shape: tuple[int, int], std: float, unit: int = 1) -> Iterator[Weight]:
+    """The bias is added after the reduction, on the cut sequence."""
+    yield Weight(f"{name}.weight", shape, (f"{hf}.weight",), "row", unit=unit, init=std)
+    yield Weight(f"{name}.bias", shape[:1], (f"{hf}.bias",), init="zeros", decay=False, partial_grad="sequence")
+
+
+def to_hf(config: GPTNeoXConfig) -> dict[str, Any]:
+    return {
+        "architectures": ["GPTNeoXForCausalLM"],
+        "model_type": "gpt_neox",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "hidden_act": "gelu_new" if config.tanh_gelu else "gelu",
+        "max_position_embeddings": config.max_positions,
+        "layer_norm_eps": config.norm_eps,
+        "initializer_range": config.init_std,
+        "tie_word_embeddings": config.tie_embeddings,
+        "use_parallel_residual": config.parallel_residual,
+        "attention_bias": True,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        # transformers 5 reads `rope_parameters`; transformers 4 and vLLM the other two.
+        **rope.to_hf(config.rope_theta, config.rope_scaling, partial_rotary_factor=config.rotary_pct),
+        "rotary_pct": config.rotary_pct,
+        "rotary_emb_base": config.rope_theta,
+    }
+
+
+def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
+    require(hf, "gpt_neox", {"attention_bias": True, "attention_dropout": 0.0, "hidden_dropout": 0.0})
+    if hf["hidden_act"] not in ("gelu", *TANH):
+        require(hf, "gpt_neox", {"hidden_act": "gelu"})
+    rotary = (hf.get("rope_parameters") or {}).get("partial_rotary_factor", hf.get("rotary_pct", 0.25))
+    return {
+        "family": "gpt_neox",
+        "vocab_size": hf["vocab_size"],
+        "hidden_size": hf["hidden_size"],
+        "intermediate_size": hf["intermediate_size"],
+        "num_layers": hf["num_hidden_layers"],
+        "num_attention_heads": hf["num_attention_heads"],
+        "max_positions": hf["max_position_embeddings"],
+        "norm_eps": hf["layer_norm_eps"],
+        "init_std": hf.get("initializer_range", 0.02),
+        "tie_embeddings": hf.get("tie_word_embeddings", False),
+        "parallel_residual": hf.get("use_parallel_residual", True),
+        "tanh_gelu": hf["hidden_act"] in TANH,
+        "rotary_pct": rotary,
+        **rope.from_hf(hf, "gpt_neox", hf.get("rotary_emb_base", 10_000.0)),
+    }
+
+
+MODEL, CONFIG = GPTNeoX, GPTNeoXConfig

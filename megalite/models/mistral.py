@@ -1,0 +1,24 @@
+"""Mistral (Jiang et al. 2023): Llama whose tokens attend to a sliding window."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from megalite.models.llama import Llama, fields_from_hf, fields_to_hf
+from megalite.models.llama import weights as weights
+from megalite.models.windows import Windowed
+
+
+class MistralConfig(Windowed):
+    family: Literal["mistral"] = "mistral"
+
+
+def to_hf(config: MistralConfig) -> dict[str, Any]:
+    return fields_to_hf(config, "MistralForCausalLM") | {"sliding_window": config.sliding_window}
+
+
+def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
+    return fields_from_hf(hf, "mistral") | {"sliding_window": hf["sliding_window"]}
+
+
+MODEL, CONFIG = Llama, MistralConfig

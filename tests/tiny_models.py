@@ -1,0 +1,78 @@
+"""Configs of two-layer Hugging Face models, a few for each family: what `transformers.AutoConfig.for_model` takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+ON_DISK = {"gpt_neox": {"lm_head.weight": "embed_out.weight"}}
+"""Tensors that lie in files under other names than in transformers' modules, by family."""
+IDS: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+LLAMA: dict[str, Any] = {
+    "model_type": "llama", "vocab_size": 99, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 64, **IDS,
+}  # fmt: skip
+GPT2: dict[str, Any] = {
+    "model_type": "gpt2", "vocab_size": 99, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, **IDS
+}  # fmt: skip
+NEOX: dict[str, Any] = {
+    "model_type": "gpt_neox", "vocab_size": 99, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "max_position_embeddings": 64, **IDS,
+}  # fmt: skip
+GROUPED = LLAMA | {"num_key_value_heads": 2}
+QWEN2 = GROUPED | {"model_type": "qwen2"}
+QWEN3 = GROUPED | {"model_type": "qwen3", "head_dim": 12}
+GEMMA2 = GROUPED | {
+    "model_type": "gemma2", "head_dim": 12, "query_pre_attn_scalar": 12, "sliding_window": 7,
+    "attn_logit_softcapping": 3.0, "final_logit_softcapping": 6.0,
+}  # fmt: skip
+GEMMA3 = GROUPED | {
+    "model_type": "gemma3_text", "head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 7,
+    "layer_types": ["sliding_attention", "full_attention"],
+}  # fmt: skip
+# Sequences of 32 and 40 go past the original 16 positions, and a head's six frequencies fall into all three bands.
+LLAMA3_ROPE = {
+    "rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+LONG = {
+    "rope_type": "longrope", "rope_theta": 500.0, "partial_rotary_factor": 0.75, "short_factor": [1.0, 1.5, 2.0],
+    "long_factor": [1.0, 3.0, 5.0],
+}  # fmt: skip
+CASES: dict[str, dict[str, Any]] = {
+    "llama": LLAMA,
+    "llama-grouped-queries": GROUPED | {"rms_norm_eps": 1e-3},
+    "llama-tied": LLAMA | {"num_key_value_heads": 1, "tie_word_embeddings": True},
+    "llama-3": LLAMA | {"head_dim": 12, "rope_parameters": LLAMA3_ROPE},
+    "gpt2": GPT2,
+    "gpt2-untied": GPT2 | {"tie_word_embeddings": False, "n_inner": 40, "layer_norm_epsilon": 1e-3},
+    "mistral": GROUPED | {"model_type": "mistral", "sliding_window": 7},
+    "mistral-whole": GROUPED | {"model_type": "mistral", "sliding_window": None, "head_dim": 12},
+    "qwen2": QWEN2,
+    "qwen2-window": QWEN2 | {
+        "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1, "tie_word_embeddings": True
+    },
+    "qwen3": QWEN3,
+    "qwen3-window": QWEN3 | {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0},
+    "smollm3": GROUPED | {"model_type": "smollm3", "no_rope_layers": [1, 0]},
+    "phi3": GROUPED | {"model_type": "phi3", "sliding_window": 7},
+    "phi3-short": LLAMA | {
+        "model_type": "phi3", "rope_parameters": LONG, "original_max_position_embeddings": 50,
+    },
+    "phi3-long": LLAMA | {
+        "model_type": "phi3", "rope_parameters": LONG, "original_max_position_embeddings": 16,
+    },
+    "olmo2": GROUPED | {"model_type": "olmo2"},
+    "gpt_neox": NEOX | {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}},
+    "gpt_neox-serial": NEOX | {"use_parallel_residual": False, "hidden_act": "gelu_new", "tie_word_embeddings": True},
+    "gemma2": GEMMA2,
+    "gemma2-uncapped": GEMMA2 | {
+        "attn_logit_softcapping": None, "final_logit_softcapping": None, "query_pre_attn_scalar": 20
+    },
+    "gemma3_text": GEMMA3,
+    "gemma3_text-linear": GEMMA3 | {
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        },
+    },
+}  # fmt: skip
