@@ -19,9 +19,12 @@ from types import FrameType
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous.api import RendezvousError
 
 from megalite.exit_codes import Exit, describe, killed_by
 from megalite.stopping import SIGNALS
+
+LINGER_S = 2.0
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -39,6 +42,10 @@ def main(arguments: Sequence[str]) -> int:
         rank, failure = error.get_first_failure()
         status = failure.exitcode if failure.exitcode > 0 else killed_by(-failure.exitcode)
         who = f"rank {rank}"
+        # The rendezvous lives in the launcher of the first node. The others' shall first see how their own ranks end.
+        time.sleep(LINGER_S)
+    except RendezvousError:
+        status, who = int(Exit.FAILED), "the launcher of the first node is gone"
     except SignalException as error:
         status, who = killed_by(error.sigval), "the launcher"
     print(f"== {time.strftime('%F %T')} {name or os.uname().nodename}: {who}: {describe(status)}", flush=True)
