@@ -24,7 +24,7 @@ from torch.distributed.elastic.rendezvous.api import RendezvousError
 from megalite.exit_codes import Exit, describe, killed_by
 from megalite.stopping import SIGNALS
 
-LINGER_S = 2.0
+LINGER_S = 1.0
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -95,22 +95,28 @@ compose() {
   echo "OMP_NUM_THREADS=$OMP_NUM_THREADS$(printf ' %q' "${launch[@]}")"
 }
 
+stop() {
+  asked=$1
+  kill -USR1 "$child" 2>/dev/null || true # any signal; but others srun would not pass on
+}
+
 # Runs $launch; leaves its exit status in $status, and in $asked whether it was to `requeue` or to `leave` early.
 attempt() {
   local show=
   "${launch[@]}" &
-  local child=$!
-  trap "asked=\${asked:-requeue}; kill -USR1 $child" USR1
-  trap "asked=leave; kill -USR1 $child" TERM INT # srun would not pass these on
+  child=$!
+  trap 'stop requeue' USR1
+  trap 'stop leave' TERM INT
   if [[ -n $job ]]; then
-    tail --quiet --follow=name --retry --lines=+1 --pid=$child "$log-${hosts[0]}.log" 2>/dev/null &
+    tail --quiet --follow=name --retry --lines=+1 --sleep-interval=0.2 --pid="$child" "$log-${hosts[0]}.log" 2>/dev/null |
+      grep --line-buffered -v '^== ' & # which comes in the summary
     show=$!
   fi
-  while kill -0 $child 2>/dev/null; do wait $child || true; done # a signal interrupts the wait
+  while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done # a signal interrupts the wait
   status=0
-  wait $child || status=$?
+  wait "$child" || status=$?
   trap - USR1 TERM INT
-  if [[ -n $show ]]; then wait $show || true; summary | sort; fi
+  if [[ -n $show ]]; then wait "$show" || true; summary | sort; fi
 }
 
 # A line a node: what became of its ranks, and the first error there.
