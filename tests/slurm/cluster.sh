@@ -39,7 +39,7 @@ FirstJobId=$((number + 1))
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-# A requeued job waits until the credentials of its last run have expired. The times are short, for tests.
+# A requeued job waits until the credentials of its last run have expired, 5 s at least. The times are short, for tests.
 AuthInfo=socket=$dir/munge.socket,cred_expire=5
 SlurmdTimeout=10
 KillWait=5

@@ -17,8 +17,8 @@ from small_runs import curve_of, make_config
 
 ROOT = Path(__file__).parents[2]
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch")
-STEPS = 400
-SETTINGS = (f"train.steps={STEPS}", "checkpoint.every=40", "observe.eval_every=0", "observe.log_every=20")
+STEPS = 240
+SETTINGS = (f"train.steps={STEPS}", "checkpoint.every=30", "observe.eval_every=0", "observe.log_every=20")
 
 
 class Cluster:
@@ -75,7 +75,7 @@ def test_a_job_outlives_its_time_limit_and_a_lost_node(cluster: Cluster, tmp_pat
         *("slurm/pretrain.sh", tmp_path / "job.yaml"),
     )
     try:
-        until(lambda: steps_done(config) > 60, "60 steps")
+        until(lambda: steps_done(config) > 40, "40 steps")
         cluster.run("scancel", "--batch", "--signal=USR1", job)  # as Slurm does near the time limit
         until(lambda: cluster.state(job) == "PENDING", "the requeue")
         stopped = steps_done(config)
@@ -83,7 +83,7 @@ def test_a_job_outlives_its_time_limit_and_a_lost_node(cluster: Cluster, tmp_pat
             ["bash", "slurm/pretrain.sh", str(tmp_path / "unbroken.yaml")],
             env=cluster.env | {"RANKS": "2"}, cwd=ROOT, stdout=subprocess.PIPE, text=True,
         ) as on_this_machine:  # fmt: skip
-            until(lambda: steps_done(config) > max(stopped, 220), "220 steps, after the requeue")
+            until(lambda: steps_done(config) > max(stopped, 130), "130 steps, after the requeue")
             cluster.script("crash", "test1")
             crashed = steps_done(config)
             # Slurm finds out by itself, in time.
@@ -96,7 +96,7 @@ def test_a_job_outlives_its_time_limit_and_a_lost_node(cluster: Cluster, tmp_pat
         until(lambda: cluster.state(job) == "COMPLETED", "the end of the job")
     except AssertionError as error:
         raise AssertionError(f"{error}\n{log.read_text() if log.exists() else ''}") from None
-    assert 60 < stopped < crashed < STEPS  # or nothing was interrupted
+    assert 40 < stopped < crashed < STEPS  # or nothing was interrupted
     text = log.read_text()
     assert f"resumed after step {stopped}\n" in text
     assert f"job {job}, start 0: exit status 75; requeued" in text
