@@ -59,7 +59,7 @@ def test_a_signal_in_the_last_step_changes_nothing(tmp_path: Path) -> None:
     assert metrics_of(config)[-1]["valid_loss"]
 
 
-# A main thread that hangs as one does that waits for a rank which is gone: in C, where no handler of Python's ever runs.
+# The main thread hangs as if it waited for a rank which is gone: in C, where no handler of Python's ever runs.
 HANGING = """
 import ctypes, megalite.stopping
 from megalite.mesh import ALONE, Mesh
@@ -106,7 +106,8 @@ def test_torchrun_hands_on_what_became_of_its_ranks(tmp_path: Path) -> None:
         try:
             deadline = time.monotonic() + 120
             while not metrics.exists() or len(metrics.read_text().splitlines()) < 20:
-                assert agent.poll() is None and time.monotonic() < deadline
+                assert agent.poll() is None
+                assert time.monotonic() < deadline
                 time.sleep(0.05)
             pid = rank_process(agent.pid, 1)
             assert pid is not None

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # A real Slurm of several nodes on this machine, for tests: munged, slurmctld, and a slurmd a node.
 #
+#   cluster.sh install      get it from Debian's packages, where it is not there yet
 #   cluster.sh up           start it; then `export SLURM_CONF=...` as it says
 #   cluster.sh down         end all of it, jobs included
 #   cluster.sh crash NODE   kill slurmd and all it runs, at once and without a farewell
@@ -126,7 +127,23 @@ down() {
     rm -rf "$dir"
 }
 
+install() {
+    local missing
+    missing=$(for program in slurmctld slurmd sbatch munged; do command -v $program >/dev/null || echo $program; done)
+    [[ -n $missing ]] || return 0
+    if ((EUID)) || ! command -v apt-get >/dev/null; then
+        say "missing here, and no root or no apt-get to install them:" $missing
+        exit 1
+    fi
+    {
+        apt-get update -qq
+        DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+            slurmctld slurmd slurm-client munge
+    } >/dev/null
+}
+
 case "${1:-}:${2:-}" in
+    install:) install ;;
     up:) up ;;
     down:) down ;;
     crash:test*)

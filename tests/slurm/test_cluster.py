@@ -1,5 +1,5 @@
-"""The launcher on a real Slurm of two nodes: a job that is stopped near its limit and then loses a node finishes all the
-same, on the very curve of a run that was never stopped."""
+"""The launcher on a real Slurm of two nodes: a job that is stopped near its limit, and then loses a node, finishes all
+the same, on the very curve of a run that was never stopped."""
 
 from __future__ import annotations
 

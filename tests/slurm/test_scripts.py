@@ -136,8 +136,9 @@ def test_sbatch_runs_one_launcher_a_node_from_the_submit_folder(machine: Machine
 )
 def test_within_a_container(machine: Machine, within: str, before_srun: list[str], before_python: list[str]) -> None:
     # Both also tell what the config needs: in the container there may be the only Python.
-    machine.install(machine.bin / "apptainer", '[[ "${@:4}" == "python -m megalite job "* ]] && echo 4 runs/x')
-    machine.install(machine.bin / "srun", f'if [[ "$*" == *" megalite job "* ]]; then echo 4 runs/x; exit; fi\n{RECORD}')
+    answer = 'if [[ "$*" == *" megalite job "* ]]; then echo 4 runs/x; exit; fi'
+    machine.install(machine.bin / "apptainer", answer)
+    machine.install(machine.bin / "srun", f"{answer}\n{RECORD}")
     machine.run("configs/x.yaml", WITHIN=within, **JOB)
     words = machine.words
     assert words[1 : 1 + len(before_srun)] == before_srun
