@@ -45,7 +45,7 @@ def main(arguments: Sequence[str]) -> int:
         # The rendezvous lives in the launcher of the first node. The others' shall first see how their own ranks end.
         time.sleep(LINGER_S)
     except RendezvousError:
-        status, who = int(Exit.FAILED), "the launcher of the first node is gone"
+        status, who = int(Exit.FAILED), "the launcher of another node is gone, which held the rendezvous"
     except SignalException as error:
         status, who = killed_by(error.sigval), "the launcher"
     print(f"== {time.strftime('%F %T')} {name or os.uname().nodename}: {who}: {describe(status)}", flush=True)

@@ -99,7 +99,7 @@ def test_a_job_outlives_its_time_limit_and_a_lost_node(cluster: Cluster, tmp_pat
     assert 40 < stopped < crashed < STEPS  # or nothing was interrupted
     text = log.read_text()
     assert f"resumed after step {stopped}\n" in text
-    assert f"job {job}, start 0: exit status 75; requeued" in text
+    assert f"job {job}, start 0: exit status 75; requeueing" in text
     assert f"job {job}, start 2: exit status 0; done" in text
     assert text.count("test1: rank 1: exit status 75") == 1
     assert curve_of(config) == curve_of(unbroken)

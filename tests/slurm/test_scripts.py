@@ -200,10 +200,10 @@ def test_one_machine_starts_again_where_that_helps(
     [
         ("exit 0", {}, 0, False, "done"),
         ("exit 2", {}, 2, False, "a mistake"),
-        (ASKED.format("USR1") + "exit 75", {}, 75, True, "requeued"),
+        (ASKED.format("USR1") + "exit 75", {}, 75, True, "requeueing"),
         (ASKED.format("TERM") + "exit 75", {}, 75, False, "goes on where it was"),
         ("exit 75", {}, 75, False, "goes on where it was"),  # scancel signals the ranks, not the launcher
-        ("exit 1", {}, 1, True, "requeued"),
+        ("exit 1", {}, 1, True, "requeueing"),
         ("exit 1", {"TRIES": "1"}, 1, False, "failed 1 times in a row"),
         ("exit 1", {"STATE": "COMPLETING"}, 1, False, "ended by Slurm"),  # cancelled before the handlers were there
         ("exit 1", {"SLURM_RESTART_COUNT": "100"}, 1, False, "last of 100 restarts"),
