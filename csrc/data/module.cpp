@@ -5,4 +5,6 @@ PYBIND11_MODULE(_data, module) {
   megalite::define_gather(module);
   megalite::define_blend(module);
   megalite::define_packing(module);
+  megalite::define_permute(module);
+  megalite::define_starts(module);
 }

@@ -9,5 +9,7 @@ namespace megalite {
 void define_gather(pybind11::module_& module);
 void define_blend(pybind11::module_& module);
 void define_packing(pybind11::module_& module);
+void define_permute(pybind11::module_& module);
+void define_starts(pybind11::module_& module);
 
 }  // namespace megalite

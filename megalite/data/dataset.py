@@ -66,6 +66,7 @@ def read_windows(source: SampleSource, samples: Int64s, into: Windows, rows: Int
     tokens, documents = into.tokens, into.documents
     width = tokens.shape[1]
     row, start, length = source.pieces(samples, documents is not None)
+    source.dataset.fetch(start, length)
     gather(source.dataset.tokens, start, length, rows[row] * width + _before(length, row), tokens)
     filled = np.bincount(row, length, len(samples)).astype(np.int64)
     into.filled[rows] = filled
@@ -112,12 +113,13 @@ class TokenSource:
         first, width = self.first_token + samples * self.seq_length, self.seq_length + 1
         if not by_document:
             return Pieces(np.arange(len(samples)), first, np.full(len(samples), width))
-        starts = [np.append(start, self.dataset.document_starts(start + 1, start + width)) for start in first.tolist()]
-        row = np.repeat(np.arange(len(samples)), [len(of_row) for of_row in starts])
-        start = np.concatenate([np.zeros(0, np.int64), *starts])
+        counts, borders = self.dataset.document_starts(first + 1, first + width)
+        row = np.repeat(np.arange(len(samples)), counts + 1)
+        is_first = np.diff(row, prepend=-1) > 0
+        start = np.empty(len(row), np.int64)
+        start[is_first], start[~is_first] = first, borders
         end = np.append(start[1:], 0)
-        is_last = np.diff(row, append=len(samples)) > 0
-        end[is_last] = first + width
+        end[np.append(is_first[1:], True)] = first + width
         return Pieces(row, start, end - start)
 
     def fingerprint(self) -> str:

@@ -43,13 +43,20 @@ def permute(index: npt.ArrayLike, size: int, key: npt.ArrayLike) -> Int64s:
     if index.size and not 0 <= index.min() <= index.max() < size:
         raise ValueError(f"index {index.min()} … {index.max()} is not in [0, {size})")
     half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
-    value = index.astype(np.uint64).ravel()
-    keys = np.broadcast_to(np.asarray(key, np.uint64), index.shape).ravel()
-    outside = np.arange(value.size)
+    values = index.astype(np.uint64).ravel()
+    keys = np.ascontiguousarray(np.broadcast_to(np.asarray(key, np.uint64), index.shape).ravel())
+    permute_in_place(values, keys, size, half_bits)
+    return values.astype(np.int64).reshape(index.shape)
+
+
+def permute_in_place_reference(
+    values: npt.NDArray[np.uint64], keys: npt.NDArray[np.uint64], size: int, half_bits: int
+) -> None:
+    """The walk of `permute`, [n] values with a key each, in numpy; `csrc/data/permute.cpp` does the same faster."""
+    outside = np.arange(values.size)
     while outside.size:
-        value[outside] = _feistel(value[outside], keys[outside], half_bits)
-        outside = outside[value[outside] >= np.uint64(size)]
-    return value.astype(np.int64).reshape(index.shape)
+        values[outside] = _feistel(values[outside], keys[outside], half_bits)
+        outside = outside[values[outside] >= np.uint64(size)]
 
 
 def _feistel(value: npt.NDArray[np.uint64], keys: npt.NDArray[np.uint64], half_bits: int) -> npt.NDArray[np.uint64]:
@@ -67,6 +74,12 @@ def _splitmix64(keys: npt.NDArray[np.uint64], position: npt.NDArray[np.uint64]) 
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return state ^ (state >> np.uint64(31))
+
+
+try:
+    from megalite._data import permute_in_place
+except ImportError:  # installed without a compiler
+    permute_in_place = permute_in_place_reference
 
 
 def sample_in_epoch(position: npt.ArrayLike, size: int, seed: int, source: int, order: Order) -> Int64s:

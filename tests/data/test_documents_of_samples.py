@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megalite.data.dataset import TokenSource
-from megalite.data.indexed import IndexedDataset, IndexedWriter
+from megalite.data.indexed import IndexedDataset, IndexedWriter, document_starts_reference
 from megalite.data.loader import Loader
 from megalite.data.mixture import View
 from megalite.parallel.stage import positions_of
@@ -77,3 +79,22 @@ def test_finding_documents_reads_little_of_a_large_index(tmp_path: Path) -> None
     assert time.process_time() - begin < 1.0
     assert documents is not None
     assert documents[1].max() in (12, 13)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 6), min_size=1, max_size=30),
+    ranges=st.lists(st.tuples(st.integers(-5, 120), st.integers(-5, 120)), max_size=10),
+)
+@settings(max_examples=100, deadline=None)
+def test_both_searches_find_what_a_look_at_every_document_does(lengths, ranges) -> None:
+    native = pytest.importorskip("megalite._data").document_starts
+    pointers = np.frombuffer(b"x" + (2 * np.cumsum([0, *lengths[:-1]])).astype("<i8").tobytes(), "<i8", offset=1)
+    documents = np.frombuffer(b"x" + np.arange(len(lengths) + 1, dtype="<i8").tobytes(), "<i8", offset=1)
+    first, last = (np.array([pair[side] for pair in ranges], np.int64) for side in (0, 1))
+    for function in (native, document_starts_reference):
+        counts, found = function(documents, pointers, 2, first, last)
+        expected = [[p // 2 for p in pointers.tolist() if a <= p // 2 < b] for a, b in ranges]
+        assert counts.tolist() == [len(row) for row in expected]
+        assert found.tolist() == [start for row in expected for start in row]
+    with pytest.raises(IndexError, match="not there"):
+        native(documents + 1000, pointers, 2, np.array([0]), np.array([1]))

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megalite.data.order import BLOCK, Blend, permute, quotas, sample_in_epoch
+from megalite.data.order import BLOCK, Blend, permute, permute_in_place_reference, quotas, sample_in_epoch
 from megalite.keys import key_of
 
 KEYS = st.integers(0, 2**64 - 1)
@@ -169,3 +169,18 @@ def test_epochs_sources_and_seeds_have_orders_of_their_own():
     ]
     assert len(set(orders)) == 8
     assert sample_in_epoch([0, 99, 100, 250], 100, 0, 0, "sequential").tolist() == [0, 99, 0, 50]
+
+
+@given(size=st.integers(1, 2**60), data=st.data())
+@settings(max_examples=50, deadline=None)
+def test_both_permutations_are_one(size, data):
+    native = pytest.importorskip("megalite._data").permute_in_place
+    values = np.array(data.draw(st.lists(st.integers(0, size - 1), max_size=20)), np.uint64)
+    keys = np.array(data.draw(st.lists(KEYS, min_size=len(values), max_size=len(values))), np.uint64)
+    half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
+    expected, found = values.copy(), values.copy()
+    permute_in_place_reference(expected, keys, size, half_bits)
+    native(found, keys, size, half_bits)
+    assert np.array_equal(found, expected)
+    with pytest.raises(ValueError, match="not below size"):
+        native(np.array([size], np.uint64), np.array([1], np.uint64), size, half_bits)
