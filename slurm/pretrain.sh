@@ -19,10 +19,7 @@
 # Submit from the repository's root; CONFIG is relative to it. --dry-run before CONFIG prints the command instead.
 #
 #   RANKS=n      ranks per machine; otherwise one per GPU, or without GPUs as many as CONFIG needs
-#   WITHIN=...   what the training runs in, one of
-#                  WITHIN='module load python/3.11 cuda/12.8'                  also: ml ..., source ...
-#                  WITHIN='apptainer exec --nv --bind /data megalite.sif'      or whatever else runs a command
-#                  WITHIN='--container-image=megalite.sqsh --container-mounts=/data'    pyxis: options for srun
+#   WITHIN=...   container or modules to run in; see within.sh
 #   TRIES=n      attempts in a row that may fail without a new checkpoint (3; without Slurm 1)
 #   RESTARTS=n   how often a job may start again in all (100)
 #
@@ -48,14 +45,7 @@ if [[ ! -d $root/megalite ]]; then root=${SLURM_SUBMIT_DIR:-$PWD}; fi
 cd "$root"
 [[ -f $1 ]] || fail "no config $1 in $root (submit from the repository's root)"
 
-python=(python) srun=(srun)
-if [[ -x $root/.venv/bin/python ]]; then python=("$root/.venv/bin/python"); fi
-case ${WITHIN:-} in
-  '') ;;
-  'module '* | 'ml '* | 'source '*) set +u; eval "$WITHIN"; set -u ;;
-  --*) read -ra options <<<"$WITHIN"; srun+=("${options[@]}") python=(python) ;; # not this machine's .venv
-  *) read -ra python <<<"$WITHIN python" ;;
-esac
+source slurm/within.sh
 
 count_gpus() {
   if [[ -n ${SLURM_GPUS_ON_NODE:-} ]]; then echo "$SLURM_GPUS_ON_NODE"
