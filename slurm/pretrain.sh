@@ -25,8 +25,9 @@
 #
 # A job starts again by itself, from its newest checkpoint: five to six minutes before its time limit (--signal, above;
 # it must be well below the limit), when all ranks save and the job requeues itself; and after a failure, be it a node
-# or a rank. So a run can be longer than the limit. Where the cluster does not let jobs requeue themselves, submit the same line as often as needed, with
-# --dependency=singleton --job-name=NAME: each job goes on where the one before stopped.
+# or a rank. So a run can be longer than the limit. Where the cluster does not let jobs requeue themselves, submit the
+# same line as often as needed, with --dependency=singleton --job-name=NAME: each job goes on where the one before it
+# stopped.
 # `scancel --batch --signal=USR1 JOB` brings the requeue on early, --signal=TERM saves and ends the job for good.
 #
 # The job's log shows rank 0 and a summary; all that a node says is in RUN/logs/JOB.RESTART-NODE.log. The exit status
