@@ -70,7 +70,8 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 
 # Puts the command of this start into $launch.
 compose() {
-  local launcher=("${python[@]}" -m megalite.launch "--nproc-per-node=$ranks") task=(-m megalite train "${arguments[@]}")
+  local launcher=("${python[@]}" -m megalite.launch "--nproc-per-node=$ranks")
+  local task=(-m megalite train "${arguments[@]}")
   if [[ -z $job ]]; then
     launch=("${launcher[@]}" --standalone --local-addr=127.0.0.1 "${task[@]}")
   else
@@ -100,7 +101,7 @@ attempt() {
   trap 'stop requeue' USR1
   trap 'stop leave' TERM INT
   if [[ -n $job ]]; then
-    tail --quiet --follow=name --retry --lines=+1 --sleep-interval=0.2 --pid="$child" "$log-${hosts[0]}.log" 2>/dev/null |
+    tail --follow=name --retry --lines=+1 --sleep-interval=0.2 --pid="$child" "$log-${hosts[0]}.log" 2>/dev/null |
       grep --line-buffered -v '^== ' & # which comes in the summary
     show=$!
   fi
