@@ -17,6 +17,7 @@
 #
 # OPTIONs are those of tools/preprocess_data.py. Submit from the repository's root; paths are relative to it. The task
 # that finishes last joins the shards. If tasks failed, submit the same line again: finished shards are kept.
+# WITHIN=... names a container or modules to run in; see within.sh.
 set -euo pipefail
 
 fail() { echo "preprocess.sh: $*" >&2; exit 2; }
@@ -31,10 +32,10 @@ if [[ ! -d $root/megalite ]]; then root=${SLURM_SUBMIT_DIR:-$PWD}; fi
 cd "$root"
 [[ -f tools/preprocess_data.py ]] || fail "no tools/preprocess_data.py in $root (submit from the repository's root)"
 
-python=python
-if [[ -x $root/.venv/bin/python ]]; then python=$root/.venv/bin/python; fi
+source slurm/within.sh
 
-command=("$python" tools/preprocess_data.py)
+command=("${python[@]}" tools/preprocess_data.py)
+if ((${#srun[@]} > 1)); then command=("${srun[@]}" --ntasks=1 "${command[@]}"); fi
 if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then command+=(--workers "$SLURM_CPUS_PER_TASK"); fi
 if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
   first=$SLURM_ARRAY_TASK_MIN
