@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megalite.exit_codes import Exit, killed_by
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb. Returns the exit status: 0, or 2 for a mistake of the user's, which is explained without a
+    """Run one verb. Returns the exit status, one of `exit_codes.py`. A mistake of the user's is explained without a
     traceback."""
     parser = make_parser()
     arguments, rest = parser.parse_known_args(argv)
@@ -20,19 +23,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         arguments.overrides += rest
-    from megalite.checkpoint.tensors import CheckpointError
+    from megalite.checkpoint.tensors import CheckpointError, NotSaved
     from megalite.config import ConfigError
     from megalite.data.indexed import DataError
 
     try:
-        arguments.verb(arguments)
+        return arguments.verb(arguments) or Exit.DONE
     except (ConfigError, DataError, CheckpointError) as error:
         rank = os.environ.get("RANK")  # a mistake in the config is every rank's, a bad disk may be one rank's alone
         print(f"error{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr)
-        return 2
+        return Exit.NOT_SAVED if isinstance(error, NotSaved) else Exit.MISTAKE
     except KeyboardInterrupt:
-        return 130
-    return 0
+        return killed_by(signal.SIGINT)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -46,9 +48,9 @@ def make_parser() -> argparse.ArgumentParser:
     train.add_argument("--print-plan", action="store_true", help="show what follows from the config, and stop")
     train.set_defaults(verb=_train)
 
-    ranks = verbs.add_parser("ranks", help="print how many ranks a config needs at least")
-    _add_config(ranks)
-    ranks.set_defaults(verb=_ranks)
+    job = verbs.add_parser("job", help="print what a launcher must know: the ranks a config needs at least, its folder")
+    _add_config(job)
+    job.set_defaults(verb=_job)
 
     plan = verbs.add_parser(
         "plan", help="predict memory, step time and MFU of a config on a cluster; find its best layout"
@@ -99,7 +101,7 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.steps=100")
 
 
-def _train(arguments: argparse.Namespace) -> None:
+def _train(arguments: argparse.Namespace) -> Exit:
     from megalite.config_file import load_config
 
     config = load_config(arguments.config, arguments.overrides)
@@ -119,19 +121,21 @@ def _train(arguments: argparse.Namespace) -> None:
                 from megalite.engine.deepspeed import deepspeed_config
 
                 print(f"DeepSpeed's configuration:\n{json.dumps(deepspeed_config(config, plan), indent=2)}")
-        return
+        return Exit.DONE
     from megalite.mesh import leave
     from megalite.train import train
 
-    train(config)
+    ended = train(config)
     leave()
+    return ended
 
 
-def _ranks(arguments: argparse.Namespace) -> None:
+def _job(arguments: argparse.Namespace) -> None:
     from megalite.config_file import load_config
     from megalite.plan import smallest_world
 
-    print(smallest_world(load_config(arguments.config, arguments.overrides)))
+    config = load_config(arguments.config, arguments.overrides)
+    print(smallest_world(config), config.run.folder)
 
 
 def _plan(arguments: argparse.Namespace) -> None:

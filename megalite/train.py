@@ -4,6 +4,7 @@ bottom."""
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from megalite.checkpoint.export import write_extras
 from megalite.checkpoint.load import from_checkpoint, from_hf, from_seed
 from megalite.checkpoint.resume import find_checkpoint, read_train_state
 from megalite.checkpoint.save import Saver
-from megalite.checkpoint.tensors import CheckpointError
+from megalite.checkpoint.tensors import NotSaved
 from megalite.config import Config
 from megalite.counter_random import random_bits
 from megalite.data.checks import check_same_everywhere, check_vocabulary
@@ -26,6 +27,7 @@ from megalite.data.mixture import Mixture, build_mixtures
 from megalite.data.tokenizer import Tokenizer, load_tokenizer
 from megalite.engine import Engine, ReadState, make_engine
 from megalite.engine.layout import choose_owners, elements_of
+from megalite.exit_codes import Exit
 from megalite.host_memory import keep_freed_memory
 from megalite.kernels import library
 from megalite.keys import key_of
@@ -38,20 +40,23 @@ from megalite.observe.steps import Record, StepLog
 from megalite.observe.throughput import Meter, model_flops_per_token
 from megalite.optim.schedule import learning_rate
 from megalite.parallel.apply import apply_parallelism
-from megalite.parallel.collectives import all_reduce
+from megalite.parallel.collectives import all_agree, all_reduce
 from megalite.parallel.context import zigzag
 from megalite.parallel.pipeline import Pipeline
 from megalite.parallel.stage import Inputs, Stage, positions_of
 from megalite.parallel.tensor import PutOff
 from megalite.plan import Plan, make_plan
+from megalite.stopping import StopRequests
 
 Data = Mapping[Split, Mixture | None]
 
 
-def train(config: Config) -> None:
-    """Train as the config says, on the ranks this process was started among. Resumes by itself.
+def train(config: Config) -> Exit:
+    """Train as the config says, on the ranks this process was started among. Resumes by itself. Returns DONE, or
+    STOPPED after a signal.
 
-    Raises ConfigError, DataError or CheckpointError, before the first step where something asked for cannot be done."""
+    Raises ConfigError, DataError or CheckpointError, before the first step where something asked for cannot be done;
+    NotSaved after the last step."""
     launch = Launch.from_environment()
     plan = make_plan(config, weight_table(config.model), launch.world_size)
     tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
@@ -67,15 +72,16 @@ def train(config: Config) -> None:
     run = Run(config, plan, mesh, open_recorder(config, plan, state, tokenizer) if mesh.world.rank == 0 else None)
     run.say(*warnings)
     status = "failed"
-    try:
-        train_from(run, data, checkpoint, state)
-        status = "finished" if run.last_step == config.train.steps else "stopped"
-    except KeyboardInterrupt:
-        status = "stopped"
-        raise
-    finally:
-        if run.recorder:
-            run.recorder.close(status)
+    with StopRequests(mesh) as requests:
+        try:
+            asked = train_from(run, data, checkpoint, state, requests)
+            status = "stopped" if asked or run.last_step < config.train.steps else "finished"
+        finally:
+            if run.recorder:
+                run.recorder.close(status)
+        # A launcher that sees one rank leave unfinished ends the others: none goes before all are ready to.
+        all_agree(True, mesh)
+    return Exit.STOPPED if asked else Exit.DONE
 
 
 @dataclass(frozen=True)
@@ -122,7 +128,10 @@ def open_recorder(config: Config, plan: Plan, state: dict[str, Any], tokenizer: 
     )
 
 
-def train_from(run: Run, data: Data, checkpoint: Path | None, state: dict[str, Any]) -> None:
+def train_from(
+    run: Run, data: Data, checkpoint: Path | None, state: dict[str, Any], requests: StopRequests
+) -> signal.Signals | None:
+    """Returns the signal that asked for the run to stop early, if one did."""
     config, folder = run.config, run.config.run.folder
     parts = build(config, run.plan, run.mesh)
     parts.engine.load(initial_state(config, run.mesh, checkpoint), state["step"])
@@ -143,14 +152,15 @@ def train_from(run: Run, data: Data, checkpoint: Path | None, state: dict[str, A
     )
     done = False
     try:
-        run_steps(run, parts, loader, data, saver, state["step"])
+        asked = run_steps(run, parts, loader, data, saver, state["step"], requests)
         done = True
     finally:
         loader.close()
         saver.wait(abandon=not done)
         run.say(*saver.news())
     if saver.error:  # an earlier save that failed is made good by a later one, but the last one has none after it
-        raise CheckpointError(saver.error)
+        raise NotSaved(saver.error)
+    return asked
 
 
 def initial_state(config: Config, mesh: Mesh, checkpoint: Path | None) -> ReadState:
@@ -163,13 +173,17 @@ def initial_state(config: Config, mesh: Mesh, checkpoint: Path | None) -> ReadSt
     return from_seed(config.train.seed, mesh.tensor, mesh.device)
 
 
-def run_steps(run: Run, parts: Parts, loader: Loader, data: Data, saver: Saver, start_step: int) -> None:
+def run_steps(
+    run: Run, parts: Parts, loader: Loader, data: Data, saver: Saver, start_step: int, requests: StopRequests
+) -> signal.Signals | None:
+    """To the last step, or to the one after which all ranks agree that one of them was asked to stop, and save."""
     config, mesh, recorder = run.config, run.mesh, run.recorder
     meter = Meter(model_flops_per_token(config), mesh.world.size, mesh.device, parts.dtype)
     profiler = Profiler(config.profile, config.run.folder, mesh.world.rank, parts.engine.settle)
     with profiler, StepLog(recorder, meter) as log:
         for step in range(start_step + 1, run.last_step + 1):
             profiler.begin(step)
+            agreed = requests.compare()
             lr = learning_rate(step, config.train.steps, config.optimizer)
             loss = forward_backward(parts, next(loader), mesh, config.train.seed)
             grad_norm = parts.engine.step(lr)
@@ -177,7 +191,11 @@ def run_steps(run: Run, parts: Parts, loader: Loader, data: Data, saver: Saver, 
             record: Record = {"step": step, "loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens": tokens}
             log.add(record | consumed_tokens(loader), run.plan.tokens_per_step)
             profiler.end(step)
-            evaluates, saves = run.due(step, config.observe.eval_every), run.due(step, config.checkpoint.every)
+            asked = agreed()
+            if step == run.last_step:
+                asked = None  # it ends here all the same
+            evaluates = run.due(step, config.observe.eval_every) and not asked
+            saves = run.due(step, config.checkpoint.every) or asked
             if evaluates or saves:
                 log.wait()
             if evaluates:
@@ -188,7 +206,11 @@ def run_steps(run: Run, parts: Parts, loader: Loader, data: Data, saver: Saver, 
                 wandb_id = recorder.wandb_id if recorder else None
                 saver.save(step, {"step": step, "data": loader.state(), "wandb_id": wandb_id})
             run.say(*saver.news())
+            if asked:
+                run.say(f"{asked.name}: leaving after step {step}; a second signal does not wait for the checkpoint")
+                return asked
             meter.start()
+    return None
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@
 #SBATCH --cpus-per-task=64
 #SBATCH --mem=0
 #SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@300
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
@@ -16,15 +17,30 @@
 #   bash   slurm/pretrain.sh CONFIG [key=value ...]      the same run on this machine, with or without GPUs
 #
 # Submit from the repository's root; CONFIG is relative to it. --dry-run before CONFIG prints the command instead.
-# RANKS=n sets the ranks per machine; otherwise there is one per GPU, or without GPUs as many as CONFIG needs.
-# A requeued job continues from its newest checkpoint (checkpoint.resume: auto) and adds to its log.
+#
+#   RANKS=n      ranks per machine; otherwise one per GPU, or without GPUs as many as CONFIG needs
+#   WITHIN=...   what the training runs in, one of
+#                  WITHIN='module load python/3.11 cuda/12.8'                  also: ml ..., source ...
+#                  WITHIN='apptainer exec --nv --bind /data megalite.sif'      or whatever else runs a command
+#                  WITHIN='--container-image=megalite.sqsh --container-mounts=/data'    pyxis: options for srun
+#   TRIES=n      attempts in a row that may fail without a new checkpoint (3; without Slurm 1)
+#   RESTARTS=n   how often a job may start again in all (100)
+#
+# A job starts again by itself, from its newest checkpoint: some minutes before its time limit (--signal, above), when
+# all ranks save and the job requeues itself; and after a failure, be it a node or a rank. So a run can be longer than
+# the limit. Where the cluster does not let jobs requeue themselves, submit the same line as often as needed, with
+# --dependency=singleton --job-name=NAME: each job goes on where the one before stopped.
+# `scancel --batch --signal=USR1 JOB` brings the requeue on early, --signal=TERM saves and ends the job for good.
+#
+# The job's log shows rank 0 and a summary; all that a node says is in RUN/logs/JOB.RESTART-NODE.log. The exit status
+# is that of megalite (megalite/exit_codes.py).
 set -euo pipefail
 
-fail() { echo "pretrain.sh: $*" >&2; exit 2; }
+fail() { echo "$(basename "$0"): $*" >&2; exit 2; }
 
 dry_run=
 if [[ ${1:-} == --dry-run ]]; then dry_run=1; shift; fi
-[[ $# -ge 1 ]] || fail "usage: pretrain.sh [--dry-run] CONFIG [key=value ...]"
+[[ $# -ge 1 ]] || fail "usage: $(basename "$0") [--dry-run] CONFIG [key=value ...]"
 
 # sbatch runs a copy of this file from its spool folder, so where the file lies says nothing there.
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -32,8 +48,14 @@ if [[ ! -d $root/megalite ]]; then root=${SLURM_SUBMIT_DIR:-$PWD}; fi
 cd "$root"
 [[ -f $1 ]] || fail "no config $1 in $root (submit from the repository's root)"
 
-python=python
-if [[ -x $root/.venv/bin/python ]]; then python=$root/.venv/bin/python; fi
+python=(python) srun=(srun)
+if [[ -x $root/.venv/bin/python ]]; then python=("$root/.venv/bin/python"); fi
+case ${WITHIN:-} in
+  '') ;;
+  'module '* | 'ml '* | 'source '*) set +u; eval "$WITHIN"; set -u ;;
+  --*) read -ra options <<<"$WITHIN"; srun+=("${options[@]}") python=(python) ;; # not this machine's .venv
+  *) read -ra python <<<"$WITHIN python" ;;
+esac
 
 count_gpus() {
   if [[ -n ${SLURM_GPUS_ON_NODE:-} ]]; then echo "$SLURM_GPUS_ON_NODE"
@@ -42,8 +64,11 @@ count_gpus() {
   else echo 0; fi
 }
 
-nodes=${SLURM_NNODES:-1}
-needed=$("$python" -m megalite ranks "$@") # also finds a mistake in the config once, before every rank would
+job=${SLURM_JOB_ID:-} nodes=${SLURM_NNODES:-1}
+ask=("${python[@]}" -m megalite job "$@")
+if [[ ${srun[1]:-} == --* ]]; then ask=("${srun[@]}" --nodes=1 --ntasks=1 "${ask[@]}"); fi
+told=$("${ask[@]}") # also finds a mistake in the config once, before every rank would
+read -r needed run <<<"$told"
 ranks=${RANKS:-$(count_gpus)}
 if ((ranks == 0)); then ranks=$(((needed + nodes - 1) / nodes)); fi
 
@@ -52,17 +77,88 @@ cores=${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-$(nproc)}}
 threads=$((cores / ranks))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 
-torchrun=("$python" -m torch.distributed.run "--nproc-per-node=$ranks")
-if [[ -n ${SLURM_JOB_ID:-} ]]; then
-  head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
-  port=$((10000 + SLURM_JOB_ID % 20000)) # below the ports Linux hands out by itself; jobs that share a node differ
-  launch=(srun "--nodes=$nodes" "--ntasks=$nodes" --ntasks-per-node=1 "--cpus-per-task=$cores" # srun forgets sbatch's
-    --kill-on-bad-exit=1 --wait=60
-    "${torchrun[@]}" "--nnodes=$nodes" "--rdzv-id=$SLURM_JOB_ID" --rdzv-backend=c10d "--rdzv-endpoint=$head:$port")
-else
-  launch=("${torchrun[@]}" --standalone --local-addr=127.0.0.1)
-fi
-launch+=(-m megalite train "$@")
+# Puts the command of start number $1 into $launch.
+compose() {
+  launch=("${python[@]}" -m megalite.launch "--nproc-per-node=$ranks")
+  if [[ -n $job ]]; then
+    # Ranks are numbered by their nodes' names: rank 0 is on the first.
+    mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST" | LC_ALL=C sort)
+    log=$run/logs/$job.$1
+    port=$((10000 + job % 20000)) # below the ports Linux hands out by itself; jobs that share a node differ
+    launch=("${srun[@]}" "--nodes=$nodes" "--ntasks=$nodes" --ntasks-per-node=1 "--cpus-per-task=$cores" # not inherited
+      --kill-on-bad-exit=0 --wait=60 # when one node has ended, the others have a minute to do so and say why
+      bash -c 'exec "$@" >"$0-$SLURMD_NODENAME.log" 2>&1' "$log" "${launch[@]}" "--nnodes=$nodes" "--rdzv-id=$job.$1" --rdzv-backend=c10d "--rdzv-endpoint=${hosts[0]}:$port")
+  else
+    launch+=(--standalone --local-addr=127.0.0.1)
+  fi
+  launch+=(-m megalite train "${arguments[@]}")
+  echo "OMP_NUM_THREADS=$OMP_NUM_THREADS$(printf ' %q' "${launch[@]}")"
+}
 
-echo "OMP_NUM_THREADS=$OMP_NUM_THREADS$(printf ' %q' "${launch[@]}")"
-if [[ -z $dry_run ]]; then exec "${launch[@]}"; fi
+# Runs $launch; leaves its exit status in $status, and in $asked whether it was to `requeue` or to `leave` early.
+attempt() {
+  local show=
+  "${launch[@]}" &
+  local child=$!
+  trap "asked=\${asked:-requeue}; kill -USR1 $child" USR1
+  trap "asked=leave; kill -USR1 $child" TERM INT # srun would not pass these on
+  if [[ -n $job ]]; then
+    tail --quiet --follow=name --retry --lines=+1 --pid=$child "$log-${hosts[0]}.log" 2>/dev/null &
+    show=$!
+  fi
+  while kill -0 $child 2>/dev/null; do wait $child || true; done # a signal interrupts the wait
+  status=0
+  wait $child || status=$?
+  trap - USR1 TERM INT
+  if [[ -n $show ]]; then wait $show || true; summary | sort; fi
+}
+
+# A line a node: what became of its ranks, and the first error there.
+summary() {
+  local node last error
+  for node in "${hosts[@]}"; do
+    last=$(grep '^== ' "$log-$node.log" 2>/dev/null | tail -n 1 || true)
+    error=$(grep -m 1 -oE '[A-Za-z]*Error: .*|^error.*' "$log-$node.log" 2>/dev/null | cut -c -200 || true)
+    echo "${last:-== $node: lost, or ended from outside}${error:+; $error}"
+  done
+}
+
+newest() { find "$run/checkpoints" -path '*/step-????????/manifest.json' 2>/dev/null | sort | tail -n 1 || true; }
+
+# Ends this script, in Slurm's case for the time being.
+finish() {
+  echo "== $(date '+%F %T') ${job:+job $job, }start $restart: exit status $status; $*"
+  exit "$status"
+}
+
+requeue() {
+  # A job that was cancelled, or is past its limit, must not come back.
+  if [[ $(squeue --noheader --jobs="$job" --format=%T) != RUNNING ]]; then finish "ended by Slurm"; fi
+  echo "$failures" >"$run/logs/$job.failures"
+  echo "== $(date '+%F %T') job $job, start $restart: exit status $status; requeued" # which ends this script
+  if scontrol requeue "$job"; then exit "$status"; fi
+  finish "Slurm does not requeue jobs here; submitted again, the run goes on where it was"
+}
+
+arguments=("$@") asked= failures=0 tries=${TRIES:-1}
+if [[ -n $job ]]; then
+  mkdir -p "$run/logs"
+  failures=$(cat "$run/logs/$job.failures" 2>/dev/null || echo 0) tries=${TRIES:-3}
+fi
+for ((restart = ${SLURM_RESTART_COUNT:-0}; ; restart++)); do
+  compose "$restart"
+  if [[ -n $dry_run ]]; then exit; fi
+  before=$(newest)
+  attempt
+  case $status in
+    0) finish "done" ;;
+    2) finish "a mistake that starting again would not mend" ;;
+    75) if [[ $asked != requeue || -z $job ]]; then finish "stopped; started again, the run goes on where it was"; fi ;;
+    *) if [[ $asked == leave ]]; then finish "stopped, without a checkpoint of the last step"; fi ;;
+  esac
+  if [[ $status == 75 || $(newest) != "$before" ]]; then failures=0; else failures=$((failures + 1)); fi
+  if ((failures >= tries)); then finish "failed $failures times in a row without a new checkpoint"; fi
+  if ((restart >= ${RESTARTS:-100})); then finish "that was the last of ${RESTARTS:-100} restarts"; fi
+  if [[ -n $job ]]; then requeue; fi
+  echo "== $(date '+%F %T') start $restart: exit status $status; starting again"
+done

@@ -21,6 +21,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be used. The message names the folder and what is wrong with it."""
 
 
+class NotSaved(CheckpointError):
+    """The last checkpoint of a run could not be written."""
+
+
 class TensorFolder:
     """The tensors of STEM.safetensors, or of the files that STEM.safetensors.index.json lists."""
 

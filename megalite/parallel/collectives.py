@@ -49,6 +49,20 @@ def all_agree(yes: bool, mesh: Mesh) -> bool:
     return not all_reduce(no, mesh.world, dist.ReduceOp.MAX)
 
 
+def start_highest(number: int, mesh: Mesh) -> Callable[[], int]:
+    """The highest of all ranks' numbers, found out between the hosts: no device is waited for, on any rank."""
+    if mesh.world.size == 1:
+        return lambda: number
+    highest = torch.tensor(number)
+    work = dist.all_reduce(highest, dist.ReduceOp.MAX, mesh.world.group, async_op=True)
+
+    def result() -> int:
+        work.wait()
+        return int(highest)
+
+    return result
+
+
 def all_gather(x: Tensor, axis: Axis, dim: int) -> Tensor:
     """Concatenate every rank's `x` along `dim` (not negative)."""
     return start_gather_along(x, axis, dim)()

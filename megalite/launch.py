@@ -1,0 +1,65 @@
+"""torchrun for `slurm/pretrain.sh`: `python -m megalite.launch [torchrun's options] -m megalite train CONFIG`.
+
+It differs from torchrun in three things. Its exit status is that of the rank that failed first, where torchrun's is
+always 1. A signal that asks for a stop is passed on to the ranks and their end awaited, however long the checkpoint
+takes; torchrun kills them after 30 s. And it ends with one line that says what became of this node's ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from torch.distributed import run
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous.api import RendezvousError
+
+from megalite.exit_codes import Exit, describe, killed_by
+from megalite.stopping import SIGNALS
+
+LINGER_S = 2.0
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Start the ranks of this node, and return the exit status when all have ended."""
+    # Under Slurm every node goes by the name Slurm has for it: it leads here, which what the node calls itself may not,
+    # and ranks are numbered in the order of the names.
+    name = os.environ.get("SLURMD_NODENAME")
+    options = [f"--local-addr={name}"] if name else []
+    for number in SIGNALS:
+        signal.signal(number, _pass_on)
+    try:
+        run.run(run.parse_args(["--signals-to-handle=SIGHUP,SIGQUIT", *options, *arguments]))
+        status, who = int(Exit.DONE), "all ranks"
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        status = failure.exitcode if failure.exitcode > 0 else killed_by(-failure.exitcode)
+        who = f"rank {rank}"
+        # The rendezvous lives in the launcher of the first node. The others' shall first see how their own ranks end.
+        time.sleep(LINGER_S)
+    except RendezvousError:
+        status, who = int(Exit.FAILED), "the launcher of the first node is gone"
+    except SignalException as error:
+        status, who = killed_by(error.sigval), "the launcher"
+    print(f"== {time.strftime('%F %T')} {name or os.uname().nodename}: {who}: {describe(status)}", flush=True)
+    return status
+
+
+def _pass_on(number: int, frame: FrameType | None) -> None:
+    ranks = [int(pid) for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()]
+    if not ranks:  # still waiting for the other nodes
+        sys.exit(killed_by(number))
+    for pid in ranks:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,85 @@
+"""Being asked to stop: SIGTERM, SIGINT or SIGUSR1 to any one rank makes all of them save after the same step and leave.
+
+The first signal only leaves a note, which the ranks compare once a step (`StopRequests.compare`). A second one ends the
+process at once, for whoever does not want to wait for the save.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Any
+
+from megalite.exit_codes import killed_by
+from megalite.mesh import Mesh
+from megalite.parallel.collectives import start_highest
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+ONE_REQUEST_S = 2.0
+"""Signals so close to the first are the same request: Slurm signals every process of a job, and a launcher that is one
+of them passes the signal on to its ranks, which thus get it twice."""
+
+
+class StopRequests:
+    """Takes note of signals between `with` and its end. Only the main thread can open one."""
+
+    def __init__(self, mesh: Mesh):
+        self._mesh = mesh
+        self._asked = 0
+
+    def compare(self) -> Callable[[], signal.Signals | None]:
+        """Start telling the other ranks. Every rank calls it at the same place of every step, and the result, which it
+        asks for later in that step, is the same on all: a signal that one of them was sent, or None.
+
+        The messages go from host to host while the devices compute, and wait for none of them."""
+        result = start_highest(self._asked, self._mesh)
+
+        def agreed() -> signal.Signals | None:
+            number = result()
+            return signal.Signals(number) if number else None
+
+        return agreed
+
+    def __enter__(self) -> StopRequests:
+        # Python runs a handler when the main thread is next in Python code, which may be never if it waits for a rank
+        # that is gone. The number of the signal goes through the pipe at once, to a thread that can act on it.
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        self._handlers: dict[int, Any] = {number: signal.signal(number, _leave_it_to_the_pipe) for number in SIGNALS}
+        self._thread = threading.Thread(target=self._watch, name="signals", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup)
+        os.close(self._write)
+        self._thread.join()
+        os.close(self._read)
+
+    def _watch(self) -> None:
+        first = 0.0
+        while byte := os.read(self._read, 1):
+            number = byte[0]
+            if number not in SIGNALS:
+                continue
+            if not self._asked:
+                self._asked, first = number, time.monotonic()
+            elif time.monotonic() - first > ONE_REQUEST_S:
+                if sys.stdout.isatty():
+                    os.write(1, b"\x1b[?25h\n")  # the live line hides the cursor
+                os._exit(killed_by(number))
+
+
+def _leave_it_to_the_pipe(number: int, frame: FrameType | None) -> None:
+    """Keeps the signal from doing what it does by default."""
