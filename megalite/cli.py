@@ -52,6 +52,10 @@ def make_parser() -> argparse.ArgumentParser:
     _add_config(job)
     job.set_defaults(verb=_job)
 
+    preflight = verbs.add_parser("preflight", help="look whether all nodes are fit for a run; start it as the run is")
+    _add_config(preflight)
+    preflight.set_defaults(verb=_preflight)
+
     plan = verbs.add_parser(
         "plan", help="predict memory, step time and MFU of a config on a cluster; find its best layout"
     )
@@ -136,6 +140,15 @@ def _job(arguments: argparse.Namespace) -> None:
 
     config = load_config(arguments.config, arguments.overrides)
     print(smallest_world(config), config.run.folder)
+
+
+def _preflight(arguments: argparse.Namespace) -> Exit:
+    from megalite.config_file import load_config
+    from megalite.health.preflight import preflight
+    from megalite.mesh import Launch
+
+    launch = Launch.from_environment()
+    return preflight(load_config(arguments.config, arguments.overrides), launch, launch.meet())
 
 
 def _plan(arguments: argparse.Namespace) -> None:

@@ -115,10 +115,7 @@ class Launch:
             torch.cuda.set_device(self.device)
         if self.world_size == 1 or dist.is_initialized():
             return
-        if "MASTER_ADDR" not in os.environ:
-            if "SLURM_JOB_NODELIST" not in os.environ:
-                raise ConfigError("RANK is set but MASTER_ADDR is not; start the ranks with torchrun or srun")
-            os.environ |= _slurm_rendezvous()
+        _find_first_host()
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
             rank=self.rank,
@@ -126,6 +123,22 @@ class Launch:
             timeout=datetime.timedelta(seconds=timeout_s),
             device_id=self.device if self.device.type == "cuda" else None,
         )
+
+    def meet(self, timeout_s: float = 1800.0) -> dist.Store:
+        """A store all ranks see, and no more: none waits for another one in a collective."""
+        if self.world_size == 1:
+            return dist.HashStore()
+        _find_first_host()
+        timeout = datetime.timedelta(seconds=timeout_s)
+        store, _, _ = next(dist.rendezvous("env://", self.rank, self.world_size, timeout=timeout))
+        return store
+
+
+def _find_first_host() -> None:
+    if "MASTER_ADDR" not in os.environ:
+        if "SLURM_JOB_NODELIST" not in os.environ:
+            raise ConfigError("RANK is set but MASTER_ADDR is not; start the ranks with torchrun or srun")
+        os.environ |= _slurm_rendezvous()
 
 
 def _slurm_rendezvous() -> dict[str, str]:

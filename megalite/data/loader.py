@@ -107,6 +107,7 @@ class Loader:
             self._thread.start()
         NOW.do("waiting for the data loader")
         item = self._steps.get()
+        NOW.do("")
         if isinstance(item, BaseException):
             self._failure = item
             raise item

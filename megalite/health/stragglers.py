@@ -73,7 +73,7 @@ class Stragglers:
             return
         if self._last is not None:  # of so many steps ago that no device has to be waited for
             self._shared = start_sharing(self._last.seconds(), self._mesh)
-        NOW.timer = StepTimer(_host_or_device_event(self._mesh.device))
+        NOW.timer = StepTimer(host_or_device_event(self._mesh.device))
 
     def end(self) -> None:
         if NOW.timer is not None:
@@ -123,7 +123,7 @@ class Stragglers:
             self._news.append(f"{name} is as fast as its peers again")
 
 
-def _host_or_device_event(device: torch.device) -> Callable[[], Any]:
+def host_or_device_event(device: torch.device) -> Callable[[], Any]:
     return HostEvent if device.type == "cpu" else lambda: torch.cuda.Event(enable_timing=True)
 
 
