@@ -7,9 +7,11 @@ import itertools
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+from megalite import last_words
 from megalite.exit_codes import Exit, killed_by
 
 
@@ -32,9 +34,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, DataError, CheckpointError) as error:
         rank = os.environ.get("RANK")  # a mistake in the config is every rank's, a bad disk may be one rank's alone
         print(f"error{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr)
+        last_words.leave(str(error))
         return Exit.NOT_SAVED if isinstance(error, NotSaved) else Exit.MISTAKE
     except KeyboardInterrupt:
         return killed_by(signal.SIGINT)
+    except Exception as error:
+        last_words.leave(f"{type(error).__name__}: {error}", traceback.format_exc())
+        raise
 
 
 def make_parser() -> argparse.ArgumentParser:

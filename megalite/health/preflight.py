@@ -13,7 +13,7 @@ import math
 import sys
 import time
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from statistics import median_low
 from typing import Any
 
@@ -40,6 +40,8 @@ MESSAGE_NUMBERS = 4 * 2**20
 SHOWN_NODES = 32
 
 Link = tuple[str, str]
+TimedLink = tuple[str, str, float | None]
+"""Two nodes, and the seconds an all-reduce between them takes; None where it failed."""
 
 
 def preflight(config: Config, launch: Launch, store: dist.Store) -> Exit:
@@ -53,25 +55,16 @@ def preflight(config: Config, launch: Launch, store: dist.Store) -> Exit:
     if leader:
         leader.call_a_meeting()
     call = board.hear("meeting")
+    clock = time.time()  # all hear it at about the same moment
     if call["backend"]:
         nodes = {int(rank): node for rank, node in call["nodes"].items()}
-        board.put("met", asdict(_meet(nodes, call["backend"], launch, store)))
+        board.put("met", {"clock": clock, "links": _meet(nodes, call["backend"], launch, store)})
     if leader:
         # Of a weight in bf16: itself and three states in fp32.
         board.tell("status", leader.conclude(checkpoint_gb=14 * plan.num_params / 2**30))
     status = Exit(board.hear("status"))
     board.leave()
     return status
-
-
-@dataclass
-class Meeting:
-    """What a rank has found out together with others."""
-
-    clock: float
-    """Seconds since 1970, read by all ranks at one moment."""
-    links: list[tuple[str, str, float | None]]
-    """Pairs of nodes, and the seconds an all-reduce between them takes; None where it failed."""
 
 
 class _Board:
@@ -83,13 +76,14 @@ class _Board:
     def put(self, what: str, value: object) -> None:
         self._store.set(f"{what}/{self._launch.rank}", json.dumps(value))
 
-    def collect(self, what: str, patience_s: float = PATIENCE_S) -> dict[int, Any]:
-        """What each rank has put, of those that have in time."""
+    def collect(self, what: str, patience_s: float | None = None) -> dict[int, Any]:
+        """What each rank has put, of those that have in time (PATIENCE_S)."""
         ranks = range(self._launch.world_size)
-        deadline = time.monotonic() + patience_s
+        deadline = time.monotonic() + (PATIENCE_S if patience_s is None else patience_s)
         while not self._store.check([f"{what}/{rank}" for rank in ranks]) and time.monotonic() < deadline:
             time.sleep(0.05)
         there = [rank for rank in ranks if self._store.check([f"{what}/{rank}"])]
+        self._heard = len(there)
         return {rank: json.loads(self._store.get(f"{what}/{rank}")) for rank in there}
 
     def tell(self, what: str, value: object) -> None:
@@ -104,7 +98,7 @@ class _Board:
         """The store may live in rank 0, which goes last."""
         gone = self._store.add("gone", 1)
         deadline = time.monotonic() + 5.0
-        while self._launch.rank == 0 and gone < self._launch.world_size and time.monotonic() < deadline:
+        while self._launch.rank == 0 and gone < self._heard and time.monotonic() < deadline:
             time.sleep(0.02)
             gone = self._store.add("gone", 0)
 
@@ -126,18 +120,17 @@ class _Leader:
         self._board.tell("meeting", {"backend": backend if self._complete else None, "nodes": self._nodes})
 
     def conclude(self, checkpoint_gb: float) -> Exit:
-        meetings = self._board.collect("met") if self._complete else {}
-        met = {rank: Meeting(**meeting) for rank, meeting in meetings.items()}
+        met = self._board.collect("met") if self._complete else {}
         heard = set(met) if self._complete else self._heard
         problems = [
             Problem(self._nodes.get(rank, f"(node of rank {rank})"), "answer", "gave no answer")
             for rank in range(self._world_size)
             if rank not in heard
         ]
-        clocks = {rank: meeting.clock for rank, meeting in met.items()}
+        clocks = {rank: meeting["clock"] for rank, meeting in met.items()}
         links: dict[Link, float] = {}
         for meeting in met.values():
-            for low, high, seconds in meeting.links:
+            for low, high, seconds in meeting["links"]:
                 links[low, high] = max(links.get((low, high), 0.0), math.inf if seconds is None else seconds)
         problems += judge(self._facts, clocks, links, checkpoint_gb)
         return say(self._facts, clocks, links, problems)
@@ -196,29 +189,30 @@ def _table(
     return table
 
 
-def _meet(nodes: Mapping[int, str], backend: str, launch: Launch, store: dist.Store) -> Meeting:
-    if launch.world_size == 1:
-        return Meeting(time.time(), [])
-    timeout = datetime.timedelta(seconds=PATIENCE_S / 4)
+def _meet(nodes: Mapping[int, str], backend: str, launch: Launch, store: dist.Store) -> list[TimedLink]:
     device = launch.device if backend == "nccl" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        store=dist.PrefixStore("meeting", store),
-        rank=launch.rank,
-        world_size=launch.world_size,
-        timeout=timeout,
-    )
+    timed = []
+    for link in links_of(nodes[launch.rank], sorted(set(nodes.values()))):
+        ranks = [rank for rank, node in nodes.items() if node in link]
+        own = dist.PrefixStore("-".join(link), store)
+        timed.append((*link, _time_all_reduce(own, ranks.index(launch.rank), len(ranks), backend, device)))
+    return timed
+
+
+def _time_all_reduce(store: dist.Store, rank: int, world_size: int, backend: str, device: torch.device) -> float | None:
+    """Between all that call it with the same store. None where it fails."""
+    timeout = datetime.timedelta(seconds=PATIENCE_S / 4)
     try:
-        dist.all_reduce(torch.zeros(1))  # all leave it at about the same moment
-        meeting = Meeting(time.time(), [])
-        for link in links_of(nodes[launch.rank], sorted(set(nodes.values()))):
-            ranks = [rank for rank, node in nodes.items() if node in link]
-            meeting.links.append((*link, _time_all_reduce(ranks, device, timeout)))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+        numbers = torch.zeros(MESSAGE_NUMBERS, device=device)
+        return best_time(lambda: dist.all_reduce(numbers), device, repeats=8)
+    except RuntimeError:
+        return None
     finally:
-        dist.destroy_process_group()
-    return meeting
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def links_of(node: str, nodes: Sequence[str]) -> list[Link]:
@@ -228,13 +222,3 @@ def links_of(node: str, nodes: Sequence[str]) -> list[Link]:
     # Pairs that have no node in common meet at the same time: every other one; the last of an odd number by itself.
     order = sorted(ring, key=lambda pair: (ring[pair] == count - 1 and count % 2 == 1, ring[pair] % 2, ring[pair]))
     return [(nodes[low], nodes[high]) for low, high in order if node in (nodes[low], nodes[high])]
-
-
-def _time_all_reduce(ranks: Sequence[int], device: torch.device, timeout: datetime.timedelta) -> float | None:
-    """None where it fails."""
-    try:
-        group = dist.new_group(list(ranks), timeout, use_local_synchronization=True)
-        numbers = torch.zeros(MESSAGE_NUMBERS, device=device)
-        return best_time(lambda: dist.all_reduce(numbers, group=group), device, repeats=8)
-    except RuntimeError:
-        return None

@@ -31,6 +31,11 @@ def describe_hang(
     return "\n".join(["", *lines, ""])
 
 
+def first_behind(report: str) -> str:
+    """In one line."""
+    return report.partition("behind:")[2].strip().partition("\n")[0]
+
+
 def who(beat: Heartbeat) -> str:
     return f"rank {beat.rank} on {beat.host} (process {beat.pid})"
 

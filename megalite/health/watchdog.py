@@ -25,11 +25,12 @@ from types import FrameType, TracebackType
 
 import torch
 
+from megalite import last_words
 from megalite.activity import NOW
 from megalite.config import Config
 from megalite.exit_codes import Exit, end_process
 from megalite.health.heartbeat import Heartbeat, read_all, take, write
-from megalite.health.report import describe_hang, what, who
+from megalite.health.report import describe_hang, first_behind, what, who
 from megalite.mesh import Mesh
 from megalite.parallel.collectives import start_highest
 
@@ -154,6 +155,7 @@ class Watchdog:
             if dumped[0] == self._rank:
                 beats = read_all(self._folder, self._world_size, self._run)
                 text = describe_hang(beats, dumped, mine, self._mesh, self._hang_folder)
+                last_words.leave(first_behind(text))
                 os.write(2, text.encode())  # by no stream whose lock another thread may hold
                 temporary = report.with_suffix(".tmp")
                 temporary.write_text(text)
