@@ -136,7 +136,7 @@ def _train(arguments: argparse.Namespace) -> Exit:
     from megalite.train import train
 
     ended = train(config)
-    leave()
+    leave(ended)
     return ended
 
 

@@ -25,7 +25,7 @@ class Exit(IntEnum):
 
 _MEANINGS = {
     Exit.DONE: "done, or stopped at train.stop_at",
-    Exit.FAILED: "failed: a traceback says why",
+    Exit.FAILED: "failed: the lines before it say why",
     Exit.MISTAKE: "a mistake in the command, the config, the data or a checkpoint: starting again changes nothing",
     Exit.NOT_SAVED: "the last checkpoint could not be written",
     Exit.STOPPED: "asked to stop: saved, and goes on there when started again",

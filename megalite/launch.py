@@ -25,7 +25,7 @@ from megalite import last_words
 from megalite.exit_codes import Exit, describe, killed_by
 from megalite.stopping import SIGNALS
 
-LINGER_S = 2.0
+LINGER_S = 1.0
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str]) -> int:
         # The rendezvous lives in the launcher of the first node. The others' shall first see how their own ranks end.
         time.sleep(LINGER_S)
     except RendezvousError:
-        status, who = int(Exit.FAILED), "the launcher of the first node is gone"
+        status, who = int(Exit.FAILED), "the launcher of another node is gone, which held the rendezvous"
     except SignalException as error:
         status, who = killed_by(error.sigval), "the launcher"
     if trace:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import datetime
 import os
 import subprocess
+import sys
 from dataclasses import dataclass, replace
 
 import torch
@@ -149,6 +150,13 @@ def _slurm_rendezvous() -> dict[str, str]:
     return {"MASTER_ADDR": hosts.stdout.split()[0], "MASTER_PORT": str(port)}
 
 
-def leave() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def leave(status: int = 0) -> None:
+    """The end of a process that joined others. Does nothing for a lone one, which ends as any does."""
+    if not dist.is_initialized():
+        return
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Threads of groups that sent messages from rank to rank live on, and may abort a process that takes down Python
+    # around them: one that has saved all would count as failed.
+    os._exit(status)

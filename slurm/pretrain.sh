@@ -66,7 +66,7 @@ count_gpus() {
 
 job=${SLURM_JOB_ID:-} nodes=${SLURM_NNODES:-1}
 ask=("${python[@]}" -m megalite job "$@")
-if [[ ${srun[1]:-} == --* ]]; then ask=("${srun[@]}" --nodes=1 --ntasks=1 "${ask[@]}"); fi
+if ((${#srun[@]} > 1)); then ask=("${srun[@]}" --nodes=1 --ntasks=1 "${ask[@]}"); fi
 told=$("${ask[@]}") # also finds a mistake in the config once, before every rank would
 read -r needed run <<<"$told"
 ranks=${RANKS:-$(count_gpus)}
@@ -77,40 +77,47 @@ cores=${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-$(nproc)}}
 threads=$((cores / ranks))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 
-# Puts the command of start number $1 into $launch.
+# Puts the command of this start into $launch.
 compose() {
-  launch=("${python[@]}" -m megalite.launch "--nproc-per-node=$ranks")
-  if [[ -n $job ]]; then
+  local launcher=("${python[@]}" -m megalite.launch "--nproc-per-node=$ranks") task=(-m megalite train "${arguments[@]}")
+  if [[ -z $job ]]; then
+    launch=("${launcher[@]}" --standalone --local-addr=127.0.0.1 "${task[@]}")
+  else
     # Ranks are numbered by their nodes' names: rank 0 is on the first.
     mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST" | LC_ALL=C sort)
-    log=$run/logs/$job.$1
+    log=$run/logs/$job.$restart
     port=$((10000 + job % 20000)) # below the ports Linux hands out by itself; jobs that share a node differ
     launch=("${srun[@]}" "--nodes=$nodes" "--ntasks=$nodes" --ntasks-per-node=1 "--cpus-per-task=$cores" # not inherited
       --kill-on-bad-exit=0 --wait=60 # when one node has ended, the others have a minute to do so and say why
-      bash -c 'exec "$@" >"$0-$SLURMD_NODENAME.log" 2>&1' "$log" "${launch[@]}" "--nnodes=$nodes" "--rdzv-id=$job.$1" --rdzv-backend=c10d "--rdzv-endpoint=${hosts[0]}:$port")
-  else
-    launch+=(--standalone --local-addr=127.0.0.1)
+      bash -c 'exec "$@" >"$0-$SLURMD_NODENAME.log" 2>&1' "$log" "${launcher[@]}"
+      "--nnodes=$nodes" "--rdzv-id=$job.$restart" --rdzv-backend=c10d "--rdzv-endpoint=${hosts[0]}:$port" "${task[@]}")
   fi
-  launch+=(-m megalite train "${arguments[@]}")
   echo "OMP_NUM_THREADS=$OMP_NUM_THREADS$(printf ' %q' "${launch[@]}")"
 }
 
-# Runs $launch; leaves its exit status in $status, and in $asked whether it was to `requeue` or to `leave` early.
+# Has the ranks save and leave, of which any one signal is enough; others than USR1 srun would not pass on.
+stop() {
+  asked=$1
+  kill -USR1 "$child" 2>/dev/null || true
+}
+
+# Runs $launch; leaves its exit status in $status, and in $asked whether it was stopped to `requeue` or to `leave`.
 attempt() {
   local show=
   "${launch[@]}" &
-  local child=$!
-  trap "asked=\${asked:-requeue}; kill -USR1 $child" USR1
-  trap "asked=leave; kill -USR1 $child" TERM INT # srun would not pass these on
+  child=$!
+  trap 'stop requeue' USR1
+  trap 'stop leave' TERM INT
   if [[ -n $job ]]; then
-    tail --quiet --follow=name --retry --lines=+1 --pid=$child "$log-${hosts[0]}.log" 2>/dev/null &
+    tail --quiet --follow=name --retry --lines=+1 --sleep-interval=0.2 --pid="$child" "$log-${hosts[0]}.log" 2>/dev/null |
+      grep --line-buffered -v '^== ' & # which comes in the summary
     show=$!
   fi
-  while kill -0 $child 2>/dev/null; do wait $child || true; done # a signal interrupts the wait
+  while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done # a signal interrupts the wait
   status=0
-  wait $child || status=$?
+  wait "$child" || status=$?
   trap - USR1 TERM INT
-  if [[ -n $show ]]; then wait $show || true; summary | sort; fi
+  if [[ -n $show ]]; then wait "$show" || true; summary | sort; fi
 }
 
 # A line a node: what became of its ranks, and the first error there.
@@ -125,7 +132,6 @@ summary() {
 
 newest() { find "$run/checkpoints" -path '*/step-????????/manifest.json' 2>/dev/null | sort | tail -n 1 || true; }
 
-# Ends this script, in Slurm's case for the time being.
 finish() {
   echo "== $(date '+%F %T') ${job:+job $job, }start $restart: exit status $status; $*"
   exit "$status"
@@ -135,7 +141,7 @@ requeue() {
   # A job that was cancelled, or is past its limit, must not come back.
   if [[ $(squeue --noheader --jobs="$job" --format=%T) != RUNNING ]]; then finish "ended by Slurm"; fi
   echo "$failures" >"$run/logs/$job.failures"
-  echo "== $(date '+%F %T') job $job, start $restart: exit status $status; requeued" # which ends this script
+  echo "== $(date '+%F %T') job $job, start $restart: exit status $status; requeueing" # which ends this script
   if scontrol requeue "$job"; then exit "$status"; fi
   finish "Slurm does not requeue jobs here; submitted again, the run goes on where it was"
 }
@@ -146,7 +152,7 @@ if [[ -n $job ]]; then
   failures=$(cat "$run/logs/$job.failures" 2>/dev/null || echo 0) tries=${TRIES:-3}
 fi
 for ((restart = ${SLURM_RESTART_COUNT:-0}; ; restart++)); do
-  compose "$restart"
+  compose
   if [[ -n $dry_run ]]; then exit; fi
   before=$(newest)
   attempt

@@ -59,7 +59,7 @@ print("heavy:", sorted(heavy & sys.modules.keys()))
     assert "generate" in found.stdout
 
 
-@pytest.mark.parametrize("verb", ["train", "ranks", "generate", "ops"])
+@pytest.mark.parametrize("verb", ["train", "job", "generate", "ops"])
 def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main([verb, "--help"])
@@ -85,7 +85,7 @@ def test_a_mistake_is_explained_without_a_traceback(tmp_path: Path) -> None:
         (["train", "CONFIG", "steps"], "section.key=value"),
         (["train", "nowhere.yaml"], "nowhere.yaml: No such file"),
         (["train", "CONFIG", "--print-plan"], "parallel.tensor"),
-        (["ranks", "CONFIG", "train.steps=0"], "greater than 0"),
+        (["job", "CONFIG", "train.steps=0"], "greater than 0"),
         (["generate", "TMP", "--prompt", "x"], "neither a run with a checkpoint nor a Hugging Face folder"),
     ],
 )
@@ -110,14 +110,14 @@ def test_a_rank_says_which_one_it_is(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", "1")
-    assert main(["ranks", write(tmp_path), "train.steps=0"]) == 2
+    assert main(["job", write(tmp_path), "train.steps=0"]) == 2
     assert capsys.readouterr().err.startswith("error on rank 1: ")
 
 
-def test_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["ranks", QUICKSTART]) == 0
-    assert main(["ranks", QUICKSTART, "parallel.tensor=1"]) == 0
-    assert capsys.readouterr().out == "2\n1\n"
+def test_what_a_launcher_must_know(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["job", QUICKSTART]) == 0
+    assert main(["job", QUICKSTART, "parallel.tensor=1", "run.name=x"]) == 0
+    assert capsys.readouterr().out == "2 runs/quickstart\n1 runs/x\n"
 
 
 def test_print_plan_shows_the_numbers_and_stops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # A real Slurm of several nodes on this machine, for tests: munged, slurmctld, and a slurmd a node.
 #
+#   cluster.sh install      get it from Debian's packages, where it is not there yet
 #   cluster.sh up           start it; then `export SLURM_CONF=...` as it says
 #   cluster.sh down         end all of it, jobs included
 #   cluster.sh crash NODE   kill slurmd and all it runs, at once and without a farewell
 #   cluster.sh start NODE   start slurmd again
 #
-# NODES (2) are called test0, test1 ...; each claims 64 cores and 8 GPUs, for which /dev/null stands in. Everything is
-# below DIR (/tmp/megalite-slurm), but for marked lines in /etc/hosts. Needs root, and Debian's slurmctld, slurmd,
-# slurm-client and munge; no systemd, no cgroups.
+# NODES (2) are called test0, test1 ...; each claims 64 cores. Everything is below DIR (/tmp/megalite-slurm), but for
+# marked lines in /etc/hosts. Needs root, and Debian's slurmctld, slurmd, slurm-client and munge; no systemd, no cgroups.
 set -euo pipefail
 
 dir=$(readlink -m "${DIR:-/tmp/megalite-slurm}") nodes=${NODES:-2}
@@ -24,11 +24,9 @@ address=$(getent ahostsv4 "$(hostname)" | awk 'NR == 1 { print $1 }') address=${
 
 write_config() {
     local i
-    mkdir -p "$dir"/{log,state,spool,gpu}
+    mkdir -p "$dir"/{log,state,spool}
     head -c 1024 /dev/urandom >"$dir/munge.key"
     chmod 400 "$dir/munge.key"
-    for i in {0..7}; do ln -sf /dev/null "$dir/gpu/$i"; done
-    echo "Name=gpu File=$dir/gpu/[0-7]" >"$dir/gres.conf"
     # From 23.11 on slurmd wants one of these, of which v2 needs systemd; from 24.05 on it can do without.
     case $(slurmd -V | grep -oE '[0-9]+\.[0-9]+' | head -n 1) in
         2[0-3].* | 24.02) echo 'CgroupPlugin=cgroup/v1' ;;
@@ -42,7 +40,7 @@ FirstJobId=$((number + 1))
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-# A requeued job waits until the credentials of its last run have expired. The times are short, for tests.
+# A requeued job waits until the credentials of its last run have expired, 5 s at least. The times are short, for tests.
 AuthInfo=socket=$dir/munge.socket,cred_expire=5
 SlurmdTimeout=10
 KillWait=5
@@ -61,14 +59,13 @@ MpiDefault=none
 MailProg=/bin/true
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
-GresTypes=gpu
 SlurmdParameters=config_overrides
 JobCompType=jobcomp/filetxt
 JobCompLoc=$dir/log/jobs.txt
 EOF
     for ((i = 0; i < nodes; i++)); do
         echo "NodeName=test$i NodeHostname=$(hostname -s) NodeAddr=$address Port=$((ports + 1 + i))" \
-            'CPUs=64 RealMemory=100000 Gres=gpu:8 State=UNKNOWN'
+            'CPUs=64 RealMemory=100000 State=UNKNOWN'
     done >>"$SLURM_CONF"
     echo "PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE" >>"$SLURM_CONF"
 }
@@ -130,7 +127,23 @@ down() {
     rm -rf "$dir"
 }
 
+install() {
+    local missing
+    missing=$(for program in slurmctld slurmd sbatch munged; do command -v $program >/dev/null || echo $program; done)
+    [[ -n $missing ]] || return 0
+    if ((EUID)) || ! command -v apt-get >/dev/null; then
+        say "missing here, and no root or no apt-get to install them:" $missing
+        exit 1
+    fi
+    {
+        apt-get update -qq
+        DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+            slurmctld slurmd slurm-client munge
+    } >/dev/null
+}
+
 case "${1:-}:${2:-}" in
+    install:) install ;;
     up:) up ;;
     down:) down ;;
     crash:test*)

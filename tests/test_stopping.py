@@ -1,0 +1,127 @@
+"""Signals: one rank is asked, all save after the same step and leave; a second signal ends a process at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import megalite.train
+from megalite.checkpoint.folder import complete_steps
+from megalite.config import Config
+from megalite.exit_codes import Exit, describe
+from megalite.train import train
+from small_runs import curve_of, make_config, metrics_of, write_corpus
+
+SIGNALLED = 5
+
+
+def train_with_a_signal(config: Config, number: signal.Signals) -> tuple[Exit, list[int]]:
+    """Sent in the middle of a step. Returns how training ended, and the steps that were saved."""
+    original = megalite.train.learning_rate
+
+    def and_signal(step: int, *rest: object) -> float:
+        if step == SIGNALLED:
+            os.kill(os.getpid(), number)
+        return original(step, *rest)  # type: ignore[arg-type]
+
+    megalite.train.learning_rate = and_signal  # type: ignore[assignment]
+    try:
+        return train(config), complete_steps(config.run.folder / "checkpoints")
+    finally:
+        megalite.train.learning_rate = original
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_saves_and_the_rest_is_bitwise_the_same(tmp_path: Path, number: signal.Signals) -> None:
+    unbroken, broken = (make_config(tmp_path, "gpt2", f"run.name={name}", "checkpoint.every=0") for name in "ab")
+    before = signal.getsignal(number)
+    status, (saved,) = train_with_a_signal(broken, number)
+    assert status == Exit.STOPPED
+    # The ranks compare notes at the beginning of a step, and stop at its end; the note takes a moment.
+    assert SIGNALLED < saved <= SIGNALLED + 3
+    assert not any("valid_loss" in line for line in metrics_of(broken))  # there is no time for it
+    assert signal.getsignal(number) is before
+    assert signal.set_wakeup_fd(-1) == -1
+    train(unbroken)
+    assert train(broken) == Exit.DONE
+    assert curve_of(broken) == curve_of(unbroken)
+
+
+def test_a_signal_in_the_last_step_changes_nothing(tmp_path: Path) -> None:
+    config = make_config(tmp_path, "llama", f"train.steps={SIGNALLED}")
+    assert train_with_a_signal(config, signal.SIGTERM) == (Exit.DONE, [SIGNALLED])
+    assert metrics_of(config)[-1]["valid_loss"]
+
+
+# The main thread hangs as if it waited for a rank which is gone: in C, where no handler of Python's ever runs.
+HANGING = """
+import ctypes, megalite.stopping
+from megalite.mesh import ALONE, Mesh
+megalite.stopping.ONE_REQUEST_S = 0.5
+with megalite.stopping.StopRequests(Mesh(*[ALONE] * 6, device=None)):
+    print("ready", flush=True)
+    mutex = ctypes.create_string_buffer(64)
+    while True:
+        ctypes.CDLL(None).pthread_mutex_lock(mutex)
+"""
+
+
+def test_a_second_signal_ends_a_hanging_process_at_once() -> None:
+    with subprocess.Popen([sys.executable, "-c", HANGING], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            for _ in range(2):  # twice in a moment is one request
+                process.send_signal(signal.SIGTERM)
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(1.0)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(5.0) == 128 + signal.SIGTERM
+        finally:
+            process.kill()
+
+
+def rank_process(agent: int, rank: int) -> int | None:
+    """Its id, once it has one."""
+    for pid in Path(f"/proc/{agent}/task/{agent}/children").read_text().split():
+        if f"RANK={rank}" in Path(f"/proc/{pid}/environ").read_text().split("\0"):
+            return int(pid)
+    return None
+
+
+def test_torchrun_hands_on_what_became_of_its_ranks(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "corpus")
+    config = make_config(tmp_path, "llama", "train.steps=3000", "checkpoint.every=0", "observe.eval_every=0")
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    command = [sys.executable, "-m", "megalite.launch", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2"]
+    command += ["-m", "megalite", "train", str(tmp_path / "config.yaml")]
+    metrics = config.run.folder / "metrics.jsonl"
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as agent:
+        try:
+            deadline = time.monotonic() + 120
+            while not metrics.exists() or len(metrics.read_text().splitlines()) < 20:
+                assert agent.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            pid = rank_process(agent.pid, 1)
+            assert pid is not None
+            os.kill(pid, signal.SIGTERM)
+            said, _ = agent.communicate(timeout=60)
+        finally:
+            agent.kill()
+    assert agent.returncode == Exit.STOPPED, said
+    assert complete_steps(config.run.folder / "checkpoints") == [metrics_of(config)[-1]["step"]]
+    assert describe(Exit.STOPPED) in said.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("status", "words"), [(0, "done"), (2, "mistake"), (137, "killed by SIGKILL"), (143, "killed by SIGTERM"), (9, "9")]
+)
+def test_every_status_has_words(status: int, words: str) -> None:
+    assert words in describe(status)
