@@ -7,13 +7,17 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+
+from megalite.config import Config
+from megalite.train import train
 
 # Ranks are forked from a process that has imported what takes long: they start within a tenth of a second.
 SERVER = multiprocessing.get_context("forkserver")
@@ -57,6 +61,21 @@ def started(world_size: int, folder: Path, function: Callable[..., Any], *argume
         for process in processes:
             process.kill()
             process.join()
+
+
+def training(
+    world_size: int, folder: Path, config: Config, tamper: Callable[[int], None]
+) -> AbstractContextManager[Ranks]:
+    """Ranks that train; `tamper(rank)` is called on each before."""
+    return started(world_size, folder, _train, config, tamper)
+
+
+def _train(rank: int, world_size: int, folder: Path, config: Config, tamper: Callable[[int], None]) -> int:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
+    tamper(rank)
+    status = train(config)
+    dist.destroy_process_group()
+    return status
 
 
 def _rank(rank: int, world_size: int, folder: Path, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from small_runs import make_config
@@ -36,10 +35,11 @@ def test_the_error_of_the_rank_that_failed_is_what_stands_last(tmp_path: Path) -
     (tmp_path / "fails.py").write_text(FAILS_ON_RANK_1)
     launcher = ["-m", "megalite.launch", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2"]
     command = [sys.executable, *launcher, str(tmp_path / "fails.py"), "train", str(tmp_path / "config.yaml")]
-    began = time.monotonic()
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120)
-    assert time.monotonic() - began < 30  # rank 0 is not left waiting for the collectives' timeout, nor to be killed
     assert done.returncode == 1
+    assert re.search(
+        r"\[rank0\]: RuntimeError: .*(closed|reset) by peer", done.stdout
+    )  # it left by itself, and at once
     *_, words, last = re.split(r"what rank 1 said first:|\n(?==== )|\n(?=== )", done.stdout)
     assert 'raise ValueError("the planted error")' in words
     assert re.match(r"== .*: rank 1: exit status 1 \(failed: .*\): ValueError: the planted error\n$", last)

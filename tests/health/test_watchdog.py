@@ -13,37 +13,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from tampered_ranks import Ranks, started
+from tampered_ranks import Ranks, training
 
 import megalite.train
 from megalite.activity import NOW
 from megalite.checkpoint.folder import complete_steps
-from megalite.config import Config
 from megalite.engine.native import NativeEngine
 from megalite.exit_codes import Exit
 from megalite.health.heartbeat import Heartbeat, read_all
 from megalite.health.report import describe_hang, state_of
 from megalite.mesh import ALONE, Axis, Mesh, node_name
 from megalite.parallel.stage import Stage
-from megalite.train import train
 from small_runs import make_config, metrics_of
 
 TIMEOUT_S = 1.5
 QUIET = ("observe.eval_every=0", "checkpoint.every=0")
 
 
-def train_tampered(rank: int, world_size: int, folder: Path, config: Config, tamper: Callable[[int], None]) -> int:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
-    tamper(rank)
-    status = train(config)
-    dist.destroy_process_group()
-    return status
-
-
-def training(tmp_path: Path, tamper: Callable[[int], None], *overrides: str) -> AbstractContextManager[Ranks]:
+def hanging(tmp_path: Path, tamper: Callable[[int], None], *overrides: str) -> AbstractContextManager[Ranks]:
     overrides = (f"health.hang_timeout_s={TIMEOUT_S}", "train.steps=100000", *QUIET, *overrides)
-    return started(2, tmp_path, train_tampered, make_config(tmp_path, "llama", *overrides), tamper)
+    return training(2, tmp_path, make_config(tmp_path, "llama", *overrides), tamper)
 
 
 def stacks_of(folder: Path, rank: int) -> str:
@@ -56,7 +45,7 @@ def leave_alone(rank: int) -> None:
 
 
 def test_a_rank_that_is_stopped_is_named_by_the_others(tmp_path: Path) -> None:
-    with training(tmp_path, leave_alone) as ranks:
+    with hanging(tmp_path, leave_alone) as ranks:
         metrics = tmp_path / "runs" / "test" / "metrics.jsonl"
         while not metrics.exists() or metrics.read_text().count("\n") < 3:
             assert all(process.is_alive() for process in ranks.processes), ranks.said(0)
@@ -92,7 +81,7 @@ def sleep_before_a_collective(rank: int) -> None:
 
 
 def test_a_rank_that_does_not_come_to_a_collective_is_named_with_its_line(tmp_path: Path) -> None:
-    with training(tmp_path, sleep_before_a_collective) as ranks:
+    with hanging(tmp_path, sleep_before_a_collective) as ranks:
         assert ranks.exit_codes() == [Exit.HUNG, Exit.HUNG]
         line = 1 + Path(__file__).read_text().split("\n").index("            time.sleep(3600)")
         behind, waiting = ranks.said(0).split("behind:")[1].split("waiting for others:")
@@ -117,7 +106,7 @@ def get_stuck_in_a_pass(rank: int) -> None:
 
 
 def test_a_rank_stuck_in_a_pipeline_pass_is_named_with_the_pass(tmp_path: Path) -> None:
-    with training(tmp_path, get_stuck_in_a_pass, "parallel.pipeline=2") as ranks:
+    with hanging(tmp_path, get_stuck_in_a_pass, "parallel.pipeline=2") as ranks:
         assert ranks.exit_codes() == [Exit.HUNG, Exit.HUNG]
         behind, waiting = ranks.said(0).split("behind:")[1].split("waiting for others:")
         assert re.search(r"rank 1 on .*: step 2, forward of stage 1, micro-batch 1; .* in stuck", behind)
@@ -148,7 +137,7 @@ def take_long(rank: int) -> None:
 def test_a_slow_first_step_validation_and_save_are_no_hang(tmp_path: Path) -> None:
     """Although rank 0 waits in one collective for longer than the timeout."""
     overrides = ("train.steps=4", "checkpoint.every=0", "observe.eval_every=2", "observe.eval_batches=1")
-    with training(tmp_path, take_long, *overrides) as ranks:
+    with hanging(tmp_path, take_long, *overrides) as ranks:
         assert ranks.exit_codes() == [Exit.DONE, Exit.DONE], ranks.said(0)
         folder = tmp_path / "runs" / "test"
         assert complete_steps(folder / "checkpoints") == [4]
