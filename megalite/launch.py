@@ -2,7 +2,8 @@
 
 It differs from torchrun in three things. Its exit status is that of the rank that failed first, where torchrun's is
 always 1. A signal that asks for a stop is passed on to the ranks and their end awaited, however long the checkpoint
-takes; torchrun kills them after 30 s. And it ends with one line that says what became of this node's ranks.
+takes; torchrun kills them after 30 s. And it ends with the error of the rank that failed first, which stands above
+those of the ranks that lost it, and with one line that says what became of this node's ranks.
 """
 
 from __future__ import annotations

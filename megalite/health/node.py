@@ -60,7 +60,9 @@ def find_out(config: Config, launch: Launch) -> Facts:
         except OSError as error:
             disk_troubles[name] = f"{name} {folder}: {error.strerror or error}"
     gpus = torch.cuda.device_count()
-    ask = gpus > 0 and launch.local_rank == 0
+    # Also where torch sees none: the driver may be what is broken.
+    wants_gpus = torch.version.cuda is not None and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
+    ask = wants_gpus and launch.local_rank == 0
     product_s, product = measure_product(launch) if gpus == 0 or launch.local_rank < gpus else (0.0, "")
     return Facts(
         node=node_name(),

@@ -39,6 +39,9 @@ MESSAGE_NUMBERS = 4 * 2**20
 
 SHOWN_NODES = 32
 
+UNKNOWN = "?"
+"""A node whose rank has not even given its name."""
+
 Link = tuple[str, str]
 TimedLink = tuple[str, str, float | None]
 """Two nodes, and the seconds an all-reduce between them takes; None where it failed."""
@@ -123,7 +126,7 @@ class _Leader:
         met = self._board.collect("met") if self._complete else {}
         heard = set(met) if self._complete else self._heard
         problems = [
-            Problem(self._nodes.get(rank, f"(node of rank {rank})"), "answer", "gave no answer")
+            Problem(self._nodes.get(rank, f"{UNKNOWN} of rank {rank}"), "answer", "gave no answer")
             for rank in range(self._world_size)
             if rank not in heard
         ]
@@ -153,7 +156,8 @@ def say(
             console.print(f"{fact.node}: to be looked at: {remark}", soft_wrap=True, markup=False)
     blamed = blames_nodes(problems, nodes)
     if blamed:
-        console.print(f"--exclude={','.join(blamed)}", soft_wrap=True, markup=False)
+        known = [node for node in blamed if not node.startswith(UNKNOWN)]
+        console.print(f"--exclude={','.join(known)}" if known else "no node can be named", soft_wrap=True, markup=False)
         return Exit.UNFIT
     if problems:
         console.print("every node has this problem: other nodes would not help")
