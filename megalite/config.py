@@ -16,6 +16,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
+from megalite.urls import check_no_secret
+
 
 class ConfigError(ValueError):
     """A config that cannot be used. The message says which setting to change and how."""
@@ -63,9 +65,20 @@ class ModelConfig(Section):
 
 
 class Source(Section):
-    path: Path = Field(description="PREFIX of PREFIX.bin and PREFIX.idx")
+    path: str = Field(description="PREFIX of PREFIX.bin and PREFIX.idx: a path, or a URL such as s3://bucket/data/a")
     name: str | None = Field(None, description="in metrics and `phases`; the last part of the path where left out")
     weight: float = Field(1.0, gt=0, description="relative to the other sources; `data.weights` says of what")
+
+    @field_validator("path", mode="before")
+    @classmethod
+    def _as_text(cls, path: Any) -> Any:
+        return str(path) if isinstance(path, Path) else path
+
+    @model_validator(mode="after")
+    def _no_secret(self) -> Source:
+        # Of the section, since the complaint about a single value would repeat it.
+        check_no_secret(self.path)
+        return self
 
 
 class Phase(Section):
@@ -155,9 +168,9 @@ class DataConfig(Section):
 def names_of(sources: Sequence[Source]) -> list[str]:
     """What each source is called; the whole path where the last parts of two are the same. Raises ValueError where two
     are given one name."""
-    last = [source.name or source.path.name for source in sources]
+    last = [source.name or source.path.rstrip("/").rpartition("/")[2] for source in sources]
     names = [
-        source.name or (str(source.path) if last.count(name) > 1 else name)
+        source.name or (source.path if last.count(name) > 1 else name)
         for source, name in zip(sources, last, strict=True)
     ]
     given = [source.name for source in sources if source.name]

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from megalite.config import Config, ConfigError, describe_errors
 from megalite.models import model_config
-from megalite.resources import parse_yaml, read_yaml
+from megalite.resources import read_yaml, with_overrides
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -22,11 +22,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def parse_config(values: dict[str, Any], overrides: Sequence[str] = (), origin: str = "config") -> Config:
     """The same from values already read. `origin` is what messages call them. Raises ConfigError with every mistake."""
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not all(key.split(".")):
-            raise ConfigError(f"override {override!r} is not of the form section.key=value")
-        values = _with(values, key.split("."), parse_yaml(text, f"override {override!r}"), override)
+    values = with_overrides(values, overrides)
     mistakes = []
     model = values.get("model")
     if isinstance(model, dict):
@@ -44,14 +40,3 @@ def parse_config(values: dict[str, Any], overrides: Sequence[str] = (), origin: 
         mistakes += [line for line in found if not (mistakes and line.startswith("model ="))]
         raise ConfigError("\n  ".join([f"{origin}: {mistakes[0]}", *mistakes[1:]])) from None
     return config
-
-
-def _with(values: dict[str, Any], keys: Sequence[str], value: Any, override: str) -> dict[str, Any]:
-    """`values` with one more value, `values` itself left alone."""
-    head, rest = keys[0], keys[1:]
-    if not rest:
-        return {**values, head: value}
-    inner = values.get(head)
-    if inner is not None and not isinstance(inner, dict):
-        raise ConfigError(f"override {override!r}: {head} is {inner!r}, not a section")
-    return {**values, head: _with(inner or {}, rest, value, override)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,27 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected `section: {{key: value}}` lines, got {type(values).__name__}")
     return values
+
+
+def with_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """`values`, itself left alone, with overrides such as `train.steps=100` applied. Raises ConfigError."""
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not all(key.split(".")):
+            raise ConfigError(f"override {override!r} is not of the form section.key=value")
+        values = _with(values, key.split("."), parse_yaml(text, f"override {override!r}"), override)
+    return values
+
+
+def _with(values: dict[str, Any], keys: Sequence[str], value: Any, override: str) -> dict[str, Any]:
+    """`values` with one more value, `values` itself left alone."""
+    head, rest = keys[0], keys[1:]
+    if not rest:
+        return {**values, head: value}
+    inner = values.get(head)
+    if inner is not None and not isinstance(inner, dict):
+        raise ConfigError(f"override {override!r}: {head} is {inner!r}, not a section")
+    return {**values, head: _with(inner or {}, rest, value, override)}
 
 
 def fsync(path: Path) -> None:

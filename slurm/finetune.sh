@@ -11,8 +11,8 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 #
-# Finetuning: a run that begins with the weights of another (model.hf, or checkpoint.resume, in CONFIG). It trains just as
-# pretraining does, on other resources; pretrain.sh, which does the work, says how it is called and what can be set.
+# Finetuning: a run that begins with the weights of another (model.hf, or checkpoint.resume, in CONFIG). It trains just
+# as pretraining does, on other resources; pretrain.sh, which does the work, says how it is called and what can be set.
 #
 #   sbatch slurm/finetune.sh CONFIG [key=value ...]
 #   bash   slurm/finetune.sh CONFIG [key=value ...]

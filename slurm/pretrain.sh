@@ -19,17 +19,15 @@
 # Submit from the repository's root; CONFIG is relative to it. --dry-run before CONFIG prints the command instead.
 #
 #   RANKS=n      ranks per machine; otherwise one per GPU, or without GPUs as many as CONFIG needs
-#   WITHIN=...   what the training runs in, one of
-#                  WITHIN='module load python/3.11 cuda/12.8'                  also: ml ..., source ...
-#                  WITHIN='apptainer exec --nv --bind /data megalite.sif'      or whatever else runs a command
-#                  WITHIN='--container-image=megalite.sqsh --container-mounts=/data'    pyxis: options for srun
+#   WITHIN=...   container or modules to run in; see within.sh
 #   TRIES=n      attempts in a row that may fail without a new checkpoint (3; without Slurm 1)
 #   RESTARTS=n   how often a job may start again in all (100)
 #
-# A job starts again by itself, from its newest checkpoint: some minutes before its time limit (--signal, above), when
-# all ranks save and the job requeues itself; and after a failure, be it a node or a rank. So a run can be longer than
-# the limit. Where the cluster does not let jobs requeue themselves, submit the same line as often as needed, with
-# --dependency=singleton --job-name=NAME: each job goes on where the one before stopped.
+# A job starts again by itself, from its newest checkpoint: five to six minutes before its time limit (--signal, above;
+# it must be well below the limit), when all ranks save and the job requeues itself; and after a failure, be it a node
+# or a rank. So a run can be longer than the limit. Where the cluster does not let jobs requeue themselves, submit the
+# same line as often as needed, with --dependency=singleton --job-name=NAME: each job goes on where the one before it
+# stopped.
 # `scancel --batch --signal=USR1 JOB` brings the requeue on early, --signal=TERM saves and ends the job for good.
 #
 # The job's log shows rank 0 and a summary; all that a node says is in RUN/logs/JOB.RESTART-NODE.log. The exit status
@@ -48,14 +46,7 @@ if [[ ! -d $root/megalite ]]; then root=${SLURM_SUBMIT_DIR:-$PWD}; fi
 cd "$root"
 [[ -f $1 ]] || fail "no config $1 in $root (submit from the repository's root)"
 
-python=(python) srun=(srun)
-if [[ -x $root/.venv/bin/python ]]; then python=("$root/.venv/bin/python"); fi
-case ${WITHIN:-} in
-  '') ;;
-  'module '* | 'ml '* | 'source '*) set +u; eval "$WITHIN"; set -u ;;
-  --*) read -ra options <<<"$WITHIN"; srun+=("${options[@]}") python=(python) ;; # not this machine's .venv
-  *) read -ra python <<<"$WITHIN python" ;;
-esac
+source slurm/within.sh
 
 count_gpus() {
   if [[ -n ${SLURM_GPUS_ON_NODE:-} ]]; then echo "$SLURM_GPUS_ON_NODE"
@@ -79,7 +70,8 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 
 # Puts the command of this start into $launch.
 compose() {
-  local launcher=("${python[@]}" -m megalite.launch "--nproc-per-node=$ranks") task=(-m megalite train "${arguments[@]}")
+  local launcher=("${python[@]}" -m megalite.launch "--nproc-per-node=$ranks")
+  local task=(-m megalite train "${arguments[@]}")
   if [[ -z $job ]]; then
     launch=("${launcher[@]}" --standalone --local-addr=127.0.0.1 "${task[@]}")
   else
@@ -109,7 +101,7 @@ attempt() {
   trap 'stop requeue' USR1
   trap 'stop leave' TERM INT
   if [[ -n $job ]]; then
-    tail --quiet --follow=name --retry --lines=+1 --sleep-interval=0.2 --pid="$child" "$log-${hosts[0]}.log" 2>/dev/null |
+    tail --follow=name --retry --lines=+1 --sleep-interval=0.2 --pid="$child" "$log-${hosts[0]}.log" 2>/dev/null |
       grep --line-buffered -v '^== ' & # which comes in the summary
     show=$!
   fi

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megalite.config import Config
 from megalite.data.dataset import Split
-from megalite.data.indexed import DataError
+from megalite.data.indexed import DataError, read_note
 from megalite.data.mixture import Mixture
 from megalite.data.tokenizer import Tokenizer
 from megalite.keys import key_of
@@ -32,7 +30,7 @@ def check_vocabulary(config: Config, tokenizer: Tokenizer | None) -> None:
         )
     fingerprint = tokenizer.fingerprint() if tokenizer else None
     for source in (*config.data.train, *config.data.valid, *config.data.test):
-        note = _note_beside(source.path)
+        note = read_note(source.path)
         if note.get("vocab_size", 0) > model_size:
             raise DataError(f"{source.path} has {note['vocab_size']} token ids, but model.vocab_size = {model_size}")
         made_by = note.get("tokenizer_fingerprint")
@@ -40,14 +38,6 @@ def check_vocabulary(config: Config, tokenizer: Tokenizer | None) -> None:
             raise DataError(
                 f"{source.path} was made with another tokenizer than data.tokenizer {config.data.tokenizer}"
             )
-
-
-def _note_beside(prefix: Path) -> dict[str, Any]:
-    path = Path(f"{prefix}.json")
-    try:
-        return json.loads(path.read_text()) if path.exists() else {}
-    except ValueError as error:
-        raise DataError(f"{path} is not valid JSON: {error}") from None
 
 
 def check_same_everywhere(config: Config, data: Mapping[Split, Mixture | None], mesh: Mesh) -> None:

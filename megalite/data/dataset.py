@@ -66,6 +66,7 @@ def read_windows(source: SampleSource, samples: Int64s, into: Windows, rows: Int
     tokens, documents = into.tokens, into.documents
     width = tokens.shape[1]
     row, start, length = source.pieces(samples, documents is not None)
+    source.dataset.fetch(start, length)
     gather(source.dataset.tokens, start, length, rows[row] * width + _before(length, row), tokens)
     filled = np.bincount(row, length, len(samples)).astype(np.int64)
     into.filled[rows] = filled

@@ -1,4 +1,4 @@
-"""Documents out of files: JSON lines (plain, .gz, .zst), parquet, plain text, folders and globs of these.
+"""Documents out of files: JSON lines (plain, .gz, .zst), parquet, Arrow, plain text, folders and globs of these.
 
 Everything streams. What cannot be used is never fatal and never silent: a `Report` counts it, and keeps the first
 messages as `file:line: why`."""
@@ -11,22 +11,43 @@ import importlib.util
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from megalite.data.indexed import DataError
+from megalite.data.errors import DataError
+from megalite.data.store import Store, open_file, size_of, stream
+from megalite.urls import is_url
 
 # Of a compressed file this much is taken at a time: small, because deflate unpacks up to a thousandfold.
 CHUNK_BYTES = 1 << 16
 MAX_MESSAGES = 20
 # Bytes of plain text that are one document. No document is as long; a whole crawl in one file may be.
-LONGEST_TEXT = 16 << 20
+LONGEST_TEXT = 8 << 20
+# Bytes of a JSON line that are held at most; a longer one is left out.
+LONGEST_LINE = 64 << 20
+# Where more of a text than this is not UTF-8, it is in an encoding that cannot be guessed a byte at a time.
+MOST_MENDED = 0.2
+# What decoding with `surrogateescape` left of bytes that are not UTF-8, as the commonest other encoding has them.
+WINDOWS_1252 = {0xDC00 + byte: bytes([byte]).decode("cp1252", "replace") for byte in range(0x80, 0x100)}
 
 
 class Document(NamedTuple):
     text: str
     num_bytes: int  # of the text in UTF-8
+    path: str = ""
+    line: int = 0  # where in the file it begins, counted from 1; a row in parquet and Arrow
+    metadata: dict[str, Any] = {}  # noqa: RUF012 (never changed)
+    num_mended: int = 0  # bytes that were not UTF-8
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How files become documents."""
+
+    json_key: str = "text"  # key of JSON lines, column of parquet and Arrow
+    metadata: bool = False  # also take the other keys or columns
+    mend: bool = False  # take bytes that are not UTF-8 for Windows-1252, instead of leaving the document out
 
 
 @dataclass
@@ -38,6 +59,7 @@ class Report:
     num_documents: int = 0
     num_empty: int = 0
     num_bad: int = 0
+    num_mended: int = 0
     num_hidden: int = 0
     num_binary: int = 0
     messages: list[str] = field(default_factory=list)
@@ -56,6 +78,7 @@ class Report:
             "binary files": self.num_binary,
         }
         lines = [f"left out: {count:,} {what}" for what, count in counts.items() if count]
+        lines += [f"mended: {self.num_mended:,} documents that were not all UTF-8"] if self.num_mended else []
         more = self.num_bad - len(self.messages)
         return "\n".join([*lines, *self.messages, *([f"… and {more:,} more"] if more > 0 else [])])
 
@@ -63,25 +86,48 @@ class Report:
 def iter_documents(inputs: Sequence[str], json_key: str, report: Report) -> Iterator[Document]:
     """Stream the documents of `inputs` (files, folders, globs) in a fixed order, counting everything in `report`.
 
-    A file is read once, even if two inputs name it. JSON lines hold a document under `json_key`, parquet in the column
-    of that name; any other file that is UTF-8 is one document. Raises DataError, before anything is read, for an input
-    that matches nothing or a format whose library is missing."""
-    files = list(dict.fromkeys(path for item in inputs for path in _expand(item, report)))
-    for suffix, package in {".zst": "zstandard", ".parquet": "pyarrow"}.items():
+    JSON lines hold a document under `json_key`, parquet and Arrow in the column of that name; any other file that is
+    UTF-8 is one document. Raises DataError, before anything is read, for an input that matches nothing or a format
+    whose library is missing."""
+    return read_files(list_files(inputs, report), Reading(json_key), report)
+
+
+def list_files(inputs: Sequence[str], report: Report) -> dict[str, int]:
+    """The files that `inputs` (files, folders, globs; paths or URLs) stand for, in a fixed order, each once, and their
+    sizes. Raises DataError."""
+    return {path: size for item in inputs for path, size in _expand(item, report)}
+
+
+def read_files(files: Sequence[str] | Mapping[str, int], reading: Reading, report: Report) -> Iterator[Document]:
+    """Stream the documents of these files, whose sizes may be given. Raises DataError, before anything is read, for a
+    missing library."""
+    for suffix, package in {".zst": "zstandard", ".parquet": "pyarrow", ".arrow": "pyarrow"}.items():
         if importlib.util.find_spec(package) is None and (path := next((p for p in files if p.endswith(suffix)), None)):
             raise DataError(f"{path}: reading {suffix} needs {package}; pip install 'megalite[data]'")
-    report.total_bytes += sum(os.stat(path).st_size for path in files)
-    return _read_all(files, json_key, report)
+    sizes = files if isinstance(files, Mapping) else {path: size_of(path) for path in files}
+    report.total_bytes += sum(sizes.values())
+    return _read_all(sizes, reading, report)
 
 
-def _expand(item: str, report: Report) -> list[str]:
-    """The files one input stands for, sorted. Raises DataError when there are none."""
-    matches = [item] if os.path.exists(item) else sorted(glob.glob(item, recursive=True))
-    files = [path for match in matches for path in (_walk(match, report) if os.path.isdir(match) else [match])]
-    files = [path for path in files if os.path.isfile(path)]
+def _expand(item: str, report: Report) -> list[tuple[str, int]]:
+    """The files one input stands for and their sizes, sorted. Raises DataError when there are none."""
+    files = _find(item, report) if is_url(item) else _match(item, report)
     if not files:
         raise DataError(f"input {item!r} matches no file; give existing files, folders or a quoted glob")
     return files
+
+
+def _match(item: str, report: Report) -> list[tuple[str, int]]:
+    matches = [item] if os.path.exists(item) else sorted(glob.glob(item, recursive=True))
+    files = [path for match in matches for path in (_walk(match, report) if os.path.isdir(match) else [match])]
+    return [(path, os.stat(path).st_size) for path in files if os.path.isfile(path)]
+
+
+def _find(url: str, report: Report) -> list[tuple[str, int]]:
+    found = Store(url).find()
+    visible = [item for item in found if not any(part.startswith(".") for part in item.below.split("/"))]
+    report.num_hidden += len(found) - len(visible)
+    return [(item.url, item.size) for item in visible]
 
 
 def _walk(folder: str, report: Report) -> Iterator[str]:
@@ -93,31 +139,56 @@ def _walk(folder: str, report: Report) -> Iterator[str]:
         yield from (os.path.join(root, name) for name in sorted(visible))
 
 
-def _read_all(files: list[str], json_key: str, report: Report) -> Iterator[Document]:
-    for path in files:
-        before, size = report.bytes_read, os.stat(path).st_size
-        for text, line in _reader(path)(path, json_key, report):
+def _read_all(files: Mapping[str, int], reading: Reading, report: Report) -> Iterator[Document]:
+    for path, size in files.items():
+        before = report.bytes_read
+        for text, line, metadata in _reader(path)(path, reading, report):
+            mended = 0
             try:
                 num_bytes = len(text.encode())
-            except UnicodeEncodeError:  # JSON can spell half of a surrogate pair, which is no text
-                report.bad(path, line, "the text has a lone surrogate, which UTF-8 cannot hold")
-                continue
+            except UnicodeEncodeError:
+                try:
+                    text, mended = mend(text)
+                except ValueError as error:
+                    report.bad(path, line, error)
+                    continue
+                num_bytes = len(text.encode())
+                report.num_mended += 1
             if num_bytes:
                 report.num_documents += 1
-                yield Document(text, num_bytes)
+                yield Document(text, num_bytes, path, line, metadata, mended)
             else:
                 report.num_empty += 1
         report.bytes_read = before + size
 
 
-Reader = Callable[[str, str, Report], Iterator[tuple[str, int]]]
+def mend(text: str) -> tuple[str, int]:
+    """The text and how many of its bytes were not UTF-8. Raises ValueError that says why it cannot be mended."""
+    mended = text.translate(WINDOWS_1252)
+    num_bytes = sum(0xDC80 <= ord(character) <= 0xDCFF for character in text)
+    try:
+        mended.encode()
+    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair, which is no text
+        raise ValueError("the text has a lone surrogate, which UTF-8 cannot hold") from None
+    if num_bytes > MOST_MENDED * len(text):
+        raise ValueError(f"not UTF-8: {num_bytes:,} bytes of {len(text):,} characters; convert it to UTF-8")
+    return mended, num_bytes
+
+
+Reader = Callable[[str, Reading, Report], Iterator[tuple[str, int, dict[str, Any]]]]
+
+
+def is_json_lines(path: str) -> bool:
+    return _reader(path) is _read_json_lines
 
 
 def _reader(path: str) -> Reader:
-    """What reads (text, line number) pairs out of this file, by its name and, for .json alone, by its first line."""
+    """What reads (text, line, metadata) out of this file, by its name and, for .json alone, by its first line."""
     name = path.removesuffix(".gz").removesuffix(".zst")
     if path.endswith(".parquet"):
         return _read_parquet
+    if path.endswith(".arrow"):
+        return _read_arrow
     if name.endswith((".jsonl", ".ndjson")) or (name.endswith(".json") and _first_line_is_object(path)):
         return _read_json_lines
     return _read_text
@@ -126,34 +197,39 @@ def _reader(path: str) -> Reader:
 def _first_line_is_object(path: str) -> bool:
     """Many corpora call JSON lines .json; a pretty-printed .json in a source tree is a text like any other."""
     try:
-        return isinstance(json.loads(next(_lines(_chunks(path, Report())), b"")), dict)
+        return isinstance(json.loads(next(_lines(read_bytes(path, Report())), b"")), dict)
     except (ValueError, RecursionError, OSError):
         return False
 
 
-def _read_json_lines(path: str, json_key: str, report: Report) -> Iterator[tuple[str, int]]:
+def _read_json_lines(path: str, reading: Reading, report: Report) -> Iterator[tuple[str, int, dict[str, Any]]]:
     number = 0
     try:
-        for number, line in enumerate(_lines(_chunks(path, report)), 1):
+        for number, line in enumerate(_lines(read_bytes(path, report)), 1):
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")  # the byte-order mark some editors write
             if not line.strip():
                 report.num_empty += 1
                 continue
+            if len(line) > LONGEST_LINE:
+                report.bad(path, number, f"the line is longer than {LONGEST_LINE:,} bytes")
+                continue
             try:
-                text = _text_of(line, json_key)
+                record = record_of(line, reading)
             except ValueError as error:
                 report.bad(path, number, error)
             else:
-                yield text, number
+                text = record.pop(reading.json_key)
+                yield text, number, record if reading.metadata else {}
     except (OSError, DataError) as error:
         report.bad(path, number + 1, f"unreadable from here on: {error}")
 
 
-def _text_of(line: bytes, json_key: str) -> str:
+def record_of(line: bytes, reading: Reading) -> dict[str, Any]:
     """Raises ValueError that says why the line has no text."""
+    json_key = reading.json_key
     try:
-        record: Any = json.loads(line.decode())
+        record: Any = json.loads(line.decode("utf-8", "surrogateescape" if reading.mend else "strict"))
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
     except UnicodeDecodeError as error:
@@ -166,38 +242,75 @@ def _text_of(line: bytes, json_key: str) -> str:
         raise ValueError(f"no key {json_key!r}; keys here: {', '.join(list(record)[:8])}")
     if not isinstance(record[json_key], str):
         raise ValueError(f"{json_key!r} is not text but {type(record[json_key]).__name__}")
-    return record[json_key]
+    return record
 
 
-def _read_parquet(path: str, json_key: str, report: Report) -> Iterator[tuple[str, int]]:
-    import pyarrow
+def _read_parquet(path: str, reading: Reading, report: Report) -> Iterator[tuple[str, int, dict[str, Any]]]:
     from pyarrow import parquet
 
-    before, size, row = report.bytes_read, os.stat(path).st_size, 0
+    def batches() -> Iterator[Any]:
+        with open_file(path) as source, parquet.ParquetFile(source) as file:
+            columns = _columns(file.schema_arrow.names, reading)
+            size, num_rows, rows = source.seek(0, os.SEEK_END), max(file.metadata.num_rows, 1), 0
+            before = report.bytes_read
+            for batch in file.iter_batches(batch_size=256, columns=columns):
+                yield batch
+                rows += batch.num_rows
+                report.bytes_read = before + size * rows // num_rows
+
+    return _read_batches(path, batches(), reading, report)
+
+
+def _read_arrow(path: str, reading: Reading, report: Report) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    """What `save_to_disk` of the `datasets` library writes: a stream of record batches."""
+    import pyarrow
+
+    def batches() -> Iterator[Any]:
+        before = report.bytes_read
+        with open_file(path) as file, pyarrow.ipc.open_stream(file) as stream:
+            columns = _columns(stream.schema.names, reading)
+            for batch in stream:
+                report.bytes_read = before + file.tell()
+                yield batch.select(columns)
+
+    return _read_batches(path, batches(), reading, report)
+
+
+def _columns(names: list[str], reading: Reading) -> list[str]:
+    if reading.json_key not in names:
+        raise DataError(f"no column {reading.json_key!r}; columns here: {', '.join(names[:8])}")
+    return names if reading.metadata else [reading.json_key]
+
+
+def _read_batches(
+    path: str, batches: Iterator[Any], reading: Reading, report: Report
+) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    import pyarrow
+
+    row, json_key = 0, reading.json_key
     try:
-        with parquet.ParquetFile(path) as file:
-            if json_key not in file.schema_arrow.names:
-                raise DataError(f"no column {json_key!r}; columns here: {', '.join(file.schema_arrow.names[:8])}")
-            for batch in file.iter_batches(batch_size=256, columns=[json_key]):
-                for scalar in batch.column(0):
-                    row += 1
-                    try:
-                        text = scalar.as_py()
-                    except UnicodeDecodeError as error:
-                        report.bad(path, row, f"not UTF-8: {error.reason} at byte {error.start}")
-                        continue
-                    if isinstance(text, str):
-                        yield text, row
-                    else:
-                        report.bad(path, row, f"{json_key!r} is not text but {type(text).__name__}")
-                report.bytes_read = before + size * row // file.metadata.num_rows
+        for batch in batches:
+            others = [(name, batch.column(name)) for name in batch.schema.names if name != json_key]
+            for number, scalar in enumerate(batch.column(json_key)):
+                row += 1
+                try:
+                    text = scalar.as_py()
+                    metadata = {name: column[number].as_py() for name, column in others}
+                except UnicodeDecodeError as error:
+                    report.bad(path, row, f"not UTF-8: {error.reason} at byte {error.start}")
+                    continue
+                if isinstance(text, str):
+                    yield text, row, metadata
+                else:
+                    report.bad(path, row, f"{json_key!r} is not text but {type(text).__name__}")
     except (OSError, DataError, pyarrow.ArrowException) as error:
         report.bad(path, row + 1, f"unreadable from this row on: {error}")
 
 
-def _read_text(path: str, json_key: str, report: Report) -> Iterator[tuple[str, int]]:
+def _read_text(path: str, reading: Reading, report: Report) -> Iterator[tuple[str, int, dict[str, Any]]]:
     """One document; of a file longer than LONGEST_TEXT several, cut at line ends, so that memory stays bounded."""
-    chunks, decoder = _chunks(path, report), codecs.getincrementaldecoder("utf-8-sig")()
+    chunks = read_bytes(path, report)
+    decoder = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape" if reading.mend else "strict")
     parts: list[str] = []
     line, fed, held = 1, 0, 0  # lines given out, bytes decoded, and bytes of them that `parts` hold
     try:
@@ -210,10 +323,10 @@ def _read_text(path: str, json_key: str, report: Report) -> Iterator[tuple[str, 
             if held >= LONGEST_TEXT:
                 text = "".join(parts)
                 cut = text.rfind("\n") + 1 or len(text)
-                yield text[:cut], line
+                yield text[:cut], line, {}
                 line += text.count("\n", 0, cut)
                 parts, held = [text[cut:]], len(text) - cut
-        yield "".join([*parts, decoder.decode(b"", final=True)]), line
+        yield "".join([*parts, decoder.decode(b"", final=True)]), line, {}
     except UnicodeDecodeError as error:
         line += sum(part.count("\n") for part in parts) + error.object[: error.start].count(b"\n")
         report.bad(path, line, f"not UTF-8: {error.reason} at byte {fed - len(error.object) + error.start}")
@@ -222,33 +335,45 @@ def _read_text(path: str, json_key: str, report: Report) -> Iterator[tuple[str, 
 
 
 def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """Lines without their newline. A line is joined once, however many chunks it spans."""
+    """Lines without their newline. A line is joined once, however many chunks it spans; of one that is longer than
+    LONGEST_LINE, the beginning comes."""
     parts: list[bytes] = []
+    held = 0
     for chunk in chunks:
         first, *rest = chunk.split(b"\n")
-        parts.append(first)
+        if held <= LONGEST_LINE:
+            parts.append(first)
+            held += len(first)
         if rest:
             yield b"".join(parts)
             yield from rest[:-1]
-            parts = [rest[-1]]
+            parts, held = [rest[-1]], len(rest[-1])
     if last := b"".join(parts):
         yield last
 
 
-def _chunks(path: str, report: Report) -> Iterator[bytes]:
+def read_bytes(path: str, report: Report) -> Iterator[bytes]:
     """The unpacked bytes of a file. Raises OSError, and DataError where packed data is damaged or ends too early."""
-    with open(path, "rb") as file:
-        packed = _counted(iter(lambda: file.read(CHUNK_BYTES), b""), report)
-        if path.endswith(".gz"):
-            yield from _unpack(packed, lambda: zlib.decompressobj(wbits=31), zlib.error)
-        elif path.endswith(".zst"):
-            import zstandard
+    packed = _counted(_packed(path), report)
+    if path.endswith(".gz"):
+        yield from _unpack(packed, lambda: zlib.decompressobj(wbits=31), zlib.error)
+    elif path.endswith(".zst"):
+        import zstandard
 
-            # The default refuses the long windows of `zstd --long` and --ultra.
-            context = zstandard.ZstdDecompressor(max_window_size=2**31)
-            yield from _unpack(packed, context.decompressobj, zstandard.ZstdError)
-        else:
-            yield from packed
+        # The default refuses the long windows of `zstd --long` and --ultra.
+        context = zstandard.ZstdDecompressor(max_window_size=2**31)
+        yield from _unpack(packed, context.decompressobj, zstandard.ZstdError)
+    else:
+        yield from packed
+
+
+def _packed(path: str) -> Iterator[bytes]:
+    if is_url(path):
+        for data in stream(path):
+            yield from (data[start : start + CHUNK_BYTES] for start in range(0, len(data), CHUNK_BYTES))
+        return
+    with open(path, "rb") as file:
+        yield from iter(lambda: file.read(CHUNK_BYTES), b"")
 
 
 def _counted(chunks: Iterator[bytes], report: Report) -> Iterator[bytes]:

@@ -11,17 +11,23 @@ from __future__ import annotations
 
 import bisect
 import hashlib
+import json
 import os
+import shutil
 import struct
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
+from megalite.data.errors import DataError
+from megalite.data.remote import CachedObject, local_copy
+from megalite.data.store import Missing
 from megalite.resources import fsync
+from megalite.urls import is_url
 
 MAGIC, VERSION = b"MMIDIDX\0\0", 1
 HEADER = struct.Struct("<9sQBQQ")
@@ -33,24 +39,40 @@ CHUNK_DOCUMENTS = 1 << 20  # of the index in memory at a time
 Array = npt.NDArray[Any]
 
 
-class DataError(ValueError):
-    """Data that cannot be used. The message names the file, what is wrong with it and what to do."""
-
-
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
     """The dtype Megatron writes: u16 below 65,500 tokens, which leaves room to pad the vocabulary, else i32."""
     return np.dtype("<u2") if vocab_size < 65500 else np.dtype("<i4")
 
 
+def read_note(prefix: str) -> dict[str, Any]:
+    """PREFIX.json, which preprocessing writes beside its token files; nothing where there is none. Raises DataError."""
+    name = f"{prefix}.json"
+    try:
+        text = (local_copy(name) if is_url(name) else Path(name)).read_text(encoding="utf-8")
+    except (FileNotFoundError, Missing):
+        return {}
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{name} is not valid JSON: {error}") from None
+
+
 class IndexedDataset:
     """The pair PREFIX.bin, PREFIX.idx, memory-mapped: opening it costs the same for a thousand tokens and a trillion.
+    Where PREFIX is a URL, .idx is fetched here, and of .bin what `fetch` asks for; the rest of `tokens` reads as zeros.
 
     Everything that can be checked in O(1) is checked here, so that a truncated or mismatched pair raises `DataError`
     before the first step and not in the middle of a run."""
 
     def __init__(self, prefix: str | Path) -> None:
         self.prefix = str(prefix)
-        self._bin, self._idx = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
+        self._remote: CachedObject | None = None
+        if is_url(self.prefix):
+            self._remote = CachedObject(f"{prefix}.bin")
+            self._index = CachedObject(f"{prefix}.idx")  # held, or the cache could give its room to something else
+            self._bin, self._idx = self._remote.path, self._index.whole()
+        else:
+            self._bin, self._idx = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
         for path in (self._bin, self._idx):
             if not path.is_file():
                 raise DataError(f"{path} does not exist; tools/preprocess_data.py writes {self.prefix}.bin and .idx")
@@ -98,7 +120,9 @@ class IndexedDataset:
             raise self._broken(f"promises {self.dtype.name} tokens, but .bin has {size} bytes")
 
     def _broken(self, why: str) -> DataError:
-        return DataError(f"{self._idx} {why}; .bin and .idx are truncated or not a pair: write or copy both again")
+        return DataError(
+            f"{self.prefix}.idx {why}; .bin and .idx are truncated or not a pair: write or copy both again"
+        )
 
     def __reduce__(self) -> tuple[type[IndexedDataset], tuple[str]]:
         return IndexedDataset, (self.prefix,)  # the default would pickle the mapped files' whole content
@@ -106,12 +130,24 @@ class IndexedDataset:
     def __len__(self) -> int:
         return self.num_sequences
 
+    def fetch(self, starts: npt.ArrayLike, lengths: npt.ArrayLike) -> None:
+        """Have `tokens[starts[i] : starts[i] + lengths[i]]` on this machine, all [n] or one number for all; nothing to
+        do where the files are. Raises DataError where they cannot be had, and IndexError for tokens there are not."""
+        if self._remote is not None:
+            first, count = np.broadcast_arrays(np.asarray(starts, np.int64), np.asarray(lengths, np.int64))
+            self._remote.fetch(first.ravel() * self.dtype.itemsize, count.ravel() * self.dtype.itemsize)
+
     def __getitem__(self, i: int) -> Array:
         """Tokens of sequence i, [length], read-only and still on disk. Raises IndexError outside 0 … N - 1."""
         if not 0 <= i < self.num_sequences:
             raise IndexError(f"{self.prefix}: sequence {i} of {self.num_sequences}")
         start = int(self._pointers[i]) // self.dtype.itemsize
-        return self.tokens[start : start + int(self._lengths[i])].view(np.ndarray)
+        return self.read(start, start + int(self._lengths[i]))
+
+    def read(self, first: int, last: int) -> Array:
+        """Tokens [first, last), read-only and still on disk, fetched where need be. Raises as `fetch`."""
+        self.fetch(first, last - first)
+        return self.tokens[first:last].view(np.ndarray)
 
     def lengths(self, first: int, last: int) -> Array:
         """Tokens of sequences [first, last), int32; a copy."""
@@ -148,9 +184,12 @@ class IndexedDataset:
         digest = hashlib.sha256()
         for path in (self._idx, self._bin):
             size = path.stat().st_size
+            starts = np.linspace(0, max(size - 4096, 0), 64, dtype=np.int64)
+            if path == self._bin and self._remote is not None:
+                self._remote.fetch(starts, np.full_like(starts, min(size, 4096)))
             digest.update(str(size).encode())
             with open(path, "rb") as file:
-                for start in np.linspace(0, max(size - 4096, 0), 64, dtype=np.int64).tolist():
+                for start in starts.tolist():
                     file.seek(start)
                     digest.update(file.read(4096))
         return digest.hexdigest()[:32]
@@ -214,7 +253,7 @@ class IndexedWriter:
                 f"{self._final[0]}: documents need 1 to 2^31 - 1 tokens and lengths that sum to {flat.size}; "
                 f"got lengths from {sizes.min()} to {sizes.max()} that sum to {sizes.sum()}"
             )
-        if self.dtype.kind in "iu":
+        if self.dtype.kind in "iu" and flat.dtype != self.dtype:
             low, high, info = flat.min(), flat.max(), np.iinfo(self.dtype)
             if flat.dtype.kind not in "iu" or low < info.min or high > info.max:
                 raise DataError(
@@ -225,6 +264,23 @@ class IndexedWriter:
         self._idx.write(sizes.astype("<i4").data)
         self.num_documents += sizes.size
         self.num_tokens += flat.size
+
+    def add_pair(self, prefix: str | Path) -> None:
+        """Append all documents of another pair. The kernel copies the tokens; what is read are the lengths.
+
+        Raises DataError if they are of another type, or its documents are not of one sequence each."""
+        other = IndexedDataset(prefix)
+        if other.dtype != self.dtype or other.num_documents != other.num_sequences:
+            raise DataError(
+                f"{prefix}: {other.num_documents} documents of {other.num_sequences} {other.dtype.name} sequences do "
+                f"not go with documents of one {self.dtype.name} sequence each; tokenize the input again"
+            )
+        with open(f"{prefix}.bin", "rb") as source:
+            _copy(source, self._bin, other.num_tokens * self.dtype.itemsize)
+        for start in range(0, other.num_sequences, CHUNK_DOCUMENTS):
+            self._idx.write(other._lengths[start : start + CHUNK_DOCUMENTS].tobytes())
+        self.num_documents += other.num_documents
+        self.num_tokens += other.num_tokens
 
     def finish(self) -> None:
         """Complete the index, make both files durable and give them their names. Raises DataError without documents."""
@@ -278,3 +334,15 @@ class IndexedWriter:
                 self.finish()
         finally:
             self.abort()
+
+
+def _copy(source: BinaryIO, target: BinaryIO, num_bytes: int) -> None:
+    """To the target's position, within the kernel; a file system that can shares the blocks instead of copying them."""
+    target.flush()
+    copied = 0
+    with suppress(OSError, AttributeError):  # two file systems, or one or a platform that cannot: see below
+        while copied < num_bytes and (step := os.copy_file_range(source.fileno(), target.fileno(), num_bytes - copied)):
+            copied += step
+    target.seek(0, os.SEEK_END)
+    source.seek(copied)
+    shutil.copyfileobj(source, target, 1 << 24)

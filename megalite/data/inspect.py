@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -15,7 +14,7 @@ from rich.text import Text
 
 from megalite.config import Config
 from megalite.data.dataset import Split
-from megalite.data.indexed import DataError, IndexedDataset
+from megalite.data.indexed import DataError, IndexedDataset, read_note
 from megalite.data.mixture import IGNORE, Mixture, Samples, build_mixtures
 from megalite.data.order import Int64s
 from megalite.data.tokenizer import Tokenizer, load_tokenizer
@@ -27,12 +26,12 @@ COLOURS = ("default", "cyan")
 
 
 def inspect_file(prefix: str, tokenizer: Path | None, count: int, start: int, console: Console) -> None:
-    """Statistics of PREFIX.bin and .idx, and `count` documents from number `start` on, as text where there is a
-    tokenizer. Raises DataError."""
+    """Statistics of PREFIX.bin and .idx, and `count` documents from number `start` on, as text where their tokenizer is
+    given or still lies where it lay when they were made. Raises DataError."""
     dataset = IndexedDataset(prefix)
     lengths = _document_lengths(dataset)
-    note = Path(f"{prefix}.json")
-    made_of = json.loads(note.read_text()) if note.is_file() else {}
+    made_of = read_note(prefix)
+    known = _tokenizer_of(prefix, made_of, tokenizer)
     console.print(Text(prefix, style="bold"))
     size = dataset.num_tokens * dataset.dtype.itemsize
     for name, text in {
@@ -45,12 +44,23 @@ def inspect_file(prefix: str, tokenizer: Path | None, count: int, start: int, co
         if text:
             console.print(f"  {name:14} {text}", highlight=False, markup=False)
     _print_lengths(lengths, dataset.num_documents, console)
-    known = load_tokenizer(tokenizer) if tokenizer else None
     for number in range(start, min(start + count, dataset.num_documents)):
         first, last = (dataset.document_start(d) for d in (number, number + 1))
         console.print(f"\ndocument {number:,}, {last - first:,} tokens", style="bold", highlight=False)
-        ids = dataset.tokens[first:last].tolist()
+        ids = dataset.read(first, last).tolist()
         console.print(Text(known.decode(ids) if known else " ".join(map(str, ids))))
+
+
+def _tokenizer_of(prefix: str, made_of: dict[str, Any], given: Path | None) -> Tokenizer | None:
+    path = given or Path(made_of.get("tokenizer", ""))
+    if not given and not ("tokenizer" in made_of and path.exists()):
+        return None
+    tokenizer = load_tokenizer(path)
+    if made_of.get("tokenizer_fingerprint", tokenizer.fingerprint()) == tokenizer.fingerprint():
+        return tokenizer
+    if given:
+        raise DataError(f"{prefix} was made with another tokenizer than {given}")
+    return None
 
 
 def _document_lengths(dataset: IndexedDataset) -> Int64s:
@@ -65,7 +75,7 @@ def _document_lengths(dataset: IndexedDataset) -> Int64s:
 def _ids(dataset: IndexedDataset, vocab_size: int | None) -> dict[str, str]:
     size = LOOKED_AT // SLICES if dataset.num_tokens > LOOKED_AT else dataset.num_tokens
     firsts = np.linspace(0, dataset.num_tokens - size, SLICES, dtype=np.int64).tolist()
-    looked_at = np.concatenate([dataset.tokens[first : first + size] for first in dict.fromkeys(firsts)])
+    looked_at = np.concatenate([dataset.read(first, first + size) for first in dict.fromkeys(firsts)])
     ids, counts = np.unique(looked_at, return_counts=True)
     of_all = f" of {vocab_size:,}" if vocab_size else ""
     often = ", ".join(f"{ids[i]} ({counts[i] / counts.sum():.1%})" for i in np.argsort(-counts, kind="stable")[:5])

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -116,12 +115,12 @@ def build_mixtures(config: Config, tokenizer: Tokenizer | None = None) -> dict[S
 
     Validation and test are read in sequential order, so that they start at sample 0 with the same samples every time.
     Raises DataError, naming the setting, where a source cannot be read or has too few tokens."""
-    opened: dict[Path, IndexedDataset] = {}
+    opened: dict[str, IndexedDataset] = {}
     return {which: _build_mixture(config, which, opened, tokenizer) for which in SPLITS}
 
 
 def _build_mixture(
-    config: Config, which: Split, opened: dict[Path, IndexedDataset], tokenizer: Tokenizer | None
+    config: Config, which: Split, opened: dict[str, IndexedDataset], tokenizer: Tokenizer | None
 ) -> Mixture | None:
     data, shares = config.data, config.data.split
     wanted: tuple[SourceConfig, ...] = getattr(data, which) if shares is None else data.train

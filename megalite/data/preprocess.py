@@ -1,25 +1,22 @@
-"""Text to token files: read, tokenize over processes, write, in one pass and bounded memory.
+"""Text to token files: read, tokenize, write, in one pass and bounded memory.
 
-The parent reads documents and groups them into batches; workers tokenize a batch each; the parent writes the results in
-the order of the batches, so that the files do not depend on the number of workers. No more than a few batches a worker
-are ever under way, which is what bounds the memory whatever the size of the input."""
+The parent cuts the inputs into blocks; workers parse and tokenize a block each; the parent writes the results in the
+order of the blocks, so that the files do not depend on the number of workers. No more than a few blocks a worker are
+ever under way, which is what bounds the memory whatever the size of the input. Workers are threads for gigatoken, which
+computes without Python's lock, and processes for the other libraries."""
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
-import signal
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,45 +25,38 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from megalite.data.documents import Document, Report, iter_documents
+from megalite.data import shards
+from megalite.data.blocks import Block, LineNumbers, Shard, Texts, iter_blocks, shard_bytes, texts_of
+from megalite.data.documents import Report, list_files
+from megalite.data.fast_bpe import FastBPE, NotFast
 from megalite.data.indexed import DataError, IndexedWriter, token_dtype
-from megalite.data.tokenizer import Tokenizer, load_tokenizer
-from megalite.resources import fsync
+from megalite.data.metadata import Preprocessed
+from megalite.data.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
+from megalite.workers import start_worker
 
-BATCH_BYTES = 1 << 20
-BATCHES_PER_WORKER = 4
+BLOCKS_PER_WORKER = 4
 SECONDS_PER_LINE = 5.0
-
-
-class Batch(NamedTuple):
-    texts: list[str]
-    num_bytes: int  # of the texts in UTF-8
-    bytes_read: int  # of the inputs, up to the end of this batch
+# Characters that Hugging Face's tokenizers get at a time: they need some 130 bytes for each. Longer texts are done by
+# one worker after the other, for which `_turn` is a lock between processes.
+BITE = 1 << 19
+_turn: AbstractContextManager[object] = nullcontext()
 
 
 class Encoded(NamedTuple):
-    tokens: npt.NDArray[np.int32]  # documents end to end, [sum(lengths)]
+    tokens: npt.NDArray[Any]  # documents end to end, [sum(lengths)]
     lengths: npt.NDArray[np.int32]  # documents that have tokens, [num_documents]
-
-
-@dataclass
-class Preprocessed:
-    """What was written to `prefix`.bin, .idx and .json. `text_bytes` counts UTF-8, `num_empty` documents left out."""
-
-    prefix: str
-    num_documents: int
-    num_tokens: int
     text_bytes: int
-    seconds: float
-    report: Report
+    num_left: int
+    read: Texts  # whose texts are left out
+    num_empty: int
 
-    def __str__(self) -> str:
-        rate = f"{self.text_bytes / 1e6 / self.seconds:.1f} MB/s, {self.num_tokens / self.seconds:,.0f} tokens/s"
-        summary = (
-            f"{self.prefix}: {self.num_documents:,} documents, {self.num_tokens:,} tokens from "
-            f"{self.text_bytes / 1e6:,.1f} MB of text in {self.seconds:.1f} s ({rate})"
-        )
-        return f"{summary}\n{self.report}".rstrip()
+
+class Packing(NamedTuple):
+    """How a block becomes documents of tokens."""
+
+    json_key: str
+    end: int | None
+    dtype: np.dtype[Any]
 
 
 def preprocess(
@@ -77,12 +67,18 @@ def preprocess(
     append_eod: bool = False,
     workers: int = 1,
     console: Console | None = None,
+    exact: bool = False,
+    shard: Shard | None = None,
 ) -> Preprocessed:
     """Tokenize `inputs` into OUTPUT_PREFIX_KEY_document.bin and .idx, and .json which says what they were made of.
 
-    One worker is this very process. The files appear under their names only when complete. Raises DataError, with
-    nothing written, if an input matches nothing, no document has tokens, or `append_eod` meets a tokenizer that has no
-    end-of-document token."""
+    Byte-level BPE is left to gigatoken unless `exact`; should its ids differ anywhere in the samples of the inputs that
+    are compared, everything is tokenized again by Hugging Face's tokenizers. Of a `shard` only that part is written,
+    unless it is there already; the one that completes the last shard returns the whole.
+
+    One worker of Hugging Face's or sentencepiece is this very process. The files appear under their names only when
+    complete. Raises DataError, with nothing written, if an input matches nothing, no document has tokens, or
+    `append_eod` meets a tokenizer that has no end-of-document token."""
     if workers < 1:
         raise DataError(f"workers {workers}: at least 1 is needed")
     opened = load_tokenizer(tokenizer)
@@ -91,47 +87,150 @@ def preprocess(
             f"{tokenizer} names no end-of-document token, which --append-eod needs: give tokenizer_config.json an "
             "eos_token, or leave --append-eod out"
         )
-    report, start, text_bytes = Report(), time.monotonic(), 0
-    batches = _batches(iter_documents(inputs, json_key, report), report)
+    report = Report()
+    files = list_files(inputs, report)
+    settings = {
+        "dtype": token_dtype(opened.vocab_size).name,
+        "vocab_size": opened.vocab_size,
+        "eod_id": opened.eod_id,
+        "append_eod": append_eod,
+        "tokenizer": str(tokenizer),
+        "tokenizer_fingerprint": opened.fingerprint(),
+        "inputs": list(inputs),
+        "input_bytes": shard_bytes(files, Shard())[1],
+    }
+    packing = Packing(json_key, opened.eod_id if append_eod else None, token_dtype(opened.vocab_size))
+    job = _Job(str(tokenizer), opened, files, report.num_hidden, settings, packing, workers, exact, console)
     prefix = f"{output_prefix}_{json_key}_document"
-    encode = partial(_encode, str(tokenizer), append_eod)
-    with (
-        IndexedWriter(prefix, token_dtype(opened.vocab_size)) as writer,
-        _Meter(report.total_bytes, console) as meter,
-        closing(_encoded(batches, encode, workers)) as results,
-    ):
-        for batch, encoded in results:
-            writer.add_documents(*encoded)
-            report.num_empty += len(batch.texts) - len(encoded.lengths)
-            text_bytes += batch.num_bytes
-            meter.update(batch.bytes_read, writer.num_tokens)
-        if not writer.num_documents:
-            raise DataError(f"no document came out of {', '.join(inputs)}; nothing was written\n{report}".rstrip())
-    result = Preprocessed(prefix, writer.num_documents, writer.num_tokens, text_bytes, time.monotonic() - start, report)
-    _write_metadata(result, opened, inputs, append_eod)
-    return result
+    return job.run(prefix, Shard()) if shard is None else job.run_shard(prefix, shard)
 
 
-def _batches(documents: Iterator[Document], report: Report) -> Iterator[Batch]:
-    texts: list[str] = []
-    num_bytes = 0
-    for document in documents:
-        texts.append(document.text)
-        num_bytes += document.num_bytes
-        if num_bytes >= BATCH_BYTES:
-            yield Batch(texts, num_bytes, report.bytes_read)
-            texts, num_bytes = [], 0
-    if texts:
-        yield Batch(texts, num_bytes, report.bytes_read)
+class _NoDocument(DataError):
+    pass
 
 
-def _encode(tokenizer: str, append_eod: bool, texts: list[str]) -> Encoded:
-    """A document without tokens is left out, and gets no end of document either."""
-    opened = _opened(tokenizer)
-    end = [opened.eod_id] if append_eod else []
-    documents = [np.array([*ids, *end], np.int32) for ids in opened.encode_batch(texts) if ids]
-    lengths = np.array([len(ids) for ids in documents], np.int32)
-    return Encoded(np.concatenate([np.empty(0, np.int32), *documents]), lengths)
+@dataclass(frozen=True)
+class _Job:
+    tokenizer: str
+    opened: Tokenizer
+    files: Mapping[str, int]
+    num_hidden: int
+    settings: dict[str, Any]
+    packing: Packing
+    workers: int
+    exact: bool
+    console: Console | None
+
+    def run_shard(self, prefix: str, shard: Shard) -> Preprocessed:
+        if whole := shards.read_complete(prefix, self.settings, self.exact):
+            whole.remark = "complete already"
+            return whole
+        name = shards.name_of(prefix, shard)
+        if part := shards.read_complete(name, self.settings, self.exact):
+            part.remark = "complete already"
+        else:
+            shards.remove(name)
+            part = self.run(name, shard)
+        with _Meter("joining shards", self.settings["input_bytes"], self.console) as meter:
+            whole = shards.join(prefix, shard.count, self.settings, self.exact, self.packing.dtype, meter.update)
+        return whole or part
+
+    def run(self, prefix: str, shard: Shard) -> Preprocessed:
+        if self.exact or not isinstance(self.opened, HuggingFaceTokenizer):
+            return self._run_exactly(prefix, shard)
+        try:
+            fast = FastBPE(self.opened, self.workers)
+            with ThreadPoolExecutor(self.workers) as pool:
+                result = self._write(prefix, shard, "gigatoken", pool, partial(_encode_fast, fast, self.packing))
+            result.remark = (
+                f"by gigatoken: on {fast.num_compared:,} characters from all over the text its ids are those of "
+                f"Hugging Face's tokenizers; {result.num_left:,} documents were left to these, for characters on which "
+                "the two disagree"
+            )
+            return result
+        except NotFast as why:
+            remark = f"by Hugging Face's tokenizers, since gigatoken cannot stand in for them here: {why}"
+        if self.console is not None:
+            self.console.print(f"tokenizing {remark}", style="yellow", highlight=False)
+        result = self._run_exactly(prefix, shard)
+        result.remark = remark
+        return result
+
+    def _run_exactly(self, prefix: str, shard: Shard) -> Preprocessed:
+        library = "tokenizers" if isinstance(self.opened, HuggingFaceTokenizer) else "sentencepiece"
+        encode = partial(_encode_exactly, self.tokenizer, self.packing)
+        if self.workers == 1:
+            return self._write(prefix, shard, library, None, encode)
+        # Spawned, since a fork of a process with threads may hang.
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(self.workers, context, initializer=_start_worker, initargs=(context.Lock(),)) as pool:
+            return self._write(prefix, shard, library, pool, encode)
+
+    def _write(
+        self, prefix: str, shard: Shard, library: str, pool: Executor | None, encode: Callable[[Block], Encoded]
+    ) -> Preprocessed:
+        start, report = time.monotonic(), Report(num_hidden=0 if shard.index else self.num_hidden)
+        low, high = shard_bytes(self.files, shard)
+        text_bytes = num_left = 0
+        blocks = iter_blocks(self.files, self.packing.json_key, shard)
+        writer = IndexedWriter(prefix, self.packing.dtype)
+        try:
+            with (
+                writer,
+                _Meter("tokenizing", high - low, self.console) as meter,
+                closing(_encoded(blocks, encode, pool, self.workers)) as results,
+            ):
+                numbers = LineNumbers(report)
+                for block, encoded in results:
+                    writer.add_documents(encoded.tokens, encoded.lengths)
+                    numbers.add(block, *encoded.read[1:])
+                    report.num_empty += encoded.num_empty
+                    text_bytes, num_left = text_bytes + encoded.text_bytes, num_left + encoded.num_left
+                    meter.update(report.bytes_read, writer.num_tokens)
+                if not writer.num_documents:
+                    inputs = ", ".join(self.settings["inputs"])
+                    raise _NoDocument(f"no document came out of {inputs}; nothing was written\n{report}".rstrip())
+        except _NoDocument:
+            if shard.count == 1:
+                raise
+        result = Preprocessed(
+            prefix, self.settings, library, writer.num_documents, writer.num_tokens, text_bytes, num_left, report
+        )
+        result.write()
+        result.seconds = time.monotonic() - start
+        return result
+
+
+def _encode_fast(fast: FastBPE, packing: Packing, block: Block) -> Encoded:
+    """Raises NotFast."""
+    read = texts_of(block, packing.json_key)
+    fast.compare_sample(read.texts)
+    flat, lengths, num_left = fast.encode(read.texts)
+    return _pack(read, flat, lengths, num_left, packing)
+
+
+def _encode_exactly(tokenizer: str, packing: Packing, block: Block) -> Encoded:
+    read = texts_of(block, packing.json_key)
+    rows: list[npt.NDArray[np.uint32]] = []
+    for texts in _bites(read.texts):
+        with _turn if len(texts[0]) > BITE else nullcontext():
+            rows += [np.array(ids, np.uint32) for ids in _opened(tokenizer).encode_batch(texts)]
+    flat = np.concatenate([np.empty(0, np.uint32), *rows])
+    return _pack(read, flat, np.array([len(row) for row in rows], np.int64), 0, packing)
+
+
+def _bites(texts: Sequence[str]) -> Iterator[list[str]]:
+    """A few texts together; one that is longer, alone."""
+    bite: list[str] = []
+    length = 0
+    for text in texts:
+        if bite and length + len(text) > BITE:
+            yield bite
+            bite, length = [], 0
+        bite.append(text)
+        length += len(text)
+    if bite:
+        yield bite
 
 
 @cache
@@ -139,81 +238,61 @@ def _opened(tokenizer: str) -> Tokenizer:
     return load_tokenizer(tokenizer)
 
 
+def _pack(
+    read: Texts, flat: npt.NDArray[np.uint32], lengths: npt.NDArray[np.int64], num_left: int, packing: Packing
+) -> Encoded:
+    """A document without tokens is left out, and gets no end of document either."""
+    num_texts, lengths = len(lengths), lengths[lengths > 0]
+    tokens = flat.astype(packing.dtype)
+    if packing.end is not None:
+        tokens = np.insert(tokens, lengths.cumsum(), packing.end)
+        lengths += 1
+    text_bytes = sum(len(text) if text.isascii() else len(text.encode()) for text in read.texts)
+    num_empty = num_texts - len(lengths)
+    return Encoded(tokens, lengths.astype(np.int32), text_bytes, num_left, read._replace(texts=[]), num_empty)
+
+
 def _encoded(
-    batches: Iterator[Batch], encode: Callable[[list[str]], Encoded], workers: int
-) -> Generator[tuple[Batch, Encoded], None, None]:
-    """Every batch with its tokens, in order, at most BATCHES_PER_WORKER × `workers` of them under way."""
-    if workers == 1:
-        yield from ((batch, encode(batch.texts)) for batch in batches)
+    blocks: Iterator[Block], encode: Callable[[Block], Encoded], pool: Executor | None, workers: int
+) -> Generator[tuple[Block, Encoded], None, None]:
+    """Every block and its tokens, in order, at most BLOCKS_PER_WORKER × `workers` of them under way."""
+    if pool is None:
+        yield from ((block, encode(block)) for block in blocks)
         return
-    pending: deque[tuple[Batch, Future[Encoded]]] = deque()
-    # Spawned, since a fork of a process with threads may hang.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=_start_worker) as pool:
-        try:
-            for batch in batches:
-                pending.append((batch, pool.submit(encode, batch.texts)))
-                if len(pending) >= BATCHES_PER_WORKER * workers:
-                    done, future = pending.popleft()
-                    yield done, future.result()
-            for done, future in pending:
+    pending: deque[tuple[Block, Future[Encoded]]] = deque()
+    try:
+        for block in blocks:
+            pending.append((block, pool.submit(encode, block)))
+            if len(pending) >= BLOCKS_PER_WORKER * workers:
+                done, future = pending.popleft()
                 yield done, future.result()
-        except BrokenProcessPool:
-            raise DataError(f"one of {workers} workers was killed, most likely for memory; use fewer workers") from None
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        while pending:
+            done, future = pending.popleft()
+            yield done, future.result()
+    except BrokenProcessPool:
+        raise DataError(f"one of {workers} workers was killed, most likely for memory; use fewer workers") from None
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _start_worker() -> None:
-    os.environ.update(TOKENIZERS_PARALLELISM="false", RAYON_NUM_THREADS="1")  # the processes are the parallelism
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent alone answers it
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    sentinel = parent.sentinel
-
-    def leave_with_parent() -> None:
-        wait([sentinel])
-        os._exit(1)
-
-    # A parent that was killed outright cannot end its pool, whose processes would wait for work for ever.
-    threading.Thread(target=leave_with_parent, daemon=True).start()
-
-
-def _write_metadata(result: Preprocessed, tokenizer: Tokenizer, inputs: Sequence[str], append_eod: bool) -> None:
-    report = result.report
-    values: dict[str, Any] = {
-        "num_documents": result.num_documents,
-        "num_tokens": result.num_tokens,
-        "dtype": token_dtype(tokenizer.vocab_size).name,
-        "vocab_size": tokenizer.vocab_size,
-        "eod_id": tokenizer.eod_id,
-        "append_eod": append_eod,
-        "tokenizer_fingerprint": tokenizer.fingerprint(),
-        "inputs": list(inputs),
-        "text_bytes": result.text_bytes,
-        "num_empty": report.num_empty,
-        "num_bad": report.num_bad,
-        "num_hidden": report.num_hidden,
-        "num_binary": report.num_binary,
-        "messages": report.messages,
-    }
-    final, temporary = Path(f"{result.prefix}.json"), Path(f"{result.prefix}.json.tmp")
-    temporary.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, final)
-    fsync(final.parent)
+def _start_worker(turn: AbstractContextManager[object] | None = None) -> None:
+    global _turn
+    _turn = turn or _turn
+    os.environ["RAYON_NUM_THREADS"] = "1"  # the processes are the parallelism
+    start_worker()
 
 
 class _Meter:
     """A progress bar on a terminal; elsewhere, as in a job's log, a line every few seconds. Nothing without console."""
 
-    def __init__(self, total_bytes: int, console: Console | None) -> None:
+    def __init__(self, name: str, total_bytes: int, console: Console | None) -> None:
         self._total, self._console = total_bytes, console
         self._start = self._said = time.monotonic()
         self._bar: Progress | None = None
         if console is not None and console.is_terminal:
             rate = TextColumn("{task.fields[rate]:,.0f} tokens/s")
             columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), rate, TimeRemainingColumn())
-            self._bar = Progress(TextColumn("tokenizing"), *columns, console=console)
+            self._bar = Progress(TextColumn(name), *columns, console=console)
             self._task = self._bar.add_task("", total=total_bytes, rate=0.0)
 
     def update(self, bytes_read: int, num_tokens: int) -> None:

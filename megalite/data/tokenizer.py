@@ -119,6 +119,10 @@ class HuggingFaceTokenizer(Tokenizer):
     def vocabulary(self) -> dict[str, int]:
         return self._tokenizer.get_vocab(with_added_tokens=True)
 
+    def to_json(self) -> str:
+        """As a tokenizer.json has it, in the library's current spelling."""
+        return self._tokenizer.to_str()
+
     def save(self, folder: str | Path) -> None:
         folder, source = Path(folder), self._file.parent
         folder.mkdir(parents=True, exist_ok=True)

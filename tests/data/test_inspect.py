@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import yaml
 
 from megalite.cli import main
 from megalite.data.indexed import IndexedWriter
+from megalite.data.preprocess import preprocess
+from megalite.data.tokenizer_training import train_tokenizer
 from mixtures import config_of
 
 LENGTHS = [40, 3, 21, 8]
@@ -65,3 +68,18 @@ def test_samples_are_shown_as_the_model_sees_them(corpus: Path, capsys: pytest.C
 def test_what_cannot_be_opened_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(tmp_path / "nothing")]) == 2
     assert "nothing.bin does not exist" in capsys.readouterr().err
+
+
+def test_documents_are_told_by_the_tokenizer_that_made_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = [f"text number {number}, and no other" for number in range(40)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    for name, size in (("tokenizer", 300), ("other", 262)):
+        train_tokenizer([str(tmp_path / "a.jsonl")], tmp_path / name, size)
+    prefix = preprocess([str(tmp_path / "a.jsonl")], tmp_path / "a", tmp_path / "tokenizer", workers=1).prefix
+    capsys.readouterr()
+    assert f"\n{texts[7]}\n" in said(capsys, prefix, "--start", 7, "--count", 1)
+    assert main(["inspect", prefix, "--tokenizer", str(tmp_path / "other")]) == 2
+    assert "another tokenizer" in capsys.readouterr().err
+    (tmp_path / "tokenizer").rename(tmp_path / "moved")
+    assert texts[7] not in said(capsys, prefix, "--start", 7, "--count", 1)
+    assert texts[7] in said(capsys, prefix, "--start", 7, "--count", 1, "--tokenizer", tmp_path / "moved")

@@ -8,7 +8,8 @@
 #   cluster.sh start NODE   start slurmd again
 #
 # NODES (2) are called test0, test1 ...; each claims 64 cores. Everything is below DIR (/tmp/megalite-slurm), but for
-# marked lines in /etc/hosts. Needs root, and Debian's slurmctld, slurmd, slurm-client and munge; no systemd, no cgroups.
+# marked lines in /etc/hosts. Needs root, and Debian's slurmctld, slurmd, slurm-client and munge; neither systemd nor
+# cgroups.
 set -euo pipefail
 
 dir=$(readlink -m "${DIR:-/tmp/megalite-slurm}") nodes=${NODES:-2}

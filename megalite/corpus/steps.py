@@ -1,0 +1,85 @@
+"""datatrove steps that keep count: every document that comes to a stage leaves it, or is dropped for a reason."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from datatrove.data import Document
+from datatrove.pipeline.base import PipelineStep
+
+from megalite.corpus.tally import Tally, num_bytes_of
+
+Check = Callable[[Document, Counter[str]], str | None]
+"""Says why a document is dropped, or None. May edit it; what it counts in the counter is in the report.
+
+One that is a context manager is entered for the length of a shard."""
+
+
+class Stage(PipelineStep):
+    """One check over all documents but those of the sources that skip it."""
+
+    type = "stage"
+
+    def __init__(self, name: str, check: Check, skipped_sources: Iterable[str] = ()) -> None:
+        self.name = name
+        super().__init__()
+        self.tally = Tally(name)
+        self._check, self._skipped = check, frozenset(skipped_sources)
+
+    def run(self, data: Iterable[Document], rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        with self._check if isinstance(self._check, AbstractContextManager) else nullcontext():
+            for document in data:
+                if document.metadata["source"] in self._skipped:
+                    size = num_bytes_of(document.text)
+                    self.tally.keep(size, size, changed=False)
+                    yield document
+                elif self._passes(document):
+                    yield document
+
+    def counted(self) -> dict[str, Any]:
+        return self.tally.to_json()
+
+    def _passes(self, document: Document) -> bool:
+        text, size = document.text, num_bytes_of(document.text)
+        try:
+            reason = self._check(document, self.tally.notes)
+        except Exception as error:  # rules and parsers of others, on whatever the web holds: one text ends no shard
+            reason = f"failed: {type(error).__name__}: {error}"[:120]
+        changed = document.text is not text and document.text != text
+        if changed and not reason and not document.text.strip():
+            reason = "nothing left"
+        if reason:
+            self.tally.drop(size, reason, document.id, text)
+            return False
+        self.tally.keep(size, num_bytes_of(document.text) if changed else size, changed)
+        return True
+
+
+class Without(PipelineStep):
+    """Leaves out the documents whose places in the shard `places` gives for a rank, sorted."""
+
+    type = "stage"
+
+    def __init__(self, name: str, reason: str, places: Callable[[int], npt.NDArray[np.uint32]]) -> None:
+        self.name = name
+        super().__init__()
+        self.tally = Tally(name)
+        self._reason, self._places = reason, places
+
+    def run(self, data: Iterable[Document], rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        listed = set(self._places(rank).tolist())
+        for place, document in enumerate(data):
+            size = num_bytes_of(document.text)
+            if place in listed:
+                self.tally.drop(size, self._reason, document.id, document.text)
+            else:
+                self.tally.keep(size, size, changed=False)
+                yield document
+
+    def counted(self) -> dict[str, Any]:
+        return self.tally.to_json()

@@ -1,0 +1,33 @@
+"""Words and sentences for datatrove's rules.
+
+datatrove's own tokenizers need spaCy or NLTK, and NLTK a download; what the rules ask is less than those know: how long
+words are, which repeat, where sentences end. These are Unicode's words, the same for every language with spaces."""
+
+from __future__ import annotations
+
+import re
+
+from datatrove.utils.text import TERMINAL_PUNCTUATION
+from datatrove.utils.word_tokenizers import WordTokenizer
+
+WORD = re.compile(r"\w+(?:['’]\w+|(?<=\d)[.,]\d+)*|[^\w\s]+")
+SENTENCE = re.compile(rf"[^\n]+?(?:[{re.escape(''.join(sorted(TERMINAL_PUNCTUATION)))}]+[\"'”’)\]]*(?=\s|$)|\n|$)\s*")
+
+
+class Words(WordTokenizer):
+    """All instances are equal, since datatrove caches the words of a text by the tokenizer."""
+
+    def word_tokenize(self, text: str) -> list[str]:
+        return WORD.findall(text)
+
+    def sent_tokenize(self, text: str) -> list[str]:
+        return [text[start:end].strip() for start, end in self.span_tokenize(text)]
+
+    def span_tokenize(self, text: str) -> list[tuple[int, int]]:
+        return [match.span() for match in SENTENCE.finditer(text)]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Words)
+
+    def __hash__(self) -> int:
+        return hash(Words)

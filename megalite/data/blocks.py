@@ -1,0 +1,245 @@
+"""The inputs cut into blocks, to be read and tokenized apart from each other and put together in their order.
+
+A plain file of JSON lines is cut without being looked at: a line belongs to the block in which it begins, and whoever
+tokenizes the block reads and parses it. Where the cuts fall depends on the files alone, never on how many do the
+work."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import orjson
+
+from megalite.data.documents import (
+    LONGEST_TEXT,
+    MAX_MESSAGES,
+    Document,
+    Reading,
+    Report,
+    is_json_lines,
+    mend,
+    read_bytes,
+    read_files,
+    record_of,
+)
+from megalite.data.indexed import DataError
+from megalite.urls import is_url
+
+BLOCK_BYTES, READ_BYTES = 2 << 20, 1 << 16
+TOO_LONG = f"longer than {LONGEST_TEXT >> 20} MiB; cut the text into several documents"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Part `index` (from 0) of `count` about equal ones, in bytes of the inputs as they lie on disk."""
+
+    index: int = 0
+    count: int = 1
+
+
+class Block(NamedTuple):
+    """Lines that begin within bytes [first, last) of `path`; or whole lines of a packed file; or documents of others.
+
+    `report` counts what was met on the way there, `failure` says why the file ends with this block."""
+
+    report: Report
+    path: str = ""
+    first: int = 0
+    last: int = 0
+    lines: bytes = b""
+    documents: Sequence[Document] = ()
+    failure: str = ""
+
+
+class Texts(NamedTuple):
+    """A block's texts, none of them empty. `bad` says which of its lines, counted from 1, are no use, and why."""
+
+    texts: list[str]
+    report: Report
+    num_lines: int
+    bad: list[tuple[int, str]]
+
+
+def iter_blocks(files: Mapping[str, int], json_key: str, shard: Shard) -> Iterator[Block]:
+    """Stream the blocks of a shard. A plain JSON line belongs to the one in which it begins, as does any other file.
+
+    Raises DataError, before anything is read, for a missing library."""
+    read_files(files, Reading(json_key), Report())  # checks, and reads nothing yet
+    return _iter_blocks(files, json_key, shard)
+
+
+def shard_bytes(files: Mapping[str, int], shard: Shard) -> tuple[int, int]:
+    """The bytes [first, last) of all files end to end that are the shard's."""
+    total = sum(files.values())
+    return total * shard.index // shard.count, total * (shard.index + 1) // shard.count
+
+
+def _iter_blocks(files: Mapping[str, int], json_key: str, shard: Shard) -> Iterator[Block]:
+    (low, high), offset = shard_bytes(files, shard), 0
+    others: dict[str, int] = {}  # neighbours that are not JSON lines share blocks: they may be many and small
+    for path, size in files.items():
+        first, last = max(low - offset, 0), min(high - offset, size)
+        is_here = low <= offset and (offset < high or shard.index == shard.count - 1)
+        offset += size
+        if not is_json_lines(path):
+            others |= {path: size} if is_here else {}
+            continue
+        if others:
+            yield from _read_documents(others, json_key)
+            others = {}
+        if not (is_url(path) or path.endswith((".gz", ".zst"))):  # of a URL, one reader ahead of all is the fastest
+            for start in range(first, last, BLOCK_BYTES):
+                end = min(start + BLOCK_BYTES, last)
+                yield Block(Report(bytes_read=end - start), path, start, end)
+        elif is_here:
+            yield from _unpack_lines(path)
+    if others:
+        yield from _read_documents(others, json_key)
+
+
+def _read_documents(files: Mapping[str, int], json_key: str) -> Iterator[Block]:
+    report, before = Report(), Report()
+    documents: list[Document] = []
+    num_bytes = 0
+    for document in read_files(files, Reading(json_key), report):
+        documents.append(document)
+        num_bytes += document.num_bytes
+        if num_bytes >= BLOCK_BYTES:
+            yield Block(_difference(report, before), documents=documents)
+            documents, num_bytes, before = [], 0, _difference(report, Report())
+    yield Block(_difference(report, before), documents=documents)
+
+
+def _unpack_lines(path: str) -> Iterator[Block]:
+    report, before = Report(), Report()
+    whole: list[bytes] = []
+    tail: list[bytes] = []  # of a line that has not ended yet
+    held, failure = 0, ""
+    try:
+        for chunk in read_bytes(path, report):
+            cut = chunk.rfind(b"\n") + 1
+            if cut:
+                whole += [*tail, chunk[:cut]]
+                tail = []
+            # Of a line that is too long enough is kept to see that it is.
+            if sum(map(len, tail)) <= LONGEST_TEXT:
+                tail.append(chunk[cut:])
+            held += cut
+            if held >= BLOCK_BYTES:
+                yield Block(_difference(report, before), path, lines=b"".join(whole))
+                whole, held, before = [], 0, _difference(report, Report())
+        whole += tail
+    except (OSError, DataError) as error:
+        failure = f"unreadable from here on: {error}"
+    yield Block(_difference(report, before), path, lines=b"".join(whole), failure=failure)
+
+
+def texts_of(block: Block, json_key: str) -> Texts:
+    result = Texts([], _difference(block.report, Report()), 0, [])
+    for document in block.documents:
+        if document.num_bytes > LONGEST_TEXT:
+            result.report.bad(document.path, document.line, TOO_LONG)
+        else:
+            result.texts.append(document.text)
+    failure = block.failure
+    try:
+        lines = (_read_lines(block) if block.first < block.last else block.lines).split(b"\n")
+    except OSError as error:
+        lines, failure = [b""], f"unreadable from here on: {error}"
+    if not lines[-1]:
+        lines.pop()
+    if lines and not block.first:
+        lines[0] = lines[0].removeprefix(b"\xef\xbb\xbf")  # the byte-order mark some editors write
+    for number, line in enumerate(lines, 1):
+        try:
+            text = _text_of(line, json_key, result.report)
+        except ValueError as error:
+            result.bad.append((number, str(error)))
+            continue
+        if text:
+            result.texts.append(text)
+        else:
+            result.report.num_empty += 1
+    bad = [*result.bad, *([(len(lines) + 1, failure)] if failure else [])]
+    return result._replace(num_lines=len(lines), bad=bad)
+
+
+def _read_lines(block: Block) -> bytes:
+    """Raises OSError."""
+    with open(block.path, "rb") as file:
+        file.seek(max(block.first - 1, 0))
+        data = file.read(block.last - file.tell())
+        if block.first:
+            cut = data.find(b"\n") + 1
+            data = data[cut:] if cut else b""  # without a cut, it is all of a line that began before
+        parts = [data]
+        # The last line may end behind the block. Of one that is too long enough is read to see that it is.
+        while data and not data.endswith(b"\n") and sum(map(len, parts)) <= BLOCK_BYTES + LONGEST_TEXT:
+            data = file.readline(READ_BYTES)
+            parts.append(data)
+    return b"".join(parts)
+
+
+def _text_of(line: bytes, json_key: str, report: Report) -> str:
+    """Raises ValueError that says why there is none. Whatever orjson takes, json takes for the same; the rest, which is
+    rare, is left to it and to the messages that all of megalite gives."""
+    if len(line) > LONGEST_TEXT:
+        raise ValueError(TOO_LONG)
+    try:
+        text = orjson.loads(line)[json_key]
+    except (ValueError, KeyError, TypeError):
+        if not line.strip():
+            return ""
+        text, num_mended = mend(record_of(line, Reading(json_key))[json_key])
+        report.num_mended += num_mended > 0
+        return text
+    return text if isinstance(text, str) else record_of(line, Reading(json_key))[json_key]
+
+
+class LineNumbers:
+    """Adds up reports in the order of their blocks, and so comes to know the numbers of bad lines in their files."""
+
+    def __init__(self, total: Report) -> None:
+        self._total = total
+        self._path, self._first, self._num_lines = "", 0, 0
+
+    def add(self, block: Block, report: Report, num_lines: int, bad: Sequence[tuple[int, str]]) -> None:
+        if block.path != self._path:
+            self._path, self._first, self._num_lines = block.path, block.first, 0
+        add_to(self._total, report)
+        for line, why in bad:
+            before = 0
+            if self._first and len(self._total.messages) < MAX_MESSAGES:  # a shard that begins within the file
+                before = _lines_before(self._path, self._first)
+            self._total.bad(self._path, before + self._num_lines + line, why)
+        self._num_lines += num_lines
+
+
+def _lines_before(path: str, first: int) -> int:
+    """How many lines of the file begin before this byte."""
+    num_lines, last = 0, b"\n"
+    with open(path, "rb") as file:
+        while first > 0 and (data := file.read(min(first, BLOCK_BYTES))):
+            num_lines, last, first = num_lines + data.count(b"\n"), data[-1:], first - len(data)
+    return num_lines + (last != b"\n")
+
+
+def add_to(total: Report, part: Report) -> None:
+    for field in dataclasses.fields(Report):
+        if field.name == "messages":
+            total.messages += part.messages[: MAX_MESSAGES - len(total.messages)]
+        else:
+            setattr(total, field.name, getattr(total, field.name) + getattr(part, field.name))
+
+
+def _difference(now: Report, before: Report) -> Report:
+    """What has come since; from nothing, a copy."""
+    counts = {
+        field.name: getattr(now, field.name) - getattr(before, field.name)
+        for field in dataclasses.fields(Report)
+        if field.name not in ("messages", "total_bytes")
+    }
+    return Report(**counts, messages=now.messages[len(before.messages) :])

@@ -1,0 +1,217 @@
+"""Byte-level BPE by gigatoken, with Hugging Face's ids.
+
+gigatoken is many times as fast, and follows a newer edition of Unicode: what is a letter to it may be none to Hugging
+Face's tokenizers, which then split words elsewhere. So no character is taken on trust. When one occurs for the first
+time, both libraries split it off in all kinds of company, with a vocabulary made to show every border, and texts that
+hold a character on which they disagree are left to Hugging Face's. All else they might disagree on is what `compare`,
+called on samples of the texts, is for."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+import tokenizers
+
+from megalite.data.tokenizer import PROBE, HuggingFaceTokenizer
+
+# What gigatoken remembers of the words it has seen has no bound of its own; beyond this it starts anew.
+CACHE_BYTES, CACHE_BYTES_PER_WORKER = 512 << 20, 64 << 20
+# For a byte of text, where the system does not say what a process holds: text in which no word recurs needs this much.
+MOST_REMEMBERED = 10
+# Characters of the first texts, and of later ones, that both libraries encode.
+FIRST_COMPARED, COMPARED = 1 << 15, 1 << 9
+UNKNOWN, SAME, DIFFERENT = range(3)
+ASCII = bytes(range(128))
+# Company that tells letters, their case, digits, signs and spaces apart wherever a pattern does. Neighbours stand
+# twice, so that what happens on one side of them hides nothing on the other.
+COMPANY = "{0}aa{0}AA{0}Aa{0}11{0}..{0}  {0}a'{0}a"
+LEARNED_TOGETHER = 32
+NEIGHBOURS, LEADS, CONTINUATIONS = b"aA1. '", range(0xC2, 0xF5), range(0x80, 0xC0)
+
+
+class NotFast(Exception):
+    """gigatoken cannot stand in for this tokenizer. The message says why."""
+
+
+class FastBPE:
+    """Thread-safe. Raises NotFast where gigatoken does not know the tokenizer, or knows it otherwise."""
+
+    def __init__(self, tokenizer: HuggingFaceTokenizer, workers: int = 1) -> None:
+        self._exact = tokenizer
+        self._json = tokenizer.to_json()
+        description = orjson.loads(self._json)
+        _check_model(description)
+        self._added = [token["content"] for token in description["added_tokens"]]
+        self._normalize = None
+        if description["normalizer"]:
+            # Compositions, too, differ between editions of Unicode: the exact library does them.
+            self._normalize = tokenizers.Tokenizer.from_str(self._json).normalizer.normalize_str
+            self._json = json.dumps({**description, "normalizer": None})
+        self._cache_bytes = max(CACHE_BYTES, CACHE_BYTES_PER_WORKER * workers)
+        self._lock, self._turn = threading.Lock(), threading.Lock()
+        self.num_compared = 0  # characters of samples that both have encoded, to the same ids
+        self._renew()
+        probe = json.dumps(_showing_borders(description))
+        self._probes = tokenizers.Tokenizer.from_str(probe), _load(probe)
+        self._states = np.zeros(0x110000, np.uint8)  # by code point
+        self._learn(np.arange(128, dtype=np.uint32))
+        if (unlike := np.flatnonzero(self._states == DIFFERENT)).size:
+            raise NotFast(f"it splits text at {chr(unlike[0])!r} in another way")
+        for text in [PROBE, *(f"a{token} {token}  {token}\n{token}{token}." for token in self._added)]:
+            self.compare(text)
+
+    def encode(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64], int]:
+        """Ids end to end [sum(lengths)], their number in each text, and how many texts were left to Hugging Face's."""
+        normal = texts
+        if self._normalize is not None:
+            normal = [text if text.isascii() else self._normalize(text) for text in texts]
+        data = [text.encode() for text in normal]
+        left = self._find_left(texts, data)
+        flat, lengths = self._encode([one for i, one in enumerate(data) if i not in left] if left else data)
+        if not left:
+            return flat, lengths, 0
+        fast = iter(np.split(flat, lengths.cumsum()[:-1]))
+        with self._turn:  # it needs a hundred times the memory
+            rows = [
+                np.array(self._exact.encode(text), np.uint32) if i in left else next(fast)
+                for i, text in enumerate(texts)
+            ]
+        return np.concatenate(rows), np.array([len(row) for row in rows], np.int64), len(left)
+
+    def compare(self, text: str) -> None:
+        """Encode a text with both. Raises NotFast where the ids differ."""
+        fast, exact = self.encode([text])[0].tolist(), self._exact.encode(text)
+        if fast != exact:
+            at = next((i for i, pair in enumerate(zip(fast, exact, strict=False)) if len(set(pair)) > 1), 0)
+            near = self._exact.decode(exact[max(at - 3, 0) : at + 3])
+            raise NotFast(f"its ids differ near {near!r}")
+
+    def compare_sample(self, texts: Sequence[str]) -> None:
+        """Compare a few characters of these texts, from the middle of them; of the first ones, more. Raises NotFast."""
+        with self._lock:
+            num = COMPARED if self.num_compared else FIRST_COMPARED
+            self.num_compared += num
+        left = num
+        for text in texts[len(texts) // 2 :]:
+            start = max(len(text) - left, 0) // 2
+            sample = text[start : start + left]
+            self.compare(sample)
+            left -= len(sample)
+            if not left:
+                break
+        with self._lock:
+            self.num_compared -= left
+
+    def _encode(self, texts: list[bytes]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
+        if not texts:
+            return np.empty(0, np.uint32), np.empty(0, np.int64)
+        rows = self._fast.encode_batch(texts, parallel=False).layout
+        with self._lock:
+            self._seen_bytes += sum(map(len, texts))
+            resident = _resident_bytes()
+            held = MOST_REMEMBERED * self._seen_bytes if resident is None else resident - self._resident_before
+            if held > self._cache_bytes:
+                self._renew()
+        return np.asarray(rows.content.data), np.diff(rows.offsets.data)
+
+    def _renew(self) -> None:
+        self._fast = _load(self._json)  # other threads may still be using the old one
+        self._seen_bytes, self._resident_before = 0, _resident_bytes() or 0
+
+    def _find_left(self, texts: Sequence[str], data: list[bytes]) -> set[int]:
+        """Which texts gigatoken might encode otherwise, given its input."""
+        others = {i: _code_points(data[i].translate(None, ASCII)) for i, text in enumerate(texts) if not text.isascii()}
+        if not others:
+            return set()
+        points = np.concatenate(list(others.values()))
+        if (unknown := points[self._states[points] == UNKNOWN]).size:
+            self._learn(np.unique(unknown))
+        left = set()
+        if (self._states[points] == DIFFERENT).any():
+            left = {i for i, points in others.items() if (self._states[points] == DIFFERENT).any()}
+        if self._normalize is not None:
+            # An added token is found before its neighbours are normalized: they must not be composed with it.
+            left |= {i for i in others if any(token in texts[i] for token in self._added)}
+        return left
+
+    def _learn(self, points: npt.NDArray[np.uint32]) -> None:
+        # Many to a text, which is quicker; and where the ids of a text differ, one by one.
+        groups = np.split(points, range(LEARNED_TOGETHER, len(points), LEARNED_TOGETHER))
+        for group, same in zip(groups, self._split_alike(groups), strict=True):
+            singly = same or self._split_alike(list(group.reshape(-1, 1)))
+            self._states[group] = np.where(singly, SAME, DIFFERENT)
+
+    def _split_alike(self, groups: Sequence[npt.NDArray[np.uint32]]) -> list[bool]:
+        texts = ["\n".join(COMPANY.format(chr(point)) for point in group) for group in groups]
+        exact, fast = self._probes
+        expected = [encoding.ids for encoding in exact.encode_batch_fast(texts, add_special_tokens=False)]
+        return [one == two for one, two in zip(expected, fast.encode_batch_list(texts, parallel=False), strict=True)]
+
+
+def _load(description: str) -> Any:
+    """gigatoken's tokenizer of a tokenizer.json. Raises NotFast."""
+    try:
+        from gigatoken import gigatoken_rs
+    except ImportError:
+        raise NotFast("gigatoken is not installed; pip install 'megalite[data]'") from None
+    try:
+        return gigatoken_rs.load_hf_json(description)
+    except Exception as error:  # the library raises nothing more specific
+        raise NotFast(f"gigatoken does not take it: {error}") from None
+
+
+def _check_model(description: dict[str, Any]) -> None:
+    """Raises NotFast for what gigatoken does not look at, or takes for another kind of tokenizer."""
+    model, normalizer = description["model"], description["normalizer"] or {"type": "NFC"}
+    if model["type"] != "BPE" or model["byte_fallback"] or "ByteLevel" not in json.dumps(description["pre_tokenizer"]):
+        raise NotFast("it is no byte-level BPE")
+    for name in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model[name]:
+            raise NotFast(f"its model has {name} {model[name]!r}")
+    if normalizer["type"] != "NFC":
+        raise NotFast(f"it normalizes by {normalizer['type']}")
+    for token in description["added_tokens"]:
+        if token["single_word"] or not token["content"].isascii():
+            raise NotFast(f"its added token {token['content']!r} is not plain")
+
+
+def _showing_borders(description: dict[str, Any]) -> dict[str, Any]:
+    """The same splitting, over bytes of which any two are merged that may stand on the two sides of a border between a
+    character and its company: where there is a border, they are not."""
+    byte = _byte_characters()
+    pairs = [(last, lead) for last in CONTINUATIONS for lead in LEADS]
+    pairs += [(near, lead) for near in NEIGHBOURS for lead in LEADS]
+    pairs += [(last, near) for last in CONTINUATIONS for near in NEIGHBOURS]
+    # After these, so that neighbours are not merged with each other before.
+    pairs += [pair for near in NEIGHBOURS for other in ASCII for pair in ((near, other), (other, near))]
+    merges = list(dict.fromkeys((byte[one], byte[two]) for one, two in pairs if one != two))
+    vocabulary = [*byte.values(), *(one + two for one, two in merges)]
+    model = {"type": "BPE", "vocab": {token: i for i, token in enumerate(vocabulary)}, "merges": merges}
+    return {**description, "added_tokens": [], "normalizer": None, "post_processor": None, "model": model}
+
+
+def _byte_characters() -> dict[int, str]:
+    """The character by which byte-level vocabularies spell each byte: itself where it can be printed."""
+    printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = [byte for byte in range(0x100) if byte not in printed]
+    return {**{b: chr(b) for b in printed}, **{b: chr(0x100 + i) for i, b in enumerate(rest)}}
+
+
+def _code_points(text: bytes) -> npt.NDArray[np.uint32]:
+    return np.frombuffer(text.decode().encode("utf-32-le"), "<u4")
+
+
+def _resident_bytes() -> int | None:
+    """Of this process, where the system tells."""
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
+    except OSError:
+        return None

@@ -1,0 +1,74 @@
+"""PREFIX.json beside a token file: what it was made of, by what, and what was left out."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megalite.data.documents import Report
+from megalite.resources import fsync
+
+LEFT_OUT = ("num_empty", "num_bad", "num_mended", "num_hidden", "num_binary", "messages")
+
+
+@dataclass
+class Preprocessed:
+    """What was written to `prefix`.bin, .idx and .json. `text_bytes` counts UTF-8.
+
+    `settings` is all that the tokens depend on, `tokenized_by` the library, `num_left` the documents that gigatoken
+    left to Hugging Face's tokenizers. `remark` is for whoever ran it, and is not kept."""
+
+    prefix: str
+    settings: dict[str, Any]
+    tokenized_by: str
+    num_documents: int
+    num_tokens: int
+    text_bytes: int
+    num_left: int
+    report: Report
+    seconds: float = 0.0
+    remark: str = ""
+
+    def __str__(self) -> str:
+        summary = (
+            f"{self.prefix}: {self.num_documents:,} documents, {self.num_tokens:,} tokens from "
+            f"{self.text_bytes / 1e6:,.1f} MB of text"
+        )
+        if self.seconds:
+            rate = f"{self.text_bytes / 1e6 / self.seconds:.1f} MB/s, {self.num_tokens / self.seconds:,.0f} tokens/s"
+            summary += f" in {self.seconds:.1f} s ({rate})"
+        return "\n".join(line for line in (summary, self.remark, str(self.report)) if line)
+
+    def write(self) -> None:
+        """Raises OSError."""
+        values = {
+            "num_documents": self.num_documents,
+            "num_tokens": self.num_tokens,
+            **self.settings,
+            "tokenized_by": self.tokenized_by,
+            "num_left": self.num_left,
+            "text_bytes": self.text_bytes,
+            **{name: getattr(self.report, name) for name in LEFT_OUT},
+        }
+        final, temporary = Path(f"{self.prefix}.json"), Path(f"{self.prefix}.json.tmp")
+        temporary.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(temporary, final)
+        fsync(final.parent)
+
+
+def read_metadata(prefix: str, settings: dict[str, Any]) -> Preprocessed | None:
+    """What `write` wrote for a token file of these very settings; None for any other, or none."""
+    try:
+        values = json.loads(Path(f"{prefix}.json").read_text(encoding="utf-8"))
+        if any(values[name] != value for name, value in settings.items()):
+            return None
+        counts = {
+            name: values[name] for name in ("tokenized_by", "num_documents", "num_tokens", "text_bytes", "num_left")
+        }
+        report = Report(**{name: values[name] for name in LEFT_OUT})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return Preprocessed(prefix, settings, report=report, **counts)

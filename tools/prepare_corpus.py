@@ -1,0 +1,56 @@
+"""Clean, deduplicate and split raw text as CONFIG says. See megalite/corpus/run.py.
+
+Interrupted, it goes on where it was when the same command is given again. Bad input is counted and reported in the
+output's report.json and report.html; the exit status is then still 0."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import time
+
+from rich.console import Console
+
+from megalite.config import ConfigError
+from megalite.data.indexed import DataError
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", metavar="CONFIG", help="YAML, such as configs/corpus/web.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="such as language.min_score=0.5")
+    args = parser.parse_args()
+    # A job that is cancelled ends as one that is interrupted.
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
+    start = time.monotonic()
+    try:
+        # Not before the arguments are known to be right: these bring datatrove.
+        from megalite.corpus.config import load_corpus_config
+        from megalite.corpus.run import prepare_corpus
+
+        config = load_corpus_config(args.config, args.overrides)
+        report = prepare_corpus(config, Console(stderr=True))
+    except (ConfigError, DataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except ImportError as error:
+        print(f"error: {error}; pip install 'megalite[corpus]'", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    if report is None:
+        print(f"submitted; {config.output}/report.html comes at the end, and the same command resubmits what failed")
+        return 0
+    read, seconds = report["stages"][0]["kept"], time.monotonic() - start
+    kept = {side: f"{count['documents']:,} {side}" for side, count in report["splits"].items()}
+    print(
+        f"{config.output}: {', '.join(kept.values())} documents out of {read['documents']:,} "
+        f"({read['num_bytes'] / 1e6:,.1f} MB) in {seconds:.1f} s; see {config.output}/report.html"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
