@@ -7,9 +7,11 @@ import itertools
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+from megalite import last_words
 from megalite.exit_codes import Exit, killed_by
 
 
@@ -32,9 +34,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, DataError, CheckpointError) as error:
         rank = os.environ.get("RANK")  # a mistake in the config is every rank's, a bad disk may be one rank's alone
         print(f"error{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr)
+        last_words.leave(str(error))
         return Exit.NOT_SAVED if isinstance(error, NotSaved) else Exit.MISTAKE
     except KeyboardInterrupt:
         return killed_by(signal.SIGINT)
+    except Exception as error:
+        last_words.leave(f"{type(error).__name__}: {error}", traceback.format_exc())
+        raise
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -51,6 +57,10 @@ def make_parser() -> argparse.ArgumentParser:
     job = verbs.add_parser("job", help="print what a launcher must know: the ranks a config needs at least, its folder")
     _add_config(job)
     job.set_defaults(verb=_job)
+
+    preflight = verbs.add_parser("preflight", help="look whether all nodes are fit for a run; start it as the run is")
+    _add_config(preflight)
+    preflight.set_defaults(verb=_preflight)
 
     plan = verbs.add_parser(
         "plan", help="predict memory, step time and MFU of a config on a cluster; find its best layout"
@@ -136,6 +146,15 @@ def _job(arguments: argparse.Namespace) -> None:
 
     config = load_config(arguments.config, arguments.overrides)
     print(smallest_world(config), config.run.folder)
+
+
+def _preflight(arguments: argparse.Namespace) -> Exit:
+    from megalite.config_file import load_config
+    from megalite.health.preflight import preflight
+    from megalite.mesh import Launch
+
+    launch = Launch.from_environment()
+    return preflight(load_config(arguments.config, arguments.overrides), launch, launch.meet())
 
 
 def _plan(arguments: argparse.Namespace) -> None:

@@ -311,6 +311,26 @@ class ObserveConfig(Section):
     tensorboard: bool = False
 
 
+class HealthConfig(Section):
+    hang_timeout_s: float = Field(
+        300.0, ge=0, description="without progress of any rank, until a run says where each rank is, and ends; 0: never"
+    )
+    straggler_factor: float = Field(
+        1.25, gt=1, description="times the median of a rank's peers that computing takes it, for it to be named"
+    )
+    straggler_every: int = Field(10, gt=0, description="steps between two comparisons of the ranks")
+
+    def patience_s(self, phase: str) -> float:
+        """How long a rank that waits for no other one may go without progress. Steps go on steadily; a first step may
+        compile, and loading, validating and saving may hold one long piece of work."""
+        return self.hang_timeout_s * (1 if phase == "training" else 4)
+
+    @property
+    def collective_timeout_s(self) -> float:
+        """The watchdog shall speak first: it knows more."""
+        return max(1800.0, 6 * self.hang_timeout_s)
+
+
 class ProfileConfig(Section):
     """A trace of some steps, for chrome://tracing or https://ui.perfetto.dev."""
 
@@ -335,6 +355,7 @@ class Config(Section):
     optimizer: OptimizerConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
     observe: ObserveConfig = ObserveConfig()
+    health: HealthConfig = HealthConfig()
     profile: ProfileConfig = ProfileConfig()
     kernels: KernelsConfig = KernelsConfig()
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 from enum import IntEnum
+from typing import NoReturn
 
 
 class Exit(IntEnum):
@@ -12,6 +15,8 @@ class Exit(IntEnum):
     MISTAKE = 2
     NOT_SAVED = 74
     STOPPED = 75
+    HUNG = 76
+    UNFIT = 77
 
     @property
     def meaning(self) -> str:
@@ -24,7 +29,16 @@ _MEANINGS = {
     Exit.MISTAKE: "a mistake in the command, the config, the data or a checkpoint: starting again changes nothing",
     Exit.NOT_SAVED: "the last checkpoint could not be written",
     Exit.STOPPED: "asked to stop: saved, and goes on there when started again",
+    Exit.HUNG: "no rank made progress any more: the report names those behind; it goes on when started again",
+    Exit.UNFIT: "preflight: the line --exclude=NODES names nodes that are not fit; without them it can start",
 }
+
+
+def end_process(status: int) -> NoReturn:
+    """At once, from any thread, whatever the others wait for. Nothing is cleaned up."""
+    if sys.stdout.isatty():
+        os.write(1, b"\x1b[?25h\n")  # the live line hides the cursor
+    os._exit(status)
 
 
 def killed_by(number: int) -> int:

@@ -2,7 +2,8 @@
 
 It differs from torchrun in three things. Its exit status is that of the rank that failed first, where torchrun's is
 always 1. A signal that asks for a stop is passed on to the ranks and their end awaited, however long the checkpoint
-takes; torchrun kills them after 30 s. And it ends with one line that says what became of this node's ranks.
+takes; torchrun kills them after 30 s. And it ends with the error of the rank that failed first, which stands above
+those of the ranks that lost it, and with one line that says what became of this node's ranks.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous.api import RendezvousError
 
+from megalite import last_words
 from megalite.exit_codes import Exit, describe, killed_by
 from megalite.stopping import SIGNALS
 
@@ -32,6 +34,7 @@ def main(arguments: Sequence[str]) -> int:
     # Under Slurm every node goes by the name Slurm has for it: it leads here, which what the node calls itself may not,
     # and ranks are numbered in the order of the names.
     name = os.environ.get("SLURMD_NODENAME")
+    message = trace = ""
     options = [f"--local-addr={name}"] if name else []
     for number in SIGNALS:
         signal.signal(number, _pass_on)
@@ -39,16 +42,20 @@ def main(arguments: Sequence[str]) -> int:
         run.run(run.parse_args(["--signals-to-handle=SIGHUP,SIGQUIT", *options, *arguments]))
         status, who = int(Exit.DONE), "all ranks"
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
+        rank, failure = min(error.failures.items(), key=lambda each: last_words.time_of(each[1]))
         status = failure.exitcode if failure.exitcode > 0 else killed_by(-failure.exitcode)
         who = f"rank {rank}"
+        message, trace = last_words.read(failure)
         # The rendezvous lives in the launcher of the first node. The others' shall first see how their own ranks end.
         time.sleep(LINGER_S)
     except RendezvousError:
         status, who = int(Exit.FAILED), "the launcher of another node is gone, which held the rendezvous"
     except SignalException as error:
         status, who = killed_by(error.sigval), "the launcher"
-    print(f"== {time.strftime('%F %T')} {name or os.uname().nodename}: {who}: {describe(status)}", flush=True)
+    if trace:
+        print(f"what {who} said first:\n{trace}", file=sys.stderr, flush=True)
+    ended = f"{describe(status)}{message and f': {message}'}"
+    print(f"== {time.strftime('%F %T')} {name or os.uname().nodename}: {who}: {ended}", flush=True)
     return status
 
 

@@ -16,7 +16,7 @@ import datetime
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -33,6 +33,7 @@ class Axis:
     size: int = 1
     rank: int = 0
     group: dist.ProcessGroup | None = None
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -61,25 +62,30 @@ def make_mesh(plan: Plan, device: torch.device) -> Mesh:
     sizes = {name: size for name, size in sizes.items() if size > 1}
     if not sizes:
         return Mesh(ALONE, ALONE, ALONE, ALONE, ALONE, ALONE, device)
-    world = _axis(dist.group.WORLD)
+    world = _axis("world", dist.group.WORLD)
     # An axis of size 1 needs no group at all, and one that is the whole world none of its own.
     if len(sizes) == 1:
-        axes = dict.fromkeys(sizes, world)
+        axes = {name: replace(world, name=name) for name in sizes}
     else:
         grid = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
-        axes = {name: _axis(grid.get_group(name)) for name in sizes}
+        axes = {name: _axis(name, grid.get_group(name)) for name in sizes}
     if "data" not in axes or "context" not in axes:
         replicas = axes.get("data", axes.get("context", ALONE))
     elif len(sizes) == 2:
-        replicas = world
+        replicas = replace(world, name="replicas")
     else:
-        replicas = _axis(grid["data", "context"]._flatten().get_group())
+        replicas = _axis("replicas", grid["data", "context"]._flatten().get_group())
     pipeline, data, context, tensor = (axes.get(name, ALONE) for name in ("pipeline", "data", "context", "tensor"))
     return Mesh(pipeline, data, context, tensor, replicas, world, device)
 
 
-def _axis(group: dist.ProcessGroup | None) -> Axis:
-    return Axis(dist.get_world_size(group), dist.get_rank(group), group)
+def _axis(name: str, group: dist.ProcessGroup | None) -> Axis:
+    return Axis(dist.get_world_size(group), dist.get_rank(group), group, name)
+
+
+def node_name() -> str:
+    """Slurm's name of this machine, which is the one to exclude it by; without Slurm its own."""
+    return os.environ.get("SLURMD_NODENAME") or os.uname().nodename
 
 
 @dataclass(frozen=True)
@@ -104,23 +110,36 @@ class Launch:
     def device(self) -> torch.device:
         return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
-    def join(self, timeout_minutes: float = 30.0) -> None:
+    def join(self, timeout_s: float = 1800.0) -> None:
         """Meet the other ranks. Does nothing for a lone process."""
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if self.world_size == 1 or dist.is_initialized():
             return
-        if "MASTER_ADDR" not in os.environ:
-            if "SLURM_JOB_NODELIST" not in os.environ:
-                raise ConfigError("RANK is set but MASTER_ADDR is not; start the ranks with torchrun or srun")
-            os.environ |= _slurm_rendezvous()
+        _find_first_host()
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
             rank=self.rank,
             world_size=self.world_size,
-            timeout=datetime.timedelta(minutes=timeout_minutes),
+            timeout=datetime.timedelta(seconds=timeout_s),
             device_id=self.device if self.device.type == "cuda" else None,
         )
+
+    def meet(self, timeout_s: float = 1800.0) -> dist.Store:
+        """A store all ranks see, and no more: none waits for another one in a collective."""
+        if self.world_size == 1:
+            return dist.HashStore()
+        _find_first_host()
+        timeout = datetime.timedelta(seconds=timeout_s)
+        store, _, _ = next(dist.rendezvous("env://", self.rank, self.world_size, timeout=timeout))
+        return store
+
+
+def _find_first_host() -> None:
+    if "MASTER_ADDR" not in os.environ:
+        if "SLURM_JOB_NODELIST" not in os.environ:
+            raise ConfigError("RANK is set but MASTER_ADDR is not; start the ranks with torchrun or srun")
+        os.environ |= _slurm_rendezvous()
 
 
 def _slurm_rendezvous() -> dict[str, str]:

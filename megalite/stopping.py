@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
-from megalite.exit_codes import killed_by
+from megalite.exit_codes import end_process, killed_by
 from megalite.mesh import Mesh
 from megalite.parallel.collectives import start_highest
 
@@ -76,9 +75,7 @@ class StopRequests:
             if not self._asked:
                 self._asked, first = number, time.monotonic()
             elif time.monotonic() - first > ONE_REQUEST_S:
-                if sys.stdout.isatty():
-                    os.write(1, b"\x1b[?25h\n")  # the live line hides the cursor
-                os._exit(killed_by(number))
+                end_process(killed_by(number))
 
 
 def _leave_it_to_the_pipe(number: int, frame: FrameType | None) -> None:

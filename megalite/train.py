@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megalite.activity import NOW
 from megalite.checkpoint.export import keep_source, write_extras
 from megalite.checkpoint.load import from_checkpoint, from_hf, from_seed
 from megalite.checkpoint.resume import find_checkpoint, read_train_state
@@ -28,6 +29,8 @@ from megalite.data.tokenizer import Tokenizer, load_tokenizer
 from megalite.engine import Engine, ReadState, make_engine
 from megalite.engine.layout import choose_owners, elements_of
 from megalite.exit_codes import Exit
+from megalite.health.stragglers import Stragglers
+from megalite.health.watchdog import Watchdog
 from megalite.host_memory import keep_freed_memory
 from megalite.kernels import library
 from megalite.keys import key_of
@@ -62,9 +65,14 @@ def train(config: Config) -> Exit:
     tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
     data = build_mixtures(config, tokenizer)
     check_vocabulary(config, tokenizer)
-    launch.join()
+    launch.join(config.health.collective_timeout_s)
     mesh = make_mesh(plan, launch.device)
     keep_freed_memory()
+    with Watchdog(config, mesh):
+        return train_on(mesh, config, plan, data, tokenizer)
+
+
+def train_on(mesh: Mesh, config: Config, plan: Plan, data: Data, tokenizer: Tokenizer | None) -> Exit:
     check_same_everywhere(config, data, mesh)
     folder = config.run.folder
     checkpoint, warnings = find_checkpoint(folder / "checkpoints", config.checkpoint.resume, mesh)
@@ -156,6 +164,7 @@ def train_from(
         asked = run_steps(run, parts, loader, data, saver, state["step"], requests)
         done = True
     finally:
+        NOW.begin("ending", NOW.step)
         loader.close()
         saver.wait(abandon=not done)
         run.say(*saver.news())
@@ -181,16 +190,21 @@ def run_steps(
     config, mesh, recorder = run.config, run.mesh, run.recorder
     meter = Meter(model_flops_per_token(config), mesh.world.size, mesh.device, parts.dtype)
     profiler = Profiler(config.profile, config.run.folder, mesh.world.rank, parts.engine.settle)
+    stragglers = Stragglers(config.health, mesh)
     with profiler, StepLog(recorder, meter) as log:
         for step in range(start_step + 1, run.last_step + 1):
+            NOW.begin("first step" if step == start_step + 1 else "training", step)
             profiler.begin(step)
+            stragglers.begin(step)
             agreed = requests.compare()
             lr = learning_rate(step, config.train.steps, config.optimizer)
             loss = forward_backward(parts, next(loader), mesh, config.train.seed)
+            NOW.do("optimizer")
             grad_norm = parts.engine.step(lr)
+            stragglers.end()
             tokens = loader.samples * config.data.seq_length
             record: Record = {"step": step, "loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens": tokens}
-            log.add(record | consumed_tokens(loader), run.plan.tokens_per_step)
+            log.add(record | consumed_tokens(loader) | stragglers.record(), run.plan.tokens_per_step)
             profiler.end(step)
             asked = agreed()
             if step == run.last_step:
@@ -200,13 +214,15 @@ def run_steps(
             if evaluates or saves:
                 log.wait()
             if evaluates:
+                NOW.begin("validating", step)
                 evaluate(run, parts, data, "valid", step)
             if step == config.train.steps:
                 evaluate(run, parts, data, "test", step)
             if saves:
                 wandb_id = recorder.wandb_id if recorder else None
+                NOW.begin("saving", step)
                 saver.save(step, {"step": step, "data": loader.state(), "wandb_id": wandb_id})
-            run.say(*saver.news())
+            run.say(*saver.news(), *stragglers.news())
             if asked:
                 run.say(f"{asked.name}: leaving after step {step}; a second signal does not wait for the checkpoint")
                 return asked
@@ -263,10 +279,13 @@ def forward_backward(parts: Parts, batch: list[MicroBatch], mesh: Mesh, seed: in
     else:
         (stage,), total = parts.stages, torch.zeros((), device=mesh.device)
         parts.engine.begin(len(inputs))
-        for micro in inputs:
+        for number, micro in enumerate(inputs):
+            NOW.do("forward", number)
             loss = stage(None, micro).sum() / num_tokens
+            NOW.do("backward", number)
             parts.engine.backward(loss)
             total += loss.detach()
+        NOW.do("summing gradients")
         parts.engine.finish()
     return all_reduce(all_reduce(total, mesh.replicas), mesh.pipeline)
 
@@ -313,6 +332,7 @@ def evaluate(run: Run, parts: Parts, data: Data, split: Split, step: int) -> Non
             if parts.pipeline:
                 losses = parts.pipeline.forward(inputs)
             else:
+                NOW.do("forward")
                 losses = [parts.stages[0](None, micro) for micro in inputs]
             # There are none before the last stage.
             for loss_BT, micro, read in zip(losses, inputs, batch, strict=False):

@@ -74,7 +74,7 @@ def join_over_slurm(rank: int, world_size: int) -> int:
     for name in VARIABLES:
         os.environ.pop(name, None)
     os.environ |= {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}
-    Launch.from_environment().join(timeout_minutes=1)
+    Launch.from_environment().join(timeout_s=60)
     assert os.environ["MASTER_PORT"] == str(10_000 + 123_456 % 20_000)
     count = torch.ones(())
     torch.distributed.all_reduce(count)

@@ -14,6 +14,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megalite.activity import NOW
 from megalite.checkpoint.folder import MANIFEST, digest, prune, step_folder, write_json
 from megalite.engine import Engine
 from megalite.mesh import Mesh
@@ -85,6 +86,7 @@ class Saver:
         if abandon:
             self._abandoned.set()
         if self._thread is not None:
+            NOW.do("waiting for the checkpoint to be written")
             self._thread.join()
 
     def news(self) -> list[str]:
@@ -127,6 +129,7 @@ class Saver:
                 name = stem + self._suffix()
                 part["tensors"][name] = self._write_tensors(temporary / name, logical)
                 part["files"][name] = digest(temporary / name)
+                NOW.beats += 1  # the loop may be waiting for this thread
         return part
 
     def _writers(self) -> list[int]:
@@ -153,6 +156,7 @@ class Saver:
         tensors: dict[str, dict[str, int]] = {}
         for rank in range(self.mesh.world.size):
             part = self._wait_for_part(temporary / f"part-{rank}.json")
+            NOW.beats += 1
             if "error" in part:
                 raise OSError(part["error"])
             files |= part["files"]
@@ -165,6 +169,7 @@ class Saver:
             if name not in files:
                 fsync(path)
                 files[name] = digest(path)
+                NOW.beats += 1
         write_json(temporary / MANIFEST, {"files": files})
         fsync(temporary / "optimizer")
         fsync(temporary)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from megalite.activity import NOW
 from megalite.data.indexed import DataError
 from megalite.data.mixture import IGNORE, Mixture
 from megalite.data.order import Int64s
@@ -104,7 +105,9 @@ class Loader:
             raise DataError("the loader is closed")
         if self._thread.ident is None:
             self._thread.start()
+        NOW.do("waiting for the data loader")
         item = self._steps.get()
+        NOW.do("")
         if isinstance(item, BaseException):
             self._failure = item
             raise item

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megalite.activity import NOW
 from megalite.mesh import Axis, Mesh
 from megalite.models.weights import Weight
 
@@ -15,7 +16,9 @@ def gather_parts(part: Tensor, axis: Axis, owner: int) -> list[Tensor]:
     if axis.size == 1:
         return [part]
     parts = [torch.empty_like(part) for _ in range(axis.size)] if axis.rank == owner else None
+    NOW.enter("gather", axis.name)
     dist.gather(part.contiguous(), parts, group=axis.group, group_dst=owner)
+    NOW.go_on()
     return parts or []
 
 

@@ -61,7 +61,8 @@ class Recorder:
 
     def step(self, record: dict[str, float]) -> None:
         """`record`: step, loss, lr, grad_norm, tokens (so far), tokens_per_s, step_time_s; where known tflops, mfu,
-        memory_gb; tokens/NAME (so far) of each source where there are several."""
+        memory_gb; tokens/NAME (so far) of each source where there are several; straggler (a rank) and
+        straggler_slowness (times its peers' median) while one is named."""
         self._each(lambda sink: sink.step(record))
 
     def evaluation(self, record: dict[str, float]) -> None:

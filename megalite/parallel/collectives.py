@@ -10,11 +10,13 @@ are.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megalite.activity import NOW
 from megalite.mesh import Axis, Mesh
 
 # torch 2.13 renamed these two; megalite supports the older names as well.
@@ -32,6 +34,18 @@ def _done() -> None:
     """The wait of a collective over one rank."""
 
 
+def noted(kind: str, axis: Axis, wait: Wait) -> Wait:
+    """The wait of a collective that has just begun, leaving notes of it."""
+    number = NOW.count(axis.name)
+
+    def noted_wait() -> None:
+        NOW.wait(kind, axis.name, number)
+        wait()
+        NOW.go_on()
+
+    return noted_wait
+
+
 def _on_gloo(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
@@ -39,7 +53,9 @@ def _on_gloo(x: Tensor) -> bool:
 def all_reduce(x: Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
     """In place; `x` is contiguous."""
     if axis.size > 1:
+        NOW.enter("all_reduce", axis.name)
         dist.all_reduce(x, op, axis.group)
+        NOW.go_on()
     return x
 
 
@@ -55,12 +71,20 @@ def start_highest(number: int, mesh: Mesh) -> Callable[[], int]:
         return lambda: number
     highest = torch.tensor(number)
     work = dist.all_reduce(highest, dist.ReduceOp.MAX, mesh.world.group, async_op=True)
+    wait = noted("all_reduce", mesh.world, work.wait)
 
     def result() -> int:
-        work.wait()
+        wait()
         return int(highest)
 
     return result
+
+
+def start_sharing(number: float, mesh: Mesh) -> Result:
+    """Every rank's number, [world] float64 in rank order, found out between the hosts: no device is waited for."""
+    numbers = torch.zeros(mesh.world.size, dtype=torch.float64)
+    numbers[mesh.world.rank] = number
+    return start_reduce_whole(numbers, mesh.world)
 
 
 def all_gather(x: Tensor, axis: Axis, dim: int) -> Tensor:
@@ -115,7 +139,7 @@ def start_reduce(flat: Tensor, axis: Axis) -> Wait:
     """Start summing `flat` over the axis, in place."""
     if axis.size == 1:
         return _done
-    return dist.all_reduce(flat, group=axis.group, async_op=True).wait
+    return noted("all_reduce", axis, dist.all_reduce(flat, group=axis.group, async_op=True).wait)
 
 
 def start_reduce_scatter(flat: Tensor, axis: Axis) -> Wait:
@@ -125,18 +149,18 @@ def start_reduce_scatter(flat: Tensor, axis: Axis) -> Wait:
         return _done
     shard = flat.view(axis.size, -1)[axis.rank]
     if not _on_gloo(flat):
-        return _reduce_scatter(shard, flat, group=axis.group, async_op=True).wait
+        work = _reduce_scatter(shard, flat, group=axis.group, async_op=True)
+        return noted("reduce_scatter", axis, work.wait)
     others = [rank for rank in range(axis.size) if rank != axis.rank]
     received = {rank: torch.empty_like(shard) for rank in others}
     works = _exchange({rank: flat.view(axis.size, -1)[rank] for rank in others}, received, axis)
 
     def finish() -> None:
-        for work in works:
-            work.wait()
+        _wait_for(works)
         for part in received.values():
             shard.add_(part)
 
-    return finish
+    return noted("reduce_scatter", axis, finish)
 
 
 def start_all_gather(flat: Tensor, axis: Axis) -> Wait:
@@ -145,15 +169,10 @@ def start_all_gather(flat: Tensor, axis: Axis) -> Wait:
         return _done
     shards = flat.view(axis.size, -1)
     if not _on_gloo(flat):
-        return _all_gather(flat, shards[axis.rank], group=axis.group, async_op=True).wait
+        return noted("all_gather", axis, _all_gather(flat, shards[axis.rank], group=axis.group, async_op=True).wait)
     others = [rank for rank in range(axis.size) if rank != axis.rank]
     works = _exchange(dict.fromkeys(others, shards[axis.rank]), {rank: shards[rank] for rank in others}, axis)
-
-    def finish() -> None:
-        for work in works:
-            work.wait()
-
-    return finish
+    return noted("all_gather", axis, partial(_wait_for, works))
 
 
 def add_from_other_end(x: Tensor, axis: Axis) -> None:
@@ -161,8 +180,10 @@ def add_from_other_end(x: Tensor, axis: Axis) -> None:
     afterwards: of two terms, the order does not matter."""
     other = axis.size - 1 - axis.rank
     received = torch.empty_like(x)
-    for work in _exchange({other: x}, {other: received}, axis):
-        work.wait()
+    works = _exchange({other: x}, {other: received}, axis)
+    NOW.wait("exchange with the other end", axis.name)  # which the ranks between do not count
+    _wait_for(works)
+    NOW.go_on()
     x += received
 
 
@@ -177,11 +198,10 @@ def start_shift(x: Tensor, axis: Axis) -> Result:
         dist.P2POp(dist.isend, x, group=axis.group, group_peer=after),
         dist.P2POp(dist.irecv, received, group=axis.group, group_peer=before),
     ]
-    works = dist.batch_isend_irecv(messages)
+    wait = noted("shift", axis, partial(_wait_for, dist.batch_isend_irecv(messages)))
 
     def result() -> Tensor:
-        for work in works:
-            work.wait()
+        wait()
         return received
 
     return result
@@ -195,3 +215,8 @@ def _exchange(to_send: dict[int, Tensor], to_receive: dict[int, Tensor], axis: A
         messages.append(dist.P2POp(dist.isend, tensor, peer, axis.group))
         messages.append(dist.P2POp(dist.irecv, to_receive[rank], peer, axis.group))
     return dist.batch_isend_irecv(messages)
+
+
+def _wait_for(works: list[dist.Work]) -> None:
+    for work in works:
+        work.wait()

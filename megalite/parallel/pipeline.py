@@ -8,7 +8,8 @@ schedule beside the hidden states is only their number.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch.distributed.pipelining import (
 )
 from torch.profiler import record_function
 
+from megalite.activity import NOW
 from megalite.engine import Engine
 from megalite.mesh import Mesh
 from megalite.parallel.stage import MESSAGES_UNDER_WAY, Inputs, Stage
@@ -107,8 +109,10 @@ class Pipeline:
         sent: list[tuple[Tensor, dist.Work]] = []  # a message is kept until it has arrived
         for stage in self.stages:
             held = []
-            for inputs in batch:
-                out = stage(None if stage.span.first else self._receive(stage, inputs), inputs)
+            for number, inputs in enumerate(batch):
+                x = None if stage.span.first else self._receive(stage, inputs)
+                NOW.do(f"forward of stage {stage.span.index}", number)
+                out = stage(x, inputs)
                 if stage.span.last:
                     outputs.append(out)
                 elif self._both_ways:
@@ -116,8 +120,10 @@ class Pipeline:
                 else:
                     sent.append(self._send(stage, out))
             sent.extend(self._send(stage, out) for out in held)
+        _await_neighbours()
         for _, work in sent:
             work.wait()
+        NOW.go_on()
         return outputs
 
     @property
@@ -137,8 +143,13 @@ class Pipeline:
         shape = (rows, length // self._sequence_cut, self.hidden.shape[-1])
         x = torch.empty(shape, dtype=self.hidden.dtype, device=self.mesh.device)
         came_from = (stage.span.index - 1) % self.mesh.pipeline.size
+        _await_neighbours()
         dist.recv(x, group=self.mesh.pipeline.group, group_src=came_from)
         return x
+
+
+def _await_neighbours() -> None:
+    NOW.wait("message", "pipeline")
 
 
 class _Numbered(nn.Module):
@@ -215,17 +226,24 @@ class _Part(PipelineStage):
     # Named in a trace, so that a pipeline's passes and its bubbles can be seen.
 
     def forward_one_chunk(self, fwd_chunk_id: int, *arguments: Any, **options: Any) -> Any:
-        with record_function(f"stage {self.stage_index} forward {fwd_chunk_id}"):
+        with self._passing("forward", fwd_chunk_id):
             return super().forward_one_chunk(fwd_chunk_id, *arguments, **options)
 
     def backward_one_chunk(self, bwd_chunk_id: int, *arguments: Any, **options: Any) -> None:
-        with record_function(f"stage {self.stage_index} backward {bwd_chunk_id}"):
+        with self._passing("backward", bwd_chunk_id):
             super().backward_one_chunk(bwd_chunk_id, *arguments, **options)
         self._release(bwd_chunk_id)
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, *arguments: Any, **options: Any) -> None:
-        with record_function(f"stage {self.stage_index} weights {bwd_chunk_id}"):
+        with self._passing("weights", bwd_chunk_id):
             super().backward_weight_one_chunk(bwd_chunk_id, *arguments, **options)
+
+    @contextmanager
+    def _passing(self, kind: str, number: int) -> Iterator[None]:
+        NOW.do(f"{kind} of stage {self.stage_index}", number)
+        with record_function(f"stage {self.stage_index} {kind} {number}"):
+            yield
+        _await_neighbours()  # what else a schedule does between two passes
 
     def _release(self, number: int) -> None:
         nothing = torch.empty(0, dtype=self.hidden.dtype, device=self.device)

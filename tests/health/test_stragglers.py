@@ -1,0 +1,87 @@
+"""A rank that computes more slowly than its peers is named, on the console and in the metrics, and only that one."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from tampered_ranks import training
+
+from megalite.activity import NOW
+from megalite.config import HealthConfig
+from megalite.exit_codes import Exit
+from megalite.health.stragglers import StepTimer, Stragglers
+from megalite.mesh import ALONE, Axis, Mesh, node_name
+from megalite.parallel.stage import Stage
+from small_runs import make_config, metrics_of
+
+EVERY, SLOW_UNTIL = 2, 12
+
+
+def slow_down(rank: int) -> None:
+    forward = Stage.forward
+
+    def slow(self: Stage, *arguments: Any) -> torch.Tensor:
+        if NOW.step <= SLOW_UNTIL:
+            time.sleep(0.1)
+        return forward(self, *arguments)
+
+    if rank == 1:
+        Stage.forward = slow  # type: ignore[method-assign]
+
+
+def test_a_rank_that_is_slow_for_long_is_named_and_later_cleared(tmp_path: Path) -> None:
+    often = (f"health.straggler_every={EVERY}", "health.straggler_factor=3", "train.steps=20")
+    config = make_config(tmp_path, "llama", *often, "observe.eval_every=0", "checkpoint.every=0")
+    with training(2, tmp_path, config, slow_down) as ranks:
+        assert ranks.exit_codes() == [Exit.DONE] * 2, ranks.said(0)
+        said = ranks.said(0)
+    steps = {line["step"]: line for line in metrics_of(config) if "loss" in line}
+    named = [step for step, line in steps.items() if "straggler" in line]
+    # The third sample is compared when the fourth is taken, and so is the first that is in time again.
+    assert named == list(range(4 * EVERY, SLOW_UNTIL + 2 * EVERY))
+    assert {steps[step]["straggler"] for step in named} == {1}
+    assert all(steps[step]["straggler_slowness"] > 3 for step in named)
+    assert said.count(f"warning: rank 1 on {node_name()} is slow: it computes") == 1
+    assert said.count(f"rank 1 on {node_name()} is as fast as its peers again") == 1
+    assert "rank 0 on" not in said
+
+
+class Clock:
+    """An event whose time is set by hand."""
+
+    now = 0.0
+
+    def record(self) -> None:
+        self.at = Clock.now
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: Clock) -> float:
+        return (end.at - self.at) * 1e3
+
+
+def test_waiting_for_other_ranks_does_not_count() -> None:
+    timer, marks = StepTimer(Clock), [(1.0, "stop"), (5.0, "go"), (7.0, "go"), (8.0, "stop"), (9.0, "stop")]
+    for Clock.now, method in marks:
+        getattr(timer, method)()
+    assert timer.seconds() == pytest.approx(1.0 + 3.0)
+
+
+def test_ranks_are_compared_with_those_of_the_same_stage() -> None:
+    """Pipeline 2 × data 3: the second stage has more to do, and rank 4 in it is slow."""
+    stages, replicas = Axis(2, 0, None, "pipeline"), Axis(3, 0, None, "data")
+    mesh = Mesh(stages, replicas, ALONE, ALONE, replicas, ALONE, torch.device("cpu"))
+    stragglers = Stragglers(HealthConfig(), mesh)
+    stragglers._hosts, stragglers._times_slow = [f"n{rank}" for rank in range(6)], [0] * 6
+    for _ in range(3):
+        assert stragglers.record() == {}
+        stragglers._compare([0.1, 0.11, 0.1, 0.2, 0.3, 0.21])
+    assert stragglers.record() == {"straggler": 4, "straggler_slowness": pytest.approx(0.3 / 0.21)}
+    assert len(stragglers.news()) == 1
+    assert not dist.is_initialized()

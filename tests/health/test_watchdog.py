@@ -1,0 +1,190 @@
+"""Ranks that hang are found, named and ended; ranks that only take long are left alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from tampered_ranks import Ranks, training
+
+import megalite.train
+from megalite.activity import NOW
+from megalite.checkpoint.folder import complete_steps
+from megalite.engine.native import NativeEngine
+from megalite.exit_codes import Exit
+from megalite.health.heartbeat import Heartbeat, read_all
+from megalite.health.report import describe_hang, state_of
+from megalite.mesh import ALONE, Axis, Mesh, node_name
+from megalite.parallel.stage import Stage
+from small_runs import make_config, metrics_of
+
+TIMEOUT_S = 1.5
+QUIET = ("observe.eval_every=0", "checkpoint.every=0")
+
+
+def hanging(tmp_path: Path, tamper: Callable[[int], None], *overrides: str) -> AbstractContextManager[Ranks]:
+    overrides = (f"health.hang_timeout_s={TIMEOUT_S}", "train.steps=100000", *QUIET, *overrides)
+    return training(2, tmp_path, make_config(tmp_path, "llama", *overrides), tamper)
+
+
+def stacks_of(folder: Path, rank: int) -> str:
+    (found,) = (folder / "runs" / "test" / "health").glob(f"hang-of-*/rank-{rank:05d}.txt")
+    return found.read_text()
+
+
+def leave_alone(rank: int) -> None:
+    pass
+
+
+def test_a_rank_that_is_stopped_is_named_by_the_others(tmp_path: Path) -> None:
+    with hanging(tmp_path, leave_alone) as ranks:
+        metrics = tmp_path / "runs" / "test" / "metrics.jsonl"
+        while not metrics.exists() or metrics.read_text().count("\n") < 3:
+            assert all(process.is_alive() for process in ranks.processes), ranks.said(0)
+            time.sleep(0.05)
+        pid = ranks.processes[1].pid
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
+        stopped = time.monotonic()
+        assert ranks.exit_codes() == [Exit.HUNG, None]
+        # The timeout, 0.4 of it for the silence and 0.2 for stacks to arrive; and a busy machine.
+        assert time.monotonic() - stopped < 2 * TIMEOUT_S + 3
+        said = ranks.said(0)
+        behind, waiting = said.split("behind:")[1].split("waiting for others:")
+        assert f"rank 1 on {node_name()} (process {pid}): cannot speak, stopped by a signal" in behind
+        assert "rank 0" not in behind
+        assert re.search(r"rank 0: step \d+.*; in (all_reduce|reduce_scatter|all_gather) \d+ over \w+", waiting)
+        assert "exit status 76" in said
+        assert "in all_reduce" in stacks_of(tmp_path, 0) or "_wait_for" in stacks_of(tmp_path, 0)
+        report = next((tmp_path / "runs" / "test" / "health").glob("hang-of-*/report.txt"))
+        assert report.read_text() in said
+
+
+def sleep_before_a_collective(rank: int) -> None:
+    count_labels = megalite.train.count_labels
+
+    def sleepy(inputs: Any) -> torch.Tensor:
+        if NOW.step == 3:
+            time.sleep(3600)
+        return count_labels(inputs)
+
+    if rank == 0:
+        megalite.train.count_labels = sleepy
+
+
+def test_a_rank_that_does_not_come_to_a_collective_is_named_with_its_line(tmp_path: Path) -> None:
+    with hanging(tmp_path, sleep_before_a_collective) as ranks:
+        assert ranks.exit_codes() == [Exit.HUNG, Exit.HUNG]
+        line = 1 + Path(__file__).read_text().split("\n").index("            time.sleep(3600)")
+        behind, waiting = ranks.said(0).split("behind:")[1].split("waiting for others:")
+        assert re.search(
+            rf"rank 0 on .*: step 3; no progress for [1-3] s; at .*test_watchdog.py:{line} in sleepy", behind
+        )
+        assert "rank 1: step 3" in waiting
+        assert f'File "{__file__}", line {line} in sleepy' in stacks_of(tmp_path, 0)
+        assert "hang:" not in ranks.said(1)  # one rank speaks for all
+
+
+def get_stuck_in_a_pass(rank: int) -> None:
+    forward = Stage.forward
+
+    def stuck(self: Stage, *arguments: Any) -> torch.Tensor:
+        while NOW.step == 2 and NOW.micro_batch == 1:
+            time.sleep(0.01)
+        return forward(self, *arguments)
+
+    if rank == 1:
+        Stage.forward = stuck  # type: ignore[method-assign]
+
+
+def test_a_rank_stuck_in_a_pipeline_pass_is_named_with_the_pass(tmp_path: Path) -> None:
+    with hanging(tmp_path, get_stuck_in_a_pass, "parallel.pipeline=2") as ranks:
+        assert ranks.exit_codes() == [Exit.HUNG, Exit.HUNG]
+        behind, waiting = ranks.said(0).split("behind:")[1].split("waiting for others:")
+        assert re.search(r"rank 1 on .*: step 2, forward of stage 1, micro-batch 1; .* in stuck", behind)
+        assert re.search(
+            r"rank 0: step 2, (for|back)ward of stage 0, micro-batch \d; in message over pipeline", waiting
+        )
+
+
+def take_long(rank: int) -> None:
+    forward, gather = Stage.forward, NativeEngine.gather
+    late = TIMEOUT_S * 1.4
+
+    def slow_once(self: Stage, *arguments: Any) -> torch.Tensor:
+        if NOW.phase in {"first step", "validating"} and not slow_in.issuperset({NOW.phase}):
+            slow_in.add(NOW.phase)
+            time.sleep(late)
+        return forward(self, *arguments)
+
+    def slow_gather(self: NativeEngine, *arguments: Any) -> Any:
+        time.sleep(late / len(self.states))
+        return gather(self, *arguments)
+
+    slow_in: set[str] = set()
+    if rank == 1:
+        Stage.forward, NativeEngine.gather = slow_once, slow_gather  # type: ignore[method-assign]
+
+
+def test_a_slow_first_step_validation_and_save_are_no_hang(tmp_path: Path) -> None:
+    """Although rank 0 waits in one collective for longer than the timeout."""
+    overrides = ("train.steps=4", "checkpoint.every=0", "observe.eval_every=2", "observe.eval_batches=1")
+    with hanging(tmp_path, take_long, *overrides) as ranks:
+        assert ranks.exit_codes() == [Exit.DONE, Exit.DONE], ranks.said(0)
+        folder = tmp_path / "runs" / "test"
+        assert complete_steps(folder / "checkpoints") == [4]
+        assert len([line for line in metrics_of(make_config(tmp_path)) if "loss" in line]) == 4
+        assert not list((folder / "health").glob("hang-of-*"))
+        beats = read_all(folder / "health", 2, beat_of(folder, 0).run)
+        assert [beat.phase for beat in beats.values()] == ["ended", "ended"]
+
+
+def beat_of(folder: Path, rank: int) -> Heartbeat:
+    return Heartbeat(**json.loads((folder / "health" / f"rank-{rank:05d}.json").read_text()))
+
+
+def beat(rank: int, **changes: Any) -> Heartbeat:
+    values = {
+        "host": f"n{rank}", "pid": 40 + rank, "run": 1, "beat": 9, "time": time.time(), "phase": "training", "step": 7,
+        "micro_batch": -1, "action": "", "waits_in": "", "over": "", "number": 0, "stalled_s": 301.0,
+        "patience_s": 300.0,
+    }  # fmt: skip
+    return Heartbeat(rank, **(values | changes))
+
+
+def test_of_ranks_that_all_wait_those_with_fewer_collectives_are_behind() -> None:
+    """Four ranks, data 2 × tensor 2: rank 3 has skipped a collective of its tensor group."""
+    data, tensor = Axis(2, 0, None, "data"), Axis(2, 0, None, "tensor")
+    mesh = Mesh(ALONE, data, ALONE, tensor, data, Axis(4, 0, None, "world"), torch.device("cpu"))
+    counts = {"tensor": 50, "world": 7}
+    beats = {rank: beat(rank, waits_in="all_reduce", over="world", number=7, collectives=counts) for rank in (0, 1)}
+    beats[2] = beat(2, waits_in="all_gather", over="tensor", number=51, collectives={"tensor": 51, "world": 6})
+    beats[3] = beat(3, waits_in="all_reduce", over="world", number=7, collectives=counts)
+    text = describe_hang(beats, [0, 1, 2, 3], beats[0], mesh, Path("hang"))
+    behind, waiting = text.split("behind:")[1].split("waiting for others:")
+    assert re.findall(r"rank \d", behind) == ["rank 2", "rank 3"]  # of the world's, and of the tensor group's
+    assert "ranks 0-1, 3: step 7; in all_reduce 7 over world for 301 s" in waiting
+
+
+def test_a_report_of_many_ranks_stays_short() -> None:
+    world = Axis(512, 0, None, "world")
+    mesh = Mesh(ALONE, world, ALONE, ALONE, world, world, torch.device("cpu"))
+    beats = {rank: beat(rank, waits_in="all_reduce", over="world", number=7) for rank in range(500)}
+    text = describe_hang(beats, range(500), beats[0], mesh, Path("hang"))
+    assert "rank 500: was never heard of" in text
+    assert "and 4 more" in text
+    assert "ranks 0-499: step 7" in text
+    assert len(text.splitlines()) < 20
+
+
+def test_state_of_a_process() -> None:
+    assert state_of(2**22 + 1) == "its process is gone"
+    assert state_of(os.getpid()) == ""

@@ -1,0 +1,87 @@
+"""Ranks that are tampered with, as processes of their own that may hang, be stopped, or leave."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megalite.config import Config
+from megalite.train import train
+
+# Ranks are forked from a process that has imported what takes long: they start within a tenth of a second.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["tampered_ranks", "megalite.train", "matplotlib.figure"])
+
+
+@dataclass
+class Ranks:
+    folder: Path
+    processes: list[BaseProcess]
+
+    def exit_codes(self, patience_s: float = 60.0) -> list[int | None]:
+        """When the first rank has left and the others had the time to; None of one that has not."""
+        deadline = time.monotonic() + patience_s
+        while all(process.is_alive() for process in self.processes) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        deadline = time.monotonic() + 5.0
+        while sum(process.is_alive() for process in self.processes) > 1 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        for process in self.processes:
+            process.join(0.5)
+        return [process.exitcode for process in self.processes]
+
+    def said(self, rank: int) -> str:
+        return (self.folder / f"said-{rank}").read_text()
+
+
+@contextmanager
+def started(world_size: int, folder: Path, function: Callable[..., Any], *arguments: Any) -> Iterator[Ranks]:
+    """`function(rank, world_size, folder, *arguments)`, which is importable, on every rank; what it returns is the
+    rank's exit status. What it prints goes to files in the folder."""
+    processes: list[BaseProcess] = [
+        SERVER.Process(target=_rank, args=(rank, world_size, folder, function, arguments), daemon=True)
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        yield Ranks(folder, processes)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def training(
+    world_size: int, folder: Path, config: Config, tamper: Callable[[int], None]
+) -> AbstractContextManager[Ranks]:
+    """Ranks that train; `tamper(rank)` is called on each before."""
+    return started(world_size, folder, _train, config, tamper)
+
+
+def _train(rank: int, world_size: int, folder: Path, config: Config, tamper: Callable[[int], None]) -> int:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
+    tamper(rank)
+    status = train(config)
+    dist.destroy_process_group()
+    return status
+
+
+def _rank(rank: int, world_size: int, folder: Path, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    said = os.open(folder / f"said-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(said, stream)
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
+    sys.exit(function(rank, world_size, folder, *arguments))

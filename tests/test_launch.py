@@ -1,0 +1,45 @@
+"""megalite.launch: what people read when a rank fails."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from small_runs import make_config
+
+FAILS_ON_RANK_1 = """
+import sys
+import megalite.train
+from megalite.activity import NOW
+from megalite.cli import main
+
+count_labels = megalite.train.count_labels
+
+def fail(inputs):
+    import os
+    if os.environ["RANK"] == "1" and NOW.step == 2:
+        raise ValueError("the planted error")
+    return count_labels(inputs)
+
+megalite.train.count_labels = fail
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_the_error_of_the_rank_that_failed_is_what_stands_last(tmp_path: Path) -> None:
+    """The other rank's, that it lost the connection, comes within the same second."""
+    config = make_config(tmp_path, "llama", "train.steps=100000", "observe.eval_every=0", "checkpoint.every=0")
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    (tmp_path / "fails.py").write_text(FAILS_ON_RANK_1)
+    launcher = ["-m", "megalite.launch", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2"]
+    command = [sys.executable, *launcher, str(tmp_path / "fails.py"), "train", str(tmp_path / "config.yaml")]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120)
+    assert done.returncode == 1
+    assert re.search(
+        r"\[rank0\]: RuntimeError: .*(closed|reset) by peer", done.stdout
+    )  # it left by itself, and at once
+    *_, words, last = re.split(r"what rank 1 said first:|\n(?==== )|\n(?=== )", done.stdout)
+    assert 'raise ValueError("the planted error")' in words
+    assert re.match(r"== .*: rank 1: exit status 1 \(failed: .*\): ValueError: the planted error\n$", last)
