@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -44,3 +45,7 @@ def _rank(rank: int, world_size: int, folder: str, function: Callable[..., Any],
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Threads of gloo live on, and now and then abort a process that takes down Python around them.
+    os._exit(0)
