@@ -155,7 +155,7 @@ class Part(NamedTuple):
 
 
 def _parts(sample: Samples) -> list[Part]:
-    """tokens, labels, documents [L] → the documents in it, without what fills it up."""
+    """tokens, labels, documents [L] → the documents in it; what fills it up comes as one more."""
     assert sample.documents is not None
     is_predicted = np.append(False, sample.labels[:-1] != IGNORE)
     borders = [0, *(np.flatnonzero(np.diff(sample.documents)) + 1).tolist(), len(sample.tokens)]

@@ -147,7 +147,7 @@ def _build_mixture(
     else:
         order = PhasedOrder(
             [source.num_samples for source in sources],
-            _phases(config, which, sources, names),
+            _phases(config, which, weights, sources, names),
             config.train.seed,
             "shuffle" if which == "train" and data.order == "shuffle" else "sequential",
         )
@@ -167,16 +167,16 @@ def _cut(dataset: IndexedDataset, config: Config, which: Split, megatron_samples
     return TokenSource(dataset, dataset.document_start(first), dataset.document_start(last), length)
 
 
-def _phases(config: Config, which: Split, sources: Sequence[SampleSource], names: Sequence[str]) -> list[Phase]:
+def _phases(
+    config: Config, which: Split, weights: Sequence[float], sources: Sequence[SampleSource], names: Sequence[str]
+) -> list[Phase]:
     """Shares of the samples. Validation keeps to the sources' own weights."""
-    data = config.data
-    wanted = getattr(data, which) if data.split is None else data.train
-    weights = [(0, [item.weight for item in wanted])]
+    data, batch = config.data, config.train.global_batch_size
+    phases = [(0, weights)]
     if which == "train":
-        batch = config.train.global_batch_size
-        weights += [(phase.after_step * batch, [phase.weights.get(n, 0.0) for n in names]) for phase in data.phases]
+        phases += [(phase.after_step * batch, [phase.weights.get(n, 0.0) for n in names]) for phase in data.phases]
     sizes = [source.num_samples if data.weights == "epochs" else 1 for source in sources]
     return [
         Phase(begin, [(w * size) ** (1 / data.temperature) for w, size in zip(of_phase, sizes, strict=True)])
-        for begin, of_phase in weights
+        for begin, of_phase in phases
     ]
