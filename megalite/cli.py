@@ -26,8 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest:
         arguments.overrides += rest
     from megalite.checkpoint.tensors import CheckpointError, NotSaved
-    from megalite.config import ConfigError
-    from megalite.data.indexed import DataError
+    from megalite.errors import ConfigError, DataError
 
     try:
         return arguments.verb(arguments) or Exit.DONE

@@ -19,10 +19,6 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationErr
 from megalite.urls import check_no_secret
 
 
-class ConfigError(ValueError):
-    """A config that cannot be used. The message says which setting to change and how."""
-
-
 class Section(BaseModel):
     """A frozen part of the config that refuses keys it does not know."""
 

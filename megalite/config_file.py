@@ -8,7 +8,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megalite.config import Config, ConfigError, describe_errors
+from megalite.config import Config, describe_errors
+from megalite.errors import ConfigError
 from megalite.models import model_config
 from megalite.resources import read_yaml, with_overrides
 

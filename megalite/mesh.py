@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from megalite.config import ConfigError
+from megalite.errors import ConfigError
 from megalite.plan import Plan
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, Literal, Protocol, TypeVar
 
-from megalite.config import Config, ConfigError, ParallelConfig
+from megalite.config import Config, ParallelConfig
+from megalite.errors import ConfigError
 
 Place = int | Literal["first", "last", "both"]
 """Where a weight is used: in a layer, before the first one, after the last one, or tied at both ends."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from megalite.config import ConfigError
+from megalite.errors import ConfigError
 
 
 def configs_dir() -> Path:

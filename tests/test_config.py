@@ -12,8 +12,8 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from megalite.config import ConfigError
 from megalite.config_file import load_config, parse_config
+from megalite.errors import ConfigError
 from megalite.models import model_config, to_hf_config
 
 LLAMA: dict[str, Any] = {

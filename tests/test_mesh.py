@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megalite.config import ConfigError
+from megalite.errors import ConfigError
 from megalite.mesh import Launch, make_mesh
 from megalite.models import weight_table
 from megalite.plan import make_plan

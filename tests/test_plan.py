@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megalite.config import Config, ConfigError
+from megalite.config import Config
 from megalite.config_file import parse_config
+from megalite.errors import ConfigError
 from megalite.models import model_config, weight_table
 from megalite.plan import Plan, balance, make_plan, smallest_world
 from megalite.resources import configs_dir

@@ -15,9 +15,9 @@ from megalite.checkpoint.folder import complete_steps, step_folder
 from megalite.checkpoint.resume import read_train_state
 from megalite.checkpoint.tensors import CheckpointError
 from megalite.config import Config
-from megalite.data.indexed import DataError
 from megalite.data.mixture import build_mixtures
 from megalite.data.tokenizer_training import train_tokenizer
+from megalite.errors import DataError
 from megalite.models import weight_table
 from megalite.optim.schedule import learning_rate
 from megalite.train import train

@@ -12,8 +12,7 @@ import time
 
 from rich.console import Console
 
-from megalite.config import ConfigError
-from megalite.data.indexed import DataError
+from megalite.errors import ConfigError, DataError
 
 
 def main() -> int:

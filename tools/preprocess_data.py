@@ -17,8 +17,8 @@ import sys
 from rich.console import Console
 
 from megalite.data.blocks import Shard
-from megalite.data.indexed import DataError
 from megalite.data.preprocess import preprocess
+from megalite.errors import DataError
 
 
 def main() -> int:

@@ -7,8 +7,8 @@ import sys
 import time
 from typing import get_args
 
-from megalite.data.indexed import DataError
 from megalite.data.tokenizer_training import Kind, train_tokenizer
+from megalite.errors import DataError
 
 
 def main() -> int:

@@ -25,7 +25,6 @@ from datatrove.pipeline.filters.base_filter import BaseFilter, get_filter_result
 from datatrove.pipeline.formatters import FTFYFormatter
 from datatrove.utils.text import split_into_words
 
-from megalite.config import ConfigError
 from megalite.corpus.config import (
     C4Config,
     CorpusConfig,
@@ -42,6 +41,7 @@ from megalite.corpus.config import (
 from megalite.corpus.personal import EMAILS, IPS, replaced
 from megalite.corpus.steps import Check, Stage
 from megalite.corpus.tokenizing import Words
+from megalite.errors import ConfigError
 from megalite.resources import configs_dir, read_yaml
 from megalite.workers import leave_with_parent
 

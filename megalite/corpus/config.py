@@ -11,7 +11,8 @@ from typing import Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from megalite.config import ConfigError, Section, describe_errors
+from megalite.config import Section, describe_errors
+from megalite.errors import ConfigError
 from megalite.resources import read_yaml, with_overrides
 
 StageName = Literal["encoding", "length", "language", "repetition", "gopher", "c4", "fineweb", "personal", "words"]

@@ -25,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tqdm import tqdm
 
 from megalite.corpus.config import SlurmConfig
-from megalite.data.indexed import DataError
+from megalite.errors import DataError
 from megalite.workers import start_worker
 
 SECONDS_PER_LINE = 5.0

@@ -15,7 +15,7 @@ from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
 from megalite.data.documents import Reading, Report, read_files
-from megalite.data.indexed import DataError
+from megalite.errors import DataError
 from megalite.resources import fsync
 
 Compression = Literal["zst", "gz", "none"]

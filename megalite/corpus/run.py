@@ -33,7 +33,7 @@ from megalite.corpus.sources import ReadInputs, list_inputs, shards_of
 from megalite.corpus.split import WriteSplits
 from megalite.corpus.steps import Without
 from megalite.data.documents import Report
-from megalite.data.indexed import DataError
+from megalite.errors import DataError
 
 # Settings that change how the work is done, but not what comes out.
 OF_THE_WORK = {"output", "workers", "slurm"}

@@ -19,7 +19,7 @@ from megalite.corpus.config import Source
 from megalite.corpus.tally import Count
 from megalite.data.documents import Document as Read
 from megalite.data.documents import Reading, Report, list_files, read_bytes, read_files
-from megalite.data.indexed import DataError
+from megalite.errors import DataError
 
 MOST_SHARDS = 1000
 SMALLEST_SHARD = 4_000_000  # bytes

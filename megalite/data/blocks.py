@@ -25,7 +25,7 @@ from megalite.data.documents import (
     read_files,
     record_of,
 )
-from megalite.data.indexed import DataError
+from megalite.errors import DataError
 from megalite.urls import is_url
 
 BLOCK_BYTES, READ_BYTES = 2 << 20, 1 << 16

@@ -10,9 +10,10 @@ import torch.distributed as dist
 
 from megalite.config import Config
 from megalite.data.dataset import Split
-from megalite.data.indexed import DataError, read_note
+from megalite.data.indexed import read_note
 from megalite.data.mixture import Mixture
 from megalite.data.tokenizer import Tokenizer
+from megalite.errors import DataError
 from megalite.keys import key_of
 from megalite.mesh import Mesh
 

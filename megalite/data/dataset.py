@@ -15,10 +15,11 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 
 from megalite.data.gather import gather
-from megalite.data.indexed import DataError, IndexedDataset
+from megalite.data.indexed import IndexedDataset
 from megalite.data.megatron_order import MegatronOrder
 from megalite.data.order import Int64s
 from megalite.data.packing import best_fit
+from megalite.errors import DataError
 
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")

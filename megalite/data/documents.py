@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from megalite.data.errors import DataError
 from megalite.data.store import Store, open_file, size_of, stream
+from megalite.errors import DataError
 from megalite.urls import is_url
 
 # Of a compressed file this much is taken at a time: small, because deflate unpacks up to a thousandfold.

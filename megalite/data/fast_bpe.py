@@ -112,7 +112,10 @@ class FastBPE:
     def _encode(self, texts: list[bytes]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
         if not texts:
             return np.empty(0, np.uint32), np.empty(0, np.int64)
-        rows = self._fast.encode_batch(texts, parallel=False).layout
+        own = self._own
+        if not hasattr(own, "fast"):
+            own.fast = _load(self._json)
+        rows = own.fast.encode_batch(texts, parallel=False).layout
         with self._lock:
             self._seen_bytes += sum(map(len, texts))
             resident = _resident_bytes()
@@ -122,7 +125,8 @@ class FastBPE:
         return np.asarray(rows.content.data), np.diff(rows.offsets.data)
 
     def _renew(self) -> None:
-        self._fast = _load(self._json)  # other threads may still be using the old one
+        # One for each thread, since those that share one wait for each other; what is in use goes when it is done.
+        self._own = threading.local()
         self._seen_bytes, self._resident_before = 0, _resident_bytes() or 0
 
     def _find_left(self, texts: Sequence[str], data: list[bytes]) -> set[int]:

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import numpy as np
 
 from megalite.config import FillInTheMiddleConfig
-from megalite.data.indexed import DataError
 from megalite.data.order import Int64s
 from megalite.data.tokenizer import Tokenizer
+from megalite.errors import DataError
 from megalite.keys import key_of
 
 SHORTEST = 16  # tokens: less leaves nothing to fill

@@ -23,9 +23,9 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from megalite.data.errors import DataError
 from megalite.data.remote import CachedObject, local_copy
 from megalite.data.store import Missing
+from megalite.errors import DataError
 from megalite.resources import fsync
 from megalite.urls import is_url
 

@@ -14,10 +14,11 @@ from rich.text import Text
 
 from megalite.config import Config
 from megalite.data.dataset import Split
-from megalite.data.indexed import DataError, IndexedDataset, read_note
+from megalite.data.indexed import IndexedDataset, read_note
 from megalite.data.mixture import IGNORE, Mixture, Samples, build_mixtures
 from megalite.data.order import Int64s
 from megalite.data.tokenizer import Tokenizer, load_tokenizer
+from megalite.errors import DataError
 
 LOOKED_AT = 1_000_000  # documents, and tokens, that statistics are made of; slices of a larger file
 SLICES = 100

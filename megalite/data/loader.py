@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 from megalite.activity import NOW
-from megalite.data.indexed import DataError
 from megalite.data.mixture import IGNORE, Mixture
 from megalite.data.order import Int64s
+from megalite.errors import DataError
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from megalite.data.indexed import DataError
 from megalite.data.order import Int64s
+from megalite.errors import DataError
 
 # Where every 16th sequence of the stream starts is kept. A sample starts at token L times its number, so a search there
 # and the lengths of at most 16 sequences find it: 1/2 byte a sequence, where Megatron keeps 8 bytes a sample.

@@ -28,10 +28,11 @@ from megalite.data.dataset import (
     split_range,
 )
 from megalite.data.fim import FillInTheMiddle
-from megalite.data.indexed import DataError, IndexedDataset
+from megalite.data.indexed import IndexedDataset
 from megalite.data.megatron_order import MegatronBlend, sizes_of
 from megalite.data.order import Int64s, Phase, PhasedOrder, SampleOrder
 from megalite.data.tokenizer import Tokenizer
+from megalite.errors import DataError
 
 IGNORE = -100
 """The label of a token after which none is predicted, as everywhere in torch."""

@@ -29,9 +29,10 @@ from megalite.data import shards
 from megalite.data.blocks import Block, LineNumbers, Shard, Texts, iter_blocks, shard_bytes, texts_of
 from megalite.data.documents import Report, list_files
 from megalite.data.fast_bpe import FastBPE, NotFast
-from megalite.data.indexed import DataError, IndexedWriter, token_dtype
+from megalite.data.indexed import IndexedWriter, token_dtype
 from megalite.data.metadata import Preprocessed
 from megalite.data.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
+from megalite.errors import DataError
 from megalite.workers import start_worker
 
 BLOCKS_PER_WORKER = 4

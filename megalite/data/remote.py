@@ -28,8 +28,8 @@ import numpy as np
 import numpy.typing as npt
 from rich.console import Console
 
-from megalite.data.errors import DataError
 from megalite.data.store import REQUEST_BYTES, Store
+from megalite.errors import DataError
 
 # Shuffled samples are a few KiB each, from all over the object: of larger blocks most would be fetched too early.
 BLOCK_BYTES = 256 << 10

@@ -12,8 +12,9 @@ from typing import Any
 
 from megalite.data.blocks import Shard, add_to
 from megalite.data.documents import Report
-from megalite.data.indexed import DataError, IndexedDataset, IndexedWriter
+from megalite.data.indexed import IndexedDataset, IndexedWriter
 from megalite.data.metadata import Preprocessed, read_metadata
+from megalite.errors import DataError
 
 
 def name_of(prefix: str, shard: Shard) -> str:

@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from megalite.data.errors import DataError
+from megalite.errors import DataError
 from megalite.urls import check_no_secret, is_url
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers
 
-from megalite.data.indexed import DataError
+from megalite.errors import DataError
 
 # All that AutoTokenizer may look for in a folder; a checkpoint takes along what is there.
 FILES = (

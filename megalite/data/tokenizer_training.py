@@ -17,8 +17,8 @@ import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from megalite.data.documents import Document, Report, iter_documents
-from megalite.data.indexed import DataError
 from megalite.data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer, write_tokenizer_config
+from megalite.errors import DataError
 
 END = "<|endoftext|>"
 Kind = Literal["bpe", "sp-bpe", "sp-unigram"]

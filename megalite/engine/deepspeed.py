@@ -39,10 +39,11 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
 
-from megalite.config import Config, ConfigError, OptimizerConfig
+from megalite.config import Config, OptimizerConfig
 from megalite.engine import STATES, ReadState
 from megalite.engine.gather import assemble_on
 from megalite.engine.layout import elements_of
+from megalite.errors import ConfigError
 from megalite.mesh import Axis, Mesh
 from megalite.models import set_parameters, weight_table
 from megalite.models.weights import Weight

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from megalite.checkpoint.folder import complete_steps, step_folder
 from megalite.checkpoint.load import from_hf
-from megalite.config import ConfigError
 from megalite.data.tokenizer import Tokenizer, load_tokenizer
+from megalite.errors import ConfigError
 from megalite.infer.ranks import load_on_ranks
 from megalite.mesh import ALONE, Launch
 from megalite.models import build_model, model_config, set_parameters, weight_table

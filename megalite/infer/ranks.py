@@ -10,8 +10,8 @@ import torch.nn as nn
 from torch import Tensor
 
 from megalite.checkpoint.load import from_hf
-from megalite.config import ConfigError
 from megalite.config_file import parse_config
+from megalite.errors import ConfigError
 from megalite.mesh import Launch, Mesh, make_mesh
 from megalite.models import build_model, set_parameters, weight_table
 from megalite.models.layers import Places

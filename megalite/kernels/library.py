@@ -18,7 +18,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from megalite.config import ConfigError, KernelsConfig
+from megalite.config import KernelsConfig
+from megalite.errors import ConfigError
 
 OPERATIONS = tuple(KernelsConfig.model_fields)
 CPU_ONLY = ("attention", "weight_gradient")

@@ -14,7 +14,8 @@ import torch
 import torch.nn as nn
 from pydantic import ValidationError
 
-from megalite.config import ConfigError, ModelConfig, describe_errors
+from megalite.config import ModelConfig, describe_errors
+from megalite.errors import ConfigError
 from megalite.models.layers import Decoder
 from megalite.models.weights import Weight
 from megalite.resources import configs_dir, read_yaml

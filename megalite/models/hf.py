@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megalite.config import ConfigError
+from megalite.errors import ConfigError
 
 
 def require(hf: dict[str, Any], family: str, supported: dict[str, Any]) -> None:

@@ -10,7 +10,8 @@ import torch
 from pydantic import Discriminator, Field, Tag
 from torch import Tensor
 
-from megalite.config import ConfigError, Section
+from megalite.config import Section
+from megalite.errors import ConfigError
 
 Turn = tuple[Tensor, Tensor]
 """Cosine and sine of each pair's angle, fp32 [B or 1,T,R]."""

@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
-from megalite.config import ConfigError, Section, describe_errors
+from megalite.config import Section, describe_errors
+from megalite.errors import ConfigError
 from megalite.resources import configs_dir, parse_yaml
 
 TYPICAL_MATMUL = 0.75

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megalite.config import ConfigError
+from megalite.errors import ConfigError
 from megalite.planner.hardware import Chip
 
 MEMORY_SHARE = 0.85

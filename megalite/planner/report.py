@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from megalite.config import ConfigError
+from megalite.errors import ConfigError
 from megalite.planner.estimate import Estimate, usable_bytes
 from megalite.planner.kernels import SUSTAINED
 from megalite.planner.network import Network, place

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megalite.config import Config, ConfigError
+from megalite.config import Config
+from megalite.errors import ConfigError
 from megalite.models import weight_table
 from megalite.plan import make_plan
 from megalite.planner.estimate import Estimate, estimate

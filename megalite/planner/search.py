@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from megalite.config import Config, ConfigError
+from megalite.config import Config
+from megalite.errors import ConfigError
 from megalite.models import weight_table
 from megalite.models.weights import Weight
 from megalite.plan import make_plan

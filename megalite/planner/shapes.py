@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from megalite.config import Config, ConfigError
+from megalite.config import Config
+from megalite.errors import ConfigError
 from megalite.models.weights import Weight
 from megalite.plan import Place, Plan, StageSpan
 

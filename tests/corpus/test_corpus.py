@@ -15,11 +15,10 @@ from pathlib import Path
 import pytest
 from machine_corpus import check, plant, planted, prose
 
-from megalite.config import ConfigError
 from megalite.corpus.config import CorpusConfig, load_corpus_config
 from megalite.corpus.run import prepare_corpus
 from megalite.data.documents import Reading, Report, list_files, read_files
-from megalite.data.indexed import DataError
+from megalite.errors import ConfigError, DataError
 
 ROOT = Path(__file__).parents[2]
 TOOL = str(ROOT / "tools" / "prepare_corpus.py")

@@ -19,7 +19,7 @@ from megalite.corpus.config import CorpusConfig, ExtractConfig, Source
 from megalite.corpus.run import prepare_corpus
 from megalite.corpus.sources import InputFile, list_inputs, read_warc, shards_of
 from megalite.data.documents import Reading, Report, list_files, read_files
-from megalite.data.indexed import DataError
+from megalite.errors import DataError
 
 
 def kept_of(output):

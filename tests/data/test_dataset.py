@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from megalite.data.dataset import TokenSource, split_range
-from megalite.data.indexed import DataError, IndexedDataset, IndexedWriter
+from megalite.data.indexed import IndexedDataset, IndexedWriter
 from megalite.data.mixture import build_mixtures
 from megalite.data.order import BLOCK
+from megalite.errors import DataError
 from mixtures import config_of, mixture_of, read, windows
 
 DTYPES = ["uint8", "int8", "int16", "int32", "int64", "float64", "float32", "uint16"]

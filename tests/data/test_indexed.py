@@ -9,7 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megalite.data.indexed import DTYPES, HEADER, MAGIC, DataError, IndexedDataset, IndexedWriter, token_dtype
+from megalite.data.indexed import DTYPES, HEADER, MAGIC, IndexedDataset, IndexedWriter, token_dtype
+from megalite.errors import DataError
 
 # Written by Megatron-LM for the documents [[a, b, c], [d, e]] in u16.
 GOLDEN = bytes.fromhex(

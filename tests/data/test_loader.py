@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megalite.data.dataset import TokenSource
-from megalite.data.indexed import DataError, IndexedDataset, IndexedWriter
+from megalite.data.indexed import IndexedDataset, IndexedWriter
 from megalite.data.loader import Loader, MicroBatch
 from megalite.data.mixture import PLAIN, Mixture, View
+from megalite.errors import DataError
 from mixtures import mixture_of, windows
 
 SEQ_LENGTH = 4

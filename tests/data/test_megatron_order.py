@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from megalite.data.indexed import DataError, IndexedWriter
+from megalite.data.indexed import IndexedWriter
 from megalite.data.megatron_order import (
     MegatronOrder,
     blend,
@@ -15,6 +15,7 @@ from megalite.data.megatron_order import (
     sizes_of,
 )
 from megalite.data.mixture import build_mixtures
+from megalite.errors import DataError
 from mixtures import config_of, windows
 
 

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megalite.config import ConfigError
 from megalite.data.dataset import PackedSource, TokenSource
 from megalite.data.fim import SHORTEST, FillInTheMiddle
-from megalite.data.indexed import DataError, IndexedDataset, IndexedWriter
+from megalite.data.indexed import IndexedDataset, IndexedWriter
 from megalite.data.mixture import IGNORE, View, build_mixtures
 from megalite.data.order import BLOCK, Phase, PhasedOrder
+from megalite.errors import ConfigError, DataError
 from mixtures import config_of, mixture_of
 
 LENGTHS = [5, 1, 12, 3, 30, 2, 9, 40, 7, 17]

@@ -17,10 +17,11 @@ from pyarrow import parquet
 from megalite.data import preprocess as module
 from megalite.data.blocks import iter_blocks
 from megalite.data.documents import Report, iter_documents
-from megalite.data.indexed import DataError, IndexedDataset
+from megalite.data.indexed import IndexedDataset
 from megalite.data.preprocess import preprocess
 from megalite.data.tokenizer import load_tokenizer
 from megalite.data.tokenizer_training import train_tokenizer
+from megalite.errors import DataError
 
 ROOT = Path(__file__).parents[2]
 LIBRARY = Path(json.__file__).parents[1]

@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megalite.config import ConfigError, Source
+from megalite.config import Source
 from megalite.config_file import parse_config
 from megalite.data import store
 from megalite.data.documents import Report, iter_documents
-from megalite.data.errors import DataError
 from megalite.data.indexed import IndexedDataset, IndexedWriter, read_note
 from megalite.data.remote import BLOCK_BYTES, BLOCKS_PER_REQUEST, CachedObject, cache_folder, local_copy
+from megalite.errors import ConfigError, DataError
 from object_store import ObjectStore
 from ranks import run_ranks
 from small_runs import curve_of, make_config, train_on_rank, write_corpus

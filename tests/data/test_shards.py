@@ -13,9 +13,10 @@ import pytest
 
 from megalite.data import preprocess as module
 from megalite.data.blocks import Shard
-from megalite.data.indexed import HEADER, MAGIC, DataError, IndexedDataset, IndexedWriter
+from megalite.data.indexed import HEADER, MAGIC, IndexedDataset, IndexedWriter
 from megalite.data.preprocess import preprocess
 from megalite.data.tokenizer_training import train_tokenizer
+from megalite.errors import DataError
 
 ROOT = Path(__file__).parents[2]
 SUFFIXES = ("bin", "idx", "json")

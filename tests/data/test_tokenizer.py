@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megalite.data.indexed import DataError
 from megalite.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, load_tokenizer
 from megalite.data.tokenizer_training import END, train_tokenizer
+from megalite.errors import DataError
 
 ROOT = Path(__file__).parents[2]
 KINDS = ("bpe", "sp-bpe", "sp-unigram")

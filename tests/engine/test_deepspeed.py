@@ -19,10 +19,11 @@ from torch import Tensor
 
 import megalite.engine.deepspeed as module
 from megalite.checkpoint.load import from_seed
-from megalite.config import Config, ConfigError
+from megalite.config import Config
 from megalite.data.loader import MicroBatch
 from megalite.engine import ReadState
 from megalite.engine.deepspeed import Fragment, deepspeed_config
+from megalite.errors import ConfigError
 from megalite.mesh import ALONE, Mesh, make_mesh
 from megalite.models import weight_table
 from megalite.models.weights import Weight

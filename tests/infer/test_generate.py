@@ -12,8 +12,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from megalite.config import ConfigError
 from megalite.data.tokenizer import Tokenizer, load_tokenizer
+from megalite.errors import ConfigError
 from megalite.infer.generate import Sampling, find_model, generate, generate_text, load_model, sample
 from megalite.infer.ranks import load_on_ranks
 from megalite.mesh import Launch

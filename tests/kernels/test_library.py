@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from exactness import needs_kernels
-from megalite.config import ConfigError, KernelsConfig
+from megalite.config import KernelsConfig
+from megalite.errors import ConfigError
 from megalite.kernels import library
 from megalite.train import train
 from small_runs import curve_of, make_config

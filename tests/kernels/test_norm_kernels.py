@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from exactness import DTYPES, check_against_float64, device, error, needs_kernels  # noqa: F401, device: a fixture
-from megalite.config import ConfigError, KernelsConfig
+from megalite.config import KernelsConfig
+from megalite.errors import ConfigError
 from megalite.kernels import library
 from megalite.kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 import yaml
 
-from megalite.config import ConfigError
 from megalite.config_file import parse_config
+from megalite.errors import ConfigError
 from megalite.models import weight_table
 from megalite.observe.throughput import chip_peak
 from megalite.plan import make_plan

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
-from megalite.config import Config, ConfigError
+from megalite.config import Config
 from megalite.config_file import parse_config
+from megalite.errors import ConfigError
 from megalite.models import weight_table
 from megalite.observe.throughput import model_flops_per_token
 from megalite.plan import make_plan

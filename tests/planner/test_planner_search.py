@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from megalite.config import Config, ConfigError
+from megalite.config import Config
 from megalite.config_file import load_config, parse_config
+from megalite.errors import ConfigError
 from megalite.models import weight_table
 from megalite.plan import make_plan
 from megalite.planner.estimate import Outlook, estimate, usable_bytes

@@ -1,0 +1,9 @@
+"""Errors that a user can cause and mend."""
+
+
+class ConfigError(ValueError):
+    """A config that cannot be used. The message says which setting to change and how."""
+
+
+class DataError(ValueError):
+    """Data that cannot be used. The message names the file, what is wrong with it and what to do."""
