@@ -122,7 +122,7 @@ def _train(arguments: argparse.Namespace) -> Exit:
         launch = Launch.from_environment()
         world_size = launch.world_size if launch.world_size > 1 else smallest_world(config)
         if launch.rank == 0:
-            plan = make_plan(config, weight_table(config.model), world_size)
+            plan = make_plan(config, weight_table(config.model, config.lora), world_size)
             print(plan.describe())
             if plan.engine == "deepspeed":
                 import json

@@ -11,13 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megalite.activity import NOW
 from megalite.checkpoint.folder import MANIFEST, digest, prune, step_folder, write_json
 from megalite.engine import Engine
 from megalite.mesh import Mesh
+from megalite.models.peft import TENSORS as ADAPTER
 from megalite.models.weights import Weight
 from megalite.parallel.collectives import all_agree
 from megalite.resources import fsync
@@ -41,9 +42,11 @@ class Saver:
         engine: Engine,
         owners: Mapping[str, int],
         write_extras: Callable[[Path], None],
+        stem: str = "model",
     ):
         """`owners` says which rank writes each weight; `write_extras` puts what is not a tensor (config.json,
-        tokenizer) into a folder, and rank 0 calls it."""
+        tokenizer) into a folder, and rank 0 calls it. The files of weights begin with `stem`."""
+        self.stem = stem
         self.root, self.keep, self.mesh, self.engine = root, keep, mesh, engine
         self.write_extras = write_extras
         self.table = {weight.name: weight for weight in weights}
@@ -125,7 +128,7 @@ class Saver:
         part: dict[str, Any] = {"files": {}, "tensors": {}}
         for kind, logical in tensors.items():
             if logical:
-                stem = "model" if kind == "weight" else f"optimizer/{kind}"
+                stem = self.stem if kind == "weight" else f"optimizer/{kind}"
                 name = stem + self._suffix()
                 part["tensors"][name] = self._write_tensors(temporary / name, logical)
                 part["files"][name] = digest(temporary / name)
@@ -162,6 +165,8 @@ class Saver:
             files |= part["files"]
             tensors |= part["tensors"]
             (temporary / f"part-{rank}.json").unlink()
+        if self.stem == ADAPTER:
+            _join(temporary, self.stem, files, tensors)
         if len(self._writers()) > 1:
             _write_indices(temporary, tensors)
         for path in sorted(p for p in temporary.rglob("*") if p.is_file()):
@@ -188,6 +193,17 @@ class Saver:
                 raise TimeoutError(f"{path.name} did not appear within {PATIENCE_S:.0f} s")
             time.sleep(0.02)
         return json.loads(path.read_text())
+
+
+def _join(folder: Path, stem: str, files: dict[str, Any], tensors: dict[str, dict[str, int]]) -> None:
+    """Make one file of those of `stem`: PEFT reads no more than one of an adapter."""
+    parts = sorted(name for name in files if name.startswith(stem))
+    whole = {name: tensor for part in parts for name, tensor in load_file(folder / part).items()}
+    save_file(whole, folder / f"{stem}.safetensors", metadata={"format": "pt"})
+    for part in parts:
+        del files[part], tensors[part]
+        if part != f"{stem}.safetensors":
+            (folder / part).unlink()
 
 
 def _write_indices(folder: Path, tensors: dict[str, dict[str, int]]) -> None:
