@@ -98,7 +98,7 @@ def _with_adapter(folder: Path, weights: Sequence[Weight], model: ModelConfig, t
             own.append((adapter, local(factors, a), local(factors, b)))
         if kind.startswith("exp_avg") or not own:
             return base(weight, kind, start, stop)
-        return merged(weight, local(base, weight), own, lora.scale, tensor.size).flatten()[start:stop]
+        return merged(local(base, weight), own, lora.scale, tensor.size).flatten()[start:stop]
 
     return read
 

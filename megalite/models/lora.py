@@ -113,7 +113,7 @@ def with_adapters(weights: Sequence[Weight], lora: LoraConfig) -> tuple[Weight, 
 
 
 def merged(
-    weight: Weight, local: Tensor, adapters: Sequence[tuple[Adapter, Tensor, Tensor]], scale: float, tensor: int
+    local: Tensor, adapters: Sequence[tuple[Adapter, Tensor, Tensor]], scale: float, tensor: int
 ) -> Tensor:
     """The local tensor of a weight on one of `tensor` ranks and what its adapters, given with that rank's A and B, add
     to it. Computed in fp32, in the weight's precision."""
