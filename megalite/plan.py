@@ -288,6 +288,11 @@ def _check_lora(config: Config, stages: Sequence[StageSpan]) -> None:
             f"parallel.stage_layers = {list(config.parallel.stage_layers or ())}: with lora every stage needs a layer, "
             "or there is nothing in it to train"
         )
+    if config.lora.dropout and (config.train.recompute == "selective" or config.train.compile):
+        raise ConfigError(
+            f"lora.dropout = {config.lora.dropout} needs train.recompute: none or full, and train.compile: false: what "
+            "is computed again, or compiled, must be a whole layer that knows whose tokens it is about"
+        )
     if config.parallel.offload.parameters == "nvme":
         raise ConfigError(
             "parallel.offload.parameters = 'nvme' cannot hold the frozen weights of lora; use 'cpu', or 'none'"

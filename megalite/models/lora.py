@@ -27,6 +27,7 @@ from torch.autograd import Function
 
 from megalite.config import LoraConfig
 from megalite.errors import ConfigError
+from megalite.models.layers import Decoder, Dropout, Places
 from megalite.models.weights import Uniform, Weight
 
 PREFIX = "base_model.model."
@@ -112,9 +113,7 @@ def with_adapters(weights: Sequence[Weight], lora: LoraConfig) -> tuple[Weight, 
     return tuple(row for w in weights for row in (replace(w, frozen=True), *rows.get(w.name, ())))
 
 
-def merged(
-    local: Tensor, adapters: Sequence[tuple[Adapter, Tensor, Tensor]], scale: float, tensor: int
-) -> Tensor:
+def merged(local: Tensor, adapters: Sequence[tuple[Adapter, Tensor, Tensor]], scale: float, tensor: int) -> Tensor:
     """The local tensor of a weight on one of `tensor` ranks and what its adapters, given with that rank's A and B, add
     to it. Computed in fp32, in the weight's precision."""
     whole = local.float() if local.dtype != torch.float32 else local.clone()
@@ -150,10 +149,32 @@ def _parts(low: Tensor, bs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return low.flatten(0, -2).split([b.shape[1] for b in bs], -1)
 
 
+class AdapterDropout(Dropout):
+    """Of what the adapters of a linear module take. Linear modules are not told places: those are of the layer's call
+    under way."""
+
+    places: Places
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x, self.places)
+
+
+def _tell_places(layer: nn.Module) -> None:
+    """Let every call of a layer, also one that computes it again, tell the dropouts in it whose places it is about."""
+    forward, dropouts = layer.forward, [module for module in layer.modules() if isinstance(module, AdapterDropout)]
+
+    def telling(x: Tensor, shared: Any) -> Tensor:
+        for dropout in dropouts:
+            dropout.places = getattr(shared, "places", shared)
+        return forward(x, shared)
+
+    layer.forward = telling
+
+
 @dataclass(frozen=True)
 class Updates:
     """What the adapters of a linear module add to its output. The module holds their weights, by the names NAME_a and
-    NAME_b."""
+    NAME_b, and their `dropout`."""
 
     adapters: tuple[Adapter, ...]
     scale: float
@@ -163,7 +184,7 @@ class Updates:
 
     def add(
         self,
-        module: nn.Module,
+        module: Any,
         x: Tensor,
         out: Tensor,
         tensor: int = 1,
@@ -172,6 +193,8 @@ class Updates:
         """To `out` [B,T,O], in place, from the module's input `x` [B,T,I]. Of `tensor` ranks each holds a share of
         the features; `enter` is the way from what all ranks share to what each goes on with for its own."""
         of_a, of_b = ([getattr(module, f"{adapter.short}_{factor}") for adapter in self.adapters] for factor in "ab")
+        if module.dropout is not None:
+            x = module.dropout(x)
         low = F.linear(x, torch.cat(of_a) if len(of_a) > 1 else of_a[0])  # one look at `x` for all of them
         slices = [adapter.local_rows(tensor) for adapter in self.adapters]
         return _AddUpdates.apply(out, enter(low) if enter else low, self.scale, slices, *of_b)
@@ -180,8 +203,9 @@ class Updates:
 class LoraLinear(nn.Linear):
     """A linear module with adapters."""
 
-    def __init__(self, base: nn.Linear, updates: Updates, rank: int):
+    def __init__(self, base: nn.Linear, updates: Updates, rank: int, dropout: float):
         super().__init__(base.in_features, base.out_features, base.bias is not None)
+        self.dropout = AdapterDropout(dropout, f"{updates.adapters[0].owner}.lora") if dropout else None
         self.weight, self.bias, self.updates = base.weight, base.bias, updates
         for adapter in updates.adapters:
             for row in adapter.rows(rank):
@@ -193,7 +217,7 @@ class LoraLinear(nn.Linear):
         return self.updates.add(self, x, torch.ops.aten._unsafe_view(out, out.shape))
 
 
-def adapt(model: nn.Module, weights: Sequence[Weight], lora: LoraConfig) -> None:
+def adapt(model: Decoder, weights: Sequence[Weight], lora: LoraConfig) -> None:
     """Give the linear modules of a clean model on the meta device their adapters. `weights` is the table without
     them."""
     by_owner: dict[str, list[Adapter]] = {}
@@ -204,6 +228,7 @@ def adapt(model: nn.Module, weights: Sequence[Weight], lora: LoraConfig) -> None
         base = model.get_submodule(owner)
         assert isinstance(base, nn.Linear)
         with torch.device("meta"):
-            setattr(
-                model.get_submodule(parent), name, LoraLinear(base, Updates(tuple(adapters), lora.scale), lora.rank)
-            )
+            adapted = LoraLinear(base, Updates(tuple(adapters), lora.scale), lora.rank, lora.dropout)
+        setattr(model.get_submodule(parent), name, adapted)
+    for layer in model.layers.values() if lora.dropout else ():
+        _tell_places(layer)

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from megalite.config import TrainConfig
 from megalite.mesh import Axis, Mesh
 from megalite.models.layers import CausalAttention, CrossEntropy, Decoder, Dropout, RMSNorm
-from megalite.models.lora import LoraLinear
+from megalite.models.lora import AdapterDropout, LoraLinear
 from megalite.models.weights import Weight
 from megalite.parallel.context import RingAttention
 from megalite.parallel.stage import cut
@@ -131,7 +131,7 @@ def _counterpart(
         return None
     if isinstance(child, CrossEntropy):
         return VocabParallelCrossEntropy(axis, _vocab_size(table.values()))
-    if isinstance(child, Dropout):
+    if isinstance(child, Dropout) and not isinstance(child, AdapterDropout):
         # Attention probabilities are cut by heads in any case, hidden states only along a cut sequence.
         if sequence or child.over_heads:
             child.shard = (axis.rank, axis.size)
@@ -150,7 +150,7 @@ def _counterpart(
         kind = RowParallelLinear if shard == "row" else ColumnParallelLinear
         swapped = kind(weight, bias, axis, sequence, later)
         if isinstance(child, LoraLinear):
-            swapped.adapt(child.updates, {name: shrunk[getattr(child, name)] for name in child.updates.parameters()})
+            swapped.adapt(child, {name: shrunk[getattr(child, name)] for name in child.updates.parameters()})
         return swapped
     if shard == "vocab":
         return VocabParallelEmbedding(weight, axis, sequence)

@@ -24,7 +24,7 @@ from torch.autograd import Function
 
 from megalite.kernels.loss import cross_entropy, linear_cross_entropy
 from megalite.mesh import ALONE, Axis
-from megalite.models.lora import Updates
+from megalite.models.lora import LoraLinear, Updates
 from megalite.parallel.collectives import (
     Result,
     all_gather,
@@ -188,9 +188,9 @@ class ParallelLinear(_Parallel):
         self.deliver: Deliver | None = None
         self.updates: Updates | None = None
 
-    def adapt(self, updates: Updates, parameters: Mapping[str, nn.Parameter]) -> None:
+    def adapt(self, linear: LoraLinear, parameters: Mapping[str, nn.Parameter]) -> None:
         """Take over the adapters of a linear module; `parameters` are this rank's of them."""
-        self.updates = updates
+        self.updates, self.dropout = linear.updates, linear.dropout
         for name, parameter in parameters.items():
             self.register_parameter(name, parameter)
 
@@ -204,6 +204,11 @@ class ColumnParallelLinear(ParallelLinear):
             return out
         # The few features in between are what travels, not the many of `x`.
         return self.updates.add(self, x, out, self.axis.size, self._enter)
+
+    def adapt(self, linear: LoraLinear, parameters: Mapping[str, nn.Parameter]) -> None:
+        super().adapt(linear, parameters)
+        if self.dropout and self.sequence:
+            self.dropout.shard = (self.axis.rank, self.axis.size)
 
     def _enter(self, low: Tensor) -> Tensor:
         return _Enter.apply(low, self.axis, self.sequence)
@@ -220,6 +225,11 @@ class RowParallelLinear(ParallelLinear):
             product = self.updates.add(self, x, product)
         out = leave(product, self.axis, self.sequence)
         return out if alone or self.bias is None else out + self.bias
+
+    def adapt(self, linear: LoraLinear, parameters: Mapping[str, nn.Parameter]) -> None:
+        super().adapt(linear, parameters)
+        if self.dropout:
+            self.dropout.features = (self.axis.rank, self.axis.size)
 
 
 class VocabParallelEmbedding(_Parallel):
