@@ -17,6 +17,7 @@ from megalite.errors import ConfigError
 from megalite.infer.ranks import load_on_ranks
 from megalite.mesh import ALONE, Launch
 from megalite.models import build_model, model_config, set_parameters, weight_table
+from megalite.models.peft import is_adapter
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,9 @@ class Sampling:
 
 
 def find_model(path: Path) -> Path:
-    """The Hugging Face folder meant by a run (its newest checkpoint), a checkpoint, or such a folder itself."""
-    if (path / "config.json").exists():
+    """The folder of a Hugging Face model, or of an adapter for one, that is meant by a run (its newest checkpoint), a
+    checkpoint, or such a folder itself."""
+    if (path / "config.json").exists() or is_adapter(path):
         return path
     steps = complete_steps(path / "checkpoints")
     if not steps:
