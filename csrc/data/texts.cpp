@@ -26,7 +26,8 @@ std::uint64_t load(const char* at) {
 // The code point that begins at `at`, which is moved behind it; -1 where the bytes are not UTF-8.
 std::int32_t code_point(const char*& at, const char* end) {
   const auto byte = [&](int i) { return static_cast<unsigned char>(at[i]); };
-  const int lead = byte(0), size = lead < 0x80 ? 1 : lead < 0xC2 ? 0 : lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : lead < 0xF5 ? 4 : 0;
+  const int lead = byte(0);
+  const int size = lead < 0x80 ? 1 : lead < 0xC2 ? 0 : lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : lead < 0xF5 ? 4 : 0;
   if (size == 0 || end - at < size) return -1;
   std::int32_t point = size == 1 ? lead : lead & (0x7F >> size);
   for (int i = 1; i < size; ++i) {
@@ -220,7 +221,7 @@ class Line {
     std::uint32_t point, low;
     if (!hexadecimal(point)) return false;
     if (point >> 11 == 0x1B) {  // half of a pair
-      if (point >= 0xDC00 || !take('\\') || !take('u') || !hexadecimal(low) || low < 0xDC00 || low > 0xDFFF) return false;
+      if (point >= 0xDC00 || !take('\\') || !take('u') || !hexadecimal(low) || low >> 10 != 0x37) return false;
       point = 0x10000 + ((point & 0x3FF) << 10 | (low & 0x3FF));
     }
     to = write(point, to);
@@ -353,9 +354,9 @@ void join_documents(const py::array_t<std::uint32_t, py::array::c_style>& tokens
 void megalite::define_texts(py::module_& module) {
   module.def("json_texts", &json_texts, py::arg("lines"), py::arg("key"), py::arg("longest"),
              "The text under `key` of each of these lines of JSON, as UTF-8.\n\n"
-             "A line that is not plainly right, is longer than `longest` bytes, or has an empty text gets b'' and is\n"
-             "also returned as (its number from 0, first byte, last byte): whether there is something in it is for the\n"
-             "caller to find out. Returns (list of bytes, list of such).");
+             "A line that is not plainly right, is longer than `longest` bytes, or has an empty text gets b'' and is also\n"
+             "returned as (its number from 0, first byte, last byte): what is in it is for the caller to find out.\n"
+             "Returns (list of bytes, list of such).");
   module.def("character_states", &character_states, py::arg("texts"), py::arg("states").noconvert(),
              "Of characters that are not ASCII: the highest of their states in each text, [n] uint8, and those of\n"
              "state 0, each once, uint32.\n\n"
