@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -118,13 +118,21 @@ def test_what_is_no_llama_of_megatrons_is_refused(tmp_path: Path) -> None:
         open_source(folder)
 
 
-def test_a_checkpoint_without_its_optimizer(tmp_path: Path) -> None:
+def run_tool(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Any:
+    monkeypatch.setattr(sys, "argv", [str(TOOL), *arguments])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(TOOL), run_name="__main__")
+    return ended.value.code
+
+
+def test_a_checkpoint_without_its_optimizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """By the command, from a run; in another precision and several files."""
     config = make_config(tmp_path, "llama", "train.steps=1")
     train(config)
-    command = [sys.executable, str(TOOL), str(config.run.folder), str(tmp_path / "hf"), "--dtype", "bf16"]
-    done = subprocess.run([*command, "--shard-gb", "0.00001"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    arguments = [str(config.run.folder), str(tmp_path / "hf"), "--dtype", "bf16", "--shard-gb", "0.00001"]
+    assert run_tool(monkeypatch, *arguments) == 0
     assert len(list((tmp_path / "hf").glob("model-*.safetensors"))) > 2
     stored = tensors_of(step_folder(config.run.folder / "checkpoints", 1))
     found = tensors_of(tmp_path / "hf")
@@ -132,9 +140,8 @@ def test_a_checkpoint_without_its_optimizer(tmp_path: Path) -> None:
     assert all(torch.equal(found[name], x.bfloat16()) for name, x in stored.items())
     assert opened(tmp_path / "hf").dtype == torch.bfloat16
     assert not (tmp_path / "hf" / "optimizer").exists()
-    again = subprocess.run(command, capture_output=True, text=True)
-    assert again.returncode == 1
-    assert again.stderr == f"error: {tmp_path / 'hf'} exists; name a new folder\n"
+    assert run_tool(monkeypatch, *arguments) == 1
+    assert f"error: {tmp_path / 'hf'} exists; name a new folder\n" in capsys.readouterr().err
 
 
 def test_an_adapter_is_merged(tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ EVERY = [
 LAYOUTS = [
     *EVERY,
     Layout(1, loss_chunk=5),
-    Layout(1, compile=True, recompute="full"),
+    Layout(1, compile=True),
     Layout(tensor=2, sequence=True, loss_chunk=5, zero=2),
     Layout(pipeline=2, recompute="full"),
     Layout(context=2),
@@ -189,13 +189,13 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def results(root: Path) -> dict[tuple[str, Layout], Result]:
-    """Every run. DeepSpeed's have ranks of their own, since it replaces functions of torch."""
+    """Every run, all of two ranks in one spawn. DeepSpeed's come last, since it replaces functions of torch."""
     found: dict[tuple[str, Layout], Result] = {}
-    for ranks, engine in ((1, "native"), (2, "native"), (2, "deepspeed")):
-        if engine == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
-            continue
+    engines = ["native"] + ["deepspeed"] * (importlib.util.find_spec("deepspeed") is not None)
+    for ranks in (1, 2):
         every = [*RUNS, *(("llama", layout) for layout in DROPPING)]
-        runs = [(m, layout) for m, layout in every if (layout.ranks, layout.engine) == (ranks, engine)]
+        runs = [(m, layout) for m, layout in every if layout.ranks == ranks and layout.engine in engines]
+        runs.sort(key=lambda run: engines.index(run[1].engine))
         of_ranks = run_ranks(ranks, run_all, root, runs)
         for number, key in enumerate(runs):
             parts = [results[number] for results in of_ranks]
