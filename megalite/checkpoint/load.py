@@ -12,6 +12,7 @@ from torch import Tensor
 from megalite.checkpoint.tensors import TensorFolder
 from megalite.config import Config, LoraConfig, ModelConfig
 from megalite.engine import STATES, ReadState
+from megalite.errors import ConfigError
 from megalite.mesh import Axis
 from megalite.models import peft
 from megalite.models.lora import Adapter, adapters_of, merged
@@ -63,9 +64,14 @@ def for_adapters(
     """Frozen weights from the model a run of `lora` started from; those of its adapters, and their moments, from a
     checkpoint, the adapter to go on from, or the seed.
 
-    Raises CheckpointError when names or shapes are not those of the model."""
+    Raises CheckpointError when names or shapes are not those of the model, ConfigError where that is an adapter."""
     assert config.lora is not None
     assert config.model.hf is not None
+    if peft.is_adapter(config.model.hf):
+        raise ConfigError(
+            f"lora: model.hf = {config.model.hf} is an adapter, and PEFT opens no adapter of an adapter; go on from it "
+            "with lora.adapter, or merge it into its model first (tools/convert_checkpoint.py)"
+        )
     frozen, trained = ([weight for weight in weights if weight.frozen is which] for which in (True, False))
     base = from_hf(config.model.hf, frozen, config.model, tensor)
     if checkpoint:

@@ -196,7 +196,7 @@ def results(root: Path) -> dict[tuple[str, Layout], Result]:
         every = [*RUNS, *(("llama", layout) for layout in DROPPING)]
         runs = [(m, layout) for m, layout in every if layout.ranks == ranks and layout.engine in engines]
         runs.sort(key=lambda run: engines.index(run[1].engine))
-        of_ranks = run_ranks(ranks, run_all, root, runs)
+        of_ranks = run_ranks(ranks, run_all, root, runs) if ranks > 1 else [run_all(0, 1, root, runs)]
         for number, key in enumerate(runs):
             parts = [results[number] for results in of_ranks]
             found[key] = parts[0] | {

@@ -194,6 +194,11 @@ def test_lora_needs_a_model_to_start_from(tmp_path: Path) -> None:
         make_config(tmp_path, "llama", "lora.rank=4")
 
 
+def test_an_adapter_of_an_adapter_is_refused(root: Path, runs: dict[str, Config]) -> None:
+    with pytest.raises(ConfigError, match="PEFT opens no adapter of an adapter"):
+        train(make_config(root, {}, f"model.hf={checkpoint_of(runs['whole'])}", "lora.rank=4", "run.name=second"))
+
+
 @pytest.mark.parametrize("key", ["use_dora", "modules_to_save", "rank_pattern"])
 def test_adapters_of_other_kinds_are_refused(tmp_path: Path, runs: dict[str, Config], key: str) -> None:
     values = json.loads((checkpoint_of(runs["whole"]) / "adapter_config.json").read_text())
