@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from io import StringIO
@@ -40,7 +40,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from megalite.config import Config, OptimizerConfig
-from megalite.engine import STATES, ReadState
+from megalite.engine import STATES, Permit, ReadState, Sharing
 from megalite.engine.gather import assemble_on
 from megalite.engine.layout import elements_of
 from megalite.errors import ConfigError
@@ -78,7 +78,8 @@ def deepspeed_config(config: Config, plan: Plan) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
         "gradient_accumulation_steps": plan.micro_batches,
         "gradient_clipping": config.optimizer.clip,
-        "bf16": {"enabled": config.train.precision == "bf16"},
+        # Unchecked, stage 2 takes the norm of gradients that are not finite for 1.
+        "bf16": {"enabled": config.train.precision == "bf16", "check_grad_overflow": True},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "zero_optimization": zero,
@@ -215,23 +216,41 @@ class DeepSpeedEngine:
     def settle(self) -> None:
         """Its steps wait for all of their messages themselves."""
 
-    def step(self, lr: float) -> Tensor:
+    def step(self, lr: float, permit: Permit | None = None) -> Tensor:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        asked: list[bool] = []
+
+        def permitted() -> bool:
+            """Waits for the device."""
+            if permit is not None and not asked:
+                asked.append(bool(permit(self._norm())))
+            return all(asked)
+
+        self.optimizer.permitted = permitted
         self.engine.step()
-        return torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32, device=self.mesh.device)
+        permitted()  # where the norm is not finite, DeepSpeed has not come to the optimizer
+        return self._norm()
+
+    def _norm(self) -> Tensor:
+        return torch.as_tensor(self.zero._global_grad_norm, dtype=torch.float32, device=self.mesh.device)
+
+    @property
+    def num_updates(self) -> int:
+        with self._resident(0) as (_, state):
+            return int(state["step"])
 
     # --- state, in logical terms ----------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def load(self, read: ReadState, num_steps: int = 0) -> None:
+    def load(self, read: ReadState, num_updates: int = 0) -> None:
         if self.zero_stage == 3:
             self.engine.empty_partition_cache()  # whole weights would be used on as they are
         for number in range(len(self._members())):
             with self._resident(number, write=True) as (flat, state):
                 for kind in ("exp_avg", "exp_avg_sq"):
                     state.setdefault(kind, torch.zeros_like(flat))
-                state["step"] = torch.tensor(float(num_steps), device=flat.device)
+                state["step"] = torch.tensor(float(num_updates), device=flat.device)
                 for fragment in self.fragments:
                     if fragment.group == number and fragment.low < fragment.high:
                         for kind, whole in (("master", flat), *((s, state[s]) for s in STATES[1:])):
@@ -260,6 +279,11 @@ class DeepSpeedEngine:
             self.zero._optimizer_states_and_gradient_swap_out(number)
         elif swapped:
             self.zero._release_swap_buffers(number)
+
+    def copies(self) -> Iterator[tuple[Sharing, Tensor]]:
+        # At stage 3, every replica holds its own share of all weights.
+        for fragment in self.fragments if self.zero_stage < 3 else ():
+            yield Sharing(True, fragment.weight.shard is None, False), fragment.parameter.detach()
 
     @torch.no_grad()
     def gather(self, kind: str, owners: Mapping[str, int]) -> dict[str, Tensor]:
@@ -321,6 +345,16 @@ def _collect(share: Tensor, spans: Sequence[tuple[int, int]], axis: Axis, owner:
     return local
 
 
+class AdamW(torch.optim.AdamW):
+    """torch's, which DeepSpeed calls for every flat partition once it knows the norm. A step that is not permitted
+    changes nothing."""
+
+    permitted: Callable[[], bool] = staticmethod(lambda: True)
+
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure) if self.permitted() else None
+
+
 class Groups:
     """Who shares what with whom, under the names of Megatron's `mpu` that DeepSpeed asks by."""
 
@@ -362,13 +396,13 @@ def _with_group(axis: Axis) -> Axis:
 
 def _make_optimizer(
     config: OptimizerConfig, weights: Sequence[Weight], parameters: Mapping[str, nn.Parameter]
-) -> torch.optim.Optimizer:
+) -> AdamW:
     groups = [
         {"params": [parameters[w.name] for w in weights if w.decay], "weight_decay": config.weight_decay},
         {"params": [parameters[w.name] for w in weights if not w.decay], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    return AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
 def _import_deepspeed(mesh: Mesh) -> Any:
