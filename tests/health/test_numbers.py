@@ -201,12 +201,13 @@ def test_numbers_are_those_of_when_they_were_added() -> None:
 
 
 def mesh_of(pipeline: int = 1, replicas: int = 1, tensor: int = 1) -> Mesh:
-    axes = [Axis(size, 0, None, name) for size, name in ((pipeline, "pipeline"), (replicas, "data"), (tensor, "tensor"))]
-    return Mesh(axes[0], axes[1], ALONE, axes[2], axes[1], Axis(pipeline * replicas * tensor), CPU)
+    sizes = {"pipeline": pipeline, "data": replicas, "tensor": tensor}
+    stages, data, columns = (Axis(size, 0, None, name) for name, size in sizes.items())
+    return Mesh(stages, data, ALONE, columns, data, Axis(pipeline * replicas * tensor), CPU)
 
 
 def table_of(mesh: Mesh, sharing: Sharing, others: dict[int, int]) -> list[list[int]]:
-    """All hold 5 of what is shared so, but for `others`; and of all else, each its own... """
+    """All hold 5 of what is shared so, but for `others`; and of all else, each its own..."""
     column = KINDS.index(sharing)
     return [
         [others.get(rank, 5) if number == column else 0 for number in range(len(KINDS))]
