@@ -27,9 +27,10 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
+from functools import cache
 from io import StringIO
 from math import prod
 from typing import Any
@@ -129,6 +130,9 @@ class DeepSpeedEngine:
         with redirect_stdout(StringIO()):  # memory reports that its log level does not stop; warnings pass
             self.engine, *_ = deepspeed.initialize(model=inner, optimizer=self.optimizer, config=ds_config, mpu=groups)
         stage.forward = self.engine.forward  # type: ignore[method-assign]
+        self._update, self._permitted = self.optimizer.step, _always
+        # DeepSpeed calls it for every flat partition, once it knows the norm. It would warn of a subclass.
+        self.optimizer.step = lambda: self._update() if self._permitted() else None  # type: ignore
         for weight in weights:
             if plan.tensor > 1 and weight.sums_over_tensor_ranks(plan.sequence):
                 parameters[weight.name].register_hook(self._sum_over_tensor_ranks)
@@ -219,17 +223,10 @@ class DeepSpeedEngine:
     def step(self, lr: float, permit: Permit | None = None) -> Tensor:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        asked: list[bool] = []
-
-        def permitted() -> bool:
-            """Waits for the device."""
-            if permit is not None and not asked:
-                asked.append(bool(permit(self._norm())))
-            return all(asked)
-
-        self.optimizer.permitted = permitted
+        # Waits for the device.
+        self._permitted = _always if permit is None else cache(lambda: bool(permit(self._norm())))
         self.engine.step()
-        permitted()  # where the norm is not finite, DeepSpeed has not come to the optimizer
+        self._permitted()  # where the norm is not finite, DeepSpeed has not come to the optimizer
         return self._norm()
 
     def _norm(self) -> Tensor:
@@ -327,6 +324,10 @@ class DeepSpeedEngine:
         return grad[fragment.low : fragment.high] if grad.numel() == parameter.numel() else grad
 
 
+def _always() -> bool:
+    return True
+
+
 def _collect(share: Tensor, spans: Sequence[tuple[int, int]], axis: Axis, owner: int) -> Tensor | None:
     """The flat tensor of which every rank holds the `share` that `spans` says, on the owner; None on the others."""
     if axis.rank != owner:
@@ -343,16 +344,6 @@ def _collect(share: Tensor, spans: Sequence[tuple[int, int]], axis: Axis, owner:
     for work in dist.batch_isend_irecv(messages) if messages else ():
         work.wait()
     return local
-
-
-class AdamW(torch.optim.AdamW):
-    """torch's, which DeepSpeed calls for every flat partition once it knows the norm. A step that is not permitted
-    changes nothing."""
-
-    permitted: Callable[[], bool] = staticmethod(lambda: True)
-
-    def step(self, closure: Any = None) -> Any:
-        return super().step(closure) if self.permitted() else None
 
 
 class Groups:
@@ -396,13 +387,13 @@ def _with_group(axis: Axis) -> Axis:
 
 def _make_optimizer(
     config: OptimizerConfig, weights: Sequence[Weight], parameters: Mapping[str, nn.Parameter]
-) -> AdamW:
+) -> torch.optim.Optimizer:
     groups = [
         {"params": [parameters[w.name] for w in weights if w.decay], "weight_decay": config.weight_decay},
         {"params": [parameters[w.name] for w in weights if not w.decay], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    return AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
 def _import_deepspeed(mesh: Mesh) -> Any:
