@@ -76,42 +76,43 @@ def train(config: Config) -> Exit:
 
 def train_on(mesh: Mesh, config: Config, plan: Plan, data: Data, tokenizer: Tokenizer | None) -> Exit:
     check_same_everywhere(config, data, mesh)
-    parts = build(config, plan, mesh)
-    skipped: tuple[Span, ...] = ()
-    begun: Counter[int] = Counter()  # how often from each step
+    limit, sent_back = config.health.bad_steps_limit, Counter[int]()  # how often to each step
+    ended: Ending | None = None
     with StopRequests(mesh) as requests:
-        while True:
-            # Having gone back, a run goes on from what it has saved itself, whatever it began with.
-            resume = "auto" if begun and config.checkpoint.resume == "never" else config.checkpoint.resume
-            checkpoint, warnings = find_checkpoint(config.run.folder / "checkpoints", resume, mesh)
-            state = read_train_state(checkpoint) if checkpoint else fresh_state()
-            if skipped:
-                state["data"]["skipped"] = skipped
-            recorder = open_recorder(config, plan, state, tokenizer) if mesh.world.rank == 0 else None
-            run = Run(config, plan, mesh, recorder)
-            run.say(*warnings)
+        parts = build(config, plan, mesh)
+        while ended is None or ended.status is None:
+            run, checkpoint, state = open_run(config, plan, mesh, tokenizer, ended)
+            sent_back[state["step"]] += ended is not None
             status = "failed"
             try:
-                begun[state["step"]] += 1
-                if begun[state["step"]] > config.health.bad_steps_limit:
-                    ended = give_up(run, state["step"])
+                if sent_back[state["step"]] > limit:
+                    ended = run.give_up(f"sent back to step {state['step']} more than {limit} times")
                 else:
                     ended = train_from(run, parts, data, checkpoint, state, requests)
                 status = run.status(ended)
             finally:
-                if recorder:
-                    recorder.close(status)
-            if ended.status is not None:
-                break
-            skipped = ended.skipped
+                if run.recorder:
+                    run.recorder.close(status)
         # A launcher that sees one rank leave unfinished ends the others: none goes before all are ready to.
         all_agree(True, mesh)
     return ended.status
 
 
-def fresh_state() -> dict[str, Any]:
-    """Of a run that has not begun."""
-    return {"step": 0, "data": {"samples": 0}, "wandb_id": None}
+def open_run(
+    config: Config, plan: Plan, mesh: Mesh, tokenizer: Tokenizer | None, sent_back: Ending | None
+) -> tuple[Run, Path | None, dict[str, Any]]:
+    """With the checkpoint to begin from, and its state; `sent_back` says why the run was, if it was."""
+    # Having been sent back, a run goes on from what it has saved itself, whatever it began with.
+    resume = "auto" if sent_back and config.checkpoint.resume == "never" else config.checkpoint.resume
+    checkpoint, warnings = find_checkpoint(config.run.folder / "checkpoints", resume, mesh)
+    state: dict[str, Any] = {"step": 0, "data": {"samples": 0}, "wandb_id": None}
+    if checkpoint:
+        state = read_train_state(checkpoint)
+    if sent_back:
+        state["data"]["skipped"] = sent_back.skipped
+    run = Run(config, plan, mesh, open_recorder(config, plan, state, tokenizer) if mesh.world.rank == 0 else None)
+    run.say(*warnings)
+    return run, checkpoint, state
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,11 @@ class Run:
     @property
     def last_step(self) -> int:
         return min(self.config.train.stop_at or self.config.train.steps, self.config.train.steps)
+
+    def give_up(self, why: str) -> Ending:
+        self.say(f"error: {why} (health.bad_steps_limit)")
+        last_words.leave(why)
+        return Ending(Exit.BAD_NUMBERS)
 
     def status(self, ended: Ending) -> str:
         """For the recorder."""
@@ -165,13 +171,6 @@ def open_recorder(config: Config, plan: Plan, state: dict[str, Any], tokenizer: 
         wandb_id=state["wandb_id"],
         layout=layout,
     )
-
-
-def give_up(run: Run, step: int) -> Ending:
-    text = f"sent back to step {step} {run.config.health.bad_steps_limit} times (health.bad_steps_limit)"
-    run.say(f"error: {text}")
-    last_words.leave(text)
-    return Ending(Exit.BAD_NUMBERS)
 
 
 def train_from(

@@ -49,7 +49,7 @@ class BadStep:
     policy: Policy
     """The severest of its kinds."""
     in_a_row: int
-    """Bad steps, this one included."""
+    """Steps skipped, this one included."""
     text: str
     """What was found."""
 
@@ -65,7 +65,7 @@ class Numbers:
         window = torch.zeros(2, WINDOW, dtype=torch.float64)
         for row, values in enumerate((state["losses"], state["grad_norms"])):
             window[row, : len(values)] = torch.tensor(values, dtype=torch.float64)
-        self._sigmas, self._in_a_row = health.spike_sigmas, int(state["in_a_row"])
+        self._sigmas, self._in_a_row, self._over = health.spike_sigmas, int(state["in_a_row"]), False
         self._window, self._entered = window.to(device), torch.tensor(state["entered"], device=device)
         self._places = torch.arange(WINDOW, device=device)
         self._severity = torch.tensor(severity, device=device)
@@ -120,7 +120,9 @@ class Numbers:
             kinds = tuple(kind for kind, flag in zip(KINDS, flags, strict=True) if flag)
             policies: list[Policy] = [self._policies[kind] for kind in kinds]
             policy = max(policies, key=SEVERITY.index, default=SEVERITY[0])
-            self._in_a_row = self._in_a_row + 1 if policy != "report" else 0
+            self._over = self._over or SEVERITY.index(policy) >= SEVERITY.index("rewind")
+            if not self._over:  # what comes after it does not count
+                self._in_a_row = self._in_a_row + 1 if policy == "skip" else 0
             if kinds:
                 text = ", ".join(
                     {
