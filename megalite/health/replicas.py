@@ -56,10 +56,9 @@ class ReplicaCheck:
         sums = [torch.zeros((), dtype=torch.int64, device=self._mesh.device) for _ in KINDS]
         for sharing, tensor in copies:
             if sharing in KINDS:
-                words = tensor.detach().view(-1).view(torch.int16 if tensor.element_size() == 2 else torch.int32)
                 # The factor tells apart two tensors that are swapped; sums wrap around.
                 place = KINDS.index(sharing)
-                sums[place] = sums[place] * 31 + words.sum(dtype=torch.int64)
+                sums[place] = sums[place] * 31 + _words(tensor).sum(dtype=torch.int64)
         table = all_gather(torch.stack(sums)[None], self._mesh.world, 0)
         self._late.add(step, step, table)
 
@@ -70,6 +69,15 @@ class ReplicaCheck:
             if found:
                 return checked, found
         return step, []
+
+
+def _words(tensor: Tensor) -> Tensor:
+    """The bits of a contiguous tensor as whole numbers: long ones where its size allows, which are added up faster. Not
+    where its place in memory allows, which may differ between ranks."""
+    flat = tensor.detach().view(-1)
+    if flat.nbytes % 8:
+        return flat.view(torch.int16 if flat.element_size() == 2 else torch.int32)
+    return (flat.clone() if flat.storage_offset() * flat.element_size() % 8 else flat).view(torch.int64)
 
 
 def disagreements(table: Sequence[Sequence[int]], mesh: Mesh) -> list[Disagreement]:

@@ -247,11 +247,12 @@ def test_a_disagreement_in_words() -> None:
     assert "rank 7 on n7 and 4 more" in describe(1, [Disagreement(many, many)], hosts)
 
 
+@pytest.mark.parametrize("size", [64, 63])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_flipped_bit_changes_the_sum(dtype: torch.dtype) -> None:
+def test_every_flipped_bit_changes_the_sum(dtype: torch.dtype, size: int) -> None:
     check = ReplicaCheck(mesh_of())
     words = torch.int16 if dtype == torch.bfloat16 else torch.int32
-    x = torch.randn(64, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(size + 1, generator=torch.Generator().manual_seed(0)).to(dtype)[1:]
 
     def sums(step: int) -> list[int]:
         check.begin(step, [(REPLICAS, x), (Sharing(False, False, False), x)])
@@ -265,4 +266,5 @@ def test_every_flipped_bit_changes_the_sum(dtype: torch.dtype) -> None:
         x.view(words)[bit] ^= flip
         assert sums(1) != wanted
         x.view(words)[bit] ^= flip
+    x = x.clone()  # elsewhere in memory
     assert sums(2) == wanted
