@@ -13,6 +13,7 @@ from megalite import last_words
 from megalite.config import Config
 from megalite.data.loader import Loader, Span, add_spans
 from megalite.engine import Engine
+from megalite.errors import DataError
 from megalite.exit_codes import Exit
 from megalite.health.bad_batches import write_batch
 from megalite.health.numbers import BadStep, Numbers
@@ -52,7 +53,6 @@ class Guard:
         self._replicas = ReplicaCheck(mesh)
         self._news: list[str] = []
         self.permit: Callable[[Tensor], Callable[[Tensor], Tensor]] = self._numbers.permit
-        self.record: Callable[[], Record] = self._numbers.record
         self.state: Callable[[], dict[str, Any]] = self._numbers.state
 
     def compare(self, step: int, engine: Engine, saves: bool = False) -> None:
@@ -64,6 +64,11 @@ class Guard:
     def note(self, step: int, samples: int) -> None:
         """Behind a step, before which the run had trained on so many samples."""
         self._numbers.note(step, samples)
+
+    def record(self) -> Record:
+        """For the record of the step just judged."""
+        skipped = sum(last - first for first, last in self._loader.skipped)
+        return self._numbers.record() | ({"skipped_samples": skipped} if skipped else {})
 
     def look(self, step: int, all_of_them: bool) -> Ending | None:
         """In step `step`: what follows from the steps of some time ago, or from all until now."""
@@ -104,7 +109,7 @@ class Guard:
             numbers = self._loader.samples_of_step(bad.samples)
             try:
                 where = f"; its samples are in {write_batch(self._folder, bad, self._loader.mixture, numbers)}"
-            except OSError as error:  # training is worth more
+            except (OSError, DataError) as error:  # training is worth more
                 where = f"; its samples could not be written: {error}"
         self._news.append(f"warning: step {bad.step}: {bad.text}; {FOLLOWS[bad.policy]}{where}")
 

@@ -234,6 +234,8 @@ def test_rewound_is_a_run_whose_data_never_had_the_batch(tmp_path: Path, what: s
     said = capfd.readouterr().out
     assert "goes back to its newest checkpoint and passes over this batch" in said
     assert "resumed after step 4" in said
+    steps = [line for line in metrics_of(rewound) if "lr" in line]
+    assert [line.get("skipped_samples", 0) for line in steps] == [0] * 4 + [4] * 5
     state = read_train_state(rewound.run.folder / "checkpoints" / "step-00000009")
     assert state["data"]["skipped"] == [[20, 24]]
     assert state["data"]["consumed"] == {"corpus": 36}
