@@ -299,6 +299,8 @@ class DeepSpeedEngine:
         # At stage 3, every replica holds its own share of all weights.
         for fragment in self.fragments if self.zero_stage < 3 else ():
             yield Sharing(True, fragment.weight.shard is None, False), fragment.parameter.detach()
+        for weight, parameter in self.frozen if self.zero_stage < 3 else ():
+            yield Sharing(True, weight.shard is None, False), parameter.detach()
 
     @torch.no_grad()
     def gather(self, kind: str, owners: Mapping[str, int]) -> dict[str, Tensor]:

@@ -312,6 +312,8 @@ class NativeEngine:
             yield Sharing(True, whole, bucket.layout.tied), bucket.weights
             for state in self.states:
                 yield Sharing(self.zero_stage == 0, whole, bucket.layout.tied), getattr(bucket, state)
+        for held in self.frozen:
+            yield Sharing(True, not held.layout.cut, held.layout.tied), held.weights
 
     def gather(self, kind: str, owners: Mapping[str, int]) -> dict[str, Tensor]:
         """Shards travel over the replicas to the owner of their bucket, then local tensors over the tensor axis to the
