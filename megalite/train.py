@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from megalite.checkpoint.save import Saver
 from megalite.checkpoint.tensors import NotSaved
 from megalite.config import Config
 from megalite.counter_random import random_bits
-from megalite.data.checks import check_same_everywhere, check_vocabulary
+from megalite.data.checks import check_labelled, check_same_everywhere, check_vocabulary
 from megalite.data.dataset import Split
 from megalite.data.loader import Loader, MicroBatch
 from megalite.data.mixture import Mixture, build_mixtures
@@ -36,7 +36,8 @@ from megalite.kernels import library
 from megalite.keys import key_of
 from megalite.mesh import Launch, Mesh, make_mesh
 from megalite.models import build_model, weight_table
-from megalite.models.layers import IGNORE, Places
+from megalite.models.layers import Places
+from megalite.objective import DPO, NextToken, Objective
 from megalite.observe.profiler import Profiler
 from megalite.observe.recorder import Recorder
 from megalite.observe.steps import Record, StepLog
@@ -49,6 +50,7 @@ from megalite.parallel.pipeline import Pipeline
 from megalite.parallel.stage import Inputs, Stage, positions_of
 from megalite.parallel.tensor import PutOff
 from megalite.plan import Plan, make_plan
+from megalite.reference import compute_reference, read_references, reference_key, write_references
 from megalite.stopping import StopRequests
 
 Data = Mapping[Split, Mixture | None]
@@ -65,6 +67,7 @@ def train(config: Config) -> Exit:
     tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
     data = build_mixtures(config, tokenizer)
     check_vocabulary(config, tokenizer)
+    check_labelled(config)
     launch.join(config.health.collective_timeout_s)
     mesh = make_mesh(plan, launch.device)
     keep_freed_memory()
@@ -78,7 +81,7 @@ def train_on(mesh: Mesh, config: Config, plan: Plan, data: Data, tokenizer: Toke
     checkpoint, warnings = find_checkpoint(folder / "checkpoints", config.checkpoint.resume, mesh)
     state = read_train_state(checkpoint) if checkpoint else {"step": 0, "data": {"samples": 0}, "wandb_id": None}
     run = Run(config, plan, mesh, open_recorder(config, plan, state, tokenizer) if mesh.world.rank == 0 else None)
-    run.say(*warnings)
+    run.say(*warnings, *(remark for mixture in data.values() if mixture for remark in mixture.remarks()))
     status = "failed"
     with StopRequests(mesh) as requests:
         try:
@@ -143,6 +146,8 @@ def train_from(
     """Returns the signal that asked for the run to stop early, if one did."""
     config, folder = run.config, run.config.run.folder
     parts = build(config, run.plan, run.mesh)
+    if isinstance(parts.objective, DPO):
+        prepare_references(run, parts, data)
     parts.engine.load(initial_state(config, run.mesh, checkpoint), state["step"])
     assert data["train"] is not None
     loader = make_loader(data["train"], run, start_sample=state["data"]["samples"])
@@ -198,12 +203,12 @@ def run_steps(
             stragglers.begin(step)
             agreed = requests.compare()
             lr = learning_rate(step, config.train.steps, config.optimizer)
-            loss = forward_backward(parts, next(loader), mesh, config.train.seed)
+            found = forward_backward(parts, next(loader), mesh, config.train.seed)
             NOW.do("optimizer")
             grad_norm = parts.engine.step(lr)
             stragglers.end()
             tokens = loader.samples * config.data.seq_length
-            record: Record = {"step": step, "loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens": tokens}
+            record: Record = {"step": step, **found, "lr": lr, "grad_norm": grad_norm, "tokens": tokens}
             log.add(record | consumed_tokens(loader) | stragglers.record(), run.plan.tokens_per_step)
             profiler.end(step)
             asked = agreed()
@@ -238,6 +243,7 @@ class Parts:
     engine: Engine
     pipeline: Pipeline | None
     dtype: torch.dtype
+    objective: Objective
 
     def train(self, mode: bool = True) -> None:
         for stage in self.stages:
@@ -264,30 +270,55 @@ def build(config: Config, plan: Plan, mesh: Mesh) -> Parts:
         length = config.data.seq_length // plan.context // (plan.tensor if plan.sequence else 1)
         shape = (config.train.micro_batch_size, length, config.model.hidden_size)
         pipeline = Pipeline(stages, plan, mesh, torch.empty(shape, dtype=dtype, device="meta"), deferred)
-    return Parts(tuple(stages), engine, pipeline, dtype)
+    objective: Objective = DPO(config.objective, mesh) if config.objective.name == "dpo" else NextToken()
+    return Parts(tuple(stages), engine, pipeline, dtype, objective)
 
 
-def forward_backward(parts: Parts, batch: list[MicroBatch], mesh: Mesh, seed: int) -> Tensor:
-    """All of this rank's micro-batches of one global batch. Returns the mean loss of the global batch's tokens.
+def forward_backward(parts: Parts, batch: list[MicroBatch], mesh: Mesh, seed: int) -> Record:
+    """All of this rank's micro-batches of one global batch. Returns the mean loss of the global batch, and what else
+    the objective measures.
 
-    Every token of the global batch weighs the same, however the valid ones are spread over ranks and micro-batches."""
-    inputs = [make_inputs(micro, mesh, seed) for micro in batch]
-    num_tokens = all_reduce(count_labels(inputs), mesh.replicas).clamp(min=1)
+    Every token (or pair of answers) of the global batch weighs the same, however they are spread over ranks and
+    micro-batches."""
+    objective = parts.objective
+    inputs = [objective.complete(make_inputs(micro, mesh, seed), micro, "train") for micro in batch]
+    count = torch.stack([objective.count(micro).sum() for micro in inputs]).sum()
+    count = all_reduce(count, mesh.replicas).clamp(min=1)
+    found = torch.zeros(1 + len(objective.metrics), device=mesh.device)
+
+    def loss_of(losses_BT: Tensor, micro: Inputs) -> Tensor:
+        loss_B, metrics_BM = objective.measure(losses_BT, micro)
+        loss = loss_B.sum() / count
+        found.add_(torch.cat((loss.detach()[None], metrics_BM.sum(0) / count)))
+        return loss
+
     parts.train()
     if parts.pipeline:
-        total = parts.pipeline.forward_backward(inputs, num_tokens, parts.engine)
+        parts.pipeline.forward_backward(inputs, loss_of, parts.engine)
     else:
-        (stage,), total = parts.stages, torch.zeros((), device=mesh.device)
+        (stage,) = parts.stages
         parts.engine.begin(len(inputs))
         for number, micro in enumerate(inputs):
             NOW.do("forward", number)
-            loss = stage(None, micro).sum() / num_tokens
+            loss = loss_of(stage(None, micro), micro)
             NOW.do("backward", number)
             parts.engine.backward(loss)
-            total += loss.detach()
         NOW.do("summing gradients")
         parts.engine.finish()
-    return all_reduce(all_reduce(total, mesh.replicas), mesh.pipeline)
+    all_reduce(all_reduce(found, mesh.replicas), mesh.pipeline)
+    return dict(zip(("loss", *objective.metrics), found.unbind(), strict=True))
+
+
+@torch.no_grad()
+def forward(parts: Parts, batch: list[MicroBatch], mesh: Mesh) -> Iterator[tuple[Tensor, Inputs, MicroBatch]]:
+    """The losses [B,T] of each micro-batch and what they are of; nothing before the last stage."""
+    inputs = [make_inputs(micro, mesh) for micro in batch]
+    if parts.pipeline:
+        losses = parts.pipeline.forward(inputs)
+    else:
+        NOW.do("forward")
+        losses = [parts.stages[0](None, micro) for micro in inputs]
+    yield from zip(losses, inputs, batch, strict=False)
 
 
 def make_inputs(micro: MicroBatch, mesh: Mesh, seed: int | None = None) -> Inputs:
@@ -302,10 +333,6 @@ def make_inputs(micro: MicroBatch, mesh: Mesh, seed: int | None = None) -> Input
     return Inputs(micro.tokens[:, index], Places(index, position, document, keys, length), micro.labels[:, index])
 
 
-def count_labels(inputs: list[Inputs]) -> Tensor:
-    return torch.stack([(x.labels_BT != IGNORE).sum() for x in inputs if x.labels_BT is not None]).sum()
-
-
 def consumed_tokens(loader: Loader) -> Record:
     """Of each source so far, where there are several."""
     found = loader.mixture.consumed(loader.samples)
@@ -316,39 +343,57 @@ def consumed_tokens(loader: Loader) -> Record:
 @torch.no_grad()
 def evaluate(run: Run, parts: Parts, data: Data, split: Split, step: int) -> None:
     """Record the mean loss over the first global batches of a split, the same ones every time, where there is one; of
-    several sources also that of each."""
-    mixture, mesh = data[split], run.mesh
+    several sources also that of each; and what else the objective measures."""
+    mixture, mesh, objective = data[split], run.mesh, parts.objective
     if mixture is None:
         return
-    # Sums of the losses and numbers of labels, of each source.
-    sums = torch.zeros(2, len(mixture.names), dtype=torch.float64, device=mesh.device)
+    # Of each source: the sum of the losses, what it is divided by, and sums of metrics.
+    sums = torch.zeros(len(mixture.names), 2 + len(objective.metrics), dtype=torch.float64, device=mesh.device)
     parts.train(False)
     # A split smaller than a batch is gone through more than once rather than refused.
     available = sum(source.num_samples for source in mixture.sources) // run.config.train.global_batch_size
     with make_loader(mixture, run) as loader:
         for _ in range(max(1, min(run.config.observe.eval_batches, available))):
-            batch = next(loader)
-            inputs = [make_inputs(micro, mesh) for micro in batch]
-            if parts.pipeline:
-                losses = parts.pipeline.forward(inputs)
-            else:
-                NOW.do("forward")
-                losses = [parts.stages[0](None, micro) for micro in inputs]
-            # There are none before the last stage.
-            for loss_BT, micro, read in zip(losses, inputs, batch, strict=False):
+            for losses_BT, micro, read in forward(parts, next(loader), mesh):
                 source = torch.from_numpy(mixture.order.locate(read.samples.numpy())[0]).to(mesh.device)
-                assert micro.labels_BT is not None
-                counts = (micro.labels_BT != IGNORE).sum(1)
-                sums.index_add_(1, source, torch.stack([loss_BT.sum(1).double(), counts.double()]))
+                micro = objective.complete(micro, read, split)
+                loss_B, metrics_BM = objective.measure(losses_BT, micro)
+                found = torch.cat((loss_B[:, None], objective.count(micro)[:, None], metrics_BM), 1)
+                sums.index_add_(0, source, found.double())
     of_source = all_reduce(all_reduce(sums, mesh.replicas), mesh.pipeline)
-    total, count = of_source.sum(1).tolist()
+    total, count, *metrics = of_source.sum(0).tolist()
     loss = total / max(count, 1.0)
-    record = {"step": step, f"{split}_loss": loss, f"{split}_perplexity": math.exp(min(loss, 700.0))}  # exp overflows
+    record = {"step": step, f"{split}_loss": loss}
+    if isinstance(objective, NextToken):
+        record[f"{split}_perplexity"] = math.exp(min(loss, 700.0))  # exp overflows
+    record |= {f"{split}_{name}": x / max(count, 1.0) for name, x in zip(objective.metrics, metrics, strict=True)}
     if len(mixture.names) > 1:
-        each = (of_source[0] / of_source[1]).tolist()  # NaN where the batches have none of it
+        each = (of_source[:, 0] / of_source[:, 1]).tolist()  # NaN where the batches have none of it
         record |= {f"{split}_loss/{name}": x for name, x in zip(mixture.names, each, strict=True) if math.isfinite(x)}
     if run.recorder:
         run.recorder.evaluation(record)
+
+
+def prepare_references(run: Run, parts: Parts, data: Data) -> None:
+    """What the starting model makes of every pair: from the run's folder, or computed on this layout and kept there."""
+    assert isinstance(parts.objective, DPO)
+    mixtures = {split: mixture for split, mixture in data.items() if mixture}
+    path, key = run.config.run.folder / "reference.safetensors", reference_key(mixtures, run.config)
+    found = read_references(path, key, mixtures)
+    if not all_agree(found is not None, run.mesh) or found is None:
+        NOW.begin("reference", NOW.step)
+        run.say("comparing with the starting model: its log-probabilities of all pairs are computed once")
+        parts.engine.load(initial_state(run.config, run.mesh, None))
+        parts.train(False)
+        found = {
+            split: compute_reference(
+                mixture, run.mesh, lambda part: make_loader(part, run), lambda batch: forward(parts, batch, run.mesh)
+            )
+            for split, mixture in mixtures.items()
+        }
+        if run.recorder:
+            write_references(path, key, found)
+    parts.objective.references.update(found)
 
 
 def make_loader(mixture: Mixture, run: Run, start_sample: int = 0) -> Loader:

@@ -90,7 +90,7 @@ def start(config: Config, device: torch.device) -> tuple[Parts, Mesh]:
 
 def take_step(parts: Parts, mesh: Mesh, batch: Sequence[MicroBatch]) -> tuple[Tensor, Tensor]:
     """(loss, gradient norm), for which nobody has waited."""
-    return forward_backward(parts, list(batch), mesh, SEED), parts.engine.step(1e-2)
+    return forward_backward(parts, list(batch), mesh, SEED)["loss"], parts.engine.step(1e-2)
 
 
 def train(config: Config, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:

@@ -16,6 +16,16 @@ MESSAGES_UNDER_WAY = 2
 
 
 @dataclass(frozen=True)
+class Pairs:
+    """Pairs of answers in each row, documents 2p and 2p + 1: P of them at most."""
+
+    real_BP: Tensor
+    """Whether there is one."""
+    reference_BP2: Tensor
+    """Log-probabilities to compare with, fp32."""
+
+
+@dataclass(frozen=True)
 class Inputs:
     """A micro-batch on the device, cut to this rank's part of the sequence."""
 
@@ -23,6 +33,7 @@ class Inputs:
     places: Places
     labels_BT: Tensor | None = None
     """Without them, the last stage gives logits instead of losses."""
+    pairs: Pairs | None = None
 
 
 class Stage(nn.Module):

@@ -59,7 +59,7 @@ def run_steps(parts: Parts, mesh: Mesh, steps: range, count: int, owners: dict[s
     """What these steps give; on rank 0, also every gradient and the state after them."""
     found: Result = {}
     for step in steps:
-        found[f"loss {step}"] = forward_backward(parts, batch_of(step, mesh, count), mesh, 3)
+        found[f"loss {step}"] = forward_backward(parts, batch_of(step, mesh, count), mesh, 3)["loss"]
         found |= {f"grad {step} {name}": x for name, x in parts.engine.gather("grad", owners).items()}
         found[f"norm {step}"] = parts.engine.step(1e-2).clone()
     return found | states_of(parts, owners)

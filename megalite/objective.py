@@ -1,0 +1,121 @@
+"""What a run descends, as sums over the rows of a micro-batch and what these are divided by: over the whole global
+batch every token, or every pair of answers, weighs the same, whatever the layout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megalite.config import ObjectiveConfig
+from megalite.data.dataset import Split
+from megalite.data.loader import MicroBatch
+from megalite.data.mixture import Mixture
+from megalite.mesh import Axis, Mesh
+from megalite.models.layers import IGNORE
+from megalite.parallel.collectives import all_reduce
+from megalite.parallel.stage import Inputs, Pairs
+
+
+class Objective(Protocol):
+    metrics: tuple[str, ...]
+    """Names of what `measure` gives beside losses and counts."""
+
+    def complete(self, inputs: Inputs, micro: MicroBatch, split: Split) -> Inputs:
+        """With what it needs beside tokens and labels. `micro` is whole, `inputs` this rank's part of it."""
+
+    def count(self, inputs: Inputs) -> Tensor:
+        """What the losses of each row are divided by, [B]: summed over the replicas, of the whole row."""
+
+    def measure(self, losses_BT: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """From the loss of each token: sums of each row, [B], which summed over the replicas are those of the whole
+        row and whose gradients are to be summed over them; and of each metric, [B, metrics], likewise."""
+
+
+class NextToken:
+    """Cross-entropy of every token that has a label (of a class, where the model has a head for these)."""
+
+    metrics: tuple[str, ...] = ()
+
+    def complete(self, inputs: Inputs, micro: MicroBatch, split: Split) -> Inputs:
+        return inputs
+
+    def count(self, inputs: Inputs) -> Tensor:
+        assert inputs.labels_BT is not None
+        return (inputs.labels_BT != IGNORE).sum(1)
+
+    def measure(self, losses_BT: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        return losses_BT.sum(1), losses_BT.new_empty(len(losses_BT), 0)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Log-probabilities that the model a run starts from gives to the documents of a mixture."""
+
+    mixture: Mixture
+    tables: Sequence[Tensor]
+    """Of each source, [samples, documents of a sample at most] fp32."""
+
+    def of(self, samples: Tensor) -> Tensor:
+        """[B] numbers of samples in the run → [B, documents]."""
+        source, sample = self.mixture.order.locate(samples.numpy())
+        width = max(table.shape[1] for table in self.tables)
+        rows = [self.tables[s][n] for s, n in zip(source.tolist(), sample.tolist(), strict=True)]
+        return torch.stack([F.pad(row, (0, width - len(row))) for row in rows])
+
+
+class DPO:
+    """Direct preference optimisation (Rafailov et al. 2023): of each pair of answers the preferred one, in comparison
+    with a reference, the model that the run starts from. A sample holds pairs as documents side by side, the preferred
+    one first. `label_smoothing` is the share of pairs that may be the wrong way round (Mitchell 2023)."""
+
+    metrics: tuple[str, ...] = ("reward_chosen", "reward_rejected", "reward_margin", "reward_accuracy")
+
+    def __init__(self, config: ObjectiveConfig, mesh: Mesh):
+        self.config, self.context = config, mesh.context
+        self.references: dict[Split, Reference] = {}
+
+    def complete(self, inputs: Inputs, micro: MicroBatch, split: Split) -> Inputs:
+        assert micro.documents is not None
+        has_label = sum_by_document((micro.labels != IGNORE).float(), micro.documents, int(micro.documents.max()) + 1)
+        # What fills a sample up counts as one more document, and may stand alone.
+        has_label = F.pad(has_label, (0, has_label.shape[1] % 2)).unflatten(1, (-1, 2))
+        reference = self.references[split].of(micro.samples)
+        size = has_label.shape[1]
+        reference = F.pad(reference, (0, max(0, 2 * size - reference.shape[1])))[:, : 2 * size].unflatten(1, (-1, 2))
+        device = inputs.tokens_BT.device
+        return replace(inputs, pairs=Pairs((has_label > 0).all(2).to(device), reference.to(device)))
+
+    def count(self, inputs: Inputs) -> Tensor:
+        assert inputs.pairs is not None
+        return inputs.pairs.real_BP.sum(1) / self.context.size
+
+    def measure(self, losses_BT: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        pairs, document_BT = inputs.pairs, inputs.places.document_BT
+        assert pairs is not None
+        assert document_BT is not None
+        beta, smoothing, size = self.config.beta, self.config.label_smoothing, self.context.size
+        mine = -sum_by_document(losses_BT, document_BT, 2 * pairs.real_BP.shape[1])
+        policy_BP2 = _summed_over(mine, self.context).unflatten(1, (-1, 2))
+        rewards_BP2 = beta * (policy_BP2 - pairs.reference_BP2)
+        margin_BP = rewards_BP2[..., 0] - rewards_BP2[..., 1]
+        loss_BP = -(1 - smoothing) * F.logsigmoid(margin_BP) - smoothing * F.logsigmoid(-margin_BP)
+        loss_B = loss_BP.masked_fill(~pairs.real_BP, 0.0).sum(1)
+        # Every context rank has the whole loss, and the gradient of its own tokens.
+        loss_B = loss_B - loss_B.detach() * (1 - 1 / size)
+        found = torch.stack((*rewards_BP2.unbind(-1), margin_BP, (margin_BP > 0).float()), -1).detach()
+        return loss_B, found.masked_fill(~pairs.real_BP[..., None], 0.0).sum(1) / size
+
+
+def sum_by_document(x_BT: Tensor, document_BT: Tensor, count: int) -> Tensor:
+    """[B, count]"""
+    return x_BT.new_zeros(len(x_BT), count).scatter_add(1, document_BT, x_BT)
+
+
+def _summed_over(x: Tensor, axis: Axis) -> Tensor:
+    """The sum of all ranks, whose gradient is that of this rank's part."""
+    return x + (all_reduce(x.detach().clone(), axis) - x.detach())
