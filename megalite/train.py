@@ -274,7 +274,7 @@ def build(config: Config, plan: Plan, mesh: Mesh) -> Parts:
     return Parts(tuple(stages), engine, pipeline, dtype, objective)
 
 
-def forward_backward(parts: Parts, batch: list[MicroBatch], mesh: Mesh, seed: int) -> Record:
+def forward_backward(parts: Parts, batch: list[MicroBatch], mesh: Mesh, seed: int) -> dict[str, Tensor]:
     """All of this rank's micro-batches of one global batch. Returns the mean loss of the global batch, and what else
     the objective measures.
 
