@@ -1,0 +1,180 @@
+"""Supervised finetuning and DPO: loss, metrics and every gradient of a step on each layout, against plain statements of
+them on transformers' model, which sees each row alone."""
+
+from __future__ import annotations
+
+import random
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from chats import write_rows, write_tokenizer
+from megalite.checkpoint.load import from_hf
+from megalite.config import Config
+from megalite.config_file import parse_config
+from megalite.data.formats import Settings
+from megalite.data.indexed import IndexedDataset
+from megalite.data.mixture import build_mixtures
+from megalite.data.preprocess_rows import preprocess_rows
+from megalite.mesh import make_mesh
+from megalite.models import weight_table
+from megalite.plan import make_plan
+from megalite.train import Run, build, forward_backward, make_loader, prepare_references
+from ranks import run_ranks
+
+BATCH, LENGTH, BETA, SMOOTHING = 4, 96, 0.3, 0.1
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one process": (1, {}),
+    "tensor 2": (2, {"tensor": 2}),
+    "pipeline 2": (2, {"pipeline": 2}),
+    "pipeline 2, zero bubble": (2, {"pipeline": 2, "schedule": "zero_bubble"}),
+    "data 2, ZeRO-1": (2, {"zero_stage": 1}),
+    "data 2, ZeRO-2": (2, {"zero_stage": 2}),
+    "context 2": (2, {"context": 2}),
+}
+OBJECTIVES = {"sft": ("chat", {}), "dpo": ("preference", {"name": "dpo", "beta": BETA, "label_smoothing": SMOOTHING})}
+
+
+def config_of(root: Path, objective: str, layout: str) -> Config:
+    return parse_config(
+        {
+            "run": {"name": f"{objective} {layout}".replace(" ", "-").replace(",", ""), "dir": str(root / "runs")},
+            "model": {"hf": str(root / "start")},
+            "data": {"train": [{"path": str(root / objective)}], "seq_length": LENGTH, "document_mask": True},
+            "objective": OBJECTIVES[objective][1],
+            "parallel": {"bucket_mb": 0.01, **LAYOUTS[layout][1]},
+            "train": {"steps": 2, "global_batch_size": BATCH, "micro_batch_size": 1, "precision": "fp32"},
+            "optimizer": {"lr": 1e-3},
+        }
+    )
+
+
+def step_on_rank(rank: int, world_size: int, root: Path, layouts: list[str]) -> list[dict[str, Any]]:
+    return [step(root, objective, layout) for layout in layouts for objective in OBJECTIVES]
+
+
+def step(root: Path, objective: str, layout: str) -> dict[str, Any]:
+    """What a step finds where the model has moved on from the one that the run started from."""
+    config = config_of(root, objective, layout)
+    table = weight_table(config.model)
+    plan = make_plan(config, table, LAYOUTS[layout][0])
+    mesh = make_mesh(plan, torch.device("cpu"))
+    parts, data = build(config, plan, mesh), build_mixtures(config)
+    run = Run(config, plan, mesh, None)
+    if objective == "dpo":
+        prepare_references(run, parts, data)
+    parts.engine.load(from_hf(root / "later", table, config.model, mesh.tensor))
+    with make_loader(data["train"], run) as loader:
+        found = forward_backward(parts, next(loader), mesh, seed=0)
+    owners = {
+        weight.name: plan.rank_at(next(s.index for s in plan.stages if s.holds(weight.place)) % plan.pipeline, 0, 0)
+        for weight in table
+    }
+    grads = parts.engine.gather("grad", owners)
+    by_hf = {hf: x for w in table if w.name in grads for hf, x in w.to_hf(grads[w.name]).items()}
+    return {"metrics": {name: x.item() for name, x in found.items()}, "grads": by_hf}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two random models, and rows of both objectives."""
+    transformers = pytest.importorskip("transformers")
+    root = tmp_path_factory.mktemp("tune")
+    tokenizer = write_tokenizer(root / "tokenizer")
+    for seed, name in enumerate(("start", "later")):
+        torch.manual_seed(seed)
+        config = transformers.LlamaConfig(
+            vocab_size=400, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=96, initializer_range=0.2,
+        )  # fmt: skip
+        transformers.LlamaForCausalLM(config).save_pretrained(root / name)
+    rng = random.Random(0)
+
+    def words(most: int) -> str:
+        return " ".join(rng.choice(["hello", "world", "Paris", "two", "ünï"]) for _ in range(rng.randint(1, most)))
+
+    turns = [
+        [turn for _ in range(rng.randint(1, 2)) for turn in ({"role": "user", "content": words(3)},
+                                                             {"role": "assistant", "content": words(3)})]
+        for _ in range(24)
+    ]  # fmt: skip
+    pairs = [{"prompt": words(3), "chosen": " " + words(4), "rejected": f" {words(2)} {n}"} for n in range(24)]
+    rows: dict[str, list[dict[str, Any]]] = {"sft": [{"messages": turn} for turn in turns], "dpo": pairs}
+    for objective, (kind, _) in OBJECTIVES.items():
+        file = write_rows(root / f"{objective}.jsonl", rows[objective])
+        preprocess_rows([str(file)], root / objective, Settings(kind, str(tokenizer)))  # type: ignore[arg-type]
+    return root
+
+
+@pytest.fixture(scope="module")
+def results(root: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    found = {}
+    for ranks, runner in ((1, lambda n, f, *rest: [f(0, n, *rest)]), (2, run_ranks)):
+        layouts = [name for name, (count, _) in LAYOUTS.items() if count == ranks]
+        of_ranks = runner(ranks, step_on_rank, root, layouts)
+        for number, key in enumerate((objective, layout) for layout in layouts for objective in OBJECTIVES):
+            parts = [results[number] for results in of_ranks]
+            assert all(part["metrics"] == parts[0]["metrics"] for part in parts), "every rank knows them"
+            grads = {name: x for part in parts for name, x in part["grads"].items()}
+            found[key] = {"metrics": parts[0]["metrics"], "grads": grads}
+    return found
+
+
+def log_probability(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    """Of what is learned, given what comes before: of a row alone."""
+    logits = model(ids[None], use_cache=False).logits[0, :-1]
+    return logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0][mask[1:] > 0].sum()
+
+
+@cache
+def reference(root: Path, objective: str) -> tuple[dict[str, float], dict[str, Tensor]]:
+    from transformers import AutoModelForCausalLM
+
+    start, later = (AutoModelForCausalLM.from_pretrained(root / name).eval() for name in ("start", "later"))
+    mixture = build_mixtures(config_of(root, objective, "one process"))["train"]
+    assert mixture is not None
+    data = IndexedDataset(root / objective)
+    assert data.mask is not None
+    _, samples = mixture.order.locate(range(BATCH))
+    pieces = mixture.sources[0].pieces(samples, True)
+    rows = [
+        (torch.tensor(data.tokens[a : a + n].astype(int)), torch.tensor(data.mask[a : a + n].astype(int)))
+        for a, n in zip(pieces.start.tolist(), pieces.length.tolist(), strict=True)
+    ]
+    assert len(rows) > 2 * BATCH, "samples hold several rows"
+    of_rows = torch.stack([log_probability(later, *row) for row in rows])
+    if objective == "sft":
+        found = {"loss": -of_rows.sum() / sum(int(mask.sum()) for _, mask in rows)}
+    else:
+        with torch.no_grad():
+            wanted = torch.stack([log_probability(start, *row) for row in rows])
+        chosen, rejected = (BETA * (of_rows - wanted)).view(-1, 2).unbind(1)
+        margin = chosen - rejected
+        loss = -(1 - SMOOTHING) * F.logsigmoid(margin) - SMOOTHING * F.logsigmoid(-margin)
+        found = {
+            "loss": loss.mean(), "reward_chosen": chosen.mean(), "reward_rejected": rejected.mean(),
+            "reward_margin": margin.mean(), "reward_accuracy": (margin > 0).float().mean(),
+        }  # fmt: skip
+        assert 0 < found["reward_accuracy"] < 1
+    found["loss"].backward()
+    return {name: x.item() for name, x in found.items()}, {n: p.grad for n, p in later.named_parameters()}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_step_is_that_of_the_plain_statement(
+    objective: str, layout: str, root: Path, results: dict[tuple[str, str], dict[str, Any]]
+) -> None:
+    found = results[objective, layout]
+    metrics, grads = reference(root, objective)
+    assert found["metrics"] == pytest.approx(metrics, rel=1e-5)
+    assert found["grads"].keys() == grads.keys()
+    for name, grad in grads.items():
+        # The project's bound for every layout: fp32 sums in another order.
+        error = ((found["grads"][name] - grad).norm() / grad.norm()).item()
+        assert error <= 1e-5, f"gradient of {name} is off by {error:.1e}"
