@@ -183,26 +183,25 @@ class RowSource:
             raise DataError(f"rows [{first}, {last}) are none of the {dataset.num_documents} there are")
         self.dataset, self.seq_length = dataset, seq_length
         self._identity = f"rows[{first}:{last}]/{seq_length}/{capacity}/{together}/{long_rows}"
-        starts = dataset.starts_of_documents(first, last)
-        lengths = np.diff(starts)
-        longest = int(lengths.reshape(-1, together).sum(1).max())
-        if long_rows == "cut":
-            lengths = np.minimum(lengths, capacity // together)
-        sizes = lengths.reshape(-1, together).sum(1)
-        kept = np.flatnonzero(sizes <= capacity)
-        self.num_long = int(np.count_nonzero(np.diff(starts).reshape(-1, together).sum(1) > capacity))
-        """Rows, or pairs, that are longer than a sample."""
-        what = f"{self.num_long:,} of {len(sizes):,} {'pairs' if together == 2 else 'rows'} are longer than"
-        self.remark = f"{dataset.prefix}: {what} {capacity:,} tokens and {LONG[long_rows]}" if self.num_long else ""
-        if self.num_long and long_rows == "refuse":
+        self._starts, self._together = dataset.starts_of_documents(first, last), together
+        self._lengths = np.diff(self._starts)
+        sizes = self._lengths.reshape(-1, together).sum(1)
+        num_long, what = int(np.count_nonzero(sizes > capacity)), "pairs" if together == 2 else "rows"
+        long = f"{num_long:,} of {len(sizes):,} {what} are longer than the {capacity:,} tokens of a sample"
+        if num_long and long_rows == "refuse":
             raise DataError(
-                f"{what} the {capacity:,} tokens of a sample, the longest {longest:,}; raise data.seq_length, or set "
-                "data.long_rows to drop (leave them out) or cut (lose their ends)"
+                f"{long}, the longest {sizes.max():,}; raise data.seq_length, or set data.long_rows to drop (leave "
+                "them out) or cut (they lose their ends)"
             )
-        if not len(kept):
-            raise DataError(f"no row is left: {what} the {capacity:,} tokens of a sample")
-        self._starts, self._lengths, self._kept, self._together = starts, lengths, kept, together
-        self._packing = best_fit(sizes[kept], capacity)
+        self.remark = f"{dataset.prefix}: {long}, and are {LONG[long_rows]}" if num_long else ""
+        """What whoever runs it should know."""
+        if long_rows == "cut":
+            self._lengths = np.minimum(self._lengths, capacity // together)
+            sizes = self._lengths.reshape(-1, together).sum(1)
+        self._kept = np.flatnonzero(sizes <= capacity)
+        if not len(self._kept):
+            raise DataError(f"{long}, so that none is left; raise data.seq_length")
+        self._packing = best_fit(sizes[self._kept], capacity)
         self.num_samples = len(self._packing.first_piece) - 1
 
     @property
@@ -212,13 +211,11 @@ class RowSource:
 
     def pieces(self, samples: Int64s, by_document: bool) -> Pieces:
         first, last = self._packing.first_piece[samples], self._packing.first_piece[samples + 1]
-        row = np.repeat(np.arange(len(samples)), (last - first) * self._together)
-        piece = np.repeat(first, last - first) + _before(
-            np.ones(int((last - first).sum()), np.int64), row[:: self._together]
-        )
+        row = np.repeat(np.arange(len(samples)), last - first)
+        piece = np.repeat(first, last - first) + _before(np.ones_like(row), row)
         group = self._kept[self._packing.document[piece]]
         document = (group[:, None] * self._together + np.arange(self._together)).ravel()
-        return Pieces(row, self._starts[document], self._lengths[document].astype(np.int64))
+        return Pieces(np.repeat(row, self._together), self._starts[document], self._lengths[document].astype(np.int64))
 
     def fingerprint(self) -> str:
         return f"{self.dataset.fingerprint()}{self._identity}"

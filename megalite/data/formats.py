@@ -20,6 +20,8 @@ from megalite.errors import DataError
 
 Format = Literal["chat", "completion", "preference", "classification", "labels"]
 FORMATS: tuple[Format, ...] = get_args(Format)
+CLASSES = ("classification", "labels")
+"""Formats whose tokens have classes."""
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
 """ShareGPT's names."""
 Values = Mapping[str, Any]
@@ -71,7 +73,7 @@ class Encoder:
         self._texts: Callable[[Values], list[Text]] = getattr(self, f"_{settings.format}")
         if settings.format == "chat":
             self._open_template()
-        if settings.format not in ("classification", "labels") and self.tokenizer.eod_id is None:
+        if settings.format not in CLASSES and self.tokenizer.eod_id is None:
             raise DataError(
                 f"{settings.tokenizer} names no end-of-document token, without which a model never learns where to "
                 "end: give tokenizer_config.json an eos_token"
@@ -104,6 +106,8 @@ class Encoder:
                 behind = np.array(pieces[1][1], np.int64).reshape(-1, 2)
                 places = np.concatenate([before, behind + border])
             values = _values_of(places, text)
+            if self._settings.format not in CLASSES:
+                values[:1] = 0  # nothing comes before it to tell it from
             if text.add_end:
                 assert self.tokenizer.eod_id is not None
                 ids, values = [*ids, self.tokenizer.eod_id], np.append(values, 1)

@@ -18,7 +18,7 @@ import numpy as np
 from rich.console import Console
 
 from megalite.data.documents import Report
-from megalite.data.formats import Encoder, Settings, labels_in
+from megalite.data.formats import CLASSES, Encoder, Settings, labels_in
 from megalite.data.indexed import IndexedWriter, token_dtype
 from megalite.data.metadata import Preprocessed
 from megalite.data.preprocess import Meter, in_order, start_tokenizing
@@ -53,7 +53,7 @@ def preprocess_rows(
     Raises DataError, with nothing written, where more cannot, no row is left, or the tokenizer cannot serve."""
     report, start, prefix = Report(), time.monotonic(), str(output_prefix)
     files = list_rows(inputs, report)
-    if settings.format in ("classification", "labels") and not settings.labels:
+    if settings.format in CLASSES and not settings.labels:
         settings = replace(settings, labels=_labels_of(files, settings))
     encoder = _opened(settings)
     tokenizer = encoder.tokenizer
