@@ -387,6 +387,10 @@ class Config(Section):
         what = "objective.name: dpo" if self.objective.name == "dpo" else f"model.task: {self.model.task}"
         if apart and not self.data.document_mask:
             raise ValueError(f"{what} needs data.document_mask: true, which keeps the rows of a sample apart")
+        if self.model.task != "causal" and self.train.loss_chunk is not None:
+            raise ValueError(
+                f"{what} needs train.loss_chunk: null; there are too few classes for chunks to save memory"
+            )
         if self.objective.name == "dpo":
             if self.model.hf is None:
                 raise ValueError("objective.name: dpo needs model.hf, the model that the run starts from")

@@ -3,6 +3,7 @@ batch every token, or every pair of answers, weighs the same, whatever the layou
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -11,19 +12,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megalite.config import ObjectiveConfig
+from megalite.config import Config, ObjectiveConfig
 from megalite.data.dataset import Split
 from megalite.data.loader import MicroBatch
 from megalite.data.mixture import Mixture
 from megalite.mesh import Axis, Mesh
 from megalite.models.layers import IGNORE
-from megalite.parallel.collectives import all_reduce
+from megalite.parallel.collectives import all_gather, all_reduce
 from megalite.parallel.stage import Inputs, Pairs
 
 
 class Objective(Protocol):
     metrics: tuple[str, ...]
-    """Names of what `measure` gives beside losses and counts."""
+    """Names of what `measure` gives beside losses."""
+    needs_logits: bool
+    """`judge` takes logits, not losses."""
+    num_judged: int
+    """What `judge` gives beside losses."""
 
     def complete(self, inputs: Inputs, micro: MicroBatch, split: Split) -> Inputs:
         """With what it needs beside tokens and labels. `micro` is whole, `inputs` this rank's part of it."""
@@ -35,11 +40,19 @@ class Objective(Protocol):
         """From the loss of each token: sums of each row, [B], which summed over the replicas are those of the whole
         row and whose gradients are to be summed over them; and of each metric, [B, metrics], likewise."""
 
+    def judge(self, out: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """The same for validation, from losses [B,T] or the head's logits [B,T,V/n]: [B] and [B, num_judged]."""
+
+    def summary(self, loss: float, count: float, judged: Tensor) -> dict[str, float]:
+        """What validation tells beside the mean loss; `judged` is summed over all rows."""
+
 
 class NextToken:
-    """Cross-entropy of every token that has a label (of a class, where the model has a head for these)."""
+    """Cross-entropy of every token that has a label."""
 
     metrics: tuple[str, ...] = ()
+    needs_logits = False
+    num_judged = 0
 
     def complete(self, inputs: Inputs, micro: MicroBatch, split: Split) -> Inputs:
         return inputs
@@ -50,6 +63,47 @@ class NextToken:
 
     def measure(self, losses_BT: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         return losses_BT.sum(1), losses_BT.new_empty(len(losses_BT), 0)
+
+    def judge(self, out: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        return self.measure(out, inputs)
+
+    def summary(self, loss: float, count: float, judged: Tensor) -> dict[str, float]:
+        return {"perplexity": math.exp(min(loss, 700.0))}  # exp overflows
+
+
+class Classes(NextToken):
+    """Cross-entropy of the classes of texts or tokens. Validation counts how many of each class there are, are told and
+    are told rightly; averages over classes are of those that occur or are told, as in scikit-learn."""
+
+    needs_logits = True
+
+    def __init__(self, num_classes: int, mesh: Mesh):
+        self.num_classes, self.num_judged, self.tensor = num_classes, 3 * num_classes, mesh.tensor
+
+    def judge(self, out: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        labels_BT = inputs.labels_BT
+        assert labels_BT is not None
+        logits_BTC = all_gather(out.float(), self.tensor, dim=2)[..., : self.num_classes]  # the rest is padding
+        losses_BT = F.cross_entropy(logits_BTC.transpose(1, 2), labels_BT, ignore_index=IGNORE, reduction="none")
+        told_BT, is_here = logits_BTC.argmax(2), labels_BT != IGNORE
+        right = is_here & (told_BT == labels_BT)
+        none = losses_BT.new_zeros(len(losses_BT), self.num_classes)
+        counts = [
+            none.scatter_add(1, classes.clamp(min=0), where.float())
+            for classes, where in ((labels_BT, is_here), (told_BT, is_here), (labels_BT, right))
+        ]
+        return losses_BT.sum(1), torch.cat(counts, 1)
+
+    def summary(self, loss: float, count: float, judged: Tensor) -> dict[str, float]:
+        there, told, right = judged.double().view(3, -1)
+        occurs = there + told > 0
+        means = {
+            "f1": 2 * right / (there + told).clamp(min=1),
+            "precision": right / told.clamp(min=1),
+            "recall": right / there.clamp(min=1),
+        }
+        accuracy = {"accuracy": (right.sum() / there.sum().clamp(min=1)).item()}
+        return accuracy | {name: of_class[occurs].mean().item() for name, of_class in means.items()}
 
 
 @dataclass(frozen=True)
@@ -73,6 +127,7 @@ class DPO:
     with a reference, the model that the run starts from. A sample holds pairs as documents side by side, the preferred
     one first. `label_smoothing` is the share of pairs that may be the wrong way round (Mitchell 2023)."""
 
+    needs_logits, num_judged = False, 4
     metrics: tuple[str, ...] = ("reward_chosen", "reward_rejected", "reward_margin", "reward_accuracy")
 
     def __init__(self, config: ObjectiveConfig, mesh: Mesh):
@@ -109,6 +164,18 @@ class DPO:
         loss_B = loss_B - loss_B.detach() * (1 - 1 / size)
         found = torch.stack((*rewards_BP2.unbind(-1), margin_BP, (margin_BP > 0).float()), -1).detach()
         return loss_B, found.masked_fill(~pairs.real_BP[..., None], 0.0).sum(1) / size
+
+    def judge(self, out: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        return self.measure(out, inputs)
+
+    def summary(self, loss: float, count: float, judged: Tensor) -> dict[str, float]:
+        return dict(zip(self.metrics, (judged / max(count, 1.0)).tolist(), strict=True))
+
+
+def make_objective(config: Config, mesh: Mesh) -> Objective:
+    if config.objective.name == "dpo":
+        return DPO(config.objective, mesh)
+    return NextToken() if config.model.task == "causal" else Classes(len(config.model.labels), mesh)
 
 
 def sum_by_document(x_BT: Tensor, document_BT: Tensor, count: int) -> Tensor:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import signal
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from megalite.keys import key_of
 from megalite.mesh import Launch, Mesh, make_mesh
 from megalite.models import build_model, weight_table
 from megalite.models.layers import Places
-from megalite.objective import DPO, NextToken, Objective
+from megalite.objective import DPO, Objective, make_objective
 from megalite.observe.profiler import Profiler
 from megalite.observe.recorder import Recorder
 from megalite.observe.steps import Record, StepLog
@@ -184,7 +184,7 @@ def initial_state(config: Config, mesh: Mesh, checkpoint: Path | None) -> ReadSt
     if checkpoint:
         return from_checkpoint(checkpoint, weights, config.model, mesh.tensor)
     if config.model.hf:
-        return from_hf(config.model.hf, weights, config.model, mesh.tensor)
+        return from_hf(config.model.hf, weights, config.model, mesh.tensor, config.train.seed)
     return from_seed(config.train.seed, mesh.tensor, mesh.device)
 
 
@@ -270,8 +270,7 @@ def build(config: Config, plan: Plan, mesh: Mesh) -> Parts:
         length = config.data.seq_length // plan.context // (plan.tensor if plan.sequence else 1)
         shape = (config.train.micro_batch_size, length, config.model.hidden_size)
         pipeline = Pipeline(stages, plan, mesh, torch.empty(shape, dtype=dtype, device="meta"), deferred)
-    objective: Objective = DPO(config.objective, mesh) if config.objective.name == "dpo" else NextToken()
-    return Parts(tuple(stages), engine, pipeline, dtype, objective)
+    return Parts(tuple(stages), engine, pipeline, dtype, make_objective(config, mesh))
 
 
 def forward_backward(parts: Parts, batch: list[MicroBatch], mesh: Mesh, seed: int) -> dict[str, Tensor]:
@@ -310,15 +309,19 @@ def forward_backward(parts: Parts, batch: list[MicroBatch], mesh: Mesh, seed: in
 
 
 @torch.no_grad()
-def forward(parts: Parts, batch: list[MicroBatch], mesh: Mesh) -> Iterator[tuple[Tensor, Inputs, MicroBatch]]:
-    """The losses [B,T] of each micro-batch and what they are of; nothing before the last stage."""
+def forward(
+    parts: Parts, batch: list[MicroBatch], mesh: Mesh, logits: bool = False
+) -> Iterator[tuple[Tensor, Inputs, MicroBatch]]:
+    """The losses [B,T] or the head's logits of each micro-batch, and what they are of; nothing before the last
+    stage."""
     inputs = [make_inputs(micro, mesh) for micro in batch]
+    asked = [replace(micro, labels_BT=None) for micro in inputs] if logits else inputs
     if parts.pipeline:
-        losses = parts.pipeline.forward(inputs)
+        found = parts.pipeline.forward(asked)
     else:
         NOW.do("forward")
-        losses = [parts.stages[0](None, micro) for micro in inputs]
-    yield from zip(losses, inputs, batch, strict=False)
+        found = [parts.stages[0](None, micro) for micro in asked]
+    yield from zip(found, inputs, batch, strict=False)
 
 
 def make_inputs(micro: MicroBatch, mesh: Mesh, seed: int | None = None) -> Inputs:
@@ -347,26 +350,25 @@ def evaluate(run: Run, parts: Parts, data: Data, split: Split, step: int) -> Non
     mixture, mesh, objective = data[split], run.mesh, parts.objective
     if mixture is None:
         return
-    # Of each source: the sum of the losses, what it is divided by, and sums of metrics.
-    sums = torch.zeros(len(mixture.names), 2 + len(objective.metrics), dtype=torch.float64, device=mesh.device)
+    # Of each source: the sum of the losses, what it is divided by, and what else is judged.
+    sums = torch.zeros(len(mixture.names), 2 + objective.num_judged, dtype=torch.float64, device=mesh.device)
     parts.train(False)
     # A split smaller than a batch is gone through more than once rather than refused.
     available = sum(source.num_samples for source in mixture.sources) // run.config.train.global_batch_size
     with make_loader(mixture, run) as loader:
         for _ in range(max(1, min(run.config.observe.eval_batches, available))):
-            for losses_BT, micro, read in forward(parts, next(loader), mesh):
+            for out, micro, read in forward(parts, next(loader), mesh, objective.needs_logits):
                 source = torch.from_numpy(mixture.order.locate(read.samples.numpy())[0]).to(mesh.device)
                 micro = objective.complete(micro, read, split)
-                loss_B, metrics_BM = objective.measure(losses_BT, micro)
-                found = torch.cat((loss_B[:, None], objective.count(micro)[:, None], metrics_BM), 1)
+                loss_B, judged = objective.judge(out, micro)
+                found = torch.cat((loss_B[:, None], objective.count(micro)[:, None], judged), 1)
                 sums.index_add_(0, source, found.double())
     of_source = all_reduce(all_reduce(sums, mesh.replicas), mesh.pipeline)
-    total, count, *metrics = of_source.sum(0).tolist()
+    total, count = of_source[:, :2].sum(0).tolist()
     loss = total / max(count, 1.0)
     record = {"step": step, f"{split}_loss": loss}
-    if isinstance(objective, NextToken):
-        record[f"{split}_perplexity"] = math.exp(min(loss, 700.0))  # exp overflows
-    record |= {f"{split}_{name}": x / max(count, 1.0) for name, x in zip(objective.metrics, metrics, strict=True)}
+    summary = objective.summary(loss, count, of_source[:, 2:].sum(0))
+    record |= {f"{split}_{name}": x for name, x in summary.items()}
     if len(mixture.names) > 1:
         each = (of_source[:, 0] / of_source[:, 1]).tolist()  # NaN where the batches have none of it
         record |= {f"{split}_loss/{name}": x for name, x in zip(mixture.names, each, strict=True) if math.isfinite(x)}

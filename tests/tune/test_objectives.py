@@ -1,5 +1,5 @@
-"""Supervised finetuning and DPO: loss, metrics and every gradient of a step on each layout, against plain statements of
-them on transformers' model, which sees each row alone."""
+"""Supervised finetuning, DPO and heads for classes: loss, metrics and every gradient of a step on each layout, against
+plain statements of them on transformers' models, which see each row alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from chats import write_rows, write_tokenizer
 from megalite.checkpoint.load import from_hf
 from megalite.config import Config
 from megalite.config_file import parse_config
-from megalite.data.formats import Settings
+from megalite.data.formats import CLASSES, Format, Settings
 from megalite.data.indexed import IndexedDataset
 from megalite.data.mixture import build_mixtures
 from megalite.data.preprocess_rows import preprocess_rows
@@ -37,14 +37,36 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "data 2, ZeRO-2": (2, {"zero_stage": 2}),
     "context 2": (2, {"context": 2}),
 }
-OBJECTIVES = {"sft": ("chat", {}), "dpo": ("preference", {"name": "dpo", "beta": BETA, "label_smoothing": SMOOTHING})}
+LABELS = ("place", "greeting", "number")
+DPO = {"name": "dpo", "beta": BETA, "label_smoothing": SMOOTHING}
+# Format of the rows, objective, transformers' class of the model.
+OBJECTIVES: dict[str, tuple[Format, dict[str, Any], str]] = {
+    "sft": ("chat", {}, "LlamaForCausalLM"),
+    "dpo": ("preference", DPO, "LlamaForCausalLM"),
+    "classes": ("classification", {}, "LlamaForSequenceClassification"),
+    "classes-gpt2": ("classification", {}, "GPT2ForSequenceClassification"),
+    "labels": ("labels", {}, "LlamaForTokenClassification"),
+    "labels-gpt2": ("labels", {}, "GPT2ForTokenClassification"),
+}
+
+HEAD = {"id2label": dict(enumerate(LABELS)), "label2id": {name: n for n, name in enumerate(LABELS)}}
+MODEL: dict[str, dict[str, Any]] = {
+    "Llam": {
+        "vocab_size": 400, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 96, "initializer_range": 0.2, **HEAD,
+    },
+    "GPT2": {
+        "vocab_size": 400, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 96, "initializer_range": 0.2,
+        "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0, **HEAD,
+    },
+}  # fmt: skip
 
 
 def config_of(root: Path, objective: str, layout: str) -> Config:
     return parse_config(
         {
             "run": {"name": f"{objective} {layout}".replace(" ", "-").replace(",", ""), "dir": str(root / "runs")},
-            "model": {"hf": str(root / "start")},
+            "model": {"hf": str(root / f"{objective}-start")},
             "data": {"train": [{"path": str(root / objective)}], "seq_length": LENGTH, "document_mask": True},
             "objective": OBJECTIVES[objective][1],
             "parallel": {"bucket_mb": 0.01, **LAYOUTS[layout][1]},
@@ -68,7 +90,7 @@ def step(root: Path, objective: str, layout: str) -> dict[str, Any]:
     run = Run(config, plan, mesh, None)
     if objective == "dpo":
         prepare_references(run, parts, data)
-    parts.engine.load(from_hf(root / "later", table, config.model, mesh.tensor))
+    parts.engine.load(from_hf(root / f"{objective}-later", table, config.model, mesh.tensor))
     with make_loader(data["train"], run) as loader:
         found = forward_backward(parts, next(loader), mesh, seed=0)
     owners = {
@@ -82,17 +104,15 @@ def step(root: Path, objective: str, layout: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two random models, and rows of both objectives."""
+    """Two random models, and rows, of each objective."""
     transformers = pytest.importorskip("transformers")
     root = tmp_path_factory.mktemp("tune")
     tokenizer = write_tokenizer(root / "tokenizer")
-    for seed, name in enumerate(("start", "later")):
-        torch.manual_seed(seed)
-        config = transformers.LlamaConfig(
-            vocab_size=400, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=96, initializer_range=0.2,
-        )  # fmt: skip
-        transformers.LlamaForCausalLM(config).save_pretrained(root / name)
+    for objective, (_, _, architecture) in OBJECTIVES.items():
+        for seed, name in enumerate(("start", "later")):
+            torch.manual_seed(seed)
+            model = getattr(transformers, architecture)
+            model(model.config_class(**MODEL[architecture[:4]])).save_pretrained(root / f"{objective}-{name}")
     rng = random.Random(0)
 
     def words(most: int) -> str:
@@ -104,10 +124,15 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for _ in range(24)
     ]  # fmt: skip
     pairs = [{"prompt": words(3), "chosen": " " + words(4), "rejected": f" {words(2)} {n}"} for n in range(24)]
-    rows: dict[str, list[dict[str, Any]]] = {"sft": [{"messages": turn} for turn in turns], "dpo": pairs}
-    for objective, (kind, _) in OBJECTIVES.items():
-        file = write_rows(root / f"{objective}.jsonl", rows[objective])
-        preprocess_rows([str(file)], root / objective, Settings(kind, str(tokenizer)))  # type: ignore[arg-type]
+    texts = [{"text": words(6), "label": rng.choice(LABELS)} for _ in range(24)]
+    tagged = [{"tokens": (found := words(6).split()), "labels": [rng.choice(LABELS) for _ in found]} for _ in range(24)]
+    rows = {
+        "chat": [{"messages": turn} for turn in turns], "preference": pairs, "classification": texts, "labels": tagged
+    }  # fmt: skip
+    for objective, (kind, _, _) in OBJECTIVES.items():
+        file = write_rows(root / f"{objective}.jsonl", rows[kind])
+        labels = LABELS if kind in CLASSES else ()
+        preprocess_rows([str(file)], root / objective, Settings(kind, str(tokenizer), labels=labels))
     return root
 
 
@@ -131,11 +156,25 @@ def log_probability(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
     return logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0][mask[1:] > 0].sum()
 
 
+def loss_of_classes(model: Any, rows: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """transformers' own losses of each row, of which each label weighs the same."""
+    total, count = torch.zeros(()), 0
+    for ids, mask in rows:
+        of_text = "Sequence" in type(model).__name__
+        labels = mask[-1:] - 1 if of_text else torch.where(mask > 0, mask - 1, -100)[None]
+        num = int((labels >= 0).sum())
+        total = total + model(ids[None], labels=labels, use_cache=False).loss * num
+        count += num
+    return total / count
+
+
 @cache
 def reference(root: Path, objective: str) -> tuple[dict[str, float], dict[str, Tensor]]:
-    from transformers import AutoModelForCausalLM
+    import transformers
 
-    start, later = (AutoModelForCausalLM.from_pretrained(root / name).eval() for name in ("start", "later"))
+    kind, _, architecture = OBJECTIVES[objective]
+    load = getattr(transformers, architecture).from_pretrained
+    start, later = (load(root / f"{objective}-{name}").eval() for name in ("start", "later"))
     mixture = build_mixtures(config_of(root, objective, "one process"))["train"]
     assert mixture is not None
     data = IndexedDataset(root / objective)
@@ -147,6 +186,10 @@ def reference(root: Path, objective: str) -> tuple[dict[str, float], dict[str, T
         for a, n in zip(pieces.start.tolist(), pieces.length.tolist(), strict=True)
     ]
     assert len(rows) > 2 * BATCH, "samples hold several rows"
+    if kind in CLASSES:
+        found = {"loss": loss_of_classes(later, rows)}
+        found["loss"].backward()
+        return {"loss": found["loss"].item()}, {n: p.grad for n, p in later.named_parameters()}
     of_rows = torch.stack([log_probability(later, *row) for row in rows])
     if objective == "sft":
         found = {"loss": -of_rows.sum() / sum(int(mask.sum()) for _, mask in rows)}
