@@ -21,7 +21,7 @@ from megalite.data.formats import CLASSES, Format, Settings
 from megalite.data.indexed import IndexedDataset
 from megalite.data.mixture import build_mixtures
 from megalite.data.preprocess_rows import preprocess_rows
-from megalite.mesh import make_mesh
+from megalite.mesh import Mesh, make_mesh
 from megalite.models import weight_table
 from megalite.plan import make_plan
 from megalite.train import Run, build, forward_backward, make_loader, prepare_references
@@ -77,15 +77,24 @@ def config_of(root: Path, objective: str, layout: str) -> Config:
 
 
 def step_on_rank(rank: int, world_size: int, root: Path, layouts: list[str]) -> list[dict[str, Any]]:
-    return [step(root, objective, layout) for layout in layouts for objective in OBJECTIVES]
+    found = []
+    for layout in layouts:
+        plan = make_plan(config := config_of(root, "sft", layout), weight_table(config.model), world_size)
+        mesh = make_mesh(plan, torch.device("cpu"))  # making process groups takes longer than a step
+        found += [step(root, objective, layout, mesh) for objective in OBJECTIVES if fits(objective, layout)]
+    return found
 
 
-def step(root: Path, objective: str, layout: str) -> dict[str, Any]:
+def fits(objective: str, layout: str) -> bool:
+    """Whether it is run. Heads for classes differ from others at the model's end alone."""
+    return OBJECTIVES[objective][0] not in CLASSES or layout in ("one process", "tensor 2", "pipeline 2", "context 2")
+
+
+def step(root: Path, objective: str, layout: str, mesh: Mesh) -> dict[str, Any]:
     """What a step finds where the model has moved on from the one that the run started from."""
     config = config_of(root, objective, layout)
     table = weight_table(config.model)
     plan = make_plan(config, table, LAYOUTS[layout][0])
-    mesh = make_mesh(plan, torch.device("cpu"))
     parts, data = build(config, plan, mesh), build_mixtures(config)
     run = Run(config, plan, mesh, None)
     if objective == "dpo":
@@ -142,7 +151,8 @@ def results(root: Path) -> dict[tuple[str, str], dict[str, Any]]:
     for ranks, runner in ((1, lambda n, f, *rest: [f(0, n, *rest)]), (2, run_ranks)):
         layouts = [name for name, (count, _) in LAYOUTS.items() if count == ranks]
         of_ranks = runner(ranks, step_on_rank, root, layouts)
-        for number, key in enumerate((objective, layout) for layout in layouts for objective in OBJECTIVES):
+        keys = [(objective, layout) for layout in layouts for objective in OBJECTIVES if fits(objective, layout)]
+        for number, key in enumerate(keys):
             parts = [results[number] for results in of_ranks]
             assert all(part["metrics"] == parts[0]["metrics"] for part in parts), "every rank knows them"
             grads = {name: x for part in parts for name, x in part["grads"].items()}
@@ -208,8 +218,9 @@ def reference(root: Path, objective: str) -> tuple[dict[str, float], dict[str, T
     return {name: x.item() for name, x in found.items()}, {n: p.grad for n, p in later.named_parameters()}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize(
+    ("objective", "layout"), [(o, layout) for o in OBJECTIVES for layout in LAYOUTS if fits(o, layout)]
+)
 def test_a_step_is_that_of_the_plain_statement(
     objective: str, layout: str, root: Path, results: dict[tuple[str, str], dict[str, Any]]
 ) -> None:
