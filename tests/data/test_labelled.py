@@ -144,3 +144,21 @@ def test_another_mask_is_other_data(tmp_path: Path) -> None:
 def test_megatrons_order_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"megatron cuts documents anywhere"):
         make(tmp_path, order="megatron")
+
+
+def test_a_mask_is_read_from_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fsspec
+
+    monkeypatch.setenv("MEGALITE_CACHE", str(tmp_path / "cache"))
+    prefix, store = write_rows_of(tmp_path / "rows"), fsspec.filesystem("memory")
+    for kind in ("bin", "idx", "mask"):
+        store.pipe(f"/labelled/rows.{kind}", prefix.with_suffix(f".{kind}").read_bytes())
+    there, here = IndexedDataset("memory://labelled/rows"), IndexedDataset(prefix)
+    assert there.mask is not None
+    assert here.mask is not None
+    assert not there.mask.any(), "nothing is fetched before it is asked for"
+    there.fetch(0, there.num_tokens)
+    assert np.array_equal(there.mask, here.mask)
+    assert there.fingerprint() == here.fingerprint()
+    store.rm("/labelled/rows.mask")
+    assert IndexedDataset("memory://labelled/rows").mask is None
