@@ -382,10 +382,6 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _objective_fits(self) -> Config:
-        if (self.model.task == "causal") == bool(self.model.labels):
-            raise ValueError(
-                f"model.task {self.model.task!r} {'has no' if self.model.labels else 'needs'} model.labels"
-            )
         apart = self.objective.name == "dpo" or self.model.task != "causal"
         what = "objective.name: dpo" if self.objective.name == "dpo" else f"model.task: {self.model.task}"
         if apart and not self.data.document_mask:

@@ -25,6 +25,8 @@ KINDS = {"classification": "ForSequenceClassification", "labels": "ForTokenClass
 def check_head(config: ModelConfig) -> None:
     """Raises ConfigError."""
     if config.task == "causal":
+        if config.labels:
+            raise ConfigError(f"model.labels = {list(config.labels)} need model.task: classification or labels")
         return
     if config.family not in MODELS:
         raise ConfigError(
