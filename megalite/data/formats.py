@@ -7,6 +7,7 @@ the token is learned itself, 1 + number of the class where that is."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ Format = Literal["chat", "completion", "preference", "classification", "labels"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 CLASSES = ("classification", "labels")
 """Formats whose tokens have classes."""
+LABEL_FIELDS = {"classification": ("label", "labels"), "labels": ("labels", "ner_tags", "tags")}
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
 """ShareGPT's names."""
 Values = Mapping[str, Any]
@@ -93,18 +95,12 @@ class Encoder:
 
     def _encode(self, texts: Sequence[Text]) -> list[Encoded]:
         found = []
-        for text, (ids, offsets) in zip(
-            texts, self.tokenizer.encode_with_offsets([t.text for t in texts]), strict=True
-        ):
+        together = self.tokenizer.encode_with_offsets([text.text for text in texts])
+        for text, (ids, offsets) in zip(texts, together, strict=True):
             places = np.array(offsets, np.int64).reshape(-1, 2)
-            border = min((part.start for part in text.parts), default=0)
-            if not text.first_only and np.any((places[:, 0] < border) & (border < places[:, 1])):
-                # Whoever asks the model gives it what comes before alone: no token may reach across.
-                pieces = self.tokenizer.encode_with_offsets([text.text[:border], text.text[border:]])
-                ids = [*pieces[0][0], *pieces[1][0]]
-                before = np.array(pieces[0][1], np.int64).reshape(-1, 2)
-                behind = np.array(pieces[1][1], np.int64).reshape(-1, 2)
-                places = np.concatenate([before, behind + border])
+            borders = [] if text.first_only else _reached_across(places, text.parts)
+            if borders:
+                ids, places = self._encode_apart(text.text, borders)
             values = _values_of(places, text)
             if self._settings.format not in CLASSES:
                 values[:1] = 0  # nothing comes before it to tell it from
@@ -113,6 +109,13 @@ class Encoder:
                 ids, values = [*ids, self.tokenizer.eod_id], np.append(values, 1)
             found.append(Encoded(ids, values, len(text.text.encode())))
         return found
+
+    def _encode_apart(self, text: str, borders: Sequence[int]) -> tuple[list[int], np.ndarray]:
+        """Whoever asks the model gives it what comes before an answer alone: no token may reach across."""
+        cuts = [0, *borders, len(text)]
+        pieces = self.tokenizer.encode_with_offsets([text[a:b] for a, b in itertools.pairwise(cuts)])
+        places = [np.array(p[1], np.int64).reshape(-1, 2) + cut for p, cut in zip(pieces, cuts, strict=False)]
+        return [token for ids, _ in pieces for token in ids], np.concatenate(places)
 
     # --- formats: each takes a row to its texts, or raises ValueError that says what is wrong with it ------------
 
@@ -140,12 +143,12 @@ class Encoder:
 
     def _classification(self, row: Values) -> list[Text]:
         text = _text(row, _first(row, "text", "sentence"))
-        label = self._number(row[_first(row, "label", "labels")])
+        label = self._number(row[_first(row, *LABEL_FIELDS["classification"])])
         # Of every token, so that a text that is cut keeps it; a model tells it at the last one.
         return [Text(text, [Part(0, len(text), 1 + label)])]
 
     def _labels(self, row: Values) -> list[Text]:
-        field, of = _first(row, "tokens", "words"), _first(row, "labels", "ner_tags", "tags")
+        field, of = _first(row, "tokens", "words"), _first(row, *LABEL_FIELDS["labels"])
         words, labels = row[field], row[of]
         if not (isinstance(words, list) and words and all(isinstance(word, str) and word for word in words)):
             raise ValueError(f"{field!r} must be a list of words that are not empty")
@@ -197,12 +200,18 @@ def text_tokenizer(path: str) -> HuggingFaceTokenizer:
 
 def labels_in(row: Values, format: Format) -> list[Any]:
     """The labels that a row names. Raises ValueError where it has none."""
+    labels = row[_first(row, *LABEL_FIELDS[format])]
     if format == "classification":
-        return [row[_first(row, "label", "labels")]]
-    labels = row[_first(row, "labels", "ner_tags", "tags")]
+        return [labels]
     if not isinstance(labels, list):
         raise ValueError("the labels must be a list, one for each word")
     return [label for label in labels if label != -100]
+
+
+def _reached_across(places: np.ndarray, parts: Sequence[Part]) -> list[int]:
+    """Beginnings of parts that lie within a token."""
+    starts = {part.start for part in parts}
+    return sorted(start for start in starts if np.any((places[:, 0] < start) & (start < places[:, 1])))
 
 
 def _values_of(places: np.ndarray, text: Text) -> np.ndarray:

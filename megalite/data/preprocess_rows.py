@@ -18,11 +18,11 @@ import numpy as np
 from rich.console import Console
 
 from megalite.data.documents import Report
-from megalite.data.formats import CLASSES, Encoder, Settings, labels_in
+from megalite.data.formats import CLASSES, LABEL_FIELDS, Encoder, Settings, labels_in
 from megalite.data.indexed import IndexedWriter, token_dtype
 from megalite.data.metadata import Preprocessed
 from megalite.data.preprocess import Meter, in_order, start_tokenizing
-from megalite.data.rows import Row, list_rows, read_rows, shown
+from megalite.data.rows import Row, class_names, list_rows, read_rows, shown
 from megalite.errors import DataError
 
 ROWS_PER_BLOCK = 256
@@ -139,7 +139,12 @@ def _pool(workers: int) -> Any:
 
 
 def _labels_of(files: Mapping[str, int], settings: Settings) -> tuple[str, ...]:
-    """Names of the classes, in order: numbers are counted from 0."""
+    """Names of the classes, in order, as the files name them or their rows use them; numbers count from 0."""
+    for path in files:
+        if path.endswith((".parquet", ".arrow")):
+            named = class_names(path)
+            if field := next((name for name in LABEL_FIELDS[settings.format] if name in named), None):
+                return tuple(named[field])
     found: set[Any] = set()
     for row in read_rows(files, Report()):
         try:

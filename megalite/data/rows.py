@@ -62,6 +62,23 @@ def read_rows(files: Mapping[str, int], report: Report) -> Iterator[Row]:
         report.bytes_read = before + size
 
 
+def class_names(path: str) -> dict[str, list[str]]:
+    """Names of the classes of each field that the `datasets` library wrote as numbers."""
+    import pyarrow
+    from pyarrow import parquet
+
+    with open_file(path) as source:
+        is_parquet = path.endswith(".parquet")
+        schema = parquet.read_schema(source) if is_parquet else pyarrow.ipc.open_stream(source).schema
+    described = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    found = {}
+    for field, feature in described.get("info", {}).get("features", {}).items():
+        inner = feature.get("feature", feature) if isinstance(feature, dict) else {}
+        if isinstance(inner, dict) and inner.get("_type") == "ClassLabel":
+            found[field] = [str(name) for name in inner.get("names") or ()]
+    return found
+
+
 def shown(values: Mapping[str, Any]) -> str:
     """A row for a message, shortened."""
     text = json.dumps(values, ensure_ascii=False, default=str)

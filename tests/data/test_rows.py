@@ -9,13 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from chats import CHATML, FORGETFUL, MARKED, MARKED_WITHOUT_END, PLAIN, write_rows, write_tokenizer
+from megalite.cli import main
 from megalite.data.formats import Settings
 from megalite.data.indexed import IndexedDataset
 from megalite.data.preprocess_rows import preprocess_rows
 from megalite.data.tokenizer import load_tokenizer
 from megalite.errors import DataError
+from mixtures import config_of
 
 CHAT: list[dict[str, str]] = [
     {"role": "system", "content": "one two"},
@@ -203,6 +206,38 @@ def test_every_kind_of_file_gives_the_same(tmp_path: Path, kind: str) -> None:
         datasets.Dataset.from_list(rows).save_to_disk(str(target))
     preprocess_rows([str(target)], tmp_path / "other", Settings("chat", str(tokenizer)))
     assert documents(tmp_path / "other") == wanted
+
+
+def test_a_dataset_names_its_classes(tmp_path: Path) -> None:
+    import datasets
+
+    tokenizer, names = write_tokenizer(tmp_path / "tokenizer"), ["O", "PLACE"]
+    features = datasets.Features(
+        {"tokens": datasets.List(datasets.Value("string")), "ner_tags": datasets.List(datasets.ClassLabel(names=names))}
+    )
+    rows = datasets.Dataset.from_list([{"tokens": ["to", "Paris"], "ner_tags": [0, 1]}], features=features)
+    rows.save_to_disk(str(tmp_path / "rows"))
+    preprocess_rows([str(tmp_path / "rows")], tmp_path / "data", Settings("labels", str(tokenizer)))
+    assert json.loads((tmp_path / "data.json").read_text())["labels"] == names
+    [(_, mask)] = documents(tmp_path / "data")
+    assert [value for value in mask if value] == [1, 2]
+
+
+def test_what_is_learned_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = write_tokenizer(tmp_path / "tokenizer")
+    made(tmp_path, [{"messages": CHAT[1:3]}], tokenizer, format="chat")
+    assert main(["inspect", str(tmp_path / "data")]) == 0
+    said = capsys.readouterr().out
+    assert "format         chat" in said
+    assert "⟦<|im_start|>user\nsay hello ✓<|im_end|>\n<|im_start|>assistant\n⟧hello, ünï\n<|im_end|>⟦\n⟧" in said
+    config = config_of(
+        train=[{"path": str(tmp_path / "data")}], seq_length=64, document_mask=True, tokenizer=str(tokenizer)
+    ).model_dump(mode="json")
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump({**config, "model": {"preset": "llama-1m"}}))
+    assert main(["inspect", str(file), "--count", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "assistant\n⟧hello, ünï\n<|im_end|>⟦\n" in said
 
 
 def test_a_folder_of_splits_is_refused(tmp_path: Path) -> None:

@@ -101,24 +101,34 @@ def test_dpo_raises_the_margin_and_resumes_bitwise(root: Path, tmp_path: Path) -
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
-def test_dpo_validates_alike_over_a_pipeline(root: Path, tmp_path: Path) -> None:
-    one = config_of(root, tmp_path, "one", "preference", "train.steps=2", **DPO)
-    two = config_of(root, tmp_path, "two", "preference", "train.steps=2", "parallel.pipeline=2", **DPO)
-    train(one)
-    run_ranks(2, train_on_rank, [two])
-    for mine, theirs in zip(metrics_of(two), metrics_of(one), strict=True):
-        same = [name for name in theirs if "loss" in name or "reward" in name]
-        assert len(same) == 5
-        assert [mine[name] for name in same] == pytest.approx([theirs[name] for name in same], rel=1e-4, abs=1e-6)
+HEAD = {"model": {"task": "classification", "labels": ["none", "place"]}}
+
+
+def test_layouts_validate_alike(root: Path, tmp_path: Path) -> None:
+    kinds: dict[str, tuple[str, dict[str, Any]]] = {
+        "parallel.pipeline=2": ("preference", DPO), "parallel.tensor=2": ("classification", HEAD)
+    }  # fmt: skip
+    pairs = [
+        [
+            config_of(root, tmp_path, f"{data}-{ranks}", data, "train.steps=2", *overrides, **sections)
+            for ranks, overrides in ((1, ()), (2, (layout,)))
+        ]
+        for layout, (data, sections) in kinds.items()
+    ]
+    for one, _ in pairs:
+        train(one)
+    run_ranks(2, train_on_rank, [two for _, two in pairs])
+    for one, two in pairs:
+        for mine, theirs in zip(metrics_of(two), metrics_of(one), strict=True):
+            same = [name for name in theirs if name.startswith(("loss", "reward", "valid"))]
+            assert len(same) >= 1 + 4 * ("valid_loss" in theirs)
+            assert [mine[name] for name in same] == pytest.approx([theirs[name] for name in same], rel=1e-4, abs=1e-6)
 
 
 def test_a_classifier_learns_and_transformers_opens_it(root: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    head = {"task": "classification", "labels": ["none", "place"]}
-    config = config_of(
-        root, tmp_path, "classes", "classification", "train.steps=40", "observe.eval_every=40", model=head
-    )
+    config = config_of(root, tmp_path, "classes", "classification", "train.steps=40", "observe.eval_every=40", **HEAD)
     train(config)
     last = metrics_of(config)[-1]
     assert last["valid_accuracy"] > 0.95

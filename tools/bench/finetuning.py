@@ -60,10 +60,9 @@ def prepare(folder: Path, num_rows: int) -> list[tuple[str, str]]:
     train_tokenizer([texts], folder / "tokenizer", 257)
     (folder / "tokenizer" / "chat_template.jinja").write_text(TEMPLATE)
     preprocess([texts], folder / "text", folder / "tokenizer", append_eod=True)
-    asked = {question(rng) for _ in range(num_rows + 500)}
-    seen, unseen = sorted(asked)[500:], sorted(asked)[:500]
-    rng.shuffle(seen)
-    rng.shuffle(unseen)
+    asked = sorted({question(rng) for _ in range(num_rows + 500)})
+    rng.shuffle(asked)
+    seen, unseen = asked[500:], asked[:500]
 
     def chat(ask: str, answer: str) -> dict[str, Any]:
         return {"messages": [{"role": "user", "content": ask}, {"role": "assistant", "content": answer}]}
