@@ -33,9 +33,6 @@ class Objective(Protocol):
     def complete(self, inputs: Inputs, micro: MicroBatch, split: Split) -> Inputs:
         """With what it needs beside tokens and labels. `micro` is whole, `inputs` this rank's part of it."""
 
-    def count(self, inputs: Inputs) -> Tensor:
-        """What the losses of each row are divided by, [B]: summed over the replicas, of the whole row."""
-
     def measure(self, losses_BT: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """From the loss of each token: sums of each row, [B], which summed over the replicas are those of the whole
         row and whose gradients are to be summed over them; and of each metric, [B, metrics], likewise."""
@@ -56,10 +53,6 @@ class NextToken:
 
     def complete(self, inputs: Inputs, micro: MicroBatch, split: Split) -> Inputs:
         return inputs
-
-    def count(self, inputs: Inputs) -> Tensor:
-        assert inputs.labels_BT is not None
-        return (inputs.labels_BT != IGNORE).sum(1)
 
     def measure(self, losses_BT: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         return losses_BT.sum(1), losses_BT.new_empty(len(losses_BT), 0)
@@ -112,7 +105,7 @@ class Reference:
 
     mixture: Mixture
     tables: Sequence[Tensor]
-    """Of each source, [samples, documents of a sample at most] fp32."""
+    """Of each source, [samples, documents of a sample at most] fp32, an even number."""
 
     def of(self, samples: Tensor) -> Tensor:
         """[B] numbers of samples in the run → [B, documents]."""
@@ -136,24 +129,16 @@ class DPO:
 
     def complete(self, inputs: Inputs, micro: MicroBatch, split: Split) -> Inputs:
         assert micro.documents is not None
-        has_label = sum_by_document((micro.labels != IGNORE).float(), micro.documents, int(micro.documents.max()) + 1)
-        # What fills a sample up counts as one more document, and may stand alone.
-        has_label = F.pad(has_label, (0, has_label.shape[1] % 2)).unflatten(1, (-1, 2))
-        reference = self.references[split].of(micro.samples)
-        size = has_label.shape[1]
-        reference = F.pad(reference, (0, max(0, 2 * size - reference.shape[1])))[:, : 2 * size].unflatten(1, (-1, 2))
-        device = inputs.tokens_BT.device
-        return replace(inputs, pairs=Pairs((has_label > 0).all(2).to(device), reference.to(device)))
-
-    def count(self, inputs: Inputs) -> Tensor:
-        assert inputs.pairs is not None
-        return inputs.pairs.real_BP.sum(1) / self.context.size
+        reference_BP2 = self.references[split].of(micro.samples).unflatten(1, (-1, 2))
+        num_labels = sum_by_document((micro.labels != IGNORE).float(), micro.documents, 2 * reference_BP2.shape[1])
+        real_BP, device = (num_labels > 0).unflatten(1, (-1, 2)).all(2), inputs.tokens_BT.device
+        return replace(inputs, pairs=Pairs(real_BP.to(device), reference_BP2.to(device), 1 / self.context.size))
 
     def measure(self, losses_BT: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         pairs, document_BT = inputs.pairs, inputs.places.document_BT
         assert pairs is not None
         assert document_BT is not None
-        beta, smoothing, size = self.config.beta, self.config.label_smoothing, self.context.size
+        beta, smoothing = self.config.beta, self.config.label_smoothing
         mine = -sum_by_document(losses_BT, document_BT, 2 * pairs.real_BP.shape[1])
         policy_BP2 = _summed_over(mine, self.context).unflatten(1, (-1, 2))
         rewards_BP2 = beta * (policy_BP2 - pairs.reference_BP2)
@@ -161,9 +146,9 @@ class DPO:
         loss_BP = -(1 - smoothing) * F.logsigmoid(margin_BP) - smoothing * F.logsigmoid(-margin_BP)
         loss_B = loss_BP.masked_fill(~pairs.real_BP, 0.0).sum(1)
         # Every context rank has the whole loss, and the gradient of its own tokens.
-        loss_B = loss_B - loss_B.detach() * (1 - 1 / size)
+        loss_B = loss_B - loss_B.detach() * (1 - pairs.share)
         found = torch.stack((*rewards_BP2.unbind(-1), margin_BP, (margin_BP > 0).float()), -1).detach()
-        return loss_B, found.masked_fill(~pairs.real_BP[..., None], 0.0).sum(1) / size
+        return loss_B, found.masked_fill(~pairs.real_BP[..., None], 0.0).sum(1) * pairs.share
 
     def judge(self, out: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         return self.measure(out, inputs)

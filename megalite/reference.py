@@ -43,8 +43,8 @@ def compute_reference(
         assert isinstance(source, RowSource)
         count = source.num_samples
         alone = Mixture([source], [name], PhasedOrder([count], [Phase(0, [1.0])], 0, "sequential"), mixture.view)
-        # What fills a sample up counts as one more document.
-        table = torch.zeros(count, source.most_documents + 1)
+        # What fills a sample up counts as one more document, and documents are counted in pairs.
+        table = torch.zeros(count, source.most_documents + 2)
         with open_loader(alone) as loader:
             for _ in range(-(-count // loader.global_batch_size)):
                 for losses_BT, micro, read in forward(next(loader)):

@@ -281,8 +281,7 @@ def forward_backward(parts: Parts, batch: list[MicroBatch], mesh: Mesh, seed: in
     micro-batches."""
     objective = parts.objective
     inputs = [objective.complete(make_inputs(micro, mesh, seed), micro, "train") for micro in batch]
-    count = torch.stack([objective.count(micro).sum() for micro in inputs]).sum()
-    count = all_reduce(count, mesh.replicas).clamp(min=1)
+    count = all_reduce(count_labels(inputs), mesh.replicas).clamp(min=1)
     found = torch.zeros(1 + len(objective.metrics), device=mesh.device)
 
     def loss_of(losses_BT: Tensor, micro: Inputs) -> Tensor:
@@ -336,6 +335,10 @@ def make_inputs(micro: MicroBatch, mesh: Mesh, seed: int | None = None) -> Input
     return Inputs(micro.tokens[:, index], Places(index, position, document, keys, length), micro.labels[:, index])
 
 
+def count_labels(inputs: list[Inputs]) -> Tensor:
+    return torch.stack([micro.count_B.sum() for micro in inputs]).sum()
+
+
 def consumed_tokens(loader: Loader) -> Record:
     """Of each source so far, where there are several."""
     found = loader.mixture.consumed(loader.samples)
@@ -361,7 +364,7 @@ def evaluate(run: Run, parts: Parts, data: Data, split: Split, step: int) -> Non
                 source = torch.from_numpy(mixture.order.locate(read.samples.numpy())[0]).to(mesh.device)
                 micro = objective.complete(micro, read, split)
                 loss_B, judged = objective.judge(out, micro)
-                found = torch.cat((loss_B[:, None], objective.count(micro)[:, None], judged), 1)
+                found = torch.cat((loss_B[:, None], micro.count_B[:, None], judged), 1)
                 sums.index_add_(0, source, found.double())
     of_source = all_reduce(all_reduce(sums, mesh.replicas), mesh.pipeline)
     total, count = of_source[:, :2].sum(0).tolist()

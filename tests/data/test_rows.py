@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -261,3 +263,19 @@ def test_workers_do_not_change_the_files(tmp_path: Path) -> None:
     wanted = made(tmp_path, rows, tokenizer, format="completion")
     preprocess_rows([str(tmp_path / "rows.jsonl")], tmp_path / "two", Settings("completion", str(tokenizer)), workers=2)
     assert documents(tmp_path / "two") == wanted
+
+
+def test_the_tool_says_what_it_wrote_or_why_not(tmp_path: Path) -> None:
+    tokenizer = write_tokenizer(tmp_path / "tokenizer")
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "say", "completion": " hello"}, {"prompt": "say"}])
+    tool = Path(__file__).parents[2] / "tools" / "preprocess_data.py"
+    options = ["--format", "completion", "--input", str(rows), "--tokenizer", str(tokenizer), "--workers", "1"]
+    command = [sys.executable, str(tool), *options, "--output-prefix", str(tmp_path / "data")]
+    refused = subprocess.run(command, capture_output=True, text=True)
+    assert refused.returncode == 1
+    assert "rows.jsonl:2: no field 'completion'; fields here: prompt" in refused.stderr
+    written = subprocess.run([*command, "--bad-rows", "1"], capture_output=True, text=True)
+    assert written.returncode == 0, written.stderr
+    assert "1 documents" in written.stdout
+    assert "learned from" in written.stdout
+    assert "left out: 1 bad lines or files" in written.stdout
