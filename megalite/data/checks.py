@@ -45,27 +45,22 @@ def check_labelled(config: Config) -> None:
     """Refuse labelled data of another kind than the run learns from, as far as the notes beside token files say.
 
     Raises DataError."""
-    needed = {"causal": "preference" if config.objective.name == "dpo" else ""}.get(
-        config.model.task, config.model.task
-    )
+    is_causal = config.model.task == "causal"
+    asked = f"objective.name: {config.objective.name}" if is_causal else f"model.task: {config.model.task}"
     for source in (*config.data.train, *config.data.valid, *config.data.test):
         note = read_note(source.path)
         found = note.get("format", "")
-        kind = {"chat": "", "completion": ""}.get(found, found)
-        if kind != needed and (found or needed):
-            wanted = SETTINGS.get(kind, "objective.name: next_token with a model.task: causal")
-            what = f"rows of format {found!r}" if found else "plain text"
-            raise DataError(
-                f"{source.path} holds {what}, which go with {wanted}; this run has objective.name: "
-                f"{config.objective.name} and model.task: {config.model.task}"
-            )
+        wanted = GOES_WITH.get(found, "objective.name: next_token")
+        if wanted != asked:
+            what = f"rows of format {found!r}, which go" if found else "plain text, which goes"
+            raise DataError(f"{source.path} holds {what} with {wanted}; this run has {asked}")
         if note.get("labels") and tuple(note["labels"]) != config.model.labels:
             raise DataError(
                 f"{source.path} has the classes {note['labels']}, but model.labels = {list(config.model.labels)}"
             )
 
 
-SETTINGS = {
+GOES_WITH = {
     "preference": "objective.name: dpo", "classification": "model.task: classification", "labels": "model.task: labels"
 }  # fmt: skip
 
