@@ -13,6 +13,7 @@
 #
 # Finetuning: a run that begins with the weights of another (model.hf, or checkpoint.resume, in CONFIG). It trains just
 # as pretraining does, on other resources; pretrain.sh, which does the work, says how it is called and what can be set.
+# configs/finetune-chat.yaml, -dpo.yaml and -classes.yaml are to start from, and say how rows become token files.
 #
 #   sbatch slurm/finetune.sh CONFIG [key=value ...]
 #   bash   slurm/finetune.sh CONFIG [key=value ...]

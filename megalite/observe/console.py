@@ -111,8 +111,12 @@ class Console:
 
     def evaluation(self, record: dict[str, float]) -> None:
         split = "test" if "test_loss" in record else "valid"
-        loss, perplexity = record[f"{split}_loss"], record[f"{split}_perplexity"]
-        text = f"{self._at(f'{split:<5}', record['step'])}  loss {loss:8.4f}  perplexity {perplexity:.2f}"
+        loss = record[f"{split}_loss"]
+        text = f"{self._at(f'{split:<5}', record['step'])}  loss {loss:8.4f}"
+        others = {key.removeprefix(f"{split}_"): x for key, x in record.items() if key != "step" and "loss" not in key}
+        text += "".join(
+            f"  {name.replace('_', ' ')} {x:.{2 if name == 'perplexity' else 4}f}" for name, x in others.items()
+        )
         of_source = {key.removeprefix(f"{split}_loss/"): x for key, x in record.items() if "_loss/" in key}
         text += f"  ({', '.join(f'{name} {x:.4f}' for name, x in of_source.items())})" if of_source else ""
         if split == "test":
