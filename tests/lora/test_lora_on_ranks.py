@@ -155,7 +155,7 @@ def run(folder: Path, layout: Layout) -> Result:
     for step, (tokens, labels) in enumerate(batches()):
         rows = range(mesh.data.rank, BATCH, mesh.data.size)
         micro = [MicroBatch(tokens[i : i + 1], labels[i : i + 1], torch.tensor([i])) for i in rows]
-        result["loss"].append(forward_backward(parts, micro, mesh, seed=0).item())
+        result["loss"].append(forward_backward(parts, micro, mesh, seed=0)["loss"].item())
         result[f"gradient {step}"] = gather("grad")
         result["norm"].append(parts.engine.step(learning_rate(step + 1, STEPS, config.optimizer)).item())
     parameters = [p for stage in parts.stages for p in stage.parameters()]
