@@ -43,6 +43,8 @@ class TensorFolder:
             raise CheckpointError(
                 f"{folder}: no readable {stem}.safetensors or {stem}.safetensors.index.json ({error})"
             ) from None
+        if outside := next((file for file in self.files.values() if Path(file).name != file), None):
+            raise CheckpointError(f"{index} names {outside}, which is outside of the folder")
 
     def _file(self, name: str) -> Any:
         if name not in self._open:
@@ -50,7 +52,10 @@ class TensorFolder:
         return self._open[name]
 
     def _slices(self, name: str) -> Any:
-        return self._file(self.files[name]).get_slice(name.removeprefix(self._prefix))
+        try:
+            return self._file(self.files[name]).get_slice(name.removeprefix(self._prefix))
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{self.folder / self.files[name]} cannot be read: {error}") from None
 
     def fetch(self, name: str, where: tuple[slice, ...]) -> Tensor:
         """Read a slice of a tensor; only its bytes are read."""
