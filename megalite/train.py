@@ -49,6 +49,7 @@ from megalite.parallel.pipeline import Pipeline
 from megalite.parallel.stage import Inputs, Stage, positions_of
 from megalite.parallel.tensor import PutOff
 from megalite.plan import Plan, make_plan
+from megalite.run_folder import open_run_folder
 from megalite.stopping import StopRequests
 
 Data = Mapping[Split, Mixture | None]
@@ -117,8 +118,7 @@ class Run:
 def open_recorder(config: Config, plan: Plan, state: dict[str, Any], tokenizer: Tokenizer | None) -> Recorder:
     """Makes the run folder, with the exact config and the tokenizer in it."""
     folder = config.run.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(config.to_yaml())
+    open_run_folder(folder, config.to_yaml())
     if tokenizer:
         tokenizer.save(folder / "tokenizer")
     keep_source(config)

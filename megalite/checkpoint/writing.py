@@ -183,13 +183,17 @@ class Writing:
         replaces = self.folder.is_dir()  # the same step saved again, after a resume from an older one
         if replaces:
             self.folder.rename(before)
+        named = False
         try:
             self.temporary.rename(self.folder)
-        except OSError:
+            named = True
+            fsync(self.folder.parent)
+        except OSError:  # an older one must not be pruned for one whose name a power cut may take away
+            if named:
+                self.folder.rename(self.temporary)
             if replaces:
                 before.rename(self.folder)
             raise
-        fsync(self.folder.parent)
         with contextlib.suppress(OSError):
             remove(before)
 
