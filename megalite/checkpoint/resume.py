@@ -51,9 +51,7 @@ def find_checkpoint(root: Path, resume: str | Path, mesh: Mesh) -> tuple[Path | 
         damaged[folder] = damage
     if damaged:
         which = "; ".join(f"{folder.name}: {what}" for folder, what in damaged.items())
-        raise CheckpointError(
-            f"{root}: every checkpoint is damaged; move them away to start the run afresh ({which})"
-        )
+        raise CheckpointError(f"{root}: every checkpoint is damaged; move them away to start the run afresh ({which})")
     return None, []
 
 

@@ -1,4 +1,5 @@
-"""Saving while training goes on: the loop pays for gathering tensors into host memory, a thread does the rest."""
+"""Saving while training goes on: the loop pays at most for gathering tensors into host memory, a thread does the
+rest."""
 
 from __future__ import annotations
 
@@ -9,13 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
 
 from megalite.activity import NOW
 from megalite.checkpoint.board import Board
 from megalite.checkpoint.folder import prune, remove_unfinished, step_folder
-from megalite.checkpoint.writing import PATIENCE_S, Target, Writing, explain
+from megalite.checkpoint.writing import PATIENCE_S, Collect, Target, Writing, explain
 from megalite.engine import Engine
+from megalite.engine.gather import HostBuffers
 from megalite.mesh import Mesh
 from megalite.models.weights import Weight
 from megalite.parallel.collectives import start_highest, start_sharing
@@ -44,6 +46,7 @@ class Saver:
         self.mesh, self.engine = mesh, engine
         self.error: str | None = None
         """Why the last save failed; None if it did not. Ask after `wait`."""
+        self._buffers = HostBuffers()
         self._thread: threading.Thread | None = None
         self._began = 0.0
         self._hurry, self._abandoned = threading.Event(), threading.Event()
@@ -55,7 +58,7 @@ class Saver:
                 remove_unfinished(root)
 
     def save(self, step: int, train_state: dict[str, Any]) -> None:
-        """Gather the state of this moment and start writing it. Waits first for an earlier save to end on all ranks."""
+        """Start writing the state of this moment. Waits first for an earlier save to end on all ranks."""
         folder = step_folder(self.target.root, step)
         self._hurry.set()  # what could not be written so far gives way to what is newer
         if busy := self._wait_for_others():
@@ -67,8 +70,11 @@ class Saver:
         self.error, self._began = None, time.monotonic()
         self._number += 1
         kinds = ("weight", *self.engine.states)
-        tensors = {kind: self.engine.gather(kind, self.target.owners) for kind in kinds}
-        self._thread = threading.Thread(target=self._write, args=(folder, tensors, train_state), name="checkpoint")
+        self._buffers.reuse()
+        collect = self.engine.gather_later(kinds, self.target.owners, self._buffers)
+        if self.mesh.device.type == "cuda":
+            torch.cuda.current_stream(self.mesh.device).synchronize()
+        self._thread = threading.Thread(target=self._write, args=(folder, collect, train_state), name="checkpoint")
         self._thread.start()
 
     def _wait_for_others(self) -> list[int]:
@@ -103,11 +109,9 @@ class Saver:
         self.error = f"{folder} was not saved: {reason}"
         self._news.append(f"warning: {self.error}")
 
-    def _write(
-        self, folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], train_state: dict[str, Any]
-    ) -> None:
+    def _write(self, folder: Path, collect: Collect, train_state: dict[str, Any]) -> None:
         board = Board(self.mesh, self._number, self._abandoned)
-        writing = Writing(self.target, folder, tensors, train_state, board, self._hurry, self._news.append)
+        writing = Writing(self.target, folder, collect, train_state, board, self._hurry, self._news.append)
         try:
             reason = writing.run()
         except Exception as error:  # nobody answers any more

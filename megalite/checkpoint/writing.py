@@ -30,6 +30,10 @@ VISIBLE_S = 60.0
 """After which a file that another node wrote must be seen on a shared file system."""
 
 
+Collect = Callable[[], Mapping[str, Mapping[str, Tensor]]]
+"""Of each kind ("weight", "exp_avg"…) the tensors this rank owns."""
+
+
 @dataclass
 class Target:
     """What is the same for all checkpoints of a run. `owners` says which rank writes each weight; `write_extras` puts
@@ -50,22 +54,28 @@ class Writing:
         self,
         target: Target,
         folder: Path,
-        tensors: Mapping[str, Mapping[str, Tensor]],
+        collect: Collect,
         train_state: dict[str, Any],
         board: Board,
         hurry: threading.Event,
         say: Callable[[str], None],
     ):
-        """`tensors`: of each kind, those this rank owns. There are no more attempts once `hurry` is set."""
-        self.target, self.folder, self.tensors, self.train_state = target, folder, tensors, train_state
+        """There are no more attempts once `hurry` is set."""
+        self.target, self.folder, self.collect, self.train_state = target, folder, collect, train_state
+        self.tensors: Mapping[str, Mapping[str, Tensor]] = {}
         self.board, self.hurry, self.say = board, hurry, say
         self.temporary = folder.with_name(f"{folder.name}.tmp")
         self.rank, self.num_ranks = target.mesh.world.rank, target.mesh.world.size
 
     def run(self) -> str:
         """Why it was not saved; empty where it was."""
+        broken = ""
+        try:
+            self.tensors = self.collect()  # at once: the next step waits for it
+        except Exception as error:
+            broken = explain(error)
         for attempt, pause in enumerate((*PAUSES_S, None), 1):
-            reason = self._attempt(attempt)
+            reason = self._attempt(attempt, broken)
             if not reason or pause is None:
                 break
             if attempt == 1:
@@ -74,10 +84,10 @@ class Writing:
                 break
         return reason
 
-    def _attempt(self, number: int) -> str:
+    def _attempt(self, number: int, broken: str) -> str:
         if reason := self._led(f"begin-{number}", self._make_folder):
             return reason
-        part = self._write_part()
+        part = {"error": f"rank {self.rank}: {broken}"} if broken else self._write_part()
         if self.rank > 0:
             self.board.put(f"part-{number}-{self.rank}", part)
         return self._led(f"end-{number}", lambda: self._complete(number, part))
@@ -207,7 +217,9 @@ def explain(error: Exception) -> str:
 
 def _say_late(missing: list[int]) -> str:
     ranks = ", ".join(str(number + 1) for number in missing[:8]) + (", …" if len(missing) > 8 else "")
-    return f"{PATIENCE_S:.0f} s after rank 0 had written its part, there was none of {len(missing)} others: rank {ranks}"
+    return (
+        f"{PATIENCE_S:.0f} s after rank 0 had written its part, there was none of {len(missing)} others: rank {ranks}"
+    )
 
 
 def _becomes_true(true: Callable[[], bool]) -> bool:

@@ -41,7 +41,7 @@ from torch import Tensor
 
 from megalite.config import Config, OptimizerConfig
 from megalite.engine import STATES, ReadState
-from megalite.engine.gather import assemble_on
+from megalite.engine.gather import HostBuffers, assemble_on
 from megalite.engine.layout import elements_of
 from megalite.errors import ConfigError
 from megalite.mesh import Axis, Mesh
@@ -262,7 +262,7 @@ class DeepSpeedEngine:
             self.zero._release_swap_buffers(number)
 
     @torch.no_grad()
-    def gather(self, kind: str, owners: Mapping[str, int]) -> dict[str, Tensor]:
+    def gather(self, kind: str, owners: Mapping[str, int], buffers: HostBuffers | None = None) -> dict[str, Tensor]:
         """Fragments go from every replica to the owner's, then local tensors over the tensor axis to the owner."""
         owned: dict[str, Tensor] = {}
         shares = self._shares(kind)
@@ -271,10 +271,16 @@ class DeepSpeedEngine:
             share = shares.pop(number).to(self.mesh.device)
             local = _collect(share, self._spans[number], self.mesh.replicas, replica)
             if local is not None:
-                whole = assemble_on(tensor_rank, weight, local, self.mesh)
+                whole = assemble_on(tensor_rank, weight, local, self.mesh, buffers)
                 if whole is not None:
                     owned[weight.name] = whole
         return owned
+
+    def gather_later(
+        self, kinds: Sequence[str], owners: Mapping[str, int], buffers: HostBuffers
+    ) -> Callable[[], dict[str, dict[str, Tensor]]]:
+        gathered = {kind: self.gather(kind, owners, buffers) for kind in kinds}
+        return lambda: gathered
 
     def _shares(self, kind: str) -> dict[int, Tensor]:
         """Of every weight, by its number: the elements this replica answers for."""

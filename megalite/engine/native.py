@@ -20,6 +20,7 @@ answers for one equal shard of every bucket. A step:
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -29,9 +30,10 @@ import torch.nn as nn
 from torch import Tensor
 from torch.profiler import record_function
 
+from megalite.activity import NOW
 from megalite.config import Config
 from megalite.engine import STATES, ReadState
-from megalite.engine.gather import assemble_on, gather_parts
+from megalite.engine.gather import HostBuffers, assemble_on, gather_parts
 from megalite.engine.layout import Bucket, Slot, elements_of, make_buckets
 from megalite.kernels.optimizer import adamw_, sum_of_squares
 from megalite.kernels.weight_gradient import accumulate_weight_gradient
@@ -112,6 +114,8 @@ class NativeEngine:
         self.buckets = [BucketState(bucket, mesh, self.dtype, plan.zero_stage) for bucket in layout]
         self._home: dict[Tensor, tuple[BucketState, Slot]] = {}
         self._adopt(models)
+        self._unchanging = threading.Event()  # no copy of the state is still to be made
+        self._unchanging.set()
         self._micro_batches = 1
         self._next = 0  # stages 0 and 1 reduce buckets in one order on all ranks, or their collectives would mix
         self._in_flight: deque[tuple[BucketState, Tensor, Wait]] = deque()
@@ -227,6 +231,7 @@ class NativeEngine:
         divisor = (norm / self.config.clip).clamp(min=1.0) if self.config.clip else torch.ones_like(norm)
         self.num_steps += 1
         self.settle()
+        self.await_copies()
         for bucket in self._forward_order:
             self._update(bucket, divisor, lr)
             bucket.grad_shard, bucket.filled = None, set()
@@ -271,6 +276,7 @@ class NativeEngine:
     def load(self, read: ReadState, num_steps: int = 0) -> None:
         # In fp32 the weights are the master weights, and begin as them.
         kind = "master" if self.dtype == torch.float32 else "weight"
+        self.await_copies()
         self.num_steps = num_steps
         for bucket in self.buckets:
             _fill(bucket, bucket.weights, 0, slice(bucket.low, bucket.high), read, kind)
@@ -280,7 +286,7 @@ class NativeEngine:
         for wait in [start_all_gather(bucket.weights, self.mesh.replicas) for bucket in self.buckets]:
             wait()
 
-    def gather(self, kind: str, owners: Mapping[str, int]) -> dict[str, Tensor]:
+    def gather(self, kind: str, owners: Mapping[str, int], buffers: HostBuffers | None = None) -> dict[str, Tensor]:
         """Shards travel over the replicas to the owner of their bucket, then local tensors over the tensor axis to the
         owner of the weight: the groups that training uses anyway, and memory for one bucket."""
         self.settle()
@@ -296,10 +302,39 @@ class NativeEngine:
             flat = torch.cat(shards) if len(shards) > 1 else shards[0]
             for slot in slots:
                 tensor_rank = self.mesh.place_of(owners[slot.weight.name])[2]
-                whole = assemble_on(tensor_rank, slot.weight, flat[slot.start : slot.stop], self.mesh)
+                whole = assemble_on(tensor_rank, slot.weight, flat[slot.start : slot.stop], self.mesh, buffers)
                 if whole is not None:
                     owned[slot.weight.name] = whole
         return owned
+
+    def gather_later(
+        self, kinds: Sequence[str], owners: Mapping[str, int], buffers: HostBuffers
+    ) -> Callable[[], dict[str, dict[str, Tensor]]]:
+        def gather() -> dict[str, dict[str, Tensor]]:
+            return {kind: self.gather(kind, owners, buffers) for kind in kinds}
+
+        if self.mesh.replicas.size > 1 or self.mesh.tensor.size > 1 or self.mesh.device.type != "cpu":
+            # Messages keep the loop's order, and a device the order of its stream.
+            gathered = gather()
+            return lambda: gathered
+        self.settle()
+        self._unchanging.clear()
+
+        def copy() -> dict[str, dict[str, Tensor]]:
+            assert not self._unchanging.is_set(), "the state of that moment is gone"
+            try:
+                return gather()
+            finally:
+                self._unchanging.set()
+
+        return copy
+
+    def await_copies(self) -> None:
+        """What a checkpoint takes must not change before it is copied, which happens beside the next forward and
+        backward pass."""
+        if not self._unchanging.is_set():
+            NOW.do("waiting for the checkpoint's copy")
+            self._unchanging.wait()
 
 
 def _number_in(weights: Sequence[Weight]) -> Callable[[Slot], int]:

@@ -1,6 +1,6 @@
 """Train on disks of 2 MB, in a namespace of mounts that ends with this process; print what came of it as JSON.
 
-    unshare -rm python on_a_small_disk.py CONFIG FOLDER...     each FOLDER's last part says what happens on its disk
+unshare -rm python on_a_small_disk.py CONFIG FOLDER...     each FOLDER's last part says what happens on its disk
 """
 
 from __future__ import annotations

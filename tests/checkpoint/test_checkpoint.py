@@ -20,13 +20,12 @@ from megalite.checkpoint.resume import find_checkpoint
 from megalite.checkpoint.save import Saver
 from megalite.checkpoint.tensors import CheckpointError, TensorFolder
 from megalite.config import Config
-from megalite.engine.layout import choose_owners, elements_of
-from megalite.mesh import ALONE, Axis, Mesh, make_mesh
+from megalite.engine.layout import choose_owners
+from megalite.mesh import ALONE, Axis, Mesh
 from megalite.models import weight_table
 from megalite.plan import make_plan
 from megalite.train import build, train
-from ranks import run_ranks
-from small_runs import VOCAB, curve_of, make_config, train_on_rank
+from small_runs import VOCAB, make_config
 
 LONE = Mesh(ALONE, ALONE, ALONE, ALONE, ALONE, ALONE, torch.device("cpu"))
 
