@@ -16,8 +16,8 @@ def open_run_folder(folder: Path, config_yaml: str) -> None:
         for path in (*folder.iterdir(), *folder.glob("checkpoints/*")):
             if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
                 raise ConfigError(
-                    f"{path} is a link to {path.resolve()}, but a run writes into its own folder only; remove the link, "
-                    "and let run.dir name the disk that is meant"
+                    f"{path} is a link to {path.resolve()}, but a run writes into its own folder only; remove the "
+                    "link, and let run.dir name the disk that is meant"
                 )
         # The one that is there is not lost where the disk is full.
         temporary = folder / "config.yaml.tmp"

@@ -16,6 +16,9 @@ from megalite.models.weights import Weight
 BUFFERS = re.compile(r"(\.attn\.(masked_)?bias|\.attention\.(masked_)?bias|\.rotary_emb\.inv_freq)$")
 """No weights, but stored by older versions of transformers: causal masks of GPT-2 and GPT-NeoX, rotary frequencies."""
 
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+"""How files are called that torch.save wrote."""
+
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be used. The message names the folder and what is wrong with it."""
@@ -39,9 +42,9 @@ class TensorFolder:
             else:
                 single = f"{stem}.safetensors"
                 self.files = dict.fromkeys(self._file(single).keys(), single)
-        except (OSError, SafetensorError, json.JSONDecodeError, KeyError) as error:
+        except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:
             raise CheckpointError(
-                f"{folder}: no readable {stem}.safetensors or {stem}.safetensors.index.json ({error})"
+                f"{folder}: no readable {stem}.safetensors or {stem}.safetensors.index.json ({error}){_pickles(folder)}"
             ) from None
         if outside := next((file for file in self.files.values() if Path(file).name != file), None):
             raise CheckpointError(f"{index} names {outside}, which is outside of the folder")
@@ -85,6 +88,16 @@ class TensorFolder:
                 raise CheckpointError(
                     f"{self.folder}/{self.stem}: {name} has shape {list(found)}, the model needs {list(shape)}"
                 )
+
+
+def _pickles(folder: Path) -> str:
+    names = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLES)
+    if not names:
+        return ""
+    return (
+        f"; {_some(names)} may be pickles, which can run any program when they are loaded, and never are; where you "
+        "trust them, convert them: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW) of transformers"
+    )
 
 
 def _some(names: list[str]) -> str:

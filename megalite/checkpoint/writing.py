@@ -218,7 +218,7 @@ def explain(error: Exception) -> str:
 def _say_late(missing: list[int]) -> str:
     ranks = ", ".join(str(number + 1) for number in missing[:8]) + (", …" if len(missing) > 8 else "")
     return (
-        f"{PATIENCE_S:.0f} s after rank 0 had written its part, there was none of {len(missing)} others: rank {ranks}"
+        f"nothing came of rank {ranks} within {PATIENCE_S:.0f} s after rank 0 had written its part"
     )
 
 

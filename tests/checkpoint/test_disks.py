@@ -241,7 +241,7 @@ def hang(rank: int, world_size: int, config: Config) -> None:
     if rank == 0:
         saver.wait()
         assert saver.error is not None
-        assert saver.error.endswith("there was none of 1 others: rank 1")
+        assert "nothing came of rank 1 within" in saver.error
     # The next one does not wait for the disk either, and says who is late.
     saver.save(3, {"step": 3})
     assert time.monotonic() - began < 2.5

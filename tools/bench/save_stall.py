@@ -56,7 +56,8 @@ def run(rank: int, ranks: int, folder: Path, arguments: argparse.Namespace) -> N
     config = parse_config(
         {
             "run": {"name": "bench"}, "model": {"preset": arguments.preset}, "optimizer": {"lr": 1e-3},
-            "data": {"train": [{"path": "-"}], "seq_length": arguments.tokens}, "parallel": {"zero_stage": arguments.zero_stage},
+            "data": {"train": [{"path": "-"}], "seq_length": arguments.tokens},
+            "parallel": {"zero_stage": arguments.zero_stage},
             "train": {"steps": 1, "global_batch_size": ranks, "precision": "bf16"},
         }
     )  # fmt: skip
