@@ -24,7 +24,7 @@ def hide_secrets(text: str) -> str:
     """The text without the secrets of this process's environment, and without those of any URL."""
     for value, name in sorted(_secrets(), key=lambda found: -len(found[0])):
         text = text.replace(value, f"<{name}>")
-    return _SIGNED.sub(r"\1=<signature>", _PASSWORD.sub(r"\1:<password>@", text))
+    return _SIGNED.sub(r"\1=<hidden>", _PASSWORD.sub(r"\1:<password>@", text))
 
 
 def _secrets() -> Iterator[tuple[str, str]]:

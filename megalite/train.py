@@ -49,7 +49,7 @@ from megalite.parallel.pipeline import Pipeline
 from megalite.parallel.stage import Inputs, Stage, positions_of
 from megalite.parallel.tensor import PutOff
 from megalite.plan import Plan, make_plan
-from megalite.run_folder import open_run_folder
+from megalite.run_folder import check_run_folder, open_run_folder
 from megalite.stopping import StopRequests
 
 Data = Mapping[Split, Mixture | None]
@@ -62,6 +62,7 @@ def train(config: Config) -> Exit:
     Raises ConfigError, DataError or CheckpointError, before the first step where something asked for cannot be done;
     NotSaved after the last step."""
     launch = Launch.from_environment()
+    check_run_folder(config.run.folder)
     plan = make_plan(config, weight_table(config.model), launch.world_size)
     tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
     data = build_mixtures(config, tokenizer)

@@ -217,9 +217,7 @@ def explain(error: Exception) -> str:
 
 def _say_late(missing: list[int]) -> str:
     ranks = ", ".join(str(number + 1) for number in missing[:8]) + (", …" if len(missing) > 8 else "")
-    return (
-        f"nothing came of rank {ranks} within {PATIENCE_S:.0f} s after rank 0 had written its part"
-    )
+    return f"nothing came of rank {ranks} within {PATIENCE_S:.0f} s after rank 0 had written its part"
 
 
 def _becomes_true(true: Callable[[], bool]) -> bool:

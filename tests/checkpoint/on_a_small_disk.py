@@ -78,6 +78,7 @@ def train(config: dict[str, Any], folder: Path) -> dict[str, Any]:
         "checkpoints": sorted(path.name for path in (run / "checkpoints").iterdir()),
         "kept": all(digests(run / "checkpoints").get(name) == digest for name, digest in older.items()),
         "steps": [record["step"] for line in metrics if "loss" in (record := json.loads(line))],
+        "heartbeat": json.loads((run / "health" / "rank-00000.json").read_text())["phase"],
         "log": (folder / "log").read_text(),
     }
 

@@ -122,9 +122,7 @@ def test_of_many_damaged_files_some_are_named(root: Path) -> None:
 def test_all_damaged_is_an_error_not_a_fresh_start(root: Path) -> None:
     for path in root.glob("step-*/config.json"):
         path.write_bytes(flip(99)(path.read_bytes()))
-    with pytest.raises(
-        CheckpointError, match=r"every checkpoint is damaged.*: config.json is not what was"
-    ):
+    with pytest.raises(CheckpointError, match=r"every checkpoint is damaged.*: config.json is not what was"):
         find_checkpoint(root, "auto", LONE)
     assert len(list(root.glob("step-*"))) == 2, "nothing was touched"
     with pytest.raises(CheckpointError, match=r"no undamaged checkpoint there: config.json is not what was written"):

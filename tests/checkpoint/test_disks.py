@@ -68,6 +68,7 @@ def test_training_goes_on_on_a_full_disk(tmp_path: Path) -> None:
     assert to_the_end["checkpoints"] == saved, "older ones stand, and nothing half-written stays"
     assert to_the_end["kept"]
     assert full["steps"] == read_only["steps"] == [1, 2, 3, 4, 5, 6], "lines of the metrics waited for room"
+    assert full["heartbeat"] == to_the_end["heartbeat"] == "ended", "they go on in the place of those before"
     assert "No space left on device" in full["log"]
     assert "Read-only file system" in read_only["log"]
     for step in (3, 4):

@@ -93,5 +93,7 @@ def test_each_of_these_would_be_found(source: str) -> None:
 
 
 def test_what_is_safe_is_left_alone() -> None:
-    source = "model.eval()\nyaml.load(t, yaml.SafeLoader)\nnp.load(p, allow_pickle=False)\nre.compile(p)\nx = safe.load(p)"
+    source = (
+        "model.eval()\nyaml.load(t, yaml.SafeLoader)\nnp.load(p, allow_pickle=False)\nre.compile(p)\nx = safe.load(p)"
+    )
     assert list(faults(source)) == []
