@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ class Writing:
                 break
             if attempt == 1:
                 self.say(f"warning: {self.folder} was not saved: {reason}; trying again")
-            if self._led(f"pause-{attempt}", lambda seconds=pause: self._pause(seconds)):
+            if self._led(f"pause-{attempt}", partial(self._pause, pause)):
                 break
         return reason
 

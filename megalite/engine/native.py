@@ -33,7 +33,7 @@ from torch.profiler import record_function
 from megalite.activity import NOW
 from megalite.config import Config
 from megalite.engine import STATES, ReadState
-from megalite.engine.gather import HostBuffers, assemble_on, gather_parts
+from megalite.engine.gather import Gather, GatherAside, GatherOnHost, HostBuffers
 from megalite.engine.layout import Bucket, Slot, elements_of, make_buckets
 from megalite.kernels.optimizer import adamw_, sum_of_squares
 from megalite.kernels.weight_gradient import accumulate_weight_gradient
@@ -116,6 +116,7 @@ class NativeEngine:
         self._adopt(models)
         self._unchanging = threading.Event()  # no copy of the state is still to be made
         self._unchanging.set()
+        self._aside: GatherAside | None = None
         self._micro_batches = 1
         self._next = 0  # stages 0 and 1 reduce buckets in one order on all ranks, or their collectives would mix
         self._in_flight: deque[tuple[BucketState, Tensor, Wait]] = deque()
@@ -290,19 +291,23 @@ class NativeEngine:
         """Shards travel over the replicas to the owner of their bucket, then local tensors over the tensor axis to the
         owner of the weight: the groups that training uses anyway, and memory for one bucket."""
         self.settle()
+        return self._assemble([bucket.state(kind) for bucket in self.buckets], owners, GatherOnHost(buffers))
+
+    def _assemble(self, shards: Sequence[Tensor], owners: Mapping[str, int], way: Gather) -> dict[str, Tensor]:
+        """From this rank's shard of every bucket."""
         owned: dict[str, Tensor] = {}
-        for bucket in self.buckets:
+        for bucket, shard in zip(self.buckets, shards, strict=True):
             slots = bucket.layout.slots
             pipeline_rank, replica, _ = self.mesh.place_of(owners[slots[0].weight.name])
             if pipeline_rank != self.mesh.pipeline.rank:  # the copy of a tied weight
                 continue
-            shards = gather_parts(bucket.state(kind), self.mesh.replicas, replica)
+            parts = way.parts(shard, self.mesh.replicas, replica)
             if replica != self.mesh.replicas.rank:
                 continue
-            flat = torch.cat(shards) if len(shards) > 1 else shards[0]
+            flat = torch.cat(parts) if len(parts) > 1 else parts[0]
             for slot in slots:
                 tensor_rank = self.mesh.place_of(owners[slot.weight.name])[2]
-                whole = assemble_on(tensor_rank, slot.weight, flat[slot.start : slot.stop], self.mesh, buffers)
+                whole = way.assemble(tensor_rank, slot.weight, flat[slot.start : slot.stop], self.mesh)
                 if whole is not None:
                     owned[slot.weight.name] = whole
         return owned
@@ -310,22 +315,22 @@ class NativeEngine:
     def gather_later(
         self, kinds: Sequence[str], owners: Mapping[str, int], buffers: HostBuffers
     ) -> Callable[[], dict[str, dict[str, Tensor]]]:
-        def gather() -> dict[str, dict[str, Tensor]]:
-            return {kind: self.gather(kind, owners, buffers) for kind in kinds}
-
-        if self.mesh.replicas.size > 1 or self.mesh.tensor.size > 1 or self.mesh.device.type != "cpu":
-            # Messages keep the loop's order, and a device the order of its stream.
-            gathered = gather()
+        if self.mesh.device.type != "cpu":  # a device keeps the order of its stream, and NCCL is quick
+            gathered = {kind: self.gather(kind, owners, buffers) for kind in kinds}
             return lambda: gathered
         self.settle()
+        if self._aside is None:
+            self._aside = GatherAside(self.mesh)
+        way = self._aside
         self._unchanging.clear()
 
         def copy() -> dict[str, dict[str, Tensor]]:
             assert not self._unchanging.is_set(), "the state of that moment is gone"
             try:
-                return gather()
+                shards = {kind: [buffers.copy(bucket.state(kind)) for bucket in self.buckets] for kind in kinds}
             finally:
                 self._unchanging.set()
+            return {kind: self._assemble(shards[kind], owners, way) for kind in kinds}
 
         return copy
 
