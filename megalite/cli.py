@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import os
 import signal
@@ -12,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megalite import last_words
-from megalite.exit_codes import Exit, killed_by
+from megalite.exit_codes import Exit, flush_output, killed_by
+from megalite.secrecy import hide_secrets
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,14 +34,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return arguments.verb(arguments) or Exit.DONE
     except (ConfigError, DataError, CheckpointError) as error:
         rank = os.environ.get("RANK")  # a mistake in the config is every rank's, a bad disk may be one rank's alone
-        print(f"error{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr)
+        _complain(f"error{f' on rank {rank}' if rank else ''}: {error}\n")
         last_words.leave(str(error))
         return Exit.NOT_SAVED if isinstance(error, NotSaved) else Exit.MISTAKE
     except KeyboardInterrupt:
         return killed_by(signal.SIGINT)
     except Exception as error:
+        # Not by Python itself, which would show the passwords in messages of libraries.
+        _complain(traceback.format_exc())
         last_words.leave(f"{type(error).__name__}: {error}", traceback.format_exc())
-        raise
+        return Exit.FAILED
+    finally:
+        flush_output()
+
+
+def _complain(text: str) -> None:
+    with contextlib.suppress(OSError):  # the log's disk may be what is full
+        sys.stderr.write(hide_secrets(text))
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -53,6 +53,7 @@ from megalite.parallel.stage import Inputs, Stage, positions_of
 from megalite.parallel.tensor import PutOff
 from megalite.plan import Plan, make_plan
 from megalite.reference import compute_reference, read_references, reference_key, write_references
+from megalite.run_folder import check_run_folder, open_run_folder
 from megalite.stopping import StopRequests
 
 Data = Mapping[Split, Mixture | None]
@@ -65,6 +66,7 @@ def train(config: Config) -> Exit:
     Raises ConfigError, DataError or CheckpointError, before the first step where something asked for cannot be done;
     NotSaved after the last step."""
     launch = Launch.from_environment()
+    check_run_folder(config.run.folder)
     plan = make_plan(config, weight_table(config.model), launch.world_size)
     tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
     data = build_mixtures(config, tokenizer)
@@ -156,8 +158,7 @@ class Run:
 def open_recorder(config: Config, plan: Plan, state: dict[str, Any], tokenizer: Tokenizer | None) -> Recorder:
     """Makes the run folder, with the exact config and the tokenizer in it."""
     folder = config.run.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(config.to_yaml())
+    open_run_folder(folder, config.to_yaml())
     if tokenizer:
         tokenizer.save(folder / "tokenizer")
     keep_source(config)
