@@ -1,9 +1,10 @@
 """torchrun for `slurm/pretrain.sh`: `python -m megalite.launch [torchrun's options] -m megalite train CONFIG`.
 
-It differs from torchrun in three things. Its exit status is that of the rank that failed first, where torchrun's is
+It differs from torchrun in four things. Its exit status is that of the rank that failed first, where torchrun's is
 always 1. A signal that asks for a stop is passed on to the ranks and their end awaited, however long the checkpoint
-takes; torchrun kills them after 30 s. And it ends with the error of the rank that failed first, which stands above
-those of the ranks that lost it, and with one line that says what became of this node's ranks.
+takes; torchrun kills them after 30 s. Once a rank has failed, the others have 5 s to end, not 30. And it ends with the
+error of the rank that failed first, which stands above those of the ranks that lost it, and with one line that says
+what became of this node's ranks.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -24,9 +25,13 @@ from torch.distributed.elastic.rendezvous.api import RendezvousError
 
 from megalite import last_words
 from megalite.exit_codes import Exit, describe, killed_by
+from megalite.mesh import node_name
 from megalite.stopping import SIGNALS
 
 LINGER_S = 1.0
+
+FAREWELL_S = 5
+"""For the other ranks of a node to end, once one has failed. torchrun's own are 30."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -34,12 +39,20 @@ def main(arguments: Sequence[str]) -> int:
     # Under Slurm every node goes by the name Slurm has for it: it leads here, which what the node calls itself may not,
     # and ranks are numbered in the order of the names.
     name = os.environ.get("SLURMD_NODENAME")
-    message = trace = ""
     options = [f"--local-addr={name}"] if name else []
+    asked = run.parse_args(["--signals-to-handle=SIGHUP,SIGQUIT", *options, *arguments])
+    return supervise(lambda: run.run(asked), alone=asked.nnodes in ("1", "1:1"))
+
+
+def supervise(start: Callable[[], object], alone: bool = True) -> int:
+    """The exit status of what `start` starts by torchrun, after saying what became of it. `alone`: on no other node."""
+    # Ranks that have lost another one can save no more, and one that a signal has stopped never leaves by itself.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(FAREWELL_S))
+    message = trace = ""
     for number in SIGNALS:
         signal.signal(number, _pass_on)
     try:
-        run.run(run.parse_args(["--signals-to-handle=SIGHUP,SIGQUIT", *options, *arguments]))
+        start()
         status, who = int(Exit.DONE), "all ranks"
     except ChildFailedError as error:
         rank, failure = min(error.failures.items(), key=lambda each: last_words.time_of(each[1]))
@@ -47,7 +60,7 @@ def main(arguments: Sequence[str]) -> int:
         who = f"rank {rank}"
         message, trace = last_words.read(failure)
         # The rendezvous lives in the launcher of the first node. The others' shall first see how their own ranks end.
-        time.sleep(LINGER_S)
+        time.sleep(0 if alone else LINGER_S)
     except RendezvousError:
         status, who = int(Exit.FAILED), "the launcher of another node is gone, which held the rendezvous"
     except SignalException as error:
@@ -55,7 +68,7 @@ def main(arguments: Sequence[str]) -> int:
     if trace:
         print(f"what {who} said first:\n{trace}", file=sys.stderr, flush=True)
     ended = f"{describe(status)}{message and f': {message}'}"
-    print(f"== {time.strftime('%F %T')} {name or os.uname().nodename}: {who}: {ended}", flush=True)
+    print(f"== {time.strftime('%F %T')} {node_name()}: {who}: {ended}", flush=True)
     return status
 
 
