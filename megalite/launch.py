@@ -14,24 +14,23 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
 from torch.distributed import run
-from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing import PContext, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous.api import RendezvousError
 
 from megalite import last_words
 from megalite.exit_codes import Exit, describe, killed_by
-from megalite.mesh import node_name
 from megalite.stopping import SIGNALS
 
 LINGER_S = 1.0
 
 FAREWELL_S = 5
-"""For the other ranks of a node to end, once one has failed. torchrun's own are 30."""
+"""For the other ranks of a node to end once one has failed. torchrun gives them 30."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -39,20 +38,13 @@ def main(arguments: Sequence[str]) -> int:
     # Under Slurm every node goes by the name Slurm has for it: it leads here, which what the node calls itself may not,
     # and ranks are numbered in the order of the names.
     name = os.environ.get("SLURMD_NODENAME")
+    message = trace = ""
     options = [f"--local-addr={name}"] if name else []
     asked = run.parse_args(["--signals-to-handle=SIGHUP,SIGQUIT", *options, *arguments])
-    return supervise(lambda: run.run(asked), alone=asked.nnodes in ("1", "1:1"))
-
-
-def supervise(start: Callable[[], object], alone: bool = True) -> int:
-    """The exit status of what `start` starts by torchrun, after saying what became of it. `alone`: on no other node."""
-    # Ranks that have lost another one can save no more, and one that a signal has stopped never leaves by itself.
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(FAREWELL_S))
-    message = trace = ""
     for number in SIGNALS:
         signal.signal(number, _pass_on)
     try:
-        start()
+        run.run(asked)
         status, who = int(Exit.DONE), "all ranks"
     except ChildFailedError as error:
         rank, failure = min(error.failures.items(), key=lambda each: last_words.time_of(each[1]))
@@ -60,7 +52,7 @@ def supervise(start: Callable[[], object], alone: bool = True) -> int:
         who = f"rank {rank}"
         message, trace = last_words.read(failure)
         # The rendezvous lives in the launcher of the first node. The others' shall first see how their own ranks end.
-        time.sleep(0 if alone else LINGER_S)
+        time.sleep(0 if asked.standalone else LINGER_S)
     except RendezvousError:
         status, who = int(Exit.FAILED), "the launcher of another node is gone, which held the rendezvous"
     except SignalException as error:
@@ -68,8 +60,18 @@ def supervise(start: Callable[[], object], alone: bool = True) -> int:
     if trace:
         print(f"what {who} said first:\n{trace}", file=sys.stderr, flush=True)
     ended = f"{describe(status)}{message and f': {message}'}"
-    print(f"== {time.strftime('%F %T')} {node_name()}: {who}: {ended}", flush=True)
+    print(f"== {time.strftime('%F %T')} {name or os.uname().nodename}: {who}: {ended}", flush=True)
     return status
+
+
+def _close(ranks: PContext, death_sig: signal.Signals | None = None, timeout: int = FAREWELL_S) -> None:
+    _torchruns_close(ranks, death_sig, min(timeout, FAREWELL_S))
+
+
+# What has lost a rank can save no more, and a rank that was stopped never leaves by itself. torchrun has an option for
+# how long it waits for them, but does not look at it after a failure (2.13).
+_torchruns_close = PContext.close
+PContext.close = _close  # type: ignore[assignment, method-assign]
 
 
 def _pass_on(number: int, frame: FrameType | None) -> None:

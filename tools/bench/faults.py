@@ -1,8 +1,9 @@
 """A matrix of faults: what is done to a run, and whether it comes out as if nothing had been.
 
-Kills a rank of a small run at a random moment, a hundred times and more, over several layouts; the launcher's next start
-must go on from the newest valid checkpoint, and the run end with the same bits in its loss curve, weights and optimizer
-state as one that nobody disturbed. Then the other faults, a line each. Writes report.md, trials.jsonl and kills.png.
+Kills a rank of a small run at a random moment, a hundred times and more, over several layouts; the launcher's next
+start must go on from the newest valid checkpoint, and the run end with the same bits in its loss curve, weights and
+optimizer state as one that nobody disturbed. Then the other faults, a line each. Writes report.md, trials.jsonl and
+kills.png.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ import shutil
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from killing import LAYOUTS, PHASES, STEPS, Kill, Reference, Trial, run_trial, undisturbed, write_corpus
+from killing import LAYOUTS, PHASES, STEPS, Kill, Reference, Trial, prepare, run_trial, undisturbed
 from rich.progress import track
 from scenarios import SCENARIOS
 
@@ -118,7 +119,7 @@ def main() -> int:
     arguments.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
-        write_corpus(work / "corpus")
+        prepare(work)
         references, trials = kill_trials(arguments.trials, arguments.seed, work)
         outcomes = {}
         for name in track(arguments.scenarios, "other faults", transient=True):

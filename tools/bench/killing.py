@@ -1,38 +1,42 @@
 """Runs whose ranks are killed, started again until one ends well.
 
-Ranks are forked from a process that has imported all they need, so that a start takes a second; what starts, watches and
-ends them is `megalite.launch`. Each rank notes every phase it enters, and everything it is about to do to the files of
-the checkpoints, by a system call that SIGKILL does not take back. So a kill can be aimed: at a moment of a phase, for
-which this process waits, or at one operation on a file, before which the rank kills itself.
+What starts, watches and ends the ranks is `megalite.launch`, and each runs `megalite train`; but both are forked from a
+process that has imported all they need, so that a start takes a second. Each rank notes every phase it enters, and
+everything it is about to do to the files of the checkpoints, by a system call that SIGKILL does not take back. So a
+kill can be aimed: at a moment of a phase, for which this process waits, or at one operation on a file, before which the
+rank kills itself.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
 import re
 import signal
+import subprocess
 import sys
 import time
+import traceback
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from matplotlib.figure import Figure
+from torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler import SubprocessHandler
 
+import megalite.train  # noqa: F401  (imported late by the command)
+from megalite import cli, launch
 from megalite.activity import Activity
 from megalite.checkpoint.folder import complete_steps, step_folder
 from megalite.config import Config
 from megalite.config_file import parse_config
 from megalite.data.indexed import IndexedWriter
-from megalite.launch import supervise
-from megalite.train import train
 
 RANKS = 2
 STEPS, EVERY, KEEP = 12, 3, 2
@@ -53,11 +57,17 @@ MOST_STARTS = 6
 FILE_EVENTS = {"open", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "shutil.rmtree"}
 """Of Python's audit events, those about files."""
 
-SCENARIO_SEED = 5
+
+def prepare(folder: Path) -> None:
+    """The corpus, and in this process what ranks would else have to do first thing each: rank 0 draws its loss."""
+    write_corpus(folder / "corpus")
+    figure = Figure()
+    figure.subplots().plot([0, 1])
+    figure.savefig(io.BytesIO())
 
 
 def write_corpus(prefix: Path) -> None:
-    tokens = np.random.default_rng(SCENARIO_SEED).integers(0, 96, 4000).astype(np.uint16)
+    tokens = np.random.default_rng(5).integers(0, 96, 4000).astype(np.uint16)
     with IndexedWriter(prefix, np.uint16) as writer:
         for document in np.array_split(tokens, 9):
             writer.add_document(document)
@@ -131,61 +141,90 @@ class Start:
         return max((n.step - (n.text in ("first step", "training")) for n in last if n.step), default=self.resumed)
 
 
-def run_once(config: Config, folder: Path, aim: Aim | None = None, tamper: Callable[[], None] | None = None) -> Start:
-    """Start the launcher, as `slurm/pretrain.sh` does, and wait until it has ended. `tamper` is called on every rank
-    before it trains."""
+def run_once(config: Config, folder: Path, aim: Aim | None = None) -> Start:
+    """Start the launcher, as `slurm/pretrain.sh` does, and wait until it has ended."""
     folder.mkdir(parents=True)
     resumed = max(complete_steps(config.run.folder / "checkpoints"), default=0)
     launcher = os.fork()
     if launcher == 0:
-        _be_launcher(config, folder, aim, tamper)
+        _be_launcher(config, folder, aim)
     killed, status = None, None
     if aim is not None and aim.file is None:
         killed, status = _kill_at(aim, folder, launcher)
     if status is None:
         status = _wait(launcher)
-    start = Start(os.waitstatus_to_exitcode(status), [read_notes(folder, rank) for rank in range(RANKS)], time.monotonic())
+    ended, notes = time.monotonic(), [read_notes(folder, rank) for rank in range(RANKS)]
+    start = Start(os.waitstatus_to_exitcode(status), notes, ended)
     start.killed, start.resumed, start.log = killed, resumed, (folder / "log").read_text()
     if aim is not None and aim.file is not None and start.status:
         start.killed = start.notes[aim.rank][-1].time
-    if _left_behind(launcher):
-        raise RuntimeError(f"{folder}: ranks outlived their launcher")
+    left = [rank for rank in range(RANKS) if notes[rank] and Path(f"/proc/{notes[rank][0].text}").exists()]
+    if left:
+        raise RuntimeError(f"rank {left[0]} outlived its launcher; what they said:\n{start.log}")
     return start
 
 
-def _be_launcher(config: Config, folder: Path, aim: Aim | None, tamper: Callable[[], None] | None) -> None:
+def _be_launcher(config: Config, folder: Path, aim: Aim | None) -> NoReturn:
     os.setsid()
     log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(log, stream)
-    settings = LaunchConfig(
-        1, 1, RANKS, run_id=folder.name, rdzv_backend="c10d", rdzv_endpoint="localhost:0", local_addr="127.0.0.1",
-        max_restarts=0, start_method="fork",
-    )  # fmt: skip
+    (folder / "config.yaml").write_text(config.to_yaml())
+
+    def popen(handler: SubprocessHandler, arguments: Sequence[str], env: dict[str, str]) -> ForkedRank:
+        rank = int(env["RANK"])
+        pid = os.fork()
+        if pid == 0:
+            os.setsid()
+            os.environ |= env
+            last_file = aim.file if aim and aim.rank == rank else None
+            _take_notes(folder / f"rank-{rank}", config.run.folder / "checkpoints", last_file)
+            torch.set_num_threads(1)
+            _end(lambda: cli.main(arguments[arguments.index("megalite") + 1 :]))
+        return ForkedRank(pid)
+
+    SubprocessHandler._popen = popen  # type: ignore[assignment, method-assign]
+    task = ["-m", "megalite", "train", str(folder / "config.yaml")]
+    _end(lambda: launch.main([f"--nproc-per-node={RANKS}", "--standalone", "--local-addr=127.0.0.1", *task]))
+
+
+class ForkedRank:
+    """What the launcher uses of `subprocess.Popen`, of a rank that need not import anything any more."""
+
+    def __init__(self, pid: int):
+        self.pid = pid
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            ended, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if ended else None
+        return self.returncode
+
+    def wait(self, timeout: float) -> int:
+        deadline = time.monotonic() + timeout
+        while (status := self.poll()) is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired("rank", timeout)
+            time.sleep(0.005)
+        return status
+
+
+def _end(main: Callable[[], int]) -> NoReturn:
+    """A forked process, by the status of `main`: what this one still had to do is not for it."""
     status = 1
     try:
-        status = supervise(lambda: elastic_launch(settings, _be_rank)(config, folder, aim, tamper))
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+        status = main()
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
-def _be_rank(config: Config, folder: Path, aim: Aim | None, tamper: Callable[[], None] | None) -> None:
-    rank = int(os.environ["RANK"])
-    _take_notes(folder / f"rank-{rank}", config, aim.file if aim and aim.rank == rank else None)
-    torch.set_num_threads(1)
-    if tamper:
-        tamper()
-    status = train(config)
-    dist.destroy_process_group()
-    if status:
-        sys.exit(status)
-
-
-def _take_notes(path: Path, config: Config, last_file: int | None) -> None:
+def _take_notes(path: Path, checkpoints: Path, last_file: int | None) -> None:
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    below, begin, files = str(config.run.folder / "checkpoints"), Activity.begin, 0
+    begin, files = Activity.begin, 0
 
     def note(kind: str, step: int, text: str) -> None:
         os.write(file, f"{time.monotonic():.6f}\t{kind}\t{step}\t{text}\n".encode())
@@ -196,7 +235,7 @@ def _take_notes(path: Path, config: Config, last_file: int | None) -> None:
 
     def see(event: str, arguments: tuple[Any, ...]) -> None:
         nonlocal files
-        if event in FILE_EVENTS and str(arguments[0]).startswith(below):
+        if event in FILE_EVENTS and str(arguments[0]).startswith(str(checkpoints)):
             mode = arguments[1] if event == "open" else None
             reads = event == "open" and (mode or "").startswith("r")
             note("file", 0, f"{'read' if reads else event.removeprefix('os.')} {arguments[0]}")
@@ -239,18 +278,8 @@ def _wait(launcher: int) -> int:
         if ended:
             return status
         time.sleep(0.005)
-    os.killpg(launcher, signal.SIGKILL)
-    os.waitpid(launcher, 0)
+    os.kill(launcher, signal.SIGTERM)
     raise TimeoutError(f"a start had not ended after {PATIENCE_S:.0f} s")
-
-
-def _left_behind(launcher: int) -> bool:
-    try:
-        os.killpg(launcher, 0)
-    except ProcessLookupError:
-        return False
-    os.killpg(launcher, signal.SIGKILL)
-    return True
 
 
 def phase_of(notes: Sequence[Note], before_file: bool = False) -> str:

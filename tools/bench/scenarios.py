@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-
 from killing import EVERY, STEPS, Aim, config_of, run_once
+
 from megalite.checkpoint.folder import MANIFEST, read_manifest, step_folder
 from megalite.checkpoint.resume import find_checkpoint
 from megalite.exit_codes import Exit
