@@ -147,8 +147,11 @@ class DataConfig(Section):
         steps = [phase.after_step for phase in self.phases]
         if sorted(set(steps)) != steps:
             raise ValueError(f"each of `phases` must begin later than the one before, but they begin after {steps}")
-        if self.order == "megatron" and (self.packing != "concat" or self.phases):
-            raise ValueError("order: megatron is Megatron-LM's, which has neither `packing: best_fit` nor `phases`")
+        if self.order == "megatron":
+            others = {"packing": "concat", "phases": (), "weights": "tokens", "temperature": 1.0}
+            for name, own in others.items():
+                if getattr(self, name) != own:
+                    raise ValueError(f"order: megatron is Megatron-LM's, which has no `{name}`; leave it at {own!r}")
         if self.fim and not self.tokenizer:
             raise ValueError("fim needs `tokenizer`, which knows the ids of its tokens")
         return self
