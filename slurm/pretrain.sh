@@ -136,8 +136,6 @@ finish() {
 
 # Has Slurm start the job again, on other nodes than $unfit, if there are any.
 requeue() {
-  # A job that was cancelled, or is past its limit, must not come back.
-  if [[ $(squeue --noheader --jobs="$job" --format=%T) != RUNNING ]]; then finish "ended by Slurm"; fi
   local excluded
   excluded=$(scontrol show job "$job" | grep -oE 'ExcNodeList=[^( ]+' | cut -d = -f 2 || true)
   echo "== $(date '+%F %T') job $job, start $restart: exit status $status; requeueing${unfit:+ without $unfit}"
@@ -173,6 +171,8 @@ for (( ; ; restart++)); do
   if [[ $status == 75 || -n $unfit || $(newest) != "$before" ]]; then failures=0; else failures=$((failures + 1)); fi
   if ((failures >= tries)); then finish "failed $failures times in a row without a new checkpoint"; fi
   if ((restart >= ${RESTARTS:-100})); then finish "that was the last of ${RESTARTS:-100} restarts"; fi
-  if [[ -n $job && ($status == 75 || -n $asked || -z $ready) ]]; then requeue; fi
+  # A job that was cancelled, or is past its limit, must not come back.
+  if [[ -n $job && $(squeue --noheader --jobs="$job" --format=%T) != RUNNING ]]; then finish "ended by Slurm"; fi
+  if [[ -n $job && (-n $asked || -z $ready) ]]; then requeue; fi
   echo "== $(date '+%F %T') start $restart: exit status $status; starting again"
 done
