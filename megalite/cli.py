@@ -53,9 +53,7 @@ def make_parser() -> argparse.ArgumentParser:
     train.add_argument("--print-plan", action="store_true", help="show what follows from the config, and stop")
     train.set_defaults(verb=_train)
 
-    job = verbs.add_parser(
-        "job", help="print what a launcher must know: ranks a node, nodes to use, the run's folder"
-    )
+    job = verbs.add_parser("job", help="print what a launcher must know: ranks a node, nodes to use, the run's folder")
     _add_config(job)
     job.add_argument("--nodes", type=int, default=1, metavar="N", help="how many there are (default: 1)")
     job.add_argument(

@@ -133,7 +133,11 @@ def test_sbatch_runs_one_launcher_a_node_from_the_submit_folder(machine: Machine
     assert "--nodelist=node10,node9" in words
     assert words[split + 1 :] == [
         *("-m", "megalite.launch", "--nproc-per-node=8", "--nnodes=2"),
-        *("--rdzv-id=45678.2-train", "--rdzv-backend=c10d", "--rdzv-endpoint=node10:15678"),  # first in the order of names
+        *(
+            "--rdzv-id=45678.2-train",
+            "--rdzv-backend=c10d",
+            "--rdzv-endpoint=node10:15678",
+        ),  # first in the order of names
         *("-m", "megalite", "train", "configs/x.yaml", "run.name=big"),
     ]
     assert threads == "OMP_NUM_THREADS=8"

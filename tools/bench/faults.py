@@ -19,14 +19,15 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from killing import LAYOUTS, PHASES, STEPS, Kill, Reference, Trial, prepare, run_trial, undisturbed
+from killing import LAYOUTS, PHASES, STEPS, Kill, Reference, Trial, config_of, prepare, run_trial, undisturbed
 from rich.progress import track
 from scenarios import SCENARIOS
 
 
 def kill_trials(count: int, seed: int, work: Path) -> tuple[dict[str, Reference], list[Trial]]:
     """Over the layouts in turn."""
-    references = {layout: undisturbed(layout, work / f"undisturbed-{n}") for n, layout in enumerate(LAYOUTS)}
+    folders = {layout: work / f"undisturbed-{number}" for number, layout in enumerate(LAYOUTS)}
+    references = {layout: undisturbed(config_of(folder, layout), folder) for layout, folder in folders.items()}
     trials = []
     for number in track(range(count), f"{count} trials", transient=True):
         rng = random.Random(f"{seed} {number}")

@@ -37,6 +37,7 @@ from megalite.checkpoint.folder import complete_steps, step_folder
 from megalite.config import Config
 from megalite.config_file import parse_config
 from megalite.data.indexed import IndexedWriter
+from megalite.stopping import SIGNALS
 
 RANKS = 2
 STEPS, EVERY, KEEP = 12, 3, 2
@@ -73,8 +74,12 @@ def write_corpus(prefix: Path) -> None:
             writer.add_document(document)
 
 
+def _corpus_above(folder: Path) -> Path:
+    return next(above / "corpus" for above in folder.parents if (above / "corpus.idx").exists())
+
+
 def config_of(folder: Path, layout: str, **changes: dict[str, Any]) -> Config:
-    """A run of STEPS steps below `folder`, on the corpus beside it."""
+    """A run of STEPS steps below `folder`, on the corpus that `prepare` made above it."""
     values: dict[str, dict[str, Any]] = {
         "run": {"name": "run", "dir": str(folder)},
         "model": {
@@ -82,7 +87,7 @@ def config_of(folder: Path, layout: str, **changes: dict[str, Any]) -> Config:
             "num_attention_heads": 4, "max_positions": 64,
         },
         "data": {
-            "train": [{"path": str(folder.parent / "corpus")}], "valid": [{"path": str(folder.parent / "corpus")}],
+            "train": [{"path": str(_corpus_above(folder))}], "valid": [{"path": str(_corpus_above(folder))}],
             "seq_length": 32,
         },
         "parallel": {**LAYOUTS[layout], "bucket_mb": 0.01},
@@ -141,30 +146,37 @@ class Start:
         return max((n.step - (n.text in ("first step", "training")) for n in last if n.step), default=self.resumed)
 
 
-def run_once(config: Config, folder: Path, aim: Aim | None = None) -> Start:
-    """Start the launcher, as `slurm/pretrain.sh` does, and wait until it has ended."""
+def run_once(
+    config: Config,
+    folder: Path,
+    aim: Aim | None = None,
+    tamper: Callable[[int], None] | None = None,
+    ranks: int = RANKS,
+) -> Start:
+    """Start the launcher, as `slurm/pretrain.sh` does, and wait until it has ended. `tamper(rank)` is called on each
+    rank before it trains."""
     folder.mkdir(parents=True)
     resumed = max(complete_steps(config.run.folder / "checkpoints"), default=0)
     launcher = os.fork()
     if launcher == 0:
-        _be_launcher(config, folder, aim)
+        _be_launcher(config, folder, aim, tamper, ranks)
     killed, status = None, None
     if aim is not None and aim.file is None:
         killed, status = _kill_at(aim, folder, launcher)
     if status is None:
         status = _wait(launcher)
-    ended, notes = time.monotonic(), [read_notes(folder, rank) for rank in range(RANKS)]
+    ended, notes = time.monotonic(), [read_notes(folder, rank) for rank in range(ranks)]
     start = Start(os.waitstatus_to_exitcode(status), notes, ended)
     start.killed, start.resumed, start.log = killed, resumed, (folder / "log").read_text()
     if aim is not None and aim.file is not None and start.status:
         start.killed = start.notes[aim.rank][-1].time
-    left = [rank for rank in range(RANKS) if notes[rank] and Path(f"/proc/{notes[rank][0].text}").exists()]
+    left = [rank for rank in range(ranks) if notes[rank] and Path(f"/proc/{notes[rank][0].text}").exists()]
     if left:
         raise RuntimeError(f"rank {left[0]} outlived its launcher; what they said:\n{start.log}")
     return start
 
 
-def _be_launcher(config: Config, folder: Path, aim: Aim | None) -> NoReturn:
+def _be_launcher(config: Config, folder: Path, aim: Aim | None, tamper: Callable[[int], None] | None) -> NoReturn:
     os.setsid()
     log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
@@ -176,16 +188,20 @@ def _be_launcher(config: Config, folder: Path, aim: Aim | None) -> NoReturn:
         pid = os.fork()
         if pid == 0:
             os.setsid()
+            for number in SIGNALS:  # a new program would not have the launcher's handlers
+                signal.signal(number, signal.SIG_DFL)
             os.environ |= env
             last_file = aim.file if aim and aim.rank == rank else None
             _take_notes(folder / f"rank-{rank}", config.run.folder / "checkpoints", last_file)
             torch.set_num_threads(1)
+            if tamper:
+                tamper(rank)
             _end(lambda: cli.main(arguments[arguments.index("megalite") + 1 :]))
         return ForkedRank(pid)
 
     SubprocessHandler._popen = popen  # type: ignore[assignment, method-assign]
     task = ["-m", "megalite", "train", str(folder / "config.yaml")]
-    _end(lambda: launch.main([f"--nproc-per-node={RANKS}", "--standalone", "--local-addr=127.0.0.1", *task]))
+    _end(lambda: launch.main([f"--nproc-per-node={ranks}", "--standalone", "--local-addr=127.0.0.1", *task]))
 
 
 class ForkedRank:
@@ -287,7 +303,7 @@ def phase_of(notes: Sequence[Note], before_file: bool = False) -> str:
     phase = next((note.text for note in reversed(notes) if note.kind == "phase"), "starting")
     file = next((note.text for note in reversed(notes) if note.kind == "file"), "")
     if before_file:
-        return "reading" if file.startswith("read") else "writing"
+        return "reading" if file.startswith("read") and ".tmp" not in file else "writing"
     # Ranks above 0 have done their part of a save when they say so; rank 0, when the folder has its name.
     return "writing" if ".tmp" in file and not re.match(r"rename .*/\.part-[1-9]", file) else phase
 
@@ -324,11 +340,10 @@ def outcome(config: Config) -> tuple[list[Any], dict[str, Any]]:
     return curve, {name: digest for name, digest in files.items() if name.endswith(".safetensors")}
 
 
-def undisturbed(layout: str, folder: Path) -> Reference:
-    config = config_of(folder, layout)
-    start = run_once(config, folder / "start-0")
+def undisturbed(config: Config, folder: Path, ranks: int = RANKS) -> Reference:
+    start = run_once(config, folder / "start-0", ranks=ranks)
     if start.status:
-        raise RuntimeError(f"{layout}: a run that nobody disturbed failed\n{start.log}")
+        raise RuntimeError(f"a run that nobody disturbed failed\n{start.log}")
     spans: defaultdict[str, list[Span]] = defaultdict(list)
     for rank, notes in enumerate(start.notes):
         born, ends = notes[0].time, [*(note.time for note in notes[1:]), start.ended]
