@@ -50,6 +50,15 @@ cd "$root"
 
 source slurm/within.sh
 
+# Has the ranks save and leave, of which any one signal is enough; others than USR1 srun would not pass on.
+asked= child=
+stop() { # TO: `requeue` or `leave`
+  asked=$1
+  if [[ -n $child ]]; then kill -USR1 "$child" 2>/dev/null || true; fi
+}
+trap 'stop requeue' USR1
+trap 'stop leave' TERM INT
+
 count_gpus() {
   if [[ -n ${SLURM_GPUS_ON_NODE:-} ]]; then echo "$SLURM_GPUS_ON_NODE"
   elif [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c . || true
@@ -88,13 +97,7 @@ compose() { # VERB
   fi
 }
 
-# Has the ranks save and leave, of which any one signal is enough; others than USR1 srun would not pass on.
-stop() {
-  asked=$1
-  kill -USR1 "$child" 2>/dev/null || true
-}
-
-# Runs `megalite VERB`; leaves its exit status in $status, and in $asked whether it was stopped to `requeue` or to `leave`.
+# Runs `megalite VERB`; leaves its exit status in $status.
 attempt() { # VERB
   local show=
   compose "$1"
@@ -102,8 +105,6 @@ attempt() { # VERB
   if [[ -n $dry_run ]]; then exit; fi
   "${launch[@]}" &
   child=$!
-  trap 'stop requeue' USR1
-  trap 'stop leave' TERM INT
   if [[ -n $job ]]; then
     tail --follow=name --retry --lines=+1 --sleep-interval=0.2 --pid="$child" "$log-${hosts[0]}.log" 2>/dev/null |
       grep --line-buffered -v '^== ' & # which comes in the summary
@@ -112,7 +113,7 @@ attempt() { # VERB
   while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done # a signal interrupts the wait
   status=0
   wait "$child" || status=$?
-  trap - USR1 TERM INT
+  child=
   if [[ -n $show ]]; then wait "$show" || true; summary | sort; fi
 }
 
@@ -153,16 +154,17 @@ if [[ -n $job ]]; then
   if ((nodes < given)); then echo "== $nodes of the job's $given nodes are used: no more fit CONFIG"; fi
 fi
 for (( ; ; restart++)); do
-  before=$(newest) asked= status=0 unfit= ready=1
+  before=$(newest) status=0 unfit= ready=1
   if [[ -n $job ]]; then echo "$failures $restart" >"$run/logs/$job.starts"; fi
-  if [[ -n $job && -z $dry_run && ${PREFLIGHT:-yes} != no ]]; then
+  if [[ -n $job && -z $dry_run && -z $asked && ${PREFLIGHT:-yes} != no ]]; then
     attempt preflight
-    if ((status)); then ready=; elif [[ -n $asked ]]; then status=75; fi
+    if ((status)); then ready=; fi
   fi
-  if ((status == 0)); then attempt train; fi
+  if [[ -n $asked ]]; then status=75; elif ((status == 0)); then attempt train; fi
   case $status in
     0) finish "done" ;;
     2) finish "a mistake that starting again would not mend" ;;
+    78) finish "bad numbers, which starting again would meet again" ;;
     75) if [[ $asked != requeue || -z $job ]]; then finish "stopped; started again, the run goes on where it was"; fi ;;
     *) if [[ $asked == leave ]]; then finish "stopped, without a checkpoint of the last step"; fi ;;
   esac
@@ -174,4 +176,5 @@ for (( ; ; restart++)); do
   if [[ -n $job && $(squeue --noheader --jobs="$job" --format=%T) != RUNNING ]]; then finish "ended by Slurm"; fi
   if [[ -n $job && (-n $asked || -z $ready) ]]; then requeue; fi
   echo "== $(date '+%F %T') start $restart: exit status $status; starting again"
+  asked=
 done

@@ -132,7 +132,7 @@ def test_a_job_outlives_its_time_limit_and_a_lost_node(cluster: Cluster, tmp_pat
 
 
 def test_a_job_goes_on_without_nodes_that_are_not_fit_or_lost(cluster: Cluster, tmp_path: Path) -> None:
-    settings = (*SETTINGS, "parallel.elastic=true")
+    settings = (*SETTINGS, "parallel.elastic=true", "train.steps=120")
     alone, config = (make_config(tmp_path, "llama", f"run.name={name}", *settings) for name in ("alone", "job"))
     # One node has another config than the rest.
     sick = tmp_path / "sick.sh"
@@ -141,17 +141,17 @@ def test_a_job_goes_on_without_nodes_that_are_not_fit_or_lost(cluster: Cluster, 
     log = tmp_path / "job.log"
     job = cluster.submit(config, tmp_path, nodes="1-2", WITHIN=f"bash {sick}")
     with told_by(log):
-        until(lambda: steps_done(config) > 60, "60 steps, on the nodes that are fit")
+        until(lambda: steps_done(config) > 40, "40 steps, on the nodes that are fit")
         with on_this_machine(alone, tmp_path, ranks=1):
             cluster.lose("test2")
             lost = steps_done(config)
         until(lambda: cluster.state(job) == "COMPLETED", "the end of the job, on the last node")
         text = log.read_text()
         assert f"job {job}, start 0: exit status 77; requeueing without test1" in text
-        assert lost < STEPS
+        assert lost < 120
         assert "2 nodes are fit" in text
         assert "1 node is fit" in text
-        assert [line for line in text.splitlines() if line.startswith("data ")] == []
+        assert re.findall(r"^data \d", text, re.MULTILINE) == ["data 2", "data 1"]
     # Over one rank the same sums are added up otherwise.
     for mine, theirs in zip(curve_of(config), curve_of(alone), strict=True):
         assert mine == pytest.approx(theirs, rel=1e-3)

@@ -17,6 +17,7 @@ RECORD = 'for word in "$(basename "$0")" "$@"; do printf "%s\\n" "$word"; done >
 TRAIN = 'eval "$(sed -n "$(wc -l < "$CALLED.starts")p" <<< "$TRAINING")"'
 # A config that needs four ranks, and fits $FIT of the nodes.
 ANSWER = """if [[ "$*" == *" megalite job "* ]]; then
+  eval "${EARLY:-}"
   nodes=$(grep -oP -- "--nodes=\\K\\d+" <<< "${*: -2}") ranks=$(grep -oP -- "--ranks-per-node=\\K\\d+" <<< "$*")
   echo $((ranks ? ranks : (4 + nodes - 1) / nodes)) "${FIT:-$nodes}" runs/x
   exit
@@ -196,6 +197,7 @@ def test_stops_when_the_program_cannot_tell_the_ranks(machine: Machine) -> None:
     [
         ("exit 0", {}, 0, 1, "done"),
         ("exit 2", {}, 2, 1, "a mistake"),
+        ("exit 78", {"TRIES": "3"}, 78, 1, "bad numbers"),
         ("exit 137", {}, 137, 1, "failed 1 times"),  # a bug would only be shown twice
         (f"{SAVE.format(1)}; exit 1\n{SAVE.format(2)}; exit 137\nexit 0", {}, 0, 3, "starting again"),
         ("exit 1\nexit 1\nexit 0", {"TRIES": "3"}, 0, 3, "starting again"),
@@ -228,6 +230,7 @@ def test_one_machine_starts_again_where_that_helps(
         ("exit 1", {"LOOK": "\nexit 1"}, 1, True, "start 1: exit status 1; requeueing"),  # a node cannot be reached
         (ASKED.format("TERM") + "exit 1", {"LOOK": "exit 0"}, 1, False, "without a checkpoint"),
         ("", {"LOOK": ASKED.format("USR1") + "exit 0"}, 75, True, "requeueing"),
+        ("exit 1", {"EARLY": "kill -USR1 $PPID"}, 75, True, "requeueing"),  # before there is anything to stop
         ("exit 0", {"LOOK": "exit 1", "PREFLIGHT": "no"}, 0, False, "done"),
         (ASKED.format("USR1") + "exit 75", {"REFUSED": "1"}, 75, True, "submitted again"),
     ],

@@ -39,6 +39,8 @@ from megalite.config_file import parse_config
 from megalite.data.indexed import IndexedWriter
 from megalite.stopping import SIGNALS
 
+Tamper = Callable[[int], None]
+
 RANKS = 2
 STEPS, EVERY, KEEP = 12, 3, 2
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -147,11 +149,7 @@ class Start:
 
 
 def run_once(
-    config: Config,
-    folder: Path,
-    aim: Aim | None = None,
-    tamper: Callable[[int], None] | None = None,
-    ranks: int = RANKS,
+    config: Config, folder: Path, aim: Aim | None = None, tamper: Tamper | None = None, ranks: int = RANKS
 ) -> Start:
     """Start the launcher, as `slurm/pretrain.sh` does, and wait until it has ended. `tamper(rank)` is called on each
     rank before it trains."""
@@ -176,7 +174,7 @@ def run_once(
     return start
 
 
-def _be_launcher(config: Config, folder: Path, aim: Aim | None, tamper: Callable[[int], None] | None) -> NoReturn:
+def _be_launcher(config: Config, folder: Path, aim: Aim | None, tamper: Tamper | None, ranks: int) -> NoReturn:
     os.setsid()
     log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):

@@ -1,5 +1,5 @@
-"""Faults other than a killed rank. Each takes a folder of its own, does one thing to a run, and returns whether that came
-out as it should and a line that says how."""
+"""Faults other than a killed rank. Each takes a folder of its own, does one thing to a run, and returns whether that
+came out as it should and a line that says how."""
 
 from __future__ import annotations
 
@@ -110,19 +110,19 @@ def nan_gradient(folder: Path) -> Outcome:
             hooks = [
                 parameter.register_hook(lambda gradient: gradient * torch.nan)
                 for stage in parts.stages
-                for parameter in stage.parameters()
-                if rank == 1 and NOW.step == HIT
+                for name, parameter in stage.named_parameters()
+                if rank == 1 and NOW.step == HIT and "norm" in name
             ]
             loss = forward_backward(parts, *arguments)
             for hook in hooks:
                 hook.remove()
             return loss
 
-        megalite.train.forward_backward = planted
+        megalite.train.forward_backward = planted  # type: ignore[assignment]
 
     config = config_of(folder, "data 2, ZeRO-1")
     start = run_once(config, folder / "start-0", tamper=plant)
-    found = re.search(rf"bad numbers in step {HIT}\b.*", start.log)
+    found = re.search(rf"step {HIT}: loss \S+ and gradient norm nan, not both finite; [^,]*", start.log)
     losses = [loss for _, loss, *_ in outcome(config)[0]] if start.status == 0 else []
     good = start.status == 0 and found is not None and len(losses) == STEPS and all(map(math.isfinite, losses))
     return good, found[0] if good and found else f"exit status {start.status}\n{start.log}"
@@ -142,7 +142,7 @@ def flipped_bit(folder: Path) -> Outcome:
                 parts.engine.buckets[0].weights.view(torch.int32)[0] ^= 1 << 12
             return loss
 
-        megalite.train.forward_backward = planted
+        megalite.train.forward_backward = planted  # type: ignore[assignment]
 
     config, other = config_of(folder, "data 2, ZeRO-1", **settings), folder / "undisturbed"
     wanted = undisturbed(config_of(other, "data 2, ZeRO-1", **settings), other, ranks=3)
@@ -154,7 +154,7 @@ def flipped_bit(folder: Path) -> Outcome:
         return False, f"exit status {start.status}, then {again.status}\n{start.log}{again.log}"
     return (
         True,
-        f"{named[0]}; exit status {start.status}; started again, it went on after step {again.resumed}, same bits",
+        f"{named[0]}; exit status {start.status}; started again, went on after step {again.resumed}, same bits",
     )
 
 
