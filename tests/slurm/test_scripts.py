@@ -219,6 +219,7 @@ def test_one_machine_starts_again_where_that_helps(
     [
         ("exit 0", {}, 0, False, "done"),
         ("exit 2", {}, 2, False, "a mistake"),
+        ("exit 78", {}, 78, False, "bad numbers"),
         (ASKED.format("USR1") + "exit 75", {}, 75, True, "requeueing"),
         (ASKED.format("TERM") + "exit 75", {}, 75, False, "goes on where it was"),
         ("exit 75", {}, 75, False, "goes on where it was"),  # scancel signals the ranks, not the launcher
