@@ -9,6 +9,7 @@ rank kills itself.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -143,7 +144,7 @@ class Start:
 
     @property
     def steps(self) -> int:
-        """Steps that were finished on all ranks."""
+        """Steps that a rank had finished."""
         last = [note for notes in self.notes for note in notes if note.kind == "phase"]
         return max((n.step - (n.text in ("first step", "training")) for n in last if n.step), default=self.resumed)
 
@@ -280,8 +281,9 @@ def _kill_at(aim: Aim, folder: Path, launcher: int) -> tuple[float | None, int |
         notes = read_notes(folder, aim.rank)
         entered = [note.time for note in notes if note.kind != "file"]
         if len(entered) > aim.phase and time.monotonic() >= entered[aim.phase] + aim.seconds:
-            os.kill(int(notes[0].text), aim.signal)
-            return time.monotonic(), None
+            with contextlib.suppress(ProcessLookupError):  # it has just left by itself
+                os.kill(int(notes[0].text), aim.signal)
+                return time.monotonic(), None
         time.sleep(0.0005)
 
 
