@@ -64,8 +64,12 @@ def make_parser() -> argparse.ArgumentParser:
     train.add_argument("--print-plan", action="store_true", help="show what follows from the config, and stop")
     train.set_defaults(verb=_train)
 
-    job = verbs.add_parser("job", help="print what a launcher must know: the ranks a config needs at least, its folder")
+    job = verbs.add_parser("job", help="print what a launcher must know: ranks a node, nodes to use, the run's folder")
     _add_config(job)
+    job.add_argument("--nodes", type=int, default=1, metavar="N", help="how many there are (default: 1)")
+    job.add_argument(
+        "--ranks-per-node", type=int, default=0, metavar="N", help="such as GPUs (default: what the config needs)"
+    )
     job.set_defaults(verb=_job)
 
     preflight = verbs.add_parser("preflight", help="look whether all nodes are fit for a run; start it as the run is")
@@ -152,10 +156,12 @@ def _train(arguments: argparse.Namespace) -> Exit:
 
 def _job(arguments: argparse.Namespace) -> None:
     from megalite.config_file import load_config
-    from megalite.plan import smallest_world
+    from megalite.models import weight_table
+    from megalite.plan import nodes_that_fit, smallest_world
 
     config = load_config(arguments.config, arguments.overrides)
-    print(smallest_world(config), config.run.folder)
+    ranks = arguments.ranks_per_node or -(-smallest_world(config) // arguments.nodes)
+    print(ranks, nodes_that_fit(config, weight_table(config.model), arguments.nodes, ranks), config.run.folder)
 
 
 def _preflight(arguments: argparse.Namespace) -> Exit:

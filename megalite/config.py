@@ -238,6 +238,9 @@ class ParallelConfig(Section):
     )
     offload: OffloadConfig = OffloadConfig()
     bucket_mb: float = Field(40.0, gt=0, description="fp32 MB of gradients reduced in one go")
+    elastic: bool = Field(
+        False, description="go on with fewer nodes where some are lost; micro_batch_size is then the most, not a must"
+    )
 
 
 class TrainConfig(Section):

@@ -332,7 +332,7 @@ def build(config: Config, plan: Plan, mesh: Mesh) -> Parts:
     pipeline = None
     if plan.pipeline > 1:
         length = config.data.seq_length // plan.context // (plan.tensor if plan.sequence else 1)
-        shape = (config.train.micro_batch_size, length, config.model.hidden_size)
+        shape = (plan.micro_batch_size, length, config.model.hidden_size)
         pipeline = Pipeline(stages, plan, mesh, torch.empty(shape, dtype=dtype, device="meta"), deferred)
     return Parts(tuple(stages), engine, pipeline, dtype, make_objective(config, mesh))
 
@@ -471,7 +471,7 @@ def make_loader(mixture: Mixture, run: Run, start_sample: int = 0, skipped: Sequ
     return Loader(
         mixture,
         train.global_batch_size,
-        train.micro_batch_size,
+        run.plan.micro_batch_size,
         data.rank,
         data.size,
         start_sample,

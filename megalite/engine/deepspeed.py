@@ -76,7 +76,7 @@ def deepspeed_config(config: Config, plan: Plan) -> dict[str, Any]:
         # A buffer holds a replica's share of one weight; on the host there is room for none besides.
         zero["offload_param"] |= {"buffer_size": -(-largest // plan.replicas), "max_in_cpu": 0}
     return {
-        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
+        "train_micro_batch_size_per_gpu": plan.micro_batch_size,
         "gradient_accumulation_steps": plan.micro_batches,
         "gradient_clipping": config.optimizer.clip,
         # Unchecked, stage 2 takes the norm of gradients that are not finite for 1.
