@@ -16,6 +16,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
+from megalite.secrecy import names_a_secret
 from megalite.urls import check_no_secret
 
 
@@ -237,6 +238,9 @@ class ParallelConfig(Section):
     )
     offload: OffloadConfig = OffloadConfig()
     bucket_mb: float = Field(40.0, gt=0, description="fp32 MB of gradients reduced in one go")
+    elastic: bool = Field(
+        False, description="go on with fewer nodes where some are lost; micro_batch_size is then the most, not a must"
+    )
 
 
 class TrainConfig(Section):
@@ -497,7 +501,8 @@ def _describe(item: Any, root: type[BaseModel]) -> str:
     if item["type"] == "extra_forbidden":
         close = difflib.get_close_matches(str(path[-1]).replace("-", "_"), known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(sorted(known))}"
-        return f"unknown key {key} (value {value!r}); {hint}"
+        shown = "not shown" if names_a_secret(str(path[-1])) else repr(value)
+        return f"unknown key {key} (value {shown}); {hint}"
     if item["type"] == "missing":
         return f"{key} is required" if known else f"{'.'.join(map(str, path[:-1]))}: needs another value"
     message = item["msg"].removeprefix("Value error, ").removeprefix("Input ")

@@ -54,6 +54,7 @@ from megalite.parallel.stage import Inputs, Stage, positions_of
 from megalite.parallel.tensor import PutOff
 from megalite.plan import Plan, make_plan
 from megalite.reference import compute_reference, read_references, reference_key, write_references
+from megalite.run_folder import check_run_folder, open_run_folder
 from megalite.stopping import StopRequests
 
 Data = Mapping[Split, Mixture | None]
@@ -66,6 +67,7 @@ def train(config: Config) -> Exit:
     Raises ConfigError, DataError or CheckpointError, before the first step where something asked for cannot be done;
     NotSaved after the last step."""
     launch = Launch.from_environment()
+    check_run_folder(config.run.folder)
     plan = make_plan(config, weight_table(config.model, config.lora), launch.world_size)
     tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
     data = build_mixtures(config, tokenizer)
@@ -157,8 +159,7 @@ class Run:
 def open_recorder(config: Config, plan: Plan, state: dict[str, Any], tokenizer: Tokenizer | None) -> Recorder:
     """Makes the run folder, with the exact config and the tokenizer in it."""
     folder = config.run.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(config.to_yaml())
+    open_run_folder(folder, config.to_yaml())
     if tokenizer:
         tokenizer.save(folder / "tokenizer")
     keep_source(config)
@@ -335,7 +336,7 @@ def build(config: Config, plan: Plan, mesh: Mesh) -> Parts:
     pipeline = None
     if plan.pipeline > 1:
         length = config.data.seq_length // plan.context // (plan.tensor if plan.sequence else 1)
-        shape = (config.train.micro_batch_size, length, config.model.hidden_size)
+        shape = (plan.micro_batch_size, length, config.model.hidden_size)
         pipeline = Pipeline(stages, plan, mesh, torch.empty(shape, dtype=dtype, device="meta"), deferred)
     return Parts(tuple(stages), engine, pipeline, dtype, make_objective(config, mesh))
 
@@ -474,7 +475,7 @@ def make_loader(mixture: Mixture, run: Run, start_sample: int = 0, skipped: Sequ
     return Loader(
         mixture,
         train.global_batch_size,
-        train.micro_batch_size,
+        run.plan.micro_batch_size,
         data.rank,
         data.size,
         start_sample,

@@ -1,7 +1,6 @@
 #!/bin/bash
 #SBATCH --job-name=megalite-finetune
 #SBATCH --nodes=1
-#SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=64
 #SBATCH --mem=0
