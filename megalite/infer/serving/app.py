@@ -23,7 +23,7 @@ from megalite.errors import ConfigError, DataError
 from megalite.infer import answer as answers
 from megalite.infer.generate import Generator
 from megalite.infer.serving.engine import Engine, Overloaded, Ticket, Told, Update
-from megalite.infer.serving.guards import Guards
+from megalite.infer.serving.guards import Guards, Refused
 from megalite.infer.serving.metrics import Metrics
 from megalite.infer.serving.protocol import Asked, ChatBody, CompletionBody, Reply, error, usage
 from megalite.infer.serving.ratings import RatingBody, Ratings
@@ -315,7 +315,8 @@ def _explain_errors(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def http(request: Request, problem: HTTPException) -> Response:
         kind = KINDS.get(problem.status_code, "server_error")
-        return _json(error(str(problem.detail), kind), problem.status_code)
+        body = problem.body if isinstance(problem, Refused) else error(str(problem.detail), kind)
+        return _json(body, problem.status_code)
 
 
 class Noted:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hmac
 import os
 import time
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+from starlette.exceptions import HTTPException
 
 from megalite.errors import ConfigError
 from megalite.infer.serving.protocol import error
@@ -36,10 +39,10 @@ def read_keys(file: Path | None) -> list[str]:
     return keys
 
 
-class Refused(Exception):
-    def __init__(self, status: int, body: dict[str, Any], headers: Sequence[tuple[str, str]] = ()):
-        super().__init__(status)
-        self.status, self.body, self.headers = status, body, headers
+class Refused(HTTPException):
+    def __init__(self, status: int, body: dict[str, Any], headers: dict[str, str] | None = None):
+        super().__init__(status, body["error"]["message"], headers)
+        self.body = body
 
 
 def too_large(limit: int) -> Refused:
@@ -60,22 +63,14 @@ class Guards:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        started = False
-
-        async def sending(message: Any) -> None:
-            nonlocal started
-            started = True
-            await send(message)
-
         try:
             self._check_size(scope)
             if scope["path"] not in OPEN_PATHS:
                 self._check_rate(self._check_key(scope), scope)
-            await self.app(scope, self._counted(receive), sending)
         except Refused as refused:
-            if started:
-                raise
             await _refuse(refused, receive, send)
+            return
+        await self.app(scope, self._counted(receive), send)
 
     def _check_size(self, scope: Any) -> None:
         length = _header(scope, b"content-length")
@@ -105,7 +100,7 @@ class Guards:
         fits = [hmac.compare_digest(given, key) for key in self.keys]
         if not any(fits):
             text = "the API key is wrong" if given else "an API key is needed: Authorization: Bearer KEY"
-            headers = [("www-authenticate", "Bearer")]
+            headers = {"www-authenticate": "Bearer"}
             raise Refused(401, error(text, "invalid_request_error", code="invalid_api_key"), headers)
         return given
 
@@ -115,7 +110,7 @@ class Guards:
         client = key or str((scope.get("client") or ("",))[0]).encode()
         if wait := self.rate.wait_s(client):
             text = f"more than {self.rate.per_minute} requests a minute: try again in {wait:.0f} s"
-            headers = [("retry-after", str(round(wait)))]
+            headers = {"retry-after": str(round(wait))}
             raise Refused(429, error(text, "rate_limit_error", code="rate_limit_exceeded"), headers)
 
 
@@ -144,15 +139,15 @@ def _header(scope: Any, name: bytes) -> bytes | None:
 
 async def _refuse(refused: Refused, receive: Any, send: Any) -> None:
     body = orjson.dumps(refused.body)
-    headers = [("content-type", "application/json"), ("content-length", str(len(body))), *refused.headers]
-    if refused.status == 413:
-        headers.append(("connection", "close"))
-    coded = [(name.encode(), value.encode()) for name, value in headers]
-    await send({"type": "http.response.start", "status": refused.status, "headers": coded})
+    headers = {"content-type": "application/json", "content-length": str(len(body)), **(refused.headers or {})}
+    coded = [(name.encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": refused.status_code, "headers": coded})
     await send({"type": "http.response.body", "body": body, "more_body": True})
     # A connection closed on a sender that is not done would take the answer with it.
-    until, total, more = time.monotonic() + DISCARDED_S, 0, True
-    while more and total < DISCARDED_BYTES and time.monotonic() < until:
-        message = await receive()
-        total, more = total + len(message.get("body", b"")), message.get("more_body", False)
+    total, more = 0, True
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(DISCARDED_S):
+            while more and total < DISCARDED_BYTES:
+                message = await receive()
+                total, more = total + len(message.get("body", b"")), message.get("more_body", False)
     await send({"type": "http.response.body", "body": b""})

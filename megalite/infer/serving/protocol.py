@@ -6,6 +6,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -70,12 +71,8 @@ class Asked(Body):
         asked = {name: value for name in names if (value := getattr(self, name)) is not None}
         seed = secrets.randbits(62) if self.seed is None else self.seed
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        return [
-            Request(
-                prompt, max_tokens, Sampling(**{**vars(sampling), **asked, "seed": wrap(seed + i)}), stop, num_logprobs
-            )
-            for i in range(self.n)
-        ]
+        samplings = [replace(sampling, **asked, seed=wrap(seed + choice)) for choice in range(self.n)]
+        return [Request(prompt, max_tokens, one, stop, num_logprobs) for one in samplings]
 
 
 def wrap(seed: int) -> int:
@@ -99,9 +96,9 @@ class CompletionBody(Asked):
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        if isinstance(self.prompt, str) or (self.prompt and isinstance(self.prompt[0], int)):
+        if isinstance(self.prompt, str) or not self.prompt or isinstance(self.prompt[0], int):
             return [self.prompt]  # type: ignore[list-item]
-        return list(self.prompt)  # type: ignore[arg-type]
+        return list(self.prompt)
 
 
 class TextPart(Body):
@@ -166,12 +163,7 @@ class Reply:
 
     def _logprobs(self, tokens: Sequence[Choice], offset: int) -> dict[str, Any]:
         if self.chat:
-            return {
-                "content": [
-                    self._entry(t.token, t.logprob) | {"top_logprobs": [self._entry(*x) for x in t.likeliest]}
-                    for t in tokens
-                ]
-            }
+            return {"content": [self._chosen(token) for token in tokens]}
         names = [self.name_of(t.token) for t in tokens]
         offsets = [offset + sum(map(len, names[:i])) for i in range(len(names))]
         return {
@@ -180,6 +172,10 @@ class Reply:
             "top_logprobs": [{self.name_of(token): x for token, x in t.likeliest} for t in tokens],
             "text_offset": offsets,
         }
+
+    def _chosen(self, choice: Choice) -> dict[str, Any]:
+        likeliest = [self._entry(token, logprob) for token, logprob in choice.likeliest]
+        return self._entry(choice.token, choice.logprob) | {"top_logprobs": likeliest}
 
     def _entry(self, token: int, logprob: float) -> dict[str, Any]:
         name = self.name_of(token)
