@@ -16,6 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from megalite.infer.packed import pack_linears
 from megalite.kernels.attention import AttentionKind
 from megalite.models.layers import CausalAttention, Decoder, Places
 from megalite.models.rope import LongRope
@@ -163,7 +164,7 @@ def turning_point(config: Any) -> int | None:
 
 
 class CachedModel:
-    """A clean model on one device, with a cache; see `batch.Predictor`."""
+    """A clean model on one device, which is taken over and gets a cache; see `batch.Predictor`."""
 
     def __init__(self, model: Decoder, num_slots: int, max_length: int | None = None):
         """`max_length`: of a sequence, prompt and answer; at most, and if left out, that which the model is for."""
@@ -172,6 +173,7 @@ class CachedModel:
         self.turning_point = turning_point(model.config)
         self.device = next(model.parameters()).device
         add_cache(model, num_slots)
+        pack_linears(model)
 
     @torch.inference_mode()
     def predict(self, tokens_BT: Tensor, places: CachedPlaces, last_B: Tensor) -> Tensor:

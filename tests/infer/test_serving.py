@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -100,18 +101,8 @@ def start(folder: Path, root: Path, *options: str) -> Served:
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     root = tmp_path_factory.mktemp("served")
-    found = start(
-        make_folder(root / "tiny"),
-        root,
-        "--slots",
-        "4",
-        "--max-length",
-        str(LENGTH),
-        "--grace",
-        "1",
-        "--requests-per-minute",
-        "600",
-    )
+    options = f"--slots 4 --max-length {LENGTH} --grace 1 --requests-per-minute 600"
+    found = start(make_folder(root / "tiny"), root, *options.split())
     yield found
     if found.process.poll() is None:
         found.process.kill()
@@ -202,7 +193,8 @@ def test_a_client_that_disappears_frees_its_slot(served: Served) -> None:
     with httpx.stream(
         "POST", f"{served.url}/v1/completions", json=body | {"stream": True}, headers=headers
     ) as response:
-        next(response.iter_lines())
+        lines = response.iter_lines()  # kept: a stream nobody reads from is closed
+        next(lines)
         served.until("megalite_slots_busy", 1)
     served.until("megalite_slots_busy", 0)
     with pytest.raises(httpx.ReadTimeout):
@@ -286,15 +278,39 @@ def test_ratings_become_rows_that_finetuning_reads(served: Served) -> None:
     assert httpx.post(f"{served.url}/v1/ratings", json=same, headers=headers).status_code == 400
 
 
+def test_the_page_in_a_browser(served: Served) -> None:
+    playwright = pytest.importorskip("playwright.sync_api")
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("no Chromium on this machine")
+    rows = served.log.with_name("ratings") / "preference.jsonl"
+    before = len(rows.read_text().splitlines()) if rows.exists() else 0
+    with playwright.sync_playwright() as tool:
+        page = tool.chromium.launch(executable_path=browser, args=["--no-sandbox"]).new_page()
+        problems: list[str] = []
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.goto(served.url)
+        page.fill("#key", KEY)
+        page.fill("#max_tokens", "20")
+        page.fill("#prompt", "Hello <b>there</b>")
+        page.keyboard.press("Enter")
+        page.click("[aria-label='Correct it']")
+        assert page.inner_text(".turn.user") == "Hello <b>there</b>", "what is said is text, not markup"
+        said = page.text_content(".turn.answer .text")
+        page.fill("[aria-label='Your answer']", "Hello yourself.")
+        page.click("text=Save")
+        page.wait_for_selector("text=your answer is noted")
+        assert page.text_content(".turn.answer .text") == "Hello yourself."
+        assert not problems
+    added = [json.loads(line) for line in rows.read_text().splitlines()[before:]]
+    assert [(row["prompt"][0]["content"], row["chosen"], row["rejected"]) for row in added] == [
+        ("Hello <b>there</b>", "Hello yourself.", said)
+    ]
+
+
 def test_it_ends_as_asked_and_has_told_no_secrets(served: Served) -> None:
     headers = {"Authorization": f"Bearer {KEY}"}
-    body = {
-        "model": "tiny",
-        "prompt": "a secret of the user's",
-        "max_tokens": 16_000,
-        "stream": True,
-        "temperature": 1.5,
-    }
+    body = ASKED | {"prompt": "a secret of the user's", "max_tokens": 16_000, "stream": True}
     with httpx.stream("POST", f"{served.url}/v1/completions", json=body, headers=headers, timeout=30) as response:
         lines = response.iter_lines()
         next(lines)

@@ -1,14 +1,14 @@
 """What people think of answers, kept as finetuning reads it.
 
-A folder of JSON lines: `chat.jsonl` has answers to be learned, rated well or corrected; `preference.jsonl` pairs of a
-correction with what it corrects; `rejected.jsonl` answers rated badly, of which alone nothing can be learned."""
+A folder of JSON lines: `chat.jsonl` and, of models that have no chat template, `completion.jsonl` have answers to be
+learned, rated well or corrected; `preference.jsonl` pairs of a correction with what it corrects; `rejected.jsonl`
+answers rated badly, of which alone nothing can be learned."""
 
 from __future__ import annotations
 
 import os
 import threading
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,16 +22,29 @@ LONGEST = 1_000_000
 
 
 class RatingBody(Body):
-    messages: list[Message] = Field(min_length=1, description="what was answered")
+    messages: list[Message] | None = Field(None, min_length=1, description="what was answered")
+    prompt: str | None = Field(None, max_length=LONGEST, description="of a model that goes on from a text, the text")
     answer: str = Field(max_length=LONGEST)
     rating: Literal["up", "down"]
     correction: str | None = Field(None, max_length=LONGEST, description="what the answer should have been")
+
+    @model_validator(mode="after")
+    def _one_question(self) -> RatingBody:
+        if (self.messages is None) == (self.prompt is None):
+            raise ValueError("give either messages or a prompt")
+        return self
 
     @model_validator(mode="after")
     def _a_correction_corrects(self) -> RatingBody:
         if self.correction is not None and (not self.correction.strip() or self.correction == self.answer):
             raise ValueError("a correction must say something, and something else than the answer")
         return self
+
+    @property
+    def asked(self) -> str | list[dict[str, str]]:
+        if self.messages is None:
+            return self.prompt or ""
+        return [{"role": message.role, "content": message.text} for message in self.messages]
 
     @property
     def kind(self) -> str:
@@ -49,21 +62,22 @@ class Ratings:
 
     def add(self, rating: RatingBody, model: str) -> None:
         """On the disk when it returns. Raises OSError."""
-        asked = [{"role": message.role, "content": message.text} for message in rating.messages]
+        asked, answer = rating.asked, rating.answer
         facts = {"rating": rating.kind, "model": model, "time": int(time.time())}
-        good = rating.correction if rating.correction is not None else rating.answer
+        good = answer if rating.correction is None else rating.correction
         with self._lock:
             if rating.correction is not None:
-                pair = {"prompt": asked, "chosen": good, "rejected": rating.answer}
-                self._append("preference.jsonl", [pair | facts])
+                self._append("preference.jsonl", {"prompt": asked, "chosen": good, "rejected": answer} | facts)
             if rating.kind == "down":
-                self._append("rejected.jsonl", [{"prompt": asked, "rejected": rating.answer} | facts])
+                self._append("rejected.jsonl", {"prompt": asked, "rejected": answer} | facts)
+            elif isinstance(asked, str):
+                self._append("completion.jsonl", {"prompt": asked, "completion": good} | facts)
             else:
-                self._append("chat.jsonl", [{"messages": [*asked, {"role": "assistant", "content": good}]} | facts])
+                self._append("chat.jsonl", {"messages": [*asked, {"role": "assistant", "content": good}]} | facts)
 
-    def _append(self, name: str, rows: Sequence[dict[str, Any]]) -> None:
-        """Whole lines, even behind one that a crash cut off."""
-        data = b"".join(orjson.dumps(row) + b"\n" for row in rows)
+    def _append(self, name: str, row: dict[str, Any]) -> None:
+        """A whole line, even behind one that a crash cut off."""
+        data = orjson.dumps(row) + b"\n"
         file = os.open(self.folder / name, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         try:
             size = os.fstat(file).st_size
