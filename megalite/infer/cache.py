@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megalite.infer.packed import pack_linears
 from megalite.kernels.attention import AttentionKind
+from megalite.kernels.library import pick
 from megalite.models.layers import CausalAttention, Decoder, Places
 from megalite.models.rope import LongRope
 
@@ -57,6 +58,11 @@ class CachedPlaces(Places):
         """[B,C,G,K]"""
         rows: slice | Tensor = self.slot_B if self.slots is None else self.slots
         return cache_SLGK[rows, 1 : 1 + self.num_cells]
+
+    def cells(self, window: int | None) -> tuple[Tensor, Tensor]:
+        """The first and the last cell that the one token of each row attends to, [B]."""
+        last_B = self.position_BT[:, 0]
+        return torch.zeros_like(last_B) if window is None else (last_B + 1 - window).clamp(min=0), last_B
 
     def bias(self, window: int | None, dtype: torch.dtype) -> Tensor:
         """What is added to scores, [B,1,T,C]; made once for all layers that have this window."""
@@ -116,7 +122,12 @@ class CachedAttention(CausalAttention):
             cache[places.slot_B[:, None], places.cell_BT] = new
         if places.fresh:
             return super().forward(qkv_BTNK, num_heads, num_kv_heads, places)
-        return attend(q, places.read(keys), places.read(values), places.bias(self.kind.window, q.dtype), self.kind)
+        read = places.read(keys), places.read(values)
+        if q.shape[1] == 1 and pick("attention", q) == "megalite":
+            scale, softcap = self.kind.scale or q.shape[-1] ** -0.5, self.kind.softcap or 0.0
+            ends = places.cells(self.kind.window)
+            return torch.ops.megalite.decode_attention(q[:, 0], *read, *ends, scale, softcap).flatten(1)[:, None]
+        return attend(q, *read, places.bias(self.kind.window, q.dtype), self.kind)
 
     def _holding(self, num_cells: int, like_BTGK: Tensor) -> Tensor:
         """The cache, grown to so many cells at least."""
