@@ -22,16 +22,16 @@ Tensor decode_attention(
   const megalite::Type type = megalite::type_of(q, op, "q");
   TORCH_CHECK_VALUE(q.dim() == 3, op, ": q has shape ", q.sizes(), ", but must have [batch, heads, head size]");
   TORCH_CHECK_VALUE(
-      keys.dim() == 4, op, ": keys have shape ", keys.sizes(), ", but must have [batch, cells, heads, head size]");
-  const int64_t batch = q.size(0), heads = q.size(1), size = q.size(2), num_cells = keys.size(1), groups = keys.size(2);
+      keys.dim() == 4, op, ": keys have shape ", keys.sizes(), ", but must have [batch, heads, cells, head size]");
+  const int64_t batch = q.size(0), heads = q.size(1), size = q.size(2), groups = keys.size(1), num_cells = keys.size(2);
   megalite::check_like(keys, q, op, "keys");
   megalite::check_like(values, q, op, "values");
   TORCH_CHECK_VALUE(groups > 0 && heads % groups == 0, op, ": ", heads, " heads cannot share ", groups, " of keys");
-  megalite::check_shape(keys, {batch, num_cells, groups, size}, op, "keys");
+  megalite::check_shape(keys, {batch, groups, num_cells, size}, op, "keys");
   megalite::check_shape(values, keys.sizes(), op, "values");
   TORCH_CHECK_VALUE(
       keys.strides() == values.strides() && keys.stride(3) == 1 && keys.stride(2) == size, op,
-      ": heads of keys and of values must lie next to each other, and both alike");
+      ": cells of keys and of values must lie next to each other, and both alike");
   const int64_t *from = cells(first, batch, "first"), *to = cells(last, batch, "last");
   for (int64_t row = 0; row < batch; ++row)
     TORCH_CHECK_VALUE(

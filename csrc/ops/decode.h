@@ -8,10 +8,10 @@ namespace megalite {
 
 struct Decode {
   Type type;
-  const void *q, *keys, *values;  // [B, H, K]; [B, C, G, K], whose rows and cells are strides apart
+  const void *q, *keys, *values;  // [B, H, K]; [B, G, C, K], whose rows and heads are strides apart
   void* out;                      // [B, H, K]
   const int64_t *first, *last;    // [B]: the cells that a row attends to, both included
-  int64_t row_stride, cell_stride;
+  int64_t row_stride, head_stride;
   int64_t batch, heads, kv_heads, size;
   float scale, softcap;  // 0: none
 };

@@ -17,11 +17,11 @@ def inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Keys and values as a part of a larger cache; what no row attends to is not a number."""
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(BATCH, HEADS, SIZE, generator=generator).to(dtype)
-    cache = torch.randn(2, 5, 60, GROUPS, SIZE, generator=generator).to(dtype)
-    keys, values = cache[:, 1:4, 7:57]
+    cache = torch.randn(2, 5, GROUPS, 60, SIZE, generator=generator).to(dtype)
+    keys, values = cache[:, 1:4, :, 7:57]
     for row in range(BATCH):
         for x in (keys, values):
-            x[row, : FIRST[row]] = x[row, LAST[row] + 1 :] = torch.nan
+            x[row, :, : FIRST[row]] = x[row, :, LAST[row] + 1 :] = torch.nan
     return q, keys, values
 
 
@@ -29,10 +29,10 @@ def wanted(q: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float
     rows = []
     for row in range(BATCH):
         cells = slice(int(FIRST[row]), int(LAST[row]) + 1)
-        k, v = (x[row, cells].double().repeat_interleave(HEADS // GROUPS, dim=1) for x in (keys, values))
-        scores = torch.einsum("hk,chk->hc", q[row].double(), k) * scale
+        k, v = (x[row, :, cells].double().repeat_interleave(HEADS // GROUPS, dim=0) for x in (keys, values))
+        scores = torch.einsum("hk,hck->hc", q[row].double(), k) * scale
         scores = (scores / softcap).tanh() * softcap if softcap else scores
-        rows.append(torch.einsum("hc,chk->hk", scores.softmax(-1), v))
+        rows.append(torch.einsum("hc,hck->hk", scores.softmax(-1), v))
     return torch.stack(rows)
 
 

@@ -25,7 +25,7 @@ void decode(const Decode& a, int64_t begin, int64_t end) {
   for (int64_t pair = begin; pair < end; ++pair) {
     const int64_t row = pair / a.kv_heads, group = pair % a.kv_heads, first = a.first[row];
     const int64_t count = a.last[row] - first + 1, head = row * a.heads + group * shared;
-    const int64_t start = row * a.row_stride + first * a.cell_stride + group * a.size;
+    const int64_t start = row * a.row_stride + group * a.head_stride + first * a.size;
     const T* keys = static_cast<const T*>(a.keys) + start;
     const T* values = static_cast<const T*>(a.values) + start;
     const T* from = static_cast<const T*>(a.q) + head * a.size;
@@ -33,7 +33,7 @@ void decode(const Decode& a, int64_t begin, int64_t end) {
     scores.resize(shared * count);
     for (int64_t c = 0; c < count; ++c)
       for (int64_t h = 0; h < shared; ++h)
-        scores[h * count + c] = dot(&q[h * a.size], keys + c * a.cell_stride, a.size);
+        scores[h * count + c] = dot(&q[h * a.size], keys + c * a.size, a.size);
     for (int64_t h = 0; h < shared; ++h) {
       float* of_head = &scores[h * count];
       if (a.softcap != 0.0f)
@@ -48,7 +48,7 @@ void decode(const Decode& a, int64_t begin, int64_t end) {
     for (int64_t c = 0; c < count; ++c)
       for (int64_t h = 0; h < shared; ++h) {
         const float share = scores[h * count + c];
-        const T* value = values + c * a.cell_stride;
+        const T* value = values + c * a.size;
         float* into = &sums[h * a.size];
 #pragma omp simd
         for (int64_t i = 0; i < a.size; ++i) into[i] += share * to_float(value[i]);
