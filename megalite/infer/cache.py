@@ -135,7 +135,8 @@ class CachedAttention(CausalAttention):
         if old is None or old.shape[3] < num_cells:
             grown = max(num_cells, FEWEST_CELLS, 0 if old is None else 2 * old.shape[3])
             # Zeros, since what is hidden is multiplied by 0, which does not take away what is not a number.
-            self.cache = like_BTGK.new_zeros(2, self.num_slots, like_BTGK.shape[2], grown, like_BTGK.shape[3])
+            (*_, groups, size), slots = like_BTGK.shape, self.num_slots
+            self.cache = like_BTGK.new_zeros(2, slots, groups, grown, size)
             if old is not None:
                 self.cache[:, :, :, : old.shape[3]] = old
         assert self.cache is not None
@@ -143,8 +144,8 @@ class CachedAttention(CausalAttention):
 
 
 def attend(q_BTHK: Tensor, k: Tensor, v: Tensor, bias_B1TC: Tensor, kind: AttentionKind) -> Tensor:
-    """→ [B,T,H·K], of keys and values [B,G,C,K]. The queries of all heads that share keys are taken as so many more tokens, so that no key is read
-    twice, or copied."""
+    """→ [B,T,H·K], of keys and values [B,G,C,K]. The queries of all heads that share keys are taken as so many more
+    tokens, so that no key is read twice, or copied."""
     (batch, length, heads, _), groups = q_BTHK.shape, k.shape[1]
     shared = heads // groups
     q = q_BTHK.unflatten(2, (groups, shared)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B,G,H/G·T,K]
