@@ -7,4 +7,5 @@ PYBIND11_MODULE(_data, module) {
   megalite::define_packing(module);
   megalite::define_permute(module);
   megalite::define_starts(module);
+  megalite::define_texts(module);
 }

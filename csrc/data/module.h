@@ -11,5 +11,6 @@ void define_blend(pybind11::module_& module);
 void define_packing(pybind11::module_& module);
 void define_permute(pybind11::module_& module);
 void define_starts(pybind11::module_& module);
+void define_texts(pybind11::module_& module);
 
 }  // namespace megalite

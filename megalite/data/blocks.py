@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import orjson
 
@@ -55,9 +56,10 @@ class Block(NamedTuple):
 
 
 class Texts(NamedTuple):
-    """A block's texts, none of them empty. `bad` says which of its lines, counted from 1, are no use, and why."""
+    """A block's texts as UTF-8, none of them empty. `bad` says which of its lines, counted from 1, are no use, and
+    why."""
 
-    texts: list[str]
+    texts: list[bytes]
     report: Report
     num_lines: int
     bad: list[tuple[int, str]]
@@ -143,28 +145,48 @@ def texts_of(block: Block, json_key: str) -> Texts:
         if document.num_bytes > LONGEST_TEXT:
             result.report.bad(document.path, document.line, TOO_LONG)
         else:
-            result.texts.append(document.text)
+            result.texts.append(document.text.encode())
     failure = block.failure
     try:
-        lines = (_read_lines(block) if block.first < block.last else block.lines).split(b"\n")
+        lines = _read_lines(block) if block.first < block.last else block.lines
     except OSError as error:
-        lines, failure = [b""], f"unreadable from here on: {error}"
-    if not lines[-1]:
-        lines.pop()
-    if lines and not block.first:
-        lines[0] = lines[0].removeprefix(b"\xef\xbb\xbf")  # the byte-order mark some editors write
-    for number, line in enumerate(lines, 1):
+        lines, failure = b"", f"unreadable from here on: {error}"
+    texts, odd = json_texts(lines, json_key, LONGEST_TEXT)
+    for number, first, last in odd:
+        line = lines[first:last]
+        if not number and not block.first:
+            line = line.removeprefix(b"\xef\xbb\xbf")  # the byte-order mark some editors write
         try:
-            text = _text_of(line, json_key, result.report)
+            texts[number] = _text_of(line, json_key, result.report).encode()
+            result.report.num_empty += not texts[number]
         except ValueError as error:
-            result.bad.append((number, str(error)))
-            continue
-        if text:
-            result.texts.append(text)
-        else:
-            result.report.num_empty += 1
-    bad = [*result.bad, *([(len(lines) + 1, failure)] if failure else [])]
-    return result._replace(num_lines=len(lines), bad=bad)
+            result.bad.append((number + 1, str(error)))
+    if failure:
+        result.bad.append((len(texts) + 1, failure))
+    result.texts.extend(filter(None, texts) if odd else texts)
+    return result._replace(num_lines=len(texts))
+
+
+def json_texts_reference(lines: bytes, key: str, longest: int) -> tuple[list[bytes], list[tuple[int, int, int]]]:
+    """`megalite._data.json_texts`, which says what it does. Whatever orjson takes, json takes for the same."""
+    texts, odd = [], []
+    first = 0
+    for number, line in enumerate(lines.split(b"\n") if lines else ()):
+        text: Any = None
+        if len(line) <= longest:
+            with suppress(ValueError, KeyError, TypeError):
+                text = orjson.loads(line)[key]
+        texts.append(text.encode() if isinstance(text, str) else b"")
+        if not texts[-1] and first < len(lines):
+            odd.append((number, first, first + len(line)))
+        first += len(line) + 1
+    return texts[:-1] if lines.endswith(b"\n") else texts, odd
+
+
+try:
+    from megalite._data import json_texts
+except ImportError:  # installed without a compiler
+    json_texts = json_texts_reference
 
 
 def _read_lines(block: Block) -> bytes:
@@ -184,19 +206,14 @@ def _read_lines(block: Block) -> bytes:
 
 
 def _text_of(line: bytes, json_key: str, report: Report) -> str:
-    """Raises ValueError that says why there is none. Whatever orjson takes, json takes for the same; the rest, which is
-    rare, is left to it and to the messages that all of megalite gives."""
+    """Raises ValueError that says why there is none."""
     if len(line) > LONGEST_TEXT:
         raise ValueError(TOO_LONG)
-    try:
-        text = orjson.loads(line)[json_key]
-    except (ValueError, KeyError, TypeError):
-        if not line.strip():
-            return ""
-        text, num_mended = mend(record_of(line, Reading(json_key))[json_key])
-        report.num_mended += num_mended > 0
-        return text
-    return text if isinstance(text, str) else record_of(line, Reading(json_key))[json_key]
+    if not line.strip():
+        return ""
+    text, num_mended = mend(record_of(line, Reading(json_key))[json_key])
+    report.num_mended += num_mended > 0
+    return text
 
 
 class LineNumbers:

@@ -48,7 +48,7 @@ class FastBPE:
         self._json = tokenizer.to_json()
         description = orjson.loads(self._json)
         _check_model(description)
-        self._added = [token["content"] for token in description["added_tokens"]]
+        self._added = [token["content"].encode() for token in description["added_tokens"]]
         self._normalize = None
         if description["normalizer"]:
             # Compositions, too, differ between editions of Unicode: the exact library does them.
@@ -67,33 +67,33 @@ class FastBPE:
         for text in [PROBE, *(f"a{token} {token}  {token}\n{token}{token}." for token in self._added)]:
             self.compare(text)
 
-    def encode(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64], int]:
-        """Ids end to end [sum(lengths)], their number in each text, and how many texts were left to Hugging Face's."""
+    def encode(self, texts: list[bytes]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64], int]:
+        """Ids of texts in UTF-8 end to end [sum(lengths)], their number in each, and how many texts were left to
+        Hugging Face's."""
         normal = texts
         if self._normalize is not None:
-            normal = [text if text.isascii() else self._normalize(text) for text in texts]
-        data = [text.encode() for text in normal]
-        left = self._find_left(texts, data)
-        flat, lengths = self._encode([one for i, one in enumerate(data) if i not in left] if left else data)
+            normal = [text if text.isascii() else self._normalize(text.decode()).encode() for text in texts]
+        left = self._find_left(texts, normal)
+        flat, lengths = self._encode([one for i, one in enumerate(normal) if i not in left] if left else normal)
         if not left:
             return flat, lengths, 0
         fast = iter(np.split(flat, lengths.cumsum()[:-1]))
         with self._turn:  # it needs a hundred times the memory
             rows = [
-                np.array(self._exact.encode(text), np.uint32) if i in left else next(fast)
+                np.array(self._exact.encode(text.decode()), np.uint32) if i in left else next(fast)
                 for i, text in enumerate(texts)
             ]
         return np.concatenate(rows), np.array([len(row) for row in rows], np.int64), len(left)
 
     def compare(self, text: str) -> None:
         """Encode a text with both. Raises NotFast where the ids differ."""
-        fast, exact = self.encode([text])[0].tolist(), self._exact.encode(text)
+        fast, exact = self.encode([text.encode()])[0].tolist(), self._exact.encode(text)
         if fast != exact:
             at = next((i for i, pair in enumerate(zip(fast, exact, strict=False)) if len(set(pair)) > 1), 0)
             near = self._exact.decode(exact[max(at - 3, 0) : at + 3])
             raise NotFast(f"its ids differ near {near!r}")
 
-    def compare_sample(self, texts: Sequence[str]) -> None:
+    def compare_sample(self, texts: list[bytes]) -> None:
         """Compare a few characters of these texts, from the middle of them; of the first ones, more. Raises NotFast."""
         with self._lock:
             num = COMPARED if self.num_compared else FIRST_COMPARED
@@ -101,7 +101,7 @@ class FastBPE:
         left = num
         for text in texts[len(texts) // 2 :]:
             start = max(len(text) - left, 0) // 2
-            sample = text[start : start + left]
+            sample = text[start : start + left].decode(errors="ignore")  # what is cut of a character
             self.compare(sample)
             left -= len(sample)
             if not left:
@@ -112,10 +112,13 @@ class FastBPE:
     def _encode(self, texts: list[bytes]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
         if not texts:
             return np.empty(0, np.uint32), np.empty(0, np.int64)
-        own = self._own
-        if not hasattr(own, "fast"):
-            own.fast = _load(self._json)
-        rows = own.fast.encode_batch(texts, parallel=False).layout
+        # Threads that share one wait for each other.
+        idle = self._idle
+        with self._lock:
+            fast = idle.pop() if idle else None
+        fast = fast or _load(self._json)
+        rows = fast.encode_batch(texts, parallel=False).layout
+        idle.append(fast)
         with self._lock:
             self._seen_bytes += sum(map(len, texts))
             resident = _resident_bytes()
@@ -125,23 +128,19 @@ class FastBPE:
         return np.asarray(rows.content.data), np.diff(rows.offsets.data)
 
     def _renew(self) -> None:
-        # One for each thread, since those that share one wait for each other; what is in use goes when it is done.
-        self._own = threading.local()
+        self._idle: list[Any] = []  # those in use come back to the list before, and go with it
         self._seen_bytes, self._resident_before = 0, _resident_bytes() or 0
 
-    def _find_left(self, texts: Sequence[str], data: list[bytes]) -> set[int]:
-        """Which texts gigatoken might encode otherwise, given its input."""
-        others = {i: _code_points(data[i].translate(None, ASCII)) for i, text in enumerate(texts) if not text.isascii()}
-        if not others:
-            return set()
-        points = np.concatenate(list(others.values()))
-        if (unknown := points[self._states[points] == UNKNOWN]).size:
-            self._learn(np.unique(unknown))
-        left = set()
-        if (self._states[points] == DIFFERENT).any():
-            left = {i for i, points in others.items() if (self._states[points] == DIFFERENT).any()}
+    def _find_left(self, texts: list[bytes], normal: list[bytes]) -> set[int]:
+        """Which texts gigatoken might encode otherwise, given the normal ones."""
+        worst, unknown = character_states(normal, self._states)
+        if unknown.size:
+            self._learn(unknown)
+            worst, _ = character_states(normal, self._states)
+        left = set(np.flatnonzero(worst == DIFFERENT).tolist())
         if self._normalize is not None:
             # An added token is found before its neighbours are normalized: they must not be composed with it.
+            others = (i for i, text in enumerate(texts) if not text.isascii())
             left |= {i for i in others if any(token in texts[i] for token in self._added)}
         return left
 
@@ -208,8 +207,21 @@ def _byte_characters() -> dict[int, str]:
     return {**{b: chr(b) for b in printed}, **{b: chr(0x100 + i) for i, b in enumerate(rest)}}
 
 
-def _code_points(text: bytes) -> npt.NDArray[np.uint32]:
-    return np.frombuffer(text.decode().encode("utf-32-le"), "<u4")
+def character_states_reference(
+    texts: list[bytes], states: npt.NDArray[np.uint8]
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint32]]:
+    """`megalite._data.character_states`, which says what it does."""
+    others = [text.translate(None, ASCII).decode().encode("utf-32-le") for text in texts]
+    points = [np.frombuffer(text, "<u4") for text in others]
+    worst = np.array([states[of_text].max(initial=0) for of_text in points], np.uint8)
+    every = np.unique(np.concatenate([np.empty(0, np.uint32), *points]))
+    return worst, every[states[every] == UNKNOWN]
+
+
+try:
+    from megalite._data import character_states
+except ImportError:  # installed without a compiler
+    character_states = character_states_reference
 
 
 def _resident_bytes() -> int | None:

@@ -213,7 +213,7 @@ def _encode_fast(fast: FastBPE, packing: Packing, block: Block) -> Encoded:
 def _encode_exactly(tokenizer: str, packing: Packing, block: Block) -> Encoded:
     read = texts_of(block, packing.json_key)
     rows: list[npt.NDArray[np.uint32]] = []
-    for texts in _bites(read.texts):
+    for texts in _bites([text.decode() for text in read.texts]):
         with _turn if len(texts[0]) > BITE else nullcontext():
             rows += [np.array(ids, np.uint32) for ids in _opened(tokenizer).encode_batch(texts)]
     flat = np.concatenate([np.empty(0, np.uint32), *rows])
@@ -244,13 +244,28 @@ def _pack(
 ) -> Encoded:
     """A document without tokens is left out, and gets no end of document either."""
     num_texts, lengths = len(lengths), lengths[lengths > 0]
-    tokens = flat.astype(packing.dtype)
-    if packing.end is not None:
-        tokens = np.insert(tokens, lengths.cumsum(), packing.end)
+    if packing.end is None:
+        tokens = flat.astype(packing.dtype)
+    else:
+        tokens = np.empty(len(flat) + len(lengths), packing.dtype)
+        join_documents(flat, lengths, packing.end, tokens)
         lengths += 1
-    text_bytes = sum(len(text) if text.isascii() else len(text.encode()) for text in read.texts)
     num_empty = num_texts - len(lengths)
+    text_bytes = sum(map(len, read.texts))
     return Encoded(tokens, lengths.astype(np.int32), text_bytes, num_left, read._replace(texts=[]), num_empty)
+
+
+def join_documents_reference(
+    tokens: npt.NDArray[np.uint32], lengths: npt.NDArray[np.int64], end: int, out: npt.NDArray[Any]
+) -> None:
+    """`megalite._data.join_documents`, which says what it does."""
+    out[:] = np.insert(tokens, lengths.cumsum(), end)
+
+
+try:
+    from megalite._data import join_documents
+except ImportError:  # installed without a compiler
+    join_documents = join_documents_reference
 
 
 def _encoded(

@@ -56,16 +56,18 @@ def read(files, shard):
     read_bytes=st.integers(1, 300),
     block_bytes=st.integers(1, 300),
     count=st.integers(1, 9),
+    json_texts=st.sampled_from([module.json_texts, module.json_texts_reference]),
 )
-def test_the_documents_of_one_reader_however_cut(tmp_path, lines, ends, read_bytes, block_bytes, count):
+def test_the_documents_of_one_reader_however_cut(tmp_path, lines, ends, read_bytes, block_bytes, count, json_texts):
     """The same texts, and the same messages with the same line numbers, as `iter_documents`; and each in one shard."""
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\n".join(lines) + b"\n" * ends)
     expected = Report()
-    texts = [document.text for document in iter_documents([str(path)], "text", expected)]
+    texts = [document.text.encode() for document in iter_documents([str(path)], "text", expected)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "READ_BYTES", read_bytes)
         patch.setattr(module, "BLOCK_BYTES", block_bytes)
+        patch.setattr(module, "json_texts", json_texts)
         parts = [read([str(path)], Shard(index, count)) for index in range(count)]
     assert [text for part, _ in parts for text in part] == texts
     total = Report()
@@ -91,7 +93,7 @@ def test_all_kinds_of_files_each_in_one_shard(tmp_path, monkeypatch):
     (tmp_path / "h.txt").write_text("")
     monkeypatch.setattr(module, "BLOCK_BYTES", 500)
     files, expected = list_files([str(tmp_path)], Report()), Report()
-    texts = [document.text for document in iter_documents(list(files), "text", expected)]
+    texts = [document.text.encode() for document in iter_documents(list(files), "text", expected)]
     for count in (1, 2, 3, 5, 40):
         total, found = Report(), []
         for index in range(count):

@@ -56,7 +56,7 @@ def fast(tokenizer):
 
 
 def rows_of(fast, texts):
-    flat, lengths, num_left = fast.encode(texts)
+    flat, lengths, num_left = fast.encode([text.encode() for text in texts])
     assert flat.size == lengths.sum()
     return [row.tolist() for row in np.split(flat, lengths.cumsum()[:-1])], num_left
 
@@ -125,19 +125,19 @@ def test_company_tells_kinds_of_characters_apart(tokenizer, fast):
 
 def test_starts_anew_when_it_remembers_too_much(tokenizer, monkeypatch):
     fast = FastBPE(tokenizer)
-    first, fast._cache_bytes = fast._own, 4 << 20
+    first, fast._cache_bytes = fast._idle, 4 << 20
     generator = np.random.default_rng(0)
     texts = ["".join(map(chr, generator.integers(97, 123, 50_000))).replace("e", " ") for _ in range(40)]
     expected = tokenizer.encode_batch(texts)
     resident = itertools.count(1 << 30, 1 << 20)  # a process that grows by a MiB for each text
     monkeypatch.setattr(module, "_resident_bytes", lambda: next(resident))
     assert [rows_of(fast, [text])[0][0] for text in texts] == expected
-    assert fast._own is not first
+    assert fast._idle is not first
     monkeypatch.setattr(module, "_resident_bytes", lambda: None)  # other systems do not tell
-    second = fast._own
+    second = fast._idle
     for text in texts:
         rows_of(fast, [text])
-    assert fast._own is not second
+    assert fast._idle is not second
 
 
 @pytest.fixture

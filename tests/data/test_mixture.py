@@ -188,7 +188,9 @@ def test_consumed_counts_what_locate_says_in_any_phase(sizes, lengths, count, da
         ({"phases": [{"after_step": 5, "weights": {"smal": 1}}]}, "source 'smal'; those of train are small, large"),
         ({"phases": [{"after_step": 5, "weights": {"small": 0}}]}, "above 0"),
         ({"phases": [{"after_step": s, "weights": {"small": 1}} for s in (5, 5)]}, r"begin after \[5, 5\]"),
-        ({"order": "megatron", "packing": "best_fit"}, "order: megatron"),
+        ({"order": "megatron", "packing": "best_fit"}, "no `packing`; leave it at 'concat'"),
+        ({"order": "megatron", "weights": "epochs"}, "no `weights`; leave it at 'tokens'"),
+        ({"order": "megatron", "temperature": 2.0}, "no `temperature`; leave it at 1.0"),
         ({"fim": {}}, "fim needs `tokenizer`"),
     ],
 )

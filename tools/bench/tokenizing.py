@@ -165,7 +165,7 @@ def compare_all_of_unicode(folder: Path) -> None:
     num_left = num_other = 0
     for first in range(0, len(points), 20_000):
         texts = ["x{0}y {0}{0}.{0}1{0} {0}A{0}\n'{0}".format(chr(point)) for point in points[first : first + 20_000]]
-        flat, lengths, left = fast.encode(texts)
+        flat, lengths, left = fast.encode([text.encode() for text in texts])
         rows = np.split(flat, lengths.cumsum()[:-1])
         num_left += left
         num_other += sum(row.tolist() != ids for row, ids in zip(rows, exact.encode_batch(texts), strict=True))
