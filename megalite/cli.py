@@ -94,17 +94,44 @@ def make_parser() -> argparse.ArgumentParser:
     plan.add_argument("--picture", type=Path, help="PNG to draw the step's timeline to")
     plan.set_defaults(verb=_plan)
 
-    generate = verbs.add_parser("generate", help="continue a prompt with a trained model")
+    generate = verbs.add_parser(
+        "generate",
+        help="continue a prompt with a trained model",
+        description="The model's generation_config.json says what is left out here; else temperature 0.8, top-p 0.95.",
+    )
     generate.add_argument("model", type=Path, help="a run, a checkpoint of one, or a Hugging Face folder")
     generate.add_argument("--prompt", required=True)
+    generate.add_argument("--chat", action="store_true", help="the prompt is a message, put as the chat template says")
     generate.add_argument("--max-tokens", type=int, default=128)
-    generate.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
-    generate.add_argument("--top-k", type=int, default=0, help="0: no limit")
-    generate.add_argument("--top-p", type=float, default=0.95)
+    generate.add_argument("--temperature", type=float, help="0 takes the likeliest token")
+    generate.add_argument("--top-k", type=int, help="only the k likeliest tokens; 0: no limit")
+    generate.add_argument("--top-p", type=float, help="only the likeliest tokens that together are as likely as this")
+    generate.add_argument("--min-p", type=float, help="only tokens at least this share as likely as the likeliest")
+    generate.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before it; may be repeated")
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--tensor", type=int, default=1, help="ranks that share every matrix, under torchrun")
     generate.add_argument("--pipeline", type=int, default=1, help="ranks that each hold some layers, under torchrun")
     generate.set_defaults(verb=_generate)
+
+    serve = verbs.add_parser("serve", help="answer over HTTP as OpenAI's API does, with a page to talk to the model")
+    serve.add_argument("model", type=Path, help="a run, a checkpoint of one, or a Hugging Face folder")
+    serve.add_argument("--name", help="of the model, for clients (default: that of the folder)")
+    serve.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for all of this machine's (default: %(default)s)")
+    serve.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
+    serve.add_argument("--slots", type=int, default=8, help="answers computed at a time (default: %(default)s)")
+    serve.add_argument(
+        "--max-length", type=int, default=4096, help="tokens of prompt and answer (default: %(default)s)"
+    )
+    serve.add_argument(
+        "--api-key-file", type=Path, help="keys that open the API, a line each (default: MEGALITE_API_KEY, if set)"
+    )
+    serve.add_argument("--ratings", type=Path, default=Path("ratings"), help="folder for them (default: %(default)s)")
+    serve.add_argument("--max-request-mb", type=float, default=1.0, help="(default: %(default)s)")
+    serve.add_argument("--requests-per-minute", type=int, default=0, help="of a key or an address; 0: no limit")
+    serve.add_argument("--timeout", type=float, default=600.0, help="seconds of an answer (default: %(default)s)")
+    serve.add_argument("--grace", type=float, default=20.0, help="seconds to end after SIGTERM (default: %(default)s)")
+    serve.add_argument("--log-prompts", action="store_true", help="also log what is asked; it is not otherwise")
+    serve.set_defaults(verb=_serve)
 
     inspect = verbs.add_parser("inspect", help="show what is in token files, or what a config makes of them")
     inspect.add_argument("what", help="PREFIX of token files, or a config (.yaml) to see samples as its model will")
@@ -192,17 +219,50 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
-    from megalite.infer.generate import Sampling, generate_text, open_model
+    from dataclasses import replace
+
+    from megalite.infer.generate import Generator
     from megalite.mesh import Launch, leave
 
     launch = Launch.from_environment()
-    model, tokenizer = open_model(arguments.model, launch, arguments.tensor, arguments.pipeline)
-    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
-    pieces = generate_text(model, tokenizer, arguments.prompt, arguments.max_tokens, sampling)
-    for text in itertools.chain([arguments.prompt], pieces, "\n"):
+    layout = {"tensor": arguments.tensor, "pipeline": arguments.pipeline}
+    generator = Generator.open(arguments.model, num_slots=1, launch=launch, **layout)
+    names = ("temperature", "top_k", "top_p", "min_p", "seed")
+    asked = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    said = arguments.prompt
+    prompt = generator.chat_ids([{"role": "user", "content": said}]) if arguments.chat else generator.prompt_ids(said)
+    request = generator.request(prompt, arguments.max_tokens, replace(generator.sampling, **asked), arguments.stop)
+    for text in itertools.chain([] if arguments.chat else [said], generator.stream(request), "\n"):
         if launch.rank == 0:  # the others compute along
             print(text, end="", flush=True)
     leave()
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        from megalite.errors import ConfigError
+
+        raise ConfigError(f"serving needs {error.name}; pip install 'megalite[serve]'") from None
+    from megalite.infer.generate import Generator, find_model
+    from megalite.infer.serving.app import Settings
+    from megalite.infer.serving.guards import read_keys
+    from megalite.infer.serving.run import serve
+
+    settings = Settings(
+        name=arguments.name or arguments.model.resolve().name,
+        ratings=arguments.ratings,
+        keys=read_keys(arguments.api_key_file),
+        max_bytes=int(arguments.max_request_mb * 1e6),
+        requests_per_minute=arguments.requests_per_minute,
+        timeout_s=arguments.timeout,
+        log_prompts=arguments.log_prompts,
+    )
+    generator = Generator.open(find_model(arguments.model), num_slots=arguments.slots, max_length=arguments.max_length)
+    serve(generator, settings, arguments.host, arguments.port, arguments.grace)
 
 
 def _inspect(arguments: argparse.Namespace) -> None:

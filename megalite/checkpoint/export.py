@@ -35,27 +35,20 @@ def write_extras(folder: Path, config: Config, tokenizer: Tokenizer | None) -> N
     """Also keeps the run's own config beside them, as config.yaml."""
     source, dtype = config.run.folder / SOURCE, DTYPES[config.train.precision]
     (folder / "config.yaml").write_text(config.to_yaml())
-    _write_tokenizer(folder, source, tokenizer)
-    if config.lora:
-        assert config.model.hf
-        write_json(folder / peft.CONFIG, peft.to_peft(config.lora, weight_table(config.model), config.model.hf))
-        return
     # All are written: what is left out, transformers takes from the family's first model.
     ids: dict[str, Any] = dict.fromkeys(SPECIAL) | {"eos_token_id": tokenizer.eod_id if tokenizer else None}
     if (source / "config.json").is_file():
         stored = read_hf_config(source)
         ids |= {name: stored[name] for name in SPECIAL if stored.get(name) is not None}
-    # transformers 5 reads `dtype`, transformers 4 and vLLM `torch_dtype`.
-    write_json(folder / "config.json", to_hf_config(config.model) | ids | {"dtype": dtype, "torch_dtype": dtype})
     write_json(folder / "generation_config.json", ids | {"do_sample": True})
-    if (source / "generation_config.json").is_file():
-        shutil.copyfile(source / "generation_config.json", folder / "generation_config.json")
-
-
-def _write_tokenizer(folder: Path, source: Path, tokenizer: Tokenizer | None) -> None:
-    if tokenizer:
-        tokenizer.save(folder)
-        return
-    for name in FILES:
+    for name in ("generation_config.json", *([] if tokenizer else FILES)):
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
+    if tokenizer:
+        tokenizer.save(folder)
+    if config.lora:
+        assert config.model.hf is not None
+        write_json(folder / peft.CONFIG, peft.to_peft(config.lora, weight_table(config.model), config.model.hf))
+        return
+    # transformers 5 reads `dtype`, transformers 4 and vLLM `torch_dtype`.
+    write_json(folder / "config.json", to_hf_config(config.model) | ids | {"dtype": dtype, "torch_dtype": dtype})
