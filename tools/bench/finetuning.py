@@ -114,8 +114,9 @@ def answers(model: Path, questions: list[tuple[str, str]]) -> dict[str, float]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left", pad_token="<|endoftext|>")
-    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    pad = "<|endoftext|>"
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False, padding_side="left", pad_token=pad)
+    network = AutoModelForCausalLM.from_pretrained(model, trust_remote_code=False, dtype=torch.float32)
     chats = [[{"role": "user", "content": ask}] for ask, _ in questions]
     inputs = tokenizer.apply_chat_template(
         chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True

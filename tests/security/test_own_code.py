@@ -16,6 +16,8 @@ OBJECTS = {
     "recv_object_list",
 }  # fmt: skip
 """Of torch.distributed: they pickle."""
+READS_PICKLES = ROOT / "megalite/checkpoint/torch_file.py"
+"""Its Unpickler finds no class and no function: tests/checkpoint/test_convert.py sets traps."""
 REMOTE_CODE = ("from_pretrained", "from_config", "load_dataset", "pipeline")
 
 
@@ -66,7 +68,8 @@ def _faults_of_call(node: ast.Call, loaders: set[str]) -> Iterator[str]:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_nothing_loads_code(path: Path) -> None:
-    assert list(faults(path.read_text(encoding="utf-8"))) == []
+    expected = ["imports pickle"] if path == READS_PICKLES else []
+    assert list(faults(path.read_text(encoding="utf-8"))) == expected
 
 
 @pytest.mark.parametrize(
