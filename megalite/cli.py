@@ -79,13 +79,20 @@ def make_parser() -> argparse.ArgumentParser:
     plan.add_argument("--picture", type=Path, help="PNG to draw the step's timeline to")
     plan.set_defaults(verb=_plan)
 
-    generate = verbs.add_parser("generate", help="continue a prompt with a trained model")
+    generate = verbs.add_parser(
+        "generate",
+        help="continue a prompt with a trained model",
+        description="The model's generation_config.json says what is left out here; else temperature 0.8, top-p 0.95.",
+    )
     generate.add_argument("model", type=Path, help="a run, a checkpoint of one, or a Hugging Face folder")
     generate.add_argument("--prompt", required=True)
+    generate.add_argument("--chat", action="store_true", help="the prompt is a message, put as the chat template says")
     generate.add_argument("--max-tokens", type=int, default=128)
-    generate.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
-    generate.add_argument("--top-k", type=int, default=0, help="0: no limit")
-    generate.add_argument("--top-p", type=float, default=0.95)
+    generate.add_argument("--temperature", type=float, help="0 takes the likeliest token")
+    generate.add_argument("--top-k", type=int, help="only the k likeliest tokens; 0: no limit")
+    generate.add_argument("--top-p", type=float, help="only the likeliest tokens that together are as likely as this")
+    generate.add_argument("--min-p", type=float, help="only tokens at least this share as likely as the likeliest")
+    generate.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before it; may be repeated")
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--tensor", type=int, default=1, help="ranks that share every matrix, under torchrun")
     generate.add_argument("--pipeline", type=int, default=1, help="ranks that each hold some layers, under torchrun")
@@ -174,14 +181,20 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
-    from megalite.infer.generate import Sampling, generate_text, open_model
+    from dataclasses import replace
+
+    from megalite.infer.generate import Generator
     from megalite.mesh import Launch, leave
 
     launch = Launch.from_environment()
-    model, tokenizer = open_model(arguments.model, launch, arguments.tensor, arguments.pipeline)
-    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
-    pieces = generate_text(model, tokenizer, arguments.prompt, arguments.max_tokens, sampling)
-    for text in itertools.chain([arguments.prompt], pieces, "\n"):
+    layout = {"tensor": arguments.tensor, "pipeline": arguments.pipeline}
+    generator = Generator.open(arguments.model, num_slots=1, launch=launch, **layout)
+    names = ("temperature", "top_k", "top_p", "min_p", "seed")
+    asked = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    said = arguments.prompt
+    prompt = generator.chat_ids([{"role": "user", "content": said}]) if arguments.chat else generator.prompt_ids(said)
+    request = generator.request(prompt, arguments.max_tokens, replace(generator.sampling, **asked), arguments.stop)
+    for text in itertools.chain([] if arguments.chat else [said], generator.stream(request), "\n"):
         if launch.rank == 0:  # the others compute along
             print(text, end="", flush=True)
     leave()

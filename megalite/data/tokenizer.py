@@ -56,6 +56,10 @@ class Tokenizer(ABC):
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of a text that a model goes on with, and before them what the tokenizer has begin every text."""
+        return self.encode(text)
+
     def fingerprint(self) -> str:
         """Hex name of what the tokenizer does: its vocabulary, its end of document and its ids for a probe text.
 
@@ -112,6 +116,12 @@ class HuggingFaceTokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         # "fast" leaves out the character offsets, which nobody needs here.
         return [e.ids for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encode_prompt(self, text: str) -> list[int]:
+        ids, whole = self.encode(text), self._tokenizer.encode(text).ids
+        # What it has end every text is left out: the text goes on.
+        starts = range(len(whole) - len(ids) + 1)
+        return next((whole[: start + len(ids)] for start in starts if whole[start : start + len(ids)] == ids), ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)

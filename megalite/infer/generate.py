@@ -1,10 +1,13 @@
-"""Continuing a prompt."""
+"""Answers to prompts, many at a time: from a folder to text."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -12,29 +15,22 @@ from torch import Tensor
 
 from megalite.checkpoint.folder import complete_steps, step_folder
 from megalite.checkpoint.load import from_hf
+from megalite.data.chat import ChatTemplate, Message
 from megalite.data.tokenizer import Tokenizer, load_tokenizer
-from megalite.errors import ConfigError
+from megalite.errors import ConfigError, DataError
+from megalite.infer.answer import Answer, Request, TextStream
+from megalite.infer.batch import Batch, Predictor
+from megalite.infer.cache import CachedModel
 from megalite.infer.ranks import load_on_ranks
+from megalite.infer.sampling import Sampling
 from megalite.mesh import ALONE, Launch
-from megalite.models import build_model, model_config, set_parameters, weight_table
+from megalite.models import build_model, model_config, read_hf_config, set_parameters, weight_table
+from megalite.models.layers import Decoder, Places
 
-
-@dataclass(frozen=True)
-class Sampling:
-    temperature: float = 1.0
-    """0 takes the likeliest token."""
-    top_k: int = 0
-    """Only the k likeliest tokens; 0 for all."""
-    top_p: float = 1.0
-    """Only the likeliest tokens that together have at least this probability (Holtzman et al. 2020)."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise ConfigError(
-                f"temperature {self.temperature} and top-k {self.top_k} must be at least 0, "
-                f"top-p {self.top_p} above 0 and at most 1"
-            )
+LIKELY = Sampling(temperature=0.8, top_p=0.95)
+"""How tokens are chosen where neither the user nor the model's folder says."""
+SCORED_TOKENS = 4096
+"""Of a batch whose rows are scored, filling included."""
 
 
 def find_model(path: Path) -> Path:
@@ -47,16 +43,7 @@ def find_model(path: Path) -> Path:
     return step_folder(path / "checkpoints", steps[-1])
 
 
-def open_model(path: Path, launch: Launch, tensor: int = 1, pipeline: int = 1) -> tuple[nn.Module, Tokenizer]:
-    """The model in evaluation mode and the precision it is stored in, and its tokenizer: on one device, or over ranks
-    that all call this. Raises ConfigError or CheckpointError."""
-    folder = find_model(path)
-    if launch.world_size == tensor == pipeline == 1:
-        return load_model(folder), load_tokenizer(folder)
-    return load_on_ranks(folder, launch, tensor, pipeline, None), load_tokenizer(folder)
-
-
-def load_model(folder: Path, dtype: torch.dtype | None = None, device: torch.device | None = None) -> nn.Module:
+def load_model(folder: Path, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Decoder:
     """A clean model with the weights of a Hugging Face folder. Raises ConfigError or CheckpointError."""
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = model_config({"hf": str(folder)})
@@ -67,57 +54,152 @@ def load_model(folder: Path, dtype: torch.dtype | None = None, device: torch.dev
     return model.eval().requires_grad_(False)
 
 
-@torch.inference_mode()
-def generate(
-    model: nn.Module, prompt: list[int], max_tokens: int, sampling: Sampling, end: int | None
-) -> Iterator[int]:
-    """Token ids, one at a time, until `end` or `max_tokens`. The model sees at most its `max_positions` last tokens."""
-    device = next(model.parameters()).device
-    generator = torch.Generator(device).manual_seed(sampling.seed)
-    tokens = list(prompt)
-    window: int = model.config.max_positions  # type: ignore
-    for _ in range(max_tokens):
-        logits_V = model(torch.tensor([tokens[-window:]], device=device))[0, -1].float()
-        token = int(sample(logits_V, sampling, generator))
-        if token == end:
-            return
-        tokens.append(token)
-        yield token
+class Score(NamedTuple):
+    """What a model thinks of a text's tokens but the first, given those before each: [T-1]."""
+
+    logprobs: Tensor
+    """fp32"""
+    likeliest: Tensor
+    """Whether it is the one that the model would have said, bool."""
 
 
-def sample(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """One token id from fp32 logits."""
-    if sampling.temperature == 0:
-        return logits_V.argmax()
-    logits_V = logits_V / sampling.temperature
-    if sampling.top_k and sampling.top_k < len(logits_V):
-        best = logits_V.topk(sampling.top_k)
-        logits_V = torch.full_like(logits_V, -torch.inf).scatter(0, best.indices, best.values)
-    if sampling.top_p < 1:
-        ordered, order = logits_V.softmax(-1).sort(descending=True)
-        before = ordered.cumsum(-1) - ordered  # the token that crosses top_p is still in
-        logits_V = logits_V.index_fill(0, order[before >= sampling.top_p], -torch.inf)
-    return torch.multinomial(logits_V.softmax(-1), 1, generator=generator)[0]
+class Generator:
+    """A model that answers. Over ranks, every rank makes the same calls and gets the same answers."""
+
+    def __init__(
+        self,
+        model: Predictor,
+        tokenizer: Tokenizer,
+        ends: frozenset[int] = frozenset(),
+        sampling: Sampling = LIKELY,
+        folder: Path | None = None,
+    ):
+        """`ends`: tokens that end an answer; `sampling`: where a call does not say; `folder`: of the chat template."""
+        self.model, self.tokenizer, self.ends, self.sampling, self.folder = model, tokenizer, ends, sampling, folder
+
+    @classmethod
+    def open(
+        cls,
+        path: Path,
+        *,
+        num_slots: int = 8,
+        max_length: int | None = None,
+        launch: Launch | None = None,
+        tensor: int = 1,
+        pipeline: int = 1,
+    ) -> Generator:
+        """Of a run, a checkpoint or a Hugging Face folder: on one device, or over ranks that all call this.
+
+        `num_slots` sequences are computed at a time, of `max_length` tokens at most (those that the model is for).
+        Raises ConfigError, DataError or CheckpointError."""
+        folder, launch = find_model(path), launch or Launch.from_environment()
+        tokenizer = load_tokenizer(folder)
+        ends, sampling = read_habits(folder, tokenizer)
+        model: Predictor
+        if launch.world_size == tensor == pipeline == 1:
+            model = CachedModel(load_model(folder), num_slots, max_length)
+        else:
+            model = load_on_ranks(folder, launch, tensor, pipeline, num_slots, max_length)
+        return cls(model, tokenizer, ends, sampling, folder)
+
+    def request(
+        self, prompt: str | Sequence[int], max_tokens: int, sampling: Sampling | None = None, stop: Sequence[str] = ()
+    ) -> Request:
+        return Request(self.prompt_ids(prompt), max_tokens, sampling or self.sampling, tuple(stop))
+
+    def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
+        """An empty text starts a document."""
+        if not isinstance(prompt, str):
+            return list(prompt)
+        end = self.tokenizer.eod_id
+        ids = self.tokenizer.encode_prompt(prompt) or ([end] if end is not None else [])
+        if not ids:
+            raise ConfigError("an empty prompt needs a tokenizer that has an end-of-document token")
+        return ids
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate:
+        """Raises DataError where the model has none."""
+        if self.folder is None:
+            raise DataError("this model has no chat template")
+        return ChatTemplate.of(self.folder, ())
+
+    def chat_ids(self, messages: Sequence[Message]) -> list[int]:
+        """A conversation, up to where the model's next answer begins. Raises DataError without a chat template, and
+        ConfigError with what the template says of messages that it cannot render."""
+        try:
+            return self.tokenizer.encode(self.chat_template.render(messages, prompt=True))
+        except ValueError as error:
+            if isinstance(error, DataError):
+                raise
+            raise ConfigError(str(error)) from None
+
+    def start(self, request: Request) -> Answer:
+        """An answer for a `Batch` to work on."""
+        return Answer(request, TextStream(self.tokenizer, request.prompt, request.stop))
+
+    def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        """All answers, in the order of their requests. Raises ConfigError for a prompt that is too long."""
+        batch, answers = Batch(self.model, self.ends), [self.start(request) for request in requests]
+        for answer in answers:
+            batch.add(answer)
+        while batch.busy:
+            batch.step()
+        return answers
+
+    def stream(self, request: Request) -> Iterator[str]:
+        """The text of one answer, piece by piece."""
+        batch, answer = Batch(self.model, self.ends), self.start(request)
+        batch.add(answer)
+        while batch.busy:
+            batch.step()
+            if piece := answer.stream.take():
+                yield piece
+
+    def score(self, rows: Sequence[Sequence[int]]) -> list[Score]:
+        """Of texts of at least two tokens, in their order. Raises ConfigError for one longer than the model takes."""
+        for row in rows:
+            if not 1 < len(row) <= self.model.capacity:
+                raise ConfigError(f"a text of {len(row)} tokens cannot be scored, only of 2 to {self.model.capacity}")
+        scores: dict[int, Score] = {}
+        left = sorted(range(len(rows)), key=lambda number: -len(rows[number]))
+        while left:
+            count = max(1, SCORED_TOKENS // len(rows[left[0]]))
+            batch, left = left[:count], left[count:]
+            scores.update(zip(batch, self._score([rows[number] for number in batch]), strict=True))
+        return [scores[number] for number in range(len(rows))]
+
+    def _score(self, rows: Sequence[Sequence[int]]) -> Iterator[Score]:
+        """What fills a row up comes behind its tokens, which do not see it."""
+        device, width = self.model.device, max(map(len, rows))
+        tokens_BT = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
+        index_T = torch.arange(width, device=device)
+        lengths = torch.tensor([len(row) for row in rows], device=device)[:, None, None]
+        logits_BTV = self.model.logits(tokens_BT, Places(index_T, index_T[None], whole_length=lengths))
+        for row, tokens_T, logits_TV in zip(rows, tokens_BT, logits_BTV, strict=True):
+            wanted, logits_TV = tokens_T[1 : len(row), None], logits_TV[: len(row) - 1].float()
+            logprobs = logits_TV.gather(1, wanted)[:, 0] - logits_TV.logsumexp(-1)
+            yield Score(logprobs, logits_TV.argmax(-1) == wanted[:, 0])
 
 
-def generate_text(
-    model: nn.Module, tokenizer: Tokenizer, prompt: str, max_tokens: int, sampling: Sampling
-) -> Iterator[str]:
-    """The continuation as text, piece by piece; a piece never ends inside a character."""
-    start = tokenizer.encode(prompt) or ([tokenizer.eod_id] if tokenizer.eod_id is not None else [])
-    if not start:
-        raise ConfigError("an empty prompt needs a tokenizer that has an end-of-document token")
-    # Decoded together with the tokens before them, for the space that some tokenizers put between two words, but not
-    # with all of them, or each token would cost more than the one before.
-    ids, shown, decoded = list(start), 0, len(start)
-    before = tokenizer.decode(ids)
-    text = before
-    for token in generate(model, start, max_tokens, sampling, tokenizer.eod_id):
-        ids.append(token)
-        text = tokenizer.decode(ids[shown:])
-        if not text.endswith("\ufffd"):
-            yield text[len(before) :]
-            shown, decoded = decoded, len(ids)
-            before = text = tokenizer.decode(ids[shown:])
-    if len(text) > len(before):
-        yield text[len(before) :]
+def read_habits(folder: Path, tokenizer: Tokenizer) -> tuple[frozenset[int], Sampling]:
+    """The tokens that end an answer, and how tokens are chosen, as a folder's generation_config.json says: where it
+    says nothing, as config.json and the tokenizer do, and as `LIKELY` does. Raises ConfigError."""
+    file, values = folder / "generation_config.json", {}
+    if file.is_file():
+        try:
+            values = dict(json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"{file} is not a JSON object: {error}") from None
+    ends: Any = next(
+        (c["eos_token_id"] for c in (values, read_hf_config(folder)) if c.get("eos_token_id") is not None), []
+    )
+    known = {field.name: values[field.name] for field in fields(Sampling) if values.get(field.name) is not None}
+    if values.get("do_sample") is False:
+        known["temperature"] = 0.0
+    try:
+        ids = {int(end) for end in (ends if isinstance(ends, list) else [ends]) if end is not None}
+        sampling = replace(LIKELY, **known)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{file}: {error}") from None
+    return frozenset(ids if tokenizer.eod_id is None else {*ids, tokenizer.eod_id}), sampling

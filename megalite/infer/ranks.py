@@ -12,6 +12,7 @@ from torch import Tensor
 from megalite.checkpoint.load import from_hf
 from megalite.config_file import parse_config
 from megalite.errors import ConfigError
+from megalite.infer.cache import CachedPlaces, add_cache, turning_point
 from megalite.mesh import Launch, Mesh, make_mesh
 from megalite.models import build_model, set_parameters, weight_table
 from megalite.models.layers import Places
@@ -22,32 +23,47 @@ from megalite.parallel.stage import Inputs, Stage
 from megalite.plan import Plan, make_plan
 
 
-class RanksModel(nn.Module):
-    """Every rank calls it with the same tokens, and gets the same logits."""
+class RanksModel:
+    """Every rank calls it with the same tokens, and gets the same logits; see `batch.Predictor`."""
 
-    def __init__(self, stage: Stage, plan: Plan, mesh: Mesh, dtype: torch.dtype):
-        super().__init__()
-        self.stage, self.mesh = stage, mesh
+    def __init__(
+        self, stage: Stage, plan: Plan, mesh: Mesh, dtype: torch.dtype, num_slots: int, max_length: int | None = None
+    ):
+        self.stage, self.mesh, self.num_slots = stage, mesh, num_slots
         self.config = stage.model.config
+        self.capacity = min(max_length or self.config.max_positions, self.config.max_positions)
+        self.turning_point, self.device = turning_point(self.config), mesh.device
+        add_cache(stage.model, num_slots)
         hidden = torch.empty((1, 1, self.config.hidden_size), dtype=dtype, device="meta")
         self.pipeline = Pipeline([stage], plan, mesh, hidden, [None]) if plan.pipeline > 1 else None
 
-    def forward(self, tokens_BT: Tensor) -> Tensor:
-        """Logits of the last position: [B,1,V] fp32."""
-        inputs = Inputs(tokens_BT, Places.whole(tokens_BT.shape[1], tokens_BT.device))
+    def predict(self, tokens_BT: Tensor, places: CachedPlaces, last_B: Tensor) -> Tensor:
+        """[B,V] fp32"""
+        return self._run(Inputs(tokens_BT, places, last_B=last_B))[:, 0]
+
+    def logits(self, tokens_BT: Tensor, places: Places) -> Tensor:
+        """[B,T,V] fp32"""
+        return self._run(Inputs(tokens_BT, places))
+
+    @torch.inference_mode()
+    def _run(self, inputs: Inputs) -> Tensor:
         outputs = self.pipeline.forward([inputs]) if self.pipeline else [self.stage(None, inputs)]
-        shape = (tokens_BT.shape[0], 1, self.config.vocab_size)
-        logits = torch.empty(shape, device=tokens_BT.device)
+        batch, length = inputs.tokens_BT.shape
+        shape = (batch, length if inputs.last_B is None else 1, self.config.vocab_size)
+        logits = torch.empty(shape, device=self.device)
         if outputs:
-            whole = all_gather(outputs[0][:, -1:].float(), self.mesh.tensor, dim=2)
+            whole = all_gather(outputs[0].float(), self.mesh.tensor, dim=2)
             logits.copy_(whole[..., : self.config.vocab_size])  # the rest is padding
         if self.pipeline:
             dist.broadcast(logits, group=self.mesh.pipeline.group, group_src=self.mesh.pipeline.size - 1)
         return logits
 
 
-def load_on_ranks(folder: Path, launch: Launch, tensor: int, pipeline: int, dtype: torch.dtype | None) -> RanksModel:
-    """This rank's part of the model in a Hugging Face folder. Raises ConfigError or CheckpointError."""
+def load_on_ranks(
+    folder: Path, launch: Launch, tensor: int, pipeline: int, num_slots: int, max_length: int | None = None
+) -> RanksModel:
+    """This rank's part of the model in a Hugging Face folder, in the precision it is stored in. Raises ConfigError or
+    CheckpointError."""
     if launch.world_size != tensor * pipeline:
         raise ConfigError(
             f"tensor {tensor} × pipeline {pipeline} needs {tensor * pipeline} ranks, not {launch.world_size}; "
@@ -75,8 +91,8 @@ def load_on_ranks(folder: Path, launch: Launch, tensor: int, pipeline: int, dtyp
     for weight in span.weights(table):
         shape = torch.Size(weight.local_shape(tensor))
         local = read(weight, "weight", 0, shape.numel()).view(shape)
-        parameters[weight.name] = nn.Parameter(local.to(mesh.device, dtype))
+        parameters[weight.name] = nn.Parameter(local.to(mesh.device))
     set_parameters(model, parameters)
     stored = next(iter(parameters.values())).dtype
-    whole = RanksModel(Stage(model, span), plan, mesh, stored)
-    return whole.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    return RanksModel(Stage(model, span), plan, mesh, stored, num_slots, max_length)

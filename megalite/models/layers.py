@@ -32,13 +32,13 @@ class Places:
     """Number of each token's document in its sequence: tokens attend only within theirs. None: all are one."""
     key_B: Tensor | None = None
     """Dropout keys, int64, one a sample; None drops nothing."""
-    whole_length: int | None = None
-    """Tokens of a whole sequence, where a context rank has a part; None: T."""
+    whole_length: int | Tensor | None = None
+    """Tokens of a whole sequence, where a part of it is at hand; [B,1,1] where rows differ; None: T."""
 
     @property
-    def length(self) -> int:
+    def length(self) -> int | Tensor:
         """Of a whole sequence."""
-        return self.whole_length or len(self.index_T)
+        return len(self.index_T) if self.whole_length is None else self.whole_length
 
     @classmethod
     def whole(cls, length: int, device: torch.device) -> Places:

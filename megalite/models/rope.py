@@ -27,7 +27,7 @@ class Llama3Scaling(Section):
     high_freq_factor: float = 4.0
     original_max_positions: int = 8192
 
-    def stretch(self, frequency_R: Tensor, length: int) -> Tensor:
+    def stretch(self, frequency_R: Tensor, length: int | Tensor) -> Tensor:
         turns = self.original_max_positions * frequency_R / (2 * math.pi)
         smooth = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
         smooth = smooth.clamp(0, 1)
@@ -43,7 +43,7 @@ class LinearScaling(Section):
     type: Literal["linear"]
     factor: float = Field(gt=0)
 
-    def stretch(self, frequency_R: Tensor, length: int) -> Tensor:
+    def stretch(self, frequency_R: Tensor, length: int | Tensor) -> Tensor:
         return frequency_R / self.factor
 
     def magnitude(self, max_positions: int) -> float:
@@ -59,9 +59,10 @@ class LongRope(Section):
     long_factor: tuple[float, ...]
     original_max_positions: int = Field(gt=1)
 
-    def stretch(self, frequency_R: Tensor, length: int) -> Tensor:
-        factors = self.long_factor if length > self.original_max_positions else self.short_factor
-        return frequency_R / torch.tensor(factors, device=frequency_R.device)
+    def stretch(self, frequency_R: Tensor, length: int | Tensor) -> Tensor:
+        long, short = (torch.tensor(f, device=frequency_R.device) for f in (self.long_factor, self.short_factor))
+        is_long = torch.as_tensor(length, device=frequency_R.device) > self.original_max_positions
+        return frequency_R / torch.where(is_long, long, short)
 
     def magnitude(self, max_positions: int) -> float:
         """What queries and keys are multiplied by."""
@@ -90,9 +91,9 @@ HF_NAMES = {"original_max_positions": "original_max_position_embeddings"}
 
 
 def turns(
-    position_BT: Tensor, size: int, theta: float, scaling: Scaling | None, length: int, max_positions: int
+    position_BT: Tensor, size: int, theta: float, scaling: Scaling | None, length: int | Tensor, max_positions: int
 ) -> Turn:
-    """Of heads whose first `size` numbers turn, for tokens of a sequence of `length`."""
+    """Of heads whose first `size` numbers turn, for tokens of a sequence of `length`, [B,1,1] where rows differ."""
     exponent = torch.arange(0, size, 2, device=position_BT.device).float() / size
     frequency_R = theta**-exponent
     if scaling is None:

@@ -23,6 +23,8 @@ class Inputs:
     places: Places
     labels_BT: Tensor | None = None
     """Without them, the last stage gives logits instead of losses."""
+    last_B: Tensor | None = None
+    """The one token of each row whose logits are asked for; None: of all."""
 
 
 class Stage(nn.Module):
@@ -34,7 +36,7 @@ class Stage(nn.Module):
 
     def forward(self, x_BTD: Tensor | None, inputs: Inputs) -> Tensor:
         """`x` is what the stage before has given, None for the first. → [B,T,D] for the stage behind; from the last,
-        losses [B,T] fp32 (0 where there is no label) or logits [B,T,V]."""
+        losses [B,T] fp32 (0 where there is no label) or logits [B,T or 1,V]."""
         model = self.model
         if self.span.first:
             x_BTD = model.embed(inputs.tokens_BT, inputs.places)
@@ -42,6 +44,8 @@ class Stage(nn.Module):
         x_BTD = model.run_layers(x_BTD, inputs.places)
         if not self.span.last:
             return x_BTD
+        if inputs.last_B is not None:
+            x_BTD = x_BTD[torch.arange(len(x_BTD), device=x_BTD.device), inputs.last_B][:, None]
         return model.predict(x_BTD) if inputs.labels_BT is None else model.losses(x_BTD, inputs.labels_BT)
 
 

@@ -1,106 +1,185 @@
-"""Generation: the tokens transformers would choose, sampling that follows the distribution, text that never breaks."""
+"""Generation: the tokens transformers would choose, alone and in company, sampling that follows the distribution."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import torch.nn as nn
 from torch import Tensor
 
-from megalite.data.tokenizer import Tokenizer, load_tokenizer
 from megalite.errors import ConfigError
-from megalite.infer.generate import Sampling, find_model, generate, generate_text, load_model, sample
+from megalite.infer import cache
+from megalite.infer.batch import Batch
+from megalite.infer.cache import CachedAttention, CachedModel
+from megalite.infer.generate import LIKELY, Generator, find_model, load_model, read_habits
 from megalite.infer.ranks import load_on_ranks
+from megalite.infer.sampling import LIKELIEST, Sampling, choose, warp
 from megalite.mesh import Launch
 from megalite.train import train
 from ranks import run_ranks
+from scripted import Bytes
 from small_runs import make_config
+from tiny_models import CASES
 
 GREEDY = Sampling(temperature=0)
-WINDOW = 32
-NO_ENDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+PROMPTS = ([3, 1, 4, 1, 5], list(range(20, 43)), [9], list(range(60, 70)))
+NEW = 18
+"""Tokens of each answer: sequences of 19 to 41 go past every window, and past both lengths that Phi-3's positions
+change at but the longest."""
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt2"])
-def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, nn.Module]:
-    """A random transformers model and megalite's reading of it."""
+@pytest.fixture(scope="module", params=CASES)
+def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """A random transformers model, and the folder it was saved to."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    if request.param == "llama":
-        config = transformers.LlamaConfig(
-            vocab_size=99, hidden_size=32, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=WINDOW, initializer_range=0.3, **NO_ENDS,
-        )  # fmt: skip
-        theirs = transformers.LlamaForCausalLM(config).eval()
-    else:
-        config = transformers.GPT2Config(
-            vocab_size=99, n_positions=WINDOW, n_embd=32, n_layer=2, n_head=4, initializer_range=0.3, **NO_ENDS
-        )
-        theirs = transformers.GPT2LMHeadModel(config).eval()
-    folder = tmp_path_factory.mktemp("model")
+    config = transformers.AutoConfig.for_model(**CASES[request.param])
+    theirs = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.normal_(mean=0.5 * (parameter.dim() == 1), std=0.25)
+    folder = tmp_path_factory.mktemp(request.param)
     theirs.save_pretrained(folder)
-    return theirs, load_model(folder)
+    return theirs, folder
 
 
-def test_greedy_equals_transformers_token_for_token(models: tuple[Any, nn.Module]) -> None:
-    theirs, ours = models
-    for prompt in ([3, 1, 4, 1, 5], [9], list(range(12))):
-        wanted = theirs.generate(
-            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=20, do_sample=False
-        )
-        assert list(generate(ours, prompt, 20, GREEDY, None)) == wanted[0, len(prompt) :].tolist()
+def generator(folder: Path, num_slots: int = 3) -> Any:
+    return Generator(CachedModel(load_model(folder), num_slots), Bytes())
 
 
-def test_beyond_the_longest_sequence_the_window_moves(models: tuple[Any, nn.Module]) -> None:
-    theirs, ours = models
-    tokens = [5, 6, 7]
-    for token in generate(ours, list(tokens), WINDOW + 10, GREEDY, None):
-        with torch.no_grad():
-            wanted = theirs(torch.tensor([tokens[-WINDOW:]])).logits[0, -1].argmax().item()
-        assert token == wanted, f"after {len(tokens)} tokens"
-        tokens.append(token)
-    assert len(tokens) == WINDOW + 13
+def answers(
+    gen: Generator,
+    sampling: Sequence[Sampling],
+    prompts: Sequence[list[int]] = PROMPTS,
+    prompt_tokens: int = 512,
+    new: int = NEW,
+) -> list[list[int]]:
+    batch = Batch(gen.model, gen.ends, prompt_tokens)
+    found = [gen.start(gen.request(prompt, new, one)) for prompt, one in zip(prompts, sampling, strict=True)]
+    for answer in found:
+        batch.add(answer)
+    while batch.busy:
+        batch.step()
+    return [answer.tokens for answer in found]
 
 
-def test_a_seed_gives_the_same_tokens_again(models: tuple[Any, nn.Module]) -> None:
-    def tokens(seed: int) -> list[int]:
-        return list(generate(models[1], [3, 1, 4], 20, Sampling(temperature=2.0, seed=seed), None))
+def test_greedy_equals_transformers_token_for_token(models: tuple[Any, Path]) -> None:
+    """Prompts of several lengths, more of them than slots, so that answers join others that are under way; and
+    prompts that are taken in by parts."""
+    theirs, folder = models
+    wanted = []
+    for prompt in PROMPTS:
+        ids = torch.tensor([prompt])
+        out = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False)
+        wanted.append(out[0, len(prompt) :].tolist())
+    greedy = [GREEDY] * len(PROMPTS)
+    assert answers(generator(folder), greedy) == wanted
+    assert answers(generator(folder), greedy, prompt_tokens=7) == wanted
 
-    assert tokens(0) == tokens(0)
-    assert tokens(0) != tokens(1)
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small model of megalite's own, its vocabulary of 97 padded over two tensor ranks."""
+    config = make_config(tmp_path_factory.mktemp("small"), "gpt2", "train.steps=2", "observe.eval_every=0")
+    train(config)
+    return find_model(config.run.folder)
+
+
+SAMPLINGS = [Sampling(1.5, seed=5), Sampling(0.7, seed=6), GREEDY, Sampling(top_k=9, top_p=0.9, min_p=0.01, seed=7)]
+
+
+def test_tokens_depend_on_the_own_seed_alone(small: Path) -> None:
+    gen = generator(small, num_slots=2)
+    together = answers(gen, SAMPLINGS)
+    alone = [answers(gen, [one], [prompt])[0] for prompt, one in zip(PROMPTS, SAMPLINGS, strict=True)]
+    assert together == alone
+    assert together == answers(gen, SAMPLINGS, prompt_tokens=5), "however its prompt was cut"
+    assert answers(gen, [Sampling(1.5, seed=8)], PROMPTS[:1]) != alone[:1]
     state = torch.get_rng_state()
-    tokens(2)
+    answers(gen, SAMPLINGS[:1], PROMPTS[:1])
     assert torch.equal(state, torch.get_rng_state()), "nobody else's random numbers are touched"
 
 
-class Scripted(nn.Module):
-    """Says the tokens of a script, one after the other, whatever it is given."""
-
-    def __init__(self, script: Sequence[int], prompt: int = 1):
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(()))
-        self.script, self.prompt = script, prompt
-        self.config = SimpleNamespace(max_positions=10_000)
-
-    def forward(self, tokens_BT: Tensor) -> Tensor:
-        logits = torch.zeros(1, tokens_BT.shape[1], 512)
-        logits[0, -1, self.script[tokens_BT.shape[1] - self.prompt]] = 1.0
-        return logits
+def test_answers_end_at_end_tokens_and_limits(small: Path) -> None:
+    gen = generator(small)
+    (free,) = answers(gen, [GREEDY], [[1, 2]], new=1000)
+    assert len(free) == gen.model.capacity - 2, "prompt and answer fill the longest sequence"
+    end = free[5]
+    gen.ends = frozenset({end, 1000})
+    stopped, limited = gen.answer([gen.request([1, 2], 50, GREEDY), gen.request([1, 2], free.index(end), GREEDY)])
+    assert (stopped.tokens, stopped.finish) == (free[: free.index(end)], "stop")
+    assert (limited.tokens, limited.finish) == (stopped.tokens, "length")
 
 
-def test_stops_at_the_end_token_and_at_the_limit() -> None:
-    model = Scripted([4, 5, 6, 7])
-    assert list(generate(model, [0], 4, GREEDY, end=6)) == [4, 5]
-    assert list(generate(model, [0], 3, GREEDY, end=None)) == [4, 5, 6]
-    assert list(generate(model, [0], 0, GREEDY, end=None)) == []
-    prompt = [0]
-    list(generate(model, prompt, 2, GREEDY, None))
-    assert prompt == [0], "the caller's list is left alone"
+@pytest.mark.parametrize("prompt", [[], [1] * 64])
+def test_a_prompt_without_room_for_an_answer_is_refused(small: Path, prompt: list[int]) -> None:
+    gen = generator(small)
+    with pytest.raises(ConfigError, match=rf"the prompt has {len(prompt)} tokens; .* fewer than the 64"):
+        gen.answer([gen.request(prompt, 5)])
+
+
+def test_an_answer_given_up_makes_room(small: Path) -> None:
+    gen = generator(small, num_slots=1)
+    batch = Batch(gen.model, gen.ends)
+    first, second, third = (gen.start(gen.request(prompt, 20, GREEDY)) for prompt in PROMPTS[:3])
+    for answer in (first, second, third):
+        batch.add(answer)
+    batch.step()
+    batch.drop(first)
+    batch.drop(second)
+    while batch.busy:
+        batch.step()
+    assert len(first.tokens) <= 2
+    assert not second.tokens
+    assert [third.tokens] == answers(gen, [GREEDY], [PROMPTS[2]], new=20)
+
+
+def test_the_cache_grows_with_its_sequences(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gen = generator(small)
+    cores = [module for module in gen.model.model.modules() if isinstance(module, CachedAttention)]
+    wanted = answers(gen, SAMPLINGS)
+    assert [core.cache.shape[:3] for core in cores if core.cache is not None] == [(2, 3, cache.FEWEST_CELLS)] * 2
+    monkeypatch.setattr(cache, "FEWEST_CELLS", 1)
+    monkeypatch.setattr(cache, "READ_AT_ONCE", 3)
+    assert answers(generator(small), SAMPLINGS, prompt_tokens=5) == wanted
+
+
+def test_texts_are_scored_as_the_whole_model_sees_them(models: tuple[Any, Path]) -> None:
+    theirs, folder = models
+    rows = [[5, 6], *PROMPTS[:2], list(range(50))]
+    for row, score in zip(rows, generator(folder).score(rows), strict=True):
+        with torch.no_grad():
+            logits = theirs(torch.tensor([row])).logits[0, :-1]
+        wanted = logits.log_softmax(-1).gather(1, torch.tensor(row[1:])[:, None])[:, 0]
+        # fp32 logits up to 100, summed in another order.
+        assert torch.allclose(score.logprobs, wanted, atol=1e-4, rtol=1e-5)
+        assert torch.equal(score.likeliest, logits.argmax(-1) == torch.tensor(row[1:]))
+
+
+# --- over ranks -----------------------------------------------------------------------------------------------------
+
+
+def continue_on_ranks(rank: int, world_size: int, folder: Path, tensor: int, pipeline: int) -> list[list[int]]:
+    model = load_on_ranks(folder, Launch.from_environment(), tensor, pipeline, num_slots=2)
+    return answers(Generator(model, Bytes()), SAMPLINGS, prompt_tokens=9)
+
+
+@pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (1, 2), (2, 2)])
+def test_ranks_say_what_one_process_says(small: Path, tensor: int, pipeline: int) -> None:
+    """All of them, and token for token."""
+    wanted = answers(generator(small), SAMPLINGS)
+    found = run_ranks(tensor * pipeline, continue_on_ranks, small, tensor, pipeline)
+    assert found == [wanted] * (tensor * pipeline)
+
+
+def test_too_few_ranks_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="needs 4 ranks, not 1; start them with torchrun --nproc-per-node=4"):
+        load_on_ranks(tmp_path, Launch(0, 1, 0), 2, 2, num_slots=1)
 
 
 # --- sampling -------------------------------------------------------------------------------------------------------
@@ -109,11 +188,14 @@ PROBABILITIES = torch.tensor([0.05, 0.4, 0.1, 0.25, 0.2])
 DRAWS = 4000
 
 
-def shares(sampling: Sampling, logits: Tensor | None = None) -> Tensor:
-    logits = PROBABILITIES.log() if logits is None else logits
-    generator = torch.Generator().manual_seed(sampling.seed)
-    drawn = torch.stack([sample(logits, sampling, generator) for _ in range(DRAWS)])
-    return torch.bincount(drawn, minlength=len(logits)) / DRAWS
+def shares(sampling: Sampling, logits_V: Tensor) -> Tensor:
+    """Of a token's many places."""
+    ids = [[0] * place for place in range(1, 201)]
+    batches = [
+        choose(logits_V.expand(len(ids), -1), [replace(sampling, seed=seed)] * len(ids), ids)
+        for seed in range(DRAWS // len(ids))
+    ]
+    return torch.bincount(torch.cat(batches), minlength=len(logits_V)) / DRAWS
 
 
 # Which of the five tokens may be drawn, in proportion to these weights.
@@ -132,131 +214,94 @@ def shares(sampling: Sampling, logits: Tensor | None = None) -> Tensor:
         (Sampling(top_p=0.7), [0, 0.4, 0, 0.25, 0.2]),
         (Sampling(top_k=4, top_p=0.87), [0, 0.4, 0, 0.25, 0.2]),  # top-p of what top-k left: 0.85 of 0.95 is 0.89
         (Sampling(temperature=0.5, top_p=0.6), [0, 0.4**2, 0, 0.25**2, 0]),  # tempered: 0.59, then 0.23
+        (Sampling(min_p=0.45), [0, 0.4, 0, 0.25, 0.2]),  # at least 0.18
+        (Sampling(temperature=0.5, min_p=0.3), [0, 0.4**2, 0, 0.25**2, 0]),  # tempered: 0.55, then 0.22, 0.14
+        (Sampling(min_p=1.0), [0, 1, 0, 0, 0]),
     ],
 )
 def test_tokens_are_drawn_in_proportion(sampling: Sampling, weights: list[float]) -> None:
     wanted = torch.tensor(weights) / sum(weights)
-    found = shares(sampling)
+    found = shares(sampling, PROBABILITIES.log())
     assert (found[wanted == 0] == 0).all(), "never a token that was cut off"
     # Four standard deviations of a share of 4,000 draws; the draws are seeded.
     bound = 4 * (wanted * (1 - wanted) / DRAWS).sqrt()
     assert ((found - wanted).abs() <= bound + 1e-12).all(), found
 
 
+def test_rows_of_a_batch_do_not_touch_each_other() -> None:
+    """Flat enough that the first tokens in order do not make up top-p."""
+    logits = torch.randn(4, 8 * LIKELIEST, generator=torch.Generator().manual_seed(0))
+    samplings = [Sampling(top_p=0.9, seed=1), Sampling(top_k=3, seed=2), Sampling(1.3, min_p=0.2, seed=3), GREEDY]
+    ids = [[1] * length for length in (5, 9, 2, 7)]
+    together = choose(logits, samplings, ids).tolist()
+    assert together == [choose(logits[i : i + 1], samplings[i : i + 1], ids[i : i + 1]).item() for i in range(4)]
+
+
 @pytest.mark.parametrize(
-    "values", [{"temperature": -0.1}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}, {"top_p": -1.0}]
+    "sampling", [Sampling(top_p=0.9), Sampling(top_k=300), Sampling(0.7, top_k=99, top_p=0.8, min_p=0.05)]
 )
+def test_the_same_tokens_may_be_drawn_as_in_transformers(sampling: Sampling) -> None:
+    processors = pytest.importorskip("transformers.generation.logits_process")
+    logits = torch.randn(1, 6 * LIKELIEST, generator=torch.Generator().manual_seed(0))
+    theirs = processors.LogitsProcessorList([processors.TemperatureLogitsWarper(float(sampling.temperature))])
+    if sampling.top_k:
+        theirs.append(processors.TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        theirs.append(processors.TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p:
+        theirs.append(processors.MinPLogitsWarper(sampling.min_p))
+    allowed = theirs(None, logits).isfinite()[0]
+    assert torch.equal(warp(logits, [sampling]).isfinite()[0], allowed)
+    assert 1 < allowed.sum() < logits.shape[1]
+
+
+def test_repetition_is_penalised_as_in_transformers() -> None:
+    processors = pytest.importorskip("transformers.generation.logits_process")
+    logits = torch.tensor([[2.0, 1.9, -0.5, 1.0], [2.0, 1.9, -0.5, 1.0]])
+    ids = [[0, 2, 2], [3]]
+    penalty = Sampling(temperature=0, repetition_penalty=1.2)
+    wanted = [
+        processors.RepetitionPenaltyLogitsProcessor(1.2)(torch.tensor([i]), x[None]).argmax()
+        for i, x in zip(ids, logits, strict=True)
+    ]
+    assert choose(logits, [penalty, penalty], ids).tolist() == wanted == [1, 0]
+    assert logits[0, 0] == 2.0, "the caller's logits are left alone"
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"temperature": -0.1}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1},
+        {"min_p": -0.2}, {"min_p": 1.5}, {"repetition_penalty": 0.0}, {"seed": 2**63},
+    ],
+)  # fmt: skip
 def test_impossible_sampling_is_refused(values: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="at least 0") as caught:
+    with pytest.raises(ConfigError) as caught:
         Sampling(**values)
     assert str(next(iter(values.values()))) in str(caught.value)
 
 
-# --- text -----------------------------------------------------------------------------------------------------------
+# --- what a folder says ---------------------------------------------------------------------------------------------
 
 
-MORE = {256: b"", 257: "né".encode()[:2], 258: "é".encode()[1:] + b"!", 259: "🙂".encode()[:3]}
+def test_a_folder_s_habits_are_honoured(tmp_path: Path) -> None:
+    def habits(**files: dict[str, Any]) -> tuple[frozenset[int], Sampling]:
+        for name in ("config", "generation_config"):
+            (tmp_path / f"{name}.json").unlink(missing_ok=True)
+            if name in files:
+                (tmp_path / f"{name}.json").write_text(json.dumps(files[name]))
+        return read_habits(tmp_path, Bytes())
 
-
-class Bytes(Tokenizer):
-    """Token i < 256 is a byte; more tokens stand for several bytes, also such as end inside a character."""
-
-    eod_id = 256
-    vocab_size = 260
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [list(text.encode()) for text in texts]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return b"".join(MORE[i] if i in MORE else bytes([i]) for i in ids).decode(errors="replace")
-
-    def vocabulary(self) -> dict[str, int]:
-        return {str(i): i for i in range(self.vocab_size)}
-
-    def save(self, folder: str | Path) -> None:
-        raise NotImplementedError
-
-
-def pieces(script: Sequence[int], max_tokens: int | None = None) -> list[str]:
-    limit = len(script) if max_tokens is None else max_tokens
-    return list(generate_text(Scripted(script), Bytes(), "a", limit, GREEDY))
-
-
-@pytest.mark.parametrize(
-    "text", ["plain", "né à 🙂, 日本語", "a\ufffdb: a true replacement character, in the middle", ""]
-)
-def test_pieces_are_whole_characters_and_make_the_text(text: str) -> None:
-    found = pieces(list(text.encode()))
-    assert "".join(found) == text
-    assert all("\ufffd" not in piece for piece in found) or "\ufffd" in text
-    assert len(found) <= len(text), "nothing is said before its character is complete"
-
-
-def test_a_token_may_end_inside_a_character() -> None:
-    assert pieces([257, 258, ord("x")]) == ["né!", "x"]
-    assert "".join(pieces([259, 0x82, 256, ord("x")])) == "🙂", "and the end token is not said"
-
-
-def test_complete_characters_are_said_even_when_the_last_one_is_cut_off() -> None:
-    assert "".join(pieces([ord("a"), 257])).startswith("an")
-
-
-def test_a_true_replacement_character_at_the_end_is_said() -> None:
-    assert "".join(pieces(list("a\ufffd".encode()))) == "a\ufffd"
-
-
-def test_an_empty_prompt_starts_a_document() -> None:
-    seen: list[int] = []
-
-    class Watching(Scripted):
-        def forward(self, tokens_BT: Tensor) -> Tensor:
-            seen.extend(tokens_BT[0].tolist())
-            return super().forward(tokens_BT)
-
-    assert list(generate_text(Watching([ord("x")]), Bytes(), "", 1, GREEDY)) == ["x"]
-    assert seen == [256]
-    endless = Bytes()
-    endless.eod_id = None
-    with pytest.raises(ConfigError, match="empty prompt"):
-        list(generate_text(Scripted([0]), endless, "", 1, GREEDY))
-
-
-def test_the_space_between_prompt_and_continuation(tmp_path: Path) -> None:
-    sentencepiece = pytest.importorskip("sentencepiece")
-    (tmp_path / "text").write_text("hello world this is a test\nthe quick brown fox\n" * 50)
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "text"), model_prefix=str(tmp_path / "tokenizer"), vocab_size=60, model_type="bpe",
-        hard_vocab_limit=False, minloglevel=2,
-    )  # fmt: skip
-    tokenizer = load_tokenizer(tmp_path / "tokenizer.model")
-    prompt, whole = tokenizer.encode("hello"), tokenizer.encode("hello world")
-    assert whole[: len(prompt)] == prompt
-    model = Scripted(whole[len(prompt) :], prompt=len(prompt))
-    said = "".join(generate_text(model, tokenizer, "hello", len(whole) - len(prompt), GREEDY))
-    assert "hello" + said == "hello world"
+    assert habits(config={"eos_token_id": 7}) == ({7, 256}, LIKELY)
+    told = {"eos_token_id": [1, 2], "temperature": 0.6, "top_k": 20, "top_p": 0.9, "do_sample": True, "min_p": None}
+    assert habits(config={"eos_token_id": 7}, generation_config=told) == ({1, 2, 256}, Sampling(0.6, 20, 0.9))
+    assert habits(config={}, generation_config={"do_sample": False})[1].temperature == 0
+    with pytest.raises(ConfigError, match=r"generation_config.json: .*top-p 2"):
+        habits(config={}, generation_config={"top_p": 2})
+    with pytest.raises(ConfigError, match=r"generation_config.json is not a JSON object"):
+        habits(config={}, generation_config=[1])  # type: ignore[arg-type]
 
 
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=rf"{tmp_path} is neither a run with a checkpoint nor"):
         find_model(tmp_path)
-
-
-def continue_on_ranks(rank: int, world_size: int, folder: Path, tensor: int, pipeline: int) -> list[int]:
-    model = load_on_ranks(folder, Launch.from_environment(), tensor, pipeline, None)
-    return list(generate(model, [3, 1, 4], 12, Sampling(temperature=0.7, seed=5), None))
-
-
-@pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (1, 2), (2, 2)])
-def test_ranks_say_what_one_process_says(tmp_path: Path, tensor: int, pipeline: int) -> None:
-    """All of them, and token for token; the vocabulary of 97 is padded over two tensor ranks."""
-    config = make_config(tmp_path, "gpt2", "train.steps=2", "observe.eval_every=0")
-    train(config)
-    folder = find_model(config.run.folder)
-    wanted = list(generate(load_model(folder), [3, 1, 4], 12, Sampling(temperature=0.7, seed=5), None))
-    found = run_ranks(tensor * pipeline, continue_on_ranks, folder, tensor, pipeline)
-    assert found == [wanted] * (tensor * pipeline)
-
-
-def test_too_few_ranks_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="needs 4 ranks, not 1; start them with torchrun --nproc-per-node=4"):
-        load_on_ranks(tmp_path, Launch(0, 1, 0), 2, 2, None)

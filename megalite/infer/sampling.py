@@ -1,0 +1,116 @@
+"""How the next token is chosen from its logits, for many sequences at a time.
+
+A sequence's tokens follow from its logits, its seed and their place in it alone: the random number of a token is a
+function of (seed, place), so that it is the same whatever else is generated beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from megalite.counter_random import random_bits, uniform
+from megalite.errors import ConfigError
+from megalite.keys import key_of
+
+LIKELIEST = 256
+"""Tokens that are ordered at first to find where top-p cuts; all of them only where these do not reach it."""
+SITE = key_of("generate")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    temperature: float = 1.0
+    """0 takes the likeliest token."""
+    top_k: int = 0
+    """Only the k likeliest tokens; 0 for all."""
+    top_p: float = 1.0
+    """Only the likeliest tokens that together have at least this probability (Holtzman et al. 2020)."""
+    min_p: float = 0.0
+    """Only tokens at least this share as likely as the likeliest one (Nguyen et al. 2024)."""
+    repetition_penalty: float = 1.0
+    """Logits of tokens that were there before are divided by it, negative ones multiplied (Keskar et al. 2019)."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf") or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ConfigError(
+                f"temperature {self.temperature} and top-k {self.top_k} must be at least 0, "
+                f"top-p {self.top_p} above 0 and at most 1"
+            )
+        if not 0 <= self.min_p <= 1 or not 0 < self.repetition_penalty < float("inf"):
+            raise ConfigError(
+                f"min-p {self.min_p} must be at least 0 and at most 1, "
+                f"the repetition penalty {self.repetition_penalty} above 0"
+            )
+        if not -(2**63) <= self.seed < 2**63:
+            raise ConfigError(f"the seed {self.seed} must fit into 64 bits, from -2^63 to 2^63 - 1")
+
+
+def choose(logits_BV: Tensor, samplings: Sequence[Sampling], ids: Sequence[Sequence[int]]) -> Tensor:
+    """The next token of each sequence, int64 [B], from fp32 logits and the ids before it, prompt included."""
+    penalized = [row for row, sampling in enumerate(samplings) if sampling.repetition_penalty != 1]
+    if penalized:
+        logits_BV = logits_BV.clone()
+    for row in penalized:
+        seen = torch.tensor(sorted(set(ids[row])), device=logits_BV.device)
+        logits, penalty = logits_BV[row, seen], samplings[row].repetition_penalty
+        logits_BV[row, seen] = torch.where(logits > 0, logits / penalty, logits * penalty)
+    likeliest_B = logits_BV.argmax(-1)
+    drawn = [row for row, sampling in enumerate(samplings) if sampling.temperature > 0]
+    if not drawn:
+        return likeliest_B
+    if len(drawn) < len(samplings):
+        logits_BV = logits_BV[drawn]
+    samplings = [samplings[row] for row in drawn]
+    draws = _draw(warp(logits_BV, samplings), [s.seed for s in samplings], [len(ids[row]) for row in drawn])
+    return likeliest_B.index_copy(0, torch.tensor(drawn, device=draws.device), draws)
+
+
+def warp(logits_BV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
+    """Logits to draw from: tempered, and -inf where a token must not be drawn."""
+    column = partial(_column, device=logits_BV.device)
+    logits_BV = logits_BV / column([sampling.temperature for sampling in samplings])
+    top_k = [min(sampling.top_k or logits_BV.shape[1], logits_BV.shape[1]) for sampling in samplings]
+    if min(top_k) < logits_BV.shape[1]:
+        asked = [k if k < logits_BV.shape[1] else 1 for k in top_k]
+        least_B1 = logits_BV.topk(max(asked)).values.gather(1, column(asked, torch.int64) - 1)
+        cut_B1 = column(top_k, torch.int64) < logits_BV.shape[1]
+        logits_BV = logits_BV.masked_fill(cut_B1 & (logits_BV < least_B1), -torch.inf)
+    if min(sampling.top_p for sampling in samplings) < 1:
+        top_p = column([sampling.top_p for sampling in samplings])
+        logits_BV = logits_BV.masked_fill(logits_BV < _least_of_top_p(logits_BV, top_p), -torch.inf)
+    if max(sampling.min_p for sampling in samplings) > 0:
+        min_p = column([sampling.min_p for sampling in samplings])
+        logits_BV = logits_BV.masked_fill(logits_BV < logits_BV.amax(-1, keepdim=True) + min_p.log(), -torch.inf)
+    return logits_BV
+
+
+def _draw(logits_BV: Tensor, seeds: Sequence[int], places: Sequence[int]) -> Tensor:
+    # Where in the sum of all probabilities the random number falls; in float64, of which fp32's rounding over a large
+    # vocabulary would leave little.
+    sums_BV = logits_BV.softmax(-1).double().cumsum(-1)
+    seed_B1, index_B1 = (_column(numbers, torch.int64, logits_BV.device) for numbers in (seeds, places))
+    place_B1 = uniform(random_bits(SITE, seed_B1), index_B1).double() * sums_BV[:, -1:]
+    return torch.searchsorted(sums_BV, place_B1, right=True)[:, 0]
+
+
+def _column(values: Sequence[float], dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device=device)[:, None]
+
+
+def _least_of_top_p(logits_BV: Tensor, top_p_B1: Tensor) -> Tensor:
+    """The lowest logit that is in, [B,1]; those that equal it are in as well. -inf where all are."""
+    whole_B1 = logits_BV.logsumexp(-1, keepdim=True)
+    for count in (min(LIKELIEST, logits_BV.shape[1]), logits_BV.shape[1]):
+        best = logits_BV.topk(count).values
+        probabilities = (best - whole_B1).exp()
+        before = probabilities.cumsum(-1) - probabilities  # the token that crosses top_p is still in
+        inside_B1 = (before < top_p_B1).sum(-1, keepdim=True)
+        if bool((inside_B1 < count).logical_or(top_p_B1 >= 1).all()):
+            break
+    least = best.gather(1, inside_B1 - 1)
+    return least.masked_fill(top_p_B1 >= 1, -torch.inf)

@@ -1,0 +1,102 @@
+"""Text of answers: whole characters, piece by piece, up to a stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from megalite.data.tokenizer import load_tokenizer
+from megalite.errors import ConfigError
+from megalite.infer.generate import Generator
+from megalite.infer.sampling import Sampling
+from scripted import Bytes, Scripted
+
+
+def pieces(script: Sequence[int], stop: Sequence[str] = (), max_tokens: int | None = None) -> list[str]:
+    gen = Generator(Scripted(script), Bytes(), frozenset({256}), Sampling(temperature=0))
+    return list(gen.stream(gen.request("a", len(script) if max_tokens is None else max_tokens, stop=stop)))
+
+
+@pytest.mark.parametrize(
+    "text", ["plain", "né à 🙂, 日本語", "a\ufffdb: a true replacement character, in the middle", "x"]
+)
+def test_pieces_are_whole_characters_and_make_the_text(text: str) -> None:
+    found = pieces(list(text.encode()))
+    assert "".join(found) == text
+    assert all("\ufffd" not in piece for piece in found) or "\ufffd" in text
+    assert len(found) <= len(text), "nothing is said before its character is complete"
+
+
+def test_a_token_may_end_inside_a_character() -> None:
+    assert pieces([257, 258, ord("x")]) == ["né!", "x"]
+    assert "".join(pieces([259, 0x82, 256, ord("x")])) == "🙂", "and the end token is not said"
+
+
+def test_complete_characters_are_said_even_when_the_last_one_is_cut_off() -> None:
+    assert "".join(pieces([ord("a"), 257])).startswith("an")
+
+
+def test_a_true_replacement_character_at_the_end_is_said() -> None:
+    assert "".join(pieces(list("a\ufffd".encode()))) == "a\ufffd"
+
+
+@pytest.mark.parametrize(
+    ("stop", "said"),
+    [
+        (["END"], "one E"),  # that may have begun before it did
+        (["zzz"], "one EEND two"),
+        (["ND two", "EEND"], "one "),
+        (["two!", "wo"], "one EEND t"),
+        (["o"], ""),
+        (["D two?"], "one EEND two"),
+        (["é"], "one EEND two"),
+    ],
+)
+def test_an_answer_ends_before_a_stop_string(stop: list[str], said: str) -> None:
+    found = pieces(list(b"one EEND two"), stop)
+    assert "".join(found) == said
+    assert all(found)
+
+
+def test_a_stop_string_ends_the_work_too() -> None:
+    gen = Generator(Scripted(list(b"abcdef")), Bytes())
+    (answer,) = gen.answer([gen.request("x", 1000, Sampling(temperature=0), ["cd"])])
+    assert (answer.text, bytes(answer.tokens), answer.finish) == ("ab", b"abcd", "stop")
+
+
+def test_an_empty_prompt_starts_a_document() -> None:
+    gen = Generator(Scripted([ord("x")]), Bytes())
+    assert gen.prompt_ids("") == [256]
+    gen.tokenizer.eod_id = None
+    with pytest.raises(ConfigError, match="empty prompt"):
+        gen.prompt_ids("")
+
+
+def test_the_space_between_prompt_and_continuation(tmp_path: Path) -> None:
+    sentencepiece = pytest.importorskip("sentencepiece")
+    (tmp_path / "text").write_text("hello world this is a test\nthe quick brown fox\n" * 50)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text"), model_prefix=str(tmp_path / "tokenizer"), vocab_size=60, model_type="bpe",
+        hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    tokenizer = load_tokenizer(tmp_path / "tokenizer.model")
+    prompt, whole = tokenizer.encode("hello"), tokenizer.encode("hello world")
+    assert whole[: len(prompt)] == prompt
+    gen = Generator(Scripted(whole[len(prompt) :], prompt=len(prompt)), tokenizer, sampling=Sampling(temperature=0))
+    (answer,) = gen.answer([gen.request("hello", len(whole) - len(prompt))])
+    assert "hello" + answer.text == "hello world"
+
+
+def test_a_prompt_begins_as_the_tokenizer_has_texts_begin(tmp_path: Path) -> None:
+    import tokenizers
+    from tokenizers import models, pre_tokenizers, processors
+
+    tokenizer = tokenizers.Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "a": 2, "b": 3, "?": 4}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    found = load_tokenizer(tmp_path)
+    assert found.encode("a b") == [2, 3]
+    assert found.encode_prompt("a b") == [0, 2, 3], "and it does not end: the answer goes on from it"
