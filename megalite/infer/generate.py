@@ -157,10 +157,12 @@ class Generator:
                 yield piece
 
     def score(self, rows: Sequence[Sequence[int]]) -> list[Score]:
-        """Of texts of at least two tokens, in their order. Raises ConfigError for one longer than the model takes."""
+        """Of texts of at least two tokens, in their order. Raises ConfigError for one longer than the model takes,
+        which is not given the last token."""
+        longest = self.model.capacity + 1
         for row in rows:
-            if not 1 < len(row) <= self.model.capacity:
-                raise ConfigError(f"a text of {len(row)} tokens cannot be scored, only of 2 to {self.model.capacity}")
+            if not 1 < len(row) <= longest:
+                raise ConfigError(f"a text of {len(row)} tokens cannot be scored, only of 2 to {longest}")
         scores: dict[int, Score] = {}
         left = sorted(range(len(rows)), key=lambda number: -len(rows[number]))
         while left:
@@ -173,9 +175,9 @@ class Generator:
         """What fills a row up comes behind its tokens, which do not see it."""
         device, width = self.model.device, max(map(len, rows))
         tokens_BT = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
-        index_T = torch.arange(width, device=device)
-        lengths = torch.tensor([len(row) for row in rows], device=device)[:, None, None]
-        logits_BTV = self.model.logits(tokens_BT, Places(index_T, index_T[None], whole_length=lengths))
+        index_T = torch.arange(width - 1, device=device)
+        lengths = torch.tensor([len(row) - 1 for row in rows], device=device)[:, None, None]
+        logits_BTV = self.model.logits(tokens_BT[:, :-1], Places(index_T, index_T[None], whole_length=lengths))
         for row, tokens_T, logits_TV in zip(rows, tokens_BT, logits_BTV, strict=True):
             wanted, logits_TV = tokens_T[1 : len(row), None], logits_TV[: len(row) - 1].float()
             logprobs = logits_TV.gather(1, wanted)[:, 0] - logits_TV.logsumexp(-1)
