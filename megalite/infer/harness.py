@@ -79,25 +79,24 @@ class HarnessModel(TemplateLM):
         return super().loglikelihood(requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(self, requests: Sequence[Pair], **_: Any) -> list[tuple[float, bool]]:
-        """Whether it is what the model would have said is the second."""
-        rows = []
-        for _asked, context, continuation in requests:
-            if not 0 < len(continuation) <= self.generator.model.capacity:
-                raise ConfigError(
-                    f"a continuation of {len(continuation)} tokens cannot be scored, only of 1 to the "
-                    f"{self.generator.model.capacity} that the model takes"
-                )
-            rows.append([*context, *continuation][-self.generator.model.capacity - 1 :])
+        """Whether it is what the model would have said is the second. A continuation that has melted into the last
+        token of its context is certain, as it is to the `hf` model."""
+        capacity = self.generator.model.capacity
+        longest = max((len(continuation) for _, _, continuation in requests), default=0)
+        if longest > capacity:
+            raise ConfigError(f"a continuation of {longest} tokens cannot be scored: the model takes {capacity}")
+        rows = [[*context, *continuation][-capacity - 1 :] for _, context, continuation in requests]
+        counts = [len(continuation) for _, _, continuation in requests]
+        results = [(0.0, True)] * len(rows)
         # The longest first: what is too large for the memory is so at once.
-        order = sorted(range(len(rows)), key=lambda number: -len(rows[number]))
+        order = sorted((number for number, count in enumerate(counts) if count), key=lambda number: -len(rows[number]))
         chunks = [order[start : start + ROWS_AT_ONCE] for start in range(0, len(order), ROWS_AT_ONCE)]
-        results: dict[int, tuple[float, bool]] = {}
         for chunk in self._track(chunks, "scoring", len(chunks)):
             scores = self.generator.score([rows[number] for number in chunk])
-            for number, score in zip(chunk, scores, strict=True):
-                count = len(requests[number][2])
-                results[number] = float(score.logprobs[-count:].sum()), bool(score.likeliest[-count:].all())
-        return [results[number] for number in range(len(rows))]
+            for number, (logprobs, likeliest) in zip(chunk, scores, strict=True):
+                count = counts[number]
+                results[number] = float(logprobs[-count:].sum()), bool(likeliest[-count:].all())
+        return results
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[float]:
         windows: list[Pair] = []
