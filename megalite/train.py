@@ -32,6 +32,7 @@ from megalite.exit_codes import Exit
 from megalite.health.stragglers import Stragglers
 from megalite.health.watchdog import Watchdog
 from megalite.host_memory import keep_freed_memory
+from megalite.infer.in_training import TasksInTraining
 from megalite.kernels import library
 from megalite.keys import key_of
 from megalite.mesh import Launch, Mesh, make_mesh
@@ -65,19 +66,28 @@ def train(config: Config) -> Exit:
     tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
     data = build_mixtures(config, tokenizer)
     check_vocabulary(config, tokenizer)
+    tasks = TasksInTraining(config, tokenizer) if config.observe.tasks.names and tokenizer else None
     launch.join(config.health.collective_timeout_s)
     mesh = make_mesh(plan, launch.device)
     keep_freed_memory()
     with Watchdog(config, mesh):
-        return train_on(mesh, config, plan, data, tokenizer)
+        return train_on(mesh, config, plan, data, tokenizer, tasks)
 
 
-def train_on(mesh: Mesh, config: Config, plan: Plan, data: Data, tokenizer: Tokenizer | None) -> Exit:
+def train_on(
+    mesh: Mesh,
+    config: Config,
+    plan: Plan,
+    data: Data,
+    tokenizer: Tokenizer | None,
+    tasks: TasksInTraining | None,
+) -> Exit:
     check_same_everywhere(config, data, mesh)
     folder = config.run.folder
     checkpoint, warnings = find_checkpoint(folder / "checkpoints", config.checkpoint.resume, mesh)
     state = read_train_state(checkpoint) if checkpoint else {"step": 0, "data": {"samples": 0}, "wandb_id": None}
-    run = Run(config, plan, mesh, open_recorder(config, plan, state, tokenizer) if mesh.world.rank == 0 else None)
+    recorder = open_recorder(config, plan, state, tokenizer) if mesh.world.rank == 0 else None
+    run = Run(config, plan, mesh, recorder, tasks)
     run.say(*warnings)
     status = "failed"
     with StopRequests(mesh) as requests:
@@ -101,6 +111,7 @@ class Run:
     mesh: Mesh
     recorder: Recorder | None
     """On rank 0."""
+    tasks: TasksInTraining | None = None
 
     def say(self, *lines: str) -> None:
         for line in lines if self.recorder else ():
@@ -210,14 +221,18 @@ def run_steps(
             if step == run.last_step:
                 asked = None  # it ends here all the same
             evaluates = run.due(step, config.observe.eval_every) and not asked
+            measures = run.tasks is not None and run.due(step, config.observe.tasks.every) and not asked
             saves = run.due(step, config.checkpoint.every) or asked
-            if evaluates or saves:
+            if evaluates or measures or saves:
                 log.wait()
             if evaluates:
                 NOW.begin("validating", step)
                 evaluate(run, parts, data, "valid", step)
             if step == config.train.steps:
                 evaluate(run, parts, data, "test", step)
+            if measures:
+                NOW.begin("evaluating tasks", step)
+                evaluate_tasks(run, parts, step)
             if saves:
                 wandb_id = recorder.wandb_id if recorder else None
                 NOW.begin("saving", step)
@@ -349,6 +364,14 @@ def evaluate(run: Run, parts: Parts, data: Data, split: Split, step: int) -> Non
         record |= {f"{split}_loss/{name}": x for name, x in zip(mixture.names, each, strict=True) if math.isfinite(x)}
     if run.recorder:
         run.recorder.evaluation(record)
+
+
+def evaluate_tasks(run: Run, parts: Parts, step: int) -> None:
+    assert run.tasks is not None
+    parts.train(False)
+    found = run.tasks.measure(parts.stages, parts.pipeline, run.mesh)
+    if run.recorder:
+        run.recorder.tasks({"step": step} | {f"tasks/{name}": value for name, value in found.items()})
 
 
 def make_loader(mixture: Mixture, run: Run, start_sample: int = 0) -> Loader:

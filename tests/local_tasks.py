@@ -15,13 +15,21 @@ LETTERS = string.ascii_letters + string.digits + string.punctuation
 NAMES = ("sounds", "letters", "story", "next_word")
 """multiple choice; of one letter, some of which are what the model would say; rolling perplexity; generation"""
 
+JUDGE = """
+import zlib
+
+def judge(row, answers):
+    return {"exact_match": float(answers[0] == row["answer"]), "said": zlib.crc32(answers[0].encode())}
+"""
+"""`said` is another number for another text."""
+
 
 def write_tasks(folder: Path) -> Path:
     folder.mkdir()
     rows = {
         "sounds": [
-            {"query": f"What does the {animal} say on day {day}?", "choices": ["moo", "wuff and wuff", "nothing at all"],
-             "gold": (day + len(animal)) % 3}
+            {"query": f"What does the {animal} say on day {day}?", "gold": day % 3,
+             "choices": ["moo", "wuff and wuff", "nothing at all"]}
             for day, animal in enumerate(ANIMALS)
         ],
         "letters": [{"query": f"the {animal}", "choices": list(LETTERS), "gold": day}
@@ -36,7 +44,9 @@ def write_tasks(folder: Path) -> Path:
         "doc_to_target": "gold", "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
     }  # fmt: skip
     tasks = {
-        "sounds": multiple_choice | {"num_fewshot": 1, "fewshot_split": "test", "fewshot_config": {"sampler": "first_n"}},
+        "sounds": multiple_choice | {
+            "num_fewshot": 1, "fewshot_split": "test", "fewshot_config": {"sampler": "first_n"},
+        },
         "letters": multiple_choice | {"target_delimiter": ""},
         "story": {
             "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}",
@@ -45,7 +55,9 @@ def write_tasks(folder: Path) -> Path:
         "next_word": {
             "output_type": "generate_until", "doc_to_text": "{{prompt}}", "doc_to_target": "{{answer}}",
             "generation_kwargs": {"until": ["e", "\n\n"], "max_gen_toks": 12, "do_sample": False},
-            "metric_list": [{"metric": "exact_match"}, {"metric": "bleu"}],
+            "metric_list": [
+                {"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("exact_match", "said")
+            ],
         },
     }  # fmt: skip
     for name, task in tasks.items():
@@ -53,6 +65,9 @@ def write_tasks(folder: Path) -> Path:
         data.write_text("".join(json.dumps(row) + "\n" for row in rows[name]))
         source = {"task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}}}
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(source | {"test_split": "test"} | task))
+    with (folder / "next_word.yaml").open("a") as file:
+        file.write("process_results: !function judges.judge\n")
+    (folder / "judges.py").write_text(JUDGE)
     return folder
 
 

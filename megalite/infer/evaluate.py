@@ -121,8 +121,13 @@ def kept(samples: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     for task, found in samples.items():
         for sample in found:
             asked = [request[0] for request in sample["arguments"]]
-            line = {"task": task, "asked": asked, "said": sample["filtered_resps"], "wanted": sample["target"]}
-            yield line | {name: sample[name] for name in sample["metrics"] if isinstance(sample[name], (int, float))}
+            yield {
+                "task": task,
+                "asked": asked,
+                "said": sample["filtered_resps"],
+                "wanted": sample["target"],
+                "judged": {name: sample[name] for name in sample["metrics"] if isinstance(sample[name], (int, float))},
+            }
 
 
 def tell_wandb(run: Path, folder: Path, numbers: Mapping[str, float], console: Console) -> None:

@@ -28,7 +28,7 @@ from torch import Tensor
 from megalite.errors import ConfigError, DataError
 from megalite.infer.answer import Answer
 from megalite.infer.batch import Batch
-from megalite.infer.generate import Generator
+from megalite.infer.generate import Generator, Score
 from megalite.infer.sampling import Sampling
 from megalite.mesh import ALONE, Axis
 from megalite.parallel.collectives import all_gather
@@ -92,7 +92,7 @@ class HarnessModel(TemplateLM):
         order = sorted((number for number, count in enumerate(counts) if count), key=lambda number: -len(rows[number]))
         chunks = [order[start : start + ROWS_AT_ONCE] for start in range(0, len(order), ROWS_AT_ONCE)]
         for chunk in self._track(chunks, "scoring", len(chunks)):
-            scores = self.generator.score([rows[number] for number in chunk])
+            scores = self._score([rows[number] for number in chunk])
             for number, (logprobs, likeliest) in zip(chunk, scores, strict=True):
                 count = counts[number]
                 results[number] = float(logprobs[-count:].sum()), bool(likeliest[-count:].all())
@@ -123,12 +123,7 @@ class HarnessModel(TemplateLM):
             batch.add(answer)
             answers.append(answer)
             stops.append(stop)
-
-        def ended() -> Iterator[Answer]:
-            while batch.busy:
-                yield from (answer for answer in batch.step() if answer.finish)
-
-        for _ in self._track(ended(), "answering", len(answers)):
+        for _ in self._track(self._finish(batch), "answering", len(answers)):
             pass
         texts = [generator.tokenizer.decode_plain(answer.tokens) for answer in answers]
         return [postprocess_generated_text(text, stop, None) for text, stop in zip(texts, stops, strict=True)]
@@ -152,6 +147,13 @@ class HarnessModel(TemplateLM):
             )
         prompt = generator.prompt_ids(self.tok_encode(context) or context)[-room:]
         return generator.start(generator.request(prompt, most, sampling, stop)), stop
+
+    def _score(self, rows: Sequence[Sequence[int]]) -> Sequence[Score]:
+        return self.generator.score(rows)
+
+    def _finish(self, batch: Batch) -> Iterator[Answer]:
+        while batch.busy:
+            yield from (answer for answer in batch.step() if answer.finish)
 
     def _track(self, items: Any, what: str, total: int) -> Any:
         return rich.progress.track(items, what, total, disable=not self.show, transient=True) if total else items
@@ -181,17 +183,14 @@ class HarnessModel(TemplateLM):
         return found if self._data.rank == dst else None
 
 
-class Rehearsal(LM):
-    """Answers at once, and knows nothing: to see that all there is to a task but the model works."""
+class Rehearsal(HarnessModel):
+    """Does all that a `HarnessModel` does but ask the model: to see what would go wrong."""
 
-    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        return [(-1.0, False) for _ in requests]
+    def _score(self, rows: Sequence[Sequence[int]]) -> Sequence[Score]:
+        return [Score(torch.zeros(len(row) - 1), torch.zeros(len(row) - 1, dtype=torch.bool)) for row in rows]
 
-    def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
-        return [-1.0 for _ in requests]
-
-    def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        return ["" for _ in requests]
+    def _finish(self, batch: Batch) -> Iterator[Answer]:
+        return iter(batch.waiting)
 
 
 class Tasks(NamedTuple):
@@ -205,10 +204,12 @@ class Tasks(NamedTuple):
         counts = [len(task.eval_docs) for task in self.loaded["tasks"].values()]
         return min([*counts, self.limit] if self.limit else counts)
 
-    def rehearse(self) -> None:
-        """Find out in a moment what would go wrong in hours. Raises DataError."""
+    def rehearse(self, generator: Generator) -> None:
+        """Find out in a moment what would go wrong in hours. Raises ConfigError or DataError."""
         try:
-            self.run(Rehearsal(), uncertainty=0)
+            self.run(Rehearsal(generator), uncertainty=0)
+        except (ConfigError, DataError):
+            raise
         except Exception as error:  # tasks hold code of their own, which may raise anything
             names = ", ".join(self.loaded["tasks"])
             raise DataError(f"the tasks {names} cannot be evaluated: {type(error).__name__}: {error}") from error

@@ -54,7 +54,7 @@ def _read(file: Path, template: ChatTemplate | None) -> Iterator[dict[str, Any]]
             row = json.loads(line)
             prompt, wanted = row["prompt"], row["completion"]
             wanted = [wanted] if isinstance(wanted, str) else wanted
-            if not wanted or not all(isinstance(text, str) for text in wanted):
+            if not isinstance(wanted, list) or not wanted or not all(isinstance(text, str) for text in wanted):
                 raise ValueError("`completion` must be a text, or a list of texts")
             if isinstance(prompt, str) and template:
                 prompt = [{"role": "user", "content": prompt}]

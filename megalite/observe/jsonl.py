@@ -35,7 +35,7 @@ class JsonlSink:
     def step(self, record: dict[str, float]) -> None:
         self._file.write(_line(record))
 
-    evaluation = step
+    evaluation = tasks = step
 
     def close(self, status: str) -> None:
         self._file.close()
