@@ -22,6 +22,9 @@ def judge(row, answers):
     return {"exact_match": float(answers[0] == row["answer"]), "said": zlib.crc32(answers[0].encode())}
 """
 """`said` is another number for another text."""
+CHAT = """\
+{{ bos_token }}{% for message in messages %}[{{ message.role }}] {{ message.content }}
+{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"""
 
 
 def write_tasks(folder: Path) -> Path:
@@ -72,7 +75,7 @@ def write_tasks(folder: Path) -> Path:
 
 
 def write_tokenizer(folder: Path, vocab_size: int = 290, begins: bool = False) -> Path:
-    """A byte-level BPE. `begins`: with a token that it puts before every text."""
+    """A byte-level BPE. `begins`: with a token that it puts before every text, and a chat template that does, too."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -87,6 +90,8 @@ def write_tokenizer(folder: Path, vocab_size: int = 290, begins: bool = False) -
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
-    config |= {"bos_token": "<s>"} if begins else {}
+    if begins:
+        config["bos_token"] = "<s>"
+        (folder / "chat_template.jinja").write_text(CHAT)
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder

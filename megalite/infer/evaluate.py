@@ -15,6 +15,7 @@ from rich.table import Table
 from megalite.checkpoint.folder import write_json
 from megalite.checkpoint.resume import read_train_state
 from megalite.config_file import load_config
+from megalite.data.chat import ChatTemplate
 from megalite.errors import ConfigError
 from megalite.infer.generate import Generator, find_model
 from megalite.mesh import Launch
@@ -67,21 +68,29 @@ def evaluate_model(
     launch = launch or Launch.from_environment()
     if bool(asked.tasks) == bool(asked.data):
         raise ConfigError("say what to evaluate: either --tasks NAME,NAME or --data FILE")
-    harness = load_harness()
-    generator = Generator.open(path, num_slots=num_slots, launch=launch, tensor=tensor, pipeline=pipeline)
+    harness, folder = load_harness(), find_model(path)
     specs: list[str | dict[str, Any]] = list(asked.tasks)
     if asked.data:
         from megalite.infer.references import references_task
 
-        template = generator.chat_template if asked.chat else None
-        specs.append(references_task(asked.data, template, asked.max_tokens, asked.stop))
+        template = ChatTemplate.of(folder, ()) if asked.chat else None
+        specs = [references_task(asked.data, template, asked.max_tokens, asked.stop)]
     tasks = harness.load_tasks(specs, asked.include_path, asked.limit, asked.shots)
-    model = harness.HarnessModel(generator, show=launch.rank == 0)
+    generator = Generator.open(folder, num_slots=num_slots, launch=launch, tensor=tensor, pipeline=pipeline)
+    model = harness.HarnessModel(generator, console=Console(stderr=True) if launch.rank == 0 else None)
     # What is read from `data` is put as the template says already.
     results = tasks.run(model, samples=asked.samples, chat=asked.chat and not asked.data)
-    if launch.rank > 0:
-        return harness.numbers_of(results)
-    numbers, folder, console = harness.numbers_of(results), find_model(path).resolve(), Console(soft_wrap=True)
+    numbers = harness.numbers_of(results)
+    if launch.rank == 0:
+        report(results, numbers, folder.resolve(), asked, output)
+    return numbers
+
+
+def report(
+    results: dict[str, Any], numbers: Mapping[str, float], folder: Path, asked: Asked, output: Path | None
+) -> None:
+    """Of the model in `folder`: to the console, a file and W&B, as `evaluate_model` says."""
+    console = Console(soft_wrap=True)
     console.print(table_of(results))
     run = folder.parent.parent if (folder / "train_state.json").is_file() else None
     when = time.strftime("%Y-%m-%dT%H-%M-%S")
@@ -97,7 +106,6 @@ def evaluate_model(
                 lines.writelines(json.dumps(line, default=_plainly) + "\n" for line in kept(samples))
     if run and (run / "config.yaml").is_file():
         tell_wandb(run, folder, numbers, console)
-    return numbers
 
 
 def table_of(results: Mapping[str, Any]) -> Table:

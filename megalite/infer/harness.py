@@ -5,11 +5,12 @@ from __future__ import annotations
 import difflib
 import logging
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import datasets
 import lm_eval.api.task
@@ -23,6 +24,7 @@ from lm_eval.evaluator import evaluate
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from rich.console import Console
 from torch import Tensor
 
 from megalite.errors import ConfigError, DataError
@@ -33,10 +35,12 @@ from megalite.infer.sampling import Sampling
 from megalite.mesh import ALONE, Axis
 from megalite.parallel.collectives import all_gather
 
-ROWS_AT_ONCE = 256
+ROWS_AT_ONCE = 64
 """Texts that are scored between two looks at the progress."""
 MOST_TOKENS = 256
 """Of an answer whose task does not say; the harness's own number."""
+SECONDS_PER_LINE = 10.0
+T = TypeVar("T")
 Pair = tuple[Any, list[int], list[int]]
 """(what was asked, tokens of the context, tokens of the continuation)"""
 
@@ -50,10 +54,10 @@ class HarnessModel(TemplateLM):
     """A `Generator` as the harness calls a model. Ranks that hold the same part of a model share the documents, each
     data rank its own; tokenizing, cutting and stopping are those of the harness's `hf` model."""
 
-    def __init__(self, generator: Generator, data: Axis = ALONE, show: bool = False):
-        """`show`: how far it is, on the console."""
+    def __init__(self, generator: Generator, data: Axis = ALONE, console: Console | None = None):
+        """`console`: where it says how far it is."""
         super().__init__()
-        self.generator, self.show, self._data = generator, show, data
+        self.generator, self._data, self._console = generator, data, console
         self._rank, self._world_size, self._device = data.rank, data.size, generator.model.device
 
     @property
@@ -91,7 +95,7 @@ class HarnessModel(TemplateLM):
         # The longest first: what is too large for the memory is so at once.
         order = sorted((number for number, count in enumerate(counts) if count), key=lambda number: -len(rows[number]))
         chunks = [order[start : start + ROWS_AT_ONCE] for start in range(0, len(order), ROWS_AT_ONCE)]
-        for chunk in self._track(chunks, "scoring", len(chunks)):
+        for chunk in self._track(chunks, f"scoring {len(order):,} texts", len(chunks)):
             scores = self._score([rows[number] for number in chunk])
             for number, (logprobs, likeliest) in zip(chunk, scores, strict=True):
                 count = counts[number]
@@ -155,8 +159,17 @@ class HarnessModel(TemplateLM):
         while batch.busy:
             yield from (answer for answer in batch.step() if answer.finish)
 
-    def _track(self, items: Any, what: str, total: int) -> Any:
-        return rich.progress.track(items, what, total, disable=not self.show, transient=True) if total else items
+    def _track(self, items: Iterable[T], what: str, total: int) -> Iterator[T]:
+        """A bar on a terminal; elsewhere, as in a job's log, a line every few seconds."""
+        if self._console is not None and self._console.is_terminal:
+            yield from rich.progress.track(items, what, total, console=self._console, transient=True)
+            return
+        said = time.monotonic()
+        for number, item in enumerate(items, 1):
+            yield item
+            if self._console is not None and time.monotonic() - said >= SECONDS_PER_LINE:
+                said = time.monotonic()
+                self._console.print(f"{what}: {number:,} of {total:,}", highlight=False)
 
     # What belongs to chats.
 

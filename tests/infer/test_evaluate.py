@@ -82,6 +82,10 @@ def test_numbers_are_those_of_transformers(tmp_path: Path, tasks: Path, family: 
                 assert our_sum == pytest.approx(their_sum, rel=1e-5, abs=1e-4)
     assert greedy > 0, "some continuation is what the model would have said"
     assert numbers_of(got) == pytest.approx(numbers_of(wanted), rel=1e-5)
+    if family == "llama":  # whose tokenizer has a chat template
+        chats = [load_tasks(NAMES, tasks, limit=5).run(model, 0, chat=True) for model in (theirs, ours)]
+        assert numbers_of(chats[1]) == pytest.approx(numbers_of(chats[0]), rel=1e-5)
+        assert numbers_of(chats[1])["next_word/said"] != numbers_of(got)["next_word/said"]
     assert {"sounds/acc_norm", "letters/acc", "story/word_perplexity", "next_word/said"} < set(numbers_of(got))
 
 

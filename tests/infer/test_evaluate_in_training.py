@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,11 +37,29 @@ def numbers_in(config: Config) -> dict[int, dict[str, Any]]:
     }
 
 
+class FakeWandb:
+    """Remembers what is logged: (run's id, step, record)."""
+
+    class Settings:
+        def __init__(self, **settings: Any): ...
+
+    def __init__(self) -> None:
+        self.logged: list[tuple[str, int | None, dict[str, float]]] = []
+
+    def init(self, **settings: Any) -> SimpleNamespace:
+        def log(record: dict[str, float], step: int | None) -> None:
+            self.logged.append((settings["id"], step, record))
+
+        return SimpleNamespace(dir="offline-run/files", log=log, finish=lambda exit_code: None)
+
+
 def test_numbers_are_those_of_the_checkpoint_and_training_is_not_disturbed(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
     plain = config_with_tasks(tmp_path, "plain", "observe.tasks.names=[]")
-    config = config_with_tasks(tmp_path, "measured")
+    config = config_with_tasks(tmp_path, "measured", "observe.wandb.mode=offline")
     train(plain)
     train(config)
     assert curve_of(config) == curve_of(plain), "bit for bit"
@@ -50,6 +71,17 @@ def test_numbers_are_those_of_the_checkpoint_and_training_is_not_disturbed(
         # The same arithmetic in batches of other sizes.
         assert numbers == pytest.approx(evaluate_model(folder, asked), rel=1e-5)
     assert found[8] != found[16]
+    named = {step: {f"tasks/{name}": value for name, value in numbers.items()} for step, numbers in found.items()}
+    logged = [entry for entry in wandb.logged if "tasks/story/bits_per_byte" in entry[2]]
+    (run_id, *_), *_ = logged
+    assert logged[:2] == [(run_id, step, named[step]) for step in (8, 16)]
+    for (other_id, step, record), at in zip(logged[2:], (8, 16), strict=True):
+        assert (other_id, step) == (f"{run_id}-evaluations", None)
+        assert record == pytest.approx(named[at] | {"checkpoint_step": at}, rel=1e-5)
+    files = sorted((config.run.folder / "evaluations").iterdir())
+    assert [file.name[:13] for file in files] == ["step-00000008", "step-00000016"]
+    results = json.loads(files[1].read_text())["results"]
+    assert results["story"]["bits_per_byte,none"] == pytest.approx(found[16]["story/bits_per_byte"], rel=1e-5)
     assert "tasks  8/16  sounds/acc " in capfd.readouterr().out
 
 
