@@ -115,6 +115,26 @@ def make_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--pipeline", type=int, default=1, help="ranks that each hold some layers, under torchrun")
     evaluate.set_defaults(verb=_evaluate)
 
+    serve = verbs.add_parser("serve", help="answer over HTTP as OpenAI's API does, with a page to talk to the model")
+    serve.add_argument("model", type=Path, help="a run, a checkpoint of one, or a Hugging Face folder")
+    serve.add_argument("--name", help="of the model, for clients (default: that of the folder)")
+    serve.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for all of this machine's (default: %(default)s)")
+    serve.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
+    serve.add_argument("--slots", type=int, default=8, help="answers computed at a time (default: %(default)s)")
+    serve.add_argument(
+        "--max-length", type=int, default=4096, help="tokens of prompt and answer (default: %(default)s)"
+    )
+    serve.add_argument(
+        "--api-key-file", type=Path, help="keys that open the API, a line each (default: MEGALITE_API_KEY, if set)"
+    )
+    serve.add_argument("--ratings", type=Path, default=Path("ratings"), help="folder for them (default: %(default)s)")
+    serve.add_argument("--max-request-mb", type=float, default=1.0, help="(default: %(default)s)")
+    serve.add_argument("--requests-per-minute", type=int, default=0, help="of a key or an address; 0: no limit")
+    serve.add_argument("--timeout", type=float, default=600.0, help="seconds of an answer (default: %(default)s)")
+    serve.add_argument("--grace", type=float, default=20.0, help="seconds to end after SIGTERM (default: %(default)s)")
+    serve.add_argument("--log-prompts", action="store_true", help="also log what is asked; it is not otherwise")
+    serve.set_defaults(verb=_serve)
+
     inspect = verbs.add_parser("inspect", help="show what is in token files, or what a config makes of them")
     inspect.add_argument("what", help="PREFIX of token files, or a config (.yaml) to see samples as its model will")
     inspect.add_argument("overrides", nargs="*", metavar="key=value", help="of a config, such as data.packing=best_fit")
@@ -226,6 +246,33 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     layout = {"tensor": arguments.tensor, "pipeline": arguments.pipeline}
     evaluate_model(arguments.model, asked, arguments.output, arguments.slots, **layout)
     leave()
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        from megalite.errors import ConfigError
+
+        raise ConfigError(f"serving needs {error.name}; pip install 'megalite[serve]'") from None
+    from megalite.infer.generate import Generator, find_model
+    from megalite.infer.serving.app import Settings
+    from megalite.infer.serving.guards import read_keys
+    from megalite.infer.serving.run import serve
+
+    settings = Settings(
+        name=arguments.name or arguments.model.resolve().name,
+        ratings=arguments.ratings,
+        keys=read_keys(arguments.api_key_file),
+        max_bytes=int(arguments.max_request_mb * 1e6),
+        requests_per_minute=arguments.requests_per_minute,
+        timeout_s=arguments.timeout,
+        log_prompts=arguments.log_prompts,
+    )
+    generator = Generator.open(find_model(arguments.model), num_slots=arguments.slots, max_length=arguments.max_length)
+    serve(generator, settings, arguments.host, arguments.port, arguments.grace)
 
 
 def _inspect(arguments: argparse.Namespace) -> None:

@@ -320,6 +320,9 @@ class ObserveConfig(Section):
     tensorboard: bool = False
 
 
+Policy = Literal["report", "skip", "rewind", "stop"]
+
+
 class HealthConfig(Section):
     hang_timeout_s: float = Field(
         300.0, ge=0, description="without progress of any rank, until a run says where each rank is, and ends; 0: never"
@@ -328,6 +331,20 @@ class HealthConfig(Section):
         1.25, gt=1, description="times the median of a rank's peers that computing takes it, for it to be named"
     )
     straggler_every: int = Field(10, gt=0, description="steps between two comparisons of the ranks")
+    not_finite: Literal["skip", "rewind", "stop"] = Field(
+        "skip",
+        description="what follows a loss or gradient that is not finite. skip: the step updates nothing; rewind: the "
+        "run goes back to its newest checkpoint and passes over that batch; stop: it ends, saved as before that step",
+    )
+    loss_spike: Policy = Field("report", description="the same of a loss far above those of the last 128 steps")
+    grad_norm_spike: Policy = Field("report", description="the same of a gradient norm")
+    spike_sigmas: float = Field(6.0, gt=0, description="standard deviations above their mean that make a spike")
+    bad_steps_limit: int = Field(
+        10, gt=0, description="steps skipped in a row, or rewinds to one checkpoint, after which the run ends"
+    )
+    weights_check_every: int = Field(
+        100, ge=0, description="steps between two comparisons of what ranks must hold alike, bit by bit; 0: never"
+    )
 
     def patience_s(self, phase: str) -> float:
         """How long a rank that waits for no other one may go without progress. Steps go on steadily; a first step may
@@ -384,6 +401,12 @@ class Config(Section):
             raise ValueError(
                 f"optimizer.schedule.decay_steps {schedule.decay_steps} is more than the {after_warmup} steps that "
                 "follow the warmup"
+            )
+        health = self.health
+        if "rewind" in (health.not_finite, health.loss_spike, health.grad_norm_spike) and self.data.order == "megatron":
+            raise ValueError(
+                "data.order: megatron has no more samples than train.steps need, and so none in place of those that a "
+                "`rewind` of health passes over; skip, or take another order"
             )
         return self
 

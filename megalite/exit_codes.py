@@ -17,6 +17,8 @@ class Exit(IntEnum):
     STOPPED = 75
     HUNG = 76
     UNFIT = 77
+    BAD_NUMBERS = 78
+    CORRUPTED = 79
 
     @property
     def meaning(self) -> str:
@@ -31,6 +33,9 @@ _MEANINGS = {
     Exit.STOPPED: "asked to stop: saved, and goes on there when started again",
     Exit.HUNG: "no rank made progress any more: the report names those behind; it goes on when started again",
     Exit.UNFIT: "preflight: the line --exclude=NODES names nodes that are not fit; without them it can start",
+    Exit.BAD_NUMBERS: "bad numbers in the loss or the gradients: saved; would meet them again with the same config",
+    Exit.CORRUPTED: "ranks that must hold the same weights do not: the lines before name them; not saved; goes on from "
+    "the newest checkpoint when started again",
 }
 
 

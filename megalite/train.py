@@ -4,8 +4,8 @@ bottom."""
 from __future__ import annotations
 
 import math
-import signal
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megalite import last_words
 from megalite.activity import NOW
 from megalite.checkpoint.export import keep_source, write_extras
 from megalite.checkpoint.load import from_checkpoint, from_hf, from_seed
@@ -23,12 +24,13 @@ from megalite.config import Config
 from megalite.counter_random import random_bits
 from megalite.data.checks import check_same_everywhere, check_vocabulary
 from megalite.data.dataset import Split
-from megalite.data.loader import Loader, MicroBatch
+from megalite.data.loader import Loader, MicroBatch, Span
 from megalite.data.mixture import Mixture, build_mixtures
 from megalite.data.tokenizer import Tokenizer, load_tokenizer
 from megalite.engine import Engine, ReadState, make_engine
 from megalite.engine.layout import choose_owners, elements_of
 from megalite.exit_codes import Exit
+from megalite.health.guard import Ending, Guard
 from megalite.health.stragglers import Stragglers
 from megalite.health.watchdog import Watchdog
 from megalite.host_memory import keep_freed_memory
@@ -56,8 +58,8 @@ Data = Mapping[Split, Mixture | None]
 
 
 def train(config: Config) -> Exit:
-    """Train as the config says, on the ranks this process was started among. Resumes by itself. Returns DONE, or
-    STOPPED after a signal.
+    """Train as the config says, on the ranks this process was started among. Resumes by itself. Returns DONE;
+    STOPPED after a signal, BAD_NUMBERS or CORRUPTED for what `health` looks after.
 
     Raises ConfigError, DataError or CheckpointError, before the first step where something asked for cannot be done;
     NotSaved after the last step."""
@@ -83,23 +85,49 @@ def train_on(
     tasks: TasksInTraining | None,
 ) -> Exit:
     check_same_everywhere(config, data, mesh)
-    folder = config.run.folder
-    checkpoint, warnings = find_checkpoint(folder / "checkpoints", config.checkpoint.resume, mesh)
-    state = read_train_state(checkpoint) if checkpoint else {"step": 0, "data": {"samples": 0}, "wandb_id": None}
+    limit, sent_back = config.health.bad_steps_limit, Counter[int]()  # how often to each step
+    ended: Ending | None = None
+    with StopRequests(mesh) as requests:
+        parts = build(config, plan, mesh)
+        while ended is None or ended.status is None:
+            run, checkpoint, state = open_run(config, plan, mesh, tokenizer, tasks, ended)
+            sent_back[state["step"]] += ended is not None
+            status = "failed"
+            try:
+                if sent_back[state["step"]] > limit:
+                    ended = run.give_up(f"sent back to step {state['step']} more than {limit} times")
+                else:
+                    ended = train_from(run, parts, data, checkpoint, state, requests)
+                status = run.status(ended)
+            finally:
+                if run.recorder:
+                    run.recorder.close(status)
+        # A launcher that sees one rank leave unfinished ends the others: none goes before all are ready to.
+        all_agree(True, mesh)
+    return ended.status
+
+
+def open_run(
+    config: Config,
+    plan: Plan,
+    mesh: Mesh,
+    tokenizer: Tokenizer | None,
+    tasks: TasksInTraining | None,
+    sent_back: Ending | None,
+) -> tuple[Run, Path | None, dict[str, Any]]:
+    """With the checkpoint to begin from, and its state; `sent_back` says why the run was, if it was."""
+    # Having been sent back, a run goes on from what it has saved itself, whatever it began with.
+    resume = "auto" if sent_back and config.checkpoint.resume == "never" else config.checkpoint.resume
+    checkpoint, warnings = find_checkpoint(config.run.folder / "checkpoints", resume, mesh)
+    state: dict[str, Any] = {"step": 0, "data": {"samples": 0}, "wandb_id": None}
+    if checkpoint:
+        state = read_train_state(checkpoint)
+    if sent_back:
+        state["data"]["skipped"] = sent_back.skipped
     recorder = open_recorder(config, plan, state, tokenizer) if mesh.world.rank == 0 else None
     run = Run(config, plan, mesh, recorder, tasks)
     run.say(*warnings)
-    status = "failed"
-    with StopRequests(mesh) as requests:
-        try:
-            asked = train_from(run, data, checkpoint, state, requests)
-            status = "stopped" if asked or run.last_step < config.train.steps else "finished"
-        finally:
-            if run.recorder:
-                run.recorder.close(status)
-        # A launcher that sees one rank leave unfinished ends the others: none goes before all are ready to.
-        all_agree(True, mesh)
-    return Exit.STOPPED if asked else Exit.DONE
+    return run, checkpoint, state
 
 
 @dataclass(frozen=True)
@@ -120,6 +148,19 @@ class Run:
     @property
     def last_step(self) -> int:
         return min(self.config.train.stop_at or self.config.train.steps, self.config.train.steps)
+
+    def give_up(self, why: str) -> Ending:
+        self.say(f"error: {why} (health.bad_steps_limit)")
+        last_words.leave(why)
+        return Ending(Exit.BAD_NUMBERS)
+
+    def status(self, ended: Ending) -> str:
+        """For the recorder."""
+        if ended.status is None:
+            return "sent back"
+        if ended.status == Exit.DONE and self.last_step == self.config.train.steps:
+            return "finished"
+        return "failed" if ended.status == Exit.CORRUPTED else "stopped"
 
     def due(self, step: int, every: int) -> bool:
         return step == self.last_step or (every > 0 and step % every == 0)
@@ -149,14 +190,12 @@ def open_recorder(config: Config, plan: Plan, state: dict[str, Any], tokenizer: 
 
 
 def train_from(
-    run: Run, data: Data, checkpoint: Path | None, state: dict[str, Any], requests: StopRequests
-) -> signal.Signals | None:
-    """Returns the signal that asked for the run to stop early, if one did."""
+    run: Run, parts: Parts, data: Data, checkpoint: Path | None, state: dict[str, Any], requests: StopRequests
+) -> Ending:
     config, folder = run.config, run.config.run.folder
-    parts = build(config, run.plan, run.mesh)
-    parts.engine.load(initial_state(config, run.mesh, checkpoint), state["step"])
+    parts.engine.load(initial_state(config, run.mesh, checkpoint), state.get("updates", state["step"]))
     assert data["train"] is not None
-    loader = make_loader(data["train"], run, start_sample=state["data"]["samples"])
+    loader = make_loader(data["train"], run, state["data"]["samples"], state["data"].get("skipped", ()))
     if checkpoint:
         loader.check_state(state["data"])
     tokenizer = load_tokenizer(folder / "tokenizer") if config.data.tokenizer and run.recorder else None
@@ -172,16 +211,17 @@ def train_from(
     )
     done = False
     try:
-        asked = run_steps(run, parts, loader, data, saver, state["step"], requests)
+        ended = run_steps(run, parts, loader, data, saver, state, requests)
         done = True
     finally:
         NOW.begin("ending", NOW.step)
         loader.close()
         saver.wait(abandon=not done)
         run.say(*saver.news())
-    if saver.error:  # an earlier save that failed is made good by a later one, but the last one has none after it
+    # An earlier save that failed is made good by a later one, but the last one has none after it.
+    if saver.error and ended.status is not None:
         raise NotSaved(saver.error)
-    return asked
+    return ended
 
 
 def initial_state(config: Config, mesh: Mesh, checkpoint: Path | None) -> ReadState:
@@ -195,13 +235,28 @@ def initial_state(config: Config, mesh: Mesh, checkpoint: Path | None) -> ReadSt
 
 
 def run_steps(
-    run: Run, parts: Parts, loader: Loader, data: Data, saver: Saver, start_step: int, requests: StopRequests
-) -> signal.Signals | None:
-    """To the last step, or to the one after which all ranks agree that one of them was asked to stop, and save."""
-    config, mesh, recorder = run.config, run.mesh, run.recorder
+    run: Run,
+    parts: Parts,
+    loader: Loader,
+    data: Data,
+    saver: Saver,
+    state: dict[str, Any],
+    requests: StopRequests,
+) -> Ending:
+    """To the last step; or to the one after which all ranks agree that one of them was asked to stop, and save; or to
+    one that cannot be gone on from."""
+    config, mesh, recorder, start_step = run.config, run.mesh, run.recorder, state["step"]
     meter = Meter(model_flops_per_token(config), mesh.world.size, mesh.device, parts.dtype)
     profiler = Profiler(config.profile, config.run.folder, mesh.world.rank, parts.engine.settle)
     stragglers = Stragglers(config.health, mesh)
+    guard = Guard(config, mesh, loader, state.get("numbers"))
+
+    def save(step: int, samples: int) -> None:
+        NOW.begin("saving", step)
+        saved = {"step": step, "updates": parts.engine.num_updates, "data": loader.state(samples)}
+        wandb_id = recorder.wandb_id if recorder else None
+        saver.save(step, saved | {"numbers": guard.state(), "wandb_id": wandb_id})
+
     with profiler, StepLog(recorder, meter) as log:
         for step in range(start_step + 1, run.last_step + 1):
             NOW.begin("first step" if step == start_step + 1 else "training", step)
@@ -209,13 +264,17 @@ def run_steps(
             stragglers.begin(step)
             agreed = requests.compare()
             lr = learning_rate(step, config.train.steps, config.optimizer)
+            samples_before = loader.samples
             loss = forward_backward(parts, next(loader), mesh, config.train.seed)
+            guard.compare(step, parts.engine)
             NOW.do("optimizer")
-            grad_norm = parts.engine.step(lr)
+            grad_norm = parts.engine.step(lr, guard.permit(loss))
+            guard.note(step, samples_before)
             stragglers.end()
             tokens = loader.samples * config.data.seq_length
             record: Record = {"step": step, "loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens": tokens}
-            log.add(record | consumed_tokens(loader) | stragglers.record(), run.plan.tokens_per_step)
+            record |= consumed_tokens(loader) | stragglers.record() | guard.record()
+            log.add(record, run.plan.tokens_per_step)
             profiler.end(step)
             asked = agreed()
             if step == run.last_step:
@@ -225,6 +284,16 @@ def run_steps(
             saves = run.due(step, config.checkpoint.every) or asked
             if evaluates or measures or saves:
                 log.wait()
+            if saves:
+                guard.compare(step, parts.engine, saves=True)
+            ending = guard.look(step, bool(evaluates or measures or saves))
+            run.say(*guard.news())
+            if ending:
+                parts.engine.settle()
+                if ending.saves and ending.saves[0] > start_step:
+                    log.wait()
+                    save(*ending.saves)
+                return ending
             if evaluates:
                 NOW.begin("validating", step)
                 evaluate(run, parts, data, "valid", step)
@@ -234,15 +303,13 @@ def run_steps(
                 NOW.begin("evaluating tasks", step)
                 evaluate_tasks(run, parts, step)
             if saves:
-                wandb_id = recorder.wandb_id if recorder else None
-                NOW.begin("saving", step)
-                saver.save(step, {"step": step, "data": loader.state(), "wandb_id": wandb_id})
+                save(step, loader.samples)
             run.say(*saver.news(), *stragglers.news())
             if asked:
                 run.say(f"{asked.name}: leaving after step {step}; a second signal does not wait for the checkpoint")
-                return asked
+                return Ending(Exit.STOPPED)
             meter.start()
-    return None
+    return Ending(Exit.DONE)
 
 
 @dataclass(frozen=True)
@@ -302,7 +369,8 @@ def forward_backward(parts: Parts, batch: list[MicroBatch], mesh: Mesh, seed: in
             total += loss.detach()
         NOW.do("summing gradients")
         parts.engine.finish()
-    return all_reduce(all_reduce(total, mesh.replicas), mesh.pipeline)
+    # Tensor ranks have computed the same. All ranks are to know the same bits of it, as all act on it.
+    return all_reduce(total if mesh.tensor.rank == 0 else torch.zeros_like(total), mesh.world)
 
 
 def make_inputs(micro: MicroBatch, mesh: Mesh, seed: int | None = None) -> Inputs:
@@ -323,7 +391,7 @@ def count_labels(inputs: list[Inputs]) -> Tensor:
 
 def consumed_tokens(loader: Loader) -> Record:
     """Of each source so far, where there are several."""
-    found = loader.mixture.consumed(loader.samples)
+    found = loader.consumed()
     length = loader.mixture.seq_length
     return {f"tokens/{name}": count * length for name, count in found.items()} if len(found) > 1 else {}
 
@@ -374,7 +442,7 @@ def evaluate_tasks(run: Run, parts: Parts, step: int) -> None:
         run.recorder.tasks({"step": step} | {f"tasks/{name}": value for name, value in found.items()})
 
 
-def make_loader(mixture: Mixture, run: Run, start_sample: int = 0) -> Loader:
+def make_loader(mixture: Mixture, run: Run, start_sample: int = 0, skipped: Sequence[Span] = ()) -> Loader:
     train, data = run.config.train, run.mesh.data
     return Loader(
         mixture,
@@ -385,4 +453,5 @@ def make_loader(mixture: Mixture, run: Run, start_sample: int = 0) -> Loader:
         start_sample,
         vocab_size=run.config.model.vocab_size,
         pin=run.mesh.device.type == "cuda",
+        skipped=skipped,
     )

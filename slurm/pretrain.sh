@@ -151,6 +151,7 @@ for ((restart = ${SLURM_RESTART_COUNT:-0}; ; restart++)); do
   case $status in
     0) finish "done" ;;
     2) finish "a mistake that starting again would not mend" ;;
+    78) finish "bad numbers, which starting again would meet again" ;;
     75) if [[ $asked != requeue || -z $job ]]; then finish "stopped; started again, the run goes on where it was"; fi ;;
     *) if [[ $asked == leave ]]; then finish "stopped, without a checkpoint of the last step"; fi ;;
   esac

@@ -15,6 +15,8 @@ from megalite.checkpoint.load import from_seed
 from megalite.config import Config
 from megalite.config_file import parse_config
 from megalite.data.loader import MicroBatch
+from megalite.health.numbers import Numbers
+from megalite.health.replicas import ReplicaCheck
 from megalite.mesh import ALONE, Mesh, make_mesh
 from megalite.models import weight_table
 from megalite.plan import make_plan
@@ -88,9 +90,16 @@ def start(config: Config, device: torch.device) -> tuple[Parts, Mesh]:
     return parts, mesh
 
 
-def take_step(parts: Parts, mesh: Mesh, batch: Sequence[MicroBatch]) -> tuple[Tensor, Tensor]:
+def take_step(
+    parts: Parts, mesh: Mesh, batch: Sequence[MicroBatch], numbers: Numbers | None = None
+) -> tuple[Tensor, Tensor]:
     """(loss, gradient norm), for which nobody has waited."""
-    return forward_backward(parts, list(batch), mesh, SEED), parts.engine.step(1e-2)
+    loss = forward_backward(parts, list(batch), mesh, SEED)
+    if numbers is None:
+        return loss, parts.engine.step(1e-2)
+    norm = parts.engine.step(1e-2, numbers.permit(loss))
+    numbers.note(1, 0)
+    return loss, norm
 
 
 def train(config: Config, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
@@ -144,8 +153,11 @@ def test_no_step_waits_for_the_device(model: str, variant: str) -> None:
     config = config_of(model, variant)
     batches = [batch_of(step, config, CUDA) for step in range(2)]
     parts, mesh = start(config, CUDA)
-    take_step(parts, mesh, batches[0])  # the first may: libraries start up
+    numbers, check = Numbers(config.health, CUDA), ReplicaCheck(mesh)
+    take_step(parts, mesh, batches[0], numbers)  # the first may: libraries start up
     with no_waiting():
-        loss, norm = take_step(parts, mesh, batches[1])
+        check.begin(1, parts.engine.copies())
+        loss, norm = take_step(parts, mesh, batches[1], numbers)
     assert loss.isfinite()
     assert norm.isfinite()
+    assert numbers.look(2, True) == []

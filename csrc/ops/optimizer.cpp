@@ -1,6 +1,5 @@
 #include "optimizer.h"
 
-#include <cmath>
 #include <numeric>
 
 #include "operator.h"
@@ -27,8 +26,8 @@ void check_contiguous(const Tensor& x, const char* op, const char* name) {
 
 void adamw_(
     const Tensor& master, const Tensor& exp_avg, const Tensor& exp_avg_sq, const std::optional<Tensor>& weights,
-    const Tensor& grad_in, const Tensor& divisor, double lr, double beta1, double beta2, double eps,
-    double weight_decay, int64_t step) {
+    const Tensor& grad_in, const Tensor& factors, double lr, double beta1, double beta2, double eps,
+    double weight_decay) {
   const char* op = "adamw_";
   check_fp32(master, op, "master");
   check_contiguous(master, op, "master");
@@ -50,15 +49,14 @@ void adamw_(
   const Tensor grad = grad_in.contiguous();
   check_shape(grad, master.sizes(), op, "grad");
   check_like(grad, master, op, "grad");
-  TORCH_CHECK_VALUE(divisor.numel() == 1, op, ": divisor has shape ", divisor.sizes(), ", but must be one number");
-  check_like(divisor, master, op, "divisor");
-  TORCH_CHECK_VALUE(step >= 1, op, ": step is ", step, ", but steps count from 1");
+  check_shape(factors, {3}, op, "factors");
+  check_like(factors, master, op, "factors");
+  TORCH_CHECK_VALUE(factors.is_contiguous(), op, ": factors must be contiguous");
   const megalite::AdamW a{
       master.data_ptr<float>(), exp_avg.data_ptr<float>(), exp_avg_sq.data_ptr<float>(),
-      weights ? weights->data_ptr() : nullptr, grad.data_ptr<float>(), divisor.data_ptr<float>(), master.numel(),
+      weights ? weights->data_ptr() : nullptr, grad.data_ptr<float>(), factors.data_ptr<float>(), master.numel(),
       static_cast<float>(lr * weight_decay), static_cast<float>(1.0 - beta1), static_cast<float>(beta2),
-      static_cast<float>(1.0 - beta2), static_cast<float>(lr / (1.0 - std::pow(beta1, step))),
-      static_cast<float>(std::sqrt(1.0 - std::pow(beta2, step))), static_cast<float>(eps)};
+      static_cast<float>(1.0 - beta2), static_cast<float>(lr), static_cast<float>(eps)};
   if (a.size > 0)
     MEGALITE_LAUNCH(
         master, parts_of(master), 1, megalite::cpu::adamw(a, begin, end), megalite::cuda::adamw(a, stream));
@@ -96,7 +94,7 @@ Tensor sum_of_squares(const std::vector<Tensor>& tensors) {
 TORCH_LIBRARY_FRAGMENT(megalite, m) {
   m.def(
       "adamw_(Tensor(a!) master, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!)? weights, Tensor grad, "
-      "Tensor divisor, float lr, float beta1, float beta2, float eps, float weight_decay, int step) -> ()");
+      "Tensor factors, float lr, float beta1, float beta2, float eps, float weight_decay) -> ()");
   m.def("sum_of_squares(Tensor[] tensors) -> Tensor");
 }
 

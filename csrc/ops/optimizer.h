@@ -12,14 +12,13 @@ constexpr int64_t OPTIMIZER_PART = 16384;
 struct AdamW {
   float *master, *exp_avg, *exp_avg_sq;
   void* weights;  // bf16; may be null
-  const float *grad, *divisor;  // divisor: one number
+  const float* grad;
+  const float* factors;  // divisor of the gradient, 1 - beta1^step, 1 - beta2^step
   int64_t size;
-  float decay;            // lr * weight_decay
-  float rest1;            // 1 - beta1
-  float beta2, rest2;     // rest2: 1 - beta2
-  float step_size;        // lr / (1 - beta1^step)
-  float root_correction;  // sqrt(1 - beta2^step)
-  float eps;
+  float decay;         // lr * weight_decay
+  float rest1;         // 1 - beta1
+  float beta2, rest2;  // rest2: 1 - beta2
+  float lr, eps;
 };
 
 struct SumOfSquares {

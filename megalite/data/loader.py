@@ -8,7 +8,7 @@ from __future__ import annotations
 import queue
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -42,11 +42,30 @@ class MicroBatch:
         return MicroBatch(change(self.tokens), change(self.labels), change(self.samples), documents)
 
 
+Span = tuple[int, int]
+"""Samples [first, last) of a run."""
+
+
+def number_samples(places: Int64s, skipped: Sequence[Span]) -> Int64s:
+    """The samples at these places of a run that passes over some spans, which are in order and do not overlap."""
+    for first, last in skipped:
+        places = np.where(places >= first, places + (last - first), places)
+    return places
+
+
+def add_spans(skipped: Sequence[Span], samples: Int64s) -> tuple[Span, ...]:
+    """With these samples, in any order, skipped as well."""
+    numbers = np.unique(np.concatenate([samples, *(np.arange(first, last) for first, last in skipped)]))
+    runs = np.split(numbers, np.flatnonzero(np.diff(numbers) > 1) + 1)
+    return tuple((int(run[0]), int(run[-1]) + 1) for run in runs)
+
+
 class Loader:
     """Endless iterator over steps; each item is the list of this data rank's micro-batches of one global batch.
 
-    Step s is samples start_sample + [s·G, (s+1)·G) of the mixture, whatever the ranks: micro-batch m of data rank d
-    is its samples (m·data_size + d)·B + [0, B). A thread reads `prefetch` steps ahead; an error in it is raised here.
+    Step s is samples start_sample + [s·G, (s+1)·G) of the mixture, as if it had none of those in `skipped`, whatever
+    the ranks: micro-batch m of data rank d is its samples (m·data_size + d)·B + [0, B). A thread reads `prefetch` steps
+    ahead; an error in it is raised here.
     Close the loader, or use it in a `with`, to end the thread. Raises DataError for sizes that do not divide, and for
     a token id that is not below `vocab_size`, where that is given. `pin` is for batches that go to a GPU."""
 
@@ -61,6 +80,7 @@ class Loader:
         prefetch: int = 2,
         vocab_size: int | None = None,
         pin: bool = False,
+        skipped: Sequence[Span] = (),
     ) -> None:
         if min(global_batch_size, micro_batch_size, data_size, prefetch) < 1 or start_sample < 0:
             raise DataError("batch sizes, data_size and prefetch must be at least 1, and start_sample at least 0")
@@ -72,7 +92,7 @@ class Loader:
                 f"* {data_size} data ranks = {micro_batch_size * data_size}"
             )
         self.mixture, self.global_batch_size = mixture, global_batch_size
-        self._samples = start_sample
+        self._samples, self.skipped = start_sample, tuple(skipped)
         rows = np.arange(global_batch_size).reshape(-1, data_size, micro_batch_size)[:, data_rank]  # [micro-batches, B]
         self._steps: queue.Queue[list[MicroBatch] | BaseException] = queue.Queue(prefetch)
         self._stop = threading.Event()
@@ -83,6 +103,7 @@ class Loader:
                 self._steps,
                 self._stop,
                 mixture,
+                self.skipped,
                 rows,
                 start_sample,
                 global_batch_size,
@@ -119,14 +140,31 @@ class Loader:
         """How many samples of the run all ranks together were handed."""
         return self._samples
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint holds: which data, and how many of its samples all ranks together were handed, of all and
-        of each source.
+    def samples_of_step(self, before: int) -> Int64s:
+        """The global batch [G] that came after so many samples."""
+        return number_samples(np.arange(before, before + self.global_batch_size), self.skipped)
 
-        Steps that were read ahead but not handed out do not count. A run goes on by `start_sample=state["samples"]`,
-        on any number of ranks and with any batch size."""
-        consumed = self.mixture.consumed(self._samples)
-        return {"fingerprint": self.mixture.fingerprint(), "samples": self._samples, "consumed": consumed}
+    def consumed(self, samples: int | None = None) -> dict[str, int]:
+        """How many samples of each source all ranks together were handed, among the first so many or all until now."""
+        count = int(number_samples(np.array(self._samples if samples is None else samples), self.skipped))
+        found = self.mixture.consumed(count)
+        for span in self.skipped:
+            before, until = (self.mixture.consumed(min(end, count)) for end in span)
+            found = {name: found[name] - until[name] + before[name] for name in found}
+        return found
+
+    def state(self, samples: int | None = None) -> dict[str, Any]:
+        """What a checkpoint holds: which data, and how many of its samples all ranks together were handed, of all and
+        of each source, until now or after the first so many; and which were passed over.
+
+        Steps that were read ahead but not handed out do not count. A run goes on by `start_sample=state["samples"]`
+        and `skipped=state["skipped"]`, on any number of ranks and with any batch size."""
+        return {
+            "fingerprint": self.mixture.fingerprint(),
+            "samples": self._samples if samples is None else samples,
+            "consumed": self.consumed(samples),
+            "skipped": [list(span) for span in self.skipped],
+        }
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Raises DataError where the state belongs to other data than this loader's."""
@@ -158,6 +196,7 @@ def _read_ahead(
     steps: queue.Queue,
     stop: threading.Event,
     mixture: Mixture,
+    skipped: Sequence[Span],
     rows: Int64s,
     first: int,
     stride: int,
@@ -166,7 +205,7 @@ def _read_ahead(
 ) -> None:
     while not stop.is_set():
         try:
-            step: Any = _read_step(mixture, first + rows, vocab_size)
+            step: Any = _read_step(mixture, number_samples(first + rows, skipped), vocab_size)
             step = [micro.pinned() for micro in step] if pin else step
         except BaseException as error:
             # Whatever it is belongs to the consumer, who would wait for ever otherwise.

@@ -5,8 +5,8 @@ same tests, and read each other's checkpoints."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -22,6 +22,18 @@ STATES = ("master", "exp_avg", "exp_avg_sq")
 ReadState = Callable[[Weight, str, int, int], Tensor]
 """(weight, "weight" or one of STATES, start, stop) → those elements of the flattened local tensor."""
 
+Permit = Callable[[Tensor], Tensor]
+"""Gradient norm, fp32 [] → whether the weights may be updated, bool [] on the device. Asked once a step."""
+
+
+class Sharing(NamedTuple):
+    """Over which axes of the mesh ranks hold the same bits."""
+
+    replicas: bool
+    tensor: bool
+    ends: bool
+    """Both ends of the pipeline."""
+
 
 class Engine(Protocol):
     """Call `load` once; for every global batch `begin`, `backward` for each micro-batch, `finish`, `step`."""
@@ -30,7 +42,11 @@ class Engine(Protocol):
     def states(self) -> tuple[str, ...]:
         """Which of STATES there are."""
 
-    def load(self, read: ReadState, num_steps: int = 0) -> None:
+    @property
+    def num_updates(self) -> int:
+        """How often the weights were updated, which Adam's bias correction counts. Waits for the device."""
+
+    def load(self, read: ReadState, num_updates: int = 0) -> None:
         """Fill weights and optimizer state, asking `read` only for what this rank answers for. All ranks call it."""
 
     def begin(self, num_micro_batches: int) -> None:
@@ -43,11 +59,16 @@ class Engine(Protocol):
     def finish(self) -> None:
         """Wait until the gradients are summed over the replicas."""
 
-    def step(self, lr: float) -> Tensor:
-        """Clip, update the weights, forget the gradients. Returns the global gradient norm before clipping, fp32 []."""
+    def step(self, lr: float, permit: Permit | None = None) -> Tensor:
+        """Clip, update the weights, forget the gradients. Where `permit` says no, weights and optimizer state stay as
+        they are. Returns the global gradient norm before clipping, fp32 []."""
 
     def settle(self) -> None:
         """Wait for what a step has left on its way."""
+
+    def copies(self) -> Iterator[tuple[Sharing, Tensor]]:
+        """What this rank holds of weights and optimizer state, and who must hold the same; in one order on all of
+        them."""
 
     def gather(self, kind: str, owners: Mapping[str, int]) -> dict[str, Tensor]:
         """The logical tensors this rank owns, on the host. `kind` is "weight", "grad" (after `finish`) or one of

@@ -30,6 +30,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
+from functools import cache
 from io import StringIO
 from math import prod
 from typing import Any
@@ -40,7 +41,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from megalite.config import Config, OptimizerConfig
-from megalite.engine import STATES, ReadState
+from megalite.engine import STATES, Permit, ReadState, Sharing
 from megalite.engine.gather import assemble_on
 from megalite.engine.layout import elements_of
 from megalite.errors import ConfigError
@@ -78,7 +79,8 @@ def deepspeed_config(config: Config, plan: Plan) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
         "gradient_accumulation_steps": plan.micro_batches,
         "gradient_clipping": config.optimizer.clip,
-        "bf16": {"enabled": config.train.precision == "bf16"},
+        # Unchecked, stage 2 takes the norm of gradients that are not finite for 1.
+        "bf16": {"enabled": config.train.precision == "bf16", "check_grad_overflow": True},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "zero_optimization": zero,
@@ -128,6 +130,9 @@ class DeepSpeedEngine:
         with redirect_stdout(StringIO()):  # memory reports that its log level does not stop; warnings pass
             self.engine, *_ = deepspeed.initialize(model=inner, optimizer=self.optimizer, config=ds_config, mpu=groups)
         stage.forward = self.engine.forward  # type: ignore[method-assign]
+        self._update, self._permitted = self.optimizer.step, _always
+        # DeepSpeed calls it for every flat partition, once it knows the norm. It would warn of a subclass.
+        self.optimizer.step = lambda: self._update() if self._permitted() else None  # type: ignore
         for weight in weights:
             if plan.tensor > 1 and weight.sums_over_tensor_ranks(plan.sequence):
                 parameters[weight.name].register_hook(self._sum_over_tensor_ranks)
@@ -215,23 +220,34 @@ class DeepSpeedEngine:
     def settle(self) -> None:
         """Its steps wait for all of their messages themselves."""
 
-    def step(self, lr: float) -> Tensor:
+    def step(self, lr: float, permit: Permit | None = None) -> Tensor:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        # Waits for the device.
+        self._permitted = _always if permit is None else cache(lambda: bool(permit(self._norm())))
         self.engine.step()
-        return torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32, device=self.mesh.device)
+        self._permitted()  # where the norm is not finite, DeepSpeed has not come to the optimizer
+        return self._norm()
+
+    def _norm(self) -> Tensor:
+        return torch.as_tensor(self.zero._global_grad_norm, dtype=torch.float32, device=self.mesh.device)
+
+    @property
+    def num_updates(self) -> int:
+        with self._resident(0) as (_, state):
+            return int(state["step"])
 
     # --- state, in logical terms ----------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def load(self, read: ReadState, num_steps: int = 0) -> None:
+    def load(self, read: ReadState, num_updates: int = 0) -> None:
         if self.zero_stage == 3:
             self.engine.empty_partition_cache()  # whole weights would be used on as they are
         for number in range(len(self._members())):
             with self._resident(number, write=True) as (flat, state):
                 for kind in ("exp_avg", "exp_avg_sq"):
                     state.setdefault(kind, torch.zeros_like(flat))
-                state["step"] = torch.tensor(float(num_steps), device=flat.device)
+                state["step"] = torch.tensor(float(num_updates), device=flat.device)
                 for fragment in self.fragments:
                     if fragment.group == number and fragment.low < fragment.high:
                         for kind, whole in (("master", flat), *((s, state[s]) for s in STATES[1:])):
@@ -260,6 +276,11 @@ class DeepSpeedEngine:
             self.zero._optimizer_states_and_gradient_swap_out(number)
         elif swapped:
             self.zero._release_swap_buffers(number)
+
+    def copies(self) -> Iterator[tuple[Sharing, Tensor]]:
+        # At stage 3, every replica holds its own share of all weights.
+        for fragment in self.fragments if self.zero_stage < 3 else ():
+            yield Sharing(True, fragment.weight.shard is None, False), fragment.parameter.detach()
 
     @torch.no_grad()
     def gather(self, kind: str, owners: Mapping[str, int]) -> dict[str, Tensor]:
@@ -301,6 +322,10 @@ class DeepSpeedEngine:
         grad = parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group).flatten()
         # Stage 1 in bf16 holds all of it.
         return grad[fragment.low : fragment.high] if grad.numel() == parameter.numel() else grad
+
+
+def _always() -> bool:
+    return True
 
 
 def _collect(share: Tensor, spans: Sequence[tuple[int, int]], axis: Axis, owner: int) -> Tensor | None:

@@ -21,7 +21,7 @@ answers for one equal shard of every bucket. A step:
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,10 +30,10 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from megalite.config import Config
-from megalite.engine import STATES, ReadState
+from megalite.engine import STATES, Permit, ReadState, Sharing
 from megalite.engine.gather import assemble_on, gather_parts
 from megalite.engine.layout import Bucket, Slot, elements_of, make_buckets
-from megalite.kernels.optimizer import adamw_, sum_of_squares
+from megalite.kernels.optimizer import adamw_, adamw_factors, sum_of_squares
 from megalite.kernels.weight_gradient import accumulate_weight_gradient
 from megalite.mesh import Mesh
 from megalite.models import set_parameters
@@ -106,7 +106,9 @@ class NativeEngine:
 
     def __init__(self, models: Sequence[Decoder], weights: Sequence[Weight], plan: Plan, mesh: Mesh, config: Config):
         self.mesh, self.config = mesh, config.optimizer
-        self.zero_stage, self.num_steps = plan.zero_stage, 0
+        self.zero_stage = plan.zero_stage
+        # Counted on the device, which decides whether a step updates anything.
+        self._num_updates = torch.zeros((), dtype=torch.float64, device=mesh.device)
         self.dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         layout = make_buckets(weights, plan, elements_of(config.parallel.bucket_mb))
         self.buckets = [BucketState(bucket, mesh, self.dtype, plan.zero_stage) for bucket in layout]
@@ -121,6 +123,10 @@ class NativeEngine:
     @property
     def states(self) -> tuple[str, ...]:
         return STATES[1:] if self.dtype == torch.float32 else STATES
+
+    @property
+    def num_updates(self) -> int:
+        return int(self._num_updates)
 
     def _adopt(self, models: Sequence[Decoder]) -> None:
         """Make every parameter a view into its bucket, watch its gradient arrive, and make modules wait for it."""
@@ -221,33 +227,39 @@ class NativeEngine:
             shard = grads[bucket.low : bucket.high]
             bucket.grad_shard = shard.clone() if bucket.grad_shard is None else bucket.grad_shard.add_(shard)
 
-    def step(self, lr: float) -> Tensor:
+    def step(self, lr: float, permit: Permit | None = None) -> Tensor:
         norm = self.gradient_norm()
         # The update divides by it as it reads the gradients; nothing waits for the device.
         divisor = (norm / self.config.clip).clamp(min=1.0) if self.config.clip else torch.ones_like(norm)
-        self.num_steps += 1
+        if permit is None:
+            self._num_updates += 1
+        else:
+            permitted = permit(norm)
+            self._num_updates += permitted
+            divisor = torch.where(permitted, divisor, 0.0)
+        # Before the first update, where there is nothing to correct yet, a refused step must not divide by 0.
+        factors = adamw_factors(divisor, self._num_updates.clamp(min=1), self.config.betas)
         self.settle()
         for bucket in self._forward_order:
-            self._update(bucket, divisor, lr)
+            self._update(bucket, factors, lr)
             bucket.grad_shard, bucket.filled = None, set()
             if self.zero_stage:
                 bucket.gathered = start_all_gather(bucket.weights, self.mesh.replicas)
         return norm
 
     @record_function("Optimizer.step")  # what torch's own optimizers are called in a trace
-    def _update(self, bucket: BucketState, divisor: Tensor, lr: float) -> None:
+    def _update(self, bucket: BucketState, factors: Tensor, lr: float) -> None:
         adamw_(
             bucket.master,
             bucket.exp_avg,
             bucket.exp_avg_sq,
             None if self.dtype == torch.float32 else bucket.weights[bucket.stepped],
             bucket.gradient(),
-            divisor,
+            factors,
             lr=lr,
             betas=self.config.betas,
             eps=self.config.eps,
             weight_decay=self.config.weight_decay if bucket.layout.decay else 0.0,
-            step=self.num_steps,
         )
 
     def settle(self) -> None:
@@ -268,10 +280,10 @@ class NativeEngine:
 
     # --- state, in logical terms ----------------------------------------------------------------------------------
 
-    def load(self, read: ReadState, num_steps: int = 0) -> None:
+    def load(self, read: ReadState, num_updates: int = 0) -> None:
         # In fp32 the weights are the master weights, and begin as them.
         kind = "master" if self.dtype == torch.float32 else "weight"
-        self.num_steps = num_steps
+        self._num_updates.fill_(num_updates)
         for bucket in self.buckets:
             _fill(bucket, bucket.weights, 0, slice(bucket.low, bucket.high), read, kind)
             for state in self.states:
@@ -279,6 +291,14 @@ class NativeEngine:
         # What the replicas have read of the weights is read once in all, not once by each.
         for wait in [start_all_gather(bucket.weights, self.mesh.replicas) for bucket in self.buckets]:
             wait()
+
+    def copies(self) -> Iterator[tuple[Sharing, Tensor]]:
+        self.settle()
+        for bucket in self.buckets:
+            whole = not bucket.layout.cut
+            yield Sharing(True, whole, bucket.layout.tied), bucket.weights
+            for state in self.states:
+                yield Sharing(self.zero_stage == 0, whole, bucket.layout.tied), getattr(bucket, state)
 
     def gather(self, kind: str, owners: Mapping[str, int]) -> dict[str, Tensor]:
         """Shards travel over the replicas to the owner of their bucket, then local tensors over the tensor axis to the

@@ -60,7 +60,7 @@ class Stragglers:
 
     def __init__(self, health: HealthConfig, mesh: Mesh):
         self._health, self._mesh = health, mesh
-        self._hosts = _names_of_all(node_name(), mesh)
+        self._hosts = names_of_all(node_name(), mesh)
         self._last: StepTimer | None = None
         self._shared: Callable[[], Tensor] | None = None
         self._times_slow = [0] * mesh.world.size
@@ -127,7 +127,7 @@ def host_or_device_event(device: torch.device) -> Callable[[], Any]:
     return HostEvent if device.type == "cpu" else lambda: torch.cuda.Event(enable_timing=True)
 
 
-def _names_of_all(name: str, mesh: Mesh) -> list[str]:
+def names_of_all(name: str, mesh: Mesh) -> list[str]:
     """Every rank's, in rank order."""
     size = 64
     letters = list(name.encode()[:size].ljust(size))

@@ -9,7 +9,7 @@ from typing import Literal
 from megalite.data.tokenizer import Tokenizer
 from megalite.infer.sampling import Sampling
 
-Finish = Literal["stop", "length", "cancelled", "time"]
+Finish = Literal["stop", "length", "cancelled", "time", "failed"]
 """It came to an end token or a stop string; to its most tokens, or those that the model can take; was given up."""
 
 

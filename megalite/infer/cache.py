@@ -1,6 +1,6 @@
 """Keys and values of the tokens a model has seen, so that each further token costs the work of one.
 
-A cache has slots, one a sequence, written in place: in every layer [S,1+L,G,K], where S counts the slots and L the
+A cache has slots, one a sequence, written in place: in every layer [S,G,1+L,K], where S counts the slots and L the
 tokens of the longest sequence so far. What pads a row of a batch is written to the first cell, which nothing reads. B
 rows of a forward pass go on with a slot each, T tokens at a time; N, H, G and K are those of `models/layers.py`, C
 counts the cells that are read."""
@@ -16,7 +16,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from megalite.infer.packed import pack_linears
 from megalite.kernels.attention import AttentionKind
+from megalite.kernels.library import pick
 from megalite.models.layers import CausalAttention, Decoder, Places
 from megalite.models.rope import LongRope
 
@@ -52,10 +54,15 @@ class CachedPlaces(Places):
     """The rows begin here: they attend to nothing that is not in them."""
     biases: dict[tuple[int | None, torch.dtype], Tensor] = field(default_factory=dict)
 
-    def read(self, cache_SLGK: Tensor) -> Tensor:
-        """[B,C,G,K]"""
+    def read(self, cache_SGLK: Tensor) -> Tensor:
+        """[B,G,C,K]"""
         rows: slice | Tensor = self.slot_B if self.slots is None else self.slots
-        return cache_SLGK[rows, 1 : 1 + self.num_cells]
+        return cache_SGLK[rows, :, 1 : 1 + self.num_cells]
+
+    def cells(self, window: int | None) -> tuple[Tensor, Tensor]:
+        """The first and the last cell that the one token of each row attends to, [B]."""
+        last_B = self.position_BT[:, 0]
+        return torch.zeros_like(last_B) if window is None else (last_B + 1 - window).clamp(min=0), last_B
 
     def bias(self, window: int | None, dtype: torch.dtype) -> Tensor:
         """What is added to scores, [B,1,T,C]; made once for all layers that have this window."""
@@ -104,7 +111,7 @@ class CachedAttention(CausalAttention):
         super().__init__(kind=kind)
         self.num_slots = num_slots
         self.cache: Tensor | None = None
-        """Keys and values, [2,S,1+L,G,K], of as many heads as this rank turns out to have."""
+        """Keys and values, [2,S,G,1+L,K], of as many heads as this rank turns out to have."""
 
     def forward(self, qkv_BTNK: Tensor, num_heads: int, num_kv_heads: int, places: Places) -> Tensor:
         if not isinstance(places, CachedPlaces):
@@ -112,31 +119,36 @@ class CachedAttention(CausalAttention):
         q, *kv = qkv_BTNK.split((num_heads, num_kv_heads, num_kv_heads), dim=2)
         keys, values = self._holding(1 + places.num_cells, kv[0])
         for cache, new in ((keys, kv[0]), (values, kv[1])):
-            cache[places.slot_B[:, None], places.cell_BT] = new
+            cache[places.slot_B[:, None], :, places.cell_BT] = new
         if places.fresh:
             return super().forward(qkv_BTNK, num_heads, num_kv_heads, places)
-        return attend(q, places.read(keys), places.read(values), places.bias(self.kind.window, q.dtype), self.kind)
+        read = places.read(keys), places.read(values)
+        if q.shape[1] == 1 and pick("attention", q) == "megalite":
+            scale, softcap = self.kind.scale or q.shape[-1] ** -0.5, self.kind.softcap or 0.0
+            ends = places.cells(self.kind.window)
+            return torch.ops.megalite.decode_attention(q[:, 0], *read, *ends, scale, softcap).flatten(1)[:, None]
+        return attend(q, *read, places.bias(self.kind.window, q.dtype), self.kind)
 
     def _holding(self, num_cells: int, like_BTGK: Tensor) -> Tensor:
         """The cache, grown to so many cells at least."""
         old = self.cache
-        if old is None or old.shape[2] < num_cells:
-            grown = max(num_cells, FEWEST_CELLS, 0 if old is None else 2 * old.shape[2])
+        if old is None or old.shape[3] < num_cells:
+            grown = max(num_cells, FEWEST_CELLS, 0 if old is None else 2 * old.shape[3])
             # Zeros, since what is hidden is multiplied by 0, which does not take away what is not a number.
-            self.cache = like_BTGK.new_zeros(2, self.num_slots, grown, *like_BTGK.shape[2:])
+            (*_, groups, size), slots = like_BTGK.shape, self.num_slots
+            self.cache = like_BTGK.new_zeros(2, slots, groups, grown, size)
             if old is not None:
-                self.cache[:, :, : old.shape[2]] = old
+                self.cache[:, :, :, : old.shape[3]] = old
         assert self.cache is not None
         return self.cache
 
 
-def attend(q_BTHK: Tensor, k_BCGK: Tensor, v_BCGK: Tensor, bias_B1TC: Tensor, kind: AttentionKind) -> Tensor:
-    """→ [B,T,H·K]. The queries of all heads that share keys are taken as so many more tokens, so that no key is read
-    twice, or copied."""
-    (batch, length, heads, _), groups = q_BTHK.shape, k_BCGK.shape[2]
+def attend(q_BTHK: Tensor, k: Tensor, v: Tensor, bias_B1TC: Tensor, kind: AttentionKind) -> Tensor:
+    """→ [B,T,H·K], of keys and values [B,G,C,K]. The queries of all heads that share keys are taken as so many more
+    tokens, so that no key is read twice, or copied."""
+    (batch, length, heads, _), groups = q_BTHK.shape, k.shape[1]
     shared = heads // groups
     q = q_BTHK.unflatten(2, (groups, shared)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B,G,H/G·T,K]
-    k, v = k_BCGK.transpose(1, 2), v_BCGK.transpose(1, 2)
     bias = bias_B1TC.repeat(1, 1, shared, 1) if length > 1 else bias_B1TC.expand(-1, -1, shared, -1)
     if kind.softcap is None:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=kind.scale)
@@ -163,7 +175,7 @@ def turning_point(config: Any) -> int | None:
 
 
 class CachedModel:
-    """A clean model on one device, with a cache; see `batch.Predictor`."""
+    """A clean model on one device, which is taken over and gets a cache; see `batch.Predictor`."""
 
     def __init__(self, model: Decoder, num_slots: int, max_length: int | None = None):
         """`max_length`: of a sequence, prompt and answer; at most, and if left out, that which the model is for."""
@@ -172,6 +184,7 @@ class CachedModel:
         self.turning_point = turning_point(model.config)
         self.device = next(model.parameters()).device
         add_cache(model, num_slots)
+        pack_linears(model)
 
     @torch.inference_mode()
     def predict(self, tokens_BT: Tensor, places: CachedPlaces, last_B: Tensor) -> Tensor:

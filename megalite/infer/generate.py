@@ -93,13 +93,13 @@ class Generator:
         `num_slots` sequences are computed at a time, of `max_length` tokens at most (those that the model is for).
         Raises ConfigError, DataError or CheckpointError."""
         folder, launch = find_model(path), launch or Launch.from_environment()
-        tokenizer = load_tokenizer(folder)
-        ends, sampling = read_habits(folder, tokenizer)
         model: Predictor
         if launch.world_size == tensor == pipeline == 1:
             model = CachedModel(load_model(folder), num_slots, max_length)
         else:
             model = load_on_ranks(folder, launch, tensor, pipeline, num_slots, max_length)
+        tokenizer = load_tokenizer(folder)
+        ends, sampling = read_habits(folder, tokenizer)
         return cls(model, tokenizer, ends, sampling, folder)
 
     def request(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -17,29 +16,37 @@ def adamw_(
     exp_avg_sq: Tensor,
     weights: Tensor | None,
     grad: Tensor,
-    divisor: Tensor,
+    factors: Tensor,
     *,
     lr: float,
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
-    step: int,
 ) -> None:
-    """One update in place, as torch.optim.AdamW does it; `step` counts from 1. The gradient is divided by `divisor`, a
-    number on the device, on the way. `weights` are bf16 and get the new master weights, rounded: nothing has to read
-    these again."""
+    """One update in place, as torch.optim.AdamW does it. `factors` are those of `adamw_factors`: where their divisor is
+    not above 0, everything stays as it is. `weights` are bf16 and get the new master weights, rounded: nothing has to
+    read these again."""
     if pick("optimizer", master) == "megalite":
-        torch.ops.megalite.adamw_(
-            master, exp_avg, exp_avg_sq, weights, grad, divisor, lr, *betas, eps, weight_decay, step
-        )
+        torch.ops.megalite.adamw_(master, exp_avg, exp_avg_sq, weights, grad, factors, lr, *betas, eps, weight_decay)
         return
+    divisor, correction1, correction2 = factors
     grad = grad / divisor
-    exp_avg.lerp_(grad, 1 - betas[0])
-    exp_avg_sq.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
-    denominator = exp_avg_sq.sqrt().div_(math.sqrt(1 - betas[1] ** step)).add_(eps)
-    master.mul_(1 - lr * weight_decay).addcdiv_(exp_avg, denominator, value=-lr / (1 - betas[0] ** step))
+    average = exp_avg.lerp(grad, 1 - betas[0])
+    square = (exp_avg_sq * betas[1]).addcmul_(grad, grad, value=1 - betas[1])
+    denominator = (square.sqrt() / correction2.sqrt()).add_(eps)
+    value = (master * (1 - lr * weight_decay)).sub_(lr / correction1 * average / denominator)
+    refused = divisor <= 0
+    for old, new in ((exp_avg, average), (exp_avg_sq, square), (master, value)):
+        old.copy_(torch.where(refused, old, new))
     if weights is not None:
-        weights.copy_(master)
+        weights.copy_(torch.where(refused, weights, value.to(weights.dtype)))
+
+
+def adamw_factors(divisor: Tensor, step: Tensor, betas: tuple[float, float]) -> Tensor:
+    """What `adamw_` divides by, [3] on the device: the gradient by `divisor`, [], and both moments for being sums of
+    `step` terms only, fp64 []. The step now taken counts."""
+    corrections = [1 - beta**step for beta in betas]
+    return torch.stack([divisor.double(), *corrections]).to(divisor.dtype)
 
 
 def sum_of_squares(*flats: Tensor) -> Tensor:
@@ -65,13 +72,12 @@ def _register() -> None:
         exp_avg_sq: Tensor,
         weights: Tensor | None,
         grad: Tensor,
-        divisor: Tensor,
+        factors: Tensor,
         lr: float,
         beta1: float,
         beta2: float,
         eps: float,
         weight_decay: float,
-        step: int,
     ) -> None:
         return None
 

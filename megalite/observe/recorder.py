@@ -63,7 +63,8 @@ class Recorder:
     def step(self, record: dict[str, float]) -> None:
         """`record`: step, loss, lr, grad_norm, tokens (so far), tokens_per_s, step_time_s; where known tflops, mfu,
         memory_gb; tokens/NAME (so far) of each source where there are several; straggler (a rank) and
-        straggler_slowness (times its peers' median) while one is named."""
+        straggler_slowness (times its peers' median) while one is named; and as 1 where it is so: not_finite,
+        loss_spike, grad_norm_spike, skipped (the step updated nothing); skipped_samples (so far) after a rewind."""
         self._each(lambda sink: sink.step(record))
 
     def evaluation(self, record: dict[str, float]) -> None:
@@ -86,7 +87,7 @@ class Recorder:
             self._console = None
 
     def close(self, status: str) -> None:
-        """`status` is "finished", "stopped" (on request, to be resumed) or "failed"."""
+        """`status` is "finished", "stopped" (to be resumed), "sent back" or "failed"."""
         # In reverse, so that what the others still have to say stands above the console's last line.
         self._sinks.reverse()
         self._each(lambda sink: sink.close(status))

@@ -14,7 +14,7 @@ from megalite.observe.recorder import Recorder
 from megalite.observe.throughput import Meter, Tick
 
 Record = dict[str, float | Tensor]
-"""Of a step. Tensors are numbers on the device."""
+"""Of a step. Tensors are numbers on the device; those of bool are flags, written down as 1 where they are set."""
 
 
 class StepLog:
@@ -49,7 +49,8 @@ class StepLog:
         times = tick.read()  # waits
         values = iter(numbers.tolist())
         here = {key: next(values) if isinstance(value, Tensor) else value for key, value in record.items()}
-        self._recorder.step(here | times)
+        unset = {key for key, x in record.items() if isinstance(x, Tensor) and x.dtype == torch.bool and not here[key]}
+        self._recorder.step({key: value for key, value in here.items() if key not in unset} | times)
 
     def __enter__(self) -> StepLog:
         return self

@@ -191,7 +191,7 @@ def test_saving_takes_the_state_of_that_moment(tmp_path: Path) -> None:
     weights = weight_table(config.model)
     engine = build(config, make_plan(config, weights, 1), LONE).engine
     alone = dict.fromkeys((weight.name for weight in weights), 0)
-    engine.load(from_seed(1, Axis()), num_steps=5)
+    engine.load(from_seed(1, Axis()), num_updates=5)
     may_write = threading.Event()
     saver = Saver(tmp_path / "saved", 3, weights, LONE, engine, alone, lambda folder: may_write.wait() and None)
     write = saver._write_tensors

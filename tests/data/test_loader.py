@@ -118,7 +118,12 @@ def test_state_leaves_out_what_was_only_read_ahead(mixture):
     with Loader(mixture, 8, 2, 0, 2, start_sample=100, prefetch=3) as loader:
         consumed = mixture.consumed(100)
         assert sum(consumed.values()) == 100
-        assert loader.state() == {"fingerprint": mixture.fingerprint(), "samples": 100, "consumed": consumed}
+        assert loader.state() == {
+            "fingerprint": mixture.fingerprint(),
+            "samples": 100,
+            "consumed": consumed,
+            "skipped": [],
+        }
         next(loader)
         wait_for(lambda: loader._steps.qsize() == 3)
         assert loader.state()["samples"] == 108

@@ -143,7 +143,7 @@ def test_the_cache_grows_with_its_sequences(small: Path, monkeypatch: pytest.Mon
     gen = generator(small)
     cores = [module for module in gen.model.model.modules() if isinstance(module, CachedAttention)]
     wanted = answers(gen, SAMPLINGS)
-    assert [core.cache.shape[:3] for core in cores if core.cache is not None] == [(2, 3, cache.FEWEST_CELLS)] * 2
+    assert [core.cache.shape[:4] for core in cores if core.cache is not None] == [(2, 3, 4, cache.FEWEST_CELLS)] * 2
     monkeypatch.setattr(cache, "FEWEST_CELLS", 1)
     monkeypatch.setattr(cache, "READ_AT_ONCE", 3)
     assert answers(generator(small), SAMPLINGS, prompt_tokens=5) == wanted

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -9,10 +9,14 @@ from torch import Tensor
 from exactness import BOUND, device, error, needs_kernels  # noqa: F401, device is a fixture
 from megalite.config import KernelsConfig
 from megalite.kernels import library
-from megalite.kernels.optimizer import adamw_, sum_of_squares
+from megalite.kernels.optimizer import adamw_, adamw_factors, sum_of_squares
 
 SIZES = [0, 1, 5, 64, 1023, 3 * 16384, 100_003]
 OPTIONS: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+
+
+def factors_of(step: int, divisor: Tensor) -> Tensor:
+    return adamw_factors(divisor, torch.tensor(float(step), dtype=torch.float64, device=divisor.device), (0.9, 0.95))
 
 
 def gradients(size: int, steps: int) -> list[Tensor]:
@@ -31,7 +35,7 @@ def run(size: int, steps: int, where: torch.device, dtype: torch.dtype, copies: 
     weights = make(torch.zeros(size, dtype=torch.bfloat16)) if copies else None
     for step, grad in enumerate(gradients(size, steps), start=1):
         divisor = torch.tensor(1.0 + step / 3, dtype=dtype, device=where)
-        adamw_(*state, weights, make(grad.to(dtype)), divisor, **OPTIONS, step=step)
+        adamw_(*state, weights, make(grad.to(dtype)), factors_of(step, divisor), **OPTIONS)
     return state if weights is None else [*state, weights]
 
 
@@ -68,7 +72,7 @@ def test_twenty_steps_are_torchs_own(decay: float, device: torch.device) -> None
     state = [start.to(device).clone(), *torch.zeros(2, 10_000, device=device)]
     for step, grad in enumerate(gradients(10_000, 20), start=1):
         lr = 1e-3 * step
-        adamw_(*state, None, grad.to(device), optimizer.grad_scale, **(options | {"lr": lr}), step=step)
+        adamw_(*state, None, grad.to(device), factors_of(step, optimizer.grad_scale), **(options | {"lr": lr}))
         optimizer.param_groups[0]["lr"], parameter.grad = lr, grad.to(device)
         optimizer.step()
     torch.testing.assert_close(state[0], parameter.detach(), rtol=1e-6, atol=0)
@@ -82,10 +86,32 @@ def test_gradients_that_are_not_finite_stay_visible(device: torch.device) -> Non
     weights = torch.zeros(40, dtype=torch.bfloat16, device=device)
     grad = torch.ones(40, device=device)
     grad[3], grad[33] = torch.nan, torch.inf
-    adamw_(*state, weights, grad, torch.ones((), device=device), **OPTIONS, step=1)
+    adamw_(*state, weights, grad, factors_of(1, torch.ones((), device=device)), **OPTIONS)
     for x in (state[0], weights):
         assert not x[[3, 33]].isfinite().any()
         assert x.isfinite().sum() == 38
+
+
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+@pytest.mark.parametrize("divisor", [0.0, -1.0])
+def test_a_divisor_not_above_0_leaves_everything_as_it_is(
+    divisor: float,
+    kernels: Literal["auto", "torch"],
+    device: torch.device,  # noqa: F811
+) -> None:
+    """Also where a gradient is not finite, and before the first update."""
+    generator = torch.Generator().manual_seed(3)
+    state = [torch.randn(40_001, generator=generator).abs().to(device) for _ in range(3)]
+    weights = torch.randn(40_001, generator=generator).bfloat16().to(device)
+    grad = torch.randn(40_001, generator=generator).to(device)
+    grad[7], grad[30_000] = torch.nan, torch.inf
+    before = [x.clone() for x in (*state, weights)]
+    library.use(KernelsConfig(optimizer=kernels))
+    try:
+        adamw_(*state, weights, grad, factors_of(1, torch.tensor(divisor, device=device)), **OPTIONS)
+    finally:
+        library.use(KernelsConfig())
+    assert all(map(torch.equal, (*state, weights), before))
 
 
 @pytest.mark.parametrize("sizes", [[0], *[[size] for size in SIZES[1:]], [5, 0, 16384, 3_000_001], [1] * 40], ids=str)
@@ -125,14 +151,14 @@ def test_results_do_not_depend_on_the_number_of_threads(device: torch.device) ->
 
 @needs_kernels
 def test_bad_input_is_named(device: torch.device) -> None:  # noqa: F811
-    x, one = torch.zeros(8, device=device), torch.ones((), device=device)
+    x, ones = torch.zeros(8, device=device), torch.ones(3, device=device)
 
     def step(**other: Any) -> None:
         tensors = {"master": x, "exp_avg": x.clone(), "exp_avg_sq": x.clone(), "weights": None, "grad": x.clone()}
-        adamw_(**(tensors | {"divisor": one, **OPTIONS, "step": 1} | other))
+        adamw_(**(tensors | {"factors": ones, **OPTIONS} | other))
 
     with pytest.raises(TypeError, match=r"adamw_: master is .*BFloat16.* must be float32"):
-        torch.ops.megalite.adamw_(x.bfloat16(), x, x, None, x, one, 1e-2, 0.9, 0.95, 1e-8, 0.1, 1)
+        torch.ops.megalite.adamw_(x.bfloat16(), x, x, None, x, ones, 1e-2, 0.9, 0.95, 1e-8, 0.1)
     with pytest.raises(ValueError, match=r"adamw_: exp_avg has shape \[7\], but must have \[8\]"):
         step(exp_avg=x[:7])
     with pytest.raises(ValueError, match="adamw_: exp_avg_sq is updated in place, and must be contiguous"):
@@ -141,10 +167,8 @@ def test_bad_input_is_named(device: torch.device) -> None:  # noqa: F811
         step(weights=x.clone())
     with pytest.raises(TypeError, match=r"adamw_: grad is .*BFloat16.* must be .*Float"):
         step(grad=x.bfloat16())
-    with pytest.raises(ValueError, match=r"adamw_: divisor has shape \[8\], but must be one number"):
-        step(divisor=x)
-    with pytest.raises(ValueError, match="adamw_: step is 0, but steps count from 1"):
-        step(step=0)
+    with pytest.raises(ValueError, match=r"adamw_: factors has shape \[8\], but must have \[3\]"):
+        step(factors=x)
     with pytest.raises(TypeError, match=r"sum_of_squares: a tensor is .*Double.* must be float32"):
         torch.ops.megalite.sum_of_squares([x, x.double()])
 
@@ -154,6 +178,6 @@ def test_operators_are_well_formed(device: torch.device) -> None:  # noqa: F811
     """Schema and fake kernels agree, so that torch.compile may keep them whole."""
     x = torch.randn(40, device=device)
     weights = torch.zeros(40, dtype=torch.bfloat16, device=device)
-    tensors = (x, x.clone(), x.square(), weights, x.clone(), torch.ones((), device=device))
-    torch.library.opcheck(torch.ops.megalite.adamw_, (*tensors, 1e-2, 0.9, 0.95, 1e-8, 0.1, 2))
+    tensors = (x, x.clone(), x.square(), weights, x.clone(), torch.ones(3, device=device))
+    torch.library.opcheck(torch.ops.megalite.adamw_, (*tensors, 1e-2, 0.9, 0.95, 1e-8, 0.1))
     torch.library.opcheck(torch.ops.megalite.sum_of_squares, ([x, x[:3]],))

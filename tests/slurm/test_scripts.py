@@ -179,6 +179,7 @@ def test_stops_when_the_program_cannot_tell_the_ranks(machine: Machine) -> None:
     [
         ("exit 0", {}, 0, 1, "done"),
         ("exit 2", {}, 2, 1, "a mistake"),
+        ("exit 78", {"TRIES": "3"}, 78, 1, "bad numbers"),
         ("exit 137", {}, 137, 1, "failed 1 times"),  # a bug would only be shown twice
         (f"{SAVE.format(1)}; exit 1\n{SAVE.format(2)}; exit 137\nexit 0", {}, 0, 3, "starting again"),
         ("exit 1\nexit 1\nexit 0", {"TRIES": "3"}, 0, 3, "starting again"),
@@ -200,6 +201,7 @@ def test_one_machine_starts_again_where_that_helps(
     [
         ("exit 0", {}, 0, False, "done"),
         ("exit 2", {}, 2, False, "a mistake"),
+        ("exit 78", {}, 78, False, "bad numbers"),
         (ASKED.format("USR1") + "exit 75", {}, 75, True, "requeueing"),
         (ASKED.format("TERM") + "exit 75", {}, 75, False, "goes on where it was"),
         ("exit 75", {}, 75, False, "goes on where it was"),  # scancel signals the ranks, not the launcher

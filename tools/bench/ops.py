@@ -156,8 +156,8 @@ class Cases:
         master, exp_avg, exp_avg_sq, grad = (self.random(self._weights(), dtype=torch.float32) for _ in range(4))
         weights = None if self.dtype == torch.float32 else master.to(self.dtype)
         function = partial(
-            adamw_, master, exp_avg, exp_avg_sq.abs_(), weights, grad, torch.ones((), device=self.device),
-            lr=1e-5, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, step=1000,
+            adamw_, master, exp_avg, exp_avg_sq.abs_(), weights, grad, torch.ones(3, device=self.device),
+            lr=1e-5, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1,
         )  # fmt: skip
         return Case("adamw_", function, (), (master.numel() * (28 if weights is None else 30),))
 

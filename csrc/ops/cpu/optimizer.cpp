@@ -19,8 +19,8 @@ void update(const AdamW& a, int64_t begin, int64_t end) {
   float *const master = a.master, *const exp_avg = a.exp_avg, *const exp_avg_sq = a.exp_avg_sq;
   bf16* const weights = static_cast<bf16*>(a.weights);
   const float* const grad = a.grad;
-  const float divisor = *a.divisor, decay = a.decay, rest1 = a.rest1, beta2 = a.beta2, rest2 = a.rest2;
-  const float step_size = a.step_size, root_correction = a.root_correction, eps = a.eps;
+  const float divisor = a.factors[0], decay = a.decay, rest1 = a.rest1, beta2 = a.beta2, rest2 = a.rest2;
+  const float step_size = a.lr / a.factors[1], root_correction = std::sqrt(a.factors[2]), eps = a.eps;
 #pragma omp simd
   for (int64_t i = begin; i < end; ++i) {
     const float g = grad[i] / divisor;
@@ -38,6 +38,7 @@ void update(const AdamW& a, int64_t begin, int64_t end) {
 }  // namespace
 
 void adamw(const AdamW& a, int64_t begin, int64_t end) {
+  if (a.factors[0] <= 0.0f) return;
   for (int64_t part = begin; part < end; ++part)
     (a.weights ? update<true> : update<false>)(a, bound(part, a.size), bound(part + 1, a.size));
 }

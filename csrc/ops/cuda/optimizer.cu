@@ -12,8 +12,9 @@ constexpr int THREADS = 256;
 template <int N>
 __global__ void update(AdamW a) {
   const int64_t i = (static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x) * N;
-  if (i >= a.size) return;
-  const float divisor = *a.divisor;
+  const float divisor = a.factors[0];
+  if (i >= a.size || divisor <= 0.0f) return;
+  const float step_size = a.lr / a.factors[1], root_correction = sqrtf(a.factors[2]);
   const Pack<float, N> grad = load<N>(a.grad + i);
   Pack<float, N> master = load<N>(a.master + i), m = load<N>(a.exp_avg + i), v = load<N>(a.exp_avg_sq + i);
   Pack<bf16, N> weights;
@@ -22,7 +23,7 @@ __global__ void update(AdamW a) {
     m.at[j] += a.rest1 * (g - m.at[j]);
     v.at[j] = a.beta2 * v.at[j] + a.rest2 * g * g;
     const float decayed = master.at[j] - a.decay * master.at[j];
-    master.at[j] = decayed - a.step_size * m.at[j] / (sqrtf(v.at[j]) / a.root_correction + a.eps);
+    master.at[j] = decayed - step_size * m.at[j] / (sqrtf(v.at[j]) / root_correction + a.eps);
     weights.at[j] = from_float<bf16>(master.at[j]);
   }
   store(a.master + i, master);

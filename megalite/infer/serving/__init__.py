@@ -1,0 +1,1 @@
+"""Answering over HTTP, as OpenAI's API does."""

@@ -1,0 +1,368 @@
+"""The API: OpenAI's completions and chat completions, ratings, health, metrics and a page."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import orjson
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, Response, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+
+from megalite.errors import ConfigError, DataError
+from megalite.infer import answer as answers
+from megalite.infer.generate import Generator
+from megalite.infer.serving.engine import Engine, Overloaded, Ticket, Told, Update
+from megalite.infer.serving.guards import Guards, Refused
+from megalite.infer.serving.metrics import Metrics
+from megalite.infer.serving.protocol import Asked, ChatBody, CompletionBody, Reply, error, usage
+from megalite.infer.serving.ratings import RatingBody, Ratings
+
+LOG = logging.getLogger("megalite.serve")
+PAGE = Path(__file__).with_name("page.html")
+POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+"""The page loads nothing from elsewhere, and is shown in no other page."""
+KINDS = {400: "invalid_request_error", 404: "invalid_request_error", 405: "invalid_request_error"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    name: str
+    """Of the model, as clients know it."""
+    ratings: Path
+    keys: Sequence[str] = ()
+    max_bytes: int = 1 << 20
+    """Of a request."""
+    requests_per_minute: int = 0
+    timeout_s: float = 600.0
+    """Of an answer, waiting included."""
+    max_waiting: int = 256
+    log_prompts: bool = False
+
+
+class Trouble(Exception):
+    """An error that is told in OpenAI's form."""
+
+    def __init__(self, status: int, message: str, kind: str, param: str | None = None, code: str | None = None):
+        super().__init__(message)
+        self.status, self.body = status, error(message, kind, param, code)
+
+
+def make_app(generator: Generator, settings: Settings) -> FastAPI:
+    metrics = Metrics()
+    engine, ratings = Engine(generator, metrics, settings.max_waiting), Ratings(settings.ratings)
+    service = Service(engine, settings)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        engine.start()
+        yield
+        engine.close(0.0)
+        await run_in_threadpool(engine.join, 10.0)
+
+    app = FastAPI(title="megalite", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.engine = engine
+    app.add_middleware(
+        Guards, keys=settings.keys, max_bytes=settings.max_bytes, requests_per_minute=settings.requests_per_minute
+    )
+    app.add_middleware(Noted, metrics=metrics)
+    _explain_errors(app)
+
+    @app.post("/v1/completions")
+    async def completions(body: CompletionBody, request: Request) -> Response:
+        return await service.complete(body, request)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(body: ChatBody, request: Request) -> Response:
+        return await service.chat(body, request)
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [service.model]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        service.check_model(name)
+        return service.model
+
+    @app.post("/v1/ratings", status_code=201)
+    async def rate(body: RatingBody) -> dict[str, str]:
+        try:
+            await run_in_threadpool(ratings.add, body, settings.name)
+        except OSError as problem:
+            LOG.error("a rating could not be kept in %s: %s", ratings.folder, problem)
+            raise Trouble(500, "the rating could not be kept; the server's log says why", "server_error") from None
+        metrics.ratings.labels(body.kind).inc()
+        return {"object": "rating", "rating": body.kind}
+
+    @app.get("/v1/about")
+    async def about() -> dict[str, Any]:
+        """What the page must know before it has a key."""
+        return {"model": settings.name, "chat": service.chats, "key": bool(settings.keys)}
+
+    @app.get("/health")
+    async def health() -> Response:
+        return _json({"status": "ok"}) if engine.alive else _json({"status": "the engine has ended"}, 503)
+
+    @app.get("/metrics")
+    async def prometheus() -> Response:
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/")
+    async def page() -> Response:
+        headers = {"content-security-policy": POLICY, "x-content-type-options": "nosniff", "cache-control": "no-cache"}
+        return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=headers)
+
+    return app
+
+
+class Service:
+    """Turns bodies into requests to the engine, and its updates into responses."""
+
+    def __init__(self, engine: Engine, settings: Settings):
+        self.engine, self.settings, self.generator = engine, settings, engine.generator
+        self.model = {"id": settings.name, "object": "model", "created": int(time.time()), "owned_by": "megalite"}
+        try:
+            self.chats = bool(self.generator.chat_template)
+        except DataError:
+            self.chats = False
+
+    def check_model(self, name: str) -> None:
+        if name not in ("", self.settings.name):
+            text = f"the model {name!r} does not exist; this server has {self.settings.name!r}"
+            raise Trouble(404, text, "invalid_request_error", "model", "model_not_found")
+
+    async def complete(self, body: CompletionBody, request: Request) -> Response:
+        self.check_model(body.model)
+        # Tokenizing a long text takes a while, in which others are answered.
+        prompts = [await run_in_threadpool(self._ids, prompt) for prompt in body.prompts]
+        requests = [
+            one
+            for ids in prompts
+            for one in body.requests(ids, body.max_tokens, self.generator.sampling, body.logprobs)
+        ]
+        return await self._answer(body, requests, sum(map(len, prompts)), "cmpl", request)
+
+    def _ids(self, prompt: str | list[int]) -> list[int]:
+        if not isinstance(prompt, str):
+            known = self.generator.tokenizer.vocab_size
+            if not all(0 <= token < known for token in prompt):
+                raise Trouble(400, f"tokens have numbers from 0 to {known - 1}", "invalid_request_error", "prompt")
+        with _told("prompt"):
+            return self.generator.prompt_ids(prompt)
+
+    async def chat(self, body: ChatBody, request: Request) -> Response:
+        self.check_model(body.model)
+        if body.top_logprobs is not None and not body.logprobs:
+            raise Trouble(400, "top_logprobs needs logprobs: true", "invalid_request_error", "top_logprobs")
+        messages = [{"role": message.role, "content": message.text} for message in body.messages]
+        with _told("messages"):
+            ids = await run_in_threadpool(self.generator.chat_ids, messages)
+        room = self.generator.model.capacity - len(ids)
+        most = body.max_completion_tokens or body.max_tokens or max(room, 1)
+        num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
+        requests = body.requests(ids, most, self.generator.sampling, num_logprobs)
+        return await self._answer(body, requests, len(ids), "chatcmpl", request)
+
+    async def _answer(
+        self,
+        body: Asked,
+        requests: Sequence[answers.Request],
+        num_prompt: int,
+        kind: Literal["cmpl", "chatcmpl"],
+        request: Request,
+    ) -> Response:
+        if self.settings.log_prompts:
+            LOG.info("prompt %s", orjson.dumps(body.model_dump(exclude_none=True)).decode())
+        loop, queue = asyncio.get_running_loop(), asyncio.Queue[Told]()
+
+        def deliver(told: Told) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(queue.put_nowait, told)
+
+        try:
+            with _told("prompt" if kind == "cmpl" else "messages"):
+                tickets = self.engine.submit(requests, self.settings.timeout_s, body.stream, deliver)
+        except Overloaded as full:
+            raise Trouble(503, str(full), "server_error", code="overloaded") from None
+        reply = Reply(kind, self.settings.name, lambda token: self.generator.tokenizer.decode([token]))
+        updates = _updates(queue, len(tickets))
+        if body.stream:
+            pieces = self._stream(body, reply, tickets, updates, num_prompt)
+            headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+            return StreamingResponse(pieces, media_type="text/event-stream", headers=headers)
+        try:
+            ended = await _unless_gone(request, _ends_of(updates))
+        finally:
+            self.engine.cancel(tickets)
+        if ended is None:
+            return Response(status_code=499)  # nobody is there to read it
+        choices = []
+        for ticket in tickets:
+            _raise_cut(ticket, ended[ticket])
+            last, text = ended[ticket], ticket.answer.text
+            choices.append(reply.choice(ticket.number, text, last.choices, last.finish, streamed=False))
+        num_said = sum(len(ticket.answer.tokens) for ticket in tickets)
+        request.state.tokens = num_prompt, num_said
+        return _json(reply.whole(choices, usage(num_prompt, num_said)))
+
+    async def _stream(
+        self,
+        body: Asked,
+        reply: Reply,
+        tickets: Sequence[Ticket],
+        updates: AsyncIterator[tuple[Ticket, Update]],
+        num_prompt: int,
+    ) -> AsyncIterator[bytes]:
+        offsets = dict.fromkeys(tickets, 0)
+        try:
+            if reply.chat:
+                for ticket in tickets:
+                    yield _event(reply.piece([reply.opening(ticket.number)]))
+            async for ticket, update in updates:
+                _raise_cut(ticket, update)
+                choice = reply.choice(
+                    ticket.number, update.text, update.choices, update.finish, streamed=True, offset=offsets[ticket]
+                )
+                offsets[ticket] += len(update.text)
+                yield _event(reply.piece([choice]))
+            if body.stream_options and body.stream_options.include_usage:
+                num_said = sum(len(ticket.answer.tokens) for ticket in tickets)
+                yield _event(reply.piece([], usage(num_prompt, num_said)))
+        except Trouble as trouble:
+            yield _event(trouble.body)
+        finally:
+            self.engine.cancel(tickets)
+        yield b"data: [DONE]\n\n"
+
+
+def _raise_cut(ticket: Ticket, update: Update) -> None:
+    match update.finish:
+        case "time":
+            raise Trouble(504, "the answer took longer than this server allows", "server_error", code="timeout")
+        case "cancelled":
+            raise Trouble(503, "the server is about to end", "server_error", code="shutting_down")
+        case "failed":
+            raise Trouble(500, "the model failed; the server's log says why", "server_error")
+
+
+async def _updates(queue: asyncio.Queue[Told], running: int) -> AsyncIterator[tuple[Ticket, Update]]:
+    """Until all have ended."""
+    while running:
+        for ticket, update in await queue.get():
+            yield ticket, update
+            running -= update.finish is not None
+
+
+async def _ends_of(updates: AsyncIterator[tuple[Ticket, Update]]) -> dict[Ticket, Update]:
+    return {ticket: update async for ticket, update in updates}
+
+
+async def _unless_gone(request: Request, work: Any) -> Any:
+    """What work gives; None where the client does not wait for it any more."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(gone())]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return tasks[0].result() if tasks[0].done() else None
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+@contextlib.contextmanager
+def _told(param: str) -> Any:
+    """What is wrong with a request is told to who sent it."""
+    try:
+        yield
+    except (ConfigError, DataError) as problem:
+        raise Trouble(400, str(problem), "invalid_request_error", param) from None
+
+
+def _explain_errors(app: FastAPI) -> None:
+    @app.exception_handler(Trouble)
+    async def trouble(request: Request, problem: Trouble) -> Response:
+        return _json(problem.body, problem.status)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, problem: RequestValidationError) -> Response:
+        """The first mistake, without the value: it may be a secret, and what is told is logged elsewhere."""
+        first = problem.errors()[0]
+        place = [str(part) for part in first["loc"][1:]]
+        if first["type"] == "json_invalid":
+            return _json(error("the body is not valid JSON", "invalid_request_error"), 400)
+        what = "is not known or not supported" if first["type"] == "extra_forbidden" else first["msg"]
+        param = ".".join(place) or None
+        return _json(error(f"{param or 'the body'}: {what}", "invalid_request_error", param), 400)
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, problem: HTTPException) -> Response:
+        kind = KINDS.get(problem.status_code, "server_error")
+        body = problem.body if isinstance(problem, Refused) else error(str(problem.detail), kind)
+        return _json(body, problem.status_code)
+
+
+class Noted:
+    """ASGI middleware: counts and logs each request when it has ended. Neither headers nor bodies are logged, nor what
+    stands behind a question mark: they may hold secrets."""
+
+    def __init__(self, app: Any, metrics: Metrics):
+        self.app, self.metrics = app, metrics
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        began, status = time.monotonic(), 0
+
+        async def sending(message: Any) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        try:
+            await self.app(scope, receive, sending)
+        except asyncio.CancelledError:
+            status = status or 499
+            raise
+        except Exception:
+            LOG.exception("%s %s failed", scope["method"], scope["path"])
+            if not status:
+                status = 500
+                await Response(
+                    orjson.dumps(error("the server made a mistake; its log says which", "server_error")),
+                    500,
+                    media_type="application/json",
+                )(scope, receive, send)
+        finally:
+            seconds = time.monotonic() - began
+            path = getattr(scope.get("route"), "path", "other")  # not what was asked for: that has no bounds
+            self.metrics.requests.labels(path, str(status)).inc()
+            self.metrics.seconds.labels(path).observe(seconds)
+            client = (scope.get("client") or ("?",))[0]
+            LOG.info("%s %s %s %d %.3f s", client, scope["method"], path, status, seconds)
+
+
+def _json(body: Any, status: int = 200) -> Response:
+    return Response(orjson.dumps(body), status, media_type="application/json")
+
+
+def _event(body: Any) -> bytes:
+    return b"data: " + orjson.dumps(body) + b"\n\n"

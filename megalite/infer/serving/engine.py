@@ -1,0 +1,180 @@
+"""The thread that computes answers. Requests come from the threads of a server, which is told of each new piece."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from megalite.infer.answer import Answer, Choice, Finish, Request
+from megalite.infer.batch import Batch
+from megalite.infer.generate import Generator
+from megalite.infer.serving.metrics import Metrics
+
+LOG = logging.getLogger("megalite.serve")
+
+
+class Overloaded(Exception):
+    """Too many requests wait, or the server is about to end."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """What is new of an answer since the last update."""
+
+    text: str = ""
+    choices: Sequence[Choice] = ()
+    finish: Finish | None = None
+
+
+@dataclass(eq=False)
+class Ticket:
+    """A request that was taken on."""
+
+    answer: Answer
+    number: int
+    """Of those that came together."""
+    streamed: bool
+    """Whether every piece is told, or the end alone."""
+    deadline: float
+    """Of `time.monotonic`, as is `submitted`."""
+    submitted: float
+    deliver: Deliver
+    num_counted: int = 0
+    """Tokens that the metrics know of."""
+    num_choices_told: int = 0
+
+    def news(self) -> Update | None:
+        answer = self.answer
+        if not (self.streamed or answer.finish):
+            return None
+        text, choices = answer.stream.take(), answer.choices[self.num_choices_told :]
+        self.num_choices_told = len(answer.choices)
+        return Update(text, choices, answer.finish) if text or choices or answer.finish else None
+
+
+Told = list[tuple[Ticket, Update]]
+Deliver = Callable[[Told], object]
+"""Called in the engine's thread, once a step for all tickets that have it."""
+
+
+class Engine:
+    def __init__(self, generator: Generator, metrics: Metrics, max_waiting: int):
+        self.generator, self.metrics, self.max_waiting = generator, metrics, max_waiting
+        self._batch = Batch(generator.model, generator.ends)
+        self._tickets: dict[Answer, Ticket] = {}
+        self._arrived: deque[Ticket] = deque()
+        self._cancelled: deque[Ticket] = deque()
+        self._changed = threading.Condition()
+        self._ends_at: float | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        metrics.slots.set(generator.model.num_slots)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def submit(self, requests: Sequence[Request], timeout_s: float, streamed: bool, deliver: Deliver) -> list[Ticket]:
+        """All of them or none. Raises Overloaded, and ConfigError for a prompt that is too long."""
+        for request in requests:
+            self._batch.check(request)
+        now = time.monotonic()
+        tickets = [
+            Ticket(self.generator.start(request), number, streamed, now + timeout_s, now, deliver)
+            for number, request in enumerate(requests)
+        ]
+        with self._changed:
+            if self._ends_at is not None:
+                raise Overloaded("the server is about to end")
+            free = self.generator.model.num_slots - self._batch.num_running
+            if len(self._batch.waiting) + len(self._arrived) + len(tickets) > self.max_waiting + free:
+                raise Overloaded(f"{self.max_waiting} requests wait already: try again later")
+            self._arrived.extend(tickets)
+            self._changed.notify()
+        return tickets
+
+    def cancel(self, tickets: Sequence[Ticket]) -> None:
+        """Give up those that have not ended. Their slots are free before the next step."""
+        with self._changed:
+            self._cancelled.extend(tickets)
+            self._changed.notify()
+
+    def close(self, within_s: float) -> None:
+        """Take on nothing more. What has not ended after so many seconds is cut off."""
+        with self._changed:
+            self._ends_at = min(time.monotonic() + within_s, self._ends_at or float("inf"))
+            self._changed.notify()
+
+    def join(self, timeout_s: float) -> None:
+        self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        while self._take_in():
+            self._expire()
+            try:
+                answers = self._batch.step()
+            except Exception:
+                LOG.exception("a step of the model failed: the answers under way are given up")
+                answers = list(self._tickets)
+                self._give_up(answers, "failed")
+            self._tell(answers)
+
+    def _take_in(self) -> bool:
+        """Wait for something to do, and take in what was asked for meanwhile. False: it is over."""
+        with self._changed:
+            while not (self._batch.busy or self._arrived or self._cancelled or self._ends_at is not None):
+                self._changed.wait()
+            while self._arrived:
+                ticket = self._arrived.popleft()
+                self._tickets[ticket.answer] = ticket
+                self._batch.add(ticket.answer)
+            gone = [ticket.answer for ticket in self._cancelled if ticket.answer in self._tickets]
+            self._cancelled.clear()
+            self._give_up(gone, "cancelled")
+            self._tell(gone)
+            return self._ends_at is None or self._batch.busy
+
+    def _expire(self) -> None:
+        now = time.monotonic()
+        if self._ends_at is not None and now >= self._ends_at:
+            late = list(self._tickets)
+            self._give_up(late, "cancelled")
+        else:
+            late = [answer for answer, ticket in self._tickets.items() if now >= ticket.deadline]
+            self._give_up(late, "time")
+        self._tell(late)
+
+    def _give_up(self, answers: Sequence[Answer], why: Finish) -> None:
+        for answer in answers:
+            self._batch.drop(answer)
+            answer.end(why)
+
+    def _tell(self, answers: Sequence[Answer]) -> None:
+        told: dict[Deliver, Told] = {}
+        for answer in answers:
+            ticket = self._tickets[answer]
+            self._count(ticket)
+            if update := ticket.news():
+                told.setdefault(ticket.deliver, []).append((ticket, update))
+            if answer.finish:
+                del self._tickets[answer]
+        self.metrics.busy.set(self._batch.num_running)
+        self.metrics.waiting.set(len(self._batch.waiting))
+        for deliver, updates in told.items():
+            deliver(updates)
+
+    def _count(self, ticket: Ticket) -> None:
+        answer, metrics = ticket.answer, self.metrics
+        if answer.tokens and not ticket.num_counted:
+            metrics.first_token.observe(time.monotonic() - ticket.submitted)
+        metrics.generated.inc(len(answer.tokens) - ticket.num_counted)
+        ticket.num_counted = len(answer.tokens)
+        if answer.finish:
+            metrics.prompted.inc(len(answer.request.prompt))
+            metrics.answers.labels(answer.finish).inc()

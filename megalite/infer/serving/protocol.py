@@ -1,0 +1,191 @@
+"""Bodies of requests, as OpenAI's API has them, and of its answers. What would change an answer and is not supported is
+refused by name, never passed over."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from megalite.infer.answer import Choice, Request
+from megalite.infer.sampling import Sampling
+
+MOST_LOGPROBS = 20
+MOST_CHOICES = 16
+MOST_STOPS = 16
+REASONS = {"stop": "stop", "length": "length"}
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class StreamOptions(Body):
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class Asked(Body):
+    """What both kinds of completions share."""
+
+    model: str = ""
+    n: int = Field(1, ge=1, le=MOST_CHOICES)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    stop: str | list[str] | None = None
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    temperature: float | None = Field(None, ge=0, le=100)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=0)
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, gt=0, le=100)
+    # What changes nothing about an answer is taken and left alone.
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    # What would change it has its usual value, or is refused.
+    presence_penalty: Literal[0] | None = None
+    frequency_penalty: Literal[0] | None = None
+    logit_bias: dict[str, float] | None = Field(None, max_length=0)
+
+    @field_validator("stop")
+    @classmethod
+    def _few_stops(cls, stop: str | list[str] | None) -> str | list[str] | None:
+        stops = [stop] if isinstance(stop, str) else stop or []
+        if len(stops) > MOST_STOPS or not all(0 < len(text) <= 1000 for text in stops):
+            raise ValueError(f"at most {MOST_STOPS} texts, each of 1 to 1000 characters")
+        return stop
+
+    def requests(
+        self, prompt: Sequence[int], max_tokens: int, sampling: Sampling, num_logprobs: int | None
+    ) -> list[Request]:
+        """One for each of `n` choices. Without a seed they are different every time."""
+        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+        asked = {name: value for name in names if (value := getattr(self, name)) is not None}
+        seed = secrets.randbits(62) if self.seed is None else self.seed
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        samplings = [replace(sampling, **asked, seed=wrap(seed + choice)) for choice in range(self.n)]
+        return [Request(prompt, max_tokens, one, stop, num_logprobs) for one in samplings]
+
+
+def wrap(seed: int) -> int:
+    """As an int64 counts on."""
+    return (seed + 2**63) % 2**64 - 2**63
+
+
+class CompletionBody(Asked):
+    prompt: str | list[int] | list[str] | list[list[int]]
+    max_tokens: int = Field(16, ge=1)
+    logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+    echo: Literal[False] | None = None
+    suffix: Literal[""] | None = None
+    best_of: int | None = None
+
+    @model_validator(mode="after")
+    def _best_of_all(self) -> CompletionBody:
+        if self.best_of not in (None, self.n):
+            raise ValueError("best_of is not supported: leave it out, or give it the value of n")
+        return self
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        if isinstance(self.prompt, str) or not self.prompt or isinstance(self.prompt[0], int):
+            return [self.prompt]  # type: ignore[list-item]
+        return list(self.prompt)
+
+
+class TextPart(Body):
+    type: Literal["text"]
+    text: str
+
+
+class Message(Body):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+
+    @property
+    def text(self) -> str:
+        parts = self.content or ""
+        return parts if isinstance(parts, str) else "".join(part.text for part in parts)
+
+
+class ChatBody(Asked):
+    messages: list[Message] = Field(min_length=1)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+    response_format: dict[Literal["type"], Literal["text"]] | None = None
+    tools: list[Any] | None = Field(None, max_length=0)
+    tool_choice: Literal["none"] | None = None
+
+
+class Reply:
+    """Bodies of one response."""
+
+    def __init__(self, kind: Literal["cmpl", "chatcmpl"], model: str, name_of: Any):
+        """`name_of` gives the text of a token."""
+        self.chat, self.name_of = kind == "chatcmpl", name_of
+        self.head = {"id": f"{kind}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
+
+    def whole(self, choices: list[dict[str, Any]], usage: dict[str, int]) -> dict[str, Any]:
+        kind = "chat.completion" if self.chat else "text_completion"
+        return {**self.head, "object": kind, "choices": choices, "usage": usage}
+
+    def piece(self, choices: list[dict[str, Any]], usage: dict[str, int] | None = None) -> dict[str, Any]:
+        kind = "chat.completion.chunk" if self.chat else "text_completion"
+        return {**self.head, "object": kind, "choices": choices, **({"usage": usage} if usage else {})}
+
+    def choice(
+        self, index: int, text: str, tokens: Sequence[Choice], finish: str | None, streamed: bool, offset: int = 0
+    ) -> dict[str, Any]:
+        reason = REASONS.get(finish) if finish else None
+        logprobs = self._logprobs(tokens, offset) if tokens else None
+        if not self.chat:
+            return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+        if streamed:
+            delta = {"content": text} if text else {}
+            return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+        message = {"role": "assistant", "content": text, "refusal": None}
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
+
+    def opening(self, index: int) -> dict[str, Any]:
+        """The first piece of a chat's answer says who speaks."""
+        return {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+
+    def _logprobs(self, tokens: Sequence[Choice], offset: int) -> dict[str, Any]:
+        if self.chat:
+            return {"content": [self._chosen(token) for token in tokens]}
+        names = [self.name_of(t.token) for t in tokens]
+        offsets = [offset + sum(map(len, names[:i])) for i in range(len(names))]
+        return {
+            "tokens": names,
+            "token_logprobs": [t.logprob for t in tokens],
+            "top_logprobs": [{self.name_of(token): x for token, x in t.likeliest} for t in tokens],
+            "text_offset": offsets,
+        }
+
+    def _chosen(self, choice: Choice) -> dict[str, Any]:
+        likeliest = [self._entry(token, logprob) for token, logprob in choice.likeliest]
+        return self._entry(choice.token, choice.logprob) | {"top_logprobs": likeliest}
+
+    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
+        name = self.name_of(token)
+        return {"token": name, "logprob": logprob, "bytes": list(name.encode())}
+
+
+def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
+    total = prompt_tokens + completion_tokens
+    return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": total}
+
+
+def error(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}

@@ -1,0 +1,325 @@
+"""The server as its users meet it: the official client, many at once, wrong keys, large prompts, clients that go."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megalite.infer.generate import Generator
+from megalite.infer.sampling import Sampling
+
+openai = pytest.importorskip("openai")
+httpx = pytest.importorskip("httpx")
+pytest.importorskip("fastapi")
+KEY = "a key of the tests' own"
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+LENGTH = 16_384
+
+
+def make_folder(folder: Path) -> Path:
+    """A random model that speaks in bytes, and never ends by itself."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = tokenizers.Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=32, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=LENGTH, initializer_range=0.3,
+        bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
+
+
+@dataclass
+class Served:
+    process: subprocess.Popen[bytes]
+    url: str
+    folder: Path
+    log: Path
+
+    def client(self, kind: Any = openai.OpenAI, key: str = KEY) -> Any:
+        return kind(base_url=f"{self.url}/v1", api_key=key, max_retries=0)
+
+    def metric(self, name: str) -> float:
+        text = httpx.get(f"{self.url}/metrics").text
+        return sum(float(value) for value in re.findall(rf"^{name}(?:{{[^}}]*}})? (\S+)$", text, re.MULTILINE))
+
+    def until(self, name: str, value: float) -> None:
+        for _ in range(400):
+            if self.metric(name) == value:
+                return
+            time.sleep(0.05)
+        raise AssertionError(f"{name} is {self.metric(name)}, not {value}")
+
+
+def start(folder: Path, root: Path, *options: str) -> Served:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = root / "log"
+    command = [sys.executable, "-m", "megalite", "serve", str(folder), "--port", str(port), "--name", "tiny", *options]
+    environment = os.environ | {"MEGALITE_API_KEY": KEY, "OMP_NUM_THREADS": "1"}
+    with open(log, "wb") as file:
+        process = subprocess.Popen(command, env=environment, stderr=file, cwd=root)
+    served = Served(process, f"http://127.0.0.1:{port}", folder, log)
+    for _ in range(1200):
+        try:
+            if httpx.get(f"{served.url}/health").status_code == 200:
+                return served
+        except httpx.TransportError:
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.05)
+    raise AssertionError(log.read_text())
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    root = tmp_path_factory.mktemp("served")
+    options = f"--slots 4 --max-length {LENGTH} --grace 1 --requests-per-minute 600"
+    found = start(make_folder(root / "tiny"), root, *options.split())
+    yield found
+    if found.process.poll() is None:
+        found.process.kill()
+    found.process.wait()
+
+
+@pytest.fixture(scope="module")
+def offline(served: Served) -> Generator:
+    return Generator.open(served.folder, num_slots=1)
+
+
+def text_of(offline: Generator, prompt: str | list[int], count: int, seed: int, temperature: float = 1.5) -> str:
+    (answer,) = offline.answer([offline.request(prompt, count, Sampling(temperature, seed=seed))])
+    return answer.text
+
+
+ASKED: dict[str, Any] = {"model": "tiny", "max_tokens": 24, "seed": 3, "temperature": 1.5, "top_p": 1.0}
+CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello?"}]
+
+
+def test_a_completion(served: Served, offline: Generator) -> None:
+    done = served.client().completions.create(prompt="Once", logprobs=2, **ASKED)
+    (choice,) = done.choices
+    assert choice.text == text_of(offline, "Once", 24, 3)
+    assert choice.finish_reason == "length"
+    assert (done.usage.prompt_tokens, done.usage.completion_tokens, done.usage.total_tokens) == (4, 24, 28)
+    assert len(choice.logprobs.token_logprobs) == 24
+    assert all(
+        max(top.values()) >= own
+        for top, own in zip(choice.logprobs.top_logprobs, choice.logprobs.token_logprobs, strict=True)
+    )
+
+
+def test_a_stream_is_the_completion_in_pieces(served: Served, offline: Generator) -> None:
+    chunks = list(
+        served.client().completions.create(prompt="Once", stream=True, stream_options={"include_usage": True}, **ASKED)
+    )
+    assert chunks[-1].usage.completion_tokens == 24
+    pieces = [chunk.choices[0] for chunk in chunks[:-1]]
+    assert "".join(piece.text for piece in pieces) == text_of(offline, "Once", 24, 3)
+    assert [piece.finish_reason for piece in pieces] == [None] * (len(pieces) - 1) + ["length"]
+    assert len(pieces) > 3
+
+
+def test_chat_by_the_template_and_several_choices(served: Served, offline: Generator) -> None:
+    client = served.client()
+    prompt = "<system>Be brief.\n<user>Hello?\n<assistant>"
+    wanted = [text_of(offline, prompt, 24, seed) for seed in (3, 4)]
+    whole = client.chat.completions.create(messages=CHAT, n=2, logprobs=True, top_logprobs=1, **ASKED)
+    assert [choice.message.content for choice in whole.choices] == wanted
+    assert whole.usage.prompt_tokens == len(prompt)
+    assert len(whole.choices[1].logprobs.content) == 24
+    texts = {0: "", 1: ""}
+    for chunk in client.chat.completions.create(messages=CHAT, n=2, stream=True, **ASKED):
+        for choice in chunk.choices:
+            texts[choice.index] += choice.delta.content or ""
+    assert list(texts.values()) == wanted
+
+
+def test_stop_strings_and_several_prompts(served: Served, offline: Generator) -> None:
+    whole = text_of(offline, "Once", 24, 3)
+    stop = whole[9:11]
+    done = served.client().completions.create(prompt=["Once", "ON"], stop=[stop], **ASKED)
+    assert done.choices[0].text == whole[: whole.index(stop)]
+    assert done.choices[0].finish_reason == "stop"
+    assert [choice.index for choice in done.choices] == [0, 1]
+    assert done.usage.prompt_tokens == 6
+
+
+def test_64_at_once_are_all_answered_each_with_its_own(served: Served, offline: Generator) -> None:
+    async def all_of_them() -> list[Any]:
+        async with served.client(openai.AsyncOpenAI) as client:
+            jobs = [
+                client.completions.create(prompt=f"{i}", **ASKED | {"seed": i, "max_tokens": 8 + i % 9})
+                for i in range(64)
+            ]
+            return await asyncio.gather(*jobs)
+
+    for i, done in enumerate(asyncio.run(all_of_them())):
+        assert done.choices[0].text == text_of(offline, f"{i}", 8 + i % 9, i), i
+    served.until("megalite_slots_busy", 0)
+
+
+def test_a_client_that_disappears_frees_its_slot(served: Served) -> None:
+    before = served.metric("megalite_answers_total")
+    body = {"model": "tiny", "prompt": "x", "max_tokens": 16_000, "temperature": 1.5}
+    headers = {"Authorization": f"Bearer {KEY}"}
+    with httpx.stream(
+        "POST", f"{served.url}/v1/completions", json=body | {"stream": True}, headers=headers
+    ) as response:
+        lines = response.iter_lines()  # kept: a stream nobody reads from is closed
+        next(lines)
+        served.until("megalite_slots_busy", 1)
+    served.until("megalite_slots_busy", 0)
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{served.url}/v1/completions", json=body, headers=headers, timeout=0.3)
+    served.until("megalite_slots_busy", 0)
+    assert served.metric("megalite_answers_total") == before + 2
+    text = httpx.get(f"{served.url}/metrics").text
+    assert 'megalite_answers_total{finish="cancelled"} 2.0' in text
+
+
+def test_keys(served: Served) -> None:
+    for key in ("wrong", KEY[:-1], KEY + "x"):
+        with pytest.raises(openai.AuthenticationError, match="the API key is wrong"):
+            served.client(key=key).models.list()
+    assert httpx.get(f"{served.url}/v1/models").json()["error"]["code"] == "invalid_api_key"
+    assert [model.id for model in served.client().models.list()] == ["tiny"]
+    assert served.client().models.retrieve("tiny").id == "tiny"
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_large_prompt_is_refused_before_it_is_read(served: Served, chunked: bool) -> None:
+    body = json.dumps({"model": "tiny", "prompt": "x" * 10_000_000}).encode()
+    pieces = (body[i : i + 65536] for i in range(0, len(body), 65536))
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+    response = httpx.post(f"{served.url}/v1/completions", content=pieces if chunked else body, headers=headers)
+    assert response.status_code == 413
+    assert response.json()["error"]["code"] == "request_too_large"
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"prompt": "x", "temperature": -1}, "temperature: "),
+        ({"prompt": "x", "max_tokens": 0}, "max_tokens: "),
+        ({"prompt": "x", "frequency_penalty": 1}, "frequency_penalty: "),
+        ({"prompt": "x", "best_off": 1}, "best_off: is not known"),
+        ({"prompt": [1, 999]}, "tokens have numbers from 0 to 255"),
+        ({"prompt": []}, "the prompt has 0 tokens"),
+        ({"prompt": "x" * LENGTH}, f"the prompt has {LENGTH} tokens"),
+        ({"prompt": "x", "model": "other"}, "the model 'other' does not exist"),
+        ({}, "prompt: "),
+    ],
+)
+def test_what_is_wrong_with_a_request_is_said(served: Served, values: dict[str, Any], says: str) -> None:
+    headers = {"Authorization": f"Bearer {KEY}"}
+    response = httpx.post(f"{served.url}/v1/completions", json={"model": "tiny"} | values, headers=headers)
+    problem = response.json()["error"]
+    assert response.status_code == (404 if values.get("model") else 400)
+    assert says in problem["message"]
+    assert problem["type"] == "invalid_request_error"
+
+
+def test_what_is_no_json_and_no_path(served: Served) -> None:
+    headers = {"Authorization": f"Bearer {KEY}"}
+    response = httpx.post(
+        f"{served.url}/v1/completions", content=b"{nonsense", headers=headers | {"Content-Type": "application/json"}
+    )
+    assert (response.status_code, response.json()["error"]["message"]) == (400, "the body is not valid JSON")
+    assert httpx.get(f"{served.url}/v1/nothing", headers=headers).json()["error"]["message"] == "Not Found"
+
+
+def test_ratings_become_rows_that_finetuning_reads(served: Served) -> None:
+    rows = {name: served.log.with_name("ratings") / f"{name}.jsonl" for name in ("chat", "preference", "rejected")}
+    headers = {"Authorization": f"Bearer {KEY}"}
+    rows["chat"].write_text('{"cut off by a cra')
+    for more in ({"rating": "up"}, {"rating": "down"}, {"rating": "down", "correction": "Better."}):
+        response = httpx.post(
+            f"{served.url}/v1/ratings", json={"messages": CHAT, "answer": "Said."} | more, headers=headers
+        )
+        assert response.status_code == 201, response.text
+    found = {
+        name: [json.loads(line) for line in path.read_text().splitlines() if line[-1] == "}"]
+        for name, path in rows.items()
+    }
+    said, better = ({"role": "assistant", "content": text} for text in ("Said.", "Better."))
+    assert [row["messages"] for row in found["chat"]] == [[*CHAT, said], [*CHAT, better]]
+    ((preference,), (rejected,)) = found["preference"], found["rejected"]
+    assert (preference["prompt"], preference["chosen"], preference["rejected"]) == (CHAT, "Better.", "Said.")
+    assert (rejected["prompt"], rejected["rejected"]) == (CHAT, "Said.")
+    same = {"messages": CHAT, "answer": "Said.", "rating": "down", "correction": "Said."}
+    assert httpx.post(f"{served.url}/v1/ratings", json=same, headers=headers).status_code == 400
+
+
+def test_the_page_in_a_browser(served: Served) -> None:
+    playwright = pytest.importorskip("playwright.sync_api")
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("no Chromium on this machine")
+    rows = served.log.with_name("ratings") / "preference.jsonl"
+    before = len(rows.read_text().splitlines()) if rows.exists() else 0
+    with playwright.sync_playwright() as tool:
+        page = tool.chromium.launch(executable_path=browser, args=["--no-sandbox"]).new_page()
+        problems: list[str] = []
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.goto(served.url)
+        page.fill("#key", KEY)
+        page.fill("#max_tokens", "20")
+        page.fill("#prompt", "Hello <b>there</b>")
+        page.keyboard.press("Enter")
+        page.click("[aria-label='Correct it']")
+        assert page.inner_text(".turn.user") == "Hello <b>there</b>", "what is said is text, not markup"
+        said = page.text_content(".turn.answer .text")
+        page.fill("[aria-label='Your answer']", "Hello yourself.")
+        page.click("text=Save")
+        page.wait_for_selector("text=your answer is noted")
+        assert page.text_content(".turn.answer .text") == "Hello yourself."
+        assert not problems
+    added = [json.loads(line) for line in rows.read_text().splitlines()[before:]]
+    assert [(row["prompt"][0]["content"], row["chosen"], row["rejected"]) for row in added] == [
+        ("Hello <b>there</b>", "Hello yourself.", said)
+    ]
+
+
+def test_it_ends_as_asked_and_has_told_no_secrets(served: Served) -> None:
+    headers = {"Authorization": f"Bearer {KEY}"}
+    body = ASKED | {"prompt": "a secret of the user's", "max_tokens": 16_000, "stream": True}
+    with httpx.stream("POST", f"{served.url}/v1/completions", json=body, headers=headers, timeout=30) as response:
+        lines = response.iter_lines()
+        next(lines)
+        served.process.send_signal(signal.SIGTERM)
+        last = [line for line in lines if line]
+    assert last[-1] == "data: [DONE]", "cut off cleanly"
+    assert served.process.wait(20) == 0
+    log = served.log.read_text()
+    assert "POST /v1/completions 200" in log
+    assert KEY not in log
+    assert "secret" not in log
+    assert "Traceback" not in log, log
