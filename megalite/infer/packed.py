@@ -2,7 +2,7 @@
 
 A step that adds a token to each of a few sequences does little but read weights. Of weights as they are stored, oneDNN
 makes a copy in its own order every time, and MKL multiplies few rows badly: packed once, products of 8 rows take 0.4 to
-0.7 of the time (`tools/bench/RESULTS.md`), with the same bits in bf16."""
+0.7 of the time, with the same bits in bf16."""
 
 from __future__ import annotations
 
