@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 pytest.importorskip("lm_eval")
 
@@ -22,6 +23,7 @@ from megalite.infer.generate import Generator
 from megalite.infer.harness import HarnessModel, load_tasks, numbers_of
 from megalite.infer.references import compare, references_task
 from megalite.infer.sampling import Sampling
+from megalite.models.layers import Places
 from ranks import run_ranks
 
 
@@ -87,6 +89,24 @@ def test_numbers_are_those_of_transformers(tmp_path: Path, tasks: Path, family: 
         assert numbers_of(chats[1]) == pytest.approx(numbers_of(chats[0]), rel=1e-5)
         assert numbers_of(chats[1])["next_word/said"] != numbers_of(got)["next_word/said"]
     assert {"sounds/acc_norm", "letters/acc", "story/word_perplexity", "next_word/said"} < set(numbers_of(got))
+
+
+def test_the_choices_of_a_question_are_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator, computed = Generator.open(random_model(tmp_path / "model", "gpt2")), []
+    logits = generator.model.logits
+
+    def counted(tokens_BT: Tensor, places: Places) -> Tensor:
+        computed.extend(tokens_BT.tolist())
+        return logits(tokens_BT, places)
+
+    monkeypatch.setattr(generator.model, "logits", counted)
+    rows = [[5, 6, 7, 8], [1, 2, 3], [5, 6, 7, 9], [5, 6, 7, 8]]
+    found = generator.score(rows)
+    assert computed == [[5, 6, 7], [1, 2, 0]]
+    for row, score in zip(rows, found, strict=True):
+        alone = generator.score([row])[0]
+        assert torch.equal(score.likeliest, alone.likeliest)
+        torch.testing.assert_close(score.logprobs, alone.logprobs)  # batches of other sizes
 
 
 def test_unknown_names_and_missing_data_are_explained(
