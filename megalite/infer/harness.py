@@ -121,9 +121,9 @@ class HarnessModel(TemplateLM):
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[str]:
         generator, answers, stops = self.generator, [], []
         batch = Batch(generator.model, generator.ends)
-        for request in requests:
+        for number, request in enumerate(requests):  # which may ask the same several times
             context, settings = request.args
-            answer, stop = self._answer(context, settings)
+            answer, stop = self._answer(context, settings, number)
             batch.add(answer)
             answers.append(answer)
             stops.append(stop)
@@ -132,7 +132,7 @@ class HarnessModel(TemplateLM):
         texts = [generator.tokenizer.decode_plain(answer.tokens) for answer in answers]
         return [postprocess_generated_text(text, stop, None) for text, stop in zip(texts, stops, strict=True)]
 
-    def _answer(self, context: str, settings: Mapping[str, Any]) -> tuple[Answer, list[str]]:
+    def _answer(self, context: str, settings: Mapping[str, Any], seed: int) -> tuple[Answer, list[str]]:
         generator = self.generator
         known = normalize_gen_kwargs(dict(settings), MOST_TOKENS)
         eos = None if self.eot_token_id is None else generator.tokenizer.decode([self.eot_token_id])
@@ -142,7 +142,7 @@ class HarnessModel(TemplateLM):
             if name not in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"):
                 raise ConfigError(f"a task asks for generation with {name} = {value!r}, which megalite does not know")
             sampled[name] = value
-        sampled = {"repetition_penalty": generator.sampling.repetition_penalty} | sampled
+        sampled = {"repetition_penalty": generator.sampling.repetition_penalty, "seed": seed} | sampled
         sampling = Sampling(**sampled | {"temperature": sampled.get("temperature", 0.0) if drawn else 0.0})
         room = generator.model.capacity - most
         if room <= 0:
@@ -214,7 +214,8 @@ class Tasks(NamedTuple):
     @property
     def fewest(self) -> int:
         """Documents that a task has at least."""
-        counts = [len(task.eval_docs) for task in self.loaded["tasks"].values()]
+        with _seeded():
+            counts = [len(task.eval_docs) for task in self.loaded["tasks"].values()]
         return min([*counts, self.limit] if self.limit else counts)
 
     def rehearse(self, generator: Generator) -> None:

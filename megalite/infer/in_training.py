@@ -37,12 +37,13 @@ class TasksInTraining:
         self._tasks = self._harness.load_tasks(asked.names, asked.include_path, asked.limit)
         model: Any = SimpleNamespace(capacity=config.model.max_positions, device=torch.device("cpu"))
         self._tasks.rehearse(self._generator(model))
+        self._fewest = self._tasks.fewest
 
     def measure(self, stages: Sequence[Stage], pipeline: Pipeline | None, mesh: Mesh) -> dict[str, float]:
         """The numbers, as `numbers_of` names them, on the first data rank; all ranks call it."""
         generator = self._generator(TrainingModel(stages, pipeline, mesh, self._config))
         # With ZeRO-3 data ranks bring each other's weights, and can only go through the same documents.
-        apart = self._config.parallel.zero_stage < 3 and self._tasks.fewest >= mesh.data.size
+        apart = self._config.parallel.zero_stage < 3 and self._fewest >= mesh.data.size
         model = self._harness.HarnessModel(generator, mesh.data if apart else ALONE)
         results = self._tasks.run(model, uncertainty=0)
         return self._harness.numbers_of(results) if results else {}

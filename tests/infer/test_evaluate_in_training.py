@@ -11,11 +11,15 @@ from typing import Any
 import pytest
 
 pytest.importorskip("lm_eval")
+pytest.importorskip("accelerate")
+
+from lm_eval.models.huggingface import HFLM
 
 from local_tasks import NAMES, write_tasks, write_tokenizer
 from megalite.config import Config
 from megalite.errors import ConfigError, DataError
 from megalite.infer.evaluate import Asked, evaluate_model
+from megalite.infer.harness import load_tasks, numbers_of
 from megalite.train import train
 from ranks import run_ranks
 from small_runs import curve_of, make_config, metrics_of, train_on_rank
@@ -70,6 +74,9 @@ def test_numbers_are_those_of_the_checkpoint_and_training_is_not_disturbed(
         folder = config.run.folder / "checkpoints" / f"step-{step:08d}"
         # The same arithmetic in batches of other sizes.
         assert numbers == pytest.approx(evaluate_model(folder, asked), rel=1e-5)
+    theirs = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=4)
+    through_transformers = load_tasks(NAMES, tmp_path / "tasks", limit=5).run(theirs, uncertainty=0)
+    assert found[16] == pytest.approx(numbers_of(through_transformers), rel=1e-5)
     assert found[8] != found[16]
     named = {step: {f"tasks/{name}": value for name, value in numbers.items()} for step, numbers in found.items()}
     logged = [entry for entry in wandb.logged if "tasks/story/bits_per_byte" in entry[2]]
