@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import os
 import signal
@@ -12,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megalite import last_words
-from megalite.exit_codes import Exit, killed_by
+from megalite.exit_codes import Exit, flush_output, killed_by
+from megalite.secrecy import hide_secrets
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,14 +34,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return arguments.verb(arguments) or Exit.DONE
     except (ConfigError, DataError, CheckpointError) as error:
         rank = os.environ.get("RANK")  # a mistake in the config is every rank's, a bad disk may be one rank's alone
-        print(f"error{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr)
+        _complain(f"error{f' on rank {rank}' if rank else ''}: {error}\n")
         last_words.leave(str(error))
         return Exit.NOT_SAVED if isinstance(error, NotSaved) else Exit.MISTAKE
     except KeyboardInterrupt:
         return killed_by(signal.SIGINT)
     except Exception as error:
+        # Not by Python itself, which would show the passwords in messages of libraries.
+        _complain(traceback.format_exc())
         last_words.leave(f"{type(error).__name__}: {error}", traceback.format_exc())
-        raise
+        return Exit.FAILED
+    finally:
+        flush_output()
+
+
+def _complain(text: str) -> None:
+    with contextlib.suppress(OSError):  # the log's disk may be what is full
+        sys.stderr.write(hide_secrets(text))
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -53,8 +64,12 @@ def make_parser() -> argparse.ArgumentParser:
     train.add_argument("--print-plan", action="store_true", help="show what follows from the config, and stop")
     train.set_defaults(verb=_train)
 
-    job = verbs.add_parser("job", help="print what a launcher must know: the ranks a config needs at least, its folder")
+    job = verbs.add_parser("job", help="print what a launcher must know: ranks a node, nodes to use, the run's folder")
     _add_config(job)
+    job.add_argument("--nodes", type=int, default=1, metavar="N", help="how many there are (default: 1)")
+    job.add_argument(
+        "--ranks-per-node", type=int, default=0, metavar="N", help="such as GPUs (default: what the config needs)"
+    )
     job.set_defaults(verb=_job)
 
     preflight = verbs.add_parser("preflight", help="look whether all nodes are fit for a run; start it as the run is")
@@ -185,10 +200,12 @@ def _train(arguments: argparse.Namespace) -> Exit:
 
 def _job(arguments: argparse.Namespace) -> None:
     from megalite.config_file import load_config
-    from megalite.plan import smallest_world
+    from megalite.models import weight_table
+    from megalite.plan import nodes_that_fit, smallest_world
 
     config = load_config(arguments.config, arguments.overrides)
-    print(smallest_world(config), config.run.folder)
+    ranks = arguments.ranks_per_node or -(-smallest_world(config) // arguments.nodes)
+    print(ranks, nodes_that_fit(config, weight_table(config.model), arguments.nodes, ranks), config.run.folder)
 
 
 def _preflight(arguments: argparse.Namespace) -> Exit:

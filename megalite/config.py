@@ -16,6 +16,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
+from megalite.secrecy import names_a_secret
 from megalite.urls import check_no_secret
 
 
@@ -58,6 +59,10 @@ class ModelConfig(Section):
     norm_eps: float = Field(1e-5, gt=0)
     init_std: float = Field(0.02, gt=0)
     tie_embeddings: bool = False
+    task: Literal["causal", "classification", "labels"] = Field(
+        "causal", description="what the head tells: the next token, the class of a text, or that of each token"
+    )
+    labels: tuple[str, ...] = Field((), description="names of the classes, where it tells classes")
 
     def window(self, layer: int) -> int | None:
         """Tokens that each token of a layer attends to at most; None: all before it."""
@@ -103,6 +108,18 @@ class FillInTheMiddleConfig(Section):
     )
 
 
+class ObjectiveConfig(Section):
+    """What is descended. A model with a head for classes learns these, by `next_token`."""
+
+    name: Literal["next_token", "dpo"] = Field(
+        "next_token", description="dpo: of two answers the preferred one, compared with the model of model.hf"
+    )
+    beta: float = Field(0.1, gt=0, description="dpo: how much straying from that model costs")
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="dpo: share of the pairs that are the wrong way round"
+    )
+
+
 class DataConfig(Section):
     train: tuple[Source, ...] = Field(min_length=1)
     valid: tuple[Source, ...] = ()
@@ -115,7 +132,12 @@ class DataConfig(Section):
         "shuffle", description="of training samples; `megatron`: those of Megatron-LM's GPTDataset for this seed"
     )
     packing: Literal["concat", "best_fit"] = Field(
-        "concat", description="concat: documents in a row, cut anywhere; best_fit: as few cut as possible, then padded"
+        "concat",
+        description="concat: documents in a row, cut anywhere; best_fit: as few cut as possible, then padded; rows of "
+        "labelled data are never cut",
+    )
+    long_rows: Literal["refuse", "drop", "cut"] = Field(
+        "refuse", description="what becomes of rows of labelled data that are longer than a sample"
     )
     weights: Literal["tokens", "epochs"] = Field(
         "tokens", description="what a weight is: a share of all tokens, or how often the source itself is gone through"
@@ -216,6 +238,9 @@ class ParallelConfig(Section):
     )
     offload: OffloadConfig = OffloadConfig()
     bucket_mb: float = Field(40.0, gt=0, description="fp32 MB of gradients reduced in one go")
+    elastic: bool = Field(
+        False, description="go on with fewer nodes where some are lost; micro_batch_size is then the most, not a must"
+    )
 
 
 class TrainConfig(Section):
@@ -376,6 +401,7 @@ class Config(Section):
     run: RunConfig
     model: SerializeAsAny[ModelConfig]
     data: DataConfig
+    objective: ObjectiveConfig = ObjectiveConfig()
     parallel: ParallelConfig = ParallelConfig()
     train: TrainConfig
     optimizer: OptimizerConfig
@@ -384,6 +410,25 @@ class Config(Section):
     health: HealthConfig = HealthConfig()
     profile: ProfileConfig = ProfileConfig()
     kernels: KernelsConfig = KernelsConfig()
+
+    @model_validator(mode="after")
+    def _objective_fits(self) -> Config:
+        apart = self.objective.name == "dpo" or self.model.task != "causal"
+        what = "objective.name: dpo" if self.objective.name == "dpo" else f"model.task: {self.model.task}"
+        if apart and not self.data.document_mask:
+            raise ValueError(f"{what} needs data.document_mask: true, which keeps the rows of a sample apart")
+        if self.model.task != "causal" and self.train.loss_chunk is not None:
+            raise ValueError(
+                f"{what} needs train.loss_chunk: null; there are too few classes for chunks to save memory"
+            )
+        if self.objective.name == "dpo":
+            if self.model.hf is None:
+                raise ValueError("objective.name: dpo needs model.hf, the model that the run starts from")
+            if self.model.task != "causal":
+                raise ValueError(f"objective.name: dpo needs a model that answers, not model.task: {self.model.task}")
+            if self.data.long_rows == "cut":
+                raise ValueError("objective.name: dpo compares whole answers; data.long_rows must be refuse or drop")
+        return self
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Config:
@@ -439,7 +484,8 @@ def _describe(item: Any, root: type[BaseModel]) -> str:
     if item["type"] == "extra_forbidden":
         close = difflib.get_close_matches(str(path[-1]).replace("-", "_"), known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(sorted(known))}"
-        return f"unknown key {key} (value {value!r}); {hint}"
+        shown = "not shown" if names_a_secret(str(path[-1])) else repr(value)
+        return f"unknown key {key} (value {shown}); {hint}"
     if item["type"] == "missing":
         return f"{key} is required" if known else f"{'.'.join(map(str, path[:-1]))}: needs another value"
     message = item["msg"].removeprefix("Value error, ").removeprefix("Input ")

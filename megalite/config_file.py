@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from megalite.config import Config, describe_errors
 from megalite.errors import ConfigError
 from megalite.models import model_config
 from megalite.resources import read_yaml, with_overrides
+from megalite.secrecy import hide_secrets
+from megalite.urls import check_no_secret
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -24,6 +26,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def parse_config(values: dict[str, Any], overrides: Sequence[str] = (), origin: str = "config") -> Config:
     """The same from values already read. `origin` is what messages call them. Raises ConfigError with every mistake."""
     values = with_overrides(values, overrides)
+    _refuse_secrets(values, origin)
     mistakes = []
     model = values.get("model")
     if isinstance(model, dict):
@@ -41,3 +44,25 @@ def parse_config(values: dict[str, Any], overrides: Sequence[str] = (), origin: 
         mistakes += [line for line in found if not (mistakes and line.startswith("model ="))]
         raise ConfigError("\n  ".join([f"{origin}: {mistakes[0]}", *mistakes[1:]])) from None
     return config
+
+
+def _refuse_secrets(values: dict[str, Any], origin: str) -> None:
+    """The config is written to the run's folder and to its checkpoints. Not repeated in the message."""
+    for key, text in _texts(values, ""):
+        try:
+            check_no_secret(text)
+        except ValueError as error:
+            raise ConfigError(f"{origin}: {key}: {error}") from None
+        if hide_secrets(text) != text:
+            raise ConfigError(
+                f"{origin}: {key} holds a key, a token or a password, which would be written to logs and checkpoints; "
+                "leave it out and give it through the environment"
+            )
+
+
+def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    for name, inner in items:
+        yield from _texts(inner, f"{key}.{name}" if key else str(name))
+    if isinstance(value, str):
+        yield key, value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -44,6 +45,19 @@ def end_process(status: int) -> NoReturn:
     if sys.stdout.isatty():
         os.write(1, b"\x1b[?25h\n")  # the live line hides the cursor
     os._exit(status)
+
+
+def flush_output() -> None:
+    """What was printed, before the process ends. What a full disk does not take is let go: Python would end with a
+    status of its own for it."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            with contextlib.suppress(OSError, ValueError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, stream.fileno())
+                os.close(nowhere)
 
 
 def killed_by(number: int) -> int:

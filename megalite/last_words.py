@@ -9,6 +9,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from megalite.secrecy import hide_secrets
+
 
 def leave(message: str, traceback: str = "") -> None:
     """Without torchrun, nothing."""
@@ -16,10 +18,10 @@ def leave(message: str, traceback: str = "") -> None:
     if not path:
         return
     now = time.time_ns()
-    extra = {"py_callstack": traceback, "timestamp": str(now // 10**9), "time_ns": now}
+    extra = {"py_callstack": hide_secrets(traceback), "timestamp": str(now // 10**9), "time_ns": now}
     try:
         with open(path, "w") as file:
-            json.dump({"message": {"message": message, "extraInfo": extra}}, file)
+            json.dump({"message": {"message": hide_secrets(message), "extraInfo": extra}}, file)
     except OSError:  # nobody is left to tell
         return
 

@@ -1,9 +1,10 @@
 """torchrun for `slurm/pretrain.sh`: `python -m megalite.launch [torchrun's options] -m megalite train CONFIG`.
 
-It differs from torchrun in three things. Its exit status is that of the rank that failed first, where torchrun's is
+It differs from torchrun in four things. Its exit status is that of the rank that failed first, where torchrun's is
 always 1. A signal that asks for a stop is passed on to the ranks and their end awaited, however long the checkpoint
-takes; torchrun kills them after 30 s. And it ends with the error of the rank that failed first, which stands above
-those of the ranks that lost it, and with one line that says what became of this node's ranks.
+takes; torchrun kills them after 30 s. Once a rank has failed, the others have 5 s to end, not 30. And it ends with the
+error of the rank that failed first, which stands above those of the ranks that lost it, and with one line that says
+what became of this node's ranks.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 
 from torch.distributed import run
-from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing import PContext, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous.api import RendezvousError
 
@@ -28,6 +29,9 @@ from megalite.stopping import SIGNALS
 
 LINGER_S = 1.0
 
+FAREWELL_S = 5
+"""For the other ranks of a node to end once one has failed. torchrun gives them 30."""
+
 
 def main(arguments: Sequence[str]) -> int:
     """Start the ranks of this node, and return the exit status when all have ended."""
@@ -36,10 +40,11 @@ def main(arguments: Sequence[str]) -> int:
     name = os.environ.get("SLURMD_NODENAME")
     message = trace = ""
     options = [f"--local-addr={name}"] if name else []
+    asked = run.parse_args(["--signals-to-handle=SIGHUP,SIGQUIT", *options, *arguments])
     for number in SIGNALS:
         signal.signal(number, _pass_on)
     try:
-        run.run(run.parse_args(["--signals-to-handle=SIGHUP,SIGQUIT", *options, *arguments]))
+        run.run(asked)
         status, who = int(Exit.DONE), "all ranks"
     except ChildFailedError as error:
         rank, failure = min(error.failures.items(), key=lambda each: last_words.time_of(each[1]))
@@ -47,7 +52,7 @@ def main(arguments: Sequence[str]) -> int:
         who = f"rank {rank}"
         message, trace = last_words.read(failure)
         # The rendezvous lives in the launcher of the first node. The others' shall first see how their own ranks end.
-        time.sleep(LINGER_S)
+        time.sleep(0 if asked.standalone else LINGER_S)
     except RendezvousError:
         status, who = int(Exit.FAILED), "the launcher of another node is gone, which held the rendezvous"
     except SignalException as error:
@@ -57,6 +62,16 @@ def main(arguments: Sequence[str]) -> int:
     ended = f"{describe(status)}{message and f': {message}'}"
     print(f"== {time.strftime('%F %T')} {name or os.uname().nodename}: {who}: {ended}", flush=True)
     return status
+
+
+def _close(ranks: PContext, death_sig: signal.Signals | None = None, timeout: int = FAREWELL_S) -> None:
+    _torchruns_close(ranks, death_sig, min(timeout, FAREWELL_S))
+
+
+# What has lost a rank can save no more, and a rank that was stopped never leaves by itself. torchrun has an option for
+# how long it waits for them, but does not look at it after a failure (2.13).
+_torchruns_close = PContext.close
+PContext.close = _close  # type: ignore[assignment, method-assign]
 
 
 def _pass_on(number: int, frame: FrameType | None) -> None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import datetime
 import os
 import subprocess
-import sys
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,6 +22,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from megalite.errors import ConfigError
+from megalite.exit_codes import flush_output
 from megalite.plan import Plan
 
 
@@ -155,8 +155,7 @@ def leave(status: int = 0) -> None:
     if not dist.is_initialized():
         return
     dist.destroy_process_group()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    flush_output()
     # Threads of groups that sent messages from rank to rank live on, and may abort a process that takes down Python
     # around them: one that has saved all would count as failed.
     os._exit(status)

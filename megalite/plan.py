@@ -67,6 +67,8 @@ class Plan:
     virtual: int
     stages: tuple[StageSpan, ...]
     """In the order of the model. Stage s is on pipeline rank s % pipeline."""
+    micro_batch_size: int
+    """Sequences of a forward pass: the config's, or with `parallel.elastic` less where that fits."""
     micro_batches: int
     """Forward passes of each rank per optimizer step."""
     tokens_per_step: int
@@ -102,7 +104,7 @@ class Plan:
             ("sequence parallel", "on" if self.sequence else "off"),
             ("engine", f"{self.engine}, ZeRO stage {self.zero_stage}"),
             ("parameters", f"{self.num_params:,}, of which {self.params_per_rank:,} on the fullest rank"),
-            ("micro-batches per step", str(self.micro_batches)),
+            ("micro-batches per step", f"{self.micro_batches} of {self.micro_batch_size}"),
             (
                 "tokens",
                 f"{self.tokens_per_step:,} a step, {self.tokens_per_step * self.steps:,} in {self.steps:,} steps",
@@ -130,7 +132,8 @@ def make_plan(config: Config, weights: Sequence[Sized], world_size: int) -> Plan
         name = " × ".join(f"parallel.{name} = {size}" for name, size in asked.items() if size > 1)
         raise ConfigError(f"{name} does not divide the {world_size} rank(s); start a multiple of {unit} ranks")
     data = world_size // unit
-    micro_batches = _micro_batches(train.global_batch_size, train.micro_batch_size, data)
+    micro_batch_size = _micro_batch_size(config, data)
+    micro_batches = train.global_batch_size // (micro_batch_size * data)
     sequence = parallel.sequence and tensor > 1
     _check_engine(parallel)
     _check_schedule(parallel, micro_batches)
@@ -159,6 +162,7 @@ def make_plan(config: Config, weights: Sequence[Sized], world_size: int) -> Plan
         schedule=parallel.schedule,
         virtual=parallel.virtual,
         stages=stages,
+        micro_batch_size=micro_batch_size,
         micro_batches=micro_batches,
         tokens_per_step=train.global_batch_size * config.data.seq_length,
         steps=train.steps,
@@ -168,16 +172,32 @@ def make_plan(config: Config, weights: Sequence[Sized], world_size: int) -> Plan
     )
 
 
-def _micro_batches(global_batch_size: int, micro_batch_size: int, data: int) -> int:
-    per_pass = micro_batch_size * data
-    if global_batch_size % per_pass:
-        fitting = [size for size in range(1, micro_batch_size + 1) if global_batch_size % (size * data) == 0]
-        advice = f"micro_batch_size = {fitting[-1]} would fit" if fitting else "choose another global_batch_size"
-        raise ConfigError(
-            f"train.global_batch_size = {global_batch_size} must be a multiple of micro_batch_size × data ranks = "
-            f"{micro_batch_size} × {data} = {per_pass}; {advice}"
-        )
-    return global_batch_size // per_pass
+def nodes_that_fit(config: Config, weights: Sequence[Sized], nodes: int, ranks_per_node: int) -> int:
+    """How many of these nodes the layout can use: all; with `parallel.elastic` the most that it can. Tensor, pipeline
+    and context parallelism stay as they are, and so does the global batch. Raises ConfigError where none will do."""
+    refused: dict[int, ConfigError] = {}
+    for count in range(nodes, 0 if config.parallel.elastic else nodes - 1, -1):
+        try:
+            make_plan(config, weights, count * ranks_per_node)
+        except ConfigError as error:
+            refused[count] = error
+        else:
+            return count
+    if len(refused) == 1:
+        raise refused[nodes]
+    raise ConfigError(f"no number of nodes up to {nodes} fits; of {nodes}: {refused[nodes]}; of 1: {refused[1]}")
+
+
+def _micro_batch_size(config: Config, data: int) -> int:
+    size, whole = config.train.micro_batch_size, config.train.global_batch_size
+    fitting = [fewer for fewer in range(1, size + 1) if whole % (fewer * data) == 0]
+    if size in fitting or (fitting and config.parallel.elastic):
+        return fitting[-1]
+    advice = f"micro_batch_size = {fitting[-1]} would fit" if fitting else "choose another global_batch_size"
+    raise ConfigError(
+        f"train.global_batch_size = {whole} must be a multiple of micro_batch_size × data ranks = "
+        f"{size} × {data} = {size * data}; {advice}"
+    )
 
 
 def _check_engine(parallel: ParallelConfig) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from megalite.checkpoint.save import Saver
 from megalite.checkpoint.tensors import NotSaved
 from megalite.config import Config
 from megalite.counter_random import random_bits
-from megalite.data.checks import check_same_everywhere, check_vocabulary
+from megalite.data.checks import check_labelled, check_same_everywhere, check_vocabulary
 from megalite.data.dataset import Split
 from megalite.data.loader import Loader, MicroBatch, Span
 from megalite.data.mixture import Mixture, build_mixtures
@@ -39,7 +39,8 @@ from megalite.kernels import library
 from megalite.keys import key_of
 from megalite.mesh import Launch, Mesh, make_mesh
 from megalite.models import build_model, weight_table
-from megalite.models.layers import IGNORE, Places
+from megalite.models.layers import Places
+from megalite.objective import DPO, Objective, make_objective
 from megalite.observe.profiler import Profiler
 from megalite.observe.recorder import Recorder
 from megalite.observe.steps import Record, StepLog
@@ -52,6 +53,8 @@ from megalite.parallel.pipeline import Pipeline
 from megalite.parallel.stage import Inputs, Stage, positions_of
 from megalite.parallel.tensor import PutOff
 from megalite.plan import Plan, make_plan
+from megalite.reference import compute_reference, read_references, reference_key, write_references
+from megalite.run_folder import check_run_folder, open_run_folder
 from megalite.stopping import StopRequests
 
 Data = Mapping[Split, Mixture | None]
@@ -64,10 +67,12 @@ def train(config: Config) -> Exit:
     Raises ConfigError, DataError or CheckpointError, before the first step where something asked for cannot be done;
     NotSaved after the last step."""
     launch = Launch.from_environment()
+    check_run_folder(config.run.folder)
     plan = make_plan(config, weight_table(config.model), launch.world_size)
     tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
     data = build_mixtures(config, tokenizer)
     check_vocabulary(config, tokenizer)
+    check_labelled(config)
     tasks = TasksInTraining(config, tokenizer) if config.observe.tasks.names and tokenizer else None
     launch.join(config.health.collective_timeout_s)
     mesh = make_mesh(plan, launch.device)
@@ -169,8 +174,7 @@ class Run:
 def open_recorder(config: Config, plan: Plan, state: dict[str, Any], tokenizer: Tokenizer | None) -> Recorder:
     """Makes the run folder, with the exact config and the tokenizer in it."""
     folder = config.run.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(config.to_yaml())
+    open_run_folder(folder, config.to_yaml())
     if tokenizer:
         tokenizer.save(folder / "tokenizer")
     keep_source(config)
@@ -193,6 +197,9 @@ def train_from(
     run: Run, parts: Parts, data: Data, checkpoint: Path | None, state: dict[str, Any], requests: StopRequests
 ) -> Ending:
     config, folder = run.config, run.config.run.folder
+    run.say(*(remark for mixture in data.values() if mixture for remark in mixture.remarks()))
+    if isinstance(parts.objective, DPO):
+        prepare_references(run, parts, data)
     parts.engine.load(initial_state(config, run.mesh, checkpoint), state.get("updates", state["step"]))
     assert data["train"] is not None
     loader = make_loader(data["train"], run, state["data"]["samples"], state["data"].get("skipped", ()))
@@ -230,7 +237,7 @@ def initial_state(config: Config, mesh: Mesh, checkpoint: Path | None) -> ReadSt
     if checkpoint:
         return from_checkpoint(checkpoint, weights, config.model, mesh.tensor)
     if config.model.hf:
-        return from_hf(config.model.hf, weights, config.model, mesh.tensor)
+        return from_hf(config.model.hf, weights, config.model, mesh.tensor, config.train.seed)
     return from_seed(config.train.seed, mesh.tensor, mesh.device)
 
 
@@ -265,14 +272,14 @@ def run_steps(
             agreed = requests.compare()
             lr = learning_rate(step, config.train.steps, config.optimizer)
             samples_before = loader.samples
-            loss = forward_backward(parts, next(loader), mesh, config.train.seed)
+            found = forward_backward(parts, next(loader), mesh, config.train.seed)
             guard.compare(step, parts.engine)
             NOW.do("optimizer")
-            grad_norm = parts.engine.step(lr, guard.permit(loss))
+            grad_norm = parts.engine.step(lr, guard.permit(found["loss"]))
             guard.note(step, samples_before)
             stragglers.end()
             tokens = loader.samples * config.data.seq_length
-            record: Record = {"step": step, "loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens": tokens}
+            record: Record = {"step": step, **found, "lr": lr, "grad_norm": grad_norm, "tokens": tokens}
             record |= consumed_tokens(loader) | stragglers.record() | guard.record()
             log.add(record, run.plan.tokens_per_step)
             profiler.end(step)
@@ -320,6 +327,7 @@ class Parts:
     engine: Engine
     pipeline: Pipeline | None
     dtype: torch.dtype
+    objective: Objective
 
     def train(self, mode: bool = True) -> None:
         for stage in self.stages:
@@ -344,33 +352,60 @@ def build(config: Config, plan: Plan, mesh: Mesh) -> Parts:
     pipeline = None
     if plan.pipeline > 1:
         length = config.data.seq_length // plan.context // (plan.tensor if plan.sequence else 1)
-        shape = (config.train.micro_batch_size, length, config.model.hidden_size)
+        shape = (plan.micro_batch_size, length, config.model.hidden_size)
         pipeline = Pipeline(stages, plan, mesh, torch.empty(shape, dtype=dtype, device="meta"), deferred)
-    return Parts(tuple(stages), engine, pipeline, dtype)
+    return Parts(tuple(stages), engine, pipeline, dtype, make_objective(config, mesh))
 
 
-def forward_backward(parts: Parts, batch: list[MicroBatch], mesh: Mesh, seed: int) -> Tensor:
-    """All of this rank's micro-batches of one global batch. Returns the mean loss of the global batch's tokens.
+def forward_backward(parts: Parts, batch: list[MicroBatch], mesh: Mesh, seed: int) -> dict[str, Tensor]:
+    """All of this rank's micro-batches of one global batch. Returns the mean loss of the global batch, and what else
+    the objective measures.
 
-    Every token of the global batch weighs the same, however the valid ones are spread over ranks and micro-batches."""
-    inputs = [make_inputs(micro, mesh, seed) for micro in batch]
-    num_tokens = all_reduce(count_labels(inputs), mesh.replicas).clamp(min=1)
+    Every token (or pair of answers) of the global batch weighs the same, however they are spread over ranks and
+    micro-batches."""
+    objective = parts.objective
+    inputs = [objective.complete(make_inputs(micro, mesh, seed), micro, "train") for micro in batch]
+    count = all_reduce(count_labels(inputs), mesh.replicas).clamp(min=1)
+    found = torch.zeros(1 + len(objective.metrics), device=mesh.device)
+
+    def loss_of(losses_BT: Tensor, micro: Inputs) -> Tensor:
+        loss_B, metrics_BM = objective.measure(losses_BT, micro)
+        loss = loss_B.sum() / count
+        found.add_(torch.cat((loss.detach()[None], metrics_BM.sum(0) / count)))
+        return loss
+
     parts.train()
     if parts.pipeline:
-        total = parts.pipeline.forward_backward(inputs, num_tokens, parts.engine)
+        parts.pipeline.forward_backward(inputs, loss_of, parts.engine)
     else:
-        (stage,), total = parts.stages, torch.zeros((), device=mesh.device)
+        (stage,) = parts.stages
         parts.engine.begin(len(inputs))
         for number, micro in enumerate(inputs):
             NOW.do("forward", number)
-            loss = stage(None, micro).sum() / num_tokens
+            loss = loss_of(stage(None, micro), micro)
             NOW.do("backward", number)
             parts.engine.backward(loss)
-            total += loss.detach()
         NOW.do("summing gradients")
         parts.engine.finish()
     # Tensor ranks have computed the same. All ranks are to know the same bits of it, as all act on it.
-    return all_reduce(total if mesh.tensor.rank == 0 else torch.zeros_like(total), mesh.world)
+    found = all_reduce(found if mesh.tensor.rank == 0 else torch.zeros_like(found), mesh.world)
+    return dict(zip(("loss", *objective.metrics), found.unbind(), strict=True))
+
+
+@torch.no_grad()
+def forward(
+    parts: Parts, batch: list[MicroBatch], mesh: Mesh, logits: bool = False
+) -> Iterator[tuple[Tensor, Inputs, MicroBatch]]:
+    """The losses [B,T] or the head's logits of each micro-batch, and what they are of; nothing before the last
+    stage."""
+    inputs = [make_inputs(micro, mesh) for micro in batch]
+    asked = [replace(micro, labels_BT=None) for micro in inputs] if logits else inputs
+    if parts.pipeline:
+        found = parts.pipeline.forward(asked)
+    else:
+        NOW.do("forward")
+        found = [parts.stages[0](None, micro) for micro in asked]
+    yield from zip(found, inputs, batch, strict=False)
 
 
 def make_inputs(micro: MicroBatch, mesh: Mesh, seed: int | None = None) -> Inputs:
@@ -386,7 +421,7 @@ def make_inputs(micro: MicroBatch, mesh: Mesh, seed: int | None = None) -> Input
 
 
 def count_labels(inputs: list[Inputs]) -> Tensor:
-    return torch.stack([(x.labels_BT != IGNORE).sum() for x in inputs if x.labels_BT is not None]).sum()
+    return torch.stack([micro.count_B.sum() for micro in inputs]).sum()
 
 
 def consumed_tokens(loader: Loader) -> Record:
@@ -399,36 +434,31 @@ def consumed_tokens(loader: Loader) -> Record:
 @torch.no_grad()
 def evaluate(run: Run, parts: Parts, data: Data, split: Split, step: int) -> None:
     """Record the mean loss over the first global batches of a split, the same ones every time, where there is one; of
-    several sources also that of each."""
-    mixture, mesh = data[split], run.mesh
+    several sources also that of each; and what else the objective measures."""
+    mixture, mesh, objective = data[split], run.mesh, parts.objective
     if mixture is None:
         return
-    # Sums of the losses and numbers of labels, of each source.
-    sums = torch.zeros(2, len(mixture.names), dtype=torch.float64, device=mesh.device)
+    # Of each source: the sum of the losses, what it is divided by, and what else is judged.
+    sums = torch.zeros(len(mixture.names), 2 + objective.num_judged, dtype=torch.float64, device=mesh.device)
     parts.train(False)
     # A split smaller than a batch is gone through more than once rather than refused.
     available = sum(source.num_samples for source in mixture.sources) // run.config.train.global_batch_size
     with make_loader(mixture, run) as loader:
         for _ in range(max(1, min(run.config.observe.eval_batches, available))):
-            batch = next(loader)
-            inputs = [make_inputs(micro, mesh) for micro in batch]
-            if parts.pipeline:
-                losses = parts.pipeline.forward(inputs)
-            else:
-                NOW.do("forward")
-                losses = [parts.stages[0](None, micro) for micro in inputs]
-            # There are none before the last stage.
-            for loss_BT, micro, read in zip(losses, inputs, batch, strict=False):
+            for out, micro, read in forward(parts, next(loader), mesh, objective.needs_logits):
                 source = torch.from_numpy(mixture.order.locate(read.samples.numpy())[0]).to(mesh.device)
-                assert micro.labels_BT is not None
-                counts = (micro.labels_BT != IGNORE).sum(1)
-                sums.index_add_(1, source, torch.stack([loss_BT.sum(1).double(), counts.double()]))
+                micro = objective.complete(micro, read, split)
+                loss_B, judged = objective.judge(out, micro)
+                found = torch.cat((loss_B[:, None], micro.count_B[:, None], judged), 1)
+                sums.index_add_(0, source, found.double())
     of_source = all_reduce(all_reduce(sums, mesh.replicas), mesh.pipeline)
-    total, count = of_source.sum(1).tolist()
+    total, count = of_source[:, :2].sum(0).tolist()
     loss = total / max(count, 1.0)
-    record = {"step": step, f"{split}_loss": loss, f"{split}_perplexity": math.exp(min(loss, 700.0))}  # exp overflows
+    record = {"step": step, f"{split}_loss": loss}
+    summary = objective.summary(loss, count, of_source[:, 2:].sum(0))
+    record |= {f"{split}_{name}": x for name, x in summary.items()}
     if len(mixture.names) > 1:
-        each = (of_source[0] / of_source[1]).tolist()  # NaN where the batches have none of it
+        each = (of_source[:, 0] / of_source[:, 1]).tolist()  # NaN where the batches have none of it
         record |= {f"{split}_loss/{name}": x for name, x in zip(mixture.names, each, strict=True) if math.isfinite(x)}
     if run.recorder:
         run.recorder.evaluation(record)
@@ -442,12 +472,34 @@ def evaluate_tasks(run: Run, parts: Parts, step: int) -> None:
         run.recorder.tasks({"step": step} | {f"tasks/{name}": value for name, value in found.items()})
 
 
+def prepare_references(run: Run, parts: Parts, data: Data) -> None:
+    """What the starting model makes of every pair: from the run's folder, or computed on this layout and kept there."""
+    assert isinstance(parts.objective, DPO)
+    mixtures = {split: mixture for split, mixture in data.items() if mixture}
+    path, key = run.config.run.folder / "reference.safetensors", reference_key(mixtures, run.config)
+    found = read_references(path, key, mixtures)
+    if not all_agree(found is not None, run.mesh) or found is None:
+        NOW.begin("reference", NOW.step)
+        run.say("comparing with the starting model: its log-probabilities of all pairs are computed once")
+        parts.engine.load(initial_state(run.config, run.mesh, None))
+        parts.train(False)
+        found = {
+            split: compute_reference(
+                mixture, run.mesh, lambda part: make_loader(part, run), lambda batch: forward(parts, batch, run.mesh)
+            )
+            for split, mixture in mixtures.items()
+        }
+        if run.recorder:
+            write_references(path, key, found)
+    parts.objective.references.update(found)
+
+
 def make_loader(mixture: Mixture, run: Run, start_sample: int = 0, skipped: Sequence[Span] = ()) -> Loader:
     train, data = run.config.train, run.mesh.data
     return Loader(
         mixture,
         train.global_batch_size,
-        train.micro_batch_size,
+        run.plan.micro_batch_size,
         data.rank,
         data.size,
         start_sample,

@@ -1,7 +1,6 @@
 #!/bin/bash
 #SBATCH --job-name=megalite
 #SBATCH --nodes=1
-#SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=64
 #SBATCH --mem=0
@@ -18,16 +17,19 @@
 #
 # Submit from the repository's root; CONFIG is relative to it. --dry-run before CONFIG prints the command instead.
 #
-#   RANKS=n      ranks per machine; otherwise one per GPU, or without GPUs as many as CONFIG needs
-#   WITHIN=...   container or modules to run in; see within.sh
-#   TRIES=n      attempts in a row that may fail without a new checkpoint (3; without Slurm 1)
-#   RESTARTS=n   how often a job may start again in all (100)
+#   RANKS=n        ranks per machine; otherwise one per GPU, or without GPUs as many as CONFIG needs
+#   WITHIN=...     container or modules to run in; see within.sh
+#   TRIES=n        attempts in a row that may fail without a new checkpoint (3; without Slurm 1)
+#   RESTARTS=n     how often a job may start again in all (100)
+#   PREFLIGHT=no   do not look first whether the job's nodes are fit
 #
-# A job starts again by itself, from its newest checkpoint: five to six minutes before its time limit (--signal, above;
-# it must be well below the limit), when all ranks save and the job requeues itself; and after a failure, be it a node
-# or a rank. So a run can be longer than the limit. Where the cluster does not let jobs requeue themselves, submit the
-# same line as often as needed, with --dependency=singleton --job-name=NAME: each job goes on where the one before it
-# stopped.
+# A job starts again by itself, from its newest checkpoint. Five to six minutes before its time limit (--signal, above;
+# it must be well below the limit) all ranks save and the job requeues itself, so that a run can be longer than the
+# limit. After a rank has failed, it starts again on the nodes it has; after a node is lost, or found unfit by
+# `megalite preflight`, it requeues itself, without the unfit ones. Under `sbatch --nodes=MIN-MAX`, with
+# parallel.elastic: true in CONFIG, it goes on with fewer nodes while there are not enough; global batch and order of
+# the data stay the same. Where the cluster does not let jobs requeue themselves, submit the same line as often as
+# needed, with --dependency=singleton --job-name=NAME: each job goes on where the one before it stopped.
 # `scancel --batch --signal=USR1 JOB` brings the requeue on early, --signal=TERM saves and ends the job for good.
 #
 # The job's log shows rank 0 and a summary; all that a node says is in RUN/logs/JOB.RESTART-NODE.log. The exit status
@@ -48,6 +50,15 @@ cd "$root"
 
 source slurm/within.sh
 
+# Has the ranks save and leave, of which any one signal is enough; others than USR1 srun would not pass on.
+asked= child=
+stop() { # TO: `requeue` or `leave`
+  asked=$1
+  if [[ -n $child ]]; then kill -USR1 "$child" 2>/dev/null || true; fi
+}
+trap 'stop requeue' USR1
+trap 'stop leave' TERM INT
+
 count_gpus() {
   if [[ -n ${SLURM_GPUS_ON_NODE:-} ]]; then echo "$SLURM_GPUS_ON_NODE"
   elif [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c . || true
@@ -55,51 +66,45 @@ count_gpus() {
   else echo 0; fi
 }
 
-job=${SLURM_JOB_ID:-} nodes=${SLURM_NNODES:-1}
-ask=("${python[@]}" -m megalite job "$@")
+job=${SLURM_JOB_ID:-} given=${SLURM_NNODES:-1}
+ask=("${python[@]}" -m megalite job "$@" "--nodes=$given" "--ranks-per-node=${RANKS:-$(count_gpus)}")
 if ((${#srun[@]} > 1)); then ask=("${srun[@]}" --nodes=1 --ntasks=1 "${ask[@]}"); fi
 told=$("${ask[@]}") # also finds a mistake in the config once, before every rank would
-read -r needed run <<<"$told"
-ranks=${RANKS:-$(count_gpus)}
-if ((ranks == 0)); then ranks=$(((needed + nodes - 1) / nodes)); fi
+read -r ranks nodes run <<<"$told"
 
 # Every rank gets its share of the cores; torchrun alone would give each of several ranks one thread.
 cores=${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-$(nproc)}}
 threads=$((cores / ranks))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 
-# Puts the command of this start into $launch.
-compose() {
+# Puts into $launch what starts `megalite VERB` on all nodes.
+compose() { # VERB
   local launcher=("${python[@]}" -m megalite.launch "--nproc-per-node=$ranks")
-  local task=(-m megalite train "${arguments[@]}")
+  local task=(-m megalite "$1" "${arguments[@]}")
   if [[ -z $job ]]; then
     launch=("${launcher[@]}" --standalone --local-addr=127.0.0.1 "${task[@]}")
   else
     # Ranks are numbered by their nodes' names: rank 0 is on the first.
-    mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST" | LC_ALL=C sort)
+    mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST" | LC_ALL=C sort | head -n "$nodes")
     log=$run/logs/$job.$restart
+    if [[ $1 != train ]]; then log+=-$1; fi
     port=$((10000 + job % 20000)) # below the ports Linux hands out by itself; jobs that share a node differ
     launch=("${srun[@]}" "--nodes=$nodes" "--ntasks=$nodes" --ntasks-per-node=1 "--cpus-per-task=$cores" # not inherited
-      --kill-on-bad-exit=0 --wait=60 # when one node has ended, the others have a minute to do so and say why
+      "--nodelist=$(IFS=,; echo "${hosts[*]}")"
+      --kill-on-bad-exit=0 --wait=20 # when one node has ended, the others have so long to do so and say why
       bash -c 'exec "$@" >"$0-$SLURMD_NODENAME.log" 2>&1' "$log" "${launcher[@]}"
-      "--nnodes=$nodes" "--rdzv-id=$job.$restart" --rdzv-backend=c10d "--rdzv-endpoint=${hosts[0]}:$port" "${task[@]}")
+      "--nnodes=$nodes" "--rdzv-id=$job.$restart-$1" --rdzv-backend=c10d "--rdzv-endpoint=${hosts[0]}:$port" "${task[@]}")
   fi
-  echo "OMP_NUM_THREADS=$OMP_NUM_THREADS$(printf ' %q' "${launch[@]}")"
 }
 
-# Has the ranks save and leave, of which any one signal is enough; others than USR1 srun would not pass on.
-stop() {
-  asked=$1
-  kill -USR1 "$child" 2>/dev/null || true
-}
-
-# Runs $launch; leaves its exit status in $status, and in $asked whether it was stopped to `requeue` or to `leave`.
-attempt() {
+# Runs `megalite VERB`; leaves its exit status in $status.
+attempt() { # VERB
   local show=
+  compose "$1"
+  echo "OMP_NUM_THREADS=$OMP_NUM_THREADS$(printf ' %q' "${launch[@]}")"
+  if [[ -n $dry_run ]]; then exit; fi
   "${launch[@]}" &
   child=$!
-  trap 'stop requeue' USR1
-  trap 'stop leave' TERM INT
   if [[ -n $job ]]; then
     tail --follow=name --retry --lines=+1 --sleep-interval=0.2 --pid="$child" "$log-${hosts[0]}.log" 2>/dev/null |
       grep --line-buffered -v '^== ' & # which comes in the summary
@@ -108,7 +113,7 @@ attempt() {
   while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done # a signal interrupts the wait
   status=0
   wait "$child" || status=$?
-  trap - USR1 TERM INT
+  child=
   if [[ -n $show ]]; then wait "$show" || true; summary | sort; fi
 }
 
@@ -129,25 +134,33 @@ finish() {
   exit "$status"
 }
 
+# Has Slurm start the job again, on other nodes than $unfit, if there are any.
 requeue() {
-  # A job that was cancelled, or is past its limit, must not come back.
-  if [[ $(squeue --noheader --jobs="$job" --format=%T) != RUNNING ]]; then finish "ended by Slurm"; fi
-  echo "$failures" >"$run/logs/$job.failures"
-  echo "== $(date '+%F %T') job $job, start $restart: exit status $status; requeueing" # which ends this script
-  if scontrol requeue "$job"; then exit "$status"; fi
-  finish "Slurm does not requeue jobs here; submitted again, the run goes on where it was"
+  local excluded
+  excluded=$(scontrol show job "$job" | grep -oE 'ExcNodeList=[^( ]+' | cut -d = -f 2 || true)
+  echo "== $(date '+%F %T') job $job, start $restart: exit status $status; requeueing${unfit:+ without $unfit}"
+  echo "$failures $restart" >"$run/logs/$job.starts"
+  trap '' TERM # which requeueing sends this script; Slurm takes a new list only of a job that does not run any more
+  if ! scontrol requeue "$job"; then finish "Slurm does not requeue jobs here; submitted again, the run goes on"; fi
+  if [[ -n $unfit ]]; then scontrol update "JobId=$job" "ExcNodeList=${excluded:+$excluded,}$unfit"; fi
+  exit "$status"
 }
 
-arguments=("$@") asked= failures=0 tries=${TRIES:-1}
+arguments=("$@") restart=${SLURM_RESTART_COUNT:-0} failures=0 tries=${TRIES:-1}
 if [[ -n $job ]]; then
   mkdir -p "$run/logs"
-  failures=$(cat "$run/logs/$job.failures" 2>/dev/null || echo 0) tries=${TRIES:-3}
+  if read -r failures last 2>/dev/null <"$run/logs/$job.starts" && ((last >= restart)); then restart=$((last + 1)); fi
+  tries=${TRIES:-3}
+  if ((nodes < given)); then echo "== $nodes of the job's $given nodes are used: no more fit CONFIG"; fi
 fi
-for ((restart = ${SLURM_RESTART_COUNT:-0}; ; restart++)); do
-  compose
-  if [[ -n $dry_run ]]; then exit; fi
-  before=$(newest)
-  attempt
+for (( ; ; restart++)); do
+  before=$(newest) status=0 unfit= ready=1
+  if [[ -n $job ]]; then echo "$failures $restart" >"$run/logs/$job.starts"; fi
+  if [[ -n $job && -z $dry_run && -z $asked && ${PREFLIGHT:-yes} != no ]]; then
+    attempt preflight
+    if ((status)); then ready=; fi
+  fi
+  if [[ -n $asked ]]; then status=75; elif ((status == 0)); then attempt train; fi
   case $status in
     0) finish "done" ;;
     2) finish "a mistake that starting again would not mend" ;;
@@ -155,9 +168,13 @@ for ((restart = ${SLURM_RESTART_COUNT:-0}; ; restart++)); do
     75) if [[ $asked != requeue || -z $job ]]; then finish "stopped; started again, the run goes on where it was"; fi ;;
     *) if [[ $asked == leave ]]; then finish "stopped, without a checkpoint of the last step"; fi ;;
   esac
-  if [[ $status == 75 || $(newest) != "$before" ]]; then failures=0; else failures=$((failures + 1)); fi
+  if [[ $status == 77 ]]; then unfit=$(grep -oE '^--exclude=\S+' "$log-${hosts[0]}.log" | cut -d = -f 2 || true); fi
+  if [[ $status == 75 || -n $unfit || $(newest) != "$before" ]]; then failures=0; else failures=$((failures + 1)); fi
   if ((failures >= tries)); then finish "failed $failures times in a row without a new checkpoint"; fi
   if ((restart >= ${RESTARTS:-100})); then finish "that was the last of ${RESTARTS:-100} restarts"; fi
-  if [[ -n $job ]]; then requeue; fi
+  # A job that was cancelled, or is past its limit, must not come back.
+  if [[ -n $job && $(squeue --noheader --jobs="$job" --format=%T) != RUNNING ]]; then finish "ended by Slurm"; fi
+  if [[ -n $job && (-n $asked || -z $ready) ]]; then requeue; fi
   echo "== $(date '+%F %T') start $restart: exit status $status; starting again"
+  asked=
 done

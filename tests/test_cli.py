@@ -117,7 +117,10 @@ def test_a_rank_says_which_one_it_is(
 def test_what_a_launcher_must_know(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["job", QUICKSTART]) == 0
     assert main(["job", QUICKSTART, "parallel.tensor=1", "run.name=x"]) == 0
-    assert capsys.readouterr().out == "2 runs/quickstart\n1 runs/x\n"
+    assert main(["job", QUICKSTART, "--nodes=2", "--ranks-per-node=4", "train.micro_batch_size=1", "run.name=y"]) == 0
+    assert capsys.readouterr().out == "2 1 runs/quickstart\n1 1 runs/x\n4 2 runs/y\n"
+    assert main(["job", QUICKSTART, "--nodes=3", "--ranks-per-node=1"]) == 2
+    assert "start a multiple of 2 ranks" in capsys.readouterr().err
 
 
 def test_print_plan_shows_the_numbers_and_stops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -126,7 +129,7 @@ def test_print_plan_shows_the_numbers_and_stops(tmp_path: Path, capsys: pytest.C
     found = capsys.readouterr().out
     assert "2 = data 1 × tensor 2" in found
     assert [line.split() for line in found.splitlines() if line.startswith("micro")] == [
-        ["micro-batches", "per", "step", "2"]
+        ["micro-batches", "per", "step", "2", "of", "4"]
     ]
     assert not (tmp_path / "runs").exists()
 

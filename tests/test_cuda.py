@@ -94,7 +94,7 @@ def take_step(
     parts: Parts, mesh: Mesh, batch: Sequence[MicroBatch], numbers: Numbers | None = None
 ) -> tuple[Tensor, Tensor]:
     """(loss, gradient norm), for which nobody has waited."""
-    loss = forward_backward(parts, list(batch), mesh, SEED)
+    loss = forward_backward(parts, list(batch), mesh, SEED)["loss"]
     if numbers is None:
         return loss, parts.engine.step(1e-2)
     norm = parts.engine.step(1e-2, numbers.permit(loss))

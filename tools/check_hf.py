@@ -20,7 +20,7 @@ def largest_difference(folder: Path, num_tokens: int = 256) -> float:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
     ours = load_model(folder, torch.float32, torch.device("cpu"))
     length = min(num_tokens, theirs.config.max_position_embeddings)
     generator = torch.Generator().manual_seed(0)

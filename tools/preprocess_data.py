@@ -5,7 +5,18 @@ Lines that cannot be used are counted, reported and left out; the exit status is
 
 Several jobs share the work by --shard 0/4, 1/4, …: each writes its part, keeps it if it is there already, and the one
 that completes the last part joins them into the files that a single job would have written. slurm/preprocess.sh runs
-them as a Slurm array."""
+them as a Slurm array.
+
+With --format, inputs are rows of labelled data: JSON lines, JSON arrays, parquet, or folders of the datasets library.
+
+    chat             {"messages": [{"role": …, "content": …}, …]}, or ShareGPT's conversations; the answers are learned
+    completion       {"prompt": …, "completion": …}; the completion is learned
+    preference       {"prompt": …, "chosen": …, "rejected": …}, texts or messages, for DPO
+    classification   {"text": …, "label": …}
+    labels           {"tokens": [words], "labels": [one for each]}, or ner_tags
+
+They become P.bin, .idx and .json, and P.mask, which says what is learned from each token. A row that cannot be used is
+an error that shows it, and nothing is written, unless --bad-rows allows for it."""
 
 from __future__ import annotations
 
@@ -17,14 +28,18 @@ import sys
 from rich.console import Console
 
 from megalite.data.blocks import Shard
+from megalite.data.formats import FORMATS, Settings
 from megalite.data.preprocess import preprocess
+from megalite.data.preprocess_rows import preprocess_rows
 from megalite.errors import DataError
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", nargs="+", required=True, help="files, folders or quoted globs")
-    parser.add_argument("--output-prefix", required=True, help="P of P_KEY_document.bin, .idx and .json")
+    parser.add_argument(
+        "--output-prefix", required=True, help="P of P_KEY_document.bin, .idx and .json; with --format, of P.bin"
+    )
     parser.add_argument("--tokenizer", required=True, help="folder with tokenizer.json, or a tokenizer file")
     parser.add_argument(
         "--json-keys", "--json-key", nargs="+", default=["text"], metavar="KEY",
@@ -39,11 +54,22 @@ def main() -> int:
         help="take Hugging Face's tokenizers, not gigatoken, which is faster and compared with them on samples",
     )  # fmt: skip
     parser.add_argument("--shard", type=_shard, metavar="I/N", help="only part I (from 0) of N of the input")
+    parser.add_argument("--format", choices=FORMATS, help="the inputs are rows of labelled data, such as these")
+    parser.add_argument("--last-only", action="store_true", help="of a chat, learn the last answer only")
+    parser.add_argument("--labels", nargs="+", default=[], help="names of the classes, in order (default: those there)")
+    parser.add_argument("--bad-rows", type=int, default=0, metavar="N", help="rows that may be left out (default: 0)")
     args = parser.parse_args()
+    if args.format and (args.append_eod or args.exact or args.shard or args.json_keys != ["text"]):
+        parser.error("--append-eod, --exact, --shard and --json-keys are for plain text, not for --format")
     # A job that is cancelled ends as one that is interrupted: with nothing left behind.
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
     console = Console(stderr=True)
     try:
+        if args.format:
+            settings = Settings(args.format, args.tokenizer, args.last_only, tuple(args.labels))
+            result = preprocess_rows(args.input, args.output_prefix, settings, args.workers, args.bad_rows, console)
+            print(result)
+            return 0
         for key in args.json_keys:
             result = preprocess(
                 args.input,

@@ -1,4 +1,4 @@
-"""Checkpoint folders on disk: writing durably, the manifest, finding and pruning valid ones."""
+"""Checkpoint folders on disk: writing durably, the manifest, finding damage, pruning."""
 
 from __future__ import annotations
 
@@ -9,10 +9,28 @@ import os
 import re
 import shutil
 import time
+from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
+
+Files = dict[str, dict[str, Any]]
+"""{"size": bytes, "sha256": hex} of every file of a checkpoint, by its path inside."""
+
+
+class Damage(IntEnum):
+    """What is wrong with a file."""
+
+    NONE = 0
+    MISSING = 1
+    SIZE = 2
+    CONTENT = 3
+    UNREADABLE = 4
+
+    @property
+    def words(self) -> str:
+        return ("is whole", "is missing", "is not as long as it was", "is not what was written", "cannot be read")[self]
 
 
 def step_folder(root: Path, step: int) -> Path:
@@ -34,30 +52,45 @@ def digest(path: Path) -> dict[str, Any]:
         return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def read_manifest(folder: Path) -> dict[str, dict[str, Any]] | None:
-    """Files and digests of a complete checkpoint, or None where there is none. Compares sizes, not contents."""
+def read_manifest(folder: Path) -> Files | Damage:
+    """What it says, or what is wrong with it."""
     try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
-        if all((folder / name).stat().st_size == entry["size"] for name, entry in files.items()):
-            return files
-    except (OSError, json.JSONDecodeError, KeyError, TypeError):
-        pass
-    return None
+        return parse_manifest((folder / MANIFEST).read_bytes())
+    except FileNotFoundError:
+        return Damage.MISSING
+    except OSError:
+        return Damage.UNREADABLE
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return Damage.CONTENT
 
 
-def damaged_files(folder: Path, rank: int = 0, ranks: int = 1) -> list[str]:
-    """Files whose content is not that of the manifest; of many ranks each reads its share."""
-    files = read_manifest(folder)
-    if files is None:
-        return [MANIFEST]
-    return [name for name in sorted(files)[rank::ranks] if not _intact(folder / name, files[name])]
+def parse_manifest(data: bytes) -> Files:
+    """No single bit can change without being noticed, here or by the files that are named. Raises ValueError,
+    KeyError, TypeError or AttributeError where it is no manifest."""
+    files = json.loads(data, object_pairs_hook=_no_key_twice)["files"]
+    if not files or min(int(entry["size"]) for entry in files.values()) < 0:
+        raise ValueError("no files, or of impossible sizes")
+    return files
 
 
-def _intact(path: Path, wanted: dict[str, Any]) -> bool:
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A bit of one file's name may make it another one's."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key is given twice")
+    return found
+
+
+def damage_of(path: Path, wanted: dict[str, Any]) -> Damage:
+    """Of a file, beside its entry in the manifest."""
     try:
-        return digest(path) == wanted
+        if path.stat().st_size != wanted["size"]:
+            return Damage.SIZE
+        return Damage.NONE if digest(path) == wanted else Damage.CONTENT
+    except FileNotFoundError:
+        return Damage.MISSING
     except OSError:  # a bad disk says so when it is read
-        return False
+        return Damage.UNREADABLE
 
 
 def set_aside(folder: Path) -> None:
@@ -66,13 +99,27 @@ def set_aside(folder: Path) -> None:
         folder.rename(folder.with_name(f"{folder.name}.damaged-{time.time_ns()}"))
 
 
-def complete_steps(root: Path) -> list[int]:
-    """Steps that have a complete checkpoint, oldest first."""
+def steps_in(root: Path) -> list[int]:
+    """Steps that have a checkpoint, whole or not, oldest first."""
     if not root.is_dir():
         return []
-    found = (re.fullmatch(r"step-(\d+)", path.name) for path in root.iterdir())
-    steps = sorted(int(match[1]) for match in found if match)
-    return [step for step in steps if read_manifest(step_folder(root, step)) is not None]
+    found = ((re.fullmatch(r"step-(\d+)", path.name), path) for path in root.iterdir())
+    return sorted(int(match[1]) for match, path in found if match and path.is_dir())
+
+
+def complete_steps(root: Path) -> list[int]:
+    """Steps that have a complete checkpoint, oldest first. Compares sizes, not contents."""
+    return [step for step in steps_in(root) if _complete(step_folder(root, step))]
+
+
+def _complete(folder: Path) -> bool:
+    files = read_manifest(folder)
+    try:
+        return not isinstance(files, Damage) and all(
+            (folder / name).stat().st_size == entry["size"] for name, entry in files.items()
+        )
+    except OSError:
+        return False
 
 
 def prune(root: Path, keep: int) -> None:
@@ -80,5 +127,22 @@ def prune(root: Path, keep: int) -> None:
     at."""
     for step in complete_steps(root)[:-keep]:
         folder = step_folder(root, step)
-        (folder / MANIFEST).unlink()  # first, so that a half-deleted folder is never taken for a checkpoint
-        shutil.rmtree(folder)
+        # Renamed first, so that a half-deleted folder is never taken for a checkpoint.
+        leaving = folder.with_name(f"{folder.name}.old.tmp")
+        remove(leaving)
+        folder.rename(leaving)
+        remove(leaving)
+
+
+def remove_unfinished(root: Path) -> None:
+    """What a crash left of saving, replacing or pruning a checkpoint."""
+    for path in root.glob("step-*.tmp"):
+        remove(path)
+
+
+def remove(path: Path) -> None:
+    """A folder with all that is in it, a file, or a link but not what it leads to. Nothing, where there is nothing."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

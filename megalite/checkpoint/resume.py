@@ -9,10 +9,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megalite.checkpoint.folder import complete_steps, damaged_files, set_aside, step_folder
+from megalite.checkpoint.folder import MANIFEST, Damage, damage_of, read_manifest, set_aside, step_folder, steps_in
 from megalite.checkpoint.tensors import CheckpointError
 from megalite.mesh import Mesh
-from megalite.parallel.collectives import all_agree
+from megalite.parallel.collectives import all_reduce, start_highest
+
+SHOWN = 3
+"""Damaged files of a checkpoint that are named."""
 
 
 def find_checkpoint(root: Path, resume: str | Path, mesh: Mesh) -> tuple[Path | None, list[str]]:
@@ -30,34 +33,52 @@ def find_checkpoint(root: Path, resume: str | Path, mesh: Mesh) -> tuple[Path | 
         return None, []
     if resume != "auto" and not steps:
         folder = Path(resume)
-        if not _sound(folder, mesh):
-            raise CheckpointError(
-                f"checkpoint.resume = {folder}: no undamaged checkpoint there (files as its manifest.json says)"
-            )
+        if damage := find_damage(folder, mesh):
+            raise CheckpointError(f"checkpoint.resume = {folder}: no undamaged checkpoint there: {damage}")
         return folder, []
-    damaged: list[Path] = []
+    damaged: dict[Path, str] = {}
     for step in reversed(steps):
         folder = step_folder(root, step)
-        if _sound(folder, mesh):
+        damage = find_damage(folder, mesh)
+        if not damage:
             if mesh.world.rank == 0:
                 for other in damaged:
                     set_aside(other)
             return folder, [
-                f"warning: {other} is damaged and was set aside; resuming from {folder}" for other in damaged
+                f"warning: {other} is damaged and was set aside ({what}); resuming from {folder}"
+                for other, what in damaged.items()
             ]
-        damaged.append(folder)
+        damaged[folder] = damage
     if damaged:
-        raise CheckpointError(f"{root}: every checkpoint is damaged; move them away to start the run afresh")
+        which = "; ".join(f"{folder.name}: {what}" for folder, what in damaged.items())
+        raise CheckpointError(f"{root}: every checkpoint is damaged; move them away to start the run afresh ({which})")
     return None, []
 
 
-def _sound(folder: Path, mesh: Mesh) -> bool:
-    return all_agree(not damaged_files(folder, mesh.world.rank, mesh.world.size), mesh)
+def find_damage(folder: Path, mesh: Mesh) -> str:
+    """What is wrong with a checkpoint, or nothing: the same on all ranks, of which each reads a share of the files."""
+    files = read_manifest(folder)
+    names = [] if isinstance(files, Damage) else sorted(files)
+    count = start_highest(len(names), mesh)()
+    found = torch.zeros(count + 1, dtype=torch.int64)  # the last is of the manifest
+    if isinstance(files, Damage):
+        found[-1] = files
+    elif len(names) < count:  # this rank sees another manifest than others do
+        found[-1] = Damage.CONTENT
+    else:
+        for number in range(mesh.world.rank, count, mesh.world.size):
+            name = names[number]
+            found[number] = damage_of(folder / name, files[name])
+    worst = all_reduce(found.to(mesh.device), mesh.world, dist.ReduceOp.MAX).tolist()
+    if worst[-1]:
+        return f"{MANIFEST} {Damage(worst[-1]).words}"
+    told = [f"{name} {Damage(what).words}" for name, what in zip(names, worst[:-1], strict=True) if what]
+    return ", ".join(told[:SHOWN]) + (f" and {len(told) - SHOWN} more files" if len(told) > SHOWN else "")
 
 
 def _steps_of_rank_0(root: Path, mesh: Mesh) -> list[int]:
     """One rank looks, so that all see the same folders whatever their file systems have cached."""
-    steps = complete_steps(root) if mesh.world.rank == 0 else []
+    steps = steps_in(root) if mesh.world.rank == 0 else []
     if mesh.world.size == 1:
         return steps
     count = torch.tensor(len(steps), device=mesh.device)

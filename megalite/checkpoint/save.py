@@ -1,36 +1,33 @@
-"""Saving while training goes on: the loop pays for gathering tensors into host memory, a thread does the rest."""
+"""Saving while training goes on: the loop pays at most for gathering tensors into host memory, a thread does the
+rest."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-from torch import Tensor
+import torch
 
 from megalite.activity import NOW
-from megalite.checkpoint.folder import MANIFEST, digest, prune, step_folder, write_json
+from megalite.checkpoint.board import Board
+from megalite.checkpoint.folder import prune, remove_unfinished, step_folder
+from megalite.checkpoint.writing import PATIENCE_S, Collect, Target, Writing, explain
 from megalite.engine import Engine
+from megalite.engine.gather import HostBuffers
 from megalite.mesh import Mesh
 from megalite.models.weights import Weight
-from megalite.parallel.collectives import all_agree
-from megalite.resources import fsync
-
-PATIENCE_S = 1800.0
-"""How long rank 0 waits for the files of the other ranks."""
+from megalite.parallel.collectives import start_highest, start_sharing
 
 
 class Saver:
     """Writes checkpoints of a run. Every rank has one and calls it at the same steps.
 
-    A save that fails costs training nothing: it is reported, older checkpoints stand untouched, and the folder never
-    gets its name."""
+    A save that fails costs training nothing: it is reported and tried again, until the next one is due; older
+    checkpoints stand untouched, and no folder gets the name of a checkpoint that is not whole."""
 
     def __init__(
         self,
@@ -43,48 +40,62 @@ class Saver:
         write_extras: Callable[[Path], None],
     ):
         """`owners` says which rank writes each weight; `write_extras` puts what is not a tensor (config.json,
-        tokenizer) into a folder, and rank 0 calls it."""
-        self.root, self.keep, self.mesh, self.engine = root, keep, mesh, engine
-        self.write_extras = write_extras
-        self.table = {weight.name: weight for weight in weights}
-        self.owners = owners
+        tokenizer) into a folder, and rank 0 calls it. All ranks make one, and no other run writes below `root`."""
+        table = {weight.name: weight for weight in weights}
+        self.target = Target(root, keep, table, owners, mesh, write_extras)
+        self.mesh, self.engine = mesh, engine
         self.error: str | None = None
-        """Why the last save failed, as far as this rank knows; None if it did not. Ask after `wait`."""
+        """Why the last save failed; None if it did not. Ask after `wait`."""
+        self._buffers = HostBuffers()
         self._thread: threading.Thread | None = None
-        self._abandoned = threading.Event()
+        self._began = 0.0
+        self._hurry, self._abandoned = threading.Event(), threading.Event()
         self._news: list[str] = []
+        # Of this saver, among all that share a store.
+        self._number = start_highest(time.time_ns() if mesh.world.rank == 0 else 0, mesh)()
+        if mesh.world.rank == 0:
+            with contextlib.suppress(OSError):  # it may go later
+                remove_unfinished(root)
 
     def save(self, step: int, train_state: dict[str, Any]) -> None:
-        """Gather the state of this moment and start writing it. Waits first for an earlier save to end on all ranks."""
-        # In short rounds: a rank that sat in one long collective would be taken for hanging.
-        while not all_agree(self._thread is None or not self._thread.is_alive(), self.mesh):
-            time.sleep(0.2)
-        self.error = None
-        folder = step_folder(self.root, step)
-        temporary = folder.with_name(f"{folder.name}.tmp")
-        if self.mesh.world.rank == 0:
-            try:
-                shutil.rmtree(temporary, ignore_errors=True)
-                (temporary / "optimizer").mkdir(parents=True)
-            except OSError as error:
-                self._failed(folder, error)
-        all_agree(True, self.mesh)  # nobody looks before rank 0 has made it
-        if not all_agree((temporary / "optimizer").is_dir(), self.mesh):
-            self._failed(folder, OSError(f"not every rank sees {self.root}; run.dir must be on a shared file system"))
+        """Start writing the state of this moment. Waits first for an earlier save to end on all ranks."""
+        folder = step_folder(self.target.root, step)
+        self._hurry.set()  # what could not be written so far gives way to what is newer
+        if busy := self._wait_for_others():
+            so_far = time.monotonic() - self._began
+            ranks = ", ".join(map(str, busy[:8])) + (", …" if len(busy) > 8 else "")
+            self._failed(folder, f"the one before is still being written after {so_far:.0f} s, by rank {ranks}")
             return
+        self._hurry.clear()
+        self.error, self._began = None, time.monotonic()
+        self._number += 1
         kinds = ("weight", *self.engine.states)
-        tensors = {kind: self.engine.gather(kind, self.owners) for kind in kinds}
-        self._thread = threading.Thread(
-            target=self._write_guarded, args=(folder, temporary, tensors, train_state), name="checkpoint"
-        )
+        self._buffers.reuse()
+        collect = self.engine.gather_later(kinds, self.target.owners, self._buffers)
+        if self.mesh.device.type == "cuda":
+            torch.cuda.current_stream(self.mesh.device).synchronize()
+        self._thread = threading.Thread(target=self._write, args=(folder, collect, train_state), name="checkpoint")
         self._thread.start()
 
+    def _wait_for_others(self) -> list[int]:
+        """The ranks that are still at the last save, after as long as one may take; the same on all ranks."""
+        while True:
+            busy = self._thread is not None and self._thread.is_alive()
+            late = self.mesh.world.rank == 0 and time.monotonic() - self._began > PATIENCE_S
+            # In short rounds: a rank that sat in one long collective would be taken for hanging.
+            found = start_sharing(busy + 2 * late, self.mesh)().int().tolist()
+            ranks = [rank for rank, state in enumerate(found) if state % 2]
+            if not ranks or found[0] >= 2:
+                return ranks
+            time.sleep(0.1)
+
     def wait(self, abandon: bool = False) -> None:
-        """Until this rank's part of the last save is on disk; on rank 0, until the whole checkpoint is.
+        """Until the last save has ended, on all ranks.
 
         `abandon` does not wait for other ranks, which may be gone."""
         if abandon:
             self._abandoned.set()
+            self._hurry.set()
         if self._thread is not None:
             NOW.do("waiting for the checkpoint to be written")
             self._thread.join()
@@ -94,111 +105,20 @@ class Saver:
         said, self._news = self._news, []
         return said
 
-    def _failed(self, folder: Path, error: Exception) -> None:
-        if self.error is None:
-            self.error = f"{folder} was not saved: {error}"
-            self._news.append(f"warning: {self.error}")
+    def _failed(self, folder: Path, reason: str) -> None:
+        self.error = f"{folder} was not saved: {reason}"
+        self._news.append(f"warning: {self.error}")
 
-    def _write_guarded(
-        self, folder: Path, temporary: Path, tensors: dict[str, dict[str, Tensor]], train_state: dict[str, Any]
-    ) -> None:
-        begin, rank = time.monotonic(), self.mesh.world.rank
+    def _write(self, folder: Path, collect: Collect, train_state: dict[str, Any]) -> None:
+        board = Board(self.mesh, self._number, self._abandoned)
+        writing = Writing(self.target, folder, collect, train_state, board, self._hurry, self._news.append)
         try:
-            part = self._write_part(temporary, tensors)
-        except Exception as error:
-            part = {"error": f"rank {rank}: {error}"}
-            self._failed(folder, error)
-        try:
-            write_json(temporary / f"part-{rank}.json", part)
-            if rank > 0:
-                return
-            self._complete(folder, temporary, train_state)
-        except Exception as error:
-            self._failed(folder, error)
-            return
-        self._news.append(f"saved {folder} in {time.monotonic() - begin:.1f} s")
-        with contextlib.suppress(OSError):  # what cannot be deleted now is tried again after the next save
-            prune(self.root, self.keep)
-
-    def _write_part(self, temporary: Path, tensors: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
-        """This rank's files; returns their digests, and the sizes in bytes of the tensors in them."""
-        part: dict[str, Any] = {"files": {}, "tensors": {}}
-        for kind, logical in tensors.items():
-            if logical:
-                stem = "model" if kind == "weight" else f"optimizer/{kind}"
-                name = stem + self._suffix()
-                part["tensors"][name] = self._write_tensors(temporary / name, logical)
-                part["files"][name] = digest(temporary / name)
-                NOW.beats += 1  # the loop may be waiting for this thread
-        return part
-
-    def _writers(self) -> list[int]:
-        return sorted(set(self.owners.values()))
-
-    def _suffix(self) -> str:
-        writers = self._writers()
-        if len(writers) == 1:
-            return ".safetensors"
-        return f"-{writers.index(self.mesh.world.rank) + 1:05d}-of-{len(writers):05d}.safetensors"
-
-    def _write_tensors(self, path: Path, logical: dict[str, Tensor]) -> dict[str, int]:
-        """Write one file of Hugging Face tensors; returns their sizes in bytes."""
-        named = {hf: tensor for name, whole in logical.items() for hf, tensor in self.table[name].to_hf(whole).items()}
-        save_file(named, path, metadata={"format": "pt"})
-        fsync(path)
-        return {name: tensor.nbytes for name, tensor in named.items()}
-
-    def _complete(self, folder: Path, temporary: Path, train_state: dict[str, Any]) -> None:
-        """Rank 0: add what is not a tensor, wait for the other ranks, and give the folder its name."""
-        self.write_extras(temporary)
-        write_json(temporary / "train_state.json", train_state)
-        files: dict[str, Any] = {}
-        tensors: dict[str, dict[str, int]] = {}
-        for rank in range(self.mesh.world.size):
-            part = self._wait_for_part(temporary / f"part-{rank}.json")
-            NOW.beats += 1
-            if "error" in part:
-                raise OSError(part["error"])
-            files |= part["files"]
-            tensors |= part["tensors"]
-            (temporary / f"part-{rank}.json").unlink()
-        if len(self._writers()) > 1:
-            _write_indices(temporary, tensors)
-        for path in sorted(p for p in temporary.rglob("*") if p.is_file()):
-            name = str(path.relative_to(temporary))
-            if name not in files:
-                fsync(path)
-                files[name] = digest(path)
-                NOW.beats += 1
-        write_json(temporary / MANIFEST, {"files": files})
-        fsync(temporary / "optimizer")
-        fsync(temporary)
-        if folder.exists():
-            shutil.rmtree(folder)  # the same step saved again, after a resume from an older one
-        temporary.rename(folder)
-        fsync(folder.parent)
-
-    def _wait_for_part(self, path: Path) -> Any:
-        """Other ranks say through the file system that they are done: their threads must not use collectives."""
-        deadline = time.monotonic() + PATIENCE_S
-        while not path.exists():
-            if self._abandoned.is_set():
-                raise TimeoutError("training ended before every rank had written its part")
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"{path.name} did not appear within {PATIENCE_S:.0f} s")
-            time.sleep(0.02)
-        return json.loads(path.read_text())
-
-
-def _write_indices(folder: Path, tensors: dict[str, dict[str, int]]) -> None:
-    """The index file of each kind, as Hugging Face writes it."""
-    by_stem: dict[str, dict[str, dict[str, int]]] = {}
-    for file, sizes in tensors.items():
-        by_stem.setdefault(file.split("-")[0], {})[file] = sizes
-    for stem, files in by_stem.items():
-        weight_map = {name: Path(file).name for file, sizes in files.items() for name in sizes}
-        total = sum(size for sizes in files.values() for size in sizes.values())
-        write_json(
-            folder / f"{stem}.safetensors.index.json",
-            {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
-        )
+            reason = writing.run()
+        except Exception as error:  # nobody answers any more
+            reason = explain(error)
+        if reason:
+            self._failed(folder, reason)
+        elif self.mesh.world.rank == 0:
+            self._news.append(f"saved {folder} in {time.monotonic() - self._began:.1f} s")
+            with contextlib.suppress(OSError):  # what cannot be deleted now is tried again after the next save
+                prune(self.target.root, self.target.keep)

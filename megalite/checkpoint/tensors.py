@@ -16,6 +16,9 @@ from megalite.models.weights import Weight
 BUFFERS = re.compile(r"(\.attn\.(masked_)?bias|\.attention\.(masked_)?bias|\.rotary_emb\.inv_freq)$")
 """No weights, but stored by older versions of transformers: causal masks of GPT-2 and GPT-NeoX, rotary frequencies."""
 
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+"""How files are called that torch.save wrote."""
+
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be used. The message names the folder and what is wrong with it."""
@@ -39,10 +42,12 @@ class TensorFolder:
             else:
                 single = f"{stem}.safetensors"
                 self.files = dict.fromkeys(self._file(single).keys(), single)
-        except (OSError, SafetensorError, json.JSONDecodeError, KeyError) as error:
+        except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:
             raise CheckpointError(
-                f"{folder}: no readable {stem}.safetensors or {stem}.safetensors.index.json ({error})"
+                f"{folder}: no readable {stem}.safetensors or {stem}.safetensors.index.json ({error}){_pickles(folder)}"
             ) from None
+        if outside := next((file for file in self.files.values() if Path(file).name != file), None):
+            raise CheckpointError(f"{index} names {outside}, which is outside of the folder")
 
     def _file(self, name: str) -> Any:
         if name not in self._open:
@@ -50,7 +55,10 @@ class TensorFolder:
         return self._open[name]
 
     def _slices(self, name: str) -> Any:
-        return self._file(self.files[name]).get_slice(name.removeprefix(self._prefix))
+        try:
+            return self._file(self.files[name]).get_slice(name.removeprefix(self._prefix))
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{self.folder / self.files[name]} cannot be read: {error}") from None
 
     def fetch(self, name: str, where: tuple[slice, ...]) -> Tensor:
         """Read a slice of a tensor; only its bytes are read."""
@@ -80,6 +88,16 @@ class TensorFolder:
                 raise CheckpointError(
                     f"{self.folder}/{self.stem}: {name} has shape {list(found)}, the model needs {list(shape)}"
                 )
+
+
+def _pickles(folder: Path) -> str:
+    names = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLES)
+    if not names:
+        return ""
+    return (
+        f"; {_some(names)} may be pickles, which can run any program when they are loaded, and never are; where you "
+        "trust them, convert them: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW) of transformers"
+    )
 
 
 def _some(names: list[str]) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import multiprocessing
 import os
-import pickle
 import resource
 import time
 from collections.abc import Iterator
@@ -69,18 +69,18 @@ def _finished(executor: PipelineExecutor, pool: Executor | None, tasks: int) -> 
     if pool is None:
         _quiet()
         for number, rank in enumerate(ranks, 1):
-            _run_task(pickle.dumps(executor), rank)
+            _run_task(copy.deepcopy(executor), rank)
             yield tasks - len(ranks) + number
         return
-    futures = [pool.submit(_run_task, pickle.dumps(executor), rank) for rank in ranks]
+    futures = [pool.submit(_run_task, executor, rank) for rank in ranks]
     for number, future in enumerate(as_completed(futures), 1):
         future.result()
         yield tasks - len(ranks) + number
 
 
-def _run_task(pickled: bytes, rank: int) -> None:
+def _run_task(executor: PipelineExecutor, rank: int) -> None:
     """On a copy of the pipeline: what its steps count is of this task alone."""
-    pickle.loads(pickled)._run_for_rank(rank)
+    executor._run_for_rank(rank)
 
 
 def _start() -> None:

@@ -63,7 +63,7 @@ class ChatTemplate:
             if not found:
                 raise ValueError("the template's {% generation %} marks nothing in it")
             spans = [range(*span) for span in (found[-1:] if last else found)]
-            return text, self._with_ends(text, spans, text[found[-1][1] :])
+            return text, self._with_ends(text, spans, found[-1][1])
         text, spans = self.render(messages, tools), []
         for number in numbers[-1:] if last else numbers:
             before = self.render(messages[:number], tools, prompt=True)
@@ -86,13 +86,14 @@ class ChatTemplate:
         bare = text.rstrip()
         return len(bare) if len(bare) > start and bare.endswith(self.controls) else len(text)
 
-    def _with_ends(self, text: str, spans: Sequence[range], behind: str) -> list[range]:
-        """Spans that leave out the token behind them, which is the one behind the last of all, with it."""
-        end = next((token for token in self.controls if behind.startswith(token)), "")
+    def _with_ends(self, text: str, spans: Sequence[range], last: int) -> list[range]:
+        """Spans that leave out the token which ends an answer, with it: the one behind the last answer's end."""
+        if text[:last].endswith(self.controls):
+            return list(spans)
+        end = next((token for token in self.controls if text.startswith(token, last)), "")
         return [range(s.start, s.stop + len(end) * text.startswith(end, s.stop)) for s in spans]
 
     def _render(self, messages: Sequence[Message], tools: Any, **options: Any) -> tuple[str, list[tuple[int, int]]]:
-        from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
         chat = [{key: value for key, value in message.items() if value is not None} for message in messages]
@@ -100,7 +101,7 @@ class ChatTemplate:
             texts, spans = render_jinja_template(
                 [chat], tools=tools or None, chat_template=self.source, **options, **self.tokens
             )
-        except (TemplateError, TypeError, ValueError) as error:
+        except Exception as error:  # a template may fail in any way
             raise ValueError(f"the chat template refuses it: {error}") from None
         return texts[0], spans[0] if spans else []
 

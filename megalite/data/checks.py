@@ -41,6 +41,30 @@ def check_vocabulary(config: Config, tokenizer: Tokenizer | None) -> None:
             )
 
 
+def check_labelled(config: Config) -> None:
+    """Refuse labelled data of another kind than the run learns from, as far as the notes beside token files say.
+
+    Raises DataError."""
+    is_causal = config.model.task == "causal"
+    asked = f"objective.name: {config.objective.name}" if is_causal else f"model.task: {config.model.task}"
+    for source in (*config.data.train, *config.data.valid, *config.data.test):
+        note = read_note(source.path)
+        found = note.get("format", "")
+        wanted = GOES_WITH.get(found, "objective.name: next_token")
+        if wanted != asked:
+            what = f"rows of format {found!r}, which go" if found else "plain text, which goes"
+            raise DataError(f"{source.path} holds {what} with {wanted}; this run has {asked}")
+        if note.get("labels") and tuple(note["labels"]) != config.model.labels:
+            raise DataError(
+                f"{source.path} has the classes {note['labels']}, but model.labels = {list(config.model.labels)}"
+            )
+
+
+GOES_WITH = {
+    "preference": "objective.name: dpo", "classification": "model.task: classification", "labels": "model.task: labels"
+}  # fmt: skip
+
+
 def check_same_everywhere(config: Config, data: Mapping[Split, Mixture | None], mesh: Mesh) -> None:
     """Refuse to train where a rank has read another config or other token files than rank 0. All ranks call it.
 

@@ -21,6 +21,7 @@ from megalite.data.order import Int64s
 from megalite.data.packing import best_fit
 from megalite.errors import DataError
 
+LONG = {"refuse": "refused", "drop": "left out", "cut": "cut at the end"}
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 
@@ -37,6 +38,7 @@ class Windows(NamedTuple):
     tokens: Int64s  # [n, L + 1]
     filled: Int64s  # [n], tokens of each row; what follows them is zeros
     documents: Int64s | None  # [n, L + 1], from 0 on in every row; what follows the tokens counts as one more
+    mask: Int64s | None = None  # [n, L + 1], as in PREFIX.mask; 1 where a source has none
 
 
 class SampleSource(Protocol):
@@ -54,21 +56,25 @@ class SampleSource(Protocol):
         """Names what decides the content of each sample."""
 
 
-def empty_windows(count: int, seq_length: int, by_document: bool) -> Windows:
+def empty_windows(count: int, seq_length: int, by_document: bool, masked: bool = False) -> Windows:
     shape = count, seq_length + 1
     documents = np.empty(shape, np.int64) if by_document else None
-    return Windows(np.empty(shape, np.int64), np.empty(count, np.int64), documents)
+    mask = np.ones(shape, np.int64) if masked else None
+    return Windows(np.empty(shape, np.int64), np.empty(count, np.int64), documents, mask)
 
 
 def read_windows(source: SampleSource, samples: Int64s, into: Windows, rows: Int64s) -> None:
-    """Samples of a source, [m] numbers, into these rows, [m]; their documents where `into` has room for them."""
+    """Samples of a source, [m] numbers, into these rows, [m]; documents and mask where `into` has room for them."""
     if samples.size and not 0 <= samples.min() <= samples.max() < source.num_samples:
         raise IndexError(f"samples {samples.min()} … {samples.max()} are not in [0, {source.num_samples})")
     tokens, documents = into.tokens, into.documents
     width = tokens.shape[1]
     row, start, length = source.pieces(samples, documents is not None)
     source.dataset.fetch(start, length)
-    gather(source.dataset.tokens, start, length, rows[row] * width + _before(length, row), tokens)
+    places = rows[row] * width + _before(length, row)
+    gather(source.dataset.tokens, start, length, places, tokens)
+    if into.mask is not None and source.dataset.mask is not None:
+        gather(source.dataset.mask, start, length, places, into.mask)
     filled = np.bincount(row, length, len(samples)).astype(np.int64)
     into.filled[rows] = filled
     numbers = np.repeat(_before(np.ones_like(row), row), length) if documents is not None else None
@@ -153,6 +159,66 @@ class PackedSource:
     def fingerprint(self) -> str:
         first, last = self._documents
         return f"{self.dataset.fingerprint()}best_fit[{first}:{last}]/{self.seq_length}"
+
+
+class RowSource:
+    """Rows of labelled data, documents [first, last) of a dataset, packed so that none is cut: as many as fit make a
+    sample of at most `capacity` tokens, of which the model sees L. `together` rows that follow each other stay so:
+    2 for the answers of a preference. What is longer than a sample is refused, or left out ("drop"), or loses its end
+    ("cut"). Memory as of `PackedSource`.
+
+    Raises DataError where rows are refused, or none is left."""
+
+    def __init__(
+        self,
+        dataset: IndexedDataset,
+        first: int,
+        last: int,
+        seq_length: int,
+        capacity: int,
+        together: int = 1,
+        long_rows: Literal["refuse", "drop", "cut"] = "refuse",
+    ) -> None:
+        if not 0 <= first < last <= dataset.num_documents or (last - first) % together:
+            raise DataError(f"rows [{first}, {last}) are none of the {dataset.num_documents} there are")
+        self.dataset, self.seq_length = dataset, seq_length
+        self._identity = f"rows[{first}:{last}]/{seq_length}/{capacity}/{together}/{long_rows}"
+        self._starts, self._together = dataset.starts_of_documents(first, last), together
+        self._lengths = np.diff(self._starts)
+        sizes = self._lengths.reshape(-1, together).sum(1)
+        num_long, what = int(np.count_nonzero(sizes > capacity)), "pairs" if together == 2 else "rows"
+        long = f"{num_long:,} of {len(sizes):,} {what} are longer than the {capacity:,} tokens of a sample"
+        if num_long and long_rows == "refuse":
+            raise DataError(
+                f"{long}, the longest {sizes.max():,}; raise data.seq_length, or set data.long_rows to drop (leave "
+                "them out) or cut (they lose their ends)"
+            )
+        self.remark = f"{dataset.prefix}: {long}, and are {LONG[long_rows]}" if num_long else ""
+        """What whoever runs it should know."""
+        if long_rows == "cut":
+            self._lengths = np.minimum(self._lengths, capacity // together)
+            sizes = self._lengths.reshape(-1, together).sum(1)
+        self._kept = np.flatnonzero(sizes <= capacity)
+        if not len(self._kept):
+            raise DataError(f"{long}, so that none is left; raise data.seq_length")
+        self._packing = best_fit(sizes[self._kept], capacity)
+        self.num_samples = len(self._packing.first_piece) - 1
+
+    @property
+    def most_documents(self) -> int:
+        """Of a sample."""
+        return int(np.diff(self._packing.first_piece).max()) * self._together
+
+    def pieces(self, samples: Int64s, by_document: bool) -> Pieces:
+        first, last = self._packing.first_piece[samples], self._packing.first_piece[samples + 1]
+        row = np.repeat(np.arange(len(samples)), last - first)
+        piece = np.repeat(first, last - first) + _before(np.ones_like(row), row)
+        group = self._kept[self._packing.document[piece]]
+        document = (group[:, None] * self._together + np.arange(self._together)).ravel()
+        return Pieces(np.repeat(row, self._together), self._starts[document], self._lengths[document].astype(np.int64))
+
+    def fingerprint(self) -> str:
+        return f"{self.dataset.fingerprint()}{self._identity}"
 
 
 class MegatronSource:

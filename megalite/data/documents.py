@@ -197,7 +197,7 @@ def _reader(path: str) -> Reader:
 def _first_line_is_object(path: str) -> bool:
     """Many corpora call JSON lines .json; a pretty-printed .json in a source tree is a text like any other."""
     try:
-        return isinstance(json.loads(next(_lines(read_bytes(path, Report())), b"")), dict)
+        return isinstance(json.loads(next(lines_of(read_bytes(path, Report())), b"")), dict)
     except (ValueError, RecursionError, OSError):
         return False
 
@@ -205,7 +205,7 @@ def _first_line_is_object(path: str) -> bool:
 def _read_json_lines(path: str, reading: Reading, report: Report) -> Iterator[tuple[str, int, dict[str, Any]]]:
     number = 0
     try:
-        for number, line in enumerate(_lines(read_bytes(path, report)), 1):
+        for number, line in enumerate(lines_of(read_bytes(path, report)), 1):
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")  # the byte-order mark some editors write
             if not line.strip():
@@ -334,7 +334,7 @@ def _read_text(path: str, reading: Reading, report: Report) -> Iterator[tuple[st
         report.bad(path, 1, f"unreadable: {error}")
 
 
-def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
+def lines_of(chunks: Iterator[bytes]) -> Iterator[bytes]:
     """Lines without their newline. A line is joined once, however many chunks it spans; of one that is longer than
     LONGEST_LINE, the beginning comes."""
     parts: list[bytes] = []

@@ -5,6 +5,9 @@ D - 1 documents (a document is one or more sequences; megalite and Megatron's ow
 
     0   magic `MMIDIDX\\0\\0`, u64 version = 1, u8 dtype code, u64 N, u64 D
     34  N x i32 lengths (tokens), N x i64 pointers (bytes into .bin), D x i64 first sequence of each document, then N
+
+Labelled data has one file more, which Megatron-LM does not know: PREFIX.mask, a u8 or u16 for each token. 0: nothing is
+learned from it; else 1, or, where tokens or texts have classes, 1 + the number of the class.
 """
 
 from __future__ import annotations
@@ -86,6 +89,27 @@ class IndexedDataset:
         self._check_ends()
         self.num_tokens = self._bin.stat().st_size // self.dtype.itemsize
         self.tokens: Array = np.memmap(self._bin, self.dtype, "r")  # [num_tokens]
+        self.mask = self._open_mask()
+
+    def _open_mask(self) -> Array | None:
+        """[num_tokens], where there is one."""
+        name = f"{self.prefix}.mask"
+        self._remote_mask: CachedObject | None = None
+        if self._remote is not None:
+            try:
+                self._remote_mask = CachedObject(name)
+            except Missing:
+                return None
+        path = self._remote_mask.path if self._remote_mask else Path(name)
+        if not path.is_file():
+            return None
+        size = path.stat().st_size
+        if size not in (self.num_tokens, 2 * self.num_tokens):
+            raise DataError(
+                f"{name} is {size} bytes long, which is not 1 or 2 for each of {self.num_tokens} tokens; it does not "
+                "belong to the .bin beside it: write or copy all of them again"
+            )
+        return np.memmap(path, "u1" if size == self.num_tokens else "<u2", "r")
 
     def _read_header(self) -> int:
         """Sets `dtype` and `num_sequences`; returns the number of document indices."""
@@ -136,6 +160,9 @@ class IndexedDataset:
         if self._remote is not None:
             first, count = np.broadcast_arrays(np.asarray(starts, np.int64), np.asarray(lengths, np.int64))
             self._remote.fetch(first.ravel() * self.dtype.itemsize, count.ravel() * self.dtype.itemsize)
+            if self._remote_mask is not None and self.mask is not None:
+                size = self.mask.itemsize
+                self._remote_mask.fetch(first.ravel() * size, count.ravel() * size)
 
     def __getitem__(self, i: int) -> Array:
         """Tokens of sequence i, [length], read-only and still on disk. Raises IndexError outside 0 … N - 1."""
@@ -179,14 +206,18 @@ class IndexedDataset:
         return document_starts(self._documents, self._pointers, self.dtype.itemsize, first, last)
 
     def fingerprint(self) -> str:
-        """Hex name of the content: both sizes and 64 slices of 4 KiB spread evenly over each file. Bounded work, so
+        """Hex name of the content: the sizes and 64 slices of 4 KiB spread evenly over each file. Bounded work, so
         that a change which keeps the sizes and lies between the slices goes unseen."""
         digest = hashlib.sha256()
-        for path in (self._idx, self._bin):
+        files = [(self._idx, None), (self._bin, self._remote)]
+        if self.mask is not None:
+            remote = self._remote_mask
+            files.append((remote.path if remote else Path(f"{self.prefix}.mask"), remote))
+        for path, remote in files:
             size = path.stat().st_size
             starts = np.linspace(0, max(size - 4096, 0), 64, dtype=np.int64)
-            if path == self._bin and self._remote is not None:
-                self._remote.fetch(starts, np.full_like(starts, min(size, 4096)))
+            if remote is not None:
+                remote.fetch(starts, np.full_like(starts, min(size, 4096)))
             digest.update(str(size).encode())
             with open(path, "rb") as file:
                 for start in starts.tolist():
@@ -218,21 +249,25 @@ except ImportError:  # installed without a compiler
 
 
 class IndexedWriter:
-    """Writes PREFIX.bin and PREFIX.idx in one pass and constant memory; they get these names only when complete.
+    """Writes PREFIX.bin and PREFIX.idx, and PREFIX.mask where that has a dtype, in one pass and constant memory; they
+    get these names only when complete.
 
     As a context manager it finishes at the end of the block, and leaves nothing behind when the block raises."""
 
-    def __init__(self, prefix: str | Path, dtype: npt.DTypeLike) -> None:
+    def __init__(self, prefix: str | Path, dtype: npt.DTypeLike, mask_dtype: npt.DTypeLike | None = None) -> None:
         self.dtype = np.dtype(dtype).newbyteorder("<")
         codes = [code for code, known in DTYPES.items() if known == self.dtype]
         if not codes:
             raise DataError(f"{prefix}: tokens of type {self.dtype.name} cannot be stored in this format")
         self._code = codes[0]
         self.num_documents = self.num_tokens = 0
-        self._final = [Path(f"{prefix}.bin"), Path(f"{prefix}.idx")]
+        self._mask_dtype = None if mask_dtype is None else np.dtype(mask_dtype)
+        kinds = ("bin", "mask", "idx") if self._mask_dtype else ("bin", "idx")  # complete when there is an index
+        self._final = [Path(f"{prefix}.{kind}") for kind in kinds]
         self._temporary = [Path(f"{path}.tmp") for path in self._final]
         self._final[0].parent.mkdir(parents=True, exist_ok=True)
-        self._bin, self._idx = (open(path, "w+b") for path in self._temporary)  # noqa: SIM115
+        self._files = [open(path, "w+b") for path in self._temporary]  # noqa: SIM115
+        self._bin, self._idx = self._files[0], self._files[-1]
         # The lengths come first in .idx, so they go straight to where they stay; what else it holds follows from them.
         self._idx.seek(HEADER.size)
 
@@ -241,8 +276,8 @@ class IndexedWriter:
         array = np.asarray(tokens)
         self.add_documents(array, [array.size])
 
-    def add_documents(self, tokens: npt.ArrayLike, lengths: npt.ArrayLike) -> None:
-        """Append documents whose `tokens` lie end to end, [sum(lengths)].
+    def add_documents(self, tokens: npt.ArrayLike, lengths: npt.ArrayLike, mask: npt.ArrayLike | None = None) -> None:
+        """Append documents whose `tokens` lie end to end, [sum(lengths)], and so does what the mask says of them.
 
         Raises DataError for an empty document, a document of 2^31 tokens or more, or an id the dtype cannot hold."""
         flat, sizes = np.asarray(tokens), np.asarray(lengths, dtype=np.int64)
@@ -260,6 +295,10 @@ class IndexedWriter:
                     f"{self._final[0]}: token ids from {low} to {high} do not fit {self.dtype.name} "
                     f"({info.min} to {info.max}); was the vocabulary larger than the one given?"
                 )
+        if self._mask_dtype is not None:
+            assert mask is not None
+            assert len(np.asarray(mask)) == flat.size
+            self._files[1].write(np.ascontiguousarray(mask, self._mask_dtype).data)
         self._bin.write(np.ascontiguousarray(flat, self.dtype).data)
         self._idx.write(sizes.astype("<i4").data)
         self.num_documents += sizes.size
@@ -270,7 +309,7 @@ class IndexedWriter:
 
         Raises DataError if they are of another type, or its documents are not of one sequence each."""
         other = IndexedDataset(prefix)
-        if other.dtype != self.dtype or other.num_documents != other.num_sequences:
+        if other.dtype != self.dtype or other.num_documents != other.num_sequences or other.mask is not None:
             raise DataError(
                 f"{prefix}: {other.num_documents} documents of {other.num_sequences} {other.dtype.name} sequences do "
                 f"not go with documents of one {self.dtype.name} sequence each; tokenize the input again"
@@ -283,16 +322,17 @@ class IndexedWriter:
         self.num_tokens += other.num_tokens
 
     def finish(self) -> None:
-        """Complete the index, make both files durable and give them their names. Raises DataError without documents."""
+        """Complete the index, make the files durable and give them their names. Raises DataError without documents."""
         if not self.num_documents:
             raise DataError(f"{self._final[0]}: no document was written")
         self._write_index()
-        for file in (self._bin, self._idx):
+        for file in self._files:
             file.flush()
             os.fsync(file.fileno())
             file.close()
         # An older .idx must never stand beside the new .bin, not even between two renames.
-        self._final[1].unlink(missing_ok=True)
+        self._final[-1].unlink(missing_ok=True)
+        self._final[0].with_suffix(".mask").unlink(missing_ok=True)
         try:
             for temporary, final in zip(self._temporary, self._final, strict=True):
                 os.replace(temporary, final)
@@ -318,7 +358,7 @@ class IndexedWriter:
 
     def abort(self) -> None:
         """Remove what has been written so far; nothing happens after `finish`."""
-        for file, path in zip((self._bin, self._idx), self._temporary, strict=True):
+        for file, path in zip(self._files, self._temporary, strict=True):
             with suppress(OSError):  # on a full disk closing fails as well, but the space is to be given back
                 file.close()
             path.unlink(missing_ok=True)

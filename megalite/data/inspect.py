@@ -41,6 +41,11 @@ def inspect_file(prefix: str, tokenizer: Path | None, count: int, start: int, co
         "made of": ", ".join(made_of.get("inputs", [])),
         "bytes a token": f"{made_of['text_bytes'] / dataset.num_tokens:.2f}" if "text_bytes" in made_of else "",
         **_ids(dataset, made_of.get("vocab_size")),
+        "format": made_of.get("format", ""),
+        "classes": ", ".join(made_of.get("labels", [])),
+        "learned": f"{(n := made_of['num_learned']):,} tokens, {n / dataset.num_tokens:.1%}"
+        if "num_learned" in made_of
+        else "",
     }.items():
         if text:
             console.print(f"  {name:14} {text}", highlight=False, markup=False)
@@ -48,8 +53,11 @@ def inspect_file(prefix: str, tokenizer: Path | None, count: int, start: int, co
     for number in range(start, min(start + count, dataset.num_documents)):
         first, last = (dataset.document_start(d) for d in (number, number + 1))
         console.print(f"\ndocument {number:,}, {last - first:,} tokens", style="bold", highlight=False)
-        ids = dataset.read(first, last).tolist()
-        console.print(Text(known.decode(ids) if known else " ".join(map(str, ids))))
+        ids = dataset.read(first, last)
+        is_learned = np.ones(len(ids), bool) if dataset.mask is None else dataset.mask[first:last] > 0
+        console.print(_marked(ids, is_learned, known))
+    if count and dataset.mask is not None:
+        console.print("\nFrom what stands in ⟦ ⟧ nothing is learned.", style="dim")
 
 
 def _tokenizer_of(prefix: str, made_of: dict[str, Any], given: Path | None) -> Tokenizer | None:
@@ -118,9 +126,11 @@ def inspect_samples(config: Config, split: Split, count: int, start: int, consol
             style="bold",
             highlight=False,
         )
-        for part in _parts(samples):
+        for part in _parts(samples, mixture.view.labels == "next"):
             _print_part(part, tokenizer, console)
-    if count:
+    if count and mixture.view.labels != "next":
+        console.print("\nClasses are told at what stands outside of ⟦ ⟧.", style="dim")
+    elif count:
         attends = "only to its own document" if config.data.document_mask else "to everything before it in the sample"
         console.print(f"\nA token attends {attends}. What stands in ⟦ ⟧ is seen but not predicted.", style="dim")
 
@@ -155,10 +165,12 @@ class Part(NamedTuple):
     is_predicted: Int64s
 
 
-def _parts(sample: Samples) -> list[Part]:
-    """tokens, labels, documents [L] → the documents in it; what fills it up comes as one more."""
+def _parts(sample: Samples, shifted: bool) -> list[Part]:
+    """tokens, labels, documents [L] → the documents in it; what fills it up comes as one more. `shifted`: a label is of
+    the next token."""
     assert sample.documents is not None
-    is_predicted = np.append(False, sample.labels[:-1] != IGNORE)
+    has_label = sample.labels != IGNORE
+    is_predicted = np.append(False, has_label[:-1]) if shifted else has_label
     borders = [0, *(np.flatnonzero(np.diff(sample.documents)) + 1).tolist(), len(sample.tokens)]
     return [
         Part(int(sample.documents[first]), first, sample.tokens[first:last], is_predicted[first:last])
@@ -171,12 +183,17 @@ def _print_part(part: Part, tokenizer: Tokenizer | None, console: Console) -> No
     console.print(
         f"── document {part.document}, tokens {part.first:,} to {last - 1:,} ", style="yellow", highlight=False
     )
-    text = Text(style=COLOURS[part.document % len(COLOURS)])
-    borders = [0, *(np.flatnonzero(np.diff(part.is_predicted)) + 1).tolist(), len(part.tokens)]
+    console.print(_marked(part.tokens, part.is_predicted, tokenizer, COLOURS[part.document % len(COLOURS)]))
+
+
+def _marked(tokens: np.ndarray, is_plain: np.ndarray, tokenizer: Tokenizer | None, style: str = "") -> Text:
+    """With ⟦ ⟧ around what is not."""
+    text = Text(style=style)
+    borders = [0, *(np.flatnonzero(np.diff(is_plain)) + 1).tolist(), len(tokens)]
     for first, stop in itertools.pairwise(borders):
-        words = _text(part.tokens[first:stop].tolist(), tokenizer)
-        text.append(words if part.is_predicted[first] else f"⟦{words}⟧", "" if part.is_predicted[first] else "dim")
-    console.print(text)
+        words = _text(tokens[first:stop].tolist(), tokenizer)
+        text.append(words if is_plain[first] else f"⟦{words}⟧", "" if is_plain[first] else "dim")
+    return text
 
 
 def _text(ids: Sequence[int], tokenizer: Tokenizer | None) -> str:

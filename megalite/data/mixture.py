@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ from megalite.data.dataset import (
     SPLITS,
     MegatronSource,
     PackedSource,
+    RowSource,
     SampleSource,
     Split,
     TokenSource,
@@ -37,6 +38,11 @@ from megalite.errors import DataError
 IGNORE = -100
 """The label of a token after which none is predicted, as everywhere in torch."""
 
+LABELS: dict[str, Literal["next", "token", "document"]] = {
+    "causal": "next", "labels": "token", "classification": "document"
+}  # fmt: skip
+"""Of each `model.task`."""
+
 # Part of every fingerprint: changes whenever a change in megalite/data gives other samples for the same config.
 _SCHEME = "megalite-samples-2"
 
@@ -47,6 +53,8 @@ class View(NamedTuple):
     document_mask: bool = False
     border_loss: bool = True
     fim: FillInTheMiddle | None = None
+    labels: Literal["next", "token", "document"] = "next"
+    """Of each token the one that follows; or its own class; or, at the last token of a document, that of the whole."""
 
 
 PLAIN = View()
@@ -69,27 +77,32 @@ class Mixture:
         self.sources, self.names, self.order, self.view = tuple(sources), tuple(names), order, view
         self.seq_length = sources[0].seq_length
         self._fingerprint = ""
+        self._masked = any(source.dataset.mask is not None for source in sources)
         if any(source.seq_length != self.seq_length for source in sources):
             raise DataError(f"sources of one mixture are cut by lengths of {[s.seq_length for s in sources]}")
 
     def read(self, indices: npt.ArrayLike) -> Samples:
         """[n] global sample indices → what the model sees. Raises ValueError for an index outside the run."""
         index, view = np.asarray(indices, np.int64), self.view
-        tokens, filled, documents = self._windows(index)
+        tokens, filled, documents, mask = self._windows(index)
+        kept = documents[:, :-1].copy() if documents is not None and view.document_mask else None
+        if view.labels != "next":
+            return Samples(tokens[:, :-1].copy(), _classes(view, documents, filled, mask), kept)
         if view.fim:
             assert documents is not None
             view.fim.turn(tokens, documents, filled, index)
         labels = tokens[:, 1:].copy()
+        if mask is not None:
+            labels[mask[:, 1:] == 0] = IGNORE
         if (filled <= self.seq_length).any():
             labels[np.arange(1, self.seq_length + 1) >= filled[:, None]] = IGNORE
         if not view.border_loss:
             assert documents is not None
             labels[documents[:, 1:] != documents[:, :-1]] = IGNORE
-        kept = documents[:, :-1].copy() if documents is not None and view.document_mask else None
         return Samples(tokens[:, :-1].copy(), labels, kept)
 
     def _windows(self, index: Int64s) -> Windows:
-        windows = empty_windows(len(index), self.seq_length, by_document=self.view != PLAIN)
+        windows = empty_windows(len(index), self.seq_length, self.view != PLAIN, self._masked)
         source, sample = self.order.locate(index)
         for number in np.unique(source):
             rows = np.flatnonzero(source == number)
@@ -108,6 +121,21 @@ class Mixture:
             identity = json.dumps([_SCHEME, parts, self.order.identity(), fim])
             self._fingerprint = hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
         return self._fingerprint
+
+    def remarks(self) -> list[str]:
+        """What whoever runs it should know of the data."""
+        return [source.remark for source in self.sources if isinstance(source, RowSource) and source.remark]
+
+
+def _classes(view: View, documents: Int64s | None, filled: Int64s, mask: Int64s | None) -> Int64s:
+    """The class of each token, or of each document at its last token: [n, L]."""
+    assert documents is not None
+    assert mask is not None
+    has_class = mask[:, :-1] > 0
+    has_class &= np.arange(mask.shape[1] - 1) < filled[:, None]
+    if view.labels == "document":
+        has_class &= documents[:, 1:] != documents[:, :-1]
+    return np.where(has_class, mask[:, :-1] - 1, IGNORE)
 
 
 def build_mixtures(config: Config, tokenizer: Tokenizer | None = None) -> dict[Split, Mixture | None]:
@@ -153,12 +181,18 @@ def _build_mixture(
             "shuffle" if which == "train" and data.order == "shuffle" else "sequential",
         )
     fim = FillInTheMiddle.of(data.fim, tokenizer, config.train.seed) if data.fim and which == "train" else None
-    return Mixture(sources, names, order, View(data.document_mask, data.border_loss, fim))
+    if fim and any(source.dataset.mask is not None for source in sources):
+        raise DataError("data.fim turns texts around, which labelled data cannot be; leave one of them out")
+    return Mixture(sources, names, order, View(data.document_mask, data.border_loss, fim, LABELS[config.model.task]))
 
 
 def _cut(dataset: IndexedDataset, config: Config, which: Split, megatron_samples: int | None) -> SampleSource:
     """A split of a dataset as samples; as Megatron-LM's where their number is given."""
     shares, length = config.data.split, config.data.seq_length
+    if dataset.mask is not None:
+        return _cut_rows(dataset, config, which)
+    if config.model.task != "causal":
+        raise DataError(f"model.task: {config.model.task} needs labelled data, but there is no {dataset.prefix}.mask")
     if megatron_samples is not None:  # whose splits go by sequences, of which a document may have several
         first, last = split_range(dataset.num_sequences, shares or (1, 0, 0), which)
         return MegatronSource(dataset, first, last, length, megatron_samples, config.train.seed)
@@ -166,6 +200,20 @@ def _cut(dataset: IndexedDataset, config: Config, which: Split, megatron_samples
     if config.data.packing == "best_fit":
         return PackedSource(dataset, first, last, length)
     return TokenSource(dataset, dataset.document_start(first), dataset.document_start(last), length)
+
+
+def _cut_rows(dataset: IndexedDataset, config: Config, which: Split) -> RowSource:
+    """A split of labelled data, whose rows stay whole whatever `data.packing` says."""
+    data, shares = config.data, config.data.split
+    if data.order == "megatron":
+        raise DataError("data.order: megatron cuts documents anywhere; labelled data needs shuffle or sequential")
+    together = 2 if config.objective.name == "dpo" else 1
+    first, last = split_range(dataset.num_documents // together, shares, which) if shares else (0, 0)
+    last = last if shares else dataset.num_documents // together
+    # A class is told at the last token itself, where a next token would be one more.
+    capacity = data.seq_length + (config.model.task == "causal")
+    first, last = first * together, last * together
+    return RowSource(dataset, first, last, data.seq_length, capacity, together, data.long_rows)
 
 
 def _phases(

@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +41,9 @@ SECONDS_PER_LINE = 5.0
 # one worker after the other, for which `_turn` is a lock between processes.
 BITE = 1 << 19
 _turn: AbstractContextManager[object] = nullcontext()
+
+B = TypeVar("B")
+E = TypeVar("E")
 
 
 class Encoded(NamedTuple):
@@ -132,7 +135,7 @@ class _Job:
         else:
             shards.remove(name)
             part = self.run(name, shard)
-        with _Meter("joining shards", self.settings["input_bytes"], self.console) as meter:
+        with Meter("joining shards", self.settings["input_bytes"], self.console) as meter:
             whole = shards.join(prefix, shard.count, self.settings, self.exact, self.packing.dtype, meter.update)
         return whole or part
 
@@ -164,7 +167,9 @@ class _Job:
             return self._write(prefix, shard, library, None, encode)
         # Spawned, since a fork of a process with threads may hang.
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(self.workers, context, initializer=_start_worker, initargs=(context.Lock(),)) as pool:
+        with ProcessPoolExecutor(
+            self.workers, context, initializer=start_tokenizing, initargs=(context.Lock(),)
+        ) as pool:
             return self._write(prefix, shard, library, pool, encode)
 
     def _write(
@@ -178,8 +183,8 @@ class _Job:
         try:
             with (
                 writer,
-                _Meter("tokenizing", high - low, self.console) as meter,
-                closing(_encoded(blocks, encode, pool, self.workers)) as results,
+                Meter("tokenizing", high - low, self.console) as meter,
+                closing(in_order(blocks, encode, pool, self.workers)) as results,
             ):
                 numbers = LineNumbers(report)
                 for block, encoded in results:
@@ -268,14 +273,14 @@ except ImportError:  # installed without a compiler
     join_documents = join_documents_reference
 
 
-def _encoded(
-    blocks: Iterator[Block], encode: Callable[[Block], Encoded], pool: Executor | None, workers: int
-) -> Generator[tuple[Block, Encoded], None, None]:
-    """Every block and its tokens, in order, at most BLOCKS_PER_WORKER × `workers` of them under way."""
+def in_order(
+    blocks: Iterator[B], encode: Callable[[B], E], pool: Executor | None, workers: int
+) -> Generator[tuple[B, E], None, None]:
+    """Every block and what is made of it, in order, at most BLOCKS_PER_WORKER × `workers` of them under way."""
     if pool is None:
         yield from ((block, encode(block)) for block in blocks)
         return
-    pending: deque[tuple[Block, Future[Encoded]]] = deque()
+    pending: deque[tuple[B, Future[E]]] = deque()
     try:
         for block in blocks:
             pending.append((block, pool.submit(encode, block)))
@@ -291,14 +296,14 @@ def _encoded(
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _start_worker(turn: AbstractContextManager[object] | None = None) -> None:
+def start_tokenizing(turn: AbstractContextManager[object] | None = None) -> None:
     global _turn
     _turn = turn or _turn
     os.environ["RAYON_NUM_THREADS"] = "1"  # the processes are the parallelism
     start_worker()
 
 
-class _Meter:
+class Meter:
     """A progress bar on a terminal; elsewhere, as in a job's log, a line every few seconds. Nothing without console."""
 
     def __init__(self, name: str, total_bytes: int, console: Console | None) -> None:
@@ -325,7 +330,7 @@ class _Meter:
                 highlight=False,
             )
 
-    def __enter__(self) -> _Meter:
+    def __enter__(self) -> Meter:
         if self._bar is not None:
             self._bar.start()
         return self

@@ -130,6 +130,14 @@ class HuggingFaceTokenizer(Tokenizer):
         starts = range(len(whole) - len(ids) + 1)
         return next((whole[: start + len(ids)] for start in starts if whole[start : start + len(ids)] == ids), ids)
 
+    def encode_with_offsets(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """Ids of each text, with no special token added, and the characters [start, stop) that each is made of."""
+        return [(e.ids, e.offsets) for e in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+
+    def control_tokens(self) -> list[str]:
+        """What no text holds: its special tokens."""
+        return [token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special]
+
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
 

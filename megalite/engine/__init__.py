@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from megalite.config import Config
+from megalite.engine.gather import HostBuffers
 from megalite.mesh import Mesh
 from megalite.models.weights import Weight
 from megalite.parallel.stage import Stage
@@ -70,9 +71,16 @@ class Engine(Protocol):
         """What this rank holds of weights and optimizer state, and who must hold the same; in one order on all of
         them."""
 
-    def gather(self, kind: str, owners: Mapping[str, int]) -> dict[str, Tensor]:
+    def gather(self, kind: str, owners: Mapping[str, int], buffers: HostBuffers | None = None) -> dict[str, Tensor]:
         """The logical tensors this rank owns, on the host. `kind` is "weight", "grad" (after `finish`) or one of
-        `states`; `owners` gives a global rank for every weight. All ranks call it."""
+        `states`; `owners` gives a global rank for every weight. All ranks call it. With `buffers`, the copies are
+        there only when the device has come to them, and may be in memory that is used again."""
+
+    def gather_later(
+        self, kinds: Sequence[str], owners: Mapping[str, int], buffers: HostBuffers
+    ) -> Callable[[], dict[str, dict[str, Tensor]]]:
+        """`gather` of several kinds as they are now: what is returned is to be called once, from another thread, and
+        until that is done no step and no `load` changes them. All ranks call it."""
 
 
 def make_engine(stages: Sequence[Stage], weights: Sequence[Weight], plan: Plan, mesh: Mesh, config: Config) -> Engine:

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from functools import cache
@@ -42,7 +42,7 @@ from torch import Tensor
 
 from megalite.config import Config, OptimizerConfig
 from megalite.engine import STATES, Permit, ReadState, Sharing
-from megalite.engine.gather import assemble_on
+from megalite.engine.gather import HostBuffers, assemble_on
 from megalite.engine.layout import elements_of
 from megalite.errors import ConfigError
 from megalite.mesh import Axis, Mesh
@@ -76,7 +76,7 @@ def deepspeed_config(config: Config, plan: Plan) -> dict[str, Any]:
         # A buffer holds a replica's share of one weight; on the host there is room for none besides.
         zero["offload_param"] |= {"buffer_size": -(-largest // plan.replicas), "max_in_cpu": 0}
     return {
-        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
+        "train_micro_batch_size_per_gpu": plan.micro_batch_size,
         "gradient_accumulation_steps": plan.micro_batches,
         "gradient_clipping": config.optimizer.clip,
         # Unchecked, stage 2 takes the norm of gradients that are not finite for 1.
@@ -283,7 +283,7 @@ class DeepSpeedEngine:
             yield Sharing(True, fragment.weight.shard is None, False), fragment.parameter.detach()
 
     @torch.no_grad()
-    def gather(self, kind: str, owners: Mapping[str, int]) -> dict[str, Tensor]:
+    def gather(self, kind: str, owners: Mapping[str, int], buffers: HostBuffers | None = None) -> dict[str, Tensor]:
         """Fragments go from every replica to the owner's, then local tensors over the tensor axis to the owner."""
         owned: dict[str, Tensor] = {}
         shares = self._shares(kind)
@@ -292,10 +292,16 @@ class DeepSpeedEngine:
             share = shares.pop(number).to(self.mesh.device)
             local = _collect(share, self._spans[number], self.mesh.replicas, replica)
             if local is not None:
-                whole = assemble_on(tensor_rank, weight, local, self.mesh)
+                whole = assemble_on(tensor_rank, weight, local, self.mesh, buffers)
                 if whole is not None:
                     owned[weight.name] = whole
         return owned
+
+    def gather_later(
+        self, kinds: Sequence[str], owners: Mapping[str, int], buffers: HostBuffers
+    ) -> Callable[[], dict[str, dict[str, Tensor]]]:
+        gathered = {kind: self.gather(kind, owners, buffers) for kind in kinds}
+        return lambda: gathered
 
     def _shares(self, kind: str) -> dict[int, Tensor]:
         """Of every weight, by its number: the elements this replica answers for."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -22,16 +24,95 @@ def gather_parts(part: Tensor, axis: Axis, owner: int) -> list[Tensor]:
     return parts or []
 
 
-def assemble_on(owner: int, weight: Weight, local: Tensor, mesh: Mesh) -> Tensor | None:
+class HostBuffers:
+    """Memory for copies on the host that is used again each time the same tensors are copied in the same order: new
+    memory costs ten times the copy in page faults, and a device copies quickly to pinned memory only."""
+
+    def __init__(self) -> None:
+        self._buffers: list[Tensor] = []
+        self._next = 0
+
+    def reuse(self) -> None:
+        """What was copied before is overwritten from now on."""
+        self._next = 0
+
+    def copy(self, part: Tensor) -> Tensor:
+        """A copy on the host, which is there once the device has come to it."""
+        known = self._buffers[self._next] if self._next < len(self._buffers) else None
+        if known is None or (known.shape, known.dtype) != (part.shape, part.dtype):
+            known = torch.empty_like(part, device="cpu", pin_memory=part.device.type == "cuda")
+            self._buffers[self._next :] = [known]
+        self._next += 1
+        return known.copy_(part, non_blocking=True)
+
+
+def assemble_on(
+    owner: int, weight: Weight, local: Tensor, mesh: Mesh, buffers: HostBuffers | None = None
+) -> Tensor | None:
     """The logical tensor on the host of tensor rank `owner`, None on the others. `local` is flat, and all tensor ranks
-    call it where the weight is cut."""
+    call it where the weight is cut. Of an uncut weight it is in `buffers`, where they are given."""
     cut = weight.shard is not None and mesh.tensor.size > 1
     locals_ = gather_parts(local, mesh.tensor, owner) if cut else [local]
     if owner != mesh.tensor.rank:
         return None
     shape = weight.local_shape(mesh.tensor.size)
+    if buffers is not None and not cut:
+        return buffers.copy(local).view(shape)
     # Assembled on the host: the largest weights must not be on the device twice.
     return weight.assemble([_on_host(part).view(shape) for part in locals_])
+
+
+class Gather(Protocol):
+    """A way for tensors to get to their owner."""
+
+    def parts(self, part: Tensor, axis: Axis, owner: int) -> list[Tensor]:
+        """Everybody's `part`, in rank order, on the owner; nothing on the others."""
+
+    def assemble(self, owner: int, weight: Weight, local: Tensor, mesh: Mesh) -> Tensor | None:
+        """The logical tensor on the host of tensor rank `owner`, None on the others. `local` is flat, and all tensor
+        ranks call it where the weight is cut."""
+
+
+class GatherOnHost:
+    """As part of the loop."""
+
+    def __init__(self, buffers: HostBuffers | None = None):
+        self._buffers = buffers
+
+    def parts(self, part: Tensor, axis: Axis, owner: int) -> list[Tensor]:
+        return gather_parts(part, axis, owner)
+
+    def assemble(self, owner: int, weight: Weight, local: Tensor, mesh: Mesh) -> Tensor | None:
+        return assemble_on(owner, weight, local, mesh, self._buffers)
+
+
+class GatherAside:
+    """By messages over a group of its own, from a thread beside the loop; of tensors that are copies already. Making
+    one is a collective."""
+
+    def __init__(self, mesh: Mesh):
+        self._group = dist.new_group(backend="gloo") if mesh.world.size > 1 else None
+
+    def parts(self, part: Tensor, axis: Axis, owner: int) -> list[Tensor]:
+        if axis.size == 1:
+            return [part]
+        ranks = dist.get_process_group_ranks(axis.group)
+        if axis.rank != owner:
+            dist.send(part.contiguous(), ranks[owner], self._group)
+            return []
+        parts = [part if rank == owner else torch.empty_like(part) for rank in range(axis.size)]
+        for rank, received in enumerate(parts):
+            if rank != owner:
+                dist.recv(received, ranks[rank], self._group)
+        return parts
+
+    def assemble(self, owner: int, weight: Weight, local: Tensor, mesh: Mesh) -> Tensor | None:
+        cut = weight.shard is not None and mesh.tensor.size > 1
+        locals_ = self.parts(local, mesh.tensor, owner) if cut else [local]
+        if owner != mesh.tensor.rank:
+            return None
+        shape = weight.local_shape(mesh.tensor.size)
+        return weight.assemble([part.view(shape) for part in locals_])
 
 
 def _on_host(part: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ answers for one equal shard of every bucket. A step:
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -29,9 +30,10 @@ import torch.nn as nn
 from torch import Tensor
 from torch.profiler import record_function
 
+from megalite.activity import NOW
 from megalite.config import Config
 from megalite.engine import STATES, Permit, ReadState, Sharing
-from megalite.engine.gather import assemble_on, gather_parts
+from megalite.engine.gather import Gather, GatherAside, GatherOnHost, HostBuffers
 from megalite.engine.layout import Bucket, Slot, elements_of, make_buckets
 from megalite.kernels.optimizer import adamw_, adamw_factors, sum_of_squares
 from megalite.kernels.weight_gradient import accumulate_weight_gradient
@@ -114,6 +116,9 @@ class NativeEngine:
         self.buckets = [BucketState(bucket, mesh, self.dtype, plan.zero_stage) for bucket in layout]
         self._home: dict[Tensor, tuple[BucketState, Slot]] = {}
         self._adopt(models)
+        self._unchanging = threading.Event()  # no copy of the state is still to be made
+        self._unchanging.set()
+        self._aside: GatherAside | None = None
         self._micro_batches = 1
         self._next = 0  # stages 0 and 1 reduce buckets in one order on all ranks, or their collectives would mix
         self._in_flight: deque[tuple[BucketState, Tensor, Wait]] = deque()
@@ -240,6 +245,7 @@ class NativeEngine:
         # Before the first update, where there is nothing to correct yet, a refused step must not divide by 0.
         factors = adamw_factors(divisor, self._num_updates.clamp(min=1), self.config.betas)
         self.settle()
+        self.await_copies()
         for bucket in self._forward_order:
             self._update(bucket, factors, lr)
             bucket.grad_shard, bucket.filled = None, set()
@@ -283,6 +289,7 @@ class NativeEngine:
     def load(self, read: ReadState, num_updates: int = 0) -> None:
         # In fp32 the weights are the master weights, and begin as them.
         kind = "master" if self.dtype == torch.float32 else "weight"
+        self.await_copies()
         self._num_updates.fill_(num_updates)
         for bucket in self.buckets:
             _fill(bucket, bucket.weights, 0, slice(bucket.low, bucket.high), read, kind)
@@ -300,26 +307,59 @@ class NativeEngine:
             for state in self.states:
                 yield Sharing(self.zero_stage == 0, whole, bucket.layout.tied), getattr(bucket, state)
 
-    def gather(self, kind: str, owners: Mapping[str, int]) -> dict[str, Tensor]:
+    def gather(self, kind: str, owners: Mapping[str, int], buffers: HostBuffers | None = None) -> dict[str, Tensor]:
         """Shards travel over the replicas to the owner of their bucket, then local tensors over the tensor axis to the
         owner of the weight: the groups that training uses anyway, and memory for one bucket."""
         self.settle()
+        return self._assemble([bucket.state(kind) for bucket in self.buckets], owners, GatherOnHost(buffers))
+
+    def _assemble(self, shards: Sequence[Tensor], owners: Mapping[str, int], way: Gather) -> dict[str, Tensor]:
+        """From this rank's shard of every bucket."""
         owned: dict[str, Tensor] = {}
-        for bucket in self.buckets:
+        for bucket, shard in zip(self.buckets, shards, strict=True):
             slots = bucket.layout.slots
             pipeline_rank, replica, _ = self.mesh.place_of(owners[slots[0].weight.name])
             if pipeline_rank != self.mesh.pipeline.rank:  # the copy of a tied weight
                 continue
-            shards = gather_parts(bucket.state(kind), self.mesh.replicas, replica)
+            parts = way.parts(shard, self.mesh.replicas, replica)
             if replica != self.mesh.replicas.rank:
                 continue
-            flat = torch.cat(shards) if len(shards) > 1 else shards[0]
+            flat = torch.cat(parts) if len(parts) > 1 else parts[0]
             for slot in slots:
                 tensor_rank = self.mesh.place_of(owners[slot.weight.name])[2]
-                whole = assemble_on(tensor_rank, slot.weight, flat[slot.start : slot.stop], self.mesh)
+                whole = way.assemble(tensor_rank, slot.weight, flat[slot.start : slot.stop], self.mesh)
                 if whole is not None:
                     owned[slot.weight.name] = whole
         return owned
+
+    def gather_later(
+        self, kinds: Sequence[str], owners: Mapping[str, int], buffers: HostBuffers
+    ) -> Callable[[], dict[str, dict[str, Tensor]]]:
+        if self.mesh.device.type != "cpu":  # a device keeps the order of its stream, and NCCL is quick
+            gathered = {kind: self.gather(kind, owners, buffers) for kind in kinds}
+            return lambda: gathered
+        self.settle()
+        if self._aside is None:
+            self._aside = GatherAside(self.mesh)
+        way = self._aside
+        self._unchanging.clear()
+
+        def copy() -> dict[str, dict[str, Tensor]]:
+            assert not self._unchanging.is_set(), "the state of that moment is gone"
+            try:
+                shards = {kind: [buffers.copy(bucket.state(kind)) for bucket in self.buckets] for kind in kinds}
+            finally:
+                self._unchanging.set()
+            return {kind: self._assemble(shards[kind], owners, way) for kind in kinds}
+
+        return copy
+
+    def await_copies(self) -> None:
+        """What a checkpoint takes must not change before it is copied, which happens beside the next forward and
+        backward pass."""
+        if not self._unchanging.is_set():
+            NOW.do("waiting for the checkpoint's copy")
+            self._unchanging.wait()
 
 
 def _number_in(weights: Sequence[Weight]) -> Callable[[Slot], int]:

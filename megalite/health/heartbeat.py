@@ -13,6 +13,9 @@ from pathlib import Path
 from megalite.activity import NOW
 from megalite.mesh import node_name
 
+SIZE = 2048
+"""Bytes of a file, so that one can take the place of another."""
+
 
 @dataclass(frozen=True)
 class Heartbeat:
@@ -76,11 +79,18 @@ def path_of(folder: Path, rank: int) -> Path:
 
 
 def write(folder: Path, beat: Heartbeat) -> None:
-    """A reader sees the one before or this one. Not durable: that would be dear, and a crash makes it worthless."""
+    """A reader sees the one before or this one. Not durable: that would be dear, and a crash makes it worthless.
+
+    Raises OSError where a disk does not take it."""
     path = path_of(folder, beat.rank)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(asdict(beat)))
-    temporary.replace(path)
+    text = json.dumps(asdict(beat)).ljust(SIZE)
+    try:
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(text)
+        temporary.replace(path)
+    except OSError:  # a full disk still takes it in the place of the one before
+        with open(path, "r+") as file:
+            file.write(text)
 
 
 def read_all(folder: Path, world_size: int, run: int) -> dict[int, Heartbeat]:

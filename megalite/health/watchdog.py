@@ -57,6 +57,7 @@ class Watchdog:
         self._beat, self._beats, self._stalled_s, self._looked = 0, NOW.beats, 0.0, time.monotonic()
         self._heard: dict[int, tuple[int, float]] = {}
         """In a stall, of each other rank: its last heartbeat, and how long the stall had lasted when it was seen."""
+        self._mute = self._warned = False
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -116,8 +117,18 @@ class Watchdog:
         return take(self._rank, self._run, self._beat, self._stalled_s, self._patience_s)
 
     def _write(self, beat: Heartbeat) -> None:
-        with contextlib.suppress(OSError):
+        try:
             write(self._folder, beat)
+            self._mute = False
+        except OSError as error:
+            if not self._mute and not self._warned:
+                self._warned = True
+                said = (
+                    f"warning: rank {self._rank} cannot write its heartbeat: {error}; others' silence may be the disk's"
+                )
+                with contextlib.suppress(OSError):
+                    os.write(2, f"{said}\n".encode())
+            self._mute = True
 
     def _hangs(self) -> bool:
         """Whether no rank is in good time. Asked at every look of a stall, as silence takes several to be noticed."""
@@ -132,6 +143,8 @@ class Watchdog:
         return not in_good_time
 
     def _is_silent(self, rank: int, beat: Heartbeat | None) -> bool:
+        if self._mute:  # the disk may be to blame for theirs as well
+            return False
         number = beat.beat if beat else 0
         last, since = self._heard.setdefault(rank, (number, self._stalled_s))
         if number != last:

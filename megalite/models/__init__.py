@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from megalite.config import ModelConfig, describe_errors
 from megalite.errors import ConfigError
+from megalite.models import heads
 from megalite.models.layers import Decoder
 from megalite.models.weights import Weight
 from megalite.resources import configs_dir, read_yaml
@@ -72,9 +73,11 @@ def model_config(values: dict[str, Any]) -> ModelConfig:
         raise ConfigError("model needs a `preset`, an `hf` folder, or a `family` with its fields")
     config_class = family(merged["family"]).CONFIG
     try:
-        return config_class.model_validate(merged)
+        config = config_class.model_validate(merged)
     except ValidationError as error:
         raise ConfigError(describe_errors(error, config_class)) from None
+    heads.check_head(config)
+    return config
 
 
 def _read_preset(name: str) -> dict[str, Any]:
@@ -110,18 +113,18 @@ def from_hf_config(hf: dict[str, Any]) -> dict[str, Any]:
         guess = f"did you mean {close[0]!r}? " if close else ""
         raise ConfigError(f"config.json has model_type = {kind!r}; {guess}megalite knows {', '.join(FAMILIES)}")
     try:
-        return family(kind).from_hf(hf)
+        return family(kind).from_hf(hf) | heads.from_hf(hf)
     except KeyError as error:
         raise ConfigError(f"config.json of a {kind} model lacks {error.args[0]!r}") from None
 
 
 def to_hf_config(config: ModelConfig) -> dict[str, Any]:
-    return family(config.family).to_hf(config)
+    return family(config.family).to_hf(config) | heads.to_hf(config)
 
 
 def weight_table(config: ModelConfig) -> tuple[Weight, ...]:
     """Every weight of the model, in the order in which a forward pass meets them."""
-    return tuple(family(config.family).weights(config))
+    return heads.head_rows(config, family(config.family).weights(config))
 
 
 def set_parameters(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -135,4 +138,4 @@ def set_parameters(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> 
 def build_model(config: ModelConfig) -> Decoder:
     """The clean model on the meta device: shapes without memory. An engine gives it weights."""
     with torch.device("meta"):
-        return family(config.family).MODEL(config)
+        return heads.put_on(family(config.family).MODEL(config), config)

@@ -35,6 +35,7 @@ class Console:
         self._began = time.perf_counter()
         self._pace: deque[tuple[float, int]] = deque(maxlen=100)
         self._drawn = 0.0
+        self._lost, self._why = 0, ""
         self._rich = rich.console.Console(highlight=False)
         # An ordinary print is what a log file needs: no width to wrap at, and flushed line by line.
         live = sys.stdout.isatty() and not self._rich.is_dumb_terminal
@@ -111,8 +112,12 @@ class Console:
 
     def evaluation(self, record: dict[str, float]) -> None:
         split = "test" if "test_loss" in record else "valid"
-        loss, perplexity = record[f"{split}_loss"], record[f"{split}_perplexity"]
-        text = f"{self._at(f'{split:<5}', record['step'])}  loss {loss:8.4f}  perplexity {perplexity:.2f}"
+        loss = record[f"{split}_loss"]
+        text = f"{self._at(f'{split:<5}', record['step'])}  loss {loss:8.4f}"
+        others = {key.removeprefix(f"{split}_"): x for key, x in record.items() if key != "step" and "loss" not in key}
+        text += "".join(
+            f"  {name.replace('_', ' ')} {x:.{2 if name == 'perplexity' else 4}f}" for name, x in others.items()
+        )
         of_source = {key.removeprefix(f"{split}_loss/"): x for key, x in record.items() if "_loss/" in key}
         text += f"  ({', '.join(f'{name} {x:.4f}' for name, x in of_source.items())})" if of_source else ""
         if split == "test":
@@ -150,11 +155,17 @@ class Console:
         return clock(seconds * (self._total - step))
 
     def _print(self, text: str, style: str = "") -> None:
-        if self._progress:
-            self._progress.refresh()  # the live line stays below: bring it up to this step first
-            self._rich.print(Text(text, style=style), soft_wrap=True)
-        else:
-            print(text, flush=True)
+        try:
+            if self._lost:
+                print(f"warning: {self._lost} lines were lost before this one: {self._why}", flush=True)
+                self._lost = 0
+            if self._progress:
+                self._progress.refresh()  # the live line stays below: bring it up to this step first
+                self._rich.print(Text(text, style=style), soft_wrap=True)
+            else:
+                print(text, flush=True)
+        except OSError as error:  # the log's disk may have room again later
+            self._lost, self._why = self._lost + 1, error.strerror or str(error)
 
 
 def compact(number: float) -> str:

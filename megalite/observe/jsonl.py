@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from io import FileIO
 from pathlib import Path
+
+MOST_PENDING = 32 << 20
+"""Bytes of lines that wait for a disk. (Of more, the oldest are lost.)"""
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, float | None]]:
@@ -23,22 +28,58 @@ def read_metrics(path: Path) -> Iterator[dict[str, float | None]]:
 
 class JsonlSink:
     """Appends to `path`. After a resume from step `start_step` the lines of later steps are dropped first, so that the
-    file reads as if the run had never stopped."""
+    file reads as if the run had never stopped.
+
+    A disk that is full or gone loses no line: they wait in memory until one can be written again. `say` prints a line
+    for the user when that begins."""
 
     name = "metrics.jsonl"
 
-    def __init__(self, path: Path, start_step: int):
-        if path.exists():
-            _rewind(path, start_step)
-        self._file = path.open("a", encoding="utf-8", buffering=1)  # a line is in the file as soon as it is written
+    def __init__(self, path: Path, start_step: int, say: Callable[[str], None] = print):
+        self._path, self._start_step, self._say = path, start_step, say
+        self._file: FileIO | None = None
+        self._rewound = not path.exists()
+        self._pending = b""
+        self._error: OSError | None = None
+        self._flush()
 
     def step(self, record: dict[str, float]) -> None:
-        self._file.write(_line(record))
+        self._pending += _line(record).encode()
+        self._flush()
 
     evaluation = tasks = step
 
     def close(self, status: str) -> None:
-        self._file.close()
+        """Raises OSError where lines are lost."""
+        self._flush()
+        if self._file is not None:
+            self._file.close()
+        if self._error is not None:
+            raise self._error
+
+    def _flush(self) -> None:
+        try:
+            if not self._rewound:
+                _rewind(self._path, self._start_step)
+                self._rewound = True
+            if self._file is None:
+                self._file = FileIO(self._path, "a")
+            while self._pending:  # of which a disk that fills up takes a part
+                self._pending = self._pending[self._file.write(self._pending) :]
+            self._error = None
+        except OSError as error:
+            if self._error is None:
+                self._say(f"warning: {self._path}: {error.strerror or error}; its lines wait until there is room again")
+            self._error = error
+            self._pending = self._pending[-MOST_PENDING:]
+            self._close_quietly()
+
+    def _close_quietly(self) -> None:
+        """What opens it again may find another file system there."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.close()
+            self._file = None
 
 
 def _line(record: Mapping[str, float | None]) -> str:
@@ -49,8 +90,13 @@ def _line(record: Mapping[str, float | None]) -> str:
 
 def _rewind(path: Path, start_step: int) -> None:
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(_line(record) for record in read_metrics(path) if (record["step"] or 0) <= start_step)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines(_line(record) for record in read_metrics(path) if (record["step"] or 0) <= start_step)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -39,9 +41,15 @@ class Profiler:
         profiled, self._profile, self.active = self._profile, None, False
         self.settle()
         profiled.stop()
-        self.folder.mkdir(parents=True, exist_ok=True)
         first, last = self.config.steps
-        profiled.export_chrome_trace(str(self.folder / f"steps-{first}-{last}-rank-{self.rank}.json.gz"))
+        path = self.folder / f"steps-{first}-{last}-rank-{self.rank}.json.gz"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            profiled.export_chrome_trace(str(path))
+        except (OSError, RuntimeError) as error:  # a trace is not worth a run
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+                print(f"warning: {path} could not be written: {error}", file=sys.stderr, flush=True)
 
     def __enter__(self) -> Profiler:
         return self

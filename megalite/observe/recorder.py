@@ -14,6 +14,7 @@ from megalite.observe.jsonl import JsonlSink
 from megalite.observe.plot import PlotSink
 from megalite.observe.tensorboard import TensorboardSink
 from megalite.observe.wandb import WandbSink
+from megalite.secrecy import hide_secrets
 
 
 class Sink(Protocol):
@@ -52,7 +53,7 @@ class Recorder:
         self._sinks: list[Sink] = []
         self._console: Console | None = None
         self._console = self._add(lambda: Console(config, folder, num_params, start_step, layout or {}), "console")
-        self._add(lambda: JsonlSink(metrics, start_step), JsonlSink.name)
+        self._add(lambda: JsonlSink(metrics, start_step, self.message), JsonlSink.name)
         if config.observe.tensorboard:
             self._add(lambda: TensorboardSink(folder / "tensorboard", start_step), TensorboardSink.name)
         if config.observe.wandb.mode != "disabled":
@@ -78,6 +79,7 @@ class Recorder:
 
     def message(self, text: str) -> None:
         """A line on the console."""
+        text = hide_secrets(text)
         try:
             if self._console is not None:
                 self._console.message(text)

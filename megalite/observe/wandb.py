@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from megalite.config import Config
+from megalite.secrecy import hide_secrets
 
 INIT_SECONDS = 30
 FINISH_SECONDS = 30  # for the last upload; what is left then stays on disk for `wandb sync`
@@ -114,9 +115,7 @@ class WandbSink:
 
     def _warn(self, what: str, error: Exception) -> None:
         reason = " ".join(str(error).split()) or type(error).__name__
-        if key := os.environ.get("WANDB_API_KEY"):
-            reason = reason.replace(key, "<key>")
-        self._say(f"warning: W&B {what}: {reason}")
+        self._say(f"warning: W&B {what}: {hide_secrets(reason)}")
 
 
 def _has_credentials(base_url: str) -> bool:

@@ -64,7 +64,8 @@ def apply_chunked_loss(model: Decoder, weights: Sequence[Weight], axis: Axis, se
 
 
 def _vocab_size(weights: Iterable[Weight]) -> int:
-    return next(weight.shape[0] for weight in weights if weight.shard == "vocab")
+    """Rows of the head; where it is tied, the embedding's."""
+    return [weight.shape[0] for weight in weights if weight.shard == "vocab"][-1]
 
 
 def apply_context_parallelism(model: nn.Module, axis: Axis) -> None:

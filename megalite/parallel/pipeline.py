@@ -8,7 +8,7 @@ schedule beside the hidden states is only their number.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,6 +31,8 @@ from megalite.parallel.stage import MESSAGES_UNDER_WAY, Inputs, Stage
 from megalite.parallel.tensor import PutOff
 from megalite.plan import Plan
 
+LossOf = Callable[[Tensor, Inputs], Tensor]
+"""Takes the losses [B,T] of a micro-batch to the one number to descend."""
 SCHEDULES: dict[str, Any] = {"interleaved": ScheduleInterleaved1F1B, "zero_bubble": ScheduleInterleavedZeroBubble}
 
 
@@ -49,12 +51,12 @@ class Pipeline:
         self.stages, self.mesh, self.hidden = stages, mesh, hidden
         self._sequence_cut = plan.tensor if plan.sequence else 1
         self._batch: Sequence[Inputs] = ()
-        self._num_tokens = self._total = torch.zeros(())
+        self._loss_of: LossOf | None = None
         parts = [self._part(stage, plan, later) for stage, later in zip(stages, deferred, strict=True)]
         self._parts = parts
         arguments: dict[str, Any] = {
             "n_microbatches": plan.micro_batches,
-            "loss_fn": self._count_loss,
+            "loss_fn": lambda loss, number: loss,
             "scale_grads": False,
         }
         if plan.schedule == "1f1b":
@@ -79,11 +81,10 @@ class Pipeline:
         part.hidden, part.sends_itself = self.hidden, plan.schedule != "1f1b"
         return part
 
-    def forward_backward(self, batch: Sequence[Inputs], num_tokens: Tensor, engine: Engine) -> Tensor:
-        """Run the schedule over a step's micro-batches, each token's loss divided by `num_tokens`. Returns the sum of
-        the losses on the last stage, 0 on others."""
-        self._batch, self._num_tokens = batch, num_tokens
-        self._total = torch.zeros((), device=self.mesh.device)
+    def forward_backward(self, batch: Sequence[Inputs], loss_of: LossOf, engine: Engine) -> None:
+        """Run the schedule over a step's micro-batches. The last stage asks `loss_of` once for what each of them is to
+        descend."""
+        self._batch, self._loss_of = batch, loss_of
         numbers = torch.arange(len(batch))
         engine.begin(len(batch))
         first = (numbers,) if self.stages[0].span.first else ()
@@ -91,15 +92,13 @@ class Pipeline:
         for part in self._parts:
             part.await_sent(0)
         engine.finish()
-        return self._total
 
     def _run(self, stage: Stage, x: Tensor, number: int) -> Tensor:
         out = stage(None if stage.span.first else x, self._batch[number])
-        return out.sum() / self._num_tokens if stage.span.last else out
-
-    def _count_loss(self, loss: Tensor, number: Tensor) -> Tensor:
-        self._total += loss.detach()
-        return loss
+        if not stage.span.last:
+            return out
+        assert self._loss_of is not None
+        return self._loss_of(out, self._batch[number])
 
     @torch.no_grad()
     def forward(self, batch: Sequence[Inputs]) -> list[Tensor]:

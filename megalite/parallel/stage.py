@@ -8,11 +8,23 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from megalite.models.layers import Decoder, Places
+from megalite.models.layers import IGNORE, Decoder, Places
 from megalite.plan import StageSpan
 
 MESSAGES_UNDER_WAY = 2
 """Hidden states and gradients a stage may have on their way to its neighbours at a time."""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs of answers in each row, documents 2p and 2p + 1: P of them at most."""
+
+    real_BP: Tensor
+    """Whether there is one."""
+    reference_BP2: Tensor
+    """Log-probabilities to compare with, fp32."""
+    share: float
+    """Of each pair that counts on this rank: context ranks share pairs, and each knows all of them."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +37,16 @@ class Inputs:
     """Without them, the last stage gives logits instead of losses."""
     last_B: Tensor | None = None
     """The one token of each row whose logits are asked for; None: of all."""
+    pairs: Pairs | None = None
+
+    @property
+    def count_B(self) -> Tensor:
+        """What the sum of each row's losses is divided by: its labels, or pairs. Summed over the replicas, that of the
+        whole row."""
+        if self.pairs is not None:
+            return self.pairs.real_BP.sum(1) * self.pairs.share
+        assert self.labels_BT is not None
+        return (self.labels_BT != IGNORE).sum(1)
 
 
 class Stage(nn.Module):

@@ -64,7 +64,7 @@ def _header(estimate: Estimate) -> list[str]:
     return [
         f"{model}, {_count(plan.num_params)} parameters, on {plan.world_size} × {hardware.chip.chip} ({joined})",
         f"{layout}{pipeline}",
-        f"{_number(plan.micro_batches, 'micro-batch', 'es')} of {config.train.micro_batch_size} × "
+        f"{_number(plan.micro_batches, 'micro-batch', 'es')} of {plan.micro_batch_size} × "
         f"{config.data.seq_length:,} tokens a rank; "
         f"ZeRO stage {plan.zero_stage}; recompute {config.train.recompute}; "
         f"sequence parallel {'on' if plan.sequence else 'off'}",

@@ -105,10 +105,10 @@ def shapes_of(config: Config, plan: Plan, weights: Sequence[Weight]) -> Shapes:
     heads, head_size = model.num_attention_heads, model.head_size
     kv_heads = getattr(model, "kv_heads", heads)
     train, length = config.train, config.data.seq_length
-    tokens = train.micro_batch_size * length // plan.context
+    tokens = plan.micro_batch_size * length // plan.context
     return Shapes(
         tokens=tokens,
-        micro_batch_size=train.micro_batch_size,
+        micro_batch_size=plan.micro_batch_size,
         seq_length=length,
         hidden=model.hidden_size,
         norm_hidden=model.hidden_size // plan.tensor if plan.sequence else model.hidden_size,

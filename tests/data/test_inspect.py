@@ -39,7 +39,7 @@ def test_a_file_is_described(corpus: Path, capsys: pytest.CaptureFixture[str]) -
     assert "shortest 3, median 8, 90% 21, 99% 21, longest 40" in found
     shares = [float(share) for share in re.findall(r"([0-9.]+)% of the tokens", found)]
     assert shares == [4.2, 0.0, 11.1, 29.2, 55.6]  # 3, 8 to 15, 16 to 31, 32 to 63
-    assert "document 1, 3 tokens\n100 101 102\n" in found
+    assert "document 1, 3 tokens\n100 101 102 \n" in found
     assert "document 2, 21 tokens\n200 201" in found
     assert "document 3" not in found
 

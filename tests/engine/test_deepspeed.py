@@ -59,7 +59,7 @@ def run_steps(parts: Parts, mesh: Mesh, steps: range, count: int, owners: dict[s
     """What these steps give; on rank 0, also every gradient and the state after them."""
     found: Result = {}
     for step in steps:
-        found[f"loss {step}"] = forward_backward(parts, batch_of(step, mesh, count), mesh, 3)
+        found[f"loss {step}"] = forward_backward(parts, batch_of(step, mesh, count), mesh, 3)["loss"]
         found |= {f"grad {step} {name}": x for name, x in parts.engine.gather("grad", owners).items()}
         found[f"norm {step}"] = parts.engine.step(1e-2).clone()
     return found | states_of(parts, owners)
@@ -227,7 +227,7 @@ def plan_and_config(tmp_path: Path, *overrides: str, ranks: int = 4) -> dict[str
 def test_config_follows_from_the_plan(tmp_path: Path) -> None:
     told = plan_and_config(tmp_path, *stage(3, "train.global_batch_size=8", "train.precision=bf16"))
     assert (told["train_micro_batch_size_per_gpu"], told["gradient_accumulation_steps"]) == (1, 2)
-    assert told["bf16"] == {"enabled": True}
+    assert told["bf16"] == {"enabled": True, "check_grad_overflow": True}
     assert (told["data_types"]["grad_accum_dtype"], told["communication_data_type"]) == ("fp32", "fp32")
     assert told["gradient_clipping"] == 1.0
     zero = told["zero_optimization"]

@@ -331,7 +331,7 @@ def test_wandb_that_fails_anywhere_is_one_warning_without_the_key(
     recorder.close("finished")
     out = capfd.readouterr().out
     assert out.count("W&B turned off, training goes on: ") == 1
-    assert f"{broken} failed with key <key>" in out
+    assert f"{broken} failed with key <WANDB_API_KEY>" in out
     assert "s3cret" not in out
 
 

@@ -137,7 +137,7 @@ def run(folder: Path, layout: Layout) -> Result:
                    None if documents is None else documents[row : row + 1])
         for row in range(BATCH)
     ]  # fmt: skip
-    loss = forward_backward(parts, micro, mesh, seed=0).item()
+    loss = forward_backward(parts, micro, mesh, seed=0)["loss"].item()
     grads = parts.engine.gather("grad", owners)
     by_hf = {
         kind: {hf: x for weight in table if weight.name in found for hf, x in weight.to_hf(found[weight.name]).items()}

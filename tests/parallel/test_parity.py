@@ -217,7 +217,7 @@ def train_layout(model_name: str, layout: Layout) -> Result:
     result: Result = {"loss": [], "norm": [], "grads": []}
     for step in range(STEPS):
         batch = micro_batches(model_name, step, layout, mesh.data.rank, mesh.data.size)
-        result["loss"].append(forward_backward(parts, batch, mesh, SEED).item())
+        result["loss"].append(forward_backward(parts, batch, mesh, SEED)["loss"].item())
         result["grads"].append(engine.gather("grad", to_first))
         result["norm"].append(engine.step(learning_rate(step + 1, STEPS, config.optimizer)).item())
     for kind in ("weight", *engine.states):

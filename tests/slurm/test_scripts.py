@@ -15,11 +15,25 @@ FOLDER = Path(__file__).parents[2] / "slurm"
 RECORD = 'for word in "$(basename "$0")" "$@"; do printf "%s\\n" "$word"; done > "$CALLED"\necho >> "$CALLED.starts"'
 # What the training does: lines of bash in $TRAINING, the first for the first start.
 TRAIN = 'eval "$(sed -n "$(wc -l < "$CALLED.starts")p" <<< "$TRAINING")"'
+# A config that needs four ranks, and fits $FIT of the nodes.
+ANSWER = """if [[ "$*" == *" megalite job "* ]]; then
+  eval "${EARLY:-}"
+  nodes=$(grep -oP -- "--nodes=\\K\\d+" <<< "${*: -2}") ranks=$(grep -oP -- "--ranks-per-node=\\K\\d+" <<< "$*")
+  echo $((ranks ? ranks : (4 + nodes - 1) / nodes)) "${FIT:-$nodes}" runs/x
+  exit
+fi"""
+# What preflight does: the lines of $LOOK, in turn.
+LOOK = """if [[ "$*" == *" megalite preflight "* ]]; then
+  echo >> "$CALLED.looks"
+  eval "$(sed -n "$(wc -l < "$CALLED.looks")p" <<< "${LOOK:-}")"
+  exit
+fi"""
 STAND_INS = {
-    "python": f'if [[ "$*" == "-m megalite job "* ]]; then echo 4 runs/x; exit; fi\n{RECORD}\n{TRAIN}',
-    "srun": f'{RECORD}\necho "OMP_NUM_THREADS=$OMP_NUM_THREADS" >> "$CALLED"\npwd >> "$CALLED"\n{TRAIN}',
-    "scontrol": 'if [[ $1 == requeue ]]; then echo "requeue $2" >> "$CALLED"; exit ${REFUSED:-0}; fi\n'
-    '[[ "$*" == "show hostnames node[9-10]" ]] && printf "node9\\nnode10\\n"',
+    "python": f"{ANSWER}\n{RECORD}\n{TRAIN}",
+    "srun": f'{LOOK}\n{RECORD}\necho "OMP_NUM_THREADS=$OMP_NUM_THREADS" >> "$CALLED"\npwd >> "$CALLED"\n{TRAIN}',
+    "scontrol": 'case "$*" in\n"show hostnames node[9-10]") printf "node9\\nnode10\\n" ;;\n'
+    '"show job "*) echo "  ReqNodeList=(null) ExcNodeList=${EXCLUDED:-(null)}" ;;\n'
+    '*) echo "$*" >> "$CALLED"; exit ${REFUSED:-0} ;;\nesac',
     "squeue": "echo ${STATE:-RUNNING}",
     "nproc": "echo 12",
 }
@@ -59,7 +73,7 @@ class Machine:
 
     @property
     def words(self) -> list[str]:
-        return self.called.read_text().splitlines()
+        return self.called.read_text().splitlines() if self.called.exists() else []
 
 
 @pytest.fixture
@@ -117,9 +131,14 @@ def test_sbatch_runs_one_launcher_a_node_from_the_submit_folder(machine: Machine
     assert words[0] == "srun"
     assert {"--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--cpus-per-task=64"} <= set(words[:split])
     assert words[split - 1] == "runs/x/logs/45678.2"  # what its nodes say goes to files of that name
+    assert "--nodelist=node10,node9" in words
     assert words[split + 1 :] == [
         *("-m", "megalite.launch", "--nproc-per-node=8", "--nnodes=2"),
-        *("--rdzv-id=45678.2", "--rdzv-backend=c10d", "--rdzv-endpoint=node10:15678"),  # first in the order of names
+        *(
+            "--rdzv-id=45678.2-train",
+            "--rdzv-backend=c10d",
+            "--rdzv-endpoint=node10:15678",
+        ),  # first in the order of names
         *("-m", "megalite", "train", "configs/x.yaml", "run.name=big"),
     ]
     assert threads == "OMP_NUM_THREADS=8"
@@ -136,9 +155,8 @@ def test_sbatch_runs_one_launcher_a_node_from_the_submit_folder(machine: Machine
 )
 def test_within_a_container(machine: Machine, within: str, before_srun: list[str], before_python: list[str]) -> None:
     # Both also tell what the config needs: in the container there may be the only Python.
-    answer = 'if [[ "$*" == *" megalite job "* ]]; then echo 4 runs/x; exit; fi'
-    machine.install(machine.bin / "apptainer", answer)
-    machine.install(machine.bin / "srun", f"{answer}\n{RECORD}")
+    machine.install(machine.bin / "apptainer", ANSWER)
+    machine.install(machine.bin / "srun", f"{ANSWER}\n{LOOK}\n{RECORD}")
     machine.run("configs/x.yaml", WITHIN=within, **JOB)
     words = machine.words
     assert words[1 : 1 + len(before_srun)] == before_srun
@@ -205,10 +223,16 @@ def test_one_machine_starts_again_where_that_helps(
         (ASKED.format("USR1") + "exit 75", {}, 75, True, "requeueing"),
         (ASKED.format("TERM") + "exit 75", {}, 75, False, "goes on where it was"),
         ("exit 75", {}, 75, False, "goes on where it was"),  # scancel signals the ranks, not the launcher
-        ("exit 1", {}, 1, True, "requeueing"),
+        ("exit 1\nexit 137\nexit 0", {}, 0, False, "start 1: exit status 137; starting again"),  # on the same nodes
         ("exit 1", {"TRIES": "1"}, 1, False, "failed 1 times in a row"),
         ("exit 1", {"STATE": "COMPLETING"}, 1, False, "ended by Slurm"),  # cancelled before the handlers were there
         ("exit 1", {"SLURM_RESTART_COUNT": "100"}, 1, False, "last of 100 restarts"),
+        ("", {"LOOK": "exit 2"}, 2, False, "a mistake"),
+        ("exit 1", {"LOOK": "\nexit 1"}, 1, True, "start 1: exit status 1; requeueing"),  # a node cannot be reached
+        (ASKED.format("TERM") + "exit 1", {"LOOK": "exit 0"}, 1, False, "without a checkpoint"),
+        ("", {"LOOK": ASKED.format("USR1") + "exit 0"}, 75, True, "requeueing"),
+        ("exit 1", {"EARLY": "kill -USR1 $PPID"}, 75, True, "requeueing"),  # before there is anything to stop
+        ("exit 0", {"LOOK": "exit 1", "PREFLIGHT": "no"}, 0, False, "done"),
         (ASKED.format("USR1") + "exit 75", {"REFUSED": "1"}, 75, True, "submitted again"),
     ],
 )
@@ -220,14 +244,30 @@ def test_a_job_is_requeued_where_that_helps(
     assert says in done.stdout
 
 
+@pytest.mark.parametrize(("excluded", "list_"), [("", "node9"), ("node3,node4", "node3,node4,node9")])
+def test_nodes_that_are_not_fit_are_left_out_of_the_next_start(machine: Machine, excluded: str, list_: str) -> None:
+    look = "echo --exclude=node9 > runs/x/logs/45678.0-preflight-node10.log; exit 77"
+    done = machine.run("configs/x.yaml", LOOK=look, EXCLUDED=excluded, **JOB)
+    assert done.returncode == 77
+    assert machine.words == ["requeue 45678", f"update JobId=45678 ExcNodeList={list_}"]
+    assert "start 0: exit status 77; requeueing without node9\n" in done.stdout
+
+
+def test_a_job_uses_the_nodes_that_fit(machine: Machine) -> None:
+    done = machine.run("configs/x.yaml", FIT="1", **JOB)
+    assert "== 1 of the job's 2 nodes are used" in done.stdout
+    assert {"--nodes=1", "--ntasks=1", "--nodelist=node10", "--nnodes=1"} <= set(machine.words)
+
+
 def test_a_job_that_fails_without_a_new_checkpoint_is_given_up(machine: Machine) -> None:
-    """Failures are counted over requeues; a checkpoint, or a stop that was asked for, begins the count anew."""
+    """Failures are counted over requeues, where a node is lost after each; a new checkpoint begins the count anew."""
     told = []
-    for training in ("exit 1", f"{SAVE.format(1)}; exit 1", "exit 1", "exit 1", "exit 1"):
+    for training in ("exit 1", f"{SAVE.format(1)}; exit 1", "exit 1"):
         Path(f"{machine.called}.starts").unlink(missing_ok=True)
-        machine.run("configs/x.yaml", TRAINING=training, **JOB)
+        Path(f"{machine.called}.looks").unlink(missing_ok=True)
+        done = machine.run("configs/x.yaml", TRAINING=training, LOOK="\nexit 1", **JOB)
         told.append("requeue 45678" in machine.words)
-    assert told == [True, True, True, True, False]
+    assert told == [True, True, False], done.stdout
 
 
 def test_the_summary_names_each_node(machine: Machine) -> None:

@@ -49,7 +49,7 @@ def megalite_step(config: Config, device: torch.device) -> Step:
     def step(tokens: Tensor) -> Tensor:
         samples = torch.arange(len(tokens), device=device)
         rows = zip(*(x.split(config.train.micro_batch_size) for x in (tokens, samples)), strict=True)
-        loss = forward_backward(parts, [MicroBatch(x[:, :-1], x[:, 1:], s) for x, s in rows], mesh, seed=0)
+        loss = forward_backward(parts, [MicroBatch(x[:, :-1], x[:, 1:], s) for x, s in rows], mesh, seed=0)["loss"]
         parts.engine.step(OPTIMIZER.lr)
         return loss
 

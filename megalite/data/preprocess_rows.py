@@ -1,0 +1,172 @@
+"""Rows of labelled data to token files: PREFIX.bin and .idx as for plain text, and PREFIX.mask, which says what is
+learned from each token. The parent reads rows, workers tokenize them, the parent writes, as in `preprocess`."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing, nullcontext
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.console import Console
+
+from megalite.data.documents import Report
+from megalite.data.formats import CLASSES, LABEL_FIELDS, Encoder, Settings, labels_in
+from megalite.data.indexed import IndexedWriter, token_dtype
+from megalite.data.metadata import Preprocessed
+from megalite.data.preprocess import Meter, in_order, start_tokenizing
+from megalite.data.rows import Row, class_names, list_rows, read_rows, shown
+from megalite.errors import DataError
+
+ROWS_PER_BLOCK = 256
+SHOWN_ROWS = 5
+MOST_BAD = 1000  # above what is tolerated: then the rest is no better
+MOST_LABELS = 10_000
+
+
+class EncodedRows(NamedTuple):
+    tokens: np.ndarray  # documents end to end
+    values: np.ndarray  # what the mask says of each
+    lengths: list[int]
+    text_bytes: int
+    bad: list[tuple[Row, str]]
+
+
+def preprocess_rows(
+    inputs: Sequence[str],
+    output_prefix: str | Path,
+    settings: Settings,
+    workers: int = 1,
+    bad_rows: int = 0,
+    console: Console | None = None,
+) -> Preprocessed:
+    """Tokenize rows into OUTPUT_PREFIX.bin, .idx and .mask, and .json which says what they were made of. Up to
+    `bad_rows` that cannot be used are left out and reported.
+
+    Raises DataError, with nothing written, where more cannot, no row is left, or the tokenizer cannot serve."""
+    report, start, prefix = Report(), time.monotonic(), str(output_prefix)
+    files = list_rows(inputs, report)
+    if settings.format in CLASSES and not settings.labels:
+        settings = replace(settings, labels=_labels_of(files, settings))
+    encoder = _opened(settings)
+    tokenizer = encoder.tokenizer
+    dtype = token_dtype(tokenizer.vocab_size)
+    mask_dtype = np.dtype("u1" if len(settings.labels) < 255 else "<u2")
+    bad: list[tuple[Row, str]] = []
+    num_learned = text_bytes = 0
+    with (
+        IndexedWriter(prefix, dtype, mask_dtype) as writer,
+        Meter("tokenizing", sum(files.values()), console) as meter,
+        _pool(workers) as pool,
+        closing(in_order(_blocks(files, report), partial(_encode, settings), pool, workers)) as results,
+    ):
+        for _, encoded in results:
+            writer.add_documents(encoded.tokens.astype(dtype), encoded.lengths, encoded.values.astype(mask_dtype))
+            num_learned += int(np.count_nonzero(encoded.values))
+            text_bytes += encoded.text_bytes
+            bad += encoded.bad
+            if len(bad) > bad_rows + MOST_BAD:
+                break
+            meter.update(report.bytes_read, writer.num_tokens)
+        if len(bad) > bad_rows:
+            raise DataError(_complaint(bad, bad_rows))
+        if not writer.num_documents:
+            raise DataError(f"no row came out of {', '.join(inputs)}; nothing was written\n{report}".rstrip())
+    for row, why in bad:
+        report.bad(row.path, row.line, why)
+    facts = {
+        "dtype": dtype.name,
+        "vocab_size": tokenizer.vocab_size,
+        "eod_id": tokenizer.eod_id,
+        "tokenizer": settings.tokenizer,
+        "tokenizer_fingerprint": tokenizer.fingerprint(),
+        "inputs": list(inputs),
+        "format": settings.format,
+        "last_only": settings.last_only,
+        "labels": list(settings.labels),
+        "num_learned": num_learned,
+    }
+    result = Preprocessed(prefix, facts, "tokenizers", writer.num_documents, writer.num_tokens, text_bytes, 0, report)
+    result.write()
+    result.seconds = time.monotonic() - start
+    result.remark = f"learned from {num_learned:,} of {writer.num_tokens:,} tokens"
+    return result
+
+
+def _blocks(files: Mapping[str, int], report: Report) -> Iterator[list[Row]]:
+    rows = read_rows(files, report)
+    while block := list(itertools.islice(rows, ROWS_PER_BLOCK)):
+        yield block
+
+
+def _encode(settings: Settings, rows: Sequence[Row]) -> EncodedRows:
+    sound = [row for row in rows if not row.why]
+    bad = [(row, row.why) for row in rows if row.why]
+    documents = []
+    for row, found in zip(sound, _opened(settings).encode([row.values for row in sound]), strict=True):
+        if isinstance(found, str):
+            bad.append((row, found))
+        elif not all(len(document.ids) for document in found):
+            bad.append((row, "the tokenizer makes no token of it"))
+        elif not all(document.values.any() for document in found):
+            bad.append((row, "nothing is learned from any of its tokens"))
+        else:
+            documents += found
+    bad.sort(key=lambda item: (item[0].path, item[0].line))
+    ids = np.concatenate([np.empty(0, np.int64), *(document.ids for document in documents)])
+    values = np.concatenate([np.empty(0, np.int64), *(document.values for document in documents)])
+    num_bytes = sum(document.text_bytes for document in documents)
+    return EncodedRows(ids, values, [len(document.ids) for document in documents], num_bytes, bad)
+
+
+@cache
+def _opened(settings: Settings) -> Encoder:
+    return Encoder(settings)
+
+
+def _pool(workers: int) -> Any:
+    """Processes, spawned since a fork of a process with threads may hang; one worker is this very process."""
+    if workers == 1:
+        return nullcontext()
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=start_tokenizing)
+
+
+def _labels_of(files: Mapping[str, int], settings: Settings) -> tuple[str, ...]:
+    """Names of the classes, in order, as the files name them or their rows use them; numbers count from 0."""
+    for path in files:
+        if path.endswith((".parquet", ".arrow")):
+            named = class_names(path)
+            if field := next((name for name in LABEL_FIELDS[settings.format] if name in named), None):
+                return tuple(named[field])
+    found: set[Any] = set()
+    for row in read_rows(files, Report()):
+        try:
+            found.update(labels_in(row.values, settings.format) if not row.why else ())
+        except (ValueError, TypeError):
+            continue  # told when the row is encoded
+        if len(found) > MOST_LABELS:
+            raise DataError(
+                f"{row.path}: more than {MOST_LABELS:,} different labels; name those that count by --labels"
+            )
+    numbers = {label for label in found if isinstance(label, int)}
+    if numbers == found and found:
+        return tuple(str(number) for number in range(max(numbers) + 1))
+    if numbers or not found or not all(isinstance(label, str) for label in found):
+        some = ", ".join(sorted(map(repr, found))[:8])
+        raise DataError(f"labels must be all words or all numbers; found: {some or 'none'}; name them by --labels")
+    return tuple(sorted(found))
+
+
+def _complaint(bad: Sequence[tuple[Row, str]], tolerated: int) -> str:
+    lines = [f"{row.path}:{row.line}: {why}\n    {shown(row.values)}" for row, why in bad[:SHOWN_ROWS]]
+    more = len(bad) - SHOWN_ROWS
+    lines += [f"… and {more:,} more"] if more > 0 else []
+    allowed = f"more than the {tolerated:,} of --bad-rows" if tolerated else "nothing was written"
+    return "\n".join([f"{len(bad):,} rows cannot be used ({allowed}):", *lines])

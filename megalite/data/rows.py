@@ -1,0 +1,132 @@
+"""Rows of labelled data out of files: JSON lines (plain, .gz, .zst), JSON arrays, parquet, Arrow, and folders of these
+as the `datasets` library saves them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import orjson
+
+from megalite.data.documents import LONGEST_LINE, Report, lines_of, list_files, read_bytes
+from megalite.data.store import open_file
+from megalite.errors import DataError
+
+JSON_KINDS = (".jsonl", ".ndjson", ".json")
+KINDS = (*JSON_KINDS, ".parquet", ".arrow")
+BESIDE = ("dataset_info.json", "state.json")  # of a saved dataset, beside its rows
+SHOWN = 300  # characters of a row that a message shows
+
+
+class Row(NamedTuple):
+    path: str
+    line: int  # counted from 1; the number of the row in parquet, Arrow and JSON arrays
+    values: Mapping[str, Any]
+    why: str = ""  # it is none
+
+
+def list_rows(inputs: Sequence[str], report: Report) -> dict[str, int]:
+    """The files of rows that `inputs` (files, folders, globs; paths or URLs) stand for, and their sizes. Others are
+    counted in the report. Raises DataError, also for a missing library."""
+    files = {}
+    for path, size in list_files(inputs, report).items():
+        folder, name = os.path.split(path)
+        if name == "dataset_dict.json":
+            raise DataError(f"{folder} holds several splits; give one of them, such as {folder}/train")
+        if not _kind(path):
+            report.bad(path, 1, f"not a file of rows, which end in {', '.join(KINDS)}")
+        elif name not in BESIDE:
+            files[path] = size
+    if not files:
+        raise DataError(f"{', '.join(inputs)}: no file of rows, which end in {', '.join(KINDS)}")
+    for suffix, package in {".zst": "zstandard", ".parquet": "pyarrow", ".arrow": "pyarrow"}.items():
+        if importlib.util.find_spec(package) is None and (path := next((p for p in files if p.endswith(suffix)), "")):
+            raise DataError(f"{path}: reading {suffix} needs {package}; pip install 'megalite[data]'")
+    return files
+
+
+def read_rows(files: Mapping[str, int], report: Report) -> Iterator[Row]:
+    """Every row, in order, also those that are none. Counts bytes and empty lines in the report."""
+    for path, size in files.items():
+        before = report.bytes_read
+        reader = _read_json if _kind(path) in JSON_KINDS else _read_batches
+        row = Row(path, 0, {})
+        try:
+            for row in reader(path, report):
+                yield row
+        except Exception as error:  # each library has classes of its own for a damaged file
+            yield Row(path, row.line + 1, {}, f"unreadable from here on: {error}")
+        report.bytes_read = before + size
+
+
+def class_names(path: str) -> dict[str, list[str]]:
+    """Names of the classes of each field that the `datasets` library wrote as numbers."""
+    import pyarrow
+    from pyarrow import parquet
+
+    with open_file(path) as source:
+        is_parquet = path.endswith(".parquet")
+        schema = parquet.read_schema(source) if is_parquet else pyarrow.ipc.open_stream(source).schema
+    described = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    found = {}
+    for field, feature in described.get("info", {}).get("features", {}).items():
+        inner = feature.get("feature", feature) if isinstance(feature, dict) else {}
+        if isinstance(inner, dict) and inner.get("_type") == "ClassLabel":
+            found[field] = [str(name) for name in inner.get("names") or ()]
+    return found
+
+
+def shown(values: Mapping[str, Any]) -> str:
+    """A row for a message, shortened."""
+    text = json.dumps(values, ensure_ascii=False, default=str)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]} …"
+
+
+def _kind(path: str) -> str:
+    return next((kind for kind in KINDS if path.removesuffix(".gz").removesuffix(".zst").endswith(kind)), "")
+
+
+def _read_json(path: str, report: Report) -> Iterator[Row]:
+    for number, line in enumerate(lines_of(read_bytes(path, report)), 1):
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")  # the byte-order mark some editors write
+            if line.lstrip().startswith(b"["):
+                values = orjson.loads(b"".join(read_bytes(path, Report())).removeprefix(b"\xef\xbb\xbf"))
+                yield from (_row(path, item, value) for item, value in enumerate(values, 1))
+                return
+        if not line.strip():
+            report.num_empty += 1
+        elif len(line) > LONGEST_LINE:
+            yield Row(path, number, {}, f"the line is longer than {LONGEST_LINE:,} bytes")
+        else:
+            try:
+                yield _row(path, number, orjson.loads(line))
+            except orjson.JSONDecodeError as error:
+                yield Row(path, number, {"": line[:SHOWN].decode(errors="replace")}, f"not JSON: {error}")
+
+
+def _row(path: str, number: int, values: Any) -> Row:
+    if isinstance(values, dict):
+        return Row(path, number, values)
+    return Row(path, number, {"": values}, f"expected a JSON object, got {type(values).__name__}")
+
+
+def _read_batches(path: str, report: Report) -> Iterator[Row]:
+    """Parquet, and Arrow as a stream of record batches."""
+    import pyarrow
+    from pyarrow import parquet
+
+    before, count = report.bytes_read, 0
+    with open_file(path) as source:
+        batches = (
+            parquet.ParquetFile(source).iter_batches(batch_size=256)
+            if path.endswith(".parquet")
+            else pyarrow.ipc.open_stream(source)
+        )
+        for batch in batches:
+            report.bytes_read = before + source.tell()
+            yield from (Row(path, number, values) for number, values in enumerate(batch.to_pylist(), count + 1))
+            count += batch.num_rows

@@ -1,0 +1,84 @@
+"""Heads that tell classes from the final hidden states, as transformers' …ForSequenceClassification and
+…ForTokenClassification have them: that of a text is told at its last token, those of tokens at each. They take the
+place of the head for the next token. transformers drops some of the hidden states before the latter; here none is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch.nn as nn
+
+from megalite.config import ModelConfig
+from megalite.errors import ConfigError
+from megalite.models.layers import Decoder
+from megalite.models.weights import Weight
+
+MODELS = {
+    "gpt2": "GPT2", "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "smollm3": "SmolLM3",
+}  # fmt: skip
+"""Families whose head can be such a one, as transformers calls their classes."""
+KINDS = {"classification": "ForSequenceClassification", "labels": "ForTokenClassification"}
+
+
+def check_head(config: ModelConfig) -> None:
+    """Raises ConfigError."""
+    if config.task == "causal":
+        if config.labels:
+            raise ConfigError(f"model.labels = {list(config.labels)} need model.task: classification or labels")
+        return
+    if config.family not in MODELS:
+        raise ConfigError(
+            f"model.task = {config.task!r} is not known for the {config.family} family; it is for {', '.join(MODELS)}"
+        )
+    if len(set(config.labels)) != len(config.labels) or len(config.labels) < 2:
+        raise ConfigError(f"model.labels = {list(config.labels)}: give two or more different names of classes")
+
+
+def head_rows(config: ModelConfig, rows: Iterable[Weight]) -> tuple[Weight, ...]:
+    """The table of a model with its head in place."""
+    if config.task == "causal":
+        return tuple(rows)
+    # The embedding is then tied to nothing.
+    body = [replace(row, place="first") if row.place == "both" else row for row in rows if row.name != "head.weight"]
+    count = len(config.labels)
+    shape, name = (count, config.hidden_size), head_name(config)
+    head = [Weight("head.weight", shape, (f"{name}.weight",), "vocab", init=config.init_std, place="last")]
+    if config.task == "labels":
+        head.append(Weight("head.bias", shape[:1], (f"{name}.bias",), "vocab", init="zeros", decay=False, place="last"))
+    return (*body, *head)
+
+
+def put_on(model: Decoder, config: ModelConfig) -> Decoder:
+    if config.task != "causal":
+        model.head = nn.Linear(config.hidden_size, len(config.labels), bias=config.task == "labels")
+    return model
+
+
+def to_hf(config: ModelConfig) -> dict[str, Any]:
+    """What config.json says of the head."""
+    if config.task == "causal":
+        return {}
+    return {
+        "architectures": [MODELS[config.family] + KINDS[config.task]],
+        "id2label": {str(number): name for number, name in enumerate(config.labels)},
+        "label2id": {name: number for number, name in enumerate(config.labels)},
+        "problem_type": "single_label_classification" if config.task == "classification" else None,
+        "classifier_dropout": 0.0,
+    }
+
+
+def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
+    """Fields of the `model:` section."""
+    architecture = str((hf.get("architectures") or [""])[0])
+    for task, kind in KINDS.items():
+        if architecture.endswith(kind):
+            names = {int(number): str(name) for number, name in (hf.get("id2label") or {}).items()}
+            return {"task": task, "labels": [names[number] for number in sorted(names)]}
+    return {}
+
+
+def head_name(config: ModelConfig) -> str:
+    """What Hugging Face's tensors of the head are called."""
+    return "classifier" if (config.family, config.task) == ("gpt2", "labels") else "score"

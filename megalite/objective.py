@@ -1,0 +1,173 @@
+"""What a run descends, as sums over the rows of a micro-batch and what these are divided by: over the whole global
+batch every token, or every pair of answers, weighs the same, whatever the layout."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megalite.config import Config, ObjectiveConfig
+from megalite.data.dataset import Split
+from megalite.data.loader import MicroBatch
+from megalite.data.mixture import Mixture
+from megalite.mesh import Axis, Mesh
+from megalite.models.layers import IGNORE
+from megalite.parallel.collectives import all_gather, all_reduce
+from megalite.parallel.stage import Inputs, Pairs
+
+
+class Objective(Protocol):
+    metrics: tuple[str, ...]
+    """Names of what `measure` gives beside losses."""
+    needs_logits: bool
+    """`judge` takes logits, not losses."""
+    num_judged: int
+    """What `judge` gives beside losses."""
+
+    def complete(self, inputs: Inputs, micro: MicroBatch, split: Split) -> Inputs:
+        """With what it needs beside tokens and labels. `micro` is whole, `inputs` this rank's part of it."""
+
+    def measure(self, losses_BT: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """From the loss of each token: sums of each row, [B], which summed over the replicas are those of the whole
+        row and whose gradients are to be summed over them; and of each metric, [B, metrics], likewise."""
+
+    def judge(self, out: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """The same for validation, from losses [B,T] or the head's logits [B,T,V/n]: [B] and [B, num_judged]."""
+
+    def summary(self, loss: float, count: float, judged: Tensor) -> dict[str, float]:
+        """What validation tells beside the mean loss; `judged` is summed over all rows."""
+
+
+class NextToken:
+    """Cross-entropy of every token that has a label."""
+
+    metrics: tuple[str, ...] = ()
+    needs_logits = False
+    num_judged = 0
+
+    def complete(self, inputs: Inputs, micro: MicroBatch, split: Split) -> Inputs:
+        return inputs
+
+    def measure(self, losses_BT: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        return losses_BT.sum(1), losses_BT.new_empty(len(losses_BT), 0)
+
+    def judge(self, out: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        return self.measure(out, inputs)
+
+    def summary(self, loss: float, count: float, judged: Tensor) -> dict[str, float]:
+        return {"perplexity": math.exp(min(loss, 700.0))}  # exp overflows
+
+
+class Classes(NextToken):
+    """Cross-entropy of the classes of texts or tokens. Validation counts how many of each class there are, are told and
+    are told rightly; averages over classes are of those that occur or are told, as in scikit-learn."""
+
+    needs_logits = True
+
+    def __init__(self, num_classes: int, mesh: Mesh):
+        self.num_classes, self.num_judged, self.tensor = num_classes, 3 * num_classes, mesh.tensor
+
+    def judge(self, out: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        labels_BT = inputs.labels_BT
+        assert labels_BT is not None
+        logits_BTC = all_gather(out.float(), self.tensor, dim=2)[..., : self.num_classes]  # the rest is padding
+        losses_BT = F.cross_entropy(logits_BTC.transpose(1, 2), labels_BT, ignore_index=IGNORE, reduction="none")
+        told_BT, is_here = logits_BTC.argmax(2), labels_BT != IGNORE
+        right = is_here & (told_BT == labels_BT)
+        none = losses_BT.new_zeros(len(losses_BT), self.num_classes)
+        counts = [
+            none.scatter_add(1, classes.clamp(min=0), where.float())
+            for classes, where in ((labels_BT, is_here), (told_BT, is_here), (labels_BT, right))
+        ]
+        return losses_BT.sum(1), torch.cat(counts, 1)
+
+    def summary(self, loss: float, count: float, judged: Tensor) -> dict[str, float]:
+        there, told, right = judged.double().view(3, -1)
+        occurs = there + told > 0
+        means = {
+            "f1": 2 * right / (there + told).clamp(min=1),
+            "precision": right / told.clamp(min=1),
+            "recall": right / there.clamp(min=1),
+        }
+        accuracy = {"accuracy": (right.sum() / there.sum().clamp(min=1)).item()}
+        return accuracy | {name: of_class[occurs].mean().item() for name, of_class in means.items()}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Log-probabilities that the model a run starts from gives to the documents of a mixture."""
+
+    mixture: Mixture
+    tables: Sequence[Tensor]
+    """Of each source, [samples, documents of a sample at most] fp32, an even number."""
+
+    def of(self, samples: Tensor) -> Tensor:
+        """[B] numbers of samples in the run → [B, documents]."""
+        source, sample = self.mixture.order.locate(samples.numpy())
+        width = max(table.shape[1] for table in self.tables)
+        rows = [self.tables[s][n] for s, n in zip(source.tolist(), sample.tolist(), strict=True)]
+        return torch.stack([F.pad(row, (0, width - len(row))) for row in rows])
+
+
+class DPO:
+    """Direct preference optimisation (Rafailov et al. 2023): of each pair of answers the preferred one, in comparison
+    with a reference, the model that the run starts from. A sample holds pairs as documents side by side, the preferred
+    one first. `label_smoothing` is the share of pairs that may be the wrong way round (Mitchell 2023)."""
+
+    needs_logits, num_judged = False, 4
+    metrics: tuple[str, ...] = ("reward_chosen", "reward_rejected", "reward_margin", "reward_accuracy")
+
+    def __init__(self, config: ObjectiveConfig, mesh: Mesh):
+        self.config, self.context = config, mesh.context
+        self.references: dict[Split, Reference] = {}
+
+    def complete(self, inputs: Inputs, micro: MicroBatch, split: Split) -> Inputs:
+        assert micro.documents is not None
+        reference_BP2 = self.references[split].of(micro.samples).unflatten(1, (-1, 2))
+        num_labels = sum_by_document((micro.labels != IGNORE).float(), micro.documents, 2 * reference_BP2.shape[1])
+        real_BP, device = (num_labels > 0).unflatten(1, (-1, 2)).all(2), inputs.tokens_BT.device
+        return replace(inputs, pairs=Pairs(real_BP.to(device), reference_BP2.to(device), 1 / self.context.size))
+
+    def measure(self, losses_BT: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        pairs, document_BT = inputs.pairs, inputs.places.document_BT
+        assert pairs is not None
+        assert document_BT is not None
+        beta, smoothing = self.config.beta, self.config.label_smoothing
+        mine = -sum_by_document(losses_BT, document_BT, 2 * pairs.real_BP.shape[1])
+        policy_BP2 = _summed_over(mine, self.context).unflatten(1, (-1, 2))
+        rewards_BP2 = beta * (policy_BP2 - pairs.reference_BP2)
+        margin_BP = rewards_BP2[..., 0] - rewards_BP2[..., 1]
+        loss_BP = -(1 - smoothing) * F.logsigmoid(margin_BP) - smoothing * F.logsigmoid(-margin_BP)
+        loss_B = loss_BP.masked_fill(~pairs.real_BP, 0.0).sum(1)
+        # Every context rank has the whole loss, and the gradient of its own tokens.
+        loss_B = loss_B - loss_B.detach() * (1 - pairs.share)
+        found = torch.stack((*rewards_BP2.unbind(-1), margin_BP, (margin_BP > 0).float()), -1).detach()
+        return loss_B, found.masked_fill(~pairs.real_BP[..., None], 0.0).sum(1) * pairs.share
+
+    def judge(self, out: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        return self.measure(out, inputs)
+
+    def summary(self, loss: float, count: float, judged: Tensor) -> dict[str, float]:
+        return dict(zip(self.metrics, (judged / max(count, 1.0)).tolist(), strict=True))
+
+
+def make_objective(config: Config, mesh: Mesh) -> Objective:
+    if config.objective.name == "dpo":
+        return DPO(config.objective, mesh)
+    return NextToken() if config.model.task == "causal" else Classes(len(config.model.labels), mesh)
+
+
+def sum_by_document(x_BT: Tensor, document_BT: Tensor, count: int) -> Tensor:
+    """[B, count]"""
+    return x_BT.new_zeros(len(x_BT), count).scatter_add(1, document_BT, x_BT)
+
+
+def _summed_over(x: Tensor, axis: Axis) -> Tensor:
+    """The sum of all ranks, whose gradient is that of this rank's part."""
+    return x + (all_reduce(x.detach().clone(), axis) - x.detach())

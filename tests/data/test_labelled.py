@@ -1,0 +1,164 @@
+"""Samples of labelled data: rows stay whole, labels are where the mask says, and other sources mix with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megalite.config import Config
+from megalite.data.indexed import IndexedDataset, IndexedWriter
+from megalite.data.mixture import IGNORE, Mixture, build_mixtures
+from megalite.errors import DataError
+from mixtures import config_of
+
+LENGTHS = [5, 9, 3, 7, 4, 4, 12, 3]
+
+
+def write_rows_of(prefix: Path, lengths: list[int] = LENGTHS, values: int = 1) -> Path:
+    """Token k of row r is 100 (r + 1) + k; the last two of each are learned, with values 1 … `values` by row."""
+    with IndexedWriter(prefix, np.uint16, np.uint8) as writer:
+        for row, length in enumerate(lengths):
+            mask = np.zeros(length, np.int64)
+            mask[-2:] = 1 + row % values
+            writer.add_documents(100 * (row + 1) + np.arange(length), [length], mask)
+    return prefix
+
+
+def mixture(config: Config) -> Mixture:
+    found = build_mixtures(config)["train"]
+    assert found is not None
+    return found
+
+
+def make(tmp_path: Path, **data: Any) -> Mixture:
+    prefix = write_rows_of(tmp_path / "rows")
+    values: dict[str, Any] = {"train": [{"path": str(prefix)}], "seq_length": 11, "order": "sequential"}
+    return mixture(config_of(**(values | data)))
+
+
+@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+def test_rows_stay_whole_and_only_the_mask_is_learned(tmp_path: Path, packing: str) -> None:
+    found = make(tmp_path, document_mask=True, packing=packing)
+    samples = found.read(np.arange(found.sources[0].num_samples))
+    assert samples.documents is not None
+    rows: dict[int, list[int]] = {}
+    for tokens, labels, documents in zip(*samples, strict=True):
+        for row in np.unique(tokens[tokens > 0] // 100):
+            here = tokens // 100 == row
+            assert len(np.unique(documents[here])) == 1
+            rows.setdefault(int(row), []).extend((tokens[here] % 100).tolist())
+        is_label = labels != IGNORE
+        assert (labels[is_label] == tokens[is_label] + 1).all()
+    for row, length in enumerate(LENGTHS):
+        # A row that fills its sample has its last token as a label alone.
+        assert rows[row + 1] in (list(range(length)), list(range(length - 1)))
+    assert int((samples.labels != IGNORE).sum()) == 2 * len(LENGTHS)
+
+
+def test_long_rows_are_refused_or_dealt_with_as_chosen(tmp_path: Path) -> None:
+    with pytest.raises(
+        DataError, match=r"train\[0\] .*rows: 2 of 8 rows are longer than the 8 .*, the longest 12; raise"
+    ):
+        make(tmp_path, seq_length=7)
+    dropped = make(tmp_path, seq_length=7, long_rows="drop")
+    tokens = dropped.read(np.arange(dropped.sources[0].num_samples)).tokens
+    assert set(np.unique(tokens // 100)) == {0, 1, 3, 4, 5, 6, 8}  # 0 fills up
+    assert dropped.remarks() == [
+        f"{tmp_path / 'rows'}: 2 of 8 rows are longer than the 8 tokens of a sample, and are left out"
+    ]
+    cut = make(tmp_path, seq_length=7, long_rows="cut")
+    windows = cut.read(np.arange(cut.sources[0].num_samples))
+    assert {201, 202, 206, 700, 706} <= set(windows.tokens.ravel().tolist())
+    assert not np.isin([207, 208, 710, 711], windows.tokens).any()
+    assert "cut at the end" in cut.remarks()[0]
+    assert len({make(tmp_path, long_rows=choice).fingerprint() for choice in ("refuse", "drop", "cut")}) == 3
+
+
+def test_labelled_and_plain_data_mix(tmp_path: Path) -> None:
+    with IndexedWriter(tmp_path / "plain", np.uint16) as writer:
+        writer.add_document(np.arange(2000, 3000))
+    sources = [{"path": str(tmp_path / "rows")}, {"path": str(tmp_path / "plain")}]
+    found = make(tmp_path, train=sources)
+    samples = found.read(np.arange(20))
+    is_plain = samples.tokens[:, 0] >= 2000
+    assert 0 < is_plain.sum() < 20
+    assert (samples.labels[is_plain] != IGNORE).all()
+    assert 0 < (samples.labels[~is_plain] != IGNORE).sum() < samples.labels[~is_plain].size / 2
+
+
+def test_pairs_stay_together(tmp_path: Path) -> None:
+    config = config_of(train=[{"path": str(write_rows_of(tmp_path / "rows"))}], seq_length=20, document_mask=True)
+    config = config.model_copy(update={"objective": config.objective.model_copy(update={"name": "dpo"})})
+    found = mixture(config)
+    samples = found.read(np.arange(found.sources[0].num_samples))
+    assert samples.documents is not None
+    pairs = []
+    for tokens, labels, documents in zip(*samples, strict=True):
+        rows = [
+            int(tokens[documents == n][0]) // 100 - 1
+            for n in np.unique(documents)
+            if (labels[documents == n] > 0).any()
+        ]
+        assert all(second == first + 1 and first % 2 == 0 for first, second in zip(rows[::2], rows[1::2], strict=True))
+        pairs += rows[::2]
+    assert sorted(pairs) == [0, 2, 4, 6]
+
+
+@pytest.mark.parametrize("task", ["classification", "labels"])
+def test_classes_are_told_at_the_tokens_themselves(tmp_path: Path, task: str) -> None:
+    prefix = write_rows_of(tmp_path / "rows", values=3)
+    config = config_of(train=[{"path": str(prefix)}], seq_length=12, document_mask=True)
+    config = config.model_copy(
+        update={"model": config.model.model_copy(update={"task": task, "labels": ("a", "b", "c")})}
+    )
+    found = mixture(config)
+    tokens, labels, _ = found.read(np.arange(found.sources[0].num_samples))
+    has = labels != IGNORE
+    assert (labels[has] == (tokens[has] // 100 - 1) % 3).all()
+    last = {100 * (row + 1) + length - 1 for row, length in enumerate(LENGTHS)}
+    before = {place - 1 for place in last} if task == "labels" else set()
+    assert set(tokens[has].tolist()) == last | before
+
+
+def test_a_mask_that_does_not_belong_to_its_tokens_is_refused(tmp_path: Path) -> None:
+    prefix = write_rows_of(tmp_path / "rows")
+    (tmp_path / "rows.mask").write_bytes(b"\1" * 45)
+    with pytest.raises(DataError, match=r"rows.mask is 45 bytes long, which is not 1 or 2 for each of 47 tokens"):
+        IndexedDataset(prefix)
+    with IndexedWriter(prefix, np.uint16) as writer:  # plain text written over it
+        writer.add_document(np.arange(9))
+    assert IndexedDataset(prefix).mask is None
+
+
+def test_another_mask_is_other_data(tmp_path: Path) -> None:
+    first = IndexedDataset(write_rows_of(tmp_path / "rows")).fingerprint()
+    mask = bytearray((tmp_path / "rows.mask").read_bytes())
+    mask[0] = 1
+    (tmp_path / "rows.mask").write_bytes(mask)
+    assert IndexedDataset(tmp_path / "rows").fingerprint() != first
+
+
+def test_megatrons_order_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"megatron cuts documents anywhere"):
+        make(tmp_path, order="megatron")
+
+
+def test_a_mask_is_read_from_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fsspec
+
+    monkeypatch.setenv("MEGALITE_CACHE", str(tmp_path / "cache"))
+    prefix, store = write_rows_of(tmp_path / "rows"), fsspec.filesystem("memory")
+    for kind in ("bin", "idx", "mask"):
+        store.pipe(f"/labelled/rows.{kind}", prefix.with_suffix(f".{kind}").read_bytes())
+    there, here = IndexedDataset("memory://labelled/rows"), IndexedDataset(prefix)
+    assert there.mask is not None
+    assert here.mask is not None
+    assert not there.mask.any(), "nothing is fetched before it is asked for"
+    there.fetch(0, there.num_tokens)
+    assert np.array_equal(there.mask, here.mask)
+    assert there.fingerprint() == here.fingerprint()
+    store.rm("/labelled/rows.mask")
+    assert IndexedDataset("memory://labelled/rows").mask is None

@@ -1,0 +1,234 @@
+"""Supervised finetuning, DPO and heads for classes: loss, metrics and every gradient of a step on each layout, against
+plain statements of them on transformers' models, which see each row alone."""
+
+from __future__ import annotations
+
+import random
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from chats import write_rows, write_tokenizer
+from megalite.checkpoint.load import from_hf
+from megalite.config import Config
+from megalite.config_file import parse_config
+from megalite.data.formats import CLASSES, Format, Settings
+from megalite.data.indexed import IndexedDataset
+from megalite.data.mixture import build_mixtures
+from megalite.data.preprocess_rows import preprocess_rows
+from megalite.mesh import Mesh, make_mesh
+from megalite.models import weight_table
+from megalite.plan import make_plan
+from megalite.train import Run, build, forward_backward, make_loader, prepare_references
+from ranks import run_ranks
+
+BATCH, LENGTH, BETA, SMOOTHING = 4, 96, 0.3, 0.1
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one process": (1, {}),
+    "tensor 2": (2, {"tensor": 2}),
+    "pipeline 2": (2, {"pipeline": 2}),
+    "pipeline 2, zero bubble": (2, {"pipeline": 2, "schedule": "zero_bubble"}),
+    "data 2, ZeRO-1": (2, {"zero_stage": 1}),
+    "data 2, ZeRO-2": (2, {"zero_stage": 2}),
+    "context 2": (2, {"context": 2}),
+}
+LABELS = ("place", "greeting", "number")
+DPO = {"name": "dpo", "beta": BETA, "label_smoothing": SMOOTHING}
+# Format of the rows, objective, transformers' class of the model.
+OBJECTIVES: dict[str, tuple[Format, dict[str, Any], str]] = {
+    "sft": ("chat", {}, "LlamaForCausalLM"),
+    "dpo": ("preference", DPO, "LlamaForCausalLM"),
+    "classes": ("classification", {}, "LlamaForSequenceClassification"),
+    "classes-gpt2": ("classification", {}, "GPT2ForSequenceClassification"),
+    "labels": ("labels", {}, "LlamaForTokenClassification"),
+    "labels-gpt2": ("labels", {}, "GPT2ForTokenClassification"),
+}
+
+HEAD = {"id2label": dict(enumerate(LABELS)), "label2id": {name: n for n, name in enumerate(LABELS)}}
+MODEL: dict[str, dict[str, Any]] = {
+    "Llam": {
+        "vocab_size": 400, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 96, "initializer_range": 0.2, **HEAD,
+    },
+    "GPT2": {
+        "vocab_size": 400, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 96, "initializer_range": 0.2,
+        "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0, **HEAD,
+    },
+}  # fmt: skip
+
+
+def config_of(root: Path, objective: str, layout: str) -> Config:
+    return parse_config(
+        {
+            "run": {"name": f"{objective} {layout}".replace(" ", "-").replace(",", ""), "dir": str(root / "runs")},
+            "model": {"hf": str(root / f"{objective}-start")},
+            "data": {"train": [{"path": str(root / objective)}], "seq_length": LENGTH, "document_mask": True},
+            "objective": OBJECTIVES[objective][1],
+            "parallel": {"bucket_mb": 0.01, **LAYOUTS[layout][1]},
+            "train": {"steps": 2, "global_batch_size": BATCH, "micro_batch_size": 1, "precision": "fp32"},
+            "optimizer": {"lr": 1e-3},
+        }
+    )
+
+
+def step_on_rank(rank: int, world_size: int, root: Path, layouts: list[str]) -> list[dict[str, Any]]:
+    found = []
+    for layout in layouts:
+        plan = make_plan(config := config_of(root, "sft", layout), weight_table(config.model), world_size)
+        mesh = make_mesh(plan, torch.device("cpu"))  # making process groups takes longer than a step
+        found += [step(root, objective, layout, mesh) for objective in OBJECTIVES if fits(objective, layout)]
+    return found
+
+
+def fits(objective: str, layout: str) -> bool:
+    """Whether it is run. Heads for classes differ from others at the model's end alone."""
+    return OBJECTIVES[objective][0] not in CLASSES or layout in ("one process", "tensor 2", "pipeline 2", "context 2")
+
+
+def step(root: Path, objective: str, layout: str, mesh: Mesh) -> dict[str, Any]:
+    """What a step finds where the model has moved on from the one that the run started from."""
+    config = config_of(root, objective, layout)
+    table = weight_table(config.model)
+    plan = make_plan(config, table, LAYOUTS[layout][0])
+    parts, data = build(config, plan, mesh), build_mixtures(config)
+    run = Run(config, plan, mesh, None)
+    if objective == "dpo":
+        prepare_references(run, parts, data)
+    parts.engine.load(from_hf(root / f"{objective}-later", table, config.model, mesh.tensor))
+    with make_loader(data["train"], run) as loader:
+        found = forward_backward(parts, next(loader), mesh, seed=0)
+    owners = {
+        weight.name: plan.rank_at(next(s.index for s in plan.stages if s.holds(weight.place)) % plan.pipeline, 0, 0)
+        for weight in table
+    }
+    grads = parts.engine.gather("grad", owners)
+    by_hf = {hf: x for w in table if w.name in grads for hf, x in w.to_hf(grads[w.name]).items()}
+    return {"metrics": {name: x.item() for name, x in found.items()}, "grads": by_hf}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two random models, and rows, of each objective."""
+    transformers = pytest.importorskip("transformers")
+    root = tmp_path_factory.mktemp("tune")
+    tokenizer = write_tokenizer(root / "tokenizer")
+    for objective, (_, _, architecture) in OBJECTIVES.items():
+        for seed, name in enumerate(("start", "later")):
+            torch.manual_seed(seed)
+            model = getattr(transformers, architecture)
+            model(model.config_class(**MODEL[architecture[:4]])).save_pretrained(root / f"{objective}-{name}")
+    rng = random.Random(0)
+
+    def words(most: int) -> str:
+        return " ".join(rng.choice(["hello", "world", "Paris", "two", "ünï"]) for _ in range(rng.randint(1, most)))
+
+    turns = [
+        [turn for _ in range(rng.randint(1, 2)) for turn in ({"role": "user", "content": words(3)},
+                                                             {"role": "assistant", "content": words(3)})]
+        for _ in range(24)
+    ]  # fmt: skip
+    pairs = [{"prompt": words(3), "chosen": " " + words(4), "rejected": f" {words(2)} {n}"} for n in range(24)]
+    texts = [{"text": words(6), "label": rng.choice(LABELS)} for _ in range(24)]
+    tagged = [{"tokens": (found := words(6).split()), "labels": [rng.choice(LABELS) for _ in found]} for _ in range(24)]
+    rows = {
+        "chat": [{"messages": turn} for turn in turns], "preference": pairs, "classification": texts, "labels": tagged
+    }  # fmt: skip
+    for objective, (kind, _, _) in OBJECTIVES.items():
+        file = write_rows(root / f"{objective}.jsonl", rows[kind])
+        labels = LABELS if kind in CLASSES else ()
+        preprocess_rows([str(file)], root / objective, Settings(kind, str(tokenizer), labels=labels))
+    return root
+
+
+@pytest.fixture(scope="module")
+def results(root: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    found = {}
+    for ranks, runner in ((1, lambda n, f, *rest: [f(0, n, *rest)]), (2, run_ranks)):
+        layouts = [name for name, (count, _) in LAYOUTS.items() if count == ranks]
+        of_ranks = runner(ranks, step_on_rank, root, layouts)
+        keys = [(objective, layout) for layout in layouts for objective in OBJECTIVES if fits(objective, layout)]
+        for number, key in enumerate(keys):
+            parts = [results[number] for results in of_ranks]
+            assert all(part["metrics"] == parts[0]["metrics"] for part in parts), "every rank knows them"
+            grads = {name: x for part in parts for name, x in part["grads"].items()}
+            found[key] = {"metrics": parts[0]["metrics"], "grads": grads}
+    return found
+
+
+def log_probability(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    """Of what is learned, given what comes before: of a row alone."""
+    logits = model(ids[None], use_cache=False).logits[0, :-1]
+    return logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0][mask[1:] > 0].sum()
+
+
+def loss_of_classes(model: Any, rows: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """transformers' own losses of each row, of which each label weighs the same."""
+    total, count = torch.zeros(()), 0
+    for ids, mask in rows:
+        of_text = "Sequence" in type(model).__name__
+        labels = mask[-1:] - 1 if of_text else torch.where(mask > 0, mask - 1, -100)[None]
+        num = int((labels >= 0).sum())
+        total = total + model(ids[None], labels=labels, use_cache=False).loss * num
+        count += num
+    return total / count
+
+
+@cache
+def reference(root: Path, objective: str) -> tuple[dict[str, float], dict[str, Tensor]]:
+    import transformers
+
+    kind, _, architecture = OBJECTIVES[objective]
+    load = getattr(transformers, architecture).from_pretrained
+    start, later = (load(root / f"{objective}-{name}").eval() for name in ("start", "later"))
+    mixture = build_mixtures(config_of(root, objective, "one process"))["train"]
+    assert mixture is not None
+    data = IndexedDataset(root / objective)
+    assert data.mask is not None
+    _, samples = mixture.order.locate(range(BATCH))
+    pieces = mixture.sources[0].pieces(samples, True)
+    rows = [
+        (torch.tensor(data.tokens[a : a + n].astype(int)), torch.tensor(data.mask[a : a + n].astype(int)))
+        for a, n in zip(pieces.start.tolist(), pieces.length.tolist(), strict=True)
+    ]
+    assert len(rows) > 2 * BATCH, "samples hold several rows"
+    if kind in CLASSES:
+        found = {"loss": loss_of_classes(later, rows)}
+        found["loss"].backward()
+        return {"loss": found["loss"].item()}, {n: p.grad for n, p in later.named_parameters()}
+    of_rows = torch.stack([log_probability(later, *row) for row in rows])
+    if objective == "sft":
+        found = {"loss": -of_rows.sum() / sum(int(mask.sum()) for _, mask in rows)}
+    else:
+        with torch.no_grad():
+            wanted = torch.stack([log_probability(start, *row) for row in rows])
+        chosen, rejected = (BETA * (of_rows - wanted)).view(-1, 2).unbind(1)
+        margin = chosen - rejected
+        loss = -(1 - SMOOTHING) * F.logsigmoid(margin) - SMOOTHING * F.logsigmoid(-margin)
+        found = {
+            "loss": loss.mean(), "reward_chosen": chosen.mean(), "reward_rejected": rejected.mean(),
+            "reward_margin": margin.mean(), "reward_accuracy": (margin > 0).float().mean(),
+        }  # fmt: skip
+        assert 0 < found["reward_accuracy"] < 1
+    found["loss"].backward()
+    return {name: x.item() for name, x in found.items()}, {n: p.grad for n, p in later.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("objective", "layout"), [(o, layout) for o in OBJECTIVES for layout in LAYOUTS if fits(o, layout)]
+)
+def test_a_step_is_that_of_the_plain_statement(
+    objective: str, layout: str, root: Path, results: dict[tuple[str, str], dict[str, Any]]
+) -> None:
+    found = results[objective, layout]
+    metrics, grads = reference(root, objective)
+    assert found["metrics"] == pytest.approx(metrics, rel=1e-5)
+    assert found["grads"].keys() == grads.keys()
+    for name, grad in grads.items():
+        # The project's bound for every layout: fp32 sums in another order.
+        error = ((found["grads"][name] - grad).norm() / grad.norm()).item()
+        assert error <= 1e-5, f"gradient of {name} is off by {error:.1e}"
