@@ -18,7 +18,7 @@ from killing import EVERY, STEPS, Aim, config_of, outcome, run_once, undisturbed
 
 import megalite.train
 from megalite.activity import NOW
-from megalite.checkpoint.folder import MANIFEST, complete_steps, read_manifest, step_folder
+from megalite.checkpoint.folder import MANIFEST, complete_steps, parse_manifest, step_folder
 from megalite.checkpoint.resume import find_checkpoint
 from megalite.exit_codes import Exit
 from megalite.mesh import ALONE, Mesh
@@ -38,7 +38,7 @@ def bit_flips(folder: Path) -> Outcome:
         return False, start.log
     root, rng = config.run.folder / "checkpoints", random.Random(0)
     newest, before = step_folder(root, STEPS), step_folder(root, STEPS - EVERY)
-    names = [MANIFEST, *sorted(read_manifest(newest) or {})]
+    names = [MANIFEST, *sorted(parse_manifest((newest / MANIFEST).read_bytes()))]
     alone = Mesh(ALONE, ALONE, ALONE, ALONE, ALONE, ALONE, torch.device("cpu"))
     missed = []
     for name in names:
@@ -106,17 +106,17 @@ def nan_gradient(folder: Path) -> Outcome:
     def plant(rank: int) -> None:
         forward_backward = megalite.train.forward_backward
 
-        def planted(parts: Any, *arguments: Any) -> torch.Tensor:
+        def planted(parts: Any, *arguments: Any) -> dict[str, torch.Tensor]:
             hooks = [
                 parameter.register_hook(lambda gradient: gradient * torch.nan)
                 for stage in parts.stages
                 for name, parameter in stage.named_parameters()
                 if rank == 1 and NOW.step == HIT and "norm" in name
             ]
-            loss = forward_backward(parts, *arguments)
+            found = forward_backward(parts, *arguments)
             for hook in hooks:
                 hook.remove()
-            return loss
+            return found
 
         megalite.train.forward_backward = planted  # type: ignore[assignment]
 
@@ -135,12 +135,12 @@ def flipped_bit(folder: Path) -> Outcome:
     def plant(rank: int) -> None:
         forward_backward = megalite.train.forward_backward
 
-        def planted(parts: Any, *arguments: Any) -> torch.Tensor:
-            loss = forward_backward(parts, *arguments)
+        def planted(parts: Any, *arguments: Any) -> dict[str, torch.Tensor]:
+            found = forward_backward(parts, *arguments)
             if rank == 1 and NOW.step == HIT:
                 parts.engine.settle()
                 parts.engine.buckets[0].weights.view(torch.int32)[0] ^= 1 << 12
-            return loss
+            return found
 
         megalite.train.forward_backward = planted  # type: ignore[assignment]
 
