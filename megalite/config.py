@@ -439,6 +439,8 @@ class Config(Section):
             )
         if self.observe.tasks.names and not self.data.tokenizer:
             raise ValueError("observe.tasks needs data.tokenizer, to read the texts of tasks")
+        if self.observe.tasks.names and self.model.task != "causal":
+            raise ValueError(f"observe.tasks needs a model that answers, not model.task: {self.model.task}")
         if schedule.min_lr > lr:
             raise ValueError(f"optimizer.schedule.min_lr {schedule.min_lr} is above optimizer.lr {lr}")
         after_warmup = self.train.steps - schedule.warmup_steps

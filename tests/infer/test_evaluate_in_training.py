@@ -126,6 +126,10 @@ def test_what_cannot_be_evaluated_is_found_before_the_first_step(tmp_path: Path)
     assert not (tmp_path / "runs").exists(), "no run has begun"
 
 
-def test_tasks_need_a_tokenizer(tmp_path: Path) -> None:
+def test_tasks_need_a_tokenizer_and_a_model_that_answers(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"needs a model that answers, not model\.task: classification"):
+        config_with_tasks(
+            tmp_path, "classes", "model.task=classification", "model.labels=[a, b]", "data.document_mask=true"
+        )
     with pytest.raises(ConfigError, match=r"observe\.tasks needs data\.tokenizer"):
         make_config(tmp_path, "llama", "observe.tasks={names: [story]}")
