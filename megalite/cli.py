@@ -181,7 +181,7 @@ def _train(arguments: argparse.Namespace) -> Exit:
         launch = Launch.from_environment()
         world_size = launch.world_size if launch.world_size > 1 else smallest_world(config)
         if launch.rank == 0:
-            plan = make_plan(config, weight_table(config.model), world_size)
+            plan = make_plan(config, weight_table(config.model, config.lora), world_size)
             print(plan.describe())
             if plan.engine == "deepspeed":
                 import json
@@ -205,7 +205,8 @@ def _job(arguments: argparse.Namespace) -> None:
 
     config = load_config(arguments.config, arguments.overrides)
     ranks = arguments.ranks_per_node or -(-smallest_world(config) // arguments.nodes)
-    print(ranks, nodes_that_fit(config, weight_table(config.model), arguments.nodes, ranks), config.run.folder)
+    table = weight_table(config.model, config.lora)
+    print(ranks, nodes_that_fit(config, table, arguments.nodes, ranks), config.run.folder)
 
 
 def _preflight(arguments: argparse.Namespace) -> Exit:

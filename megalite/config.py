@@ -397,9 +397,34 @@ class ProfileConfig(Section):
         return steps
 
 
+class LoraConfig(Section):
+    """Train low-rank adapters beside the weights of a Hugging Face model instead of the weights (Hu et al. 2021)."""
+
+    rank: int = Field(16, gt=0)
+    alpha: float = Field(32.0, gt=0, description="updates are scaled by alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="of what an adapter takes")
+    targets: tuple[str, ...] = Field(
+        ("all-linear",), min_length=1, description="Hugging Face's names of modules, or all-linear: all but the head"
+    )
+    rslora: bool = Field(False, description="scale by alpha / √rank instead (Kalajdzievski 2023)")
+    adapter: Path | None = Field(
+        None, description="folder of a PEFT adapter to go on from; gives what is left out here"
+    )
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _one_or_several(cls, targets: Any) -> Any:
+        return (targets,) if isinstance(targets, str) else targets
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+
 class Config(Section):
     run: RunConfig
     model: SerializeAsAny[ModelConfig]
+    lora: LoraConfig | None = None
     data: DataConfig
     objective: ObjectiveConfig = ObjectiveConfig()
     parallel: ParallelConfig = ParallelConfig()
@@ -433,6 +458,10 @@ class Config(Section):
     @model_validator(mode="after")
     def _parts_fit(self) -> Config:
         schedule, lr = self.optimizer.schedule, self.optimizer.lr
+        if self.lora and self.model.hf is None:
+            raise ValueError("lora needs model.hf, the Hugging Face folder of the model that is adapted")
+        if self.lora and self.model.task != "causal":
+            raise ValueError(f"lora would leave the head of model.task: {self.model.task} as it is; train without it")
         if self.data.seq_length > self.model.max_positions:
             raise ValueError(
                 f"data.seq_length {self.data.seq_length} is longer than model.max_positions {self.model.max_positions}"

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from megalite.config import Config, describe_errors
 from megalite.errors import ConfigError
 from megalite.models import model_config
+from megalite.models.peft import with_adapter_fields
 from megalite.resources import read_yaml, with_overrides
 from megalite.secrecy import hide_secrets
 from megalite.urls import check_no_secret
@@ -37,12 +38,20 @@ def parse_config(values: dict[str, Any], overrides: Sequence[str] = (), origin: 
             model = None
     elif isinstance(model, str):
         mistakes = [f"model = {model!r}: must be a section; for a preset write `model: {{preset: {model}}}`"]
+    values = values | {"model": model} if "model" in values else values
+    if isinstance(values.get("lora"), dict):
+        try:
+            values = values | {"lora": with_adapter_fields(values["lora"])}
+        except ConfigError as error:
+            mistakes.append(f"lora: {error}")
     try:
-        config = Config.model_validate(values | {"model": model} if "model" in values else values)
+        config = Config.model_validate(values)
     except ValidationError as error:
         found = describe_errors(error, Config).split("\n  ")
         mistakes += [line for line in found if not (mistakes and line.startswith("model ="))]
         raise ConfigError("\n  ".join([f"{origin}: {mistakes[0]}", *mistakes[1:]])) from None
+    if mistakes:
+        raise ConfigError("\n  ".join([f"{origin}: {mistakes[0]}", *mistakes[1:]]))
     return config
 
 

@@ -24,6 +24,8 @@ class Sized(Protocol):
     def numel(self) -> int: ...
     @property
     def place(self) -> Place: ...
+    @property
+    def frozen(self) -> bool: ...
     def local_shape(self, tensor: int) -> tuple[int, ...]: ...
 
 
@@ -76,6 +78,8 @@ class Plan:
     num_params: int
     params_per_rank: int
     """Of the fullest rank."""
+    num_trained: int
+    """Of the parameters; the others are frozen."""
     memory_bytes: dict[str, int]
     """Bytes the fullest rank holds through the whole step: weights, gradients, optimizer state. Activations come on
     top."""
@@ -104,6 +108,7 @@ class Plan:
             ("sequence parallel", "on" if self.sequence else "off"),
             ("engine", f"{self.engine}, ZeRO stage {self.zero_stage}"),
             ("parameters", f"{self.num_params:,}, of which {self.params_per_rank:,} on the fullest rank"),
+            *([("trained", f"{self.num_trained:,}")] if self.num_trained < self.num_params else []),
             ("micro-batches per step", f"{self.micro_batches} of {self.micro_batch_size}"),
             (
                 "tokens",
@@ -141,15 +146,17 @@ def make_plan(config: Config, weights: Sequence[Sized], world_size: int) -> Plan
     _check_compile(config)
     _check_model(config)
     stages = _stages(config, weights)
+    _check_lora(config, stages)
     try:
         sizes = [prod(weight.local_shape(tensor)) for weight in weights]
     except ValueError as error:
         raise ConfigError(f"parallel.tensor = {tensor}: {error}") from None
     local = {weight.name: size for weight, size in zip(weights, sizes, strict=True)}
-    params_per_rank = max(
-        sum(local[weight.name] for stage in stages[rank::pipeline] for weight in stage.weights(weights))
-        for rank in range(pipeline)
-    )
+    held = [
+        [weight for stage in stages[rank::pipeline] for weight in stage.weights(weights)] for rank in range(pipeline)
+    ]
+    per_rank = [(sum(local[w.name] for w in rows), sum(local[w.name] for w in rows if not w.frozen)) for rows in held]
+    params_per_rank, trained_per_rank = max(per_rank)
     return Plan(
         world_size=world_size,
         pipeline=pipeline,
@@ -168,7 +175,8 @@ def make_plan(config: Config, weights: Sequence[Sized], world_size: int) -> Plan
         steps=train.steps,
         num_params=sum(weight.numel for weight in weights),
         params_per_rank=params_per_rank,
-        memory_bytes=_memory(params_per_rank, data * context, parallel.zero_stage, train.precision),
+        num_trained=sum(weight.numel for weight in weights if not weight.frozen),
+        memory_bytes=_memory(params_per_rank, trained_per_rank, data * context, parallel.zero_stage, train.precision),
     )
 
 
@@ -292,6 +300,25 @@ def _check_model(config: Config) -> None:
         )
 
 
+def _check_lora(config: Config, stages: Sequence[StageSpan]) -> None:
+    if config.lora is None:
+        return
+    if any(stage.start == stage.stop for stage in stages):
+        raise ConfigError(
+            f"parallel.stage_layers = {list(config.parallel.stage_layers or ())}: with lora every stage needs a layer, "
+            "or there is nothing in it to train"
+        )
+    if config.lora.dropout and (config.train.recompute == "selective" or config.train.compile):
+        raise ConfigError(
+            f"lora.dropout = {config.lora.dropout} needs train.recompute: none or full, and train.compile: false: what "
+            "is computed again, or compiled, must be a whole layer that knows whose tokens it is about"
+        )
+    if config.parallel.offload.parameters == "nvme":
+        raise ConfigError(
+            "parallel.offload.parameters = 'nvme' cannot hold the frozen weights of lora; use 'cpu', or 'none'"
+        )
+
+
 def _check_compile(config: Config) -> None:
     parallel = config.parallel
     for name, value, only in (
@@ -354,12 +381,12 @@ def _head_cost(config: Config, weights: Sequence[Sized]) -> float:
     return model.vocab_size * model.hidden_size / (layer + config.data.seq_length * width)
 
 
-def _memory(params: int, replicas: int, zero_stage: int, precision: str) -> dict[str, int]:
-    shard = params // replicas
+def _memory(params: int, trained: int, replicas: int, zero_stage: int, precision: str) -> dict[str, int]:
+    shard = trained // replicas
     weight_bytes = 2 if precision == "bf16" else 4
     master = 4 if precision == "bf16" else 0  # in fp32 the weights are their own master copy
     return {
-        "weights": (shard if zero_stage == 3 else params) * weight_bytes,
-        "gradients": (shard if zero_stage >= 2 else params) * 4,
-        "optimizer": (shard if zero_stage >= 1 else params) * (8 + master),
+        "weights": (params // replicas if zero_stage == 3 else params) * weight_bytes,
+        "gradients": (shard if zero_stage >= 2 else trained) * 4,
+        "optimizer": (shard if zero_stage >= 1 else trained) * (8 + master),
     }

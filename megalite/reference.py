@@ -30,7 +30,8 @@ Forward = Callable[[list[MicroBatch]], Iterable[tuple[Tensor, Inputs, MicroBatch
 def reference_key(mixtures: Mapping[Split, Mixture], config: Config) -> str:
     """Names all that decides the log-probabilities."""
     parts = [[split, *(source.fingerprint() for source in mixture.sources)] for split, mixture in mixtures.items()]
-    identity = json.dumps([parts, str(config.model.hf), config.train.precision])
+    start = [str(config.model.hf), str(config.lora.adapter)] if config.lora else str(config.model.hf)
+    identity = json.dumps([parts, start, config.train.precision])
     return hashlib.sha256(identity.encode()).hexdigest()[:32]
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from megalite import last_words
 from megalite.activity import NOW
 from megalite.checkpoint.export import keep_source, write_extras
-from megalite.checkpoint.load import from_checkpoint, from_hf, from_seed
+from megalite.checkpoint.load import for_adapters, from_checkpoint, from_hf, from_seed
 from megalite.checkpoint.resume import find_checkpoint, read_train_state
 from megalite.checkpoint.save import Saver
 from megalite.checkpoint.tensors import NotSaved
@@ -40,6 +40,7 @@ from megalite.keys import key_of
 from megalite.mesh import Launch, Mesh, make_mesh
 from megalite.models import build_model, weight_table
 from megalite.models.layers import Places
+from megalite.models.peft import TENSORS
 from megalite.objective import DPO, Objective, make_objective
 from megalite.observe.profiler import Profiler
 from megalite.observe.recorder import Recorder
@@ -68,7 +69,7 @@ def train(config: Config) -> Exit:
     NotSaved after the last step."""
     launch = Launch.from_environment()
     check_run_folder(config.run.folder)
-    plan = make_plan(config, weight_table(config.model), launch.world_size)
+    plan = make_plan(config, weight_table(config.model, config.lora), launch.world_size)
     tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
     data = build_mixtures(config, tokenizer)
     check_vocabulary(config, tokenizer)
@@ -206,7 +207,7 @@ def train_from(
     if checkpoint:
         loader.check_state(state["data"])
     tokenizer = load_tokenizer(folder / "tokenizer") if config.data.tokenizer and run.recorder else None
-    table = weight_table(config.model)
+    table = [weight for weight in weight_table(config.model, config.lora) if not weight.frozen]
     saver = Saver(
         folder / "checkpoints",
         config.checkpoint.keep,
@@ -215,6 +216,7 @@ def train_from(
         parts.engine,
         choose_owners(run.plan, table, elements_of(config.parallel.bucket_mb)),
         lambda path: write_extras(path, config, tokenizer),
+        stem=TENSORS if config.lora else "model",
     )
     done = False
     try:
@@ -233,7 +235,9 @@ def train_from(
 
 def initial_state(config: Config, mesh: Mesh, checkpoint: Path | None) -> ReadState:
     """Where weights and optimizer state come from: a checkpoint to go on from, a model to start from, or the seed."""
-    weights = weight_table(config.model)
+    weights = weight_table(config.model, config.lora)
+    if config.lora:
+        return for_adapters(config, weights, checkpoint, mesh.tensor, mesh.device)
     if checkpoint:
         return from_checkpoint(checkpoint, weights, config.model, mesh.tensor)
     if config.model.hf:
@@ -337,14 +341,14 @@ class Parts:
 def build(config: Config, plan: Plan, mesh: Mesh) -> Parts:
     """This rank's part of the model, with its weights still zero. Chooses the process's kernels."""
     library.use(config.kernels)
-    table = weight_table(config.model)
+    table = weight_table(config.model, config.lora)
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     spans = plan.stages_of(mesh.pipeline.rank)
     zero_bubble = plan.pipeline > 1 and plan.schedule == "zero_bubble"
     deferred = [PutOff() if zero_bubble else None for _ in spans]
     stages = []
     for span, later in zip(spans, deferred, strict=True):
-        model = build_model(config.model)
+        model = build_model(config.model, config.lora)
         apply_parallelism(model, table, plan, span, mesh, config.train, later)
         stages.append(Stage(model, span))
     rows = plan.weights_of(mesh.pipeline.rank, table)

@@ -54,7 +54,7 @@ def measure_step(rank: int, world_size: int, config: Config) -> dict[str, int]:
     """Bytes of this rank: `resident` between two steps, and `peak` within the second step (the first one allocates what
     later ones keep)."""
     torch.manual_seed(rank)
-    plan = make_plan(config, weight_table(config.model), world_size)
+    plan = make_plan(config, weight_table(config.model, config.lora), world_size)
     with LiveBytes() as live:
         mesh = make_mesh(plan, Launch(rank, world_size, 0).device)
         parts = build(config, plan, mesh)

@@ -1,5 +1,5 @@
-"""What makes a folder of safetensors a Hugging Face model: config.json, generation_config.json and the tokenizer. A run
-that started from such a model takes along what it had of them."""
+"""What makes a folder of safetensors a Hugging Face model: config.json, generation_config.json and the tokenizer; or an
+adapter of PEFT's: adapter_config.json. A run that started from such a model takes along what it had of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from megalite.checkpoint.folder import write_json
 from megalite.config import Config
 from megalite.data.tokenizer import FILES, Tokenizer
-from megalite.models import read_hf_config, to_hf_config
+from megalite.models import peft, read_hf_config, to_hf_config, weight_table
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 SOURCE = "source"
@@ -24,25 +24,31 @@ def keep_source(config: Config) -> None:
     if config.model.hf is None or folder.exists():
         return
     folder.mkdir(parents=True)
+    hf = config.model.hf
+    where = [hf, *([peft.base_of(hf)] if peft.is_adapter(hf) else [])]
     for name in ("config.json", "generation_config.json", *FILES):
-        if (config.model.hf / name).is_file():
-            shutil.copyfile(config.model.hf / name, folder / name)
+        if found := next((path / name for path in where if (path / name).is_file()), None):
+            shutil.copyfile(found, folder / name)
 
 
 def write_extras(folder: Path, config: Config, tokenizer: Tokenizer | None) -> None:
     """Also keeps the run's own config beside them, as config.yaml."""
     source, dtype = config.run.folder / SOURCE, DTYPES[config.train.precision]
+    (folder / "config.yaml").write_text(config.to_yaml())
     # All are written: what is left out, transformers takes from the family's first model.
     ids: dict[str, Any] = dict.fromkeys(SPECIAL) | {"eos_token_id": tokenizer.eod_id if tokenizer else None}
     if (source / "config.json").is_file():
         stored = read_hf_config(source)
         ids |= {name: stored[name] for name in SPECIAL if stored.get(name) is not None}
-    # transformers 5 reads `dtype`, transformers 4 and vLLM `torch_dtype`.
-    write_json(folder / "config.json", to_hf_config(config.model) | ids | {"dtype": dtype, "torch_dtype": dtype})
     write_json(folder / "generation_config.json", ids | {"do_sample": True})
-    (folder / "config.yaml").write_text(config.to_yaml())
     for name in ("generation_config.json", *([] if tokenizer else FILES)):
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
     if tokenizer:
         tokenizer.save(folder)
+    if config.lora:
+        assert config.model.hf is not None
+        write_json(folder / peft.CONFIG, peft.to_peft(config.lora, weight_table(config.model), config.model.hf))
+        return
+    # transformers 5 reads `dtype`, transformers 4 and vLLM `torch_dtype`.
+    write_json(folder / "config.json", to_hf_config(config.model) | ids | {"dtype": dtype, "torch_dtype": dtype})

@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 from megalite.checkpoint.tensors import TensorFolder
-from megalite.config import ModelConfig
+from megalite.config import Config, LoraConfig, ModelConfig
 from megalite.engine import STATES, ReadState
+from megalite.errors import ConfigError
 from megalite.mesh import Axis
+from megalite.models import peft
+from megalite.models.lora import Adapter, adapters_of, merged
 from megalite.models.weights import Weight
 
 
@@ -34,20 +37,77 @@ def from_seed(seed: int, tensor: Axis, device: torch.device | str = "cpu") -> Re
 
 
 def from_hf(folder: Path, weights: Sequence[Weight], model: ModelConfig, tensor: Axis, seed: int = 0) -> ReadState:
-    """The weights of a Hugging Face folder, which are also the master weights, and moments of zero. A head for classes
-    that the folder's model has not begins with weights of the seed.
+    """The weights of a Hugging Face folder, which are also the master weights, and moments of zero. Of an adapter's
+    folder: the weights of the model it is for, with the adapter merged into them. A head for classes that the folder's
+    model has not begins with weights of the seed.
 
     Raises CheckpointError when names or shapes are not those of the model."""
-    return _from_folder(folder, weights, model, tensor, (), from_seed(seed, tensor))
+    if peft.is_adapter(folder):
+        return _with_adapter(folder, weights, model, tensor)
+    return _from_folder(folder, weights, model, tensor, (), new_head=from_seed(seed, tensor))
 
 
 def from_checkpoint(folder: Path, weights: Sequence[Weight], model: ModelConfig, tensor: Axis) -> ReadState:
     """Weights, master weights and moments, on whatever layout they were written.
 
     Raises CheckpointError when names or shapes are not those of the model."""
+    return _from_folder(folder, weights, model, tensor, _states_in(folder))
+
+
+def _states_in(folder: Path) -> tuple[str, ...]:
     # Written in fp32, the weights are their own master copy.
-    states = tuple(s for s in STATES if s != "master" or any((folder / "optimizer").glob("master*")))
-    return _from_folder(folder, weights, model, tensor, states)
+    return tuple(s for s in STATES if s != "master" or any((folder / "optimizer").glob("master*")))
+
+
+def for_adapters(
+    config: Config, weights: Sequence[Weight], checkpoint: Path | None, tensor: Axis, device: torch.device | str
+) -> ReadState:
+    """Frozen weights from the model a run of `lora` started from; those of its adapters, and their moments, from a
+    checkpoint, the adapter to go on from, or the seed.
+
+    Raises CheckpointError when names or shapes are not those of the model, ConfigError where that is an adapter."""
+    assert config.lora is not None
+    assert config.model.hf is not None
+    if peft.is_adapter(config.model.hf):
+        raise ConfigError(
+            f"lora: model.hf = {config.model.hf} is an adapter, and PEFT opens no adapter of an adapter; go on from it "
+            "with lora.adapter, or merge it into its model first (tools/convert_checkpoint.py)"
+        )
+    frozen, trained = ([weight for weight in weights if weight.frozen is which] for which in (True, False))
+    base = from_hf(config.model.hf, frozen, config.model, tensor)
+    if checkpoint:
+        own = _from_folder(checkpoint, trained, config.model, tensor, _states_in(checkpoint), peft.TENSORS)
+    elif config.lora.adapter:
+        own = _from_folder(config.lora.adapter, trained, config.model, tensor, (), peft.TENSORS)
+    else:
+        own = from_seed(config.train.seed, tensor, device)
+    return lambda weight, *what: (base if weight.frozen else own)(weight, *what)
+
+
+def _with_adapter(folder: Path, weights: Sequence[Weight], model: ModelConfig, tensor: Axis) -> ReadState:
+    lora = LoraConfig.model_validate(peft.read_lora(folder))
+    base = from_hf(peft.base_of(folder), weights, model, tensor)
+    adapters = adapters_of(weights, lora)
+    rows = {adapter.module: adapter.rows(lora.rank) for adapter in adapters}
+    by_base: dict[str, list[Adapter]] = {}
+    for adapter in adapters:
+        by_base.setdefault(adapter.base.name, []).append(adapter)
+    factors = _from_folder(folder, [w for pair in rows.values() for w in pair], model, tensor, (), peft.TENSORS)
+
+    def local(read: ReadState, weight: Weight) -> Tensor:
+        shape = weight.local_shape(tensor.size)
+        return read(weight, "weight", 0, torch.Size(shape).numel()).view(shape)
+
+    def read(weight: Weight, kind: str, start: int, stop: int) -> Tensor:
+        own: list[tuple[Adapter, Tensor, Tensor]] = []
+        for adapter in by_base.get(weight.name, ()):
+            a, b = rows[adapter.module]
+            own.append((adapter, local(factors, a), local(factors, b)))
+        if kind.startswith("exp_avg") or not own:
+            return base(weight, kind, start, stop)
+        return merged(local(base, weight), own, lora.scale, tensor.size).flatten()[start:stop]
+
+    return read
 
 
 def _from_folder(
@@ -56,9 +116,10 @@ def _from_folder(
     model: ModelConfig,
     tensor: Axis,
     states: tuple[str, ...],
+    stem: str = "model",
     new_head: ReadState | None = None,
 ) -> ReadState:
-    sources = {"weight": TensorFolder(folder)}
+    sources = {"weight": TensorFolder(folder, stem)}
     stored = sources["weight"].files
     new: set[str] = set()
     if new_head and model.task != "causal":

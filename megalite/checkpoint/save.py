@@ -38,11 +38,13 @@ class Saver:
         engine: Engine,
         owners: Mapping[str, int],
         write_extras: Callable[[Path], None],
+        stem: str = "model",
     ):
         """`owners` says which rank writes each weight; `write_extras` puts what is not a tensor (config.json,
-        tokenizer) into a folder, and rank 0 calls it. All ranks make one, and no other run writes below `root`."""
+        tokenizer) into a folder, and rank 0 calls it. Files of weights begin with `stem`. All ranks make one, and no
+        other run writes below `root`."""
         table = {weight.name: weight for weight in weights}
-        self.target = Target(root, keep, table, owners, mesh, write_extras)
+        self.target = Target(root, keep, table, owners, mesh, write_extras, stem)
         self.mesh, self.engine = mesh, engine
         self.error: str | None = None
         """Why the last save failed; None if it did not. Ask after `wait`."""

@@ -13,13 +13,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megalite.activity import NOW
 from megalite.checkpoint.board import Board
 from megalite.checkpoint.folder import MANIFEST, digest, prune, remove, write_json
 from megalite.mesh import Mesh
+from megalite.models.peft import TENSORS as ADAPTER
 from megalite.models.weights import Weight
 from megalite.resources import fsync
 
@@ -38,7 +39,7 @@ Collect = Callable[[], Mapping[str, Mapping[str, Tensor]]]
 @dataclass
 class Target:
     """What is the same for all checkpoints of a run. `owners` says which rank writes each weight; `write_extras` puts
-    what is not a tensor (config.json, tokenizer) into a folder."""
+    what is not a tensor (config.json, tokenizer) into a folder; files of weights begin with `stem`."""
 
     root: Path
     keep: int
@@ -46,6 +47,7 @@ class Target:
     owners: Mapping[str, int]
     mesh: Mesh
     write_extras: Callable[[Path], None]
+    stem: str = "model"
 
 
 class Writing:
@@ -128,7 +130,7 @@ class Writing:
                 raise OSError(f"{self.target.root} is not there; run.dir must be on a file system all nodes share")
             for kind, logical in self.tensors.items():
                 if logical:
-                    name = ("model" if kind == "weight" else f"optimizer/{kind}") + self._suffix()
+                    name = (self.target.stem if kind == "weight" else f"optimizer/{kind}") + self._suffix()
                     sizes[name] = self._write_tensors(self.temporary / name, logical)
                     files[name] = digest(self.temporary / name)
                     NOW.beats += 1
@@ -176,8 +178,11 @@ class Writing:
             path = self.temporary / name
             if not _becomes_true(lambda: path.exists() and path.stat().st_size == entry["size"]):  # noqa: B023
                 raise OSError(f"rank 0 does not see {path}; run.dir must be on a file system all nodes share")
+        tensors = {name: sizes for part in parts for name, sizes in part["tensors"].items()}
+        if self.target.stem == ADAPTER:
+            _join(self.temporary, files, tensors)
         if len(self._writers()) > 1:
-            _write_indices(self.temporary, {name: sizes for part in parts for name, sizes in part["tensors"].items()})
+            _write_indices(self.temporary, tensors)
         for path in sorted(p for p in self.temporary.rglob("*") if p.is_file()):
             name = str(path.relative_to(self.temporary))
             if name not in files:
@@ -229,6 +234,16 @@ def _becomes_true(true: Callable[[], bool]) -> bool:
             return False
         time.sleep(0.05)
     return True
+
+
+def _join(folder: Path, files: dict[str, Any], tensors: dict[str, dict[str, int]]) -> None:
+    """Make one file of those of an adapter: PEFT reads no more than one."""
+    parts = sorted(name for name in files if name.startswith(ADAPTER))
+    whole = {name: tensor for part in parts for name, tensor in load_file(folder / part).items()}
+    for part in parts:
+        del files[part], tensors[part]
+        (folder / part).unlink()
+    save_file(whole, folder / f"{ADAPTER}.safetensors", metadata={"format": "pt"})
 
 
 def _write_indices(folder: Path, tensors: dict[str, dict[str, int]]) -> None:

@@ -118,14 +118,17 @@ class DeepSpeedEngine:
     def __init__(self, stage: Stage, weights: Sequence[Weight], plan: Plan, mesh: Mesh, config: Config):
         """Takes over `stage.forward`. Raises ConfigError when DeepSpeed, or what its NVMe offload needs, is missing."""
         deepspeed = _import_deepspeed(mesh)
-        self.mesh, self.weights, self.zero_stage = mesh, weights, plan.zero_stage
+        self.mesh, self.zero_stage = mesh, plan.zero_stage
+        self.weights = [weight for weight in weights if not weight.frozen]
         self.dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         if "nvme" in (config.parallel.offload.optimizer, config.parallel.offload.parameters):
             _check_nvme()
         ds_config = deepspeed_config(config, plan)
         groups = Groups(_with_group(mesh.replicas), _with_group(mesh.tensor))
-        parameters = self._make_parameters(stage.model, groups, ds_config)
-        self.optimizer = _make_optimizer(config.optimizer, weights, parameters)
+        every = self._make_parameters(stage.model, weights, groups, ds_config)
+        self.frozen = [(weight, every[weight.name]) for weight in weights if weight.frozen]
+        parameters = {weight.name: every[weight.name] for weight in self.weights}
+        self.optimizer = _make_optimizer(config.optimizer, self.weights, parameters)
         inner = Stage(stage.model, stage.span)
         with redirect_stdout(StringIO()):  # memory reports that its log level does not stop; warnings pass
             self.engine, *_ = deepspeed.initialize(model=inner, optimizer=self.optimizer, config=ds_config, mpu=groups)
@@ -133,7 +136,7 @@ class DeepSpeedEngine:
         self._update, self._permitted = self.optimizer.step, _always
         # DeepSpeed calls it for every flat partition, once it knows the norm. It would warn of a subclass.
         self.optimizer.step = lambda: self._update() if self._permitted() else None  # type: ignore
-        for weight in weights:
+        for weight in self.weights:
             if plan.tensor > 1 and weight.sums_over_tensor_ranks(plan.sequence):
                 parameters[weight.name].register_hook(self._sum_over_tensor_ranks)
         self.zero = self.engine.optimizer
@@ -145,15 +148,18 @@ class DeepSpeedEngine:
     def states(self) -> tuple[str, ...]:
         return STATES[1:] if self.dtype == torch.float32 else STATES
 
-    def _make_parameters(self, model: nn.Module, groups: Groups, ds_config: dict[str, Any]) -> dict[str, nn.Parameter]:
+    def _make_parameters(
+        self, model: nn.Module, weights: Sequence[Weight], groups: Groups, ds_config: dict[str, Any]
+    ) -> dict[str, nn.Parameter]:
         """Zeros for now. At stage 3 no more than one whole weight exists at a time."""
         from deepspeed import zero
 
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         made: dict[str, nn.Parameter] = {}
         first: Any = None
-        for weight in self.weights:
-            parameter: Any = nn.Parameter(torch.zeros(shapes[weight.name], dtype=self.dtype, device=self.mesh.device))
+        for weight in weights:
+            zeros = torch.zeros(shapes[weight.name], dtype=self.dtype, device=self.mesh.device)
+            parameter: Any = nn.Parameter(zeros, requires_grad=not weight.frozen)
             # Others count as copies of each other, and once in the norm.
             parameter.tensor_model_parallel = weight.shard is not None and self.mesh.tensor.size > 1
             if self.zero_stage == 3 and first is None:
@@ -243,6 +249,8 @@ class DeepSpeedEngine:
     def load(self, read: ReadState, num_updates: int = 0) -> None:
         if self.zero_stage == 3:
             self.engine.empty_partition_cache()  # whole weights would be used on as they are
+        for weight, parameter in self.frozen:
+            self._fill_frozen(weight, parameter, read)
         for number in range(len(self._members())):
             with self._resident(number, write=True) as (flat, state):
                 for kind in ("exp_avg", "exp_avg_sq"):
@@ -256,6 +264,16 @@ class DeepSpeedEngine:
                     self.zero._reassign_or_swap_out_partitioned_parameters(number)
         if self.zero_stage < 3:
             self.zero.update_lp_params()
+
+    def _fill_frozen(self, weight: Weight, parameter: Any, read: ReadState) -> None:
+        if self.zero_stage < 3:
+            parameter.copy_(read(weight, "weight", 0, parameter.numel()).view_as(parameter))
+            return
+        size = parameter.partition_numel()
+        low = min(self.mesh.replicas.rank * size, parameter.ds_numel)
+        high = min(low + size, parameter.ds_numel)
+        if low < high:
+            parameter.ds_tensor[: high - low].copy_(read(weight, "weight", low, high))
 
     def _on_disk(self, number: int) -> bool:
         return self.zero_stage == 3 and self.zero._swappable_optimizer_subgroup(number)
@@ -281,6 +299,8 @@ class DeepSpeedEngine:
         # At stage 3, every replica holds its own share of all weights.
         for fragment in self.fragments if self.zero_stage < 3 else ():
             yield Sharing(True, fragment.weight.shard is None, False), fragment.parameter.detach()
+        for weight, parameter in self.frozen if self.zero_stage < 3 else ():
+            yield Sharing(True, weight.shard is None, False), parameter.detach()
 
     @torch.no_grad()
     def gather(self, kind: str, owners: Mapping[str, int], buffers: HostBuffers | None = None) -> dict[str, Tensor]:

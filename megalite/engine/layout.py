@@ -37,6 +37,8 @@ class Bucket:
     """Its gradient is summed over the tensor ranks, of which each has a part."""
     tied: bool
     """Both ends of a pipeline hold a copy, and the gradient is the sum of both."""
+    frozen: bool
+    """Not trained: there is no gradient and no optimizer state of it."""
 
     def shard(self, rank: int, ranks: int) -> tuple[int, int]:
         length = self.size // ranks
@@ -61,6 +63,7 @@ def make_buckets(weights: Sequence[Weight], plan: Plan, max_elements: int) -> tu
             weight.shard is not None and plan.tensor > 1,
             weight.sums_over_tensor_ranks(plan.sequence),
             weight.place == "both" and plan.pipeline > 1,
+            weight.frozen,
         )
         slots = open_slots.setdefault(kind, [])
         numel = prod(weight.local_shape(plan.tensor))
@@ -79,6 +82,7 @@ class _Kind(NamedTuple):
     cut: bool
     partial_grad: bool
     tied: bool
+    frozen: bool
 
 
 def _close(slots: list[Slot], kind: _Kind, replicas: int) -> Bucket:

@@ -56,13 +56,21 @@ IN_FLIGHT = 2
 """Buckets whose reduction stage 2 lets run at a time: one travels while the next is filled."""
 
 
-class BucketState:
+class BucketWeights:
+    """The weights of one bucket on one rank; of frozen ones, all there is."""
+
+    def __init__(self, layout: Bucket, mesh: Mesh, dtype: torch.dtype):
+        self.layout = layout
+        self.low, self.high = layout.shard(mesh.replicas.rank, mesh.replicas.size)
+        self.weights = torch.zeros(layout.size, dtype=dtype, device=mesh.device)
+
+
+class BucketState(BucketWeights):
     """The tensors of one bucket on one rank."""
 
     def __init__(self, layout: Bucket, mesh: Mesh, dtype: torch.dtype, zero_stage: int):
-        self.layout, self.zero_stage = layout, zero_stage
-        self.low, self.high = layout.shard(mesh.replicas.rank, mesh.replicas.size)
-        self.weights = torch.zeros(layout.size, dtype=dtype, device=mesh.device)
+        super().__init__(layout, mesh, dtype)
+        self.zero_stage = zero_stage
         # What the optimizer steps on: this rank's shard, or at stage 0 everything.
         self.stepped = slice(self.low, self.high) if zero_stage else slice(0, layout.size)
         master = self.weights[self.stepped]
@@ -113,7 +121,8 @@ class NativeEngine:
         self._num_updates = torch.zeros((), dtype=torch.float64, device=mesh.device)
         self.dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         layout = make_buckets(weights, plan, elements_of(config.parallel.bucket_mb))
-        self.buckets = [BucketState(bucket, mesh, self.dtype, plan.zero_stage) for bucket in layout]
+        self.buckets = [BucketState(b, mesh, self.dtype, plan.zero_stage) for b in layout if not b.frozen]
+        self.frozen = [BucketWeights(b, mesh, self.dtype) for b in layout if b.frozen]
         self._home: dict[Tensor, tuple[BucketState, Slot]] = {}
         self._adopt(models)
         self._unchanging = threading.Event()  # no copy of the state is still to be made
@@ -137,22 +146,24 @@ class NativeEngine:
         """Make every parameter a view into its bucket, watch its gradient arrive, and make modules wait for it."""
         shapes = {name: parameter.shape for model in models for name, parameter in model.named_parameters()}
         views: dict[str, nn.Parameter] = {}
-        for bucket in self.buckets:
+        for bucket in [*self.buckets, *self.frozen]:
             for slot in bucket.layout.slots:
                 name = slot.weight.name
-                views[name] = nn.Parameter(bucket.weights[slot.start : slot.stop].view(shapes[name]))
-                views[name].register_post_accumulate_grad_hook(self._take_gradient)
-                self._home[views[name]] = (bucket, slot)
+                view = bucket.weights[slot.start : slot.stop].view(shapes[name])
+                views[name] = nn.Parameter(view, requires_grad=not slot.weight.frozen)
+                if isinstance(bucket, BucketState):
+                    views[name].register_post_accumulate_grad_hook(self._take_gradient)
+                    self._home[views[name]] = (bucket, slot)
         assert views.keys() == shapes.keys(), f"table and model differ: {views.keys() ^ shapes.keys()}"
         for model in models:
             set_parameters(model, views)
             # Weights are awaited before whole layers, whose inside may be compiled, and what stands beside them.
             beside = [child for child in model.children() if child is not model.layers]
             for unit in [*beside, *model.layers.values()]:
-                buckets = {id(b): b for p in unit.parameters() for b, _ in [self._home[p]]}
+                buckets = {id(b): b for p in unit.parameters() if p in self._home for b, _ in [self._home[p]]}
                 unit.register_forward_pre_hook(_await_weights_of(list(buckets.values())))
             for module in model.modules():
-                if isinstance(module, ParallelLinear):
+                if isinstance(module, ParallelLinear) and module.weight in self._home:
                     module.deliver = self._add_product
                     self._home[module.weight][0].num_events += 1
 
@@ -295,8 +306,10 @@ class NativeEngine:
             _fill(bucket, bucket.weights, 0, slice(bucket.low, bucket.high), read, kind)
             for state in self.states:
                 _fill(bucket, getattr(bucket, state), bucket.stepped.start, bucket.stepped, read, state)
+        for held in self.frozen:
+            _fill(held, held.weights, 0, slice(held.low, held.high), read, "weight")
         # What the replicas have read of the weights is read once in all, not once by each.
-        for wait in [start_all_gather(bucket.weights, self.mesh.replicas) for bucket in self.buckets]:
+        for wait in [start_all_gather(b.weights, self.mesh.replicas) for b in [*self.buckets, *self.frozen]]:
             wait()
 
     def copies(self) -> Iterator[tuple[Sharing, Tensor]]:
@@ -306,6 +319,8 @@ class NativeEngine:
             yield Sharing(True, whole, bucket.layout.tied), bucket.weights
             for state in self.states:
                 yield Sharing(self.zero_stage == 0, whole, bucket.layout.tied), getattr(bucket, state)
+        for held in self.frozen:
+            yield Sharing(True, not held.layout.cut, held.layout.tied), held.weights
 
     def gather(self, kind: str, owners: Mapping[str, int], buffers: HostBuffers | None = None) -> dict[str, Tensor]:
         """Shards travel over the replicas to the owner of their bucket, then local tensors over the tensor axis to the
@@ -375,7 +390,7 @@ def _await_weights_of(buckets: Sequence[BucketState]) -> Callable[[nn.Module, An
     return hook
 
 
-def _fill(bucket: BucketState, into: Tensor, offset: int, part: slice, read: ReadState, kind: str) -> None:
+def _fill(bucket: BucketWeights, into: Tensor, offset: int, part: slice, read: ReadState, kind: str) -> None:
     """Read `kind` for the elements `part` of a bucket. `into` holds the bucket's elements from `offset` on."""
     for slot in bucket.layout.slots:
         start, stop = max(slot.start, part.start), min(slot.stop, part.stop)

@@ -50,7 +50,7 @@ TimedLink = tuple[str, str, float | None]
 def preflight(config: Config, launch: Launch, store: dist.Store) -> Exit:
     """DONE; UNFIT where nodes are to be left out, and a line of the output is `--exclude=NODE,NODE`, which sbatch
     understands; MISTAKE where all nodes have the same problem. The same on all ranks. Raises ConfigError."""
-    plan = make_plan(config, weight_table(config.model), launch.world_size)
+    plan = make_plan(config, weight_table(config.model, config.lora), launch.world_size)
     board = _Board(store, launch)
     board.put("name", node_name())
     board.put("facts", asdict(find_out(config, launch)))

@@ -26,6 +26,7 @@ from megalite.infer.sampling import Sampling
 from megalite.mesh import ALONE, Launch
 from megalite.models import build_model, model_config, read_hf_config, set_parameters, weight_table
 from megalite.models.layers import Decoder, Places
+from megalite.models.peft import is_adapter
 
 LIKELY = Sampling(temperature=0.8, top_p=0.95)
 """How tokens are chosen where neither the user nor the model's folder says."""
@@ -34,8 +35,9 @@ SCORED_TOKENS = 4096
 
 
 def find_model(path: Path) -> Path:
-    """The Hugging Face folder meant by a run (its newest checkpoint), a checkpoint, or such a folder itself."""
-    if (path / "config.json").exists():
+    """The folder of a Hugging Face model, or of an adapter for one, that is meant by a run (its newest checkpoint), a
+    checkpoint, or such a folder itself."""
+    if (path / "config.json").exists() or is_adapter(path):
         return path
     steps = complete_steps(path / "checkpoints")
     if not steps:

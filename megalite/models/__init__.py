@@ -14,10 +14,11 @@ import torch
 import torch.nn as nn
 from pydantic import ValidationError
 
-from megalite.config import ModelConfig, describe_errors
+from megalite.config import LoraConfig, ModelConfig, describe_errors
 from megalite.errors import ConfigError
-from megalite.models import heads
+from megalite.models import heads, peft
 from megalite.models.layers import Decoder
+from megalite.models.lora import adapt, with_adapters
 from megalite.models.weights import Weight
 from megalite.resources import configs_dir, read_yaml
 
@@ -94,6 +95,9 @@ def _nearest(name: Any, known: Any) -> str:
 
 
 def read_hf_config(folder: Path) -> dict[str, Any]:
+    """Of a model, or of the one that an adapter is for. Raises ConfigError."""
+    if peft.is_adapter(folder):
+        folder = peft.base_of(folder)
     try:
         values = json.loads((folder / "config.json").read_text())
     except OSError as error:
@@ -122,9 +126,11 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
     return family(config.family).to_hf(config) | heads.to_hf(config)
 
 
-def weight_table(config: ModelConfig) -> tuple[Weight, ...]:
-    """Every weight of the model, in the order in which a forward pass meets them."""
-    return heads.head_rows(config, family(config.family).weights(config))
+def weight_table(config: ModelConfig, lora: LoraConfig | None = None) -> tuple[Weight, ...]:
+    """Every weight of the model, in the order in which a forward pass meets them. With `lora`, those of its adapters
+    are among them, and the others frozen. Raises ConfigError where the model has not what `lora` asks for."""
+    weights = tuple(heads.head_rows(config, family(config.family).weights(config)))
+    return with_adapters(weights, lora) if lora else weights
 
 
 def set_parameters(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -135,7 +141,10 @@ def set_parameters(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> 
             setattr(module, attribute, parameters[names[old]])
 
 
-def build_model(config: ModelConfig) -> Decoder:
+def build_model(config: ModelConfig, lora: LoraConfig | None = None) -> Decoder:
     """The clean model on the meta device: shapes without memory. An engine gives it weights."""
     with torch.device("meta"):
-        return heads.put_on(family(config.family).MODEL(config), config)
+        model = heads.put_on(family(config.family).MODEL(config), config)
+    if lora:
+        adapt(model, weight_table(config), lora)
+    return model

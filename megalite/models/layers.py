@@ -97,11 +97,12 @@ class Dropout(nn.Module):
     """Dropout whose mask depends on (seed, sample, place in the sample) alone, so that every layout drops the same.
 
     Tensor parallelism sets `shard` to (rank, ranks) where it cuts dimension 1 of the input over ranks: the sequence of
-    hidden states, or the heads where `over_heads`."""
+    hidden states, or the heads where `over_heads`; and `features` likewise where it cuts the last dimension."""
 
     def __init__(self, p: float, site: str, over_heads: bool = False):
         super().__init__()
         self.p, self.site, self.over_heads, self.shard = p, key_of(site), over_heads, (0, 1)
+        self.features = (0, 1)
 
     def forward(self, x: Tensor, places: Places) -> Tensor:
         """`x` is [B,T,D], or [B,H,T,T] where `over_heads`. Without keys, or in evaluation, it is left alone."""
@@ -117,7 +118,8 @@ class Dropout(nn.Module):
         else:
             first = places.index_T.chunk(ranks)[rank]
         inner = x[0, 0].numel()
-        index = first[:, None] * inner + torch.arange(inner, device=x.device)
+        part, parts = self.features
+        index = first[:, None] * (inner * parts) + part * inner + torch.arange(inner, device=x.device)
         keys = random_bits(self.site, key_B).view(-1, *[1] * (x.dim() - 1))
         keep = uniform(keys, index.view(x.shape[1:])) >= self.p
         return x * (keep / (1.0 - self.p)).to(x.dtype)

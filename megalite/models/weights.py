@@ -13,12 +13,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from megalite.counter_random import normal
+from megalite.counter_random import normal, uniform
 from megalite.keys import key_of
 from megalite.plan import Place
 
@@ -27,6 +27,12 @@ VOCAB_MULTIPLE = 64
 
 Fetch = Callable[[str, tuple[slice, ...]], Tensor]
 """Reads a slice of the Hugging Face tensor of a name."""
+
+
+class Uniform(NamedTuple):
+    """Initial values between -bound and bound."""
+
+    bound: float
 
 
 @dataclass(frozen=True)
@@ -49,15 +55,18 @@ class Weight:
     by_unit: bool = False
     """The one Hugging Face tensor has the first unit of each part, then the second of each: q, k and v of a head side
     by side (GPT-NeoX)."""
-    init: float | Literal["ones", "zeros"] = 0.02
-    """Standard deviation of a normal distribution, or a constant."""
+    init: float | Uniform | Literal["ones", "zeros"] = 0.02
+    """Standard deviation of a normal distribution, a uniform one, or a constant."""
     decay: bool = True
     """Takes weight decay."""
+    frozen: bool = False
+    """Is not trained: it has no gradient and no optimizer state, and is in no checkpoint."""
     place: Place = "first"
     """Where it is used: in a layer, before the layers, after them, or (tied) at both ends."""
     partial_grad: Literal["sequence", "heads"] | None = None
     """A replicated weight of whose gradient each tensor rank has a part, so that it is summed over them. sequence: used
-    on activations that sequence parallelism cuts along the sequence; heads: used on the heads of each rank."""
+    on activations that sequence parallelism cuts along the sequence; heads: used on the heads, or the other features,
+    that each rank has of a token."""
 
     def __post_init__(self) -> None:
         assert sum(self.row_groups) == self.shape[0], self
@@ -195,6 +204,9 @@ class Weight:
         width = torch.Size(self.shape[1:]).numel()
         if isinstance(self.init, float):
             flat = normal(key_of(seed, self.name), start * width, stop * width, device) * self.init
+        elif isinstance(self.init, Uniform):
+            index = torch.arange(start * width, stop * width, device=device)
+            flat = (uniform(key_of(seed, self.name), index) * 2.0 - 1.0) * self.init.bound
         else:
             flat = torch.full(((stop - start) * width,), 1.0 if self.init == "ones" else 0.0, device=device)
         return flat if columns is None else flat.view(-1, width)[:, slice(*columns)]

@@ -33,15 +33,17 @@ def flops_per_token(
 
 def model_flops_per_token(config: Config) -> float:
     """`flops_per_token` of the model and sequence length of a config. A layer with a sliding window has no more
-    positions than the window."""
+    positions than the window; a frozen weight has no gradient, and counts 4 of its 6."""
     model: Any = config.model
     length = config.data.seq_length
     attended = sum(min(model.window(layer) or length, length) for layer in range(model.num_layers))
     # The embeddings only look up; the head multiplies, tied or not.
-    matrices = sum(w.numel for w in weight_table(model) if w.name not in ("embedding.weight", "positions.weight"))
+    table = weight_table(model, config.lora)
+    matrices = sum(w.numel for w in table if w.name not in ("embedding.weight", "positions.weight"))
     head = model.vocab_size * model.hidden_size if model.tie_embeddings else 0
     attention_width = model.num_attention_heads * model.head_size
-    return flops_per_token(matrices + head, model.num_layers, attention_width, attended / model.num_layers)
+    flops = flops_per_token(matrices + head, model.num_layers, attention_width, attended / model.num_layers)
+    return flops - 2.0 * (matrices + head - sum(w.numel for w in table if not w.frozen)) if config.lora else flops
 
 
 @cache

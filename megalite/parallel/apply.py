@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from megalite.config import TrainConfig
 from megalite.mesh import Axis, Mesh
 from megalite.models.layers import CausalAttention, CrossEntropy, Decoder, Dropout, RMSNorm
+from megalite.models.lora import AdapterDropout, LoraLinear
 from megalite.models.weights import Weight
 from megalite.parallel.context import RingAttention
 from megalite.parallel.stage import cut
@@ -131,7 +132,7 @@ def _counterpart(
         return None
     if isinstance(child, CrossEntropy):
         return VocabParallelCrossEntropy(axis, _vocab_size(table.values()))
-    if isinstance(child, Dropout):
+    if isinstance(child, Dropout) and not isinstance(child, AdapterDropout):
         # Attention probabilities are cut by heads in any case, hidden states only along a cut sequence.
         if sequence or child.over_heads:
             child.shard = (axis.rank, axis.size)
@@ -144,10 +145,14 @@ def _counterpart(
         return FeatureCutRMSNorm(weight, child.eps, axis) if shard == "column" else None
     if isinstance(child, nn.Linear):
         bias = None if child.bias is None else shrunk[child.bias]
-        if shard == "row":
-            return RowParallelLinear(weight, bias, axis, sequence, later)
-        assert shard in ("column", "vocab"), f"{names[child.weight]}: replicated linear modules are not supported yet"
-        return ColumnParallelLinear(weight, bias, axis, sequence, later)
+        assert shard in ("row", "column", "vocab"), (
+            f"{names[child.weight]}: replicated linear modules are not supported"
+        )
+        kind = RowParallelLinear if shard == "row" else ColumnParallelLinear
+        swapped = kind(weight, bias, axis, sequence, later)
+        if isinstance(child, LoraLinear):
+            swapped.adapt(child, {name: shrunk[getattr(child, name)] for name in child.updates.parameters()})
+        return swapped
     if shard == "vocab":
         return VocabParallelEmbedding(weight, axis, sequence)
     return SequenceCutEmbedding(weight, axis) if sequence else None

@@ -11,7 +11,7 @@ block communicates once on its way in and once on its way out.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch.autograd import Function
 
 from megalite.kernels.loss import cross_entropy, linear_cross_entropy
 from megalite.mesh import ALONE, Axis
+from megalite.models.lora import LoraLinear, Updates
 from megalite.parallel.collectives import (
     Result,
     all_gather,
@@ -110,7 +111,8 @@ class PutOff:
 class _Linear(Function):
     """The way in and the product after it in one, for three reasons: under sequence parallelism only this rank's slice
     of the input is kept, and gathered again in the backward pass; the gradient of the input travels while that of the
-    weight is computed; and that product goes straight to the engine, which sums it in fp32."""
+    weight is computed; and that product goes straight to the engine, which sums it in fp32. Of a frozen weight there is
+    no such product, and the input is not kept for it."""
 
     @staticmethod
     def forward(
@@ -123,8 +125,9 @@ class _Linear(Function):
         deliver: Deliver | None,
         later: PutOff | None,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.axis, ctx.sequence, ctx.has_bias = axis, sequence, bias is not None
+        of_input, of_weight, of_bias, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(x if of_weight else None, weight if of_input else None)
+        ctx.axis, ctx.sequence, ctx.of_bias = axis, sequence, bias is not None and of_bias
         ctx.deliver, ctx.later, ctx.parameter = deliver, later, weight
         out = F.linear(all_gather(x, axis, SEQUENCE) if sequence else x, weight, bias)
         # With a bias it comes as a view, in which autograd would let nobody turn positions in place.
@@ -134,7 +137,10 @@ class _Linear(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         grad_rows = grad.flatten(0, -2)
-        grad_bias = grad_rows.sum(0) if ctx.has_bias else None
+        grad_bias = grad_rows.sum(0) if ctx.of_bias else None
+        if x is None:
+            grad_x = None if weight is None else _start_input_gradient(ctx, grad @ weight)()
+            return grad_x, None, grad_bias, None, None, None, None
         if ctx.later:
             axis, sequence, deliver, parameter = ctx.axis, ctx.sequence, ctx.deliver, ctx.parameter
             ctx.later.put(
@@ -142,15 +148,16 @@ class _Linear(Function):
                     parameter, grad_rows, (all_gather(x, axis, SEQUENCE) if sequence else x).flatten(0, -2), True
                 )
             )
-            return _start_input_gradient(ctx, grad @ weight)(), None, grad_bias, None, None, None, None
+            grad_x = None if weight is None else _start_input_gradient(ctx, grad @ weight)()
+            return grad_x, None, grad_bias, None, None, None, None
         whole_x = start_gather_along(x, ctx.axis, SEQUENCE) if ctx.sequence else None
-        input_gradient = _start_input_gradient(ctx, grad @ weight)
+        input_gradient = None if weight is None else _start_input_gradient(ctx, grad @ weight)
         rows = (whole_x() if whole_x else x).flatten(0, -2)
         if ctx.deliver:
             grad_weight = ctx.deliver(ctx.parameter, grad_rows, rows, True)
         else:
             grad_weight = grad_rows.t() @ rows
-        return input_gradient(), grad_weight, grad_bias, None, None, None, None
+        return input_gradient and input_gradient(), grad_weight, grad_bias, None, None, None, None
 
 
 def _start_input_gradient(ctx: Any, grad_x: Tensor) -> Result:
@@ -179,23 +186,50 @@ class ParallelLinear(_Parallel):
         super().__init__(axis, sequence)
         self.weight, self.bias, self.later = weight, bias, later
         self.deliver: Deliver | None = None
+        self.updates: Updates | None = None
+
+    def adapt(self, linear: LoraLinear, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Take over the adapters of a linear module; `parameters` are this rank's of them."""
+        self.updates, self.dropout = linear.updates, linear.dropout
+        for name, parameter in parameters.items():
+            self.register_parameter(name, parameter)
 
 
 class ColumnParallelLinear(ParallelLinear):
     """Holds some of the output rows; gives those output features of the whole sequence."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Linear.apply(x, self.weight, self.bias, self.axis, self.sequence, self.deliver, self.later)
+        out = _Linear.apply(x, self.weight, self.bias, self.axis, self.sequence, self.deliver, self.later)
+        if self.updates is None:
+            return out
+        # The few features in between are what travels, not the many of `x`.
+        return self.updates.add(self, x, out, self.axis.size, self._enter)
+
+    def adapt(self, linear: LoraLinear, parameters: Mapping[str, nn.Parameter]) -> None:
+        super().adapt(linear, parameters)
+        if self.dropout and self.sequence:
+            self.dropout.shard = (self.axis.rank, self.axis.size)
+
+    def _enter(self, low: Tensor) -> Tensor:
+        return _Enter.apply(low, self.axis, self.sequence)
 
 
 class RowParallelLinear(ParallelLinear):
-    """Holds some of the input columns; the products are summed over ranks, then the whole bias is added once."""
+    """Holds some of the input columns; the products are summed over ranks, then the whole bias is added once. So is
+    what adapters add to them."""
 
     def forward(self, x: Tensor) -> Tensor:
         alone = self.axis.size == 1
         product = _Linear.apply(x, self.weight, self.bias if alone else None, ALONE, False, self.deliver, self.later)
+        if self.updates:
+            product = self.updates.add(self, x, product)
         out = leave(product, self.axis, self.sequence)
         return out if alone or self.bias is None else out + self.bias
+
+    def adapt(self, linear: LoraLinear, parameters: Mapping[str, nn.Parameter]) -> None:
+        super().adapt(linear, parameters)
+        if self.dropout:
+            self.dropout.features = (self.axis.rank, self.axis.size)
 
 
 class VocabParallelEmbedding(_Parallel):

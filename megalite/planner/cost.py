@@ -62,6 +62,8 @@ class Costs:
         # Masked twice where the vocabulary is cut; the gradient is a zeroed table that rows are added to.
         passes = 2 + (4 if shapes.tensor > 1 else 0)
         forward = self.kernels.memory(passes * self._whole, 4) + self._leave()
+        if shapes.frozen:
+            return PassTimes(forward, 0.0, 0.0, 0.0, self._sent(self._whole))
         backward = self.kernels.memory(passes * self._whole + table * shapes.element, 4) + self._gather_back()
         times = PassTimes(forward, backward, 0.0, backward, 2 * self._sent(self._whole))
         return times + self._accumulation(table, ACCUMULATE_BYTES)
@@ -88,9 +90,11 @@ class Costs:
         nothing beside the messages."""
         shapes, product = self.shapes, self.kernels.product
         forward = chunks * product(chunk, shapes.vocab, shapes.hidden)
-        gradients = product(chunk, shapes.hidden, shapes.vocab) + product(shapes.vocab, shapes.hidden, chunk)
-        elements = shapes.vocab * shapes.hidden
-        added = self.kernels.memory(float(elements * self._product_add_bytes), 1)
+        gradients = product(chunk, shapes.hidden, shapes.vocab)
+        added = 0.0
+        if not shapes.frozen:
+            gradients += product(shapes.vocab, shapes.hidden, chunk)
+            added = self.kernels.memory(float(shapes.vocab * shapes.hidden * self._product_add_bytes), 1)
         backward = forward + chunks * (gradients + added)
         way_back = self._leave()  # of the input's gradient
         return PassTimes(
@@ -100,15 +104,18 @@ class Costs:
     # --- parts of a layer -----------------------------------------------------------------------------------------
 
     def _product(self, matrix: Matrix) -> PassTimes:
-        """A matrix product in all passes, with the collectives around it."""
+        """A matrix product in all passes, with the collectives around it. A frozen matrix has no third."""
         shapes, product = self.shapes, self.kernels.product
         tokens, rows, columns = shapes.tokens, matrix.rows, matrix.columns
         forward, for_input, for_weight = (
-            product(tokens, rows, columns), product(tokens, columns, rows), product(rows, columns, tokens)
+            product(tokens, rows, columns), product(tokens, columns, rows),
+            0.0 if shapes.frozen else product(rows, columns, tokens),
         )  # fmt: skip
         if shapes.tensor == 1:
             return PassTimes(forward, for_input + for_weight, for_input, for_weight, 0.0)
-        bytes_sent = 3 * self._sent(self._whole) if matrix.column_parallel else 2 * self._sent(self._whole)
+        # The input of a product is gathered again for its weight's gradient.
+        times = 3 if matrix.column_parallel and not shapes.frozen else 2
+        bytes_sent = times * self._sent(self._whole)
         if not shapes.sequence:
             message = self.network.all_reduce(self._whole, self.network.tensor)
             bytes_sent = 2 * self._sent(self._whole)
@@ -122,6 +129,8 @@ class Costs:
         if matrix.column_parallel:
             backward = max(message, for_input) + max(message, for_weight)
             apart = PassTimes(beside(forward), backward, for_input + message, for_weight + message, bytes_sent)
+            if shapes.frozen:
+                apart = PassTimes(beside(forward), for_input + message, for_input + message, 0.0, bytes_sent)
         else:
             backward = beside(for_input) + for_weight
             apart = PassTimes(beside(forward), backward, beside(for_input), for_weight, bytes_sent)
@@ -203,7 +212,7 @@ class Costs:
         return self.kernels.memory(forward * one, 1), self.kernels.memory(backward * one, 1)
 
     def _accumulation(self, elements: int, bytes_each: int) -> PassTimes:
-        time = self.kernels.memory(float(elements * bytes_each), 1)
+        time = 0.0 if self.shapes.frozen else self.kernels.memory(float(elements * bytes_each), 1)
         return PassTimes(0.0, time, 0.0, time, 0.0)
 
     # --- messages -------------------------------------------------------------------------------------------------

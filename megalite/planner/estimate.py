@@ -67,12 +67,12 @@ def estimate(
     config: Config, plan: Plan, hardware: Hardware, *, software: Software = MEGALITE, record: bool = False
 ) -> Estimate:
     """Simulate a step. `record` keeps every event of it, for a picture. Raises ConfigError for what cannot be known."""
-    return Outlook(config, plan, hardware, weight_table(config.model), software).estimate(record)
+    return Outlook(config, plan, hardware, weight_table(config.model, config.lora), software).estimate(record)
 
 
 def memory_of(config: Config, plan: Plan, *, device: Literal["cuda", "cpu"] = "cuda") -> tuple[Memory, ...]:
     """Bytes of each pipeline rank."""
-    weights = weight_table(config.model)
+    weights = weight_table(config.model, config.lora)
     shapes = shapes_of(config, plan, weights)
     order = order_of(plan.schedule, plan.pipeline, plan.virtual, plan.micro_batches)
     local = LocalSizes(weights, plan.tensor)
@@ -118,26 +118,28 @@ class Outlook:
     def _stage_work(self, span: StageSpan, plain: PassTimes, lean: PassTimes) -> StageWork:
         sizes = self.sizes[span.index]
         num_lean = self.config.train.recompute_layers or len(sizes.layers)
-        parts = [(lean if number < num_lean else plain, size) for number, size in enumerate(sizes.layers)]
+        trained = sizes.trained
+        both = zip(sizes.layers, trained.layers, strict=True)
+        parts = [(lean if number < num_lean else plain, *size) for number, size in enumerate(both)]
         if span.first:
-            parts.insert(0, (self.costs.embedding(), sizes.before))
+            parts.insert(0, (self.costs.embedding(), sizes.before, trained.before))
         if span.last:
-            parts.append((self.costs.head(), sizes.after))
-        total = sum((times for times, _ in parts), NOTHING)
+            parts.append((self.costs.head(), sizes.after, trained.after))
+        total = sum((times for times, _, _ in parts), NOTHING)
         pieces = tuple(
             Piece(
                 times.forward,
                 times.backward_weight if self._separate else times.backward,
-                self._gather_time(size),
-                self._reduce_time(size) if self.plan.zero_stage < 3 else 0.0,
+                self._gather_time(stepped),
+                self._reduce_time(stepped) if self.plan.zero_stage < 3 else 0.0,
             )
-            for times, size in parts
+            for times, _, stepped in parts
         )
         forward, backward = total.forward, total.backward
         if self.plan.zero_stage == 3:
             # Weights are gathered and gradients reduced in every pass, beside the work on the layer before.
-            forward = sum(max(t.forward, self._whole_time(size)) for t, size in parts)
-            backward = sum(max(t.backward, self._whole_time(size) + self._reduce_time(size)) for t, size in parts)
+            forward = sum(max(t.forward, self._whole_time(size)) for t, size, _ in parts)
+            backward = sum(max(t.backward, self._whole_time(size) + self._reduce_time(s)) for t, size, s in parts)
         return StageWork(forward, backward, total.backward_input, total.backward_weight, pieces)
 
     def _whole_time(self, size: int) -> float:
@@ -162,22 +164,27 @@ class Outlook:
     @property
     def optimizer_s(self) -> float:
         """The global norm, AdamW on this rank's shard, and at stage 0 on everything; of the fullest rank."""
-        params = self.most_params / (self.plan.replicas if self.plan.zero_stage else 1)
+        params = self.most_trained / (self.plan.replicas if self.plan.zero_stage else 1)
         norm = self.network.all_reduce(4.0, self.network.replicas) if self.plan.world_size > 1 else 0.0
         tied = self.network.hand_over(4.0 * self.sizes[-1].after) if self._tied_over_pipeline else 0.0
         return norm + 2 * tied + self.kernels.memory(params * OPTIMIZER_BYTES)
 
     @property
     def _tied_over_pipeline(self) -> bool:
-        return self.plan.pipeline > 1 and self.config.model.tie_embeddings
+        return self.plan.pipeline > 1 and self.config.model.tie_embeddings and not self.shapes.frozen
 
     @cached_property
     def most_params(self) -> int:
         """Elements of weights on the fullest rank."""
-        return max(
-            sum(self.sizes[span.index].total for span in self.plan.stages_of(rank))
-            for rank in range(self.plan.pipeline)
-        )
+        return self._most([size.total for size in self.sizes])
+
+    @cached_property
+    def most_trained(self) -> int:
+        """Of those that are not frozen."""
+        return self._most([size.trained.total for size in self.sizes])
+
+    def _most(self, sizes: Sequence[int]) -> int:
+        return max(sum(sizes[span.index] for span in self.plan.stages_of(rank)) for rank in range(self.plan.pipeline))
 
     @property
     def shortest_step_s(self) -> float:
@@ -235,8 +242,9 @@ class Outlook:
         share = (plan.replicas - 1) / plan.replicas
         reductions = plan.micro_batches if plan.zero_stage >= 2 else 1
         gathers = {0: 0, 1: 1, 2: 1, 3: 2 * plan.micro_batches}[plan.zero_stage]
-        per_param = 4 * reductions * (1 if plan.zero_stage else 2) + self.shapes.element * gathers
-        volume["data"] = self.most_params * share * per_param
+        reduced = self.most_trained * 4 * reductions * (1 if plan.zero_stage else 2)
+        gathered = (self.most_params if plan.zero_stage == 3 else self.most_trained) * self.shapes.element * gathers
+        volume["data"] = share * (reduced + gathered)
         if plan.pipeline > 1:
             volume["pipeline"] = 2.0 * plan.virtual * plan.micro_batches * self.shapes.hidden_bytes
         speed = {

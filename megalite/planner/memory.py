@@ -64,7 +64,8 @@ def rank_memories(
     for rank in range(plan.pipeline):
         spans = plan.stages_of(rank)
         own = [sizes[span.index] for span in spans]
-        weights, gradients, optimizer = _resident(plan, sum(size.total for size in own), shapes.element)
+        params, trained = sum(size.total for size in own), sum(size.trained.total for size in own)
+        weights, gradients, optimizer = _resident(plan, params, trained, shapes.element)
         activations, transient = _in_passes(order[rank], stages)
         buffers = (
             _tokens(plan, shapes)
@@ -113,7 +114,7 @@ class _Counts:
         num_lean = min(count, self.train.recompute_layers or count)
         parts = [(num_lean, self.lean), (count - num_lean, self.plain)]
         if stage.first:
-            largest = sizes.largest if self.by_autograd else sizes.largest_looked_up
+            largest = sizes.trained.largest if self.by_autograd else sizes.trained.largest_looked_up
             parts.insert(0, (1, embedding_bytes(self.shapes, largest * self.shapes.element)))
         if stage.last:
             parts.append((1, self.head))
@@ -131,17 +132,18 @@ def _fullest(held: int, parts: Sequence[tuple[int, int, int]]) -> int:
     return most
 
 
-def resident_bytes(plan: Plan, params: int, element: int) -> int:
-    """What a rank with so many elements of weights of `element` bytes holds through the whole step."""
-    return sum(_resident(plan, params, element))
+def resident_bytes(plan: Plan, params: int, trained: int, element: int) -> int:
+    """What a rank with so many elements of weights of `element` bytes, of which so many are not frozen, holds through
+    the whole step."""
+    return sum(_resident(plan, params, trained, element))
 
 
-def _resident(plan: Plan, params: int, element: int) -> tuple[int, int, int]:
+def _resident(plan: Plan, params: int, trained: int, element: int) -> tuple[int, int, int]:
     """Weights, fp32 gradients, optimizer state: two fp32 moments, and of bf16 weights an fp32 master copy."""
-    shard = -(-params // plan.replicas)
-    weights = (shard if plan.zero_stage == 3 else params) * element
-    gradients = (shard if plan.zero_stage >= 2 else params) * FP32
-    return weights, gradients, (shard if plan.zero_stage else params) * (8 if element == FP32 else 12)
+    shard = -(-trained // plan.replicas)
+    weights = (-(-params // plan.replicas) if plan.zero_stage == 3 else params) * element
+    gradients = (shard if plan.zero_stage >= 2 else trained) * FP32
+    return weights, gradients, (shard if plan.zero_stage else trained) * (8 if element == FP32 else 12)
 
 
 def _in_passes(actions: Sequence[tuple[str, int, int]], stages: Sequence[PartBytes]) -> tuple[int, int]:
@@ -187,8 +189,8 @@ def _buckets(plan: Plan, config: Config, sizes: Sequence[StageSizes], on_gloo: b
     """Of ZeRO 2, whose gradients are whole only while they are filled and reduced."""
     if plan.zero_stage != 2:
         return 0
-    everything = sum(size.total for size in sizes) * FP32
-    largest = max(size.largest for size in sizes) * FP32
+    everything = sum(size.trained.total for size in sizes) * FP32
+    largest = max(size.trained.largest for size in sizes) * FP32
     bucket = min(everything, max(int(config.parallel.bucket_mb * 2**20), largest))
     # One of them is filled. The fullest moment is where a backward pass begins, and of the one before only the last
     # bucket of matrices is on its way, beside that of the norms; but where little is kept, any moment is as full.

@@ -47,7 +47,9 @@ def run_plan(
 
 
 def _estimate(config: Config, num_gpus: int, hardware: Hardware, record: bool) -> Estimate:
-    return estimate(config, make_plan(config, weight_table(config.model), num_gpus), hardware, record=record)
+    return estimate(
+        config, make_plan(config, weight_table(config.model, config.lora), num_gpus), hardware, record=record
+    )
 
 
 def _output(output: Path | None) -> Path:

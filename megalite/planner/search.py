@@ -54,7 +54,7 @@ class _Local(dict[int, LocalSizes]):
 
 def search(config: Config, world_size: int, hardware: Hardware, keep: int = 10) -> Found:
     """Raises ConfigError when no layout fits."""
-    table = weight_table(config.model)
+    table = weight_table(config.model, config.lora)
     rows, local = together(table), _Local(table)
     candidates: list[tuple[float, int, Outlook]] = []
     refused = 0
@@ -147,7 +147,7 @@ def _fitting(outlook: Outlook, table: tuple[Weight, ...], local: _Local) -> Iter
     stages = (1, 2) if outlook.plan.replicas > 1 else (1,)
     for zero_stage in stages:
         plan = replace(outlook.plan, zero_stage=zero_stage)
-        if resident_bytes(plan, outlook.most_params, outlook.shapes.element) > limit:
+        if resident_bytes(plan, outlook.most_params, outlook.most_trained, outlook.shapes.element) > limit:
             continue
         for recompute in RECOMPUTE:
             config = _with(outlook.config, zero_stage, recompute)
@@ -174,7 +174,10 @@ def _nothing_fits(candidates: list[Outlook], world_size: int, hardware: Hardware
             f"no layout of this config comes out even on {world_size} GPUs; try another train.global_batch_size or "
             "number of GPUs"
         )
-    least = min(resident_bytes(replace(o.plan, zero_stage=2), o.most_params, o.shapes.element) for o in candidates)
+    least = min(
+        resident_bytes(replace(o.plan, zero_stage=2), o.most_params, o.most_trained, o.shapes.element)
+        for o in candidates
+    )
     return (
         f"none of {len(candidates)} layouts fits into the {usable_bytes(hardware) / 2**30:.0f} GiB that tensors may "
         f"take on {world_size} × {hardware.chip.chip}: weights, gradients and optimizer state alone are at least "

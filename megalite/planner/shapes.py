@@ -64,7 +64,9 @@ class Shapes:
     hidden_dropout: bool
     attention_dropout: bool
     matrices: tuple[Matrix, ...]
-    """Of one layer, in the order of the forward pass."""
+    """Of one layer, in the order of the forward pass; those of adapters, which are small, are left out."""
+    frozen: bool
+    """No matrix is trained itself, but adapters of those of the layers are."""
     element: int
     """Bytes of an activation."""
     tensor: int
@@ -99,7 +101,7 @@ def shapes_of(config: Config, plan: Plan, weights: Sequence[Weight]) -> Shapes:
     matrices = tuple(
         Matrix(rows, columns, column_parallel=weight.shard == "column")
         for weight in layer.values()
-        if len(weight.shape) == 2
+        if len(weight.shape) == 2 and not (config.lora and not weight.frozen)
         for rows, columns in [weight.local_shape(plan.tensor)]
     )
     heads, head_size = model.num_attention_heads, model.head_size
@@ -130,6 +132,7 @@ def shapes_of(config: Config, plan: Plan, weights: Sequence[Weight]) -> Shapes:
         hidden_dropout=bool(getattr(model, "hidden_dropout", 0.0)),
         attention_dropout=bool(getattr(model, "attention_dropout", 0.0)),
         matrices=matrices,
+        frozen=config.lora is not None,
         element=2 if train.precision == "bf16" else 4,
         tensor=plan.tensor,
         sequence=plan.sequence,
@@ -161,9 +164,16 @@ class StageSizes:
     largest_looked_up: int
     """The largest of those that are looked up in, where the stage has them."""
 
+    unfrozen: StageSizes | None = None
+    """Where some weights are frozen, those of the others."""
+
     @property
     def total(self) -> int:
         return self.before + sum(self.layers) + self.after
+
+    @property
+    def trained(self) -> StageSizes:
+        return self.unfrozen or self
 
 
 class LocalSizes:
@@ -179,17 +189,20 @@ class LocalSizes:
                 self.largest_looked_up = max(self.largest_looked_up, size)
             self.total[weight.place] = self.total.get(weight.place, 0) + size
             self.largest[weight.place] = max(self.largest.get(weight.place, 0), size)
+        unfrozen = [weight for weight in weights if not weight.frozen]
+        self.unfrozen = LocalSizes(unfrozen, tensor) if len(unfrozen) < len(weights) else None
 
     def of(self, stage: StageSpan) -> StageSizes:
         first, last, both = (self.total.get(place, 0) for place in ENDS)
         places = [*range(stage.start, stage.stop), *(place for place in ENDS if stage.holds(place))]
         return StageSizes(
             before=first + both if stage.first else 0,
-            layers=tuple(self.total[number] for number in range(stage.start, stage.stop)),
+            layers=tuple(self.total.get(number, 0) for number in range(stage.start, stage.stop)),
             # A tied weight is held once where the stage is both ends.
             after=last + (0 if stage.first else both) if stage.last else 0,
             largest=max((self.largest.get(place, 0) for place in places), default=0),
             largest_looked_up=self.largest_looked_up if stage.first else 0,
+            unfrozen=self.unfrozen.of(stage) if self.unfrozen else None,
         )
 
 
@@ -197,11 +210,11 @@ ENDS: tuple[Place, ...] = ("first", "last", "both")
 
 
 class Together:
-    """All weights of one place, as one row for `make_plan`: a search makes thousands of plans, and what a plan asks of
-    the table are sums."""
+    """All weights of one place, frozen ones or not, as one row for `make_plan`: a search makes thousands of plans, and
+    what a plan asks of the table are sums."""
 
-    def __init__(self, place: Place, weights: Sequence[Weight]):
-        self.place, self.name = place, f"{place}"
+    def __init__(self, place: Place, frozen: bool, weights: Sequence[Weight]):
+        self.place, self.frozen, self.name = place, frozen, f"{place}{' frozen' * frozen}"
         self.numel = sum(weight.numel for weight in weights)
         self._weights = weights
         self._local: dict[int, tuple[int]] = {}
@@ -214,7 +227,7 @@ class Together:
 
 
 def together(weights: Sequence[Weight]) -> list[Together]:
-    places: dict[Place, list[Weight]] = {}
+    places: dict[tuple[Place, bool], list[Weight]] = {}
     for weight in weights:
-        places.setdefault(weight.place, []).append(weight)
-    return [Together(place, rows) for place, rows in places.items()]
+        places.setdefault((weight.place, weight.frozen), []).append(weight)
+    return [Together(*kind, rows) for kind, rows in places.items()]

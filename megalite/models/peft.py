@@ -1,0 +1,110 @@
+"""PEFT's adapter_config.json, to `lora:` and from it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from megalite.config import LoraConfig
+from megalite.errors import ConfigError
+from megalite.models.lora import ALL_LINEAR, PREFIX, adapters_of
+from megalite.models.weights import Weight
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model"
+WHOLE = ("model.safetensors", "model.safetensors.index.json")
+
+# Those that say nothing about what an adapter computes, beside those that are read.
+MEANINGLESS = (
+    "peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version",
+    "fan_in_fan_out", "megatron_core", "qalora_group_size", "layers_pattern",
+)  # fmt: skip
+READ = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora")
+ONLY: dict[str, tuple[Any, ...]] = {"bias": ("none",), "init_lora_weights": (True, False, "gaussian")}
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether it holds an adapter and no model."""
+    return (folder / CONFIG).is_file() and not any((folder / name).exists() for name in WHOLE)
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    try:
+        values = json.loads((folder / CONFIG).read_text())
+    except OSError as error:
+        raise ConfigError(f"{folder / CONFIG}: {error.strerror or error}") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{folder / CONFIG} is not valid JSON: {error}") from None
+    if not isinstance(values, dict) or values.get("peft_type") != "LORA":
+        raise ConfigError(f'{folder / CONFIG} is not that of a LoRA adapter (`peft_type`: "LORA")')
+    return values
+
+
+def base_of(folder: Path) -> Path:
+    """The folder of the model an adapter is for. Raises ConfigError where it is none on this machine."""
+    name = _read(folder).get("base_model_name_or_path")
+    base = Path(str(name))
+    if not name or not (base / "config.json").is_file():
+        raise ConfigError(
+            f"{folder / CONFIG}: base_model_name_or_path = {name!r} is no folder with a config.json; write there where "
+            "the model lies that the adapter was trained on"
+        )
+    return base
+
+
+def read_lora(folder: Path) -> dict[str, Any]:
+    """The fields of `lora:` for an adapter. Raises ConfigError for what is not supported."""
+    values = _read(folder)
+    for key, value in values.items():
+        plain = value in ONLY[key] if key in ONLY else not value
+        if key not in (*MEANINGLESS, *READ) and not plain:
+            raise ConfigError(f"{folder / CONFIG} has {key} = {value!r}, which is not supported")
+    targets = values.get("target_modules")
+    # A string is a pattern of PEFT's; the tensors say which modules it found.
+    return {
+        "rank": values["r"],
+        "alpha": values["lora_alpha"],
+        "dropout": values.get("lora_dropout") or 0.0,
+        "rslora": bool(values.get("use_rslora")),
+        "targets": sorted(targets) if isinstance(targets, list) else _modules(folder),
+    }
+
+
+def with_adapter_fields(values: dict[str, Any]) -> dict[str, Any]:
+    """A `lora:` section, with what it leaves out as `adapter` has it. A run's own config leaves nothing out, and needs
+    that folder no more. Raises ConfigError."""
+    if not values.get("adapter") or LoraConfig.model_fields.keys() <= values.keys():
+        return values
+    return read_lora(Path(str(values["adapter"]))) | values
+
+
+def _modules(folder: Path) -> list[str]:
+    try:
+        with safe_open(folder / f"{TENSORS}.safetensors", framework="pt") as file:
+            names = file.keys()
+            return sorted({re.sub(r"\.lora_[AB]\.weight$", "", name).removeprefix(PREFIX) for name in names})
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{folder}: no readable {TENSORS}.safetensors ({error})") from None
+
+
+def to_peft(lora: LoraConfig, weights: Sequence[Weight], base: Path) -> dict[str, Any]:
+    """`weights` is the table of the base; PEFT finds it by its path."""
+    every = sorted({adapter.short for adapter in adapters_of(weights, lora)})
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(base.absolute()),
+        "r": lora.rank,
+        "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
+        "lora_dropout": lora.dropout,
+        "use_rslora": lora.rslora,
+        "target_modules": every if ALL_LINEAR in lora.targets else list(lora.targets),
+        "fan_in_fan_out": any(weight.transpose for weight in weights),
+        "bias": "none",
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }

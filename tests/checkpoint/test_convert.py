@@ -1,0 +1,175 @@
+"""tools/convert_checkpoint.py: whatever a model is stored as becomes a Hugging Face folder with the same weights."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from megalite.checkpoint.convert import open_source, write_model
+from megalite.checkpoint.folder import step_folder
+from megalite.checkpoint.tensors import CheckpointError
+from megalite.errors import ConfigError
+from megalite.train import train
+from megatron_files import PADDED, arguments, write_pieces, write_rank_files
+from small_runs import VOCAB, make_config
+from tiny_models import CASES
+
+transformers = pytest.importorskip("transformers")
+TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
+
+
+def make_model(case: str, **fields: Any) -> Any:
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(**CASES[case] | fields)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(mean=0.5 * (parameter.dim() == 1), std=0.25)
+    return model
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    return {name: x for path in sorted(folder.glob("*.safetensors")) for name, x in load_file(path).items()}
+
+
+def opened(folder: Path) -> Any:
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    return model.eval()
+
+
+def same_logits(a: Any, b: Any) -> bool:
+    tokens = torch.randint(0, 97, (2, 24), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return torch.equal(a(tokens).logits, b(tokens).logits)
+
+
+FOUR = {"num_hidden_layers": 4, "num_key_value_heads": 2}
+RANK_FILES = {
+    "alone": ("llama-grouped-queries", 1, 1, 1, "engine"),
+    "tensor and pipeline": ("llama-grouped-queries", 2, 2, 1, "engine"),
+    "interleaved pipeline, no engine": ("qwen2", 1, 2, 2, "local"),
+    "tied, norms of heads": ("qwen3", 2, 2, 1, "local"),
+    "before Megatron-core": ("llama", 2, 1, 1, "old"),
+}
+
+
+@pytest.mark.parametrize("how", RANK_FILES)
+def test_megatron_rank_files(tmp_path: Path, how: str) -> None:
+    case, tensor, pipeline, virtual, style = RANK_FILES[how]
+    theirs = make_model(case, **FOUR, tie_word_embeddings=case == "qwen3")
+    write_rank_files(theirs, tmp_path / "megatron", tensor, pipeline, virtual, style)
+    write_model(open_source(tmp_path / "megatron", vocab_size=99), tmp_path / "hf")
+    assert same_logits(opened(tmp_path / "hf"), theirs)
+    assert not (tmp_path / "megatron" / "trapped").exists(), "nothing in a pickle is run"
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+@pytest.mark.parametrize("case", ["llama-grouped-queries", "qwen2"])
+def test_megatron_pieces(tmp_path: Path, case: str, stacked: bool) -> None:
+    theirs = make_model(case, **FOUR)
+    write_pieces(theirs, tmp_path / "megatron", tensor=2, stacked=stacked)
+    write_model(open_source(tmp_path / "megatron", vocab_size=99), tmp_path / "hf")
+    assert same_logits(opened(tmp_path / "hf"), theirs)
+    assert not (tmp_path / "megatron" / "trapped").exists(), "nothing in a pickle is run"
+
+
+def test_padding_is_kept_where_nobody_says_how_much_there_is(tmp_path: Path) -> None:
+    write_rank_files(make_model("llama"), tmp_path / "megatron", 1, 1, 1, "engine")
+    assert open_source(tmp_path / "megatron").config["vocab_size"] == PADDED
+
+
+def damaged(folder: Path, **changes: Any) -> None:
+    path = folder / "iter_0000012" / "mp_rank_00" / "model_optim_rng.pt"
+    args = arguments(make_model("llama").config, 1, 1)
+    torch.save({"args": args, "model": {}, "checkpoint_version": 3.0} | changes, path)
+
+
+def test_what_is_no_llama_of_megatrons_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "megatron"
+    write_rank_files(make_model("llama"), folder, 1, 1, 1, "engine")
+    damaged(folder, model={"decoder.layers.0.mlp.router.weight": torch.zeros(2)})
+    with pytest.raises(CheckpointError, match=r"decoder.layers.0.mlp.router.weight is no weight of a model like Llama"):
+        open_source(folder)
+    damaged(folder)
+    with pytest.raises(CheckpointError, match=r"missing weights: \['embedding.weight', 'head.weight'"):
+        open_source(folder)
+    args = arguments(make_model("llama").config, 1, 1)
+    args.normalization = "LayerNorm"
+    damaged(folder, args=args)
+    with pytest.raises(ConfigError, match="has normalization = 'LayerNorm'; models like Llama have 'RMSNorm'"):
+        open_source(folder)
+    args.normalization, args.tensor_model_parallel_size = "RMSNorm", 2
+    damaged(folder, args=args)
+    with pytest.raises(CheckpointError, match="was written over tensor 2, but has files of 1"):
+        open_source(folder)
+    path = folder / "iter_0000012" / "mp_rank_00" / "model_optim_rng.pt"
+    path.write_bytes(b"no zip")
+    with pytest.raises(CheckpointError, match=r"is not a file of torch\.save's"):
+        open_source(folder)
+
+
+def run_tool(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Any:
+    monkeypatch.setattr(sys, "argv", [str(TOOL), *arguments])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(TOOL), run_name="__main__")
+    return ended.value.code
+
+
+def test_a_checkpoint_without_its_optimizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the command, from a run; in another precision and several files."""
+    config = make_config(tmp_path, "llama", "train.steps=1")
+    train(config)
+    arguments = [str(config.run.folder), str(tmp_path / "hf"), "--dtype", "bf16", "--shard-gb", "0.00001"]
+    assert run_tool(monkeypatch, *arguments) == 0
+    assert len(list((tmp_path / "hf").glob("model-*.safetensors"))) > 2
+    stored = tensors_of(step_folder(config.run.folder / "checkpoints", 1))
+    found = tensors_of(tmp_path / "hf")
+    assert found.keys() == stored.keys()
+    assert all(torch.equal(found[name], x.bfloat16()) for name, x in stored.items())
+    assert opened(tmp_path / "hf").dtype == torch.bfloat16
+    assert not (tmp_path / "hf" / "optimizer").exists()
+    assert run_tool(monkeypatch, *arguments) == 1
+    assert f"error: {tmp_path / 'hf'} exists; name a new folder\n" in capsys.readouterr().err
+
+
+def test_an_adapter_is_merged(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    base = make_model("gpt2", embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0, vocab_size=VOCAB)
+    base.save_pretrained(tmp_path / "base")
+    base = opened(tmp_path / "base")
+    options = {"r": 3, "lora_alpha": 5, "fan_in_fan_out": True, "target_modules": r".*\.1\..*c_(attn|fc)"}
+    adapted = peft.get_peft_model(base, peft.LoraConfig(**options))
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.1)
+    adapted.save_pretrained(tmp_path / "adapter")
+    write_model(open_source(tmp_path / "adapter"), tmp_path / "hf")
+    found, before = tensors_of(tmp_path / "hf"), tensors_of(tmp_path / "base")
+    wanted = adapted.merge_and_unload().state_dict()
+    changed = {name for name, x in before.items() if not torch.equal(found[name], x)}
+    assert changed == {f"transformer.h.1.{module}.weight" for module in ("attn.c_attn", "mlp.c_fc")}
+    for name, x in found.items():
+        torch.testing.assert_close(x, wanted[name], rtol=0, atol=1e-6)  # B A summed in another order
+    assert type(opened(tmp_path / "hf")) is type(base)
+
+
+def test_unknown_architectures_and_strangers_are_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba"}))
+    with pytest.raises(ConfigError, match=r"model_type = 'mamba'; .*megalite knows gemma2"):
+        open_source(tmp_path)
+    shutil.rmtree(tmp_path)
+    with pytest.raises(CheckpointError, match=r"is none of: a folder with a config\.json"):
+        open_source(tmp_path)

@@ -1,0 +1,43 @@
+"""Write a model as a Hugging Face folder, which transformers and vLLM open and from which `model: {hf: FOLDER}` starts.
+
+SOURCE is a run or a checkpoint of one, of which the optimizer state is left behind; a PEFT adapter, which is merged
+into its model; a Hugging Face folder, to be written in another precision or other files; or a checkpoint of
+Megatron-LM's (torch or torch_dist) of a model like Llama, from which nothing pickled is run. See
+megalite/checkpoint/convert.py."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from megalite.checkpoint.convert import DTYPES, open_source, write_model
+from megalite.checkpoint.megatron import find_megatron
+from megalite.checkpoint.tensors import CheckpointError
+from megalite.errors import ConfigError
+from megalite.infer.generate import find_model
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path)
+    parser.add_argument("target", type=Path, help="a new folder")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as they are)")
+    parser.add_argument("--shard-gb", type=float, default=5.0, help="largest file (default: %(default)s)")
+    parser.add_argument("--vocab-size", type=int, help="of Megatron's: rows that are not padding")
+    args = parser.parse_args()
+    try:
+        source = args.source if find_megatron(args.source) else find_model(args.source)
+        model = open_source(source, args.vocab_size)
+        write_model(model, args.target, args.dtype, int(args.shard_gb * 10**9), Console(stderr=True))
+    except (CheckpointError, ConfigError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"{args.target}: {sum(weight.numel for weight in model.weights):,} parameters")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
