@@ -113,6 +113,23 @@ def make_parser() -> argparse.ArgumentParser:
     generate.add_argument("--pipeline", type=int, default=1, help="ranks that each hold some layers, under torchrun")
     generate.set_defaults(verb=_generate)
 
+    evaluate = verbs.add_parser("eval", help="measure a trained model by tasks of lm-evaluation-harness, or by answers")
+    evaluate.add_argument("model", type=Path, help="a run, a checkpoint of one, or a Hugging Face folder")
+    evaluate.add_argument("--tasks", default="", metavar="NAME,NAME", help="names or YAML files of tasks")
+    evaluate.add_argument("--include-path", type=Path, metavar="FOLDER", help="where more tasks are")
+    evaluate.add_argument("--data", type=Path, help="jsonl of `prompt` and wanted `completion`: BLEU, ROUGE, F1 ...")
+    evaluate.add_argument("--limit", type=int, help="only so many documents of each task")
+    evaluate.add_argument("--shots", type=int, help="examples before each document (default: as the task says)")
+    evaluate.add_argument("--chat", action="store_true", help="put prompts as the chat template says")
+    evaluate.add_argument("--max-tokens", type=int, default=128, help="of an answer to a prompt of --data")
+    evaluate.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends such an answer; repeatable")
+    evaluate.add_argument("--output", type=Path, help="JSON file (default: in the folder `evaluations` of the run)")
+    evaluate.add_argument("--samples", action="store_true", help="beside it, what was asked, said and wanted, as jsonl")
+    evaluate.add_argument("--slots", type=int, default=8, help="answers generated at a time (default: 8)")
+    evaluate.add_argument("--tensor", type=int, default=1, help="ranks that share every matrix, under torchrun")
+    evaluate.add_argument("--pipeline", type=int, default=1, help="ranks that each hold some layers, under torchrun")
+    evaluate.set_defaults(verb=_evaluate)
+
     serve = verbs.add_parser("serve", help="answer over HTTP as OpenAI's API does, with a page to talk to the model")
     serve.add_argument("model", type=Path, help="a run, a checkpoint of one, or a Hugging Face folder")
     serve.add_argument("--name", help="of the model, for clients (default: that of the folder)")
@@ -235,6 +252,17 @@ def _generate(arguments: argparse.Namespace) -> None:
     for text in itertools.chain([] if arguments.chat else [said], generator.stream(request), "\n"):
         if launch.rank == 0:  # the others compute along
             print(text, end="", flush=True)
+    leave()
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from megalite.infer.evaluate import Asked, evaluate_model
+    from megalite.mesh import leave
+
+    names = {name: getattr(arguments, name) for name in Asked._fields}
+    asked = Asked(**names | {"tasks": [name.strip() for name in arguments.tasks.split(",") if name.strip()]})
+    layout = {"tensor": arguments.tensor, "pipeline": arguments.pipeline}
+    evaluate_model(arguments.model, asked, arguments.output, arguments.slots, **layout)
     leave()
 
 

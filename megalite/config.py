@@ -327,10 +327,20 @@ class WandbConfig(Section):
     tags: tuple[str, ...] = ()
 
 
+class TasksConfig(Section):
+    """Tasks of lm-evaluation-harness, evaluated by the model in training on its ranks."""
+
+    names: tuple[str, ...] = Field((), description="of tasks, groups or tags, or YAML files; empty for none")
+    every: int = Field(1000, ge=0, description="steps between two evaluations; 0 evaluates at the end only")
+    include_path: Path | None = Field(None, description="folder with more tasks")
+    limit: int | None = Field(None, gt=0, description="documents of each task; all where left out")
+
+
 class ObserveConfig(Section):
     log_every: int = Field(1, gt=0)
     eval_every: int = Field(100, ge=0, description="steps between validations; 0 validates at the end only")
     eval_batches: int = Field(20, gt=0, description="global batches of one validation, the same ones every time")
+    tasks: TasksConfig = TasksConfig()
     wandb: WandbConfig = WandbConfig()
     tensorboard: bool = False
 
@@ -456,6 +466,10 @@ class Config(Section):
             raise ValueError(
                 f"data.seq_length {self.data.seq_length} is longer than model.max_positions {self.model.max_positions}"
             )
+        if self.observe.tasks.names and not self.data.tokenizer:
+            raise ValueError("observe.tasks needs data.tokenizer, to read the texts of tasks")
+        if self.observe.tasks.names and self.model.task != "causal":
+            raise ValueError(f"observe.tasks needs a model that answers, not model.task: {self.model.task}")
         if schedule.min_lr > lr:
             raise ValueError(f"optimizer.schedule.min_lr {schedule.min_lr} is above optimizer.lr {lr}")
         after_warmup = self.train.steps - schedule.warmup_steps

@@ -34,6 +34,7 @@ from megalite.health.guard import Ending, Guard
 from megalite.health.stragglers import Stragglers
 from megalite.health.watchdog import Watchdog
 from megalite.host_memory import keep_freed_memory
+from megalite.infer.in_training import TasksInTraining
 from megalite.kernels import library
 from megalite.keys import key_of
 from megalite.mesh import Launch, Mesh, make_mesh
@@ -73,21 +74,29 @@ def train(config: Config) -> Exit:
     data = build_mixtures(config, tokenizer)
     check_vocabulary(config, tokenizer)
     check_labelled(config)
+    tasks = TasksInTraining(config, tokenizer) if config.observe.tasks.names and tokenizer else None
     launch.join(config.health.collective_timeout_s)
     mesh = make_mesh(plan, launch.device)
     keep_freed_memory()
     with Watchdog(config, mesh):
-        return train_on(mesh, config, plan, data, tokenizer)
+        return train_on(mesh, config, plan, data, tokenizer, tasks)
 
 
-def train_on(mesh: Mesh, config: Config, plan: Plan, data: Data, tokenizer: Tokenizer | None) -> Exit:
+def train_on(
+    mesh: Mesh,
+    config: Config,
+    plan: Plan,
+    data: Data,
+    tokenizer: Tokenizer | None,
+    tasks: TasksInTraining | None,
+) -> Exit:
     check_same_everywhere(config, data, mesh)
     limit, sent_back = config.health.bad_steps_limit, Counter[int]()  # how often to each step
     ended: Ending | None = None
     with StopRequests(mesh) as requests:
         parts = build(config, plan, mesh)
         while ended is None or ended.status is None:
-            run, checkpoint, state = open_run(config, plan, mesh, tokenizer, ended)
+            run, checkpoint, state = open_run(config, plan, mesh, tokenizer, tasks, ended)
             sent_back[state["step"]] += ended is not None
             status = "failed"
             try:
@@ -105,7 +114,12 @@ def train_on(mesh: Mesh, config: Config, plan: Plan, data: Data, tokenizer: Toke
 
 
 def open_run(
-    config: Config, plan: Plan, mesh: Mesh, tokenizer: Tokenizer | None, sent_back: Ending | None
+    config: Config,
+    plan: Plan,
+    mesh: Mesh,
+    tokenizer: Tokenizer | None,
+    tasks: TasksInTraining | None,
+    sent_back: Ending | None,
 ) -> tuple[Run, Path | None, dict[str, Any]]:
     """With the checkpoint to begin from, and its state; `sent_back` says why the run was, if it was."""
     # Having been sent back, a run goes on from what it has saved itself, whatever it began with.
@@ -116,7 +130,8 @@ def open_run(
         state = read_train_state(checkpoint)
     if sent_back:
         state["data"]["skipped"] = sent_back.skipped
-    run = Run(config, plan, mesh, open_recorder(config, plan, state, tokenizer) if mesh.world.rank == 0 else None)
+    recorder = open_recorder(config, plan, state, tokenizer) if mesh.world.rank == 0 else None
+    run = Run(config, plan, mesh, recorder, tasks)
     run.say(*warnings)
     return run, checkpoint, state
 
@@ -130,6 +145,7 @@ class Run:
     mesh: Mesh
     recorder: Recorder | None
     """On rank 0."""
+    tasks: TasksInTraining | None = None
 
     def say(self, *lines: str) -> None:
         for line in lines if self.recorder else ():
@@ -275,12 +291,13 @@ def run_steps(
             if step == run.last_step:
                 asked = None  # it ends here all the same
             evaluates = run.due(step, config.observe.eval_every) and not asked
+            measures = run.tasks is not None and run.due(step, config.observe.tasks.every) and not asked
             saves = run.due(step, config.checkpoint.every) or asked
-            if evaluates or saves:
+            if evaluates or measures or saves:
                 log.wait()
             if saves:
                 guard.compare(step, parts.engine, saves=True)
-            ending = guard.look(step, bool(evaluates or saves))
+            ending = guard.look(step, bool(evaluates or measures or saves))
             run.say(*guard.news())
             if ending:
                 parts.engine.settle()
@@ -293,6 +310,9 @@ def run_steps(
                 evaluate(run, parts, data, "valid", step)
             if step == config.train.steps:
                 evaluate(run, parts, data, "test", step)
+            if measures:
+                NOW.begin("evaluating tasks", step)
+                evaluate_tasks(run, parts, step)
             if saves:
                 save(step, loader.samples)
             run.say(*saver.news(), *stragglers.news())
@@ -446,6 +466,14 @@ def evaluate(run: Run, parts: Parts, data: Data, split: Split, step: int) -> Non
         record |= {f"{split}_loss/{name}": x for name, x in zip(mixture.names, each, strict=True) if math.isfinite(x)}
     if run.recorder:
         run.recorder.evaluation(record)
+
+
+def evaluate_tasks(run: Run, parts: Parts, step: int) -> None:
+    assert run.tasks is not None
+    parts.train(False)
+    found = run.tasks.measure(parts.stages, parts.pipeline, run.mesh)
+    if run.recorder:
+        run.recorder.tasks({"step": step} | {f"tasks/{name}": value for name, value in found.items()})
 
 
 def prepare_references(run: Run, parts: Parts, data: Data) -> None:

@@ -32,10 +32,12 @@ PROBE = "def f(x):\n\treturn  {'a': 12345, \"é\": '日本語'}  # it's 😀 na�
 
 
 class Tokenizer(ABC):
-    """Text to ids and back. `vocab_size` is the largest id + 1, `eod_id` what ends a document (None if unknown)."""
+    """Text to ids and back. `vocab_size` is the largest id + 1, `eod_id` what ends a document (None if unknown),
+    `begin_id` what begins a text (None if there is no such token)."""
 
     vocab_size: int
     eod_id: int | None
+    begin_id: int | None = None
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -44,6 +46,10 @@ class Tokenizer(ABC):
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids, special tokens included."""
+
+    def decode_plain(self, ids: Sequence[int]) -> str:
+        """Text of the ids, without special tokens."""
+        return self.decode(ids)
 
     @abstractmethod
     def vocabulary(self) -> dict[str, int]:
@@ -98,15 +104,16 @@ class HuggingFaceTokenizer(Tokenizer):
         self._file = file
         vocabulary = self.vocabulary()
         self.vocab_size = max(vocabulary.values()) + 1
-        names = [*self._configured_end(), *END_OF_DOCUMENT]
+        names = [*self._configured("eos_token"), *END_OF_DOCUMENT]
         self.eod_id = next((vocabulary[name] for name in names if name in vocabulary), None)
+        self.begin_id = next((vocabulary[name] for name in self._configured("bos_token") if name in vocabulary), None)
 
-    def _configured_end(self) -> list[str]:
+    def _configured(self, role: str) -> list[str]:
         names = []
         for path in (self._file.with_name("tokenizer_config.json"), self._file.with_name("special_tokens_map.json")):
             if path.is_file():
                 try:
-                    token = json.loads(path.read_text(encoding="utf-8")).get("eos_token")
+                    token = json.loads(path.read_text(encoding="utf-8")).get(role)
                 except (ValueError, AttributeError) as error:
                     raise DataError(f"{path} is not a JSON object: {error}") from None
                 token = token.get("content") if isinstance(token, dict) else token
@@ -133,6 +140,9 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def decode_plain(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def vocabulary(self) -> dict[str, int]:
         return self._tokenizer.get_vocab(with_added_tokens=True)

@@ -159,29 +159,38 @@ class Generator:
                 yield piece
 
     def score(self, rows: Sequence[Sequence[int]]) -> list[Score]:
-        """Of texts of at least two tokens, in their order. Raises ConfigError for one longer than the model takes."""
+        """Of texts of at least two tokens, in their order. Raises ConfigError for one longer than the model takes,
+        which is not given the last token."""
+        longest = self.model.capacity + 1
         for row in rows:
-            if not 1 < len(row) <= self.model.capacity:
-                raise ConfigError(f"a text of {len(row)} tokens cannot be scored, only of 2 to {self.model.capacity}")
+            if not 1 < len(row) <= longest:
+                raise ConfigError(f"a text of {len(row)} tokens cannot be scored, only of 2 to {longest}")
+        # Those that differ in their last token alone, such as the choices of a question, are computed once.
+        alike: dict[tuple[int, ...], list[int]] = {}
+        for number, row in enumerate(rows):
+            alike.setdefault(tuple(row[:-1]), []).append(number)
+        left = sorted(alike, key=lambda given: -len(given))
         scores: dict[int, Score] = {}
-        left = sorted(range(len(rows)), key=lambda number: -len(rows[number]))
         while left:
-            count = max(1, SCORED_TOKENS // len(rows[left[0]]))
+            count = max(1, SCORED_TOKENS // len(left[0]))
             batch, left = left[:count], left[count:]
-            scores.update(zip(batch, self._score([rows[number] for number in batch]), strict=True))
+            for given, logits_TV in zip(batch, self._logits(batch), strict=True):
+                likeliest_T, whole_T = logits_TV.argmax(-1), logits_TV.logsumexp(-1)
+                for number in alike[given]:
+                    wanted_T = torch.tensor(rows[number][1:], device=logits_TV.device)
+                    logprobs_T = logits_TV.gather(1, wanted_T[:, None])[:, 0] - whole_T
+                    scores[number] = Score(logprobs_T, likeliest_T == wanted_T)
         return [scores[number] for number in range(len(rows))]
 
-    def _score(self, rows: Sequence[Sequence[int]]) -> Iterator[Score]:
-        """What fills a row up comes behind its tokens, which do not see it."""
+    def _logits(self, rows: Sequence[Sequence[int]]) -> Iterator[Tensor]:
+        """Of what follows each token, [T,V] fp32. What fills a row up comes behind its tokens, which do not see it."""
         device, width = self.model.device, max(map(len, rows))
         tokens_BT = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
         index_T = torch.arange(width, device=device)
         lengths = torch.tensor([len(row) for row in rows], device=device)[:, None, None]
         logits_BTV = self.model.logits(tokens_BT, Places(index_T, index_T[None], whole_length=lengths))
-        for row, tokens_T, logits_TV in zip(rows, tokens_BT, logits_BTV, strict=True):
-            wanted, logits_TV = tokens_T[1 : len(row), None], logits_TV[: len(row) - 1].float()
-            logprobs = logits_TV.gather(1, wanted)[:, 0] - logits_TV.logsumexp(-1)
-            yield Score(logprobs, logits_TV.argmax(-1) == wanted[:, 0])
+        for row, logits_TV in zip(rows, logits_BTV, strict=True):
+            yield logits_TV[: len(row)].float()
 
 
 def read_habits(folder: Path, tokenizer: Tokenizer) -> tuple[frozenset[int], Sampling]:

@@ -129,6 +129,10 @@ class Console:
         self._valid, self._best = loss, min(loss, self._best)
         self._print(f"{text}{'' if self._progress else '  <<<'}", "bold green")
 
+    def tasks(self, record: dict[str, float]) -> None:
+        found = ", ".join(f"{key.removeprefix('tasks/')} {x:.4f}" for key, x in record.items() if key != "step")
+        self._print(f"{self._at('tasks', record['step'])}  {found}", "bold green")
+
     def message(self, text: str) -> None:
         self._print(text, "yellow" if text.startswith("warning") else "dim")
 

@@ -47,7 +47,7 @@ class JsonlSink:
         self._pending += _line(record).encode()
         self._flush()
 
-    evaluation = step
+    evaluation = tasks = step
 
     def close(self, status: str) -> None:
         """Raises OSError where lines are lost."""

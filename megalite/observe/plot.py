@@ -31,6 +31,9 @@ class PlotSink:
         if time.perf_counter() >= self._not_before:
             self._draw()
 
+    def tasks(self, record: dict[str, float]) -> None:
+        pass
+
     def close(self, status: str) -> None:
         self._draw()
 

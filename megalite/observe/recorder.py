@@ -24,6 +24,7 @@ class Sink(Protocol):
 
     def step(self, record: dict[str, float]) -> None: ...
     def evaluation(self, record: dict[str, float]) -> None: ...
+    def tasks(self, record: dict[str, float]) -> None: ...
     def close(self, status: str) -> None: ...
 
 
@@ -71,6 +72,10 @@ class Recorder:
         """`record`: step, valid_loss, valid_perplexity, and valid_loss/NAME of each source where there are several; or
         the same of test."""
         self._each(lambda sink: sink.evaluation(record))
+
+    def tasks(self, record: dict[str, float]) -> None:
+        """`record`: step, and tasks/NAME/METRIC of each."""
+        self._each(lambda sink: sink.tasks(record))
 
     def message(self, text: str) -> None:
         """A line on the console."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 class TensorboardSink:
-    """Writes `train/*` and `valid/*` scalars to `folder`. Raises ImportError when the package is missing."""
+    """Writes `train/*`, `valid/*` and `tasks/*` scalars to `folder`. Raises ImportError when the package is missing."""
 
     name = "TensorBoard"
 
@@ -21,6 +21,10 @@ class TensorboardSink:
 
     def evaluation(self, record: dict[str, float]) -> None:
         self._write("valid", record)
+        self._writer.flush()
+
+    def tasks(self, record: dict[str, float]) -> None:
+        self._write("tasks", {key.removeprefix("tasks/"): value for key, value in record.items()})
         self._writer.flush()
 
     def close(self, status: str) -> None:

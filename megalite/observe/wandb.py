@@ -45,6 +45,10 @@ class WandbSink:
     def evaluation(self, record: dict[str, float]) -> None:
         self._put({key.replace("valid_", "valid/"): value for key, value in record.items()})
 
+    def tasks(self, record: dict[str, float]) -> None:
+        """`step` may be left out: it then stands behind what was there before."""
+        self._put(record)
+
     def close(self, status: str) -> None:
         """Waits at most CLOSE_SECONDS for the upload. Raises TimeoutError."""
         self._put(1 if status == "failed" else 0)
@@ -65,7 +69,8 @@ class WandbSink:
             run = self._start()
             while isinstance(item := self._queue.get(), dict):
                 record = dict(item)
-                run.log(record, step=int(record.pop("step")))
+                step = record.pop("step", None)
+                run.log(record, step=None if step is None else int(step))
             run.finish(exit_code=item)
         except Exception as error:  # whatever it is, it must not reach training
             self._warn("turned off, training goes on", error)

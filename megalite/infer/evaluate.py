@@ -1,0 +1,160 @@
+"""Measuring a trained model: tasks of EleutherAI's lm-evaluation-harness, or answers beside those that are wanted."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from megalite.checkpoint.folder import write_json
+from megalite.checkpoint.resume import read_train_state
+from megalite.config_file import load_config
+from megalite.data.chat import ChatTemplate
+from megalite.errors import ConfigError
+from megalite.infer.generate import Generator, find_model
+from megalite.mesh import Launch
+from megalite.observe.wandb import WandbSink
+
+
+class Asked(NamedTuple):
+    tasks: Sequence[str] = ()
+    """Names, or YAML files."""
+    include_path: Path | None = None
+    """Folder with more tasks."""
+    data: Path | None = None
+    """jsonl of prompts and wanted completions; see `references.py`."""
+    limit: int | None = None
+    """Documents of each task."""
+    shots: int | None = None
+    """Examples before each document; None: as many as the task says."""
+    chat: bool = False
+    """Put as the model's chat template says."""
+    max_tokens: int = 128
+    """Of an answer to a prompt of `data`."""
+    stop: Sequence[str] = ()
+    """Texts at which such an answer ends."""
+    samples: bool = False
+    """Keep what was asked, said and wanted."""
+
+
+def load_harness() -> Any:
+    """`harness.py`. Raises ConfigError where it lacks what it needs."""
+    try:
+        from megalite.infer import harness
+    except ImportError as error:
+        raise ConfigError(f"evaluation needs lm-evaluation-harness ({error}); pip install 'megalite[eval]'") from None
+    return harness
+
+
+def evaluate_model(
+    path: Path,
+    asked: Asked,
+    output: Path | None = None,
+    num_slots: int = 8,
+    launch: Launch | None = None,
+    tensor: int = 1,
+    pipeline: int = 1,
+) -> dict[str, float]:
+    """Measure a run, a checkpoint or a Hugging Face folder; print the results, and write them to the run's folder
+    `evaluations`, or to `output` (JSON), and to the run's W&B. Returns them as `numbers_of` names them.
+
+    Over ranks, all call it. Raises ConfigError, DataError or CheckpointError."""
+    launch = launch or Launch.from_environment()
+    if bool(asked.tasks) == bool(asked.data):
+        raise ConfigError("say what to evaluate: either --tasks NAME,NAME or --data FILE")
+    harness, folder = load_harness(), find_model(path)
+    specs: list[str | dict[str, Any]] = list(asked.tasks)
+    if asked.data:
+        from megalite.infer.references import references_task
+
+        template = ChatTemplate.of(folder, ()) if asked.chat else None
+        specs = [references_task(asked.data, template, asked.max_tokens, asked.stop)]
+    tasks = harness.load_tasks(specs, asked.include_path, asked.limit, asked.shots)
+    generator = Generator.open(folder, num_slots=num_slots, launch=launch, tensor=tensor, pipeline=pipeline)
+    model = harness.HarnessModel(generator, console=Console(stderr=True) if launch.rank == 0 else None)
+    # What is read from `data` is put as the template says already.
+    results = tasks.run(model, samples=asked.samples, chat=asked.chat and not asked.data)
+    numbers = harness.numbers_of(results)
+    if launch.rank == 0:
+        report(results, numbers, folder.resolve(), asked, output)
+    return numbers
+
+
+def report(
+    results: dict[str, Any], numbers: Mapping[str, float], folder: Path, asked: Asked, output: Path | None
+) -> None:
+    """Of the model in `folder`: to the console, a file and W&B, as `evaluate_model` says."""
+    console = Console(soft_wrap=True)
+    console.print(table_of(results))
+    run = folder.parent.parent if (folder / "train_state.json").is_file() else None
+    when = time.strftime("%Y-%m-%dT%H-%M-%S")
+    file = output or (run / "evaluations" / f"{folder.name}-{when}.json" if run else None)
+    if file:
+        samples = results.pop("samples", {})
+        told = {"model": str(folder), "lm_eval": version("lm_eval"), "asked": asked._asdict()}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, json.loads(json.dumps(told | results, default=_plainly)))
+        console.print(f"written to {file}")
+        if asked.samples:
+            with file.with_suffix(".samples.jsonl").open("w", encoding="utf-8") as lines:
+                lines.writelines(json.dumps(line, default=_plainly) + "\n" for line in kept(samples))
+    if run and (run / "config.yaml").is_file():
+        tell_wandb(run, folder, numbers, console)
+
+
+def table_of(results: Mapping[str, Any]) -> Table:
+    table = Table("task", "metric", "value", "±", "documents", box=None)
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for task, values in results["results"].items():
+        for key, value in values.items():
+            metric, _, how = key.partition(",")
+            if not how or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+                continue
+            error = values.get(f"{metric}_stderr,{how}")
+            count = results["n-samples"].get(task, {}).get("effective", "")
+            name = metric if how == "none" else f"{metric} ({how})"
+            table.add_row(task, name, f"{value:.4f}", f"{error:.4f}" if isinstance(error, float) else "", str(count))
+    return table
+
+
+def kept(samples: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """What is worth keeping of the harness's samples, a line each."""
+    for task, found in samples.items():
+        for sample in found:
+            asked = [request[0] for request in sample["arguments"]]
+            yield {
+                "task": task,
+                "asked": asked,
+                "said": sample["filtered_resps"],
+                "wanted": sample["target"],
+                "judged": {name: sample[name] for name in sample["metrics"] if isinstance(sample[name], (int, float))},
+            }
+
+
+def tell_wandb(run: Path, folder: Path, numbers: Mapping[str, float], console: Console) -> None:
+    """To a W&B run of its own beside the trained one's, which may be under way: two must not write to one."""
+    config, state = load_config(run / "config.yaml"), read_train_state(folder)
+    if config.observe.wandb.mode == "disabled" or not state["wandb_id"]:
+        return
+    named = config.run.model_copy(update={"name": f"{config.run.name}-evaluations"})
+    config = config.model_copy(update={"run": named})
+    sink = WandbSink(config, run, f"{state['wandb_id']}-evaluations", console.print)
+    try:
+        sink.tasks({"checkpoint_step": state["step"]} | {f"tasks/{name}": value for name, value in numbers.items()})
+        sink.close("finished")
+    except Exception as error:  # the results are written and shown already
+        console.print(f"warning: W&B: {error}")
+
+
+def _plainly(value: Any) -> Any:
+    """Of numpy's numbers, paths, sets, and the code that is part of some tasks."""
+    if hasattr(value, "item"):
+        return value.item()
+    return getattr(value, "__name__", None) or str(value)

@@ -1,0 +1,323 @@
+"""EleutherAI's lm-evaluation-harness on models of ours. The only module that imports it."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import datasets
+import lm_eval.api.task
+import numpy as np
+import rich.progress
+import torch
+import torch.distributed as dist
+from lm_eval.api.model import LM, TemplateLM
+from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+from lm_eval.evaluator import evaluate
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from rich.console import Console
+from torch import Tensor
+
+from megalite.errors import ConfigError, DataError
+from megalite.infer.answer import Answer
+from megalite.infer.batch import Batch
+from megalite.infer.generate import Generator, Score
+from megalite.infer.sampling import Sampling
+from megalite.mesh import ALONE, Axis
+from megalite.parallel.collectives import all_gather
+
+ROWS_AT_ONCE = 64
+"""Texts that are scored between two looks at the progress."""
+MOST_TOKENS = 256
+"""Of an answer whose task does not say; the harness's own number."""
+SECONDS_PER_LINE = 10.0
+T = TypeVar("T")
+Pair = tuple[Any, list[int], list[int]]
+"""(what was asked, tokens of the context, tokens of the continuation)"""
+
+# Their own bars would stand in the middle of our lines.
+lm_eval.api.task.tqdm = lambda items, **_: items
+datasets.disable_progress_bars()
+logging.getLogger("lm_eval").setLevel(logging.ERROR)
+
+
+class HarnessModel(TemplateLM):
+    """A `Generator` as the harness calls a model. Ranks that hold the same part of a model share the documents, each
+    data rank its own; tokenizing, cutting and stopping are those of the harness's `hf` model."""
+
+    def __init__(self, generator: Generator, data: Axis = ALONE, console: Console | None = None):
+        """`console`: where it says how far it is."""
+        super().__init__()
+        self.generator, self._data, self._console = generator, data, console
+        self._rank, self._world_size, self._device = data.rank, data.size, generator.model.device
+
+    @property
+    def eot_token_id(self) -> int | None:
+        return self.generator.tokenizer.eod_id
+
+    @cached_property
+    def prefix_token_id(self) -> int:
+        """What a text without a context begins with. Raises ConfigError."""
+        tokenizer = self.generator.tokenizer
+        found = next((i for i in (tokenizer.begin_id, tokenizer.eod_id) if i is not None), None)
+        if found is None:
+            raise ConfigError("the model's tokenizer has neither a token that begins a text nor one that ends it")
+        return found
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        tokenizer = self.generator.tokenizer
+        if add_special_tokens is False or string.startswith(tokenizer.decode([self.prefix_token_id])):
+            return tokenizer.encode(string)
+        return tokenizer.encode_prompt(string)
+
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        return super().loglikelihood(requests, disable_tqdm=True)
+
+    def _loglikelihood_tokens(self, requests: Sequence[Pair], **_: Any) -> list[tuple[float, bool]]:
+        """Whether it is what the model would have said is the second. A continuation that has melted into the last
+        token of its context is certain, as it is to the `hf` model."""
+        capacity = self.generator.model.capacity
+        longest = max((len(continuation) for _, _, continuation in requests), default=0)
+        if longest > capacity:
+            raise ConfigError(f"a continuation of {longest} tokens cannot be scored: the model takes {capacity}")
+        rows = [[*context, *continuation][-capacity - 1 :] for _, context, continuation in requests]
+        counts = [len(continuation) for _, _, continuation in requests]
+        results = [(0.0, True)] * len(rows)
+        # The longest first: what is too large for the memory is so at once.
+        order = sorted((number for number, count in enumerate(counts) if count), key=lambda number: -len(rows[number]))
+        chunks = [order[start : start + ROWS_AT_ONCE] for start in range(0, len(order), ROWS_AT_ONCE)]
+        for chunk in self._track(chunks, f"scoring {len(order):,} texts", len(chunks)):
+            scores = self._score([rows[number] for number in chunk])
+            for number, (logprobs, likeliest) in zip(chunk, scores, strict=True):
+                count = counts[number]
+                results[number] = float(logprobs[-count:].sum()), bool(likeliest[-count:].all())
+        return results
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[float]:
+        windows: list[Pair] = []
+        counts: list[int] = []
+        for request in requests:
+            cut = get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.generator.model.capacity,
+                context_len=1,
+            )
+            found = [(None, *make_disjoint_window(window)) for window in cut]
+            windows += found
+            counts.append(len(found))
+        each = iter(self._loglikelihood_tokens(windows))
+        return [sum(next(each)[0] for _ in range(count)) for count in counts]
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[str]:
+        generator, answers, stops = self.generator, [], []
+        batch = Batch(generator.model, generator.ends)
+        for number, request in enumerate(requests):  # which may ask the same several times
+            context, settings = request.args
+            answer, stop = self._answer(context, settings, number)
+            batch.add(answer)
+            answers.append(answer)
+            stops.append(stop)
+        for _ in self._track(self._finish(batch), "answering", len(answers)):
+            pass
+        texts = [generator.tokenizer.decode_plain(answer.tokens) for answer in answers]
+        return [postprocess_generated_text(text, stop, None) for text, stop in zip(texts, stops, strict=True)]
+
+    def _answer(self, context: str, settings: Mapping[str, Any], seed: int) -> tuple[Answer, list[str]]:
+        generator = self.generator
+        known = normalize_gen_kwargs(dict(settings), MOST_TOKENS)
+        eos = None if self.eot_token_id is None else generator.tokenizer.decode([self.eot_token_id])
+        stop, most, sampled = handle_stop_sequences(known.pop("until"), eos), known.pop("max_gen_toks"), {}
+        drawn = known.pop("do_sample")
+        for name, value in known.items():
+            if name not in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"):
+                raise ConfigError(f"a task asks for generation with {name} = {value!r}, which megalite does not know")
+            sampled[name] = value
+        sampled = {"repetition_penalty": generator.sampling.repetition_penalty, "seed": seed} | sampled
+        sampling = Sampling(**sampled | {"temperature": sampled.get("temperature", 0.0) if drawn else 0.0})
+        room = generator.model.capacity - most
+        if room <= 0:
+            raise ConfigError(
+                f"a task asks for answers of {most} tokens from a model that takes {generator.model.capacity} in all"
+            )
+        prompt = generator.prompt_ids(self.tok_encode(context) or context)[-room:]
+        return generator.start(generator.request(prompt, most, sampling, stop)), stop
+
+    def _score(self, rows: Sequence[Sequence[int]]) -> Sequence[Score]:
+        return self.generator.score(rows)
+
+    def _finish(self, batch: Batch) -> Iterator[Answer]:
+        while batch.busy:
+            yield from (answer for answer in batch.step() if answer.finish)
+
+    def _track(self, items: Iterable[T], what: str, total: int) -> Iterator[T]:
+        """A bar on a terminal; elsewhere, as in a job's log, a line every few seconds."""
+        if self._console is not None and self._console.is_terminal:
+            yield from rich.progress.track(items, what, total, console=self._console, transient=True)
+            return
+        said = time.monotonic()
+        for number, item in enumerate(items, 1):
+            yield item
+            if self._console is not None and time.monotonic() - said >= SECONDS_PER_LINE:
+                said = time.monotonic()
+                self._console.print(f"{what}: {number:,} of {total:,}", highlight=False)
+
+    # What belongs to chats.
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        return self.generator.chat_template.render(chat_history, prompt=add_generation_prompt)
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        return self.generator.chat_template.source if chat_template else ""
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.generator.tokenizer.fingerprint()
+
+    # What the ranks that share the documents tell each other.
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        return all_gather(tensor.reshape(-1), self._data, 0)
+
+    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
+        if self._data.size == 1:
+            return [obj]
+        found: list[Any] = [None] * self._data.size
+        dist.all_gather_object(found, obj, group=self._data.group)
+        return found if self._data.rank == dst else None
+
+
+class Rehearsal(HarnessModel):
+    """Does all that a `HarnessModel` does but ask the model: to see what would go wrong."""
+
+    def _score(self, rows: Sequence[Sequence[int]]) -> Sequence[Score]:
+        return [Score(torch.zeros(len(row) - 1), torch.zeros(len(row) - 1, dtype=torch.bool)) for row in rows]
+
+    def _finish(self, batch: Batch) -> Iterator[Answer]:
+        return iter(batch.waiting)
+
+
+class Tasks(NamedTuple):
+    loaded: dict[str, Any]
+    """As the harness has them: tasks, groups, group_map."""
+    limit: int | None
+
+    @property
+    def fewest(self) -> int:
+        """Documents that a task has at least."""
+        with _seeded():
+            counts = [len(task.eval_docs) for task in self.loaded["tasks"].values()]
+        return min([*counts, self.limit] if self.limit else counts)
+
+    def rehearse(self, generator: Generator) -> None:
+        """Find out in a moment what would go wrong in hours. Raises ConfigError or DataError."""
+        try:
+            self.run(Rehearsal(generator), uncertainty=0)
+        except (ConfigError, DataError):
+            raise
+        except Exception as error:  # tasks hold code of their own, which may raise anything
+            names = ", ".join(self.loaded["tasks"])
+            raise DataError(f"the tasks {names} cannot be evaluated: {type(error).__name__}: {error}") from error
+
+    def run(
+        self, model: LM, uncertainty: int = 1000, samples: bool = False, chat: bool = False
+    ) -> dict[str, Any] | None:
+        """The harness's results, on the first of the ranks that share the documents. `uncertainty`: how often it draws
+        again where a standard error has no formula; 0: no standard errors."""
+        with _seeded():
+            return evaluate(
+                model,
+                self.loaded,
+                limit=self.limit,
+                bootstrap_iters=uncertainty,
+                log_samples=samples,
+                apply_chat_template=chat,
+                fewshot_as_multiturn=chat,
+            )
+
+
+def load_tasks(
+    names: Sequence[str | dict[str, Any]],
+    include_path: Path | None = None,
+    limit: int | None = None,
+    shots: int | None = None,
+) -> Tasks:
+    """Tasks, groups or tags by their names or YAML files, or as the harness's configs, with their data. `shots`:
+    examples before each document, unless a task says that it wants none.
+
+    Raises ConfigError for an unknown name, DataError for a dataset that cannot be had."""
+    if include_path is not None and not include_path.is_dir():
+        raise ConfigError(f"{include_path}, where tasks should be, is not a folder")
+    loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
+    with _seeded():
+        manager = _index_tasks(names, str(include_path) if include_path else None)
+        for name in names:
+            found = _load_task(manager, name)
+            for part in loaded:
+                loaded[part] |= found.get(part, {})
+    for task in loaded["tasks"].values():
+        own = task.get_config("num_fewshot")
+        if own is None or (shots is not None and own != 0):
+            task.set_config("num_fewshot", shots or 0)
+        task.set_fewshot_seed(DEFAULT_OTHER_SEED)
+    return Tasks(loaded, limit)
+
+
+def _index_tasks(names: Sequence[str | dict[str, Any]], include_path: str | None) -> TaskManager:
+    """Of the user's own where all are; finding the harness's, more than ten thousand, takes a while."""
+    own = TaskManager(include_path=include_path, include_defaults=False)
+    if all(not isinstance(name, str) or name in own.all_subtasks or Path(name).is_file() for name in names):
+        return own
+    return TaskManager(include_path=include_path)
+
+
+def _load_task(manager: TaskManager, name: str | dict[str, Any]) -> dict[str, Any]:
+    if isinstance(name, str) and name not in manager.all_tasks and not Path(name).is_file():
+        close = difflib.get_close_matches(name, manager.all_tasks, n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else "`lm-eval ls tasks` lists those of the harness"
+        raise ConfigError(f"no task is named {name!r}; {hint}")
+    try:
+        return manager.load([name])
+    except Exception as error:  # whatever datasets, the network and the task's own code raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(
+            f"task {name if isinstance(name, str) else name['task']} cannot be loaded: {reason} (without a network, "
+            "its dataset must be in the Hugging Face cache, or a file that the task names)"
+        ) from error
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    """Some tasks draw from the random numbers of everybody: they find what the harness's own command gives them, on
+    every rank, and nobody else notices."""
+    restore: list[tuple[Callable[[Any], None], Any]]
+    restore = [(random.setstate, random.getstate()), (np.random.set_state, np.random.get_state())]
+    random.seed(DEFAULT_RANDOM_SEED)
+    np.random.seed(DEFAULT_OTHER_SEED)
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(DEFAULT_OTHER_SEED)
+        try:
+            yield
+        finally:
+            for put_back, state in restore:
+                put_back(state)
+
+
+def numbers_of(results: Mapping[str, Any]) -> dict[str, float]:
+    """TASK/METRIC, or TASK/METRIC/FILTER where a task reads answers in several ways; standard errors left out."""
+    numbers = {}
+    for task, values in results["results"].items():
+        for key, value in values.items():
+            metric, _, how = key.partition(",")
+            if how and isinstance(value, (int, float)) and not metric.endswith("_stderr"):
+                numbers[f"{task}/{metric}" + ("" if how == "none" else f"/{how}")] = float(value)
+    return numbers

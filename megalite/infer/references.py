@@ -1,0 +1,119 @@
+"""Answers to the prompts of a jsonl file beside the answers that are wanted: BLEU, ROUGE, F1, exact match, accuracy."""
+
+from __future__ import annotations
+
+import json
+import re
+import string
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from megalite.data.chat import ChatTemplate
+from megalite.errors import DataError
+
+ROUGES = ("rouge1", "rouge2", "rougeL")
+
+
+def references_task(file: Path, template: ChatTemplate | None, max_tokens: int, stop: Sequence[str]) -> dict[str, Any]:
+    """A task for the harness, named as the file is. Each line holds a `prompt`, which is a text or a list of messages,
+    and a `completion`, the wanted answer or a list of them, of which the best one counts. `template` puts messages, and
+    where there is one, also texts, as the model knows them. Raises DataError, which names the line."""
+    import datasets
+
+    rows = list(_read(file, template))
+    if not rows:
+        raise DataError(f"{file} holds no rows")
+    measures = {"bleu": _bleu, **dict.fromkeys([*ROUGES, "f1", "exact_match", "accuracy"], _mean)}
+    return {
+        "task": file.stem,
+        "custom_dataset": lambda **_: datasets.DatasetDict(test=datasets.Dataset.from_list(rows)),
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": "{{prompt}}",
+        "doc_to_target": lambda row: row["wanted"],
+        "process_results": lambda row, said: compare(said[0], row["wanted"]),
+        "generation_kwargs": {"until": list(stop), "max_gen_toks": max_tokens, "do_sample": False},
+        "metric_list": [
+            {"metric": name, "aggregation": gather, "higher_is_better": True} for name, gather in measures.items()
+        ],
+    }
+
+
+def _read(file: Path, template: ChatTemplate | None) -> Iterator[dict[str, Any]]:
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file} cannot be read: {error}") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            prompt, wanted = row["prompt"], row["completion"]
+            wanted = [wanted] if isinstance(wanted, str) else wanted
+            if not isinstance(wanted, list) or not wanted or not all(isinstance(text, str) for text in wanted):
+                raise ValueError("`completion` must be a text, or a list of texts")
+            if isinstance(prompt, str) and template:
+                prompt = [{"role": "user", "content": prompt}]
+            if isinstance(prompt, list):
+                if template is None:
+                    raise ValueError("messages need --chat, and a model with a chat template")
+                prompt = template.render(prompt, prompt=True)
+            if not isinstance(prompt, str):
+                raise ValueError("`prompt` must be a text, or a list of messages")
+        except (ValueError, TypeError, KeyError) as error:
+            reason = f"there is no {error}" if isinstance(error, KeyError) else str(error)
+            raise DataError(f"{file}, line {number}: {reason}: {line[:200]}") from None
+        yield {"prompt": prompt, "wanted": wanted}
+
+
+def compare(said: str, wanted: Sequence[str]) -> dict[str, Any]:
+    """`bleu` is left to be computed over all answers. ROUGE is its F-measure with stems (Lin 2004); `f1` and
+    `exact_match` are SQuAD's (Rajpurkar et al. 2016), deaf to case, articles and punctuation; `accuracy` hears all but
+    the white space around a text."""
+    rouges = [_rouge().score(text, said) for text in wanted]
+    return {
+        "bleu": (said, wanted),
+        **{name: max(rouge[name].fmeasure for rouge in rouges) for name in ROUGES},
+        "f1": max(f1(said, text) for text in wanted),
+        "exact_match": float(_bare(said) in map(_bare, wanted)),
+        "accuracy": float(said.strip() in [text.strip() for text in wanted]),
+    }
+
+
+@cache
+def _rouge() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(ROUGES, use_stemmer=True)
+
+
+def f1(said: str, wanted: str) -> float:
+    """Harmonic mean of the shares of words that are wanted, and that are said."""
+    one, other = _bare(said), _bare(wanted)
+    if not one or not other:
+        return float(one == other)
+    common = sum((Counter(one) & Counter(other)).values())
+    return 2 * common / (len(one) + len(other))
+
+
+def _bare(text: str) -> list[str]:
+    kept = "".join(character for character in text.lower() if character not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", kept).split()
+
+
+def _bleu(pairs: Sequence[tuple[str, Sequence[str]]]) -> float:
+    """Of the whole corpus, 0 to 100, as sacrebleu has it (Post 2018)."""
+    import sacrebleu
+
+    most = max(len(wanted) for _, wanted in pairs)
+    # Each stream has one reference of every answer, or none.
+    streams = [[wanted[k] if k < len(wanted) else None for _, wanted in pairs] for k in range(most)]
+    return sacrebleu.corpus_bleu([said for said, _ in pairs], streams).score
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
