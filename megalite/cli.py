@@ -8,6 +8,7 @@ import itertools
 import os
 import signal
 import sys
+import textwrap
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,8 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return killed_by(signal.SIGINT)
     except Exception as error:
-        # Not by Python itself, which would show the passwords in messages of libraries.
-        _complain(traceback.format_exc())
+        # Not by Python itself, which would show the passwords in messages of libraries; but with the rank, as by torch.
+        rank = os.environ.get("RANK")
+        _complain(textwrap.indent(traceback.format_exc(), f"[rank{rank}]: " if rank else ""))
         last_words.leave(f"{type(error).__name__}: {error}", traceback.format_exc())
         return Exit.FAILED
     finally:

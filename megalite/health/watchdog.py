@@ -66,6 +66,7 @@ class Watchdog:
         if self._health.hang_timeout_s:
             with contextlib.suppress(OSError):  # a run goes on that cannot write its heartbeats
                 self._folder.mkdir(parents=True, exist_ok=True)
+            self._write(self._take())
             self._thread.start()
         return self
 

@@ -37,7 +37,8 @@ def numbered(tokens: np.ndarray) -> list[int]:
 def test_documents_change_exactly_where_the_index_says(dataset: IndexedDataset) -> None:
     source = TokenSource(dataset, 0, dataset.num_tokens, 8)
     samples = np.arange(source.num_samples)
-    tokens, _, documents = read(source, samples, by_document=True)
+    found = read(source, samples, by_document=True)
+    tokens, documents = found.tokens, found.documents
     assert documents is not None
     assert documents.shape == (len(samples), 9)
     for row in samples:
@@ -46,7 +47,8 @@ def test_documents_change_exactly_where_the_index_says(dataset: IndexedDataset) 
 
 def test_a_range_that_begins_inside_the_file(dataset: IndexedDataset) -> None:
     source = TokenSource(dataset, 7, dataset.num_tokens, 16)
-    tokens, _, documents = read(source, [0, 2], by_document=True)
+    found = read(source, [0, 2], by_document=True)
+    tokens, documents = found.tokens, found.documents
     assert documents is not None
     assert documents.tolist() == [numbered(row) for row in tokens]
 

@@ -129,7 +129,7 @@ def test_starts_anew_when_it_remembers_too_much(tokenizer, monkeypatch):
     generator = np.random.default_rng(0)
     texts = ["".join(map(chr, generator.integers(97, 123, 50_000))).replace("e", " ") for _ in range(40)]
     expected = tokenizer.encode_batch(texts)
-    resident = itertools.count(1 << 30, 1 << 20)  # a process that grows by a MiB for each text
+    resident = itertools.count(1 << 40, 1 << 20)  # a process that grows by a MiB for each text
     monkeypatch.setattr(module, "_resident_bytes", lambda: next(resident))
     assert [rows_of(fast, [text])[0][0] for text in texts] == expected
     assert fast._idle is not first

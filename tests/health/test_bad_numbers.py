@@ -73,7 +73,7 @@ def planted(plant: Plant, rank: int) -> Iterator[list[bool]]:
     """Whether each step of the rank changed its state."""
     original, changed = megalite.train.forward_backward, list[bool]()
 
-    def tampered(parts: Parts, batch: Any, mesh: Mesh, seed: int) -> Tensor:
+    def tampered(parts: Parts, batch: Any, mesh: Mesh, seed: int) -> dict[str, Tensor]:
         engine: Any = parts.engine
         if not isinstance(engine.step, Watched):
             engine.step = Watched(engine)
@@ -89,14 +89,14 @@ def planted(plant: Plant, rank: int) -> Iterator[list[bool]]:
                 for name, parameter in stage.named_parameters()
                 if "norm" in name
             ]
-        loss = original(parts, batch, mesh, seed)
+        found = original(parts, batch, mesh, seed)
         for hook in hooks:
             hook.remove()
         if mine and plant.what == "flip":
             engine.settle()
             weights = next(bucket.weights for bucket in engine.buckets if not bucket.layout.cut)
             weights.view(torch.int32)[plant.weight] ^= 1 << 12
-        return loss * 100 if hit and plant.what == "loss" else loss
+        return found | {"loss": found["loss"] * 100} if hit and plant.what == "loss" else found
 
     enough = numbers.ENOUGH
     megalite.train.forward_backward, numbers.ENOUGH = tampered, plant.enough

@@ -16,8 +16,12 @@ OBJECTS = {
     "recv_object_list",
 }  # fmt: skip
 """Of torch.distributed: they pickle."""
-READS_PICKLES = ROOT / "megalite/checkpoint/torch_file.py"
-"""Its Unpickler finds no class and no function: tests/checkpoint/test_convert.py sets traps."""
+ALLOWED = {
+    # Its Unpickler finds no class and no function: tests/checkpoint/test_convert.py sets traps.
+    "megalite/checkpoint/torch_file.py": ["imports pickle"],
+    # What the harness has the ranks of one run tell each other is any object. Nothing of it comes from elsewhere.
+    "megalite/infer/harness.py": ["calls dist.all_gather_object"],
+}
 REMOTE_CODE = ("from_pretrained", "from_config", "load_dataset", "pipeline")
 
 
@@ -68,8 +72,7 @@ def _faults_of_call(node: ast.Call, loaders: set[str]) -> Iterator[str]:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_nothing_loads_code(path: Path) -> None:
-    expected = ["imports pickle"] if path == READS_PICKLES else []
-    assert list(faults(path.read_text(encoding="utf-8"))) == expected
+    assert list(faults(path.read_text(encoding="utf-8"))) == ALLOWED.get(path.relative_to(ROOT).as_posix(), [])
 
 
 @pytest.mark.parametrize(
