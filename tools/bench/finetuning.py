@@ -1,8 +1,9 @@
 """Finetuning a small model on a task it can learn from the examples: what it answers before and after.
 
 A model that has read random words only is taught by a chat to tell a word's last letter, or to write it in capitals,
-now and then in a whole sentence; then DPO teaches it to prefer the bare answer. Answers are transformers' own greedy
-generation, from the folders the runs leave, to words that no row had.
+now and then in a whole sentence; then to give the bare answer, by adapters (LoRA) and chats that do, and by DPO that
+prefers it. Answers are transformers' own greedy generation, from the folders the runs leave, to words that no row
+had.
 
     python tools/bench/finetuning.py [--steps 600] [key=value …]
 """
@@ -73,6 +74,8 @@ def prepare(folder: Path, num_rows: int) -> list[tuple[str, str]]:
     rows: dict[tuple[str, Format], list[dict[str, Any]]] = {
         ("chat", "chat"): [chat(q, a if rng.random() < 0.4 else in_a_sentence(a)) for q, a in seen],
         ("chat-valid", "chat"): [chat(q, a if rng.random() < 0.4 else in_a_sentence(a)) for q, a in unseen],
+        ("bare", "chat"): [chat(q, a) for q, a in seen],
+        ("bare-valid", "chat"): [chat(q, a) for q, a in unseen],
         ("pairs", "preference"): [pair(q, a) for q, a in seen[:2000]],
         ("pairs-valid", "preference"): [pair(q, a) for q, a in unseen],
     }
@@ -133,7 +136,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=600, help="of supervised finetuning")
     parser.add_argument("--rows", type=int, default=20_000)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of all three runs")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of all runs")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -144,6 +147,9 @@ def main() -> None:
         print("pretrained", answers(start, questions))
         tuned = run(folder, "chat", {"hf": str(start)}, "chat", args.steps, 2e-3, {}, overrides)
         print("after SFT", answers(tuned, questions))
+        lora = {"lora": {"rank": 8, "alpha": 16, "targets": "all-linear"}}
+        adapted = run(folder, "lora", {"hf": str(tuned)}, "bare", args.steps // 2, 2e-3, lora, overrides)
+        print("after LoRA", answers(adapted, questions))
         dpo = {"objective": {"name": "dpo", "beta": 0.1}}
         preferring = run(folder, "dpo", {"hf": str(tuned)}, "pairs", 60, 5e-5, dpo, overrides)
         print("after DPO", answers(preferring, questions))
