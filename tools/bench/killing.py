@@ -265,7 +265,8 @@ def _take_notes(path: Path, checkpoints: Path, last_file: int | None) -> None:
 
 def read_notes(folder: Path, rank: int) -> list[Note]:
     try:
-        lines = (folder / f"rank-{rank}").read_text().splitlines()
+        # What is being written, or was when the rank was killed, may have no end.
+        lines = (folder / f"rank-{rank}").read_text().rpartition("\n")[0].splitlines()
     except FileNotFoundError:
         return []
     cut = [line.split("\t", 3) for line in lines]
