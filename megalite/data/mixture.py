@@ -208,8 +208,8 @@ def _cut_rows(dataset: IndexedDataset, config: Config, which: Split) -> RowSourc
     if data.order == "megatron":
         raise DataError("data.order: megatron cuts documents anywhere; labelled data needs shuffle or sequential")
     together = 2 if config.objective.name == "dpo" else 1
-    first, last = split_range(dataset.num_documents // together, shares, which) if shares else (0, 0)
-    last = last if shares else dataset.num_documents // together
+    groups = dataset.num_documents // together
+    first, last = split_range(groups, shares, which) if shares else (0, groups)
     # A class is told at the last token itself, where a next token would be one more.
     capacity = data.seq_length + (config.model.task == "causal")
     first, last = first * together, last * together
