@@ -154,7 +154,9 @@ def make_parser() -> argparse.ArgumentParser:
 
     inspect = verbs.add_parser("inspect", help="show what is in token files, or what a config makes of them")
     inspect.add_argument("what", help="PREFIX of token files, or a config (.yaml) to see samples as its model will")
-    inspect.add_argument("overrides", nargs="*", metavar="key=value", help="of a config, such as data.packing=best_fit")
+    inspect.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="of a config, such as data.packing=best_fit"
+    )
     inspect.add_argument("--count", type=int, default=2, help="documents or samples to print (default: 2)")
     inspect.add_argument("--start", type=int, default=0, help="number of the first of them (default: 0)")
     inspect.add_argument("--split", choices=("train", "valid", "test"), default="train", help="of a config")
@@ -168,7 +170,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, help="YAML file; see configs/")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.steps=100")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="such as train.steps=100")
 
 
 def _train(arguments: argparse.Namespace) -> Exit:
@@ -280,7 +282,7 @@ def _serve(arguments: argparse.Namespace) -> None:
     from megalite.infer.generate import Generator, find_model
     from megalite.infer.serving.app import Settings
     from megalite.infer.serving.guards import read_keys
-    from megalite.infer.serving.run import serve
+    from megalite.infer.serving.run import reserve, serve
 
     settings = Settings(
         name=arguments.name or arguments.model.resolve().name,
@@ -291,8 +293,9 @@ def _serve(arguments: argparse.Namespace) -> None:
         timeout_s=arguments.timeout,
         log_prompts=arguments.log_prompts,
     )
+    address = reserve(arguments.host, arguments.port)
     generator = Generator.open(find_model(arguments.model), num_slots=arguments.slots, max_length=arguments.max_length)
-    serve(generator, settings, arguments.host, arguments.port, arguments.grace)
+    serve(generator, settings, address, arguments.grace)
 
 
 def _inspect(arguments: argparse.Namespace) -> None:

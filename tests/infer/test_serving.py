@@ -301,11 +301,31 @@ def test_the_page_in_a_browser(served: Served) -> None:
         page.click("text=Save")
         page.wait_for_selector("text=your answer is noted")
         assert page.text_content(".turn.answer .text") == "Hello yourself."
+        page.fill("#max_tokens", "16000")
+        page.fill("#prompt", "Go on and on")
+        page.keyboard.press("Enter")
+        page.wait_for_selector(".text.busy:not(:empty)")
+        page.click("#fresh")
+        page.wait_for_selector("#send:text-is('Send')")
+        page.fill("#prompt", "Afresh")
+        with page.expect_request("**/v1/chat/completions") as asked:
+            page.keyboard.press("Enter")
+        assert asked.value.post_data_json["messages"] == [{"role": "user", "content": "Afresh"}]
         assert not problems
     added = [json.loads(line) for line in rows.read_text().splitlines()[before:]]
     assert [(row["prompt"][0]["content"], row["chosen"], row["rejected"]) for row in added] == [
         ("Hello <b>there</b>", "Hello yourself.", said)
     ]
+
+
+def test_a_port_in_use_is_one_line(served: Served) -> None:
+    port = served.url.rpartition(":")[2]
+    command = [sys.executable, "-m", "megalite", "serve", str(served.folder), "--port", port]
+    second = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert second.returncode == 2
+    assert second.stderr == (
+        f"error: cannot serve on 127.0.0.1:{port}: Address already in use; --port and --host say where else\n"
+    )
 
 
 def test_it_ends_as_asked_and_has_told_no_secrets(served: Served) -> None:
