@@ -41,6 +41,8 @@ def find_model(path: Path) -> Path:
         return path
     steps = complete_steps(path / "checkpoints")
     if not steps:
+        if damaged := sorted((path / "checkpoints").glob("step-*")):
+            raise ConfigError(f"{path} has no whole checkpoint: {damaged[-1].name} is unfinished or damaged")
         raise ConfigError(f"{path} is neither a run with a checkpoint nor a Hugging Face folder with a config.json")
     return step_folder(path / "checkpoints", steps[-1])
 
@@ -95,6 +97,11 @@ class Generator:
         `num_slots` sequences are computed at a time, of `max_length` tokens at most (those that the model is for).
         Raises ConfigError, DataError or CheckpointError."""
         folder, launch = find_model(path), launch or Launch.from_environment()
+        if (task := model_config({"hf": str(folder)}).task) != "causal":
+            raise ConfigError(
+                f"{folder} has a head for task: {task}, which does not answer; transformers opens it, or a run with "
+                "this model.hf validates it"
+            )
         model: Predictor
         if launch.world_size == tensor == pipeline == 1:
             model = CachedModel(load_model(folder), num_slots, max_length)

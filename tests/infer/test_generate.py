@@ -305,3 +305,15 @@ def test_a_folder_s_habits_are_honoured(tmp_path: Path) -> None:
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=rf"{tmp_path} is neither a run with a checkpoint nor"):
         find_model(tmp_path)
+    (tmp_path / "checkpoints" / "step-00000007").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="no whole checkpoint: step-00000007 is unfinished or damaged"):
+        find_model(tmp_path)
+
+
+def test_a_model_that_tells_classes_does_not_answer(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1}
+    config = transformers.LlamaConfig(**sizes, id2label={0: "no", 1: "yes"})
+    transformers.LlamaForSequenceClassification(config).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="has a head for task: classification, which does not answer"):
+        Generator.open(tmp_path)
