@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
 from megalite.config import Config
+from megalite.models import weight_table
 
 REDRAW_SECONDS = 0.1
 
@@ -62,7 +63,11 @@ class Console:
         tokens = train.global_batch_size * config.data.seq_length
         spread = "  ".join(f"{key} {value}" for key, value in layout.items())
         model = config.model.preset or config.model.family
-        self._print(f"{config.run.name}  {model}, {compact(num_params)} parameters, {train.precision}", "bold")
+        counted = f"{compact(num_params)} parameters"
+        if config.lora:
+            rows = weight_table(config.model, config.lora)
+            counted += f", {compact(sum(row.numel for row in rows if not row.frozen))} of them trained"
+        self._print(f"{config.run.name}  {model}, {counted}, {train.precision}", "bold")
         for line in (
             spread,
             f"{self._total:,} steps of {tokens:,} tokens, {compact(self._total * tokens)} in all",
@@ -70,6 +75,12 @@ class Console:
         ):
             if line:
                 self._print(line, "dim")
+        warmup = config.optimizer.schedule.warmup_steps
+        if warmup >= train.steps:
+            self.message(
+                f"warning: optimizer.schedule.warmup_steps = {warmup} is not over at train.steps = {train.steps}: "
+                "the learning rate only rises"
+            )
 
     def step(self, record: dict[str, float]) -> None:
         step = int(record["step"])

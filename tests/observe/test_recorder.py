@@ -104,6 +104,13 @@ def test_a_log_file_gets_a_plain_line_every_log_every_steps(tmp_path: Path, capf
     assert lines[-1].startswith("finished at step 20 of 20 after 0:0")
 
 
+def test_a_warmup_that_does_not_end_is_a_warning(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    open_recorder(tmp_path, "optimizer.schedule.warmup_steps=20").close("finished")
+    assert "warning: optimizer.schedule.warmup_steps = 20 is not over at train.steps = 20" in capfd.readouterr().out
+    open_recorder(tmp_path, "optimizer.schedule.warmup_steps=19").close("finished")
+    assert "warning" not in capfd.readouterr().out
+
+
 def test_a_terminal_gets_one_live_line(tmp_path: Path) -> None:
     program = (
         "import sys; sys.path.insert(0, sys.argv[2])\n"
