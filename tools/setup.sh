@@ -12,12 +12,15 @@ setup_environment() {
     }
     wanted=$({ "$python" --version; cat pyproject.toml tools/constraints.txt; find csrc -type f | sort | xargs cat; } | sha256sum)
     if [[ $(cat .venv/.megalite 2>/dev/null) != "$wanted" ]]; then
-        echo "setting up .venv (once)"
+        echo "setting up .venv (once; torch with its CUDA libraries is gigabytes to download)"
         [[ -x .venv/bin/python ]] || "$python" -m venv .venv
         local pip=(.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint tools/constraints.txt)
+        echo "  torch"
         # torch first and by exact version: another package would pull in whichever is newest.
         "${pip[@]}" "$(grep '^torch==' tools/constraints.txt)" numpy
+        echo "  what builds megalite"
         "${pip[@]}" scikit-build-core pybind11 cmake ninja
+        echo "  megalite, whose kernels are compiled, and what it uses"
         # Built against the torch that is installed, not a second one in a build environment of its own.
         "${pip[@]}" --no-build-isolation --editable '.[all,dev]'
         echo "$wanted" >.venv/.megalite
