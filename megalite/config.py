@@ -465,6 +465,7 @@ class Config(Section):
         if self.data.seq_length > self.model.max_positions:
             raise ValueError(
                 f"data.seq_length {self.data.seq_length} is longer than model.max_positions {self.model.max_positions}"
+                ", the most that it can be"
             )
         if self.observe.tasks.names and not self.data.tokenizer:
             raise ValueError("observe.tasks needs data.tokenizer, to read the texts of tasks")
@@ -518,7 +519,10 @@ def _describe(item: Any, root: type[BaseModel]) -> str:
         shown = "not shown" if names_a_secret(str(path[-1])) else repr(value)
         return f"unknown key {key} (value {shown}); {hint}"
     if item["type"] == "missing":
-        return f"{key} is required" if known else f"{'.'.join(map(str, path[:-1]))}: needs another value"
+        last = path[-1]
+        if known or not isinstance(last, int):
+            return f"{key} is required"
+        return f"{'.'.join(map(str, path[:-1]))}: value number {last + 1} of its list is missing"
     message = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
     if item["type"] == "value_error" and isinstance(value, dict):
         return f"{key}: {message}" if key else message

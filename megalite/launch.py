@@ -10,6 +10,7 @@ what became of this node's ranks.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -43,6 +44,8 @@ def main(arguments: Sequence[str]) -> int:
     asked = run.parse_args(["--signals-to-handle=SIGHUP,SIGQUIT", *options, *arguments])
     for number in SIGNALS:
         signal.signal(number, _pass_on)
+    # torchrun's own line on a rank that failed: it has no more in it than the last line here, but for source and pid.
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     try:
         run.run(asked)
         status, who = int(Exit.DONE), "all ranks"

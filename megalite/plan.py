@@ -135,7 +135,10 @@ def make_plan(config: Config, weights: Sequence[Sized], world_size: int) -> Plan
     if world_size % unit:
         asked = {"tensor": tensor, "pipeline": pipeline, "context": context}
         name = " × ".join(f"parallel.{name} = {size}" for name, size in asked.items() if size > 1)
-        raise ConfigError(f"{name} does not divide the {world_size} rank(s); start a multiple of {unit} ranks")
+        raise ConfigError(
+            f"{name} does not divide the {world_size} rank(s); start a multiple of {unit} ranks"
+            + (f", as `RANKS={unit} bash slurm/pretrain.sh CONFIG` does" if world_size == 1 else "")
+        )
     data = world_size // unit
     micro_batch_size = _micro_batch_size(config, data)
     micro_batches = train.global_batch_size // (micro_batch_size * data)

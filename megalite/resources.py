@@ -47,6 +47,11 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """A file of `key: value` lines. Raises ConfigError."""
     try:
         values = parse_yaml(Path(path).read_text(encoding="utf-8"), str(path))
+    except IsADirectoryError:
+        inside = Path(path) / "config.yaml"
+        raise ConfigError(
+            f"{path} is a folder, not a YAML file{f'; of a run it is {inside}' * inside.is_file()}"
+        ) from None
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:

@@ -185,7 +185,10 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str, kind: s
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.yaml: No such file"):
         load_config(tmp_path / "none.yaml")
-    with pytest.raises(ConfigError, match="directory"):
+    with pytest.raises(ConfigError, match=r"is a folder, not a YAML file$"):
+        load_config(tmp_path)
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(ConfigError, match=rf"of a run it is {tmp_path}/config\.yaml"):
         load_config(tmp_path)
 
 

@@ -79,14 +79,16 @@ class TensorFolder:
         unknown = sorted(name for name in extra if not BUFFERS.search(name))
         if missing or unknown:
             raise CheckpointError(
-                f"{self.folder}/{self.stem}: the model does not match this checkpoint; "
+                f"{self.folder}/{self.stem}: the model does not match this checkpoint (a run keeps the model it began "
+                f"with; another one needs another run.name); "
                 f"missing tensors: {_some(missing)}; tensors of no weight: {_some(unknown)}"
             )
         for name, shape in wanted.items():
             found = tuple(self._slices(name).get_shape())
             if found != shape:
                 raise CheckpointError(
-                    f"{self.folder}/{self.stem}: {name} has shape {list(found)}, the model needs {list(shape)}"
+                    f"{self.folder}/{self.stem}: {name} has shape {list(found)}, the model needs {list(shape)} (a run "
+                    "keeps the model it began with; another one needs another run.name)"
                 )
 
 

@@ -27,18 +27,25 @@ def check_vocabulary(config: Config, tokenizer: Tokenizer | None) -> None:
     if tokenizer and tokenizer.vocab_size > model_size:
         raise DataError(
             f"data.tokenizer {config.data.tokenizer} has {tokenizer.vocab_size} token ids, "
-            f"but model.vocab_size = {model_size}"
+            f"but model.vocab_size = {model_size}; {_mend(tokenizer.vocab_size)}"
         )
     fingerprint = tokenizer.fingerprint() if tokenizer else None
     for source in (*config.data.train, *config.data.valid, *config.data.test):
         note = read_note(source.path)
         if note.get("vocab_size", 0) > model_size:
-            raise DataError(f"{source.path} has {note['vocab_size']} token ids, but model.vocab_size = {model_size}")
+            raise DataError(
+                f"{source.path} has {note['vocab_size']} token ids, but model.vocab_size = {model_size}; "
+                f"{_mend(note['vocab_size'])}"
+            )
         made_by = note.get("tokenizer_fingerprint")
         if fingerprint and made_by and made_by != fingerprint:
             raise DataError(
                 f"{source.path} was made with another tokenizer than data.tokenizer {config.data.tokenizer}"
             )
+
+
+def _mend(num_ids: int) -> str:
+    return f"a new model takes model.vocab_size={num_ids}, a trained one its own tokenizer"
 
 
 def check_labelled(config: Config) -> None:

@@ -78,6 +78,8 @@ class IndexedDataset:
             self._bin, self._idx = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
         for path in (self._bin, self._idx):
             if not path.is_file():
+                if self.prefix.endswith((".bin", ".idx")) and Path(self.prefix).is_file():
+                    raise DataError(f"{self.prefix} is one of two files; give {self.prefix[:-4]}, without the ending")
                 raise DataError(f"{path} does not exist; tools/preprocess_data.py writes {self.prefix}.bin and .idx")
         num_indices = self._read_header()
         num, lengths_end = self.num_sequences, HEADER.size + 4 * self.num_sequences

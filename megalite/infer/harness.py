@@ -284,7 +284,7 @@ def _load_task(manager: TaskManager, name: str | dict[str, Any]) -> dict[str, An
     if isinstance(name, str) and name not in manager.all_tasks and not Path(name).is_file():
         close = difflib.get_close_matches(name, manager.all_tasks, n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else "`lm-eval ls tasks` lists those of the harness"
-        raise ConfigError(f"no task is named {name!r}; {hint}")
+        raise ConfigError(f"no task is named {name!r}; {hint}; a task of your own is found by --include-path FOLDER")
     try:
         return manager.load([name])
     except Exception as error:  # whatever datasets, the network and the task's own code raise

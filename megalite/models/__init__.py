@@ -101,7 +101,9 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
     try:
         values = json.loads((folder / "config.json").read_text())
     except OSError as error:
-        raise ConfigError(f"{folder / 'config.json'}: {error.strerror or error}") from None
+        raise ConfigError(
+            f"{folder} holds no Hugging Face model: {folder / 'config.json'}: {error.strerror or error}"
+        ) from None
     except json.JSONDecodeError as error:
         raise ConfigError(f"{folder / 'config.json'} is not valid JSON: {error}") from None
     if not isinstance(values, dict):
