@@ -35,6 +35,9 @@ def main() -> int:
     except (CheckpointError, ConfigError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     print(f"{args.target}: {sum(weight.numel for weight in model.weights):,} parameters")
     return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
 from typing import get_args
@@ -22,6 +23,8 @@ def main() -> int:
         "--max-bytes", type=int, default=256_000_000, help="text to train on, from the start (default: %(default)s)"
     )
     args = parser.parse_args()
+    # The libraries that train answer to nothing until they are done, and nothing is written before.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     start = time.monotonic()
     try:
         tokenizer, report = train_tokenizer(
