@@ -39,8 +39,8 @@ class ChatTemplate:
         source = _template_of(folder, settings.get("chat_template"))
         if source is None:
             raise DataError(
-                f"{folder} has no chat template; put one into {folder / 'chat_template.jinja'}, or take the tokenizer "
-                "of a model that was made to chat"
+                f"{folder} has no chat template; put one into {folder / 'chat_template.jinja'}, such as "
+                "configs/chat_template.jinja, or take the tokenizer of a model that was made to chat"
             )
         named = _read(folder / "special_tokens_map.json") | settings
         tokens = {key: _text_of(value) for key, value in named.items() if key.endswith("_token")}

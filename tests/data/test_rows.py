@@ -20,6 +20,7 @@ from megalite.data.indexed import IndexedDataset
 from megalite.data.preprocess_rows import preprocess_rows
 from megalite.data.tokenizer import load_tokenizer
 from megalite.errors import DataError
+from megalite.resources import configs_dir
 from mixtures import config_of
 
 CHAT: list[dict[str, str]] = [
@@ -69,6 +70,14 @@ def test_a_chat_is_what_transformers_makes_of_it(tmp_path: Path, template: str) 
     assert learned(tokenizer, (ids, mask)) == ["hello, ünï\n<|im_end|>", "Paris<|im_end|>"]
     [last] = made(tmp_path, [{"messages": CHAT}], tokenizer, format="chat", last_only=True)
     assert learned(tokenizer, last) == ["Paris<|im_end|>"]
+
+
+def test_the_template_for_a_model_that_has_none(tmp_path: Path) -> None:
+    tokenizer = write_tokenizer(tmp_path / "tokenizer", (configs_dir() / "chat_template.jinja").read_text())
+    [found] = made(tmp_path, [{"messages": CHAT[1:3]}], tokenizer, format="chat")
+    text = load_tokenizer(tokenizer).decode(found[0])
+    assert text == f"### user\n{CHAT[1]['content']}\n\n### assistant\n{CHAT[2]['content']}<|endoftext|>\n\n"
+    assert learned(tokenizer, found) == [f"{CHAT[2]['content']}<|endoftext|>"]
 
 
 def test_a_template_that_renders_answers_differently_is_refused_but_for_the_last(tmp_path: Path) -> None:
