@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
@@ -37,7 +38,7 @@ def inspect_file(prefix: str, tokenizer: Path | None, count: int, start: int, co
     size = dataset.num_tokens * dataset.dtype.itemsize
     for name, text in {
         "documents": f"{dataset.num_documents:,}",
-        "tokens": f"{dataset.num_tokens:,} of {dataset.dtype.name}, {size / 1e6:,.1f} MB",
+        "tokens": f"{dataset.num_tokens:,} of {dataset.dtype.name}, {decimal(size)}",
         "made of": ", ".join(made_of.get("inputs", [])),
         "bytes a token": f"{made_of['text_bytes'] / dataset.num_tokens:.2f}" if "text_bytes" in made_of else "",
         **_ids(dataset, made_of.get("vocab_size")),

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.filesize import decimal
+
 from megalite.data.documents import Report
 from megalite.resources import fsync
 
@@ -35,10 +37,10 @@ class Preprocessed:
     def __str__(self) -> str:
         summary = (
             f"{self.prefix}: {self.num_documents:,} documents, {self.num_tokens:,} tokens from "
-            f"{self.text_bytes / 1e6:,.1f} MB of text"
+            f"{decimal(self.text_bytes)} of text"
         )
         if self.seconds:
-            rate = f"{self.text_bytes / 1e6 / self.seconds:.1f} MB/s, {self.num_tokens / self.seconds:,.0f} tokens/s"
+            rate = f"{decimal(int(self.text_bytes / self.seconds))}/s, {self.num_tokens / self.seconds:,.0f} tokens/s"
             summary += f" in {self.seconds:.1f} s ({rate})"
         return "\n".join(line for line in (summary, self.remark, str(self.report)) if line)
 

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from megalite.data import shards
@@ -306,6 +307,6 @@ class Meter(ProgressMeter):
 
     def update(self, bytes_read: int, num_tokens: int) -> None:
         """Totals so far."""
-        done, rate = bytes_read / 1e6, num_tokens / self.elapsed
-        line = f"{done:,.0f} of {self.total / 1e6:,.0f} MB, {done / self.elapsed:.1f} MB/s, {rate:,.0f} tokens/s"
+        rate, speed = num_tokens / self.elapsed, decimal(int(bytes_read / self.elapsed))
+        line = f"{decimal(bytes_read)} of {decimal(self.total)}, {speed}/s, {rate:,.0f} tokens/s"
         self.show(bytes_read, line, rate=rate)

@@ -196,3 +196,9 @@ def test_ten_billion_tokens_open_at_once(tmp_path):
     # Pages of the mapping that were looked at count as resident, in units of what the kernel reads ahead.
     assert resident_kb() - before < 16 << 10
     (tmp_path / "x.idx").unlink()
+
+
+def test_one_of_the_two_files_in_place_of_their_prefix(tmp_path: Path) -> None:
+    (tmp_path / "a.bin").touch()
+    with pytest.raises(DataError, match=rf"give {tmp_path}/a, without the ending"):
+        IndexedDataset(tmp_path / "a.bin")
