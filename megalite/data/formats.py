@@ -100,7 +100,10 @@ class Encoder:
             places = np.array(offsets, np.int64).reshape(-1, 2)
             borders = [] if text.first_only else _reached_across(places, text.parts)
             if borders:
-                ids, places = self._encode_apart(text.text, borders)
+                apart = self._encode_apart(text.text, borders)
+                # Where a tokenizer has a space begin every text, pieces of one would be another text.
+                if self.tokenizer.decode(apart[0]) == self.tokenizer.decode(ids):
+                    ids, places = apart
             values = _values_of(places, text)
             if self._settings.format not in CLASSES:
                 values[:1] = 0  # nothing comes before it to tell it from
@@ -165,14 +168,17 @@ class Encoder:
     def _answered(self, messages: Sequence[Message], tools: Any, last: bool) -> Text:
         template = self._open_template()
         text, spans = template.answers(messages, tools, last)
-        return Text(text, [Part(s.start, s.stop, 1) for s in spans], not template.is_ended(text, spans[-1]))
+        # An end behind a turn of somebody else's is not the model's to learn.
+        is_last = not text[spans[-1].stop :].strip()
+        add_end = is_last and not template.is_ended(text, spans[-1])
+        return Text(text, [Part(s.start, s.stop, 1) for s in spans], add_end)
 
     def _replied(self, before: list[Message], reply: Any, field: str, tools: Any) -> Text:
         """A conversation of which the last answer is learned."""
         if isinstance(reply, str):
             reply = [{"role": "assistant", "content": reply}]
         messages = [*before, *_messages([reply] if isinstance(reply, Mapping) else reply, field)]
-        if messages[-1]["role"] != "assistant":
+        if not messages or messages[-1]["role"] != "assistant":
             raise ValueError(f"{field!r} must end with a message of the assistant")
         return self._answered(messages, tools, last=True)
 
@@ -255,7 +261,7 @@ def _messages(found: Any, field: str) -> list[Message]:
             raise ValueError(f"message {number} of {field!r} is not an object but {type(message).__name__}")
         if "from" in message and "role" not in message:
             role = message["from"]
-            message = {"role": ROLES.get(role, role), "content": message.get("value")}
+            message = {"role": ROLES.get(str(role), role), "content": message.get("value")}
         role, content = message.get("role"), message.get("content")
         if not isinstance(role, str) or not role:
             raise ValueError(f"message {number} of {field!r} has no 'role'; its keys: {', '.join(message)}")

@@ -7,6 +7,7 @@ import json
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,14 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def encode_with_offsets(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
         """Ids of each text, with no special token added, and the characters [start, stop) that each is made of."""
-        return [(e.ids, e.offsets) for e in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+        return [(e.ids, e.offsets) for e in self._with_places.encode_batch(list(texts), add_special_tokens=False)]
+
+    @cached_property
+    def _with_places(self) -> tokenizers.Tokenizer:
+        """Without what comes last in some: it takes white space out of the places of tokens that begin with it."""
+        plain = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+        plain.post_processor = None
+        return plain
 
     def control_tokens(self) -> list[str]:
         """What no text holds: its special tokens."""
