@@ -54,6 +54,9 @@ class Text(NamedTuple):
     """It is to end with the tokenizer's end-of-document token, which is learned."""
     first_only: bool = False
     """Of each part, only the first token has the value."""
+    add_begin: bool = False
+    """It is to begin with what the tokenizer has begin every text, as whoever asks the model does; a chat template
+    writes that itself."""
 
 
 class Encoded(NamedTuple):
@@ -105,6 +108,9 @@ class Encoder:
                 if self.tokenizer.decode(apart[0]) == self.tokenizer.decode(ids):
                     ids, places = apart
             values = _values_of(places, text)
+            if text.add_begin:
+                begin = self.tokenizer.begin_ids
+                ids, values = [*begin, *ids], np.concatenate([np.zeros(len(begin), np.int64), values])
             if self._settings.format not in CLASSES:
                 values[:1] = 0  # nothing comes before it to tell it from
             if text.add_end:
@@ -148,7 +154,7 @@ class Encoder:
         text = _text(row, _first(row, "text", "sentence"))
         label = self._number(row[_first(row, *LABEL_FIELDS["classification"])])
         # Of every token, so that a text that is cut keeps it; a model tells it at the last one.
-        return [Text(text, [Part(0, len(text), 1 + label)])]
+        return [Text(text, [Part(0, len(text), 1 + label)], add_begin=True)]
 
     def _labels(self, row: Values) -> list[Text]:
         field, of = _first(row, "tokens", "words"), _first(row, *LABEL_FIELDS["labels"])
@@ -161,7 +167,7 @@ class Encoder:
         for word, label in zip(words, labels, strict=True):
             parts.append(Part(place, place + len(word), 0 if label == -100 else 1 + self._number(label)))
             place += len(word) + 1
-        return [Text(" ".join(words), parts, first_only=True)]
+        return [Text(" ".join(words), parts, first_only=True, add_begin=True)]
 
     # --- parts of formats ----------------------------------------------------------------------------------------
 
@@ -233,7 +239,9 @@ def _values_of(places: np.ndarray, text: Text) -> np.ndarray:
 def _continued(prompt: str, completion: str, field: str) -> Text:
     if not completion:
         raise ValueError(f"{field!r} is empty")
-    return Text(prompt + completion, [Part(len(prompt), len(prompt) + len(completion), 1)], add_end=True)
+    return Text(
+        prompt + completion, [Part(len(prompt), len(prompt) + len(completion), 1)], add_end=True, add_begin=True
+    )
 
 
 def _first(row: Values, *names: str) -> str:

@@ -131,6 +131,11 @@ class HuggingFaceTokenizer(Tokenizer):
         starts = range(len(whole) - len(ids) + 1)
         return next((whole[: start + len(ids)] for start in starts if whole[start : start + len(ids)] == ids), ids)
 
+    @cached_property
+    def begin_ids(self) -> list[int]:
+        """What it has begin every text."""
+        return self.encode_prompt("a")[: -len(self.encode("a")) or None]
+
     def encode_with_offsets(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
         """Ids of each text, with no special token added, and the characters [start, stop) that each is made of."""
         return [(e.ids, e.offsets) for e in self._with_places.encode_batch(list(texts), add_special_tokens=False)]

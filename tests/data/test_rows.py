@@ -148,6 +148,32 @@ def test_a_text_stays_what_it_is_where_every_text_gets_a_space(tmp_path: Path) -
     assert load_tokenizer(tokenizer).decode(ids) == " say hello<|endoftext|>"
 
 
+def test_a_text_begins_as_the_model_is_asked(tmp_path: Path) -> None:
+    """With the token that some tokenizers have begin every text; a template puts it there itself."""
+
+    def begin(opened: tokenizers.Tokenizer) -> None:
+        token = "<|user|>"
+        opened.post_processor = processors.TemplateProcessing(
+            single=f"{token} $A", special_tokens=[(token, opened.token_to_id(token))]
+        )
+
+    tokenizer = changed(write_tokenizer(tmp_path / "tokenizer"), begin)
+    rows: dict[Any, dict[str, Any]] = {
+        "completion": {"prompt": "say", "completion": " hello"},
+        "preference": {"prompt": "say", "chosen": " hello", "rejected": " world"},
+        "classification": {"text": "say", "label": 0},
+        "labels": {"tokens": ["say"], "labels": [0]},
+    }
+    for format, row in rows.items():
+        labels = ("a", "b") if "label" in format or "class" in format else ()
+        for ids, mask in made(tmp_path, [row], tokenizer, format=format, labels=labels):
+            asked = load_tokenizer(tokenizer).encode_prompt("say")
+            assert ids[: len(asked)] == asked
+            assert mask[0] == 0
+    [(ids, _)] = made(tmp_path, [{"messages": CHAT}], tokenizer, format="chat")
+    assert load_tokenizer(tokenizer).decode(ids[:1]) == "<|im_start|>"
+
+
 def test_an_end_behind_the_users_turn_is_not_learned(tmp_path: Path) -> None:
     tokenizer = write_tokenizer(tmp_path / "tokenizer", PLAIN)
     [found] = made(tmp_path, [{"messages": CHAT[1:4]}], tokenizer, format="chat")
