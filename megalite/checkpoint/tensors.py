@@ -38,11 +38,12 @@ class TensorFolder:
         index = folder / f"{stem}.safetensors.index.json"
         try:
             if index.exists():
-                self.files: dict[str, str] = json.loads(index.read_text())["weight_map"]
+                named = json.loads(index.read_text())["weight_map"].items()
+                self.files = {name: str(file) for name, file in named}
             else:
                 single = f"{stem}.safetensors"
                 self.files = dict.fromkeys(self._file(single).keys(), single)
-        except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:
+        except (OSError, SafetensorError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise CheckpointError(
                 f"{folder}: no readable {stem}.safetensors or {stem}.safetensors.index.json ({error}){_pickles(folder)}"
             ) from None

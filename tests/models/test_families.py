@@ -176,6 +176,16 @@ def test_a_config_that_does_not_fit_its_family(case: str, change: dict[str, Any]
         model_config(values | change)
 
 
+@pytest.mark.parametrize(
+    "values", [{"hidden_size": None}, {"rope_parameters": 5}, {"rope_scaling": "yarn"}, {"architectures": 5}], ids=str
+)
+def test_a_config_of_other_kinds_of_values_is_refused(values: dict[str, Any]) -> None:
+    stored = transformers.AutoConfig.for_model(**CASES["llama"]).to_dict()
+    del stored["rope_parameters"], stored["head_dim"]
+    with pytest.raises(ConfigError, match=r"config\.json of a llama model holds a value of another kind"):
+        from_hf_config(stored | values)
+
+
 def test_unknown_architecture_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "t5"}')
     with pytest.raises(ConfigError, match=r"model_type = 't5'.*gemma2, .*gpt2, .*llama, mistral"):
