@@ -140,7 +140,7 @@ def test_a_damaged_file_of_torchs_is_refused(tmp_path: Path) -> None:
             assert "a" not in found or torch.equal(found["a"].read(), whole)
         except CheckpointError:
             refused += 1
-    assert refused > 250
+    assert refused > 200
 
 
 def test_what_is_packed_is_not_unpacked(tmp_path: Path) -> None:
