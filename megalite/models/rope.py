@@ -117,8 +117,9 @@ def to_hf(theta: float, scaling: Scaling | None, **more: Any) -> dict[str, Any]:
 
 def from_hf(hf: dict[str, Any], family: str, theta: float = 10_000.0) -> dict[str, Any]:
     """rope_theta, `theta` where config.json does not say, and rope_scaling. Raises ConfigError."""
-    rope = hf.get("rope_parameters") or {"rope_theta": hf.get("rope_theta", theta), **(hf.get("rope_scaling") or {})}
-    return {"rope_theta": rope.get("rope_theta", theta), "rope_scaling": scaling_from_hf(rope, hf, family)}
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    theta = rope.get("rope_theta", hf.get("rope_theta", theta))
+    return {"rope_theta": theta, "rope_scaling": scaling_from_hf(rope, hf, family)}
 
 
 def scaling_from_hf(rope: dict[str, Any], hf: dict[str, Any], family: str) -> dict[str, Any] | None:
