@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megalite import last_words
-from megalite.exit_codes import Exit, flush_output, killed_by
+from megalite.exit_codes import Exit, end_process, flush_output, killed_by
 from megalite.secrecy import hide_secrets
 
 
@@ -37,17 +37,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         rank = os.environ.get("RANK")  # a mistake in the config is every rank's, a bad disk may be one rank's alone
         _complain(f"error{f' on rank {rank}' if rank else ''}: {error}\n")
         last_words.leave(str(error))
-        return Exit.NOT_SAVED if isinstance(error, NotSaved) else Exit.MISTAKE
+        return _failed(Exit.NOT_SAVED if isinstance(error, NotSaved) else Exit.MISTAKE)
     except KeyboardInterrupt:
-        return killed_by(signal.SIGINT)
+        return _failed(killed_by(signal.SIGINT))
     except Exception as error:
         # Not by Python itself, which would show the passwords in messages of libraries; but with the rank, as by torch.
         rank = os.environ.get("RANK")
         _complain(textwrap.indent(traceback.format_exc(), f"[rank{rank}]: " if rank else ""))
         last_words.leave(f"{type(error).__name__}: {error}", traceback.format_exc())
-        return Exit.FAILED
+        return _failed(Exit.FAILED)
     finally:
         flush_output()
+
+
+def _failed(status: int) -> int:
+    """Ends a process that others wait for at once: Python may be aborted by threads of the groups it is in, and the
+    launcher must learn this status."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed and distributed.is_initialized() and distributed.get_world_size() > 1:
+        flush_output()
+        end_process(status)
+    return status
 
 
 def _complain(text: str) -> None:
