@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megalite import last_words
-from megalite.exit_codes import Exit, end_process, flush_output, killed_by
+from megalite.exit_codes import Exit, end_process, flush_output, killed_by, passes
 from megalite.secrecy import hide_secrets
 
 
@@ -37,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         rank = os.environ.get("RANK")  # a mistake in the config is every rank's, a bad disk may be one rank's alone
         _complain(f"error{f' on rank {rank}' if rank else ''}: {error}\n")
         last_words.leave(str(error))
-        return _failed(Exit.NOT_SAVED if isinstance(error, NotSaved) else Exit.MISTAKE)
+        mistake = Exit.FAILED if passes(error) else Exit.MISTAKE
+        return _failed(Exit.NOT_SAVED if isinstance(error, NotSaved) else mistake)
     except KeyboardInterrupt:
         return _failed(killed_by(signal.SIGINT))
     except Exception as error:
