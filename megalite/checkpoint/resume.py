@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megalite.activity import NOW
 from megalite.checkpoint.folder import MANIFEST, Damage, damage_of, read_manifest, set_aside, step_folder, steps_in
 from megalite.checkpoint.tensors import CheckpointError
 from megalite.mesh import Mesh
@@ -69,6 +70,7 @@ def find_damage(folder: Path, mesh: Mesh) -> str:
         for number in range(mesh.world.rank, count, mesh.world.size):
             name = names[number]
             found[number] = damage_of(folder / name, files[name])
+            NOW.beats += 1  # of a large one, all together take longer than a run may be silent
     worst = all_reduce(found.to(mesh.device), mesh.world, dist.ReduceOp.MAX).tolist()
     if worst[-1]:
         return f"{MANIFEST} {Damage(worst[-1]).words}"

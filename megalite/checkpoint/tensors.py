@@ -11,6 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megalite.activity import NOW
 from megalite.models.weights import Weight
 
 BUFFERS = re.compile(r"(\.attn\.(masked_)?bias|\.attention\.(masked_)?bias|\.rotary_emb\.inv_freq)$")
@@ -63,6 +64,7 @@ class TensorFolder:
 
     def fetch(self, name: str, where: tuple[slice, ...]) -> Tensor:
         """Read a slice of a tensor; only its bytes are read."""
+        NOW.beats += 1
         return self._slices(name)[where]
 
     def add_base_prefix(self, prefix: str) -> None:

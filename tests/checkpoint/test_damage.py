@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megalite.activity import NOW
 from megalite.checkpoint import folder as folder_module
 from megalite.checkpoint.folder import MANIFEST, Damage, complete_steps, parse_manifest, read_manifest, step_folder
 from megalite.checkpoint.load import from_checkpoint
@@ -193,3 +194,17 @@ def test_an_index_of_something_else_is_refused(tmp_path: Path, named: object) ->
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": named}))
     with pytest.raises(CheckpointError, match=r"no readable model\.safetensors|cannot be read"):
         TensorFolder(tmp_path).fetch("lm_head.weight", (slice(0, 1),))
+
+
+def test_checking_and_reading_are_seen_to_go_on(trained: Config, root: Path) -> None:
+    """Of a large checkpoint they take longer than a run may be silent."""
+    folder = step_folder(root, 12)
+    files, weights = read_manifest(folder), weight_table(trained.model)
+    assert not isinstance(files, Damage)
+    before = NOW.beats
+    assert not find_damage(folder, LONE)
+    assert NOW.beats - before == len(files)
+    read, before = from_checkpoint(folder, weights, trained.model, Axis()), NOW.beats
+    for weight in weights:
+        read(weight, "exp_avg", 0, weight.numel)
+    assert NOW.beats - before >= len(weights)
