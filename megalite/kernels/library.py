@@ -49,7 +49,7 @@ def pick(operation: str, x: Tensor) -> str:
         return wish
     if wish == "auto" and operation == "weight_gradient" and x.dtype == torch.bfloat16 and _has_matrix_unit():
         return "torch"
-    return "megalite" if takes(operation, x.device.type, x.dtype) else "torch"
+    return "megalite" if _takes(operation, x.device.type, x.dtype) else "torch"
 
 
 def explain(operation: str, device: str) -> tuple[str, str]:
@@ -59,7 +59,7 @@ def explain(operation: str, device: str) -> tuple[str, str]:
         return wish, f"kernels.{operation} asks for it"
     if wish == "auto" and operation == "weight_gradient" and device == "cpu" and _has_matrix_unit():
         return "torch", "oneDNN uses this processor's AMX for bf16"
-    if takes(operation, device, torch.float32):
+    if _takes(operation, device, torch.float32):
         return "megalite", f"built{f', runs with {own().isa()}' if device == 'cpu' else ''}"  # type: ignore[union-attr]
     if operation in CPU_ONLY and device != "cpu":
         return "torch", f"megalite's own {operation} is for the CPU"
@@ -99,8 +99,13 @@ def _warn_once() -> None:
     warnings.warn(f"{why_not_built()}. Plain torch computes instead, more slowly.", stacklevel=3)
 
 
-def takes(operation: str, device: str, dtype: torch.dtype) -> bool:
-    """Whether a kernel of ours does it. The same at all times of a process."""
+def tell_compiler() -> None:
+    """Before anything that asks the library is compiled. Not by a decorator, which would import torch's compiler: that
+    takes a second of every process."""
+    torch.compiler.assume_constant_result(_takes)
+
+
+def _takes(operation: str, device: str, dtype: torch.dtype) -> bool:
     module = own()
     if module is None or dtype not in (torch.float32, torch.bfloat16):
         return False

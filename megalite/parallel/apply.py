@@ -58,9 +58,7 @@ def apply_parallelism(
 
 
 def compile_layers(model: Decoder) -> None:
-    """What the compiler has to know of some functions is said here, not at these: each of its decorators imports it,
-    which takes a second of every process."""
-    torch.compiler.assume_constant_result(library.takes)
+    library.tell_compiler()
     for layer in model.layers.values():
         for module in layer.modules():
             if isinstance(module, Dropout):
