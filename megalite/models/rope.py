@@ -93,7 +93,8 @@ HF_NAMES = {"original_max_positions": "original_max_position_embeddings"}
 def turns(
     position_BT: Tensor, size: int, theta: float, scaling: Scaling | None, length: int | Tensor, max_positions: int
 ) -> Turn:
-    """Of heads whose first `size` numbers turn, for tokens of a sequence of `length`, [B,1,1] where rows differ."""
+    """Of heads whose first `size` numbers turn, for tokens of a sequence of `length`, [B,1,1] where rows
+    differ, [B,T,1] where documents do."""
     exponent = torch.arange(0, size, 2, device=position_BT.device).float() / size
     frequency_R = theta**-exponent
     if scaling is None:

@@ -17,16 +17,20 @@ from torch import Tensor
 
 from megalite.checkpoint.convert import open_source, write_model
 from megalite.checkpoint.tensors import CheckpointError
+from megalite.data.loader import MicroBatch
 from megalite.errors import ConfigError
 from megalite.infer.generate import load_model
+from megalite.mesh import ALONE, Mesh
 from megalite.models import from_hf_config, model_config, to_hf_config, weight_table
 from megalite.models.layers import IGNORE, CausalAttention, CrossEntropy, Dropout, Places
 from megalite.parallel.stage import positions_of
+from megalite.parts import make_inputs
 from tiny_models import CASES, IDS, LLAMA, LLAMA3_ROPE, ON_DISK
 
 transformers = pytest.importorskip("transformers")
 
 LENGTH = 40
+LONE = Mesh(ALONE, ALONE, ALONE, ALONE, ALONE, ALONE, torch.device("cpu"))
 
 
 def their_model(case: str) -> nn.Module:
@@ -103,6 +107,22 @@ def test_theta_may_stand_beside_the_scaling() -> None:
     stored = {**LLAMA, "rms_norm_eps": 1e-6, "rope_theta": 500.0, "rope_parameters": {"rope_type": "default"}}
     assert from_hf_config(stored)["rope_theta"] == 500.0
     assert transformers.LlamaConfig(**stored).rope_parameters["rope_theta"] == 500.0
+
+
+@pytest.mark.parametrize("case", ["phi3-long", "llama-3"])
+def test_a_document_beside_others_is_what_it_is_alone(case: str, tmp_path: Path) -> None:
+    """One that is longer than the original length beside one that is not, as both are trained on."""
+    torch.manual_seed(1)
+    theirs = their_model(case)
+    texts = [torch.randint(0, 99, (1, length)) for length in (10, 26, 4)]
+    document = torch.repeat_interleave(torch.tensor([10, 26, 4]))[None]
+    tokens = torch.cat(texts, 1)
+    inputs = make_inputs(MicroBatch(tokens, tokens, torch.zeros(1), document), LONE)
+    theirs.save_pretrained(tmp_path)
+    with torch.no_grad():
+        found = load_model(tmp_path)(inputs.tokens_BT, inputs.places).split([10, 26, 4], 1)
+        for text, logits in zip(texts, found, strict=True):
+            assert (logits - theirs(text).logits).abs().max().item() <= 1e-4  # as for every family
 
 
 HEADED = ["llama-3", "gpt2", "mistral", "qwen2-window", "qwen3", "smollm3"]
