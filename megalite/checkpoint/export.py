@@ -40,6 +40,10 @@ def write_extras(folder: Path, config: Config, tokenizer: Tokenizer | None) -> N
     if (source / "config.json").is_file():
         stored = read_hf_config(source)
         ids |= {name: stored[name] for name in SPECIAL if stored.get(name) is not None}
+    if config.model.task == "classification" and ids["pad_token_id"] is None:
+        # transformers finds the last token of each of several texts by what fills them up; no text ends with this one.
+        end = ids["eos_token_id"]
+        ids["pad_token_id"] = end[0] if isinstance(end, list) else end
     write_json(folder / "generation_config.json", ids | {"do_sample": True})
     for name in ("generation_config.json", *([] if tokenizer else FILES)):
         if (source / name).is_file():

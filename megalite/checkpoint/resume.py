@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,10 @@ def find_checkpoint(root: Path, resume: str | Path, mesh: Mesh) -> tuple[Path | 
         damaged[folder] = damage
     if damaged:
         which = "; ".join(f"{folder.name}: {what}" for folder, what in damaged.items())
-        raise CheckpointError(f"{root}: every checkpoint is damaged; move them away to start the run afresh ({which})")
+        unreadable = any(Damage.UNREADABLE.words in what for what in damaged.values())  # which a launcher tries again
+        raise CheckpointError(
+            f"{root}: every checkpoint is damaged; move them away to start the run afresh ({which})"
+        ) from (OSError(errno.EIO, "unreadable") if unreadable else None)
     return None, []
 
 
