@@ -101,8 +101,11 @@ class TorchFile:
 
 def load_pickle(path: Path) -> Any:
     """What lies in a file that is a pickle alone, `Unknown` for what is not loaded. Raises CheckpointError."""
-    with open(path, "rb") as file:
-        return _read(file, path, None)
+    try:
+        with open(path, "rb") as file:
+            return _read(file, path, None)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
 def _read(pickled: IO[bytes], path: Path, file: TorchFile | None) -> Any:

@@ -109,7 +109,7 @@ def test_theta_may_stand_beside_the_scaling() -> None:
     assert transformers.LlamaConfig(**stored).rope_parameters["rope_theta"] == 500.0
 
 
-@pytest.mark.parametrize("case", ["phi3-long", "llama-3"])
+@pytest.mark.parametrize("case", CASES)
 def test_a_document_beside_others_is_what_it_is_alone(case: str, tmp_path: Path) -> None:
     """One that is longer than the original length beside one that is not, as both are trained on."""
     torch.manual_seed(1)
