@@ -280,7 +280,7 @@ def _serve(arguments: argparse.Namespace) -> None:
     from megalite.infer.generate import Generator, find_model
     from megalite.infer.serving.app import Settings
     from megalite.infer.serving.guards import read_keys
-    from megalite.infer.serving.run import serve
+    from megalite.infer.serving.run import bind, serve
 
     settings = Settings(
         name=arguments.name or arguments.model.resolve().name,
@@ -291,8 +291,9 @@ def _serve(arguments: argparse.Namespace) -> None:
         timeout_s=arguments.timeout,
         log_prompts=arguments.log_prompts,
     )
+    address = bind(arguments.host, arguments.port)
     generator = Generator.open(find_model(arguments.model), num_slots=arguments.slots, max_length=arguments.max_length)
-    serve(generator, settings, arguments.host, arguments.port, arguments.grace)
+    serve(generator, settings, address, arguments.grace)
 
 
 def _inspect(arguments: argparse.Namespace) -> None:

@@ -160,6 +160,6 @@ class Batch:
 
 def _choice(logits_V: Tensor, token: int, count: int) -> Choice:
     logprobs_V = logits_V.log_softmax(-1)
-    best = logprobs_V.topk(count)
+    best = logprobs_V.topk(min(count, len(logprobs_V)))
     likeliest = zip(best.indices.tolist(), best.values.tolist(), strict=True)
     return Choice(token, logprobs_V[token].item(), tuple(likeliest))

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from fastapi.responses import HTMLResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from megalite.errors import ConfigError, DataError
 from megalite.infer import answer as answers
@@ -137,7 +138,8 @@ class Service:
         self.model = {"id": settings.name, "object": "model", "created": int(time.time()), "owned_by": "megalite"}
         try:
             self.chats = bool(self.generator.chat_template)
-        except DataError:
+        except DataError as problem:
+            LOG.warning("no chats, only completions: %s", problem)
             self.chats = False
 
     def check_model(self, name: str) -> None:
@@ -147,6 +149,7 @@ class Service:
 
     async def complete(self, body: CompletionBody, request: Request) -> Response:
         self.check_model(body.model)
+        self._check_count(len(body.prompts) * body.n)
         # Tokenizing a long text takes a while, in which others are answered.
         prompts = [await run_in_threadpool(self._ids, prompt) for prompt in body.prompts]
         requests = [
@@ -155,6 +158,14 @@ class Service:
             for one in body.requests(ids, body.max_tokens, self.generator.sampling, body.logprobs)
         ]
         return await self._answer(body, requests, sum(map(len, prompts)), "cmpl", request)
+
+    def _check_count(self, count: int) -> None:
+        """Before there is any work with them."""
+        if count > self.settings.max_waiting:
+            text = (
+                f"{count} answers are asked for at once; this server gives at most {self.settings.max_waiting} answers"
+            )
+            raise Trouble(400, text, "invalid_request_error", "n")
 
     def _ids(self, prompt: str | list[int]) -> list[int]:
         if not isinstance(prompt, str):
@@ -168,6 +179,10 @@ class Service:
         self.check_model(body.model)
         if body.top_logprobs is not None and not body.logprobs:
             raise Trouble(400, "top_logprobs needs logprobs: true", "invalid_request_error", "top_logprobs")
+        if not self.chats:
+            text = f"the model {self.settings.name!r} has no chat template; use /v1/completions"
+            raise Trouble(400, text, "invalid_request_error", "messages")
+        self._check_count(body.n)
         messages = [{"role": message.role, "content": message.text} for message in body.messages]
         with _told("messages"):
             ids = await run_in_threadpool(self.generator.chat_ids, messages)
@@ -194,7 +209,7 @@ class Service:
                 loop.call_soon_threadsafe(queue.put_nowait, told)
 
         try:
-            with _told("prompt" if kind == "cmpl" else "messages"):
+            with _told("prompt" if kind == "cmpl" else "messages", "context_length_exceeded"):
                 tickets = self.engine.submit(requests, self.settings.timeout_s, body.stream, deliver)
         except Overloaded as full:
             raise Trouble(503, str(full), "server_error", code="overloaded") from None
@@ -202,8 +217,7 @@ class Service:
         updates = _updates(queue, len(tickets))
         if body.stream:
             pieces = self._stream(body, reply, tickets, updates, num_prompt)
-            headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-            return StreamingResponse(pieces, media_type="text/event-stream", headers=headers)
+            return Events(pieces, lambda: self.engine.cancel(tickets))
         try:
             ended = await _unless_gone(request, _ends_of(updates))
         finally:
@@ -216,7 +230,6 @@ class Service:
             last, text = ended[ticket], ticket.answer.text
             choices.append(reply.choice(ticket.number, text, last.choices, last.finish, streamed=False))
         num_said = sum(len(ticket.answer.tokens) for ticket in tickets)
-        request.state.tokens = num_prompt, num_said
         return _json(reply.whole(choices, usage(num_prompt, num_said)))
 
     async def _stream(
@@ -227,26 +240,35 @@ class Service:
         updates: AsyncIterator[tuple[Ticket, Update]],
         num_prompt: int,
     ) -> AsyncIterator[bytes]:
-        offsets = dict.fromkeys(tickets, 0)
         try:
             if reply.chat:
                 for ticket in tickets:
                     yield _event(reply.piece([reply.opening(ticket.number)]))
             async for ticket, update in updates:
                 _raise_cut(ticket, update)
-                choice = reply.choice(
-                    ticket.number, update.text, update.choices, update.finish, streamed=True, offset=offsets[ticket]
-                )
-                offsets[ticket] += len(update.text)
+                choice = reply.choice(ticket.number, update.text, update.choices, update.finish, streamed=True)
                 yield _event(reply.piece([choice]))
             if body.stream_options and body.stream_options.include_usage:
                 num_said = sum(len(ticket.answer.tokens) for ticket in tickets)
                 yield _event(reply.piece([], usage(num_prompt, num_said)))
         except Trouble as trouble:
             yield _event(trouble.body)
-        finally:
-            self.engine.cancel(tickets)
         yield b"data: [DONE]\n\n"
+
+
+class Events(StreamingResponse):
+    """Of which nothing may be sent: `close` is called also where a client is gone before it begins."""
+
+    def __init__(self, pieces: AsyncIterator[bytes], close: Callable[[], object]):
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+        super().__init__(pieces, media_type="text/event-stream", headers=headers)
+        self._close = close
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._close()
 
 
 def _raise_cut(ticket: Ticket, update: Update) -> None:
@@ -288,12 +310,12 @@ async def _unless_gone(request: Request, work: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _told(param: str) -> Any:
+def _told(param: str, code: str | None = None) -> Iterator[None]:
     """What is wrong with a request is told to who sent it."""
     try:
         yield
-    except (ConfigError, DataError) as problem:
-        raise Trouble(400, str(problem), "invalid_request_error", param) from None
+    except ConfigError as problem:
+        raise Trouble(400, str(problem), "invalid_request_error", param, code) from None
 
 
 def _explain_errors(app: FastAPI) -> None:
@@ -308,7 +330,11 @@ def _explain_errors(app: FastAPI) -> None:
         place = [str(part) for part in first["loc"][1:]]
         if first["type"] == "json_invalid":
             return _json(error("the body is not valid JSON", "invalid_request_error"), 400)
-        what = "is not known or not supported" if first["type"] == "extra_forbidden" else first["msg"]
+        what = (
+            "is not known or not supported"
+            if first["type"] == "extra_forbidden"
+            else first["msg"].removeprefix("Value error, ")
+        )
         param = ".".join(place) or None
         return _json(error(f"{param or 'the body'}: {what}", "invalid_request_error", param), 400)
 
@@ -342,6 +368,8 @@ class Noted:
         except asyncio.CancelledError:
             status = status or 499
             raise
+        except ClientDisconnect:
+            status = status or 499
         except Exception:
             LOG.exception("%s %s failed", scope["method"], scope["path"])
             if not status:
