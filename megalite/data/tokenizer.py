@@ -126,6 +126,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def encode_prompt(self, text: str) -> list[int]:
         ids, whole = self.encode(text), self._tokenizer.encode(text).ids
+        if not ids:  # where the text stands among what begins and ends it cannot be told
+            return [token for token in whole[:1] if token == self.begin_id]
         # What it has end every text is left out: the text goes on.
         starts = range(len(whole) - len(ids) + 1)
         return next((whole[: start + len(ids)] for start in starts if whole[start : start + len(ids)] == ids), ids)

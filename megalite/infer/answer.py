@@ -81,7 +81,7 @@ class TextStream:
         """Whether a stop string has come up."""
         self._ids.append(token)
         self._last = self._tokenizer.decode(self._ids[self._shown :])
-        if self._last.endswith("\ufffd"):
+        if self._last.endswith("\ufffd") and len(self._ids) - self._decoded < LONGEST_CHARACTER:
             return False
         self._add(self._last[len(self._before) :])
         self._shown, self._decoded = self._decoded, len(self._ids)
@@ -113,6 +113,11 @@ class TextStream:
 
 CONTEXT = 16
 """Tokens of the prompt that the first ones of an answer are decoded with."""
+
+
+LONGEST_CHARACTER = 64
+"""Tokens that are decoded together, again for each that is added, in the hope of a whole character. It has four bytes,
+so that what so many leave open is none."""
 
 
 def _overlap(text: str, stop: str) -> int:

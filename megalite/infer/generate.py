@@ -25,6 +25,7 @@ from megalite.infer.ranks import load_on_ranks
 from megalite.infer.sampling import Sampling
 from megalite.mesh import ALONE, Launch
 from megalite.models import build_model, model_config, read_hf_config, set_parameters, weight_table
+from megalite.models.heads import KINDS
 from megalite.models.layers import Decoder, Places
 from megalite.models.peft import is_adapter
 
@@ -43,6 +44,22 @@ def find_model(path: Path) -> Path:
     if not steps:
         raise ConfigError(f"{path} is neither a run with a checkpoint nor a Hugging Face folder with a config.json")
     return step_folder(path / "checkpoints", steps[-1])
+
+
+def check_speaks(folder: Path) -> None:
+    """Raises ConfigError for a model that says no text, DataError for one whose text nobody can read."""
+    config = model_config({"hf": str(folder)})
+    if config.task != "causal":
+        labels = ", ".join(config.labels[:8]) + (" …" if len(config.labels) > 8 else "")
+        raise ConfigError(
+            f"{folder} holds a model of model.task: {config.task}, which tells classes ({labels}) and says no text; "
+            f"ask it through transformers' AutoModel{KINDS[config.task]}, and give here one of model.task: causal"
+        )
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        raise DataError(
+            f"{folder} has no tokenizer, without which it can neither read nor say a text; copy there the files of the "
+            "one that its data was made with, which data.tokenizer has a run put into its checkpoints"
+        )
 
 
 def load_model(folder: Path, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Decoder:
@@ -95,13 +112,17 @@ class Generator:
         `num_slots` sequences are computed at a time, of `max_length` tokens at most (those that the model is for).
         Raises ConfigError, DataError or CheckpointError."""
         folder, launch = find_model(path), launch or Launch.from_environment()
+        if num_slots < 1 or (max_length is not None and max_length < 2):
+            raise ConfigError(f"{num_slots} slots of {max_length} tokens: give at least one, of two tokens or more")
+        # What is wrong here is known before the weights are read, which takes long.
+        check_speaks(folder)
+        tokenizer = load_tokenizer(folder)
+        ends, sampling = read_habits(folder, tokenizer)
         model: Predictor
         if launch.world_size == tensor == pipeline == 1:
             model = CachedModel(load_model(folder), num_slots, max_length)
         else:
             model = load_on_ranks(folder, launch, tensor, pipeline, num_slots, max_length)
-        tokenizer = load_tokenizer(folder)
-        ends, sampling = read_habits(folder, tokenizer)
         return cls(model, tokenizer, ends, sampling, folder)
 
     def request(

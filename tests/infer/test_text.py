@@ -9,6 +9,7 @@ import pytest
 
 from megalite.data.tokenizer import load_tokenizer
 from megalite.errors import ConfigError
+from megalite.infer.answer import LONGEST_CHARACTER
 from megalite.infer.generate import Generator
 from megalite.infer.sampling import Sampling
 from scripted import Bytes, Scripted
@@ -97,6 +98,22 @@ def test_a_prompt_begins_as_the_tokenizer_has_texts_begin(tmp_path: Path) -> Non
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')
     found = load_tokenizer(tmp_path)
     assert found.encode("a b") == [2, 3]
     assert found.encode_prompt("a b") == [0, 2, 3], "and it does not end: the answer goes on from it"
+    assert Generator(Scripted([2]), found).prompt_ids("") == [0], "an empty text too"
+
+
+def test_bytes_that_never_make_a_character_are_said_and_cost_no_more_and_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded, decode = [], Bytes.decode
+
+    def counted(self: Bytes, ids: Sequence[int]) -> str:
+        decoded.append(len(ids))
+        return decode(self, ids)
+
+    monkeypatch.setattr(Bytes, "decode", counted)
+    found = pieces([0xFF] * 1000)
+    assert "".join(found) == "\ufffd" * 1000
+    assert len(found) > 10
+    assert max(decoded) <= 2 * LONGEST_CHARACTER
