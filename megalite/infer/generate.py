@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -150,12 +151,13 @@ class Generator:
     def chat_ids(self, messages: Sequence[Message]) -> list[int]:
         """A conversation, up to where the model's next answer begins. Raises DataError without a chat template, and
         ConfigError with what the template says of messages that it cannot render."""
-        try:
+        with _template_s_words():
             return self.tokenizer.encode(self.chat_template.render(messages, prompt=True))
-        except ValueError as error:
-            if isinstance(error, DataError):
-                raise
-            raise ConfigError(str(error)) from None
+
+    def check_answer(self, messages: Sequence[Message]) -> None:
+        """Whether a conversation's last answer can be learned. Raises as `chat_ids` does."""
+        with _template_s_words():
+            self.chat_template.answers(messages, last=True)
 
     def start(self, request: Request) -> Answer:
         """An answer for a `Batch` to work on."""
@@ -212,6 +214,16 @@ class Generator:
         logits_BTV = self.model.logits(tokens_BT, Places(index_T, index_T[None], whole_length=lengths))
         for row, logits_TV in zip(rows, logits_BTV, strict=True):
             yield logits_TV[: len(row)].float()
+
+
+@contextmanager
+def _template_s_words() -> Iterator[None]:
+    try:
+        yield
+    except DataError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def read_habits(folder: Path, tokenizer: Tokenizer) -> tuple[frozenset[int], Sampling]:

@@ -256,28 +256,6 @@ def test_what_is_no_json_and_no_path(served: Served) -> None:
     assert httpx.get(f"{served.url}/v1/nothing", headers=headers).json()["error"]["message"] == "Not Found"
 
 
-def test_ratings_become_rows_that_finetuning_reads(served: Served) -> None:
-    rows = {name: served.log.with_name("ratings") / f"{name}.jsonl" for name in ("chat", "preference", "rejected")}
-    headers = {"Authorization": f"Bearer {KEY}"}
-    rows["chat"].write_text('{"cut off by a cra')
-    for more in ({"rating": "up"}, {"rating": "down"}, {"rating": "down", "correction": "Better."}):
-        response = httpx.post(
-            f"{served.url}/v1/ratings", json={"messages": CHAT, "answer": "Said."} | more, headers=headers
-        )
-        assert response.status_code == 201, response.text
-    found = {
-        name: [json.loads(line) for line in path.read_text().splitlines() if line[-1] == "}"]
-        for name, path in rows.items()
-    }
-    said, better = ({"role": "assistant", "content": text} for text in ("Said.", "Better."))
-    assert [row["messages"] for row in found["chat"]] == [[*CHAT, said], [*CHAT, better]]
-    ((preference,), (rejected,)) = found["preference"], found["rejected"]
-    assert (preference["prompt"], preference["chosen"], preference["rejected"]) == (CHAT, "Better.", "Said.")
-    assert (rejected["prompt"], rejected["rejected"]) == (CHAT, "Said.")
-    same = {"messages": CHAT, "answer": "Said.", "rating": "down", "correction": "Said."}
-    assert httpx.post(f"{served.url}/v1/ratings", json=same, headers=headers).status_code == 400
-
-
 def test_the_page_in_a_browser(served: Served) -> None:
     playwright = pytest.importorskip("playwright.sync_api")
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -101,6 +101,7 @@ def make_app(generator: Generator, settings: Settings) -> FastAPI:
 
     @app.post("/v1/ratings", status_code=201)
     async def rate(body: RatingBody) -> dict[str, str]:
+        await run_in_threadpool(service.check_rating, body)
         try:
             await run_in_threadpool(ratings.add, body, settings.name)
         except OSError as problem:
@@ -147,6 +148,19 @@ class Service:
             text = f"the model {name!r} does not exist; this server has {self.settings.name!r}"
             raise Trouble(404, text, "invalid_request_error", "model", "model_not_found")
 
+    def _check_chats(self) -> None:
+        if not self.chats:
+            text = f"the model {self.settings.name!r} has no chat template; use /v1/completions"
+            raise Trouble(400, text, "invalid_request_error", "messages")
+
+    def check_rating(self, body: RatingBody) -> None:
+        """That finetuning can learn from it: one row that it cannot read would hold up all."""
+        if body.messages is None or body.good is None:
+            return
+        self._check_chats()
+        with _told("messages"):
+            self.generator.check_answer([*body.asked, {"role": "assistant", "content": body.good}])
+
     async def complete(self, body: CompletionBody, request: Request) -> Response:
         self.check_model(body.model)
         self._check_count(len(body.prompts) * body.n)
@@ -179,9 +193,7 @@ class Service:
         self.check_model(body.model)
         if body.top_logprobs is not None and not body.logprobs:
             raise Trouble(400, "top_logprobs needs logprobs: true", "invalid_request_error", "top_logprobs")
-        if not self.chats:
-            text = f"the model {self.settings.name!r} has no chat template; use /v1/completions"
-            raise Trouble(400, text, "invalid_request_error", "messages")
+        self._check_chats()
         self._check_count(body.n)
         messages = [{"role": message.role, "content": message.text} for message in body.messages]
         with _told("messages"):
