@@ -59,10 +59,11 @@ def rows_in(file: Path) -> list[dict[str, Any]]:
     return [orjson.loads(line) for line in file.read_bytes().splitlines()]
 
 
-def shown(prefix: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str], **more: Any) -> str:
-    """What a run learns of its data."""
-    data = {"train": [{"path": str(prefix)}], "seq_length": 128, "document_mask": True, "tokenizer": str(tokenizer)}
-    config = config_of(**data).model_dump(mode="json") | {"model": {"preset": "llama-1m"}} | more
+def shown(prefix: Path, folder: Path, capsys: pytest.CaptureFixture[str], objective: str = "next_token") -> str:
+    """What a run that starts from the folder's model learns of its data."""
+    data = {"train": [{"path": str(prefix)}], "seq_length": 128, "document_mask": True, "tokenizer": str(folder)}
+    config = config_of(**data).model_dump(mode="json")
+    config |= {"model": config["model"] | {"preset": None, "hf": str(folder)}, "objective": {"name": objective}}
     prefix.with_suffix(".yaml").write_text(yaml.safe_dump(config))
     assert main(["inspect", str(prefix.with_suffix(".yaml")), "--count", "1"]) == 0
     return capsys.readouterr().out
@@ -97,7 +98,7 @@ def test_from_the_page_to_what_is_learned(
     settings = Settings("preference", str(folder))
     pairs = preprocess_rows([str(ratings / "preference.jsonl")], tmp_path / "dpo", settings)
     assert pairs.num_documents == 2
-    learned = shown(tmp_path / "dpo", folder, capsys, objective={"name": "dpo"})
+    learned = shown(tmp_path / "dpo", folder, capsys, "dpo")
     assert learned.index("⟧one two<|im_end|>⟦") < learned.index("⟧he<|im_end|>⟦"), "the preferred answer comes first"
 
 
