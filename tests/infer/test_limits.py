@@ -16,6 +16,9 @@ import httpx
 import openai
 from local_server import Clock, Gated, Local, serving
 
+from megalite.errors import ConfigError
+from megalite.infer.serving.app import Settings
+
 ANSWER = b"0123456789"
 
 
@@ -52,6 +55,12 @@ def refused(call: Callable[[], Any]) -> Any:
     with pytest.raises(openai.APIStatusError) as caught:
         call()
     return caught.value
+
+
+@pytest.mark.parametrize("wrong", [{"max_bytes": 0}, {"requests_per_minute": -1}, {"timeout_s": float("nan")}])
+def test_impossible_limits_are_refused(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"^{next(iter(wrong.values()))} .*: give a number of at least"):
+        Settings("tiny", tmp_path, **wrong)
 
 
 # --- too often ------------------------------------------------------------------------------------------------------

@@ -279,6 +279,26 @@ def test_the_page_in_a_browser(served: Served) -> None:
         page.click("text=Save")
         page.wait_for_selector("text=your answer is noted")
         assert page.text_content(".turn.answer .text") == "Hello yourself."
+        asked: list[Any] = []
+        page.on("request", lambda request: asked.append(request.post_data_json) if request.post_data else None)
+        page.fill("#max_tokens", "9999")
+        page.fill("#prompt", "And more?")
+        page.keyboard.press("Enter")
+        page.wait_for_selector(".busy:not(:empty)")
+        page.click("#fresh")
+        page.wait_for_selector("#send:has-text('Send')")
+        page.fill("#max_tokens", "5")
+        page.fill("#prompt", "Again?")
+        page.keyboard.press("Enter")
+        page.click("[aria-label='Bad answer']")
+        page.wait_for_selector("text=Thank you, noted")
+        (_, again, _) = asked
+        assert again["messages"] == [{"role": "user", "content": "Again?"}], "nothing of the talk before"
+        page.route("**/v1/ratings", lambda route: route.abort())
+        page.fill("#prompt", "And now?")
+        page.keyboard.press("Enter")
+        page.click("[aria-label='Good answer'] >> nth=1")
+        page.wait_for_selector(".problem")
         assert not problems
     added = [json.loads(line) for line in rows.read_text().splitlines()[before:]]
     assert [(row["prompt"][0]["content"], row["chosen"], row["rejected"]) for row in added] == [

@@ -53,6 +53,16 @@ class Settings:
     max_waiting: int = 256
     log_prompts: bool = False
 
+    def __post_init__(self) -> None:
+        """Raises ConfigError."""
+        for what, value, least in (
+            ("bytes of a request", self.max_bytes, 1),
+            ("requests a minute", self.requests_per_minute, 0),
+            ("seconds of an answer", self.timeout_s, 0.001),
+        ):
+            if not least <= value < float("inf"):
+                raise ConfigError(f"{value} {what}: give a number of at least {least}")
+
 
 class Trouble(Exception):
     """An error that is told in OpenAI's form."""
