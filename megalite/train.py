@@ -3,15 +3,11 @@ bottom."""
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from megalite import last_words
 from megalite.activity import NOW
@@ -21,13 +17,12 @@ from megalite.checkpoint.resume import find_checkpoint, read_train_state
 from megalite.checkpoint.save import Saver
 from megalite.checkpoint.tensors import NotSaved
 from megalite.config import Config
-from megalite.counter_random import random_bits
 from megalite.data.checks import check_labelled, check_same_everywhere, check_vocabulary
 from megalite.data.dataset import Split
-from megalite.data.loader import Loader, MicroBatch, Span
+from megalite.data.loader import Loader, Span
 from megalite.data.mixture import Mixture, build_mixtures
 from megalite.data.tokenizer import Tokenizer, load_tokenizer
-from megalite.engine import Engine, ReadState, make_engine
+from megalite.engine import ReadState
 from megalite.engine.layout import choose_owners, elements_of
 from megalite.exit_codes import Exit
 from megalite.health.guard import Ending, Guard
@@ -35,24 +30,17 @@ from megalite.health.stragglers import Stragglers
 from megalite.health.watchdog import Watchdog
 from megalite.host_memory import keep_freed_memory
 from megalite.infer.in_training import TasksInTraining
-from megalite.kernels import library
-from megalite.keys import key_of
 from megalite.mesh import Launch, Mesh, make_mesh
-from megalite.models import build_model, weight_table
-from megalite.models.layers import Places
+from megalite.models import weight_table
 from megalite.models.peft import TENSORS
-from megalite.objective import DPO, Objective, make_objective
+from megalite.objective import DPO
 from megalite.observe.profiler import Profiler
 from megalite.observe.recorder import Recorder
 from megalite.observe.steps import Record, StepLog
 from megalite.observe.throughput import Meter, model_flops_per_token
 from megalite.optim.schedule import learning_rate
-from megalite.parallel.apply import apply_parallelism
-from megalite.parallel.collectives import all_agree, all_reduce
-from megalite.parallel.context import zigzag
-from megalite.parallel.pipeline import Pipeline
-from megalite.parallel.stage import Inputs, Stage, positions_of
-from megalite.parallel.tensor import PutOff
+from megalite.parallel.collectives import all_agree
+from megalite.parts import Parts, build, forward, forward_backward, validate
 from megalite.plan import Plan, make_plan
 from megalite.reference import compute_reference, read_references, reference_key, write_references
 from megalite.run_folder import check_run_folder, open_run_folder
@@ -323,111 +311,6 @@ def run_steps(
     return Ending(Exit.DONE)
 
 
-@dataclass(frozen=True)
-class Parts:
-    """What a rank trains: its stages of the model, their engine, and the pipeline that joins them to other ranks'."""
-
-    stages: tuple[Stage, ...]
-    engine: Engine
-    pipeline: Pipeline | None
-    dtype: torch.dtype
-    objective: Objective
-
-    def train(self, mode: bool = True) -> None:
-        for stage in self.stages:
-            stage.train(mode)
-
-
-def build(config: Config, plan: Plan, mesh: Mesh) -> Parts:
-    """This rank's part of the model, with its weights still zero. Chooses the process's kernels."""
-    library.use(config.kernels)
-    table = weight_table(config.model, config.lora)
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    spans = plan.stages_of(mesh.pipeline.rank)
-    zero_bubble = plan.pipeline > 1 and plan.schedule == "zero_bubble"
-    deferred = [PutOff() if zero_bubble else None for _ in spans]
-    stages = []
-    for span, later in zip(spans, deferred, strict=True):
-        model = build_model(config.model, config.lora)
-        apply_parallelism(model, table, plan, span, mesh, config.train, later)
-        stages.append(Stage(model, span))
-    rows = plan.weights_of(mesh.pipeline.rank, table)
-    engine = make_engine(stages, rows, plan, mesh, config)
-    pipeline = None
-    if plan.pipeline > 1:
-        length = config.data.seq_length // plan.context // (plan.tensor if plan.sequence else 1)
-        shape = (plan.micro_batch_size, length, config.model.hidden_size)
-        pipeline = Pipeline(stages, plan, mesh, torch.empty(shape, dtype=dtype, device="meta"), deferred)
-    return Parts(tuple(stages), engine, pipeline, dtype, make_objective(config, mesh))
-
-
-def forward_backward(parts: Parts, batch: list[MicroBatch], mesh: Mesh, seed: int) -> dict[str, Tensor]:
-    """All of this rank's micro-batches of one global batch. Returns the mean loss of the global batch, and what else
-    the objective measures.
-
-    Every token (or pair of answers) of the global batch weighs the same, however they are spread over ranks and
-    micro-batches."""
-    objective = parts.objective
-    inputs = [objective.complete(make_inputs(micro, mesh, seed), micro, "train") for micro in batch]
-    count = all_reduce(count_labels(inputs), mesh.replicas).clamp(min=1)
-    found = torch.zeros(1 + len(objective.metrics), device=mesh.device)
-
-    def loss_of(losses_BT: Tensor, micro: Inputs) -> Tensor:
-        loss_B, metrics_BM = objective.measure(losses_BT, micro)
-        loss = loss_B.sum() / count
-        found.add_(torch.cat((loss.detach()[None], metrics_BM.sum(0) / count)))
-        return loss
-
-    parts.train()
-    if parts.pipeline:
-        parts.pipeline.forward_backward(inputs, loss_of, parts.engine)
-    else:
-        (stage,) = parts.stages
-        parts.engine.begin(len(inputs))
-        for number, micro in enumerate(inputs):
-            NOW.do("forward", number)
-            loss = loss_of(stage(None, micro), micro)
-            NOW.do("backward", number)
-            parts.engine.backward(loss)
-        NOW.do("summing gradients")
-        parts.engine.finish()
-    # Tensor ranks have computed the same. All ranks are to know the same bits of it, as all act on it.
-    found = all_reduce(found if mesh.tensor.rank == 0 else torch.zeros_like(found), mesh.world)
-    return dict(zip(("loss", *objective.metrics), found.unbind(), strict=True))
-
-
-@torch.no_grad()
-def forward(
-    parts: Parts, batch: list[MicroBatch], mesh: Mesh, logits: bool = False
-) -> Iterator[tuple[Tensor, Inputs, MicroBatch]]:
-    """The losses [B,T] or the head's logits of each micro-batch, and what they are of; nothing before the last
-    stage."""
-    inputs = [make_inputs(micro, mesh) for micro in batch]
-    asked = [replace(micro, labels_BT=None) for micro in inputs] if logits else inputs
-    if parts.pipeline:
-        found = parts.pipeline.forward(asked)
-    else:
-        NOW.do("forward")
-        found = [parts.stages[0](None, micro) for micro in asked]
-    yield from zip(found, inputs, batch, strict=False)
-
-
-def make_inputs(micro: MicroBatch, mesh: Mesh, seed: int | None = None) -> Inputs:
-    """A micro-batch on the device, cut to this rank's part of the sequence. A seed gives dropout its keys."""
-    micro = micro.to(mesh.device)
-    length = micro.tokens.shape[1]
-    with mesh.device:  # made where it is used: a copy would wait for the device
-        index = zigzag(length, mesh.context) if mesh.context.size > 1 else torch.arange(length)
-    position = index[None] if micro.documents is None else positions_of(micro.documents)[:, index]
-    document = None if micro.documents is None else micro.documents[:, index]
-    keys = None if seed is None else random_bits(key_of(seed, "dropout"), micro.samples)
-    return Inputs(micro.tokens[:, index], Places(index, position, document, keys, length), micro.labels[:, index])
-
-
-def count_labels(inputs: list[Inputs]) -> Tensor:
-    return torch.stack([micro.count_B.sum() for micro in inputs]).sum()
-
-
 def consumed_tokens(loader: Loader) -> Record:
     """Of each source so far, where there are several."""
     found = loader.consumed()
@@ -435,37 +318,17 @@ def consumed_tokens(loader: Loader) -> Record:
     return {f"tokens/{name}": count * length for name, count in found.items()} if len(found) > 1 else {}
 
 
-@torch.no_grad()
 def evaluate(run: Run, parts: Parts, data: Data, split: Split, step: int) -> None:
-    """Record the mean loss over the first global batches of a split, the same ones every time, where there is one; of
-    several sources also that of each; and what else the objective measures."""
-    mixture, mesh, objective = data[split], run.mesh, parts.objective
+    """Record what `validate` finds in a split, where there is one."""
+    mixture = data[split]
     if mixture is None:
         return
-    # Of each source: the sum of the losses, what it is divided by, and what else is judged.
-    sums = torch.zeros(len(mixture.names), 2 + objective.num_judged, dtype=torch.float64, device=mesh.device)
-    parts.train(False)
     # A split smaller than a batch is gone through more than once rather than refused.
     available = sum(source.num_samples for source in mixture.sources) // run.config.train.global_batch_size
     with make_loader(mixture, run) as loader:
-        for _ in range(max(1, min(run.config.observe.eval_batches, available))):
-            for out, micro, read in forward(parts, next(loader), mesh, objective.needs_logits):
-                source = torch.from_numpy(mixture.order.locate(read.samples.numpy())[0]).to(mesh.device)
-                micro = objective.complete(micro, read, split)
-                loss_B, judged = objective.judge(out, micro)
-                found = torch.cat((loss_B[:, None], micro.count_B[:, None], judged), 1)
-                sums.index_add_(0, source, found.double())
-    of_source = all_reduce(all_reduce(sums, mesh.replicas), mesh.pipeline)
-    total, count = of_source[:, :2].sum(0).tolist()
-    loss = total / max(count, 1.0)
-    record = {"step": step, f"{split}_loss": loss}
-    summary = objective.summary(loss, count, of_source[:, 2:].sum(0))
-    record |= {f"{split}_{name}": x for name, x in summary.items()}
-    if len(mixture.names) > 1:
-        each = (of_source[:, 0] / of_source[:, 1]).tolist()  # NaN where the batches have none of it
-        record |= {f"{split}_loss/{name}": x for name, x in zip(mixture.names, each, strict=True) if math.isfinite(x)}
+        found = validate(parts, loader, max(1, min(run.config.observe.eval_batches, available)), split, run.mesh)
     if run.recorder:
-        run.recorder.evaluation(record)
+        run.recorder.evaluation({"step": step} | {f"{split}_{name}": value for name, value in found.items()})
 
 
 def evaluate_tasks(run: Run, parts: Parts, step: int) -> None:

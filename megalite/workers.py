@@ -6,11 +6,26 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Callable
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from multiprocessing.connection import wait
 
 
+def worker_pool(
+    workers: int, initializer: Callable[..., None], *arguments: object
+) -> AbstractContextManager[Executor | None]:
+    """Processes that each begin with `initializer(*arguments)`, which calls `start_worker`; None for one worker, which
+    is this very process."""
+    if workers == 1:
+        return nullcontext()
+    # Spawned, since a fork of a process with threads may hang.
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, context, initializer=initializer, initargs=arguments)
+
+
 def start_worker() -> None:
-    """The initializer of a pool of processes."""
+    """What each process of a pool begins with."""
     os.environ.update(TOKENIZERS_PARALLELISM="false", RAYON_NUM_THREADS="1")  # the processes are the parallelism
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent alone answers it
     leave_with_parent()

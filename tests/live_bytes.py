@@ -14,8 +14,9 @@ from megalite.config import Config
 from megalite.data.loader import MicroBatch
 from megalite.mesh import Launch, make_mesh
 from megalite.models import weight_table
+from megalite.parts import build, forward_backward
 from megalite.plan import make_plan
-from megalite.train import build, forward_backward, initial_state
+from megalite.train import initial_state
 
 
 class LiveBytes(TorchDispatchMode):

@@ -1,7 +1,8 @@
-"""Real ranks for tests: `run_ranks(world_size, function, *arguments)` spawns processes joined over gloo."""
+"""Real ranks for tests: `run_ranks(world_size, function, *arguments)` starts processes joined over gloo."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
 import tempfile
@@ -14,6 +15,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+# Ranks are forked from a process that has imported what takes long: they start within a tenth of a second.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(
+    ["tampered_ranks", "megalite.train", "megalite.parallel.pipeline", "matplotlib.figure", "pytest"]
+)
+
 
 def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """What `function(rank, world_size, *arguments)` returned on each rank. It must be importable (not a local
@@ -21,7 +28,8 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) ->
 
     A failing rank fails the test with its own traceback."""
     with tempfile.TemporaryDirectory() as folder:
-        ranks = mp.spawn(_rank, (world_size, folder, function, arguments), nprocs=world_size, join=False)
+        task = (world_size, folder, dict(os.environ), function, arguments)
+        ranks = mp.start_processes(_rank, task, world_size, join=False, start_method="forkserver")
         try:
             while not ranks.join():
                 pass
@@ -32,9 +40,16 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) ->
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
 
 
-def _rank(rank: int, world_size: int, folder: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _rank(
+    rank: int,
+    world_size: int,
+    folder: str,
+    environment: dict[str, str],
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+) -> None:
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
+    os.environ |= environment | {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
     if world_size > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
     try:

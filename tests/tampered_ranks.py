@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import sys
 import time
@@ -18,10 +17,7 @@ import torch.distributed as dist
 
 from megalite.config import Config
 from megalite.train import train
-
-# Ranks are forked from a process that has imported what takes long: they start within a tenth of a second.
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["tampered_ranks", "megalite.train", "matplotlib.figure"])
+from ranks import SERVER
 
 
 @dataclass

@@ -59,6 +59,30 @@ print("heavy:", sorted(heavy & sys.modules.keys()))
     assert "generate" in found.stdout
 
 
+def test_training_imports_no_compiler() -> None:
+    """It takes a second of every rank's start."""
+    program = """
+import sys
+import torch
+from megalite.config_file import parse_config
+from megalite.mesh import make_mesh
+from megalite.models import weight_table
+from megalite.parts import build
+from megalite.plan import make_plan
+import megalite.train
+
+config = parse_config({
+    "run": {"name": "test"}, "model": {"preset": "llama-1m"}, "data": {"train": [{"path": "unused"}], "seq_length": 32},
+    "train": {"steps": 1, "global_batch_size": 1}, "optimizer": {"lr": 1e-3},
+})
+plan = make_plan(config, weight_table(config.model), 1)
+build(config, plan, make_mesh(plan, torch.device("cpu")))
+print("compiler:", "torch._dynamo" in sys.modules)
+"""
+    found = python("-c", program)
+    assert found.stdout == "compiler: False\n", found.stderr
+
+
 @pytest.mark.parametrize("verb", ["train", "job", "generate", "ops"])
 def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:

@@ -19,8 +19,8 @@ from megalite.health.numbers import Numbers
 from megalite.health.replicas import ReplicaCheck
 from megalite.mesh import ALONE, Mesh, make_mesh
 from megalite.models import weight_table
+from megalite.parts import Parts, build, forward_backward
 from megalite.plan import make_plan
-from megalite.train import Parts, build, forward_backward
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU, or pytest runs without --cuda")
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tampered_ranks import training
 
-import megalite.train
+import megalite.parts
 from megalite.activity import NOW
 from megalite.checkpoint.folder import complete_steps
 from megalite.config import Config
@@ -26,7 +26,7 @@ LOST_IN, SAVED_EVERY = 8, 3
 
 def watch_samples(rank: int) -> None:
     """Note the samples this rank trains on, of each step, beside the run."""
-    make_inputs = megalite.train.make_inputs
+    make_inputs = megalite.parts.make_inputs
 
     def noted(micro: Any, mesh: Mesh, seed: int | None = None) -> Inputs:
         if seed is not None:
@@ -34,12 +34,12 @@ def watch_samples(rank: int) -> None:
                 print(json.dumps([NOW.step, micro.samples.tolist()]), file=file)
         return make_inputs(micro, mesh, seed)
 
-    megalite.train.make_inputs = noted
+    megalite.parts.make_inputs = noted
 
 
 def lose_the_last(rank: int) -> None:
     watch_samples(rank)
-    count_labels = megalite.train.count_labels
+    count_labels = megalite.parts.count_labels
 
     def leave(inputs: Any) -> Any:
         if NOW.step == LOST_IN:
@@ -47,7 +47,7 @@ def lose_the_last(rank: int) -> None:
         return count_labels(inputs)
 
     if rank == 2:
-        megalite.train.count_labels = leave
+        megalite.parts.count_labels = leave
 
 
 def samples_of(folder: Path, ranks: int, steps: range) -> dict[int, list[int]]:

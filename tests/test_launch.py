@@ -11,11 +11,11 @@ from small_runs import make_config
 
 FAILS_ON_RANK_1 = """
 import sys
-import megalite.train
+import megalite.parts
 from megalite.activity import NOW
 from megalite.cli import main
 
-count_labels = megalite.train.count_labels
+count_labels = megalite.parts.count_labels
 
 def fail(inputs):
     import os
@@ -23,7 +23,7 @@ def fail(inputs):
         raise ValueError("the planted error")
     return count_labels(inputs)
 
-megalite.train.count_labels = fail
+megalite.parts.count_labels = fail
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -6,11 +6,9 @@ import copy
 import multiprocessing
 import os
 import resource
-import time
 from collections.abc import Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,14 +19,13 @@ from datatrove.executor.base import PipelineExecutor
 from datatrove.pipeline.dedup import minhash
 from loguru import logger
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from tqdm import tqdm
 
 from megalite.corpus.config import SlurmConfig
 from megalite.errors import DataError
-from megalite.workers import start_worker
-
-SECONDS_PER_LINE = 5.0
+from megalite.progress import ProgressMeter
+from megalite.workers import start_worker, worker_pool
 
 
 @dataclass(frozen=True)
@@ -41,12 +38,9 @@ class Phase:
 def run_here(phases: list[Phase], logs: Path, workers: int | None, console: Console | None) -> None:
     """Run every task that is not finished yet. Raises what a task raises, DataError where a worker was killed."""
     workers = min(workers or len(os.sched_getaffinity(0)), max(phase.tasks for phase in phases))
-    # datatrove's own pool would wait for ever for a worker that was killed. Spawned, since a fork of a process with
-    # threads may hang.
-    context = multiprocessing.get_context("spawn")
     before = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(workers, context, initializer=_start) if workers > 1 else None
-    with pool or nullcontext():
+    # datatrove's own pool would wait for ever for a worker that was killed.
+    with worker_pool(workers, _start) as pool:
         try:
             for phase in phases:
                 executor = LocalPipelineExecutor(phase.pipeline, phase.tasks, logging_dir=str(logs / phase.name))
@@ -121,32 +115,11 @@ def submit(phases: list[Phase], logs: Path, config: SlurmConfig, workers: int | 
     executor.run()
 
 
-class _Meter:
-    """A progress bar on a terminal; elsewhere, as in a job's log, a line every few seconds. Nothing without console."""
-
+class _Meter(ProgressMeter):
     def __init__(self, phase: Phase, console: Console | None) -> None:
-        self._phase, self._console = phase, console
-        self._start = self._said = time.monotonic()
-        self._bar: Progress | None = None
-        if console is not None and console.is_terminal:
-            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("tasks"), TimeElapsedColumn())
-            self._bar = Progress(TextColumn(f"{phase.name:<10}"), *columns, console=console)
-            self._task = self._bar.add_task("", total=phase.tasks)
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("tasks"), TimeElapsedColumn())
+        super().__init__(f"{phase.name:<10}", phase.tasks, columns, console)
+        self._name = phase.name
 
     def update(self, num_done: int) -> None:
-        now = time.monotonic()
-        if self._bar is not None:
-            self._bar.update(self._task, completed=num_done)
-        elif self._console is not None and (num_done == self._phase.tasks or now - self._said >= SECONDS_PER_LINE):
-            self._said = now
-            name, total = self._phase.name, self._phase.tasks
-            self._console.print(f"{name}: {num_done} of {total} tasks, {now - self._start:.1f} s", highlight=False)
-
-    def __enter__(self) -> _Meter:
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        self.show(num_done, f"{self._name}: {num_done} of {self.total} tasks, {self.elapsed:.1f} s")

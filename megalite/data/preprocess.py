@@ -12,7 +12,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from megalite.data import shards
 from megalite.data.blocks import Block, LineNumbers, Shard, Texts, iter_blocks, shard_bytes, texts_of
@@ -33,10 +33,10 @@ from megalite.data.indexed import IndexedWriter, token_dtype
 from megalite.data.metadata import Preprocessed
 from megalite.data.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from megalite.errors import DataError
-from megalite.workers import start_worker
+from megalite.progress import ProgressMeter
+from megalite.workers import start_worker, worker_pool
 
 BLOCKS_PER_WORKER = 4
-SECONDS_PER_LINE = 5.0
 # Characters that Hugging Face's tokenizers get at a time: they need some 130 bytes for each. Longer texts are done by
 # one worker after the other, for which `_turn` is a lock between processes.
 BITE = 1 << 19
@@ -163,13 +163,8 @@ class _Job:
     def _run_exactly(self, prefix: str, shard: Shard) -> Preprocessed:
         library = "tokenizers" if isinstance(self.opened, HuggingFaceTokenizer) else "sentencepiece"
         encode = partial(_encode_exactly, self.tokenizer, self.packing)
-        if self.workers == 1:
-            return self._write(prefix, shard, library, None, encode)
-        # Spawned, since a fork of a process with threads may hang.
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(
-            self.workers, context, initializer=start_tokenizing, initargs=(context.Lock(),)
-        ) as pool:
+        turn = multiprocessing.get_context("spawn").Lock()
+        with worker_pool(self.workers, start_tokenizing, turn) as pool:
             return self._write(prefix, shard, library, pool, encode)
 
     def _write(
@@ -303,38 +298,14 @@ def start_tokenizing(turn: AbstractContextManager[object] | None = None) -> None
     start_worker()
 
 
-class Meter:
-    """A progress bar on a terminal; elsewhere, as in a job's log, a line every few seconds. Nothing without console."""
-
+class Meter(ProgressMeter):
     def __init__(self, name: str, total_bytes: int, console: Console | None) -> None:
-        self._total, self._console = total_bytes, console
-        self._start = self._said = time.monotonic()
-        self._bar: Progress | None = None
-        if console is not None and console.is_terminal:
-            rate = TextColumn("{task.fields[rate]:,.0f} tokens/s")
-            columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), rate, TimeRemainingColumn())
-            self._bar = Progress(TextColumn(name), *columns, console=console)
-            self._task = self._bar.add_task("", total=total_bytes, rate=0.0)
+        rate = TextColumn("{task.fields[rate]:,.0f} tokens/s")
+        columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), rate, TimeRemainingColumn())
+        super().__init__(name, total_bytes, columns, console, rate=0.0)
 
     def update(self, bytes_read: int, num_tokens: int) -> None:
         """Totals so far."""
-        now = time.monotonic()
-        elapsed = max(now - self._start, 1e-9)
-        if self._bar is not None:
-            self._bar.update(self._task, completed=bytes_read, rate=num_tokens / elapsed)
-        elif self._console is not None and now - self._said >= SECONDS_PER_LINE:
-            self._said = now
-            self._console.print(
-                f"{bytes_read / 1e6:,.0f} of {self._total / 1e6:,.0f} MB, {bytes_read / 1e6 / elapsed:.1f} MB/s, "
-                f"{num_tokens / elapsed:,.0f} tokens/s",
-                highlight=False,
-            )
-
-    def __enter__(self) -> Meter:
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        done, rate = bytes_read / 1e6, num_tokens / self.elapsed
+        line = f"{done:,.0f} of {self.total / 1e6:,.0f} MB, {done / self.elapsed:.1f} MB/s, {rate:,.0f} tokens/s"
+        self.show(bytes_read, line, rate=rate)

@@ -4,11 +4,9 @@ learned from each token. The parent reads rows, workers tokenize them, the paren
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -24,6 +22,7 @@ from megalite.data.metadata import Preprocessed
 from megalite.data.preprocess import Meter, in_order, start_tokenizing
 from megalite.data.rows import Row, class_names, list_rows, read_rows, shown
 from megalite.errors import DataError
+from megalite.workers import worker_pool
 
 ROWS_PER_BLOCK = 256
 SHOWN_ROWS = 5
@@ -64,7 +63,7 @@ def preprocess_rows(
     with (
         IndexedWriter(prefix, dtype, mask_dtype) as writer,
         Meter("tokenizing", sum(files.values()), console) as meter,
-        _pool(workers) as pool,
+        worker_pool(workers, start_tokenizing) as pool,
         closing(in_order(_blocks(files, report), partial(_encode, settings), pool, workers)) as results,
     ):
         for _, encoded in results:
@@ -129,13 +128,6 @@ def _encode(settings: Settings, rows: Sequence[Row]) -> EncodedRows:
 @cache
 def _opened(settings: Settings) -> Encoder:
     return Encoder(settings)
-
-
-def _pool(workers: int) -> Any:
-    """Processes, spawned since a fork of a process with threads may hang; one worker is this very process."""
-    if workers == 1:
-        return nullcontext()
-    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=start_tokenizing)
 
 
 def _labels_of(files: Mapping[str, int], settings: Settings) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +21,10 @@ from megalite.mesh import ALONE, Mesh
 from megalite.models.layers import Places
 from megalite.parallel.collectives import all_gather, all_reduce
 from megalite.parallel.context import zigzag
-from megalite.parallel.pipeline import Pipeline
 from megalite.parallel.stage import Inputs, Stage
+
+if TYPE_CHECKING:
+    from megalite.parallel.pipeline import Pipeline
 
 WIDTHS = 32
 """Rows are filled up to a multiple of it: fewer shapes."""

@@ -18,7 +18,6 @@ from megalite.models import build_model, set_parameters, weight_table
 from megalite.models.layers import Places
 from megalite.parallel.apply import apply_parallelism
 from megalite.parallel.collectives import all_gather
-from megalite.parallel.pipeline import Pipeline
 from megalite.parallel.stage import Inputs, Stage
 from megalite.plan import Plan, make_plan
 
@@ -34,8 +33,12 @@ class RanksModel:
         self.capacity = min(max_length or self.config.max_positions, self.config.max_positions)
         self.turning_point, self.device = turning_point(self.config), mesh.device
         add_cache(stage.model, num_slots)
-        hidden = torch.empty((1, 1, self.config.hidden_size), dtype=dtype, device="meta")
-        self.pipeline = Pipeline([stage], plan, mesh, hidden, [None]) if plan.pipeline > 1 else None
+        self.pipeline = None
+        if plan.pipeline > 1:
+            from megalite.parallel.pipeline import Pipeline  # torch's schedules import its compiler
+
+            hidden = torch.empty((1, 1, self.config.hidden_size), dtype=dtype, device="meta")
+            self.pipeline = Pipeline([stage], plan, mesh, hidden, [None])
 
     def predict(self, tokens_BT: Tensor, places: CachedPlaces, last_B: Tensor) -> Tensor:
         """[B,V] fp32"""

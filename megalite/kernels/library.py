@@ -99,7 +99,12 @@ def _warn_once() -> None:
     warnings.warn(f"{why_not_built()}. Plain torch computes instead, more slowly.", stacklevel=3)
 
 
-@torch.compiler.assume_constant_result
+def tell_compiler() -> None:
+    """Before anything that asks the library is compiled. Not by a decorator, which would import torch's compiler: that
+    takes a second of every process."""
+    torch.compiler.assume_constant_result(_takes)
+
+
 def _takes(operation: str, device: str, dtype: torch.dtype) -> bool:
     module = own()
     if module is None or dtype not in (torch.float32, torch.bfloat16):

@@ -15,7 +15,16 @@ from torch import Tensor
 from megalite.config import ModelConfig
 from megalite.kernels.activation import gelu
 from megalite.models.hf import require
-from megalite.models.layers import CausalAttention, CrossEntropy, Decoder, Dropout, LayerNorm, Places, numbered
+from megalite.models.layers import (
+    CausalAttention,
+    CrossEntropy,
+    Decoder,
+    Dropout,
+    LayerNorm,
+    Places,
+    make_embedding,
+    numbered,
+)
 from megalite.models.weights import Weight, layer_rows
 from megalite.plan import Place
 
@@ -95,8 +104,8 @@ class GPT2(Decoder):
     def __init__(self, config: GPT2Config):
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.positions = nn.Embedding(config.max_positions, config.hidden_size)
+        self.embedding = make_embedding(config.vocab_size, config.hidden_size)
+        self.positions = make_embedding(config.max_positions, config.hidden_size)
         self.dropout = Dropout(config.embedding_dropout, "embedding")
         self.layers = numbered(Layer(config, i) for i in range(config.num_layers))
         self.norm = LayerNorm(config.hidden_size, config.norm_eps)

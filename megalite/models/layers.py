@@ -108,10 +108,9 @@ class Dropout(nn.Module):
         """`x` is [B,T,D], or [B,H,T,T] where `over_heads`. Without keys, or in evaluation, it is left alone."""
         if self.p == 0.0 or places.key_B is None or not self.training:
             return x
-        return self._drop(x, places, places.key_B)
+        return self.drop(x, places, places.key_B)
 
-    @torch.compiler.disable  # of products that wrap around int64 a compiler makes constants that do not fit
-    def _drop(self, x: Tensor, places: Places, key_B: Tensor) -> Tensor:
+    def drop(self, x: Tensor, places: Places, key_B: Tensor) -> Tensor:
         rank, ranks = self.shard
         if self.over_heads:
             first = rank * x.shape[1] + torch.arange(x.shape[1], device=x.device)
@@ -123,6 +122,11 @@ class Dropout(nn.Module):
         keys = random_bits(self.site, key_B).view(-1, *[1] * (x.dim() - 1))
         keep = uniform(keys, index.view(x.shape[1:])) >= self.p
         return x * (keep / (1.0 - self.p)).to(x.dtype)
+
+
+def make_embedding(rows: int, width: int) -> nn.Embedding:
+    """One that draws no weights: on the meta device that would import torch's compiler, which takes a second."""
+    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
 
 
 class RMSNorm(nn.Module):

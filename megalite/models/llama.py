@@ -18,7 +18,16 @@ from megalite.kernels.attention import AttentionKind
 from megalite.kernels.rope import rotate
 from megalite.models import rope
 from megalite.models.hf import require
-from megalite.models.layers import CausalAttention, CrossEntropy, Decoder, LayerNorm, Places, RMSNorm, numbered
+from megalite.models.layers import (
+    CausalAttention,
+    CrossEntropy,
+    Decoder,
+    LayerNorm,
+    Places,
+    RMSNorm,
+    make_embedding,
+    numbered,
+)
 from megalite.models.weights import Weight, layer_rows
 from megalite.plan import Place
 
@@ -162,7 +171,7 @@ class Llama(Decoder):
     def __init__(self, config: LlamaLike):
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embedding = make_embedding(config.vocab_size, config.hidden_size)
         self.layers = numbered(self.layer(number) for number in range(config.num_layers))
         self.norm = config.NORM(config.hidden_size, config.norm_eps)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from megalite.config import TrainConfig
+from megalite.kernels import library
 from megalite.mesh import Axis, Mesh
 from megalite.models.layers import CausalAttention, CrossEntropy, Decoder, Dropout, RMSNorm
 from megalite.models.lora import AdapterDropout, LoraLinear
@@ -53,8 +54,17 @@ def apply_parallelism(
         apply_context_parallelism(model, mesh.context)
     apply_recompute(model, train)
     if train.compile:
-        for layer in model.layers.values():
-            layer.forward = torch.compile(layer.forward, dynamic=False)
+        compile_layers(model)
+
+
+def compile_layers(model: Decoder) -> None:
+    library.tell_compiler()
+    for layer in model.layers.values():
+        for module in layer.modules():
+            if isinstance(module, Dropout):
+                # Of products that wrap around int64 a compiler makes constants that do not fit.
+                module.drop = torch.compiler.disable(module.drop)  # type: ignore[method-assign]
+        layer.forward = torch.compile(layer.forward, dynamic=False)
 
 
 def apply_chunked_loss(model: Decoder, weights: Sequence[Weight], axis: Axis, sequence: bool, rows: int) -> None:

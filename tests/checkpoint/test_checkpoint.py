@@ -23,8 +23,9 @@ from megalite.config import Config
 from megalite.engine.layout import choose_owners
 from megalite.mesh import ALONE, Axis, Mesh
 from megalite.models import weight_table
+from megalite.parts import build
 from megalite.plan import make_plan
-from megalite.train import build, train
+from megalite.train import train
 from small_runs import VOCAB, make_config
 
 LONE = Mesh(ALONE, ALONE, ALONE, ALONE, ALONE, ALONE, torch.device("cpu"))

@@ -26,8 +26,9 @@ from megalite.config import Config
 from megalite.engine.layout import choose_owners, elements_of
 from megalite.mesh import make_mesh
 from megalite.models import weight_table
+from megalite.parts import build
 from megalite.plan import make_plan
-from megalite.train import build, train
+from megalite.train import train
 from ranks import run_ranks
 from small_runs import curve_of, make_config
 

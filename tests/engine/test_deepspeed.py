@@ -27,8 +27,8 @@ from megalite.errors import ConfigError
 from megalite.mesh import ALONE, Mesh, make_mesh
 from megalite.models import weight_table
 from megalite.models.weights import Weight
+from megalite.parts import Parts, build, forward_backward
 from megalite.plan import make_plan
-from megalite.train import Parts, build, forward_backward
 from ranks import run_ranks
 from small_runs import VOCAB, curve_of, make_config, metrics_of, train_on_rank
 

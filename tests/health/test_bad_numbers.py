@@ -26,7 +26,8 @@ from megalite.errors import ConfigError
 from megalite.exit_codes import Exit
 from megalite.health import numbers
 from megalite.mesh import Mesh, node_name
-from megalite.train import Parts, train
+from megalite.parts import Parts
+from megalite.train import train
 from small_runs import curve_of, make_config, metrics_of, write_corpus
 
 BATCH, LENGTH = 4, 16

@@ -21,8 +21,8 @@ from megalite.health.numbers import BadStep, Numbers
 from megalite.health.replicas import KINDS, Disagreement, ReplicaCheck, describe, disagreements
 from megalite.mesh import ALONE, Axis, Mesh, make_mesh
 from megalite.models import weight_table
+from megalite.parts import build
 from megalite.plan import make_plan
-from megalite.train import build
 from small_runs import make_config
 
 CPU = torch.device("cpu")

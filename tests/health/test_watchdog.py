@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from tampered_ranks import Ranks, training
 
-import megalite.train
+import megalite.parts
 from megalite.activity import NOW
 from megalite.checkpoint.folder import complete_steps
 from megalite.engine.native import NativeEngine
@@ -69,7 +69,7 @@ def test_a_rank_that_is_stopped_is_named_by_the_others(tmp_path: Path) -> None:
 
 
 def sleep_before_a_collective(rank: int) -> None:
-    count_labels = megalite.train.count_labels
+    count_labels = megalite.parts.count_labels
 
     def sleepy(inputs: Any) -> torch.Tensor:
         if NOW.step == 3:
@@ -77,7 +77,7 @@ def sleep_before_a_collective(rank: int) -> None:
         return count_labels(inputs)
 
     if rank == 0:
-        megalite.train.count_labels = sleepy
+        megalite.parts.count_labels = sleepy
 
 
 def test_a_rank_that_does_not_come_to_a_collective_is_named_with_its_line(tmp_path: Path) -> None:

@@ -143,6 +143,7 @@ def test_gradients_of_all_that_is_near(
 
         if how == "compiled":
             torch._dynamo.reset()
+            library.tell_compiler()
             result = torch.compile(loss, fullgraph=True, backend="aot_eager")(x, weight, other)
         elif how == "checkpointed":
             result = checkpoint(loss, x, weight, other, use_reentrant=False)
@@ -193,6 +194,7 @@ def test_compiled_by_inductor() -> None:
 
     (wanted,) = torch.autograd.grad(loss(weight, plainly), weight)
     torch._dynamo.reset()
+    library.tell_compiler()
     (found,) = torch.autograd.grad(torch.compile(loss, fullgraph=True)(weight, rotate), weight)
     assert error(found, wanted) <= BOUND[torch.float32]
 

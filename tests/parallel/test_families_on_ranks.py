@@ -23,8 +23,8 @@ from megalite.data.loader import MicroBatch
 from megalite.mesh import Mesh, make_mesh
 from megalite.models import weight_table
 from megalite.parallel.stage import positions_of
+from megalite.parts import build, forward_backward
 from megalite.plan import make_plan
-from megalite.train import build, forward_backward
 from ranks import run_ranks
 from tiny_models import CASES, ON_DISK
 

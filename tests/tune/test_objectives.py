@@ -23,8 +23,9 @@ from megalite.data.mixture import build_mixtures
 from megalite.data.preprocess_rows import preprocess_rows
 from megalite.mesh import Mesh, make_mesh
 from megalite.models import weight_table
+from megalite.parts import build, forward_backward
 from megalite.plan import make_plan
-from megalite.train import Run, build, forward_backward, make_loader, prepare_references
+from megalite.train import Run, make_loader, prepare_references
 from ranks import run_ranks
 
 BATCH, LENGTH, BETA, SMOOTHING = 4, 96, 0.3, 0.1

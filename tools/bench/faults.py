@@ -18,14 +18,15 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TextIO
 
 from killing import LAYOUTS, PHASES, STEPS, Kill, Reference, Trial, config_of, prepare, run_trial, undisturbed
 from rich.progress import track
 from scenarios import SCENARIOS
 
 
-def kill_trials(count: int, seed: int, work: Path) -> tuple[dict[str, Reference], list[Trial]]:
-    """Over the layouts in turn."""
+def kill_trials(count: int, seed: int, work: Path, lines: TextIO) -> tuple[dict[str, Reference], list[Trial]]:
+    """Over the layouts in turn; each trial's line is written as it ends."""
     folders = {layout: work / f"undisturbed-{number}" for number, layout in enumerate(LAYOUTS)}
     references = {layout: undisturbed(config_of(folder, layout), folder) for layout, folder in folders.items()}
     trials = []
@@ -37,6 +38,7 @@ def kill_trials(count: int, seed: int, work: Path) -> tuple[dict[str, Reference]
             shutil.rmtree(work / "trial", ignore_errors=True)
             trial = run_trial(layout, references[layout], work / "trial", rng)
         trials.append(trial)
+        print(json.dumps(asdict(trial)), file=lines, flush=True)
     return references, trials
 
 
@@ -118,18 +120,16 @@ def main() -> int:
     parser.add_argument("--scenarios", nargs="*", choices=list(SCENARIOS), default=list(SCENARIOS), metavar="NAME")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, open(arguments.output / "trials.jsonl", "w") as trial_lines:
         work = Path(temporary)
         prepare(work)
-        references, trials = kill_trials(arguments.trials, arguments.seed, work)
+        references, trials = kill_trials(arguments.trials, arguments.seed, work, trial_lines)
         outcomes = {}
         for name in track(arguments.scenarios, "other faults", transient=True):
             outcomes[name] = SCENARIOS[name](work / name.replace(" ", "-"))
     kills = [kill for trial in trials for kill in trial.kills]
     if kills:
         draw_kills(arguments.output / "kills.png", references, kills)
-    with open(arguments.output / "trials.jsonl", "w") as file:
-        file.writelines(f"{json.dumps(asdict(trial))}\n" for trial in trials)
     lines = [f"{name}: {'' if good else 'WRONG: '}{said}" for name, (good, said) in outcomes.items()]
     report = report_of(trials, lines)
     (arguments.output / "report.md").write_text(report)

@@ -20,8 +20,8 @@ from megalite.config_file import parse_config
 from megalite.data.loader import MicroBatch
 from megalite.mesh import ALONE, make_mesh
 from megalite.models import model_config, weight_table
+from megalite.parts import build, forward_backward
 from megalite.plan import make_plan
-from megalite.train import build, forward_backward
 
 OPTIMIZER = OptimizerConfig(lr=1e-4)
 Step = Callable[[Tensor], Tensor]

@@ -30,8 +30,8 @@ from megalite.host_memory import keep_freed_memory
 from megalite.mesh import make_mesh
 from megalite.models import weight_table
 from megalite.parallel.collectives import start_sharing
+from megalite.parts import build
 from megalite.plan import make_plan
-from megalite.train import build
 
 
 class Waits:

@@ -26,8 +26,8 @@ from megalite.config import OptimizerConfig
 from megalite.config_file import parse_config
 from megalite.mesh import Axis, make_mesh
 from megalite.models import family, model_config, weight_table
+from megalite.parts import build
 from megalite.plan import make_plan
-from megalite.train import build
 
 OPTIMIZER = OptimizerConfig(lr=1e-3)
 Step = Callable[[Tensor], float]

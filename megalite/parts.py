@@ -1,0 +1,165 @@
+"""A rank's parts of the model, and the passes through them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from megalite.activity import NOW
+from megalite.config import Config
+from megalite.counter_random import random_bits
+from megalite.data.dataset import Split
+from megalite.data.loader import Loader, MicroBatch
+from megalite.engine import Engine, make_engine
+from megalite.kernels import library
+from megalite.keys import key_of
+from megalite.mesh import Mesh
+from megalite.models import build_model, weight_table
+from megalite.models.layers import Places
+from megalite.objective import Objective, make_objective
+from megalite.parallel.apply import apply_parallelism
+from megalite.parallel.collectives import all_reduce
+from megalite.parallel.context import zigzag
+from megalite.parallel.stage import Inputs, Stage, positions_of
+from megalite.parallel.tensor import PutOff
+from megalite.plan import Plan
+
+if TYPE_CHECKING:
+    from megalite.parallel.pipeline import Pipeline
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a rank trains: its stages of the model, their engine, and the pipeline that joins them to other ranks'."""
+
+    stages: tuple[Stage, ...]
+    engine: Engine
+    pipeline: Pipeline | None
+    dtype: torch.dtype
+    objective: Objective
+
+    def train(self, mode: bool = True) -> None:
+        for stage in self.stages:
+            stage.train(mode)
+
+
+def build(config: Config, plan: Plan, mesh: Mesh) -> Parts:
+    """This rank's part of the model, with its weights still zero. Chooses the process's kernels."""
+    library.use(config.kernels)
+    table = weight_table(config.model, config.lora)
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    spans = plan.stages_of(mesh.pipeline.rank)
+    zero_bubble = plan.pipeline > 1 and plan.schedule == "zero_bubble"
+    deferred = [PutOff() if zero_bubble else None for _ in spans]
+    stages = []
+    for span, later in zip(spans, deferred, strict=True):
+        model = build_model(config.model, config.lora)
+        apply_parallelism(model, table, plan, span, mesh, config.train, later)
+        stages.append(Stage(model, span))
+    rows = plan.weights_of(mesh.pipeline.rank, table)
+    engine = make_engine(stages, rows, plan, mesh, config)
+    pipeline = None
+    if plan.pipeline > 1:
+        from megalite.parallel.pipeline import Pipeline  # torch's schedules import its compiler
+
+        length = config.data.seq_length // plan.context // (plan.tensor if plan.sequence else 1)
+        shape = (plan.micro_batch_size, length, config.model.hidden_size)
+        pipeline = Pipeline(stages, plan, mesh, torch.empty(shape, dtype=dtype, device="meta"), deferred)
+    return Parts(tuple(stages), engine, pipeline, dtype, make_objective(config, mesh))
+
+
+def forward_backward(parts: Parts, batch: list[MicroBatch], mesh: Mesh, seed: int) -> dict[str, Tensor]:
+    """All of this rank's micro-batches of one global batch. Returns the mean loss of the global batch, and what else
+    the objective measures.
+
+    Every token (or pair of answers) of the global batch weighs the same, however they are spread over ranks and
+    micro-batches."""
+    objective = parts.objective
+    inputs = [objective.complete(make_inputs(micro, mesh, seed), micro, "train") for micro in batch]
+    count = all_reduce(count_labels(inputs), mesh.replicas).clamp(min=1)
+    found = torch.zeros(1 + len(objective.metrics), device=mesh.device)
+
+    def loss_of(losses_BT: Tensor, micro: Inputs) -> Tensor:
+        loss_B, metrics_BM = objective.measure(losses_BT, micro)
+        loss = loss_B.sum() / count
+        found.add_(torch.cat((loss.detach()[None], metrics_BM.sum(0) / count)))
+        return loss
+
+    parts.train()
+    if parts.pipeline:
+        parts.pipeline.forward_backward(inputs, loss_of, parts.engine)
+    else:
+        (stage,) = parts.stages
+        parts.engine.begin(len(inputs))
+        for number, micro in enumerate(inputs):
+            NOW.do("forward", number)
+            loss = loss_of(stage(None, micro), micro)
+            NOW.do("backward", number)
+            parts.engine.backward(loss)
+        NOW.do("summing gradients")
+        parts.engine.finish()
+    # Tensor ranks have computed the same. All ranks are to know the same bits of it, as all act on it.
+    found = all_reduce(found if mesh.tensor.rank == 0 else torch.zeros_like(found), mesh.world)
+    return dict(zip(("loss", *objective.metrics), found.unbind(), strict=True))
+
+
+@torch.no_grad()
+def forward(
+    parts: Parts, batch: list[MicroBatch], mesh: Mesh, logits: bool = False
+) -> Iterator[tuple[Tensor, Inputs, MicroBatch]]:
+    """The losses [B,T] or the head's logits of each micro-batch, and what they are of; nothing before the last
+    stage."""
+    inputs = [make_inputs(micro, mesh) for micro in batch]
+    asked = [replace(micro, labels_BT=None) for micro in inputs] if logits else inputs
+    if parts.pipeline:
+        found = parts.pipeline.forward(asked)
+    else:
+        NOW.do("forward")
+        found = [parts.stages[0](None, micro) for micro in asked]
+    yield from zip(found, inputs, batch, strict=False)
+
+
+def make_inputs(micro: MicroBatch, mesh: Mesh, seed: int | None = None) -> Inputs:
+    """A micro-batch on the device, cut to this rank's part of the sequence. A seed gives dropout its keys."""
+    micro = micro.to(mesh.device)
+    length = micro.tokens.shape[1]
+    with mesh.device:  # made where it is used: a copy would wait for the device
+        index = zigzag(length, mesh.context) if mesh.context.size > 1 else torch.arange(length)
+    position = index[None] if micro.documents is None else positions_of(micro.documents)[:, index]
+    document = None if micro.documents is None else micro.documents[:, index]
+    keys = None if seed is None else random_bits(key_of(seed, "dropout"), micro.samples)
+    return Inputs(micro.tokens[:, index], Places(index, position, document, keys, length), micro.labels[:, index])
+
+
+def count_labels(inputs: list[Inputs]) -> Tensor:
+    return torch.stack([micro.count_B.sum() for micro in inputs]).sum()
+
+
+@torch.no_grad()
+def validate(parts: Parts, loader: Loader, batches: int, split: Split, mesh: Mesh) -> dict[str, float]:
+    """The mean loss over the loader's next global batches; of several sources also that of each; and what else the
+    objective measures."""
+    mixture, objective = loader.mixture, parts.objective
+    # Of each source: the sum of the losses, what it is divided by, and what else is judged.
+    sums = torch.zeros(len(mixture.names), 2 + objective.num_judged, dtype=torch.float64, device=mesh.device)
+    parts.train(False)
+    for _ in range(batches):
+        for out, micro, read in forward(parts, next(loader), mesh, objective.needs_logits):
+            source = torch.from_numpy(mixture.order.locate(read.samples.numpy())[0]).to(mesh.device)
+            micro = objective.complete(micro, read, split)
+            loss_B, judged = objective.judge(out, micro)
+            found = torch.cat((loss_B[:, None], micro.count_B[:, None], judged), 1)
+            sums.index_add_(0, source, found.double())
+    of_source = all_reduce(all_reduce(sums, mesh.replicas), mesh.pipeline)
+    total, count = of_source[:, :2].sum(0).tolist()
+    loss = total / max(count, 1.0)
+    record = {"loss": loss, **objective.summary(loss, count, of_source[:, 2:].sum(0))}
+    if len(mixture.names) > 1:
+        each = (of_source[:, 0] / of_source[:, 1]).tolist()  # NaN where the batches have none of it
+        record |= {f"loss/{name}": x for name, x in zip(mixture.names, each, strict=True) if math.isfinite(x)}
+    return record

@@ -1,0 +1,51 @@
+"""How long work shows that it goes on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import Progress, ProgressColumn, TextColumn
+
+SECONDS_PER_LINE = 5.0
+
+
+class ProgressMeter:
+    """A progress bar on a terminal; elsewhere, as in a job's log, a line every few seconds and one at the end. Nothing
+    without console."""
+
+    def __init__(
+        self, name: str, total: int, columns: Sequence[ProgressColumn], console: Console | None, **fields: Any
+    ) -> None:
+        """`fields` are for the columns to show, until `show` gives newer ones."""
+        self.total, self._console = total, console
+        self._start = self._said = time.monotonic()
+        self._bar: Progress | None = None
+        if console is not None and console.is_terminal:
+            self._bar = Progress(TextColumn(name), *columns, console=console)
+            self._task = self._bar.add_task("", total=total, **fields)
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since it was made."""
+        return max(time.monotonic() - self._start, 1e-9)
+
+    def show(self, completed: int, line: str, **fields: Any) -> None:
+        """Of the total so far; `line` says the same where there is no bar."""
+        now = time.monotonic()
+        if self._bar is not None:
+            self._bar.update(self._task, completed=completed, **fields)
+        elif self._console is not None and (completed == self.total or now - self._said >= SECONDS_PER_LINE):
+            self._said = now
+            self._console.print(line, highlight=False)
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
