@@ -55,8 +55,8 @@ class Answer:
 
     def end(self, why: Finish) -> None:
         if self.finish is None:
-            self.finish = why
-            self.stream.close()
+            came_to_stop = self.stream.close()
+            self.finish = "stop" if came_to_stop and why == "length" else why
 
     @property
     def text(self) -> str:
@@ -93,12 +93,13 @@ class TextStream:
         piece, self._taken = self.said[self._taken :], len(self.said)
         return piece
 
-    def close(self) -> None:
-        """Nothing follows: what was held back is certain as well."""
+    def close(self) -> bool:
+        """Nothing follows: what was held back is certain as well. Whether a stop string has come up."""
         if not self._stopped and len(self._last) > len(self._before):
             self._add(self._last[len(self._before) :])
         if not self._stopped:
             self.said, self._held = self.said + self._held, ""
+        return self._stopped
 
     def _add(self, piece: str) -> None:
         text = self._held + piece

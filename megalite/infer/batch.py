@@ -19,10 +19,15 @@ from megalite.infer.sampling import choose
 from megalite.models.layers import Places
 
 
+class NoRoom(ConfigError):
+    """A prompt that leaves no room for an answer."""
+
+
 class Predictor(Protocol):
     """A model with a cache."""
 
     num_slots: int
+    vocab_size: int
     capacity: int
     """Tokens of the longest sequence."""
     turning_point: int | None
@@ -70,10 +75,13 @@ class Batch:
         return bool(self._running or self.waiting)
 
     def check(self, request: Request) -> None:
-        """Raises ConfigError for a prompt that leaves no room for an answer."""
-        count = len(request.prompt)
+        """Raises NoRoom, and ConfigError for a prompt of tokens that the model has not."""
+        count, last = len(request.prompt), self.model.vocab_size - 1
+        unknown = next((token for token in request.prompt if not 0 <= token <= last), None)
+        if unknown is not None:
+            raise ConfigError(f"the prompt has the token {unknown}, but the model knows those from 0 to {last}")
         if not 0 < count < self.model.capacity:
-            raise ConfigError(
+            raise NoRoom(
                 f"the prompt has {count} tokens; it must have at least one, and fewer than the "
                 f"{self.model.capacity} that prompt and answer may have together"
             )

@@ -141,6 +141,14 @@ class Generator:
             raise ConfigError("an empty prompt needs a tokenizer that has an end-of-document token")
         return ids
 
+    def token_text(self, token: int) -> str:
+        """As it reads within a text: with the space that it may begin with."""
+        return self.tokenizer.decode([*self._before_a_token, token])[len(self.tokenizer.decode(self._before_a_token)) :]
+
+    @cached_property
+    def _before_a_token(self) -> list[int]:
+        return self.tokenizer.encode("a")
+
     @cached_property
     def chat_template(self) -> ChatTemplate:
         """Raises DataError where the model has none."""

@@ -165,6 +165,15 @@ def test_a_page_of_somebody_else_cannot_write_ratings(local: Local, tmp_path: Pa
     assert post(local, "ratings", body).status_code == 201
 
 
+def test_what_strangers_ask_for_makes_no_metrics_of_its_own(local: Local) -> None:
+    for number in range(5):
+        assert httpx.get(f"{local.url}/strange-{number}").status_code == 404
+        assert httpx.request(f"STRANGE{number}", f"{local.url}/v1/models").status_code == 405
+    told = httpx.get(f"{local.url}/metrics").text
+    assert 'megalite_requests_total{path="other",status="404"} 5.0' in told
+    assert "strange" not in told.lower()
+
+
 @pytest.mark.parametrize("version", ["2.3", "2.4"])
 def test_a_client_that_is_gone_before_its_stream_begins_takes_no_slot(tmp_path: Path, version: str) -> None:
     model = Gated(b"endless", num_slots=1)

@@ -236,6 +236,13 @@ def test_a_wrong_row_is_shown(tmp_path: Path, line: str, reason: str) -> None:
     assert str(caught.value).endswith(line)
 
 
+def test_a_text_may_hold_what_ends_lines_elsewhere(tmp_path: Path) -> None:
+    file, odd = tmp_path / "rows.jsonl", "one\u2028two\x85three"
+    file.write_text(json.dumps({"prompt": odd, "completion": odd}, ensure_ascii=False) + "\n", encoding="utf-8")
+    (row,) = references_task(file, None, 8, [])["custom_dataset"]()["test"]
+    assert (row["prompt"], row["wanted"]) == (odd, [odd])
+
+
 def test_one_of_the_two_is_asked_for(tmp_path: Path) -> None:
     for asked in (Asked(), Asked(["a"], data=tmp_path / "rows.jsonl")):
         with pytest.raises(ConfigError, match="either --tasks NAME,NAME or --data FILE"):

@@ -231,7 +231,7 @@ def test_a_large_prompt_is_refused_before_it_is_read(served: Served, chunked: bo
         ({"prompt": "x", "max_tokens": 0}, "max_tokens: "),
         ({"prompt": "x", "frequency_penalty": 1}, "frequency_penalty: "),
         ({"prompt": "x", "best_off": 1}, "best_off: is not known"),
-        ({"prompt": [1, 999]}, "tokens have numbers from 0 to 255"),
+        ({"prompt": [1, 999]}, "the prompt has the token 999, but the model knows those from 0 to 255"),
         ({"prompt": []}, "the prompt has 0 tokens"),
         ({"prompt": "x" * LENGTH}, f"the prompt has {LENGTH} tokens"),
         ({"prompt": "x", "model": "other"}, "the model 'other' does not exist"),
@@ -262,7 +262,7 @@ def test_the_page_in_a_browser(served: Served) -> None:
     if browser is None:
         pytest.skip("no Chromium on this machine")
     rows = served.log.with_name("ratings") / "preference.jsonl"
-    before = len(rows.read_text().splitlines()) if rows.exists() else 0
+    before = len(rows.read_bytes().splitlines()) if rows.exists() else 0
     with playwright.sync_playwright() as tool:
         page = tool.chromium.launch(executable_path=browser, args=["--no-sandbox"]).new_page()
         problems: list[str] = []
@@ -300,7 +300,7 @@ def test_the_page_in_a_browser(served: Served) -> None:
         page.click("[aria-label='Good answer'] >> nth=1")
         page.wait_for_selector(".problem")
         assert not problems
-    added = [json.loads(line) for line in rows.read_text().splitlines()[before:]]
+    added = [json.loads(line) for line in rows.read_bytes().splitlines()[before:]]
     assert [(row["prompt"][0]["content"], row["chosen"], row["rejected"]) for row in added] == [
         ("Hello <b>there</b>", "Hello yourself.", said)
     ]

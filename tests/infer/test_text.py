@@ -67,6 +67,19 @@ def test_a_stop_string_ends_the_work_too() -> None:
     assert (answer.text, bytes(answer.tokens), answer.finish) == ("ab", b"abcd", "stop")
 
 
+def test_a_stop_string_beside_part_of_a_character() -> None:
+    gen = Generator(Scripted([257]), Bytes())
+    (answer,) = gen.answer([gen.request("x", 1, Sampling(temperature=0), ["n"])])
+    assert (answer.text, answer.finish) == ("", "stop")
+
+
+def test_tokens_that_the_model_has_not_are_refused() -> None:
+    """Such as one that was added to its tokenizer alone."""
+    gen = Generator(Scripted([1], vocab_size=200), Bytes())
+    with pytest.raises(ConfigError, match="the prompt has the token 206, but the model knows those from 0 to 199"):
+        gen.answer([gen.request("Ω", 1)])
+
+
 def test_an_empty_prompt_starts_a_document() -> None:
     gen = Generator(Scripted([ord("x")]), Bytes())
     assert gen.prompt_ids("") == [256]
@@ -88,6 +101,8 @@ def test_the_space_between_prompt_and_continuation(tmp_path: Path) -> None:
     gen = Generator(Scripted(whole[len(prompt) :], prompt=len(prompt)), tokenizer, sampling=Sampling(temperature=0))
     (answer,) = gen.answer([gen.request("hello", len(whole) - len(prompt))])
     assert "hello" + answer.text == "hello world"
+    names = "".join(map(gen.token_text, answer.tokens))
+    assert names == " world", "and a token's own text has it"
 
 
 def test_a_prompt_begins_as_the_tokenizer_has_texts_begin(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from starlette.requests import ClientDisconnect
 
 from megalite.errors import ConfigError, DataError
 from megalite.infer import answer as answers
+from megalite.infer.batch import NoRoom
 from megalite.infer.generate import Generator
 from megalite.infer.serving.engine import Engine, Overloaded, Ticket, Told, Update
 from megalite.infer.serving.guards import Guards, Refused
@@ -192,10 +193,6 @@ class Service:
             raise Trouble(400, text, "invalid_request_error", "n")
 
     def _ids(self, prompt: str | list[int]) -> list[int]:
-        if not isinstance(prompt, str):
-            known = self.generator.tokenizer.vocab_size
-            if not all(0 <= token < known for token in prompt):
-                raise Trouble(400, f"tokens have numbers from 0 to {known - 1}", "invalid_request_error", "prompt")
         with _told("prompt"):
             return self.generator.prompt_ids(prompt)
 
@@ -231,11 +228,11 @@ class Service:
                 loop.call_soon_threadsafe(queue.put_nowait, told)
 
         try:
-            with _told("prompt" if kind == "cmpl" else "messages", "context_length_exceeded"):
+            with _told("prompt" if kind == "cmpl" else "messages"):
                 tickets = self.engine.submit(requests, self.settings.timeout_s, body.stream, deliver)
         except Overloaded as full:
             raise Trouble(503, str(full), "server_error", code="overloaded") from None
-        reply = Reply(kind, self.settings.name, lambda token: self.generator.tokenizer.decode([token]))
+        reply = Reply(kind, self.settings.name, self.generator.token_text)
         updates = _updates(queue, len(tickets))
         if body.stream:
             pieces = self._stream(body, reply, tickets, updates, num_prompt)
@@ -332,11 +329,12 @@ async def _unless_gone(request: Request, work: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _told(param: str, code: str | None = None) -> Iterator[None]:
+def _told(param: str) -> Iterator[None]:
     """What is wrong with a request is told to who sent it."""
     try:
         yield
     except ConfigError as problem:
+        code = "context_length_exceeded" if isinstance(problem, NoRoom) else None
         raise Trouble(400, str(problem), "invalid_request_error", param, code) from None
 
 
