@@ -123,6 +123,21 @@ def test_odd_numbers_do_no_harm(tmp_path: Path, odd: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
+    "usual",
+    [
+        dict.fromkeys(["max_tokens", "n", "stream", "stream_options", "stop", "seed", "logprobs", "echo", "user"]),
+        {"presence_penalty": 0.0, "frequency_penalty": 0.0, "logit_bias": {}, "best_of": 1, "suffix": ""},
+        {"top_k": -1, "top_p": 1, "temperature": 0},  # vLLM's word for no limit
+    ],
+)
+def test_usual_values_may_be_spelled_out(local: Local, usual: dict[str, Any]) -> None:
+    spelled = post(local, "completions", {"prompt": "x"} | usual)
+    assert spelled.status_code == 200, spelled.text
+    left_out = post(local, "completions", {"prompt": "x"})
+    assert spelled.json()["choices"] == left_out.json()["choices"]
+
+
+@pytest.mark.parametrize(
     ("body", "param"),
     [
         (b'{"prompt": "x", "\\ud800": 1}', None),

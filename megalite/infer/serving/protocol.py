@@ -37,6 +37,13 @@ Nothing = Annotated[list[Any], Field(max_length=0)] | None
 class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_left_out(cls, values: Any) -> Any:
+        return (
+            {name: value for name, value in values.items() if value is not None} if isinstance(values, dict) else values
+        )
+
 
 class StreamOptions(Body):
     include_usage: bool = False
@@ -54,7 +61,7 @@ class Asked(Body):
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     temperature: float | None = Field(None, ge=0, le=100)
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=0)
+    top_k: int | None = Field(None, ge=-1)
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0, le=100)
     # What changes nothing about an answer is taken and left alone.
@@ -89,6 +96,8 @@ class Asked(Body):
         """One for each of `n` choices. Without a seed they are different every time."""
         names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
         asked = {name: value for name in names if (value := getattr(self, name)) is not None}
+        if self.top_k == -1:  # as vLLM has it
+            asked["top_k"] = 0
         seed = secrets.randbits(62) if self.seed is None else self.seed
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         samplings = [replace(sampling, **asked, seed=wrap(seed + choice)) for choice in range(self.n)]
@@ -130,10 +139,7 @@ class Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text | list[TextPart] | None = None
     name: str | None = None
-    # An answer is sent back with all that OpenAI's client has of it.
-    refusal: None = None
-    audio: None = None
-    function_call: None = None
+    # An answer may be sent back as other servers give it.
     annotations: Nothing = None
     tool_calls: Nothing = None
 
