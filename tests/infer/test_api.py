@@ -171,7 +171,9 @@ def test_a_prompt_that_is_too_long_has_the_code_that_clients_look_for(local: Loc
 def test_a_page_of_somebody_else_cannot_write_ratings(local: Local, tmp_path: Path) -> None:
     """A browser sends what is plain text from any page, and asks before it sends JSON."""
     body = {"prompt": "x", "answer": "y", "rating": "up"}
-    assert post(local, "ratings", body, content_type="text/plain", origin="http://elsewhere").status_code == 400
+    refused = post(local, "ratings", body, content_type="text/plain", origin="http://elsewhere")
+    assert refused.status_code == 400
+    assert "Content-Type: application/json" in refused.json()["error"]["message"]
     asks = {"origin": "http://elsewhere", "access-control-request-method": "POST"}
     asked = httpx.options(f"{local.url}/v1/ratings", headers=asks)
     assert asked.status_code == 405

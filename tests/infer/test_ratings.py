@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import resource
 import signal
@@ -176,6 +177,16 @@ def test_several_servers_write_whole_lines(tmp_path: Path) -> None:
     in_processes(4, append, tmp_path)
     found = [row["completion"].split(" ")[:2] for row in rows_in(tmp_path / "completion.jsonl")]
     assert sorted(found) == sorted([str(number), str(row)] for number in range(4) for row in range(20))
+
+
+def test_a_file_system_without_locks_keeps_ratings_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", refused)
+    for answer in ("one", "two"):
+        Ratings(tmp_path).add(rating(answer), "tiny")
+    assert [row["completion"] for row in rows_in(tmp_path / "completion.jsonl")] == ["one", "two"]
 
 
 def test_a_line_that_was_cut_off_costs_itself_alone(tmp_path: Path, folder: Path) -> None:

@@ -350,11 +350,11 @@ def _explain_errors(app: FastAPI) -> None:
         place = [str(part) for part in first["loc"][1:]]
         if first["type"] == "json_invalid":
             return _json(error("the body is not valid JSON", "invalid_request_error"), 400)
-        what = (
-            "is not known or not supported"
-            if first["type"] == "extra_forbidden"
-            else first["msg"].removeprefix("Value error, ")
-        )
+        what = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            what = "is not known or not supported"
+        elif not place and "json" not in request.headers.get("content-type", ""):
+            what = "must be JSON, and the header Content-Type: application/json say so"
         param = ".".join(place) or None
         return _json(error(f"{param or 'the body'}: {what}", "invalid_request_error", param), 400)
 

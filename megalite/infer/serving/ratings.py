@@ -92,14 +92,24 @@ class Ratings:
         data = orjson.dumps(row) + b"\n"
         file = os.open(self.folder / name, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
+            locked = _lock(file)
             size = os.fstat(file).st_size
             if size and os.pread(file, 1, size - 1) != b"\n":
                 data = b"\n" + data
             written = os.write(file, data)
             if written != len(data):
-                os.ftruncate(file, size)
+                if locked:
+                    os.ftruncate(file, size)
                 raise OSError(f"only {written} of {len(data)} bytes fitted on the disk")
             os.fsync(file)
         finally:
             os.close(file)
+
+
+def _lock(file: int) -> bool:
+    """Until it is closed. Some file systems of clusters have no locks: what fits is appended whole there, too."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError:
+        return False
+    return True
