@@ -114,8 +114,6 @@ class TextStream:
 
 CONTEXT = 16
 """Tokens of the prompt that the first ones of an answer are decoded with."""
-
-
 LONGEST_CHARACTER = 64
 """Tokens that are decoded together, again for each that is added, in the hope of a whole character. It has four bytes,
 so that what so many leave open is none."""

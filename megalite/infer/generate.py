@@ -159,12 +159,12 @@ class Generator:
     def chat_ids(self, messages: Sequence[Message]) -> list[int]:
         """A conversation, up to where the model's next answer begins. Raises DataError without a chat template, and
         ConfigError with what the template says of messages that it cannot render."""
-        with _template_s_words():
+        with _said_by_template():
             return self.tokenizer.encode(self.chat_template.render(messages, prompt=True))
 
     def check_answer(self, messages: Sequence[Message]) -> None:
         """Whether a conversation's last answer can be learned. Raises as `chat_ids` does."""
-        with _template_s_words():
+        with _said_by_template():
             self.chat_template.answers(messages, last=True)
 
     def start(self, request: Request) -> Answer:
@@ -225,7 +225,7 @@ class Generator:
 
 
 @contextmanager
-def _template_s_words() -> Iterator[None]:
+def _said_by_template() -> Iterator[None]:
     try:
         yield
     except DataError:

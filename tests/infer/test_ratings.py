@@ -111,10 +111,11 @@ def post_chat(local: Local, messages: list[dict[str, str]]) -> str:
 def test_texts_are_rated_too(local: Local, folder: Path, tmp_path: Path) -> None:
     assert post(local, prompt="say", answer=" hello", rating="up").status_code == 201
     assert post(local, prompt="say", answer=" hello", rating="down", correction=" one").status_code == 201
+    assert post(local, prompt="say", answer=" hello", rating="up", correction=" two").status_code == 201
     for format in ("completion", "preference"):
         settings = Settings(format, str(folder))  # type: ignore[arg-type]
         made = preprocess_rows([str(tmp_path / f"ratings/{format}.jsonl")], tmp_path / format, settings)
-        assert made.num_documents == 2
+        assert made.num_documents == {"completion": 3, "preference": 4}[format]
 
 
 HELLO = {"role": "user", "content": "hello"}

@@ -46,7 +46,7 @@ class RatingBody(Body):
 
     @model_validator(mode="after")
     def _nothing_is_not_good(self) -> RatingBody:
-        if self.rating == "up" and not self.answer.strip():
+        if self.good is not None and not self.good.strip():
             raise ValueError("from an answer that says nothing, nothing can be learned")
         return self
 
@@ -59,7 +59,7 @@ class RatingBody(Body):
     @property
     def good(self) -> str | None:
         """What is to be learned."""
-        return self.correction if self.rating == "down" else self.answer
+        return self.correction or (self.answer if self.rating == "up" else None)
 
     @property
     def kind(self) -> str:

@@ -59,7 +59,8 @@ def serve(generator: Generator, settings: Settings, address: socket.socket, grac
     signal.signal(signal.SIGTERM, lambda number, frame: None)
     protected = f"{len(settings.keys)} API keys" if settings.keys else "open to all: no API key is set"
     host, port = address.getsockname()[:2]
-    LOG.info("%s on http://%s:%d (%s); ratings go to %s", settings.name, host, port, protected, settings.ratings)
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    LOG.info("%s on %s (%s); ratings go to %s", settings.name, url, protected, settings.ratings)
     server.run([address])
 
 
