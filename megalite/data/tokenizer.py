@@ -187,7 +187,8 @@ class SentencePieceTokenizer(Tokenizer):
         return self._processor.encode(list(texts), num_threads=1)
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._processor.decode([int(i) for i in ids])
+        # A model may have more tokens, which Hugging Face's tokenizers leave out too.
+        return self._processor.decode([int(i) for i in ids if i < self.vocab_size])
 
     def vocabulary(self) -> dict[str, int]:
         return {self._processor.id_to_piece(i): i for i in range(self.vocab_size)}

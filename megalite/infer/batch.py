@@ -81,7 +81,7 @@ class Batch:
         if unknown is not None:
             raise ConfigError(f"the prompt has the token {unknown}, but the model knows those from 0 to {last}")
         if not 0 < count < self.model.capacity:
-            raise NoRoom(
+            raise (NoRoom if count else ConfigError)(
                 f"the prompt has {count} tokens; it must have at least one, and fewer than the "
                 f"{self.model.capacity} that prompt and answer may have together"
             )

@@ -166,6 +166,8 @@ def test_odd_bodies_are_refused_in_openai_s_form(local: Local, body: bytes, para
 def test_a_prompt_that_is_too_long_has_the_code_that_clients_look_for(local: Local, model: Gated) -> None:
     refused = post(local, "completions", {"prompt": "x" * model.capacity})
     assert (refused.status_code, refused.json()["error"]["code"]) == (400, "context_length_exceeded")
+    empty = post(local, "completions", {"prompt": []})
+    assert (empty.status_code, empty.json()["error"]["code"]) == (400, None)
 
 
 def test_a_page_of_somebody_else_cannot_write_ratings(local: Local, tmp_path: Path) -> None:
