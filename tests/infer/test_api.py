@@ -18,23 +18,36 @@ from local_server import Gated, Local, serving
 
 from chats import write_tokenizer
 from megalite.data.tokenizer import load_tokenizer
+from megalite.infer.answer import Choice
 from megalite.infer.generate import Generator
 from megalite.infer.sampling import Sampling
-from scripted import Scripted
+from megalite.infer.serving.protocol import Reply
+from scripted import Bytes, Scripted
 
 SAID = "né 🙂!"
 
 
-@pytest.fixture
-def model() -> Gated:
-    gated = Gated(SAID.encode(), num_slots=2)
-    gated.run()
-    return gated
+def ungated(script: bytes, **more: int) -> Gated:
+    model = Gated(script, num_slots=2, **more)
+    model.run()
+    return model
 
 
-@pytest.fixture
-def local(tmp_path: Path, model: Gated) -> Iterator[Local]:
-    with serving(model, tmp_path / "ratings") as found:
+@pytest.fixture(scope="module")
+def ratings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ratings")
+
+
+@pytest.fixture(scope="module")
+def local(ratings: Path) -> Iterator[Local]:
+    with serving(ungated(SAID.encode()), ratings) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def few(ratings: Path) -> Iterator[Local]:
+    """Of few tokens."""
+    with serving(ungated(b"\x01\x02\x03", vocab_size=8), ratings) as found:
         yield found
 
 
@@ -54,7 +67,7 @@ def chats(tmp_path: Path) -> Iterator[Local]:
 def post(local: Local, path: str, body: Any, **headers: str) -> httpx.Response:
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     headers = {"content-type": "application/json"} | {name.replace("_", "-"): value for name, value in headers.items()}
-    return httpx.post(f"{local.url}/v1/{path}", content=content, headers=headers)
+    return httpx.post(f"{local.url}/v1/{path}", content=content, headers=headers, verify=False)
 
 
 def test_an_answer_may_be_sent_back_as_it_came(chats: Local) -> None:
@@ -70,7 +83,7 @@ def test_an_answer_may_be_sent_back_as_it_came(chats: Local) -> None:
     assert refused.json()["error"]["param"] == "messages.1.tool_calls"
 
 
-def test_chats_need_a_template_and_are_told_no_paths(local: Local, tmp_path: Path) -> None:
+def test_chats_need_a_template_and_are_told_no_paths(local: Local) -> None:
     refused = post(local, "chat/completions", {"messages": [{"role": "user", "content": "hello"}]})
     assert refused.status_code == 400
     assert refused.json()["error"]["message"] == "the model 'tiny' has no chat template; use /v1/completions"
@@ -90,11 +103,7 @@ def test_log_probabilities_of_a_stream_are_those_of_the_whole(local: Local) -> N
         assert token in top, "also one that is not among the likeliest"
 
 
-def test_part_of_a_character_has_no_bytes(chats: Local, local: Local) -> None:
-    from megalite.infer.answer import Choice
-    from megalite.infer.serving.protocol import Reply
-    from scripted import Bytes
-
+def test_part_of_a_character_has_no_bytes() -> None:
     reply = Reply("chatcmpl", "tiny", lambda token: Bytes().decode([token]))
     parts = [Choice(token, -1.0, ((token, -1.0),)) for token in "é!".encode()]
     found = reply.choice(0, "é!", parts, "stop", streamed=False)["logprobs"]["content"]
@@ -110,12 +119,9 @@ def test_part_of_a_character_has_no_bytes(chats: Local, local: Local) -> None:
         {"temperature": 100, "min_p": 1e-300, "top_p": 1e-300},
     ],
 )  # fmt: skip
-def test_odd_numbers_do_no_harm(tmp_path: Path, odd: dict[str, Any]) -> None:
+def test_odd_numbers_do_no_harm(few: Local, odd: dict[str, Any]) -> None:
     """To anybody: a step that fails would end all answers under way."""
-    few = Gated(b"\x01\x02\x03", num_slots=2, vocab_size=8)
-    few.run()
-    with serving(few, tmp_path) as local:
-        done = post(local, "completions", {"prompt": "\x01", "max_tokens": 3} | odd)
+    done = post(few, "completions", {"prompt": "\x01", "max_tokens": 3} | odd)
     assert done.status_code == 200, done.text
     assert done.json()["usage"]["completion_tokens"] == 3
     if odd.get("temperature", 0) < 1:
@@ -163,14 +169,14 @@ def test_odd_bodies_are_refused_in_openai_s_form(local: Local, body: bytes, para
         assert problem["param"].split(".")[0] == param
 
 
-def test_a_prompt_that_is_too_long_has_the_code_that_clients_look_for(local: Local, model: Gated) -> None:
-    refused = post(local, "completions", {"prompt": "x" * model.capacity})
+def test_a_prompt_that_is_too_long_has_the_code_that_clients_look_for(local: Local) -> None:
+    refused = post(local, "completions", {"prompt": "x" * Gated.capacity})
     assert (refused.status_code, refused.json()["error"]["code"]) == (400, "context_length_exceeded")
     empty = post(local, "completions", {"prompt": []})
     assert (empty.status_code, empty.json()["error"]["code"]) == (400, None)
 
 
-def test_a_page_of_somebody_else_cannot_write_ratings(local: Local, tmp_path: Path) -> None:
+def test_a_page_of_somebody_else_cannot_write_ratings(local: Local, ratings: Path) -> None:
     """A browser sends what is plain text from any page, and asks before it sends JSON."""
     body = {"prompt": "x", "answer": "y", "rating": "up"}
     refused = post(local, "ratings", body, content_type="text/plain", origin="http://elsewhere")
@@ -180,7 +186,7 @@ def test_a_page_of_somebody_else_cannot_write_ratings(local: Local, tmp_path: Pa
     asked = httpx.options(f"{local.url}/v1/ratings", headers=asks)
     assert asked.status_code == 405
     assert not any(name.startswith("access-control") for name in asked.headers)
-    assert not list((tmp_path / "ratings").iterdir())
+    assert not list(ratings.iterdir())
     assert post(local, "ratings", body).status_code == 201
 
 

@@ -33,6 +33,7 @@ from megalite.infer.serving.ratings import RatingBody, Ratings
 from mixtures import config_of
 from scripted import Scripted
 
+JSON = {"content-type": "application/json"}
 TOOL = Path(__file__).parents[2] / "tools" / "preprocess_data.py"
 STRICT = "{% if messages[0].role != 'user' %}{{ raise_exception('the user begins') }}{% endif %}" + CHATML
 
@@ -53,7 +54,7 @@ def local(folder: Path, tmp_path: Path) -> Iterator[Local]:
 
 
 def post(local: Local, **body: Any) -> httpx.Response:
-    return httpx.post(f"{local.url}/v1/ratings", json=body)
+    return httpx.post(f"{local.url}/v1/ratings", json=body, verify=False)
 
 
 def rows_in(file: Path) -> list[dict[str, Any]]:
@@ -121,28 +122,24 @@ def test_texts_are_rated_too(local: Local, folder: Path, tmp_path: Path) -> None
 HELLO = {"role": "user", "content": "hello"}
 
 
-@pytest.mark.parametrize(
-    ("wrong", "why"),
-    [
-        ({"messages": [HELLO], "answer": " ", "rating": "up"}, "says nothing"),
-        ({"messages": [HELLO], "answer": "x", "rating": "down", "correction": "x"}, "something else than the answer"),
-        ({"messages": [{"role": "system", "content": "x"}], "answer": "x", "rating": "up"}, "the user begins"),
-        ({"messages": [HELLO, {"role": "assistant"}, HELLO], "answer": "x", "rating": "up"}, "says nothing"),
-        ({"prompt": "", "answer": "x", "rating": "down", "correction": "y"}, "at least 1 item"),
-        ({"prompt": "x", "messages": [HELLO], "answer": "x", "rating": "up"}, "either messages or a prompt"),
-    ],
-)
-def test_what_finetuning_could_not_read_is_refused(local: Local, tmp_path: Path, wrong: Any, why: str) -> None:
-    refused = post(local, **wrong)
-    assert refused.status_code == 400
-    assert why in refused.json()["error"]["message"]
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"messages": [HELLO], "answer": " ", "rating": "up"}, "says nothing"),
+    ({"messages": [HELLO], "answer": "x", "rating": "down", "correction": "x"}, "something else than the answer"),
+    ({"messages": [{"role": "system", "content": "x"}], "answer": "x", "rating": "up"}, "the user begins"),
+    ({"messages": [HELLO, {"role": "assistant"}, HELLO], "answer": "x", "rating": "up"}, "says nothing"),
+    ({"prompt": "", "answer": "x", "rating": "down", "correction": "y"}, "at least 1 item"),
+    ({"prompt": "x", "messages": [HELLO], "answer": "x", "rating": "up"}, "either messages or a prompt"),
+]
+
+
+def test_what_finetuning_could_not_read_is_refused(local: Local, tmp_path: Path) -> None:
+    for wrong, why in WRONG:
+        refused = post(local, **wrong)
+        assert refused.status_code == 400
+        assert why in refused.json()["error"]["message"]
+    half = b'{"prompt": "x", "answer": "\\ud800", "rating": "up"}'
+    assert httpx.post(f"{local.url}/v1/ratings", content=half, headers=JSON).status_code == 400
     assert not list((tmp_path / "ratings").iterdir())
-
-
-def test_half_a_character_is_refused(local: Local) -> None:
-    body = b'{"prompt": "x", "answer": "\\ud800", "rating": "up"}'
-    answered = httpx.post(f"{local.url}/v1/ratings", content=body, headers={"content-type": "application/json"})
-    assert answered.status_code == 400
 
 
 def test_a_correction_of_nothing_is_learned_and_no_pair(local: Local, folder: Path, tmp_path: Path) -> None:
