@@ -251,11 +251,14 @@ def _plan(arguments: argparse.Namespace) -> None:
 def _generate(arguments: argparse.Namespace) -> None:
     from dataclasses import replace
 
-    from megalite.infer.generate import Generator
+    from megalite.data.chat import ChatTemplate
+    from megalite.infer.generate import Generator, find_model
     from megalite.mesh import Launch, leave
 
     launch = Launch.from_environment()
     layout = {"tensor": arguments.tensor, "pipeline": arguments.pipeline}
+    if arguments.chat:
+        ChatTemplate.of(find_model(arguments.model), ())  # or there is no need to read the weights
     generator = Generator.open(arguments.model, num_slots=1, launch=launch, **layout)
     names = ("temperature", "top_k", "top_p", "min_p", "seed")
     asked = {name: value for name in names if (value := getattr(arguments, name)) is not None}
@@ -291,7 +294,7 @@ def _serve(arguments: argparse.Namespace) -> None:
     from megalite.infer.generate import Generator, find_model
     from megalite.infer.serving.app import Settings
     from megalite.infer.serving.guards import read_keys
-    from megalite.infer.serving.run import serve
+    from megalite.infer.serving.run import bind, serve
 
     settings = Settings(
         name=arguments.name or arguments.model.resolve().name,
@@ -302,8 +305,9 @@ def _serve(arguments: argparse.Namespace) -> None:
         timeout_s=arguments.timeout,
         log_prompts=arguments.log_prompts,
     )
+    address = bind(arguments.host, arguments.port)
     generator = Generator.open(find_model(arguments.model), num_slots=arguments.slots, max_length=arguments.max_length)
-    serve(generator, settings, arguments.host, arguments.port, arguments.grace)
+    serve(generator, settings, address, arguments.grace)
 
 
 def _inspect(arguments: argparse.Namespace) -> None:

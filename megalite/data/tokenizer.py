@@ -127,6 +127,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def encode_prompt(self, text: str) -> list[int]:
         ids, whole = self.encode(text), self._tokenizer.encode(text).ids
+        if not ids:  # where the text stands among what begins and ends it cannot be told
+            return [token for token in whole[:1] if token == self.begin_id]
         # What it has end every text is left out: the text goes on.
         starts = range(len(whole) - len(ids) + 1)
         return next((whole[: start + len(ids)] for start in starts if whole[start : start + len(ids)] == ids), ids)
@@ -198,7 +200,8 @@ class SentencePieceTokenizer(Tokenizer):
         return self._processor.encode(list(texts), num_threads=1)
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._processor.decode([int(i) for i in ids])
+        # A model may have more tokens, which Hugging Face's tokenizers leave out too.
+        return self._processor.decode([int(i) for i in ids if i < self.vocab_size])
 
     def vocabulary(self) -> dict[str, int]:
         return {self._processor.id_to_piece(i): i for i in range(self.vocab_size)}

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import signal
+import socket
 import sys
 import threading
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
+from megalite.errors import ConfigError
 from megalite.infer.cache import Row, lay_out
 from megalite.infer.generate import Generator
 from megalite.infer.serving.app import Settings, make_app
@@ -30,25 +33,43 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         # In a thread: this one may hold the lock that it takes.
-        threading.Thread(target=self._engine.close, args=(self._grace_s,)).start()
+        threading.Thread(target=self._engine.close, args=(self._grace_s,), name="closing").start()
         super().handle_exit(sig, frame)
 
 
-def serve(generator: Generator, settings: Settings, host: str, port: int, grace_s: float) -> None:
-    """Until a signal ends it. Raises OSError where the address cannot be had."""
+def bind(host: str, port: int) -> socket.socket:
+    """The address, before the model is read, which takes long; nobody can connect yet. Raises ConfigError."""
+    address = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    address.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        address.bind((host, port))
+    except (OSError, OverflowError) as error:
+        address.close()
+        why = getattr(error, "strerror", None) or error
+        raise ConfigError(f"--host {host} --port {port} cannot be listened on: {why}") from None
+    return address
+
+
+def serve(generator: Generator, settings: Settings, address: socket.socket, grace_s: float) -> None:
+    """On the address of `bind`, until a signal ends it."""
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     warm_up(generator)
-    app = make_app(generator, settings)
-    config = uvicorn.Config(
-        app, host, port, log_config=None, access_log=False, server_header=False,
-        timeout_graceful_shutdown=round(grace_s + LAST_S), timeout_keep_alive=30,
-    )  # fmt: skip
-    server = Server(config, app.state.engine, grace_s)
+    server = make_server(make_app(generator, settings), grace_s)
     # uvicorn raises the signal again when all is done: it has done its work by then.
     signal.signal(signal.SIGTERM, lambda number, frame: None)
     protected = f"{len(settings.keys)} API keys" if settings.keys else "open to all: no API key is set"
-    LOG.info("%s on http://%s:%d (%s); ratings go to %s", settings.name, host, port, protected, settings.ratings)
-    server.run()
+    host, port = address.getsockname()[:2]
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    LOG.info("%s on %s (%s); ratings go to %s", settings.name, url, protected, settings.ratings)
+    server.run([address])
+
+
+def make_server(app: Any, grace_s: float) -> Server:
+    config = uvicorn.Config(
+        app, log_config=None, access_log=False, server_header=False,
+        timeout_graceful_shutdown=round(grace_s + LAST_S), timeout_keep_alive=30,
+    )  # fmt: skip
+    return Server(config, app.state.engine, grace_s)
 
 
 def warm_up(generator: Generator) -> None:
