@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from megalite.checkpoint.folder import write_json
+from megalite.checkpoint.folder import remove, write_json
 from megalite.config import Config
 from megalite.data.tokenizer import FILES, Tokenizer
 from megalite.models import peft, read_hf_config, to_hf_config, weight_table
@@ -23,12 +23,16 @@ def keep_source(config: Config) -> None:
     folder = config.run.folder / SOURCE
     if config.model.hf is None or folder.exists():
         return
-    folder.mkdir(parents=True)
+    # Under its name only when all is there: a start that is cut short must not leave a part for those after it.
+    temporary = folder.with_name(f"{SOURCE}.tmp")
+    remove(temporary)
+    temporary.mkdir(parents=True)
     hf = config.model.hf
     where = [hf, *([peft.base_of(hf)] if peft.is_adapter(hf) else [])]
     for name in ("config.json", "generation_config.json", *FILES):
         if found := next((path / name for path in where if (path / name).is_file()), None):
-            shutil.copyfile(found, folder / name)
+            shutil.copyfile(found, temporary / name)
+    temporary.rename(folder)
 
 
 def write_extras(folder: Path, config: Config, tokenizer: Tokenizer | None) -> None:
