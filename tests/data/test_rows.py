@@ -16,7 +16,7 @@ import tokenizers
 import yaml
 from tokenizers import pre_tokenizers, processors
 
-from chats import CHATML, FORGETFUL, MARKED, MARKED_WITHOUT_END, PLAIN, write_rows, write_tokenizer
+from chats import CHATML, ENDED, FORGETFUL, MARKED, MARKED_WITHOUT_END, PLAIN, write_rows, write_tokenizer
 from megalite.cli import main
 from megalite.data.formats import Settings
 from megalite.data.indexed import IndexedDataset
@@ -80,6 +80,13 @@ def test_a_template_that_renders_answers_differently_is_refused_but_for_the_last
         made(tmp_path, [{"messages": CHAT}], tokenizer, format="chat")
     [last] = made(tmp_path, [{"messages": CHAT}], tokenizer, format="chat", last_only=True)
     assert learned(tokenizer, last) == ["thinking Paris<|im_end|>"]
+
+
+def test_a_template_that_ends_the_text_behind_the_last_turn(tmp_path: Path) -> None:
+    """As Phi-3's, of which answers in the middle are known all the same."""
+    tokenizer = write_tokenizer(tmp_path / "tokenizer", ENDED)
+    [found] = made(tmp_path, [{"messages": CHAT}], tokenizer, format="chat")
+    assert learned(tokenizer, found) == ["hello, ünï\n<|im_end|>", "Paris<|im_end|>\n<|endoftext|>"]
 
 
 def test_an_answer_that_nothing_ends_gets_an_end(tmp_path: Path) -> None:
