@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megalite import last_words
-from megalite.exit_codes import Exit, flush_output, killed_by
+from megalite.exit_codes import Exit, end_process, flush_output, killed_by, passes
 from megalite.secrecy import hide_secrets
 
 
@@ -37,17 +37,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         rank = os.environ.get("RANK")  # a mistake in the config is every rank's, a bad disk may be one rank's alone
         _complain(f"error{f' on rank {rank}' if rank else ''}: {error}\n")
         last_words.leave(str(error))
-        return Exit.NOT_SAVED if isinstance(error, NotSaved) else Exit.MISTAKE
+        mistake = Exit.FAILED if passes(error) else Exit.MISTAKE
+        return _failed(Exit.NOT_SAVED if isinstance(error, NotSaved) else mistake)
     except KeyboardInterrupt:
-        return killed_by(signal.SIGINT)
+        return _failed(killed_by(signal.SIGINT))
     except Exception as error:
         # Not by Python itself, which would show the passwords in messages of libraries; but with the rank, as by torch.
         rank = os.environ.get("RANK")
         _complain(textwrap.indent(traceback.format_exc(), f"[rank{rank}]: " if rank else ""))
         last_words.leave(f"{type(error).__name__}: {error}", traceback.format_exc())
-        return Exit.FAILED
+        return _failed(Exit.FAILED)
     finally:
         flush_output()
+
+
+def _failed(status: int) -> int:
+    """Ends a process that others wait for at once: Python may be aborted by threads of the groups it is in, and the
+    launcher must learn this status."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed and distributed.is_initialized() and distributed.get_world_size() > 1:
+        flush_output()
+        end_process(status)
+    return status
 
 
 def _complain(text: str) -> None:
@@ -242,11 +253,14 @@ def _plan(arguments: argparse.Namespace) -> None:
 def _generate(arguments: argparse.Namespace) -> None:
     from dataclasses import replace
 
-    from megalite.infer.generate import Generator
+    from megalite.data.chat import ChatTemplate
+    from megalite.infer.generate import Generator, find_model
     from megalite.mesh import Launch, leave
 
     launch = Launch.from_environment()
     layout = {"tensor": arguments.tensor, "pipeline": arguments.pipeline}
+    if arguments.chat:
+        ChatTemplate.of(find_model(arguments.model), ())  # or there is no need to read the weights
     generator = Generator.open(arguments.model, num_slots=1, launch=launch, **layout)
     names = ("temperature", "top_k", "top_p", "min_p", "seed")
     asked = {name: value for name in names if (value := getattr(arguments, name)) is not None}
@@ -282,7 +296,7 @@ def _serve(arguments: argparse.Namespace) -> None:
     from megalite.infer.generate import Generator, find_model
     from megalite.infer.serving.app import Settings
     from megalite.infer.serving.guards import read_keys
-    from megalite.infer.serving.run import reserve, serve
+    from megalite.infer.serving.run import bind, serve
 
     settings = Settings(
         name=arguments.name or arguments.model.resolve().name,
@@ -293,7 +307,7 @@ def _serve(arguments: argparse.Namespace) -> None:
         timeout_s=arguments.timeout,
         log_prompts=arguments.log_prompts,
     )
-    address = reserve(arguments.host, arguments.port)
+    address = bind(arguments.host, arguments.port)
     generator = Generator.open(find_model(arguments.model), num_slots=arguments.slots, max_length=arguments.max_length)
     serve(generator, settings, address, arguments.grace)
 

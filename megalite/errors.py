@@ -7,3 +7,7 @@ class ConfigError(ValueError):
 
 class DataError(ValueError):
     """Data that cannot be used. The message names the file, what is wrong with it and what to do."""
+
+
+class Unreachable(DataError):
+    """Data that could not be had now, and may be another time."""

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import sys
 from enum import IntEnum
 from typing import NoReturn
+
+from megalite.errors import Unreachable
 
 
 class Exit(IntEnum):
@@ -38,6 +41,22 @@ _MEANINGS = {
     Exit.CORRUPTED: "ranks that must hold the same weights do not: the lines before name them; not saved; goes on from "
     "the newest checkpoint when started again",
 }
+
+
+PASSES = {
+    errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNRESET, errno.ECONNREFUSED, errno.EHOSTUNREACH,
+    errno.ENETUNREACH, errno.EHOSTDOWN, errno.EREMOTEIO, errno.ESHUTDOWN, errno.EAGAIN,
+}  # fmt: skip
+"""Errors of disks and networks that are gone for a while, or on one node. What they make impossible is no mistake."""
+
+
+def passes(error: BaseException | None) -> bool:
+    """Whether such an error is what is behind this one."""
+    while error is not None:
+        if isinstance(error, Unreachable) or (isinstance(error, OSError) and error.errno in PASSES):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def end_process(status: int) -> NoReturn:

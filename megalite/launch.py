@@ -60,6 +60,8 @@ def main(arguments: Sequence[str]) -> int:
         status, who = int(Exit.FAILED), "the launcher of another node is gone, which held the rendezvous"
     except SignalException as error:
         status, who = killed_by(error.sigval), "the launcher"
+    for number in SIGNALS:  # the ranks have ended, and how is all that is left to say
+        signal.signal(number, signal.SIG_IGN)
     if trace:
         print(f"what {who} said first:\n{trace}", file=sys.stderr, flush=True)
     ended = f"{describe(status)}{message and f': {message}'}"
@@ -78,12 +80,20 @@ PContext.close = _close  # type: ignore[assignment, method-assign]
 
 
 def _pass_on(number: int, frame: FrameType | None) -> None:
-    ranks = [int(pid) for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()]
+    ranks = _children()
     if not ranks:  # still waiting for the other nodes
         sys.exit(killed_by(number))
     for pid in ranks:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
+
+
+def _children() -> list[int]:
+    found = []
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):  # a thread that ended meanwhile
+            found += [int(pid) for pid in (task / "children").read_text().split()]
+    return found
 
 
 if __name__ == "__main__":

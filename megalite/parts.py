@@ -25,7 +25,7 @@ from megalite.objective import Objective, make_objective
 from megalite.parallel.apply import apply_parallelism
 from megalite.parallel.collectives import all_reduce
 from megalite.parallel.context import zigzag
-from megalite.parallel.stage import Inputs, Stage, positions_of
+from megalite.parallel.stage import Inputs, Stage, lengths_of, positions_of
 from megalite.parallel.tensor import PutOff
 from megalite.plan import Plan
 
@@ -132,8 +132,10 @@ def make_inputs(micro: MicroBatch, mesh: Mesh, seed: int | None = None) -> Input
         index = zigzag(length, mesh.context) if mesh.context.size > 1 else torch.arange(length)
     position = index[None] if micro.documents is None else positions_of(micro.documents)[:, index]
     document = None if micro.documents is None else micro.documents[:, index]
+    # A document beside others is what it is alone, also to positions that are stretched by the length.
+    whole = length if micro.documents is None else lengths_of(micro.documents)[:, index]
     keys = None if seed is None else random_bits(key_of(seed, "dropout"), micro.samples)
-    return Inputs(micro.tokens[:, index], Places(index, position, document, keys, length), micro.labels[:, index])
+    return Inputs(micro.tokens[:, index], Places(index, position, document, keys, whole), micro.labels[:, index])
 
 
 def count_labels(inputs: list[Inputs]) -> Tensor:

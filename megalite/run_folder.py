@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import os
+import time
+from collections.abc import Callable
+from io import FileIO
 from pathlib import Path
 
+from megalite.activity import NOW
 from megalite.errors import ConfigError
+
+LOCK = "lock"
+LOCK_PATIENCE_S = 100.0
+"""In which the run before has ended, and a file system that nodes share forgets the locks of a node that is lost."""
 
 
 def check_run_folder(folder: Path) -> None:
@@ -32,3 +43,47 @@ def open_run_folder(folder: Path, config_yaml: str) -> None:
         raise ConfigError(
             f"run.dir: {folder} cannot be written: {reason}; make room, or let run.dir name another disk"
         ) from None
+
+
+def hold_run_folder(folder: Path, say: Callable[[str], None]) -> FileIO | None:
+    """A file: until it is closed, or this process ends, no other process gets it. None where the file system has no
+    locks. Raises ConfigError where another process keeps it."""
+    path, deadline, told = folder / LOCK, time.monotonic() + LOCK_PATIENCE_S, False
+    with contextlib.suppress(OSError):
+        file = FileIO(path, "a+")
+        while not _is_mine(file):
+            holder = _holder(file)
+            if time.monotonic() > deadline:
+                file.close()
+                raise ConfigError(
+                    f"{folder} is being written by {holder}; end that run, or take another run.name (if it is gone, "
+                    f"and its node for good, delete {path})"
+                ) from BlockingIOError(errno.EAGAIN, "locked")
+            if not told:
+                say(f"waiting for {holder} to leave {folder}")
+                told = True
+            NOW.beats += 1
+            time.sleep(0.5)
+        _sign(file)
+        return file
+    return None
+
+
+def _sign(file: FileIO) -> None:
+    job = os.environ.get("SLURM_JOB_ID")
+    with contextlib.suppress(OSError):  # the disk is full
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {os.uname().nodename}{f' (job {job})' if job else ''}\n".encode())
+
+
+def _is_mine(file: FileIO) -> bool:
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # which of them, differs by system
+        return False
+    return True
+
+
+def _holder(file: FileIO) -> str:
+    file.seek(0)
+    return file.readall().decode(errors="replace").strip() or "another process"

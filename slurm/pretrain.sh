@@ -154,13 +154,13 @@ if [[ -n $job ]]; then
   if ((nodes < given)); then echo "== $nodes of the job's $given nodes are used: no more fit CONFIG"; fi
 fi
 for (( ; ; restart++)); do
-  before=$(newest) status=0 unfit= ready=1
+  before=$(newest) status=0 unfit= ready=1 trained=
   if [[ -n $job ]]; then echo "$failures $restart" >"$run/logs/$job.starts"; fi
   if [[ -n $job && -z $dry_run && -z $asked && ${PREFLIGHT:-yes} != no ]]; then
     attempt preflight
     if ((status)); then ready=; fi
   fi
-  if [[ -n $asked ]]; then status=75; elif ((status == 0)); then attempt train; fi
+  if [[ -n $asked ]]; then status=75; elif ((status == 0)); then trained=1; attempt train; fi
   case $status in
     0) finish "done" ;;
     2) finish "a mistake that starting again would not mend" ;;
@@ -169,7 +169,9 @@ for (( ; ; restart++)); do
     *) if [[ $asked == leave ]]; then finish "stopped, without a checkpoint of the last step"; fi ;;
   esac
   if [[ $status == 77 ]]; then unfit=$(grep -oE '^--exclude=\S+' "$log-${hosts[0]}.log" | cut -d = -f 2 || true); fi
-  if [[ $status == 75 || -n $unfit || $(newest) != "$before" ]]; then failures=0; else failures=$((failures + 1)); fi
+  # A job that is always stopped before it trains (its limit is too near --signal) must not come back for ever.
+  if [[ $status == 75 && -n $trained || -n $unfit || $(newest) != "$before" ]]; then failures=0
+  else failures=$((failures + 1)); fi
   if ((failures >= tries)); then finish "failed $failures times in a row without a new checkpoint"; fi
   if ((restart >= ${RESTARTS:-100})); then finish "that was the last of ${RESTARTS:-100} restarts"; fi
   # A job that was cancelled, or is past its limit, must not come back.

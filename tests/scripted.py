@@ -39,11 +39,11 @@ class Scripted:
 
     num_slots, capacity, turning_point, device = 2, 10_000, None, torch.device("cpu")
 
-    def __init__(self, script: Sequence[int], prompt: int = 1):
-        self.script, self.prompt = script, prompt
+    def __init__(self, script: Sequence[int], prompt: int = 1, vocab_size: int = 512):
+        self.script, self.prompt, self.vocab_size = script, prompt, vocab_size
 
     def predict(self, tokens_BT: Tensor, places: CachedPlaces, last_B: Tensor) -> Tensor:
-        logits_BV = torch.zeros(len(tokens_BT), 512)
+        logits_BV = torch.zeros(len(tokens_BT), self.vocab_size)
         for row, last in enumerate(last_B.tolist()):
             place = int(places.position_BT[row, last]) + 1 - self.prompt
             logits_BV[row, self.script[place % len(self.script)]] = 1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import subprocess
@@ -14,6 +15,7 @@ import torch
 import yaml
 
 from megalite.cli import main
+from megalite.data import store
 from megalite.kernels import library
 from megalite.resources import configs_dir
 
@@ -197,3 +199,32 @@ def test_ops_says_that_kernels_are_missing(capsys: pytest.CaptureFixture[str], m
         library.own.cache_clear()
     rows = capsys.readouterr().out.splitlines()[1:]
     assert all(row.split()[1] == "torch" and "install a C++ compiler" in row for row in rows)
+
+
+FAULTS = [(errno.ENOENT, 2), (errno.EACCES, 2), (errno.EIO, 1), (errno.ESTALE, 1)]
+
+
+@pytest.mark.parametrize(("number", "status"), FAULTS)
+def test_a_disk_that_is_gone_for_a_while_is_no_mistake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, status: int
+) -> None:
+    """A launcher starts again after 1, and not after 2."""
+
+    def fail(path: Path, *_: Any, **__: Any) -> Any:
+        raise OSError(number, os.strerror(number), str(path))
+
+    config = write(tmp_path)
+    monkeypatch.setattr(Path, "read_text", fail)
+    assert main(["train", config, "--print-plan"]) == status
+
+
+def test_a_store_that_does_not_answer_is_no_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "ATTEMPTS", 1)
+    for error, status in ((ConnectionError("gone"), 1), (PermissionError("no"), 2)):
+
+        def fail(*_: Any, error: Exception = error, **__: Any) -> Any:
+            raise error
+
+        monkeypatch.setattr(store.Store, "_info", fail)
+        config = write(tmp_path, data={"train": [{"path": "memory://bucket/a"}], "seq_length": 32})
+        assert main(["train", config]) == status

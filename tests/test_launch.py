@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
+from megalite.launch import _children
 from small_runs import make_config
 
 FAILS_ON_RANK_1 = """
@@ -43,3 +45,26 @@ def test_the_error_of_the_rank_that_failed_is_what_stands_last(tmp_path: Path) -
     *_, words, last = re.split(r"what rank 1 said first:|\n(?==== )|\n(?=== )", done.stdout)
     assert 'raise ValueError("the planted error")' in words
     assert re.match(r"== .*: rank 1: exit status 1 \(failed: .*\): ValueError: the planted error\n$", last)
+
+
+def test_ranks_are_found_while_threads_come_and_go() -> None:
+    """A signal is passed on whatever torchrun's threads do at that moment."""
+    over = threading.Event()
+
+    def start_and_end() -> None:
+        while not over.is_set():
+            thread = threading.Thread(target=lambda: None)
+            thread.start()
+            thread.join()
+
+    busy = [threading.Thread(target=start_and_end) for _ in range(2)]
+    with subprocess.Popen(["sleep", "60"]) as rank:
+        for thread in busy:
+            thread.start()
+        try:
+            assert all(rank.pid in _children() for _ in range(2000))
+        finally:
+            over.set()
+            for thread in busy:
+                thread.join()
+            rank.kill()

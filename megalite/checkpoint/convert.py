@@ -74,7 +74,7 @@ def write_model(
     """Write a new Hugging Face folder, in files of at most `shard_bytes` where no single weight is larger. `dtype` is
     one of DTYPES; None leaves each weight as it is. A folder is there when it is complete.
 
-    Raises CheckpointError where it exists, or cannot be written."""
+    Raises CheckpointError where it exists, cannot be written, or a weight is more than `dtype` can hold."""
     if folder.exists():
         raise CheckpointError(f"{folder} exists; name a new folder")
     temporary = folder.with_name(f"{folder.name}.tmp")
@@ -125,7 +125,12 @@ def _shards(
     shown = console is not None and console.is_terminal
     for weight in track(model.weights, "weights", console=console, disable=not shown):
         logical = model.read(weight)
-        tensors = weight.to_hf(logical.to(dtype or logical.dtype))
+        written = logical.to(dtype or logical.dtype)
+        if dtype == torch.float16 and not torch.equal(written.isinf(), logical.isinf()):
+            raise CheckpointError(
+                f"{weight.name} goes up to {logical.abs().max().item():.3g}, which fp16 cannot hold; take bf16 or fp32"
+            )
+        tensors = weight.to_hf(written)
         size = sum(tensor.nbytes for tensor in tensors.values())
         if shard and sum(tensor.nbytes for tensor in shard.values()) + size > shard_bytes:
             yield shard

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from megalite.checkpoint.folder import write_json
+from megalite.checkpoint.folder import remove, write_json
 from megalite.config import Config
 from megalite.data.tokenizer import FILES, Tokenizer
 from megalite.models import peft, read_hf_config, to_hf_config, weight_table
@@ -23,12 +23,16 @@ def keep_source(config: Config) -> None:
     folder = config.run.folder / SOURCE
     if config.model.hf is None or folder.exists():
         return
-    folder.mkdir(parents=True)
+    # Under its name only when all is there: a start that is cut short must not leave a part for those after it.
+    temporary = folder.with_name(f"{SOURCE}.tmp")
+    remove(temporary)
+    temporary.mkdir(parents=True)
     hf = config.model.hf
     where = [hf, *([peft.base_of(hf)] if peft.is_adapter(hf) else [])]
     for name in ("config.json", "generation_config.json", *FILES):
         if found := next((path / name for path in where if (path / name).is_file()), None):
-            shutil.copyfile(found, folder / name)
+            shutil.copyfile(found, temporary / name)
+    temporary.rename(folder)
 
 
 def write_extras(folder: Path, config: Config, tokenizer: Tokenizer | None) -> None:
@@ -40,6 +44,10 @@ def write_extras(folder: Path, config: Config, tokenizer: Tokenizer | None) -> N
     if (source / "config.json").is_file():
         stored = read_hf_config(source)
         ids |= {name: stored[name] for name in SPECIAL if stored.get(name) is not None}
+    if config.model.task == "classification" and ids["pad_token_id"] is None:
+        # transformers finds the last token of each of several texts by what fills them up; no text ends with this one.
+        end = ids["eos_token_id"]
+        ids["pad_token_id"] = end[0] if isinstance(end, list) else end
     write_json(folder / "generation_config.json", ids | {"do_sample": True})
     for name in ("generation_config.json", *([] if tokenizer else FILES)):
         if (source / name).is_file():

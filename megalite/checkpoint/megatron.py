@@ -74,8 +74,10 @@ def find_megatron(folder: Path) -> Path | None:
     """The folder of the iteration that a checkpoint's folder names as its latest, or of an iteration; None where it is
     neither."""
     if (folder / LATEST).is_file():
-        word = (folder / LATEST).read_text().strip()
-        folder = folder / (word if word == "release" else f"iter_{int(word):07d}" if word.isdigit() else word)
+        word = (folder / LATEST).read_text(errors="replace").strip()
+        if Path(word).name != word:
+            raise CheckpointError(f"{folder / LATEST} names {word!r}, which is no folder beside it")
+        folder = folder / (f"iter_{int(word):07d}" if word.isdecimal() else word)
     is_one = (folder / ".metadata").is_file() or any(folder.glob("mp_rank_*/model_optim_rng.pt"))
     return folder if is_one else None
 
@@ -219,9 +221,12 @@ class _RankFiles:
                 raise CheckpointError(f"{folder}: was written over {axis} {size}, but has files of {found}")
         first = 0
         chunks = ["model"] if "model" in saved[0][0] else [key for key in saved[0][0] if re.fullmatch(r"model\d+", key)]
-        for chunk in chunks:  # of interleaved stages, all ranks' first come before any's second
-            for row in saved:
-                first += self._take([dict(_flat(ranks[chunk])) for ranks in row], first)
+        try:
+            for chunk in chunks:  # of interleaved stages, all ranks' first come before any's second
+                for row in saved:
+                    first += self._take([dict(_flat(ranks[chunk])) for ranks in row], first)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{folder}: its files do not hold the same weights each: {error!r}") from None
 
     def _take(self, ranks: list[dict[str, Any]], first: int) -> int:
         """The weights of one model, given by each tensor rank. Returns how many layers it has."""
@@ -230,6 +235,8 @@ class _RankFiles:
             ours = _ours(name, first)
             if ours is None and not (NO_WEIGHTS.search(name) or not isinstance(value, StoredTensor)):
                 raise _unknown(self.folder, name)
+            if ours is not None and not isinstance(value, StoredTensor):
+                raise CheckpointError(f"{self.folder}: {name} is no tensor")
             if ours is not None:
                 # A tied embedding stands on the last stage again.
                 self._found.setdefault(ours, [rank[name] for rank in ranks])
@@ -268,6 +275,8 @@ class _Pieces:
             raise CheckpointError(f"{folder}/.metadata is not torch.distributed.checkpoint's: {error!r}") from None
         for name, shape in self._shapes.items():
             stacked = re.fullmatch(r"decoder\.layers\.(\D.*)", name.removeprefix("model."))
+            if stacked and shape[:1] != (self.args.get("num_layers"),):
+                raise CheckpointError(f"{folder}: {name} is of another number of layers than the model")
             numbers = range(shape[0]) if stacked else [None]
             for number in numbers:
                 plain = name.removeprefix("model.")
@@ -281,9 +290,18 @@ class _Pieces:
 
     def read(self, name: str) -> list[Tensor]:
         stored, layer = self._where[name]
+        try:
+            return [self._read(stored, layer)]
+        except CheckpointError:
+            raise
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{self.folder}: the pieces of {stored} do not fit together: {error!r}") from None
+
+    def _read(self, stored: str, layer: int | None) -> Tensor:
+        """A whole tensor; of one of all layers, that of a layer."""
         shape = self._shapes[stored]
         whole: Tensor | None = None
-        filled = 0
+        filled = torch.zeros(shape if layer is None else shape[1:], dtype=torch.bool)
         for offset, place in self._pieces.get(stored, ()):
             begin = offset or (0,) * len(shape)
             if layer is not None and begin[0] > layer:
@@ -298,9 +316,11 @@ class _Pieces:
                     continue
                 begin, piece = begin[1:], piece[layer - begin[0]]
             if whole is None:
-                whole = piece.new_empty(shape if layer is None else shape[1:])
-            whole[tuple(slice(b, b + n) for b, n in zip(begin, piece.shape, strict=True))] = piece
-            filled += piece.numel()
-        if whole is None or filled != whole.numel():
-            raise CheckpointError(f"{self.folder}: pieces of {stored} are missing, or there twice")
-        return [whole]
+                whole = piece.new_empty(filled.shape)
+            where = tuple(slice(b, b + n) for b, n in zip(begin, piece.shape, strict=True))
+            if filled[where].any():
+                raise CheckpointError(f"{self.folder}: a piece of {stored} is there twice")
+            whole[where], filled[where] = piece, True
+        if whole is None or not filled.all():
+            raise CheckpointError(f"{self.folder}: pieces of {stored} are missing")
+        return whole

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megalite.activity import NOW
 from megalite.checkpoint.folder import MANIFEST, Damage, damage_of, read_manifest, set_aside, step_folder, steps_in
 from megalite.checkpoint.tensors import CheckpointError
 from megalite.mesh import Mesh
@@ -51,7 +53,10 @@ def find_checkpoint(root: Path, resume: str | Path, mesh: Mesh) -> tuple[Path | 
         damaged[folder] = damage
     if damaged:
         which = "; ".join(f"{folder.name}: {what}" for folder, what in damaged.items())
-        raise CheckpointError(f"{root}: every checkpoint is damaged; move them away to start the run afresh ({which})")
+        unreadable = any(Damage.UNREADABLE.words in what for what in damaged.values())  # which a launcher tries again
+        raise CheckpointError(
+            f"{root}: every checkpoint is damaged; move them away to start the run afresh ({which})"
+        ) from (OSError(errno.EIO, "unreadable") if unreadable else None)
     return None, []
 
 
@@ -69,6 +74,7 @@ def find_damage(folder: Path, mesh: Mesh) -> str:
         for number in range(mesh.world.rank, count, mesh.world.size):
             name = names[number]
             found[number] = damage_of(folder / name, files[name])
+            NOW.beats += 1  # of a large one, all together take longer than a run may be silent
     worst = all_reduce(found.to(mesh.device), mesh.world, dist.ReduceOp.MAX).tolist()
     if worst[-1]:
         return f"{MANIFEST} {Damage(worst[-1]).words}"

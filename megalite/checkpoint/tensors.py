@@ -11,6 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megalite.activity import NOW
 from megalite.models.weights import Weight
 
 BUFFERS = re.compile(r"(\.attn\.(masked_)?bias|\.attention\.(masked_)?bias|\.rotary_emb\.inv_freq)$")
@@ -38,11 +39,12 @@ class TensorFolder:
         index = folder / f"{stem}.safetensors.index.json"
         try:
             if index.exists():
-                self.files: dict[str, str] = json.loads(index.read_text())["weight_map"]
+                named = json.loads(index.read_text())["weight_map"].items()
+                self.files = {name: str(file) for name, file in named}
             else:
                 single = f"{stem}.safetensors"
                 self.files = dict.fromkeys(self._file(single).keys(), single)
-        except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:
+        except (OSError, SafetensorError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise CheckpointError(
                 f"{folder}: no readable {stem}.safetensors or {stem}.safetensors.index.json ({error}){_pickles(folder)}"
             ) from None
@@ -62,6 +64,7 @@ class TensorFolder:
 
     def fetch(self, name: str, where: tuple[slice, ...]) -> Tensor:
         """Read a slice of a tensor; only its bytes are read."""
+        NOW.beats += 1
         return self._slices(name)[where]
 
     def add_base_prefix(self, prefix: str) -> None:

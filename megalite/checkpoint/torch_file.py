@@ -67,30 +67,45 @@ class TorchFile:
         try:
             file: IO[bytes] = open(path, "rb")  # noqa: SIM115 storages are read from it later
             if size is not None:
+                if not 0 <= begin <= begin + size <= path.stat().st_size:
+                    raise CheckpointError(f"{path} has no {size} bytes from byte {begin} on")
                 file.seek(begin)
                 file = io.BytesIO(file.read(size))
             self._zip = zipfile.ZipFile(file)
             self._root = next(name for name in self._zip.namelist() if name.endswith("data.pkl")).removesuffix(
                 "data.pkl"
             )
-            order = f"{self._root}byteorder"
-            if order in self._zip.namelist() and self._zip.read(order) != b"little":
-                raise CheckpointError(f"{path} was written on a big-endian machine")
-        except (OSError, zipfile.BadZipFile, StopIteration) as error:
+        except (OSError, zipfile.BadZipFile, StopIteration, NotImplementedError, ValueError) as error:
             raise CheckpointError(f"{path} is not a file of torch.save's since torch 1.6 ({error})") from None
+        if f"{self._root}byteorder" in self._zip.namelist() and self._read("byteorder") != b"little":
+            raise CheckpointError(f"{path} was written on a big-endian machine")
+
+    def _read(self, name: str) -> bytes:
+        """A member, of which a damaged archive says anything; torch packs none, and what is packed may be of any size
+        when it is unpacked."""
+        try:
+            member = self._zip.getinfo(f"{self._root}{name}")
+            if member.compress_type != zipfile.ZIP_STORED:
+                raise zipfile.BadZipFile(f"{member.filename} is packed, as torch.save packs nothing")
+            return self._zip.read(member)
+        except (OSError, EOFError, KeyError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
+            raise CheckpointError(f"{self.path} is damaged: {error}") from None
 
     def load(self) -> Any:
         """What was saved, with `StoredTensor` for tensors and `Unknown` for what is not loaded."""
-        return _read(io.BytesIO(self._zip.read(f"{self._root}data.pkl")), self.path, self)
+        return _read(io.BytesIO(self._read("data.pkl")), self.path, self)
 
     def storage(self, key: str) -> bytes:
-        return self._zip.read(f"{self._root}data/{key}")
+        return self._read(f"data/{key}")
 
 
 def load_pickle(path: Path) -> Any:
     """What lies in a file that is a pickle alone, `Unknown` for what is not loaded. Raises CheckpointError."""
-    with open(path, "rb") as file:
-        return _read(file, path, None)
+    try:
+        with open(path, "rb") as file:
+            return _read(file, path, None)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
 def _read(pickled: IO[bytes], path: Path, file: TorchFile | None) -> Any:
@@ -142,7 +157,7 @@ class StoredTensor:
         try:
             flat = torch.frombuffer(bytearray(self._file.storage(self._key)), dtype=self.dtype)
             return flat.as_strided(self.shape, self._stride, self._offset)
-        except (KeyError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
+        except (RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"{self._file.path}: a tensor of shape {list(self.shape)} is damaged: {error}"
             ) from None

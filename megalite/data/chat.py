@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -68,18 +69,33 @@ class ChatTemplate:
         for number in numbers[-1:] if last else numbers:
             before = self.render(messages[:number], tools, prompt=True)
             until = self.render(messages[: number + 1], tools)
-            if not (until.startswith(before) and text.startswith(until)):
+            end = self._shared_end(text, until, len(before)) if until.startswith(before) else None
+            if end is None:
                 raise ValueError(
                     f"the template renders the conversation up to the answer in message {number} in another way than "
                     "the whole, so that the answer's place cannot be told; mark what the model says by "
                     "{% generation %} … {% endgeneration %} in the template, or learn from the last answer alone"
                 )
-            spans.append(range(len(before), self._end(until, len(before))))
+            spans.append(range(len(before), end))
         return text, spans
 
     def is_ended(self, text: str, span: range) -> bool:
         """Whether what stands there ends with a token that no text holds."""
         return text[: span.stop].endswith(self.controls)
+
+    def _shared_end(self, text: str, until: str, start: int) -> int | None:
+        """Where the answer that begins there ends in a whole conversation, from what is rendered until then. None where
+        that is another text."""
+        if text.startswith(until):
+            return self._end(until, start)
+        # Some templates put an end of text behind the last turn, whichever it is: Phi-3's.
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(text, until, strict=False))
+        shared = "".join(letter for letter, _ in same)
+        ends = [found + len(token) for token in self.controls if (found := shared.rfind(token, start)) >= 0]
+        rest = until[max(ends, default=0) :]
+        for token in self.controls:
+            rest = rest.replace(token, "")
+        return max(ends) if ends and not rest.strip() else None
 
     def _end(self, text: str, start: int) -> int:
         """Without the white space that a template puts behind the token which ends an answer."""

@@ -54,6 +54,9 @@ class Text(NamedTuple):
     """It is to end with the tokenizer's end-of-document token, which is learned."""
     first_only: bool = False
     """Of each part, only the first token has the value."""
+    add_begin: bool = False
+    """It is to begin with what the tokenizer has begin every text, as whoever asks the model does; a chat template
+    writes that itself."""
 
 
 class Encoded(NamedTuple):
@@ -100,8 +103,14 @@ class Encoder:
             places = np.array(offsets, np.int64).reshape(-1, 2)
             borders = [] if text.first_only else _reached_across(places, text.parts)
             if borders:
-                ids, places = self._encode_apart(text.text, borders)
+                apart = self._encode_apart(text.text, borders)
+                # Where a tokenizer has a space begin every text, pieces of one would be another text.
+                if self.tokenizer.decode(apart[0]) == self.tokenizer.decode(ids):
+                    ids, places = apart
             values = _values_of(places, text)
+            if text.add_begin:
+                begin = self.tokenizer.begin_ids
+                ids, values = [*begin, *ids], np.concatenate([np.zeros(len(begin), np.int64), values])
             if self._settings.format not in CLASSES:
                 values[:1] = 0  # nothing comes before it to tell it from
             if text.add_end:
@@ -145,7 +154,7 @@ class Encoder:
         text = _text(row, _first(row, "text", "sentence"))
         label = self._number(row[_first(row, *LABEL_FIELDS["classification"])])
         # Of every token, so that a text that is cut keeps it; a model tells it at the last one.
-        return [Text(text, [Part(0, len(text), 1 + label)])]
+        return [Text(text, [Part(0, len(text), 1 + label)], add_begin=True)]
 
     def _labels(self, row: Values) -> list[Text]:
         field, of = _first(row, "tokens", "words"), _first(row, *LABEL_FIELDS["labels"])
@@ -158,21 +167,24 @@ class Encoder:
         for word, label in zip(words, labels, strict=True):
             parts.append(Part(place, place + len(word), 0 if label == -100 else 1 + self._number(label)))
             place += len(word) + 1
-        return [Text(" ".join(words), parts, first_only=True)]
+        return [Text(" ".join(words), parts, first_only=True, add_begin=True)]
 
     # --- parts of formats ----------------------------------------------------------------------------------------
 
     def _answered(self, messages: Sequence[Message], tools: Any, last: bool) -> Text:
         template = self._open_template()
         text, spans = template.answers(messages, tools, last)
-        return Text(text, [Part(s.start, s.stop, 1) for s in spans], not template.is_ended(text, spans[-1]))
+        # An end behind a turn of somebody else's is not the model's to learn.
+        is_last = not text[spans[-1].stop :].strip()
+        add_end = is_last and not template.is_ended(text, spans[-1])
+        return Text(text, [Part(s.start, s.stop, 1) for s in spans], add_end)
 
     def _replied(self, before: list[Message], reply: Any, field: str, tools: Any) -> Text:
         """A conversation of which the last answer is learned."""
         if isinstance(reply, str):
             reply = [{"role": "assistant", "content": reply}]
         messages = [*before, *_messages([reply] if isinstance(reply, Mapping) else reply, field)]
-        if messages[-1]["role"] != "assistant":
+        if not messages or messages[-1]["role"] != "assistant":
             raise ValueError(f"{field!r} must end with a message of the assistant")
         return self._answered(messages, tools, last=True)
 
@@ -227,7 +239,9 @@ def _values_of(places: np.ndarray, text: Text) -> np.ndarray:
 def _continued(prompt: str, completion: str, field: str) -> Text:
     if not completion:
         raise ValueError(f"{field!r} is empty")
-    return Text(prompt + completion, [Part(len(prompt), len(prompt) + len(completion), 1)], add_end=True)
+    return Text(
+        prompt + completion, [Part(len(prompt), len(prompt) + len(completion), 1)], add_end=True, add_begin=True
+    )
 
 
 def _first(row: Values, *names: str) -> str:
@@ -255,7 +269,7 @@ def _messages(found: Any, field: str) -> list[Message]:
             raise ValueError(f"message {number} of {field!r} is not an object but {type(message).__name__}")
         if "from" in message and "role" not in message:
             role = message["from"]
-            message = {"role": ROLES.get(role, role), "content": message.get("value")}
+            message = {"role": ROLES.get(str(role), role), "content": message.get("value")}
         role, content = message.get("role"), message.get("content")
         if not isinstance(role, str) or not role:
             raise ValueError(f"message {number} of {field!r} has no 'role'; its keys: {', '.join(message)}")

@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from megalite.errors import DataError
+from megalite.errors import DataError, Unreachable
 from megalite.urls import check_no_secret, is_url
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ class Store:
             pause = min(0.25 * 2 ** (attempt - 1), LONGEST_PAUSE) * random.uniform(0.5, 1)
             if lasts or attempt == ATTEMPTS or stop.wait(pause):
                 break
-        raise DataError(f"{self.url} cannot be read (attempt {attempt}): {why}")
+        raise (DataError if lasts else Unreachable)(f"{self.url} cannot be read (attempt {attempt}): {why}")
 
 
 def stream(url: str) -> Iterator[bytes]:

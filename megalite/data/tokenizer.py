@@ -7,6 +7,7 @@ import json
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -126,13 +127,27 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def encode_prompt(self, text: str) -> list[int]:
         ids, whole = self.encode(text), self._tokenizer.encode(text).ids
+        if not ids:  # where the text stands among what begins and ends it cannot be told
+            return [token for token in whole[:1] if token == self.begin_id]
         # What it has end every text is left out: the text goes on.
         starts = range(len(whole) - len(ids) + 1)
         return next((whole[: start + len(ids)] for start in starts if whole[start : start + len(ids)] == ids), ids)
 
+    @cached_property
+    def begin_ids(self) -> list[int]:
+        """What it has begin every text."""
+        return self.encode_prompt("a")[: -len(self.encode("a")) or None]
+
     def encode_with_offsets(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
         """Ids of each text, with no special token added, and the characters [start, stop) that each is made of."""
-        return [(e.ids, e.offsets) for e in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+        return [(e.ids, e.offsets) for e in self._with_places.encode_batch(list(texts), add_special_tokens=False)]
+
+    @cached_property
+    def _with_places(self) -> tokenizers.Tokenizer:
+        """Without what comes last in some: it takes white space out of the places of tokens that begin with it."""
+        plain = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+        plain.post_processor = None
+        return plain
 
     def control_tokens(self) -> list[str]:
         """What no text holds: its special tokens."""
@@ -185,7 +200,8 @@ class SentencePieceTokenizer(Tokenizer):
         return self._processor.encode(list(texts), num_threads=1)
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._processor.decode([int(i) for i in ids])
+        # A model may have more tokens, which Hugging Face's tokenizers leave out too.
+        return self._processor.decode([int(i) for i in ids if i < self.vocab_size])
 
     def vocabulary(self) -> dict[str, int]:
         return {self._processor.id_to_piece(i): i for i in range(self.vocab_size)}

@@ -77,21 +77,26 @@ class Guard:
             text = describe(checked, found, names_of_all(node_name(), self._mesh))
             return self._end(Ending(Exit.CORRUPTED), text)
         bad = self._numbers.look(step, all_of_them)
+        if any(self._is_an_end(each) for each in bad):
+            bad += self._numbers.look(step, True)
         ends = next((each for each in bad if each.policy in ("rewind", "stop")), None)
         too_many = any(each.in_a_row >= self._health.bad_steps_limit for each in bad)
-        if ends or too_many:
-            bad += self._numbers.look(step, True)
         for each in bad:
             self._tell(each)
-        if ends and ends.policy == "rewind":
+        # From a step that ends the run, or sends it back, the device has kept the state from before it.
+        saves = (ends.step - 1, ends.samples) if ends else (step, self._loader.samples)
+        if ends and ends.policy == "rewind" and not too_many:
             return Ending(None, skipped=self._skipped(bad))
-        if ends:
-            text = f"bad numbers in step {ends.step}: {ends.text}; health says to stop"
-            return self._end(Ending(Exit.BAD_NUMBERS, saves=(ends.step - 1, ends.samples)), text)
         if too_many:
             text = f"{self._health.bad_steps_limit} steps with bad numbers in a row (health.bad_steps_limit)"
-            return self._end(Ending(Exit.BAD_NUMBERS, saves=(step, self._loader.samples)), text)
+            return self._end(Ending(Exit.BAD_NUMBERS, saves), text)
+        if ends:
+            text = f"bad numbers in step {ends.step}: {ends.text}; health says to stop"
+            return self._end(Ending(Exit.BAD_NUMBERS, saves), text)
         return None
+
+    def _is_an_end(self, bad: BadStep) -> bool:
+        return bad.policy in ("rewind", "stop") or bad.in_a_row >= self._health.bad_steps_limit
 
     def news(self) -> list[str]:
         """What there is to say since the last call, for the console."""

@@ -55,8 +55,8 @@ class Answer:
 
     def end(self, why: Finish) -> None:
         if self.finish is None:
-            self.finish = why
-            self.stream.close()
+            came_to_stop = self.stream.close()
+            self.finish = "stop" if came_to_stop and why == "length" else why
 
     @property
     def text(self) -> str:
@@ -81,7 +81,7 @@ class TextStream:
         """Whether a stop string has come up."""
         self._ids.append(token)
         self._last = self._tokenizer.decode(self._ids[self._shown :])
-        if self._last.endswith("\ufffd"):
+        if self._last.endswith("\ufffd") and len(self._ids) - self._decoded < LONGEST_CHARACTER:
             return False
         self._add(self._last[len(self._before) :])
         self._shown, self._decoded = self._decoded, len(self._ids)
@@ -93,12 +93,13 @@ class TextStream:
         piece, self._taken = self.said[self._taken :], len(self.said)
         return piece
 
-    def close(self) -> None:
-        """Nothing follows: what was held back is certain as well."""
+    def close(self) -> bool:
+        """Nothing follows: what was held back is certain as well. Whether a stop string has come up."""
         if not self._stopped and len(self._last) > len(self._before):
             self._add(self._last[len(self._before) :])
         if not self._stopped:
             self.said, self._held = self.said + self._held, ""
+        return self._stopped
 
     def _add(self, piece: str) -> None:
         text = self._held + piece
@@ -113,6 +114,9 @@ class TextStream:
 
 CONTEXT = 16
 """Tokens of the prompt that the first ones of an answer are decoded with."""
+LONGEST_CHARACTER = 64
+"""Tokens that are decoded together, again for each that is added, in the hope of a whole character. It has four bytes,
+so that what so many leave open is none."""
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -19,10 +19,15 @@ from megalite.infer.sampling import choose
 from megalite.models.layers import Places
 
 
+class NoRoom(ConfigError):
+    """A prompt that leaves no room for an answer."""
+
+
 class Predictor(Protocol):
     """A model with a cache."""
 
     num_slots: int
+    vocab_size: int
     capacity: int
     """Tokens of the longest sequence."""
     turning_point: int | None
@@ -70,10 +75,13 @@ class Batch:
         return bool(self._running or self.waiting)
 
     def check(self, request: Request) -> None:
-        """Raises ConfigError for a prompt that leaves no room for an answer."""
-        count = len(request.prompt)
+        """Raises NoRoom, and ConfigError for a prompt of tokens that the model has not."""
+        count, last = len(request.prompt), self.model.vocab_size - 1
+        unknown = next((token for token in request.prompt if not 0 <= token <= last), None)
+        if unknown is not None:
+            raise ConfigError(f"the prompt has the token {unknown}, but the model knows those from 0 to {last}")
         if not 0 < count < self.model.capacity:
-            raise ConfigError(
+            raise (NoRoom if count else ConfigError)(
                 f"the prompt has {count} tokens; it must have at least one, and fewer than the "
                 f"{self.model.capacity} that prompt and answer may have together"
             )
@@ -160,6 +168,6 @@ class Batch:
 
 def _choice(logits_V: Tensor, token: int, count: int) -> Choice:
     logprobs_V = logits_V.log_softmax(-1)
-    best = logprobs_V.topk(count)
+    best = logprobs_V.topk(min(count, len(logprobs_V)))
     likeliest = zip(best.indices.tolist(), best.values.tolist(), strict=True)
     return Choice(token, logprobs_V[token].item(), tuple(likeliest))

@@ -179,7 +179,7 @@ class CachedModel:
 
     def __init__(self, model: Decoder, num_slots: int, max_length: int | None = None):
         """`max_length`: of a sequence, prompt and answer; at most, and if left out, that which the model is for."""
-        self.model, self.num_slots = model, num_slots
+        self.model, self.num_slots, self.vocab_size = model, num_slots, model.config.vocab_size
         self.capacity = min(max_length or model.config.max_positions, model.config.max_positions)
         self.turning_point = turning_point(model.config)
         self.device = next(model.parameters()).device

@@ -69,11 +69,11 @@ def evaluate_model(
     if bool(asked.tasks) == bool(asked.data):
         raise ConfigError("say what to evaluate: either --tasks NAME,NAME or --data FILE")
     harness, folder = load_harness(), find_model(path)
+    template = ChatTemplate.of(folder, ()) if asked.chat else None
     specs: list[str | dict[str, Any]] = list(asked.tasks)
     if asked.data:
         from megalite.infer.references import references_task
 
-        template = ChatTemplate.of(folder, ()) if asked.chat else None
         specs = [references_task(asked.data, template, asked.max_tokens, asked.stop)]
     tasks = harness.load_tasks(specs, asked.include_path, asked.limit, asked.shots)
     generator = Generator.open(folder, num_slots=num_slots, launch=launch, tensor=tensor, pipeline=pipeline)

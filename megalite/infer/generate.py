@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +26,7 @@ from megalite.infer.ranks import load_on_ranks
 from megalite.infer.sampling import Sampling
 from megalite.mesh import ALONE, Launch
 from megalite.models import build_model, model_config, read_hf_config, set_parameters, weight_table
+from megalite.models.heads import KINDS
 from megalite.models.layers import Decoder, Places
 from megalite.models.peft import is_adapter
 
@@ -45,6 +47,22 @@ def find_model(path: Path) -> Path:
             raise ConfigError(f"{path} has no whole checkpoint: {damaged[-1].name} is unfinished or damaged")
         raise ConfigError(f"{path} is neither a run with a checkpoint nor a Hugging Face folder with a config.json")
     return step_folder(path / "checkpoints", steps[-1])
+
+
+def check_speaks(folder: Path) -> None:
+    """Raises ConfigError for a model that says no text, DataError for one whose text nobody can read."""
+    config = model_config({"hf": str(folder)})
+    if config.task != "causal":
+        labels = ", ".join(config.labels[:8]) + (" …" if len(config.labels) > 8 else "")
+        raise ConfigError(
+            f"{folder} holds a model of model.task: {config.task}, which tells classes ({labels}) and says no text; "
+            f"ask it through transformers' AutoModel{KINDS[config.task]}, and give here one of model.task: causal"
+        )
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        raise DataError(
+            f"{folder} has no tokenizer, without which it can neither read nor say a text; copy there the files of the "
+            "one that its data was made with, which data.tokenizer has a run put into its checkpoints"
+        )
 
 
 def load_model(folder: Path, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Decoder:
@@ -97,18 +115,17 @@ class Generator:
         `num_slots` sequences are computed at a time, of `max_length` tokens at most (those that the model is for).
         Raises ConfigError, DataError or CheckpointError."""
         folder, launch = find_model(path), launch or Launch.from_environment()
-        if (task := model_config({"hf": str(folder)}).task) != "causal":
-            raise ConfigError(
-                f"{folder} has a head for task: {task}, which does not answer; transformers opens it, or a run with "
-                "this model.hf validates it"
-            )
+        if num_slots < 1 or (max_length is not None and max_length < 2):
+            raise ConfigError(f"{num_slots} slots of {max_length} tokens: give at least one, of two tokens or more")
+        # What is wrong here is known before the weights are read, which takes long.
+        check_speaks(folder)
+        tokenizer = load_tokenizer(folder)
+        ends, sampling = read_habits(folder, tokenizer)
         model: Predictor
         if launch.world_size == tensor == pipeline == 1:
             model = CachedModel(load_model(folder), num_slots, max_length)
         else:
             model = load_on_ranks(folder, launch, tensor, pipeline, num_slots, max_length)
-        tokenizer = load_tokenizer(folder)
-        ends, sampling = read_habits(folder, tokenizer)
         return cls(model, tokenizer, ends, sampling, folder)
 
     def request(
@@ -126,6 +143,14 @@ class Generator:
             raise ConfigError("an empty prompt needs a tokenizer that has an end-of-document token")
         return ids
 
+    def token_text(self, token: int) -> str:
+        """As it reads within a text: with the space that it may begin with."""
+        return self.tokenizer.decode([*self._before_a_token, token])[len(self.tokenizer.decode(self._before_a_token)) :]
+
+    @cached_property
+    def _before_a_token(self) -> list[int]:
+        return self.tokenizer.encode("a")
+
     @cached_property
     def chat_template(self) -> ChatTemplate:
         """Raises DataError where the model has none."""
@@ -136,12 +161,13 @@ class Generator:
     def chat_ids(self, messages: Sequence[Message]) -> list[int]:
         """A conversation, up to where the model's next answer begins. Raises DataError without a chat template, and
         ConfigError with what the template says of messages that it cannot render."""
-        try:
+        with _said_by_template():
             return self.tokenizer.encode(self.chat_template.render(messages, prompt=True))
-        except ValueError as error:
-            if isinstance(error, DataError):
-                raise
-            raise ConfigError(str(error)) from None
+
+    def check_answer(self, messages: Sequence[Message]) -> None:
+        """Whether a conversation's last answer can be learned. Raises as `chat_ids` does."""
+        with _said_by_template():
+            self.chat_template.answers(messages, last=True)
 
     def start(self, request: Request) -> Answer:
         """An answer for a `Batch` to work on."""
@@ -198,6 +224,16 @@ class Generator:
         logits_BTV = self.model.logits(tokens_BT, Places(index_T, index_T[None], whole_length=lengths))
         for row, logits_TV in zip(rows, logits_BTV, strict=True):
             yield logits_TV[: len(row)].float()
+
+
+@contextmanager
+def _said_by_template() -> Iterator[None]:
+    try:
+        yield
+    except DataError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def read_habits(folder: Path, tokenizer: Tokenizer) -> tuple[frozenset[int], Sampling]:

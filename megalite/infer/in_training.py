@@ -37,7 +37,9 @@ class TasksInTraining:
         asked, self._config, self._tokenizer = config.observe.tasks, config, tokenizer
         self._harness = load_harness()
         self._tasks = self._harness.load_tasks(asked.names, asked.include_path, asked.limit)
-        model: Any = SimpleNamespace(capacity=config.model.max_positions, device=torch.device("cpu"))
+        model: Any = SimpleNamespace(
+            capacity=config.model.max_positions, vocab_size=config.model.vocab_size, device=torch.device("cpu")
+        )
         self._tasks.rehearse(self._generator(model))
         self._fewest = self._tasks.fewest
 
@@ -61,7 +63,7 @@ class TrainingModel:
 
     def __init__(self, stages: Sequence[Stage], pipeline: Pipeline | None, mesh: Mesh, config: Config):
         self._stages, self._pipeline, self._mesh = stages, pipeline, mesh
-        self._vocab_size = config.model.vocab_size
+        self.vocab_size = config.model.vocab_size
         self.num_slots, self.capacity = config.train.micro_batch_size, config.model.max_positions
         self.turning_point, self.device = turning_point(config.model), mesh.device
         self._width = math.lcm(WIDTHS, 2 * mesh.context.size * mesh.tensor.size)
@@ -98,12 +100,12 @@ class TrainingModel:
             else:
                 NOW.do("forward")
                 outputs = [self._stages[0](None, inputs)]
-        logits = torch.zeros(batch, width if place_B is None else 1, self._vocab_size, device=self.device)
+        logits = torch.zeros(batch, width if place_B is None else 1, self.vocab_size, device=self.device)
         for local_BTV in outputs:
             if place_B is not None:  # of which a context rank has those of some rows
                 here = index_T == place_B[:, None]
                 found = all_gather(local_BTV[here].float(), mesh.tensor, dim=1)
-                logits[here.any(1), 0] = found[..., : self._vocab_size]
+                logits[here.any(1), 0] = found[..., : self.vocab_size]
             else:
-                logits[:, index_T] = all_gather(local_BTV.float(), mesh.tensor, dim=2)[..., : self._vocab_size]
+                logits[:, index_T] = all_gather(local_BTV.float(), mesh.tensor, dim=2)[..., : self.vocab_size]
         return all_reduce(all_reduce(logits, mesh.context), mesh.pipeline)

@@ -29,7 +29,7 @@ class RanksModel:
         self, stage: Stage, plan: Plan, mesh: Mesh, dtype: torch.dtype, num_slots: int, max_length: int | None = None
     ):
         self.stage, self.mesh, self.num_slots = stage, mesh, num_slots
-        self.config = stage.model.config
+        self.config, self.vocab_size = stage.model.config, stage.model.config.vocab_size
         self.capacity = min(max_length or self.config.max_positions, self.config.max_positions)
         self.turning_point, self.device = turning_point(self.config), mesh.device
         add_cache(stage.model, num_slots)
@@ -52,11 +52,11 @@ class RanksModel:
     def _run(self, inputs: Inputs) -> Tensor:
         outputs = self.pipeline.forward([inputs]) if self.pipeline else [self.stage(None, inputs)]
         batch, length = inputs.tokens_BT.shape
-        shape = (batch, length if inputs.last_B is None else 1, self.config.vocab_size)
+        shape = (batch, length if inputs.last_B is None else 1, self.vocab_size)
         logits = torch.empty(shape, device=self.device)
         if outputs:
             whole = all_gather(outputs[0].float(), self.mesh.tensor, dim=2)
-            logits.copy_(whole[..., : self.config.vocab_size])  # the rest is padding
+            logits.copy_(whole[..., : self.vocab_size])  # the rest is padding
         if self.pipeline:
             dist.broadcast(logits, group=self.mesh.pipeline.group, group_src=self.mesh.pipeline.size - 1)
         return logits

@@ -44,7 +44,7 @@ def references_task(file: Path, template: ChatTemplate | None, max_tokens: int, 
 
 def _read(file: Path, template: ChatTemplate | None) -> Iterator[dict[str, Any]]:
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").split("\n")  # a text may hold other characters that end lines
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file} cannot be read: {error}") from None
     for number, line in enumerate(lines, 1):

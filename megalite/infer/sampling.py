@@ -19,6 +19,7 @@ from megalite.keys import key_of
 LIKELIEST = 256
 """Tokens that are ordered at first to find where top-p cuts; all of them only where these do not reach it."""
 SITE = key_of("generate")
+LARGEST, SMALLEST = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ def choose(logits_BV: Tensor, samplings: Sequence[Sampling], ids: Sequence[Seque
     for row in penalized:
         seen = torch.tensor(sorted(set(ids[row])), device=logits_BV.device)
         logits, penalty = logits_BV[row, seen], samplings[row].repetition_penalty
-        logits_BV[row, seen] = torch.where(logits > 0, logits / penalty, logits * penalty)
+        # Finite also where a penalty is next to nothing.
+        logits_BV[row, seen] = torch.where(logits > 0, logits / penalty, logits * penalty).clamp(-LARGEST, LARGEST)
     likeliest_B = logits_BV.argmax(-1)
     drawn = [row for row, sampling in enumerate(samplings) if sampling.temperature > 0]
     if not drawn:
@@ -73,7 +75,9 @@ def choose(logits_BV: Tensor, samplings: Sequence[Sampling], ids: Sequence[Seque
 def warp(logits_BV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
     """Logits to draw from: tempered, and -inf where a token must not be drawn."""
     column = partial(_column, device=logits_BV.device)
-    logits_BV = logits_BV / column([sampling.temperature for sampling in samplings])
+    # The largest is 0, whatever it is divided by: a temperature next to nothing leaves the likeliest token.
+    temperature_B1 = column([sampling.temperature for sampling in samplings]).clamp(min=SMALLEST)
+    logits_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / temperature_B1
     top_k = [min(sampling.top_k or logits_BV.shape[1], logits_BV.shape[1]) for sampling in samplings]
     if min(top_k) < logits_BV.shape[1]:
         asked = [k if k < logits_BV.shape[1] else 1 for k in top_k]
@@ -109,7 +113,7 @@ def _least_of_top_p(logits_BV: Tensor, top_p_B1: Tensor) -> Tensor:
         best = logits_BV.topk(count).values
         probabilities = (best - whole_B1).exp()
         before = probabilities.cumsum(-1) - probabilities  # the token that crosses top_p is still in
-        inside_B1 = (before < top_p_B1).sum(-1, keepdim=True)
+        inside_B1 = (before < top_p_B1).sum(-1, keepdim=True).clamp(min=1)
         if bool((inside_B1 < count).logical_or(top_p_B1 >= 1).all()):
             break
     least = best.gather(1, inside_B1 - 1)

@@ -122,6 +122,10 @@ def from_hf_config(hf: dict[str, Any]) -> dict[str, Any]:
         return family(kind).from_hf(hf) | heads.from_hf(hf)
     except KeyError as error:
         raise ConfigError(f"config.json of a {kind} model lacks {error.args[0]!r}") from None
+    except ConfigError:
+        raise
+    except (TypeError, ValueError, AttributeError) as error:  # a list for a number, and the like
+        raise ConfigError(f"config.json of a {kind} model holds a value of another kind: {error}") from None
 
 
 def to_hf_config(config: ModelConfig) -> dict[str, Any]:

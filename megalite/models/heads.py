@@ -12,6 +12,7 @@ import torch.nn as nn
 
 from megalite.config import ModelConfig
 from megalite.errors import ConfigError
+from megalite.models.hf import require
 from megalite.models.layers import Decoder
 from megalite.models.weights import Weight
 
@@ -74,7 +75,10 @@ def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
     architecture = str((hf.get("architectures") or [""])[0])
     for task, kind in KINDS.items():
         if architecture.endswith(kind):
-            names = {int(number): str(name) for number, name in (hf.get("id2label") or {}).items()}
+            require(hf, str(hf.get("model_type")), {"problem_type": "single_label_classification"})
+            # What transformers leaves out are its two classes without names.
+            given = hf.get("id2label") or {0: "LABEL_0", 1: "LABEL_1"}
+            names = {int(number): str(name) for number, name in given.items()}
             return {"task": task, "labels": [names[number] for number in sorted(names)]}
     return {}
 

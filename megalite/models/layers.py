@@ -33,7 +33,8 @@ class Places:
     key_B: Tensor | None = None
     """Dropout keys, int64, one a sample; None drops nothing."""
     whole_length: int | Tensor | None = None
-    """Tokens of a whole sequence, where a part of it is at hand; [B,1,1] where rows differ; None: T."""
+    """Tokens of a whole sequence, where a part of it is at hand; [B,1,1] where rows differ, [B,T,1] where documents do;
+    None: T."""
 
     @property
     def length(self) -> int | Tensor:

@@ -93,7 +93,8 @@ HF_NAMES = {"original_max_positions": "original_max_position_embeddings"}
 def turns(
     position_BT: Tensor, size: int, theta: float, scaling: Scaling | None, length: int | Tensor, max_positions: int
 ) -> Turn:
-    """Of heads whose first `size` numbers turn, for tokens of a sequence of `length`, [B,1,1] where rows differ."""
+    """Of heads whose first `size` numbers turn, for tokens of a sequence of `length`, [B,1,1] where rows
+    differ, [B,T,1] where documents do."""
     exponent = torch.arange(0, size, 2, device=position_BT.device).float() / size
     frequency_R = theta**-exponent
     if scaling is None:
@@ -117,8 +118,9 @@ def to_hf(theta: float, scaling: Scaling | None, **more: Any) -> dict[str, Any]:
 
 def from_hf(hf: dict[str, Any], family: str, theta: float = 10_000.0) -> dict[str, Any]:
     """rope_theta, `theta` where config.json does not say, and rope_scaling. Raises ConfigError."""
-    rope = hf.get("rope_parameters") or {"rope_theta": hf.get("rope_theta", theta), **(hf.get("rope_scaling") or {})}
-    return {"rope_theta": rope.get("rope_theta", theta), "rope_scaling": scaling_from_hf(rope, hf, family)}
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    theta = rope.get("rope_theta", hf.get("rope_theta", theta))
+    return {"rope_theta": theta, "rope_scaling": scaling_from_hf(rope, hf, family)}
 
 
 def scaling_from_hf(rope: dict[str, Any], hf: dict[str, Any], family: str) -> dict[str, Any] | None:

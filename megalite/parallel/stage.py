@@ -90,3 +90,9 @@ def positions_of(document_BT: Tensor) -> Tensor:
     begins = torch.ones_like(document_BT, dtype=torch.bool)
     begins[:, 1:] = document_BT[:, 1:] != document_BT[:, :-1]
     return index - index.masked_fill(~begins, 0).cummax(1).values
+
+
+def lengths_of(document_BT: Tensor) -> Tensor:
+    """Tokens of each token's own document: [B,T,1], from numbers of documents that ascend along T from 0."""
+    counts = torch.zeros_like(document_BT).scatter_add_(1, document_BT, torch.ones_like(document_BT))
+    return counts.gather(1, document_BT)[..., None]

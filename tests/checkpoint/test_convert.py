@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import pickle
+import random
 import runpy
 import shutil
 import sys
+import zipfile
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +21,9 @@ from torch import Tensor
 
 from megalite.checkpoint.convert import open_source, write_model
 from megalite.checkpoint.folder import step_folder
+from megalite.checkpoint.megatron import LATEST
 from megalite.checkpoint.tensors import CheckpointError
+from megalite.checkpoint.torch_file import TorchFile
 from megalite.errors import ConfigError
 from megalite.train import train
 from megatron_files import PADDED, arguments, write_pieces, write_rank_files
@@ -116,6 +123,98 @@ def test_what_is_no_llama_of_megatrons_is_refused(tmp_path: Path) -> None:
     path.write_bytes(b"no zip")
     with pytest.raises(CheckpointError, match=r"is not a file of torch\.save's"):
         open_source(folder)
+
+
+def test_a_damaged_file_of_torchs_is_refused(tmp_path: Path) -> None:
+    """Whatever bits are flipped in it, or where it ends: the tensor is read as it was, or not at all."""
+    whole = torch.arange(100.0)
+    torch.save({"a": whole}, tmp_path / "whole.pt")
+    intact, path, refused, rng = (tmp_path / "whole.pt").read_bytes(), tmp_path / "damaged.pt", 0, random.Random(0)
+    for number in range(300):
+        data = bytearray(intact)
+        for _ in range(rng.randint(1, 4)):
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        path.write_bytes(data[: rng.randrange(len(data))] if number % 3 == 0 else data)
+        try:
+            found = TorchFile(path).load()
+            assert "a" not in found or torch.equal(found["a"].read(), whole)
+        except CheckpointError:
+            refused += 1
+    assert refused > 200
+
+
+def test_what_is_packed_is_not_unpacked(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/data.pkl", bytes(10**6))
+    with pytest.raises(CheckpointError, match=r"data\.pkl is packed"):
+        TorchFile(tmp_path / "bomb.pt").load()
+
+
+def twice(metadata: Any) -> None:
+    """As many numbers as there should be, some of them in the place of others."""
+    _, second = (index for index in metadata.storage_data if index.fqn == "embedding.word_embeddings.weight")
+    metadata.storage_data[replace(second, offset=torch.Size([1, 0]))] = metadata.storage_data.pop(second)
+
+
+def endless(metadata: Any) -> None:
+    name = "decoder.layers.mlp.linear_fc2.weight"
+    stored = metadata.state_dict_metadata[name]
+    metadata.state_dict_metadata[name] = replace(stored, size=torch.Size([10**12, *stored.size[1:]]))
+
+
+def too_long(metadata: Any) -> None:
+    for place in metadata.storage_data.values():
+        place.length = 2**60
+
+
+def elsewhere(metadata: Any) -> None:
+    for place in metadata.storage_data.values():
+        place.relative_path = "../other/__0_0.distcp"
+
+
+def of_words(metadata: Any) -> None:
+    for place in metadata.storage_data.values():
+        place.offset = "begin"
+
+
+WRONG_PIECES = [
+    (twice, "a piece of embedding.word_embeddings.weight is there twice"), (endless, "of another number of layers"),
+    (too_long, "has no 1152921504606846976 bytes"), (elsewhere, "names a file elsewhere"),
+    (of_words, "do not fit together"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "words"), WRONG_PIECES)
+def test_pieces_that_do_not_make_the_whole_are_refused(
+    tmp_path: Path, change: Callable[[Any], None], words: str
+) -> None:
+    folder = tmp_path / "megatron"
+    write_pieces(make_model("llama"), folder, 2, True)
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    change(metadata)
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CheckpointError, match=words):
+        write_model(open_source(folder, vocab_size=99), tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
+@pytest.mark.parametrize("word", ["../elsewhere", "/etc", "²", ""])
+def test_the_latest_iteration_is_a_folder_beside_its_name(tmp_path: Path, word: str) -> None:
+    write_pieces(make_model("llama"), tmp_path / "elsewhere", 1, False)
+    (tmp_path / "megatron").mkdir()
+    (tmp_path / "megatron" / LATEST).write_text(word)
+    with pytest.raises(CheckpointError, match=r"no folder beside it|is none of"):
+        open_source(tmp_path / "megatron")
+
+
+def test_what_fp16_cannot_hold_is_said(tmp_path: Path) -> None:
+    theirs = make_model("llama")
+    with torch.no_grad():
+        theirs.model.norm.weight[3] = 1e5
+    theirs.save_pretrained(tmp_path / "hf")
+    with pytest.raises(CheckpointError, match=r"norm.weight goes up to 1e\+05, which fp16 cannot hold"):
+        write_model(open_source(tmp_path / "hf"), tmp_path / "half", "fp16")
+    assert not (tmp_path / "half").exists()
 
 
 def run_tool(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Any:

@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from megalite.activity import NOW
 from megalite.checkpoint import folder as folder_module
 from megalite.checkpoint.folder import MANIFEST, Damage, complete_steps, parse_manifest, read_manifest, step_folder
 from megalite.checkpoint.load import from_checkpoint
 from megalite.checkpoint.resume import find_checkpoint, find_damage
 from megalite.checkpoint.tensors import CheckpointError, TensorFolder
 from megalite.config import Config
+from megalite.exit_codes import passes
 from megalite.mesh import ALONE, Axis, Mesh, make_mesh
 from megalite.models import weight_table
 from megalite.plan import make_plan
@@ -104,13 +106,16 @@ def test_a_disk_that_cannot_read_is_damage(root: Path, monkeypatch: pytest.Monke
     victim = step_folder(root, 12) / "train_state.json"
 
     def read(path: Path) -> dict[str, object]:
-        if path == victim:
+        if path.name == victim.name:
             raise OSError(5, "Input/output error")
         return real(path)
 
     real = folder_module.digest
     monkeypatch.setattr(folder_module, "digest", read)
     assert find_damage(victim.parent, LONE) == "train_state.json cannot be read"
+    with pytest.raises(CheckpointError, match="every checkpoint is damaged") as error:
+        find_checkpoint(root, "auto", LONE)
+    assert passes(error.value), "a launcher tries again, as the disk may come back"
 
 
 def test_of_many_damaged_files_some_are_named(root: Path) -> None:
@@ -122,8 +127,9 @@ def test_of_many_damaged_files_some_are_named(root: Path) -> None:
 def test_all_damaged_is_an_error_not_a_fresh_start(root: Path) -> None:
     for path in root.glob("step-*/config.json"):
         path.write_bytes(flip(99)(path.read_bytes()))
-    with pytest.raises(CheckpointError, match=r"every checkpoint is damaged.*: config.json is not what was"):
+    with pytest.raises(CheckpointError, match=r"every checkpoint is damaged.*: config.json is not what was") as error:
         find_checkpoint(root, "auto", LONE)
+    assert not passes(error.value)
     assert len(list(root.glob("step-*"))) == 2, "nothing was touched"
     with pytest.raises(CheckpointError, match=r"no undamaged checkpoint there: config.json is not what was written"):
         find_checkpoint(root / "none", step_folder(root, 8), LONE)
@@ -186,3 +192,24 @@ def test_an_index_cannot_lead_out_of_its_folder(root: Path) -> None:
     path.write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match="outside of the folder"):
         TensorFolder(path.parent)
+
+
+@pytest.mark.parametrize("named", [["model.safetensors"], None, {"lm_head.weight": 5}, {"lm_head.weight": None}])
+def test_an_index_of_something_else_is_refused(tmp_path: Path, named: object) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": named}))
+    with pytest.raises(CheckpointError, match=r"no readable model\.safetensors|cannot be read"):
+        TensorFolder(tmp_path).fetch("lm_head.weight", (slice(0, 1),))
+
+
+def test_checking_and_reading_are_seen_to_go_on(trained: Config, root: Path) -> None:
+    """Of a large checkpoint they take longer than a run may be silent."""
+    folder = step_folder(root, 12)
+    files, weights = read_manifest(folder), weight_table(trained.model)
+    assert not isinstance(files, Damage)
+    before = NOW.beats
+    assert not find_damage(folder, LONE)
+    assert NOW.beats - before == len(files)
+    read, before = from_checkpoint(folder, weights, trained.model, Axis()), NOW.beats
+    for weight in weights:
+        read(weight, "exp_avg", 0, weight.numel)
+    assert NOW.beats - before >= len(weights)

@@ -12,6 +12,7 @@ import pytest
 import tokenizers
 import torch
 
+from megalite.checkpoint.export import keep_source
 from megalite.checkpoint.folder import step_folder
 from megalite.train import train
 from small_runs import VOCAB, make_config
@@ -59,3 +60,24 @@ def test_what_lies_beside_the_weights_is_taken_along(tmp_path: Path) -> None:
     assert tokenizer.eos_token == "w3"
     assert tokenizer.apply_chat_template([{"role": "user", "content": "w7"}], tokenize=False) == "<user>w7"
     assert json.loads((folder / "config.json").read_text())["pad_token_id"] is None
+
+
+def test_a_start_that_is_cut_short_leaves_no_part_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_model(tmp_path / "hf")
+    config = make_config(tmp_path, {}, f"model.hf={tmp_path / 'hf'}")
+    copy, copied = shutil.copyfile, list[Path]()
+
+    def fail_at_the_third(source: Path, target: Path) -> None:
+        if len(copied) == 2:
+            raise OSError(28, "No space left on device")
+        copied.append(source)
+        copy(source, target)
+
+    monkeypatch.setattr(shutil, "copyfile", fail_at_the_third)
+    with pytest.raises(OSError, match="No space"):
+        keep_source(config)
+    monkeypatch.undo()
+    keep_source(config)
+    kept = {path.name for path in (config.run.folder / "source").iterdir()}
+    assert {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"} <= kept
+    assert not (config.run.folder / "source.tmp").exists()

@@ -6,14 +6,17 @@ import itertools
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import yaml
+from tokenizers import pre_tokenizers, processors
 
-from chats import CHATML, FORGETFUL, MARKED, MARKED_WITHOUT_END, PLAIN, write_rows, write_tokenizer
+from chats import CHATML, ENDED, FORGETFUL, MARKED, MARKED_WITHOUT_END, PLAIN, write_rows, write_tokenizer
 from megalite.cli import main
 from megalite.data.formats import Settings
 from megalite.data.indexed import IndexedDataset
@@ -88,6 +91,13 @@ def test_a_template_that_renders_answers_differently_is_refused_but_for_the_last
     assert learned(tokenizer, last) == ["thinking Paris<|im_end|>"]
 
 
+def test_a_template_that_ends_the_text_behind_the_last_turn(tmp_path: Path) -> None:
+    """As Phi-3's, of which answers in the middle are known all the same."""
+    tokenizer = write_tokenizer(tmp_path / "tokenizer", ENDED)
+    [found] = made(tmp_path, [{"messages": CHAT}], tokenizer, format="chat")
+    assert learned(tokenizer, found) == ["hello, ünï\n<|im_end|>", "Paris<|im_end|>\n<|endoftext|>"]
+
+
 def test_an_answer_that_nothing_ends_gets_an_end(tmp_path: Path) -> None:
     tokenizer = write_tokenizer(tmp_path / "tokenizer", PLAIN)
     [found] = made(tmp_path, [{"messages": CHAT[1:3]}], tokenizer, format="chat")
@@ -124,6 +134,68 @@ def test_completions(tmp_path: Path) -> None:
         assert ids[: len(prompt)] == prompt, "whoever asks gives the prompt alone"
 
 
+def changed(tokenizer: Path, change: Callable[[tokenizers.Tokenizer], None]) -> Path:
+    opened = tokenizers.Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    change(opened)
+    opened.save(str(tokenizer / "tokenizer.json"))
+    return tokenizer
+
+
+def test_a_space_before_an_answer_is_the_prompts(tmp_path: Path) -> None:
+    """Also where the tokenizer leaves spaces out of the places of its tokens, as that of GPT-NeoX."""
+
+    def trim(opened: tokenizers.Tokenizer) -> None:
+        opened.post_processor = processors.ByteLevel(trim_offsets=True)
+
+    tokenizer = changed(write_tokenizer(tmp_path / "tokenizer"), trim)
+    prompt = "say hello to "
+    [document] = made(tmp_path, [{"prompt": prompt, "completion": "the world"}], tokenizer, format="completion")
+    asked = load_tokenizer(tokenizer).encode(prompt)
+    assert document[0][: len(asked)] == asked
+    assert learned(tokenizer, document) == ["the world<|endoftext|>"]
+
+
+def test_a_text_stays_what_it_is_where_every_text_gets_a_space(tmp_path: Path) -> None:
+    def put_space(opened: tokenizers.Tokenizer) -> None:
+        opened.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+
+    tokenizer = changed(write_tokenizer(tmp_path / "tokenizer"), put_space)
+    [(ids, _)] = made(tmp_path, [{"prompt": "say hel", "completion": "lo"}], tokenizer, format="completion")
+    assert load_tokenizer(tokenizer).decode(ids) == " say hello<|endoftext|>"
+
+
+def test_a_text_begins_as_the_model_is_asked(tmp_path: Path) -> None:
+    """With the token that some tokenizers have begin every text; a template puts it there itself."""
+
+    def begin(opened: tokenizers.Tokenizer) -> None:
+        token = "<|user|>"
+        opened.post_processor = processors.TemplateProcessing(
+            single=f"{token} $A", special_tokens=[(token, opened.token_to_id(token))]
+        )
+
+    tokenizer = changed(write_tokenizer(tmp_path / "tokenizer"), begin)
+    rows: dict[Any, dict[str, Any]] = {
+        "completion": {"prompt": "say", "completion": " hello"},
+        "preference": {"prompt": "say", "chosen": " hello", "rejected": " world"},
+        "classification": {"text": "say", "label": 0},
+        "labels": {"tokens": ["say"], "labels": [0]},
+    }
+    for format, row in rows.items():
+        labels = ("a", "b") if "label" in format or "class" in format else ()
+        for ids, mask in made(tmp_path, [row], tokenizer, format=format, labels=labels):
+            asked = load_tokenizer(tokenizer).encode_prompt("say")
+            assert ids[: len(asked)] == asked
+            assert mask[0] == 0
+    [(ids, _)] = made(tmp_path, [{"messages": CHAT}], tokenizer, format="chat")
+    assert load_tokenizer(tokenizer).decode(ids[:1]) == "<|im_start|>"
+
+
+def test_an_end_behind_the_users_turn_is_not_learned(tmp_path: Path) -> None:
+    tokenizer = write_tokenizer(tmp_path / "tokenizer", PLAIN)
+    [found] = made(tmp_path, [{"messages": CHAT[1:4]}], tokenizer, format="chat")
+    assert learned(tokenizer, found) == ["hello, ünï\n\n"]
+
+
 def test_preferences_are_two_documents(tmp_path: Path) -> None:
     tokenizer = write_tokenizer(tmp_path / "tokenizer")
     rows: list[dict[str, Any]] = [
@@ -157,12 +229,15 @@ WRONG = [
     ("chat", {"text": "x"}, "no field 'messages' or 'conversations'.*fields here: text"),
     ("chat", {"messages": "x"}, "'messages' must be a list of messages, not str"),
     ("chat", {"messages": [{"role": "user"}]}, "message 0 of 'messages' has no 'content'; its keys: role"),
+    ("chat", {"messages": [{"from": ["gpt"], "value": "x"}]}, "message 0 of 'messages' has no 'role'"),
     ("chat", {"messages": CHAT[:2]}, "no message is the assistant's"),
     ("chat", {"messages": [CHAT[1], {"role": "assistant", "content": ""}]}, "is an empty answer"),
     ("completion", {"prompt": "x"}, "no field 'completion'; fields here: prompt"),
     ("completion", {"prompt": "x", "completion": ""}, "'completion' is empty"),
     ("preference", {"chosen": "x", "rejected": "y"}, "no field 'prompt' or 'messages'"),
+    ("completion", {"prompt": [], "completion": []}, "'completion' must end with a message of the assistant"),
     ("preference", {"prompt": "x", "chosen": "y", "rejected": "y"}, "are the same"),
+    ("preference", {"chosen": [], "rejected": CHAT}, "'chosen' must end with a message of the assistant"),
     ("classification", {"text": "x", "label": "c"}, "label 'c' is none of the 2: a, b"),
     ("classification", {"text": " ", "label": "a"}, "'text' must be text that is not empty"),
     ("labels", {"tokens": ["x", "y"], "labels": ["a"]}, "must be a list of 2 labels"),

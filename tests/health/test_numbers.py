@@ -4,6 +4,7 @@ those who should hold the same."""
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megalite.checkpoint.load import from_seed
 from megalite.config import HealthConfig
+from megalite.data.loader import Loader
+from megalite.data.mixture import build_mixtures
 from megalite.engine import Sharing
+from megalite.exit_codes import Exit
 from megalite.health import numbers as module
+from megalite.health.guard import Ending, Guard
 from megalite.health.late import Late
 from megalite.health.numbers import BadStep, Numbers
 from megalite.health.replicas import KINDS, Disagreement, ReplicaCheck, describe, disagreements
@@ -268,3 +273,27 @@ def test_every_flipped_bit_changes_the_sum(dtype: torch.dtype, size: int) -> Non
         x.view(words)[bit] ^= flip
     x = x.clone()  # elsewhere in memory
     assert sums(2) == wanted
+
+
+def test_what_is_saved_after_too_many_is_named_by_the_step_it_is_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the last of them is followed by one that ends the run, of which the host has not heard yet."""
+    monkeypatch.setattr(module, "ENOUGH", 2)
+    overrides = ("health.bad_steps_limit=1", "health.grad_norm_spike=stop", "observe.eval_every=0")
+    config = make_config(tmp_path, "llama", *overrides)
+    mesh = make_mesh(make_plan(config, weight_table(config.model), 1), CPU)
+    data = build_mixtures(config)["train"]
+    assert data is not None
+    with Loader(data, 4, 2, 0, 1) as loader:
+        guard, ending = Guard(config, mesh, loader, None), None
+        permitted = []
+        for step, norm in enumerate((1.0, 1.0, 1.0, math.nan, 1.0, 50.0), 1):
+            before = loader.samples
+            next(loader)
+            permitted.append(bool(guard.permit(torch.tensor(1.0))(torch.tensor(norm))))
+            guard.note(step, before)
+            ending = guard.look(step, False)
+            assert (ending is None) == (step < 6)
+    assert permitted == [True, True, True, False, True, False]
+    assert ending == Ending(Exit.BAD_NUMBERS, saves=(5, 20))

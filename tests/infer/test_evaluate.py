@@ -135,20 +135,26 @@ def test_unknown_names_and_missing_data_are_explained(
         load_tasks(["lost"], tmp_path)
 
 
-def evaluate_on_rank(rank: int, world_size: int, model: Path, asked: Asked, output: Path) -> dict[str, float]:
-    return evaluate_model(model, asked, output, tensor=2)
+def evaluate_on_rank(
+    rank: int, world_size: int, model: Path, asked: Asked, output: Path, layout: dict[str, int]
+) -> dict[str, float]:
+    return evaluate_model(model, asked, output, **layout)
 
 
-def test_a_tensor_group_finds_the_same_and_writes_it_once(tmp_path: Path, tasks: Path) -> None:
+def test_ranks_find_the_same_and_write_it_once(tmp_path: Path, tasks: Path) -> None:
+    """A tensor group and a pipeline."""
     folder, asked = random_model(tmp_path / "model", "llama"), Asked(NAMES, tasks, limit=4, samples=True)
     wanted = evaluate_model(folder, asked, tmp_path / "alone.json")
-    found, _ = run_ranks(2, evaluate_on_rank, folder, asked, tmp_path / "ranks.json")
-    assert found == pytest.approx(wanted, rel=1e-5)  # sums over ranks are rounded in another order
-    alone, ranks = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("alone", "ranks"))
+    for layout in ("tensor", "pipeline"):
+        output = tmp_path / f"{layout}.json"
+        for found in run_ranks(2, evaluate_on_rank, folder, asked, output, {layout: 2}):
+            assert found == pytest.approx(wanted, rel=1e-5)  # sums over ranks are rounded in another order
+        assert json.loads(output.read_text())["results"].keys() == set(NAMES)
+    alone = json.loads((tmp_path / "alone.json").read_text())
     assert alone["results"]["story"]["bits_per_byte,none"] == wanted["story/bits_per_byte"]
     assert alone["asked"]["limit"] == 4
     assert alone["n-samples"]["letters"] == {"original": 9, "effective": 4}
-    assert ranks["results"].keys() == alone["results"].keys() == set(NAMES)
+    assert alone["results"].keys() == set(NAMES)
     lines = [json.loads(line) for line in (tmp_path / "alone.samples.jsonl").read_text().splitlines()]
     assert [line["task"] for line in lines] == [name for name in NAMES for _ in range(4)]
     assert lines[-1]["asked"] == ["cow " * 22]
@@ -228,6 +234,13 @@ def test_a_wrong_row_is_shown(tmp_path: Path, line: str, reason: str) -> None:
         references_task(file, None, 8, [])
     assert f"{file}, line 3: {reason}" in str(caught.value)
     assert str(caught.value).endswith(line)
+
+
+def test_a_text_may_hold_what_ends_lines_elsewhere(tmp_path: Path) -> None:
+    file, odd = tmp_path / "rows.jsonl", "one\u2028two\x85three"
+    file.write_text(json.dumps({"prompt": odd, "completion": odd}, ensure_ascii=False) + "\n", encoding="utf-8")
+    (row,) = references_task(file, None, 8, [])["custom_dataset"]()["test"]
+    assert (row["prompt"], row["wanted"]) == (odd, [odd])
 
 
 def test_one_of_the_two_is_asked_for(tmp_path: Path) -> None:

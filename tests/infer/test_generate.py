@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from chats import write_tokenizer
+from megalite.cli import main
 from megalite.errors import ConfigError
 from megalite.infer import cache
 from megalite.infer.batch import Batch
@@ -310,10 +313,43 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
         find_model(tmp_path)
 
 
-def test_a_model_that_tells_classes_does_not_answer(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
-    sizes = {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1}
-    config = transformers.LlamaConfig(**sizes, id2label={0: "no", 1: "yes"})
-    transformers.LlamaForSequenceClassification(config).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="has a head for task: classification, which does not answer"):
-        Generator.open(tmp_path)
+def test_what_says_no_text_is_refused_before_its_weights_are_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The folder has none."""
+    llama = pytest.importorskip("transformers").AutoConfig.for_model(**CASES["llama"]).to_dict()
+
+    def told(verb: str, *options: str, architecture: str = "LlamaForCausalLM") -> str:
+        labels = {"id2label": {"0": "ham", "1": "spam"}} if "CausalLM" not in architecture else {}
+        (tmp_path / "config.json").write_text(json.dumps(llama | labels | {"architectures": [architecture]}))
+        assert main([verb, str(tmp_path), *options]) == 2
+        return capsys.readouterr().err
+
+    verbs: list[tuple[str, ...]] = [("generate", "--prompt", "x"), ("serve", "--port", "0")]
+    for verb in verbs:
+        for task, kind in (("classification", "SequenceClassification"), ("labels", "TokenClassification")):
+            said = told(*verb, architecture=f"LlamaFor{kind}")
+            assert f"{tmp_path} holds a model of model.task: {task}, which tells classes (ham, spam)" in said
+            assert f"AutoModelFor{kind}" in said
+        assert f"{tmp_path} has no tokenizer" in told(*verb)
+    write_tokenizer(tmp_path, template=None)
+    assert "has no chat template; put one into" in told("generate", "--chat", "--prompt", "x")
+    assert "model" in told("generate", "--prompt", "x"), "its weights come last"
+
+
+def test_an_address_that_is_taken_is_told_before_the_model_is_looked_at(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["serve", str(tmp_path), "--port", str(port)]) == 2
+    assert f"--host 127.0.0.1 --port {port} cannot be listened on: Address already in use" in capsys.readouterr().err
+    assert main(["serve", str(tmp_path), "--port", "99999"]) == 2
+    assert "--port 99999 cannot be listened on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrong", [{"num_slots": 0}, {"max_length": 1}, {"max_length": -5}])
+def test_no_room_for_an_answer_is_refused(tmp_path: Path, wrong: dict[str, int]) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="give at least one, of two tokens or more"):
+        Generator.open(tmp_path, **wrong)

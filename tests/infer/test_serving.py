@@ -231,7 +231,7 @@ def test_a_large_prompt_is_refused_before_it_is_read(served: Served, chunked: bo
         ({"prompt": "x", "max_tokens": 0}, "max_tokens: "),
         ({"prompt": "x", "frequency_penalty": 1}, "frequency_penalty: "),
         ({"prompt": "x", "best_off": 1}, "best_off: is not known"),
-        ({"prompt": [1, 999]}, "tokens have numbers from 0 to 255"),
+        ({"prompt": [1, 999]}, "the prompt has the token 999, but the model knows those from 0 to 255"),
         ({"prompt": []}, "the prompt has 0 tokens"),
         ({"prompt": "x" * LENGTH}, f"the prompt has {LENGTH} tokens"),
         ({"prompt": "x", "model": "other"}, "the model 'other' does not exist"),
@@ -256,35 +256,13 @@ def test_what_is_no_json_and_no_path(served: Served) -> None:
     assert httpx.get(f"{served.url}/v1/nothing", headers=headers).json()["error"]["message"] == "Not Found"
 
 
-def test_ratings_become_rows_that_finetuning_reads(served: Served) -> None:
-    rows = {name: served.log.with_name("ratings") / f"{name}.jsonl" for name in ("chat", "preference", "rejected")}
-    headers = {"Authorization": f"Bearer {KEY}"}
-    rows["chat"].write_text('{"cut off by a cra')
-    for more in ({"rating": "up"}, {"rating": "down"}, {"rating": "down", "correction": "Better."}):
-        response = httpx.post(
-            f"{served.url}/v1/ratings", json={"messages": CHAT, "answer": "Said."} | more, headers=headers
-        )
-        assert response.status_code == 201, response.text
-    found = {
-        name: [json.loads(line) for line in path.read_text().splitlines() if line[-1] == "}"]
-        for name, path in rows.items()
-    }
-    said, better = ({"role": "assistant", "content": text} for text in ("Said.", "Better."))
-    assert [row["messages"] for row in found["chat"]] == [[*CHAT, said], [*CHAT, better]]
-    ((preference,), (rejected,)) = found["preference"], found["rejected"]
-    assert (preference["prompt"], preference["chosen"], preference["rejected"]) == (CHAT, "Better.", "Said.")
-    assert (rejected["prompt"], rejected["rejected"]) == (CHAT, "Said.")
-    same = {"messages": CHAT, "answer": "Said.", "rating": "down", "correction": "Said."}
-    assert httpx.post(f"{served.url}/v1/ratings", json=same, headers=headers).status_code == 400
-
-
 def test_the_page_in_a_browser(served: Served) -> None:
     playwright = pytest.importorskip("playwright.sync_api")
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if browser is None:
         pytest.skip("no Chromium on this machine")
     rows = served.log.with_name("ratings") / "preference.jsonl"
-    before = len(rows.read_text().splitlines()) if rows.exists() else 0
+    before = len(rows.read_bytes().splitlines()) if rows.exists() else 0
     with playwright.sync_playwright() as tool:
         page = tool.chromium.launch(executable_path=browser, args=["--no-sandbox"]).new_page()
         problems: list[str] = []
@@ -301,31 +279,36 @@ def test_the_page_in_a_browser(served: Served) -> None:
         page.click("text=Save")
         page.wait_for_selector("text=your answer is noted")
         assert page.text_content(".turn.answer .text") == "Hello yourself."
-        page.fill("#max_tokens", "16000")
-        page.fill("#prompt", "Go on and on")
+        asked: list[Any] = []
+        page.on("request", lambda request: asked.append(request.post_data_json) if request.post_data else None)
+        page.fill("#max_tokens", "9999")
+        page.fill("#prompt", "And more?")
         page.keyboard.press("Enter")
-        page.wait_for_selector(".text.busy:not(:empty)")
+        page.wait_for_selector(".busy:not(:empty)")
         page.click("#fresh")
-        page.wait_for_selector("#send:text-is('Send')")
-        page.fill("#prompt", "Afresh")
-        with page.expect_request("**/v1/chat/completions") as asked:
-            page.keyboard.press("Enter")
-        assert asked.value.post_data_json["messages"] == [{"role": "user", "content": "Afresh"}]
+        page.wait_for_selector("#send:has-text('Send')")
+        page.fill("#max_tokens", "5")
+        page.fill("#prompt", "Again?")
+        page.keyboard.press("Enter")
+        page.click("[aria-label='Bad answer']")
+        page.wait_for_selector("text=Thank you, noted")
+        (_, again, _) = asked
+        assert again["messages"] == [{"role": "user", "content": "Again?"}], "nothing of the talk before"
+        page.route("**/v1/ratings", lambda route: route.abort())
+        page.fill("#prompt", "And now?")
+        page.keyboard.press("Enter")
+        page.click("[aria-label='Good answer'] >> nth=1")
+        page.wait_for_selector(".problem")
+        page.route("**/v1/chat/completions", lambda route: route.abort())
+        page.fill("#prompt", "And then?")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("text=cannot be reached")
+        assert page.input_value("#prompt") == "And then?", "to be sent again"
         assert not problems
-    added = [json.loads(line) for line in rows.read_text().splitlines()[before:]]
+    added = [json.loads(line) for line in rows.read_bytes().splitlines()[before:]]
     assert [(row["prompt"][0]["content"], row["chosen"], row["rejected"]) for row in added] == [
         ("Hello <b>there</b>", "Hello yourself.", said)
     ]
-
-
-def test_a_port_in_use_is_one_line(served: Served) -> None:
-    port = served.url.rpartition(":")[2]
-    command = [sys.executable, "-m", "megalite", "serve", str(served.folder), "--port", port]
-    second = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert second.returncode == 2
-    assert second.stderr == (
-        f"error: cannot serve on 127.0.0.1:{port}: Address already in use; --port and --host say where else\n"
-    )
 
 
 def test_it_ends_as_asked_and_has_told_no_secrets(served: Served) -> None:

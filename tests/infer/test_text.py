@@ -9,6 +9,7 @@ import pytest
 
 from megalite.data.tokenizer import load_tokenizer
 from megalite.errors import ConfigError
+from megalite.infer.answer import LONGEST_CHARACTER
 from megalite.infer.generate import Generator
 from megalite.infer.sampling import Sampling
 from scripted import Bytes, Scripted
@@ -66,6 +67,19 @@ def test_a_stop_string_ends_the_work_too() -> None:
     assert (answer.text, bytes(answer.tokens), answer.finish) == ("ab", b"abcd", "stop")
 
 
+def test_a_stop_string_beside_part_of_a_character() -> None:
+    gen = Generator(Scripted([257]), Bytes())
+    (answer,) = gen.answer([gen.request("x", 1, Sampling(temperature=0), ["n"])])
+    assert (answer.text, answer.finish) == ("", "stop")
+
+
+def test_tokens_that_the_model_has_not_are_refused() -> None:
+    """Such as one that was added to its tokenizer alone."""
+    gen = Generator(Scripted([1], vocab_size=200), Bytes())
+    with pytest.raises(ConfigError, match="the prompt has the token 206, but the model knows those from 0 to 199"):
+        gen.answer([gen.request("Ω", 1)])
+
+
 def test_an_empty_prompt_starts_a_document() -> None:
     gen = Generator(Scripted([ord("x")]), Bytes())
     assert gen.prompt_ids("") == [256]
@@ -87,6 +101,12 @@ def test_the_space_between_prompt_and_continuation(tmp_path: Path) -> None:
     gen = Generator(Scripted(whole[len(prompt) :], prompt=len(prompt)), tokenizer, sampling=Sampling(temperature=0))
     (answer,) = gen.answer([gen.request("hello", len(whole) - len(prompt))])
     assert "hello" + answer.text == "hello world"
+    names = "".join(map(gen.token_text, answer.tokens))
+    assert names == " world", "and a token's own text has it"
+    # Models may have more tokens than their tokenizers, and say one.
+    scripted = Scripted([whole[-1], tokenizer.vocab_size], prompt=len(prompt))
+    (answer,) = Generator(scripted, tokenizer).answer([gen.request("hello", 2)])
+    assert answer.text == gen.token_text(whole[-1])
 
 
 def test_a_prompt_begins_as_the_tokenizer_has_texts_begin(tmp_path: Path) -> None:
@@ -97,6 +117,22 @@ def test_a_prompt_begins_as_the_tokenizer_has_texts_begin(tmp_path: Path) -> Non
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')
     found = load_tokenizer(tmp_path)
     assert found.encode("a b") == [2, 3]
     assert found.encode_prompt("a b") == [0, 2, 3], "and it does not end: the answer goes on from it"
+    assert Generator(Scripted([2]), found).prompt_ids("") == [0], "an empty text too"
+
+
+def test_bytes_that_never_make_a_character_are_said_and_cost_no_more_and_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded, decode = [], Bytes.decode
+
+    def counted(self: Bytes, ids: Sequence[int]) -> str:
+        decoded.append(len(ids))
+        return decode(self, ids)
+
+    monkeypatch.setattr(Bytes, "decode", counted)
+    found = pieces([0xFF] * 1000)
+    assert "".join(found) == "\ufffd" * 1000
+    assert len(found) > 10
+    assert max(decoded) <= 2 * LONGEST_CHARACTER

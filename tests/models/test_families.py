@@ -15,16 +15,22 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megalite.checkpoint.convert import open_source, write_model
 from megalite.checkpoint.tensors import CheckpointError
+from megalite.data.loader import MicroBatch
 from megalite.errors import ConfigError
 from megalite.infer.generate import load_model
+from megalite.mesh import ALONE, Mesh
 from megalite.models import from_hf_config, model_config, to_hf_config, weight_table
 from megalite.models.layers import IGNORE, CausalAttention, CrossEntropy, Dropout, Places
+from megalite.parallel.stage import positions_of
+from megalite.parts import make_inputs
 from tiny_models import CASES, IDS, LLAMA, LLAMA3_ROPE, ON_DISK
 
 transformers = pytest.importorskip("transformers")
 
 LENGTH = 40
+LONE = Mesh(ALONE, ALONE, ALONE, ALONE, ALONE, ALONE, torch.device("cpu"))
 
 
 def their_model(case: str) -> nn.Module:
@@ -94,6 +100,69 @@ def test_position_scaling_as_transformers_4_writes_it() -> None:
     old |= {"rope_theta": 500.0, "rope_scaling": {k: v for k, v in LLAMA3_ROPE.items() if k != "rope_theta"}}
     assert from_hf_config(old) == from_hf_config(new)
     assert from_hf_config(new)["rope_scaling"]["factor"] == 4.0
+
+
+def test_theta_may_stand_beside_the_scaling() -> None:
+    """As transformers reads it."""
+    stored = {**LLAMA, "rms_norm_eps": 1e-6, "rope_theta": 500.0, "rope_parameters": {"rope_type": "default"}}
+    assert from_hf_config(stored)["rope_theta"] == 500.0
+    assert transformers.LlamaConfig(**stored).rope_parameters["rope_theta"] == 500.0
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_document_beside_others_is_what_it_is_alone(case: str, tmp_path: Path) -> None:
+    """One that is longer than the original length beside one that is not, as both are trained on."""
+    torch.manual_seed(1)
+    theirs = their_model(case)
+    texts = [torch.randint(0, 99, (1, length)) for length in (10, 26, 4)]
+    document = torch.repeat_interleave(torch.tensor([10, 26, 4]))[None]
+    tokens = torch.cat(texts, 1)
+    inputs = make_inputs(MicroBatch(tokens, tokens, torch.zeros(1), document), LONE)
+    theirs.save_pretrained(tmp_path)
+    with torch.no_grad():
+        found = load_model(tmp_path)(inputs.tokens_BT, inputs.places).split([10, 26, 4], 1)
+        for text, logits in zip(texts, found, strict=True):
+            assert (logits - theirs(text).logits).abs().max().item() <= 1e-4  # as for every family
+
+
+HEADED = ["llama-3", "gpt2", "mistral", "qwen2-window", "qwen3", "smollm3"]
+
+
+@pytest.mark.parametrize("kind", ["SequenceClassification", "TokenClassification"])
+@pytest.mark.parametrize("case", HEADED)
+def test_logits_of_classes_are_those_of_transformers(tmp_path: Path, case: str, kind: str) -> None:
+    """Of texts that it has side by side, each filled up, and ours behind one another in a row."""
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(**CASES[case] | {"pad_token_id": 0}, num_labels=3)
+    model = getattr(transformers, f"AutoModelFor{kind}").from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(mean=0.5 * (parameter.dim() == 1), std=0.25)
+    model.save_pretrained(tmp_path / "theirs")
+    write_model(open_source(tmp_path / "theirs"), tmp_path / "ours")
+    theirs = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(tmp_path / "ours").eval()
+    texts = [torch.randint(1, 99, (length,)) for length in (9, 21, 2)]
+    tokens = nn.utils.rnn.pad_sequence(texts, batch_first=True)
+    mask = nn.utils.rnn.pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
+    with torch.no_grad():
+        wanted = theirs(tokens, attention_mask=mask).logits
+        document = torch.repeat_interleave(torch.tensor([len(text) for text in texts]))[None]
+        places = Places(torch.arange(document.shape[1]), positions_of(document), document)
+        found = load_model(tmp_path / "ours")(torch.cat(texts)[None], places)[0].split([len(text) for text in texts])
+    for row, logits in enumerate(found):
+        same = wanted[row] if kind == "SequenceClassification" else wanted[row, : len(logits)]
+        mine = logits[-1] if kind == "SequenceClassification" else logits
+        assert same.std() > 0.1
+        assert (mine - same).abs().max().item() <= 1e-4  # as for every family
+
+
+def test_classes_without_names_and_problems_of_other_kinds() -> None:
+    stored = transformers.AutoConfig.for_model(**CASES["llama"]).to_dict() | {
+        "architectures": ["LlamaForSequenceClassification"], "id2label": None
+    }  # fmt: skip
+    assert from_hf_config(stored)["labels"] == ["LABEL_0", "LABEL_1"] == [*transformers.LlamaConfig().id2label.values()]
+    with pytest.raises(ConfigError, match="problem_type = 'multi_label_classification'; the llama family supports"):
+        from_hf_config(stored | {"problem_type": "multi_label_classification"})
 
 
 @pytest.mark.parametrize("case", ["llama-3", "mistral", "smollm3", "phi3-long", "gpt_neox", "gemma3_text-linear"])
@@ -174,6 +243,16 @@ def test_a_config_that_does_not_fit_its_family(case: str, change: dict[str, Any]
     values = from_hf_config(transformers.AutoConfig.for_model(**CASES[case]).to_dict())
     with pytest.raises(ConfigError, match=words):
         model_config(values | change)
+
+
+@pytest.mark.parametrize(
+    "values", [{"hidden_size": None}, {"rope_parameters": 5}, {"rope_scaling": "yarn"}, {"architectures": 5}], ids=str
+)
+def test_a_config_of_other_kinds_of_values_is_refused(values: dict[str, Any]) -> None:
+    stored = transformers.AutoConfig.for_model(**CASES["llama"]).to_dict()
+    del stored["rope_parameters"], stored["head_dim"]
+    with pytest.raises(ConfigError, match=r"config\.json of a llama model holds a value of another kind"):
+        from_hf_config(stored | values)
 
 
 def test_unknown_architecture_is_refused_by_name(tmp_path: Path) -> None:

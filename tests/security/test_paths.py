@@ -12,8 +12,8 @@ from megalite.train import train
 from small_runs import make_config
 
 ENTRIES = (
-    "checkpoints", "config.yaml", "config.yaml.tmp", "health", "loss.png", "metrics.jsonl", "source", "tensorboard",
-    "tokenizer", "trace", "wandb", "checkpoints/step-00000001", "checkpoints/step-00000001.tmp",
+    "checkpoints", "config.yaml", "config.yaml.tmp", "health", "lock", "loss.png", "metrics.jsonl", "source",
+    "tensorboard", "tokenizer", "trace", "wandb", "checkpoints/step-00000001", "checkpoints/step-00000001.tmp",
 )  # fmt: skip
 
 

@@ -270,6 +270,16 @@ def test_a_job_that_fails_without_a_new_checkpoint_is_given_up(machine: Machine)
     assert told == [True, True, False], done.stdout
 
 
+def test_a_job_that_is_always_stopped_before_it_trains_is_given_up(machine: Machine) -> None:
+    told = []
+    for _ in range(3):
+        done = machine.run("configs/x.yaml", EARLY="kill -USR1 $PPID", **JOB)
+        told.append("requeue 45678" in machine.words)
+        machine.called.unlink(missing_ok=True)
+    assert told == [True, True, False], done.stdout
+    assert "failed 3 times in a row without a new checkpoint" in done.stdout
+
+
 def test_the_summary_names_each_node(machine: Machine) -> None:
     logs = "runs/x/logs/45678.0"
     said = f"echo '== 2026-01-01 node10: rank 1: exit status 1' > {logs}-node10.log"

@@ -35,7 +35,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=400, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=64, pad_token_id=0,
+        max_position_embeddings=64,
     )  # fmt: skip
     transformers.LlamaForCausalLM(config).save_pretrained(root / "start")
     rng = random.Random(0)

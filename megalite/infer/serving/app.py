@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,9 +18,11 @@ from fastapi.responses import HTMLResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from megalite.errors import ConfigError, DataError
 from megalite.infer import answer as answers
+from megalite.infer.batch import NoRoom
 from megalite.infer.generate import Generator
 from megalite.infer.serving.engine import Engine, Overloaded, Ticket, Told, Update
 from megalite.infer.serving.guards import Guards, Refused
@@ -51,6 +53,16 @@ class Settings:
     """Of an answer, waiting included."""
     max_waiting: int = 256
     log_prompts: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError."""
+        for what, value, least in (
+            ("bytes of a request", self.max_bytes, 1),
+            ("requests a minute", self.requests_per_minute, 0),
+            ("seconds of an answer", self.timeout_s, 0.001),
+        ):
+            if not least <= value < float("inf"):
+                raise ConfigError(f"{value} {what}: give a number of at least {least}")
 
 
 class Trouble(Exception):
@@ -100,6 +112,7 @@ def make_app(generator: Generator, settings: Settings) -> FastAPI:
 
     @app.post("/v1/ratings", status_code=201)
     async def rate(body: RatingBody) -> dict[str, str]:
+        await run_in_threadpool(service.check_rating, body)
         try:
             await run_in_threadpool(ratings.add, body, settings.name)
         except OSError as problem:
@@ -137,7 +150,8 @@ class Service:
         self.model = {"id": settings.name, "object": "model", "created": int(time.time()), "owned_by": "megalite"}
         try:
             self.chats = bool(self.generator.chat_template)
-        except DataError:
+        except DataError as problem:
+            LOG.warning("no chats, only completions: %s", problem)
             self.chats = False
 
     def check_model(self, name: str) -> None:
@@ -145,8 +159,22 @@ class Service:
             text = f"the model {name!r} does not exist; this server has {self.settings.name!r}"
             raise Trouble(404, text, "invalid_request_error", "model", "model_not_found")
 
+    def _check_chats(self) -> None:
+        if not self.chats:
+            text = f"the model {self.settings.name!r} has no chat template; use /v1/completions"
+            raise Trouble(400, text, "invalid_request_error", "messages")
+
+    def check_rating(self, body: RatingBody) -> None:
+        """That finetuning can learn from it: one row that it cannot read would hold up all."""
+        if body.messages is None or body.good is None:
+            return
+        self._check_chats()
+        with _told("messages"):
+            self.generator.check_answer([*body.asked, {"role": "assistant", "content": body.good}])
+
     async def complete(self, body: CompletionBody, request: Request) -> Response:
         self.check_model(body.model)
+        self._check_count(len(body.prompts) * body.n)
         # Tokenizing a long text takes a while, in which others are answered.
         prompts = [await run_in_threadpool(self._ids, prompt) for prompt in body.prompts]
         requests = [
@@ -156,11 +184,15 @@ class Service:
         ]
         return await self._answer(body, requests, sum(map(len, prompts)), "cmpl", request)
 
+    def _check_count(self, count: int) -> None:
+        """Before there is any work with them."""
+        if count > self.settings.max_waiting:
+            text = (
+                f"{count} answers are asked for at once; this server gives at most {self.settings.max_waiting} answers"
+            )
+            raise Trouble(400, text, "invalid_request_error", "n")
+
     def _ids(self, prompt: str | list[int]) -> list[int]:
-        if not isinstance(prompt, str):
-            known = self.generator.tokenizer.vocab_size
-            if not all(0 <= token < known for token in prompt):
-                raise Trouble(400, f"tokens have numbers from 0 to {known - 1}", "invalid_request_error", "prompt")
         with _told("prompt"):
             return self.generator.prompt_ids(prompt)
 
@@ -168,6 +200,8 @@ class Service:
         self.check_model(body.model)
         if body.top_logprobs is not None and not body.logprobs:
             raise Trouble(400, "top_logprobs needs logprobs: true", "invalid_request_error", "top_logprobs")
+        self._check_chats()
+        self._check_count(body.n)
         messages = [{"role": message.role, "content": message.text} for message in body.messages]
         with _told("messages"):
             ids = await run_in_threadpool(self.generator.chat_ids, messages)
@@ -198,12 +232,11 @@ class Service:
                 tickets = self.engine.submit(requests, self.settings.timeout_s, body.stream, deliver)
         except Overloaded as full:
             raise Trouble(503, str(full), "server_error", code="overloaded") from None
-        reply = Reply(kind, self.settings.name, lambda token: self.generator.tokenizer.decode([token]))
+        reply = Reply(kind, self.settings.name, self.generator.token_text)
         updates = _updates(queue, len(tickets))
         if body.stream:
             pieces = self._stream(body, reply, tickets, updates, num_prompt)
-            headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-            return StreamingResponse(pieces, media_type="text/event-stream", headers=headers)
+            return Events(pieces, lambda: self.engine.cancel(tickets))
         try:
             ended = await _unless_gone(request, _ends_of(updates))
         finally:
@@ -216,7 +249,6 @@ class Service:
             last, text = ended[ticket], ticket.answer.text
             choices.append(reply.choice(ticket.number, text, last.choices, last.finish, streamed=False))
         num_said = sum(len(ticket.answer.tokens) for ticket in tickets)
-        request.state.tokens = num_prompt, num_said
         return _json(reply.whole(choices, usage(num_prompt, num_said)))
 
     async def _stream(
@@ -227,26 +259,35 @@ class Service:
         updates: AsyncIterator[tuple[Ticket, Update]],
         num_prompt: int,
     ) -> AsyncIterator[bytes]:
-        offsets = dict.fromkeys(tickets, 0)
         try:
             if reply.chat:
                 for ticket in tickets:
                     yield _event(reply.piece([reply.opening(ticket.number)]))
             async for ticket, update in updates:
                 _raise_cut(ticket, update)
-                choice = reply.choice(
-                    ticket.number, update.text, update.choices, update.finish, streamed=True, offset=offsets[ticket]
-                )
-                offsets[ticket] += len(update.text)
+                choice = reply.choice(ticket.number, update.text, update.choices, update.finish, streamed=True)
                 yield _event(reply.piece([choice]))
             if body.stream_options and body.stream_options.include_usage:
                 num_said = sum(len(ticket.answer.tokens) for ticket in tickets)
                 yield _event(reply.piece([], usage(num_prompt, num_said)))
         except Trouble as trouble:
             yield _event(trouble.body)
-        finally:
-            self.engine.cancel(tickets)
         yield b"data: [DONE]\n\n"
+
+
+class Events(StreamingResponse):
+    """Of which nothing may be sent: `close` is called also where a client is gone before it begins."""
+
+    def __init__(self, pieces: AsyncIterator[bytes], close: Callable[[], object]):
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+        super().__init__(pieces, media_type="text/event-stream", headers=headers)
+        self._close = close
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._close()
 
 
 def _raise_cut(ticket: Ticket, update: Update) -> None:
@@ -288,12 +329,13 @@ async def _unless_gone(request: Request, work: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _told(param: str) -> Any:
+def _told(param: str) -> Iterator[None]:
     """What is wrong with a request is told to who sent it."""
     try:
         yield
-    except (ConfigError, DataError) as problem:
-        raise Trouble(400, str(problem), "invalid_request_error", param) from None
+    except ConfigError as problem:
+        code = "context_length_exceeded" if isinstance(problem, NoRoom) else None
+        raise Trouble(400, str(problem), "invalid_request_error", param, code) from None
 
 
 def _explain_errors(app: FastAPI) -> None:
@@ -308,7 +350,11 @@ def _explain_errors(app: FastAPI) -> None:
         place = [str(part) for part in first["loc"][1:]]
         if first["type"] == "json_invalid":
             return _json(error("the body is not valid JSON", "invalid_request_error"), 400)
-        what = "is not known or not supported" if first["type"] == "extra_forbidden" else first["msg"]
+        what = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            what = "is not known or not supported"
+        elif not place and "json" not in request.headers.get("content-type", ""):
+            what = "must be JSON, and the header Content-Type: application/json say so"
         param = ".".join(place) or None
         return _json(error(f"{param or 'the body'}: {what}", "invalid_request_error", param), 400)
 
@@ -342,6 +388,8 @@ class Noted:
         except asyncio.CancelledError:
             status = status or 499
             raise
+        except ClientDisconnect:
+            status = status or 499
         except Exception:
             LOG.exception("%s %s failed", scope["method"], scope["path"])
             if not status:

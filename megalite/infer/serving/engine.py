@@ -72,6 +72,8 @@ class Engine:
         self._ends_at: float | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         metrics.slots.set(generator.model.num_slots)
+        metrics.busy.set_function(lambda: self._batch.num_running)
+        metrics.waiting.set_function(lambda: self._num_waiting)
 
     def start(self) -> None:
         self._thread.start()
@@ -79,6 +81,10 @@ class Engine:
     @property
     def alive(self) -> bool:
         return self._thread.is_alive()
+
+    @property
+    def _num_waiting(self) -> int:
+        return len(self._batch.waiting) + len(self._arrived)
 
     def submit(self, requests: Sequence[Request], timeout_s: float, streamed: bool, deliver: Deliver) -> list[Ticket]:
         """All of them or none. Raises Overloaded, and ConfigError for a prompt that is too long."""
@@ -93,7 +99,7 @@ class Engine:
             if self._ends_at is not None:
                 raise Overloaded("the server is about to end")
             free = self.generator.model.num_slots - self._batch.num_running
-            if len(self._batch.waiting) + len(self._arrived) + len(tickets) > self.max_waiting + free:
+            if self._num_waiting + len(tickets) > self.max_waiting + free:
                 raise Overloaded(f"{self.max_waiting} requests wait already: try again later")
             self._arrived.extend(tickets)
             self._changed.notify()
@@ -164,8 +170,6 @@ class Engine:
                 told.setdefault(ticket.deliver, []).append((ticket, update))
             if answer.finish:
                 del self._tickets[answer]
-        self.metrics.busy.set(self._batch.num_running)
-        self.metrics.waiting.set(len(self._batch.waiting))
         for deliver, updates in told.items():
             deliver(updates)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
+import math
 import os
 import time
 from collections import OrderedDict
@@ -109,8 +110,8 @@ class Guards:
             return
         client = key or str((scope.get("client") or ("",))[0]).encode()
         if wait := self.rate.wait_s(client):
-            text = f"more than {self.rate.per_minute} requests a minute: try again in {wait:.0f} s"
-            headers = {"retry-after": str(round(wait))}
+            text = f"more than {self.rate.per_minute} requests a minute: try again in {wait} s"
+            headers = {"retry-after": str(wait)}
             raise Refused(429, error(text, "rate_limit_error", code="rate_limit_exceeded"), headers)
 
 
@@ -122,15 +123,16 @@ class Rate:
         self._buckets: OrderedDict[bytes, tuple[float, float]] = OrderedDict()
         """What is left, and when it was looked at."""
 
-    def wait_s(self, client: bytes, now: float | None = None) -> float:
-        """0, and the request counts; or the seconds until the next one may come, at least 1."""
-        now = time.monotonic() if now is None else now
+    def wait_s(self, client: bytes) -> int:
+        """0, and the request counts; or after how many seconds the next one may come."""
+        now = time.monotonic()
         left, then = self._buckets.pop(client, (float(self.per_minute), now))
-        left = min(left + (now - then) * self.per_minute / 60, self.per_minute)
+        # Rounded, or who comes back in time may be refused for what rounding left.
+        left = round(min(left + (now - then) * self.per_minute / 60, self.per_minute), 6)
         self._buckets[client] = (left - 1 if left >= 1 else left, now)
         if len(self._buckets) > MOST_CLIENTS:
             self._buckets.popitem(last=False)
-        return 0.0 if left >= 1 else max(1.0, (1 - left) * 60 / self.per_minute)
+        return 0 if left >= 1 else math.ceil(round((1 - left) * 60 / self.per_minute, 3))
 
 
 def _header(scope: Any, name: bytes) -> bytes | None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from megalite.infer.answer import Choice, Request
 from megalite.infer.sampling import Sampling
@@ -20,8 +21,28 @@ MOST_STOPS = 16
 REASONS = {"stop": "stop", "length": "length"}
 
 
+def _whole(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("half of a surrogate pair is no text") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_whole)]
+"""JSON can name what no tokenizer takes."""
+Nothing = Annotated[list[Any], Field(max_length=0)] | None
+
+
 class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_left_out(cls, values: Any) -> Any:
+        return (
+            {name: value for name, value in values.items() if value is not None} if isinstance(values, dict) else values
+        )
 
 
 class StreamOptions(Body):
@@ -36,11 +57,11 @@ class Asked(Body):
     n: int = Field(1, ge=1, le=MOST_CHOICES)
     stream: bool = False
     stream_options: StreamOptions | None = None
-    stop: str | list[str] | None = None
+    stop: Text | list[Text] | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     temperature: float | None = Field(None, ge=0, le=100)
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=0)
+    top_k: int | None = Field(None, ge=-1)
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0, le=100)
     # What changes nothing about an answer is taken and left alone.
@@ -63,12 +84,20 @@ class Asked(Body):
             raise ValueError(f"at most {MOST_STOPS} texts, each of 1 to 1000 characters")
         return stop
 
+    @model_validator(mode="after")
+    def _options_of_a_stream(self) -> Self:
+        if self.stream_options and not self.stream:
+            raise ValueError("stream_options need stream: true")
+        return self
+
     def requests(
         self, prompt: Sequence[int], max_tokens: int, sampling: Sampling, num_logprobs: int | None
     ) -> list[Request]:
         """One for each of `n` choices. Without a seed they are different every time."""
         names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
         asked = {name: value for name in names if (value := getattr(self, name)) is not None}
+        if self.top_k == -1:  # as vLLM has it
+            asked["top_k"] = 0
         seed = secrets.randbits(62) if self.seed is None else self.seed
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         samplings = [replace(sampling, **asked, seed=wrap(seed + choice)) for choice in range(self.n)]
@@ -81,7 +110,7 @@ def wrap(seed: int) -> int:
 
 
 class CompletionBody(Asked):
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: Text | list[int] | list[Text] | list[list[int]]
     max_tokens: int = Field(16, ge=1)
     logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
     echo: Literal[False] | None = None
@@ -103,13 +132,16 @@ class CompletionBody(Asked):
 
 class TextPart(Body):
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: Text | list[TextPart] | None = None
     name: str | None = None
+    # An answer may be sent back as other servers give it.
+    annotations: Nothing = None
+    tool_calls: Nothing = None
 
     @property
     def text(self) -> str:
@@ -124,17 +156,19 @@ class ChatBody(Asked):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
     response_format: dict[Literal["type"], Literal["text"]] | None = None
-    tools: list[Any] | None = Field(None, max_length=0)
+    tools: Nothing = None
     tool_choice: Literal["none"] | None = None
 
 
 class Reply:
     """Bodies of one response."""
 
-    def __init__(self, kind: Literal["cmpl", "chatcmpl"], model: str, name_of: Any):
+    def __init__(self, kind: Literal["cmpl", "chatcmpl"], model: str, name_of: Callable[[int], str]):
         """`name_of` gives the text of a token."""
         self.chat, self.name_of = kind == "chatcmpl", name_of
         self.head = {"id": f"{kind}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
+        self._offsets: Counter[int] = Counter()
+        """Characters of the tokens that each choice has told."""
 
     def whole(self, choices: list[dict[str, Any]], usage: dict[str, int]) -> dict[str, Any]:
         kind = "chat.completion" if self.chat else "text_completion"
@@ -145,10 +179,11 @@ class Reply:
         return {**self.head, "object": kind, "choices": choices, **({"usage": usage} if usage else {})}
 
     def choice(
-        self, index: int, text: str, tokens: Sequence[Choice], finish: str | None, streamed: bool, offset: int = 0
+        self, index: int, text: str, tokens: Sequence[Choice], finish: str | None, streamed: bool
     ) -> dict[str, Any]:
+        """Of an answer, or of what is new of it."""
         reason = REASONS.get(finish) if finish else None
-        logprobs = self._logprobs(tokens, offset) if tokens else None
+        logprobs = self._logprobs(index, tokens) if tokens else None
         if not self.chat:
             return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
         if streamed:
@@ -161,17 +196,27 @@ class Reply:
         """The first piece of a chat's answer says who speaks."""
         return {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
 
-    def _logprobs(self, tokens: Sequence[Choice], offset: int) -> dict[str, Any]:
+    def _logprobs(self, index: int, tokens: Sequence[Choice]) -> dict[str, Any]:
         if self.chat:
             return {"content": [self._chosen(token) for token in tokens]}
-        names = [self.name_of(t.token) for t in tokens]
-        offsets = [offset + sum(map(len, names[:i])) for i in range(len(names))]
+        names, offsets = [self.name_of(t.token) for t in tokens], []
+        for name in names:
+            offsets.append(self._offsets[index])
+            self._offsets[index] += len(name)
         return {
             "tokens": names,
             "token_logprobs": [t.logprob for t in tokens],
-            "top_logprobs": [{self.name_of(token): x for token, x in t.likeliest} for t in tokens],
+            "top_logprobs": [self._named(token) for token in tokens],
             "text_offset": offsets,
         }
+
+    def _named(self, choice: Choice) -> dict[str, float]:
+        """The likeliest, and the one that was chosen. Of those that have one name, such as parts of characters, the
+        likelier."""
+        named: dict[str, float] = {}
+        for token, logprob in (*choice.likeliest, (choice.token, choice.logprob)):
+            named.setdefault(self.name_of(token), logprob)
+        return named
 
     def _chosen(self, choice: Choice) -> dict[str, Any]:
         likeliest = [self._entry(token, logprob) for token, logprob in choice.likeliest]
@@ -179,7 +224,8 @@ class Reply:
 
     def _entry(self, token: int, logprob: float) -> dict[str, Any]:
         name = self.name_of(token)
-        return {"token": name, "logprob": logprob, "bytes": list(name.encode())}
+        # A part of a character has no name to tell its bytes from.
+        return {"token": name, "logprob": logprob, "bytes": None if "\ufffd" in name else list(name.encode())}
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:

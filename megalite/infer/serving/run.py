@@ -8,6 +8,7 @@ import socket
 import sys
 import threading
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
@@ -32,40 +33,43 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         # In a thread: this one may hold the lock that it takes.
-        threading.Thread(target=self._engine.close, args=(self._grace_s,)).start()
+        threading.Thread(target=self._engine.close, args=(self._grace_s,), name="closing").start()
         super().handle_exit(sig, frame)
 
 
-def reserve(host: str, port: int) -> socket.socket:
-    """The address, for `serve`: to be known free before a model is loaded. Raises ConfigError."""
-    taken = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+def bind(host: str, port: int) -> socket.socket:
+    """The address, before the model is read, which takes long; nobody can connect yet. Raises ConfigError."""
+    address = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    address.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        taken.bind((host, port))
+        address.bind((host, port))
     except (OSError, OverflowError) as error:
-        taken.close()
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).rstrip(".")
-        raise ConfigError(f"cannot serve on {host}:{port}: {reason}; --port and --host say where else") from None
-    return taken
+        address.close()
+        why = getattr(error, "strerror", None) or error
+        raise ConfigError(f"--host {host} --port {port} cannot be listened on: {why}") from None
+    return address
 
 
 def serve(generator: Generator, settings: Settings, address: socket.socket, grace_s: float) -> None:
-    """Until a signal ends it. `address` is of `reserve`."""
+    """On the address of `bind`, until a signal ends it."""
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     warm_up(generator)
-    app = make_app(generator, settings)
-    config = uvicorn.Config(
-        app, log_config=None, access_log=False, server_header=False,
-        timeout_graceful_shutdown=round(grace_s + LAST_S), timeout_keep_alive=30,
-    )  # fmt: skip
-    server = Server(config, app.state.engine, grace_s)
+    server = make_server(make_app(generator, settings), grace_s)
     # uvicorn raises the signal again when all is done: it has done its work by then.
     signal.signal(signal.SIGTERM, lambda number, frame: None)
     protected = f"{len(settings.keys)} API keys" if settings.keys else "open to all: no API key is set"
     host, port = address.getsockname()[:2]
-    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     LOG.info("%s on %s (%s); ratings go to %s", settings.name, url, protected, settings.ratings)
     server.run([address])
+
+
+def make_server(app: Any, grace_s: float) -> Server:
+    config = uvicorn.Config(
+        app, log_config=None, access_log=False, server_header=False,
+        timeout_graceful_shutdown=round(grace_s + LAST_S), timeout_keep_alive=30,
+    )  # fmt: skip
+    return Server(config, app.state.engine, grace_s)
 
 
 def warm_up(generator: Generator) -> None:
