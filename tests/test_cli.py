@@ -112,7 +112,6 @@ def test_a_mistake_is_explained_without_a_traceback(tmp_path: Path) -> None:
         (["train", "nowhere.yaml"], "nowhere.yaml: No such file"),
         (["train", "CONFIG", "--print-plan"], "parallel.tensor"),
         (["train", "CONFIG", "data.split=[98, 2]"], "data.split: value number 3 of its list is missing"),
-        (["serve", "TMP", "--port", "99999"], "cannot serve on 127.0.0.1:99999"),
         (["job", "CONFIG", "train.steps=0"], "greater than 0"),
         (["generate", "TMP", "--prompt", "x"], "neither a run with a checkpoint nor a Hugging Face folder"),
     ],
