@@ -7,7 +7,7 @@ import errno
 import fcntl
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
 
@@ -45,28 +45,37 @@ def open_run_folder(folder: Path, config_yaml: str) -> None:
         ) from None
 
 
-def hold_run_folder(folder: Path, say: Callable[[str], None]) -> FileIO | None:
-    """A file: until it is closed, or this process ends, no other process gets it. None where the file system has no
-    locks. Raises ConfigError where another process keeps it."""
-    path, deadline, told = folder / LOCK, time.monotonic() + LOCK_PATIENCE_S, False
-    with contextlib.suppress(OSError):
-        file = FileIO(path, "a+")
-        while not _is_mine(file):
-            holder = _holder(file)
-            if time.monotonic() > deadline:
-                file.close()
-                raise ConfigError(
-                    f"{folder} is being written by {holder}; end that run, or take another run.name (if it is gone, "
-                    f"and its node for good, delete {path})"
-                ) from BlockingIOError(errno.EAGAIN, "locked")
-            if not told:
-                say(f"waiting for {holder} to leave {folder}")
-                told = True
-            NOW.beats += 1
-            time.sleep(0.5)
-        _sign(file)
-        return file
-    return None
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Makes the folder; no other process gets into this at the same time, where the file system has locks. A process
+    that is killed lets go of it. Raises ConfigError where another one stays in it."""
+    file: FileIO | None = None
+    try:
+        with contextlib.suppress(OSError):  # it is found out, and told, when the config is written
+            folder.mkdir(parents=True, exist_ok=True)
+            file = FileIO(folder / LOCK, "a+")
+            _take(file, folder)
+        yield
+    finally:
+        if file is not None:
+            file.close()
+
+
+def _take(file: FileIO, folder: Path) -> None:
+    deadline, told = time.monotonic() + LOCK_PATIENCE_S, False
+    while not _is_mine(file):
+        holder = _holder(file)
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                f"{folder} is being written by {holder}; end that run, or take another run.name (if it is gone, "
+                f"and its node for good, delete {folder / LOCK})"
+            ) from BlockingIOError(errno.EAGAIN, "locked")
+        if not told:
+            print(f"waiting for {holder} to leave {folder}", flush=True)
+            told = True
+        NOW.beats += 1
+        time.sleep(0.5)
+    _sign(file)
 
 
 def _sign(file: FileIO) -> None:

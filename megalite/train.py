@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ from megalite.parallel.collectives import all_agree
 from megalite.parts import Parts, build, forward, forward_backward, validate
 from megalite.plan import Plan, make_plan
 from megalite.reference import compute_reference, read_references, reference_key, write_references
-from megalite.run_folder import check_run_folder, open_run_folder
+from megalite.run_folder import check_run_folder, held, open_run_folder
 from megalite.stopping import StopRequests
 
 Data = Mapping[Split, Mixture | None]
@@ -66,8 +67,10 @@ def train(config: Config) -> Exit:
     launch.join(config.health.collective_timeout_s)
     mesh = make_mesh(plan, launch.device)
     keep_freed_memory()
-    with Watchdog(config, mesh):
-        return train_on(mesh, config, plan, data, tokenizer, tasks)
+    with held(config.run.folder) if mesh.world.rank == 0 else nullcontext():
+        all_agree(True, mesh)  # before that no rank writes there
+        with Watchdog(config, mesh):
+            return train_on(mesh, config, plan, data, tokenizer, tasks)
 
 
 def train_on(

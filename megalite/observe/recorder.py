@@ -14,7 +14,6 @@ from megalite.observe.jsonl import JsonlSink
 from megalite.observe.plot import PlotSink
 from megalite.observe.tensorboard import TensorboardSink
 from megalite.observe.wandb import WandbSink
-from megalite.run_folder import hold_run_folder
 from megalite.secrecy import hide_secrets
 
 
@@ -36,8 +35,7 @@ class Recorder:
     """The sinks `config.observe` asks for, writing to the run folder `folder`.
 
     `start_step` is the step of the checkpoint the run is resumed from, 0 for a new run; `wandb_id` the one that
-    checkpoint holds; `layout` what the header shows, such as {"tensor": 2, "data": 4}. Raises ConfigError where another
-    process records into the folder."""
+    checkpoint holds; `layout` what the header shows, such as {"tensor": 2, "data": 4}."""
 
     def __init__(
         self,
@@ -54,7 +52,6 @@ class Recorder:
         self.wandb_id = wandb_id
         self._sinks: list[Sink] = []
         self._console: Console | None = None
-        self._lock = hold_run_folder(folder, self.message)
         self._console = self._add(lambda: Console(config, folder, num_params, start_step, layout or {}), "console")
         self._add(lambda: JsonlSink(metrics, start_step, self.message), JsonlSink.name)
         if config.observe.tensorboard:
@@ -97,8 +94,6 @@ class Recorder:
         self._sinks.reverse()
         self._each(lambda sink: sink.close(status))
         self._sinks.clear()
-        if self._lock is not None:
-            self._lock.close()
 
     def _add(self, make: Callable[[], S], name: str) -> S | None:
         try:

@@ -12,11 +12,8 @@ from typing import Any
 
 import pytest
 
-from megalite import run_folder
 from megalite.config import Config
 from megalite.config_file import parse_config
-from megalite.errors import ConfigError
-from megalite.exit_codes import passes
 from megalite.observe import plot
 from megalite.observe import wandb as wandb_sink
 from megalite.observe.console import clock, compact
@@ -381,32 +378,3 @@ def test_wandb_that_hangs_costs_the_steps_nothing_and_the_end_little(
     recorder.close("finished")
     assert time.perf_counter() - began < 30  # most of it drawing; each call to W&B takes 60 s
     assert "W&B turned off, training goes on: no answer in 0.2 s" in capfd.readouterr().out
-
-
-HOLDS = """
-import sys, time
-from pathlib import Path
-from megalite.run_folder import hold_run_folder
-held = hold_run_folder(Path(sys.argv[1]), print)
-print("held", flush=True)
-time.sleep(60)
-"""
-
-
-def test_a_folder_has_one_run_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another one's lines in its metrics, and files in its checkpoints, would be the end of both."""
-    monkeypatch.setattr(run_folder, "LOCK_PATIENCE_S", 0.2)
-    (tmp_path / "metrics.jsonl").write_text(before := json.dumps(record(9)) + "\n")
-    command = [sys.executable, "-c", HOLDS, str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout is not None
-        assert other.stdout.readline() == "held\n"
-        with pytest.raises(ConfigError, match=f"is being written by process {other.pid} on .*; end that run") as error:
-            open_recorder(tmp_path)
-        assert passes(error.value), "a launcher comes again"
-        assert (tmp_path / "metrics.jsonl").read_text() == before
-        other.kill()  # which takes its lock away
-    open_recorder(tmp_path).close("stopped")
-    recorder = open_recorder(tmp_path)
-    assert f"process {os.getpid()} on" in (tmp_path / "lock").read_text()
-    recorder.close("finished")

@@ -1,0 +1,48 @@
+"""A run folder has one run at a time: another one's lines in its metrics and files in its checkpoints would be the end
+of both."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megalite import run_folder
+from megalite.errors import ConfigError
+from megalite.exit_codes import Exit, passes
+from megalite.train import train
+from small_runs import make_config
+
+HOLDS = """
+import sys, time
+from pathlib import Path
+from megalite.run_folder import held
+with held(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_start_waits_and_ends_without_having_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run_folder, "LOCK_PATIENCE_S", 0.2)
+    config = make_config(tmp_path)
+    folder = config.run.folder
+    command = [sys.executable, "-c", HOLDS, str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        holder = f"process {other.pid} on {os.uname().nodename}"
+        with pytest.raises(ConfigError, match=f"is being written by {re.escape(holder)}.*; end that run") as error:
+            train(config)
+        assert f"waiting for {holder}" in capsys.readouterr().out
+        assert passes(error.value), "a launcher comes again"
+        assert os.listdir(folder) == ["lock"]
+        other.kill()  # which takes its lock away
+    assert train(config) == Exit.DONE
+    assert f"process {os.getpid()} on" in (folder / "lock").read_text()
