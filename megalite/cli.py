@@ -12,10 +12,14 @@ import textwrap
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megalite import last_words
 from megalite.exit_codes import Exit, end_process, flush_output, killed_by, passes
 from megalite.secrecy import hide_secrets
+
+if TYPE_CHECKING:
+    Verbs = argparse._SubParsersAction[argparse.ArgumentParser]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,117 +75,40 @@ def make_parser() -> argparse.ArgumentParser:
         prog="megalite", description="Train large language models, on a laptop or a cluster."
     )
     verbs = parser.add_subparsers(required=True, metavar="VERB")
-
-    train = verbs.add_parser("train", help="train as a config says; run it alone, under torchrun or under srun")
-    _add_config(train)
-    train.add_argument("--print-plan", action="store_true", help="show what follows from the config, and stop")
-    train.set_defaults(verb=_train)
-
-    job = verbs.add_parser("job", help="print what a launcher must know: ranks a node, nodes to use, the run's folder")
-    _add_config(job)
-    job.add_argument("--nodes", type=int, default=1, metavar="N", help="how many there are (default: 1)")
-    job.add_argument(
-        "--ranks-per-node", type=int, default=0, metavar="N", help="such as GPUs (default: what the config needs)"
-    )
-    job.set_defaults(verb=_job)
-
-    preflight = verbs.add_parser("preflight", help="look whether all nodes are fit for a run; start it as the run is")
-    _add_config(preflight)
-    preflight.set_defaults(verb=_preflight)
-
-    plan = verbs.add_parser(
-        "plan", help="predict memory, step time and MFU of a config on a cluster; find its best layout"
-    )
-    _add_config(plan)
-    plan.add_argument("--gpus", type=int, required=True, help="how many, all together")
-    plan.add_argument(
-        "--gpu", required=True, help="a name from configs/chips.yaml, or a YAML file with the same fields"
-    )
-    plan.add_argument("--nodes-of", type=int, default=8, metavar="N", help="GPUs of a node (default: 8)")
-    plan.add_argument("--interconnect", help="a name from configs/interconnects.yaml, or a YAML file (default: ib-ndr)")
-    plan.add_argument(
-        "--tokens", help="of the whole training, such as 300B or 15T (default: those of the config's steps)"
-    )
-    plan.add_argument("--search", action="store_true", help="rank all layouts that fit, and write the best as a config")
-    plan.add_argument("--output", type=Path, help="where --search writes it (default: best.yaml, if there is none yet)")
-    plan.add_argument("--picture", type=Path, help="PNG to draw the step's timeline to")
-    plan.set_defaults(verb=_plan)
-
-    generate = verbs.add_parser(
-        "generate",
-        help="continue a prompt with a trained model",
-        description="The model's generation_config.json says what is left out here; else temperature 0.8, top-p 0.95.",
-    )
-    generate.add_argument("model", type=Path, help="a run, a checkpoint of one, or a Hugging Face folder")
-    generate.add_argument("--prompt", required=True)
-    generate.add_argument("--chat", action="store_true", help="the prompt is a message, put as the chat template says")
-    generate.add_argument("--max-tokens", type=int, default=128)
-    generate.add_argument("--temperature", type=float, help="0 takes the likeliest token")
-    generate.add_argument("--top-k", type=int, help="only the k likeliest tokens; 0: no limit")
-    generate.add_argument("--top-p", type=float, help="only the likeliest tokens that together are as likely as this")
-    generate.add_argument("--min-p", type=float, help="only tokens at least this share as likely as the likeliest")
-    generate.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before it; may be repeated")
-    generate.add_argument("--seed", type=int, default=0)
-    generate.add_argument("--tensor", type=int, default=1, help="ranks that share every matrix, under torchrun")
-    generate.add_argument("--pipeline", type=int, default=1, help="ranks that each hold some layers, under torchrun")
-    generate.set_defaults(verb=_generate)
-
-    evaluate = verbs.add_parser("eval", help="measure a trained model by tasks of lm-evaluation-harness, or by answers")
-    evaluate.add_argument("model", type=Path, help="a run, a checkpoint of one, or a Hugging Face folder")
-    evaluate.add_argument("--tasks", default="", metavar="NAME,NAME", help="names or YAML files of tasks")
-    evaluate.add_argument("--include-path", type=Path, metavar="FOLDER", help="where more tasks are")
-    evaluate.add_argument("--data", type=Path, help="jsonl of `prompt` and wanted `completion`: BLEU, ROUGE, F1 ...")
-    evaluate.add_argument("--limit", type=int, help="only so many documents of each task")
-    evaluate.add_argument("--shots", type=int, help="examples before each document (default: as the task says)")
-    evaluate.add_argument("--chat", action="store_true", help="put prompts as the chat template says")
-    evaluate.add_argument("--max-tokens", type=int, default=128, help="of an answer to a prompt of --data")
-    evaluate.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends such an answer; repeatable")
-    evaluate.add_argument("--output", type=Path, help="JSON file (default: in the folder `evaluations` of the run)")
-    evaluate.add_argument("--samples", action="store_true", help="beside it, what was asked, said and wanted, as jsonl")
-    evaluate.add_argument("--slots", type=int, default=8, help="answers generated at a time (default: 8)")
-    evaluate.add_argument("--tensor", type=int, default=1, help="ranks that share every matrix, under torchrun")
-    evaluate.add_argument("--pipeline", type=int, default=1, help="ranks that each hold some layers, under torchrun")
-    evaluate.set_defaults(verb=_evaluate)
-
-    serve = verbs.add_parser("serve", help="answer over HTTP as OpenAI's API does, with a page to talk to the model")
-    serve.add_argument("model", type=Path, help="a run, a checkpoint of one, or a Hugging Face folder")
-    serve.add_argument("--name", help="of the model, for clients (default: that of the folder)")
-    serve.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for all of this machine's (default: %(default)s)")
-    serve.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
-    serve.add_argument("--slots", type=int, default=8, help="answers computed at a time (default: %(default)s)")
-    serve.add_argument(
-        "--max-length", type=int, default=4096, help="tokens of prompt and answer (default: %(default)s)"
-    )
-    serve.add_argument(
-        "--api-key-file", type=Path, help="keys that open the API, a line each (default: MEGALITE_API_KEY, if set)"
-    )
-    serve.add_argument("--ratings", type=Path, default=Path("ratings"), help="folder for them (default: %(default)s)")
-    serve.add_argument("--max-request-mb", type=float, default=1.0, help="(default: %(default)s)")
-    serve.add_argument("--requests-per-minute", type=int, default=0, help="of a key or an address; 0: no limit")
-    serve.add_argument("--timeout", type=float, default=600.0, help="seconds of an answer (default: %(default)s)")
-    serve.add_argument("--grace", type=float, default=20.0, help="seconds to end after SIGTERM (default: %(default)s)")
-    serve.add_argument("--log-prompts", action="store_true", help="also log what is asked; it is not otherwise")
-    serve.set_defaults(verb=_serve)
-
-    inspect = verbs.add_parser("inspect", help="show what is in token files, or what a config makes of them")
-    inspect.add_argument("what", help="PREFIX of token files, or a config (.yaml) to see samples as its model will")
-    inspect.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="of a config, such as data.packing=best_fit"
-    )
-    inspect.add_argument("--count", type=int, default=2, help="documents or samples to print (default: 2)")
-    inspect.add_argument("--start", type=int, default=0, help="number of the first of them (default: 0)")
-    inspect.add_argument("--split", choices=("train", "valid", "test"), default="train", help="of a config")
-    inspect.add_argument("--tokenizer", type=Path, help="for token files; a config names its own")
-    inspect.set_defaults(verb=_inspect)
-
-    ops = verbs.add_parser("ops", help="list what computes each fused operation on this machine, and why")
-    ops.set_defaults(verb=_ops)
+    for add in (
+        _add_train,
+        _add_job,
+        _add_preflight,
+        _add_plan,
+        _add_generate,
+        _add_evaluate,
+        _add_serve,
+        _add_inspect,
+        _add_ops,
+    ):
+        add(verbs)
     return parser
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, help="YAML file; see configs/")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="such as train.steps=100")
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, help="a run, a checkpoint of one, or a Hugging Face folder")
+
+
+def _add_layout(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tensor", type=int, default=1, help="ranks that share every matrix, under torchrun")
+    parser.add_argument("--pipeline", type=int, default=1, help="ranks that each hold some layers, under torchrun")
+
+
+def _add_train(verbs: Verbs) -> None:
+    parser = verbs.add_parser("train", help="train as a config says; run it alone, under torchrun or under srun")
+    _add_config(parser)
+    parser.add_argument("--print-plan", action="store_true", help="show what follows from the config, and stop")
+    parser.set_defaults(verb=_train)
 
 
 def _train(arguments: argparse.Namespace) -> Exit:
@@ -213,6 +140,18 @@ def _train(arguments: argparse.Namespace) -> Exit:
     return ended
 
 
+def _add_job(verbs: Verbs) -> None:
+    parser = verbs.add_parser(
+        "job", help="print what a launcher must know: ranks a node, nodes to use, the run's folder"
+    )
+    _add_config(parser)
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="how many there are (default: 1)")
+    parser.add_argument(
+        "--ranks-per-node", type=int, default=0, metavar="N", help="such as GPUs (default: what the config needs)"
+    )
+    parser.set_defaults(verb=_job)
+
+
 def _job(arguments: argparse.Namespace) -> None:
     from megalite.config_file import load_config
     from megalite.models import weight_table
@@ -224,6 +163,12 @@ def _job(arguments: argparse.Namespace) -> None:
     print(ranks, nodes_that_fit(config, table, arguments.nodes, ranks), config.run.folder)
 
 
+def _add_preflight(verbs: Verbs) -> None:
+    parser = verbs.add_parser("preflight", help="look whether all nodes are fit for a run; start it as the run is")
+    _add_config(parser)
+    parser.set_defaults(verb=_preflight)
+
+
 def _preflight(arguments: argparse.Namespace) -> Exit:
     from megalite.config_file import load_config
     from megalite.health.preflight import preflight
@@ -231,6 +176,32 @@ def _preflight(arguments: argparse.Namespace) -> Exit:
 
     launch = Launch.from_environment()
     return preflight(load_config(arguments.config, arguments.overrides), launch, launch.meet())
+
+
+def _add_plan(verbs: Verbs) -> None:
+    parser = verbs.add_parser(
+        "plan", help="predict memory, step time and MFU of a config on a cluster; find its best layout"
+    )
+    _add_config(parser)
+    parser.add_argument("--gpus", type=int, required=True, help="how many, all together")
+    parser.add_argument(
+        "--gpu", required=True, help="a name from configs/chips.yaml, or a YAML file with the same fields"
+    )
+    parser.add_argument("--nodes-of", type=int, default=8, metavar="N", help="GPUs of a node (default: 8)")
+    parser.add_argument(
+        "--interconnect", help="a name from configs/interconnects.yaml, or a YAML file (default: ib-ndr)"
+    )
+    parser.add_argument(
+        "--tokens", help="of the whole training, such as 300B or 15T (default: those of the config's steps)"
+    )
+    parser.add_argument(
+        "--search", action="store_true", help="rank all layouts that fit, and write the best as a config"
+    )
+    parser.add_argument(
+        "--output", type=Path, help="where --search writes it (default: best.yaml, if there is none yet)"
+    )
+    parser.add_argument("--picture", type=Path, help="PNG to draw the step's timeline to")
+    parser.set_defaults(verb=_plan)
 
 
 def _plan(arguments: argparse.Namespace) -> None:
@@ -248,6 +219,26 @@ def _plan(arguments: argparse.Namespace) -> None:
         output=arguments.output,
         picture=arguments.picture,
     )
+
+
+def _add_generate(verbs: Verbs) -> None:
+    parser = verbs.add_parser(
+        "generate",
+        help="continue a prompt with a trained model",
+        description="The model's generation_config.json says what is left out here; else temperature 0.8, top-p 0.95.",
+    )
+    _add_model(parser)
+    parser.add_argument("--prompt", required=True)
+    parser.add_argument("--chat", action="store_true", help="the prompt is a message, put as the chat template says")
+    parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, help="0 takes the likeliest token")
+    parser.add_argument("--top-k", type=int, help="only the k likeliest tokens; 0: no limit")
+    parser.add_argument("--top-p", type=float, help="only the likeliest tokens that together are as likely as this")
+    parser.add_argument("--min-p", type=float, help="only tokens at least this share as likely as the likeliest")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before it; may be repeated")
+    parser.add_argument("--seed", type=int, default=0)
+    _add_layout(parser)
+    parser.set_defaults(verb=_generate)
 
 
 def _generate(arguments: argparse.Namespace) -> None:
@@ -273,6 +264,24 @@ def _generate(arguments: argparse.Namespace) -> None:
     leave()
 
 
+def _add_evaluate(verbs: Verbs) -> None:
+    parser = verbs.add_parser("eval", help="measure a trained model by tasks of lm-evaluation-harness, or by answers")
+    _add_model(parser)
+    parser.add_argument("--tasks", default="", metavar="NAME,NAME", help="names or YAML files of tasks")
+    parser.add_argument("--include-path", type=Path, metavar="FOLDER", help="where more tasks are")
+    parser.add_argument("--data", type=Path, help="jsonl of `prompt` and wanted `completion`: BLEU, ROUGE, F1 ...")
+    parser.add_argument("--limit", type=int, help="only so many documents of each task")
+    parser.add_argument("--shots", type=int, help="examples before each document (default: as the task says)")
+    parser.add_argument("--chat", action="store_true", help="put prompts as the chat template says")
+    parser.add_argument("--max-tokens", type=int, default=128, help="of an answer to a prompt of --data")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends such an answer; repeatable")
+    parser.add_argument("--output", type=Path, help="JSON file (default: in the folder `evaluations` of the run)")
+    parser.add_argument("--samples", action="store_true", help="beside it, what was asked, said and wanted, as jsonl")
+    parser.add_argument("--slots", type=int, default=8, help="answers generated at a time (default: 8)")
+    _add_layout(parser)
+    parser.set_defaults(verb=_evaluate)
+
+
 def _evaluate(arguments: argparse.Namespace) -> None:
     from megalite.infer.evaluate import Asked, evaluate_model
     from megalite.mesh import leave
@@ -282,6 +291,28 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     layout = {"tensor": arguments.tensor, "pipeline": arguments.pipeline}
     evaluate_model(arguments.model, asked, arguments.output, arguments.slots, **layout)
     leave()
+
+
+def _add_serve(verbs: Verbs) -> None:
+    parser = verbs.add_parser("serve", help="answer over HTTP as OpenAI's API does, with a page to talk to the model")
+    _add_model(parser)
+    parser.add_argument("--name", help="of the model, for clients (default: that of the folder)")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for all of this machine's (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
+    parser.add_argument("--slots", type=int, default=8, help="answers computed at a time (default: %(default)s)")
+    parser.add_argument(
+        "--max-length", type=int, default=4096, help="tokens of prompt and answer (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--api-key-file", type=Path, help="keys that open the API, a line each (default: MEGALITE_API_KEY, if set)"
+    )
+    parser.add_argument("--ratings", type=Path, default=Path("ratings"), help="folder for them (default: %(default)s)")
+    parser.add_argument("--max-request-mb", type=float, default=1.0, help="(default: %(default)s)")
+    parser.add_argument("--requests-per-minute", type=int, default=0, help="of a key or an address; 0: no limit")
+    parser.add_argument("--timeout", type=float, default=600.0, help="seconds of an answer (default: %(default)s)")
+    parser.add_argument("--grace", type=float, default=20.0, help="seconds to end after SIGTERM (default: %(default)s)")
+    parser.add_argument("--log-prompts", action="store_true", help="also log what is asked; it is not otherwise")
+    parser.set_defaults(verb=_serve)
 
 
 def _serve(arguments: argparse.Namespace) -> None:
@@ -312,6 +343,19 @@ def _serve(arguments: argparse.Namespace) -> None:
     serve(generator, settings, address, arguments.grace)
 
 
+def _add_inspect(verbs: Verbs) -> None:
+    parser = verbs.add_parser("inspect", help="show what is in token files, or what a config makes of them")
+    parser.add_argument("what", help="PREFIX of token files, or a config (.yaml) to see samples as its model will")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="of a config, such as data.packing=best_fit"
+    )
+    parser.add_argument("--count", type=int, default=2, help="documents or samples to print (default: 2)")
+    parser.add_argument("--start", type=int, default=0, help="number of the first of them (default: 0)")
+    parser.add_argument("--split", choices=("train", "valid", "test"), default="train", help="of a config")
+    parser.add_argument("--tokenizer", type=Path, help="for token files; a config names its own")
+    parser.set_defaults(verb=_inspect)
+
+
 def _inspect(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
@@ -324,6 +368,11 @@ def _inspect(arguments: argparse.Namespace) -> None:
         inspect_samples(config, arguments.split, count, start, console)
     else:
         inspect_file(arguments.what, arguments.tokenizer, count, start, console)
+
+
+def _add_ops(verbs: Verbs) -> None:
+    parser = verbs.add_parser("ops", help="list what computes each fused operation on this machine, and why")
+    parser.set_defaults(verb=_ops)
 
 
 def _ops(arguments: argparse.Namespace) -> None:
