@@ -48,6 +48,7 @@ from megalite.run_folder import check_run_folder, held, open_run_folder
 from megalite.stopping import StopRequests
 
 Data = Mapping[Split, Mixture | None]
+SOURCES_SHOWN = 8
 
 
 def train(config: Config) -> Exit:
@@ -189,11 +190,15 @@ def train_from(
     run: Run, parts: Parts, data: Data, checkpoint: Path | None, state: dict[str, Any], requests: StopRequests
 ) -> Ending:
     config, folder = run.config, run.config.run.folder
+    assert data["train"] is not None
     run.say(*(remark for mixture in data.values() if mixture for remark in mixture.remarks()))
+    if config.data.order != "megatron":  # which has as many samples as are asked for
+        epochs = data["train"].epochs(config.train.steps * config.train.global_batch_size)
+        most = sorted(epochs.items(), key=lambda item: -item[1])[:SOURCES_SHOWN]
+        run.say(f"epochs: {', '.join(f'{name} {count:.2f}' for name, count in most)}")
     if isinstance(parts.objective, DPO):
         prepare_references(run, parts, data)
     parts.engine.load(initial_state(config, run.mesh, checkpoint), state.get("updates", state["step"]))
-    assert data["train"] is not None
     loader = make_loader(data["train"], run, state["data"]["samples"], state["data"].get("skipped", ()))
     if checkpoint:
         loader.check_state(state["data"])

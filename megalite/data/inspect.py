@@ -142,10 +142,11 @@ def _print_sources(config: Config, mixture: Mixture, split: Split, console: Cons
     for name in ("source", "samples", "tokens", *(["share of the run", "epochs"] if split == "train" else [])):
         table.add_column(name, justify="left" if name == "source" else "right")
     consumed = mixture.consumed(num_samples) if split == "train" else {}
+    epochs = mixture.epochs(num_samples) if split == "train" else {}
     for name, source in zip(mixture.names, mixture.sources, strict=True):
         row = [name, f"{source.num_samples:,}", f"{source.num_samples * mixture.seq_length:,}"]
         if split == "train":
-            row += [f"{consumed[name] / num_samples:.2%}", f"{consumed[name] / source.num_samples:.2f}"]
+            row += [f"{consumed[name] / num_samples:.2%}", f"{epochs[name]:.2f}"]
         table.add_row(*row)
     console.print(table)
     cut = f"{config.data.packing}, order {config.data.order}"

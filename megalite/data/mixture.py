@@ -113,6 +113,11 @@ class Mixture:
         """How many of the first `count` samples come from each source."""
         return dict(zip(self.names, self.order.consumed(count).tolist(), strict=True))
 
+    def epochs(self, count: int) -> dict[str, float]:
+        """How often the first `count` samples go through each source."""
+        sizes = (source.num_samples for source in self.sources)
+        return {name: found / size for (name, found), size in zip(self.consumed(count).items(), sizes, strict=True)}
+
     def fingerprint(self) -> str:
         """Hexadecimal digest of all that decides which tokens sample i has; the files are read for it once."""
         if not self._fingerprint:

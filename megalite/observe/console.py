@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import rich.console
@@ -15,6 +16,7 @@ from rich.text import Text
 
 from megalite.config import Config
 from megalite.models import weight_table
+from megalite.observe.jsonl import read_metrics
 
 REDRAW_SECONDS = 0.1
 
@@ -31,8 +33,9 @@ class Console:
         self._folder = folder
         self._first_step = start_step + 1
         self._loss: float | None = None
-        self._valid: float | None = None
-        self._best = math.inf
+        found = list(_valid_losses(folder / "metrics.jsonl", start_step)) if start_step else []
+        self._valid: float | None = found[-1] if found else None
+        self._best = min(found, default=math.inf)
         self._began = time.perf_counter()
         self._pace: deque[tuple[float, int]] = deque(maxlen=100)
         self._drawn = 0.0
@@ -151,7 +154,8 @@ class Console:
         if self._progress:
             self._progress.stop()
         last = self._pace[-1][1] if self._pace else self._first_step - 1
-        parts = [f"{status} at step {last:,} of {self._total:,} after {clock(time.perf_counter() - self._began)}"]
+        of = f" of {self._total:,}" if last <= self._total else ""  # of a run that had more steps before
+        parts = [f"{status} at step {last:,}{of} after {clock(time.perf_counter() - self._began)}"]
         parts += [f"loss {self._loss:.4f}"] if self._loss is not None else []
         parts += [f"valid {self._valid:.4f}"] if self._valid is not None else []
         self._print(f"{', '.join(parts)}; see {self._folder}", "bold red" if status == "failed" else "bold")
@@ -177,6 +181,15 @@ class Console:
                 print(text, flush=True)
         except OSError as error:  # the log's disk may have room again later
             self._lost, self._why = self._lost + 1, error.strerror or str(error)
+
+
+def _valid_losses(metrics: Path, until: int) -> Iterator[float]:
+    """Up to a step, after which a resumed run begins anew."""
+    with contextlib.suppress(OSError):
+        for record in read_metrics(metrics):
+            loss = record.get("valid_loss")
+            if loss is not None and (record["step"] or 0) <= until:
+                yield loss
 
 
 def compact(number: float) -> str:

@@ -104,6 +104,27 @@ def test_a_log_file_gets_a_plain_line_every_log_every_steps(tmp_path: Path, capf
     assert lines[-1].startswith("finished at step 20 of 20 after 0:0")
 
 
+def test_a_resumed_run_knows_how_good_it_was(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    before = open_recorder(tmp_path)
+    for step, loss in ((4, 1.0), (8, 3.0), (12, 0.5)):
+        before.evaluation(valid(step, loss))
+    before.close("stopped")
+    capfd.readouterr()
+    after = open_recorder(tmp_path, start_step=8)  # the evaluation of step 12 is done again
+    after.evaluation(valid(12, 2.0))
+    after.evaluation(valid(16, 0.75))
+    after.close("stopped")
+    better, best = (line for line in capfd.readouterr().out.splitlines() if line.startswith("valid"))
+    assert "down 1.0000" in better
+    assert "best" not in better
+    assert "down 1.2500, best so far" in best
+
+
+def test_the_end_of_a_run_that_had_more_steps_before(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    open_recorder(tmp_path, start_step=30).close("finished")
+    assert "finished at step 30 after 0:00" in capfd.readouterr().out
+
+
 def test_a_warmup_that_does_not_end_is_a_warning(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     open_recorder(tmp_path, "optimizer.schedule.warmup_steps=20").close("finished")
     assert "warning: optimizer.schedule.warmup_steps = 20 is not over at train.steps = 20" in capfd.readouterr().out
