@@ -141,8 +141,6 @@ def test_description_has_the_numbers() -> None:
         assert part in text, text
 
 
-# --- pipelines --------------------------------------------------------------------------------------------------------
-
 EIGHT = TINY | {"num_layers": 8}
 
 

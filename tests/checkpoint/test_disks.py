@@ -100,9 +100,6 @@ def test_a_run_whose_last_save_failed_has_not_finished(tmp_path: Path, monkeypat
     assert [path.name for path in checkpoints(config).glob("*.tmp")] == []
 
 
-# --- faults at every place of a save, on one rank and on another ---------------------------------------------------
-
-
 class Faults:
     """Calls of one function that a disk answers with an error: the first `count` of them whose argument `path` is
     found in."""

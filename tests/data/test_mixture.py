@@ -36,9 +36,6 @@ def dataset(tmp_path: Path) -> IndexedDataset:
     return write(tmp_path / "corpus", LENGTHS)
 
 
-# --- packing ----------------------------------------------------------------------------------------------------------
-
-
 def test_packed_samples_hold_every_document_once_and_whole(dataset: IndexedDataset) -> None:
     source = PackedSource(dataset, 1, len(LENGTHS), seq_length=16)
     mixture = mixture_of([source], order="sequential", view=View(document_mask=True, border_loss=False))
@@ -91,9 +88,6 @@ def test_a_sample_filled_to_the_last_label(tmp_path: Path) -> None:
     assert labels[0].tolist() == [*range(1, 16), END]
 
 
-# --- masks ------------------------------------------------------------------------------------------------------------
-
-
 def test_no_loss_at_borders_when_asked(dataset: IndexedDataset) -> None:
     source = TokenSource(dataset, 0, dataset.num_tokens, 16)
     rows = np.arange(source.num_samples)
@@ -104,9 +98,6 @@ def test_no_loss_at_borders_when_asked(dataset: IndexedDataset) -> None:
     after_end = plain.tokens == END
     assert after_end.any()
     assert (masked.labels == np.where(after_end, IGNORE, plain.labels)).all()
-
-
-# --- weights and phases -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -206,8 +197,6 @@ def test_names_are_kept_apart(corpora: list[dict]) -> None:
     assert train is not None
     assert train.names == (str(corpora[0]["path"]),) * 2
 
-
-# --- fill in the middle -----------------------------------------------------------------------------------------------
 
 PREFIX, MIDDLE, SUFFIX = 61_000, 61_001, 61_002
 

@@ -46,9 +46,6 @@ def stage(number: int, *overrides: str) -> tuple[str, ...]:
     return ("parallel.engine=deepspeed", f"parallel.zero_stage={number}", *overrides)
 
 
-# --- against the native engine ----------------------------------------------------------------------------------------
-
-
 def batch_of(step: int, mesh: Mesh, count: int) -> list[MicroBatch]:
     tokens = torch.randint(0, VOCAB, (count * mesh.data.size, 1, 17), generator=torch.Generator().manual_seed(step))
     mine = list(enumerate(tokens))[mesh.data.rank :: mesh.data.size]
@@ -146,9 +143,6 @@ def test_offload_to_nvme_equals_native(tmp_path: Path, request: pytest.FixtureRe
         check_equal(found, wanted, 1e-5)
 
 
-# --- checkpoints ------------------------------------------------------------------------------------------------------
-
-
 def hand_over(rank: int, world_size: int, native: Config, others: list[Config]) -> list[tuple[Result, Result, Result]]:
     """For each other engine: native state after a step, the same as the other gives it back, a second step of both."""
     table = weight_table(native.model)
@@ -214,9 +208,6 @@ def test_runs_resume_bitwise_and_across_engines(tmp_path: Path, capfd: pytest.Ca
     said = capfd.readouterr()
     lines = (said.out + said.err).splitlines()
     assert not [line for line in lines if line.startswith(("[", "MA ", "CPU Virtual")) or "Warning" in line]
-
-
-# --- what it is told and what it needs --------------------------------------------------------------------------------
 
 
 def plan_and_config(tmp_path: Path, *overrides: str, ranks: int = 4) -> dict[str, Any]:

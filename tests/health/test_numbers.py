@@ -202,9 +202,6 @@ def test_numbers_are_those_of_when_they_were_added() -> None:
     assert list(late.take(9, True)) == [("b", [2, 3])]
 
 
-# --- replicas ---------------------------------------------------------------------------------------------------------
-
-
 def mesh_of(pipeline: int = 1, replicas: int = 1, tensor: int = 1) -> Mesh:
     sizes = {"pipeline": pipeline, "data": replicas, "tensor": tensor}
     stages, data, columns = (Axis(size, 0, None, name) for name, size in sizes.items())

@@ -164,9 +164,6 @@ def test_ranks_find_the_same_and_write_it_once(tmp_path: Path, tasks: Path) -> N
     assert sum(judged) / 4 == wanted["next_word/said"]
 
 
-# --- answers beside those that are wanted ---------------------------------------------------------------------------
-
-
 def test_measures_are_those_of_their_papers() -> None:
     found = compare("The  Cat sat, on a mat.", ["no", "a cat sat on the mat"])
     assert found["f1"] == found["exact_match"] == 1.0, "articles, case and punctuation do not count"

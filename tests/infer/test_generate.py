@@ -164,9 +164,6 @@ def test_texts_are_scored_as_the_whole_model_sees_them(models: tuple[Any, Path])
         assert torch.equal(score.likeliest, logits.argmax(-1) == torch.tensor(row[1:]))
 
 
-# --- over ranks -----------------------------------------------------------------------------------------------------
-
-
 def continue_on_ranks(rank: int, world_size: int, folder: Path, tensor: int, pipeline: int) -> list[list[int]]:
     model = load_on_ranks(folder, Launch.from_environment(), tensor, pipeline, num_slots=2)
     return answers(Generator(model, Bytes()), SAMPLINGS, prompt_tokens=9)
@@ -184,8 +181,6 @@ def test_too_few_ranks_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="needs 4 ranks, not 1; start them with torchrun --nproc-per-node=4"):
         load_on_ranks(tmp_path, Launch(0, 1, 0), 2, 2, num_slots=1)
 
-
-# --- sampling -------------------------------------------------------------------------------------------------------
 
 PROBABILITIES = torch.tensor([0.05, 0.4, 0.1, 0.25, 0.2])
 DRAWS = 4000
@@ -282,9 +277,6 @@ def test_impossible_sampling_is_refused(values: dict[str, Any]) -> None:
     with pytest.raises(ConfigError) as caught:
         Sampling(**values)
     assert str(next(iter(values.values()))) in str(caught.value)
-
-
-# --- what a folder says ---------------------------------------------------------------------------------------------
 
 
 def test_a_folder_s_habits_are_honoured(tmp_path: Path) -> None:

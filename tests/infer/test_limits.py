@@ -63,7 +63,6 @@ def test_impossible_limits_are_refused(tmp_path: Path, wrong: dict[str, Any]) ->
         Settings("tiny", tmp_path, **wrong)
 
 
-# --- too often ------------------------------------------------------------------------------------------------------
 
 
 def test_each_key_has_its_rate_which_recovers_with_time(tmp_path: Path, clock: Clock, model: Gated) -> None:
@@ -99,7 +98,6 @@ def test_who_waits_as_long_as_told_is_not_refused_again(tmp_path: Path, clock: C
         client.models.list()
 
 
-# --- too many -------------------------------------------------------------------------------------------------------
 
 
 def test_too_many_that_wait(tmp_path: Path, model: Gated, beside: ThreadPoolExecutor) -> None:
@@ -128,7 +126,6 @@ def test_more_answers_than_can_ever_wait_are_no_matter_of_trying_again(tmp_path:
         assert len(ask(local, n=4).choices) == 4
 
 
-# --- too long -------------------------------------------------------------------------------------------------------
 
 
 def test_a_stream_that_takes_too_long(tmp_path: Path, clock: Clock, model: Gated) -> None:
@@ -165,7 +162,6 @@ def test_an_answer_that_takes_too_long_and_one_that_waits_for_it(
         assert ask(local).choices[0].text == "0123"
 
 
-# --- its end --------------------------------------------------------------------------------------------------------
 
 
 def test_answers_under_way_may_end_and_no_more_are_taken_on(tmp_path: Path, model: Gated) -> None:

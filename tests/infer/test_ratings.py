@@ -147,9 +147,6 @@ def test_a_correction_of_nothing_is_learned_and_no_pair(local: Local, folder: Pa
     assert [file.name for file in (tmp_path / "ratings").iterdir()] == ["completion.jsonl"]
 
 
-# --- the file -------------------------------------------------------------------------------------------------------
-
-
 def rating(answer: str) -> RatingBody:
     return RatingBody(prompt="say", answer=answer, rating="up")
 

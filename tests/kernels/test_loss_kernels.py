@@ -40,9 +40,6 @@ def close(found: Tensor, wanted: Tensor, dtype: torch.dtype, what: str) -> None:
     assert error(found, wanted) <= BOUND[dtype], f"{what}: {error(found, wanted):.1e}"
 
 
-# --- the pair of operators --------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_of_some_columns(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:  # noqa: F811
@@ -155,9 +152,6 @@ def test_operators_are_well_formed(device: torch.device) -> None:  # noqa: F811
     torch.library.opcheck(torch.ops.megalite.cross_entropy_backward_, (x, labels, lse, torch.ones_like(lse), 0, 8))
 
 
-# --- the loss ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scale", [1.0, 10.0])
 def test_cross_entropy(dtype: torch.dtype, scale: float, device: torch.device) -> None:  # noqa: F811
@@ -222,9 +216,6 @@ def test_torch_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
         for shape in SHAPES:
             test_of_some_columns(shape, dtype, torch.device("cpu"))
     test_far_out(16, torch.device("cpu"))
-
-
-# --- together with the product that makes the logits ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

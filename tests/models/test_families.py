@@ -328,8 +328,6 @@ def test_bf16_is_as_close_to_fp32_as_transformers(tmp_path: Path) -> None:
     assert (ours - exact).norm() <= 1.25 * (theirs - exact).norm()
 
 
-# --- pieces that families share -------------------------------------------------------------------------------------
-
 KEYS = torch.arange(11, 15) * 7919
 
 

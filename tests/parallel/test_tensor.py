@@ -64,9 +64,6 @@ def leaf(x: Tensor) -> Tensor:
     return x.detach().clone().requires_grad_()
 
 
-# --- collectives ----------------------------------------------------------------------------------------------------
-
-
 def gather_and_scatter(axis: Axis, dtype: torch.dtype) -> Result:
     found: Result = {}
     for dim in range(3):
@@ -133,9 +130,6 @@ def strided_group(axis: Axis) -> Result:
         "gather": (gathered, torch.tensor(groups[mine]).float()),
         "scatter": (scattered, part(total, inner, 0)),
     }
-
-
-# --- conjugate pairs ------------------------------------------------------------------------------------------------
 
 
 def ways_alone(axis: Axis, sequence: bool) -> Result:
@@ -223,9 +217,6 @@ def embeddings(axis: Axis, sequence: bool) -> Result:
         "weight.grad": (table.grad, padded_part(weight.grad, axis, 0, 0.0)),
         "positions.grad": (all_reduce(places_grad.clone(), axis) if sequence else places_grad, positions.grad),
     }
-
-
-# --- the loss -------------------------------------------------------------------------------------------------------
 
 
 def cross_entropy(axis: Axis, vocab: int, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> Result:
