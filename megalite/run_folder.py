@@ -30,14 +30,19 @@ def check_run_folder(folder: Path) -> None:
             )
 
 
-def open_run_folder(folder: Path, config_yaml: str) -> None:
-    """Make it, and write the config into it. Raises ConfigError where that cannot be."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+def write_config(folder: Path, config_yaml: str) -> None:
+    """Write the config into it. Raises ConfigError where that cannot be."""
+    with _explained(folder):
         # The one that is there is not lost where the disk is full.
         temporary = folder / "config.yaml.tmp"
         temporary.write_text(config_yaml)
         temporary.replace(folder / "config.yaml")
+
+
+@contextlib.contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise ConfigError(
@@ -48,17 +53,14 @@ def open_run_folder(folder: Path, config_yaml: str) -> None:
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
     """Makes the folder; no other process gets into this at the same time, where the file system has locks. A process
-    that is killed lets go of it. Raises ConfigError where another one stays in it."""
-    file: FileIO | None = None
-    try:
-        with contextlib.suppress(OSError):  # it is found out, and told, when the config is written
-            folder.mkdir(parents=True, exist_ok=True)
-            file = FileIO(folder / LOCK, "a+")
+    that is killed lets go of it. Raises ConfigError where another one stays in it, or it cannot be written."""
+    with _explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = FileIO(folder / LOCK, "a+")
+    with file:
+        with contextlib.suppress(OSError):
             _take(file, folder)
         yield
-    finally:
-        if file is not None:
-            file.close()
 
 
 def _take(file: FileIO, folder: Path) -> None:

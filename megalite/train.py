@@ -44,7 +44,7 @@ from megalite.parallel.collectives import all_agree
 from megalite.parts import Parts, build, forward, forward_backward, validate
 from megalite.plan import Plan, make_plan
 from megalite.reference import compute_reference, read_references, reference_key, write_references
-from megalite.run_folder import check_run_folder, held, open_run_folder
+from megalite.run_folder import check_run_folder, held, write_config
 from megalite.stopping import StopRequests
 
 Data = Mapping[Split, Mixture | None]
@@ -165,9 +165,9 @@ class Run:
 
 
 def open_recorder(config: Config, plan: Plan, state: dict[str, Any], tokenizer: Tokenizer | None) -> Recorder:
-    """Makes the run folder, with the exact config and the tokenizer in it."""
+    """With the exact config and the tokenizer in the run folder."""
     folder = config.run.folder
-    open_run_folder(folder, config.to_yaml())
+    write_config(folder, config.to_yaml())
     if tokenizer:
         tokenizer.save(folder / "tokenizer")
     keep_source(config)
