@@ -1,25 +1,82 @@
 // Each key is read once, for all query heads that share it. What a row gets does not depend on other rows.
 #include "../decode.h"
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
-#include "vec.h"
+#include "tile.h"
 
 namespace megalite::cpu::MEGALITE_ISA {
 
 namespace {
 
-template <class T>
-float dot(const float* a, const T* b, int64_t size) {
-  float sum = 0.0f;
+constexpr int64_t CHUNK = 64;  // cells that stay in the nearest cache while all heads that share them are gone through
+constexpr int64_t AHEAD = 32;  // cells that are asked for before they are read
+
+inline vec load_floats(const float* from) { return load_vector<vec>(from); }
+inline vec load_floats(const bf16* from) {
+  typedef uint16_t halves __attribute__((vector_size(2 * WIDTH)));
+  return (vec)(__builtin_convertvector(load_vector<halves>(from), bits) << 16);
+}
+
+inline float sum_of(vec x) {
+  float lanes[WIDTH], sum = 0.0f;
+  store_vector(lanes, x);
 #pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < size; ++i) sum += a[i] * to_float(b[i]);
+  for (int i = 0; i < WIDTH; ++i) sum += lanes[i];
   return sum;
 }
 
+// The machine's own looking ahead begins anew with each page, and a head's cells are a few pages.
 template <class T>
-void decode(const Decode& a, int64_t begin, int64_t end) {
+inline void fetch_ahead(const T* cell, int64_t size) {
+  for (int64_t byte = 0; byte < size * static_cast<int64_t>(sizeof(T)); byte += 64)
+    __builtin_prefetch(reinterpret_cast<const char*>(cell + AHEAD * size) + byte);
+}
+
+// scores[c] = q . keys[c], of V vectors of numbers; V = 0: of any size.
+template <int V, class T>
+void score(const float* q, const T* keys, int64_t count, int64_t size, float* scores) {
+  if constexpr (V == 0) {
+    for (int64_t c = 0; c < count; ++c, keys += size) {
+      float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+      for (int64_t i = 0; i < size; ++i) sum += q[i] * to_float(keys[i]);
+      scores[c] = sum;
+    }
+  } else {
+    vec of_q[V];
+    for (int v = 0; v < V; ++v) of_q[v] = load_vector<vec>(q + v * WIDTH);
+    for (int64_t c = 0; c < count; ++c, keys += V * WIDTH) {
+      fetch_ahead(keys, V * WIDTH);
+      vec sum = of_q[0] * load_floats(keys);
+      for (int v = 1; v < V; ++v) sum += of_q[v] * load_floats(keys + v * WIDTH);
+      scores[c] = sum_of(sum);
+    }
+  }
+}
+
+// sums += shares[c] values[c] over all c.
+template <int V, class T>
+void add_values(const float* shares, const T* values, int64_t count, int64_t size, float* sums) {
+  if constexpr (V == 0) {
+    for (int64_t c = 0; c < count; ++c, values += size)
+#pragma omp simd
+      for (int64_t i = 0; i < size; ++i) sums[i] += shares[c] * to_float(values[i]);
+  } else {
+    vec acc[V];
+    for (int v = 0; v < V; ++v) acc[v] = load_vector<vec>(sums + v * WIDTH);
+    for (int64_t c = 0; c < count; ++c, values += V * WIDTH) {
+      fetch_ahead(values, V * WIDTH);
+      for (int v = 0; v < V; ++v) acc[v] += shares[c] * load_floats(values + v * WIDTH);
+    }
+    for (int v = 0; v < V; ++v) store_vector(sums + v * WIDTH, acc[v]);
+  }
+}
+
+template <int V, class T>
+void decode_size(const Decode& a, int64_t begin, int64_t end) {
   const int64_t shared = a.heads / a.kv_heads;
   std::vector<float> q(shared * a.size), sums(shared * a.size), scores;
   for (int64_t pair = begin; pair < end; ++pair) {
@@ -31,30 +88,36 @@ void decode(const Decode& a, int64_t begin, int64_t end) {
     const T* from = static_cast<const T*>(a.q) + head * a.size;
     for (int64_t i = 0; i < shared * a.size; ++i) q[i] = to_float(from[i]) * a.scale;
     scores.resize(shared * count);
-    for (int64_t c = 0; c < count; ++c)
+    for (int64_t c = 0; c < count; c += CHUNK)
       for (int64_t h = 0; h < shared; ++h)
-        scores[h * count + c] = dot(&q[h * a.size], keys + c * a.size, a.size);
+        score<V>(&q[h * a.size], keys + c * a.size, std::min(CHUNK, count - c), a.size, &scores[h * count + c]);
     for (int64_t h = 0; h < shared; ++h) {
       float* of_head = &scores[h * count];
       if (a.softcap != 0.0f)
         for (int64_t c = 0; c < count; ++c) of_head[c] = std::tanh(of_head[c] / a.softcap) * a.softcap;
       float highest = of_head[0], sum = 0.0f;
+#pragma omp simd reduction(max : highest)
       for (int64_t c = 1; c < count; ++c) highest = of_head[c] > highest ? of_head[c] : highest;
 #pragma omp simd reduction(+ : sum)
       for (int64_t c = 0; c < count; ++c) sum += of_head[c] = exp(of_head[c] - highest);
       for (int64_t c = 0; c < count; ++c) of_head[c] /= sum;
     }
     sums.assign(shared * a.size, 0.0f);
-    for (int64_t c = 0; c < count; ++c)
-      for (int64_t h = 0; h < shared; ++h) {
-        const float share = scores[h * count + c];
-        const T* value = values + c * a.size;
-        float* into = &sums[h * a.size];
-#pragma omp simd
-        for (int64_t i = 0; i < a.size; ++i) into[i] += share * to_float(value[i]);
-      }
+    for (int64_t c = 0; c < count; c += CHUNK)
+      for (int64_t h = 0; h < shared; ++h)
+        add_values<V>(&scores[h * count + c], values + c * a.size, std::min(CHUNK, count - c), a.size, &sums[h * a.size]);
     T* out = static_cast<T*>(a.out) + head * a.size;
     for (int64_t i = 0; i < shared * a.size; ++i) out[i] = from_float<T>(sums[i]);
+  }
+}
+
+template <class T>
+void decode(const Decode& a, int64_t begin, int64_t end) {
+  switch (a.size) {
+    case 4 * WIDTH: return decode_size<4, T>(a, begin, end);
+    case 8 * WIDTH: return decode_size<8, T>(a, begin, end);
+    case 16 * WIDTH: return decode_size<16, T>(a, begin, end);
+    default: return decode_size<0, T>(a, begin, end);
   }
 }
 
