@@ -63,8 +63,6 @@ def test_impossible_limits_are_refused(tmp_path: Path, wrong: dict[str, Any]) ->
         Settings("tiny", tmp_path, **wrong)
 
 
-
-
 def test_each_key_has_its_rate_which_recovers_with_time(tmp_path: Path, clock: Clock, model: Gated) -> None:
     with serving(model, tmp_path, keys=["one", "two"], requests_per_minute=3) as local:
         one, two = local.client("one"), local.client("two")
@@ -98,8 +96,6 @@ def test_who_waits_as_long_as_told_is_not_refused_again(tmp_path: Path, clock: C
         client.models.list()
 
 
-
-
 def test_too_many_that_wait(tmp_path: Path, model: Gated, beside: ThreadPoolExecutor) -> None:
     with serving(model, tmp_path, max_waiting=2) as local:
         running = stream(local)
@@ -124,8 +120,6 @@ def test_more_answers_than_can_ever_wait_are_no_matter_of_trying_again(tmp_path:
             assert wrong.status_code == 400
             assert "this server gives at most 4 answers" in wrong.message
         assert len(ask(local, n=4).choices) == 4
-
-
 
 
 def test_a_stream_that_takes_too_long(tmp_path: Path, clock: Clock, model: Gated) -> None:
@@ -160,8 +154,6 @@ def test_an_answer_that_takes_too_long_and_one_that_waits_for_it(
         local.until_idle()
         local.until('megalite_answers_total{finish="time"} 2.0')
         assert ask(local).choices[0].text == "0123"
-
-
 
 
 def test_answers_under_way_may_end_and_no_more_are_taken_on(tmp_path: Path, model: Gated) -> None:
