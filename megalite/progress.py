@@ -13,8 +13,7 @@ SECONDS_PER_LINE = 5.0
 
 
 class ProgressMeter:
-    """A progress bar on a terminal; elsewhere, as in a job's log, a line every few seconds and one at the end. Nothing
-    without console."""
+    """A progress bar on a terminal; elsewhere, as in a job's log, a line every few seconds. Nothing without console."""
 
     def __init__(
         self, name: str, total: int, columns: Sequence[ProgressColumn], console: Console | None, **fields: Any
@@ -32,12 +31,12 @@ class ProgressMeter:
         """Seconds since it was made."""
         return max(time.monotonic() - self._start, 1e-9)
 
-    def show(self, completed: int, line: str, **fields: Any) -> None:
-        """Of the total so far; `line` says the same where there is no bar."""
+    def show(self, completed: int, line: str, due: bool = False, **fields: Any) -> None:
+        """Of the total so far; `line` says the same where there is no bar, also before its time where it is `due`."""
         now = time.monotonic()
         if self._bar is not None:
             self._bar.update(self._task, completed=completed, **fields)
-        elif self._console is not None and (completed == self.total or now - self._said >= SECONDS_PER_LINE):
+        elif self._console is not None and (due or now - self._said >= SECONDS_PER_LINE):
             self._said = now
             self._console.print(line, highlight=False)
 

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
 
-from megalite.activity import NOW
 from megalite.errors import ConfigError
 
 LOCK = "lock"
@@ -58,7 +57,7 @@ def held(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         file = FileIO(folder / LOCK, "a+")
     with file:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # it has no locks, or the disk is full
             _take(file, folder)
         yield
 
@@ -75,16 +74,14 @@ def _take(file: FileIO, folder: Path) -> None:
         if not told:
             print(f"waiting for {holder} to leave {folder}", flush=True)
             told = True
-        NOW.beats += 1
         time.sleep(0.5)
     _sign(file)
 
 
 def _sign(file: FileIO) -> None:
     job = os.environ.get("SLURM_JOB_ID")
-    with contextlib.suppress(OSError):  # the disk is full
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {os.uname().nodename}{f' (job {job})' if job else ''}\n".encode())
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {os.uname().nodename}{f' (job {job})' if job else ''}\n".encode())
 
 
 def _is_mine(file: FileIO) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor
 from megalite.activity import NOW
 from megalite.models.weights import Weight
 
+KEEPS = "a run keeps the model it began with; another one needs another run.name"
 BUFFERS = re.compile(r"(\.attn\.(masked_)?bias|\.attention\.(masked_)?bias|\.rotary_emb\.inv_freq)$")
 """No weights, but stored by older versions of transformers: causal masks of GPT-2 and GPT-NeoX, rotary frequencies."""
 
@@ -82,16 +83,14 @@ class TensorFolder:
         unknown = sorted(name for name in extra if not BUFFERS.search(name))
         if missing or unknown:
             raise CheckpointError(
-                f"{self.folder}/{self.stem}: the model does not match this checkpoint (a run keeps the model it began "
-                f"with; another one needs another run.name); "
+                f"{self.folder}/{self.stem}: the model does not match this checkpoint ({KEEPS}); "
                 f"missing tensors: {_some(missing)}; tensors of no weight: {_some(unknown)}"
             )
         for name, shape in wanted.items():
             found = tuple(self._slices(name).get_shape())
             if found != shape:
                 raise CheckpointError(
-                    f"{self.folder}/{self.stem}: {name} has shape {list(found)}, the model needs {list(shape)} (a run "
-                    "keeps the model it began with; another one needs another run.name)"
+                    f"{self.folder}/{self.stem}: {name} has shape {list(found)}, the model needs {list(shape)} ({KEEPS})"
                 )
 
 

@@ -122,4 +122,5 @@ class _Meter(ProgressMeter):
         self._name = phase.name
 
     def update(self, num_done: int) -> None:
-        self.show(num_done, f"{self._name}: {num_done} of {self.total} tasks, {self.elapsed:.1f} s")
+        line = f"{self._name}: {num_done} of {self.total} tasks, {self.elapsed:.1f} s"
+        self.show(num_done, line, due=num_done == self.total)

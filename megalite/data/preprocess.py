@@ -164,8 +164,9 @@ class _Job:
     def _run_exactly(self, prefix: str, shard: Shard) -> Preprocessed:
         library = "tokenizers" if isinstance(self.opened, HuggingFaceTokenizer) else "sentencepiece"
         encode = partial(_encode_exactly, self.tokenizer, self.packing)
-        turn = multiprocessing.get_context("spawn").Lock()
-        with worker_pool(self.workers, start_tokenizing, turn) as pool:
+        # A lock starts a process that watches over it.
+        turn = [multiprocessing.get_context("spawn").Lock()] if self.workers > 1 else []
+        with worker_pool(self.workers, start_tokenizing, *turn) as pool:
             return self._write(prefix, shard, library, pool, encode)
 
     def _write(
