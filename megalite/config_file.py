@@ -8,8 +8,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megalite.config import Config, describe_errors
+from megalite.config import Config
 from megalite.errors import ConfigError
+from megalite.mistakes import describe_errors
 from megalite.models import model_config
 from megalite.models.peft import with_adapter_fields
 from megalite.resources import read_yaml, with_overrides

@@ -90,7 +90,8 @@ class TensorFolder:
             found = tuple(self._slices(name).get_shape())
             if found != shape:
                 raise CheckpointError(
-                    f"{self.folder}/{self.stem}: {name} has shape {list(found)}, the model needs {list(shape)} ({KEEPS})"
+                    f"{self.folder}/{self.stem}: {name} has shape {list(found)}, the model needs {list(shape)} "
+                    f"({KEEPS})"
                 )
 
 

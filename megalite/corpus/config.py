@@ -11,8 +11,9 @@ from typing import Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from megalite.config import Section, describe_errors
+from megalite.config import Section
 from megalite.errors import ConfigError
+from megalite.mistakes import describe_errors
 from megalite.resources import read_yaml, with_overrides
 
 StageName = Literal["encoding", "length", "language", "repetition", "gopher", "c4", "fineweb", "personal", "words"]

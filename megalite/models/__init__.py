@@ -14,8 +14,9 @@ import torch
 import torch.nn as nn
 from pydantic import ValidationError
 
-from megalite.config import LoraConfig, ModelConfig, describe_errors
+from megalite.config import LoraConfig, ModelConfig
 from megalite.errors import ConfigError
+from megalite.mistakes import describe_errors
 from megalite.models import heads, peft
 from megalite.models.layers import Decoder
 from megalite.models.lora import adapt, with_adapters

@@ -13,8 +13,9 @@ from typing import Any, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
-from megalite.config import Section, describe_errors
+from megalite.config import Section
 from megalite.errors import ConfigError
+from megalite.mistakes import describe_errors
 from megalite.resources import configs_dir, parse_yaml
 
 TYPICAL_MATMUL = 0.75

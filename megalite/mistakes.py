@@ -1,0 +1,79 @@
+"""What is wrong with a config, in the words of the config instead of pydantic's."""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from megalite.secrecy import names_a_secret
+
+
+def describe_errors(error: ValidationError, root: type[BaseModel]) -> str:
+    """One line a mistake."""
+    items = error.errors(include_url=False)
+    # A list of which every item is wrong is also "too short" to pydantic; the items say it better.
+    inner = [item["loc"] for item in items if item["type"] != "too_short"]
+    told = [i for i in items if i["type"] != "too_short" or not any(loc[: len(i["loc"])] == i["loc"] for loc in inner)]
+    return "\n  ".join(_describe(item, root) for item in told)
+
+
+_PLAINLY = {
+    "model_type": "must be a section of `key: value` lines",
+    "dict_type": "must be a section of `key: value` lines",
+    "tuple_type": "must be a list: [a, b]",
+    "path_type": "must be a path",
+    "string_pattern_mismatch": "must start with a letter or digit and hold only letters, digits, `.`, `_` and `-`",
+}
+"""What pydantic says in terms of Python's types."""
+
+
+def _describe(item: Any, root: type[BaseModel]) -> str:
+    path, known = _walk(item["loc"], root)
+    key, value = ".".join(map(str, path)), item["input"]
+    if item["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(str(path[-1]).replace("-", "_"), known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(sorted(known))}"
+        shown = "not shown" if names_a_secret(str(path[-1])) else repr(value)
+        return f"unknown key {key} (value {shown}); {hint}"
+    if item["type"] == "missing":
+        last = path[-1]
+        if known or not isinstance(last, int):
+            return f"{key} is required"
+        return f"{'.'.join(map(str, path[:-1]))}: value number {last + 1} of its list is missing"
+    message = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    if item["type"] == "value_error" and isinstance(value, dict):
+        return f"{key}: {message}" if key else message
+    message = _PLAINLY.get(item["type"], message)
+    if item["type"] == "literal_error":
+        allowed = [word.strip("'") for word in item["ctx"]["expected"].replace(" or ", ", ").split(", ")]
+        close = difflib.get_close_matches(str(value), allowed, n=1)
+        if isinstance(value, bool):
+            message += "; YAML reads a bare yes, no, on or off as true or false"
+        elif close and close[0] != value:
+            message += f"; did you mean {close[0]!r}?"
+    return f"{key}: {message}" if isinstance(value, dict) else f"{key} = {value!r}: {message}"
+
+
+def _walk(loc: Sequence[str | int], model: type[BaseModel] | None) -> tuple[list[str | int], list[str]]:
+    """The key pydantic's `loc` stands for, without its marks for unions, and the keys known beside the last one."""
+    path: list[str | int] = []
+    known: list[str] = []
+    for number, part in enumerate(loc):
+        known = list(model.model_fields) if model else []
+        if isinstance(part, int) or part in known or number == len(loc) - 1:
+            path.append(part)
+        if part in known and number < len(loc) - 1 and model is not None:
+            model = _section_in(model.model_fields[str(part)].annotation)
+    return path, known
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    """The section an annotation such as `tuple[Source, ...]` or `Section | None` is about; of several, the first."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    found = (_section_in(inner) for inner in typing.get_args(annotation))
+    return next((section for section in found if section), None)
