@@ -127,11 +127,12 @@ class _Job:
     console: Console | None
 
     def run_shard(self, prefix: str, shard: Shard) -> Preprocessed:
+        name = shards.name_of(prefix, shard)
+        part = shards.read_complete(name, self.settings, self.exact)  # the whole is complete before a part is removed
         if whole := shards.read_complete(prefix, self.settings, self.exact):
             whole.remark = "complete already"
             return whole
-        name = shards.name_of(prefix, shard)
-        if part := shards.read_complete(name, self.settings, self.exact):
+        if part is not None:
             part.remark = "complete already"
         else:
             shards.remove(name)

@@ -22,14 +22,15 @@ def name_of(prefix: str, shard: Shard) -> str:
 
 
 def read_complete(prefix: str, settings: dict[str, Any], exact: bool) -> Preprocessed | None:
-    """The complete token file of these settings, if there is one. A shard may have no document, and then no pair."""
+    """The complete token file of these settings, if there is one. A shard may have no document, and then no pair; its
+    files may vanish at any moment, when another job joins the shards."""
     result = read_metadata(prefix, settings)
     if result is None or (exact and "gigatoken" in result.tokenized_by):
         return None
     if result.num_documents:
         try:
             found = IndexedDataset(prefix)
-        except DataError:
+        except (DataError, FileNotFoundError):
             return None
         if (found.num_documents, found.num_tokens) != (result.num_documents, result.num_tokens):
             return None
@@ -51,8 +52,12 @@ def join(
 
     if len(read_all()) < count:
         return None
-    with open(f"{names[0]}.json", "r+b") as lock:
-        # Two jobs may complete the last two shards at once. Who comes second finds them gone.
+    # Two jobs may complete the last two shards at once. Who comes second finds them gone, here or behind the lock.
+    try:
+        lock = open(f"{names[0]}.json", "r+b")  # noqa: SIM115
+    except FileNotFoundError:
+        return None
+    with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         parts = read_all()
         if len(parts) < count:

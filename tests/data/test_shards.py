@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from megalite.data import preprocess as module
+from megalite.data import shards
 from megalite.data.blocks import Shard
 from megalite.data.indexed import HEADER, MAGIC, IndexedDataset, IndexedWriter
 from megalite.data.preprocess import preprocess
@@ -110,11 +111,42 @@ def test_jobs_side_by_side(tmp_path, tokenizer, inputs, alone):
     assert len(list(tmp_path.glob("x/*"))) == 3
 
 
+@pytest.mark.parametrize(
+    ("holder", "name", "number"),
+    [
+        *[(IndexedDataset, name, number) for name in ("_read_header", "_check_ends") for number in (1, 2, 3)],
+        *[(shards, "read_metadata", number) for number in (1, 2, 3, 4)],
+        (shards, "open", 1),
+        (shards.fcntl, "flock", 1),
+    ],
+)
+def test_another_job_joins_just_then(tmp_path, tokenizer, inputs, alone, monkeypatch, holder, name, number):
+    monkeypatch.setattr(shards, "join", lambda *_: None)
+    for index in range(2):
+        shard(tmp_path, tokenizer, inputs, index, 2)
+    monkeypatch.undo()
+    real, calls = getattr(holder, name, open), []
+
+    def after_the_other(*arguments):
+        calls.append(arguments)
+        if len(calls) == number:
+            monkeypatch.undo()
+            assert shard(tmp_path, tokenizer, inputs, 0, 2).prefix.endswith("x_text_document")
+        return real(*arguments)
+
+    monkeypatch.setattr(holder, name, after_the_other, raising=False)
+    assert shard(tmp_path, tokenizer, inputs, 1, 2).num_tokens
+    assert len(calls) == number
+    assert [(tmp_path / "x" / f"x_text_document.{suffix}").read_bytes() for suffix in SUFFIXES] == alone
+    assert len(list(tmp_path.glob("x/*"))) == 3
+
+
 def test_a_killed_shard_leaves_nothing_that_counts(tmp_path, tokenizer, inputs, alone):
     shard(tmp_path, tokenizer, inputs, 0, 2)
     script = f"""
 import time
 from megalite.data import preprocess as module
+from megalite.data import shards
 from megalite.data.blocks import Shard
 def stuck(writer):
     writer._bin.flush()
