@@ -36,9 +36,9 @@ def find_checkpoint(root: Path, resume: str | Path, mesh: Mesh) -> tuple[Path | 
     if resume != "auto" and not steps:
         folder = Path(resume)
         if damage := find_damage(folder, mesh):
-            raise CheckpointError(f"checkpoint.resume = {folder}: no undamaged checkpoint there: {damage}")
+            raise CheckpointError(f"checkpoint.resume = {folder}: no undamaged checkpoint there: {_tell(damage)}")
         return folder, []
-    damaged: dict[Path, str] = {}
+    damaged: dict[Path, dict[str, Damage]] = {}
     for step in reversed(steps):
         folder = step_folder(root, step)
         damage = find_damage(folder, mesh)
@@ -47,21 +47,22 @@ def find_checkpoint(root: Path, resume: str | Path, mesh: Mesh) -> tuple[Path | 
                 for other in damaged:
                     set_aside(other)
             return folder, [
-                f"warning: {other} is damaged and was set aside ({what}); resuming from {folder}"
+                f"warning: {other} is damaged and was set aside ({_tell(what)}); resuming from {folder}"
                 for other, what in damaged.items()
             ]
         damaged[folder] = damage
     if damaged:
-        which = "; ".join(f"{folder.name}: {what}" for folder, what in damaged.items())
-        unreadable = any(Damage.UNREADABLE.words in what for what in damaged.values())  # which a launcher tries again
+        which = "; ".join(f"{folder.name}: {_tell(what)}" for folder, what in damaged.items())
+        unreadable = any(Damage.UNREADABLE in what.values() for what in damaged.values())
+        # What could not be read, a launcher tries again.
         raise CheckpointError(
             f"{root}: every checkpoint is damaged; move them away to start the run afresh ({which})"
         ) from (OSError(errno.EIO, "unreadable") if unreadable else None)
     return None, []
 
 
-def find_damage(folder: Path, mesh: Mesh) -> str:
-    """What is wrong with a checkpoint, or nothing: the same on all ranks, of which each reads a share of the files."""
+def find_damage(folder: Path, mesh: Mesh) -> dict[str, Damage]:
+    """What is wrong with a checkpoint's files, by their names; the same on all ranks, of which each reads a share."""
     files = read_manifest(folder)
     names = [] if isinstance(files, Damage) else sorted(files)
     count = start_highest(len(names), mesh)()
@@ -77,8 +78,12 @@ def find_damage(folder: Path, mesh: Mesh) -> str:
             NOW.beats += 1  # of a large one, all together take longer than a run may be silent
     worst = all_reduce(found.to(mesh.device), mesh.world, dist.ReduceOp.MAX).tolist()
     if worst[-1]:
-        return f"{MANIFEST} {Damage(worst[-1]).words}"
-    told = [f"{name} {Damage(what).words}" for name, what in zip(names, worst[:-1], strict=True) if what]
+        return {MANIFEST: Damage(worst[-1])}
+    return {name: Damage(what) for name, what in zip(names, worst[:-1], strict=True) if what}
+
+
+def _tell(damage: dict[str, Damage]) -> str:
+    told = [f"{name} {what.words}" for name, what in damage.items()]
     return ", ".join(told[:SHOWN]) + (f" and {len(told) - SHOWN} more files" if len(told) > SHOWN else "")
 
 

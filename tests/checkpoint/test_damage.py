@@ -112,8 +112,8 @@ def test_a_disk_that_cannot_read_is_damage(root: Path, monkeypatch: pytest.Monke
 
     real = folder_module.digest
     monkeypatch.setattr(folder_module, "digest", read)
-    assert find_damage(victim.parent, LONE) == "train_state.json cannot be read"
-    with pytest.raises(CheckpointError, match="every checkpoint is damaged") as error:
+    assert find_damage(victim.parent, LONE) == {"train_state.json": Damage.UNREADABLE}
+    with pytest.raises(CheckpointError, match=r"every .*: train_state\.json cannot be read") as error:
         find_checkpoint(root, "auto", LONE)
     assert passes(error.value), "a launcher tries again, as the disk may come back"
 
@@ -121,7 +121,7 @@ def test_a_disk_that_cannot_read_is_damage(root: Path, monkeypatch: pytest.Monke
 def test_of_many_damaged_files_some_are_named(root: Path) -> None:
     for path in step_folder(root, 12).glob("optimizer/*.safetensors"):
         path.write_bytes(flip(99)(path.read_bytes()))
-    assert find_damage(step_folder(root, 12), LONE).endswith(" and 3 more files")
+    assert " and 3 more files)" in find_checkpoint(root, "auto", LONE)[1][0]
 
 
 def test_all_damaged_is_an_error_not_a_fresh_start(root: Path) -> None:
@@ -135,12 +135,14 @@ def test_all_damaged_is_an_error_not_a_fresh_start(root: Path) -> None:
         find_checkpoint(root / "none", step_folder(root, 8), LONE)
 
 
-def agree(rank: int, world_size: int, config: Config, root: Path) -> list[tuple[str, Path | None]]:
+def agree(
+    rank: int, world_size: int, config: Config, root: Path
+) -> tuple[list[dict[str, Damage]], tuple[Path | None, list[str]]]:
     """What each rank makes of damage to files that one rank, or another, or both read; then of finding the rest."""
     mesh = make_mesh(make_plan(config, weight_table(config.model), world_size), torch.device("cpu"))
     newest = step_folder(root, 12)
     names = [str(path.relative_to(newest)) for path in sorted(newest.rglob("*")) if path.is_file()]
-    found: list[tuple[str, Path | None]] = []
+    found: list[dict[str, Damage]] = []
     for name in names:
         torch.distributed.barrier()
         whole = (newest / name).read_bytes()
@@ -148,7 +150,7 @@ def agree(rank: int, world_size: int, config: Config, root: Path) -> list[tuple[
         if rank == 0:
             (newest / name).write_bytes(flip(1234)(whole))
         torch.distributed.barrier()
-        found.append((find_damage(newest, mesh), None))
+        found.append(find_damage(newest, mesh))
         torch.distributed.barrier()
         if rank == 0:
             (newest / name).write_bytes(whole)
@@ -156,8 +158,7 @@ def agree(rank: int, world_size: int, config: Config, root: Path) -> list[tuple[
     if rank == 0:
         (newest / names[0]).unlink()
     torch.distributed.barrier()
-    folder, warnings = find_checkpoint(root, "auto", mesh)
-    return [*found, *((line, folder) for line in warnings)]
+    return found, find_checkpoint(root, "auto", mesh)
 
 
 def test_all_ranks_agree(trained: Config, root: Path) -> None:
@@ -165,9 +166,9 @@ def test_all_ranks_agree(trained: Config, root: Path) -> None:
     names = [str(path.relative_to(newest)) for path in sorted(newest.rglob("*")) if path.is_file()]
     first, second = run_ranks(2, agree, trained, root)
     assert first == second
-    for name, (damage, _) in zip(names, first, strict=False):
-        assert damage.startswith(name) or (name == MANIFEST and damage), f"{name}: {damage}"
-    warning, folder = first[-1]
+    found, (folder, (warning,)) = first
+    for name, damage in zip(names, found, strict=True):
+        assert damage == {name: Damage.CONTENT} or (name == MANIFEST and damage), f"{name}: {damage}"
     assert f"{names[0]} is missing" in warning
     assert folder == step_folder(root, 8)
 
