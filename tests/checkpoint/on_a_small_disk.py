@@ -57,6 +57,7 @@ def train(config: dict[str, Any], folder: Path) -> dict[str, Any]:
                 else:
                     fill(disk)
             if step == 5:
+                self.wait()  # or step 4, tried again just then, would find room
                 assert digests(run / "checkpoints") == older
                 if what == "read-only":
                     subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
