@@ -313,8 +313,10 @@ py::tuple character_states(const py::list& texts, const States& states) {
             valid = false;
             break;
           }
-          most = std::max(most, state[point]);
-          if (state[point]) continue;
+          // Read once: another thread may learn the character just then, and it must count as known or as unknown.
+          const std::uint8_t known = __atomic_load_n(state + point, __ATOMIC_RELAXED);
+          most = std::max(most, known);
+          if (known) continue;
           if (seen.empty()) seen.resize(num_points);
           if (!seen[point]) unknown.push_back(point);
           seen[point] = true;

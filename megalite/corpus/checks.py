@@ -47,6 +47,7 @@ from megalite.workers import leave_with_parent
 
 # The language of a text shows in its beginning; the rest of a long one would only take time.
 LANGUAGE_CHARS = 20_000
+START_SECONDS = 60.0
 
 
 def stages(config: CorpusConfig) -> list[Stage]:
@@ -100,6 +101,14 @@ class Extract(AbstractContextManager[None]):
 
 
 class _Sandbox(ExtractorSandbox):
+    def _ensure_process(self, extract_fn: Any) -> None:
+        # Where a process is slow to start, that is not for the page to answer for.
+        of_page, self.timeout = self.timeout, max(self.timeout, START_SECONDS)
+        try:
+            super()._ensure_process(extract_fn)
+        finally:
+            self.timeout = of_page
+
     def _worker(self, conn: Any, extract_fn: Any) -> None:
         # It holds both ends of the pipe, and so would wait for ever for a parent that was killed.
         leave_with_parent()

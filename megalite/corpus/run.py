@@ -54,7 +54,7 @@ def prepare_corpus(config: CorpusConfig, console: Console | None = None) -> dict
             submit(phases, work / "logs", config.slurm, config.workers)
             return None
         for left in output.rglob(".*.tmp"):  # of a process that was killed
-            left.unlink()
+            left.unlink(missing_ok=True)
         run_here(phases, work / "logs", config.workers, console)
     return json.loads((output / "report.json").read_text(encoding="utf-8"))
 

@@ -230,7 +230,8 @@ class LineNumbers:
         for line, why in bad:
             before = 0
             if self._first and len(self._total.messages) < MAX_MESSAGES:  # a shard that begins within the file
-                before = _lines_before(self._path, self._first)
+                with suppress(OSError):  # it may be gone, which is what is bad
+                    before = _lines_before(self._path, self._first)
             self._total.bad(self._path, before + self._num_lines + line, why)
         self._num_lines += num_lines
 

@@ -211,6 +211,7 @@ def character_states_reference(
     texts: list[bytes], states: npt.NDArray[np.uint8]
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint32]]:
     """`megalite._data.character_states`, which says what it does."""
+    states = states.copy()  # another thread may learn a character just then
     others = [text.translate(None, ASCII).decode().encode("utf-32-le") for text in texts]
     points = [np.frombuffer(text, "<u4") for text in others]
     worst = np.array([states[of_text].max(initial=0) for of_text in points], np.uint8)

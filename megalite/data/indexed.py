@@ -13,6 +13,7 @@ learned from it; else 1, or, where tokens or texts have classes, 1 + the number 
 from __future__ import annotations
 
 import bisect
+import fcntl
 import hashlib
 import json
 import os
@@ -254,7 +255,8 @@ class IndexedWriter:
     """Writes PREFIX.bin and PREFIX.idx, and PREFIX.mask where that has a dtype, in one pass and constant memory; they
     get these names only when complete.
 
-    As a context manager it finishes at the end of the block, and leaves nothing behind when the block raises."""
+    As a context manager it finishes at the end of the block, and leaves nothing behind when the block raises. Raises
+    DataError while another process writes the same files."""
 
     def __init__(self, prefix: str | Path, dtype: npt.DTypeLike, mask_dtype: npt.DTypeLike | None = None) -> None:
         self.dtype = np.dtype(dtype).newbyteorder("<")
@@ -268,7 +270,8 @@ class IndexedWriter:
         self._final = [Path(f"{prefix}.{kind}") for kind in kinds]
         self._temporary = [Path(f"{path}.tmp") for path in self._final]
         self._final[0].parent.mkdir(parents=True, exist_ok=True)
-        self._files = [open(path, "w+b") for path in self._temporary]  # noqa: SIM115
+        self._files = [_open_alone(self._temporary[0])]
+        self._files += [open(path, "w+b") for path in self._temporary[1:]]  # noqa: SIM115
         self._bin, self._idx = self._files[0], self._files[-1]
         # The lengths come first in .idx, so they go straight to where they stay; what else it holds follows from them.
         self._idx.seek(HEADER.size)
@@ -331,7 +334,6 @@ class IndexedWriter:
         for file in self._files:
             file.flush()
             os.fsync(file.fileno())
-            file.close()
         # An older .idx must never stand beside the new .bin, not even between two renames.
         self._final[-1].unlink(missing_ok=True)
         self._final[0].with_suffix(".mask").unlink(missing_ok=True)
@@ -343,6 +345,10 @@ class IndexedWriter:
                 final.unlink(missing_ok=True)
             raise
         fsync(self._final[0].parent)
+        # Not before they have their names: until then nobody else may begin to write the same.
+        for file in self._files:
+            file.close()
+        self._files, self._temporary = [], []
 
     def _write_index(self) -> None:
         num, offset, chunk = self.num_documents, 0, CHUNK_DOCUMENTS
@@ -360,10 +366,12 @@ class IndexedWriter:
 
     def abort(self) -> None:
         """Remove what has been written so far; nothing happens after `finish`."""
-        for file, path in zip(self._files, self._temporary, strict=True):
-            with suppress(OSError):  # on a full disk closing fails as well, but the space is to be given back
-                file.close()
+        for path in self._temporary:
             path.unlink(missing_ok=True)
+        for file in self._files:
+            with suppress(OSError):  # on a full disk closing fails as well
+                file.close()
+        self._files, self._temporary = [], []
 
     def __enter__(self) -> IndexedWriter:
         return self
@@ -376,6 +384,24 @@ class IndexedWriter:
                 self.finish()
         finally:
             self.abort()
+
+
+def _open_alone(path: Path) -> BinaryIO:
+    """An empty file, which this process alone writes until it is closed. Raises DataError."""
+    while True:
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise DataError(f"{path} is being written by another process; let that one end first") from None
+        except OSError:  # some file systems of clusters have no locks
+            pass
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(path), os.fstat(file.fileno())):
+                file.truncate()
+                return file
+        file.close()  # it got its final name meanwhile, or was removed
 
 
 def _copy(source: BinaryIO, target: BinaryIO, num_bytes: int) -> None:

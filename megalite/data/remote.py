@@ -9,6 +9,7 @@ holds the object's size and version, so that a changed object is another folder.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -40,6 +41,8 @@ POLL_SECONDS = 0.01
 SECONDS_PER_LINE = 5.0
 
 Int64s = npt.NDArray[np.int64]
+_FETCHING: dict[Path, threading.Lock] = {}
+"""By object: a process is not locked out by its own locks, nor those of another `CachedObject` of the same."""
 
 
 def cache_folder() -> Path:
@@ -83,7 +86,7 @@ class CachedObject:
             self._present = np.asarray(np.memmap(self._locks, np.bool_, "r+", shape=max(num_blocks, 1)))
         except OSError as error:
             raise self._unusable(error) from None
-        self._one_at_a_time = threading.Lock()  # a process is not locked out by its own locks
+        self._one_at_a_time = _FETCHING.setdefault(self.path, threading.Lock())
 
     def fetch(self, starts: Int64s, lengths: Int64s) -> None:
         """Have bytes [starts[i], starts[i] + lengths[i]) in `path`, all [n].
@@ -200,7 +203,9 @@ def _runs(blocks: Int64s) -> list[Int64s]:
 def _open_in_use(path: Path, size: int) -> IO[bytes]:
     """The file, made as long as that; as long as it is open, `_remove_unused` leaves its folder alone."""
     while True:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # Not `exist_ok`, which looks whether it is a folder: the folder may be removed before that.
+        with contextlib.suppress(FileExistsError):
+            path.parent.mkdir(mode=0o700, parents=True)
         try:
             file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b", buffering=0)
             fcntl.flock(file, fcntl.LOCK_SH)

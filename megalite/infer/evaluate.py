@@ -94,7 +94,7 @@ def report(
     console.print(table_of(results))
     run = folder.parent.parent if (folder / "train_state.json").is_file() else None
     when = time.strftime("%Y-%m-%dT%H-%M-%S")
-    file = output or (run / "evaluations" / f"{folder.name}-{when}.json" if run else None)
+    file = output or (_new_file(run / "evaluations", f"{folder.name}-{when}") if run else None)
     if file:
         samples = results.pop("samples", {})
         told = {"model": str(folder), "lm_eval": version("lm_eval"), "asked": asked._asdict()}
@@ -106,6 +106,19 @@ def report(
                 lines.writelines(json.dumps(line, default=_plainly) + "\n" for line in kept(samples))
     if run and (run / "config.yaml").is_file():
         tell_wandb(run, folder, numbers, console)
+
+
+def _new_file(folder: Path, name: str) -> Path:
+    """NAME.json, or NAME-2.json and so on: others may write their results in the same second."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file, number = folder / f"{name}.json", 1
+    while True:
+        try:
+            file.touch(exist_ok=False)
+            return file
+        except FileExistsError:
+            number += 1
+            file = folder / f"{name}-{number}.json"
 
 
 def table_of(results: Mapping[str, Any]) -> Table:

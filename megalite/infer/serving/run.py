@@ -55,8 +55,8 @@ def serve(generator: Generator, settings: Settings, address: socket.socket, grac
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     warm_up(generator)
     server = make_server(make_app(generator, settings), grace_s)
-    # uvicorn raises the signal again when all is done: it has done its work by then.
-    signal.signal(signal.SIGTERM, lambda number, frame: None)
+    # As uvicorn does itself later on; and it raises the signal again when all is done, where it must not kill.
+    signal.signal(signal.SIGTERM, server.handle_exit)
     protected = f"{len(settings.keys)} API keys" if settings.keys else "open to all: no API key is set"
     host, port = address.getsockname()[:2]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
