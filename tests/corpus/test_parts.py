@@ -38,10 +38,10 @@ def test_addresses(kind, text, after):
 
 @pytest.mark.parametrize("run", ["a", "a.", "/+", "a@", "1.", "2001:", "a-"])
 def test_addresses_are_found_in_linear_time(run):
-    start = time.monotonic()
+    start = time.process_time()
     for kind in (EMAILS, IPS):
         replaced(run * 200_000 + " @", kind)
-    assert time.monotonic() - start < 10  # seconds where quadratic time takes hours
+    assert time.process_time() - start < 10  # seconds where quadratic time takes hours
 
 
 def test_words_and_sentences():

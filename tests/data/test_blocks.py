@@ -106,6 +106,22 @@ def test_all_kinds_of_files_each_in_one_shard(tmp_path, monkeypatch):
             assert getattr(total, name) == expected_value, (count, name)
 
 
+def test_a_file_that_is_gone_when_its_turn_comes(tmp_path):
+    """Also in a shard that begins within it."""
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": name}) + "\n")
+    files = list_files([str(tmp_path)], Report())
+    blocks = list(iter_blocks(files, "text", Shard(1, 4)))
+    assert [block.first > 0 for block in blocks] == [True]
+    (tmp_path / "a.jsonl").unlink()
+    total = Report()
+    for block in blocks:
+        texts = texts_of(block, "text")
+        LineNumbers(total).add(block, *texts[1:])
+    assert total.num_bad == 1
+    assert "a.jsonl:1: unreadable from here on: [Errno 2] No such file" in total.messages[0]
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
 def test_lines_too_long_are_named_and_not_kept(tmp_path, monkeypatch, name):
     monkeypatch.setattr(module, "LONGEST_TEXT", 1000)

@@ -120,6 +120,20 @@ def test_states_of_characters(texts, seed):
     assert sorted(unknown.tolist()) == expected_unknown.tolist()
 
 
+def test_a_character_that_another_thread_learns_just_then():
+    """Whoever met it before finds it among the unknown ones: it may be one that decides who encodes the text."""
+
+    class Learning(np.ndarray):
+        def __getitem__(self, index):
+            found = super().__getitem__(index)
+            shared[ord("é")] = 2
+            return found
+
+    shared = np.zeros(0x110000, np.uint8)
+    worst, unknown = character_states_reference(["é".encode()], shared.view(Learning))
+    assert (worst.tolist(), unknown.tolist()) == ([0], [ord("é")])
+
+
 def test_every_character_has_its_state():
     points = [point for point in range(0x80, 0x110000) if not 0xD800 <= point < 0xE000]
     _, unknown = native.character_states(["".join(map(chr, points)).encode()], np.zeros(0x110000, np.uint8))
