@@ -23,7 +23,8 @@ from megalite.infer.serving.app import Settings, make_app
 from megalite.infer.serving.run import Server, make_server
 from scripted import Bytes, Scripted
 
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
+"""Far beyond what a loaded machine needs."""
 
 
 class Clock:
@@ -79,7 +80,8 @@ class Local:
     def until_closed(self) -> None:
         """To new clients."""
         address = self.url.removeprefix("http://").split(":")
-        for _ in range(1000):
+        ends = time.monotonic() + PATIENCE_S
+        while time.monotonic() < ends:
             try:
                 socket.create_connection((address[0], int(address[1]))).close()
             except ConnectionRefusedError:
@@ -94,7 +96,7 @@ class Local:
         """Of the metrics."""
         ends = time.monotonic() + PATIENCE_S
         while time.monotonic() < ends:
-            found = httpx.get(f"{self.url}/metrics", verify=False).text
+            found = httpx.get(f"{self.url}/metrics", verify=False, timeout=PATIENCE_S).text
             if set(lines) <= set(found.splitlines()):
                 return
             time.sleep(0.01)

@@ -19,7 +19,7 @@ from local_tasks import ANIMALS, NAMES, write_tasks, write_tokenizer
 from megalite.cli import main
 from megalite.errors import ConfigError, DataError
 from megalite.infer import harness
-from megalite.infer.evaluate import Asked, evaluate_model
+from megalite.infer.evaluate import Asked, evaluate_model, report
 from megalite.infer.generate import Generator
 from megalite.infer.harness import HarnessModel, load_tasks, numbers_of
 from megalite.infer.references import compare, references_task
@@ -51,6 +51,19 @@ def random_model(folder: Path, family: str) -> Path:
         model = transformers.GPT2LMHeadModel(config)
     model.save_pretrained(folder)
     return write_tokenizer(folder, begins=family == "llama")
+
+
+def test_results_of_one_second_are_all_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "checkpoints" / "step-00000008"
+    folder.mkdir(parents=True)
+    (folder / "train_state.json").touch()
+    monkeypatch.setattr("megalite.infer.evaluate.time", SimpleNamespace(strftime=lambda _: "now"))
+    for number in range(3):
+        report({"results": {}, "number": number}, {}, folder, Asked(samples=True), None)
+    files = sorted((tmp_path / "evaluations").glob("*.json"))
+    assert [file.name for file in files] == [f"step-00000008-now{more}.json" for more in ("-2", "-3", "")]
+    assert [json.loads(file.read_text())["number"] for file in files] == [1, 2, 0]
+    assert len(list((tmp_path / "evaluations").glob("*.samples.jsonl"))) == 3
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import socket
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +20,11 @@ import openai
 from local_server import Clock, Gated, Local, serving
 
 from megalite.errors import ConfigError
+from megalite.infer.generate import Generator
+from megalite.infer.sampling import Sampling
 from megalite.infer.serving.app import Settings
+from megalite.infer.serving.run import Server, bind, serve
+from scripted import Bytes
 
 ANSWER = b"0123456789"
 
@@ -169,6 +176,32 @@ def test_answers_under_way_may_end_and_no_more_are_taken_on(tmp_path: Path, mode
         model.run()
         assert "".join(pieces) == "123"
         assert "".join(waiting) == "0123", "it had been taken on"
+
+
+def test_asked_to_end_just_before_it_listens_to_signals(
+    tmp_path: Path, model: Gated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model.run()
+    run, before, in_vain = Server.run, signal.getsignal(signal.SIGTERM), threading.Event()
+
+    def asked(server: Server, sockets: list[socket.socket]) -> None:
+        def give_up() -> None:
+            in_vain.set()
+            server.should_exit = True
+
+        late = threading.Timer(20, give_up)
+        late.start()
+        signal.raise_signal(signal.SIGTERM)
+        run(server, sockets)
+        late.cancel()
+
+    monkeypatch.setattr(Server, "run", asked)
+    generator = Generator(model, Bytes(), frozenset({256}), Sampling(temperature=0))
+    try:
+        serve(generator, Settings("tiny", tmp_path), bind("127.0.0.1", 0), grace_s=1)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not in_vain.is_set()
 
 
 def test_answers_that_do_not_end_in_time_are_cut_off(
