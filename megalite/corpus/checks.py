@@ -101,13 +101,17 @@ class Extract(AbstractContextManager[None]):
 
 
 class _Sandbox(ExtractorSandbox):
+    def __init__(self, timeout: float) -> None:
+        super().__init__(timeout)
+        self._of_page = timeout
+
     def _ensure_process(self, extract_fn: Any) -> None:
         # Where a process is slow to start, that is not for the page to answer for.
-        of_page, self.timeout = self.timeout, max(self.timeout, START_SECONDS)
+        self.timeout = max(self._of_page, START_SECONDS)
         try:
             super()._ensure_process(extract_fn)
         finally:
-            self.timeout = of_page
+            self.timeout = self._of_page
 
     def _worker(self, conn: Any, extract_fn: Any) -> None:
         # It holds both ends of the pipe, and so would wait for ever for a parent that was killed.

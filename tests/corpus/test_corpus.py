@@ -172,6 +172,50 @@ def is_alive(pid):
         return False
 
 
+def wait_until(condition, process):
+    while not condition():
+        assert process.poll() is None
+        time.sleep(0.002)
+
+
+def assert_gone(processes):
+    deadline = time.monotonic() + 60
+    while any(is_alive(process) for process in processes):
+        assert time.monotonic() < deadline, "a process has outlived the one it worked for"
+        time.sleep(0.01)
+
+
+# The tool, which goes no further than a phase: it cannot come to its end before it is killed.
+HELD = """
+import runpy, sys, time
+from megalite.corpus import execute
+
+phase, sys.argv, finished = sys.argv[1], sys.argv[2:], execute._finished
+
+def held(executor, pool, tasks):
+    yield from finished(executor, pool, tasks)
+    if executor.logging_dir.path.endswith(phase):
+        time.sleep(600)
+
+execute._finished = held
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture
+def long(raw, tmp_path):
+    """A config of what takes minutes."""
+    (tmp_path / "long").mkdir()
+    line = json.dumps({"text": "\n".join(prose(seed) for seed in range(20))}) + "\n"
+    (tmp_path / "long" / "0.jsonl").write_text(line * (20_000_000 // len(line)))
+    for number in range(1, 4):
+        os.link(tmp_path / "long" / "0.jsonl", tmp_path / "long" / f"{number}.jsonl")
+    sources = [{"name": "raw", "path": str(raw)}, {"name": "long", "path": str(tmp_path / "long")}]
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps(config_of(raw, tmp_path / "out", sources=sources).model_dump(mode="json")))
+    return config
+
+
 @pytest.mark.parametrize("phase", ["clean", "signatures"])
 def test_killed_and_resumed_gives_the_same_bytes(raw, prepared, tmp_path, phase):
     """Killed once a task of the phase is finished; that one is not done again, and no process stays behind."""
@@ -179,23 +223,17 @@ def test_killed_and_resumed_gives_the_same_bytes(raw, prepared, tmp_path, phase)
     config = tmp_path / "config.yaml"
     config.write_text(json.dumps(config_of(raw, output).model_dump(mode="json")))
     command = [sys.executable, TOOL, str(config), "workers=2"]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "-c", HELD, phase, *command[1:]], stderr=subprocess.DEVNULL)
     finished = output / "work" / "logs" / phase / "completions"
-    deadline = time.monotonic() + 60
-    while not list(finished.glob("*")):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+    wait_until(lambda: list(finished.glob("*")), process)
     children = descendants(process.pid)
     assert children
     process.kill()
     process.wait()
     assert not (output / "report.json").exists()
-    while any(is_alive(child) for child in children):
-        assert time.monotonic() < deadline, "a worker has outlived the process that was killed"
-        time.sleep(0.01)
+    assert_gone(children)
     done = {path: path.stat().st_mtime_ns for path in finished.glob("*")}
-    subprocess.run(command, check=True, capture_output=True, timeout=60)
+    subprocess.run(command, check=True, capture_output=True)
     assert {path: path.stat().st_mtime_ns for path in done} == done
     mine, other = digest_of(output), digest_of(prepared[0])
     names = (mine.keys() | other.keys()) - {"report.json", "report.html"}
@@ -204,36 +242,24 @@ def test_killed_and_resumed_gives_the_same_bytes(raw, prepared, tmp_path, phase)
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_tool_leaves_no_processes(raw, tmp_path, sent):
-    config = tmp_path / "config.yaml"
-    config.write_text(json.dumps(config_of(raw, tmp_path / "out").model_dump(mode="json")))
-    process = subprocess.Popen([sys.executable, TOOL, str(config), "workers=2"], stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while not list((tmp_path / "out" / "work" / "clean").glob("*")):
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+def test_interrupted_tool_leaves_no_processes(long, tmp_path, sent):
+    process = subprocess.Popen([sys.executable, TOOL, str(long), "workers=2"], stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: list((tmp_path / "out" / "work" / "clean").glob("*")), process)
     children = descendants(process.pid)
     process.send_signal(sent)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate()
     assert (process.returncode, said.splitlines()[-1]) == (130, "interrupted; the same command goes on from here")
-    while any(is_alive(child) for child in children):
-        assert time.monotonic() < deadline, "a worker has outlived its parent"
-        time.sleep(0.01)
+    assert_gone(children)
 
 
-def test_a_worker_that_is_killed_ends_the_run_with_a_reason(raw, tmp_path):
-    config = tmp_path / "config.yaml"
-    config.write_text(json.dumps(config_of(raw, tmp_path / "out").model_dump(mode="json")))
-    process = subprocess.Popen([sys.executable, TOOL, str(config), "workers=2"], stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while not list((tmp_path / "out" / "work" / "clean").glob("*")):
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+def test_a_worker_that_is_killed_ends_the_run_with_a_reason(long, tmp_path):
+    process = subprocess.Popen([sys.executable, TOOL, str(long), "workers=2"], stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: list((tmp_path / "out" / "work" / "clean").glob("*")), process)
     for child in descendants(process.pid):
         if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text():
             os.kill(child, signal.SIGKILL)
             break
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate()
     assert process.returncode == 1
     assert "error: one of 2 workers was killed, most likely for memory; use fewer workers" in said
 

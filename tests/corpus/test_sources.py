@@ -121,6 +121,7 @@ def test_html_in_json_lines(tmp_path):
 
 def test_pages_that_hang_or_crash_the_parser_are_dropped(monkeypatch):
     """By a clock that runs out for a page that hangs alone, not for a process that is slow to start."""
+
     def extract(page):
         if page == "":  # as it begins
             time.sleep(0.3)

@@ -284,13 +284,13 @@ def tool(tmp_path, *arguments):
 def test_tool_succeeds_with_warnings_and_fails_without_documents(tmp_path, tokenizer):
     (tmp_path / "a.jsonl").write_bytes(json_lines(["one"]) + b"nonsense\n")
     process = tool(tmp_path, "--input", "a.jsonl", "--output-prefix", "x", "--tokenizer", tokenizer, "--append-eod")
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate()
     assert process.returncode == 0
     assert "x_text_document: 1 documents" in out
     assert "a.jsonl:2: not JSON" in out
     assert IndexedDataset(tmp_path / "x_text_document")[0][-1] == load_tokenizer(tokenizer).eod_id
     process = tool(tmp_path, "--input", "none", "--output-prefix", "y", "--tokenizer", tokenizer)
-    out, error = process.communicate(timeout=60)
+    out, error = process.communicate()
     assert (process.returncode, out, error) == (
         1,
         "",
@@ -304,13 +304,12 @@ def test_interrupted_tool_leaves_no_files_and_no_processes(tmp_path, tokenizer, 
     process = tool(
         tmp_path, "--input", path, "--output-prefix", "x", "--tokenizer", tokenizer, "--workers", 2, "--exact"
     )
-    partial, deadline = tmp_path / "x_text_document.bin.tmp", time.monotonic() + 30
-    while not (partial.exists() and partial.stat().st_size) and time.monotonic() < deadline:
+    partial = tmp_path / "x_text_document.bin.tmp"
+    while not (partial.exists() and partial.stat().st_size):
+        assert process.poll() is None
         time.sleep(0.02)
-    assert process.poll() is None
-    assert partial.stat().st_size > 0
     os.kill(process.pid, number)
-    _, error = process.communicate(timeout=30)  # the pipes close once the workers have ended as well
+    _, error = process.communicate()  # the pipes close once the workers have ended as well
     *progress, last = error.splitlines()  # of which a slow machine may have come to print some
     assert (process.returncode, last) == (130, "interrupted")
     assert all("tokens/s" in line for line in progress)
@@ -345,8 +344,8 @@ def test_idle_workers_end_with_a_killed_parent(tmp_path):
     assert ended
 
 
-def group_ends(group, seconds=10):
-    deadline = time.monotonic() + seconds
+def group_ends(group):
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         try:
             os.killpg(group, 0)

@@ -104,7 +104,7 @@ def tool(tmp_path, tokenizer, inputs, *options):
 def test_jobs_side_by_side(tmp_path, tokenizer, inputs, alone):
     """Two finish at about the same time: one of them joins."""
     jobs = [tool(tmp_path, tokenizer, inputs, "--shard", f"{index}/2") for index in range(2)]
-    outputs = [job.communicate(timeout=60)[0].decode() for job in jobs]
+    outputs = [job.communicate()[0].decode() for job in jobs]
     assert [job.returncode for job in jobs] == [0, 0]
     assert any("x_text_document: " in output for output in outputs)
     assert [(tmp_path / "x" / f"x_text_document.{suffix}").read_bytes() for suffix in SUFFIXES] == alone

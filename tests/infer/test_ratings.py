@@ -154,11 +154,11 @@ def rating(answer: str) -> RatingBody:
 def in_processes(count: int, function: Callable[..., None], *arguments: Any) -> None:
     """Forked: they only write files."""
     context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=function, args=(number, *arguments)) for number in range(count)]
+    processes = [context.Process(target=function, args=(number, *arguments), daemon=True) for number in range(count)]
     for process in processes:
         process.start()
     for process in processes:
-        process.join(30)
+        process.join()
         assert process.exitcode == 0
 
 
