@@ -43,6 +43,20 @@ class Asked(NamedTuple):
     """Keep what was asked, said and wanted."""
 
 
+class Run(NamedTuple):
+    folder: Path
+    state: dict[str, Any]
+    """As the checkpoint has it."""
+
+    @classmethod
+    def of(cls, checkpoint: Path) -> Run | None:
+        """Which a checkpoint is of; None for other models."""
+        try:
+            return cls(checkpoint.resolve().parent.parent, read_train_state(checkpoint))
+        except FileNotFoundError:
+            return None
+
+
 def load_harness() -> Any:
     """`harness.py`. Raises ConfigError where it lacks what it needs."""
     try:
@@ -69,6 +83,7 @@ def evaluate_model(
     if bool(asked.tasks) == bool(asked.data):
         raise ConfigError("say what to evaluate: either --tasks NAME,NAME or --data FILE")
     harness, folder = load_harness(), find_model(path)
+    run = Run.of(folder)  # while it is there: training that goes on leaves it behind, and removes it
     template = ChatTemplate.of(folder, ()) if asked.chat else None
     specs: list[str | dict[str, Any]] = list(asked.tasks)
     if asked.data:
@@ -82,19 +97,23 @@ def evaluate_model(
     results = tasks.run(model, samples=asked.samples, chat=asked.chat and not asked.data)
     numbers = harness.numbers_of(results)
     if launch.rank == 0:
-        report(results, numbers, folder.resolve(), asked, output)
+        report(results, numbers, folder.resolve(), run, asked, output)
     return numbers
 
 
 def report(
-    results: dict[str, Any], numbers: Mapping[str, float], folder: Path, asked: Asked, output: Path | None
+    results: dict[str, Any],
+    numbers: Mapping[str, float],
+    folder: Path,
+    run: Run | None,
+    asked: Asked,
+    output: Path | None,
 ) -> None:
     """Of the model in `folder`: to the console, a file and W&B, as `evaluate_model` says."""
     console = Console(soft_wrap=True)
     console.print(table_of(results))
-    run = folder.parent.parent if (folder / "train_state.json").is_file() else None
     when = time.strftime("%Y-%m-%dT%H-%M-%S")
-    file = output or (_new_file(run / "evaluations", f"{folder.name}-{when}") if run else None)
+    file = output or (_new_file(run.folder / "evaluations", f"{folder.name}-{when}") if run else None)
     if file:
         samples = results.pop("samples", {})
         told = {"model": str(folder), "lm_eval": version("lm_eval"), "asked": asked._asdict()}
@@ -104,8 +123,8 @@ def report(
         if asked.samples:
             with file.with_suffix(".samples.jsonl").open("w", encoding="utf-8") as lines:
                 lines.writelines(json.dumps(line, default=_plainly) + "\n" for line in kept(samples))
-    if run and (run / "config.yaml").is_file():
-        tell_wandb(run, folder, numbers, console)
+    if run and (run.folder / "config.yaml").is_file():
+        tell_wandb(run, numbers, console)
 
 
 def _new_file(folder: Path, name: str) -> Path:
@@ -151,14 +170,14 @@ def kept(samples: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             }
 
 
-def tell_wandb(run: Path, folder: Path, numbers: Mapping[str, float], console: Console) -> None:
+def tell_wandb(run: Run, numbers: Mapping[str, float], console: Console) -> None:
     """To a W&B run of its own beside the trained one's, which may be under way: two must not write to one."""
-    config, state = load_config(run / "config.yaml"), read_train_state(folder)
+    config, state = load_config(run.folder / "config.yaml"), run.state
     if config.observe.wandb.mode == "disabled" or not state["wandb_id"]:
         return
     named = config.run.model_copy(update={"name": f"{config.run.name}-evaluations"})
     config = config.model_copy(update={"run": named})
-    sink = WandbSink(config, run, f"{state['wandb_id']}-evaluations", console.print)
+    sink = WandbSink(config, run.folder, f"{state['wandb_id']}-evaluations", console.print)
     try:
         sink.tasks({"checkpoint_step": state["step"]} | {f"tasks/{name}": value for name, value in numbers.items()})
         sink.close("finished")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from local_tasks import ANIMALS, NAMES, write_tasks, write_tokenizer
 from megalite.cli import main
 from megalite.errors import ConfigError, DataError
 from megalite.infer import harness
-from megalite.infer.evaluate import Asked, evaluate_model, report
+from megalite.infer.evaluate import Asked, Run, evaluate_model, report
 from megalite.infer.generate import Generator
 from megalite.infer.harness import HarnessModel, load_tasks, numbers_of
 from megalite.infer.references import compare, references_task
@@ -55,15 +57,30 @@ def random_model(folder: Path, family: str) -> Path:
 
 def test_results_of_one_second_are_all_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "checkpoints" / "step-00000008"
-    folder.mkdir(parents=True)
-    (folder / "train_state.json").touch()
     monkeypatch.setattr("megalite.infer.evaluate.time", SimpleNamespace(strftime=lambda _: "now"))
     for number in range(3):
-        report({"results": {}, "number": number}, {}, folder, Asked(samples=True), None)
+        report({"results": {}, "number": number}, {}, folder, Run(tmp_path, {}), Asked(samples=True), None)
     files = sorted((tmp_path / "evaluations").glob("*.json"))
     assert [file.name for file in files] == [f"step-00000008-now{more}.json" for more in ("-2", "-3", "")]
     assert [json.loads(file.read_text())["number"] for file in files] == [1, 2, 0]
     assert len(list((tmp_path / "evaluations").glob("*.samples.jsonl"))) == 3
+
+
+def test_a_checkpoint_that_the_run_removes_meanwhile(
+    tmp_path: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = random_model(tmp_path / "checkpoints" / "step-00000008", "llama")
+    (folder / "train_state.json").write_text("{}")
+    run = harness.Tasks.run
+
+    def removed(*arguments: Any, **more: Any) -> Any:
+        shutil.rmtree(folder)
+        return run(*arguments, **more)
+
+    monkeypatch.setattr(harness.Tasks, "run", removed)
+    numbers = evaluate_model(folder, Asked(["story"], tasks, limit=2))
+    (file,) = (tmp_path / "evaluations").iterdir()
+    assert json.loads(file.read_text())["results"]["story"]["bits_per_byte,none"] == numbers["story/bits_per_byte"]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
