@@ -81,13 +81,14 @@ def write_model(
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
+        # First: reading the weights, whose files are open, may take as long as a run needs to remove a checkpoint.
+        for extra in ("generation_config.json", *FILES):
+            if source := next((path / extra for path in model.extras if (path / extra).is_file()), None):
+                shutil.copyfile(source, temporary / extra)
         found = _write_tensors(model, temporary, DTYPES[dtype] if dtype else None, shard_bytes, console)
         name = str(found).removeprefix("torch.")
         # transformers 5 reads `dtype`, transformers 4 and vLLM `torch_dtype`.
         write_json(temporary / "config.json", model.config | {"dtype": name, "torch_dtype": name})
-        for extra in ("generation_config.json", *FILES):
-            if source := next((path / extra for path in model.extras if (path / extra).is_file()), None):
-                shutil.copyfile(source, temporary / extra)
         fsync(temporary)
         temporary.rename(folder)
     except OSError as error:

@@ -272,3 +272,18 @@ def test_unknown_architectures_and_strangers_are_refused_by_name(tmp_path: Path)
     shutil.rmtree(tmp_path)
     with pytest.raises(CheckpointError, match=r"is none of: a folder with a config\.json"):
         open_source(tmp_path)
+
+
+def test_a_checkpoint_that_its_run_removes_meanwhile(tmp_path: Path) -> None:
+    folder, theirs = tmp_path / "model", make_model("llama")
+    theirs.save_pretrained(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    model = open_source(folder)
+
+    def read(weight: Any) -> Tensor:
+        shutil.rmtree(folder, ignore_errors=True)
+        return model.read(weight)
+
+    write_model(replace(model, read=read), tmp_path / "hf")
+    assert same_logits(opened(tmp_path / "hf"), theirs)
+    assert (tmp_path / "hf" / "tokenizer.json").read_text() == "{}"
