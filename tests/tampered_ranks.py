@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
@@ -25,16 +25,11 @@ class Ranks:
     folder: Path
     processes: list[BaseProcess]
 
-    def exit_codes(self, patience_s: float = 60.0) -> list[int | None]:
-        """When the first rank has left and the others had the time to; None of one that has not."""
+    def exit_codes(self, of: Sequence[int] = (), patience_s: float = 120.0) -> list[int | None]:
+        """Of all ranks, when those `of` (all, where none is given) have left; None of one that has not."""
         deadline = time.monotonic() + patience_s
-        while all(process.is_alive() for process in self.processes) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        deadline = time.monotonic() + 5.0
-        while sum(process.is_alive() for process in self.processes) > 1 and time.monotonic() < deadline:
-            time.sleep(0.05)
-        for process in self.processes:
-            process.join(0.5)
+        for rank in of or range(len(self.processes)):
+            self.processes[rank].join(max(0.0, deadline - time.monotonic()))
         return [process.exitcode for process in self.processes]
 
     def said(self, rank: int) -> str:
