@@ -86,7 +86,7 @@ def _start(ranks: PContext) -> None:
 
 
 _torchruns_start = PContext.start
-PContext.start = _start  # type: ignore[method-assign]
+PContext.start = _start  # type: ignore[assignment, method-assign]
 
 
 def _leave_or_pass_on(number: int, frame: FrameType | None) -> None:

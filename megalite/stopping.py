@@ -1,8 +1,8 @@
 """Being asked to stop: SIGTERM, SIGINT or SIGUSR1 to any one rank makes all of them save after the same step and leave.
 
 The first signal only leaves a note, which the ranks compare once a step (`StopRequests.compare`). A second one ends the
-process at once, for whoever does not want to wait for the save. Once the ranks have stopped, each is about to leave, and
-ignores signals: the same request may come to one node later than to another, and must not undo what it asked for.
+process at once, for whoever does not want to wait for the save. Ranks that have stopped are about to leave, and ignore
+signals from then on: the same request may come to one node later than to another, and must not undo what it asked for.
 """
 
 from __future__ import annotations

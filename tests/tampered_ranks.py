@@ -40,9 +40,9 @@ class Ranks:
 def started(world_size: int, folder: Path, function: Callable[..., Any], *arguments: Any) -> Iterator[Ranks]:
     """`function(rank, world_size, folder, *arguments)`, which is importable, on every rank; what it returns is the
     rank's exit status. What it prints goes to files in the folder."""
+    task = (world_size, folder, dict(os.environ), function, arguments)
     processes: list[BaseProcess] = [
-        SERVER.Process(target=_rank, args=(rank, world_size, folder, function, arguments), daemon=True)
-        for rank in range(world_size)
+        SERVER.Process(target=_rank, args=(rank, *task), daemon=True) for rank in range(world_size)
     ]
     for process in processes:
         process.start()
@@ -69,10 +69,18 @@ def _train(rank: int, world_size: int, folder: Path, config: Config, tamper: Cal
     return status
 
 
-def _rank(rank: int, world_size: int, folder: Path, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _rank(
+    rank: int,
+    world_size: int,
+    folder: Path,
+    environment: dict[str, str],
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+) -> None:
     said = os.open(folder / f"said-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(said, stream)
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
+    os.environ.clear()  # it is the one of the test at which the server began
+    os.environ |= environment | {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
     sys.exit(function(rank, world_size, folder, *arguments))
