@@ -122,6 +122,22 @@ def test_more_answers_than_can_ever_wait_are_no_matter_of_trying_again(tmp_path:
         assert len(ask(local, n=4).choices) == 4
 
 
+def test_a_step_that_hangs_is_seen_from_outside(tmp_path: Path, clock: Clock, model: Gated) -> None:
+    with serving(model, tmp_path, timeout_s=10) as local:
+        pieces = stream(local)
+        local.until("megalite_slots_busy 1.0")
+        clock.now += 10
+        assert httpx.get(f"{local.url}/health").json() == {"status": "ok"}
+        clock.now += 1
+        found = httpx.get(f"{local.url}/health")
+        assert (found.status_code, found.json()["status"]) == (503, "a step of the model has not ended after 11 s")
+        model.run()
+        with pytest.raises(openai.APIError, match="longer than this server allows"):
+            list(pieces)
+        local.until_idle()
+        assert httpx.get(f"{local.url}/health").status_code == 200, "it may have been no more than slow"
+
+
 def test_a_stream_that_takes_too_long(tmp_path: Path, clock: Clock, model: Gated) -> None:
     with serving(model, tmp_path, timeout_s=10) as local:
         pieces = stream(local)

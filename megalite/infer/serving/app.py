@@ -128,7 +128,8 @@ def make_app(generator: Generator, settings: Settings) -> FastAPI:
 
     @app.get("/health")
     async def health() -> Response:
-        return _json({"status": "ok"}) if engine.alive else _json({"status": "the engine has ended"}, 503)
+        trouble = engine.trouble(settings.timeout_s)  # of a step: no answer may take longer
+        return _json({"status": trouble or "ok"}, 503 if trouble else 200)
 
     @app.get("/metrics")
     async def prometheus() -> Response:

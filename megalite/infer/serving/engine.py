@@ -70,6 +70,7 @@ class Engine:
         self._cancelled: deque[Ticket] = deque()
         self._changed = threading.Condition()
         self._ends_at: float | None = None
+        self._step_began: float | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         metrics.slots.set(generator.model.num_slots)
         metrics.busy.set_function(lambda: self._batch.num_running)
@@ -78,9 +79,13 @@ class Engine:
     def start(self) -> None:
         self._thread.start()
 
-    @property
-    def alive(self) -> bool:
-        return self._thread.is_alive()
+    def trouble(self, longest_s: float) -> str:
+        """Why it answers nobody, such as a step that takes longer than that; empty where all is well."""
+        if not self._thread.is_alive():
+            return "the engine has ended"
+        began = self._step_began
+        taken = 0.0 if began is None else time.monotonic() - began
+        return f"a step of the model has not ended after {taken:.0f} s" if taken > longest_s else ""
 
     @property
     def _num_waiting(self) -> int:
@@ -123,12 +128,14 @@ class Engine:
     def _run(self) -> None:
         while self._take_in():
             self._expire()
+            self._step_began = time.monotonic()
             try:
                 answers = self._batch.step()
             except Exception:
                 LOG.exception("a step of the model failed: the answers under way are given up")
                 answers = list(self._tickets)
                 self._give_up(answers, "failed")
+            self._step_began = None
             self._tell(answers)
 
     def _take_in(self) -> bool:
