@@ -43,7 +43,7 @@ def main(arguments: Sequence[str]) -> int:
     options = [f"--local-addr={name}"] if name else []
     asked = run.parse_args(["--signals-to-handle=SIGHUP,SIGQUIT", *options, *arguments])
     for number in SIGNALS:
-        signal.signal(number, _pass_on)
+        signal.signal(number, _leave_or_pass_on)
     # torchrun's own line on a rank that failed: it has no more in it than the last line here, but for source and pid.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     try:
@@ -79,11 +79,25 @@ _torchruns_close = PContext.close
 PContext.close = _close  # type: ignore[assignment, method-assign]
 
 
-def _pass_on(number: int, frame: FrameType | None) -> None:
-    ranks = _children()
-    if not ranks:  # still waiting for the other nodes
+def _start(ranks: PContext) -> None:
+    _torchruns_start(ranks)
+    for number in SIGNALS:
+        signal.signal(number, _pass_on)
+
+
+_torchruns_start = PContext.start
+PContext.start = _start  # type: ignore[assignment, method-assign]
+
+
+def _leave_or_pass_on(number: int, frame: FrameType | None) -> None:
+    if not _children():  # still waiting for the other nodes
         sys.exit(killed_by(number))
-    for pid in ranks:
+    _pass_on(number, frame)
+
+
+def _pass_on(number: int, frame: FrameType | None) -> None:
+    """Nothing, where the ranks have ended by then: how they did counts, also while other nodes are waited for."""
+    for pid in _children():
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
 

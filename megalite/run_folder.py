@@ -66,14 +66,14 @@ def _take(file: FileIO, folder: Path) -> None:
     deadline, told = time.monotonic() + LOCK_PATIENCE_S, False
     while not _is_mine(file):
         holder = _holder(file)
+        if not told:
+            print(f"waiting for {holder} to leave {folder}", flush=True)
+            told = True
         if time.monotonic() > deadline:
             raise ConfigError(
                 f"{folder} is being written by {holder}; end that run, or take another run.name (if it is gone, "
                 f"and its node for good, delete {folder / LOCK})"
             ) from BlockingIOError(errno.EAGAIN, "locked")
-        if not told:
-            print(f"waiting for {holder} to leave {folder}", flush=True)
-            told = True
         time.sleep(0.5)
     _sign(file)
 

@@ -1,7 +1,8 @@
 """Being asked to stop: SIGTERM, SIGINT or SIGUSR1 to any one rank makes all of them save after the same step and leave.
 
 The first signal only leaves a note, which the ranks compare once a step (`StopRequests.compare`). A second one ends the
-process at once, for whoever does not want to wait for the save.
+process at once, for whoever does not want to wait for the save. Ranks that have stopped are about to leave, and ignore
+signals from then on: the same request may come to one node later than to another, and must not undo what it asked for.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class StopRequests:
     def __init__(self, mesh: Mesh):
         self._mesh = mesh
         self._asked = 0
+        self._agreed = False
 
     def compare(self) -> Callable[[], signal.Signals | None]:
         """Start telling the other ranks. Every rank calls it at the same place of every step, and the result, which it
@@ -41,6 +43,7 @@ class StopRequests:
 
         def agreed() -> signal.Signals | None:
             number = result()
+            self._agreed = self._agreed or number > 0
             return signal.Signals(number) if number else None
 
         return agreed
@@ -60,7 +63,7 @@ class StopRequests:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if self._agreed else handler)
         signal.set_wakeup_fd(self._wakeup)
         os.close(self._write)
         self._thread.join()

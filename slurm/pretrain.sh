@@ -54,7 +54,14 @@ source slurm/within.sh
 asked= child=
 stop() { # TO: `requeue` or `leave`
   asked=$1
-  if [[ -n $child ]]; then kill -USR1 "$child" 2>/dev/null || true; fi
+  tell
+}
+tell() {
+  if [[ -n $child ]]; then
+    # Until it is the launcher it is a fork of this shell, which loses what that has a trap for.
+    while cmp -s "/proc/$$/cmdline" "/proc/$child/cmdline"; do sleep 0.01; done
+    kill -USR1 "$child" 2>/dev/null || true
+  fi
 }
 trap 'stop requeue' USR1
 trap 'stop leave' TERM INT
@@ -103,8 +110,11 @@ attempt() { # VERB
   compose "$1"
   echo "OMP_NUM_THREADS=$OMP_NUM_THREADS$(printf ' %q' "${launch[@]}")"
   if [[ -n $dry_run ]]; then exit; fi
+  if [[ -n $asked ]]; then status=75; return; fi
+  if [[ $1 == train ]]; then trained=1; fi
   "${launch[@]}" &
   child=$!
+  if [[ -n $asked ]]; then tell; fi # just then
   if [[ -n $job ]]; then
     tail --follow=name --retry --lines=+1 --sleep-interval=0.2 --pid="$child" "$log-${hosts[0]}.log" 2>/dev/null |
       grep --line-buffered -v '^== ' & # which comes in the summary
@@ -160,7 +170,7 @@ for (( ; ; restart++)); do
     attempt preflight
     if ((status)); then ready=; fi
   fi
-  if [[ -n $asked ]]; then status=75; elif ((status == 0)); then trained=1; attempt train; fi
+  if [[ -n $asked ]]; then status=75; elif ((status == 0)); then attempt train; fi
   case $status in
     0) finish "done" ;;
     2) finish "a mistake that starting again would not mend" ;;
@@ -178,5 +188,4 @@ for (( ; ; restart++)); do
   if [[ -n $job && $(squeue --noheader --jobs="$job" --format=%T) != RUNNING ]]; then finish "ended by Slurm"; fi
   if [[ -n $job && (-n $asked || -z $ready) ]]; then requeue; fi
   echo "== $(date '+%F %T') start $restart: exit status $status; starting again"
-  asked=
 done

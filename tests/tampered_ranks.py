@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
@@ -25,16 +25,11 @@ class Ranks:
     folder: Path
     processes: list[BaseProcess]
 
-    def exit_codes(self, patience_s: float = 60.0) -> list[int | None]:
-        """When the first rank has left and the others had the time to; None of one that has not."""
+    def exit_codes(self, of: Sequence[int] = (), patience_s: float = 120.0) -> list[int | None]:
+        """Of all ranks, when those `of` (all, where none is given) have left; None of one that has not."""
         deadline = time.monotonic() + patience_s
-        while all(process.is_alive() for process in self.processes) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        deadline = time.monotonic() + 5.0
-        while sum(process.is_alive() for process in self.processes) > 1 and time.monotonic() < deadline:
-            time.sleep(0.05)
-        for process in self.processes:
-            process.join(0.5)
+        for rank in of or range(len(self.processes)):
+            self.processes[rank].join(max(0.0, deadline - time.monotonic()))
         return [process.exitcode for process in self.processes]
 
     def said(self, rank: int) -> str:
@@ -45,9 +40,9 @@ class Ranks:
 def started(world_size: int, folder: Path, function: Callable[..., Any], *arguments: Any) -> Iterator[Ranks]:
     """`function(rank, world_size, folder, *arguments)`, which is importable, on every rank; what it returns is the
     rank's exit status. What it prints goes to files in the folder."""
+    task = (world_size, folder, dict(os.environ), function, arguments)
     processes: list[BaseProcess] = [
-        SERVER.Process(target=_rank, args=(rank, world_size, folder, function, arguments), daemon=True)
-        for rank in range(world_size)
+        SERVER.Process(target=_rank, args=(rank, *task), daemon=True) for rank in range(world_size)
     ]
     for process in processes:
         process.start()
@@ -74,10 +69,18 @@ def _train(rank: int, world_size: int, folder: Path, config: Config, tamper: Cal
     return status
 
 
-def _rank(rank: int, world_size: int, folder: Path, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _rank(
+    rank: int,
+    world_size: int,
+    folder: Path,
+    environment: dict[str, str],
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+) -> None:
     said = os.open(folder / f"said-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(said, stream)
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
+    os.environ.clear()  # it is the one of the test at which the server began
+    os.environ |= environment | {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
     sys.exit(function(rank, world_size, folder, *arguments))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -68,3 +69,32 @@ def test_ranks_are_found_while_threads_come_and_go() -> None:
             for thread in busy:
                 thread.join()
             rank.kill()
+
+
+# The signal comes while the launcher waits for the other nodes: before its ranks begin, and after they have ended.
+SIGNALLED = """
+import os, signal, sys
+from torch.distributed.elastic.agent.server.api import SimpleElasticAgent
+from megalite import launch
+
+options = ["--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=1", "--no-python", "true"]
+
+def signalled(self, *rest):
+    os.kill(os.getpid(), signal.SIGUSR1)
+
+meet = SimpleElasticAgent._rendezvous
+SimpleElasticAgent._rendezvous = signalled
+try:
+    launch.main(options)
+except SystemExit as left:
+    print("left with", left.code)
+SimpleElasticAgent._rendezvous, SimpleElasticAgent._exit_barrier = meet, signalled
+print("ended with", launch.main(options))
+"""
+
+
+def test_a_signal_that_comes_when_the_ranks_have_ended_changes_nothing() -> None:
+    command = [sys.executable, "-c", SIGNALLED]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120)
+    assert f"left with {128 + signal.SIGUSR1}\n" in done.stdout
+    assert done.stdout.endswith("ended with 0\n")

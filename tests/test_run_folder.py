@@ -30,7 +30,7 @@ with held(Path(sys.argv[1])):
 def test_a_second_start_waits_and_ends_without_having_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(run_folder, "LOCK_PATIENCE_S", 0.2)
+    monkeypatch.setattr(run_folder, "LOCK_PATIENCE_S", 0.0)
     config = make_config(tmp_path)
     folder = config.run.folder
     command = [sys.executable, "-c", HOLDS, str(folder)]

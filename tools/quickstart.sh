@@ -7,12 +7,20 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 data=data/quickstart config=configs/quickstart.yaml run=runs/quickstart
 say() { printf '\n== %s\n' "$*"; }
 
+# What is made gets its name when it is whole: a start that was interrupted must not leave a part for the next.
 say "1. text: the Python standard library's own source files"
-[[ -f $data/valid.jsonl ]] || python tools/quickstart_corpus.py "$data"
+[[ -f $data/valid.jsonl ]] || {
+    python tools/quickstart_corpus.py "$data/text.part"
+    mv "$data"/text.part/{train,valid}.jsonl "$data"
+    rmdir "$data/text.part"
+}
 
 say "2. tokenizer"
-[[ -d $data/tokenizer ]] ||
-    python tools/train_tokenizer.py --input "$data/train.jsonl" --output "$data/tokenizer" --vocab-size 4096
+[[ -d $data/tokenizer ]] || {
+    rm -rf "$data/tokenizer.part"
+    python tools/train_tokenizer.py --input "$data/train.jsonl" --output "$data/tokenizer.part" --vocab-size 4096
+    mv "$data/tokenizer.part" "$data/tokenizer"
+}
 
 say "3. tokens"
 for split in train valid; do

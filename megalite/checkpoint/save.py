@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._began = 0.0
         self._hurry, self._abandoned = threading.Event(), threading.Event()
-        self._news: list[str] = []
+        self._news = deque[str]()  # one for good: the thread that writes adds to it meanwhile
         # Of this saver, among all that share a store.
         self._number = start_highest(time.time_ns() if mesh.world.rank == 0 else 0, mesh)()
         if mesh.world.rank == 0:
@@ -104,8 +105,7 @@ class Saver:
 
     def news(self) -> list[str]:
         """What there is to say since the last call, for the console."""
-        said, self._news = self._news, []
-        return said
+        return [self._news.popleft() for _ in range(len(self._news))]
 
     def _failed(self, folder: Path, reason: str) -> None:
         self.error = f"{folder} was not saved: {reason}"

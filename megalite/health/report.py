@@ -65,7 +65,7 @@ def state_of(pid: int) -> str:
     process = Path(f"/proc/{pid}")
     try:
         state = (process / "stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # the latter where it went between opening and reading
         return "its process is gone"
     except OSError:
         return ""

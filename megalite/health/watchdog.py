@@ -38,6 +38,9 @@ JUDGES = 16
 """Ranks that read the heartbeats of all as soon as they see no progress. The rest leave it to them, and do it only when
 those should all be gone: the file system is not to be asked for thousands of files by each of thousands."""
 
+FAREWELL_S = 10.0
+"""For the last heartbeat, which says that the rank has ended. The file system it goes to may be what is stuck."""
+
 
 class Watchdog:
     """Watches between `with` and its end. Every rank has one; making it is a collective."""
@@ -75,7 +78,7 @@ class Watchdog:
     ) -> None:
         self._over.set()
         if self._thread.ident is not None:
-            self._thread.join(self._interval)  # not for ever: it may be stuck in a file system
+            self._thread.join(FAREWELL_S)
 
     # --- looking --------------------------------------------------------------------------------------------------
 
@@ -84,14 +87,14 @@ class Watchdog:
             stacks = None
             with contextlib.suppress(OSError):
                 stacks = stack.enter_context(open(self._folder / f"rank-{self._rank:05d}.stacks", "w"))
+                stack.callback(faulthandler.cancel_dump_traceback_later)  # before its file is closed
             while not self._over.wait(self._interval):
                 self._look()
                 if stacks is not None:
                     # This thread cannot run where another one holds the interpreter for good. That one can.
                     faulthandler.dump_traceback_later(self._patience_s + self._interval, file=stacks)
-                if self._hang_folder.exists() or (self._stalled_s > self._wait_before_judging_s and self._hangs()):
+                if self._is_known() or (self._stalled_s > self._wait_before_judging_s and self._hangs()):
                     self._end()
-            faulthandler.cancel_dump_traceback_later()
         NOW.phase = "ended"
         self._write(self._take())
 
@@ -130,6 +133,12 @@ class Watchdog:
                 with contextlib.suppress(OSError):
                     os.write(2, f"{said}\n".encode())
             self._mute = True
+
+    def _is_known(self) -> bool:
+        """Whether another rank has found a hang. A disk that is gone for a while says nothing of it."""
+        with contextlib.suppress(OSError):
+            return self._hang_folder.exists()
+        return False
 
     def _hangs(self) -> bool:
         """Whether no rank is in good time. Asked at every look of a stall, as silence takes several to be noticed."""

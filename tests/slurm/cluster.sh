@@ -88,6 +88,11 @@ both() { comm -12 <(with "$1" | sort) <(with "$2" | sort); }
 
 end() { xargs --no-run-if-empty kill -KILL 2>/dev/null || true; }
 
+ours() { with "CLUSTER=$dir" && with "SLURM_CLUSTER_NAME=$name"; }
+
+# What one of them had just begun when it was killed is ended the next time.
+all_gone() { ours | end; [[ -z $(ours) ]]; }
+
 wait_for() { # SECONDS COMMAND...
     local deadline=$((SECONDS + $1))
     shift
@@ -99,32 +104,36 @@ wait_for() { # SECONDS COMMAND...
 
 all_up() { [[ $(sinfo -h -N -o '%N %t' 2>/dev/null | grep -cE ' (idle|mix|alloc)$') == "$nodes" ]]; }
 
-# /etc/hosts may be a mount: it can be written, not replaced.
-forget_hosts() {
+# /etc/hosts may be a mount: it can be written, not replaced; and another cluster may be about to.
+change_hosts() { # COMMAND
     local rest
-    rest=$(grep -vF "$mark" /etc/hosts || true)
-    printf '%s\n' "$rest" >/etc/hosts
+    {
+        flock 9
+        rest=$(grep -vF "$mark" /etc/hosts || true)
+        { printf '%s\n' "$rest" && "$@"; } >/etc/hosts
+    } 9</etc/hosts
 }
+
+name_nodes() { for ((i = 0; i < nodes; i++)); do echo "$address test$i $mark"; done; }
 
 up() {
     local i
     ((EUID == 0)) || { say "needs root" && exit 1; }
     down
     write_config
-    for ((i = 0; i < nodes; i++)); do echo "$address test$i $mark"; done >>/etc/hosts
+    change_hosts name_nodes
     daemon munged munged -F --force --key-file="$dir/munge.key" --socket="$dir/munge.socket" \
         --pid-file="$dir/munged.pid" --seed-file="$dir/munge.seed" --log-file="$dir/log/munged.log"
-    wait_for 10 test -S "$dir/munge.socket" || { cat "$dir/log/munged.out" >&2 && exit 1; }
+    wait_for 60 test -S "$dir/munge.socket" || { cat "$dir/log/munged.out" >&2 && exit 1; }
     daemon slurmctld slurmctld -D -i
     for ((i = 0; i < nodes; i++)); do start_node "test$i"; done
-    wait_for 30 all_up || { tail -n 20 "$dir"/log/*.log >&2 && exit 1; }
+    wait_for 60 all_up || { tail -n 20 "$dir"/log/*.log >&2 && exit 1; }
     echo "export SLURM_CONF=$SLURM_CONF"
 }
 
 down() {
-    with "CLUSTER=$dir" | end
-    with "SLURM_CLUSTER_NAME=$name" | end
-    if grep -qF "$mark" /etc/hosts; then forget_hosts; fi
+    wait_for 30 all_gone
+    if grep -qF "$mark" /etc/hosts; then change_hosts true; fi
     rm -rf "$dir"
 }
 

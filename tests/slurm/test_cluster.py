@@ -32,7 +32,7 @@ class Cluster:
 
     def run(self, *command: str | Path, **env: str) -> str:
         done = subprocess.run(
-            [*map(str, command)], cwd=ROOT, env=self.env | env, capture_output=True, text=True, timeout=60
+            [*map(str, command)], cwd=ROOT, env=self.env | env, capture_output=True, text=True, timeout=180
         )
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout.strip()

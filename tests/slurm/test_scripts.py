@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -31,7 +32,7 @@ fi"""
 STAND_INS = {
     "python": f"{ANSWER}\n{RECORD}\n{TRAIN}",
     "srun": f'{LOOK}\n{RECORD}\necho "OMP_NUM_THREADS=$OMP_NUM_THREADS" >> "$CALLED"\npwd >> "$CALLED"\n{TRAIN}',
-    "scontrol": 'case "$*" in\n"show hostnames node[9-10]") printf "node9\\nnode10\\n" ;;\n'
+    "scontrol": 'case "$*" in\n"show hostnames node[9-10]") eval "${MEANWHILE:-}"; printf "node9\\nnode10\\n" ;;\n'
     '"show job "*) echo "  ReqNodeList=(null) ExcNodeList=${EXCLUDED:-(null)}" ;;\n'
     '*) echo "$*" >> "$CALLED"; exit ${REFUSED:-0} ;;\nesac',
     "squeue": "echo ${STATE:-RUNNING}",
@@ -40,6 +41,7 @@ STAND_INS = {
 JOB = {"SLURM_JOB_ID": "45678", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[9-10]", "RANKS": "1"}
 SAVE = "mkdir -p runs/x/checkpoints/step-0000000{0} && touch runs/x/checkpoints/step-0000000{0}/manifest.json"
 ASKED = "trap '' USR1; kill -{0} $PPID; sleep 0.1; "  # the launcher is told to stop
+ASKED_BY_A_PIPE = "kill -USR1 $(cut -d ' ' -f 4 /proc/$PPID/stat)"
 
 
 class Machine:
@@ -232,6 +234,8 @@ def test_one_machine_starts_again_where_that_helps(
         (ASKED.format("TERM") + "exit 1", {"LOOK": "exit 0"}, 1, False, "without a checkpoint"),
         ("", {"LOOK": ASKED.format("USR1") + "exit 0"}, 75, True, "requeueing"),
         ("exit 1", {"EARLY": "kill -USR1 $PPID"}, 75, True, "requeueing"),  # before there is anything to stop
+        ("exit 0", {"MEANWHILE": ASKED_BY_A_PIPE}, 75, True, "requeueing"),  # while the preflight is composed
+        ("exit 0", {"MEANWHILE": ASKED_BY_A_PIPE, "PREFLIGHT": "no"}, 75, True, "requeueing"),
         ("exit 0", {"LOOK": "exit 1", "PREFLIGHT": "no"}, 0, False, "done"),
         (ASKED.format("USR1") + "exit 75", {"REFUSED": "1"}, 75, True, "submitted again"),
     ],
@@ -242,6 +246,17 @@ def test_a_job_is_requeued_where_that_helps(
     done = machine.run("configs/x.yaml", TRAINING=training, **JOB, **env)
     assert (done.returncode, "requeue 45678" in machine.words) == (status, requeued)
     assert says in done.stdout
+
+
+def test_a_signal_in_the_moment_of_a_start_is_not_lost(machine: Machine, tmp_path: Path) -> None:
+    """Between two lines: what is to be told runs already, and is not known yet."""
+    (tmp_path / "trace.sh").write_text("""[[ $0 == *pretrain.sh ]] || return
+set -o functrace
+trap 'if [[ $BASH_COMMAND == "child=\\$!" ]]; then kill -USR1 $$; fi' DEBUG
+""")
+    env = {**JOB, "PREFLIGHT": "no", "BASH_ENV": str(tmp_path / "trace.sh")}
+    done = machine.run("configs/x.yaml", TRAINING="exec sleep 60", **env)
+    assert (done.returncode, "requeue 45678" in machine.words) == (128 + signal.SIGUSR1, True), done.stdout
 
 
 @pytest.mark.parametrize(("excluded", "list_"), [("", "node9"), ("node3,node4", "node3,node4,node9")])
