@@ -43,7 +43,7 @@ def join(
     """Put the shards together and remove them; None while some are missing. `progress` is told how many bytes of the
     inputs and how many tokens are in place.
 
-    Raises DataError, with the shards kept, if none has a document."""
+    Raises DataError, with the shards kept, if none has a document or they cannot be locked."""
     names = [name_of(prefix, Shard(index, count)) for index in range(count)]
 
     def read_all() -> list[Preprocessed]:
@@ -58,7 +58,13 @@ def join(
     except FileNotFoundError:
         return None
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:  # some file systems of clusters have no locks
+            raise DataError(
+                f"{prefix}: all {count} shards are there, but cannot be joined where files have no locks "
+                f"({error.strerror}); copy them to another file system, and start any one of the jobs again there"
+            ) from None
         parts = read_all()
         if len(parts) < count:
             return None

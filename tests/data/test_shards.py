@@ -141,6 +141,19 @@ def test_another_job_joins_just_then(tmp_path, tokenizer, inputs, alone, monkeyp
     assert len(list(tmp_path.glob("x/*"))) == 3
 
 
+def test_shards_are_kept_where_files_have_no_locks(tmp_path, tokenizer, inputs, alone, monkeypatch):
+    def refuse(file, operation):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    shard(tmp_path, tokenizer, inputs, 0, 2)
+    with pytest.raises(DataError, match="all 2 shards are there, but cannot be joined"):
+        shard(tmp_path, tokenizer, inputs, 1, 2)
+    monkeypatch.undo()
+    whole = shard(tmp_path, tokenizer, inputs, 1, 2)
+    assert [Path(f"{whole.prefix}.{suffix}").read_bytes() for suffix in SUFFIXES] == alone
+
+
 def test_a_killed_shard_leaves_nothing_that_counts(tmp_path, tokenizer, inputs, alone):
     shard(tmp_path, tokenizer, inputs, 0, 2)
     script = f"""
