@@ -2,7 +2,8 @@
 
 The first signal only leaves a note, which the ranks compare once a step (`StopRequests.compare`). A second one ends the
 process at once, for whoever does not want to wait for the save. Ranks that have stopped are about to leave, and ignore
-signals from then on: the same request may come to one node later than to another, and must not undo what it asked for.
+what Slurm and launchers send from then on: the same request may come to one node later than to another, and must not
+undo what it asked for.
 """
 
 from __future__ import annotations
@@ -63,7 +64,9 @@ class StopRequests:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self._handlers.items():
-            signal.signal(number, signal.SIG_IGN if self._agreed else handler)
+            # SIGINT is a person's, to whom the process may listen again.
+            late = self._agreed and number != signal.SIGINT
+            signal.signal(number, signal.SIG_IGN if late else handler)
         signal.set_wakeup_fd(self._wakeup)
         os.close(self._write)
         self._thread.join()
