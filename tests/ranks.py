@@ -40,6 +40,13 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) ->
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
 
 
+def become(rank: int, world_size: int, environment: dict[str, str]) -> None:
+    """In a process of the server, whose environment is that of the test at which it began."""
+    torch.set_num_threads(1)
+    os.environ.clear()
+    os.environ |= environment | {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
+
+
 def _rank(
     rank: int,
     world_size: int,
@@ -48,9 +55,7 @@ def _rank(
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
 ) -> None:
-    torch.set_num_threads(1)
-    os.environ.clear()  # it is the one of the test at which the server began
-    os.environ |= environment | {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
+    become(rank, world_size, environment)
     if world_size > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
     try:

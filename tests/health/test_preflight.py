@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-from tampered_ranks import Ranks, started
+from tampered_ranks import Clock, Ranks, started
 
 import megalite.health.preflight
 from megalite.config import Config
@@ -61,30 +61,16 @@ def break_all_but_the_first(rank: int, config: Config) -> Config:
     return config
 
 
-class Event:
-    """Of a clock on which only messages take time, however busy the machine is."""
-
-    now = 0.0
-
-    def record(self) -> None:
-        self.at = Event.now
-
-    def synchronize(self) -> None:
-        pass
-
-    def elapsed_time(self, end: Event) -> float:
-        return (end.at - self.at) * 1e3
-
-
 def set_clocks(rank: int) -> None:
+    """On which only messages take time, however busy the machine is."""
     all_reduce, now = dist.all_reduce, 1e9 - (60.0 if rank == 3 else 0.0)
 
     def timed_all_reduce(*arguments: Any, **options: Any) -> Any:
-        Event.now += 0.11 if rank == 4 else 0.01
+        Clock.now += 0.11 if rank == 4 else 0.01
         return all_reduce(*arguments, **options)
 
     dist.all_reduce, time.time = timed_all_reduce, lambda: now
-    node.host_or_device_event = lambda device: Event
+    node.host_or_device_event = lambda device: Clock
 
 
 def test_each_bad_node_is_named_with_what_is_wrong(tmp_path: Path) -> None:

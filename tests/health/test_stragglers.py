@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from tampered_ranks import training
+from tampered_ranks import Clock, training
 
 import megalite.health.stragglers
 from megalite.activity import NOW
@@ -20,21 +20,6 @@ from megalite.parallel.stage import Stage
 from small_runs import make_config, metrics_of
 
 EVERY, SLOW_UNTIL = 2, 12
-
-
-class Clock:
-    """An event whose time is set by hand."""
-
-    now = 0.0
-
-    def record(self) -> None:
-        self.at = Clock.now
-
-    def synchronize(self) -> None:
-        pass
-
-    def elapsed_time(self, end: Clock) -> float:
-        return (end.at - self.at) * 1e3
 
 
 def slow_down(rank: int) -> None:
