@@ -28,6 +28,7 @@ from megalite.models.weights import Weight
 from megalite.optim.schedule import learning_rate
 from megalite.parts import build, forward_backward
 from megalite.plan import Plan, make_plan
+from lazy_collectives import lazy_collectives
 from ranks import run_ranks
 
 SEED, STEPS, BATCH, LENGTH = 7, 2, 4, 32
@@ -316,7 +317,10 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
 def test_layout_equals_one_process(model: str, layout: Layout) -> None:
     if layout.engine == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed")
-    found, wanted = results_of(layout.ranks, layout.engine)[model, layout], reference(model)
+    check_against_one_process(results_of(layout.ranks, layout.engine)[model, layout], reference(model))
+
+
+def check_against_one_process(found: Result, wanted: Result) -> None:
     # fp32 sums in another order: about 1e-7 per operation; 1e-5 is the project's bound for every layout.
     assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
     assert found["norm"] == pytest.approx(wanted["norm"], rel=1e-5)
@@ -329,6 +333,35 @@ def test_layout_equals_one_process(model: str, layout: Layout) -> None:
         for name, tensor in found[kind].items():
             error = relative_error(tensor, wanted[kind][name])
             assert error <= 1e-5, f"{kind} of {name} is off by {error:.1e} after {STEPS} steps"
+
+
+LAZILY = [
+    ("llama", Layout(2, zero=0)),
+    ("llama", Layout(2, zero=1)),
+    ("llama", Layout(2, zero=2)),
+    ("gpt2", Layout(2, tensor=2)),
+    ("llama", Layout(2, tensor=2, sequence=True, loss_chunk=5)),
+    ("llama-packed", Layout(2, tensor=2, sequence=True, zero=2, micro=2)),
+    ("llama-packed", Layout(2, context=2, zero=1, recompute="full")),
+    ("llama-packed", Layout(2, pipeline=2, schedule="zero_bubble", zero=1)),
+]  # fmt: skip
+
+
+def train_layouts_lazily(rank: int, world_size: int, cases: list[tuple[str, Layout]]) -> list[Result]:
+    with lazy_collectives():
+        return train_layouts(rank, world_size, cases)
+
+
+@cache
+def lazy_results() -> list[Result]:
+    of_ranks = run_ranks(2, train_layouts_lazily, LAZILY)
+    return [join([results[number] for results in of_ranks]) for number in range(len(LAZILY))]
+
+
+@pytest.mark.parametrize(("model", "layout"), LAZILY, ids=str)
+def test_every_collective_is_waited_for(model: str, layout: Layout) -> None:
+    """A result that is read before its wait, or a buffer that changes while it travels, goes unseen over loopback."""
+    check_against_one_process(lazy_results()[LAZILY.index((model, layout))], reference(model))
 
 
 def test_reference_would_notice_a_wrong_gradient() -> None:

@@ -1,0 +1,251 @@
+"""Plants bugs, one at a time, and names those that no test finds.
+
+tests/mutations.yaml lists them: a piece of a file, what it becomes, and the tests that ought to fail. Each bug is planted
+in a copy of the repository, never in the checkout itself; a bug in csrc/ is compiled there. A bug is killed when its
+tests fail or do not end; it survives when they pass.
+
+    python tools/mutate.py                       # all of them: an hour on two cores
+    python tools/mutate.py engine checkpoint     # those whose name or file contains one of these words
+    python tools/mutate.py --check               # only whether every bug can still be planted
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import SimpleQueue
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+LIST = ROOT / "tests" / "mutations.yaml"
+TIME_LIMIT_S = 600.0
+"""A test that takes longer hangs: the bug is found."""
+
+# The copy's package must be imported, also by the ranks that tests start, in place of the editable install.
+SITECUSTOMIZE = """
+import sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in type(finder).__module__]
+"""
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One bug: in `file`, the only occurrence of `find` becomes `put`."""
+
+    name: str
+    file: str
+    find: str
+    put: str
+    tests: tuple[str, ...]
+    """Arguments of pytest."""
+    stays: str = field(default="")
+    """Why no test is expected to find it, for the few that are allowed to survive."""
+
+    def planted(self, text: str) -> str:
+        """Return the file's text with the bug. Raises ValueError where it cannot be planted in exactly one place."""
+        if (times := text.count(self.find)) != 1:
+            raise ValueError(f"{self.name}: {self.file} has its `find` {times} times, not once")
+        return text.replace(self.find, self.put)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of one bug."""
+
+    mutation: Mutation
+    outcome: str
+    """killed, survived, or error where its tests could not be run."""
+    seconds: float
+    said: str
+    """The last line of pytest's output."""
+
+
+def read_mutations(path: Path = LIST) -> list[Mutation]:
+    """Return the bugs of a list. Raises ValueError where two have one name."""
+    found = [
+        Mutation(**{**entry, "tests": tuple(entry["tests"])}) for entry in yaml.safe_load(path.read_text(encoding="utf-8"))
+    ]
+    if twice := [name for name, times in Counter(mutation.name for mutation in found).items() if times > 1]:
+        raise ValueError(f"{path}: two mutations are called {', '.join(twice)}")
+    return found
+
+
+def stale(mutations: Sequence[Mutation], root: Path = ROOT) -> list[str]:
+    """Return what is wrong with bugs that cannot be planted, or whose tests do not exist."""
+    problems = []
+    for mutation in mutations:
+        try:
+            mutation.planted((root / mutation.file).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            problems.append(str(error))
+        files = [test.partition("::")[0] for test in mutation.tests if not test.startswith("-")]
+        problems += [f"{mutation.name}: there is no {file}" for file in files if not (root / file).exists()]
+    return problems
+
+
+class Copy:
+    """A copy of the repository in which bugs are planted one after another."""
+
+    def __init__(self, folder: Path):
+        self.root, self._built = folder, False
+        listed = subprocess.run(
+            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+            cwd=ROOT, capture_output=True, text=True, check=True,
+        ).stdout  # fmt: skip
+        for name in filter(None, listed.split("\0")):
+            if (ROOT / name).is_file():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / name, folder / name)
+        (folder / "sitecustomize.py").write_text(SITECUSTOMIZE)
+        for library in ("_ops", "_data"):
+            shutil.copy2(_built_library(library), folder / "megalite")
+
+    def run(self, mutation: Mutation) -> Result:
+        """Plant a bug, run its tests, and take it out again."""
+        began, file = time.monotonic(), self.root / mutation.file
+        sound = file.read_text(encoding="utf-8")
+        native = mutation.file.startswith("csrc/")
+        try:
+            if native and not self._built:
+                self._build()  # everything once, so that a bug compiles its own file alone
+                self._built = True
+            file.write_text(mutation.planted(sound), encoding="utf-8")
+            if native:
+                self._build()
+            outcome, said = self._test(mutation.tests)
+        except (subprocess.CalledProcessError, ValueError) as error:
+            outcome, said = "error", str(error)
+        finally:
+            file.write_text(sound, encoding="utf-8")
+            if native:
+                os.utime(file)
+        return Result(mutation, outcome, time.monotonic() - began, said)
+
+    def restore(self) -> None:
+        """Compile the sound sources again, after a bug in them."""
+        if self._built:
+            self._build()
+
+    def _build(self) -> None:
+        build = self.root / "build-mutants"
+        if not build.exists():
+            pybind11 = subprocess.check_output([sys.executable, "-m", "pybind11", "--cmakedir"], text=True).strip()
+            options = [f"-Dpybind11_DIR={pybind11}", f"-DPython_EXECUTABLE={sys.executable}", "-DCMAKE_BUILD_TYPE=Release"]
+            _quietly("cmake", "-G", "Ninja", "-S", str(self.root / "csrc"), "-B", str(build), *options)
+        _quietly("cmake", "--build", str(build))
+        for library in build.glob("_*.so"):
+            shutil.copy2(library, self.root / "megalite")
+
+    def _test(self, tests: Sequence[str]) -> tuple[str, str]:
+        environment = os.environ | {"PYTHONPATH": str(self.root), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "--durations=0", "-p", "no:cacheprovider"]
+        with subprocess.Popen(
+            [*command, *tests], cwd=self.root, env=environment, text=True, start_new_session=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        ) as process:  # fmt: skip
+            try:
+                said = process.communicate(timeout=TIME_LIMIT_S)[0]
+            except subprocess.TimeoutExpired:
+                return "killed", "its tests did not end"
+            finally:
+                _end_group(process)
+        lines = [line for line in said.splitlines() if line.startswith(("FAILED", "ERROR"))] or said.splitlines()[-1:]
+        return {0: "survived", 1: "killed"}.get(process.returncode, "error"), lines[0] if lines else ""
+
+
+def _end_group(process: subprocess.Popen[str]) -> None:
+    """End what the tests of a bug may have left running."""
+    try:
+        os.killpg(process.pid, 9)
+    except ProcessLookupError:
+        pass
+
+
+def _quietly(*command: str) -> None:
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    if done.returncode:
+        raise ValueError("it does not compile: " + "; ".join(line for line in done.stdout.splitlines() if "error" in line))
+
+
+def _built_library(name: str) -> Path:
+    """Return the compiled extension that this environment uses."""
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    for folder in (ROOT / "megalite", Path(sysconfig.get_path("platlib")) / "megalite"):
+        if (path := folder / f"{name}{suffix}").exists():
+            return path
+    raise SystemExit(f"mutate.py: megalite.{name} is not built here; run `bash tools/quickstart.sh` or `bash tools/test.sh`")
+
+
+def run_all(mutations: Sequence[Mutation], jobs: int, folder: Path) -> list[Result]:
+    """Plant the bugs in `jobs` copies at a time, and print what becomes of each."""
+    copies: SimpleQueue[Copy] = SimpleQueue()
+    for number in range(jobs):
+        copies.put(Copy(folder / str(number)))
+    done, printing = 0, threading.Lock()
+
+    def run(mutation: Mutation) -> Result:
+        nonlocal done
+        copy = copies.get()
+        try:
+            result = copy.run(mutation)
+            if mutation.file.startswith("csrc/"):
+                copy.restore()
+        finally:
+            copies.put(copy)
+        with printing:
+            done += 1
+            line = f"{done:4}/{len(mutations)} {result.outcome:8} {result.seconds:5.0f} s  {mutation.name}"
+            print(line if result.outcome == "killed" else f"{line}\n{'':10}{result.said[:200]}", flush=True)
+        return result
+
+    with ThreadPoolExecutor(jobs) as pool:
+        return list(pool.map(run, mutations))
+
+
+def report(results: Sequence[Result]) -> str:
+    """Return the score and the survivors, by name."""
+    killed = sum(result.outcome == "killed" for result in results)
+    lines = [f"{killed} of {len(results)} bugs were found ({killed / max(len(results), 1):.1%})"]
+    for result in results:
+        if result.outcome != "killed":
+            why = f": {result.mutation.stays}" if result.mutation.stays else ""
+            lines.append(f"  {result.outcome}: {result.mutation.name} ({result.mutation.file}){why}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", help="only bugs whose name or file contains one of these")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="bugs tried side by side (default 1)")
+    parser.add_argument("--check", action="store_true", help="only look whether every bug can be planted")
+    arguments = parser.parse_args()
+    mutations = read_mutations()
+    if problems := stale(mutations):
+        raise SystemExit("mutate.py: tests/mutations.yaml is out of date:\n  " + "\n  ".join(problems))
+    if arguments.words:
+        mutations = [m for m in mutations if any(word in f"{m.name} {m.file}" for word in arguments.words)]
+    if arguments.check or not mutations:
+        print(f"{len(mutations)} bugs can be planted")
+        return
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        results = run_all(mutations, arguments.jobs, Path(folder))
+    print(report(results))
+    unexpected = [r for r in results if r.outcome == "error" or (r.outcome == "survived" and not r.mutation.stays)]
+    raise SystemExit(bool(unexpected))
+
+
+if __name__ == "__main__":
+    main()
