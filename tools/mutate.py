@@ -74,10 +74,13 @@ class Result:
 
 
 def read_mutations(path: Path = LIST) -> list[Mutation]:
-    """Return the bugs of a list. Raises ValueError where two have one name."""
-    found = [
-        Mutation(**{**entry, "tests": tuple(entry["tests"])}) for entry in yaml.safe_load(path.read_text(encoding="utf-8"))
-    ]
+    """Return the bugs of a list, the names of suites replaced by what they stand for. Raises ValueError where two bugs
+    have one name."""
+    listed = yaml.safe_load(path.read_text(encoding="utf-8"))
+    found = []
+    for entry in listed["mutations"]:
+        tests = [argument for test in entry["tests"] for argument in listed["suites"].get(test, [test])]
+        found.append(Mutation(**{**entry, "tests": tuple(tests)}))
     if twice := [name for name, times in Counter(mutation.name for mutation in found).items() if times > 1]:
         raise ValueError(f"{path}: two mutations are called {', '.join(twice)}")
     return found
@@ -91,8 +94,8 @@ def stale(mutations: Sequence[Mutation], root: Path = ROOT) -> list[str]:
             mutation.planted((root / mutation.file).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             problems.append(str(error))
-        files = [test.partition("::")[0] for test in mutation.tests if not test.startswith("-")]
-        problems += [f"{mutation.name}: there is no {file}" for file in files if not (root / file).exists()]
+        files = [test.partition("::")[0] for test in mutation.tests if test.startswith("tests/")]
+        problems += [f"{mutation.name}: there is no {file}" for file in files or ["test"] if not (root / file).exists()]
     return problems
 
 
@@ -143,14 +146,22 @@ class Copy:
         build = self.root / "build-mutants"
         if not build.exists():
             pybind11 = subprocess.check_output([sys.executable, "-m", "pybind11", "--cmakedir"], text=True).strip()
-            options = [f"-Dpybind11_DIR={pybind11}", f"-DPython_EXECUTABLE={sys.executable}", "-DCMAKE_BUILD_TYPE=Release"]
+            options = [
+                f"-Dpybind11_DIR={pybind11}",
+                f"-DPython_EXECUTABLE={sys.executable}",
+                "-DCMAKE_BUILD_TYPE=Release",
+            ]
             _quietly("cmake", "-G", "Ninja", "-S", str(self.root / "csrc"), "-B", str(build), *options)
         _quietly("cmake", "--build", str(build))
         for library in build.glob("_*.so"):
             shutil.copy2(library, self.root / "megalite")
 
     def _test(self, tests: Sequence[str]) -> tuple[str, str]:
-        environment = os.environ | {"PYTHONPATH": str(self.root), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        environment = os.environ | {
+            "PYTHONPATH": str(self.root),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
         command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "--durations=0", "-p", "no:cacheprovider"]
         with subprocess.Popen(
             [*command, *tests], cwd=self.root, env=environment, text=True, start_new_session=True,
@@ -177,7 +188,9 @@ def _end_group(process: subprocess.Popen[str]) -> None:
 def _quietly(*command: str) -> None:
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     if done.returncode:
-        raise ValueError("it does not compile: " + "; ".join(line for line in done.stdout.splitlines() if "error" in line))
+        raise ValueError(
+            "it does not compile: " + "; ".join(line for line in done.stdout.splitlines() if "error" in line)
+        )
 
 
 def _built_library(name: str) -> Path:
@@ -186,7 +199,9 @@ def _built_library(name: str) -> Path:
     for folder in (ROOT / "megalite", Path(sysconfig.get_path("platlib")) / "megalite"):
         if (path := folder / f"{name}{suffix}").exists():
             return path
-    raise SystemExit(f"mutate.py: megalite.{name} is not built here; run `bash tools/quickstart.sh` or `bash tools/test.sh`")
+    raise SystemExit(
+        f"mutate.py: megalite.{name} is not built here; run `bash tools/quickstart.sh` or `bash tools/test.sh`"
+    )
 
 
 def run_all(mutations: Sequence[Mutation], jobs: int, folder: Path) -> list[Result]:
