@@ -1,8 +1,8 @@
 """Plants bugs, one at a time, and names those that no test finds.
 
-tests/mutations.yaml lists them: a piece of a file, what it becomes, and the tests that ought to fail. Each bug is planted
-in a copy of the repository, never in the checkout itself; a bug in csrc/ is compiled there. A bug is killed when its
-tests fail or do not end; it survives when they pass.
+tests/mutations.yaml lists them: a piece of a file, what it becomes, and the tests that ought to fail. Each bug is
+planted in a copy of the repository, never in the checkout itself; a bug in csrc/ is compiled there. A bug is killed
+when its tests fail or do not end; it survives when they pass.
 
     python tools/mutate.py                       # all of them: an hour on two cores
     python tools/mutate.py engine checkpoint     # those whose name or file contains one of these words
@@ -12,6 +12,7 @@ tests fail or do not end; it survives when they pass.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shutil
 import subprocess
@@ -157,14 +158,10 @@ class Copy:
             shutil.copy2(library, self.root / "megalite")
 
     def _test(self, tests: Sequence[str]) -> tuple[str, str]:
-        environment = os.environ | {
-            "PYTHONPATH": str(self.root),
-            "OMP_NUM_THREADS": "1",
-            "PYTHONDONTWRITEBYTECODE": "1",
-        }
+        own = {"PYTHONPATH": str(self.root), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
         command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "--durations=0", "-p", "no:cacheprovider"]
         with subprocess.Popen(
-            [*command, *tests], cwd=self.root, env=environment, text=True, start_new_session=True,
+            [*command, *tests], cwd=self.root, env=os.environ | own, text=True, start_new_session=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         ) as process:  # fmt: skip
             try:
@@ -179,10 +176,8 @@ class Copy:
 
 def _end_group(process: subprocess.Popen[str]) -> None:
     """End what the tests of a bug may have left running."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, 9)
-    except ProcessLookupError:
-        pass
 
 
 def _quietly(*command: str) -> None:

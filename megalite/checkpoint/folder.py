@@ -134,6 +134,19 @@ def prune(root: Path, keep: int) -> None:
         remove(leaving)
 
 
+def replaced(folder: Path) -> Path:
+    """Return the name that a checkpoint has while its step, saved again, takes its place."""
+    return folder.with_name(f"{folder.name}.before.tmp")
+
+
+def restore_replaced(root: Path) -> None:
+    """Give checkpoints their names back whose successors a crash kept from taking them: one may be the only one."""
+    for step in (int(path.name.split(".")[0].removeprefix("step-")) for path in root.glob("step-*.before.tmp")):
+        folder = step_folder(root, step)
+        if not folder.exists():
+            replaced(folder).rename(folder)
+
+
 def remove_unfinished(root: Path) -> None:
     """What a crash left of saving, replacing or pruning a checkpoint."""
     for path in root.glob("step-*.tmp"):

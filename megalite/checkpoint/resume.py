@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 from pathlib import Path
@@ -11,7 +12,16 @@ import torch
 import torch.distributed as dist
 
 from megalite.activity import NOW
-from megalite.checkpoint.folder import MANIFEST, Damage, damage_of, read_manifest, set_aside, step_folder, steps_in
+from megalite.checkpoint.folder import (
+    MANIFEST,
+    Damage,
+    damage_of,
+    read_manifest,
+    restore_replaced,
+    set_aside,
+    step_folder,
+    steps_in,
+)
 from megalite.checkpoint.tensors import CheckpointError
 from megalite.mesh import Mesh
 from megalite.parallel.collectives import all_reduce, start_highest
@@ -89,7 +99,11 @@ def _tell(damage: dict[str, Damage]) -> str:
 
 def _steps_of_rank_0(root: Path, mesh: Mesh) -> list[int]:
     """One rank looks, so that all see the same folders whatever their file systems have cached."""
-    steps = steps_in(root) if mesh.world.rank == 0 else []
+    steps: list[int] = []
+    if mesh.world.rank == 0:
+        with contextlib.suppress(OSError):  # a disk that is read-only, or that has just come back
+            restore_replaced(root)
+        steps = steps_in(root)
     if mesh.world.size == 1:
         return steps
     count = torch.tensor(len(steps), device=mesh.device)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megalite.activity import NOW
 from megalite.checkpoint.board import Board
-from megalite.checkpoint.folder import MANIFEST, digest, prune, remove, write_json
+from megalite.checkpoint.folder import MANIFEST, digest, prune, remove, replaced, write_json
 from megalite.mesh import Mesh
 from megalite.models.peft import TENSORS as ADAPTER
 from megalite.models.weights import Weight
@@ -194,7 +194,7 @@ class Writing:
         fsync(self.temporary)
 
     def _give_name(self) -> None:
-        before = self.folder.with_name(f"{self.folder.name}.old.tmp")
+        before = replaced(self.folder)
         remove(before)
         replaces = self.folder.is_dir()  # the same step saved again, after a resume from an older one
         if replaces:
