@@ -252,6 +252,40 @@ def test_what_is_turned_depends_on_the_sample_alone(tmp_path: Path) -> None:
     assert mixture.fingerprint() != other.fingerprint()
 
 
+def test_what_is_done_to_training_data_is_not_done_to_validation(tmp_path: Path) -> None:
+    """Filling in the middle, shuffling, phases and Megatron's order: validation and test read documents as they are,
+    one after another, so that their losses can be compared."""
+    write(tmp_path / "a", [50] * 40)
+    write(tmp_path / "b", [50] * 40)
+    prefixes = [{"path": str(tmp_path / name), "name": name} for name in "ab"]
+    tokens = {"<|fim_prefix|>": PREFIX, "<|fim_middle|>": MIDDLE, "<|fim_suffix|>": SUFFIX}
+
+    class Tokens:
+        eod_id = END
+
+        def vocabulary(self) -> dict[str, int]:
+            return tokens
+
+    plain = {
+        "train": prefixes,
+        "valid": prefixes,
+        "test": prefixes,
+        "seq_length": 10,
+        "order": "sequential",
+        "tokenizer": "x",
+    }
+    phases = [{"after_step": 1, "weights": {"a": 1.0}}]
+    changed = plain | {"order": "shuffle", "fim": {"rate": 1.0}, "phases": phases}
+    wanted, found = (build_mixtures(config_of(**data), Tokens()) for data in (plain, changed))  # type: ignore[arg-type]
+    index = np.arange(300)
+    for split in ("valid", "test"):
+        assert wanted[split] is not None
+        assert found[split] is not None
+        assert (found[split].read(index).tokens == wanted[split].read(index).tokens).all(), split
+        assert found[split].consumed(300) == wanted[split].consumed(300)
+    assert (found["train"].read(index).tokens != wanted["train"].read(index).tokens).any()
+
+
 def test_a_tokenizer_without_the_tokens_is_refused() -> None:
     from megalite.config import FillInTheMiddleConfig
 
