@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megalite.checkpoint.tensors import TensorFolder
+from megalite.checkpoint.tensors import CheckpointError, TensorFolder
+from megalite.checkpoint.unneeded import ends_of, unneeded
 from megalite.config import Config, LoraConfig, ModelConfig
 from megalite.engine import STATES, ReadState
 from megalite.errors import ConfigError
@@ -44,6 +45,11 @@ def from_hf(folder: Path, weights: Sequence[Weight], model: ModelConfig, tensor:
     Raises CheckpointError when names or shapes are not those of the model."""
     if peft.is_adapter(folder):
         return _with_adapter(folder, weights, model, tensor)
+    if found := sorted(path.name for path in folder.glob(f"{peft.TENSORS}.*")):
+        raise CheckpointError(
+            f"{folder} holds a whole model and an adapter ({found[0]}); move one of them to a folder of its own, so "
+            "that it is clear which one is meant"
+        )
     return _from_folder(folder, weights, model, tensor, (), new_head=from_seed(seed, tensor))
 
 
@@ -124,10 +130,13 @@ def _from_folder(
     new: set[str] = set()
     if new_head and model.task != "causal":
         new = {w.name for w in weights if w.name.startswith("head.") and not stored.keys() & set(w.hf)}
-    sources["weight"].add_base_prefix(weights[0].hf[0].partition(".")[0] + ".")
-    # Some writers store a tied head a second time, and one that is replaced is not needed.
-    spare = ("lm_head.weight",) if model.tie_embeddings or new else ()
-    sources["weight"].check([weight for weight in weights if weight.name not in new], ignore=spare)
+    source, prefix = sources["weight"], weights[0].hf[0].partition(".")[0] + "."
+    spare: set[str] = set()
+    if stem == "model":
+        apart = {name for weight in weights for name in weight.hf if not name.startswith(prefix)}
+        source.add_base_prefix(prefix, {*apart, ends_of(model)[1]})
+        spare = unneeded(source, model, head_is_replaced=bool(new))
+    source.check([weight for weight in weights if weight.name not in new], ignore=spare)
     for state in states:
         sources[state] = TensorFolder(folder / "optimizer", state)
         sources[state].check(weights)

@@ -9,7 +9,7 @@ group, and the vocabulary is padded. So the table of weights puts the parts toge
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -92,7 +92,14 @@ def open_megatron(
     parts: Parts = _Pieces(folder) if (folder / ".metadata").is_file() else _RankFiles(folder)
     model = model_config(_fields(parts.args, vocab_size))
     weights = weight_table(model)
-    names = parts.names() - ({"head.weight"} if model.tie_embeddings else set())
+    names = parts.names()
+    if model.tie_embeddings and "head.weight" in names:
+        names.remove("head.weight")
+        if not _are_equal(parts.read("head.weight"), parts.read("embedding.weight")):
+            raise CheckpointError(
+                f"{folder}: its arguments tie the output layer to the embedding, but the two are stored with different "
+                "numbers; save it with --untie-embeddings-and-output-weights"
+            )
     wanted = {weight.name for weight in weights}
     if wanted != names:
         missing, extra = sorted(wanted - names)[:5], sorted(names - wanted)[:5]
@@ -110,6 +117,10 @@ def open_megatron(
         return weight.assemble(locals_)
 
     return model, weights, read
+
+
+def _are_equal(ones: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    return all(torch.equal(one, other) for one, other in zip(ones, others, strict=True))
 
 
 def _as_ours(weight: Weight, part: Tensor, model: Any, tensor: int) -> Tensor:
@@ -238,8 +249,11 @@ class _RankFiles:
             if ours is not None and not isinstance(value, StoredTensor):
                 raise CheckpointError(f"{self.folder}: {name} is no tensor")
             if ours is not None:
+                stored = [rank[name] for rank in ranks]
                 # A tied embedding stands on the last stage again.
-                self._found.setdefault(ours, [rank[name] for rank in ranks])
+                first_stored = self._found.setdefault(ours, stored)
+                if first_stored is not stored and not _are_equal(self.read(ours), [part.read() for part in stored]):
+                    raise CheckpointError(f"{self.folder}: {name} is stored twice, with different numbers")
                 layers |= {ours.split(".")[1]} if ours.startswith("layers.") else set()
         return len(layers)
 

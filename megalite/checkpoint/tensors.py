@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,6 @@ from megalite.activity import NOW
 from megalite.models.weights import Weight
 
 KEEPS = "a run keeps the model it began with; another one needs another run.name"
-BUFFERS = re.compile(r"(\.attn\.(masked_)?bias|\.attention\.(masked_)?bias|\.rotary_emb\.inv_freq)$")
-"""No weights, but stored by older versions of transformers: causal masks of GPT-2 and GPT-NeoX, rotary frequencies."""
-
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 """How files are called that torch.save wrote."""
 
@@ -37,20 +33,28 @@ class TensorFolder:
         self.folder, self.stem = folder, stem
         self._open: dict[str, Any] = {}
         self._prefix = ""
-        index = folder / f"{stem}.safetensors.index.json"
+        index, single = folder / f"{stem}.safetensors.index.json", f"{stem}.safetensors"
         try:
             if index.exists():
-                named = json.loads(index.read_text())["weight_map"].items()
-                self.files = {name: str(file) for name, file in named}
+                self.files = _read_index(index, single)
             else:
-                single = f"{stem}.safetensors"
                 self.files = dict.fromkeys(self._file(single).keys(), single)
         except (OSError, SafetensorError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise CheckpointError(
                 f"{folder}: no readable {stem}.safetensors or {stem}.safetensors.index.json ({error}){_pickles(folder)}"
             ) from None
-        if outside := next((file for file in self.files.values() if Path(file).name != file), None):
-            raise CheckpointError(f"{index} names {outside}, which is outside of the folder")
+        self._add_unlisted()
+
+    def _add_unlisted(self) -> None:
+        """What the files of an index hold beside what it lists, as transformers does."""
+        for file in sorted(set(self.files.values())):
+            try:
+                names = self._file(file).keys()
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"{self.folder / file} cannot be read: {error}") from None
+            for name in names:
+                if (listed := self.files.setdefault(name, file)) != file:
+                    raise CheckpointError(f"{self.folder}: {name} is stored in both {listed} and {file}")
 
     def _file(self, name: str) -> Any:
         if name not in self._open:
@@ -68,31 +72,47 @@ class TensorFolder:
         NOW.beats += 1
         return self._slices(name)[where]
 
-    def add_base_prefix(self, prefix: str) -> None:
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._slices(name).get_shape())
+
+    def add_base_prefix(self, prefix: str, apart: Collection[str]) -> None:
         """Let names be asked for with the prefix ("transformer.") that a model stored without its head lacks, such as
-        the hub's own gpt2."""
+        the hub's own gpt2. Names in `apart` have none."""
         if not any(name.startswith(prefix) for name in self.files):
             self._prefix = prefix
-            self.files = {prefix + name: file for name, file in self.files.items()}
+            self.files = {name if name in apart else prefix + name: file for name, file in self.files.items()}
 
-    def check(self, weights: Sequence[Weight], ignore: Sequence[str] = ()) -> None:
-        """Raise CheckpointError unless names and shapes are exactly those of the table."""
+    def check(self, weights: Sequence[Weight], ignore: Collection[str] = ()) -> None:
+        """Raise CheckpointError unless names and shapes are exactly those of the table. Tensors in `ignore` may be
+        there as well."""
         wanted = {name: shape for weight in weights for name, shape in weight.hf_shapes().items()}
         missing = sorted(wanted.keys() - self.files.keys())
-        extra = self.files.keys() - wanted.keys() - set(ignore)
-        unknown = sorted(name for name in extra if not BUFFERS.search(name))
+        unknown = sorted(self.files.keys() - wanted.keys() - set(ignore))
         if missing or unknown:
             raise CheckpointError(
                 f"{self.folder}/{self.stem}: the model does not match this checkpoint ({KEEPS}); "
                 f"missing tensors: {_some(missing)}; tensors of no weight: {_some(unknown)}"
             )
         for name, shape in wanted.items():
-            found = tuple(self._slices(name).get_shape())
+            found = self.shape(name)
             if found != shape:
                 raise CheckpointError(
                     f"{self.folder}/{self.stem}: {name} has shape {list(found)}, the model needs {list(shape)} "
                     f"({KEEPS})"
                 )
+
+
+def _read_index(index: Path, single: str) -> dict[str, str]:
+    """Return the file of each tensor. Raises CheckpointError for a file that is elsewhere, or where there is also a
+    single file, which transformers would take."""
+    files = {name: str(file) for name, file in json.loads(index.read_text())["weight_map"].items()}
+    if outside := next((file for file in files.values() if Path(file).name != file), None):
+        raise CheckpointError(f"{index} names {outside}, which is outside of the folder")
+    if index.with_name(single).exists() and single not in files.values():
+        raise CheckpointError(
+            f"{index.parent} holds two models: {single}, and the files that {index.name} lists; remove one of them"
+        )
+    return files
 
 
 def _pickles(folder: Path) -> str:

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+import megatron_files
 from megalite.checkpoint.convert import open_source, write_model
 from megalite.checkpoint.folder import step_folder
 from megalite.checkpoint.megatron import LATEST
@@ -88,6 +89,31 @@ def test_megatron_pieces(tmp_path: Path, case: str, stacked: bool) -> None:
     write_model(open_source(tmp_path / "megatron", vocab_size=99), tmp_path / "hf")
     assert same_logits(opened(tmp_path / "hf"), theirs)
     assert not (tmp_path / "megatron" / "trapped").exists(), "nothing in a pickle is run"
+
+
+@pytest.mark.parametrize("pieces", [True, False])
+def test_a_tied_output_layer_of_megatrons_is_a_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pieces: bool
+) -> None:
+    def tied(*what: Any) -> Any:
+        args = arguments(*what)
+        args.untie_embeddings_and_output_weights = False
+        return args
+
+    monkeypatch.setattr(megatron_files, "arguments", tied)
+    theirs = make_model("llama")
+    for name, is_copy in (("another", False), ("copy", True)):
+        if is_copy:
+            theirs.lm_head.weight = theirs.model.embed_tokens.weight
+        if pieces:
+            write_pieces(theirs, tmp_path / name, 1, False)
+        else:
+            write_rank_files(theirs, tmp_path / name, 2, 2, 1, "engine")
+        if is_copy:
+            assert open_source(tmp_path / name).config["tie_word_embeddings"]
+        else:
+            with pytest.raises(CheckpointError, match=r"tie the output layer to the embedding, but .* different"):
+                open_source(tmp_path / name)
 
 
 def test_padding_is_kept_where_nobody_says_how_much_there_is(tmp_path: Path) -> None:

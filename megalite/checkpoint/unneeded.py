@@ -1,0 +1,106 @@
+"""Stored tensors that belong to no weight: which of them say nothing new, and may be passed over. All others are
+errors, so that nothing that was trained is dropped unseen."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import Tensor
+
+from megalite.checkpoint.tensors import CheckpointError, TensorFolder
+from megalite.config import ModelConfig
+from megalite.models import weight_table
+
+BLOCK_BYTES = 2**24
+"""Of a tensor that is read at a time for a comparison."""
+MASK = re.compile(r"\.(attn|attention)\.bias$")
+MASKED = re.compile(r"\.(attn|attention)\.masked_bias$")
+FREQUENCIES = re.compile(r"\.rotary_emb\.inv_freq$")
+"""Buffers that older versions of transformers stored: causal masks and what they fill with (GPT-2, GPT-NeoX), rotary
+frequencies."""
+
+
+def unneeded(source: TensorFolder, model: ModelConfig, head_is_replaced: bool) -> set[str]:
+    """Return the names of stored tensors that the model has without them: the second copy of a tied head, or a head
+    that is replaced by another one; causal masks and rotary frequencies as the model computes them.
+
+    Raises CheckpointError where a tied head is stored that is not a copy of the embedding, or frequencies that
+    config.json does not give."""
+    found = {name for name in source.files if _is_computed(source, name, model)}
+    embedding, head = ends_of(model)
+    if head in source.files and (head_is_replaced or model.tie_embeddings):
+        if not head_is_replaced:
+            _check_copy(source, embedding, head)
+        found.add(head)
+    return found
+
+
+def ends_of(model: ModelConfig) -> tuple[str, str]:
+    """Return Hugging Face's names of the embedding and of the head for the next token, tied or not."""
+    untied = model.model_copy(update={"tie_embeddings": False, "task": "causal", "labels": ()})
+    names = {weight.name: weight.hf[0] for weight in weight_table(untied)}
+    return names["embedding.weight"], names["head.weight"]
+
+
+def _check_copy(source: TensorFolder, embedding: str, head: str) -> None:
+    if embedding not in source.files:
+        return  # which `TensorFolder.check` says
+    shapes = [source.shape(name) for name in (embedding, head)]
+    if shapes[0] != shapes[1]:
+        why = f"the shapes are {list(shapes[1])} and {list(shapes[0])}"
+    elif (row := _first_difference(source, embedding, head)) is not None:
+        why = f"row {row} is the first that differs"
+    else:
+        return
+    raise CheckpointError(
+        f"{source.folder}: tie_word_embeddings = true in config.json says that {head} is {embedding}, but both are "
+        f"stored and {why}. To use the stored {head}, write tie_word_embeddings = false into config.json; to do "
+        f"without it, remove {head} from the file"
+    )
+
+
+def _first_difference(source: TensorFolder, one: str, other: str) -> int | None:
+    """The first row in which two tensors of a shape differ, read block by block up to there."""
+    num_rows, *rest = source.shape(one)
+    step = max(1, BLOCK_BYTES // (4 * max(1, torch.Size(rest).numel())))
+    for start in range(0, num_rows, step):
+        rows = (slice(start, min(start + step, num_rows)),)
+        a, b = source.fetch(one, rows), source.fetch(other, rows)
+        if a.dtype != b.dtype:
+            a, b = a.double(), b.double()
+        if not torch.equal(a, b):
+            return start + int((a != b).flatten(1).any(1).nonzero()[0])
+    return None
+
+
+def _is_computed(source: TensorFolder, name: str, model: ModelConfig) -> bool:
+    """Whether a stored buffer holds what the model computes anyway."""
+    shape = source.shape(name) if MASK.search(name) or MASKED.search(name) or FREQUENCIES.search(name) else ()
+    if MASK.search(name) and len(shape) == 4:
+        mask = _whole(source, name)
+        return torch.equal(mask != 0, torch.ones_like(mask, dtype=torch.bool).tril())
+    if MASKED.search(name) and torch.Size(shape).numel() == 1:
+        return float(_whole(source, name)) < -9000  # -10,000 in bf16 is -9,984
+    if FREQUENCIES.search(name) and hasattr(model, "rope_theta"):
+        _check_frequencies(source, name, model)
+        return True
+    return False
+
+
+def _check_frequencies(source: TensorFolder, name: str, model: ModelConfig) -> None:
+    size, theta, scaling = (getattr(model, field) for field in ("rotary_size", "rope_theta", "rope_scaling"))
+    plain_R = theta ** -(torch.arange(0, size, 2).float() / size)
+    lengths = (1, model.max_positions)  # long sequences may have frequencies of their own
+    allowed = [plain_R, *([scaling.stretch(plain_R, length) for length in lengths] if scaling else [])]
+    stored_R = _whole(source, name).float()
+    # Many were rounded to 16 bits; those of another theta differ by far more.
+    if not any(x.shape == stored_R.shape and torch.allclose(stored_R, x, rtol=1e-2, atol=1e-7) for x in allowed):
+        raise CheckpointError(
+            f"{source.folder}: the stored rotary frequencies {name} are not those that config.json gives "
+            f"(rope_theta = {theta:g}); correct rope_theta there, or remove the tensor if config.json is right"
+        )
+
+
+def _whole(source: TensorFolder, name: str) -> Tensor:
+    return source.fetch(name, (slice(None),) * len(source.shape(name)))
