@@ -24,7 +24,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path, help="a new folder")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as they are)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights, rounded once (default: as stored)")
     parser.add_argument("--shard-gb", type=float, default=5.0, help="largest file (default: %(default)s)")
     parser.add_argument("--vocab-size", type=int, help="of Megatron's: rows that are not padding")
     args = parser.parse_args()

@@ -37,6 +37,9 @@ class Model:
     weights: Sequence[Weight]
     read: Callable[[Weight], Tensor]
     """The logical tensor of a weight."""
+    read_exact: Callable[[Weight], Tensor] | None = None
+    """As `read`, but not rounded: with an adapter merged in fp32, and the fp32 master weights of a run. None: `read`
+    rounds nothing."""
     extras: tuple[Path, ...] = ()
     """Folders with a tokenizer and generation_config.json; what the first lacks may be in the second."""
 
@@ -60,12 +63,16 @@ def _open_hf(folder: Path) -> Model:
     model = model_config({"hf": str(folder)})
     weights = weight_table(model)
     stored = from_hf(folder, weights, model, ALONE)
+    exact = from_hf(folder, weights, model, ALONE, masters=True)
     extras = (folder, *([peft.base_of(folder)] if peft.is_adapter(folder) else []))
 
     def read(weight: Weight) -> Tensor:
         return stored(weight, "weight", 0, weight.numel).view(weight.shape)
 
-    return Model(read_hf_config(folder), weights, read, extras)
+    def read_exact(weight: Weight) -> Tensor:
+        return exact(weight, "master", 0, weight.numel).view(weight.shape)
+
+    return Model(read_hf_config(folder), weights, read, read_exact, extras)
 
 
 def write_model(
@@ -124,8 +131,10 @@ def _shards(
     """Hugging Face tensors, as many as fit into a file."""
     shard: dict[str, Tensor] = {}
     shown = console is not None and console.is_terminal
+    # What is asked for in a precision is rounded once, to that.
+    read = model.read_exact if dtype and model.read_exact else model.read
     for weight in track(model.weights, "weights", console=console, disable=not shown):
-        logical = model.read(weight)
+        logical = read(weight)
         written = logical.to(dtype or logical.dtype)
         if dtype == torch.float16 and not torch.equal(written.isinf(), logical.isinf()):
             raise CheckpointError(

@@ -37,20 +37,30 @@ def from_seed(seed: int, tensor: Axis, device: torch.device | str = "cpu") -> Re
     return read
 
 
-def from_hf(folder: Path, weights: Sequence[Weight], model: ModelConfig, tensor: Axis, seed: int = 0) -> ReadState:
+def from_hf(
+    folder: Path,
+    weights: Sequence[Weight],
+    model: ModelConfig,
+    tensor: Axis,
+    seed: int = 0,
+    masters: bool = False,
+) -> ReadState:
     """The weights of a Hugging Face folder, which are also the master weights, and moments of zero. Of an adapter's
-    folder: the weights of the model it is for, with the adapter merged into them. A head for classes that the folder's
-    model has not begins with weights of the seed.
+    folder: the weights of the model it is for, with the adapter merged into them in fp32; as weights they are rounded
+    to the precision of the model, as master weights not. With `masters`, the master weights are those that a run keeps
+    beside its rounded weights, where the folder is its checkpoint. A head for classes that the folder's model has not
+    begins with weights of the seed.
 
     Raises CheckpointError when names or shapes are not those of the model."""
     if peft.is_adapter(folder):
-        return _with_adapter(folder, weights, model, tensor)
+        return _with_adapter(folder, weights, model, tensor, masters)
     if found := sorted(path.name for path in folder.glob(f"{peft.TENSORS}.*")):
         raise CheckpointError(
             f"{folder} holds a whole model and an adapter ({found[0]}); move one of them to a folder of its own, so "
             "that it is clear which one is meant"
         )
-    return _from_folder(folder, weights, model, tensor, (), new_head=from_seed(seed, tensor))
+    states = _masters_in(folder) if masters else ()
+    return _from_folder(folder, weights, model, tensor, states, new_head=from_seed(seed, tensor))
 
 
 def from_checkpoint(folder: Path, weights: Sequence[Weight], model: ModelConfig, tensor: Axis) -> ReadState:
@@ -61,8 +71,12 @@ def from_checkpoint(folder: Path, weights: Sequence[Weight], model: ModelConfig,
 
 
 def _states_in(folder: Path) -> tuple[str, ...]:
+    return (*_masters_in(folder), *(state for state in STATES if state != "master"))
+
+
+def _masters_in(folder: Path) -> tuple[str, ...]:
     # Written in fp32, the weights are their own master copy.
-    return tuple(s for s in STATES if s != "master" or any((folder / "optimizer").glob("master*")))
+    return ("master",) if any((folder / "optimizer").glob("master*")) else ()
 
 
 def for_adapters(
@@ -90,7 +104,9 @@ def for_adapters(
     return lambda weight, *what: (base if weight.frozen else own)(weight, *what)
 
 
-def _with_adapter(folder: Path, weights: Sequence[Weight], model: ModelConfig, tensor: Axis) -> ReadState:
+def _with_adapter(
+    folder: Path, weights: Sequence[Weight], model: ModelConfig, tensor: Axis, masters: bool
+) -> ReadState:
     lora = LoraConfig.model_validate(peft.read_lora(folder))
     base = from_hf(peft.base_of(folder), weights, model, tensor)
     adapters = adapters_of(weights, lora)
@@ -98,20 +114,23 @@ def _with_adapter(folder: Path, weights: Sequence[Weight], model: ModelConfig, t
     by_base: dict[str, list[Adapter]] = {}
     for adapter in adapters:
         by_base.setdefault(adapter.base.name, []).append(adapter)
-    factors = _from_folder(folder, [w for pair in rows.values() for w in pair], model, tensor, (), peft.TENSORS)
+    every, states = [row for pair in rows.values() for row in pair], _masters_in(folder) if masters else ()
+    factors = _from_folder(folder, every, model, tensor, states, peft.TENSORS)
 
-    def local(read: ReadState, weight: Weight) -> Tensor:
+    def local(read: ReadState, weight: Weight, kind: str = "weight") -> Tensor:
         shape = weight.local_shape(tensor.size)
-        return read(weight, "weight", 0, torch.Size(shape).numel()).view(shape)
+        return read(weight, kind, 0, torch.Size(shape).numel()).view(shape)
 
     def read(weight: Weight, kind: str, start: int, stop: int) -> Tensor:
         own: list[tuple[Adapter, Tensor, Tensor]] = []
         for adapter in by_base.get(weight.name, ()):
             a, b = rows[adapter.module]
-            own.append((adapter, local(factors, a), local(factors, b)))
+            own.append((adapter, local(factors, a, "master"), local(factors, b, "master")))
         if kind.startswith("exp_avg") or not own:
             return base(weight, kind, start, stop)
-        return merged(local(base, weight), own, lora.scale, tensor.size).flatten()[start:stop]
+        before = local(base, weight)
+        whole = merged(before, own, lora.scale, tensor.size).flatten()[start:stop]
+        return whole if kind == "master" else whole.to(before.dtype)
 
     return read
 

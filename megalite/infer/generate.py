@@ -71,7 +71,8 @@ def load_model(folder: Path, dtype: torch.dtype | None = None, device: torch.dev
     config = model_config({"hf": str(folder)})
     weights, model = weight_table(config), build_model(config)
     read = from_hf(folder, weights, config, ALONE)
-    tensors = {weight.name: read(weight, "weight", 0, weight.numel).view(weight.shape) for weight in weights}
+    kind = "master" if dtype else "weight"  # an adapter is merged in fp32, and rounded only where it must be
+    tensors = {weight.name: read(weight, kind, 0, weight.numel).view(weight.shape) for weight in weights}
     set_parameters(model, {name: nn.Parameter(tensor.to(device, dtype)) for name, tensor in tensors.items()})
     return model.eval().requires_grad_(False)
 

@@ -114,12 +114,12 @@ def with_adapters(weights: Sequence[Weight], lora: LoraConfig) -> tuple[Weight, 
 
 
 def merged(local: Tensor, adapters: Sequence[tuple[Adapter, Tensor, Tensor]], scale: float, tensor: int) -> Tensor:
-    """The local tensor of a weight on one of `tensor` ranks and what its adapters, given with that rank's A and B, add
-    to it. Computed in fp32, in the weight's precision."""
+    """Return the local tensor of a weight on one of `tensor` ranks with what its adapters, given with that rank's A and
+    B, add to it: in fp32, which whoever takes it rounds once."""
     whole = local.float() if local.dtype != torch.float32 else local.clone()
     for adapter, a, b in adapters:
         whole[adapter.local_rows(tensor)].addmm_(b.float(), a.float(), alpha=scale)
-    return whole.to(local.dtype)
+    return whole
 
 
 class _AddUpdates(Function):
