@@ -230,7 +230,7 @@ def _add_generate(verbs: Verbs) -> None:
     _add_model(parser)
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--chat", action="store_true", help="the prompt is a message, put as the chat template says")
-    parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument("--max-tokens", type=int, help="of the answer (default: as the model says, else 128)")
     parser.add_argument("--temperature", type=float, help="0 takes the likeliest token")
     parser.add_argument("--top-k", type=int, help="only the k likeliest tokens; 0: no limit")
     parser.add_argument("--top-p", type=float, help="only the likeliest tokens that together are as likely as this")
@@ -257,7 +257,10 @@ def _generate(arguments: argparse.Namespace) -> None:
     asked = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     said = arguments.prompt
     prompt = generator.chat_ids([{"role": "user", "content": said}]) if arguments.chat else generator.prompt_ids(said)
-    request = generator.request(prompt, arguments.max_tokens, replace(generator.sampling, **asked), arguments.stop)
+    most = arguments.max_tokens
+    most = generator.habits.most_tokens(len(prompt), 128) if most is None else most
+    request = generator.request(prompt, most, replace(generator.sampling, **asked), arguments.stop)
+    request = generator.as_chat(request) if arguments.chat else request
     for text in itertools.chain([] if arguments.chat else [said], generator.stream(request), "\n"):
         if launch.rank == 0:  # the others compute along
             print(text, end="", flush=True)

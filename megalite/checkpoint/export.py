@@ -3,18 +3,23 @@ adapter of PEFT's: adapter_config.json. A run that started from such a model tak
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 from megalite.checkpoint.folder import remove, write_json
 from megalite.config import Config
-from megalite.data.tokenizer import FILES, Tokenizer
+from megalite.data.chat import ChatTemplate
+from megalite.data.tokenizer import FILES, Tokenizer, load_tokenizer
+from megalite.data.turn_end import turn_end
+from megalite.errors import DataError
 from megalite.models import peft, read_hf_config, to_hf_config, weight_table
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 SOURCE = "source"
 """Folder in that of the run: what it started from may be elsewhere, or nowhere, when it goes on."""
+GENERATION = "generation_config.json"
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -29,7 +34,7 @@ def keep_source(config: Config) -> None:
     temporary.mkdir(parents=True)
     hf = config.model.hf
     where = [hf, *([peft.base_of(hf)] if peft.is_adapter(hf) else [])]
-    for name in ("config.json", "generation_config.json", *FILES):
+    for name in ("config.json", GENERATION, *FILES):
         if found := next((path / name for path in where if (path / name).is_file()), None):
             shutil.copyfile(found, temporary / name)
     temporary.rename(folder)
@@ -48,15 +53,46 @@ def write_extras(folder: Path, config: Config, tokenizer: Tokenizer | None) -> N
         # transformers finds the last token of each of several texts by what fills them up; no text ends with this one.
         end = ids["eos_token_id"]
         ids["pad_token_id"] = end[0] if isinstance(end, list) else end
-    write_json(folder / "generation_config.json", ids | {"do_sample": True})
-    for name in ("generation_config.json", *([] if tokenizer else FILES)):
+    write_json(folder / GENERATION, ids | {"do_sample": True})
+    for name in (GENERATION, *([] if tokenizer else FILES)):
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
     if tokenizer:
         tokenizer.save(folder)
+    if config.model.task == "causal":
+        _add_turn_end(folder, ids["eos_token_id"], tokenizer)
     if config.lora:
         assert config.model.hf is not None
         write_json(folder / peft.CONFIG, peft.to_peft(config.lora, weight_table(config.model), config.model.hf))
         return
     # transformers 5 reads `dtype`, transformers 4 and vLLM `torch_dtype`.
     write_json(folder / "config.json", to_hf_config(config.model) | ids | {"dtype": dtype, "torch_dtype": dtype})
+
+
+def _add_turn_end(folder: Path, ends: Any, tokenizer: Tokenizer | None) -> None:
+    """Add to eos_token_id of generation_config.json, `ends` where it has none, the tokens by which the chat template of
+    the folder ends an answer: whoever generates with the folder then stops there."""
+    if not _has_template(folder):
+        return
+    file = folder / GENERATION
+    try:
+        values = dict(json.loads(file.read_text(encoding="utf-8")))
+        found = turn_end(ChatTemplate.of(folder, ()), tokenizer or load_tokenizer(folder)).tokens
+    except (
+        DataError,
+        TypeError,
+        ValueError,
+    ):  # the template cannot be rendered here, or the model came with a broken file
+        return
+    ends = ends if values.get("eos_token_id") is None else values["eos_token_id"]
+    known = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if new := [token for token in found if token not in known]:
+        write_json(file, values | {"eos_token_id": [*known, *new]})
+
+
+def _has_template(folder: Path) -> bool:
+    """Known before transformers is imported, which takes long."""
+    settings = folder / "tokenizer_config.json"
+    return (folder / "chat_template.jinja").is_file() or (
+        settings.is_file() and '"chat_template"' in settings.read_text(encoding="utf-8")
+    )

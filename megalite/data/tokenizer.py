@@ -153,6 +153,10 @@ class HuggingFaceTokenizer(Tokenizer):
         """What no text holds: its special tokens."""
         return [token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special]
 
+    def added_tokens(self) -> list[str]:
+        """Return what is matched whole in a text before anything else: special tokens, and others."""
+        return [token.content for token in self._tokenizer.get_added_tokens_decoder().values()]
+
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
 

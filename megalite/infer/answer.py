@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megalite.data.tokenizer import Tokenizer
 from megalite.infer.sampling import Sampling
 
 Finish = Literal["stop", "length", "cancelled", "time", "failed"]
@@ -22,6 +21,10 @@ class Request:
     """Texts at which the answer ends, before them."""
     num_logprobs: int | None = None
     """Also the logarithm of each token's probability, and of those of so many likeliest tokens."""
+    ends: frozenset[int] = frozenset()
+    """Tokens that end it, beside those that end every answer."""
+    plain: bool = False
+    """The text is for people: without control tokens."""
 
 
 @dataclass(frozen=True)
@@ -68,24 +71,24 @@ class TextStream:
     """The text of a sequence's tokens, piece by piece; a piece never ends inside a character, nor where a stop string
     may have begun."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str] = ()):
+    def __init__(self, decode: Callable[[Sequence[int]], str], prompt: Sequence[int], stop: Sequence[str] = ()):
         # Decoded together with the tokens before them, for the space that some tokenizers put between two words, but
         # not with all of them, or each token would cost more than the one before.
-        self._tokenizer, self._stop = tokenizer, [text for text in stop if text]
+        self._decode, self._stop = decode, [text for text in stop if text]
         self._ids, self._shown, self._decoded = list(prompt[-CONTEXT:]), 0, len(prompt[-CONTEXT:])
-        self._before = self._last = tokenizer.decode(self._ids)
+        self._before = self._last = decode(self._ids)
         self._held, self.said, self._stopped = "", "", False
         self._taken = 0
 
     def push(self, token: int) -> bool:
         """Whether a stop string has come up."""
         self._ids.append(token)
-        self._last = self._tokenizer.decode(self._ids[self._shown :])
+        self._last = self._decode(self._ids[self._shown :])
         if self._last.endswith("\ufffd") and len(self._ids) - self._decoded < LONGEST_CHARACTER:
             return False
         self._add(self._last[len(self._before) :])
         self._shown, self._decoded = self._decoded, len(self._ids)
-        self._before = self._last = self._tokenizer.decode(self._ids[self._shown :])
+        self._before = self._last = self._decode(self._ids[self._shown :])
         return self._stopped
 
     def take(self) -> str:

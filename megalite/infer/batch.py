@@ -153,12 +153,15 @@ class Batch:
 
     def _choose(self, logits_BV: Tensor, sequences: Sequence[_Sequence]) -> None:
         requests = [sequence.answer.request for sequence in sequences]
-        tokens = choose(logits_BV, [r.sampling for r in requests], [s.ids for s in sequences]).tolist()
-        for logits_V, token, sequence in zip(logits_BV, tokens, sequences, strict=True):
+        ends = [self.ends | request.ends for request in requests]
+        num_new = [len(sequence.answer.tokens) for sequence in sequences]
+        samplings, ids = [request.sampling for request in requests], [sequence.ids for sequence in sequences]
+        tokens = choose(logits_BV, samplings, ids, num_new, ends).tolist()
+        for logits_V, token, sequence, own_ends in zip(logits_BV, tokens, sequences, ends, strict=True):
             answer = sequence.answer
-            if answer.request.num_logprobs is not None and token not in self.ends:
+            if answer.request.num_logprobs is not None and token not in own_ends:
                 answer.choices.append(_choice(logits_V, token, answer.request.num_logprobs))
-            answer.take(token, self.ends, self.model.capacity - len(sequence.ids))
+            answer.take(token, own_ends, self.model.capacity - len(sequence.ids))
             sequence.ids.append(token)
             if answer.finish is not None:
                 del self._running[sequence.slot]

@@ -92,6 +92,8 @@ def evaluate_model(
         specs = [references_task(asked.data, template, asked.max_tokens, asked.stop)]
     tasks = harness.load_tasks(specs, asked.include_path, asked.limit, asked.shots)
     generator = Generator.open(folder, num_slots=num_slots, launch=launch, tensor=tensor, pipeline=pipeline)
+    if asked.chat:
+        generator.answer_as_chat()
     model = harness.HarnessModel(generator, console=Console(stderr=True) if launch.rank == 0 else None)
     # What is read from `data` is put as the template says already.
     results = tasks.run(model, samples=asked.samples, chat=asked.chat and not asked.data)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -17,21 +17,21 @@ from torch import Tensor
 from megalite.checkpoint.folder import complete_steps, step_folder
 from megalite.checkpoint.load import from_hf
 from megalite.data.chat import ChatTemplate, Message
-from megalite.data.tokenizer import Tokenizer, load_tokenizer
+from megalite.data.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
+from megalite.data.turn_end import TurnEnd, turn_end
 from megalite.errors import ConfigError, DataError
 from megalite.infer.answer import Answer, Request, TextStream
 from megalite.infer.batch import Batch, Predictor
 from megalite.infer.cache import CachedModel
+from megalite.infer.habits import LIKELY, Habits, read_habits
 from megalite.infer.ranks import load_on_ranks
 from megalite.infer.sampling import Sampling
 from megalite.mesh import ALONE, Launch
-from megalite.models import build_model, model_config, read_hf_config, set_parameters, weight_table
+from megalite.models import build_model, model_config, set_parameters, weight_table
 from megalite.models.heads import KINDS
 from megalite.models.layers import Decoder, Places
 from megalite.models.peft import is_adapter
 
-LIKELY = Sampling(temperature=0.8, top_p=0.95)
-"""How tokens are chosen where neither the user nor the model's folder says."""
 SCORED_TOKENS = 4096
 """Of a batch whose rows are scored, filling included."""
 
@@ -96,9 +96,12 @@ class Generator:
         ends: frozenset[int] = frozenset(),
         sampling: Sampling = LIKELY,
         folder: Path | None = None,
+        habits: Habits | None = None,
     ):
-        """`ends`: tokens that end an answer; `sampling`: where a call does not say; `folder`: of the chat template."""
+        """`ends`: tokens that end an answer; `sampling`: where a call does not say; `folder`: of the chat template;
+        `habits`: texts that end an answer, and its length where a call does not say."""
         self.model, self.tokenizer, self.ends, self.sampling, self.folder = model, tokenizer, ends, sampling, folder
+        self.habits = habits or Habits(ends, sampling)
 
     @classmethod
     def open(
@@ -121,13 +124,15 @@ class Generator:
         # What is wrong here is known before the weights are read, which takes long.
         check_speaks(folder)
         tokenizer = load_tokenizer(folder)
-        ends, sampling = read_habits(folder, tokenizer)
+        habits = read_habits(folder, tokenizer)
+        if habits.warning and launch.rank == 0:
+            print(habits.warning, file=sys.stderr, flush=True)
         model: Predictor
         if launch.world_size == tensor == pipeline == 1:
             model = CachedModel(load_model(folder), num_slots, max_length)
         else:
             model = load_on_ranks(folder, launch, tensor, pipeline, num_slots, max_length)
-        return cls(model, tokenizer, ends, sampling, folder)
+        return cls(model, tokenizer, habits.ends, habits.sampling, folder, habits)
 
     def request(
         self, prompt: str | Sequence[int], max_tokens: int, sampling: Sampling | None = None, stop: Sequence[str] = ()
@@ -170,9 +175,33 @@ class Generator:
         with _said_by_template():
             self.chat_template.answers(messages, last=True)
 
+    @cached_property
+    def turn_end(self) -> TurnEnd:
+        """How the chat template ends an answer. Raises DataError without one."""
+        return turn_end(self.chat_template, self.tokenizer)
+
+    def as_chat(self, request: Request) -> Request:
+        """Return the request of an answer in a conversation: it ends where the chat template ends a turn, and people
+        read it without control tokens. Raises DataError without a chat template."""
+        controls = self.tokenizer.control_tokens() if isinstance(self.tokenizer, HuggingFaceTokenizer) else []
+        # No text has these to stop at.
+        named = [self.tokenizer.vocabulary()[text] for text in request.stop if text in controls]
+        ends = request.ends | {*self.turn_end.tokens, *named}
+        return replace(request, ends=ends, stop=(*request.stop, *self.turn_end.texts), plain=True)
+
+    def answer_as_chat(self) -> None:
+        """Have every answer end where the chat template ends a turn. Raises DataError without a chat template."""
+        self.ends |= set(self.turn_end.tokens)
+        self.habits = self.habits._replace(stop=(*self.habits.stop, *self.turn_end.texts))
+
+    def _plain_text(self, ids: Sequence[int]) -> str:
+        # What ends a turn is flagged special in most tokenizers, but not in all.
+        return self.tokenizer.decode_plain([token for token in ids if token not in self.turn_end.tokens])
+
     def start(self, request: Request) -> Answer:
         """An answer for a `Batch` to work on."""
-        return Answer(request, TextStream(self.tokenizer, request.prompt, request.stop))
+        decode = self._plain_text if request.plain else self.tokenizer.decode
+        return Answer(request, TextStream(decode, request.prompt, (*request.stop, *self.habits.stop)))
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """All answers, in the order of their requests. Raises ConfigError for a prompt that is too long."""
@@ -235,26 +264,3 @@ def _said_by_template() -> Iterator[None]:
         raise
     except ValueError as error:
         raise ConfigError(str(error)) from None
-
-
-def read_habits(folder: Path, tokenizer: Tokenizer) -> tuple[frozenset[int], Sampling]:
-    """The tokens that end an answer, and how tokens are chosen, as a folder's generation_config.json says: where it
-    says nothing, as config.json and the tokenizer do, and as `LIKELY` does. Raises ConfigError."""
-    file, values = folder / "generation_config.json", {}
-    if file.is_file():
-        try:
-            values = dict(json.loads(file.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
-            raise ConfigError(f"{file} is not a JSON object: {error}") from None
-    ends: Any = next(
-        (c["eos_token_id"] for c in (values, read_hf_config(folder)) if c.get("eos_token_id") is not None), []
-    )
-    known = {field.name: values[field.name] for field in fields(Sampling) if values.get(field.name) is not None}
-    if values.get("do_sample") is False:
-        known["temperature"] = 0.0
-    try:
-        ids = {int(end) for end in (ends if isinstance(ends, list) else [ends]) if end is not None}
-        sampling = replace(LIKELY, **known)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{file}: {error}") from None
-    return frozenset(ids if tokenizer.eod_id is None else {*ids, tokenizer.eod_id}), sampling

@@ -137,12 +137,14 @@ class HarnessModel(TemplateLM):
         known = normalize_gen_kwargs(dict(settings), MOST_TOKENS)
         eos = None if self.eot_token_id is None else generator.tokenizer.decode([self.eot_token_id])
         stop, most, sampled = handle_stop_sequences(known.pop("until"), eos), known.pop("max_gen_toks"), {}
+        stop += generator.habits.stop
         drawn = known.pop("do_sample")
         for name, value in known.items():
             if name not in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"):
                 raise ConfigError(f"a task asks for generation with {name} = {value!r}, which megalite does not know")
             sampled[name] = value
-        sampled = {"repetition_penalty": generator.sampling.repetition_penalty, "seed": seed} | sampled
+        usual = generator.sampling
+        sampled = {"repetition_penalty": usual.repetition_penalty, "rules": usual.rules, "seed": seed} | sampled
         sampling = Sampling(**sampled | {"temperature": sampled.get("temperature", 0.0) if drawn else 0.0})
         room = generator.model.capacity - most
         if room <= 0:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megalite.counter_random import random_bits, uniform
 from megalite.errors import ConfigError
+from megalite.infer.rules import NO_RULES, Rules
 from megalite.keys import key_of
 
 LIKELIEST = 256
@@ -35,6 +36,8 @@ class Sampling:
     repetition_penalty: float = 1.0
     """Logits of tokens that were there before are divided by it, negative ones multiplied (Keskar et al. 2019)."""
     seed: int = 0
+    rules: Rules = NO_RULES
+    """Of tokens that must not come next."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf") or self.top_k < 0 or not 0 < self.top_p <= 1:
@@ -51,16 +54,29 @@ class Sampling:
             raise ConfigError(f"the seed {self.seed} must fit into 64 bits, from -2^63 to 2^63 - 1")
 
 
-def choose(logits_BV: Tensor, samplings: Sequence[Sampling], ids: Sequence[Sequence[int]]) -> Tensor:
-    """The next token of each sequence, int64 [B], from fp32 logits and the ids before it, prompt included."""
+def choose(
+    logits_BV: Tensor,
+    samplings: Sequence[Sampling],
+    ids: Sequence[Sequence[int]],
+    num_new: Sequence[int] = (),
+    ends: Sequence[frozenset[int]] = (),
+) -> Tensor:
+    """The next token of each sequence, int64 [B], from fp32 logits and the ids before it, prompt included. Rules also
+    see how many of them are the answer's, and which tokens would end it."""
     penalized = [row for row, sampling in enumerate(samplings) if sampling.repetition_penalty != 1]
-    if penalized:
+    ruled = [row for row, sampling in enumerate(samplings) if sampling.rules != NO_RULES]
+    if penalized or ruled:
         logits_BV = logits_BV.clone()
     for row in penalized:
         seen = torch.tensor(sorted(set(ids[row])), device=logits_BV.device)
         logits, penalty = logits_BV[row, seen], samplings[row].repetition_penalty
         # Finite also where a penalty is next to nothing.
         logits_BV[row, seen] = torch.where(logits > 0, logits / penalty, logits * penalty).clamp(-LARGEST, LARGEST)
+    for row in ruled:
+        found = samplings[row].rules.forbidden(ids[row], num_new[row], ends[row])
+        known = [token for token in found if 0 <= token < logits_BV.shape[1]]
+        if len(known) < logits_BV.shape[1]:  # something must come
+            logits_BV[row, known] = -torch.inf
     likeliest_B = logits_BV.argmax(-1)
     drawn = [row for row, sampling in enumerate(samplings) if sampling.temperature > 0]
     if not drawn:

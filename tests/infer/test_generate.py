@@ -19,7 +19,8 @@ from megalite.errors import ConfigError
 from megalite.infer import cache
 from megalite.infer.batch import Batch
 from megalite.infer.cache import CachedAttention, CachedModel
-from megalite.infer.generate import LIKELY, Generator, find_model, load_model, read_habits
+from megalite.infer.generate import Generator, find_model, load_model
+from megalite.infer.habits import LIKELY, read_habits
 from megalite.infer.ranks import load_on_ranks
 from megalite.infer.sampling import LIKELIEST, Sampling, choose, warp
 from megalite.mesh import Launch
@@ -285,7 +286,8 @@ def test_a_folder_s_habits_are_honoured(tmp_path: Path) -> None:
             (tmp_path / f"{name}.json").unlink(missing_ok=True)
             if name in files:
                 (tmp_path / f"{name}.json").write_text(json.dumps(files[name]))
-        return read_habits(tmp_path, Bytes())
+        found = read_habits(tmp_path, Bytes())
+        return found.ends, found.sampling
 
     assert habits(config={"eos_token_id": 7}) == ({7, 256}, LIKELY)
     told = {"eos_token_id": [1, 2], "temperature": 0.6, "top_k": 20, "top_p": 0.9, "do_sample": True, "min_p": None}

@@ -207,9 +207,10 @@ class Service:
         with _told("messages"):
             ids = await run_in_threadpool(self.generator.chat_ids, messages)
         room = self.generator.model.capacity - len(ids)
-        most = body.max_completion_tokens or body.max_tokens or max(room, 1)
+        usual = self.generator.habits.most_tokens(len(ids), max(room, 1))
+        most = body.max_completion_tokens or body.max_tokens or usual
         num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        requests = body.requests(ids, most, self.generator.sampling, num_logprobs)
+        requests = [self.generator.as_chat(r) for r in body.requests(ids, most, self.generator.sampling, num_logprobs)]
         return await self._answer(body, requests, len(ids), "chatcmpl", request)
 
     async def _answer(
