@@ -3,7 +3,7 @@ slices."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from megalite.config import Config, LoraConfig, ModelConfig
 from megalite.engine import STATES, ReadState
 from megalite.errors import ConfigError
 from megalite.mesh import Axis
-from megalite.models import peft
+from megalite.models import peft, read_hf_config
 from megalite.models.lora import Adapter, adapters_of, merged
 from megalite.models.weights import Weight
 
@@ -61,6 +61,18 @@ def from_hf(
         )
     states = _masters_in(folder) if masters else ()
     return _from_folder(folder, weights, model, tensor, states, new_head=from_seed(seed, tensor))
+
+
+def dtype_of(tensors: Collection[Tensor], folder: Path) -> torch.dtype:
+    """Return the precision to compute in with the weights of a Hugging Face folder: theirs. Where some have another
+    one, such as fp32 norms among bf16 matrices: that which config.json names, as in transformers, or of the largest
+    part."""
+    sizes: dict[torch.dtype, int] = {}
+    for tensor in tensors:
+        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
+    hf = read_hf_config(folder)
+    named = getattr(torch, str(hf.get("dtype") or hf.get("torch_dtype")).removeprefix("torch."), None)
+    return named if len(sizes) > 1 and named in sizes else max(sizes, key=lambda kind: sizes[kind])
 
 
 def from_checkpoint(folder: Path, weights: Sequence[Weight], model: ModelConfig, tensor: Axis) -> ReadState:

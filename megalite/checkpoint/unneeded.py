@@ -54,9 +54,9 @@ def _check_copy(source: TensorFolder, embedding: str, head: str) -> None:
     else:
         return
     raise CheckpointError(
-        f"{source.folder}: tie_word_embeddings = true in config.json says that {head} is {embedding}, but both are "
-        f"stored and {why}. To use the stored {head}, write tie_word_embeddings = false into config.json; to do "
-        f"without it, remove {head} from the file"
+        f"{source.folder}: with tie_word_embeddings = true (in config.json, or by default) {head} is {embedding}, but "
+        f"both are stored and {why}. To use the stored {head}, write tie_word_embeddings = false into config.json; to "
+        f"do without it, remove {head} from the file"
     )
 
 

@@ -15,7 +15,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from megalite.checkpoint.folder import complete_steps, step_folder
-from megalite.checkpoint.load import from_hf
+from megalite.checkpoint.load import dtype_of, from_hf
 from megalite.data.chat import ChatTemplate, Message
 from megalite.data.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from megalite.data.turn_end import TurnEnd, turn_end
@@ -73,6 +73,7 @@ def load_model(folder: Path, dtype: torch.dtype | None = None, device: torch.dev
     read = from_hf(folder, weights, config, ALONE)
     kind = "master" if dtype else "weight"  # an adapter is merged in fp32, and rounded only where it must be
     tensors = {weight.name: read(weight, kind, 0, weight.numel).view(weight.shape) for weight in weights}
+    dtype = dtype or dtype_of(tensors.values(), folder)
     set_parameters(model, {name: nn.Parameter(tensor.to(device, dtype)) for name, tensor in tensors.items()})
     return model.eval().requires_grad_(False)
 

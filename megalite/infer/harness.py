@@ -136,8 +136,8 @@ class HarnessModel(TemplateLM):
         generator = self.generator
         known = normalize_gen_kwargs(dict(settings), MOST_TOKENS)
         eos = None if self.eot_token_id is None else generator.tokenizer.decode([self.eot_token_id])
-        stop, most, sampled = handle_stop_sequences(known.pop("until"), eos), known.pop("max_gen_toks"), {}
-        stop += generator.habits.stop
+        stop = [*handle_stop_sequences(known.pop("until"), eos), *generator.habits.stop]
+        most, sampled = known.pop("max_gen_toks"), {}
         drawn = known.pop("do_sample")
         for name, value in known.items():
             if name not in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"):

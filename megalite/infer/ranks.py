@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
 
-from megalite.checkpoint.load import from_hf
+from megalite.checkpoint.load import dtype_of, from_hf
 from megalite.config_file import parse_config
 from megalite.errors import ConfigError
 from megalite.infer.cache import CachedPlaces, add_cache, turning_point
@@ -90,12 +90,11 @@ def load_on_ranks(
     model = build_model(config.model)
     apply_parallelism(model, table, plan, span, mesh, config.train)
     read = from_hf(folder, table, config.model, mesh.tensor)
-    parameters = {}
+    tensors = {}
     for weight in span.weights(table):
         shape = torch.Size(weight.local_shape(tensor))
-        local = read(weight, "weight", 0, shape.numel()).view(shape)
-        parameters[weight.name] = nn.Parameter(local.to(mesh.device))
-    set_parameters(model, parameters)
-    stored = next(iter(parameters.values())).dtype
+        tensors[weight.name] = read(weight, "weight", 0, shape.numel()).view(shape)
+    stored = dtype_of(tensors.values(), folder)
+    set_parameters(model, {name: nn.Parameter(local.to(mesh.device, stored)) for name, local in tensors.items()})
     model.eval().requires_grad_(False)
     return RanksModel(Stage(model, span), plan, mesh, stored, num_slots, max_length)

@@ -124,3 +124,21 @@ def test_a_run_in_bf16_is_converted_from_its_master_weights(tmp_path: Path, lora
     assert config.lora is not None
     update = config.lora.scale * b @ a
     assert (found["fp32"][f"{name}.weight"].double() - base[f"{name}.weight"] - update).norm() < 1e-3 * update.norm()
+
+
+@pytest.mark.parametrize("named", ["bfloat16", "float32", None])
+@pytest.mark.parametrize("case", ["llama", "gpt2", "gemma2", "qwen3"])
+def test_norms_may_be_stored_in_fp32(tmp_path: Path, case: str, named: str | None) -> None:
+    """One precision is computed in, as in transformers; a conversion leaves each weight as it is."""
+    tensors = save_model(tmp_path, torch.bfloat16, case)
+    norms = {name for name in tensors if "norm" in name or "ln_" in name}
+    store = {name: x.float() if name in norms else x for name, x in tensors.items()}
+    save_file(store, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"dtype": named, "torch_dtype": named}))
+    model, kind = load_model(tmp_path), getattr(torch, named or "bfloat16")
+    assert {p.dtype for p in model.parameters()} == {kind}
+    assert model(torch.arange(9)[None]).dtype == kind
+    write_model(open_source(tmp_path), tmp_path / "out")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(x.dtype == store[name].dtype and torch.equal(x, store[name]) for name, x in found.items())
