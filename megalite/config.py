@@ -305,9 +305,13 @@ class OptimizerConfig(Section):
 
 class CheckpointConfig(Section):
     every: int = Field(1000, ge=0, description="steps between checkpoints; 0 saves the last step only")
-    keep: int = Field(3, gt=0, description="newest valid checkpoints that are kept")
+    keep: int = Field(
+        3, gt=0, description="newest valid checkpoints that are kept; one more while none of them is known to be sound"
+    )
+    keep_best: int = Field(0, ge=0, description="kept beside those: the ones of the lowest validation loss")
     resume: Literal["auto", "never"] | Path = Field(
-        "auto", description="auto: newest valid one of this run; or a checkpoint's folder to begin from"
+        "auto",
+        description="auto: newest valid one of this run; or a checkpoint's folder to begin from, or to go back to",
     )
 
     @field_validator("resume")
@@ -477,6 +481,7 @@ class Config(Section):
                 f"optimizer.schedule.decay_steps {schedule.decay_steps} is more than the {after_warmup} steps that "
                 "follow the warmup"
             )
+        self._best_can_be_told()
         health = self.health
         if "rewind" in (health.not_finite, health.loss_spike, health.grad_norm_spike) and self.data.order == "megatron":
             raise ValueError(
@@ -484,6 +489,18 @@ class Config(Section):
                 "`rewind` of health passes over; skip, or take another order"
             )
         return self
+
+    def _best_can_be_told(self) -> None:
+        every, eval_every = self.checkpoint.every, self.observe.eval_every
+        if self.checkpoint.keep_best == 0:
+            return
+        if not self.data.valid and not (self.data.split and self.data.split[1]):
+            raise ValueError("checkpoint.keep_best goes by the validation loss, which needs data.valid or data.split")
+        if every and (not eval_every or every % eval_every):
+            raise ValueError(
+                f"checkpoint.keep_best needs a validation at each checkpoint, but checkpoint.every {every} is no "
+                f"multiple of observe.eval_every {eval_every}"
+            )
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

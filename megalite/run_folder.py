@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import itertools
 import os
 import time
 from collections.abc import Iterator
@@ -29,13 +30,30 @@ def check_run_folder(folder: Path) -> None:
             )
 
 
-def write_config(folder: Path, config_yaml: str) -> None:
-    """Write the config into it. Raises ConfigError where that cannot be."""
+def write_config(folder: Path, config_yaml: str, step: int = 0) -> Path | None:
+    """Write the config of a start that goes on after `step`. Returns where another one that was there is kept.
+
+    Raises ConfigError where it cannot be written."""
+    path, kept = folder / "config.yaml", None
     with _explained(folder):
         # The one that is there is not lost where the disk is full.
         temporary = folder / "config.yaml.tmp"
         temporary.write_text(config_yaml)
-        temporary.replace(folder / "config.yaml")
+        before = path.read_text() if path.exists() else config_yaml
+        if before != config_yaml:
+            kept = _place_for(before, folder, step)
+            kept.write_text(before)
+        temporary.replace(path)
+    return kept
+
+
+def _place_for(config_yaml: str, folder: Path, step: int) -> Path:
+    for number in itertools.count(1):
+        path = folder / f"config.until-step-{step:08d}{f'-{number}' if number > 1 else ''}.yaml"
+        # A start that was cut short may have written a part of it.
+        if not path.exists() or config_yaml.startswith(path.read_text()):
+            return path
+    raise AssertionError
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@ bottom."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -13,8 +14,10 @@ from typing import Any
 from megalite import last_words
 from megalite.activity import NOW
 from megalite.checkpoint.export import keep_source, write_extras
+from megalite.checkpoint.folder import Worth
 from megalite.checkpoint.load import for_adapters, from_checkpoint, from_hf, from_seed
-from megalite.checkpoint.resume import find_checkpoint, read_train_state
+from megalite.checkpoint.match import base_files, check_match
+from megalite.checkpoint.resume import find_checkpoint, leave_newer, read_train_state
 from megalite.checkpoint.save import Saver
 from megalite.checkpoint.tensors import NotSaved
 from megalite.config import Config
@@ -34,6 +37,7 @@ from megalite.infer.in_training import TasksInTraining
 from megalite.mesh import Launch, Mesh, make_mesh
 from megalite.models import weight_table
 from megalite.models.peft import TENSORS
+from megalite.no_effect import no_effect
 from megalite.objective import DPO
 from megalite.observe.profiler import Profiler
 from megalite.observe.recorder import Recorder
@@ -88,14 +92,14 @@ def train_on(
     with StopRequests(mesh) as requests:
         parts = build(config, plan, mesh)
         while ended is None or ended.status is None:
-            run, checkpoint, state = open_run(config, plan, mesh, tokenizer, tasks, ended)
-            sent_back[state["step"]] += ended is not None
+            run, start = open_run(config, plan, mesh, data, tokenizer, tasks, ended)
+            sent_back[start.step] += ended is not None
             status = "failed"
             try:
-                if sent_back[state["step"]] > limit:
-                    ended = run.give_up(f"sent back to step {state['step']} more than {limit} times")
+                if sent_back[start.step] > limit:
+                    ended = run.give_up(f"sent back to step {start.step} more than {limit} times")
                 else:
-                    ended = train_from(run, parts, data, checkpoint, state, requests)
+                    ended = train_from(run, parts, data, start, requests)
                 status = run.status(ended)
             finally:
                 if run.recorder:
@@ -105,27 +109,60 @@ def train_on(
     return ended.status
 
 
+@dataclass(frozen=True)
+class Start:
+    """What a run begins with."""
+
+    state: dict[str, Any]
+    """train_state.json of the checkpoint, or what stands for one at step 0."""
+    weights: ReadState
+    base: dict[str, str]
+    """What `base_files` says."""
+
+    @property
+    def step(self) -> int:
+        return int(self.state["step"])
+
+
 def open_run(
     config: Config,
     plan: Plan,
     mesh: Mesh,
+    data: Data,
     tokenizer: Tokenizer | None,
     tasks: TasksInTraining | None,
     sent_back: Ending | None,
-) -> tuple[Run, Path | None, dict[str, Any]]:
-    """With the checkpoint to begin from, and its state; `sent_back` says why the run was, if it was."""
+) -> tuple[Run, Start]:
+    """Find what to begin from, and see that it fits; only then is anything written. `sent_back` says why the run was,
+    if it was.
+
+    Raises ConfigError, CheckpointError or DataError."""
     # Having been sent back, a run goes on from what it has saved itself, whatever it began with.
     resume = "auto" if sent_back and config.checkpoint.resume == "never" else config.checkpoint.resume
-    checkpoint, warnings = find_checkpoint(config.run.folder / "checkpoints", resume, mesh)
+    root, train = config.run.folder / "checkpoints", data["train"]
+    assert train is not None
+    checkpoint, told = find_checkpoint(root, resume, mesh, config.health.bad_steps_limit)
     state: dict[str, Any] = {"step": 0, "data": {"samples": 0}, "wandb_id": None}
+    base = base_files(config)
     if checkpoint:
         state = read_train_state(checkpoint)
+    if checkpoint and not sent_back:
+        told += check_match(checkpoint, state, config, tokenizer, train, base)
     if sent_back:
         state["data"]["skipped"] = sent_back.skipped
-    recorder = open_recorder(config, plan, state, tokenizer) if mesh.world.rank == 0 else None
+    else:
+        told += no_effect(config, int(state["step"]), mesh.world.size)
+    start = Start(state, initial_state(config, mesh, checkpoint), base)
+    all_agree(True, mesh)  # a start that any rank refuses has written nothing
+    recorder = None
+    if mesh.world.rank == 0:
+        told += leave_newer(root, start.step) if checkpoint else []
+        kept = write_config(config.run.folder, config.to_yaml(), start.step)
+        told += [f"the config before is kept as {kept}"] if kept else []
+        recorder = open_recorder(config, plan, state, tokenizer)
     run = Run(config, plan, mesh, recorder, tasks)
-    run.say(*warnings)
-    return run, checkpoint, state
+    run.say(*told)
+    return run, start
 
 
 @dataclass(frozen=True)
@@ -165,9 +202,8 @@ class Run:
 
 
 def open_recorder(config: Config, plan: Plan, state: dict[str, Any], tokenizer: Tokenizer | None) -> Recorder:
-    """With the exact config and the tokenizer in the run folder."""
+    """With the tokenizer in the run folder, and what it started from."""
     folder = config.run.folder
-    write_config(folder, config.to_yaml())
     if tokenizer:
         tokenizer.save(folder / "tokenizer")
     keep_source(config)
@@ -186,10 +222,8 @@ def open_recorder(config: Config, plan: Plan, state: dict[str, Any], tokenizer: 
     )
 
 
-def train_from(
-    run: Run, parts: Parts, data: Data, checkpoint: Path | None, state: dict[str, Any], requests: StopRequests
-) -> Ending:
-    config, folder = run.config, run.config.run.folder
+def train_from(run: Run, parts: Parts, data: Data, start: Start, requests: StopRequests) -> Ending:
+    config, folder, state = run.config, run.config.run.folder, start.state
     assert data["train"] is not None
     run.say(*(remark for mixture in data.values() if mixture for remark in mixture.remarks()))
     if config.data.order != "megatron":  # which has as many samples as are asked for
@@ -198,10 +232,8 @@ def train_from(
         run.say(f"epochs: {', '.join(f'{name} {count:.2f}' for name, count in most)}")
     if isinstance(parts.objective, DPO):
         prepare_references(run, parts, data)
-    parts.engine.load(initial_state(config, run.mesh, checkpoint), state.get("updates", state["step"]))
+    parts.engine.load(start.weights, state.get("updates", state["step"]))
     loader = make_loader(data["train"], run, state["data"]["samples"], state["data"].get("skipped", ()))
-    if checkpoint:
-        loader.check_state(state["data"])
     tokenizer = load_tokenizer(folder / "tokenizer") if config.data.tokenizer and run.recorder else None
     table = [weight for weight in weight_table(config.model, config.lora) if not weight.frozen]
     saver = Saver(
@@ -213,10 +245,11 @@ def train_from(
         choose_owners(run.plan, table, elements_of(config.parallel.bucket_mb)),
         lambda path: write_extras(path, config, tokenizer),
         stem=TENSORS if config.lora else "model",
+        keep_best=config.checkpoint.keep_best,
     )
     done = False
     try:
-        ended = run_steps(run, parts, loader, data, saver, state, requests)
+        ended = run_steps(run, parts, loader, data, saver, start, requests)
         done = True
     finally:
         NOW.begin("ending", NOW.step)
@@ -247,22 +280,25 @@ def run_steps(
     loader: Loader,
     data: Data,
     saver: Saver,
-    state: dict[str, Any],
+    start: Start,
     requests: StopRequests,
 ) -> Ending:
     """To the last step; or to the one after which all ranks agree that one of them was asked to stop, and save; or to
     one that cannot be gone on from."""
-    config, mesh, recorder, start_step = run.config, run.mesh, run.recorder, state["step"]
+    config, mesh, recorder, state, start_step = run.config, run.mesh, run.recorder, start.state, start.step
     meter = Meter(model_flops_per_token(config), mesh.world.size, mesh.device, parts.dtype)
     profiler = Profiler(config.profile, config.run.folder, mesh.world.rank, parts.engine.settle)
     stragglers = Stragglers(config.health, mesh)
     guard = Guard(config, mesh, loader, state.get("numbers"))
 
-    def save(step: int, samples: int) -> None:
+    def save(step: int, samples: int, valid_loss: float | None = None) -> Worth:
         NOW.begin("saving", step)
         saved = {"step": step, "updates": parts.engine.num_updates, "data": loader.state(samples)}
-        wandb_id = recorder.wandb_id if recorder else None
-        saver.save(step, saved | {"numbers": guard.state(), "wandb_id": wandb_id})
+        saved |= {"valid_loss": valid_loss, "base": start.base}
+        numbers, wandb_id = guard.state(), recorder.wandb_id if recorder else None
+        worth = Worth(step, numbers["in_a_row"], math.inf if valid_loss is None else valid_loss)
+        saver.save(step, saved | {"numbers": numbers, "wandb_id": wandb_id}, worth)
+        return worth
 
     with profiler, StepLog(recorder, meter) as log:
         for step in range(start_step + 1, run.last_step + 1):
@@ -301,16 +337,17 @@ def run_steps(
                     log.wait()
                     save(*ending.saves)
                 return ending
+            valid_loss = None
             if evaluates:
                 NOW.begin("validating", step)
-                evaluate(run, parts, data, "valid", step)
+                valid_loss = evaluate(run, parts, data, "valid", step)
             if step == config.train.steps:
                 evaluate(run, parts, data, "test", step)
             if measures:
                 NOW.begin("evaluating tasks", step)
                 evaluate_tasks(run, parts, step)
             if saves:
-                save(step, loader.samples)
+                save(step, loader.samples, valid_loss)
             run.say(*saver.news(), *stragglers.news())
             if asked:
                 run.say(f"{asked.name}: leaving after step {step}; a second signal does not wait for the checkpoint")
@@ -326,17 +363,18 @@ def consumed_tokens(loader: Loader) -> Record:
     return {f"tokens/{name}": count * length for name, count in found.items()} if len(found) > 1 else {}
 
 
-def evaluate(run: Run, parts: Parts, data: Data, split: Split, step: int) -> None:
-    """Record what `validate` finds in a split, where there is one."""
+def evaluate(run: Run, parts: Parts, data: Data, split: Split, step: int) -> float | None:
+    """Record what `validate` finds in a split, where there is one. Returns its loss; None where it is not finite."""
     mixture = data[split]
     if mixture is None:
-        return
+        return None
     # A split smaller than a batch is gone through more than once rather than refused.
     available = sum(source.num_samples for source in mixture.sources) // run.config.train.global_batch_size
     with make_loader(mixture, run) as loader:
         found = validate(parts, loader, max(1, min(run.config.observe.eval_batches, available)), split, run.mesh)
     if run.recorder:
         run.recorder.evaluation({"step": step} | {f"{split}_{name}": value for name, value in found.items()})
+    return found["loss"] if math.isfinite(found["loss"]) else None
 
 
 def evaluate_tasks(run: Run, parts: Parts, step: int) -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
@@ -93,10 +96,13 @@ def damage_of(path: Path, wanted: dict[str, Any]) -> Damage:
         return Damage.UNREADABLE
 
 
-def set_aside(folder: Path) -> None:
-    """Rename a damaged checkpoint, so that it is neither taken, nor counted when pruning, nor lost."""
+def set_aside(folder: Path, why: str = "damaged") -> Path:
+    """Rename a checkpoint that is not to be gone on from, so that it is neither taken, nor counted when pruning, nor
+    lost. Returns its new place."""
+    aside = folder.with_name(f"{folder.name}.{why}-{time.time_ns()}")
     with contextlib.suppress(OSError):  # where that cannot be, it is passed over again next time
-        folder.rename(folder.with_name(f"{folder.name}.damaged-{time.time_ns()}"))
+        folder.rename(aside)
+    return aside
 
 
 def steps_in(root: Path) -> list[int]:
@@ -122,16 +128,62 @@ def _complete(folder: Path) -> bool:
         return False
 
 
-def prune(root: Path, keep: int) -> None:
-    """Delete all but the newest `keep` complete checkpoints. Incomplete ones do not count, and are left to be looked
-    at."""
-    for step in complete_steps(root)[:-keep]:
-        folder = step_folder(root, step)
-        # Renamed first, so that a half-deleted folder is never taken for a checkpoint.
-        leaving = folder.with_name(f"{folder.name}.old.tmp")
-        remove(leaving)
-        folder.rename(leaving)
-        remove(leaving)
+@dataclass(frozen=True)
+class Worth:
+    """What a checkpoint says of itself that decides whether it is kept, and gone on from."""
+
+    step: int
+    refused: int = 0
+    """Steps in a row, this one the last, whose update was refused."""
+    valid_loss: float = math.inf
+
+    @property
+    def updated(self) -> int:
+        """The step that made its weights. Only the loss of the one after shows whether they are any good."""
+        return self.step - self.refused
+
+
+def read_worth(folder: Path, step: int) -> Worth:
+    """Return the worth of a checkpoint of this step; nothing is held against one that does not say."""
+    try:
+        state = json.loads((folder / "train_state.json").read_text())
+        loss = state.get("valid_loss")
+        return Worth(step, int((state.get("numbers") or {}).get("in_a_row", 0)), math.inf if loss is None else loss)
+    except (OSError, ValueError, AttributeError):
+        return Worth(step)
+
+
+def best_steps(root: Path, steps: Sequence[int], count: int) -> list[int]:
+    """Return up to `count` of these steps with the lowest validation loss, the best first; of equals, the later."""
+    worth = [read_worth(step_folder(root, step), step) for step in steps] if count else []
+    judged = sorted((each.valid_loss, -each.step) for each in worth if math.isfinite(each.valid_loss))
+    return [-step for _, step in judged[:count]]
+
+
+def prune(root: Path, keep: int, keep_best: int = 0, newest: Worth | None = None) -> None:
+    """Delete all complete checkpoints but the newest `keep` and the best `keep_best` by validation loss. Incomplete
+    ones do not count, and are left to be looked at.
+
+    Where `newest`, the state that is saved now, has not been shown to be sound (by a later step, or by its own
+    validation), two more stay: the newest one that a step with finite numbers has followed, and the newest from before
+    the steps that were refused."""
+    steps = complete_steps(root)
+    kept = {*steps[-keep:], *best_steps(root, steps, keep_best)}
+    if newest and not math.isfinite(newest.valid_loss):
+        kept |= {*[step for step in steps if step < newest.updated][-1:]}
+    if newest and newest.refused:
+        kept |= {*[step for step in steps if step <= newest.updated][-1:]}
+    for step in set(steps) - kept:
+        discard(step_folder(root, step))
+
+
+def discard(folder: Path) -> None:
+    """Delete a checkpoint."""
+    # Renamed first, so that a half-deleted folder is never taken for a checkpoint.
+    leaving = folder.with_name(f"{folder.name}.old.tmp")
+    remove(leaving)
+    folder.rename(leaving)
+    remove(leaving)
 
 
 def replaced(folder: Path) -> Path:

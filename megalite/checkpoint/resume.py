@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,16 @@ from megalite.checkpoint.folder import (
     MANIFEST,
     Damage,
     damage_of,
+    discard,
     read_manifest,
+    read_worth,
+    remove,
     restore_replaced,
     set_aside,
     step_folder,
     steps_in,
 )
+from megalite.checkpoint.match import stored_config
 from megalite.checkpoint.tensors import CheckpointError
 from megalite.mesh import Mesh
 from megalite.parallel.collectives import all_reduce, start_highest
@@ -30,11 +35,16 @@ SHOWN = 3
 """Damaged files of a checkpoint that are named."""
 
 
-def find_checkpoint(root: Path, resume: str | Path, mesh: Mesh) -> tuple[Path | None, list[str]]:
-    """The folder to resume from, or None for a fresh start, and warnings about damaged ones that were set aside.
+def find_checkpoint(
+    root: Path, resume: str | Path, mesh: Mesh, bad_steps_limit: int | None = None
+) -> tuple[Path | None, list[str]]:
+    """The folder to resume from, or None for a fresh start, and what there is to say about it: damaged ones that were
+    set aside, others that are passed over.
 
-    `resume` is "auto" (newest undamaged one below `root`), "never", or a folder to begin from while the run has no
-    checkpoint of its own. All ranks call it, and each reads a share of the files. Raises CheckpointError on all."""
+    `resume` is "auto" (newest undamaged one below `root`), "never", or a folder: to begin from, while the run has no
+    checkpoint of its own, or one of its own to go back to. One that was saved after `bad_steps_limit` steps in a row
+    with bad numbers gives way to the newest that a good step has followed. All ranks call it, and each reads a share of
+    the files. Raises CheckpointError on all."""
     steps = _steps_of_rank_0(root, mesh)
     if resume == "never":
         if steps:
@@ -43,32 +53,113 @@ def find_checkpoint(root: Path, resume: str | Path, mesh: Mesh) -> tuple[Path | 
                 "choose another run.name, or delete them"
             )
         return None, []
-    if resume != "auto" and not steps:
-        folder = Path(resume)
-        if damage := find_damage(folder, mesh):
-            raise CheckpointError(f"checkpoint.resume = {folder}: no undamaged checkpoint there: {_tell(damage)}")
-        return folder, []
+    asked = None if resume == "auto" else Path(resume)
+    if asked and not steps:
+        return _undamaged(asked, mesh), []
     damaged: dict[Path, dict[str, Damage]] = {}
-    for step in reversed(steps):
-        folder = step_folder(root, step)
-        damage = find_damage(folder, mesh)
-        if not damage:
-            if mesh.world.rank == 0:
-                for other in damaged:
-                    set_aside(other)
-            return folder, [
-                f"warning: {other} is damaged and was set aside ({_tell(what)}); resuming from {folder}"
-                for other, what in damaged.items()
-            ]
-        damaged[folder] = damage
-    if damaged:
+    newest = _newest_undamaged(root, steps, damaged, mesh)
+    if newest is None and damaged:
         which = "; ".join(f"{folder.name}: {_tell(what)}" for folder, what in damaged.items())
         unreadable = any(Damage.UNREADABLE in what.values() for what in damaged.values())
         # What could not be read, a launcher tries again.
         raise CheckpointError(
             f"{root}: every checkpoint is damaged; move them away to start the run afresh ({which})"
         ) from (OSError(errno.EIO, "unreadable") if unreadable else None)
-    return None, []
+    if newest is None:
+        return None, []
+    if asked and not _has_begun_at(newest, asked):
+        if asked.resolve().parent != root.resolve():
+            raise CheckpointError(
+                f"checkpoint.resume = {asked}, but the run has checkpoints of its own up to {newest.name}, which did "
+                "not begin there; leave it out to go on from them, or choose another run.name"
+            )
+        return _undamaged(asked, mesh), [f"checkpoint.resume: going back to {asked} from {newest.name}"]
+    told = [f"checkpoint.resume: the run has begun at {asked}"] if asked and not _is_same(asked, newest) else []
+    folder, why = _sound(root, steps, newest, damaged, mesh, bad_steps_limit)
+    if mesh.world.rank == 0:
+        for other in damaged:
+            set_aside(other)
+    return folder, [
+        *(
+            f"warning: {other} is damaged and was set aside ({_tell(what)}); resuming from {folder}"
+            for other, what in damaged.items()
+        ),
+        *told,
+        *why,
+    ]
+
+
+def _undamaged(folder: Path, mesh: Mesh) -> Path:
+    if damage := find_damage(folder, mesh):
+        raise CheckpointError(f"checkpoint.resume = {folder}: no undamaged checkpoint there: {_tell(damage)}")
+    return folder
+
+
+def _newest_undamaged(
+    root: Path, steps: Sequence[int], damaged: dict[Path, dict[str, Damage]], mesh: Mesh
+) -> Path | None:
+    """Adds to `damaged` those that are passed over."""
+    for step in reversed(steps):
+        folder = step_folder(root, step)
+        damage = find_damage(folder, mesh)
+        if not damage:
+            return folder
+        damaged[folder] = damage
+    return None
+
+
+def _has_begun_at(folder: Path, asked: Path) -> bool:
+    """Whether a run's own checkpoint is the one that was asked for, or comes from a start that asked for the same."""
+    before = (stored_config(folder) or {}).get("checkpoint", {}).get("resume", "auto")
+    return _is_same(folder, asked) or (before not in ("auto", "never") and _is_same(Path(before), asked))
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    return one.resolve() == other.resolve()
+
+
+def _sound(
+    root: Path,
+    steps: Sequence[int],
+    newest: Path,
+    damaged: dict[Path, dict[str, Damage]],
+    mesh: Mesh,
+    limit: int | None,
+) -> tuple[Path, list[str]]:
+    """The newest checkpoint, or the one before the bad steps that ended the run, and what to say."""
+    worth = read_worth(newest, next(step for step in steps if step_folder(root, step) == newest))
+    if limit is None or worth.refused < limit:
+        return newest, []
+    bad = f"{newest} was saved after {worth.refused} steps in a row with bad numbers (health.bad_steps_limit)"
+    before = _newest_undamaged(root, [step for step in steps if step < worth.updated], damaged, mesh)
+    if before is None:
+        return newest, [f"warning: {bad}, and there is none from before them: move it away to start the run afresh"]
+    return before, [f"warning: {bad}; going back to {before}, the newest that a good step has followed"]
+
+
+def leave_newer(root: Path, step: int) -> list[str]:
+    """Set aside the checkpoints of later steps than the one a run goes back to, and say so. Of those that have the same
+    weights, since no step between them was good, the last one stays, in the place of one that was left so before."""
+    newer = [other for other in steps_in(root) if other > step]
+    if not newer:
+        return []
+    last = read_worth(step_folder(root, newer[-1]), newer[-1])
+    told = []
+    for other in newer:
+        folder = step_folder(root, other)
+        if not last.refused or other < last.updated:
+            told.append(f"{folder} is set aside as {set_aside(folder, 'left').name}")
+        elif other < last.step:
+            discard(folder)
+    if last.refused:
+        for old in root.glob("step-*.refused"):
+            remove(old)
+        aside = step_folder(root, last.step).with_suffix(".refused")
+        step_folder(root, last.step).rename(aside)
+        told.append(
+            f"{step_folder(root, last.step)} is set aside as {aside.name}; checkpoint.resume={aside} would use it"
+        )
+    return told
 
 
 def find_damage(folder: Path, mesh: Mesh) -> dict[str, Damage]:

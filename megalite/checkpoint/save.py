@@ -15,7 +15,7 @@ import torch
 
 from megalite.activity import NOW
 from megalite.checkpoint.board import Board
-from megalite.checkpoint.folder import prune, remove_unfinished, step_folder
+from megalite.checkpoint.folder import Worth, best_steps, complete_steps, read_worth, remove_unfinished, step_folder
 from megalite.checkpoint.writing import PATIENCE_S, Collect, Target, Writing, explain
 from megalite.engine import Engine
 from megalite.engine.gather import HostBuffers
@@ -40,15 +40,17 @@ class Saver:
         owners: Mapping[str, int],
         write_extras: Callable[[Path], None],
         stem: str = "model",
+        keep_best: int = 0,
     ):
         """`owners` says which rank writes each weight; `write_extras` puts what is not a tensor (config.json,
         tokenizer) into a folder, and rank 0 calls it. Files of weights begin with `stem`. All ranks make one, and no
         other run writes below `root`."""
         table = {weight.name: weight for weight in weights}
-        self.target = Target(root, keep, table, owners, mesh, write_extras, stem)
+        self.target = Target(root, keep, table, owners, mesh, write_extras, stem, keep_best)
         self.mesh, self.engine = mesh, engine
         self.error: str | None = None
         """Why the last save failed; None if it did not. Ask after `wait`."""
+        self._best = 0
         self._buffers = HostBuffers()
         self._thread: threading.Thread | None = None
         self._began = 0.0
@@ -60,8 +62,9 @@ class Saver:
             with contextlib.suppress(OSError):  # it may go later
                 remove_unfinished(root)
 
-    def save(self, step: int, train_state: dict[str, Any]) -> None:
-        """Start writing the state of this moment. Waits first for an earlier save to end on all ranks."""
+    def save(self, step: int, train_state: dict[str, Any], worth: Worth | None = None) -> None:
+        """Start writing the state of this moment, of which `worth` says what else is to be kept. Waits first for an
+        earlier save to end on all ranks."""
         folder = step_folder(self.target.root, step)
         self._hurry.set()  # what could not be written so far gives way to what is newer
         if busy := self._wait_for_others():
@@ -77,7 +80,9 @@ class Saver:
         collect = self.engine.gather_later(kinds, self.target.owners, self._buffers)
         if self.mesh.device.type == "cuda":
             torch.cuda.current_stream(self.mesh.device).synchronize()
-        self._thread = threading.Thread(target=self._write, args=(folder, collect, train_state), name="checkpoint")
+        self._thread = threading.Thread(
+            target=self._write, args=(folder, collect, train_state, worth), name="checkpoint"
+        )
         self._thread.start()
 
     def _wait_for_others(self) -> list[int]:
@@ -111,9 +116,9 @@ class Saver:
         self.error = f"{folder} was not saved: {reason}"
         self._news.append(f"warning: {self.error}")
 
-    def _write(self, folder: Path, collect: Collect, train_state: dict[str, Any]) -> None:
+    def _write(self, folder: Path, collect: Collect, train_state: dict[str, Any], worth: Worth | None) -> None:
         board = Board(self.mesh, self._number, self._abandoned)
-        writing = Writing(self.target, folder, collect, train_state, board, self._hurry, self._news.append)
+        writing = Writing(self.target, folder, collect, train_state, worth, board, self._hurry, self._news.append)
         try:
             reason = writing.run()
         except Exception as error:  # nobody answers any more
@@ -122,5 +127,16 @@ class Saver:
             self._failed(folder, reason)
         elif self.mesh.world.rank == 0:
             self._news.append(f"saved {folder} in {time.monotonic() - self._began:.1f} s")
-            with contextlib.suppress(OSError):  # what cannot be deleted now is tried again after the next save
-                prune(self.target.root, self.target.keep)
+            self.target.prune(worth)
+            self._tell_best()
+
+    def _tell_best(self) -> None:
+        """Say which checkpoint is the best, when it is another one than before."""
+        root = self.target.root
+        with contextlib.suppress(OSError):
+            steps = complete_steps(root) if self.target.keep_best else []
+            for step in best_steps(root, steps, 1):
+                if step != self._best:
+                    loss = read_worth(step_folder(root, step), step).valid_loss
+                    self._news.append(f"best by validation loss so far: {step_folder(root, step)} ({loss:.4f})")
+                self._best = step

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megalite.activity import NOW
 from megalite.checkpoint.board import Board
-from megalite.checkpoint.folder import MANIFEST, digest, prune, remove, replaced, write_json
+from megalite.checkpoint.folder import MANIFEST, Worth, digest, prune, remove, replaced, write_json
 from megalite.mesh import Mesh
 from megalite.models.peft import TENSORS as ADAPTER
 from megalite.models.weights import Weight
@@ -48,6 +48,12 @@ class Target:
     mesh: Mesh
     write_extras: Callable[[Path], None]
     stem: str = "model"
+    keep_best: int = 0
+
+    def prune(self, newest: Worth | None) -> None:
+        """Delete checkpoints that are not to be kept beside `newest`. What cannot be deleted now is next time."""
+        with contextlib.suppress(OSError):
+            prune(self.root, self.keep, self.keep_best, newest)
 
 
 class Writing:
@@ -59,12 +65,14 @@ class Writing:
         folder: Path,
         collect: Collect,
         train_state: dict[str, Any],
+        worth: Worth | None,
         board: Board,
         hurry: threading.Event,
         say: Callable[[str], None],
     ):
         """There are no more attempts once `hurry` is set."""
         self.target, self.folder, self.collect, self.train_state = target, folder, collect, train_state
+        self.worth = worth
         self.tensors: Mapping[str, Mapping[str, Tensor]] = {}
         self.board, self.hurry, self.say = board, hurry, say
         self.temporary = folder.with_name(f"{folder.name}.tmp")
@@ -77,6 +85,8 @@ class Writing:
             self.tensors = self.collect()  # at once: the next step waits for it
         except Exception as error:
             broken = explain(error)
+        if self.rank == 0:  # steps since the last save may have shown that one to be sound
+            self.target.prune(self.worth)
         for attempt, pause in enumerate((*PAUSES_S, None), 1):
             reason = self._attempt(attempt, broken)
             if not reason or pause is None:
@@ -113,8 +123,7 @@ class Writing:
         (self.temporary / "optimizer").mkdir(parents=True)
 
     def _pause(self, seconds: float) -> None:
-        with contextlib.suppress(OSError):
-            prune(self.target.root, self.target.keep)  # there may be more than asked for by now
+        self.target.prune(self.worth)  # there may be more than asked for by now
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             if self.hurry.wait(0.1):

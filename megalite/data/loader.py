@@ -8,7 +8,7 @@ from __future__ import annotations
 import queue
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -161,21 +161,11 @@ class Loader:
         and `skipped=state["skipped"]`, on any number of ranks and with any batch size."""
         return {
             "fingerprint": self.mixture.fingerprint(),
+            "sources": self.mixture.contents(),
             "samples": self._samples if samples is None else samples,
             "consumed": self.consumed(samples),
             "skipped": [list(span) for span in self.skipped],
         }
-
-    def check_state(self, state: Mapping[str, Any]) -> None:
-        """Raises DataError where the state belongs to other data than this loader's."""
-        mine = self.mixture.fingerprint()
-        if state["fingerprint"] != mine:
-            raise DataError(
-                f"the checkpoint was written after {state['samples']} samples of other data (fingerprint "
-                f"{state['fingerprint']}, now {mine}): the token files, their weights and order in data.train, "
-                "data.split, data.seq_length, data.order and train.seed must be what they were. Put them back to go on "
-                "with that run, or start a new one under another run.name"
-            )
 
     def close(self) -> None:
         """End the thread and drop what it read ahead. Closing twice is no error."""

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -126,6 +126,30 @@ class Mixture:
             identity = json.dumps([_SCHEME, parts, self.order.identity(), fim])
             self._fingerprint = hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
         return self._fingerprint
+
+    def contents(self) -> dict[str, str]:
+        """Name the tokens in the files of each source. A part of the fingerprint, kept to say what has changed."""
+        return {name: source.dataset.fingerprint() for name, source in zip(self.names, self.sources, strict=True)}
+
+    def check_state(self, state: Mapping[str, Any], changed: Sequence[str] = ()) -> None:
+        """Raise DataError where the state of a loader belongs to other data than this. `changed` are the settings that
+        decide the samples and are not what they were."""
+        if state["fingerprint"] == self.fingerprint():
+            return
+        contents: dict[str, str] = self.contents()
+        stored: dict[str, str] = state.get("sources") or {}
+        sources = {name: source.dataset.prefix for name, source in zip(self.names, self.sources, strict=True)}
+        others = [
+            f"the tokens of {sources[name]}, whose content was {stored[name]} and is {contents[name]}"
+            for name in contents
+            if stored.get(name, contents[name]) != contents[name]
+        ]
+        unnamed = "the order of samples, which another version made" if stored else "the token files of data.train"
+        raise DataError(
+            f"the checkpoint was written after {state['samples']} samples of other data. What has changed: "
+            f"{'; '.join([*changed, *others]) or unnamed}. Put it back to go on with that run, or start a new one "
+            "under another run.name"
+        )
 
     def remarks(self) -> list[str]:
         """What whoever runs it should know of the data."""

@@ -10,6 +10,9 @@ from collections.abc import Callable, Iterator, Mapping
 from io import FileIO
 from pathlib import Path
 
+REPLACED = "metrics.replaced.jsonl"
+"""Beside metrics.jsonl: lines of steps that were then done again, of all starts."""
+
 MOST_PENDING = 32 << 20
 """Bytes of lines that wait for a disk. (Of more, the oldest are lost.)"""
 
@@ -27,8 +30,8 @@ def read_metrics(path: Path) -> Iterator[dict[str, float | None]]:
 
 
 class JsonlSink:
-    """Appends to `path`. After a resume from step `start_step` the lines of later steps are dropped first, so that the
-    file reads as if the run had never stopped.
+    """Appends to `path`. After a resume from step `start_step` the lines of later steps are first moved to
+    metrics.replaced.jsonl beside it, so that the file reads as if the run had never stopped, and nothing is lost.
 
     A disk that is full or gone loses no line: they wait in memory until one can be written again. `say` prints a line
     for the user when that begins."""
@@ -60,8 +63,10 @@ class JsonlSink:
     def _flush(self) -> None:
         try:
             if not self._rewound:
-                _rewind(self._path, self._start_step)
+                moved = _rewind(self._path, self._start_step)
                 self._rewound = True
+                if moved:
+                    self._say(f"{self._path}: lines of steps {moved[0]} to {moved[1]}, done again, go to {REPLACED}")
             if self._file is None:
                 self._file = FileIO(self._path, "a")
             while self._pending:  # of which a disk that fills up takes a part
@@ -88,15 +93,40 @@ def _line(record: Mapping[str, float | None]) -> str:
     return json.dumps(finite, allow_nan=False) + "\n"
 
 
-def _rewind(path: Path, start_step: int) -> None:
+def _rewind(path: Path, start_step: int) -> tuple[int, int] | None:
+    """Move the lines of later steps away. Returns the first and last of these steps."""
     temporary = path.with_name(path.name + ".tmp")
+    steps, lines = list[int](), list[str]()
     try:
         with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(_line(record) for record in read_metrics(path) if (record["step"] or 0) <= start_step)
+            for record in read_metrics(path):
+                step = int(record["step"] or 0)
+                if step <= start_step:
+                    file.write(_line(record))
+                else:
+                    steps.append(step)
+                    lines.append(_line(record))
             file.flush()
             os.fsync(file.fileno())
+        if lines:
+            _append(path.with_name(REPLACED), "".join(lines).encode())
         temporary.replace(path)
     except OSError:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+    return (min(steps), max(steps)) if steps else None
+
+
+def _append(path: Path, data: bytes) -> None:
+    """All of it or nothing. Raises OSError."""
+    with FileIO(path, "a") as file:
+        before = file.seek(0, os.SEEK_END)
+        try:
+            while data:
+                data = data[file.write(data) :]
+            os.fsync(file.fileno())
+        except OSError:
+            with contextlib.suppress(OSError):
+                file.truncate(before)
+            raise

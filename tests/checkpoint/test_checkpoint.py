@@ -111,13 +111,6 @@ def test_all_damaged_is_an_error_not_a_fresh_start(run: Config) -> None:
         find_checkpoint(checkpoints(run), "auto", LONE)
 
 
-def test_another_runs_checkpoint_is_only_a_beginning(run: Config) -> None:
-    """A requeued job must go on from its own progress, not begin again."""
-    begin = step_folder(checkpoints(run), 4)
-    assert find_checkpoint(run.run.folder / "new", begin, LONE)[0] == begin
-    assert find_checkpoint(checkpoints(run), begin, LONE)[0] == step_folder(checkpoints(run), 12)
-
-
 def test_pruning_counts_only_complete_checkpoints(run: Config) -> None:
     (step_folder(checkpoints(run), 12) / "manifest.json").unlink()
     (checkpoints(run) / "step-00000016.tmp").mkdir()

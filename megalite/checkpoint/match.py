@@ -1,0 +1,244 @@
+"""Is a checkpoint one of the run that a config describes? Asked before a start writes anything.
+
+What the state of a checkpoint means must not change: its model, its tokenizer, the frozen model beside adapters, and
+which samples of the data it has seen. All else may, and what does is said.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import filecmp
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import PydanticUndefined, to_jsonable_python
+
+from megalite.checkpoint.tensors import KEEPS, CheckpointError
+from megalite.config import Config, LoraConfig, OptimizerConfig
+from megalite.data.mixture import Mixture
+from megalite.data.tokenizer import FILES, Tokenizer, load_tokenizer
+from megalite.errors import ConfigError, DataError
+from megalite.models import model_config, peft, to_hf_config, weight_table
+from megalite.models.lora import adapters_of
+from megalite.optim.schedule import learning_rate
+
+NEUTRAL = {"preset", "hf", "init_std"}
+"""Of the model: where its fields and first weights came from. Dropout is a matter of training, too."""
+SAME_MODEL = {"lora", "lora.rank", "lora.alpha", "lora.rslora", "lora.targets", "objective.name", "optimizer.name"}
+"""What else decides the meaning of weights and optimizer state."""
+SHOWN = 6
+"""Settings of another model that are named."""
+LONGEST = 120
+"""Characters of a value that are shown."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """A setting that is not what it was."""
+
+    key: str
+    was: Any
+    now: Any
+
+    def __str__(self) -> str:
+        return f"{self.key} {shown(self.was)} → {shown(self.now)}"
+
+    @property
+    def is_of_the_model(self) -> bool:
+        name = self.key.rpartition(".")[2]
+        of_model = self.key.startswith("model.") and name not in NEUTRAL and not name.endswith("dropout")
+        return of_model or self.key in SAME_MODEL
+
+
+def shown(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
+
+
+def stored_config(checkpoint: Path) -> dict[str, Any] | None:
+    """Return the config a checkpoint was saved under; None where it has none."""
+    try:
+        values = yaml.safe_load((checkpoint / "config.yaml").read_text())
+    except (OSError, yaml.YAMLError):
+        return None
+    return values if isinstance(values, dict) else None
+
+
+def changes(was: Mapping[str, Any], now: BaseModel, at: str = "") -> list[Change]:
+    """List the settings of a section that differ from the values stored before, each list and section inside by its
+    own keys. A setting that did not exist then had its default."""
+    found = []
+    for name, value in now.model_dump(mode="json").items():
+        inner, key = getattr(now, name), f"{at}{name}"
+        before = was[name] if name in was else _default(now, name, value)
+        if isinstance(inner, BaseModel) and isinstance(before, Mapping):
+            found += changes(before, inner, f"{key}.")
+        elif _are_sections(inner) and isinstance(before, list) and len(before) == len(inner):
+            for number, (old, new) in enumerate(zip(before, inner, strict=True)):
+                found += changes(old, new, f"{key}[{number}].")
+        elif before != value:
+            found.append(Change(key, before, value))
+    gone = [name for name in was if name not in type(now).model_fields and was[name] is not None]
+    return found + [Change(f"{at}{name}", was[name], None) for name in gone]
+
+
+def _are_sections(value: Any) -> bool:
+    return isinstance(value, tuple) and bool(value) and all(isinstance(item, BaseModel) for item in value)
+
+
+def _default(section: BaseModel, name: str, otherwise: Any) -> Any:
+    default = type(section).model_fields[name].get_default(call_default_factory=True)
+    return otherwise if default is PydanticUndefined else to_jsonable_python(default)
+
+
+def check_match(
+    checkpoint: Path,
+    state: Mapping[str, Any],
+    config: Config,
+    tokenizer: Tokenizer | None,
+    train: Mixture,
+    base: Mapping[str, str],
+) -> list[str]:
+    """Say what has changed since a checkpoint was saved, in lines for the console. `base` is what `base_files` finds
+    now.
+
+    Raises CheckpointError where its model, tokenizer or base is another one, DataError where its data is, and
+    ConfigError where it is further than the run is to go."""
+    if state["step"] > config.train.steps:
+        raise ConfigError(
+            f"train.steps = {config.train.steps}, but {checkpoint} has {state['step']} steps done already; give at "
+            "least as many, or go back with checkpoint.resume: FOLDER of an earlier checkpoint"
+        )
+    before = stored_config(checkpoint)
+    changed = changes(before, config) if before else []
+    if before:
+        _check_model(checkpoint, before, config, [change for change in changed if change.is_of_the_model])
+    if tokenizer and config.data.tokenizer:
+        _check_tokenizer(checkpoint, config.data.tokenizer, tokenizer)
+    _check_base(checkpoint, config, state.get("base") or {}, base)
+    train.check_state(state["data"], [str(change) for change in changed if _decides_samples(change.key, config)])
+    told = [f"changed since step {state['step']}: {'; '.join(map(str, changed))}"] if changed else []
+    return told + _jump(before or {}, config, state["step"])
+
+
+def _check_model(checkpoint: Path, before: Mapping[str, Any], config: Config, changed: Sequence[Change]) -> None:
+    other = [change for change in changed if not _says_the_same(change, before, config)]
+    if other:
+        named = "; ".join(f"{each.key} = {shown(each.now)}, there {shown(each.was)}" for each in other[:SHOWN])
+        more = f"; and {len(other) - SHOWN} more" if len(other) > SHOWN else ""
+        raise CheckpointError(f"{checkpoint} is of another model than the config's: {named}{more}; {KEEPS}")
+
+
+def _says_the_same(change: Change, before: Mapping[str, Any], config: Config) -> bool:
+    """Whether two spellings stand for one model: a size that is left to the family, all-linear and its modules."""
+    with contextlib.suppress(ConfigError, ValidationError, ValueError, KeyError, TypeError):
+        model = model_config({key: x for key, x in before["model"].items() if key not in ("preset", "hf")})
+        if change.key == "lora.targets" and config.lora:
+            lora = LoraConfig.model_validate(before["lora"] | {"adapter": None})
+            was, now = (adapters_of(weight_table(model), each) for each in (lora, config.lora))
+            return {adapter.module for adapter in was} == {adapter.module for adapter in now}
+        if change.key.startswith("model.") and not (change.was and change.now):  # 0 or null: as the family has it
+            now_model = config.model.model_copy(update={change.key.partition(".")[2]: change.was})
+            return to_hf_config(now_model) == to_hf_config(config.model)
+    return False
+
+
+def _check_tokenizer(checkpoint: Path, path: Path, tokenizer: Tokenizer) -> None:
+    kept = [name for name in ("tokenizer.json", "tokenizer.model") if (checkpoint / name).is_file()]
+    if not kept or all(_same_file(checkpoint / name, path / name) for name in FILES if (checkpoint / name).is_file()):
+        return
+    try:
+        other = load_tokenizer(checkpoint)
+    except DataError:
+        return
+    if other.fingerprint() != tokenizer.fingerprint():
+        raise CheckpointError(
+            f"data.tokenizer {path} is another one than that of {checkpoint}: {_difference(tokenizer, other)}; {KEEPS}"
+        )
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    return other.is_file() and filecmp.cmp(one, other, shallow=False)
+
+
+def _difference(mine: Tokenizer, other: Tokenizer) -> str:
+    if mine.vocab_size != other.vocab_size:
+        return f"it has {mine.vocab_size} token ids, there are {other.vocab_size}"
+    if mine.eod_id != other.eod_id:
+        return f"its texts end with token {mine.eod_id}, there with {other.eod_id}"
+    tokens, there = ({number: token for token, number in t.vocabulary().items()} for t in (mine, other))
+    for number in sorted(tokens.keys() | there.keys()):
+        if tokens.get(number) != there.get(number):
+            return f"its token {number} is {tokens.get(number)!r}, there {there.get(number)!r}"
+    return "of the same vocabulary, it cuts texts into other tokens"
+
+
+def base_files(config: Config) -> dict[str, str]:
+    """Name the content of the frozen model that a run has beside its own weights, file by file: that of adapters, or
+    of DPO's reference. By the sizes and 64 slices of each file; nothing for other runs, or where it is gone."""
+    if config.model.hf is None or not (config.lora or config.objective.name == "dpo"):
+        return {}
+    found = {}
+    with contextlib.suppress(OSError, ConfigError):
+        folders = [config.model.hf, *([peft.base_of(config.model.hf)] if peft.is_adapter(config.model.hf) else [])]
+        for path in (path for folder in folders for path in sorted(folder.glob("*.safetensors"))):
+            found[path.name] = _content(path)
+    return found
+
+
+def _content(path: Path) -> str:
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        for start in np.linspace(0, max(size - 4096, 0), 64, dtype=np.int64).tolist():
+            file.seek(start)
+            digest.update(file.read(4096))
+    return digest.hexdigest()[:16]
+
+
+def _check_base(checkpoint: Path, config: Config, was: Mapping[str, str], now: Mapping[str, str]) -> None:
+    if not was or not now:  # saved before this was kept, or the base is gone: loading says so
+        return
+    for name in sorted(was.keys() | now.keys()):
+        if was.get(name) != now.get(name):
+            raise CheckpointError(
+                f"model.hf = {config.model.hf} holds other weights than those {checkpoint} was trained beside: {name} "
+                f"has the content {now.get(name, 'of no file')}, then {was.get(name, 'of no file')}; {KEEPS}"
+            )
+
+
+def _decides_samples(key: str, config: Config) -> bool:
+    """Whether the order of samples is a function of a setting."""
+    names = ("train", "split", "seq_length", "order", "packing", "long_rows", "weights", "temperature", "phases", "fim")
+    if any(key == f"data.{name}" or key.startswith((f"data.{name}.", f"data.{name}[")) for name in names):
+        return True
+    is_megatron = config.data.order == "megatron"
+    by_batch = bool(config.data.phases) or is_megatron
+    return (
+        key in ("train.seed", "objective.name", "model.task")
+        or (key == "train.global_batch_size" and by_batch)
+        or (key == "train.steps" and is_megatron)
+    )
+
+
+def _jump(before: Mapping[str, Any], config: Config, step: int) -> list[str]:
+    """Say how far the learning rate of the next step is from where the schedule before was."""
+    with contextlib.suppress(ValidationError, KeyError, TypeError):
+        optimizer, steps = OptimizerConfig.model_validate(before["optimizer"]), int(before["train"]["steps"])
+        # Of a run that had come to its end, what its last step had.
+        wanted = learning_rate(min(step + 1, steps), steps, optimizer)
+        found = learning_rate(step + 1, config.train.steps, config.optimizer)
+        if step < config.train.steps and not math.isclose(found, wanted, rel_tol=0.01):
+            return [
+                f"warning: the learning rate jumps: {found:.4g} in step {step + 1}, where the schedule before had "
+                f"{wanted:.4g} (optimizer.lr, optimizer.schedule and train.steps say what it is)"
+            ]
+    return []
