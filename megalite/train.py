@@ -17,7 +17,7 @@ from megalite.checkpoint.export import keep_source, write_extras
 from megalite.checkpoint.folder import Worth
 from megalite.checkpoint.load import for_adapters, from_checkpoint, from_hf, from_seed
 from megalite.checkpoint.match import base_files, check_match
-from megalite.checkpoint.resume import find_checkpoint, leave_newer, read_train_state
+from megalite.checkpoint.resume import find_checkpoint, leave_newer, read_train_state, way_back
 from megalite.checkpoint.save import Saver
 from megalite.checkpoint.tensors import NotSaved
 from megalite.config import Config
@@ -186,6 +186,8 @@ class Run:
 
     def give_up(self, why: str) -> Ending:
         self.say(f"error: {why} (health.bad_steps_limit)")
+        if self.recorder:
+            self.say(*way_back(self.config.run.folder / "checkpoints", self.config.health.bad_steps_limit))
         last_words.leave(why)
         return Ending(Exit.BAD_NUMBERS)
 
@@ -256,6 +258,8 @@ def train_from(run: Run, parts: Parts, data: Data, start: Start, requests: StopR
         loader.close()
         saver.wait(abandon=not done)
         run.say(*saver.news())
+    if ended.status == Exit.BAD_NUMBERS and run.recorder:
+        run.say(*way_back(folder / "checkpoints", config.health.bad_steps_limit))
     # An earlier save that failed is made good by a later one, but the last one has none after it.
     if saver.error and ended.status is not None:
         raise NotSaved(saver.error)

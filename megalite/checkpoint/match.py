@@ -9,18 +9,16 @@ from __future__ import annotations
 import contextlib
 import filecmp
 import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
-from pydantic import BaseModel, ValidationError
-from pydantic_core import PydanticUndefined, to_jsonable_python
+from pydantic import ValidationError
 
+from megalite.changes import Change, changes, shown, with_defaults
 from megalite.checkpoint.tensors import KEEPS, CheckpointError
 from megalite.config import Config, LoraConfig, OptimizerConfig
 from megalite.data.mixture import Mixture
@@ -36,31 +34,13 @@ SAME_MODEL = {"lora", "lora.rank", "lora.alpha", "lora.rslora", "lora.targets", 
 """What else decides the meaning of weights and optimizer state."""
 SHOWN = 6
 """Settings of another model that are named."""
-LONGEST = 120
-"""Characters of a value that are shown."""
 
 
-@dataclass(frozen=True)
-class Change:
-    """A setting that is not what it was."""
-
-    key: str
-    was: Any
-    now: Any
-
-    def __str__(self) -> str:
-        return f"{self.key} {shown(self.was)} → {shown(self.now)}"
-
-    @property
-    def is_of_the_model(self) -> bool:
-        name = self.key.rpartition(".")[2]
-        of_model = self.key.startswith("model.") and name not in NEUTRAL and not name.endswith("dropout")
-        return of_model or self.key in SAME_MODEL
-
-
-def shown(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
+def is_of_the_model(key: str) -> bool:
+    """Whether a setting decides what weights and optimizer state mean."""
+    name = key.rpartition(".")[2]
+    of_model = key.startswith("model.") and name not in NEUTRAL and not name.endswith("dropout")
+    return of_model or key in SAME_MODEL
 
 
 def stored_config(checkpoint: Path) -> dict[str, Any] | None:
@@ -70,33 +50,6 @@ def stored_config(checkpoint: Path) -> dict[str, Any] | None:
     except (OSError, yaml.YAMLError):
         return None
     return values if isinstance(values, dict) else None
-
-
-def changes(was: Mapping[str, Any], now: BaseModel, at: str = "") -> list[Change]:
-    """List the settings of a section that differ from the values stored before, each list and section inside by its
-    own keys. A setting that did not exist then had its default."""
-    found = []
-    for name, value in now.model_dump(mode="json").items():
-        inner, key = getattr(now, name), f"{at}{name}"
-        before = was[name] if name in was else _default(now, name, value)
-        if isinstance(inner, BaseModel) and isinstance(before, Mapping):
-            found += changes(before, inner, f"{key}.")
-        elif _are_sections(inner) and isinstance(before, list) and len(before) == len(inner):
-            for number, (old, new) in enumerate(zip(before, inner, strict=True)):
-                found += changes(old, new, f"{key}[{number}].")
-        elif before != value:
-            found.append(Change(key, before, value))
-    gone = [name for name in was if name not in type(now).model_fields and was[name] is not None]
-    return found + [Change(f"{at}{name}", was[name], None) for name in gone]
-
-
-def _are_sections(value: Any) -> bool:
-    return isinstance(value, tuple) and bool(value) and all(isinstance(item, BaseModel) for item in value)
-
-
-def _default(section: BaseModel, name: str, otherwise: Any) -> Any:
-    default = type(section).model_fields[name].get_default(call_default_factory=True)
-    return otherwise if default is PydanticUndefined else to_jsonable_python(default)
 
 
 def check_match(
@@ -118,9 +71,9 @@ def check_match(
             "least as many, or go back with checkpoint.resume: FOLDER of an earlier checkpoint"
         )
     before = stored_config(checkpoint)
-    changed = changes(before, config) if before else []
+    changed = changes(with_defaults(before, config), config.model_dump(mode="json")) if before else []
     if before:
-        _check_model(checkpoint, before, config, [change for change in changed if change.is_of_the_model])
+        _check_model(checkpoint, before, config, [change for change in changed if is_of_the_model(change.key)])
     if tokenizer and config.data.tokenizer:
         _check_tokenizer(checkpoint, config.data.tokenizer, tokenizer)
     _check_base(checkpoint, config, state.get("base") or {}, base)

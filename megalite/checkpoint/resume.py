@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from megalite.activity import NOW
 from megalite.checkpoint.folder import (
     MANIFEST,
     Damage,
+    complete_steps,
     damage_of,
     discard,
     read_manifest,
@@ -23,6 +24,7 @@ from megalite.checkpoint.folder import (
     remove,
     restore_replaced,
     set_aside,
+    sound_steps,
     step_folder,
     steps_in,
 )
@@ -43,9 +45,9 @@ def find_checkpoint(
 
     `resume` is "auto" (newest undamaged one below `root`), "never", or a folder: to begin from, while the run has no
     checkpoint of its own, or one of its own to go back to. One that was saved after `bad_steps_limit` steps in a row
-    with bad numbers gives way to the newest that a good step has followed. All ranks call it, and each reads a share of
+    with bad numbers gives way to the newest that is known to be good. All ranks call it, and each reads a share of
     the files. Raises CheckpointError on all."""
-    steps = _steps_of_rank_0(root, mesh)
+    steps = _of_rank_0(lambda: _steps_in(root), mesh)
     if resume == "never":
         if steps:
             raise CheckpointError(
@@ -127,14 +129,36 @@ def _sound(
     limit: int | None,
 ) -> tuple[Path, list[str]]:
     """The newest checkpoint, or the one before the bad steps that ended the run, and what to say."""
-    worth = read_worth(newest, next(step for step in steps if step_folder(root, step) == newest))
-    if limit is None or worth.refused < limit:
+
+    def judge() -> list[int]:
+        worth = read_worth(newest, next(step for step in steps if step_folder(root, step) == newest))
+        return [worth.refused, *sound_steps(root, steps, worth)]
+
+    refused, *sound = _of_rank_0(judge, mesh)
+    if limit is None or refused < limit:
         return newest, []
-    bad = f"{newest} was saved after {worth.refused} steps in a row with bad numbers (health.bad_steps_limit)"
-    before = _newest_undamaged(root, [step for step in steps if step < worth.updated], damaged, mesh)
+    bad = f"{newest} was saved after {refused} steps in a row with bad numbers (health.bad_steps_limit)"
+    before = _newest_undamaged(root, sound, damaged, mesh)
+    if before == newest:  # whose validation has shown it to be good
+        return newest, []
     if before is None:
         return newest, [f"warning: {bad}, and there is none from before them: move it away to start the run afresh"]
-    return before, [f"warning: {bad}; going back to {before}, the newest that a good step has followed"]
+    return before, [f"warning: {bad}; going back to {before}, the newest that is known to be good"]
+
+
+def way_back(root: Path, bad_steps_limit: int) -> list[str]:
+    """Say from where a run that ends for bad numbers can go on. Rank 0 calls it."""
+    steps = complete_steps(root)
+    if not steps:
+        return []
+    worth = read_worth(step_folder(root, steps[-1]), steps[-1])
+    before = sound_steps(root, steps, worth)
+    if not before:
+        return ["no checkpoint is left that is known to be good; another run.name begins afresh"]
+    folder = step_folder(root, before[-1])
+    if worth.refused >= bad_steps_limit:
+        return [f"started again, the run goes back to {folder}, the newest that is known to be good"]
+    return [f"if it comes again, checkpoint.resume={folder} goes back to the newest that is known to be good"]
 
 
 def leave_newer(root: Path, step: int) -> list[str]:
@@ -188,19 +212,21 @@ def _tell(damage: dict[str, Damage]) -> str:
     return ", ".join(told[:SHOWN]) + (f" and {len(told) - SHOWN} more files" if len(told) > SHOWN else "")
 
 
-def _steps_of_rank_0(root: Path, mesh: Mesh) -> list[int]:
+def _steps_in(root: Path) -> list[int]:
+    with contextlib.suppress(OSError):  # a disk that is read-only, or that has just come back
+        restore_replaced(root)
+    return steps_in(root)
+
+
+def _of_rank_0(look: Callable[[], list[int]], mesh: Mesh) -> list[int]:
     """One rank looks, so that all see the same folders whatever their file systems have cached."""
-    steps: list[int] = []
-    if mesh.world.rank == 0:
-        with contextlib.suppress(OSError):  # a disk that is read-only, or that has just come back
-            restore_replaced(root)
-        steps = steps_in(root)
+    found = look() if mesh.world.rank == 0 else []
     if mesh.world.size == 1:
-        return steps
-    count = torch.tensor(len(steps), device=mesh.device)
+        return found
+    count = torch.tensor(len(found), device=mesh.device)
     dist.broadcast(count, 0)
-    agreed = torch.tensor(steps + [0] * (int(count) - len(steps)), dtype=torch.int64, device=mesh.device)
-    if steps or count:
+    agreed = torch.tensor(found + [0] * (int(count) - len(found)), dtype=torch.int64, device=mesh.device)
+    if found or count:
         dist.broadcast(agreed, 0)
     return agreed.tolist()
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 import torch.distributed as dist
 
+from megalite.changes import changes, shown
 from megalite.config import Config
 from megalite.data.dataset import Split
 from megalite.data.indexed import read_note
@@ -79,13 +80,30 @@ def check_same_everywhere(config: Config, data: Mapping[Split, Mixture | None], 
     if mesh.world.size == 1:
         return
     mixtures = {split: mixture.fingerprint() if mixture else None for split, mixture in data.items()}
+    contents = {f"tokens of data.{split}": mixture.contents() for split, mixture in data.items() if mixture}
     mine = torch.tensor(key_of(config.to_yaml(), json.dumps(mixtures)) >> 1, device=mesh.device)
     wanted = mine.clone()
     dist.broadcast(wanted, 0)
     differs = torch.tensor([mesh.world.rank if mine != wanted else -1], device=mesh.device)
     dist.all_reduce(differs, dist.ReduceOp.MAX)
     if differs >= 0:
+        facts = config.model_dump(mode="json") | contents
+        theirs = json.loads(_said_by(0, json.dumps(facts), mesh))
+        what = "; ".join(
+            f"{each.key} {shown(each.was)} there, {shown(each.now)} here" for each in changes(theirs, facts)
+        )
+        what = _said_by(int(differs), what or "the order of samples", mesh)
         raise DataError(
-            f"rank {int(differs)} has another config or other token files than rank 0; "
+            f"rank {int(differs)} has another config or other token files than rank 0: {what}; "
             "are all nodes on one file system?"
         )
+
+
+def _said_by(rank: int, text: str, mesh: Mesh) -> str:
+    """What one rank has to say, on all."""
+    data = torch.tensor(list(text.encode()), dtype=torch.uint8, device=mesh.device)
+    size = torch.tensor(len(data), device=mesh.device)
+    dist.broadcast(size, rank)
+    data = data if mesh.world.rank == rank else torch.zeros(int(size), dtype=torch.uint8, device=mesh.device)
+    dist.broadcast(data, rank)
+    return bytes(data.tolist()).decode()

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -45,8 +45,9 @@ class Facts:
     """Of disks that cannot be used, by the same."""
     memory_gb: float
     """Available to programs."""
-    code: str
-    config: str
+    code: dict[str, str]
+    """Digest of each file."""
+    config: dict[str, Any]
     product_s: float
     product: str
     """Hash of the product, which is the same on every machine."""
@@ -74,8 +75,8 @@ def find_out(config: Config, launch: Launch) -> Facts:
         disk_gb=disk_gb,
         disk_troubles=disk_troubles,
         memory_gb=available_memory_gb(),
-        code=hash_of_code(),
-        config=hashlib.sha256(config.to_yaml().encode()).hexdigest(),
+        code=digests_of_code(),
+        config=config.model_dump(mode="json"),
         product_s=product_s,
         product=product,
     )
@@ -168,13 +169,12 @@ def gpu_remarks() -> list[str]:
     return [line for line, number in numbers if number.isdigit() and int(number) in HARDWARE_XIDS][-3:]
 
 
-def hash_of_code() -> str:
-    """Of the package's files, Python and compiled."""
-    package, total = Path(__file__).parents[1], hashlib.sha256(torch.__version__.encode())
+def digests_of_code() -> dict[str, str]:
+    """Name the content of the package's files, Python and compiled, and the version of torch."""
+    package, found = Path(__file__).parents[1], {"torch": str(torch.__version__)}
     for path in sorted([*package.rglob("*.py"), *package.rglob("*.so")]):
-        total.update(str(path.relative_to(package)).encode())
-        total.update(path.read_bytes())
-    return total.hexdigest()
+        found[str(path.relative_to(package))] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return found
 
 
 def measure_product(launch: Launch) -> tuple[float, str]:

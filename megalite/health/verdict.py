@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median_low
+from typing import Any
 
+from megalite.changes import changes, shown
 from megalite.health.node import Facts
 
 SLOW_PRODUCT, SLOW_LINK = 1.5, 2.0
@@ -20,6 +23,9 @@ CLOCK_S = 2.0
 
 SPARE_GB = 1.0
 """That temporary files and caches need at least."""
+
+NAMED = 5
+"""Settings or files that differ."""
 
 SHARED = "run folder"
 
@@ -93,20 +99,28 @@ def _memory(facts: Sequence[Facts]) -> list[Problem]:
 def _differences(facts: Sequence[Facts]) -> list[Problem]:
     """What must be the same everywhere; most have it right, and the first rank where opinions are even."""
     found = []
-    for kind, values in {
+    kinds: dict[str, list[Any]] = {
         "code": [fact.code for fact in facts],
         "config": [fact.config for fact in facts],
         "result of a matrix product": [fact.product for fact in facts],
-    }.items():
-        counts = Counter(value for value in values if value)
-        right = max(counts, key=lambda value: (counts[value], value == values[0]), default="")
-        text = f"another {kind} than most ranks"
-        found += [
-            Problem(fact.node, kind, text)
-            for fact, value in zip(facts, values, strict=True)
-            if value and value != right
-        ]
+    }
+    for kind, values in kinds.items():
+        texts = [json.dumps(value, sort_keys=True) if value else "" for value in values]
+        counts = Counter(text for text in texts if text)
+        right = max(counts, key=lambda text: (counts[text], text == texts[0]), default="")
+        for fact, text, value in zip(facts, texts, values, strict=True):
+            if text and text != right:
+                found.append(Problem(fact.node, kind, f"another {kind} than most ranks{_named(value, right)}"))
     return found
+
+
+def _named(value: Any, right: str) -> str:
+    """Which keys differ; nothing of what has none."""
+    if not isinstance(value, dict):
+        return ""
+    found = changes(json.loads(right), value)
+    more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
+    return ": " + "; ".join(f"{each.key} {shown(each.now)}, there {shown(each.was)}" for each in found[:NAMED]) + more
 
 
 def _products(facts: Sequence[Facts]) -> list[Problem]:

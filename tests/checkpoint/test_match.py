@@ -182,9 +182,7 @@ OTHER_DATA = {
     "data.seq_length=8": "data.seq_length 16 → 8",
     "data.order=sequential": "data.order shuffle → sequential",
     "data.packing=best_fit": "data.packing concat → best_fit",
-    "data.phases=[{after_step: 9, weights: {more: 1}}]": (
-        'data.phases[0].weights {"corpus": 1.0, "more": 1.0} → {"more": 1.0}'
-    ),
+    "data.phases=[{after_step: 9, weights: {more: 1}}]": ("data.phases[0].weights.corpus 1.0 → null"),
     "data.split=[8, 2, 0]": "data.split null → [8.0, 2.0, 0.0]",
     "train.global_batch_size=8": "train.global_batch_size 4 → 8",
     "data.temperature=2": "data.temperature 1.0 → 2.0",

@@ -79,7 +79,7 @@ def test_each_bad_node_is_named_with_what_is_wrong(tmp_path: Path) -> None:
         lines = ranks.said(0).splitlines()
         assert lines[-1] == "--exclude=node1,node2,node3,node4"
         for wanted in (
-            "node1: another config than most ranks",
+            "node1: another config than most ranks: train.seed 99, there 3",
             "node2: temporary files: 0.00 GB free, wanted are 1.00 GB",
             "node3: its clock is 60.0 s behind",
             "node4: an all-reduce with its neighbours takes 110.0 ms, of others 10.0 ms",
@@ -110,7 +110,7 @@ def test_a_node_that_never_answers_is_missed_not_waited_for(tmp_path: Path) -> N
 def facts(number: int, **changes: Any) -> Facts:
     values = {
         "node": f"n{number}", "rank": number, "ranks_here": 1, "gpus": 0, "gpu_troubles": [], "gpu_remarks": [],
-        "disk_gb": {"run folder": 100.0}, "disk_troubles": {}, "memory_gb": 64.0, "code": "c", "config": "c",
+        "disk_gb": {"run folder": 100.0}, "disk_troubles": {}, "memory_gb": 64.0, "code": {"a.py": "c"}, "config": {"a": 1},
         "product_s": 0.01, "product": "p",
     }  # fmt: skip
     return Facts(**(values | changes))

@@ -1,0 +1,66 @@
+"""What differs between two sets of settings: the keys, and both values. A digest says only that something does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined, to_jsonable_python
+
+LONGEST = 120
+"""Characters of a value that are shown."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """A setting that is not what it was, or not what it is elsewhere."""
+
+    key: str
+    was: Any
+    now: Any
+
+    def __str__(self) -> str:
+        return f"{self.key} {shown(self.was)} → {shown(self.now)}"
+
+
+def shown(value: Any) -> str:
+    """Return a value as a config has it, cut where it is long."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
+
+
+def changes(was: Mapping[str, Any], now: Mapping[str, Any], at: str = "") -> list[Change]:
+    """List what differs, in the order of `now`, with sections and lists of sections by their own keys. What is left
+    out stands for null."""
+    found: list[Change] = []
+    for name in dict.fromkeys((*now, *was)):
+        before, value, key = was.get(name), now.get(name), f"{at}{name}"
+        if isinstance(before, Mapping) and isinstance(value, Mapping):
+            found += changes(before, value, f"{key}.")
+        elif _are_sections(before) and _are_sections(value) and len(before) == len(value):
+            for number, (old, new) in enumerate(zip(before, value, strict=True)):
+                found += changes(old, new, f"{key}[{number}].")
+        elif before != value:
+            found.append(Change(key, before, value))
+    return found
+
+
+def _are_sections(value: Any) -> bool:
+    return isinstance(value, Sequence) and bool(value) and all(isinstance(item, Mapping) for item in value)
+
+
+def with_defaults(values: Mapping[str, Any], section: BaseModel) -> dict[str, Any]:
+    """Return values that were stored before some settings of a section existed, with the defaults of these."""
+    filled = dict(values)
+    for name, field in type(section).model_fields.items():
+        inner = getattr(section, name)
+        if name not in values:
+            default = field.get_default(call_default_factory=True)
+            # A field that has none was what it is now.
+            filled[name] = to_jsonable_python(inner if default is PydanticUndefined else default)
+        elif isinstance(inner, BaseModel) and isinstance(values[name], Mapping):
+            filled[name] = with_defaults(values[name], inner)
+    return filled

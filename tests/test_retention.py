@@ -1,0 +1,183 @@
+"""What is kept of checkpoints: the newest, the best, and while steps with bad numbers last, one that is good."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tampered_ranks import started
+
+import megalite.train
+from megalite.checkpoint import folder as folder_module
+from megalite.checkpoint import writing
+from megalite.checkpoint.folder import Worth, complete_steps, prune, step_folder
+from megalite.config import Config
+from megalite.errors import ConfigError
+from megalite.exit_codes import Exit
+from megalite.train import train
+from small_runs import curve_of, make_config, metrics_of
+
+LAYOUTS = {
+    "one": (1, ()),
+    "pipeline-2": (2, ("parallel.pipeline=2",)),
+    "data-2-zero-1": (2, ("parallel.zero_stage=1",)),
+}
+KILLS = ("step", "before the name", "after the name", "half deleted")
+CASES = [("one", "after the name"), ("pipeline-2", "step"), ("data-2-zero-1", "half deleted")]
+RUN = ("train.steps=9", "checkpoint.every=1", "checkpoint.keep=1", "observe.eval_every=0", "health.bad_steps_limit=3")
+
+
+def killed_at(when: str, folder: Path) -> None:
+    """Rank 0 kills itself in the second step that is refused, or in its save."""
+
+    def kill_before(owner: Any, name: str, is_it: Callable[..., bool]) -> None:
+        original = getattr(owner, name)
+
+        def killing(*arguments: Any, **more: Any) -> Any:
+            if is_it(*arguments):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*arguments, **more)
+
+        setattr(owner, name, killing)
+
+    def is_saved() -> bool:
+        return step_folder(folder, 7).is_dir()
+
+    if when == "step":
+        calls = itertools.count(1)
+        kill_before(megalite.train, "forward_backward", lambda *_: next(calls) == 7)
+    elif when == "before the name":
+        kill_before(writing.Writing, "_give_name", lambda it: it.folder.name.endswith("7"))
+    elif when == "after the name":
+        kill_before(writing.Target, "prune", lambda *_: is_saved())
+    else:
+        kill_before(
+            folder_module, "remove", lambda path: is_saved() and path.name.endswith(".old.tmp") and path.exists()
+        )
+
+
+def train_with(rank: int, world_size: int, folder: Path, config: Config, blown: bool, kill: str) -> int:
+    """`blown`: the rate of step 5 makes weights of which no loss is finite."""
+    import torch.distributed as dist
+
+    if world_size > 1:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
+    rate = megalite.train.learning_rate
+    if blown:
+        megalite.train.learning_rate = lambda step, *more: 1e38 if step == 5 else rate(step, *more)
+    if kill and rank == 0:
+        killed_at(kill, config.run.folder / "checkpoints")
+    return int(train(config))
+
+
+@pytest.mark.parametrize(("layout", "kill"), CASES)
+def test_a_run_whose_weights_blew_up_goes_on_from_before(tmp_path: Path, layout: str, kill: str) -> None:
+    """Killed amid the steps that are refused, started again as it was until it gives up, then with the rate mended:
+    with keep: 1, and a checkpoint of every step, the blown one included."""
+    ranks, overrides = LAYOUTS[layout]
+    config = make_config(tmp_path, "llama", *RUN, *overrides)
+    root = config.run.folder / "checkpoints"
+
+    def start(name: str, of: Config, blown: bool = False, kill: str = "") -> tuple[set[int | None], str]:
+        folder = tmp_path / name
+        folder.mkdir()
+        with started(ranks, folder, train_with, of, blown, kill) as processes:
+            if kill:
+                codes = processes.exit_codes([0])
+                for process in processes.processes:
+                    process.kill()
+            else:
+                codes = processes.exit_codes()
+            return set(codes), processes.said(0)
+
+    codes, said = start("killed", config, True, kill)
+    assert -signal.SIGKILL in codes, said
+    assert 4 in complete_steps(root), said
+    codes, said = start("given-up", config, True)
+    assert codes == {Exit.BAD_NUMBERS}, said
+    assert complete_steps(root) == [4, 5, 8], said
+    assert f"{step_folder(root, 4)}" in said.rpartition("error: ")[2]
+    codes, said = start("mended", config)
+    assert codes == {Exit.DONE}, said
+    assert f"going back to {step_folder(root, 4)}, the newest that is known to be good" in said
+    assert [path.name for path in root.glob("*.refused")] == ["step-00000008.refused"]
+    assert complete_steps(root) == [9], "which its validation has shown to be good"
+    never = make_config(tmp_path, "llama", *RUN, *overrides, "run.name=never")
+    assert start("never", never)[0] == {Exit.DONE}
+    assert curve_of(config) == curve_of(never)
+
+
+def write(root: Path, step: int, refused: int, valid_loss: float | None) -> None:
+    folder = step_folder(root, step)
+    folder.mkdir(parents=True)
+    state = json.dumps({"step": step, "numbers": {"in_a_row": refused}, "valid_loss": valid_loss})
+    (folder / "train_state.json").write_text(state)
+    (folder / "manifest.json").write_text(json.dumps({"files": {"train_state.json": {"size": len(state)}}}))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_nothing_displaces_what_is_worth_more(tmp_path: Path, seed: int) -> None:
+    """Any history of good and refused steps, of saves, validations, restarts without a prune."""
+    rng = random.Random(seed)
+    keep, keep_best, every = rng.randint(1, 3), rng.randint(0, 2), rng.randint(1, 4)
+    refused, is_refused, losses, saved = 0, False, dict[int, float](), list[int]()
+    for step in range(1, 60):
+        is_refused = rng.random() < (0.8 if is_refused else 0.1)
+        refused = refused + 1 if is_refused else 0
+        if step % every:
+            continue
+        valid = rng.random() if rng.random() < 0.5 and not refused else None
+        worth = Worth(step, refused, float("inf") if valid is None else valid)
+        prune(tmp_path, keep, keep_best, worth)
+        write(tmp_path, step, refused, valid)
+        saved.append(step)
+        losses |= {} if valid is None else {step: valid}
+        if rng.random() < 0.3:  # killed before
+            continue
+        before = set(complete_steps(tmp_path))
+        prune(tmp_path, keep, keep_best, worth)
+        kept = set(complete_steps(tmp_path))
+        assert kept >= set(saved[-keep:])
+        assert kept >= set(sorted(losses, key=lambda step: (losses[step], -step))[:keep_best])
+        if valid is None:
+            known = [one for one in saved if one < step - refused or one in losses]
+            assert kept >= set(known[-1:]), "known by a good step after it, or by its validation"
+        assert kept >= set([one for one in saved if one <= step - refused][-1:]), "from before the refused steps"
+        assert len(kept) <= keep + keep_best + (2 if refused else 1)
+        assert kept <= before
+
+
+def test_the_best_is_kept_and_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    best = ("checkpoint.keep_best=1", "checkpoint.keep=1", "checkpoint.every=2", "observe.eval_every=2")
+    # At such a rate the validation loss is lowest in the middle.
+    config = make_config(
+        tmp_path, "llama", *best, "optimizer.lr=0.3", "optimizer.schedule={name: constant}", "train.steps=6"
+    )
+    assert train(config) == Exit.DONE
+    losses = {line["step"]: line["valid_loss"] for line in metrics_of(config) if "valid_loss" in line}
+    step = min(losses, key=losses.__getitem__)
+    assert step < 6
+    root = config.run.folder / "checkpoints"
+    assert complete_steps(root) == [step, 6]
+    said = capfd.readouterr().out
+    assert f"best by validation loss so far: {step_folder(root, step)} ({losses[step]:.4f})" in said
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("data.valid=[]",), "needs data.valid or data.split"),
+        (("checkpoint.every=12",), "checkpoint.every 12 is no multiple of observe.eval_every 8"),
+        (("observe.eval_every=0",), "checkpoint.every 8 is no multiple of observe.eval_every 0"),
+    ],
+)
+def test_the_best_by_no_validation_is_refused(tmp_path: Path, overrides: tuple[str, ...], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        make_config(tmp_path, "llama", "checkpoint.keep_best=1", *overrides)
