@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined, to_jsonable_python
@@ -48,7 +48,7 @@ def changes(was: Mapping[str, Any], now: Mapping[str, Any], at: str = "") -> lis
     return found
 
 
-def _are_sections(value: Any) -> bool:
+def _are_sections(value: Any) -> TypeGuard[Sequence[Mapping[str, Any]]]:
     return isinstance(value, Sequence) and bool(value) and all(isinstance(item, Mapping) for item in value)
 
 

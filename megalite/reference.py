@@ -8,12 +8,14 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megalite.changes import Change, changes
 from megalite.config import Config
 from megalite.data.dataset import RowSource, Split
 from megalite.data.loader import Loader, MicroBatch
@@ -27,11 +29,25 @@ from megalite.parallel.stage import Inputs
 Forward = Callable[[list[MicroBatch]], Iterable[tuple[Tensor, Inputs, MicroBatch]]]
 
 
-def reference_key(mixtures: Mapping[Split, Mixture], config: Config) -> str:
-    """Names all that decides the log-probabilities."""
-    parts = [[split, *(source.fingerprint() for source in mixture.sources)] for split, mixture in mixtures.items()]
-    start = [str(config.model.hf), str(config.lora.adapter)] if config.lora else str(config.model.hf)
-    identity = json.dumps([parts, start, config.train.precision])
+def reference_parts(mixtures: Mapping[Split, Mixture], config: Config, base: Mapping[str, str]) -> dict[str, Any]:
+    """Name all that decides the log-probabilities: settings, the content of the starting model as far as it is there
+    (`base`, from `base_files`), and of the data."""
+    contents = {
+        f"data.{split}": {
+            name: source.fingerprint() for name, source in zip(mixture.names, mixture.sources, strict=True)
+        }
+        for split, mixture in mixtures.items()
+    }
+    adapter = str(config.lora.adapter) if config.lora else None
+    start = {"model.hf": str(config.model.hf), "lora.adapter": adapter, "train.precision": config.train.precision}
+    return start | contents | {"weights": dict(base) or None}
+
+
+def _key_of(parts: Mapping[str, Any]) -> str:
+    """As files of older versions have it in place of the parts."""
+    data = [[name.removeprefix("data."), *found.values()] for name, found in parts.items() if name.startswith("data.")]
+    start = parts["model.hf"] if parts["lora.adapter"] is None else [parts["model.hf"], parts["lora.adapter"]]
+    identity = json.dumps([data, start, parts["train.precision"]])
     return hashlib.sha256(identity.encode()).hexdigest()[:32]
 
 
@@ -58,19 +74,42 @@ def compute_reference(
     return Reference(mixture, tables)
 
 
-def write_references(path: Path, key: str, references: Mapping[Split, Reference]) -> None:
+def write_references(path: Path, parts: Mapping[str, Any], references: Mapping[Split, Reference]) -> None:
     tensors = {f"{split}.{n}": table for split, found in references.items() for n, table in enumerate(found.tables)}
     temporary = path.with_name(f"{path.name}.tmp")
-    save_file(tensors, temporary, metadata={"key": key})
+    save_file(tensors, temporary, metadata={"parts": json.dumps(parts)})
     temporary.replace(path)
 
 
-def read_references(path: Path, key: str, mixtures: Mapping[Split, Mixture]) -> dict[Split, Reference] | None:
-    """What was written for these very mixtures; None for any other, or none."""
+def read_references(
+    path: Path, parts: Mapping[str, Any], mixtures: Mapping[Split, Mixture]
+) -> tuple[dict[Split, Reference] | None, list[Change]]:
+    """Return what was written for these very parts; or None, and what has changed since other ones were."""
     with contextlib.suppress(OSError, SafetensorError), safe_open(path, framework="pt") as file:
-        if (file.metadata() or {}).get("key") == key:
-            return {
+        stored = file.metadata() or {}
+        if "parts" not in stored:
+            differs = (
+                [] if stored.get("key") == _key_of(parts) else [Change("what they are of", stored.get("key"), None)]
+            )
+        else:
+            differs = [
+                each for each in changes(json.loads(stored["parts"]), parts) if not _is_moved(each, stored, parts)
+            ]
+        if differs:
+            return None, differs
+        return (
+            {
                 split: Reference(mixture, [file.get_tensor(f"{split}.{n}") for n in range(len(mixture.sources))])
                 for split, mixture in mixtures.items()
-            }
-    return None
+            },
+            [],
+        )
+    return None, []
+
+
+def _is_moved(change: Change, stored: Mapping[str, str], parts: Mapping[str, Any]) -> bool:
+    """Whether the same weights lie elsewhere now, or are gone."""
+    then = json.loads(stored["parts"])["weights"]
+    if change.key == "model.hf":
+        return bool(parts["weights"]) and parts["weights"] == then
+    return change.key.startswith("weights") and not parts["weights"]

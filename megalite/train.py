@@ -47,7 +47,7 @@ from megalite.optim.schedule import learning_rate
 from megalite.parallel.collectives import all_agree
 from megalite.parts import Parts, build, forward, forward_backward, validate
 from megalite.plan import Plan, make_plan
-from megalite.reference import compute_reference, read_references, reference_key, write_references
+from megalite.reference import compute_reference, read_references, reference_parts, write_references
 from megalite.run_folder import check_run_folder, held, write_config
 from megalite.stopping import StopRequests
 
@@ -233,7 +233,7 @@ def train_from(run: Run, parts: Parts, data: Data, start: Start, requests: StopR
         most = sorted(epochs.items(), key=lambda item: -item[1])[:SOURCES_SHOWN]
         run.say(f"epochs: {', '.join(f'{name} {count:.2f}' for name, count in most)}")
     if isinstance(parts.objective, DPO):
-        prepare_references(run, parts, data)
+        prepare_references(run, parts, data, start.base)
     parts.engine.load(start.weights, state.get("updates", state["step"]))
     loader = make_loader(data["train"], run, state["data"]["samples"], state["data"].get("skipped", ()))
     tokenizer = load_tokenizer(folder / "tokenizer") if config.data.tokenizer and run.recorder else None
@@ -389,15 +389,17 @@ def evaluate_tasks(run: Run, parts: Parts, step: int) -> None:
         run.recorder.tasks({"step": step} | {f"tasks/{name}": value for name, value in found.items()})
 
 
-def prepare_references(run: Run, parts: Parts, data: Data) -> None:
+def prepare_references(run: Run, parts: Parts, data: Data, base: dict[str, str]) -> None:
     """What the starting model makes of every pair: from the run's folder, or computed on this layout and kept there."""
     assert isinstance(parts.objective, DPO)
     mixtures = {split: mixture for split, mixture in data.items() if mixture}
-    path, key = run.config.run.folder / "reference.safetensors", reference_key(mixtures, run.config)
-    found = read_references(path, key, mixtures)
+    path, made_of = run.config.run.folder / "reference.safetensors", reference_parts(mixtures, run.config, base)
+    found, changed = read_references(path, made_of, mixtures)
     if not all_agree(found is not None, run.mesh) or found is None:
         NOW.begin("reference", NOW.step)
         run.say("comparing with the starting model: its log-probabilities of all pairs are computed once")
+        if changed:
+            run.say(f"again, since other ones were kept: {'; '.join(map(str, changed))}")
         parts.engine.load(initial_state(run.config, run.mesh, None))
         parts.train(False)
         found = {
@@ -407,7 +409,7 @@ def prepare_references(run: Run, parts: Parts, data: Data) -> None:
             for split, mixture in mixtures.items()
         }
         if run.recorder:
-            write_references(path, key, found)
+            write_references(path, made_of, found)
     parts.objective.references.update(found)
 
 

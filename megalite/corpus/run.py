@@ -24,6 +24,7 @@ from typing import Any
 
 from rich.console import Console
 
+from megalite.changes import changes
 from megalite.corpus import checks, duplicates
 from megalite.corpus.config import CorpusConfig
 from megalite.corpus.execute import Phase, run_here, submit
@@ -37,6 +38,8 @@ from megalite.errors import DataError
 
 # Settings that change how the work is done, but not what comes out.
 OF_THE_WORK = {"output", "workers", "slurm"}
+NAMED = 5
+"""Settings or files that have changed."""
 
 
 def prepare_corpus(config: CorpusConfig, console: Console | None = None) -> dict[str, Any] | None:
@@ -98,14 +101,25 @@ def _begin(config: CorpusConfig, work: Path) -> int:
     noted = {"shards.json": [[asdict(file) for file in shard] for shard in shards], "settings.json": settings}
     for name, values in noted.items():
         path = work / name
-        if path.exists() and json.loads(path.read_text(encoding="utf-8")) != json.loads(json.dumps(values)):
-            what = "files of other names or sizes" if name == "shards.json" else "another config"
-            raise DataError(f"{work.parent} was begun with {what}; name another `output`, or remove it to start anew")
+        now = json.loads(json.dumps(values))
+        then = json.loads(path.read_text(encoding="utf-8")) if path.exists() else now
+        if then != now:
+            is_files = name == "shards.json"
+            what = "files of other names or sizes" if is_files else "another config"
+            differs = changes(_sizes(then), _sizes(now)) if is_files else changes(then, now)
+            named = "; ".join(map(str, differs[:NAMED])) or "the size of shards"
+            raise DataError(
+                f"{work.parent} was begun with {what}; name another `output`, or remove it to start anew ({named})"
+            )
     inputs = {"files": len(files), "num_bytes": sum(file.num_bytes for file in files), "hidden": listing.num_hidden}
     write_json(work / "inputs.json", inputs)
     for name, values in noted.items():
         write_json(work / name, values)
     return len(shards)
+
+
+def _sizes(shards: list[list[dict[str, Any]]]) -> dict[str, Any]:
+    return {file["path"]: file["num_bytes"] for shard in shards for file in shard}
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -40,8 +41,20 @@ def check_vocabulary(config: Config, tokenizer: Tokenizer | None) -> None:
             )
         made_by = note.get("tokenizer_fingerprint")
         if fingerprint and made_by and made_by != fingerprint:
+            assert tokenizer is not None
+            mine: dict[str, Any] = {
+                "vocab_size": tokenizer.vocab_size,
+                "eod_id": tokenizer.eod_id,
+                "fingerprint": fingerprint,
+            }
+            its: dict[str, Any] = {
+                "fingerprint": made_by,
+                **{name: note[name] for name in ("vocab_size", "eod_id") if name in note},
+            }
+            differs = ", ".join(str(each) for each in changes(its, {name: mine[name] for name in its}))
             raise DataError(
-                f"{source.path} was made with another tokenizer than data.tokenizer {config.data.tokenizer}"
+                f"{source.path} was made with another tokenizer ({note.get('tokenizer', 'of unknown place')}) than "
+                f"data.tokenizer {config.data.tokenizer}: {differs}"
             )
 
 

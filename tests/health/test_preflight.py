@@ -110,8 +110,8 @@ def test_a_node_that_never_answers_is_missed_not_waited_for(tmp_path: Path) -> N
 def facts(number: int, **changes: Any) -> Facts:
     values = {
         "node": f"n{number}", "rank": number, "ranks_here": 1, "gpus": 0, "gpu_troubles": [], "gpu_remarks": [],
-        "disk_gb": {"run folder": 100.0}, "disk_troubles": {}, "memory_gb": 64.0, "code": {"a.py": "c"}, "config": {"a": 1},
-        "product_s": 0.01, "product": "p",
+        "disk_gb": {"run folder": 100.0}, "disk_troubles": {}, "memory_gb": 64.0, "code": {"a.py": "c"},
+        "config": {"a": 1}, "product_s": 0.01, "product": "p",
     }  # fmt: skip
     return Facts(**(values | changes))
 
