@@ -306,7 +306,9 @@ class OptimizerConfig(Section):
 class CheckpointConfig(Section):
     every: int = Field(1000, ge=0, description="steps between checkpoints; 0 saves the last step only")
     keep: int = Field(
-        3, gt=0, description="newest valid checkpoints that are kept; one more while none of them is known to be sound"
+        3,
+        gt=0,
+        description="newest valid checkpoints that are kept; one more where no step has followed any of them yet",
     )
     keep_best: int = Field(0, ge=0, description="kept beside those: the ones of the lowest validation loss")
     resume: Literal["auto", "never"] | Path = Field(

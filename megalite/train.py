@@ -295,14 +295,12 @@ def run_steps(
     stragglers = Stragglers(config.health, mesh)
     guard = Guard(config, mesh, loader, state.get("numbers"))
 
-    def save(step: int, samples: int, valid_loss: float | None = None) -> Worth:
+    def save(step: int, samples: int, valid_loss: float | None = None) -> None:
         NOW.begin("saving", step)
         saved = {"step": step, "updates": parts.engine.num_updates, "data": loader.state(samples)}
         saved |= {"valid_loss": valid_loss, "base": start.base}
         numbers, wandb_id = guard.state(), recorder.wandb_id if recorder else None
-        worth = Worth(step, numbers["in_a_row"], math.inf if valid_loss is None else valid_loss)
-        saver.save(step, saved | {"numbers": numbers, "wandb_id": wandb_id}, worth)
-        return worth
+        saver.save(step, saved | {"numbers": numbers, "wandb_id": wandb_id}, Worth(step, numbers["in_a_row"]))
 
     with profiler, StepLog(recorder, meter) as log:
         for step in range(start_step + 1, run.last_step + 1):

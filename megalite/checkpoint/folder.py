@@ -139,7 +139,7 @@ class Worth:
 
     @property
     def updated(self) -> int:
-        """The step that made its weights. Only the loss of the one after shows whether they are any good."""
+        """The step that made its weights. Only the one after shows whether they are any good."""
         return self.step - self.refused
 
 
@@ -160,26 +160,22 @@ def best_steps(root: Path, steps: Sequence[int], count: int) -> list[int]:
     return [-step for _, step in judged[:count]]
 
 
-def sound_steps(root: Path, steps: Sequence[int], newest: Worth) -> list[int]:
-    """Return those of these steps whose weights were seen to be good before `newest`: by a step that followed them, or
-    by their own validation."""
-    return [
-        step
-        for step in steps
-        if step < newest.updated or math.isfinite(read_worth(step_folder(root, step), step).valid_loss)
-    ]
+def sound_steps(steps: Sequence[int], newest: Worth) -> list[int]:
+    """Return those of these steps whose weights a good step has followed. A loss alone shows nothing: that of weights
+    which are beyond repair may be finite, and only its gradient is not."""
+    return [step for step in steps if step < newest.updated]
 
 
 def prune(root: Path, keep: int, keep_best: int = 0, newest: Worth | None = None) -> None:
     """Delete all complete checkpoints but the newest `keep` and the best `keep_best` by validation loss. Incomplete
     ones do not count, and are left to be looked at.
 
-    Where `newest`, the state that is saved now, has not been shown to be sound (by a later step, or by its own
-    validation), two more stay: the newest one that was, and the newest from before the steps that were refused."""
+    Beside `newest`, the state that is saved now, two more stay: the newest that a good step has followed, and the
+    newest from before the steps that were refused."""
     steps = complete_steps(root)
     kept = {*steps[-keep:], *best_steps(root, steps, keep_best)}
-    if newest and not math.isfinite(newest.valid_loss):
-        kept |= {*sound_steps(root, steps, newest)[-1:]}
+    if newest:
+        kept |= {*sound_steps(steps, newest)[-1:]}
     if newest and newest.refused:
         kept |= {*[step for step in steps if step <= newest.updated][-1:]}
     for step in set(steps) - kept:

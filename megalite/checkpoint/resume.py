@@ -132,15 +132,13 @@ def _sound(
 
     def judge() -> list[int]:
         worth = read_worth(newest, next(step for step in steps if step_folder(root, step) == newest))
-        return [worth.refused, *sound_steps(root, steps, worth)]
+        return [worth.refused, *sound_steps(steps, worth)]
 
     refused, *sound = _of_rank_0(judge, mesh)
     if limit is None or refused < limit:
         return newest, []
     bad = f"{newest} was saved after {refused} steps in a row with bad numbers (health.bad_steps_limit)"
     before = _newest_undamaged(root, sound, damaged, mesh)
-    if before == newest:  # whose validation has shown it to be good
-        return newest, []
     if before is None:
         return newest, [f"warning: {bad}, and there is none from before them: move it away to start the run afresh"]
     return before, [f"warning: {bad}; going back to {before}, the newest that is known to be good"]
@@ -152,7 +150,7 @@ def way_back(root: Path, bad_steps_limit: int) -> list[str]:
     if not steps:
         return []
     worth = read_worth(step_folder(root, steps[-1]), steps[-1])
-    before = sound_steps(root, steps, worth)
+    before = sound_steps(steps, worth)
     if not before:
         return ["no checkpoint is left that is known to be good; another run.name begins afresh"]
     folder = step_folder(root, before[-1])
