@@ -157,7 +157,7 @@ def test_the_best_is_kept_and_named(tmp_path: Path, capfd: pytest.CaptureFixture
     best = ("checkpoint.keep_best=1", "checkpoint.keep=1", "checkpoint.every=2", "observe.eval_every=2")
     # At such a rate the validation loss is lowest in the middle.
     config = make_config(
-        tmp_path, "llama", *best, "optimizer.lr=0.3", "optimizer.schedule={name: constant}", "train.steps=6"
+        tmp_path, "llama", *best, "optimizer.lr=0.3", "optimizer.schedule={name: constant}", "train.steps=8"
     )
     assert train(config) == Exit.DONE
     losses = {line["step"]: line["valid_loss"] for line in metrics_of(config) if "valid_loss" in line}
