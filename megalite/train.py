@@ -14,7 +14,6 @@ from typing import Any
 from megalite import last_words
 from megalite.activity import NOW
 from megalite.checkpoint.export import keep_source, write_extras
-from megalite.checkpoint.folder import Worth
 from megalite.checkpoint.load import for_adapters, from_checkpoint, from_hf, from_seed
 from megalite.checkpoint.match import base_files, check_match
 from megalite.checkpoint.resume import find_checkpoint, leave_newer, read_train_state, way_back
@@ -299,8 +298,8 @@ def run_steps(
         NOW.begin("saving", step)
         saved = {"step": step, "updates": parts.engine.num_updates, "data": loader.state(samples)}
         saved |= {"valid_loss": valid_loss, "base": start.base}
-        numbers, wandb_id = guard.state(), recorder.wandb_id if recorder else None
-        saver.save(step, saved | {"numbers": numbers, "wandb_id": wandb_id}, Worth(step, numbers["in_a_row"]))
+        wandb_id = recorder.wandb_id if recorder else None
+        saver.save(step, saved | {"numbers": guard.state(), "wandb_id": wandb_id})
 
     with profiler, StepLog(recorder, meter) as log:
         for step in range(start_step + 1, run.last_step + 1):

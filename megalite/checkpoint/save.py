@@ -62,9 +62,8 @@ class Saver:
             with contextlib.suppress(OSError):  # it may go later
                 remove_unfinished(root)
 
-    def save(self, step: int, train_state: dict[str, Any], worth: Worth | None = None) -> None:
-        """Start writing the state of this moment, of which `worth` says what else is to be kept. Waits first for an
-        earlier save to end on all ranks."""
+    def save(self, step: int, train_state: dict[str, Any]) -> None:
+        """Start writing the state of this moment. Waits first for an earlier save to end on all ranks."""
         folder = step_folder(self.target.root, step)
         self._hurry.set()  # what could not be written so far gives way to what is newer
         if busy := self._wait_for_others():
@@ -80,9 +79,7 @@ class Saver:
         collect = self.engine.gather_later(kinds, self.target.owners, self._buffers)
         if self.mesh.device.type == "cuda":
             torch.cuda.current_stream(self.mesh.device).synchronize()
-        self._thread = threading.Thread(
-            target=self._write, args=(folder, collect, train_state, worth), name="checkpoint"
-        )
+        self._thread = threading.Thread(target=self._write, args=(folder, collect, train_state), name="checkpoint")
         self._thread.start()
 
     def _wait_for_others(self) -> list[int]:
@@ -116,8 +113,10 @@ class Saver:
         self.error = f"{folder} was not saved: {reason}"
         self._news.append(f"warning: {self.error}")
 
-    def _write(self, folder: Path, collect: Collect, train_state: dict[str, Any], worth: Worth | None) -> None:
+    def _write(self, folder: Path, collect: Collect, train_state: dict[str, Any]) -> None:
         board = Board(self.mesh, self._number, self._abandoned)
+        numbers = train_state.get("numbers")
+        worth = Worth(train_state["step"], numbers["in_a_row"]) if numbers else None
         writing = Writing(self.target, folder, collect, train_state, worth, board, self._hurry, self._news.append)
         try:
             reason = writing.run()
