@@ -21,7 +21,7 @@ from megalite.checkpoint.megatron import find_megatron, open_megatron
 from megalite.checkpoint.tensors import CheckpointError
 from megalite.data.tokenizer import FILES
 from megalite.mesh import ALONE
-from megalite.models import model_config, peft, read_hf_config, to_hf_config, weight_table
+from megalite.models import copied_hf_config, model_config, peft, read_hf_config, to_hf_config, weight_table
 from megalite.models.weights import Weight
 from megalite.resources import fsync
 
@@ -72,7 +72,7 @@ def _open_hf(folder: Path) -> Model:
     def read_exact(weight: Weight) -> Tensor:
         return exact(weight, "master", 0, weight.numel).view(weight.shape)
 
-    return Model(read_hf_config(folder), weights, read, read_exact, extras)
+    return Model(copied_hf_config(read_hf_config(folder), model), weights, read, read_exact, extras)
 
 
 def write_model(
@@ -94,8 +94,8 @@ def write_model(
                 shutil.copyfile(source, temporary / extra)
         found = _write_tensors(model, temporary, DTYPES[dtype] if dtype else None, shard_bytes, console)
         name = str(found).removeprefix("torch.")
-        # transformers 5 reads `dtype`, transformers 4 and vLLM `torch_dtype`.
-        write_json(temporary / "config.json", model.config | {"dtype": name, "torch_dtype": name})
+        # The name that every version of transformers and vLLM reads.
+        write_json(temporary / "config.json", model.config | {"torch_dtype": name})
         fsync(temporary)
         temporary.rename(folder)
     except OSError as error:

@@ -14,13 +14,12 @@ from megalite.data.chat import ChatTemplate
 from megalite.data.tokenizer import FILES, Tokenizer, load_tokenizer
 from megalite.data.turn_end import turn_end
 from megalite.errors import DataError
-from megalite.models import peft, read_hf_config, to_hf_config, weight_table
+from megalite.models import SPECIAL, peft, read_hf_config, to_hf_config, weight_table
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 SOURCE = "source"
 """Folder in that of the run: what it started from may be elsewhere, or nowhere, when it goes on."""
 GENERATION = "generation_config.json"
-SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def keep_source(config: Config) -> None:
@@ -65,8 +64,8 @@ def write_extras(folder: Path, config: Config, tokenizer: Tokenizer | None) -> N
         assert config.model.hf is not None
         write_json(folder / peft.CONFIG, peft.to_peft(config.lora, weight_table(config.model), config.model.hf))
         return
-    # transformers 5 reads `dtype`, transformers 4 and vLLM `torch_dtype`.
-    write_json(folder / "config.json", to_hf_config(config.model) | ids | {"dtype": dtype, "torch_dtype": dtype})
+    # The name that every version of transformers and vLLM reads.
+    write_json(folder / "config.json", to_hf_config(config.model) | ids | {"torch_dtype": dtype})
 
 
 def _add_turn_end(folder: Path, ends: Any, tokenizer: Tokenizer | None) -> None:

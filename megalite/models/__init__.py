@@ -18,6 +18,7 @@ from megalite.config import LoraConfig, ModelConfig
 from megalite.errors import ConfigError
 from megalite.mistakes import describe_errors
 from megalite.models import heads, peft
+from megalite.models.hf import Keys
 from megalite.models.layers import Decoder
 from megalite.models.lora import adapt, with_adapters
 from megalite.models.weights import Weight
@@ -37,6 +38,8 @@ FAMILIES = (
     "smollm3",
 )
 """Hugging Face's names (`model_type`). SmolLM 1 and 2, and others, call themselves llama."""
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+"""Keys of config.json that are the tokenizer's to say."""
 
 
 class Family(Protocol):
@@ -44,6 +47,9 @@ class Family(Protocol):
 
     MODEL: type[Decoder]
     CONFIG: type[ModelConfig]
+
+    KEYS: Keys
+    """What it makes of the keys of config.json."""
 
     def weights(self, config: Any) -> Any: ...
     def to_hf(self, config: Any) -> dict[str, Any]: ...
@@ -116,11 +122,12 @@ def from_hf_config(hf: dict[str, Any]) -> dict[str, Any]:
     """Fields of the `model:` section from a Hugging Face config.json. Unknown architectures raise ConfigError."""
     kind = str(hf.get("model_type"))
     if kind not in FAMILIES:
-        close = difflib.get_close_matches(kind, FAMILIES, n=1)
-        guess = f"did you mean {close[0]!r}? " if close else ""
-        raise ConfigError(f"config.json has model_type = {kind!r}; {guess}megalite knows {', '.join(FAMILIES)}")
+        # No nearest spelling: a name that is nearly that of a family is that of another architecture.
+        raise ConfigError(f"config.json has model_type = {kind!r}; megalite knows {', '.join(FAMILIES)}")
+    module = family(kind)
     try:
-        return family(kind).from_hf(hf) | heads.from_hf(hf)
+        hf = module.KEYS.read(hf, kind)
+        return module.from_hf(hf) | heads.from_hf(hf)
     except KeyError as error:
         raise ConfigError(f"config.json of a {kind} model lacks {error.args[0]!r}") from None
     except ConfigError:
@@ -130,7 +137,23 @@ def from_hf_config(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def to_hf_config(config: ModelConfig) -> dict[str, Any]:
-    return family(config.family).to_hf(config) | heads.to_hf(config)
+    """Return what config.json says of the model. That it has no tokens with a meaning is written out, too: those that
+    transformers takes where they are left out may lie outside of the vocabulary."""
+    return family(config.family).to_hf(config) | dict.fromkeys(SPECIAL) | heads.to_hf(config)
+
+
+TWICE = (
+    "rope_parameters", "rope_scaling", "rope_theta", "rope_local_base_freq", "rotary_emb_base", "rotary_pct",
+    "partial_rotary_factor", "original_max_position_embeddings", "dtype", "torch_dtype",
+)  # fmt: skip
+"""Keys of config.json whose fact may stand in another place, too."""
+
+
+def copied_hf_config(hf: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
+    """Return the config.json of a copy of a model: what was read, but each fact in one place, and no names of code that
+    is not copied."""
+    kept = {key: value for key, value in hf.items() if key not in (*TWICE, "auto_map")}
+    return to_hf_config(config) | kept
 
 
 def weight_table(config: ModelConfig, lora: LoraConfig | None = None) -> tuple[Weight, ...]:

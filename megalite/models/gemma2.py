@@ -12,9 +12,10 @@ from pydantic import Field
 from torch import Tensor
 
 from megalite.kernels.attention import AttentionKind
-from megalite.models.hf import require
+from megalite.models.hf import agreed
 from megalite.models.layers import LayerNorm, OffsetRMSNorm, Places, RMSNorm
 from megalite.models.llama import (
+    LIKE_LLAMA,
     MLP,
     Attention,
     Llama,
@@ -36,11 +37,13 @@ class GemmaLike(WindowedByLayer):
     """What Gemma 2 and 3 share."""
 
     tie_embeddings: bool = True
-    query_pre_attn_scalar: float = Field(0, ge=0, description="scores are divided by its root; 0: the head size")
+    query_pre_attn_scalar: int = Field(0, ge=0, description="scores are divided by its root; 0: the head size")
     logit_softcap: float | None = Field(None, gt=0, description="c of logits c · tanh(logit / c)")
 
     GATE: ClassVar[Literal["silu", "gelu"]] = "gelu"
     NORM: ClassVar[type[RMSNorm] | type[LayerNorm]] = OffsetRMSNorm
+    HEADS_DIVIDE: ClassVar[bool] = True
+    NEEDS_WINDOW: ClassVar[bool] = True
 
     def attention(self, layer: int) -> AttentionKind:
         usual = self.query_pre_attn_scalar in (0, self.head_size)
@@ -105,33 +108,48 @@ def layer_rows(config: GemmaLike, attention: Sequence[Weight]) -> tuple[Weight, 
     )
 
 
+GEMMA = LIKE_LLAMA.but(
+    used={
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "tie_word_embeddings": True,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+        "layer_types": None,
+    },
+    only={"hidden_activation": GELU, "hidden_act": GELU, "use_bidirectional_attention": False},
+)
+KEYS = GEMMA.but(used={"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "sliding_window_size": None})
+
+
 def to_hf(config: Gemma2Config) -> dict[str, Any]:
     return gemma_to_hf(config, "Gemma2ForCausalLM") | {"attn_logit_softcapping": config.attention_softcap}
 
 
 def gemma_to_hf(config: GemmaLike, architecture: str) -> dict[str, Any]:
-    scalar = config.query_pre_attn_scalar or config.head_size
-    return fields_to_hf(config, architecture, GELU) | {
+    values = fields_to_hf(config, architecture, GELU) | {
         "hidden_activation": GELU,
-        "query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar,
+        "query_pre_attn_scalar": config.query_pre_attn_scalar or config.head_size,
         "sliding_window": config.sliding_window,
         "layer_types": list(config.types),
         "final_logit_softcapping": config.logit_softcap,
         "use_bidirectional_attention": False,
     }
+    del values["hidden_act"]
+    return values
 
 
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
-    return gemma_from_hf(hf, "gemma2") | {"attention_softcap": hf["attn_logit_softcapping"]}
+    agreed(hf, "sliding_window", default=None, copies=("sliding_window_size",))
+    return gemma_from_hf(hf, Gemma2Config) | {"attention_softcap": hf["attn_logit_softcapping"]}
 
 
-def gemma_from_hf(hf: dict[str, Any], family: str) -> dict[str, Any]:
-    require(hf, family, {"hidden_activation": GELU, "use_bidirectional_attention": False})
-    return fields_from_hf({"tie_word_embeddings": True, **hf}, family, GELU) | {
+def gemma_from_hf(hf: dict[str, Any], config: type[GemmaLike]) -> dict[str, Any]:
+    return fields_from_hf(hf, config) | {
         "head_dim": hf["head_dim"],
         "query_pre_attn_scalar": hf["query_pre_attn_scalar"],
         "sliding_window": hf["sliding_window"],
-        "layer_types": hf.get("layer_types"),
+        "layer_types": hf["layer_types"],
         "logit_softcap": hf["final_logit_softcapping"],
     }
 

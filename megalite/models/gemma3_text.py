@@ -4,14 +4,15 @@ layers that look back over a window, their positions turning faster, to one that
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch.nn as nn
 from pydantic import Field
 
+from megalite.errors import ConfigError
 from megalite.models import rope
-from megalite.models.gemma2 import Gemma, GemmaLike, Layer, gemma_from_hf, gemma_to_hf, layer_rows
-from megalite.models.hf import require
+from megalite.models.gemma2 import GEMMA, Gemma, GemmaLike, Layer, gemma_from_hf, gemma_to_hf, layer_rows
+from megalite.models.hf import agreed, disagree, refuse_others
 from megalite.models.layers import Places
 from megalite.models.llama import HeadNormAttention, attention_rows, head_norm_rows, table
 from megalite.models.weights import Weight
@@ -22,6 +23,8 @@ class Gemma3TextConfig(GemmaLike):
     family: Literal["gemma3_text"] = "gemma3_text"
     rope_theta: float = Field(1_000_000.0, gt=0, description="of the layers that see all, as is `rope_scaling`")
     local_rope_theta: float = Field(10_000.0, gt=0, description="of the layers that look back over a window")
+
+    ROPE: ClassVar[rope.Names] = rope.Names(theta=1_000_000.0, new="rope_parameters.full_attention")
 
     def usual_type(self, layer: int) -> LayerType:
         return "sliding_attention" if (layer + 1) % 6 else "full_attention"
@@ -46,25 +49,41 @@ def weights(config: Gemma3TextConfig) -> Iterator[Weight]:
     yield from table(config, layer_rows(config, attention_rows(config, norms=head_norm_rows(config))))
 
 
+KEYS = GEMMA.but(
+    used={
+        "final_logit_softcapping": None,
+        "sliding_window_pattern": None,
+        "rope_local_base_freq": None,
+    },
+    only={"attn_logit_softcapping": None, "original_max_position_embeddings": None},
+    _sliding_window_pattern="transformers writes it and does not read it",
+)
+LAYER_TYPES = ("full_attention", "sliding_attention")
+
+
 def to_hf(config: Gemma3TextConfig) -> dict[str, Any]:
-    values = gemma_to_hf(config, "Gemma3ForCausalLM")
-    # transformers 5 reads the nested form; transformers 4 and vLLM the keys beside it.
-    local = {"rope_type": "default", "rope_theta": config.local_rope_theta}
-    nested = {"full_attention": values["rope_parameters"], "sliding_attention": local}
-    return values | {"rope_parameters": nested, "rope_local_base_freq": config.local_rope_theta}
+    return gemma_to_hf(config, "Gemma3ForCausalLM") | {"rope_local_base_freq": config.local_rope_theta}
 
 
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
-    require(hf, "gemma3_text", {"attn_logit_softcapping": None})
-    ropes = hf.get("rope_parameters") or {}
-    usual = {"rope_theta": 1_000_000.0, "final_logit_softcapping": None}
-    flat = {**usual, **hf, "rope_parameters": ropes.get("full_attention")}
-    local = (ropes.get("sliding_attention") or {}).get("rope_theta", hf.get("rope_local_base_freq", 10_000.0))
-    found = gemma_from_hf(flat, "gemma3_text") | {"local_rope_theta": local}
-    if found["layer_types"] is None and (pattern := hf.get("sliding_window_pattern", 6)) != 6:
-        layers = range(1, hf["num_hidden_layers"] + 1)
-        found["layer_types"] = ["sliding_attention" if layer % pattern else "full_attention" for layer in layers]
-    return found
+    ropes, place = hf["rope_parameters"] or {}, "rope_parameters.sliding_attention"
+    refuse_others(ropes, LAYER_TYPES, "rope_parameters", "Gemma 3, which has them by the type of the layer")
+    local = ropes.get("sliding_attention") or {}
+    refuse_others(local, ("rope_type", "type", "rope_theta"), place, "layers that look back over a window")
+    if (kind := rope.kind_of(local, place)) != "default":
+        raise ConfigError(f"config.json has {place}.rope_type = {kind!r}; the gemma3_text family supports 'default'")
+    theta = agreed(hf, f"{place}.rope_theta", "rope_local_base_freq", default=10_000.0)
+    return gemma_from_hf(hf, Gemma3TextConfig) | {"local_rope_theta": theta, "layer_types": _layer_types(hf)}
+
+
+def _layer_types(hf: dict[str, Any]) -> list[str]:
+    """Return them as they stand there, or as the older key says: one of so many layers sees all."""
+    types, pattern = hf["layer_types"], hf["sliding_window_pattern"]
+    layers = range(1, hf["num_hidden_layers"] + 1)
+    usual = ["sliding_attention" if layer % (pattern or 6) else "full_attention" for layer in layers]
+    if types and pattern and types != usual:
+        disagree(f"layer_types = {types}", f"sliding_window_pattern = {pattern}")
+    return types or usual
 
 
 MODEL, CONFIG = Gemma3Text, Gemma3TextConfig

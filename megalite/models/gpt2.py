@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megalite.config import ModelConfig
 from megalite.kernels.activation import gelu
-from megalite.models.hf import require
+from megalite.models.hf import REQUIRED, Keys, agreed
 from megalite.models.layers import (
     CausalAttention,
     CrossEntropy,
@@ -177,6 +177,43 @@ def _linear(
     return matrix, bias
 
 
+_SUMMARY = "of a head for multiple choice, which is not read"
+KEYS = Keys().but(
+    used={
+        "vocab_size": REQUIRED,
+        "n_positions": None,
+        "n_ctx": None,
+        "n_embd": None,
+        "n_layer": None,
+        "n_head": None,
+        "n_inner": None,
+        # transformers reads these too, and takes them before those above.
+        "max_position_embeddings": None,
+        "hidden_size": None,
+        "num_hidden_layers": None,
+        "num_attention_heads": None,
+        "layer_norm_epsilon": 1e-5,
+        "initializer_range": 0.02,
+        "tie_word_embeddings": True,
+        "embd_pdrop": 0.1,
+        "attn_pdrop": 0.1,
+        "resid_pdrop": 0.1,
+    },
+    only={
+        "activation_function": "gelu_new",
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+    },
+    reorder_and_upcast_attn="the precision of the scores in half precision",
+    summary_type=_SUMMARY,
+    summary_use_proj=_SUMMARY,
+    summary_activation=_SUMMARY,
+    summary_proj_to_labels=_SUMMARY,
+    summary_first_dropout=_SUMMARY,
+    summary_last_dropout=_SUMMARY,
+)
+
+
 def to_hf(config: GPT2Config) -> dict[str, Any]:
     return {
         "architectures": ["GPT2LMHeadModel"],
@@ -198,27 +235,20 @@ def to_hf(config: GPT2Config) -> dict[str, Any]:
 
 
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
-    supported = {
-        "activation_function": "gelu_new",
-        "scale_attn_weights": True,
-        "scale_attn_by_inverse_layer_idx": False,
-        "add_cross_attention": False,
-    }
-    require(hf, "gpt2", supported)
     return {
         "family": "gpt2",
         "vocab_size": hf["vocab_size"],
-        "hidden_size": hf["n_embd"],
-        "intermediate_size": hf.get("n_inner") or 0,
-        "num_layers": hf["n_layer"],
-        "num_attention_heads": hf["n_head"],
-        "max_positions": hf["n_positions"],
+        "hidden_size": agreed(hf, "n_embd", "hidden_size"),
+        "intermediate_size": hf["n_inner"] or 0,
+        "num_layers": agreed(hf, "n_layer", "num_hidden_layers"),
+        "num_attention_heads": agreed(hf, "n_head", "num_attention_heads"),
+        "max_positions": agreed(hf, "n_positions", "max_position_embeddings", copies=("n_ctx",)),
         "norm_eps": hf["layer_norm_epsilon"],
-        "init_std": hf.get("initializer_range", 0.02),
-        "tie_embeddings": hf.get("tie_word_embeddings", True),
-        "embedding_dropout": hf.get("embd_pdrop", 0.1),
-        "attention_dropout": hf.get("attn_pdrop", 0.1),
-        "hidden_dropout": hf.get("resid_pdrop", 0.1),
+        "init_std": hf["initializer_range"],
+        "tie_embeddings": hf["tie_word_embeddings"],
+        "embedding_dropout": hf["embd_pdrop"],
+        "attention_dropout": hf["attn_pdrop"],
+        "hidden_dropout": hf["resid_pdrop"],
     }
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megalite.kernels.activation import gelu
 from megalite.models import rope
-from megalite.models.hf import require
+from megalite.models.hf import REQUIRED, Keys, require
 from megalite.models.layers import LayerNorm, RMSNorm
 from megalite.models.llama import Attention, Llama, LlamaLike, Shared, residual_std
 from megalite.models.weights import Weight, layer_rows
@@ -32,6 +32,7 @@ class GPTNeoXConfig(LlamaLike):
     QKV_BIAS: ClassVar[bool] = True
     OUT_BIAS: ClassVar[bool] = True
     NORM: ClassVar[type[RMSNorm] | type[LayerNorm]] = LayerNorm
+    ROPE: ClassVar[rope.Names] = rope.Names(theta_key="rotary_emb_base", share_key="rotary_pct", share=0.25)
 
     @model_validator(mode="after")
     def _plain_heads(self) -> GPTNeoXConfig:
@@ -127,6 +128,39 @@ def _row(name: str, hf: str, shape: tuple[int, int], std: float, unit: int = 1) 
     yield Weight(f"{name}.bias", shape[:1], (f"{hf}.bias",), init="zeros", decay=False, partial_grad="sequence")
 
 
+KEYS = Keys().but(
+    used={
+        "vocab_size": REQUIRED,
+        "hidden_size": REQUIRED,
+        "intermediate_size": REQUIRED,
+        "num_hidden_layers": REQUIRED,
+        "num_attention_heads": REQUIRED,
+        "num_key_value_heads": None,
+        "head_dim": None,
+        "hidden_act": "gelu",
+        "max_position_embeddings": REQUIRED,
+        "original_max_position_embeddings": None,
+        "layer_norm_eps": 1e-5,
+        "initializer_range": 0.02,
+        "tie_word_embeddings": False,
+        "use_parallel_residual": True,
+        "rotary_pct": None,
+        "rotary_emb_base": None,
+        "partial_rotary_factor": None,
+        "rope_theta": None,
+        "rope_scaling": None,
+        "rope_parameters": None,
+    },
+    only={
+        "attention_bias": True,
+        "attention_dropout": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "hidden_dropout": 0.0,
+        "hidden_dropout_prob": 0.0,
+    },
+)
+
+
 def to_hf(config: GPTNeoXConfig) -> dict[str, Any]:
     return {
         "architectures": ["GPTNeoXForCausalLM"],
@@ -145,33 +179,31 @@ def to_hf(config: GPTNeoXConfig) -> dict[str, Any]:
         "attention_bias": True,
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
-        # transformers 5 reads `rope_parameters`; transformers 4 and vLLM the other two.
-        **rope.to_hf(config.rope_theta, config.rope_scaling, partial_rotary_factor=config.rotary_pct),
-        "rotary_pct": config.rotary_pct,
-        "rotary_emb_base": config.rope_theta,
+        **rope.to_hf(config.ROPE, config.rope_theta, config.rope_scaling, config.rotary_pct),
     }
 
 
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
-    require(hf, "gpt_neox", {"attention_bias": True, "attention_dropout": 0.0, "hidden_dropout": 0.0})
     if hf["hidden_act"] not in ("gelu", *TANH):
         require(hf, "gpt_neox", {"hidden_act": "gelu"})
-    rotary = (hf.get("rope_parameters") or {}).get("partial_rotary_factor", hf.get("rotary_pct", 0.25))
+    hidden, heads = hf["hidden_size"], hf["num_attention_heads"]
+    for key, value in (("num_key_value_heads", heads), ("head_dim", hidden // heads)):
+        require(hf, "gpt_neox", {key: value})
     return {
         "family": "gpt_neox",
         "vocab_size": hf["vocab_size"],
-        "hidden_size": hf["hidden_size"],
+        "hidden_size": hidden,
         "intermediate_size": hf["intermediate_size"],
         "num_layers": hf["num_hidden_layers"],
-        "num_attention_heads": hf["num_attention_heads"],
+        "num_attention_heads": heads,
         "max_positions": hf["max_position_embeddings"],
         "norm_eps": hf["layer_norm_eps"],
-        "init_std": hf.get("initializer_range", 0.02),
-        "tie_embeddings": hf.get("tie_word_embeddings", False),
-        "parallel_residual": hf.get("use_parallel_residual", True),
+        "init_std": hf["initializer_range"],
+        "tie_embeddings": hf["tie_word_embeddings"],
+        "parallel_residual": hf["use_parallel_residual"],
         "tanh_gelu": hf["hidden_act"] in TANH,
-        "rotary_pct": rotary,
-        **rope.from_hf(hf, "gpt_neox", hf.get("rotary_emb_base", 10_000.0)),
+        "rotary_pct": rope.rotary_share(hf, GPTNeoXConfig.ROPE),
+        **rope.from_hf(hf, "gpt_neox", GPTNeoXConfig.ROPE),
     }
 
 

@@ -1,15 +1,170 @@
-"""What families' mappings from a Hugging Face config.json share."""
+"""What a Hugging Face config.json may say. A family declares each key as used, as computed with one value alone, or as
+neutral; any other key whose name speaks of a computation is refused, so that none is passed over that changes it."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from megalite.errors import ConfigError
 
+REQUIRED: Any = object()
+"""Stands for the usual value of a key that config.json cannot leave out."""
 
-def require(hf: dict[str, Any], family: str, supported: dict[str, Any]) -> None:
-    """Raise ConfigError where a key has another value than the one that the family computes. None and what is left out
-    stand for it."""
+
+def _each(reasons: Mapping[str, str]) -> dict[str, str]:
+    """The reason by the key, from keys by their reason."""
+    return {key: reason for reason, keys in reasons.items() for key in keys.split()}
+
+
+NEUTRAL = _each({
+    "names and versions": "model_type architectures _name_or_path name_or_path _commit_hash transformers_version "
+    "unsloth_version is_llama_config finetuning_task task_specific_params prefix tokenizer_class "
+    "transformers.js_config",
+    "transformers runs such code only where it is told to trust it, and else computes what the family does": "auto_map",
+    "the stored tensors say their precision, and train.precision that of a run": "dtype torch_dtype use_bfloat16",
+    "which tokens the tokenizer and generation give a meaning": "bos_token_id eos_token_id pad_token_id sep_token_id "
+    "decoder_start_token_id",
+    "how to generate": "use_cache cache_implementation assistant_confidence_threshold assistant_lookbehind "
+    "bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size "
+    "encoder_repetition_penalty epsilon_cutoff eta_cutoff exponential_decay_length_penalty forced_bos_token_id "
+    "forced_eos_token_id length_penalty max_length min_length no_repeat_ngram_size num_assistant_tokens "
+    "num_assistant_tokens_schedule num_beam_groups num_beams num_return_sequences output_scores remove_invalid_values "
+    "repetition_penalty return_dict_in_generate suppress_tokens target_lookbehind temperature top_k top_p typical_p",
+    "what transformers returns beside the logits": "output_hidden_states output_attentions output_past return_dict "
+    "use_return_dict tie_last_hidden_states",
+    "how to compute the same": "attn_implementation _attn_implementation _attn_implementation_internal "
+    "_attn_implementation_autoset _experts_implementation _experts_implementation_internal experts_implementation "
+    "_flash_attn_2_enabled use_flash_attn use_flash_attention use_flash_attention_2 chunk_size_feed_forward "
+    "gradient_checkpointing torchscript pretraining_tp is_decoder",
+    "of a head for classes, which `heads` reads where the architecture has one": "id2label label2id num_labels "
+    "_num_labels problem_type",
+    "of training alone": "classifier_dropout neftune_noise_alpha",
+})  # fmt: skip
+"""Keys of any family that leave alone what is computed."""
+
+ONLY: dict[str, Any] = {
+    "is_causal": True,
+    "is_encoder_decoder": False,
+    "add_cross_attention": False,
+    "cross_attention_hidden_size": None,
+    "tie_encoder_decoder": False,
+    "pruned_heads": {},
+    "per_layer_config": {},
+    "attention_chunk_size": None,
+    "partial_rotary_factor": 1.0,
+    "rope_interleaved": False,
+    "use_mrope": False,
+    "token_classification_bias": True,
+    "quantization_config": None,
+}
+"""Keys that can be given for any family, each with the one value that megalite computes."""
+
+_COMPUTES = re.compile(
+    # Anywhere in a name,
+    r"att(n|en)|heads?|layer|rope|rotary|yarn|alibi|position|window|sliding|norm(?!al_)|scal(e|ing|ar)|multipl|softcap|"
+    r"capping|activ|gelu|silu|swi|relu|causal|bidirection|mask|resid|embed|expert|moe|router|drop|mlp|ffn|logit|"
+    r"epsilon|hidden|quant|lora|mamba|ssm|recurren|chunk|spars|interleav|latent|bias|encoder|decoder|kernel|dim|"
+    # at the beginning of a word,
+    r"(?<![a-z])(skip|emb|rout|feed|eps|size|width|depth|cross|compress|adapter|gat(e|ing)|conv(?!er)|linear|factor|"
+    r"block|local|global|mtp|nextn|predictor|parallel|freq|theta|base(?!_model)|clip|sink|rank|group|config|vision|"
+    r"audio|shar|tie|untie|quer|key|value|qkv|mix|prun|stride|pattern|steps?|loop|mup|gamma|beta|alpha|memor)|"
+    # and as a word.
+    r"(?<![a-z])(act|acts|ln|rms|qk|kv|q|k|v|cap|glu|mu|mult|unit|temp|softmax|sigmoid|states?|period)(?![a-z])"
+)
+
+
+def computes(key: str) -> bool:
+    """Whether the name of a key speaks of something that a model computes."""
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key).lower()
+    return bool(_COMPUTES.search(words))
+
+
+@dataclass(frozen=True)
+class Keys:
+    """What a family makes of the keys of config.json, beside those that are common to all."""
+
+    used: Mapping[str, Any] = field(default_factory=dict)
+    """Keys that the family's `from_hf` reads, each with what transformers takes where it is left out."""
+    only: Mapping[str, Any] = field(default_factory=lambda: ONLY)
+    """Keys that may have one value alone."""
+    neutral: Mapping[str, str] = field(default_factory=lambda: NEUTRAL)
+    """Keys that leave alone what is computed, each with the reason."""
+
+    def but(self, used: Mapping[str, Any] | None = None, only: Mapping[str, Any] | None = None, **neutral: str) -> Keys:
+        """Return these keys with others added, or declared otherwise; `neutral` has the reason by the key."""
+        new = {**(used or {}), **(only or {}), **neutral}
+
+        def merged(old: Mapping[str, Any], more: Mapping[str, Any] | None) -> dict[str, Any]:
+            return {key: value for key, value in old.items() if key not in new} | dict(more or {})
+
+        return Keys(merged(self.used, used), merged(self.only, only), merged(self.neutral, neutral))
+
+    def read(self, hf: Mapping[str, Any], family: str) -> dict[str, Any]:
+        """Return config.json with what it leaves out of the used keys. Raise ConfigError for a key that has a value
+        which the family does not compute, or that nobody declared and that may say what to compute."""
+        for key, value in hf.items():
+            if key in self.only:
+                require(hf, family, {key: self.only[key]})
+            elif key not in self.used and key not in self.neutral and value is not None and computes(key):
+                raise ConfigError(
+                    f"config.json has {key} = {shown(value)}, which is unknown for the {family} family and may change "
+                    "what the model computes; remove the key only if it changes nothing"
+                )
+        usual = {key: value for key, value in self.used.items() if value is not REQUIRED}
+        return usual | dict(hf)
+
+
+def require(hf: Mapping[str, Any], family: str, supported: Mapping[str, Any]) -> None:
+    """Raise ConfigError where a key has another value than the one that the family computes. What is left out stands
+    for it, and so does null, but for true: to transformers null is off."""
     for key, only in supported.items():
-        if hf.get(key) is not None and hf[key] != only:
-            raise ConfigError(f"config.json has {key} = {hf[key]!r}; the {family} family supports {only!r}")
+        value = hf.get(key, only)
+        if value != only and (value is not None or only is True):
+            raise ConfigError(f"config.json has {key} = {shown(value)}; the {family} family supports {only!r}")
+
+
+def agreed(hf: Mapping[str, Any], *places: str, default: Any = REQUIRED, copies: Sequence[str] = ()) -> Any:
+    """Return the value of a fact that config.json may give in several places ("rope_parameters.rope_theta" is one
+    inside another): that of the first place which has one, or `default`.
+
+    Raise ConfigError where another place, or one of the `copies`, which transformers does not read, says otherwise.
+    Raise KeyError where no place has a value and there is no default."""
+    found = {place: value for place in (*places, *copies) if (value := at(hf, place)) is not None}
+    first = next((place for place in places if place in found), None)
+    if first is None and default is REQUIRED:
+        raise KeyError(places[0])
+    value = default if first is None else found[first]
+    for place, other in found.items():
+        if other != value:
+            said = f"{first} = {shown(value)}" if first else f"{places[-1]} left out, which means {shown(value)}"
+            disagree(f"{place} = {shown(other)}", said)
+    return value
+
+
+def disagree(one: str, other: str) -> None:
+    """Raise the ConfigError for a fact that stands in two places."""
+    raise ConfigError(f"config.json says two things of one: {one}, but {other}; leave only the right one")
+
+
+def at(hf: Mapping[str, Any], place: str) -> Any:
+    """Return the value of a place ("rope_parameters.rope_theta"), None where there is none."""
+    value: Any = hf
+    for key in place.split("."):
+        value = None if value is None else value.get(key)
+    return value
+
+
+def refuse_others(values: Mapping[str, Any], known: Iterable[str], place: str, whose: str) -> None:
+    """Raise ConfigError for a key inside of `place` that is not known and has a value."""
+    for key, value in values.items():
+        if value is not None and key not in known:
+            raise ConfigError(f"config.json has {place}.{key} = {shown(value)}, which is unknown for {whose}")
+
+
+def shown(value: Any) -> str:
+    """Return how a message shows a value."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:199]}…"

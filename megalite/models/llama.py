@@ -13,11 +13,12 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from megalite.config import ModelConfig
+from megalite.errors import ConfigError
 from megalite.kernels.activation import geglu, swiglu
 from megalite.kernels.attention import AttentionKind
 from megalite.kernels.rope import rotate
 from megalite.models import rope
-from megalite.models.hf import require
+from megalite.models.hf import REQUIRED, Keys
 from megalite.models.layers import (
     CausalAttention,
     CrossEntropy,
@@ -46,10 +47,22 @@ class LlamaLike(ModelConfig):
     OUT_BIAS: ClassVar[bool] = False
     GATE: ClassVar[Literal["silu", "gelu"]] = "silu"
     NORM: ClassVar[type[RMSNorm] | type[LayerNorm]] = RMSNorm
+    ROPE: ClassVar[rope.Names] = rope.Names()
+    HEADS_DIVIDE: ClassVar[bool] = False
+    """transformers opens the family only where the hidden size is a multiple of the heads, also with a head_dim."""
+
+    @model_validator(mode="after")
+    def _opens_in_transformers(self) -> LlamaLike:
+        if self.rope_scaling and self.rope_scaling.type not in self.ROPE.kinds:
+            allowed = ", ".join(self.ROPE.kinds)
+            raise ValueError(
+                f"rope_scaling.type {self.rope_scaling.type}: transformers opens {self.family} with {allowed}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _heads_fit(self) -> LlamaLike:
-        if not self.head_dim and self.hidden_size % self.num_attention_heads:
+        if (self.HEADS_DIVIDE or not self.head_dim) and self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads {self.num_attention_heads}"
             )
@@ -88,6 +101,9 @@ class LlamaLike(ModelConfig):
 
 class LlamaConfig(LlamaLike):
     family: Literal["llama"] = "llama"
+    init_std: float = Field(0.02, gt=0, le=1)  # transformers opens no Llama with more
+
+    HEADS_DIVIDE: ClassVar[bool] = True
 
 
 class Shared(NamedTuple):
@@ -277,6 +293,31 @@ def residual_std(config: ModelConfig) -> float:
     return config.init_std / math.sqrt(2 * config.num_layers)
 
 
+LIKE_LLAMA = Keys().but(
+    used={
+        "vocab_size": REQUIRED,
+        "hidden_size": REQUIRED,
+        "intermediate_size": REQUIRED,
+        "num_hidden_layers": REQUIRED,
+        "num_attention_heads": REQUIRED,
+        "num_key_value_heads": None,
+        "head_dim": None,
+        "max_position_embeddings": REQUIRED,
+        "original_max_position_embeddings": None,
+        "rms_norm_eps": 1e-6,
+        "initializer_range": 0.02,
+        "tie_word_embeddings": False,
+        "rope_theta": None,
+        "rope_scaling": None,
+        "rope_parameters": None,
+        "pad_token_id": None,
+    },
+    only={"attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu", "mlp_bias": False},
+)
+"""Of families that grew out of Llama."""
+KEYS = LIKE_LLAMA
+
+
 def to_hf(config: LlamaLike) -> dict[str, Any]:
     return fields_to_hf(config, "LlamaForCausalLM") | {"mlp_bias": False}
 
@@ -300,31 +341,33 @@ def fields_to_hf(config: LlamaLike, architecture: str, activation: str = "silu")
         "tie_word_embeddings": config.tie_embeddings,
         "attention_bias": False,
         "attention_dropout": 0.0,
-        **rope.to_hf(config.rope_theta, config.rope_scaling),
+        **rope.to_hf(config.ROPE, config.rope_theta, config.rope_scaling),
     }
 
 
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
-    require(hf, "llama", {"mlp_bias": False})
-    return fields_from_hf(hf, "llama")
+    return fields_from_hf(hf, LlamaConfig)
 
 
-def fields_from_hf(hf: dict[str, Any], family: str, activation: str = "silu") -> dict[str, Any]:
-    require(hf, family, {"attention_bias": False, "hidden_act": activation, "attention_dropout": 0.0})
+def fields_from_hf(hf: dict[str, Any], config: type[LlamaLike]) -> dict[str, Any]:
+    """Return the fields that all kin have."""
+    family, vocabulary, pad = config.model_fields["family"].default, hf["vocab_size"], hf["pad_token_id"]
+    if pad is not None and not -vocabulary <= pad < vocabulary:
+        raise ConfigError(f"config.json has pad_token_id = {pad!r}, which is none of the {vocabulary} tokens")
     return {
         "family": family,
-        "vocab_size": hf["vocab_size"],
+        "vocab_size": vocabulary,
         "hidden_size": hf["hidden_size"],
         "intermediate_size": hf["intermediate_size"],
         "num_layers": hf["num_hidden_layers"],
         "num_attention_heads": hf["num_attention_heads"],
-        "num_kv_heads": hf.get("num_key_value_heads") or hf["num_attention_heads"],
-        "head_dim": hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
+        "num_kv_heads": hf["num_key_value_heads"] or hf["num_attention_heads"],
+        "head_dim": hf["head_dim"] or hf["hidden_size"] // hf["num_attention_heads"],
         "max_positions": hf["max_position_embeddings"],
         "norm_eps": hf["rms_norm_eps"],
-        "init_std": hf.get("initializer_range", 0.02),
-        "tie_embeddings": hf.get("tie_word_embeddings", False),
-        **rope.from_hf(hf, family),
+        "init_std": hf["initializer_range"],
+        "tie_embeddings": hf["tie_word_embeddings"],
+        **rope.from_hf(hf, family, config.ROPE),
     }
 
 

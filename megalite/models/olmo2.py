@@ -69,12 +69,15 @@ def _projection_norms(config: Olmo2Config) -> Iterator[Weight]:
         )  # fmt: skip
 
 
+KEYS = llama.LIKE_LLAMA.but(used={"rms_norm_eps": 1e-5})
+
+
 def to_hf(config: Olmo2Config) -> dict[str, Any]:
     return llama.fields_to_hf(config, "Olmo2ForCausalLM")
 
 
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
-    return llama.fields_from_hf(hf, "olmo2")
+    return llama.fields_from_hf(hf, Olmo2Config)
 
 
 MODEL, CONFIG = Olmo2, Olmo2Config

@@ -4,13 +4,21 @@ projections fused, as megalite holds them."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from megalite.models import rope
-from megalite.models.hf import require
-from megalite.models.llama import Llama, attention_rows, fields_from_hf, fields_to_hf, layer_table, mlp_rows, table
+from megalite.models.llama import (
+    LIKE_LLAMA,
+    Llama,
+    attention_rows,
+    fields_from_hf,
+    fields_to_hf,
+    layer_table,
+    mlp_rows,
+    table,
+)
 from megalite.models.weights import Weight
 from megalite.models.windows import Windowed
 
@@ -18,6 +26,8 @@ from megalite.models.windows import Windowed
 class Phi3Config(Windowed):
     family: Literal["phi3"] = "phi3"
     partial_rotary_factor: float = Field(1.0, gt=0, le=1, description="share of each head that turns")
+
+    ROPE: ClassVar[rope.Names] = rope.Names(kinds=("longrope",), share_key="partial_rotary_factor")
 
     @property
     def rotary_size(self) -> int:
@@ -29,18 +39,35 @@ def weights(config: Phi3Config) -> Iterator[Weight]:
     yield from table(config, layer)
 
 
+KEYS = LIKE_LLAMA.but(
+    used={
+        "rms_norm_eps": 1e-5,
+        "sliding_window": None,
+        "partial_rotary_factor": None,
+        "original_max_position_embeddings": 4096,
+    },
+    only={"embd_pdrop": 0.0, "resid_pdrop": 0.0, "lm_head_bias": False, "full_attn_mod": 1, "interpolate_factor": 1},
+)
+
+
 def to_hf(config: Phi3Config) -> dict[str, Any]:
     values = fields_to_hf(config, "Phi3ForCausalLM") | {"sliding_window": config.sliding_window}
-    values |= rope.to_hf(config.rope_theta, config.rope_scaling, partial_rotary_factor=config.partial_rotary_factor)
-    original = (values["rope_scaling"] or {}).get("original_max_position_embeddings", config.max_positions)
+    scaling, original = config.rope_scaling, config.max_positions
+    values |= rope.to_hf(config.ROPE, config.rope_theta, scaling, config.partial_rotary_factor)
+    if isinstance(scaling, rope.LongRope):
+        original = scaling.original_max_positions
+        # transformers 4 takes these three keys alone.
+        factors = {key: values["rope_scaling"][key] for key in ("short_factor", "long_factor")}
+        values["rope_scaling"] = {"type": "longrope", **factors}
     return values | {"original_max_position_embeddings": original, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
 
 
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
-    require(hf, "phi3", {"resid_pdrop": 0.0, "embd_pdrop": 0.0})
-    rotary = (hf.get("rope_parameters") or {}).get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0))
-    found = {"sliding_window": hf.get("sliding_window"), "partial_rotary_factor": rotary}
-    return fields_from_hf(hf, "phi3") | found
+    rotary = rope.rotary_share(hf, Phi3Config.ROPE)
+    return fields_from_hf(hf, Phi3Config) | {
+        "sliding_window": hf["sliding_window"],
+        "partial_rotary_factor": rotary,
+    }
 
 
 MODEL, CONFIG = Llama, Phi3Config

@@ -6,12 +6,15 @@ from typing import Any, ClassVar, Literal
 
 from megalite.models.llama import Llama, fields_from_hf, fields_to_hf
 from megalite.models.llama import weights as weights
-from megalite.models.windows import WindowedByLayer, qwen_from_hf, qwen_to_hf
+from megalite.models.windows import QWEN, WindowedByLayer, qwen_from_hf, qwen_to_hf
 
 
 class Qwen2Config(WindowedByLayer):
     family: Literal["qwen2"] = "qwen2"
     QKV_BIAS: ClassVar[bool] = True
+
+
+KEYS = QWEN.but(attention_bias="queries, keys and values have biases, whatever it says")
 
 
 def to_hf(config: Qwen2Config) -> dict[str, Any]:
@@ -21,7 +24,7 @@ def to_hf(config: Qwen2Config) -> dict[str, Any]:
 
 
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
-    return fields_from_hf(hf, "qwen2") | qwen_from_hf(hf)
+    return fields_from_hf(hf, Qwen2Config) | qwen_from_hf(hf)
 
 
 MODEL, CONFIG = Llama, Qwen2Config

@@ -19,7 +19,7 @@ from megalite.models.llama import (
     table,
 )
 from megalite.models.weights import Weight
-from megalite.models.windows import WindowedByLayer, qwen_from_hf, qwen_to_hf
+from megalite.models.windows import QWEN, WindowedByLayer, qwen_from_hf, qwen_to_hf
 
 
 class Qwen3Config(WindowedByLayer):
@@ -35,12 +35,15 @@ def weights(config: Qwen3Config) -> Iterator[Weight]:
     yield from table(config, layer_table(config, attention_rows(config, norms=head_norm_rows(config))))
 
 
+KEYS = QWEN.but(used={"head_dim": 128})
+
+
 def to_hf(config: Qwen3Config) -> dict[str, Any]:
     return fields_to_hf(config, "Qwen3ForCausalLM") | qwen_to_hf(config)
 
 
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
-    return fields_from_hf({"head_dim": 128, **hf}, "qwen3") | qwen_from_hf(hf)
+    return fields_from_hf(hf, Qwen3Config) | qwen_from_hf(hf)
 
 
 MODEL, CONFIG = Qwen3, Qwen3Config

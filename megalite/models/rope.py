@@ -4,14 +4,16 @@ trained on, and how a Hugging Face config.json says so. R in shapes: pairs of a 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag, model_validator
 from torch import Tensor
 
 from megalite.config import Section
 from megalite.errors import ConfigError
+from megalite.models.hf import agreed, at, disagree, refuse_others, shown
 
 Turn = tuple[Tensor, Tensor]
 """Cosine and sine of each pair's angle, fp32 [B or 1,T,R]."""
@@ -23,9 +25,17 @@ class Llama3Scaling(Section):
 
     type: Literal["llama3"] = "llama3"
     factor: float = Field(gt=0)
-    low_freq_factor: float = 1.0
+    low_freq_factor: float = Field(1.0, gt=0)
     high_freq_factor: float = 4.0
-    original_max_positions: int = 8192
+    original_max_positions: int = Field(8192, gt=0)
+
+    @model_validator(mode="after")
+    def _a_band(self) -> Llama3Scaling:
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"high_freq_factor {self.high_freq_factor} must be above low_freq_factor {self.low_freq_factor}"
+            )
+        return self
 
     def stretch(self, frequency_R: Tensor, length: int | Tensor) -> Tensor:
         turns = self.original_max_positions * frequency_R / (2 * math.pi)
@@ -55,8 +65,8 @@ class LongRope(Section):
     sequence (Ding et al. 2024)."""
 
     type: Literal["longrope"]
-    short_factor: tuple[float, ...]
-    long_factor: tuple[float, ...]
+    short_factor: tuple[Annotated[float, Field(gt=0)], ...]
+    long_factor: tuple[Annotated[float, Field(gt=0)], ...]
     original_max_positions: int = Field(gt=1)
 
     def stretch(self, frequency_R: Tensor, length: int | Tensor) -> Tensor:
@@ -105,35 +115,88 @@ def turns(
     return angle_BTR.cos() * magnitude, angle_BTR.sin() * magnitude
 
 
-def to_hf(theta: float, scaling: Scaling | None, **more: Any) -> dict[str, Any]:
-    """The keys of config.json: transformers 5 reads `rope_parameters`; transformers 4 and vLLM what it replaced."""
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta, **more}
+@dataclass(frozen=True)
+class Names:
+    """How the config.json of a family says what turns how fast."""
+
+    kinds: tuple[str, ...] = tuple(KINDS)
+    """Scalings that transformers opens the family with."""
+    theta_key: str = "rope_theta"
+    theta: float = 10_000.0
+    """Where config.json does not say."""
+    share_key: str | None = None
+    """Of the share of each head that turns; None: all of it does."""
+    share: float = 1.0
+    """Where config.json does not say."""
+    new: str = "rope_parameters"
+    """The place that transformers 5 writes; every version reads `rope_scaling` and the keys beside it."""
+
+
+def to_hf(names: Names, theta: float, scaling: Scaling | None, share: float | None = None) -> dict[str, Any]:
+    """Return the keys of config.json. Each fact stands in one place: that which transformers 4, 5 and vLLM read."""
+    values: dict[str, Any] = {names.theta_key: theta, "rope_scaling": None}
     if scaling:
-        values = scaling.model_dump(mode="json")
-        rope["rope_type"] = values.pop("type")
-        rope |= {HF_NAMES.get(key, key): value for key, value in values.items()}
-    old = {key: value for key, value in rope.items() if key != "rope_theta"}
-    return {"rope_parameters": rope, "rope_theta": theta, "rope_scaling": old if scaling else None, **more}
+        fields = scaling.model_dump(mode="json")
+        kind = fields.pop("type")
+        values["rope_scaling"] = {"rope_type": kind} | {HF_NAMES.get(key, key): fields[key] for key in fields}
+    return values if share is None else values | {str(names.share_key): share}
 
 
-def from_hf(hf: dict[str, Any], family: str, theta: float = 10_000.0) -> dict[str, Any]:
-    """rope_theta, `theta` where config.json does not say, and rope_scaling. Raises ConfigError."""
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    theta = rope.get("rope_theta", hf.get("rope_theta", theta))
-    return {"rope_theta": theta, "rope_scaling": scaling_from_hf(rope, hf, family)}
-
-
-def scaling_from_hf(rope: dict[str, Any], hf: dict[str, Any], family: str) -> dict[str, Any] | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    kind = {"su": "longrope"}.get(kind, kind)  # as Phi-3's first models call it
-    if kind == "default":
-        return None
-    if kind not in KINDS:
-        known = ", ".join(repr(name) for name in ("default", *KINDS))
+def from_hf(hf: dict[str, Any], family: str, names: Names) -> dict[str, Any]:
+    """Return rope_theta and rope_scaling of the `model:` section. Raises ConfigError."""
+    place, copy = _places(hf, names)
+    values = at(hf, place) or {}
+    kind = kind_of(values, place)
+    if kind not in ("default", *names.kinds):
+        known = ", ".join(repr(name) for name in ("default", *names.kinds))
         raise ConfigError(f"config.json has rope_type = {kind!r}; the {family} family supports {known}")
-    if kind == "longrope" and rope.get("attention_factor", rope.get("factor")) is not None:
-        raise ConfigError(f"config.json has a longrope with a factor; the {family} family derives it from the lengths")
-    found = {name: {**hf, **rope}.get(HF_NAMES.get(name, name)) for name in KINDS[kind].model_fields}
-    if "original_max_positions" in found:  # beside the others or, in Phi-3's, one level up
-        found["original_max_positions"] = found["original_max_positions"] or hf["max_position_embeddings"]
-    return {name: value for name, value in found.items() if value is not None} | {"type": kind}
+    fields = {} if kind == "default" else {HF_NAMES.get(name, name): name for name in KINDS[kind].model_fields}
+    known_keys = {"type", "rope_type", "rope_theta", "partial_rotary_factor", *fields}
+    refuse_others(values, known_keys, place, f"rope_type {kind!r} of the {family} family")
+    rotary_share(hf, names)
+    scaling = {name: values[key] for key, name in fields.items() if values.get(key) is not None}
+    if "original_max_position_embeddings" in fields:
+        inside = f"{place}.original_max_position_embeddings"
+        scaling["original_max_positions"] = agreed(
+            hf, "original_max_position_embeddings", inside, default=hf["max_position_embeddings"]
+        )
+    # transformers reads no other theta where the family has a key of its own.
+    theta = agreed(
+        hf, f"{place}.rope_theta", names.theta_key, default=names.theta, copies=("rope_theta", f"{copy}.rope_theta")
+    )
+    return {"rope_theta": theta, "rope_scaling": None if kind == "default" else scaling | {"type": kind}}
+
+
+def rotary_share(hf: dict[str, Any], names: Names) -> float:
+    """Return the share of each head that turns. Raises ConfigError."""
+    place, copy = _places(hf, names)
+    key = names.share_key or "partial_rotary_factor"
+    copies = ("partial_rotary_factor", f"{copy}.partial_rotary_factor")
+    share = agreed(hf, f"{place}.partial_rotary_factor", key, default=names.share, copies=copies)
+    if names.share_key is None and share != 1.0:
+        raise ConfigError(f"config.json has partial_rotary_factor = {shown(share)}; the family supports 1.0")
+    return float(share)
+
+
+def _places(hf: dict[str, Any], names: Names) -> tuple[str, str]:
+    """Return the place that transformers reads, which is `rope_scaling` where that says anything, and the other one.
+    Raise ConfigError where both have something to say, and not the same."""
+    old, new = ({k: v for k, v in (at(hf, p) or {}).items() if v is not None} for p in ("rope_scaling", names.new))
+    if not old or not new:
+        return ("rope_scaling", names.new) if old else (names.new, "rope_scaling")
+    beside = {"rope_theta", "partial_rotary_factor", "type"}  # which are compared where they are read
+    said = [
+        {key: value for key, value in values.items() if key not in beside} | {"rope_type": kind_of(values, place)}
+        for values, place in ((old, "rope_scaling"), (new, names.new))
+    ]
+    if said[0] != said[1]:
+        disagree(f"rope_scaling = {shown(old)}", f"{names.new} = {shown(new)}")
+    return "rope_scaling", names.new
+
+
+def kind_of(values: dict[str, Any], place: str) -> str:
+    """Return the name of a scaling, which older versions call `type`, and Phi-3's first models `su`."""
+    kinds = [{"su": "longrope"}.get(kind, kind) for key in ("rope_type", "type") if (kind := values.get(key))]
+    if len(kinds) == 2 and kinds[0] != kinds[1]:
+        disagree(f"{place}.rope_type = {shown(kinds[0])}", f"{place}.type = {shown(kinds[1])}")
+    return kinds[0] if kinds else "default"

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from megalite.models.hf import require
-from megalite.models.llama import Llama, LlamaLike, fields_from_hf, fields_to_hf
+from megalite.errors import ConfigError
+from megalite.models import rope
+from megalite.models.hf import disagree
+from megalite.models.llama import LIKE_LLAMA, Llama, LlamaLike, fields_from_hf, fields_to_hf
 from megalite.models.llama import weights as weights
 
 
@@ -17,6 +19,8 @@ class SmolLM3Config(LlamaLike):
     nope_layers: tuple[int, ...] | None = Field(
         None, description="numbers of the layers that encode no positions, from 0; left out: every fourth"
     )
+
+    ROPE: ClassVar[rope.Names] = rope.Names(theta=2_000_000.0)
 
     @field_validator("nope_layers")
     @classmethod
@@ -34,23 +38,42 @@ class SmolLM3Config(LlamaLike):
         return None if layer in self.without_positions else 0
 
 
+KEYS = LIKE_LLAMA.but(
+    used={
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": True,
+        "no_rope_layers": None,
+        "no_rope_layer_interval": 4,
+        "layer_types": None,
+    },
+    only={"use_sliding_window": False},
+    sliding_window="read only with use_sliding_window",
+    max_window_layers="of Qwen, and not read",
+)
+
+
 def to_hf(config: SmolLM3Config) -> dict[str, Any]:
     turning = [int(layer not in config.without_positions) for layer in range(config.num_layers)]
     return fields_to_hf(config, "SmolLM3ForCausalLM") | {
         "mlp_bias": False,
         "no_rope_layers": turning,
         "use_sliding_window": False,
-        "layer_types": ["full_attention"] * config.num_layers,
     }
 
 
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
-    require(hf, "smollm3", {"mlp_bias": False, "use_sliding_window": False})
-    count, interval = hf["num_hidden_layers"], hf.get("no_rope_layer_interval", 4)
-    turning = hf.get("no_rope_layers") or [(layer + 1) % interval for layer in range(count)]
-    usual = {"rope_theta": 2_000_000.0, "tie_word_embeddings": True}
-    return fields_from_hf(usual | hf, "smollm3") | {
-        "nope_layers": [layer for layer in range(count) if not turning[layer]]
+    count, interval = hf["num_hidden_layers"], hf["no_rope_layer_interval"]
+    if any(kind != "full_attention" for kind in hf["layer_types"] or ()):
+        disagree(f"layer_types = {hf['layer_types']}", "use_sliding_window = False")
+    turning = [int((layer + 1) % interval != 0) for layer in range(count)]
+    if hf["no_rope_layers"] is not None:
+        if interval != KEYS.used["no_rope_layer_interval"] and hf["no_rope_layers"][:count] != turning:
+            disagree(f"no_rope_layers = {hf['no_rope_layers']}", f"no_rope_layer_interval = {interval}")
+        turning = hf["no_rope_layers"]
+    if len(turning) < count:
+        raise ConfigError(f"config.json has no_rope_layers = {turning} for num_hidden_layers = {count}")
+    return fields_from_hf(hf, SmolLM3Config) | {
+        "nope_layers": [layer for layer in range(count) if not turning[layer]],
     }
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from megalite.models.llama import LlamaLike
+from megalite.models.hf import disagree
+from megalite.models.llama import LIKE_LLAMA, LlamaLike
 
 LayerType = Literal["sliding_attention", "full_attention"]
 
@@ -25,10 +26,15 @@ class WindowedByLayer(Windowed):
         None, description="sliding_attention or full_attention for each layer; left out: as the family has it"
     )
 
+    NEEDS_WINDOW: ClassVar[bool] = False
+    """transformers opens the family only with a window, also where no layer has it."""
+
     @model_validator(mode="after")
     def _a_type_a_layer(self) -> WindowedByLayer:
         if self.layer_types is not None and len(self.layer_types) != self.num_layers:
             raise ValueError(f"layer_types has {len(self.layer_types)} entries for num_layers = {self.num_layers}")
+        if self.sliding_window is None and (self.NEEDS_WINDOW or "sliding_attention" in self.types):
+            raise ValueError(f"sliding_window is left out, but {self.family} needs one for layers of sliding_attention")
         return self
 
     @property
@@ -42,20 +48,44 @@ class WindowedByLayer(Windowed):
         return self.sliding_window if self.types[layer] == "sliding_attention" else None
 
 
-def qwen_to_hf(config: WindowedByLayer) -> dict[str, Any]:
-    """The window as Qwen 2 and 3 spell it. transformers 4 reads `max_window_layers`: layers before it attend to all."""
-    types = config.types
-    return {
-        "use_sliding_window": config.sliding_window is not None,
-        "sliding_window": config.sliding_window,
-        "max_window_layers": types.index("sliding_attention") if "sliding_attention" in types else config.num_layers,
-        "layer_types": list(types),
+QWEN = LIKE_LLAMA.but(
+    used={
+        "num_key_value_heads": 32,
+        "use_sliding_window": False,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+        "layer_types": None,
     }
+)
+
+
+def qwen_to_hf(config: WindowedByLayer) -> dict[str, Any]:
+    """The window as Qwen 2 and 3 spell it. Older versions of transformers know only `max_window_layers`, before which
+    layers attend to all: what it cannot say stands in `layer_types`."""
+    types = list(config.types)
+    first = types.index("sliding_attention") if "sliding_attention" in types else config.num_layers
+    layers: dict[str, Any] = {"max_window_layers": first}
+    if types != _types_from(first, config.num_layers):
+        layers = {"layer_types": types}
+    sliding = config.sliding_window is not None
+    return {"use_sliding_window": sliding, "sliding_window": config.sliding_window, **layers}
 
 
 def qwen_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
-    if not hf.get("use_sliding_window") or hf.get("sliding_window") is None:
+    sliding = bool(hf["use_sliding_window"]) and hf["sliding_window"] is not None
+    first, count = hf["max_window_layers"], hf["num_hidden_layers"]
+    types = hf["layer_types"] or _types_from(first if sliding else count, count)
+    if not sliding:
+        if "sliding_attention" in types:
+            which = "use_sliding_window" if not hf["use_sliding_window"] else "sliding_window"
+            disagree(f"layer_types = {types}", f"{which} = {hf[which]}")
         return {}
-    first, count = hf.get("max_window_layers", 28), hf["num_hidden_layers"]
-    types = hf.get("layer_types") or ["full_attention"] * min(first, count) + ["sliding_attention"] * (count - first)
+    # transformers writes the usual number beside any `layer_types`; another one was meant.
+    if first != QWEN.used["max_window_layers"] and types != _types_from(first, count):
+        disagree(f"layer_types = {types}", f"max_window_layers = {first}")
     return {"sliding_window": hf["sliding_window"], "layer_types": types}
+
+
+def _types_from(first: int, count: int) -> list[str]:
+    """Return the types of layers of which those from `first` on slide."""
+    return ["full_attention" if layer < first else "sliding_attention" for layer in range(count)]
