@@ -152,8 +152,10 @@ TWICE = (
 def copied_hf_config(hf: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
     """Return the config.json of a copy of a model: what was read, but each fact in one place, and no names of code that
     is not copied."""
-    kept = {key: value for key, value in hf.items() if key not in (*TWICE, "auto_map")}
-    return to_hf_config(config) | kept
+    ours = to_hf_config(config)
+    # Where both say the same, ours are of the kinds of numbers that transformers asks for.
+    unsaid = {key for key, value in hf.items() if value is None or value == ours.get(key)}
+    return ours | {key: value for key, value in hf.items() if key not in {*TWICE, "auto_map", *unsaid}}
 
 
 def weight_table(config: ModelConfig, lora: LoraConfig | None = None) -> tuple[Weight, ...]:

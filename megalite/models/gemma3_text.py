@@ -12,7 +12,7 @@ from pydantic import Field
 from megalite.errors import ConfigError
 from megalite.models import rope
 from megalite.models.gemma2 import GEMMA, Gemma, GemmaLike, Layer, gemma_from_hf, gemma_to_hf, layer_rows
-from megalite.models.hf import agreed, disagree, refuse_others
+from megalite.models.hf import agreed, at, disagree, refuse_others
 from megalite.models.layers import Places
 from megalite.models.llama import HeadNormAttention, attention_rows, head_norm_rows, table
 from megalite.models.weights import Weight
@@ -66,6 +66,10 @@ def to_hf(config: Gemma3TextConfig) -> dict[str, Any]:
 
 
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
+    if at(hf, "rope_scaling.type") and not at(hf, "rope_scaling.rope_type"):
+        raise ConfigError(
+            "config.json has rope_scaling.type, which transformers does not read for Gemma 3: it is rope_type"
+        )
     ropes, place = hf["rope_parameters"] or {}, "rope_parameters.sliding_attention"
     refuse_others(ropes, LAYER_TYPES, "rope_parameters", "Gemma 3, which has them by the type of the layer")
     local = ropes.get("sliding_attention") or {}

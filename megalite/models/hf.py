@@ -33,7 +33,7 @@ NEUTRAL = _each({
     "forced_eos_token_id length_penalty max_length min_length no_repeat_ngram_size num_assistant_tokens "
     "num_assistant_tokens_schedule num_beam_groups num_beams num_return_sequences output_scores remove_invalid_values "
     "repetition_penalty return_dict_in_generate suppress_tokens target_lookbehind temperature top_k top_p typical_p",
-    "what transformers returns beside the logits": "output_hidden_states output_attentions output_past return_dict "
+    "what transformers returns beside the logits": "output_hidden_states output_attentions output_past "
     "use_return_dict tie_last_hidden_states",
     "how to compute the same": "attn_implementation _attn_implementation _attn_implementation_internal "
     "_attn_implementation_autoset _experts_implementation _experts_implementation_internal experts_implementation "
@@ -47,6 +47,7 @@ NEUTRAL = _each({
 
 ONLY: dict[str, Any] = {
     "is_causal": True,
+    "return_dict": True,
     "is_encoder_decoder": False,
     "add_cross_attention": False,
     "cross_attention_hidden_size": None,
@@ -57,6 +58,7 @@ ONLY: dict[str, Any] = {
     "partial_rotary_factor": 1.0,
     "rope_interleaved": False,
     "use_mrope": False,
+    "use_sliding_window": False,
     "token_classification_bias": True,
     "quantization_config": None,
 }

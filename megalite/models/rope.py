@@ -181,12 +181,13 @@ def rotary_share(hf: dict[str, Any], names: Names) -> float:
 def _places(hf: dict[str, Any], names: Names) -> tuple[str, str]:
     """Return the place that transformers reads, which is `rope_scaling` where that says anything, and the other one.
     Raise ConfigError where both have something to say, and not the same."""
-    old, new = ({k: v for k, v in (at(hf, p) or {}).items() if v is not None} for p in ("rope_scaling", names.new))
+    old, new = (at(hf, place) or {} for place in ("rope_scaling", names.new))
     if not old or not new:
         return ("rope_scaling", names.new) if old else (names.new, "rope_scaling")
     beside = {"rope_theta", "partial_rotary_factor", "type"}  # which are compared where they are read
     said = [
-        {key: value for key, value in values.items() if key not in beside} | {"rope_type": kind_of(values, place)}
+        {key: value for key, value in values.items() if value is not None and key not in beside}
+        | {"rope_type": kind_of(values, place)}
         for values, place in ((old, "rope_scaling"), (new, names.new))
     ]
     if said[0] != said[1]:

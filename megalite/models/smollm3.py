@@ -46,7 +46,6 @@ KEYS = LIKE_LLAMA.but(
         "no_rope_layer_interval": 4,
         "layer_types": None,
     },
-    only={"use_sliding_window": False},
     sliding_window="read only with use_sliding_window",
     max_window_layers="of Qwen, and not read",
 )
@@ -63,8 +62,8 @@ def to_hf(config: SmolLM3Config) -> dict[str, Any]:
 
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
     count, interval = hf["num_hidden_layers"], hf["no_rope_layer_interval"]
-    if any(kind != "full_attention" for kind in hf["layer_types"] or ()):
-        disagree(f"layer_types = {hf['layer_types']}", "use_sliding_window = False")
+    if hf["layer_types"] and hf["layer_types"] != ["full_attention"] * count:
+        disagree(f"layer_types = {hf['layer_types']}", f"num_hidden_layers = {count} and use_sliding_window = False")
     turning = [int((layer + 1) % interval != 0) for layer in range(count)]
     if hf["no_rope_layers"] is not None:
         if interval != KEYS.used["no_rope_layer_interval"] and hf["no_rope_layers"][:count] != turning:

@@ -1,0 +1,340 @@
+"""config.json is a closed world: whatever a key says is computed as transformers computes it, or refused; and whatever
+megalite can build, transformers opens."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import json
+import random
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn as nn
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megalite.config import ModelConfig
+from megalite.errors import ConfigError
+from megalite.models import (
+    FAMILIES,
+    build_model,
+    family,
+    from_hf_config,
+    model_config,
+    set_parameters,
+    to_hf_config,
+    weight_table,
+)
+from megalite.models.layers import Decoder
+from megalite.models.weights import Weight
+from tiny_models import CASES, LLAMA3_ROPE, LONG, ON_DISK
+
+transformers = pytest.importorskip("transformers")
+
+LENGTH = 40
+BASES = {name: CASES[name] | {"num_hidden_layers": 3} for name in FAMILIES} | {
+    "smollm3": CASES["smollm3"] | {"num_hidden_layers": 3, "no_rope_layers": [1, 0, 1]},
+    "gemma3_text": CASES["gemma3_text"] | {"num_hidden_layers": 3, "layer_types": None, "sliding_window_pattern": 3},
+    "qwen2": CASES["qwen2-window"] | {"num_hidden_layers": 3},
+    "qwen3": CASES["qwen3-window"] | {"num_hidden_layers": 3, "max_window_layers": 1},
+    "gpt2": {key: value for key, value in CASES["gpt2"].items() if key != "n_layer"} | {"n_layer": 3},
+}
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+ROPES: list[Any] = [
+    LLAMA3_ROPE,
+    LINEAR,
+    LINEAR | {"rope_theta": 77.0},
+    {"type": "linear", "factor": 2.0},
+    {"rope_type": "linear", "type": "default", "factor": 2.0},
+    {"rope_type": "default", "rope_theta": 77.0},
+    {"rope_type": "default", "partial_rotary_factor": 0.5},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+    {"rope_type": "dynamic", "factor": 4.0},
+    {"rope_type": "proportional", "rope_theta": 77.0, "partial_rotary_factor": 0.5},
+    LONG,
+    LONG | {"original_max_position_embeddings": 16, "partial_rotary_factor": 1.0},
+    LONG | {"original_max_position_embeddings": 16, "factor": 8.0},
+    LONG | {"original_max_position_embeddings": 16, "attention_factor": 1.5},
+    LLAMA3_ROPE | {"factor": 2.0},
+    LLAMA3_ROPE | {"low_freq_factor": 2.0},
+    LLAMA3_ROPE | {"high_freq_factor": 8.0},
+    LLAMA3_ROPE | {"original_max_position_embeddings": 32},
+    {key: LLAMA3_ROPE[key] for key in LLAMA3_ROPE if key != "original_max_position_embeddings"},
+    {"full_attention": LINEAR | {"rope_theta": 77.0}},
+    {"sliding_attention": LINEAR | {"rope_theta": 77.0}},
+    {"sliding_attention": {"rope_type": "default", "rope_theta": 77.0}},
+    {"full_attention": LLAMA3_ROPE, "sliding_attention": {"rope_theta": 77.0}},
+    {"sliding_attention": {"rope_type": "llama3"} | LLAMA3_ROPE},
+    {"sliding_attention": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+    {"full_attention": None},
+]
+SLIDING, FULL = "sliding_attention", "full_attention"
+VALUES: dict[str, list[Any]] = {
+    "rope_parameters": ROPES,
+    "rope_scaling": ROPES,
+    "layer_types": [[FULL, SLIDING, FULL], [SLIDING] * 3, [FULL] * 3, [FULL], None],
+    "sliding_window": [None, 1, 5, 64],
+    "sliding_window_pattern": [1, 2, 6],
+    "no_rope_layers": [None, [0, 1, 1], [1, 1, 1, 0], [0]],
+    "id2label": [{"0": "a", "1": "b", "2": "c"}],
+    "label2id": [{"a": 0}],
+    "problem_type": ["regression"],
+    "per_layer_config": [{"1": {"sliding_window": 3}}, {"1": {"intermediate_size": 24}}, {}],
+    "architectures": [["GPT2Model"], None],
+    "eos_token_id": [None, 1, [1, 2]],
+    "pad_token_id": [None, 3, -1, 98, 99, 32000],
+    "head_dim": [None, 4, 6, 8, 16],
+    "num_key_value_heads": [None, 1, 2, 4],
+    "num_attention_heads": [1, 2, 3, 8],
+    "hidden_size": [24, 36, 64],
+    "n_embd": [24, 64],
+    "partial_rotary_factor": [0.5, 0.25, 1.0],
+    "hidden_act": ["gelu", "relu", "silu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast"],
+    "dtype": ["float32", "bfloat16"],
+}
+EVERYWHERE: dict[str, list[Any]] = {
+    "is_causal": [False, None],
+    "attention_chunk_size": [4],
+    "rope_theta": [77, 1e6],
+    "rotary_emb_base": [77],
+    "rotary_pct": [0.5],
+    "rope_local_base_freq": [77.0],
+    "original_max_position_embeddings": [16, 32, None],
+    "max_window_layers": [0, 2, 28],
+    "use_sliding_window": [True, False],
+    "use_bidirectional_attention": [True],
+    "tie_last_hidden_states": [True],
+    "num_labels": [3],
+    "quantization_config": [{"quant_method": "gptq", "bits": 4}],
+    "hidden_act": ["relu"],
+    "max_position_embeddings": [32],
+    "num_hidden_layers": [2],
+    "n_ctx": [32],
+    "no_rope_layer_interval": [2],
+    "attn_logit_softcapping": [2.0],
+    "final_logit_softcapping": [2.0],
+    "query_pre_attn_scalar": [7],
+    "qk_layernorm": [True],
+}
+EVERYWHERE |= {key: VALUES[key] for key in ("rope_scaling", "layer_types", "head_dim", "sliding_window_pattern")}
+"""Keys that are no field of every family's class, and what may be said of them."""
+
+
+def other_values(name: str, usual: Any) -> list[Any]:
+    """Legal values of a field of transformers' config class."""
+    if name in VALUES:
+        return VALUES[name]
+    if isinstance(usual, bool) or name.startswith(("use_", "is_")):
+        return [True, False]
+    if isinstance(usual, int):
+        return [*{3, max(usual // 2, 1), 2 * usual}]
+    if isinstance(usual, float):
+        return [0.1, 0.5, 2.0 * usual, None]
+    return {"str": ["relu", "x"], "list": [["x"]]}.get(type(usual).__name__, [None, 3, 2.0, "x"])
+
+
+@functools.cache
+def base_of(name: str) -> dict[str, Any]:
+    """A config.json as transformers writes it."""
+    return json.loads(transformers.AutoConfig.for_model(**BASES[name]).to_json_string(use_diff=False))
+
+
+def changes() -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Every family's config.json with one key changed: (family, what is other, config.json)"""
+    for name in FAMILIES:
+        base, fields = base_of(name), dataclasses.fields(transformers.CONFIG_MAPPING[name])
+        keys = {field.name: [*other_values(field.name, base.get(field.name))] for field in fields}
+        for key, values in EVERYWHERE.items():
+            known = keys.setdefault(key, [])
+            known += [value for value in values if value not in known]
+        older = {key: value for key, value in base.items() if key != "rope_parameters"}
+        for key, value in ((key, value) for key, values in keys.items() for value in values):
+            if key not in base or base[key] != value:
+                yield name, f"{key} = {value}", base | {key: value}
+                if key.startswith(("rope", "rotary", "partial", "original")) and key != "rope_parameters":
+                    yield name, f"{key} = {value}, without rope_parameters", older | {key: value}
+
+
+def randomize(model: nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():  # norms and biases too: left at 1 and 0 they could be swapped unseen
+            parameter.normal_(mean=0.5 * (parameter.dim() == 1), std=0.25)
+
+
+def ours_with(weights: dict[str, Tensor], config: ModelConfig) -> Decoder:
+    """Our model with the weights of transformers'."""
+    found = {ON_DISK.get(config.family, {}).get(name, name): tensor for name, tensor in weights.items()}
+
+    def rows(weight: Weight, low: int, high: int, columns: tuple[int, int] | None) -> Tensor:
+        return weight.rows_from_hf(lambda name, where: found[name][where], low, high, columns)
+
+    model = build_model(config)
+    parameters = {
+        weight.name: nn.Parameter(weight.read_local(rows, 0, 1, 0, weight.numel).view(weight.shape))
+        for weight in weight_table(config)
+    }
+    set_parameters(model, parameters)
+    return model.eval()
+
+
+def tokens_for(config: ModelConfig) -> Tensor:
+    tokens = torch.randint(0, config.vocab_size, (2, LENGTH), generator=torch.Generator().manual_seed(1))
+    return tokens[:, : config.max_positions]
+
+
+def verdict(values: dict[str, Any]) -> str:
+    """What becomes of a config.json: refused, not legal for transformers either, equal, or off by so much."""
+    try:
+        config = model_config(from_hf_config(copy.deepcopy(values)))
+    except ConfigError as error:
+        return f"refused: {error}"
+    tokens = tokens_for(config)
+    torch.manual_seed(0)
+    try:
+        their_config = transformers.CONFIG_MAPPING[config.family].from_dict(copy.deepcopy(values))
+        theirs = transformers.AutoModelForCausalLM.from_config(
+            their_config, attn_implementation="eager", dtype=torch.float32
+        ).eval()
+        randomize(theirs)
+        with torch.no_grad():
+            wanted = theirs(tokens).logits
+    except Exception as error:  # whatever its checks and its modules raise
+        return f"not legal: {error!r}"
+    with torch.no_grad():
+        worst = (ours_with(theirs.state_dict(), config)(tokens) - wanted).abs().max().item()
+    return "equal" if worst <= 1e-4 else f"off by {worst:.2g}"  # the project's bound
+
+
+def sampled(cases: list[Any], config: pytest.Config, share: int) -> list[Any]:
+    """All of them with --whole, else one in `share`."""
+    return cases if config.getoption("--whole") else random.Random(5).sample(cases, len(cases) // share)
+
+
+def test_every_key_is_computed_as_transformers_does_or_refused(pytestconfig: pytest.Config) -> None:
+    """A key that is passed over; one fact in two places, of which megalite and transformers take different ones."""
+    found = {(name, what): verdict(values) for name, what, values in sampled([*changes()], pytestconfig, 20)}
+    wrong = {case: said for case, said in found.items() if said.startswith("off")}
+    assert not wrong
+    kinds = Counter(said.partition(":")[0] for said in found.values())
+    assert kinds["not legal"] < 0.06 * len(found) < 0.2 * kinds["equal"], "the sweep tries something"
+    for (name, what), said in found.items():
+        if what.partition(" = ")[0] in family(name).KEYS.neutral:
+            assert not said.startswith("refused"), (name, what, said)
+
+
+FIELDS: dict[str, list[Any]] = {
+    "vocab_size": [2, 50, 99],
+    "hidden_size": [8, 24, 24, 30, 32, 48],
+    "intermediate_size": [16, 40],
+    "num_layers": [1, 2, 3],
+    "num_attention_heads": [1, 2, 2, 3, 4],
+    "num_kv_heads": [0, 0, 1, 2, 3],
+    "head_dim": [0, 0, 4, 5, 6, 12],
+    "max_positions": [9, 20, 64],
+    "norm_eps": [1e-6, 1e-3, 1],
+    "init_std": [0.02, 0.5, 1, 3.5],
+    "tie_embeddings": [False, True],
+    "rope_theta": [1, 500, 1e6],
+    "local_rope_theta": [1, 500.0],
+    "rope_scaling": [
+        None,
+        {"type": "linear", "factor": 4},
+        {"type": "linear", "factor": 0.5},
+        {"type": "llama3", "factor": 4.5, "original_max_positions": 16},
+        {"factor": 4, "low_freq_factor": 2, "high_freq_factor": 3, "original_max_positions": 16},
+        {"factor": 4, "low_freq_factor": 4, "high_freq_factor": 4},
+        {"type": "longrope", "original_max_positions": 16},
+        {"type": "longrope", "original_max_positions": 16},
+    ],
+    "sliding_window": [None, 1, 7, 100],
+    "layer_types": [None, [FULL], [SLIDING], [FULL, SLIDING]],
+    "query_pre_attn_scalar": [0, 12, 20.0, 12.5],
+    "logit_softcap": [None, 3, 30.0],
+    "attention_softcap": [None, 3, 30.0],
+    "rotary_pct": [0.25, 0.3, 0.5, 1],
+    "partial_rotary_factor": [0.5, 0.75, 1],
+    "parallel_residual": [False, True],
+    "tanh_gelu": [False, True],
+    "nope_layers": [None, [], [0], [0, 1], [2]],
+    "embedding_dropout": [0, 0.5],
+    "attention_dropout": [0, 0.5],
+    "hidden_dropout": [0, 0.5],
+    "task": ["causal", "causal", "causal", "classification", "labels"],
+}
+NEEDED = ("vocab_size", "hidden_size", "num_layers", "num_attention_heads", "max_positions", "intermediate_size")
+
+
+def random_models(count: int) -> Iterator[dict[str, Any]]:
+    """`model:` sections of all families in turn."""
+    draw = random.Random(7)
+    for number in range(count):
+        name = FAMILIES[number % len(FAMILIES)]
+        known = family(name).CONFIG.model_fields.keys() & FIELDS.keys()
+        chosen = {
+            key: copy.copy(draw.choice(FIELDS[key])) for key in sorted(known) if key in NEEDED or draw.random() < 0.4
+        }
+        if chosen.get("layer_types"):
+            chosen["layer_types"] = [draw.choice(chosen["layer_types"]) for _ in range(chosen["num_layers"])]
+        if (chosen.get("rope_scaling") or {}).get("type") == "longrope":
+            share = (
+                chosen.get("rotary_pct") or chosen.get("partial_rotary_factor") or (0.25 if name == "gpt_neox" else 1)
+            )
+            size = chosen.get("head_dim") or chosen["hidden_size"] // chosen["num_attention_heads"]
+            pairs = range(1, int(size * share) // 2 + 1)
+            chosen["rope_scaling"] |= {"short_factor": [1.5] * len(pairs), "long_factor": [2.0 * n for n in pairs]}
+        labels = ["a", "b", "c"] if chosen.get("task", "causal") != "causal" else []
+        yield {"family": name, "labels": labels, **chosen}
+
+
+AUTO = {"causal": "CausalLM", "classification": "SequenceClassification", "labels": "TokenClassification"}
+
+
+def export_of(config: ModelConfig, model: nn.Module, folder: Path) -> nn.Module:
+    """transformers' model, opened from what megalite writes."""
+    folder.mkdir()
+    parameters, tensors = dict(model.named_parameters()), dict[str, Tensor]()
+    for weight in weight_table(config):
+        tensors |= weight.to_hf(parameters[weight.name].detach())
+    save_file(
+        {name: tensor.clone() for name, tensor in tensors.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
+    (folder / "config.json").write_text(json.dumps(to_hf_config(config)))
+    auto = getattr(transformers, f"AutoModelFor{AUTO[config.task]}")
+    theirs, report = auto.from_pretrained(
+        folder, attn_implementation="eager", dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(report.values()), report
+    return theirs.eval()
+
+
+def test_whatever_megalite_builds_opens_in_transformers_and_is_the_same(
+    tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
+    """A shape or a setting that is found to be unknown to transformers only when the trained model is to be opened."""
+    accepted = Counter[str]()
+    for number, values in enumerate(random_models(2200 if pytestconfig.getoption("--whole") else 99)):
+        try:
+            config = model_config(copy.deepcopy(values))
+        except ConfigError:
+            continue
+        accepted[config.family] += 1
+        torch.manual_seed(0)
+        model = build_model(config).eval()
+        set_parameters(model, {w.name: nn.Parameter(torch.empty(w.shape)) for w in weight_table(config)})
+        randomize(model)
+        theirs, tokens = export_of(config, model, tmp_path / str(number)), tokens_for(config)
+        with torch.no_grad():
+            found = model(tokens)
+            wanted = theirs(tokens[:1]).logits, theirs(tokens[1:]).logits
+        if config.task == "classification":  # which transformers tells at the last token alone
+            found = found[:, -1]
+        assert (found - torch.cat(wanted)).abs().max().item() <= 1e-4, values  # the project's bound
+        again = model_config(from_hf_config(json.loads((tmp_path / str(number) / "config.json").read_text())))
+        assert to_hf_config(again) == to_hf_config(config), values
+    assert min(accepted[name] for name in FAMILIES) >= 2, "each family is tried"
