@@ -108,7 +108,7 @@ def _read_index(index: Path, single: str) -> dict[str, str]:
     files = {name: str(file) for name, file in json.loads(index.read_text())["weight_map"].items()}
     if outside := next((file for file in files.values() if Path(file).name != file), None):
         raise CheckpointError(f"{index} names {outside}, which is outside of the folder")
-    if index.with_name(single).exists() and single not in files.values():
+    if index.with_name(single).exists() and set(files.values()) != {single}:
         raise CheckpointError(
             f"{index.parent} holds two models: {single}, and the files that {index.name} lists; remove one of them"
         )

@@ -144,7 +144,7 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
 
 TWICE = (
     "rope_parameters", "rope_scaling", "rope_theta", "rope_local_base_freq", "rotary_emb_base", "rotary_pct",
-    "partial_rotary_factor", "original_max_position_embeddings", "dtype", "torch_dtype",
+    "partial_rotary_factor", "dtype", "torch_dtype",
 )  # fmt: skip
 """Keys of config.json whose fact may stand in another place, too."""
 

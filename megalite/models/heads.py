@@ -12,7 +12,7 @@ import torch.nn as nn
 
 from megalite.config import ModelConfig
 from megalite.errors import ConfigError
-from megalite.models.hf import require
+from megalite.models.hf import disagree, require
 from megalite.models.layers import Decoder
 from megalite.models.weights import Weight
 
@@ -76,11 +76,20 @@ def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
     for task, kind in KINDS.items():
         if architecture.endswith(kind):
             require(hf, str(hf.get("model_type")), {"problem_type": "single_label_classification"})
-            # What transformers leaves out are its two classes without names.
-            given = hf.get("id2label") or {0: "LABEL_0", 1: "LABEL_1"}
-            names = {int(number): str(name) for number, name in given.items()}
-            return {"task": task, "labels": [names[number] for number in sorted(names)]}
+            return {"task": task, "labels": _labels(hf)}
     return {}
+
+
+def _labels(hf: dict[str, Any]) -> list[str]:
+    """Return the names of the classes. What transformers leaves out are classes without names, two of them by rule."""
+    given = hf.get("id2label") or {number: f"LABEL_{number}" for number in range(hf.get("num_labels") or 2)}
+    names = {int(number): str(name) for number, name in given.items()}
+    if hf.get("num_labels") not in (None, len(names)):
+        disagree(f"id2label = {given}", f"num_labels = {hf['num_labels']}")
+    numbers = hf.get("label2id")
+    if hf.get("id2label") and numbers and {name: number for number, name in names.items()} != numbers:
+        disagree(f"id2label = {given}", f"label2id = {numbers}")
+    return [names[number] for number in sorted(names)]
 
 
 def head_name(config: ModelConfig) -> str:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from megalite.models import rope
 from megalite.models.llama import (
@@ -28,6 +28,14 @@ class Phi3Config(Windowed):
     partial_rotary_factor: float = Field(1.0, gt=0, le=1, description="share of each head that turns")
 
     ROPE: ClassVar[rope.Names] = rope.Names(kinds=("longrope",), share_key="partial_rotary_factor")
+
+    @model_validator(mode="after")
+    def _factors_fit(self) -> Phi3Config:
+        # transformers counts them by this size, whatever head_dim says.
+        size = self.hidden_size // self.num_attention_heads
+        if self.rope_scaling and int(size * self.partial_rotary_factor) // 2 != self.rotary_size // 2:
+            raise ValueError(f"head_dim {self.head_dim}: with rope_scaling it must be hidden_size / heads = {size}")
+        return self
 
     @property
     def rotary_size(self) -> int:

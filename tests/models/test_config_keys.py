@@ -19,8 +19,11 @@ import torch.nn as nn
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megalite.checkpoint.convert import open_source, write_model
+from megalite.checkpoint.tensors import CheckpointError
 from megalite.config import ModelConfig
 from megalite.errors import ConfigError
+from megalite.infer.generate import load_model
 from megalite.models import (
     FAMILIES,
     build_model,
@@ -31,6 +34,7 @@ from megalite.models import (
     to_hf_config,
     weight_table,
 )
+from megalite.models.hf import REQUIRED
 from megalite.models.layers import Decoder
 from megalite.models.weights import Weight
 from tiny_models import CASES, LLAMA3_ROPE, LONG, ON_DISK
@@ -218,7 +222,7 @@ def sampled(cases: list[Any], config: pytest.Config, share: int) -> list[Any]:
 
 def test_every_key_is_computed_as_transformers_does_or_refused(pytestconfig: pytest.Config) -> None:
     """A key that is passed over; one fact in two places, of which megalite and transformers take different ones."""
-    found = {(name, what): verdict(values) for name, what, values in sampled([*changes()], pytestconfig, 20)}
+    found = {(name, what): verdict(values) for name, what, values in sampled([*changes()], pytestconfig, 40)}
     wrong = {case: said for case, said in found.items() if said.startswith("off")}
     assert not wrong
     kinds = Counter(said.partition(":")[0] for said in found.values())
@@ -252,7 +256,7 @@ FIELDS: dict[str, list[Any]] = {
         {"type": "longrope", "original_max_positions": 16},
         {"type": "longrope", "original_max_positions": 16},
     ],
-    "sliding_window": [None, 1, 7, 100],
+    "sliding_window": [None, 1, 7, 7, 100],
     "layer_types": [None, [FULL], [SLIDING], [FULL, SLIDING]],
     "query_pre_attn_scalar": [0, 12, 20.0, 12.5],
     "logit_softcap": [None, 3, 30.0],
@@ -267,7 +271,15 @@ FIELDS: dict[str, list[Any]] = {
     "hidden_dropout": [0, 0.5],
     "task": ["causal", "causal", "causal", "classification", "labels"],
 }
-NEEDED = ("vocab_size", "hidden_size", "num_layers", "num_attention_heads", "max_positions", "intermediate_size")
+NEEDED = (
+    "vocab_size",
+    "hidden_size",
+    "num_layers",
+    "num_attention_heads",
+    "max_positions",
+    "intermediate_size",
+    "sliding_window",
+)
 
 
 def random_models(count: int) -> Iterator[dict[str, Any]]:
@@ -318,7 +330,7 @@ def test_whatever_megalite_builds_opens_in_transformers_and_is_the_same(
 ) -> None:
     """A shape or a setting that is found to be unknown to transformers only when the trained model is to be opened."""
     accepted = Counter[str]()
-    for number, values in enumerate(random_models(2200 if pytestconfig.getoption("--whole") else 99)):
+    for number, values in enumerate(random_models(2200 if pytestconfig.getoption("--whole") else 66)):
         try:
             config = model_config(copy.deepcopy(values))
         except ConfigError:
@@ -337,4 +349,184 @@ def test_whatever_megalite_builds_opens_in_transformers_and_is_the_same(
         assert (found - torch.cat(wanted)).abs().max().item() <= 1e-4, values  # the project's bound
         again = model_config(from_hf_config(json.loads((tmp_path / str(number) / "config.json").read_text())))
         assert to_hf_config(again) == to_hf_config(config), values
-    assert min(accepted[name] for name in FAMILIES) >= 2, "each family is tried"
+    assert min(accepted[name] for name in FAMILIES) >= 1, "each family is tried"
+
+
+def opens(name: str, **keys: Any) -> ModelConfig:
+    return model_config(from_hf_config(copy.deepcopy(base_of(name)) | keys))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_field_of_transformers_is_declared(name: str) -> None:
+    """A field that a new version of transformers brings, and that nobody here has thought about."""
+    keys = family(name).KEYS
+    declared = keys.used.keys() | keys.only.keys() | keys.neutral.keys()
+    assert {field.name for field in dataclasses.fields(transformers.CONFIG_MAPPING[name])} <= declared
+    assert len(keys.used) + len(keys.only) + len(keys.neutral) == len(declared), "each key in one way"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_key_that_is_left_out_is_what_transformers_takes_for_it(name: str) -> None:
+    theirs = transformers.CONFIG_MAPPING[name]()
+    for field in dataclasses.fields(theirs):
+        usual = family(name).KEYS.used.get(field.name)
+        if usual is not None and usual is not REQUIRED:
+            assert usual == field.default, field.name
+
+
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "llama": {
+        "_name_or_path": "x/y", "architectures": ["LlamaForCausalLM"], "is_llama_config": True, "pretraining_tp": 1,
+        "rope_interleaved": False, "rope_scaling": None, "rope_theta": 10000.0, "torch_dtype": "bfloat16",
+        "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}}, "use_cache": True, "unsloth_fixed": True,
+        "unsloth_version": "2025.1", "max_sequence_length": 4096, "_attn_implementation_autoset": True,
+        "quantization_config": None, "tokenizer_class": "LlamaTokenizer",
+    },
+    "mistral": {"sliding_window": None, "_flash_attn_2_enabled": True, "torch_dtype": "float16", "temperature": 0.7},
+    "qwen2": {
+        "use_sliding_window": False, "sliding_window": 131072, "max_window_layers": 28, "use_mrope": False,
+        "layer_types": None, "attention_bias": True,
+    },
+    "qwen3": {
+        "use_sliding_window": False, "sliding_window": None, "max_window_layers": 36, "rope_scaling": None,
+        "layer_types": None,
+    },
+    "smollm3": {"max_window_layers": 28, "pretraining_tp": 2, "sliding_window": None, "use_sliding_window": False},
+    "phi3": {
+        "auto_map": {"AutoConfig": "configuration_phi3.Phi3Config"}, "attention_bias": False, "full_attn_mod": 1,
+        "interpolate_factor": 1, "lm_head_bias": False, "mlp_bias": False, "partial_rotary_factor": 1.0,
+    },
+    "olmo2": {"rope_scaling": None, "attention_bias": False, "pad_token_id": 98, "eos_token_id": 97},
+    "gemma2": {
+        "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh", "cache_implementation": "hybrid",
+        "sliding_window_size": 7,
+    },
+    "gemma3_text": {
+        "cache_implementation": "hybrid", "rope_local_base_freq": 10000.0, "rope_theta": 1000000, "rope_scaling": None,
+        "_sliding_window_pattern": 6, "attn_logit_softcapping": None, "use_bidirectional_attention": False,
+    },
+    "gpt2": {
+        "n_ctx": 64, "summary_type": "cls_index", "summary_first_dropout": 0.1, "_num_labels": 1, "output_past": True,
+        "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
+        "id2label": {"0": "LABEL_0"}, "gradient_checkpointing": False, "n_special": 0, "predict_special_tokens": True,
+    },
+    "gpt_neox": {
+        "attention_probs_dropout_prob": 0, "hidden_dropout_prob": 0, "classifier_dropout": 0.1,
+        "rotary_emb_base": 500, "rotary_pct": 0.5, "rope_scaling": None,
+        "custom_pipelines": {"text-generation": {"impl": "instruct.Pipeline"}},
+    },
+}  # fmt: skip
+"""Keys beside transformers' own in files as their makers published them."""
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_was_published_opens(name: str) -> None:
+    assert opens(name, **PUBLISHED[name]).family == name
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0}
+CLASSIFIER = ["LlamaForSequenceClassification"]
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "words"),
+    [
+        ("llama", {"rope_scaling": YARN, "rope_parameters": LLAMA3_ROPE}, "'yarn'.*'llama3'"),
+        ("llama", {"rope_theta": 5e5}, r"rope_theta = 500000\.0, but rope_parameters\.rope_theta = 10000\.0"),
+        ("llama", {"rope_parameters": LLAMA3_ROPE, "original_max_position_embeddings": 32}, "= 16, but .* = 32"),
+        ("phi3", {"rope_parameters": LONG | {"original_max_position_embeddings": 3}}, "embeddings = 3, but .* = 4096"),
+        ("gpt_neox", {"rotary_emb_base": 77}, r"rotary_emb_base = 77, but rope_parameters\.rope_theta = 500\.0"),
+        ("gpt_neox", {"rope_parameters": None, "rotary_emb_base": 5, "rope_theta": 6}, "rope_theta = 6, but .* = 5"),
+        ("gpt_neox", {"rope_parameters": None, "rope_theta": 600}, "rope_theta = 600, but rotary_emb_base left out"),
+        ("gpt_neox", {"rotary_pct": 0.25}, "rotary_pct = 0.25, but .*partial_rotary_factor = 0.5"),
+        ("gemma3_text", {"rope_local_base_freq": 77.0}, "rope_local_base_freq = 77.0, but .* = 10000.0"),
+        ("gemma3_text", {"sliding_window_pattern": 2}, "layer_types = .*, but sliding_window_pattern = 2"),
+        ("gemma2", {"sliding_window_size": 8}, "sliding_window_size = 8, but sliding_window = 7"),
+        ("qwen2", {"max_window_layers": 2}, "layer_types = .*, but max_window_layers = 2"),
+        ("qwen3", {"use_sliding_window": False}, "layer_types = .*, but use_sliding_window = False"),
+        ("smollm3", {"no_rope_layer_interval": 3}, r"no_rope_layers = \[1, 0, 1\], but no_rope_layer_interval = 3"),
+        ("gpt2", {"hidden_size": 64}, "hidden_size = 64, but n_embd = 32"),
+        ("gpt2", {"n_ctx": 32}, "n_ctx = 32, but n_positions = 64"),
+        (
+            "llama",
+            {"architectures": CLASSIFIER, "id2label": {"0": "a", "1": "b"}, "label2id": {"a": 1}},
+            "id2label = .*'b'.*, but label2id = .*'a': 1",
+        ),
+        ("llama", {"architectures": CLASSIFIER, "num_labels": 3}, "but num_labels = 3"),
+    ],
+)  # fmt: skip
+def test_one_fact_in_two_places_is_refused_with_both(name: str, keys: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=rf"says two things of one: .*{words}"):
+        opens(name, **keys)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("mistral", "layer_types", [FULL, SLIDING, FULL]),
+        *((name, "is_causal", value) for name in FAMILIES for value in (False, None)),
+        *(("llama", key, 2) for key in ("qk_norm", "embedding_multiplier", "clipQkv", "num_experts", "logits_scaling")),
+        ("qwen2", "dual_chunk_attention_config", {"chunk_size": 8}),
+        ("llama", "per_layer_config", {"1": {"intermediate_size": 24}}),
+        ("gpt_neox", "alibi", True),
+    ],
+)
+def test_a_key_that_says_what_to_compute_is_refused_by_name(name: str, key: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"config\.json has {key} = "):
+        opens(name, **{key: value})
+
+
+@pytest.mark.parametrize("rope", [{"rope_theta": 77.0, "rope_type": "linear"}, {"partial_rotary_factor": 0.5}], ids=str)
+def test_gemma_3_reads_all_of_what_turns_windowed_layers(rope: dict[str, Any]) -> None:
+    ropes = base_of("gemma3_text")["rope_parameters"]
+    with pytest.raises(ConfigError, match=r"rope_parameters\.sliding_attention\."):
+        opens("gemma3_text", rope_parameters=ropes | {SLIDING: ropes[SLIDING] | rope})
+
+
+@pytest.mark.parametrize("kind", ["ministral", "olmo3", "gpt_oss", "qwen3_moe", "gemma3", "lama"])
+def test_no_other_architecture_is_named_for_one_that_is_unknown(kind: str) -> None:
+    with pytest.raises(ConfigError, match=f"model_type = '{kind}'; megalite knows gemma2") as found:
+        from_hf_config({"model_type": kind})
+    assert "did you mean" not in str(found.value)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_is_written_says_each_fact_once(name: str) -> None:
+    """YaRN that somebody adds to an export under its older name, while megalite goes on reading the newer one."""
+    written = to_hf_config(opens(name))
+    if "rope_scaling" in written:
+        assert "rope_parameters" not in written
+        with pytest.raises(ConfigError, match="rope_type = 'yarn'"):
+            from_hf_config(written | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}})
+    else:
+        assert name == "gpt2"
+
+
+@pytest.mark.parametrize("name", ["qwen2", "phi3", "gpt2", "gemma3_text"])
+def test_a_converted_model_keeps_what_was_read(name: str, tmp_path: Path) -> None:
+    stored = copy.deepcopy(base_of(name)) | PUBLISHED[name]
+    their_config = transformers.CONFIG_MAPPING[name].from_dict(copy.deepcopy(stored))
+    transformers.AutoModelForCausalLM.from_config(their_config).save_pretrained(tmp_path / "source")
+    (tmp_path / "source" / "config.json").write_text(json.dumps(stored))
+    write_model(open_source(tmp_path / "source"), tmp_path / "copy")
+    copied = transformers.AutoConfig.from_pretrained(tmp_path / "copy").to_dict()
+    own = ("auto_map", "_name_or_path", "transformers_version", "dtype", "architectures")
+    wanted = transformers.AutoConfig.from_pretrained(tmp_path / "source").to_dict()
+    assert {key: copied.get(key) for key in wanted if key not in own} == {
+        key: value for key, value in wanted.items() if key not in own
+    }
+    assert "auto_map" not in json.loads((tmp_path / "copy" / "config.json").read_text())
+
+
+def test_a_model_beside_the_index_of_another_is_refused(tmp_path: Path) -> None:
+    """transformers takes the one file, megalite took those of the index."""
+    config = transformers.AutoConfig.for_model(**CASES["llama"])
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path, max_shard_size="10KB")
+    load_model(tmp_path)
+    model.save_pretrained(tmp_path / "one")
+    (tmp_path / "one" / "model.safetensors").rename(tmp_path / "model.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"two models: model\.safetensors, and the files that model.*index\.json lists"
+    ):
+        load_model(tmp_path)
