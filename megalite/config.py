@@ -17,6 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validat
 
 from megalite.urls import check_no_secret
 
+MOST_LAYERS = 10_000
+"""Every layer has rows in the table of weights; a damaged config.json may ask for any number."""
+
 
 class Section(BaseModel):
     """A frozen part of the config that refuses keys it does not know."""
@@ -51,7 +54,7 @@ class ModelConfig(Section):
     hf: Path | None = Field(None, description="Hugging Face folder whose weights training starts from")
     vocab_size: int = Field(gt=0)
     hidden_size: int = Field(gt=0)
-    num_layers: int = Field(gt=0)
+    num_layers: int = Field(gt=0, le=MOST_LAYERS)
     num_attention_heads: int = Field(gt=0)
     max_positions: int = Field(gt=0, description="longest sequence the model is meant for")
     norm_eps: float = Field(1e-5, gt=0)

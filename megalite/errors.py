@@ -11,3 +11,7 @@ class DataError(ValueError):
 
 class Unreachable(DataError):
     """Data that could not be had now, and may be another time."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be used. The message names the folder and what is wrong with it."""

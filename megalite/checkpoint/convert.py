@@ -18,7 +18,7 @@ from torch import Tensor
 from megalite.checkpoint.folder import write_json
 from megalite.checkpoint.load import from_hf
 from megalite.checkpoint.megatron import find_megatron, open_megatron
-from megalite.checkpoint.tensors import CheckpointError
+from megalite.checkpoint.tensors import CheckpointError, TensorFolder
 from megalite.data.tokenizer import FILES
 from megalite.mesh import ALONE
 from megalite.models import copied_hf_config, model_config, peft, read_hf_config, to_hf_config, weight_table
@@ -96,6 +96,8 @@ def write_model(
         name = str(found).removeprefix("torch.")
         # The name that every version of transformers and vLLM reads.
         write_json(temporary / "config.json", model.config | {"torch_dtype": name})
+        # As whoever opens it will: what is there is what its own config.json asks for.
+        TensorFolder(temporary).check(weight_table(model_config({"hf": str(temporary)})))
         fsync(temporary)
         temporary.rename(folder)
     except OSError as error:

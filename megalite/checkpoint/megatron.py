@@ -8,6 +8,7 @@ group, and the vocabulary is padded. So the table of weights puts the parts toge
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,12 +17,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from megalite.checkpoint.tensors import CheckpointError
 from megalite.checkpoint.torch_file import StoredTensor, TorchFile, Unknown, load_pickle
-from megalite.config import ModelConfig
-from megalite.errors import ConfigError
+from megalite.config import MOST_LAYERS, ModelConfig
+from megalite.errors import CheckpointError, ConfigError
 from megalite.models import model_config, weight_table
 from megalite.models.weights import Weight
+from megalite.outside import beside, read_limited, reading, shown
 
 LATEST = "latest_checkpointed_iteration.txt"
 ENDS = {
@@ -66,6 +67,9 @@ class Parts(Protocol):
     def names(self) -> set[str]:
         """Of all weights, in our words."""
 
+    def shapes(self, name: str) -> list[tuple[int, ...]]:
+        """Of the part of each tensor rank, without reading it."""
+
     def read(self, name: str) -> list[Tensor]:
         """The part of each tensor rank."""
 
@@ -74,9 +78,10 @@ def find_megatron(folder: Path) -> Path | None:
     """The folder of the iteration that a checkpoint's folder names as its latest, or of an iteration; None where it is
     neither."""
     if (folder / LATEST).is_file():
-        word = (folder / LATEST).read_text(errors="replace").strip()
-        if Path(word).name != word:
-            raise CheckpointError(f"{folder / LATEST} names {word!r}, which is no folder beside it")
+        with reading(folder / LATEST, CheckpointError):
+            word = read_limited(folder / LATEST, CheckpointError, 1000).decode(errors="replace").strip()
+        if Path(word).name != word or word == "..":
+            raise CheckpointError(f"{folder / LATEST} names {shown(word)}, which is no folder beside it")
         folder = folder / (f"iter_{int(word):07d}" if word.isdecimal() else word)
     is_one = (folder / ".metadata").is_file() or any(folder.glob("mp_rank_*/model_optim_rng.pt"))
     return folder if is_one else None
@@ -95,7 +100,7 @@ def open_megatron(
     names = parts.names()
     if model.tie_embeddings and "head.weight" in names:
         names.remove("head.weight")
-        if not _are_equal(parts.read("head.weight"), parts.read("embedding.weight")):
+        if not all(map(torch.equal, parts.read("head.weight"), parts.read("embedding.weight"))):
             raise CheckpointError(
                 f"{folder}: its arguments tie the output layer to the embedding, but the two are stored with different "
                 "numbers; save it with --untie-embeddings-and-output-weights"
@@ -105,34 +110,45 @@ def open_megatron(
         missing, extra = sorted(wanted - names)[:5], sorted(names - wanted)[:5]
         raise CheckpointError(f"{folder}: missing weights: {missing}; weights of no {model.family} model: {extra}")
 
+    _check_shapes(weights, parts, folder)
+
     def read(weight: Weight) -> Tensor:
         locals_ = [_as_ours(weight, part, model, parts.tensor) for part in parts.read(weight.name)]
+        if len(kinds := {part.dtype for part in locals_}) > 1 or not locals_[0].is_floating_point():
+            raise CheckpointError(
+                f"{folder}: {weight.name} is stored as {', '.join(sorted(map(str, kinds)))}, not as one of fp32, fp16, "
+                "bf16 or fp64"
+            )
         if weight.shard is None:
             return locals_[0]
         if weight.shard == "vocab":
-            whole = torch.cat(locals_)
-            if len(whole) < weight.shape[0]:
-                raise CheckpointError(f"{folder}: its vocabulary has {len(whole)} rows, not {weight.shape[0]}")
-            return whole[: weight.shape[0]].clone()
+            return torch.cat(locals_)[: weight.shape[0]].clone()
         return weight.assemble(locals_)
 
     return model, weights, read
 
 
-def _are_equal(ones: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
-    return all(torch.equal(one, other) for one, other in zip(ones, others, strict=True))
+def _check_shapes(weights: Sequence[Weight], parts: Parts, folder: Path) -> None:
+    """Raise CheckpointError unless the parts of every weight have the shapes that its row gives them; those of a
+    vocabulary, whose padding is Megatron's own, are equally long and long enough."""
+    for weight in weights:
+        found = parts.shapes(weight.name)
+        try:
+            wanted = weight.local_shape(parts.tensor)
+        except ValueError as error:
+            raise CheckpointError(str(error)) from None
+        if weight.shard == "vocab":
+            wanted = (*found[0][:1], *weight.shape[1:])
+        if wrong := next((shape for shape in found if shape != wanted), None):
+            raise CheckpointError(
+                f"{folder}: {weight.name} has shape {shown(wrong)}, the model needs {shown(wanted)} of each tensor rank"
+            )
+        if weight.shard == "vocab" and (rows := sum(shape[0] for shape in found)) < weight.shape[0]:
+            raise CheckpointError(f"{folder}: its vocabulary has {rows} rows, not {weight.shape[0]}")
 
 
 def _as_ours(weight: Weight, part: Tensor, model: Any, tensor: int) -> Tensor:
-    """A tensor rank's part in the order of ours, its shape checked."""
-    if weight.shard == "vocab":
-        return part
-    try:
-        shape = weight.local_shape(tensor)
-    except ValueError as error:
-        raise CheckpointError(str(error)) from None
-    if tuple(part.shape) != shape:
-        raise CheckpointError(f"{weight.name} has shape {list(part.shape)}, the model needs {list(shape)}")
+    """A tensor rank's part in the order of ours."""
     if not weight.name.endswith(("attention.qkv.weight", "attention.qkv.bias")):
         return part
     size, groups = model.head_size, model.kv_heads // tensor
@@ -153,11 +169,13 @@ def _fields(args: dict[str, Any], vocab_size: int | None) -> dict[str, Any]:
     for name, allowed in only.items():
         value = args.get(name, None if name in required else allowed[0])
         if value not in allowed:
-            raise ConfigError(f"Megatron's checkpoint has {name} = {value!r}; models like Llama have {allowed[0]!r}")
+            raise ConfigError(
+                f"Megatron's checkpoint has {name} = {shown(value)}; models like Llama have {allowed[0]!r}"
+            )
     try:
         heads = args["num_attention_heads"]
         fields = {
-            "vocab_size": vocab_size or args.get("vocab_size") or args["padded_vocab_size"],
+            "vocab_size": vocab_size if vocab_size is not None else args.get("vocab_size") or args["padded_vocab_size"],
             "hidden_size": args["hidden_size"],
             "intermediate_size": args["ffn_hidden_size"],
             "num_layers": args["num_layers"],
@@ -185,7 +203,8 @@ def _args(saved: Any, path: Path) -> dict[str, Any]:
     state = args.state if isinstance(args, Unknown) else None
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} does not hold the arguments of the run that wrote it")
-    return state
+    # All that is asked for are numbers, words and truth values. Of others a message might never end.
+    return {name: value for name, value in state.items() if value is None or isinstance(value, int | float | str)}
 
 
 def _ours(name: str, first_layer: int = 0) -> str | None:
@@ -198,16 +217,31 @@ def _ours(name: str, first_layer: int = 0) -> str | None:
     return ENDS.get(name)
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Every value by its whole name. Raises CheckpointError where a dictionary is in two places, or in itself."""
+    seen, pending = {id(values)}, [("", values)]
+    while pending:
+        prefix, inner = pending.pop()
+        for key, value in inner.items():
+            if not isinstance(value, Mapping):
+                yield f"{prefix}{shown(key) if not isinstance(key, str) else key}", value
+            elif id(value) in seen:
+                raise CheckpointError(f"{prefix}{shown(key)} is a dictionary that is elsewhere as well")
+            else:
+                seen.add(id(value))
+                pending.append((f"{prefix}{key}." if isinstance(key, str) else f"{prefix}{shown(key)}.", value))
 
 
 def _unknown(path: Path, name: str) -> CheckpointError:
     return CheckpointError(f"{path}: {name} is no weight of a model like Llama")
+
+
+def _sizes(values: Any) -> tuple[int, ...]:
+    """Raises CheckpointError unless they are the sizes, or the offsets, of a tensor."""
+    sizes = tuple(values)
+    if not all(isinstance(size, int) and 0 <= size < 2**48 for size in sizes):
+        raise CheckpointError(f"a tensor has the shape {shown(sizes)}, which is none")
+    return sizes
 
 
 class _RankFiles:
@@ -222,46 +256,52 @@ class _RankFiles:
                 raise CheckpointError(f"{path.parent}: neither mp_rank_TENSOR nor mp_rank_TENSOR_PIPELINE")
             grid.setdefault(int(match[2] or 0), {})[int(match[1])] = path
         self.tensor = len(grid[0]) if 0 in grid else 0
-        self._found: dict[str, list[StoredTensor]] = {}
+        self._found: dict[str, list[Any]] = {}  # a StoredTensor of each tensor rank
         saved = [[TorchFile(path).load() for _, path in sorted(row.items())] for _, row in sorted(grid.items())]
         if any(len(row) != self.tensor for row in saved):
             raise CheckpointError(f"{folder}: files of some ranks are missing: {sum(map(len, saved))} are there")
         self.args = _args(saved[0][0], folder)
         for axis, found in (("tensor", self.tensor), ("pipeline", len(saved))):
             if (size := self.args.get(f"{axis}_model_parallel_size", found)) != found:
-                raise CheckpointError(f"{folder}: was written over {axis} {size}, but has files of {found}")
+                raise CheckpointError(f"{folder}: was written over {axis} {shown(size)}, but has files of {found}")
         first = 0
-        chunks = ["model"] if "model" in saved[0][0] else [key for key in saved[0][0] if re.fullmatch(r"model\d+", key)]
-        try:
+        with reading(f"{folder}: what its files hold", CheckpointError):
+            whole = saved[0][0]
+            chunks = ["model"] if "model" in whole else [key for key in whole if re.fullmatch(r"model\d+", str(key))]
             for chunk in chunks:  # of interleaved stages, all ranks' first come before any's second
                 for row in saved:
                     first += self._take([dict(_flat(ranks[chunk])) for ranks in row], first)
-        except (AttributeError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{folder}: its files do not hold the same weights each: {error!r}") from None
 
     def _take(self, ranks: list[dict[str, Any]], first: int) -> int:
         """The weights of one model, given by each tensor rank. Returns how many layers it has."""
         layers = set()
-        for name, value in ranks[0].items():
-            ours = _ours(name, first)
-            if ours is None and not (NO_WEIGHTS.search(name) or not isinstance(value, StoredTensor)):
-                raise _unknown(self.folder, name)
-            if ours is not None and not isinstance(value, StoredTensor):
-                raise CheckpointError(f"{self.folder}: {name} is no tensor")
-            if ours is not None:
-                stored = [rank[name] for rank in ranks]
-                # A tied embedding stands on the last stage again.
-                first_stored = self._found.setdefault(ours, stored)
-                if first_stored is not stored and not _are_equal(self.read(ours), [part.read() for part in stored]):
-                    raise CheckpointError(f"{self.folder}: {name} is stored twice, with different numbers")
-                layers |= {ours.split(".")[1]} if ours.startswith("layers.") else set()
+        for name in dict.fromkeys(name for rank in ranks for name in rank):
+            values = [rank.get(name) for rank in ranks]
+            are_tensors = [isinstance(value, StoredTensor) for value in values]
+            if (ours := _ours(name, first)) is None:
+                if any(are_tensors) and not NO_WEIGHTS.search(name):
+                    raise _unknown(self.folder, name)
+                continue
+            if not all(are_tensors):
+                raise CheckpointError(f"{self.folder}: {name} is not a tensor on every tensor rank")
+            # A tied embedding stands on the last stage again.
+            if not _equal(self._found.setdefault(ours, values), values):
+                raise CheckpointError(f"{self.folder}: {ours} is stored twice, with different values")
+            layers |= {ours.split(".")[1]} if ours.startswith("layers.") else set()
         return len(layers)
 
     def names(self) -> set[str]:
         return set(self._found)
 
+    def shapes(self, name: str) -> list[tuple[int, ...]]:
+        return [part.shape for part in self._found[name]]
+
     def read(self, name: str) -> list[Tensor]:
         return [part.read() for part in self._found[name]]
+
+
+def _equal(first: list[Any], second: list[Any]) -> bool:
+    return first is second or all(torch.equal(a.read(), b.read()) for a, b in zip(first, second, strict=True))
 
 
 class _Pieces:
@@ -277,19 +317,20 @@ class _Pieces:
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._pieces: dict[str, list[tuple[tuple[int, ...], Any]]] = {}
         self._where: dict[str, tuple[str, int | None]] = {}
-        try:
+        with reading(f"{folder}/.metadata of torch.distributed.checkpoint", CheckpointError):
             for name, stored in metadata.state["state_dict_metadata"].items():
                 if "size" in stored.state and not NO_WEIGHTS.search(name):
-                    self._shapes[name] = tuple(stored.state["size"])
+                    self._shapes[name] = _sizes(stored.state["size"])
             for index, place in metadata.state["storage_data"].items():
-                if index.state["fqn"] in self._shapes:
-                    offset = tuple(index.state["offset"] or ())
-                    self._pieces.setdefault(index.state["fqn"], []).append((offset, place.state))
-        except (AttributeError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{folder}/.metadata is not torch.distributed.checkpoint's: {error!r}") from None
+                if isinstance(name := index.state["fqn"], str) and name in self._shapes:
+                    offset = _sizes(index.state["offset"] or ())
+                    self._pieces.setdefault(name, []).append((offset, place.state))
+        most = sum(path.stat().st_size for path in folder.glob("*.distcp"))
         for name, shape in self._shapes.items():
+            if math.prod(shape) > most:
+                raise CheckpointError(f"{folder}: {name} has shape {shown(shape)}, which is more than its files hold")
             stacked = re.fullmatch(r"decoder\.layers\.(\D.*)", name.removeprefix("model."))
-            if stacked and shape[:1] != (self.args.get("num_layers"),):
+            if stacked and (shape[:1] != (self.args.get("num_layers"),) or shape[0] > MOST_LAYERS):
                 raise CheckpointError(f"{folder}: {name} is of another number of layers than the model")
             numbers = range(shape[0]) if stacked else [None]
             for number in numbers:
@@ -297,19 +338,21 @@ class _Pieces:
                 ours = _ours(f"decoder.layers.{number}.{stacked[1]}" if stacked else plain)
                 if ours is None:
                     raise _unknown(folder, name)
+                if ours in self._where:
+                    raise CheckpointError(f"{folder}: {ours} is stored twice: {self._where[ours][0]} and {name}")
                 self._where[ours] = (name, number)
 
     def names(self) -> set[str]:
         return set(self._where)
 
+    def shapes(self, name: str) -> list[tuple[int, ...]]:
+        stored, layer = self._where[name]
+        return [self._shapes[stored] if layer is None else self._shapes[stored][1:]]
+
     def read(self, name: str) -> list[Tensor]:
         stored, layer = self._where[name]
-        try:
+        with reading(f"{self.folder}: the pieces of {stored} do not fit together, so that it", CheckpointError):
             return [self._read(stored, layer)]
-        except CheckpointError:
-            raise
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{self.folder}: the pieces of {stored} do not fit together: {error!r}") from None
 
     def _read(self, stored: str, layer: int | None) -> Tensor:
         """A whole tensor; of one of all layers, that of a layer."""
@@ -320,9 +363,7 @@ class _Pieces:
             begin = offset or (0,) * len(shape)
             if layer is not None and begin[0] > layer:
                 continue
-            path = self.folder / str(place["relative_path"])
-            if path.parent != self.folder:
-                raise CheckpointError(f"{self.folder}/.metadata names a file elsewhere: {path}")
+            path = beside(self.folder, place["relative_path"], self.folder / ".metadata")
             piece = TorchFile(path, place["offset"], place["length"]).load().read()
             piece = piece.reshape((1,) * (len(shape) - piece.dim()) + piece.shape)
             if layer is not None:

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from megalite.activity import NOW
+from megalite.errors import CheckpointError
 from megalite.models.weights import Weight
+from megalite.outside import beside, read_json, reading, shown
 
 KEEPS = "a run keeps the model it began with; another one needs another run.name"
+DTYPES = ("BF16", "F16", "F32", "F64")
+"""How weights may be stored. Bytes of fp8, and numbers of a quantised model, are nothing without their scales."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 """How files are called that torch.save wrote."""
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be used. The message names the folder and what is wrong with it."""
 
 
 class NotSaved(CheckpointError):
@@ -36,10 +35,11 @@ class TensorFolder:
         index, single = folder / f"{stem}.safetensors.index.json", f"{stem}.safetensors"
         try:
             if index.exists():
-                self.files = _read_index(index, single)
+                self.files = _weight_map(index, single)
             else:
-                self.files = dict.fromkeys(self._file(single).keys(), single)
-        except (OSError, SafetensorError, ValueError, TypeError, KeyError, AttributeError) as error:
+                with reading(folder / single, CheckpointError):
+                    self.files = dict.fromkeys(self._file(single).keys(), single)
+        except CheckpointError as error:
             raise CheckpointError(
                 f"{folder}: no readable {stem}.safetensors or {stem}.safetensors.index.json ({error}){_pickles(folder)}"
             ) from None
@@ -48,29 +48,27 @@ class TensorFolder:
     def _add_unlisted(self) -> None:
         """What the files of an index hold beside what it lists, as transformers does."""
         for file in sorted(set(self.files.values())):
-            try:
+            with reading(self.folder / file, CheckpointError):
                 names = self._file(file).keys()
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"{self.folder / file} cannot be read: {error}") from None
             for name in names:
                 if (listed := self.files.setdefault(name, file)) != file:
                     raise CheckpointError(f"{self.folder}: {name} is stored in both {listed} and {file}")
 
     def _file(self, name: str) -> Any:
         if name not in self._open:
-            self._open[name] = safe_open(self.folder / name, framework="pt")
+            self._open[name] = safe_open(beside(self.folder, name, self.folder), framework="pt")
         return self._open[name]
 
     def _slices(self, name: str) -> Any:
-        try:
-            return self._file(self.files[name]).get_slice(name.removeprefix(self._prefix))
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{self.folder / self.files[name]} cannot be read: {error}") from None
+        file = self.files[name]
+        with reading(self.folder / file, CheckpointError):
+            return self._file(file).get_slice(name.removeprefix(self._prefix))
 
     def fetch(self, name: str, where: tuple[slice, ...]) -> Tensor:
         """Read a slice of a tensor; only its bytes are read."""
         NOW.beats += 1
-        return self._slices(name)[where]
+        with reading(self.folder / self.files[name], CheckpointError):
+            return self._slices(name)[where]
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._slices(name).get_shape())
@@ -83,8 +81,8 @@ class TensorFolder:
             self.files = {name if name in apart else prefix + name: file for name, file in self.files.items()}
 
     def check(self, weights: Sequence[Weight], ignore: Collection[str] = ()) -> None:
-        """Raise CheckpointError unless names and shapes are exactly those of the table. Tensors in `ignore` may be
-        there as well."""
+        """Raise CheckpointError unless names and shapes are exactly those of the table, and all are numbers. Tensors in
+        `ignore` may be there as well."""
         wanted = {name: shape for weight in weights for name, shape in weight.hf_shapes().items()}
         missing = sorted(wanted.keys() - self.files.keys())
         unknown = sorted(self.files.keys() - wanted.keys() - set(ignore))
@@ -94,7 +92,13 @@ class TensorFolder:
                 f"missing tensors: {_some(missing)}; tensors of no weight: {_some(unknown)}"
             )
         for name, shape in wanted.items():
-            found = self.shape(name)
+            stored = self._slices(name)
+            if stored.get_dtype() not in DTYPES:
+                raise CheckpointError(
+                    f"{self.folder}/{self.stem}: {name} is stored as {stored.get_dtype()}; weights must be one of "
+                    f"{', '.join(DTYPES)}: a quantised model must be saved in one of these first"
+                )
+            found = tuple(stored.get_shape())
             if found != shape:
                 raise CheckpointError(
                     f"{self.folder}/{self.stem}: {name} has shape {list(found)}, the model needs {list(shape)} "
@@ -102,12 +106,15 @@ class TensorFolder:
                 )
 
 
-def _read_index(index: Path, single: str) -> dict[str, str]:
-    """Return the file of each tensor. Raises CheckpointError for a file that is elsewhere, or where there is also a
-    single file, which transformers would take."""
-    files = {name: str(file) for name, file in json.loads(index.read_text())["weight_map"].items()}
-    if outside := next((file for file in files.values() if Path(file).name != file), None):
-        raise CheckpointError(f"{index} names {outside}, which is outside of the folder")
+def _weight_map(index: Path, single: str) -> dict[str, str]:
+    """Return the file of each tensor, as an index says. Raises CheckpointError for a file that is elsewhere, or where
+    there is also a single file, which transformers would take."""
+    values = read_json(index, CheckpointError)
+    files = values.get("weight_map") if isinstance(values, dict) else None
+    if not isinstance(files, dict):
+        raise CheckpointError(f"{index} has no weight_map of names and files, but is {shown(values)}")
+    for file in {shown(file): file for file in files.values()}.values():
+        beside(index.parent, file, index)
     if index.with_name(single).exists() and set(files.values()) != {single}:
         raise CheckpointError(
             f"{index.parent} holds two models: {single}, and the files that {index.name} lists; remove one of them"

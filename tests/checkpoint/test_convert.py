@@ -204,8 +204,8 @@ def of_words(metadata: Any) -> None:
 
 
 WRONG_PIECES = [
-    (twice, "a piece of embedding.word_embeddings.weight is there twice"), (endless, "of another number of layers"),
-    (too_long, "has no 1152921504606846976 bytes"), (elsewhere, "names a file elsewhere"),
+    (twice, "a piece of embedding.word_embeddings.weight is there twice"), (endless, "more than its files hold"),
+    (too_long, "has no 1152921504606846976 bytes"), (elsewhere, "which is outside of the folder"),
     (of_words, "do not fit together"),
 ]  # fmt: skip
 
@@ -313,3 +313,70 @@ def test_a_checkpoint_that_its_run_removes_meanwhile(tmp_path: Path) -> None:
     write_model(replace(model, read=read), tmp_path / "hf")
     assert same_logits(opened(tmp_path / "hf"), theirs)
     assert (tmp_path / "hf" / "tokenizer.json").read_text() == "{}"
+
+
+def changed(x: Tensor, how: str) -> Tensor:
+    match how:
+        case "an axis shorter":
+            return x[..., : x.shape[-1] // 2].clone()
+        case "an axis longer":
+            return torch.cat([x, x], dim=-1)
+        case "an axis more":
+            return x.unsqueeze(-1)
+        case _:
+            return x.to(torch.int32)
+
+
+HOW = ("an axis shorter", "an axis longer", "an axis more", "whole numbers")
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_every_tensor_of_megatrons_is_held_against_its_row(tmp_path: Path, how: str) -> None:
+    """One tensor after the other is of another shape or kind, on one tensor rank: no model comes of it."""
+    write_rank_files(make_model("llama", num_hidden_layers=1), tmp_path / "megatron", 2, 1, 1, "engine")
+    path = tmp_path / "megatron" / "iter_0000012" / "mp_rank_01" / "model_optim_rng.pt"
+    saved = torch.load(path, weights_only=False, pickle_module=pickle)
+    names = [name for name, value in saved["model"].items() if isinstance(value, Tensor)]
+    assert len(names) == 9
+    for name in names:
+        torch.save(saved | {"model": saved["model"] | {name: changed(saved["model"][name], how)}}, path)
+        with pytest.raises(CheckpointError, match=r"has shape|is stored as"):
+            write_model(open_source(tmp_path / "megatron", vocab_size=99), tmp_path / "hf")
+        assert not (tmp_path / "hf").exists()
+
+
+def test_pieces_are_held_against_their_rows(tmp_path: Path) -> None:
+    folder = tmp_path / "megatron"
+    write_pieces(make_model("llama"), folder, 1, False)
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    for name, stored in metadata.state_dict_metadata.items():
+        for size in (torch.Size([*stored.size[:-1], stored.size[-1] // 2]), torch.Size([*stored.size, 1])):
+            wrong = replace(
+                metadata, state_dict_metadata=metadata.state_dict_metadata | {name: replace(stored, size=size)}
+            )
+            (folder / ".metadata").write_bytes(pickle.dumps(wrong))
+            with pytest.raises(CheckpointError, match="has shape"):
+                open_source(folder, vocab_size=99)
+
+
+def test_a_weight_that_is_stored_twice_is_the_same_twice(tmp_path: Path) -> None:
+    """A tied embedding stands on the first stage and on the last, and a norm under two names of Megatron's."""
+    write_rank_files(make_model("llama"), tmp_path / "megatron", 1, 1, 1, "engine")
+    path = tmp_path / "megatron" / "iter_0000012" / "mp_rank_00" / "model_optim_rng.pt"
+    saved = torch.load(path, weights_only=False, pickle_module=pickle)
+    norm = saved["model"]["decoder.layers.0.self_attention.linear_qkv.layer_norm_weight"]
+    for other, fits in ((norm, True), (norm + 1, False)):
+        torch.save(saved | {"model": saved["model"] | {"decoder.layers.0.input_layernorm.weight": other}}, path)
+        if fits:
+            open_source(tmp_path / "megatron")
+        else:
+            with pytest.raises(CheckpointError, match=r"layers\.0\.attention_norm\.weight is stored twice"):
+                open_source(tmp_path / "megatron")
+
+
+def test_what_was_written_is_what_its_own_config_asks_for(tmp_path: Path) -> None:
+    make_model("llama").save_pretrained(tmp_path / "hf")
+    model = open_source(tmp_path / "hf")
+    with pytest.raises(CheckpointError, match=r"embed_tokens\.weight has shape"):
+        write_model(replace(model, config=model.config | {"vocab_size": 98}), tmp_path / "wrong")
+    assert not (tmp_path / "wrong").exists()

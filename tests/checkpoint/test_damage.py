@@ -198,7 +198,7 @@ def test_an_index_cannot_lead_out_of_its_folder(root: Path) -> None:
 @pytest.mark.parametrize("named", [["model.safetensors"], None, {"lm_head.weight": 5}, {"lm_head.weight": None}])
 def test_an_index_of_something_else_is_refused(tmp_path: Path, named: object) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": named}))
-    with pytest.raises(CheckpointError, match=r"no readable model\.safetensors|cannot be read"):
+    with pytest.raises(CheckpointError, match=r"no readable model\.safetensors"):
         TensorFolder(tmp_path).fetch("lm_head.weight", (slice(0, 1),))
 
 

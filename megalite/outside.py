@@ -1,0 +1,98 @@
+"""Files that others have written, which may hold anything: reading one gives a value, or one line that says why not."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from megalite.errors import CheckpointError, ConfigError, DataError
+
+LARGEST_JSON = 32 << 20
+"""Bytes. The index of the largest model published has 16 million; parsed, JSON takes up to 20 times as much memory."""
+SHOWN = 80
+"""Characters of a value that a message shows."""
+
+
+@contextmanager
+def reading(path: Path | str, error: type[Exception]) -> Iterator[None]:
+    """Turn whatever reading a file raises into one line of class `error` that names the file.
+
+    That is also what is no Exception: the panic of a library written in Rust. Interruptions and errors that are such
+    a line already go on."""
+    try:
+        yield
+    except (ConfigError, DataError, CheckpointError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as found:
+        raise error(f"{path}{_plainly(found)}") from None
+
+
+def _plainly(error: BaseException) -> str:
+    if isinstance(error, OSError):
+        return f": {error.strerror or error}"
+    if isinstance(error, UnicodeDecodeError):
+        return f" is not UTF-8: {error.reason} at byte {error.start}"
+    if isinstance(error, json.JSONDecodeError):
+        return f" is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}"
+    if isinstance(error, RecursionError):
+        return " is nested too deeply"
+    if isinstance(error, MemoryError):
+        return " needs more memory than there is"
+    text = str(error).partition("\n")[0][:300]
+    return f" cannot be read: {type(error).__name__}{f': {text}' if text else ''}"
+
+
+def check_regular(path: Path, error: type[Exception]) -> None:
+    """Refuse what is there but is no file: opening a FIFO waits forever, and a device may have no end."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return  # opening it will say so
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise error(f"{path} is not a regular file")
+
+
+def read_limited(path: Path, error: type[Exception], largest: int = LARGEST_JSON) -> bytes:
+    """Return the bytes of a file of at most `largest`. Raises OSError, and `error` for what is no such file."""
+    check_regular(path, error)
+    with open(path, "rb") as file:
+        data = file.read(min(os.fstat(file.fileno()).st_size, largest) + 1)
+    if len(data) > largest:
+        raise error(f"{path} is longer than {largest:,} bytes, which no such file is")
+    return data
+
+
+def read_json(path: Path, error: type[Exception]) -> Any:
+    """Return what a JSON file holds. Raises `error` where it cannot be read or holds no JSON."""
+    with reading(path, error):
+        return json.loads(read_limited(path, error).decode())
+
+
+def beside(folder: Path, name: Any, named_by: Path) -> Path:
+    """Return the path of a file that an index names. Raises CheckpointError unless it lies in the index's folder."""
+    if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
+        raise CheckpointError(f"{named_by} names {shown(name)}, which is outside of the folder or no file's name")
+    check_regular(folder / name, CheckpointError)
+    return folder / name
+
+
+def shown(value: Any) -> str:
+    """Return a value for a message, in a length and time that do not depend on the value."""
+    if isinstance(value, int) and value.bit_length() > 256:
+        return f"a number of {value.bit_length():,} bits"  # Python writes no number of more than 4,300 digits
+    if isinstance(value, str | bytes):
+        return repr(value) if len(value) <= SHOWN else f"{value[:SHOWN]!r}…"
+    if value is None or isinstance(value, bool | int | float):
+        return repr(value)
+    if isinstance(value, list | tuple) and len(value) <= 16 and all(_is_short(item) for item in value):
+        return repr(value)
+    return f"a value of type {type(value).__name__}"
+
+
+def _is_short(value: Any) -> bool:
+    return value is None or isinstance(value, bool | float) or (isinstance(value, int | str) and len(shown(value)) < 20)
