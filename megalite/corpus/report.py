@@ -40,10 +40,12 @@ def make_report(work: Path, config: CorpusConfig, num_shards: int) -> dict[str, 
     which kept documents may have lost some)."""
     cleaned, split = _counted(work / "clean", num_shards), _counted(work / "split", num_shards)
     reading: Counter[str] = Counter()
+    left_out: Counter[str] = Counter()
     messages: list[str] = []
     sources = {source.name: {"read": Count(), **{side: Count() for side in SPLITS}} for source in config.sources}
     for shard in cleaned:
         messages += shard["report"].pop("messages")
+        left_out.update(shard["report"].pop("left_out"))
         reading.update(shard["report"])
         _add(sources, {"read": shard["sources"]})
     for shard in split:
@@ -53,7 +55,7 @@ def make_report(work: Path, config: CorpusConfig, num_shards: int) -> dict[str, 
     merged = [_merged(shards) for part in (cleaned, split) for shards in zip(*(s["stages"] for s in part), strict=True)]
     notes = {stage.name: stage.notes for stage in merged}
     stages = [
-        _read_tally(reading, sources),
+        _read_tally(reading, left_out, sources),
         *(stage for stage in merged if stage.name != "extract" or stage.notes or stage.dropped),
     ]
     return {
@@ -96,11 +98,12 @@ def _merged(shards: Iterable[dict[str, Any]]) -> Tally:
     return first
 
 
-def _read_tally(reading: Counter[str], sources: dict[str, dict[str, Count]]) -> Tally:
+def _read_tally(reading: Counter[str], left_out: Counter[str], sources: dict[str, dict[str, Count]]) -> Tally:
     """Reading as a stage. What could not be read has no bytes of text."""
     tally = Tally("read", kept=_sum(counts["read"] for counts in sources.values()))
-    left_out = {"bad lines or files": "num_bad", "empty": "num_empty", "binary or of another type": "num_binary"}
-    tally.dropped = {reason: Dropped(reading[count]) for reason, count in left_out.items() if reading[count]}
+    counts = {"bad lines or files": "num_bad", "empty": "num_empty", "binary files": "num_binary"}
+    named = {reason: reading[count] for reason, count in counts.items()} | dict(sorted(left_out.items()))
+    tally.dropped = {reason: Dropped(count) for reason, count in named.items() if count}
     tally.came = _sum([tally.kept, *tally.dropped.values()])
     tally.notes.update({"hidden files and folders, left out": reading["num_hidden"]})
     tally.notes.update({"documents not all UTF-8, mended": reading["num_mended"]})

@@ -7,6 +7,7 @@ work."""
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -249,6 +250,8 @@ def add_to(total: Report, part: Report) -> None:
     for field in dataclasses.fields(Report):
         if field.name == "messages":
             total.messages += part.messages[: MAX_MESSAGES - len(total.messages)]
+        elif field.name == "left_out":
+            total.left_out = dict(Counter(total.left_out) + Counter(part.left_out))
         else:
             setattr(total, field.name, getattr(total, field.name) + getattr(part, field.name))
 
@@ -258,6 +261,7 @@ def _difference(now: Report, before: Report) -> Report:
     counts = {
         field.name: getattr(now, field.name) - getattr(before, field.name)
         for field in dataclasses.fields(Report)
-        if field.name not in ("messages", "total_bytes")
+        if field.name not in ("messages", "total_bytes", "left_out")
     }
-    return Report(**counts, messages=now.messages[len(before.messages) :])
+    left_out = dict(Counter(now.left_out) - Counter(before.left_out))
+    return Report(**counts, left_out=left_out, messages=now.messages[len(before.messages) :])

@@ -62,7 +62,11 @@ class Report:
     num_mended: int = 0
     num_hidden: int = 0
     num_binary: int = 0
+    left_out: dict[str, int] = field(default_factory=dict)  # what else is no document, by what it is
     messages: list[str] = field(default_factory=list)
+
+    def leave_out(self, what: str) -> None:
+        self.left_out[what] = self.left_out.get(what, 0) + 1
 
     def bad(self, path: str, line: int, why: object) -> None:
         self.num_bad += 1
@@ -76,6 +80,7 @@ class Report:
             "empty documents": self.num_empty,
             "hidden files or folders": self.num_hidden,
             "binary files": self.num_binary,
+            **self.left_out,
         }
         lines = [f"left out: {count:,} {what}" for what, count in counts.items() if count]
         lines += [f"mended: {self.num_mended:,} documents that were not all UTF-8"] if self.num_mended else []

@@ -13,7 +13,7 @@ from rich.filesize import decimal
 from megalite.data.documents import Report
 from megalite.resources import fsync
 
-LEFT_OUT = ("num_empty", "num_bad", "num_mended", "num_hidden", "num_binary", "messages")
+LEFT_OUT = ("num_empty", "num_bad", "num_mended", "num_hidden", "num_binary", "left_out", "messages")
 
 
 @dataclass
@@ -70,7 +70,7 @@ def read_metadata(prefix: str, settings: dict[str, Any]) -> Preprocessed | None:
         counts = {
             name: values[name] for name in ("tokenized_by", "num_documents", "num_tokens", "text_bytes", "num_left")
         }
-        report = Report(**{name: values[name] for name in LEFT_OUT})
+        report = Report(**{name: values[name] for name in LEFT_OUT if name in values})
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return Preprocessed(prefix, settings, report=report, **counts)

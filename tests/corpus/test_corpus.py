@@ -79,7 +79,7 @@ def dropped_by(report, name):
 def test_every_planted_case_is_found_and_none_is_fatal(raw, prepared, capsys):
     output, report = prepared
     assert check(raw, output) == 0, capsys.readouterr().out
-    assert dropped_by(report, "read") == {"bad lines or files": 6, "empty": 2, "binary or of another type": 1}
+    assert dropped_by(report, "read") == {"bad lines or files": 6, "empty": 2, "binary files": 1}
     assert stage_of(report, "read")["notes"] == {"documents not all UTF-8, mended": 2}
     assert dropped_by(report, "length") == {"over 1,000,000 characters": 1, "under 200 characters": 1}
     assert dropped_by(report, "language") == {"language de": 1}

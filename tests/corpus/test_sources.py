@@ -19,7 +19,8 @@ from pyarrow import parquet
 from megalite.corpus.checks import Extract
 from megalite.corpus.config import CorpusConfig, ExtractConfig, Source
 from megalite.corpus.run import prepare_corpus
-from megalite.corpus.sources import InputFile, list_inputs, read_warc, shards_of
+from megalite.corpus.sources import InputFile, list_inputs, shards_of
+from megalite.corpus.warc import OTHER_TYPES, read_warc
 from megalite.data.documents import Reading, Report, list_files, read_files
 from megalite.errors import DataError
 
@@ -88,7 +89,7 @@ def test_warc(tmp_path, packing):
     report, kept = prepare(tmp_path)
     assert [metadata["id"] for metadata in kept.values()] == ["<urn:p0>", "<urn:p1>", "<urn:p2>"]
     assert set(kept) == {prose(seed) for seed in range(3)}
-    assert report["stages"][0]["dropped"]["binary or of another type"]["documents"] == 1
+    assert report["stages"][0]["dropped"][OTHER_TYPES]["documents"] == 1
 
 
 def test_wet_is_text_and_other_charsets_are_decoded(tmp_path):
