@@ -193,15 +193,15 @@ class DataConfig(Section):
 
 def names_of(sources: Sequence[Source]) -> list[str]:
     """What each source is called; the whole path where the last parts of two are the same. Raises ValueError where two
-    are given one name."""
+    are called the same: metrics, phases and what was consumed go by these names."""
     last = [source.name or source.path.rstrip("/").rpartition("/")[2] for source in sources]
     names = [
         source.name or (source.path if last.count(name) > 1 else name)
         for source, name in zip(sources, last, strict=True)
     ]
-    given = [source.name for source in sources if source.name]
-    if twice := next((name for name in given if names.count(name) > 1), None):
-        raise ValueError(f"two sources are named {twice!r}")
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        first, second = [number for number, name in enumerate(names) if name == twice][:2]
+        raise ValueError(f"sources {first} and {second} are both named {twice!r}; give each a `name` of its own")
     return names
 
 

@@ -40,22 +40,24 @@ def make_report(work: Path, config: CorpusConfig, num_shards: int) -> dict[str, 
     which kept documents may have lost some)."""
     cleaned, split = _counted(work / "clean", num_shards), _counted(work / "split", num_shards)
     reading: Counter[str] = Counter()
-    left_out: Counter[str] = Counter()
-    messages: list[str] = []
+    left_out, as_text = Counter[str](), Counter[str]()
     sources = {source.name: {"read": Count(), **{side: Count() for side in SPLITS}} for source in config.sources}
+    inputs = json.loads((work / "inputs.json").read_text(encoding="utf-8"))
+    messages: list[str] = inputs["messages"]
     for shard in cleaned:
         messages += shard["report"].pop("messages")
         left_out.update(shard["report"].pop("left_out"))
+        as_text.update(shard["report"].pop("as_text"))
         reading.update(shard["report"])
         _add(sources, {"read": shard["sources"]})
     for shard in split:
         _add(sources, shard["splits"])
-    inputs = json.loads((work / "inputs.json").read_text(encoding="utf-8"))
     reading["num_hidden"] += inputs["hidden"]
+    reading["num_bad"] += inputs["refused"]
     merged = [_merged(shards) for part in (cleaned, split) for shards in zip(*(s["stages"] for s in part), strict=True)]
     notes = {stage.name: stage.notes for stage in merged}
     stages = [
-        _read_tally(reading, left_out, sources),
+        _read_tally(reading, left_out, as_text, sources),
         *(stage for stage in merged if stage.name != "extract" or stage.notes or stage.dropped),
     ]
     return {
@@ -98,7 +100,9 @@ def _merged(shards: Iterable[dict[str, Any]]) -> Tally:
     return first
 
 
-def _read_tally(reading: Counter[str], left_out: Counter[str], sources: dict[str, dict[str, Count]]) -> Tally:
+def _read_tally(
+    reading: Counter[str], left_out: Counter[str], as_text: Counter[str], sources: dict[str, dict[str, Count]]
+) -> Tally:
     """Reading as a stage. What could not be read has no bytes of text."""
     tally = Tally("read", kept=_sum(counts["read"] for counts in sources.values()))
     counts = {"bad lines or files": "num_bad", "empty": "num_empty", "binary files": "num_binary"}
@@ -107,6 +111,7 @@ def _read_tally(reading: Counter[str], left_out: Counter[str], sources: dict[str
     tally.came = _sum([tally.kept, *tally.dropped.values()])
     tally.notes.update({"hidden files and folders, left out": reading["num_hidden"]})
     tally.notes.update({"documents not all UTF-8, mended": reading["num_mended"]})
+    tally.notes.update({f"files {suffix or 'without a suffix'} read as plain text": n for suffix, n in as_text.items()})
     tally.notes = +tally.notes
     return tally
 

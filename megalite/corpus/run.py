@@ -111,7 +111,13 @@ def _begin(config: CorpusConfig, work: Path) -> int:
             raise DataError(
                 f"{work.parent} was begun with {what}; name another `output`, or remove it to start anew ({named})"
             )
-    inputs = {"files": len(files), "num_bytes": sum(file.num_bytes for file in files), "hidden": listing.num_hidden}
+    inputs = {
+        "files": len(files),
+        "num_bytes": sum(file.num_bytes for file in files),
+        "hidden": listing.num_hidden,
+        "refused": listing.num_bad,
+        "messages": listing.messages,
+    }
     write_json(work / "inputs.json", inputs)
     for name, values in noted.items():
         write_json(work / name, values)

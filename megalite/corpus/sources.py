@@ -18,13 +18,11 @@ from megalite.corpus import warc
 from megalite.corpus.config import Source
 from megalite.corpus.tally import Count
 from megalite.data.documents import Document as Read
-from megalite.data.documents import Reading, Report, list_files, read_files
+from megalite.data.documents import Reading, Report, list_documents, read_files
 from megalite.errors import DataError
 
 MOST_SHARDS = 1000
 SMALLEST_SHARD = 4_000_000  # bytes
-# What `save_to_disk` of the `datasets` library and snapshots of its hub have beside the data.
-HF_COMPANIONS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 
 
 @dataclass(frozen=True)
@@ -38,10 +36,7 @@ def list_inputs(sources: Sequence[Source], report: Report) -> list[InputFile]:
     """Every file, in the order of the sources. Raises DataError for a source without files and a file with two."""
     inputs: dict[str, InputFile] = {}
     for source in sources:
-        for path in list_files([source.path], report):
-            if os.path.basename(path) in HF_COMPANIONS:
-                report.num_hidden += 1
-                continue
+        for path in list_documents([source.path], report, warc.SUFFIXES):
             file = inputs.setdefault(path, InputFile(source.name, path, os.stat(path).st_size))
             if file.source != source.name:
                 raise DataError(f"{path} is in two sources, {file.source} and {source.name}; narrow one of their paths")
@@ -78,7 +73,7 @@ class ReadInputs(PipelineStep):
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         for file in json.loads(self._shards.read_text(encoding="utf-8"))[rank]:
             source, path = self._sources[file["source"]], file["path"]
-            if path.endswith(warc.SUFFIXES):
+            if path.lower().endswith(warc.SUFFIXES):
                 documents = warc.read_warc(path, self.report)
             else:
                 documents = read_files([path], Reading(source.json_key, metadata=True, mend=True), self.report)
@@ -98,7 +93,7 @@ def _document(read: Read, source: Source) -> Document:
     given = dict(read.metadata)
     identity = given.pop("id", None)
     metadata: dict[str, Any] = {"source": source.name, "path": read.path, "line": read.line}
-    if source.html or (read.path.endswith(warc.SUFFIXES) and given["content_type"] in warc.HTML):
+    if source.html or (read.path.lower().endswith(warc.SUFFIXES) and given["content_type"] in warc.HTML):
         metadata["html"] = True
     if read.num_mended:
         metadata["mended_bytes"] = read.num_mended

@@ -27,10 +27,13 @@ from megalite.data.documents import (
     read_files,
     record_of,
 )
+from megalite.data.kinds import is_packed
 from megalite.errors import DataError
 from megalite.urls import is_url
 
 BLOCK_BYTES, READ_BYTES = 2 << 20, 1 << 16
+NAMED = ("left_out", "as_text")
+"""Counts of a report that have names."""
 TOO_LONG = f"longer than {LONGEST_TEXT >> 20} MiB; cut the text into several documents"
 
 
@@ -93,7 +96,7 @@ def _iter_blocks(files: Mapping[str, int], json_key: str, shard: Shard) -> Itera
         if others:
             yield from _read_documents(others, json_key)
             others = {}
-        if not (is_url(path) or path.endswith((".gz", ".zst"))):  # of a URL, one reader ahead of all is the fastest
+        if not (is_url(path) or is_packed(path)):  # of a URL, one reader ahead of all is the fastest
             for start in range(first, last, BLOCK_BYTES):
                 end = min(start + BLOCK_BYTES, last)
                 yield Block(Report(bytes_read=end - start), path, start, end)
@@ -250,8 +253,8 @@ def add_to(total: Report, part: Report) -> None:
     for field in dataclasses.fields(Report):
         if field.name == "messages":
             total.messages += part.messages[: MAX_MESSAGES - len(total.messages)]
-        elif field.name == "left_out":
-            total.left_out = dict(Counter(total.left_out) + Counter(part.left_out))
+        elif field.name in NAMED:
+            setattr(total, field.name, dict(Counter(getattr(total, field.name)) + Counter(getattr(part, field.name))))
         else:
             setattr(total, field.name, getattr(total, field.name) + getattr(part, field.name))
 
@@ -261,7 +264,8 @@ def _difference(now: Report, before: Report) -> Report:
     counts = {
         field.name: getattr(now, field.name) - getattr(before, field.name)
         for field in dataclasses.fields(Report)
-        if field.name not in ("messages", "total_bytes", "left_out")
+        if field.name not in ("messages", "total_bytes", *NAMED)
     }
-    left_out = dict(Counter(now.left_out) - Counter(before.left_out))
-    return Report(**counts, left_out=left_out, messages=now.messages[len(before.messages) :])
+    named = {name: dict(Counter(getattr(now, name)) - Counter(getattr(before, name))) for name in NAMED}
+    messages = now.messages[len(before.messages) :]
+    return Report(**counts, left_out=named["left_out"], as_text=named["as_text"], messages=messages)

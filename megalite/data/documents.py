@@ -1,4 +1,5 @@
-"""Documents out of files: JSON lines (plain, .gz, .zst), parquet, Arrow, plain text, folders and globs of these.
+"""Documents out of files: JSON lines (plain, .gz, .zst), JSON arrays, parquet, Arrow, plain text, folders and globs of
+these. `kinds.py` says which file is what.
 
 Everything streams. What cannot be used is never fatal and never silent: a `Report` counts it, and keeps the first
 messages as `file:line: why`."""
@@ -8,13 +9,18 @@ from __future__ import annotations
 import codecs
 import glob
 import importlib.util
+import itertools
 import json
 import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
+import orjson
+
+from megalite.data.kinds import KNOWN, kind_by_content, kind_by_name, suffix_of
 from megalite.data.store import Store, open_file, size_of, stream
 from megalite.errors import DataError
 from megalite.urls import is_url
@@ -26,6 +32,10 @@ MAX_MESSAGES = 20
 LONGEST_TEXT = 8 << 20
 # Bytes of a JSON line that are held at most; a longer one is left out.
 LONGEST_LINE = 64 << 20
+# Bytes of a JSON array, which is read as a whole.
+LONGEST_ARRAY = 256 << 20
+# What `save_to_disk` of the `datasets` library and snapshots of its hub have beside the data.
+HF_COMPANIONS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 # Where more of a text than this is not UTF-8, it is in an encoding that cannot be guessed a byte at a time.
 MOST_MENDED = 0.2
 # What decoding with `surrogateescape` left of bytes that are not UTF-8, as the commonest other encoding has them.
@@ -63,6 +73,7 @@ class Report:
     num_hidden: int = 0
     num_binary: int = 0
     left_out: dict[str, int] = field(default_factory=dict)  # what else is no document, by what it is
+    as_text: dict[str, int] = field(default_factory=dict)  # files whose name did not say so, by its suffix
     messages: list[str] = field(default_factory=list)
 
     def leave_out(self, what: str) -> None:
@@ -84,6 +95,9 @@ class Report:
         }
         lines = [f"left out: {count:,} {what}" for what, count in counts.items() if count]
         lines += [f"mended: {self.num_mended:,} documents that were not all UTF-8"] if self.num_mended else []
+        if self.as_text:
+            named = ", ".join(f"{count:,} {suffix or 'without a suffix'}" for suffix, count in self.as_text.items())
+            lines.append(f"read as plain text, a document each: files {named}")
         more = self.num_bad - len(self.messages)
         return "\n".join([*lines, *self.messages, *([f"… and {more:,} more"] if more > 0 else [])])
 
@@ -94,7 +108,28 @@ def iter_documents(inputs: Sequence[str], json_key: str, report: Report) -> Iter
     JSON lines hold a document under `json_key`, parquet and Arrow in the column of that name; any other file that is
     UTF-8 is one document. Raises DataError, before anything is read, for an input that matches nothing or a format
     whose library is missing."""
-    return read_files(list_files(inputs, report), Reading(json_key), report)
+    return read_files(list_documents(inputs, report), Reading(json_key), report)
+
+
+def list_documents(inputs: Sequence[str], report: Report, also: tuple[str, ...] = ()) -> dict[str, int]:
+    """List the files of `inputs` that hold documents, as `list_files`; `also`: suffixes that the caller reads itself.
+    Others are counted in the report. Raises DataError for one that is named itself, and where no file is left."""
+    files = list_files(inputs, report)
+    refused = ""
+    for path in list(files):
+        if os.path.basename(path) in HF_COMPANIONS:
+            report.num_hidden += 1
+        elif kind_by_name(path) != "refused" or path.lower().endswith(also):
+            continue
+        else:
+            refused = f"files of the format {suffix_of(path)} are not read; {KNOWN}"
+            if path in inputs:
+                raise DataError(f"{path}: {refused}")
+            report.bad(path, 1, refused)
+        del files[path]
+    if not files:
+        raise DataError(f"{', '.join(inputs)}: no file of documents{f': {refused}' if refused else ''}")
+    return files
 
 
 def list_files(inputs: Sequence[str], report: Report) -> dict[str, int]:
@@ -107,7 +142,8 @@ def read_files(files: Sequence[str] | Mapping[str, int], reading: Reading, repor
     """Stream the documents of these files, whose sizes may be given. Raises DataError, before anything is read, for a
     missing library."""
     for suffix, package in {".zst": "zstandard", ".parquet": "pyarrow", ".arrow": "pyarrow"}.items():
-        if importlib.util.find_spec(package) is None and (path := next((p for p in files if p.endswith(suffix)), None)):
+        named = next((path for path in files if path.lower().endswith(suffix)), None)
+        if importlib.util.find_spec(package) is None and (path := named):
             raise DataError(f"{path}: reading {suffix} needs {package}; pip install 'megalite[data]'")
     sizes = files if isinstance(files, Mapping) else {path: size_of(path) for path in files}
     report.total_bytes += sum(sizes.values())
@@ -180,6 +216,7 @@ def mend(text: str) -> tuple[str, int]:
     return mended, num_bytes
 
 
+BOM, WHITE = codecs.BOM_UTF8, codecs.BOM_UTF8 + b" \t\r\n"  # some editors write a byte-order mark
 Reader = Callable[[str, Reading, Report], Iterator[tuple[str, int, dict[str, Any]]]]
 
 
@@ -188,23 +225,58 @@ def is_json_lines(path: str) -> bool:
 
 
 def _reader(path: str) -> Reader:
-    """What reads (text, line, metadata) out of this file, by its name and, for .json alone, by its first line."""
-    name = path.removesuffix(".gz").removesuffix(".zst")
-    if path.endswith(".parquet"):
-        return _read_parquet
-    if path.endswith(".arrow"):
-        return _read_arrow
-    if name.endswith((".jsonl", ".ndjson")) or (name.endswith(".json") and _first_line_is_object(path)):
-        return _read_json_lines
-    return _read_text
+    """What reads (text, line, metadata) out of this file."""
+    kind = kind_by_name(path)
+    if not kind:
+        try:
+            kind = _sniffed(path)
+        except (OSError, DataError) as error:
+            kind = f"not: unreadable: {error}"
+    if kind.startswith("not: "):
+        return partial(_read_nothing, kind.removeprefix("not: "))
+    return READERS[kind]
 
 
-def _first_line_is_object(path: str) -> bool:
-    """Many corpora call JSON lines .json; a pretty-printed .json in a source tree is a text like any other."""
+def _sniffed(path: str) -> str:
+    """What a file is whose name does not say. Many corpora call JSON lines .json, or part-00000; a pretty-printed .json
+    in a source tree is a text like any other."""
+    chunks = read_bytes(path, Report())
+    head = next(chunks, b"")
+    first = next(lines_of(itertools.chain([head], chunks)), b"") if head.lstrip(WHITE)[:1] == b"{" else b""
     try:
-        return isinstance(json.loads(next(lines_of(read_bytes(path, Report())), b"")), dict)
-    except (ValueError, RecursionError, OSError):
-        return False
+        first_is_object = isinstance(json.loads(first), dict)
+    except (ValueError, RecursionError):
+        first_is_object = False
+    return kind_by_content(path, head, first_is_object)
+
+
+def _read_nothing(why: str, path: str, reading: Reading, report: Report) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    report.bad(path, 1, why)
+    yield from ()
+
+
+def _read_array(path: str, reading: Reading, report: Report) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    """A JSON array of objects, each with a text, as one file."""
+    parts: list[bytes] = []
+    held, number = 0, 0
+    try:
+        for chunk in read_bytes(path, report):
+            held += len(chunk)
+            if held > LONGEST_ARRAY:
+                report.bad(path, 1, f"a JSON array of more than {LONGEST_ARRAY:,} bytes; convert it to JSON lines")
+                return
+            parts.append(chunk)
+        values = orjson.loads(b"".join(parts).removeprefix(BOM))
+    except (OSError, DataError, ValueError) as error:
+        report.bad(path, 1, f"unreadable JSON array: {error}")
+        return
+    for number, value in enumerate(values, 1):
+        try:
+            record = _checked(value, reading)
+        except ValueError as error:
+            report.bad(path, number, error)
+        else:
+            yield record.pop(reading.json_key), number, record if reading.metadata else {}
 
 
 def _read_json_lines(path: str, reading: Reading, report: Report) -> Iterator[tuple[str, int, dict[str, Any]]]:
@@ -212,7 +284,7 @@ def _read_json_lines(path: str, reading: Reading, report: Report) -> Iterator[tu
     try:
         for number, line in enumerate(lines_of(read_bytes(path, report)), 1):
             if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")  # the byte-order mark some editors write
+                line = line.removeprefix(BOM)
             if not line.strip():
                 report.num_empty += 1
                 continue
@@ -232,7 +304,6 @@ def _read_json_lines(path: str, reading: Reading, report: Report) -> Iterator[tu
 
 def record_of(line: bytes, reading: Reading) -> dict[str, Any]:
     """Raises ValueError that says why the line has no text."""
-    json_key = reading.json_key
     try:
         record: Any = json.loads(line.decode("utf-8", "surrogateescape" if reading.mend else "strict"))
     except json.JSONDecodeError as error:
@@ -241,6 +312,11 @@ def record_of(line: bytes, reading: Reading) -> dict[str, Any]:
         raise ValueError(f"not UTF-8: {error.reason} at byte {error.start}") from None
     except RecursionError:
         raise ValueError("JSON nested too deeply") from None
+    return _checked(record, reading)
+
+
+def _checked(record: Any, reading: Reading) -> dict[str, Any]:
+    json_key = reading.json_key
     if not isinstance(record, dict):
         raise ValueError(f"expected a JSON object, got {type(record).__name__}")
     if json_key not in record:
@@ -332,11 +408,19 @@ def _read_text(path: str, reading: Reading, report: Report) -> Iterator[tuple[st
                 line += text.count("\n", 0, cut)
                 parts, held = [text[cut:]], len(text) - cut
         yield "".join([*parts, decoder.decode(b"", final=True)]), line, {}
+        if not kind_by_name(path):
+            report.as_text[suffix_of(path)] = report.as_text.get(suffix_of(path), 0) + 1
     except UnicodeDecodeError as error:
         line += sum(part.count("\n") for part in parts) + error.object[: error.start].count(b"\n")
         report.bad(path, line, f"not UTF-8: {error.reason} at byte {fed - len(error.object) + error.start}")
     except (OSError, DataError) as error:
         report.bad(path, 1, f"unreadable: {error}")
+
+
+READERS: dict[str, Reader] = {
+    "lines": _read_json_lines, "array": _read_array, "parquet": _read_parquet, "arrow": _read_arrow, "text": _read_text,
+    "refused": partial(_read_nothing, f"a format that is not read; {KNOWN}"),
+}  # fmt: skip
 
 
 def lines_of(chunks: Iterator[bytes]) -> Iterator[bytes]:
@@ -360,9 +444,9 @@ def lines_of(chunks: Iterator[bytes]) -> Iterator[bytes]:
 def read_bytes(path: str, report: Report) -> Iterator[bytes]:
     """The unpacked bytes of a file. Raises OSError, and DataError where packed data is damaged or ends too early."""
     packed = _counted(_packed(path), report)
-    if path.endswith(".gz"):
+    if path.lower().endswith(".gz"):
         yield from _unpack(packed, lambda: zlib.decompressobj(wbits=31), zlib.error)
-    elif path.endswith(".zst"):
+    elif path.lower().endswith(".zst"):
         import zstandard
 
         # The default refuses the long windows of `zstd --long` and --ultra.

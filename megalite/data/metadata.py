@@ -13,7 +13,7 @@ from rich.filesize import decimal
 from megalite.data.documents import Report
 from megalite.resources import fsync
 
-LEFT_OUT = ("num_empty", "num_bad", "num_mended", "num_hidden", "num_binary", "left_out", "messages")
+LEFT_OUT = ("num_empty", "num_bad", "num_mended", "num_hidden", "num_binary", "left_out", "as_text", "messages")
 
 
 @dataclass

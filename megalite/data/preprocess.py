@@ -27,8 +27,8 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from megalite.data import shards
-from megalite.data.blocks import Block, LineNumbers, Shard, Texts, iter_blocks, shard_bytes, texts_of
-from megalite.data.documents import Report, list_files
+from megalite.data.blocks import Block, LineNumbers, Shard, Texts, add_to, iter_blocks, shard_bytes, texts_of
+from megalite.data.documents import Report, list_documents
 from megalite.data.fast_bpe import FastBPE, NotFast
 from megalite.data.indexed import IndexedWriter, token_dtype
 from megalite.data.metadata import Preprocessed
@@ -93,7 +93,7 @@ def preprocess(
             "eos_token, or leave --append-eod out"
         )
     report = Report()
-    files = list_files(inputs, report)
+    files = list_documents(inputs, report)
     settings = {
         "dtype": token_dtype(opened.vocab_size).name,
         "vocab_size": opened.vocab_size,
@@ -105,7 +105,7 @@ def preprocess(
         "input_bytes": shard_bytes(files, Shard())[1],
     }
     packing = Packing(json_key, opened.eod_id if append_eod else None, token_dtype(opened.vocab_size))
-    job = _Job(str(tokenizer), opened, files, report.num_hidden, settings, packing, workers, exact, console)
+    job = _Job(str(tokenizer), opened, files, report, settings, packing, workers, exact, console)
     prefix = f"{output_prefix}_{json_key}_document"
     return job.run(prefix, Shard()) if shard is None else job.run_shard(prefix, shard)
 
@@ -119,7 +119,7 @@ class _Job:
     tokenizer: str
     opened: Tokenizer
     files: Mapping[str, int]
-    num_hidden: int
+    listed: Report
     settings: dict[str, Any]
     packing: Packing
     workers: int
@@ -173,7 +173,9 @@ class _Job:
     def _write(
         self, prefix: str, shard: Shard, library: str, pool: Executor | None, encode: Callable[[Block], Encoded]
     ) -> Preprocessed:
-        start, report = time.monotonic(), Report(num_hidden=0 if shard.index else self.num_hidden)
+        start, report = time.monotonic(), Report()
+        if not shard.index:
+            add_to(report, self.listed)
         low, high = shard_bytes(self.files, shard)
         text_bytes = num_left = 0
         blocks = iter_blocks(self.files, self.packing.json_key, shard)

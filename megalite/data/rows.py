@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import orjson
 
 from megalite.data.documents import LONGEST_LINE, Report, lines_of, list_files, read_bytes
+from megalite.data.kinds import unpacked_name
 from megalite.data.store import open_file
 from megalite.errors import DataError
 
@@ -86,7 +87,7 @@ def shown(values: Mapping[str, Any]) -> str:
 
 
 def _kind(path: str) -> str:
-    return next((kind for kind in KINDS if path.removesuffix(".gz").removesuffix(".zst").endswith(kind)), "")
+    return next((kind for kind in KINDS if unpacked_name(path).endswith(kind)), "")
 
 
 def _read_json(path: str, report: Report) -> Iterator[Row]:

@@ -264,6 +264,9 @@ def load_tasks(
         manager = _index_tasks(names, str(include_path) if include_path else None)
         for name in names:
             found = _load_task(manager, name)
+            twice = sorted(loaded["tasks"].keys() & found.get("tasks", {}).keys())
+            if twice and isinstance(name, str) and Path(name).is_file():  # of a group, a task may come again
+                raise ConfigError(f"{name}: a task before it is named {twice[0]!r} as well; name one of them otherwise")
             for part in loaded:
                 loaded[part] |= found.get(part, {})
     for task in loaded["tasks"].values():

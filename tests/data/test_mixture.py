@@ -190,12 +190,25 @@ def test_mistakes_are_explained(corpora: list[dict], settings: dict, words: str)
         config_of(train=corpora, seq_length=10, **settings)
 
 
-def test_names_are_kept_apart(corpora: list[dict]) -> None:
-    with pytest.raises(ConfigError, match="two sources are named 'x'"):
-        config_of(train=[corpora[0] | {"name": "x"}, corpora[1] | {"name": "x"}], seq_length=10)
-    train = build_mixtures(config_of(train=[corpora[0], corpora[0]], seq_length=10))["train"]
+@pytest.mark.parametrize("order", ["shuffle", "sequential", "megatron"])
+@pytest.mark.parametrize("where", ["train", "valid", "test"])
+def test_no_two_sources_have_one_name(corpora: list[dict], order: str, where: str) -> None:
+    """Metrics, phases and what was consumed are dictionaries by the names."""
+    first, second = corpora
+    same = [
+        [first, first],
+        [first, second, first],
+        [first | {"name": "x"}, second | {"name": "x"}],
+        [first, first, second | {"name": str(first["path"])}],
+    ]
+    for sources in same:
+        with pytest.raises(ConfigError, match=r"sources \d and \d are both named .*; give each a `name` of its own"):
+            config_of(seq_length=10, order=order, **{"train": corpora, where: sources})
+    config = config_of(seq_length=10, order=order, train=[first | {"name": "x"}, first | {"name": "y"}])
+    train = build_mixtures(config)["train"]
     assert train is not None
-    assert train.names == (str(corpora[0]["path"]),) * 2
+    consumed = train.consumed(40)
+    assert (set(consumed), sum(consumed.values())) == ({"x", "y"}, 40), "one file as two sources"
 
 
 PREFIX, MIDDLE, SUFFIX = 61_000, 61_001, 61_002
