@@ -20,10 +20,10 @@ from megalite.checkpoint.resume import find_checkpoint, leave_newer, read_train_
 from megalite.checkpoint.save import Saver
 from megalite.checkpoint.tensors import NotSaved
 from megalite.config import Config
-from megalite.data.checks import check_labelled, check_same_everywhere, check_vocabulary
+from megalite.data.checks import check_same_everywhere, open_data
 from megalite.data.dataset import Split
 from megalite.data.loader import Loader, Span
-from megalite.data.mixture import Mixture, build_mixtures
+from megalite.data.mixture import Mixture
 from megalite.data.tokenizer import Tokenizer, load_tokenizer
 from megalite.engine import ReadState
 from megalite.engine.layout import choose_owners, elements_of
@@ -63,10 +63,7 @@ def train(config: Config) -> Exit:
     launch = Launch.from_environment()
     check_run_folder(config.run.folder)
     plan = make_plan(config, weight_table(config.model, config.lora), launch.world_size)
-    tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
-    data = build_mixtures(config, tokenizer)
-    check_vocabulary(config, tokenizer)
-    check_labelled(config)
+    tokenizer, data = open_data(config)
     tasks = TasksInTraining(config, tokenizer) if config.observe.tasks.names and tokenizer else None
     launch.join(config.health.collective_timeout_s)
     mesh = make_mesh(plan, launch.device)

@@ -122,7 +122,7 @@ class PersonalConfig(Section):
     """What is replaced by something of no one's."""
 
     emails: bool = True
-    ips: bool = Field(True, description="public addresses, IPv4 and IPv6")
+    ips: bool = Field(True, description="public addresses, IPv4 and IPv6; not versions such as `v1.2.3.4`")
 
 
 class WordsConfig(Section):
@@ -139,6 +139,9 @@ class NearConfig(Section):
     ngrams: int = Field(5, gt=0)
     buckets: int = Field(14, gt=0)
     hashes: int = Field(8, gt=0, description="per bucket")
+    same_numbers: bool = Field(
+        True, description="any two numbers count as the same, so that tables of other numbers are duplicates"
+    )
 
 
 class SplitConfig(Section):

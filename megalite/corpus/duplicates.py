@@ -17,6 +17,7 @@ from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.dedup import MinhashDedupBuckets, MinhashDedupCluster, MinhashDedupSignature
 from datatrove.pipeline.dedup.minhash import MinhashConfig
 from datatrove.utils.hashing import HashConfig
+from datatrove.utils.text import TextNormConfig
 
 from megalite.corpus.config import NearConfig
 from megalite.corpus.files import replacing
@@ -110,7 +111,8 @@ class Signatures(MinhashDedupSignature):
 def minhash_config(config: NearConfig) -> MinhashConfig:
     # datatrove's default hash, xxhash, fails with version 4 of that library.
     hashing = HashConfig(precision=64, hash_fc="sha1")
-    return MinhashConfig(config.ngrams, config.buckets, config.hashes, hash_config=hashing)
+    norm = TextNormConfig(norm_numbers=config.same_numbers)
+    return MinhashConfig(config.ngrams, config.buckets, config.hashes, norm_config=norm, hash_config=hashing)
 
 
 def signatures(config: NearConfig, folder: Path) -> PipelineStep:

@@ -4,7 +4,11 @@ There is one replacement each, where datatrove goes through a list: what a text 
 
 from __future__ import annotations
 
-from datatrove.pipeline.formatters.pii import PIIReplacer, public_ip_validator
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+from datatrove.pipeline.formatters.pii import public_ip_validator
 
 # datatrove's own pattern takes quadratic time on long runs without spaces. No address has more than 64 characters
 # before its @, and a part of its domain no more than 63.
@@ -17,16 +21,59 @@ IPV4 = r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?![\w]|\.\d)"
 IPV6 = r"(?<![\w:.])[23][0-9A-Fa-f]{3}:[0-9A-Fa-f:]{2,34}(?![\w:])"
 EMAILS, IPS = "email addresses", "IP addresses"
 
+CONTEXT = 80
+"""Characters before four numbers, and behind them, that may say that they are a version."""
+VERSION_WORDS = (
+    "v|ver|vers|versions?|releases?|rel|rev|revisions?|builds?|firmware|driver|kernel|sdk|patch|update|section|chapter|"
+    "clause|§"
+)
+HOST_WORDS = "ip|host|server|addr|address|client|node|tcp|udp"
+BEFORE_A_VERSION = re.compile(
+    rf"""(?:(?<![\w@])(?:{VERSION_WORDS})[\s.:=#("'`]*   # version 1.2.3.4
+           (?:\d+(?:\.\d+)+[\s,/&–-]*(?:and|or|to|through|until)?\s+)*   # versions 1.2.3.4, 1.2.3.5 and 1.2.4.0
+         | (?:[=<>~^!]=|~>|[<>^~])\s*["']?               # package>=1.2.3.4
+         | (?<![\w/.:@-])(?!(?:{HOST_WORDS})[-/_])       # name-1.2.3.4, Agent/1.2.3.4
+           [A-Za-z][\w+]{{0,30}}(?:-[A-Za-z][\w+]{{0,30}}){{0,4}}[-/_]
+        )\Z""",
+    re.I | re.X,
+)
+BEHIND_A_VERSION = re.compile(
+    r"[-+~.]?(?:rc|alpha|beta|dev|pre|post|snapshot|release|final|stable|ubuntu|debian|dfsg|el|fc|amd64|x86|arm|linux|win|"
+    r"src|bin|py|tar|zip|tgz|gz|whl|jar|exe|msi|deb|rpm|dmg|apk|dll|so)(?![A-Za-z])|-\d+(?:ubuntu|\.el|\.fc)",
+    re.I,
+)
 
-def _is_somebodys(address: str) -> bool:
-    return not address.lower().endswith(("@example.com", "@example.org", "@example.net"))
+
+def _is_email_of_somebody(match: re.Match[str]) -> bool:
+    return not match[0].lower().endswith(("@example.com", "@example.org", "@example.net"))
+
+
+def _is_ipv4_of_somebody(match: re.Match[str]) -> bool:
+    """Four numbers are a version as well, which the words around them say."""
+    if not public_ip_validator(match[0]):
+        return False
+    before, behind = (
+        match.string[max(match.start() - CONTEXT, 0) : match.start()],
+        match.string[match.end() : match.end() + CONTEXT],
+    )
+    return not (BEFORE_A_VERSION.search(before) or BEHIND_A_VERSION.match(behind))
+
+
+def _is_ipv6_of_somebody(match: re.Match[str]) -> bool:
+    return public_ip_validator(match[0])
+
+
+class Replacer(NamedTuple):
+    pattern: re.Pattern[str]
+    replacement: str
+    is_somebodys: Callable[[re.Match[str]], bool]
 
 
 REPLACERS = {
-    EMAILS: [PIIReplacer(EMAIL, "email@example.com", _is_somebodys)],
+    EMAILS: [Replacer(re.compile(EMAIL), "email@example.com", _is_email_of_somebody)],
     IPS: [
-        PIIReplacer(IPV4, "192.0.2.1", public_ip_validator),
-        PIIReplacer(IPV6, "2001:db8::1", public_ip_validator),
+        Replacer(re.compile(IPV4), "192.0.2.1", _is_ipv4_of_somebody),
+        Replacer(re.compile(IPV6), "2001:db8::1", _is_ipv6_of_somebody),
     ],
 }
 SIGNS = {EMAILS: "@", IPS: ""}  # what a text must hold for a search to be worth while
@@ -35,7 +82,14 @@ SIGNS = {EMAILS: "@", IPS: ""}  # what a text must hold for a search to be worth
 def replaced(text: str, kind: str) -> tuple[str, int]:
     """The text without addresses of this kind, and how many there were."""
     count = 0
-    for replacer in REPLACERS[kind] if SIGNS[kind] in text else ():
-        count += sum(map(replacer.validator, replacer.regex.findall(text)))
-        text = replacer.replace(text)
+    for pattern, replacement, is_somebodys in REPLACERS[kind] if SIGNS[kind] in text else ():
+
+        def put(match: re.Match[str], replacement: str = replacement, is_somebodys: Callable = is_somebodys) -> str:
+            nonlocal count
+            if not is_somebodys(match):
+                return match[0]
+            count += 1
+            return replacement
+
+        text = pattern.sub(put, text)
     return text, count

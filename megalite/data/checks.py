@@ -13,11 +13,21 @@ from megalite.changes import changes, shown
 from megalite.config import Config
 from megalite.data.dataset import Split
 from megalite.data.indexed import read_note
-from megalite.data.mixture import Mixture
-from megalite.data.tokenizer import Tokenizer
+from megalite.data.mixture import Mixture, build_mixtures
+from megalite.data.tokenizer import Tokenizer, load_tokenizer
 from megalite.errors import DataError
 from megalite.keys import key_of
 from megalite.mesh import Mesh
+
+
+def open_data(config: Config) -> tuple[Tokenizer | None, dict[Split, Mixture | None]]:
+    """Return the tokenizer and the mixtures of a config, with all asked that can be asked of them: for whoever trains
+    on the data, and for whoever looks at what would be trained on. Raises DataError."""
+    tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
+    data = build_mixtures(config, tokenizer)
+    check_vocabulary(config, tokenizer)
+    check_labelled(config)
+    return tokenizer, data
 
 
 def check_vocabulary(config: Config, tokenizer: Tokenizer | None) -> None:

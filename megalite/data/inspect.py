@@ -14,9 +14,10 @@ from rich.table import Table
 from rich.text import Text
 
 from megalite.config import Config
+from megalite.data.checks import open_data
 from megalite.data.dataset import Split
 from megalite.data.indexed import IndexedDataset, read_note
-from megalite.data.mixture import IGNORE, Mixture, Samples, build_mixtures
+from megalite.data.mixture import IGNORE, Mixture, Samples
 from megalite.data.order import Int64s
 from megalite.data.tokenizer import Tokenizer, load_tokenizer
 from megalite.errors import DataError
@@ -110,8 +111,8 @@ def _print_lengths(lengths: Int64s, num_documents: int, console: Console) -> Non
 def inspect_samples(config: Config, split: Split, count: int, start: int, console: Console) -> None:
     """Where the tokens of a config's run come from, and `count` samples from number `start` on exactly as the model
     will see them. Raises DataError."""
-    tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
-    mixture = build_mixtures(config, tokenizer)[split]
+    tokenizer, data = open_data(config)
+    mixture = data[split]
     if mixture is None:
         raise DataError(f"the config has no data for {split}")
     _print_sources(config, mixture, split, console)

@@ -36,6 +36,46 @@ def test_addresses(kind, text, after):
     assert (replaced(text, kind)[1] > 0) == (after is not None)
 
 
+VERSIONS = [
+    "OpenSSL version {}", "Version: {}", "firmware v{} for routers", "v. {}", "release {} (LTS)",
+    "pip install numpy=={}",
+    "libfoo>= {}", "nginx/{} running", "Mozilla/{} (X11)", "glibc-{}", "foo_{}", "driver {}", "see section {}",
+    "build #{}",
+    "versions 1.2.3, {} and 1.2.4.0", "versions {} to 9.9", "{}-rc1", "{}-beta", "libfoo {}.tar.gz", "{}-1ubuntu2",
+    "~> {}",
+    "python-foo-bar-{}.whl", "SDK {}", 'version = "{}"', "upgrade from version 1.2.3.4 to {}",
+]  # fmt: skip
+ADDRESSES = [
+    "from {}", "http://{}/", "ssh root@{}", "ping {} -c 3", "{} - - [10/Oct/2000]", "server {}", "host-{}", "({})",
+    "IP: {}",
+    "{}-{}", "{}:8080", "nameserver {}", "https://{}.", "a version of it runs at {}", "tcp/{}", "{}, {}",
+    "x-forwarded-for: {}",
+]  # fmt: skip
+
+
+def test_a_version_is_no_address_and_an_address_no_version():
+    draw = np.random.default_rng(0)
+    for sentence in VERSIONS * 20:
+        numbers = ".".join(map(str, draw.integers(1, 9, 4)))
+        text = sentence.format(numbers)
+        assert replaced(text, IPS) == (text, 0), text
+    for sentence in ADDRESSES * 20:
+        address = f"81.{'.'.join(map(str, draw.integers(1, 255, 3)))}"
+        text = sentence.format(address, address)
+        count = sentence.count("{}")
+        assert replaced(text, IPS) == (sentence.format(*["192.0.2.1"] * count), count), text
+
+
+def test_tables_of_different_numbers_are_near_duplicates_only_where_numbers_do_not_count(tmp_path):
+    tables = ["\n".join(f"row {a} has {a * seed} of {seed + a} items" for a in range(1, 40)) for seed in (3, 7)]
+    equal = {}
+    for numbers in (True, False):
+        step = signatures(NearConfig(same_numbers=numbers), tmp_path)
+        first, second = (np.array(step.get_signature(step.get_shingles(table))) for table in tables)
+        equal[numbers] = bool((first == second).all(1).any())
+    assert equal == {True: True, False: False}
+
+
 @pytest.mark.parametrize("run", ["a", "a.", "/+", "a@", "1.", "2001:", "a-"])
 def test_addresses_are_found_in_linear_time(run):
     start = time.process_time()

@@ -83,3 +83,28 @@ def test_documents_are_told_by_the_tokenizer_that_made_them(tmp_path: Path, caps
     (tmp_path / "tokenizer").rename(tmp_path / "moved")
     assert texts[7] not in said(capsys, prefix, "--start", 7, "--count", 1)
     assert texts[7] in said(capsys, prefix, "--start", 7, "--count", 1, "--tokenizer", tmp_path / "moved")
+
+
+NOTES = {
+    "more ids than the model has": ({"vocab_size": 60_000}, "has 60000 token ids, but model.vocab_size"),
+    "rows for another objective": ({"format": "preference"}, "go with objective.name: dpo"),
+    "classes for a model without": ({"format": "classification", "labels": ["a"]}, "model.task: classification"),
+}
+
+
+@pytest.mark.parametrize("mistake", NOTES)
+def test_what_training_refuses_inspect_refuses_in_the_same_words(
+    corpus: Path, capsys: pytest.CaptureFixture[str], mistake: str
+) -> None:
+    note, words = NOTES[mistake]
+    corpus.with_suffix(".json").write_text(json.dumps(note))
+    values = config_of(train=[{"path": str(corpus)}], seq_length=31).model_dump(mode="json")
+    values["run"]["dir"] = str(corpus.parent / "runs")
+    file = corpus.with_name("config.yaml")
+    file.write_text(yaml.safe_dump({**values, "model": {"preset": "llama-1m"}}))
+    told = []
+    for verb in ("train", "inspect"):
+        assert main([verb, str(file)]) == 2
+        told.append(capsys.readouterr().err)
+    assert told[0] == told[1]
+    assert words in told[0]
