@@ -1,4 +1,4 @@
-"""Conversations as text by a tokenizer's own chat template, and which part of the text is the model's to say."""
+"""A tokenizer's own chat template, which renders conversations as transformers does, and what ends an answer in it."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from megalite.errors import DataError
 
 Message = Mapping[str, Any]
-GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+GENERATION = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")
 """Marks, in newer templates, what the model says."""
+MARK = "\ue0a1\ue0a2megalite\ue0a3"
+"""Stands in the place of a message's texts where a rendering is asked for where they are. Of Unicode's private use."""
 
 
 @dataclass(frozen=True)
@@ -25,104 +27,130 @@ class ChatTemplate:
     source: str
     tokens: Mapping[str, str]
     """Special tokens by their role, such as eos_token."""
-    controls: tuple[str, ...]
-    """All tokens that no text holds. What ends an answer is one of them."""
+    special: tuple[str, ...]
+    """All tokens that no text holds."""
+    added: tuple[str, ...] = ()
+    """Tokens that are matched whole in a text without being special: some tokenizers' ends of answers."""
+    tool_source: str | None = None
+    """What transformers renders by where tools are given."""
 
     @classmethod
-    def of(cls, folder: Path, controls: Sequence[str]) -> ChatTemplate:
-        """Of a tokenizer's folder. Raises DataError where it has none."""
+    def of(cls, folder: Path, special: Sequence[str], added: Sequence[str] = ()) -> ChatTemplate:
+        """Open the template of a tokenizer's folder. Raises DataError where it has none."""
         try:
             import jinja2  # noqa: F401
             import transformers  # noqa: F401
         except ImportError:
             raise DataError("chat templates need transformers and jinja2; pip install 'megalite[hf]'") from None
-        settings = _read(folder / "tokenizer_config.json")
-        source = _template_of(folder, settings.get("chat_template"))
-        if source is None:
+        named = _templates_of(folder)
+        if "default" not in named:
+            others = f" by the name of default, only {', '.join(named)}" if named else ""
             raise DataError(
-                f"{folder} has no chat template; put one into {folder / 'chat_template.jinja'}, such as "
+                f"{folder} has no chat template{others}; put one into {folder / 'chat_template.jinja'}, such as "
                 "configs/chat_template.jinja, or take the tokenizer of a model that was made to chat"
             )
-        named = _read(folder / "special_tokens_map.json") | settings
-        tokens = {key: _text_of(value) for key, value in named.items() if key.endswith("_token")}
-        return cls(source, {key: text for key, text in tokens.items() if text is not None}, tuple(controls))
+        return cls(named["default"], special_tokens(folder), tuple(special), tuple(added), named.get("tool_use"))
 
-    def render(self, messages: Sequence[Message], tools: Any = None, prompt: bool = False) -> str:
-        """`prompt`: up to where the model's next answer begins. Raises ValueError with what the template says of
-        messages that it cannot render."""
-        return self._render(messages, tools, add_generation_prompt=prompt)[0]
+    def render(self, messages: Sequence[Message], tools: Any = None, prompt: bool = False, **options: Any) -> str:
+        """Return a conversation's text; with `prompt`, up to where the model's next answer begins.
 
-    def answers(self, messages: Sequence[Message], tools: Any = None, last: bool = False) -> tuple[str, list[range]]:
-        """The text of a conversation, and where in it the assistant's answers stand, with the token that ends each;
-        only the last one's place where `last`. Raises ValueError where there is none, or the template does not let it
-        be told."""
-        numbers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-        if not numbers:
-            raise ValueError("no message is the assistant's, so that there is nothing to learn from")
-        if GENERATION.search(self.source):
-            text, found = self._render(messages, tools, return_assistant_tokens_mask=True)
-            if not found:
-                raise ValueError("the template's {% generation %} marks nothing in it")
-            spans = [range(*span) for span in (found[-1:] if last else found)]
-            return text, self._with_ends(text, spans, found[-1][1])
-        text, spans = self.render(messages, tools), []
-        for number in numbers[-1:] if last else numbers:
-            before = self.render(messages[:number], tools, prompt=True)
-            until = self.render(messages[: number + 1], tools)
-            end = self._shared_end(text, until, len(before)) if until.startswith(before) else None
-            if end is None:
-                raise ValueError(
-                    f"the template renders the conversation up to the answer in message {number} in another way than "
-                    "the whole, so that the answer's place cannot be told; mark what the model says by "
-                    "{% generation %} … {% endgeneration %} in the template, or learn from the last answer alone"
-                )
-            spans.append(range(len(before), end))
-        return text, spans
+        `options` are variables of the template, such as enable_thinking. Raises ValueError with what the template says
+        of messages that it cannot render."""
+        return self._render(messages, tools, {**options, "add_generation_prompt": prompt})[0]
 
-    def is_ended(self, text: str, span: range) -> bool:
-        """Whether what stands there ends with a token that no text holds."""
-        return text[: span.stop].endswith(self.controls)
+    def render_with_blocks(
+        self, messages: Sequence[Message], tools: Any = None, **options: Any
+    ) -> tuple[str, list[range]]:
+        """Return a conversation's text and where its {% generation %} blocks stand. Raises as `render` does."""
+        text, blocks = self._render(messages, tools, {**options, "return_assistant_tokens_mask": True})
+        return text, [range(*block) for block in blocks]
 
-    def _shared_end(self, text: str, until: str, start: int) -> int | None:
-        """Where the answer that begins there ends in a whole conversation, from what is rendered until then. None where
-        that is another text."""
-        if text.startswith(until):
-            return self._end(until, start)
-        # Some templates put an end of text behind the last turn, whichever it is: Phi-3's.
-        same = takewhile(lambda pair: pair[0] == pair[1], zip(text, until, strict=False))
-        shared = "".join(letter for letter, _ in same)
-        ends = [found + len(token) for token in self.controls if (found := shared.rfind(token, start)) >= 0]
-        rest = until[max(ends, default=0) :]
-        for token in self.controls:
-            rest = rest.replace(token, "")
-        return max(ends) if ends and not rest.strip() else None
+    def has_blocks(self, tools: Any = None) -> bool:
+        """Return whether it marks what the model says by {% generation %}."""
+        return bool(GENERATION.search(self._source_for(tools)))
 
-    def _end(self, text: str, start: int) -> int:
-        """Without the white space that a template puts behind the token which ends an answer."""
-        bare = text.rstrip()
-        return len(bare) if len(bare) > start and bare.endswith(self.controls) else len(text)
+    def reads(self, name: str) -> bool:
+        """Return whether a template uses a variable, a key of messages or a text of this name."""
+        return name in self._names
 
-    def _with_ends(self, text: str, spans: Sequence[range], last: int) -> list[range]:
-        """Spans that leave out the token which ends an answer, with it: the one behind the last answer's end."""
-        if text[:last].endswith(self.controls):
-            return list(spans)
-        end = next((token for token in self.controls if text.startswith(token, last)), "")
-        return [range(s.start, s.stop + len(end) * text.startswith(end, s.stop)) for s in spans]
+    @cached_property
+    def ends(self) -> tuple[str, ...]:
+        """Return the tokens that end an answer, the one behind the last turn first; none where it writes no such token.
 
-    def _render(self, messages: Sequence[Message], tools: Any, **options: Any) -> tuple[str, list[tuple[int, int]]]:
+        Generation is over at each of them."""
+        asked, answered = ({"role": role, "content": MARK} for role in ("user", "assistant"))
+        told = {"role": "user", "content": "a"}
+        last = self._token_behind([told, answered])
+        if last is None:
+            return ()
+        # Before another turn, what stands there may be how that one begins, unless it ends the user's turns as well.
+        between, of_user = (
+            self._token_behind([told, answered, told]),
+            self._token_behind([asked, {**answered, "content": "a"}]),
+        )
+        return tuple(dict.fromkeys([last, *([between] if between is not None and between == of_user else [])]))
+
+    def _token_behind(self, chat: Sequence[Message]) -> str | None:
+        """The token that follows the mark, but for white space."""
+        try:
+            behind = self.render(chat).rpartition(MARK)[2].lstrip()
+        except ValueError:
+            return None  # the template wants other conversations
+        return next((token for token in self._longest_first if behind.startswith(token)), None)
+
+    @cached_property
+    def controls(self) -> tuple[str, ...]:
+        """Return the tokens that are the template's own to write: special ones, and what ends an answer."""
+        return tuple(dict.fromkeys([*self.special, *self.tokens.values(), *self.ends]))
+
+    @cached_property
+    def _longest_first(self) -> list[str]:
+        return sorted({*self.special, *self.tokens.values(), *self.added}, key=lambda token: -len(token))
+
+    @cached_property
+    def _names(self) -> frozenset[str]:
+        import jinja2
+        from jinja2 import nodes
+
+        found: set[str] = set()
+        for source in filter(None, (self.source, self.tool_source)):
+            try:
+                tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(GENERATION.sub("", source))
+            except jinja2.TemplateSyntaxError as error:
+                raise DataError(f"the chat template is not valid: line {error.lineno}: {error.message}") from None
+            found.update(node.attr for node in tree.find_all(nodes.Getattr))
+            found.update(node.name for node in tree.find_all(nodes.Name))
+            found.update(node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str))
+        return frozenset(found)
+
+    def _source_for(self, tools: Any) -> str:
+        return self.tool_source if tools and self.tool_source is not None else self.source
+
+    def _render(
+        self, messages: Sequence[Message], tools: Any, options: Mapping[str, Any]
+    ) -> tuple[str, list[tuple[int, int]]]:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         chat = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        values = {**self.tokens, **options}
         try:
             texts, spans = render_jinja_template(
-                [chat], tools=tools or None, chat_template=self.source, **options, **self.tokens
+                [chat], tools=tools or None, chat_template=self._source_for(tools), **values
             )
         except Exception as error:  # a template may fail in any way
             raise ValueError(f"the chat template refuses it: {error}") from None
         return texts[0], spans[0] if spans else []
 
 
-def _read(file: Path) -> dict[str, Any]:
+def special_tokens(folder: Path) -> dict[str, str]:
+    """Return the special tokens that a tokenizer's folder names, by their role, such as eos_token. Raises DataError."""
+    named = read_json(folder / "special_tokens_map.json") | read_json(folder / "tokenizer_config.json")
+    tokens = {key: _text_of(value) for key, value in named.items() if key.endswith("_token")}
+    return {key: text for key, text in tokens.items() if text}
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Return a file's object, or an empty one where there is no file. Raises DataError."""
     try:
         values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except ValueError as error:
@@ -130,15 +158,17 @@ def _read(file: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def _template_of(folder: Path, configured: Any) -> str | None:
-    """A file of its own goes before one inside of tokenizer_config.json, which may name several."""
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
+def _templates_of(folder: Path) -> dict[str, str]:
+    """By name. Files of their own go before those inside of tokenizer_config.json, as in transformers."""
+    files = {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+    if (own := folder / "chat_template.jinja").is_file():
+        files["default"] = own
+    if files:
+        return {name: path.read_text(encoding="utf-8") for name, path in files.items()}
+    configured = read_json(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(configured, list):
-        named = {item["name"]: item["template"] for item in configured}
-        return named.get("default")
-    return configured
+        return {item["name"]: item["template"] for item in configured}
+    return {"default": configured} if isinstance(configured, str) else {}
 
 
 def _text_of(token: Any) -> str | None:

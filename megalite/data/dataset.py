@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from megalite.data.gather import gather
 from megalite.data.indexed import IndexedDataset
@@ -195,14 +196,30 @@ class RowSource:
             )
         self.remark = f"{dataset.prefix}: {long}, and are {LONG[long_rows]}" if num_long else ""
         """What whoever runs it should know."""
+        kept = sizes <= capacity
         if long_rows == "cut":
+            is_cut = self._lengths > capacity // together
             self._lengths = np.minimum(self._lengths, capacity // together)
             sizes = self._lengths.reshape(-1, together).sum(1)
-        self._kept = np.flatnonzero(sizes <= capacity)
+            kept = np.ones(len(sizes), bool)
+            kept[np.unique(np.flatnonzero(is_cut & ~self._is_learned(is_cut)) // together)] = False
+            if empty := int(np.count_nonzero(~kept)):
+                self.remark += f"; {empty:,} of them have nothing to learn before the cut, and are left out"
+        self._kept = np.flatnonzero(kept)
         if not len(self._kept):
-            raise DataError(f"{long}, so that none is left; raise data.seq_length")
+            raise DataError(f"{long}, so that none is left with something to learn; raise data.seq_length")
         self._packing = best_fit(sizes[self._kept], capacity)
         self.num_samples = len(self._packing.first_piece) - 1
+
+    def _is_learned(self, asked: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+        """Return for the rows asked for whether anything is learned from what is left of them, [rows]."""
+        learned = np.ones(len(asked), bool)
+        if (mask := self.dataset.mask) is not None:
+            rows = np.flatnonzero(asked)
+            starts, stops = self._starts[rows], self._starts[rows] + self._lengths[rows]
+            self.dataset.fetch(starts, stops - starts)
+            learned[rows] = [mask[start:stop].any() for start, stop in zip(starts, stops, strict=True)]
+        return learned
 
     @property
     def most_documents(self) -> int:

@@ -7,7 +7,7 @@ the token is learned itself, 1 + number of the class where that is."""
 
 from __future__ import annotations
 
-import itertools
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,21 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from megalite.data.chat import ChatTemplate, Message
+from megalite.data.answers import find_answers
+from megalite.data.chat import ChatTemplate, special_tokens
+from megalite.data.messages import (
+    MEDIA,
+    NEUTRAL,
+    Conversation,
+    is_near,
+    read_messages,
+    read_tools,
+    with_arguments,
+    with_system,
+    without_nulls,
+)
+from megalite.data.pairs import dialogue, joined, without_repeated_prompt
+from megalite.data.token_values import Part, Text, token_values
 from megalite.data.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from megalite.errors import DataError
 
@@ -24,8 +38,22 @@ FORMATS: tuple[Format, ...] = get_args(Format)
 CLASSES = ("classification", "labels")
 """Formats whose tokens have classes."""
 LABEL_FIELDS = {"classification": ("label", "labels"), "labels": ("labels", "ner_tags", "tags")}
-ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
-"""ShareGPT's names."""
+CHATS = ("messages", "conversations", "conversation")
+OF_CHATS = ("tools", "functions", "system", "system_prompt", "chat_template_kwargs")
+FIELDS: Mapping[Format, tuple[str, ...]] = {
+    "chat": (*CHATS, *OF_CHATS),
+    "completion": ("prompt", "completion", *OF_CHATS),
+    "preference": ("prompt", "messages", "chosen", "rejected", *OF_CHATS),
+    "classification": ("text", "sentence", *LABEL_FIELDS["classification"]),
+    "labels": ("tokens", "words", *LABEL_FIELDS["labels"]),
+}
+REFUSED = {
+    **dict.fromkeys(MEDIA, "only text can be learned"),
+    **dict.fromkeys(("weight", "weights", "loss_weight", "sample_weight"), "rows have no weights; only messages have"),
+    "documents": "texts to look things up in are not given to chat templates",
+    "history": "give earlier turns as messages",
+}
+"""Fields that would change what is learned."""
 Values = Mapping[str, Any]
 
 
@@ -37,26 +65,6 @@ class Settings:
     """Of a chat, only the last answer is learned."""
     labels: tuple[str, ...] = ()
     """Names of the classes."""
-
-
-class Part(NamedTuple):
-    start: int
-    stop: int
-    value: int
-
-
-class Text(NamedTuple):
-    """Of a row, with the parts that have values."""
-
-    text: str
-    parts: Sequence[Part]
-    add_end: bool = False
-    """It is to end with the tokenizer's end-of-document token, which is learned."""
-    first_only: bool = False
-    """Of each part, only the first token has the value."""
-    add_begin: bool = False
-    """It is to begin with what the tokenizer has begin every text, as whoever asks the model does; a chat template
-    writes that itself."""
 
 
 class Encoded(NamedTuple):
@@ -73,82 +81,108 @@ class Encoder:
 
     def __init__(self, settings: Settings) -> None:
         self.tokenizer = text_tokenizer(settings.tokenizer)
+        self.seen: Counter[str] = Counter()
+        """What was passed over in rows that were taken, and how often."""
         self._settings = settings
         self._template: ChatTemplate | None = None
         self._texts: Callable[[Values], list[Text]] = getattr(self, f"_{settings.format}")
         if settings.format == "chat":
             self._open_template()
-        if settings.format not in CLASSES and self.tokenizer.eod_id is None:
+        if settings.format not in CLASSES:
+            self._check_end()
+
+    def _check_end(self) -> None:
+        folder = Path(self._settings.tokenizer)
+        end = special_tokens(folder if folder.is_dir() else folder.parent).get("eos_token")
+        if end is not None and end not in self.tokenizer.vocabulary():
             raise DataError(
-                f"{settings.tokenizer} names no end-of-document token, without which a model never learns where to "
-                "end: give tokenizer_config.json an eos_token"
+                f"{folder}: tokenizer_config.json names the eos_token {end!r}, which tokenizer.json does not have; add "
+                "it to tokenizer.json, or name one that is there"
+            )
+        if self.tokenizer.eod_id is None:
+            raise DataError(
+                f"{folder} names no end-of-document token, without which a model never learns where to end: give "
+                "tokenizer_config.json an eos_token"
             )
 
     def encode(self, rows: Sequence[Values]) -> list[list[Encoded] | str]:
-        """Of each row the one document, or the two of a preference; or why there are none."""
-        texts: list[list[Text] | str] = []
-        for row in rows:
-            try:
-                texts.append(self._texts(row))
-            except ValueError as error:
-                texts.append(str(error))
-        flat = [text for found in texts if not isinstance(found, str) for text in found]
-        encoded = iter(self._encode(flat))
-        return [found if isinstance(found, str) else [next(encoded) for _ in found] for found in texts]
+        """Return of each row the one document, or the two of a preference; or why there are none."""
+        return [self._encode(row) for row in rows]
 
-    def _encode(self, texts: Sequence[Text]) -> list[Encoded]:
-        found = []
-        together = self.tokenizer.encode_with_offsets([text.text for text in texts])
-        for text, (ids, offsets) in zip(texts, together, strict=True):
-            places = np.array(offsets, np.int64).reshape(-1, 2)
-            borders = [] if text.first_only else _reached_across(places, text.parts)
-            if borders:
-                apart = self._encode_apart(text.text, borders)
-                # Where a tokenizer has a space begin every text, pieces of one would be another text.
-                if self.tokenizer.decode(apart[0]) == self.tokenizer.decode(ids):
-                    ids, places = apart
-            values = _values_of(places, text)
-            if text.add_begin:
-                begin = self.tokenizer.begin_ids
-                ids, values = [*begin, *ids], np.concatenate([np.zeros(len(begin), np.int64), values])
-            if self._settings.format not in CLASSES:
-                values[:1] = 0  # nothing comes before it to tell it from
-            if text.add_end:
-                assert self.tokenizer.eod_id is not None
-                ids, values = [*ids, self.tokenizer.eod_id], np.append(values, 1)
-            found.append(Encoded(ids, values, len(text.text.encode())))
-        return found
+    def _encode(self, row: Values) -> list[Encoded] | str:
+        before = self.seen.copy()
+        try:
+            row = without_nulls(row)
+            self._check_fields(row)
+            return [self._encoded(text) for text in self._texts(row)]
+        except ValueError as error:
+            why = str(error)
+        except Exception as error:  # what rows hold is anybody's; one that breaks something costs itself alone
+            why = f"cannot be read: {type(error).__name__}: {error}"
+        self.seen = before
+        return why
 
-    def _encode_apart(self, text: str, borders: Sequence[int]) -> tuple[list[int], np.ndarray]:
-        """Whoever asks the model gives it what comes before an answer alone: no token may reach across."""
-        cuts = [0, *borders, len(text)]
-        pieces = self.tokenizer.encode_with_offsets([text[a:b] for a, b in itertools.pairwise(cuts)])
-        places = [np.array(p[1], np.int64).reshape(-1, 2) + cut for p, cut in zip(pieces, cuts, strict=False)]
-        return [token for ids, _ in pieces for token in ids], np.concatenate(places)
+    def _encoded(self, text: Text) -> Encoded:
+        if not is_unicode(text.text):
+            raise ValueError("it holds half of a surrogate pair, which no UTF-8 text does")
+        ids, values = token_values(self.tokenizer, text)
+        if text.add_begin:
+            begin = self.tokenizer.begin_ids
+            ids, values = [*begin, *ids], np.concatenate([np.zeros(len(begin), np.int64), values])
+        if self._settings.format not in CLASSES:
+            values[:1] = 0  # nothing comes before it to tell it from
+        if text.add_end and ids[-1:] != [self.tokenizer.eod_id]:
+            assert self.tokenizer.eod_id is not None
+            ids, values = [*ids, self.tokenizer.eod_id], np.append(values, 1)
+        return Encoded(ids, values, len(text.text.encode()))
+
+    def _check_fields(self, row: Values) -> None:
+        """Every field is used, or says nothing of what is learned; others are counted, or refused."""
+        used = FIELDS[self._settings.format]
+        for name in row:
+            if name in used or name in NEUTRAL:
+                continue
+            if name in REFUSED:
+                raise ValueError(f"the row has {name!r}: {REFUSED[name]}")
+            if near := is_near(name, used):
+                raise ValueError(f"unknown field {name!r}; did you mean {near!r}?")
+            self.seen[f"field {name!r}"] += 1
+        if self._settings.format not in CLASSES and row.get("label") in (False, 0, "0", "false"):
+            raise ValueError("the row's 'label' says that its answer was rejected; from it alone nothing is learned")
 
     # --- formats: each takes a row to its texts, or raises ValueError that says what is wrong with it ------------
 
     def _chat(self, row: Values) -> list[Text]:
-        field = _first(row, "messages", "conversations", "conversation")
-        return [self._answered(_messages(row[field], field), row.get("tools"), self._settings.last_only)]
+        field = _first(row, *CHATS)
+        talk = self._conversation(row, row[field], field)
+        return [self._answered(row, talk, talk.answers()[-1:] if self._settings.last_only else talk.answers())]
 
     def _completion(self, row: Values) -> list[Text]:
         prompt, completion = row[_first(row, "prompt")], row[_first(row, "completion")]
         if isinstance(prompt, str) and isinstance(completion, str):
-            return [_continued(prompt, completion, "completion")]
-        return [self._replied(_messages(prompt, "prompt"), completion, "completion", row.get("tools"))]
+            self._no_messages(row)
+            [answer] = self._without_prompt(prompt, [completion])
+            return [_continued(prompt, answer, "completion")]
+        talk, first = self._replied(row, prompt, completion, "completion")
+        return [self._answered(row, talk, talk.answers(first))]
 
     def _preference(self, row: Values) -> list[Text]:
         sides = {field: row[_first(row, field)] for field in ("chosen", "rejected")}
         if sides["chosen"] == sides["rejected"]:
             raise ValueError("'chosen' and 'rejected' are the same")
         prompt = next((row[field] for field in ("prompt", "messages") if row.get(field)), None)
-        if isinstance(prompt, str) and all(isinstance(side, str) for side in sides.values()):
-            return [_continued(prompt, side, field) for field, side in sides.items()]
+        if all(isinstance(side, str) for side in sides.values()) and (prompt is None or isinstance(prompt, str)):
+            self._no_messages(row)
+            return self._text_pair(row, prompt, sides)
         if prompt is None and not all(isinstance(side, list) for side in sides.values()):
             raise ValueError(f"no field 'prompt' or 'messages'; fields here: {', '.join(row)}")
-        before = _messages([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or [], "prompt")
-        return [self._replied(before, side, field, row.get("tools")) for field, side in sides.items()]
+        talks = {field: self._replied(row, prompt or [], side, field)[0] for field, side in sides.items()}
+        if talks["chosen"].messages[:-1] != talks["rejected"].messages[:-1]:
+            raise ValueError("'chosen' and 'rejected' differ before their last answers, so that they are no pair")
+        texts = [self._answered(row, talk, talk.answers(len(talk.messages) - 1)) for talk in talks.values()]
+        if texts[0].text == texts[1].text:
+            raise ValueError("'chosen' and 'rejected' have the same last answer, so that they are no pair")
+        return texts
 
     def _classification(self, row: Values) -> list[Text]:
         text = _text(row, _first(row, "text", "sentence"))
@@ -171,32 +205,66 @@ class Encoder:
 
     # --- parts of formats ----------------------------------------------------------------------------------------
 
-    def _answered(self, messages: Sequence[Message], tools: Any, last: bool) -> Text:
-        template = self._open_template()
-        text, spans = template.answers(messages, tools, last)
-        # An end behind a turn of somebody else's is not the model's to learn.
-        is_last = not text[spans[-1].stop :].strip()
-        add_end = is_last and not template.is_ended(text, spans[-1])
-        return Text(text, [Part(s.start, s.stop, 1) for s in spans], add_end)
+    def _conversation(self, row: Values, found: Any, field: str) -> Conversation:
+        system = row.get("system", row.get("system_prompt"))
+        return read_messages(with_system(found, system), field, self._open_template(), self.seen)
 
-    def _replied(self, before: list[Message], reply: Any, field: str, tools: Any) -> Text:
-        """A conversation of which the last answer is learned."""
+    def _replied(self, row: Values, prompt: Any, reply: Any, field: str) -> tuple[Conversation, int]:
+        """A conversation, and the number of the first message that is not the prompt's."""
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         if isinstance(reply, str):
             reply = [{"role": "assistant", "content": reply}]
-        messages = [*before, *_messages([reply] if isinstance(reply, Mapping) else reply, field)]
-        if not messages or messages[-1]["role"] != "assistant":
+        replied = read_messages(
+            [reply] if isinstance(reply, Mapping) else reply, field, self._open_template(), self.seen
+        )
+        if not replied.messages or replied.messages[-1]["role"] != "assistant":
             raise ValueError(f"{field!r} must end with a message of the assistant")
-        return self._answered(messages, tools, last=True)
+        return joined(self._conversation(row, turns, "prompt"), replied, field)
+
+    def _answered(self, row: Values, talk: Conversation, learned: Sequence[int]) -> Text:
+        template = self._open_template()
+        tools, options = read_tools(row, template), row.get("chat_template_kwargs", {})
+        if not isinstance(options, Mapping):
+            raise ValueError("'chat_template_kwargs' must be an object")
+        messages = with_arguments(template, talk.messages, tools, options)
+        found = find_answers(template, messages, learned, tools, **options)
+        if found.shortened:
+            self.seen["answers of which the chat template leaves out a part"] += len(found.shortened)
+        return Text(found.text, [Part(span.start, span.stop, 1) for span in found.spans], found.is_open)
+
+    def _text_pair(self, row: Values, prompt: str | None, sides: Mapping[str, str]) -> list[Text]:
+        if prompt is None:
+            written = dialogue(list(sides.values()))
+            if written is None:
+                raise ValueError(f"no field 'prompt' or 'messages'; fields here: {', '.join(row)}")
+            prompt, answers = written
+        else:
+            answers = self._without_prompt(prompt, list(sides.values()))
+        return [_continued(prompt, answer, field) for field, answer in zip(sides, answers, strict=True)]
+
+    def _without_prompt(self, prompt: str, sides: Sequence[str]) -> list[str]:
+        rest = without_repeated_prompt(prompt, sides)
+        if rest is None:
+            return list(sides)
+        self.seen["prompts that their answers repeat, and that are taken once"] += 1
+        return rest
+
+    def _no_messages(self, row: Values) -> None:
+        for name in OF_CHATS:
+            if row.get(name):
+                raise ValueError(f"the row has {name!r}, which only messages can take; give the prompt as messages")
 
     def _open_template(self) -> ChatTemplate:
         if self._template is None:
-            self._template = ChatTemplate.of(Path(self._settings.tokenizer), self.tokenizer.control_tokens())
+            special, added = self.tokenizer.control_tokens(), self.tokenizer.added_tokens()
+            self._template = ChatTemplate.of(Path(self._settings.tokenizer), special, added)
         return self._template
 
     def _number(self, label: Any) -> int:
         names = self._settings.labels
+        label = whole_number(label)
         if isinstance(label, int) and 0 <= label < len(names):
-            return int(label)
+            return label
         if str(label) in names and isinstance(label, str):
             return names.index(label)
         raise ValueError(f"label {label!r} is none of the {len(names)}: {', '.join(names[:20])}")
@@ -214,43 +282,33 @@ def labels_in(row: Values, format: Format) -> list[Any]:
     """The labels that a row names. Raises ValueError where it has none."""
     labels = row[_first(row, *LABEL_FIELDS[format])]
     if format == "classification":
-        return [labels]
+        return [whole_number(labels)]
     if not isinstance(labels, list):
         raise ValueError("the labels must be a list, one for each word")
-    return [label for label in labels if label != -100]
+    return [whole_number(label) for label in labels if label != -100]
 
 
-def _reached_across(places: np.ndarray, parts: Sequence[Part]) -> list[int]:
-    """Beginnings of parts that lie within a token."""
-    starts = {part.start for part in parts}
-    return sorted(start for start in starts if np.any((places[:, 0] < start) & (start < places[:, 1])))
-
-
-def _values_of(places: np.ndarray, text: Text) -> np.ndarray:
-    """places: [T, 2], the characters [start, stop) of each token → [T]."""
-    values = np.zeros(len(places), np.int64)
-    for part in text.parts:
-        first = int(np.searchsorted(places[:, 1], part.start, side="right"))
-        last = int(np.searchsorted(places[:, 0], part.stop, side="left"))
-        values[first : first + (last > first) if text.first_only else last] = part.value
-    return values
+def whole_number(label: Any) -> Any:
+    """Return a label as an integer where it is one: pandas writes numbers with gaps as floats."""
+    return int(label) if isinstance(label, bool | int) or (isinstance(label, float) and label.is_integer()) else label
 
 
 def _continued(prompt: str, completion: str, field: str) -> Text:
     if not completion:
         raise ValueError(f"{field!r} is empty")
-    return Text(
-        prompt + completion, [Part(len(prompt), len(prompt) + len(completion), 1)], add_end=True, add_begin=True
-    )
+    text, part = prompt + completion, Part(len(prompt), len(prompt) + len(completion), 1)
+    return Text(text, [part], add_end=True, add_begin=True, may_split=True)
 
 
 def _first(row: Values, *names: str) -> str:
     """The field that is there of several that mean the same."""
-    for name in names:
-        if row.get(name) is not None:
-            return name
-    wanted = " or ".join(map(repr, names))
-    raise ValueError(f"no field {wanted}; fields here: {', '.join(map(str, row)) or 'none'}")
+    found = [name for name in names if row.get(name) is not None]
+    if not found:
+        wanted = " or ".join(map(repr, names))
+        raise ValueError(f"no field {wanted}; fields here: {', '.join(map(str, row)) or 'none'}")
+    if other := next((name for name in found if row[name] != row[found[0]]), None):
+        raise ValueError(f"the row has {found[0]!r} and {other!r}, which differ; leave one of them out")
+    return found[0]
 
 
 def _text(row: Values, field: str) -> str:
@@ -259,27 +317,10 @@ def _text(row: Values, field: str) -> str:
     return row[field]
 
 
-def _messages(found: Any, field: str) -> list[Message]:
-    """Checked, in the words that templates know."""
-    if not isinstance(found, list):
-        raise ValueError(f"{field!r} must be a list of messages, not {type(found).__name__}")
-    messages = []
-    for number, message in enumerate(found):
-        if not isinstance(message, Mapping):
-            raise ValueError(f"message {number} of {field!r} is not an object but {type(message).__name__}")
-        if "from" in message and "role" not in message:
-            role = message["from"]
-            message = {"role": ROLES.get(str(role), role), "content": message.get("value")}
-        role, content = message.get("role"), message.get("content")
-        if not isinstance(role, str) or not role:
-            raise ValueError(f"message {number} of {field!r} has no 'role'; its keys: {', '.join(message)}")
-        if not (isinstance(content, str | list) or message.get("tool_calls")):
-            raise ValueError(f"message {number} of {field!r} has no 'content'; its keys: {', '.join(message)}")
-        if isinstance(content, list):  # OpenAI's, of which most templates know nothing
-            if not all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in content):
-                raise ValueError(f"message {number} of {field!r} holds something else than text")
-            message = {**message, "content": "".join(part["text"] for part in content)}
-        if role == "assistant" and not message.get("content") and not message.get("tool_calls"):
-            raise ValueError(f"message {number} of {field!r} is an empty answer")
-        messages.append(message)
-    return messages
+def is_unicode(text: str) -> bool:
+    """Return whether UTF-8 can write a text: JSON may hold half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

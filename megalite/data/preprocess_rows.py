@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -36,6 +37,8 @@ class EncodedRows(NamedTuple):
     lengths: list[int]
     text_bytes: int
     bad: list[tuple[Row, str]]
+    seen: Counter[str]
+    """What was passed over in the rows that were taken, and how often."""
 
 
 def preprocess_rows(
@@ -59,6 +62,7 @@ def preprocess_rows(
     dtype = token_dtype(tokenizer.vocab_size)
     mask_dtype = np.dtype("u1" if len(settings.labels) < 255 else "<u2")
     bad: list[tuple[Row, str]] = []
+    seen: Counter[str] = Counter()
     num_learned = text_bytes = 0
     with (
         IndexedWriter(prefix, dtype, mask_dtype) as writer,
@@ -71,6 +75,7 @@ def preprocess_rows(
             num_learned += int(np.count_nonzero(encoded.values))
             text_bytes += encoded.text_bytes
             bad += encoded.bad
+            seen += encoded.seen
             if len(bad) > bad_rows + MOST_BAD:
                 break
             meter.update(report.bytes_read, writer.num_tokens)
@@ -91,11 +96,13 @@ def preprocess_rows(
         "last_only": settings.last_only,
         "labels": list(settings.labels),
         "num_learned": num_learned,
+        "passed_over": dict(sorted(seen.items())),
     }
     result = Preprocessed(prefix, facts, "tokenizers", writer.num_documents, writer.num_tokens, text_bytes, 0, report)
     result.write()
     result.seconds = time.monotonic() - start
-    result.remark = f"learned from {num_learned:,} of {writer.num_tokens:,} tokens"
+    passed = [f"passed over: {what} ({count:,})" for what, count in sorted(seen.items())]
+    result.remark = "\n".join([f"learned from {num_learned:,} of {writer.num_tokens:,} tokens", *passed])
     return result
 
 
@@ -108,8 +115,9 @@ def _blocks(files: Mapping[str, int], report: Report) -> Iterator[list[Row]]:
 def _encode(settings: Settings, rows: Sequence[Row]) -> EncodedRows:
     sound = [row for row in rows if not row.why]
     bad = [(row, row.why) for row in rows if row.why]
-    documents = []
-    for row, found in zip(sound, _opened(settings).encode([row.values for row in sound]), strict=True):
+    documents, encoder = [], _opened(settings)
+    encoder.seen.clear()
+    for row, found in zip(sound, encoder.encode([row.values for row in sound]), strict=True):
         if isinstance(found, str):
             bad.append((row, found))
         elif not all(len(document.ids) for document in found):
@@ -122,7 +130,7 @@ def _encode(settings: Settings, rows: Sequence[Row]) -> EncodedRows:
     ids = np.concatenate([np.empty(0, np.int64), *(document.ids for document in documents)])
     values = np.concatenate([np.empty(0, np.int64), *(document.values for document in documents)])
     num_bytes = sum(document.text_bytes for document in documents)
-    return EncodedRows(ids, values, [len(document.ids) for document in documents], num_bytes, bad)
+    return EncodedRows(ids, values, [len(document.ids) for document in documents], num_bytes, bad, encoder.seen.copy())
 
 
 @cache
@@ -133,7 +141,7 @@ def _opened(settings: Settings) -> Encoder:
 def _labels_of(files: Mapping[str, int], settings: Settings) -> tuple[str, ...]:
     """Names of the classes, in order, as the files name them or their rows use them; numbers count from 0."""
     for path in files:
-        if path.endswith((".parquet", ".arrow")):
+        if path.lower().endswith((".parquet", ".arrow")):
             named = class_names(path)
             if field := next((name for name in LABEL_FIELDS[settings.format] if name in named), None):
                 return tuple(named[field])
@@ -148,7 +156,7 @@ def _labels_of(files: Mapping[str, int], settings: Settings) -> tuple[str, ...]:
                 f"{row.path}: more than {MOST_LABELS:,} different labels; name those that count by --labels"
             )
     numbers = {label for label in found if isinstance(label, int)}
-    if numbers == found and found:
+    if numbers == found and found and max(numbers) < MOST_LABELS:
         return tuple(str(number) for number in range(max(numbers) + 1))
     if numbers or not found or not all(isinstance(label, str) for label in found):
         some = ", ".join(sorted(map(repr, found))[:8])

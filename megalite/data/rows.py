@@ -19,6 +19,7 @@ from megalite.errors import DataError
 JSON_KINDS = (".jsonl", ".ndjson", ".json")
 KINDS = (*JSON_KINDS, ".parquet", ".arrow")
 BESIDE = ("dataset_info.json", "state.json")  # of a saved dataset, beside its rows
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 SHOWN = 300  # characters of a row that a message shows
 
 
@@ -69,7 +70,7 @@ def class_names(path: str) -> dict[str, list[str]]:
     from pyarrow import parquet
 
     with open_file(path) as source:
-        is_parquet = path.endswith(".parquet")
+        is_parquet = _kind(path) == ".parquet"
         schema = parquet.read_schema(source) if is_parquet else pyarrow.ipc.open_stream(source).schema
     described = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     found = {}
@@ -82,7 +83,7 @@ def class_names(path: str) -> dict[str, list[str]]:
 
 def shown(values: Mapping[str, Any]) -> str:
     """A row for a message, shortened."""
-    text = json.dumps(values, ensure_ascii=False, default=str)
+    text = json.dumps(values, ensure_ascii=False, default=str).encode(errors="replace").decode()
     return text if len(text) <= SHOWN else f"{text[:SHOWN]} …"
 
 
@@ -93,9 +94,9 @@ def _kind(path: str) -> str:
 def _read_json(path: str, report: Report) -> Iterator[Row]:
     for number, line in enumerate(lines_of(read_bytes(path, report)), 1):
         if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")  # the byte-order mark some editors write
+            line = line.removeprefix(BYTE_ORDER_MARK)  # some editors write it
             if line.lstrip().startswith(b"["):
-                values = orjson.loads(b"".join(read_bytes(path, Report())).removeprefix(b"\xef\xbb\xbf"))
+                values = _parsed(b"".join(read_bytes(path, Report())).removeprefix(BYTE_ORDER_MARK))
                 yield from (_row(path, item, value) for item, value in enumerate(values, 1))
                 return
         if not line.strip():
@@ -104,9 +105,18 @@ def _read_json(path: str, report: Report) -> Iterator[Row]:
             yield Row(path, number, {}, f"the line is longer than {LONGEST_LINE:,} bytes")
         else:
             try:
-                yield _row(path, number, orjson.loads(line))
-            except orjson.JSONDecodeError as error:
+                yield _row(path, number, _parsed(line))
+            except (ValueError, RecursionError) as error:
                 yield Row(path, number, {"": line[:SHOWN].decode(errors="replace")}, f"not JSON: {error}")
+
+
+def _parsed(text: bytes) -> Any:
+    """JSON; also with NaN, which Python and pandas write, and with halves of surrogate pairs: only a row that uses them
+    is bad."""
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError:
+        return json.loads(text)
 
 
 def _row(path: str, number: int, values: Any) -> Row:
@@ -124,10 +134,21 @@ def _read_batches(path: str, report: Report) -> Iterator[Row]:
     with open_file(path) as source:
         batches = (
             parquet.ParquetFile(source).iter_batches(batch_size=256)
-            if path.endswith(".parquet")
+            if _kind(path) == ".parquet"
             else pyarrow.ipc.open_stream(source)
         )
         for batch in batches:
             report.bytes_read = before + source.tell()
-            yield from (Row(path, number, values) for number, values in enumerate(batch.to_pylist(), count + 1))
+            yield from _rows_of(path, batch, count + 1)
             count += batch.num_rows
+
+
+def _rows_of(path: str, batch: Any, first: int) -> Iterator[Row]:
+    try:
+        yield from [Row(path, number, values) for number, values in enumerate(batch.to_pylist(), first)]
+    except (ValueError, OverflowError) as error:  # a text that is not UTF-8, a date that Python does not have
+        if batch.num_rows == 1:
+            yield Row(path, first, {}, f"unreadable: {error}")
+            return
+        for index in range(batch.num_rows):  # costs its row alone
+            yield from _rows_of(path, batch.slice(index, 1), first + index)

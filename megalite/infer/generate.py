@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megalite.checkpoint.folder import complete_steps, step_folder
 from megalite.checkpoint.load import dtype_of, from_hf
+from megalite.data.answers import find_answers
 from megalite.data.chat import ChatTemplate, Message
 from megalite.data.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from megalite.data.turn_end import TurnEnd, turn_end
@@ -174,7 +175,7 @@ class Generator:
     def check_answer(self, messages: Sequence[Message]) -> None:
         """Whether a conversation's last answer can be learned. Raises as `chat_ids` does."""
         with _said_by_template():
-            self.chat_template.answers(messages, last=True)
+            find_answers(self.chat_template, messages, [len(messages) - 1])
 
     @cached_property
     def turn_end(self) -> TurnEnd:

@@ -83,10 +83,11 @@ def test_the_template_for_a_model_that_has_none(tmp_path: Path) -> None:
     assert learned(tokenizer, found) == [f"{CHAT[2]['content']}<|endoftext|>"]
 
 
-def test_a_template_that_renders_answers_differently_is_refused_but_for_the_last(tmp_path: Path) -> None:
+def test_a_template_that_renders_the_last_turn_differently(tmp_path: Path) -> None:
+    """As Qwen3's and R1's, of which no conversation's rendering begins with that of its first turns."""
     tokenizer = write_tokenizer(tmp_path / "tokenizer", FORGETFUL)
-    with pytest.raises(DataError, match=r"rows.jsonl:1: .*answer in message 2 in another way.*\n.*say hello"):
-        made(tmp_path, [{"messages": CHAT}], tokenizer, format="chat")
+    [found] = made(tmp_path, [{"messages": CHAT}], tokenizer, format="chat")
+    assert learned(tokenizer, found) == ["hello, ünï\n<|im_end|>", "thinking Paris<|im_end|>"]
     [last] = made(tmp_path, [{"messages": CHAT}], tokenizer, format="chat", last_only=True)
     assert learned(tokenizer, last) == ["thinking Paris<|im_end|>"]
 
@@ -101,7 +102,8 @@ def test_a_template_that_ends_the_text_behind_the_last_turn(tmp_path: Path) -> N
 def test_an_answer_that_nothing_ends_gets_an_end(tmp_path: Path) -> None:
     tokenizer = write_tokenizer(tmp_path / "tokenizer", PLAIN)
     [found] = made(tmp_path, [{"messages": CHAT[1:3]}], tokenizer, format="chat")
-    assert learned(tokenizer, found) == ["hello, ünï\n\n<|endoftext|>"]
+    # The ids are those of the whole: the prompt's last space belongs to the first word.
+    assert learned(tokenizer, found) == [" hello, ünï\n\n<|endoftext|>"]
 
 
 def test_other_names_of_the_same_chat(tmp_path: Path) -> None:
@@ -193,7 +195,7 @@ def test_a_text_begins_as_the_model_is_asked(tmp_path: Path) -> None:
 def test_an_end_behind_the_users_turn_is_not_learned(tmp_path: Path) -> None:
     tokenizer = write_tokenizer(tmp_path / "tokenizer", PLAIN)
     [found] = made(tmp_path, [{"messages": CHAT[1:4]}], tokenizer, format="chat")
-    assert learned(tokenizer, found) == ["hello, ünï\n\n"]
+    assert learned(tokenizer, found) == [" hello, ünï\n\n"]
 
 
 def test_preferences_are_two_documents(tmp_path: Path) -> None:
