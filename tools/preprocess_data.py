@@ -9,9 +9,11 @@ them as a Slurm array.
 
 With --format, inputs are rows of labelled data: JSON lines, JSON arrays, parquet, or folders of the datasets library.
 
-    chat             {"messages": [{"role": …, "content": …}, …]}, or ShareGPT's conversations; the answers are learned
+    chat             {"messages": [{"role": …, "content": …}, …]}, or ShareGPT's conversations; the answers are learned,
+                     but for those of "weight": 0. Beside them may be "tools" and "system"
     completion       {"prompt": …, "completion": …}; the completion is learned
-    preference       {"prompt": …, "chosen": …, "rejected": …}, texts or messages, for DPO
+    preference       {"prompt": …, "chosen": …, "rejected": …}, texts or messages, for DPO; sides may be the answers
+                     alone or begin with the prompt, which is then taken once
     classification   {"text": …, "label": …}
     labels           {"tokens": [words], "labels": [one for each]}, or ner_tags
 

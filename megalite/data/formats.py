@@ -40,10 +40,11 @@ CLASSES = ("classification", "labels")
 LABEL_FIELDS = {"classification": ("label", "labels"), "labels": ("labels", "ner_tags", "tags")}
 CHATS = ("messages", "conversations", "conversation")
 OF_CHATS = ("tools", "functions", "system", "system_prompt", "chat_template_kwargs")
+OPENAI_PAIR = ("input", "preferred_output", "non_preferred_output")
 FIELDS: Mapping[Format, tuple[str, ...]] = {
     "chat": (*CHATS, *OF_CHATS),
     "completion": ("prompt", "completion", *OF_CHATS),
-    "preference": ("prompt", "messages", "chosen", "rejected", *OF_CHATS),
+    "preference": ("prompt", "messages", "chosen", "rejected", *OPENAI_PAIR, *OF_CHATS),
     "classification": ("text", "sentence", *LABEL_FIELDS["classification"]),
     "labels": ("tokens", "words", *LABEL_FIELDS["labels"]),
 }
@@ -139,8 +140,8 @@ class Encoder:
     def _check_fields(self, row: Values) -> None:
         """Every field is used, or says nothing of what is learned; others are counted, or refused."""
         used = FIELDS[self._settings.format]
-        for name in row:
-            if name in used or name in NEUTRAL:
+        for name, value in row.items():
+            if name in used or name in NEUTRAL or value in ("", [], {}):
                 continue
             if name in REFUSED:
                 raise ValueError(f"the row has {name!r}: {REFUSED[name]}")
@@ -167,10 +168,15 @@ class Encoder:
         return [self._answered(row, talk, talk.answers(first))]
 
     def _preference(self, row: Values) -> list[Text]:
+        if isinstance(asked := row.get("input"), Mapping) and "preferred_output" in row:
+            sides = dict(zip(("chosen", "rejected"), map(row.get, OPENAI_PAIR[1:]), strict=True))
+            row = {**row, **asked, **sides, "messages": None, "prompt": asked.get("messages")}
         sides = {field: row[_first(row, field)] for field in ("chosen", "rejected")}
         if sides["chosen"] == sides["rejected"]:
             raise ValueError("'chosen' and 'rejected' are the same")
         prompt = next((row[field] for field in ("prompt", "messages") if row.get(field)), None)
+        if row.get("messages") not in (None, prompt, sides["chosen"]):
+            raise ValueError("the row has 'prompt' and 'messages', which differ; leave one of them out")
         if all(isinstance(side, str) for side in sides.values()) and (prompt is None or isinstance(prompt, str)):
             self._no_messages(row)
             return self._text_pair(row, prompt, sides)

@@ -130,7 +130,7 @@ def is_missing(value: Any) -> bool:
 
 def is_near(name: str, known: Iterable[str]) -> str | None:
     """Return what a name may be a misspelling of."""
-    close = difflib.get_close_matches(name.lower().replace("-", "_"), sorted(known), 1, 0.85)
+    close = difflib.get_close_matches(name.lower().replace("-", "_"), sorted(known), 1, 0.82)
     return close[0] if close else None
 
 
@@ -166,7 +166,10 @@ def _role(given: Any, where: str, message: Message, template: ChatTemplate) -> s
         return "system"
     if role in KNOWN_ROLES:
         return role
-    raise ValueError(f"{where} has the role {given!r}, which is none of {', '.join([*KNOWN_ROLES, *ROLES])}")
+    raise ValueError(
+        f"{where} has the role {given!r}, which is none of {', '.join(KNOWN_ROLES)}, nor another name for one, such as "
+        "human or gpt, nor one that the chat template knows"
+    )
 
 
 def _check_keys(message: Message, where: str, template: ChatTemplate, seen: Counter[str]) -> None:
