@@ -340,6 +340,7 @@ def _serve(arguments: argparse.Namespace) -> None:
         requests_per_minute=arguments.requests_per_minute,
         timeout_s=arguments.timeout,
         log_prompts=arguments.log_prompts,
+        host=arguments.host,
     )
     address = bind(arguments.host, arguments.port)
     generator = Generator.open(find_model(arguments.model), num_slots=arguments.slots, max_length=arguments.max_length)

@@ -77,14 +77,14 @@ class Batch:
     def check(self, request: Request) -> None:
         """Raises NoRoom, and ConfigError for a prompt of tokens that the model has not."""
         count, last = len(request.prompt), self.model.vocab_size - 1
-        unknown = next((token for token in request.prompt if not 0 <= token <= last), None)
-        if unknown is not None:
-            raise ConfigError(f"the prompt has the token {unknown}, but the model knows those from 0 to {last}")
         if not 0 < count < self.model.capacity:
             raise (NoRoom if count else ConfigError)(
                 f"the prompt has {count} tokens; it must have at least one, and fewer than the "
                 f"{self.model.capacity} that prompt and answer may have together"
             )
+        unknown = next((token for token in request.prompt if not 0 <= token <= last), None)
+        if unknown is not None:
+            raise ConfigError(f"the prompt has the token {unknown}, but the model knows those from 0 to {last}")
 
     def add(self, answer: Answer) -> None:
         """Raises ConfigError as `check` does."""

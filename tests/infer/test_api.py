@@ -177,16 +177,29 @@ def test_a_prompt_that_is_too_long_has_the_code_that_clients_look_for(local: Loc
 
 
 def test_a_page_of_somebody_else_cannot_write_ratings(local: Local, ratings: Path) -> None:
-    """A browser sends what is plain text from any page, and asks before it sends JSON."""
+    """A browser sends what is plain text from any page, says from which, and asks before it sends JSON."""
     body = {"prompt": "x", "answer": "y", "rating": "up"}
-    refused = post(local, "ratings", body, content_type="text/plain", origin="http://elsewhere")
+    refused = post(local, "ratings", body, content_type="text/plain")
     assert refused.status_code == 400
     assert "Content-Type: application/json" in refused.json()["error"]["message"]
     asks = {"origin": "http://elsewhere", "access-control-request-method": "POST"}
     asked = httpx.options(f"{local.url}/v1/ratings", headers=asks)
-    assert asked.status_code == 405
+    assert asked.status_code == 403
     assert not any(name.startswith("access-control") for name in asked.headers)
+    port = local.url.rpartition(":")[2]
+    for origin in (
+        "http://elsewhere",
+        "null",
+        "",
+        f"http://localhost:{port}",
+        f"ftp://127.0.0.1:{port}",
+        local.url + "0",
+    ):
+        for path, sent in (("ratings", body), ("completions", {"prompt": "x"})):
+            refused = post(local, path, sent, origin=origin)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (403, "unknown_origin"), origin
     assert not list(ratings.iterdir())
+    assert post(local, "ratings", body, origin=local.url).status_code == 201
     assert post(local, "ratings", body).status_code == 201
 
 
@@ -207,7 +220,8 @@ def test_a_client_that_is_gone_before_its_stream_begins_takes_no_slot(tmp_path: 
     scope = {
         "type": "http", "asgi": {"version": "3.0", "spec_version": version}, "http_version": "1.1", "method": "POST",
         "path": "/v1/completions", "raw_path": b"/v1/completions", "query_string": b"", "root_path": "",
-        "scheme": "http", "headers": [(b"content-type", b"application/json")], "client": ("test", 1),
+        "scheme": "http", "headers": [(b"content-type", b"application/json"), (b"host", b"localhost")],
+        "client": ("test", 1),
     }  # fmt: skip
 
     async def receive() -> Any:

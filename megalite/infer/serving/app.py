@@ -6,10 +6,10 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import orjson
 from fastapi import FastAPI, Request
@@ -26,10 +26,13 @@ from megalite.infer.batch import NoRoom
 from megalite.infer.generate import Generator
 from megalite.infer.serving.engine import Engine, Overloaded, Ticket, Told, Update
 from megalite.infer.serving.guards import Guards, Refused
+from megalite.infer.serving.lanes import BYTES_PER_TOKEN, Lanes
+from megalite.infer.serving.logs import AsJson
 from megalite.infer.serving.metrics import Metrics
 from megalite.infer.serving.protocol import Asked, ChatBody, CompletionBody, Reply, error, usage
 from megalite.infer.serving.ratings import RatingBody, Ratings
 
+T = TypeVar("T")
 LOG = logging.getLogger("megalite.serve")
 PAGE = Path(__file__).with_name("page.html")
 POLICY = (
@@ -37,6 +40,18 @@ POLICY = (
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 """The page loads nothing from elsewhere, and is shown in no other page."""
+PLAINLY = {
+    "model_attributes_type": "must be a JSON object",
+    "model_type": "must be a JSON object",
+    "dict_type": "must be a JSON object",
+    "list_type": "must be a list",
+    "string_type": "must be a text",
+    "int_type": "must be a whole number",
+    "float_type": "must be a number",
+    "bool_type": "must be true or false",
+    "missing": "is required",
+}
+"""What pydantic says in terms of Python's types."""
 KINDS = {400: "invalid_request_error", 404: "invalid_request_error", 405: "invalid_request_error"}
 
 
@@ -53,6 +68,8 @@ class Settings:
     """Of an answer, waiting included."""
     max_waiting: int = 256
     log_prompts: bool = False
+    host: str = "127.0.0.1"
+    """What the server was asked to listen on."""
 
     def __post_init__(self) -> None:
         """Raises ConfigError."""
@@ -83,13 +100,15 @@ def make_app(generator: Generator, settings: Settings) -> FastAPI:
         engine.start()
         yield
         engine.close(0.0)
+        service.lanes.close()
         await run_in_threadpool(engine.join, 10.0)
 
     app = FastAPI(title="megalite", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.engine = engine
     app.add_middleware(
-        Guards, keys=settings.keys, max_bytes=settings.max_bytes, requests_per_minute=settings.requests_per_minute
-    )
+        Guards, keys=settings.keys, max_bytes=settings.max_bytes, requests_per_minute=settings.requests_per_minute,
+        host=settings.host,
+    )  # fmt: skip
     app.add_middleware(Noted, metrics=metrics)
     _explain_errors(app)
 
@@ -112,7 +131,7 @@ def make_app(generator: Generator, settings: Settings) -> FastAPI:
 
     @app.post("/v1/ratings", status_code=201)
     async def rate(body: RatingBody) -> dict[str, str]:
-        await run_in_threadpool(service.check_rating, body)
+        await service.check_rating(body)
         try:
             await run_in_threadpool(ratings.add, body, settings.name)
         except OSError as problem:
@@ -148,6 +167,7 @@ class Service:
 
     def __init__(self, engine: Engine, settings: Settings):
         self.engine, self.settings, self.generator = engine, settings, engine.generator
+        self.lanes = Lanes(settings.max_bytes)
         self.model = {"id": settings.name, "object": "model", "created": int(time.time()), "owned_by": "megalite"}
         try:
             self.chats = bool(self.generator.chat_template)
@@ -165,19 +185,22 @@ class Service:
             text = f"the model {self.settings.name!r} has no chat template; use /v1/completions"
             raise Trouble(400, text, "invalid_request_error", "messages")
 
-    def check_rating(self, body: RatingBody) -> None:
+    async def check_rating(self, body: RatingBody) -> None:
         """That finetuning can learn from it: one row that it cannot read would hold up all."""
         if body.messages is None or body.good is None:
             return
         self._check_chats()
-        with _told("messages"):
-            self.generator.check_answer([*body.asked, {"role": "assistant", "content": body.good}])
+        messages = [*body.asked, {"role": "assistant", "content": body.good}]
+        await self._beside(lambda: self.generator.check_answer(messages), _size_of(messages), "messages")
 
     async def complete(self, body: CompletionBody, request: Request) -> Response:
         self.check_model(body.model)
         self._check_count(len(body.prompts) * body.n)
-        # Tokenizing a long text takes a while, in which others are answered.
-        prompts = [await run_in_threadpool(self._ids, prompt) for prompt in body.prompts]
+        sizes = [len(prompt.encode()) for prompt in body.prompts if isinstance(prompt, str)]
+        self._check_fits(max(sizes, default=0), "prompt")
+        prompts = await self._beside(
+            lambda: [self.generator.prompt_ids(prompt) for prompt in body.prompts], sum(sizes), "prompt"
+        )
         requests = [
             one
             for ids in prompts
@@ -193,9 +216,23 @@ class Service:
             )
             raise Trouble(400, text, "invalid_request_error", "n")
 
-    def _ids(self, prompt: str | list[int]) -> list[int]:
-        with _told("prompt"):
-            return self.generator.prompt_ids(prompt)
+    def _check_fits(self, num_bytes: int, param: str) -> None:
+        """What cannot fit is not tokenized to learn that: it would take time and memory from others."""
+        capacity = self.generator.model.capacity
+        if num_bytes > BYTES_PER_TOKEN * capacity:
+            text = (
+                f"the {param} has {num_bytes:,} bytes; prompt and answer may have {capacity:,} tokens together, and a "
+                f"prompt at most {BYTES_PER_TOKEN} bytes for each of them"
+            )
+            raise Trouble(400, text, "invalid_request_error", param, "context_length_exceeded")
+
+    async def _beside(self, work: Callable[[], T], num_bytes: int, param: str) -> T:
+        """Work with a text of so many bytes, in which others are answered."""
+        try:
+            with _told(param):
+                return await self.lanes.run(work, num_bytes)
+        except Overloaded as full:
+            raise Trouble(503, str(full), "server_error", code="overloaded") from None
 
     async def chat(self, body: ChatBody, request: Request) -> Response:
         self.check_model(body.model)
@@ -204,8 +241,9 @@ class Service:
         self._check_chats()
         self._check_count(body.n)
         messages = [{"role": message.role, "content": message.text} for message in body.messages]
-        with _told("messages"):
-            ids = await run_in_threadpool(self.generator.chat_ids, messages)
+        num_bytes = _size_of(messages)
+        self._check_fits(num_bytes, "messages")
+        ids = await self._beside(lambda: self.generator.chat_ids(messages), num_bytes, "messages")
         room = self.generator.model.capacity - len(ids)
         usual = self.generator.habits.most_tokens(len(ids), max(room, 1))
         most = body.max_completion_tokens or body.max_tokens or usual
@@ -222,7 +260,7 @@ class Service:
         request: Request,
     ) -> Response:
         if self.settings.log_prompts:
-            LOG.info("prompt %s", orjson.dumps(body.model_dump(exclude_none=True)).decode())
+            LOG.info("prompt %s", AsJson(body.model_dump(exclude_none=True)))
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[Told]()
 
         def deliver(told: Told) -> None:
@@ -275,6 +313,11 @@ class Service:
         except Trouble as trouble:
             yield _event(trouble.body)
         yield b"data: [DONE]\n\n"
+
+
+def _size_of(messages: Sequence[Mapping[str, str]]) -> int:
+    """Bytes of the texts; a message without one is work, too."""
+    return sum(len(message["content"].encode()) + BYTES_PER_TOKEN for message in messages)
 
 
 class Events(StreamingResponse):
@@ -349,10 +392,10 @@ def _explain_errors(app: FastAPI) -> None:
     async def invalid(request: Request, problem: RequestValidationError) -> Response:
         """The first mistake, without the value: it may be a secret, and what is told is logged elsewhere."""
         first = problem.errors()[0]
-        place = [str(part) for part in first["loc"][1:]]
+        place = _place(problem.body, first["loc"][1:])
         if first["type"] == "json_invalid":
             return _json(error("the body is not valid JSON", "invalid_request_error"), 400)
-        what = first["msg"].removeprefix("Value error, ")
+        what = PLAINLY.get(first["type"]) or first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
             what = "is not known or not supported"
         elif not place and "json" not in request.headers.get("content-type", ""):
@@ -365,6 +408,20 @@ def _explain_errors(app: FastAPI) -> None:
         kind = KINDS.get(problem.status_code, "server_error")
         body = problem.body if isinstance(problem, Refused) else error(str(problem.detail), kind)
         return _json(body, problem.status_code)
+
+
+def _place(body: Any, location: Sequence[str | int]) -> list[str]:
+    """The part of a body that pydantic means, without its marks for types; what is missing is the last of it."""
+    place = []
+    for number, part in enumerate(location):
+        if isinstance(body, dict) and part in body:
+            body = body[part]
+        elif isinstance(body, list) and isinstance(part, int):
+            body = body[part] if part < len(body) else None
+        elif not (isinstance(body, dict) and number == len(location) - 1):
+            continue
+        place.append(str(part))
+    return place
 
 
 class Noted:

@@ -1,10 +1,12 @@
-"""What stands before the API: how large a request may be, who may ask, and how often. None of it reads a body."""
+"""What stands before the API: how large a request may be, who may ask, by which name, and how often. None of it reads a
+body."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import hmac
+import ipaddress
 import math
 import os
 import time
@@ -17,12 +19,18 @@ import orjson
 from starlette.exceptions import HTTPException
 
 from megalite.errors import ConfigError
+from megalite.infer.serving.lanes import SMALL_BYTES
+from megalite.infer.serving.names import is_own_name, is_own_page
 from megalite.infer.serving.protocol import error
 
 KEY_VARIABLE = "MEGALITE_API_KEY"
 OPEN_PATHS = ("/", "/health", "/metrics", "/v1/about")
 MOST_CLIENTS = 10_000
 """Whose requests are counted; who has asked for nothing for longest is forgotten first."""
+WRONG_KEYS_PER_MINUTE = 10
+"""Of an address. It may go on with keys that were right before."""
+LARGE_AT_ONCE = 32
+"""Largest requests whose bodies may be in memory at once; small ones are not counted."""
 DISCARDED_S, DISCARDED_BYTES = 10.0, 256 << 20
 """How long and how much of a refused body is read and thrown away, so that its sender hears why."""
 
@@ -52,13 +60,19 @@ def too_large(limit: int) -> Refused:
 
 
 class Guards:
-    """ASGI middleware."""
+    """ASGI middleware. It believes no header about who asks: an address is that of the connection."""
 
-    def __init__(self, app: Any, keys: Sequence[str], max_bytes: int, requests_per_minute: int):
-        """`requests_per_minute`: of one key, or of one address where there are no keys; 0 for any number."""
-        self.app, self.max_bytes = app, max_bytes
+    def __init__(self, app: Any, keys: Sequence[str], max_bytes: int, requests_per_minute: int, host: str):
+        """`requests_per_minute`: of one key, or of one address where there are no keys; 0 for any number. `host`: what
+        the server was asked to listen on."""
+        self.app, self.max_bytes, self.host = app, max_bytes, host
         self.keys = [key.encode() for key in keys]
         self.rate = Rate(requests_per_minute) if requests_per_minute else None
+        self.wrong = Rate(WRONG_KEYS_PER_MINUTE)
+        self._right: OrderedDict[tuple[bytes, bytes], None] = OrderedDict()
+        """Addresses, and the keys that opened the API to them."""
+        self._held = 0
+        """Bytes of large bodies in memory."""
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -66,19 +80,41 @@ class Guards:
             return
         try:
             self._check_size(scope)
+            self._check_names(scope)
             if scope["path"] not in OPEN_PATHS:
                 self._check_rate(self._check_key(scope), scope)
         except Refused as refused:
             await _refuse(refused, receive, send)
             return
-        await self.app(scope, self._counted(receive), send)
+        held = Held(self)
+        try:
+            await self.app(scope, self._counted(receive, held), send)
+        finally:
+            held.release()
 
     def _check_size(self, scope: Any) -> None:
         length = _header(scope, b"content-length")
         if length is not None and (not length.isdigit() or int(length) > self.max_bytes):
             raise too_large(self.max_bytes)
 
-    def _counted(self, receive: Any) -> Any:
+    def _check_names(self, scope: Any) -> None:
+        """Without a key, whoever reaches the server may ask. A page of somebody else in a browser on this machine
+        reaches it too: by a name of its own, or from an origin of its own."""
+        if self.keys:
+            return
+        host = (_header(scope, b"host") or b"").decode("latin-1")
+        if not is_own_name(host, self.host, str((scope.get("server") or ("",))[0])):
+            text = (
+                f"the server has no API key, and then answers only to its own names, of which {host[:100]!r} is none: "
+                f"set {KEY_VARIABLE}, or give the name to --host"
+            )
+            raise Refused(403, error(text, "invalid_request_error", code="unknown_host"))
+        origin = _header(scope, b"origin")
+        if origin is not None and not is_own_page(origin.decode("latin-1"), host):
+            text = "the server has no API key, and then takes requests from no page but its own"
+            raise Refused(403, error(text, "invalid_request_error", code="unknown_origin"))
+
+    def _counted(self, receive: Any, held: Held) -> Any:
         """For a body that does not say how large it is."""
         total = 0
 
@@ -88,6 +124,7 @@ class Guards:
             total += len(message.get("body", b""))
             if total > self.max_bytes:
                 raise too_large(self.max_bytes)
+            held.grow_to(total)
             return message
 
         return receiving
@@ -96,23 +133,56 @@ class Guards:
         """The key; None where none is asked for."""
         if not self.keys:
             return None
-        given = (_header(scope, b"authorization") or b"").removeprefix(b"Bearer ").strip()
+        scheme, _, given = (_header(scope, b"authorization") or b"").partition(b" ")
+        given, client = given.strip(), _client(scope)
+        if scheme.lower() != b"bearer" or not given:
+            text = "an API key is needed: Authorization: Bearer KEY"
+            raise Refused(401, error(text, "invalid_request_error", code="invalid_api_key"), _ASKS_FOR_KEY)
+        # Who may not guess is told nothing, not even that a guess was right.
+        if (client, given) not in self._right and (wait := self.wrong.wait_s(client, count=False)):
+            text = f"too many wrong API keys: try again in {wait} s"
+            raise Refused(429, error(text, "rate_limit_error", code="rate_limit_exceeded"), {"retry-after": str(wait)})
         # Each is compared, and whole: time must not tell how much of a key was right.
         fits = [hmac.compare_digest(given, key) for key in self.keys]
         if not any(fits):
-            text = "the API key is wrong" if given else "an API key is needed: Authorization: Bearer KEY"
-            headers = {"www-authenticate": "Bearer"}
-            raise Refused(401, error(text, "invalid_request_error", code="invalid_api_key"), headers)
+            self.wrong.wait_s(client)
+            text = "the API key is wrong"
+            raise Refused(401, error(text, "invalid_request_error", code="invalid_api_key"), _ASKS_FOR_KEY)
+        self._right[client, given] = None
+        self._right.move_to_end((client, given))
+        if len(self._right) > MOST_CLIENTS:
+            self._right.popitem(last=False)
         return given
 
     def _check_rate(self, key: bytes | None, scope: Any) -> None:
         if self.rate is None:
             return
-        client = key or str((scope.get("client") or ("",))[0]).encode()
-        if wait := self.rate.wait_s(client):
+        if wait := self.rate.wait_s(key or _client(scope)):
             text = f"more than {self.rate.per_minute} requests a minute: try again in {wait} s"
             headers = {"retry-after": str(wait)}
             raise Refused(429, error(text, "rate_limit_error", code="rate_limit_exceeded"), headers)
+
+
+class Held:
+    """What the body of one request takes of the memory for large ones."""
+
+    def __init__(self, guards: Guards):
+        self._guards, self._bytes = guards, 0
+
+    def grow_to(self, num_bytes: int) -> None:
+        """Raises Refused where all that is for large bodies is taken."""
+        if num_bytes <= max(SMALL_BYTES, self._bytes):
+            return
+        more = num_bytes - self._bytes
+        if self._guards._held + more > LARGE_AT_ONCE * self._guards.max_bytes:
+            text = "too many large requests are under way: try again later"
+            raise Refused(503, error(text, "server_error", code="overloaded"), {"retry-after": "1"})
+        self._guards._held += more
+        self._bytes = num_bytes
+
+    def release(self) -> None:
+        self._guards._held -= self._bytes
+        self._bytes = 0
 
 
 class Rate:
@@ -123,16 +193,28 @@ class Rate:
         self._buckets: OrderedDict[bytes, tuple[float, float]] = OrderedDict()
         """What is left, and when it was looked at."""
 
-    def wait_s(self, client: bytes) -> int:
-        """0, and the request counts; or after how many seconds the next one may come."""
+    def wait_s(self, client: bytes, count: bool = True) -> int:
+        """0, and the request counts where `count`; or after how many seconds the next one may come."""
         now = time.monotonic()
         left, then = self._buckets.pop(client, (float(self.per_minute), now))
         # Rounded, or who comes back in time may be refused for what rounding left.
         left = round(min(left + (now - then) * self.per_minute / 60, self.per_minute), 6)
-        self._buckets[client] = (left - 1 if left >= 1 else left, now)
+        self._buckets[client] = (left - 1 if count and left >= 1 else left, now)
         if len(self._buckets) > MOST_CLIENTS:
             self._buckets.popitem(last=False)
         return 0 if left >= 1 else math.ceil(round((1 - left) * 60 / self.per_minute, 3))
+
+
+_ASKS_FOR_KEY = {"www-authenticate": "Bearer"}
+
+
+def _client(scope: Any) -> bytes:
+    """The address that asks; of IPv6 the network, in which one machine has as many addresses as it likes."""
+    address = str((scope.get("client") or ("",))[0])
+    if ":" in address and "." not in address:
+        network = ipaddress.ip_network((address.partition("%")[0], 64), strict=False)
+        return str(network).encode()
+    return address.encode()
 
 
 def _header(scope: Any, name: bytes) -> bytes | None:

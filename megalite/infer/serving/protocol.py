@@ -10,7 +10,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WrapValidator,
+    field_validator,
+    model_validator,
+)
 
 from megalite.infer.answer import Choice, Request
 from megalite.infer.sampling import Sampling
@@ -34,8 +43,30 @@ Text = Annotated[str, AfterValidator(_whole)]
 Nothing = Annotated[list[Any], Field(max_length=0)] | None
 
 
+def _one_of(what: str) -> WrapValidator:
+    """For several types, of which pydantic would tell each by a name of its own."""
+
+    def check(value: Any, handler: Callable[[Any], Any]) -> Any:
+        try:
+            return handler(value)
+        except ValidationError:
+            raise ValueError(f"must be {what}") from None
+
+    return WrapValidator(check)
+
+
+# The first mistake is told, so that a list of a million mistakes takes no longer than one.
+Texts = Annotated[list[Text], Field(fail_fast=True)]
+Tokens = Annotated[list[int], Field(fail_fast=True)]
+Prompt = Annotated[
+    Text | Tokens | Texts | Annotated[list[Tokens], Field(fail_fast=True)],
+    _one_of("a text, a list of texts, a list of token ids, or a list of such lists"),
+]
+
+
 class Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    # Strict: what is no number in JSON is none here, such as true or "5".
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
 
     @model_validator(mode="before")
     @classmethod
@@ -53,11 +84,11 @@ class StreamOptions(Body):
 class Asked(Body):
     """What both kinds of completions share."""
 
-    model: str = ""
+    model: Text = ""
     n: int = Field(1, ge=1, le=MOST_CHOICES)
     stream: bool = False
     stream_options: StreamOptions | None = None
-    stop: Text | list[Text] | None = None
+    stop: Annotated[Text | Texts, _one_of("a text or a list of texts")] | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     temperature: float | None = Field(None, ge=0, le=100)
     top_p: float | None = Field(None, gt=0, le=1)
@@ -65,12 +96,12 @@ class Asked(Body):
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0, le=100)
     # What changes nothing about an answer is taken and left alone.
-    user: str | None = None
-    metadata: dict[str, str] | None = None
+    user: Text | None = None
+    metadata: dict[Text, Text] | None = None
     store: bool | None = None
-    service_tier: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
+    service_tier: Text | None = None
+    safety_identifier: Text | None = None
+    prompt_cache_key: Text | None = None
     # What would change it has its usual value, or is refused.
     presence_penalty: Literal[0] | None = None
     frequency_penalty: Literal[0] | None = None
@@ -110,7 +141,7 @@ def wrap(seed: int) -> int:
 
 
 class CompletionBody(Asked):
-    prompt: Text | list[int] | list[Text] | list[list[int]]
+    prompt: Prompt
     max_tokens: int = Field(16, ge=1)
     logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
     echo: Literal[False] | None = None
@@ -135,10 +166,15 @@ class TextPart(Body):
     text: Text
 
 
+Content = Annotated[
+    Text | Annotated[list[TextPart], Field(fail_fast=True)], _one_of("a text or a list of parts of type text")
+]
+
+
 class Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | list[TextPart] | None = None
-    name: str | None = None
+    content: Content | None = None
+    name: Text | None = None
     # An answer may be sent back as other servers give it.
     annotations: Nothing = None
     tool_calls: Nothing = None
@@ -149,8 +185,11 @@ class Message(Body):
         return parts if isinstance(parts, str) else "".join(part.text for part in parts)
 
 
+Messages = Annotated[list[Message], Field(fail_fast=True)]
+
+
 class ChatBody(Asked):
-    messages: list[Message] = Field(min_length=1)
+    messages: Messages = Field(min_length=1)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None

@@ -16,13 +16,13 @@ import orjson
 from pydantic import Field, model_validator
 
 from megalite.errors import ConfigError
-from megalite.infer.serving.protocol import Body, Message, Text
+from megalite.infer.serving.protocol import Body, Messages, Text
 
 LONGEST = 1_000_000
 
 
 class RatingBody(Body):
-    messages: list[Message] | None = Field(None, min_length=1, description="what was answered")
+    messages: Messages | None = Field(None, min_length=1, description="what was answered")
     prompt: Text | None = Field(
         None, min_length=1, max_length=LONGEST, description="of a model that goes on from a text, the text"
     )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import signal
 import socket
-import sys
 import threading
+import time
 from types import FrameType
 from typing import Any
 
@@ -15,12 +16,25 @@ import uvicorn
 from megalite.errors import ConfigError
 from megalite.infer.cache import Row, lay_out
 from megalite.infer.generate import Generator
+from megalite.infer.serving import logs
 from megalite.infer.serving.app import Settings, make_app
+from megalite.infer.serving.connections import (
+    ACCEPTED_AT_ONCE,
+    IDLE_S,
+    Connection,
+    State,
+    most_connections,
+    tell_of_failed_accept,
+)
 from megalite.infer.serving.engine import Engine
 
 LOG = logging.getLogger("megalite.serve")
 LAST_S = 2.0
 """After the answers were cut off: for responses to reach their clients."""
+BACKLOG = 2048
+"""Connections that the system makes before the server takes them on."""
+TICKS_PER_S = 10
+"""Of uvicorn's own loop."""
 
 
 class Server(uvicorn.Server):
@@ -30,6 +44,21 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, engine: Engine, grace_s: float):
         super().__init__(config)
         self._engine, self._grace_s = engine, grace_s
+        self.server_state = State(most_connections())
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().set_exception_handler(tell_of_failed_accept)
+        await super().startup(sockets)
+        for listening in sockets or []:
+            listening.listen(BACKLOG)  # which asyncio takes for what it accepts at once, too
+
+    async def on_tick(self, counter: int) -> bool:
+        if counter % TICKS_PER_S == 0:
+            now = time.monotonic()
+            for connection in list(self.server_state.connections):
+                if isinstance(connection, Connection):
+                    connection.close_if_late(now)
+        return await super().on_tick(counter)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         # In a thread: this one may hold the lock that it takes.
@@ -52,7 +81,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 def serve(generator: Generator, settings: Settings, address: socket.socket, grace_s: float) -> None:
     """On the address of `bind`, until a signal ends it."""
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logs.set_up()
     warm_up(generator)
     server = make_server(make_app(generator, settings), grace_s)
     # As uvicorn does itself later on; and it raises the signal again when all is done, where it must not kill.
@@ -66,8 +95,10 @@ def serve(generator: Generator, settings: Settings, address: socket.socket, grac
 
 def make_server(app: Any, grace_s: float) -> Server:
     config = uvicorn.Config(
-        app, log_config=None, access_log=False, server_header=False,
-        timeout_graceful_shutdown=round(grace_s + LAST_S), timeout_keep_alive=30,
+        app, http=Connection, ws="none", loop="asyncio", log_config=None, access_log=False, server_header=False,
+        # Else uvicorn believes what a client on this machine says of its address.
+        proxy_headers=False, backlog=ACCEPTED_AT_ONCE,
+        timeout_graceful_shutdown=round(grace_s + LAST_S), timeout_keep_alive=IDLE_S,
     )  # fmt: skip
     return Server(config, app.state.engine, grace_s)
 

@@ -1,0 +1,125 @@
+"""Connections that end: each phase of one has a time limit, and there are never more than the open files allow."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+import resource
+import time
+from typing import Any
+
+from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.server import ServerState
+
+LOG = logging.getLogger("megalite.serve")
+HEADERS_S = 10.0
+"""From a connection, or the first byte of its next request, to the end of the request's headers."""
+IDLE_S = 30
+"""Between two requests of a connection."""
+BODY_S, BODY_BYTES_PER_S = 20.0, 16 << 10
+"""A body has so many seconds, and a second more for each so many bytes that have come."""
+STALLED_S = 60.0
+"""For a client that takes nothing of what waits to be sent."""
+MOST_CONNECTIONS = 4096
+ACCEPTED_AT_ONCE = 64
+"""Connections that are taken on between two looks at the others. asyncio also repeats a failed accept so often."""
+RESERVED_FILES = ACCEPTED_AT_ONCE + 64
+"""Open files that connections leave free, for the model, ratings and those that are just being closed."""
+FULL = (
+    b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\nconnection: close\r\n"
+    b"content-type: application/json\r\ncontent-length: %d\r\n\r\n%s"
+)
+FULL_BODY = (
+    b'{"error":{"message":"all connections of this server are in use: try again later","type":"server_error",'
+    b'"param":null,"code":"overloaded"}}'
+)
+OUT_OF_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+
+def most_connections() -> int:
+    """Return how many connections the limit of open files leaves room for."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit == resource.RLIM_INFINITY:
+        return MOST_CONNECTIONS
+    used = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 32
+    return max(1, min(MOST_CONNECTIONS, limit - used - RESERVED_FILES))
+
+
+class State(ServerState):
+    def __init__(self, most: int):
+        super().__init__()
+        self.most = most
+
+
+class Connection(H11Protocol):
+    """One connection of HTTP/1.1. `close_if_late` is called once a second."""
+
+    server_state: State
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._phase: tuple[Any, ...] = ()
+        self._since = time.monotonic()
+        self._received = 0
+        if sum(not other.transport.is_closing() for other in self.connections) > self.server_state.most:
+            self._make_room()
+
+    def data_received(self, data: bytes) -> None:
+        self._received += len(data)
+        super().data_received(data)
+
+    def _make_room(self) -> None:
+        """Close the connection that has waited longest without a request; where all have one, this one."""
+        idle = [c for c in self.connections if isinstance(c, Connection) and c is not self and c.is_waiting]
+        LOG.warning("all %d connections are in use", self.server_state.most)
+        if idle:
+            # Those that never asked for anything go first.
+            min(idle, key=lambda c: (c.cycle is not None, c._since)).transport.close()
+        else:
+            self.transport.write(FULL % (len(FULL_BODY), FULL_BODY))
+            self.transport.close()
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether no request of it has arrived that is not answered."""
+        answered = self.cycle is None or self.cycle.response_complete
+        return answered and not self.transport.is_closing()
+
+    def close_if_late(self, now: float) -> None:
+        phase, limit = self._look()
+        if phase != self._phase:
+            # A new connection's time has run since it was made.
+            self._since = now if self._phase else self._since
+            self._phase = phase
+        if phase[0] == "body":
+            limit += (self._received - phase[2]) / BODY_BYTES_PER_S
+        if now - self._since <= limit:
+            return
+        if phase[0] == "sending":
+            self.transport.abort()  # nothing of it would be sent any more
+        else:
+            self.transport.close()
+
+    def _look(self) -> tuple[tuple[Any, ...], float]:
+        """The phase it is in, which is another one when anything goes forward, and how many seconds that may last."""
+        unsent = self.transport.get_write_buffer_size()
+        if self.transport.is_closing() or (unsent and self.flow.write_paused):
+            return ("sending", unsent), STALLED_S
+        if self.is_waiting:
+            begun = bool(self.conn.trailing_data[0])
+            return ("waiting", self.cycle, begun), HEADERS_S if begun or self.cycle is None else IDLE_S
+        if self.cycle.more_body:
+            known = self._phase[0] == "body" and self._phase[1] is self.cycle if self._phase else False
+            return ("body", self.cycle, self._phase[2] if known else self._received), BODY_S
+        return ("answering",), float("inf")
+
+
+def tell_of_failed_accept(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """An event loop's exception handler, for which a full table of open files is one line and no traceback."""
+    problem = context.get("exception")
+    if isinstance(problem, OSError) and problem.errno in OUT_OF_FILES:
+        LOG.error("no connection can be taken on: %s", problem.strerror)
+    else:
+        loop.default_exception_handler(context)
