@@ -73,6 +73,7 @@ def _refuse_secrets(values: dict[str, Any], origin: str) -> None:
 def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
     for name, inner in items:
+        yield key or "a key", str(name)
         yield from _texts(inner, f"{key}.{name}" if key else str(name))
     if isinstance(value, str):
         yield key, value

@@ -14,6 +14,21 @@ _SHORTEST = 6
 _PASSWORD = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://[^\s/@:]*):([^\s/@]+)@")
 _SIGNED = re.compile(r"(?i)\b(x-amz-\w[\w-]*|x-goog-\w[\w-]*|sig|signature|access_token|token)=[^&\s'\"<>]+")
 
+_TOKEN = re.compile(
+    r"(?<![A-Za-z0-9])(?:"
+    r"hf_[A-Za-z0-9]{16,}"  # Hugging Face
+    r"|(?:AKIA|ASIA)[A-Z0-9]{16}"  # Amazon
+    r"|(?:sk|rk|pk)[-_](?:[A-Za-z0-9]+[-_])*[A-Za-z0-9]{16,}(?:[-_][A-Za-z0-9]*)*"  # OpenAI, Anthropic, Stripe
+    r"|gh[opsur]_[A-Za-z0-9]{20,}|github_pat_[A-Za-z0-9_]{20,}|glpat-[A-Za-z0-9_-]{16,}"
+    r"|xox[a-z]-[A-Za-z0-9-]{8,}|xapp-[A-Za-z0-9-]{8,}"  # Slack
+    r"|AIza[A-Za-z0-9_-]{30,}|ya29\.[A-Za-z0-9_-]{20,}"  # Google
+    r"|nvapi-[A-Za-z0-9_-]{20,}|gsk_[A-Za-z0-9]{20,}|npm_[A-Za-z0-9]{30,}|pypi-[A-Za-z0-9_-]{40,}"
+    r"|wandb_v1_[A-Za-z0-9_]{20,}"
+    r"|eyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}(?:\.[A-Za-z0-9_-]*)?"  # JSON web tokens
+    r")|-----BEGIN [A-Z ]*PRIVATE KEY-----"
+)
+"""What services give out begins with a mark of their own, so that it is found wherever it stands."""
+
 
 def names_a_secret(name: str) -> bool:
     """Whether a setting or an environment variable of that name holds one."""
@@ -21,10 +36,11 @@ def names_a_secret(name: str) -> bool:
 
 
 def hide_secrets(text: str) -> str:
-    """The text without the secrets of this process's environment, and without those of any URL."""
+    """Return the text without the secrets of this process's environment, those of any URL, and the tokens of
+    well-known services."""
     for value, name in sorted(_secrets(), key=lambda found: -len(found[0])):
         text = text.replace(value, f"<{name}>")
-    return _SIGNED.sub(r"\1=<hidden>", _PASSWORD.sub(r"\1:<password>@", text))
+    return _TOKEN.sub("<token>", _SIGNED.sub(r"\1=<hidden>", _PASSWORD.sub(r"\1:<password>@", text)))
 
 
 def _secrets() -> Iterator[tuple[str, str]]:

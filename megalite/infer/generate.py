@@ -24,6 +24,7 @@ from megalite.errors import ConfigError, DataError
 from megalite.infer.answer import Answer, Request, TextStream
 from megalite.infer.batch import Batch, Predictor
 from megalite.infer.cache import CachedModel
+from megalite.infer.contents import ContentEncoder
 from megalite.infer.habits import LIKELY, Habits, read_habits
 from megalite.infer.ranks import load_on_ranks
 from megalite.infer.sampling import Sampling
@@ -166,11 +167,16 @@ class Generator:
             raise DataError("this model has no chat template")
         return ChatTemplate.of(self.folder, ())
 
+    @cached_property
+    def _contents(self) -> ContentEncoder:
+        return ContentEncoder(self.tokenizer, self.chat_template)
+
     def chat_ids(self, messages: Sequence[Message]) -> list[int]:
-        """A conversation, up to where the model's next answer begins. Raises DataError without a chat template, and
-        ConfigError with what the template says of messages that it cannot render."""
+        """Return the ids of a conversation, up to where the model's next answer begins; control tokens that a message
+        spells out are text. Raises DataError without a chat template, and ConfigError with what the template says of
+        messages that it cannot render."""
         with _said_by_template():
-            return self.tokenizer.encode(self.chat_template.render(messages, prompt=True))
+            return self._contents.encode(messages)
 
     def check_answer(self, messages: Sequence[Message]) -> None:
         """Whether a conversation's last answer can be learned. Raises as `chat_ids` does."""

@@ -7,11 +7,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from megalite.cli import main
+from megalite.config_file import parse_config
+from megalite.errors import ConfigError
 from megalite.secrecy import hide_secrets, names_a_secret
 from small_runs import make_config
 
@@ -25,6 +28,8 @@ SECRETS = {
 CRASH = """
 import os, sys, warnings
 from megalite.cli import main
+from megalite.config_file import parse_config
+from megalite.errors import ConfigError
 from megalite.data.loader import Loader
 
 real, steps = Loader.__next__, 0
@@ -106,6 +111,35 @@ def test_a_secret_in_the_config_is_refused_and_not_repeated(
     assert not Path(values["run"]["dir"]).exists()
 
 
+LETTERS = "hushHUSH0123456789abcdefghijklmnopqrstuvwxyz"
+TOKENS = [
+    "hf_" + LETTERS[:34], "AKIA" + "HUSH0123456789AB", "ASIA" + "HUSH0123456789AB", "sk-" + LETTERS[:24],
+    "sk-proj-" + LETTERS, "sk-ant-api03-" + LETTERS + "-" + LETTERS, "ghp_" + LETTERS[:36], "gho_" + LETTERS[:36],
+    "github_pat_" + LETTERS[:22] + "_" + LETTERS, "glpat-" + LETTERS[:20], "xoxb-1234-1234-" + LETTERS[:24],
+    "xoxp-1-" + LETTERS[:10], "AIza" + LETTERS[:35], "nvapi-" + LETTERS, "wandb_v1_" + LETTERS,
+    "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0." + LETTERS, "-----BEGIN RSA PRIVATE KEY-----\nhush",
+]  # fmt: skip
+
+
+def test_the_tokens_of_services_are_known_without_an_environment(tmp_path: Path) -> None:
+    values = yaml.safe_load(make_config(tmp_path).to_yaml())
+    for number, token in enumerate(TOKENS):
+        for text in (token, f"a {token}.", f"https://host/{token}/x", f"x={token}"):
+            assert token not in hide_secrets(text)
+        wrong: list[tuple[str, dict[str, Any]]] = [
+            ("run.name", {"run": values["run"] | {"name": token}}),
+            ("data.tokenizer", {"data": values["data"] | {"tokenizer": f"/models/{token}"}}),
+            ("observe.wandb.tags.1", {"observe": {"wandb": {"tags": ["a", token]}}}),
+            ("run.nonsense", {"run": values["run"] | {"nonsense": token}}),
+            ("observe", {"observe": {token: 1}}),
+        ]
+        for key, section in wrong[number % len(wrong) :][:1]:
+            with pytest.raises(ConfigError) as caught:
+                parse_config(values | section)
+            assert str(caught.value).startswith(f"config: {key} holds a key, a token or a password"), token
+            assert "hush" not in str(caught.value).lower()
+
+
 def test_hiding(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if names_a_secret(name):
@@ -119,5 +153,7 @@ def test_hiding(monkeypatch: pytest.MonkeyPatch) -> None:
     assert hide_secrets("via http://someone:hush-proxy@proxy") == "via http://someone:<password>@proxy"
     assert hide_secrets("s3://key:other@bucket/x") == "s3://key:<password>@bucket/x"
     assert hide_secrets("https://h/x?a=1&X-Amz-Signature=other&b=2") == "https://h/x?a=1&X-Amz-Signature=<hidden>&b=2"
+    plain = "hf_bert_base_uncased task-sk-learn-experiments ghp_ AKIA xoxo-xoxo sk-8b runs/sk-2026-11-29 " + "ab12" * 10
+    assert hide_secrets(plain) == plain, "names of models and runs, sums of files"
     plain = "step 3, tokens=5, s3://bucket/a@b:c, 12:30 https://host:80/x, key=value"
     assert hide_secrets(plain) == plain
