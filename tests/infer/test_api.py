@@ -152,6 +152,25 @@ def test_usual_values_may_be_spelled_out(local: Local, usual: dict[str, Any]) ->
         (b'{"prompt": "x", "stop": ""}', "stop"),
         (b'{"prompt": "x", "temperature": NaN}', "temperature"),
         (b'{"prompt": "x", "seed": 1e400}', "seed"),
+        (b'{"prompt": "x", "user": "\\ud800"}', "user"),
+        (b'{"prompt": "x", "metadata": {"a": "\\ud800"}}', "metadata.a"),
+        (b'{"prompt": "x", "metadata": {"\\ud800": "a"}}', "metadata"),
+        (b'{"prompt": "x", "logit_bias": {"5": 1}}', "logit_bias"),
+        (b'{"prompt": ["x", 1]}', "prompt"),
+        (b'{"prompt": [[1], ["x"]]}', "prompt"),
+        (b'{"prompt": [true]}', "prompt"),
+        (b'{"prompt": {"a": 1}}', "prompt"),
+        (b'{"prompt": [' + b'"a",1,' * 150_000 + b"1]}", "prompt"),
+        (b'{"prompt": "x", "stop": ["a", 1]}', "stop"),
+        (b'{"prompt": "x", "logprobs": false}', "logprobs"),
+        (b'{"prompt": "x", "logprobs": true}', "logprobs"),
+        (b'{"prompt": "x", "n": true}', "n"),
+        (b'{"prompt": "x", "n": 1.5}', "n"),
+        (b'{"prompt": "x", "max_tokens": "5"}', "max_tokens"),
+        (b'{"prompt": "x", "temperature": "1"}', "temperature"),
+        (b'{"prompt": "x", "stream": 1}', "stream"),
+        (b'{"prompt": "x", "stream": "true"}', "stream"),
+        (b'{"prompt": "x", "echo": 0}', "echo"),
         (b'{"prompt": ' + b"[" * 100_000, None),
         (b'{"prompt": ' + b"1" * 10_000 + b"}", None),
         (b'{"prompt": "x", "stream_options": {"include_usage": true}}', None),
@@ -166,7 +185,36 @@ def test_odd_bodies_are_refused_in_openai_s_form(local: Local, body: bytes, para
     problem = refused.json()["error"]
     assert problem["type"] == "invalid_request_error"
     if param:
-        assert problem["param"].split(".")[0] == param
+        assert problem["param"] == param
+    for word in ("Value error", "Input", "function-", "list[", "constrained", "dictionary", "python"):
+        assert word not in f"{problem['param']} {problem['message']}"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("chat/completions", {"messages": [{"role": "user", "content": ["x"]}]}, "messages.0.content"),
+        ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages.0.content"),
+        ("chat/completions", {"messages": [{"role": "king", "content": "x"}]}, "messages.0.role"),
+        ("chat/completions", {"messages": [{"content": "x"}]}, "messages.0.role"),
+        ("chat/completions", {"messages": [{"role": "user", "content": "x", "list[int]": 1}]}, "messages.0.list[int]"),
+        ("chat/completions", {"messages": "x"}, "messages"),
+        ("chat/completions", {"messages": [7]}, "messages.0"),
+        ("chat/completions", {"messages": [{"role": "user", "content": "x"}], "logprobs": 1}, "logprobs"),
+        ("chat/completions", {"messages": []}, "messages"),
+        ("ratings", {"prompt": 5, "answer": "x", "rating": "up"}, "prompt"),
+        ("ratings", {"messages": [{"role": "user", "content": 5}], "answer": "x"}, "messages.0.content"),
+        ("ratings", {"prompt": "x", "answer": "x", "rating": 1}, "rating"),
+        ("ratings", {"prompt": "x", "rating": "up"}, "answer"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_told_by_its_place_in_the_body(local: Local, path: str, body: Any, param: str) -> None:
+    """And not by the types that pydantic tried there."""
+    refused = post(local, path, body)
+    assert refused.status_code == 400
+    problem = refused.json()["error"]
+    assert problem["param"] == param
+    assert problem["message"].startswith(f"{param}: ")
 
 
 def test_a_prompt_that_is_too_long_has_the_code_that_clients_look_for(local: Local) -> None:

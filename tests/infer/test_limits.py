@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import select
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,15 @@ pytest.importorskip("fastapi")
 
 import httpx
 import openai
-from local_server import Clock, Gated, Local, serving
+from local_server import PATIENCE_S, Clock, Gated, Local, serving
 
 from megalite.errors import ConfigError
 from megalite.infer.generate import Generator
 from megalite.infer.sampling import Sampling
 from megalite.infer.serving.app import Settings
+from megalite.infer.serving.guards import WRONG_KEYS_PER_MINUTE, _client
+from megalite.infer.serving.lanes import LARGE_AT_ONCE
+from megalite.infer.serving.names import is_own_name
 from megalite.infer.serving.run import Server, bind, serve
 from scripted import Bytes
 
@@ -101,6 +105,153 @@ def test_who_waits_as_long_as_told_is_not_refused_again(tmp_path: Path, clock: C
             client.models.list()
         clock.now += int(refused(client.models.list).response.headers["retry-after"])
         client.models.list()
+
+
+def test_no_header_changes_who_asks(tmp_path: Path, clock: Clock, model: Gated) -> None:
+    """A client on this machine is no proxy that could be believed."""
+    with serving(model, tmp_path, requests_per_minute=5) as local:
+        told = []
+        for number in range(10):
+            claims = {
+                "x-forwarded-for": f"10.0.0.{number}",
+                "forwarded": f"for=10.0.0.{number}",
+                "x-real-ip": "10.0.0.9",
+            }
+            told.append(httpx.get(f"{local.url}/v1/models", headers=claims, verify=False).status_code)
+    assert told == [200] * 5 + [429] * 5
+
+
+def test_wrong_keys_are_limited_and_right_ones_go_on(tmp_path: Path, clock: Clock, model: Gated) -> None:
+    def status(key: str, scheme: str = "Bearer") -> int:
+        headers = {"authorization": f"{scheme} {key}"}
+        return httpx.get(f"{local.url}/v1/models", headers=headers, verify=False).status_code
+
+    with serving(model, tmp_path, keys=["right", "rare"]) as local:
+        assert [status("right", scheme) for scheme in ("Bearer", "bearer", "BEARER", "bearer  ")] == [200] * 4
+        assert [status("right", scheme) for scheme in ("Basic", "x", "Bearerright")] == [401] * 3
+        told = [status(f"guess {number}") for number in range(20)]
+        assert told == [401] * WRONG_KEYS_PER_MINUTE + [429] * (20 - WRONG_KEYS_PER_MINUTE)
+        assert status("rare") == 429, "or the limit would say which guess is right"
+        assert status("right") == 200, "who is known is not kept out by who shares an address"
+        assert httpx.get(f"{local.url}/v1/models").status_code == 401
+        assert httpx.get(f"{local.url}/health").status_code == 200
+        clock.now += 60
+        assert status("rare") == 200
+        assert status("guess") == 401
+
+
+OWN = ["localhost", "LOCALHOST:80", "localhost.", "127.0.0.1", "127.9.9.9:8000", "[::1]", "[::1]:8000"]
+FOREIGN = [
+    "evil.example", "evil.example:8000", "localhost.evil.example", "evil-localhost", "127.0.0.1.evil.example",
+    "10.1.2.3", "0.0.0.0", "127.1", "2130706433", "", "localhost:8000@evil.example", "localhost evil.example", "[::2]",
+    "loc\xe4lhost",
+]  # fmt: skip
+
+
+def test_without_a_key_only_its_own_names_lead_to_the_server(tmp_path: Path, model: Gated) -> None:
+    """Any page can have its own name lead to this machine, and then reads what it answers."""
+    model.run()
+
+    bodies = {"/v1/completions": {"prompt": "x"}, "/v1/ratings": {"prompt": "x", "answer": "y", "rating": "up"}}
+
+    def status(host: str, path: str) -> int:
+        headers = [(b"host", host.encode("latin-1")), (b"x-forwarded-host", b"localhost")]
+        method, body = ("POST", bodies[path]) if path in bodies else ("GET", None)
+        return httpx.request(method, local.url + path, headers=headers, json=body, verify=False).status_code
+
+    with serving(model, tmp_path / "open", host="my.box") as local:
+        for path in ("/v1/completions", "/", "/v1/about", "/health"):
+            assert [status(host, path) for host in [*OWN, "My.Box:8000"]] == [200] * (len(OWN) + 1)
+        for path in ("/v1/completions", "/v1/ratings", "/", "/v1/about", "/metrics"):
+            assert {host: status(host, path) for host in FOREIGN} == dict.fromkeys(FOREIGN, 403)
+        assert not list((tmp_path / "open").iterdir())
+    with serving(model, tmp_path / "closed", keys=["key"]) as local:
+        assert httpx.get(f"{local.url}/health", headers={"host": "evil.example"}).status_code == 200, (
+            "a key protects it"
+        )
+
+
+def test_names_of_a_server_on_all_addresses() -> None:
+    """An address leads nowhere else, whichever page names it."""
+    for bound in ("0.0.0.0", "::", ""):
+        for host in ("10.1.2.3:80", "[fe80::1]", socket.gethostname(), "localhost"):
+            assert is_own_name(host, bound, "10.1.2.3"), host
+        assert not is_own_name("evil.example", bound, "10.1.2.3")
+    assert is_own_name("10.1.2.3", "my.box", "10.1.2.3"), "the connection's own"
+    assert not is_own_name("10.1.2.4", "10.1.2.3", "10.1.2.3")
+
+
+def test_addresses_of_one_network_count_as_one() -> None:
+    client = lambda address: _client({"client": (address, 1)})  # noqa: E731
+    assert client("2001:db8::1") == client("2001:db8::ffff:1") != client("2001:db8:0:1::1")
+    assert client("10.0.0.1") != client("10.0.0.2")
+
+
+def test_large_requests_are_bounded_and_hold_up_no_small_ones(
+    tmp_path: Path, model: Gated, beside: ThreadPoolExecutor
+) -> None:
+    """Tokenizing large prompts took memory and time from all others before any was refused."""
+    model.run()
+    gate, under_way = threading.Event(), []
+
+    class Slow(Bytes):
+        def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+            if len(texts[0]) > 1000:
+                under_way.append(len(texts[0]))
+                assert gate.wait(PATIENCE_S)
+            return super().encode_batch(texts)
+
+    generator = Generator(model, Slow(), frozenset({256}), Sampling(temperature=0))
+    large = "x" * 100_000
+    with serving(generator, tmp_path, max_bytes=110_000) as local, ThreadPoolExecutor(24) as pool:
+        body = {"prompt": large, "max_tokens": 2}
+        asked = [
+            pool.submit(httpx.post, f"{local.url}/v1/completions", json=body, timeout=PATIENCE_S, verify=False)
+            for _ in range(24)
+        ]
+        most = LARGE_AT_ONCE * 110_000 // 100_000
+        early = []
+        for done in as_completed(asked, PATIENCE_S):
+            early.append(done.result())
+            if len(early) == 24 - most:
+                break
+        assert {one.status_code for one in early} == {503}
+        assert early[0].json()["error"]["code"] == "overloaded"
+        assert ask(local).choices[0].text == "0123", "while the large ones wait"
+        assert len(under_way) == 1
+        gate.set()
+        rest = [done.result() for done in asked if done.result() not in early]
+        assert {one.json()["error"]["code"] for one in rest} == {"context_length_exceeded"}
+
+
+def test_what_cannot_fit_is_not_tokenized(tmp_path: Path, model: Gated, monkeypatch: pytest.MonkeyPatch) -> None:
+    model.capacity = 100  # type: ignore[misc]
+    monkeypatch.setattr(Bytes, "encode_batch", lambda *_: pytest.fail("it was tokenized"))
+    with serving(model, tmp_path) as local:
+        refused = httpx.post(f"{local.url}/v1/completions", json={"prompt": ["x", "y" * 6401]})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (400, "context_length_exceeded")
+        assert "6,401 bytes" in refused.json()["error"]["message"]
+
+
+def test_bodies_that_come_slowly_take_bounded_memory(tmp_path: Path, model: Gated) -> None:
+    """And leave room for small ones."""
+    model.run()
+    with serving(model, tmp_path, max_bytes=100_000) as local:
+        host, port = local.url.removeprefix("http://").split(":")
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        held = []
+        for _ in range(40):
+            held.append(socket.create_connection((host, int(port)), timeout=PATIENCE_S))
+            held[-1].sendall(head + b"Content-Length: 99999\r\n\r\n" + b"x" * 99_000)
+        told: dict[socket.socket, bytes] = {}
+        while len(told) < 40 - 32:
+            ready, _, _ = select.select([one for one in held if one not in told], [], [], PATIENCE_S)
+            assert ready, told
+            told |= {one: one.recv(65536) for one in ready}
+        assert all(one.startswith(b"HTTP/1.1 503") for one in told.values())
+        assert ask(local).choices[0].text == "0123"
+        for one in held:
+            one.close()
 
 
 def test_too_many_that_wait(tmp_path: Path, model: Gated, beside: ThreadPoolExecutor) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import http.client
 import json
 import os
 import re
+import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -26,6 +29,8 @@ from megalite.infer.sampling import Sampling
 openai = pytest.importorskip("openai")
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("fastapi")
+from megalite.infer.serving import connections  # noqa: E402
+
 KEY = "a key of the tests' own"
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
@@ -33,6 +38,7 @@ TEMPLATE = (
 )
 LENGTH = 16_384
 PATIENCE_S = 60.0
+FILES = 512
 
 
 def make_folder(folder: Path) -> Path:
@@ -78,12 +84,17 @@ class Served:
             time.sleep(0.05)
 
 
+def few_files() -> None:
+    """Fewer than the connections that are made to the server."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (FILES, FILES))
+
+
 def start(folder: Path, root: Path, *options: str) -> Served:
     log = root / "log"
     command = [sys.executable, "-m", "megalite", "serve", str(folder), "--port", "0", "--name", "tiny", *options]
     environment = os.environ | {"MEGALITE_API_KEY": KEY, "OMP_NUM_THREADS": "1"}
     with open(log, "wb") as file:
-        process = subprocess.Popen(command, env=environment, stderr=file, cwd=root)
+        process = subprocess.Popen(command, env=environment, stderr=file, cwd=root, preexec_fn=few_files)
     while not (said := re.search(r"tiny on (http://\S+) .*\n", log.read_text())):
         assert process.poll() is None, log.read_text()
         time.sleep(0.05)
@@ -183,6 +194,42 @@ def test_64_at_once_are_all_answered_each_with_its_own(served: Served, offline: 
     for i, done in enumerate(asyncio.run(all_of_them())):
         assert done.choices[0].text == text_of(offline, f"{i}", 8 + i % 9, i), i
     served.until("megalite_slots_busy", 0)
+
+
+def test_200_idle_and_200_half_sent_connections_keep_nobody_from_an_answer(
+    served: Served, offline: Generator, pytestconfig: pytest.Config
+) -> None:
+    """Before, connections were never closed: with no open file left the server answered nobody, and wrote a log of
+    megabytes a second."""
+    place = served.url.removeprefix("http://").split(":")
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Type: application/json\r\n"
+    )
+    half = f'{head}Content-Length: 100000\r\n\r\n{{"prompt": "{"x" * 50_000}'.encode()
+    logged, memory = served.log.stat().st_size, memory_of(served.process)
+    held = []
+    for number in range(400):
+        held.append(socket.create_connection((place[0], int(place[1])), timeout=PATIENCE_S))
+        if number % 2:
+            held[-1].sendall(half if number % 4 == 1 else half[:60])
+    test_64_at_once_are_all_answered_each_with_its_own(served, offline)
+    assert memory_of(served.process) - memory < 200e6
+    assert served.log.stat().st_size - logged < 100_000
+    assert "Traceback" not in served.log.read_text()
+    if pytestconfig.getoption("--whole"):
+        time.sleep(connections.BODY_S + 50_000 / connections.BODY_BYTES_PER_S + 3)
+        for connection in held:
+            connection.settimeout(1)
+            with contextlib.suppress(ConnectionResetError):
+                assert connection.recv(65536) == b"", "hung up on"
+        assert served.log.stat().st_size - logged < 100_000
+    for connection in held:
+        connection.close()
+
+
+def memory_of(process: subprocess.Popen[bytes]) -> float:
+    """Bytes."""
+    return float(re.findall(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())[0]) * 1e3
 
 
 def test_a_client_that_disappears_frees_its_slot(served: Served) -> None:

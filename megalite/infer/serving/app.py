@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -49,9 +50,11 @@ PLAINLY = {
     "int_type": "must be a whole number",
     "float_type": "must be a number",
     "bool_type": "must be true or false",
+    "string_unicode": "must be a text; half of a surrogate pair is none",
     "missing": "is required",
 }
 """What pydantic says in terms of Python's types."""
+SHOULD = re.compile(r"^(Input|String|List|Dictionary|Value) should")
 KINDS = {400: "invalid_request_error", 404: "invalid_request_error", 405: "invalid_request_error"}
 
 
@@ -392,12 +395,14 @@ def _explain_errors(app: FastAPI) -> None:
     async def invalid(request: Request, problem: RequestValidationError) -> Response:
         """The first mistake, without the value: it may be a secret, and what is told is logged elsewhere."""
         first = problem.errors()[0]
-        place = _place(problem.body, first["loc"][1:])
+        place = _place(problem.body, first["loc"][1:], first["type"] == "missing")
         if first["type"] == "json_invalid":
             return _json(error("the body is not valid JSON", "invalid_request_error"), 400)
-        what = PLAINLY.get(first["type"]) or first["msg"].removeprefix("Value error, ")
+        what = PLAINLY.get(first["type"]) or SHOULD.sub("must", first["msg"].removeprefix("Value error, "))
         if first["type"] == "extra_forbidden":
             what = "is not known or not supported"
+        elif first.get("ctx", {}).get("max_length") == 0:
+            what = "is not supported: leave it out"
         elif not place and "json" not in request.headers.get("content-type", ""):
             what = "must be JSON, and the header Content-Type: application/json say so"
         param = ".".join(place) or None
@@ -410,15 +415,15 @@ def _explain_errors(app: FastAPI) -> None:
         return _json(body, problem.status_code)
 
 
-def _place(body: Any, location: Sequence[str | int]) -> list[str]:
-    """The part of a body that pydantic means, without its marks for types; what is missing is the last of it."""
+def _place(body: Any, location: Sequence[str | int], is_missing: bool) -> list[str]:
+    """The part of a body that pydantic means, without its marks for types."""
     place = []
     for number, part in enumerate(location):
         if isinstance(body, dict) and part in body:
             body = body[part]
         elif isinstance(body, list) and isinstance(part, int):
             body = body[part] if part < len(body) else None
-        elif not (isinstance(body, dict) and number == len(location) - 1):
+        elif not (is_missing and number == len(location) - 1):
             continue
         place.append(str(part))
     return place

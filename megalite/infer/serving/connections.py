@@ -71,21 +71,24 @@ class Connection(H11Protocol):
         super().data_received(data)
 
     def _make_room(self) -> None:
-        """Close the connection that has waited longest without a request; where all have one, this one."""
-        idle = [c for c in self.connections if isinstance(c, Connection) and c is not self and c.is_waiting]
+        """Close the connection that has been without a whole request for longest; where all have one, this one."""
         LOG.warning("all %d connections are in use", self.server_state.most)
-        if idle:
-            # Those that never asked for anything go first.
-            min(idle, key=lambda c: (c.cycle is not None, c._since)).transport.close()
+        others = [c for c in self.connections if isinstance(c, Connection) and c is not self and c._unfinished]
+        if others:
+            min(others, key=lambda c: c._since).transport.close()
         else:
             self.transport.write(FULL % (len(FULL_BODY), FULL_BODY))
             self.transport.close()
 
     @property
-    def is_waiting(self) -> bool:
-        """Whether no request of it has arrived that is not answered."""
-        answered = self.cycle is None or self.cycle.response_complete
-        return answered and not self.transport.is_closing()
+    def _unfinished(self) -> int:
+        """Why there is nothing to answer: no request yet (1), no request since the last (2), half of one (3); else
+        0."""
+        if self.transport.is_closing():
+            return 0
+        if self.cycle is None:
+            return 1
+        return 2 if self.cycle.response_complete else 3 if self.cycle.more_body else 0
 
     def close_if_late(self, now: float) -> None:
         phase, limit = self._look()
@@ -107,10 +110,11 @@ class Connection(H11Protocol):
         unsent = self.transport.get_write_buffer_size()
         if self.transport.is_closing() or (unsent and self.flow.write_paused):
             return ("sending", unsent), STALLED_S
-        if self.is_waiting:
+        unfinished = self._unfinished
+        if unfinished in (1, 2):
             begun = bool(self.conn.trailing_data[0])
-            return ("waiting", self.cycle, begun), HEADERS_S if begun or self.cycle is None else IDLE_S
-        if self.cycle.more_body:
+            return ("waiting", self.cycle, begun), IDLE_S if unfinished == 2 and not begun else HEADERS_S
+        if unfinished == 3:
             known = self._phase[0] == "body" and self._phase[1] is self.cycle if self._phase else False
             return ("body", self.cycle, self._phase[2] if known else self._received), BODY_S
         return ("answering",), float("inf")

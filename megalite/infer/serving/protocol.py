@@ -103,8 +103,8 @@ class Asked(Body):
     safety_identifier: Text | None = None
     prompt_cache_key: Text | None = None
     # What would change it has its usual value, or is refused.
-    presence_penalty: Literal[0] | None = None
-    frequency_penalty: Literal[0] | None = None
+    presence_penalty: float | None = Field(None, ge=0, le=0)
+    frequency_penalty: float | None = Field(None, ge=0, le=0)
     logit_bias: dict[str, float] | None = Field(None, max_length=0)
 
     @field_validator("stop")
@@ -140,11 +140,17 @@ def wrap(seed: int) -> int:
     return (seed + 2**63) % 2**64 - 2**63
 
 
+def _no_echo(value: bool) -> bool:
+    if value:
+        raise ValueError("is not supported: leave it out, or give false")
+    return value
+
+
 class CompletionBody(Asked):
     prompt: Prompt
     max_tokens: int = Field(16, ge=1)
     logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
-    echo: Literal[False] | None = None
+    echo: Annotated[bool, AfterValidator(_no_echo)] | None = None
     suffix: Literal[""] | None = None
     best_of: int | None = None
 
