@@ -1,9 +1,10 @@
 """Where the answers of a conversation stand in its rendering by a chat template.
 
-A template may trim texts, drop thoughts from turns that are not the last, put a system prompt or tools where it likes,
-or end the last turn in another way than the others, so that the rendering of a conversation's beginning is no beginning
-of its rendering. An answer's place is therefore found in the whole: what changes when a mark stands in for it is the
-answer. Before it stands what the model is given (the rendering that asks for the answer), behind it what ends it."""
+A template may trim texts, drop thoughts from turns that are not the last, put a system prompt or tools where it
+likes, or end the last turn in another way than the others. Where the conversation up to an answer, with and without
+it, still begins the whole rendering, its place is between the two. Elsewhere it is found in the whole: what changes
+when a mark stands in for the answer is the answer. Before it stands what the model is given (the rendering that asks
+for the answer), behind it what ends it."""
 
 from __future__ import annotations
 
@@ -93,6 +94,10 @@ class _Finder:
     def _place(self, number: int) -> range | None:
         """From where the model begins to answer to the token that ends the answer. None where the template shows none
         of it."""
+        before, until = self._rendered(self._messages[:number], prompt=True), self._until(number)
+        if before and until and len(before) < len(until) and all(map(self.text.startswith, (before, until))):
+            bare = until.rstrip()
+            return range(len(before), len(bare if bare.endswith(self._template.controls) else until))
         marked = self._marked(self._messages, number)
         if marked is None:
             raise ValueError(f"the chat template does not let the place of the answer in message {number} be told")
@@ -101,11 +106,16 @@ class _Finder:
         same = _shared(self.text, marked)
         behind = min(_shared(self.text[::-1], marked[::-1]), len(self.text) - same)
         stop = len(self.text) - behind
-        return range(self._start(number, same), stop + self._end(number, self.text[stop:])) or None
+        return range(self._start(number, same, before), stop + self._end(number, self.text[stop:])) or None
 
-    def _start(self, number: int, same: int) -> int:
-        """Where the model begins to answer. `same`: up to where nothing changes when the answer does."""
-        before = self._rendered(self._messages[:number], prompt=True)
+    def _until(self, number: int) -> str | None:
+        """The conversation up to a message's end."""
+        is_last = number == len(self._messages) - 1
+        return self.text if is_last else self._rendered(self._messages[: number + 1])
+
+    def _start(self, number: int, same: int, before: str | None) -> int:
+        """Where the model begins to answer. `same`: up to where nothing changes when the answer does; `before`: what
+        is rendered to ask for it."""
         if before is not None and self.text.startswith(before):
             return len(before)
         asked, whole = (
@@ -144,7 +154,7 @@ class _Finder:
     def _marked(self, messages: Sequence[Message], number: int, prompt: bool = False) -> str | None:
         return self._rendered([*messages[:number], _with_marks(messages[number]), *messages[number + 1 :]], prompt)
 
-    def _rendered(self, messages: Sequence[Message], prompt: bool) -> str | None:
+    def _rendered(self, messages: Sequence[Message], prompt: bool = False) -> str | None:
         """None where the template refuses."""
         try:
             return self._template.render(messages, self._tools, prompt, **self._options)

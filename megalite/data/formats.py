@@ -169,8 +169,8 @@ class Encoder:
 
     def _preference(self, row: Values) -> list[Text]:
         if isinstance(asked := row.get("input"), Mapping) and "preferred_output" in row:
-            sides = dict(zip(("chosen", "rejected"), map(row.get, OPENAI_PAIR[1:]), strict=True))
-            row = {**row, **asked, **sides, "messages": None, "prompt": asked.get("messages")}
+            outputs: dict[str, Any] = dict(zip(("chosen", "rejected"), map(row.get, OPENAI_PAIR[1:]), strict=True))
+            row = {**row, **asked, **outputs, "messages": None, "prompt": asked.get("messages")}
         sides = {field: row[_first(row, field)] for field in ("chosen", "rejected")}
         if sides["chosen"] == sides["rejected"]:
             raise ValueError("'chosen' and 'rejected' are the same")

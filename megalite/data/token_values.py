@@ -7,12 +7,15 @@ they begin the whole's, they are exactly the tokens before the part."""
 from __future__ import annotations
 
 import itertools
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from megalite.data.tokenizer import HuggingFaceTokenizer
+
+_NOWHERE = np.empty((0, 2), np.int64)
 
 
 class Part(NamedTuple):
@@ -43,8 +46,18 @@ def token_values(tokenizer: HuggingFaceTokenizer, text: Text) -> tuple[list[int]
     if text.first_only:
         return _first_tokens(tokenizer, text)
     borders = sorted({border for part in text.parts for border in part[:2] if 0 < border < len(text.text)})
-    ids, *before = tokenizer.encode_batch([text.text, *(text.text[:border] for border in borders)])
-    counts = {border: len(some) for border, some in zip(borders, before, strict=True) if ids[: len(some)] == some}
+    ids = tokenizer.encode(text.text)
+    windows = list(zip(borders, _windows(tokenizer, text.text, ids, borders), strict=True))
+    before = tokenizer.encode_batch([text.text[place:border] for border, (place, _) in windows])
+    same = {
+        border: index + _same(ids[index : index + len(some)], some)
+        for (border, (_, index)), some in zip(windows, before, strict=True)
+    }
+    counts = {
+        border: same[border]
+        for (border, (_, index)), some in zip(windows, before, strict=True)
+        if same[border] == index + len(some)
+    }
     counts |= {0: 0, len(text.text): len(ids)}
     if text.may_split and any(part.start not in counts for part in text.parts):
         pieces = _split(tokenizer, text)
@@ -53,17 +66,34 @@ def token_values(tokenizer: HuggingFaceTokenizer, text: Text) -> tuple[list[int]
             ends = itertools.accumulate(map(len, pieces))
             ids, counts = apart, dict(zip([*_cuts(text)[1:]], ends, strict=True)) | {0: 0}
     values = np.zeros(len(ids), np.int64)
-    inexact = {border: some for border, some in zip(borders, before, strict=True) if border not in counts}
-    places = _places(tokenizer, text.text) if inexact else np.empty((0, 2), np.int64)
+    places = _places(tokenizer, text.text) if any(border not in counts for border in borders) else _NOWHERE
     for part in text.parts:
-        first = counts.get(part.start)
-        if first is None:  # a token reaches across
-            first = max(_same(ids, inexact[part.start]), int(np.searchsorted(places[:, 1], part.start, side="right")))
-        last = counts.get(part.stop)
+        # Where a token reaches across, places tell which one, though none of those that are the same without it.
+        first, last = counts.get(part.start), counts.get(part.stop)
+        if first is None:
+            first = max(same[part.start], int(np.searchsorted(places[:, 1], part.start, side="right")))
         if last is None:
-            last = max(_same(ids, inexact[part.stop]), int(np.searchsorted(places[:, 0], part.stop, side="left")))
+            last = max(same[part.stop], int(np.searchsorted(places[:, 0], part.stop, side="left")))
         values[first:last] = part.value
     return ids, values
+
+
+def _windows(
+    tokenizer: HuggingFaceTokenizer, text: str, ids: Sequence[int], borders: Sequence[int]
+) -> list[tuple[int, int]]:
+    """Of each border, a place before it from which on the text may be tokenized alone, and the number of the token that
+    begins there: the nearest landmark, or the beginning."""
+    found, place = [(0, 0)], 0
+    for index, token in enumerate(ids):
+        if landmark := tokenizer.landmarks.get(token):
+            place = text.find(landmark, place)
+            found.append((place, index))
+            place += len(landmark)
+    names = {tokenizer.landmarks[ids[index]] for _, index in found[1:]}
+    if sum(map(text.count, names)) != len(found) - 1:
+        return [(0, 0)] * len(borders)
+    starts = [place for place, _ in found]
+    return [found[max(bisect_left(starts, border) - 1, 0)] for border in borders]
 
 
 def _first_tokens(tokenizer: HuggingFaceTokenizer, text: Text) -> tuple[list[int], np.ndarray]:

@@ -157,6 +157,15 @@ class HuggingFaceTokenizer(Tokenizer):
         """Return what is matched whole in a text before anything else: special tokens, and others."""
         return [token.content for token in self._tokenizer.get_added_tokens_decoder().values()]
 
+    @cached_property
+    def landmarks(self) -> dict[int, str]:
+        """Return the added tokens, by id, that every occurrence of their text becomes, whatever stands around it: what
+        follows one has the same ids as in a text that begins with it."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        plain = {i: t.content for i, t in added.items() if not (t.lstrip or t.rstrip or t.single_word or t.normalized)}
+        texts = [token.content for token in added.values()]
+        return {i: text for i, text in plain.items() if sum(text in other for other in texts) == 1}
+
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
 

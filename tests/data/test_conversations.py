@@ -33,9 +33,8 @@ def calls(arguments: Any) -> list[Any]:
 
 SYSTEM = {"role": "system", "content": "be kind"}
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
-CALLED = (
-    '<think>\n\n</think>\n\n<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call><|im_end|>'
-)
+NO_THOUGHTS = "<think>\n\n</think>\n\n"
+CALLED = f'{NO_THOUGHTS}<tool_call>\n{{"name": "weather", "arguments": {{"city": "Paris"}}}}\n</tool_call><|im_end|>'
 
 
 @pytest.fixture(scope="module")
