@@ -239,7 +239,7 @@ def test_refuses_dropout_on_attention_that_travels() -> None:
 
 CAPPED = {
     "family": "gemma2", "vocab_size": 9, "hidden_size": 24, "intermediate_size": 8, "num_layers": 1,
-    "num_attention_heads": 6, "max_positions": 64,
+    "num_attention_heads": 6, "max_positions": 64, "sliding_window": 4,
 }  # fmt: skip
 
 
@@ -291,7 +291,8 @@ def test_families_have_the_sizes_their_models_were_published_with(family: str) -
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_attention_heads", "num_kv_heads")
     values = dict(zip((*names, "head_dim"), sizes, strict=False)) | {"family": family, "max_positions": 2048}
     tied = family in ("qwen2", "qwen3", "smollm3", "gemma2", "gemma3_text")
-    config = config_of(values | {"tie_embeddings": tied}, "parallel.tensor=1")
+    window = {"sliding_window": 1024} if "gemma" in family else {}
+    config = config_of(values | {"tie_embeddings": tied} | window, "parallel.tensor=1")
     assert make_plan(config, weight_table(config.model), 1).num_params == wanted
 
 
