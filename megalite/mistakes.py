@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from megalite.outside import shown
 from megalite.secrecy import names_a_secret
 
 
@@ -37,8 +38,8 @@ def _describe(item: Any, root: type[BaseModel]) -> str:
     if item["type"] == "extra_forbidden":
         close = difflib.get_close_matches(str(path[-1]).replace("-", "_"), known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(sorted(known))}"
-        shown = "not shown" if names_a_secret(str(path[-1])) else repr(value)
-        return f"unknown key {key} (value {shown}); {hint}"
+        told = "not shown" if names_a_secret(str(path[-1])) else shown(value)
+        return f"unknown key {key} (value {told}); {hint}"
     if item["type"] == "missing":
         last = path[-1]
         if known or not isinstance(last, int):
@@ -55,7 +56,7 @@ def _describe(item: Any, root: type[BaseModel]) -> str:
             message += "; YAML reads a bare yes, no, on or off as true or false"
         elif close and close[0] != value:
             message += f"; did you mean {close[0]!r}?"
-    return f"{key}: {message}" if isinstance(value, dict) else f"{key} = {value!r}: {message}"
+    return f"{key}: {message}" if isinstance(value, dict) else f"{key} = {shown(value)}: {message}"
 
 
 def _walk(loc: Sequence[str | int], model: type[BaseModel] | None) -> tuple[list[str | int], list[str]]:

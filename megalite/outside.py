@@ -7,7 +7,8 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from datetime import date
+from pathlib import Path, PurePath
 from typing import Any
 
 from megalite.errors import CheckpointError, ConfigError, DataError
@@ -89,7 +90,10 @@ def shown(value: Any) -> str:
         return repr(value) if len(value) <= SHOWN else f"{value[:SHOWN]!r}…"
     if value is None or isinstance(value, bool | int | float):
         return repr(value)
-    if isinstance(value, list | tuple) and len(value) <= 16 and all(_is_short(item) for item in value):
+    if isinstance(value, PurePath | date):
+        return repr(str(value))
+    items = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list | tuple) else None
+    if items is not None and len(items) <= 32 and all(map(_is_short, items)):
         return repr(value)
     return f"a value of type {type(value).__name__}"
 

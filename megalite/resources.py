@@ -10,6 +10,12 @@ from typing import Any
 import yaml
 
 from megalite.errors import ConfigError
+from megalite.outside import reading, shown
+
+LONGEST_YAML = 1 << 19
+"""Characters of a config, which are read in some seconds."""
+MOST_VALUES = 100_000
+"""Values of a config, those that aliases repeat counted as often as they are repeated."""
 
 
 def configs_dir() -> Path:
@@ -27,26 +33,58 @@ def configs_dir() -> Path:
 class _Loader(yaml.SafeLoader):
     """SafeLoader that refuses a key given twice instead of taking the last one."""
 
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        if node is not None:
+            _check_size(node)
+        return node
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for number, (key, _) in enumerate(node.value):
-            if getattr(key, "value", None) in keys[:number]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is given twice", key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
         return super().construct_mapping(node, deep)
+
+
+def _check_size(root: yaml.Node) -> None:
+    """Refuse a text whose aliases (`*name`) say more than MOST_VALUES together, or stand in what they name."""
+    sizes: dict[int, int] = {}
+    begun: set[int] = set()
+    pending = [(root, False)]
+    while pending:
+        node, is_done = pending.pop()
+        inner = [item for pair in node.value for item in (pair if isinstance(pair, tuple) else (pair,))]
+        inner = inner if isinstance(node, yaml.CollectionNode) else []
+        if is_done:
+            sizes[id(node)] = 1 + sum(sizes[id(item)] for item in inner)
+            if sizes[id(node)] > MOST_VALUES:
+                raise yaml.YAMLError(f"it has more than {MOST_VALUES:,} values, its aliases written out")
+        elif id(node) not in sizes:
+            if id(node) in begun:
+                raise yaml.YAMLError(f"an alias stands within what it names{node.start_mark}")
+            begun.add(id(node))
+            pending.append((node, True))
+            pending += [(item, False) for item in inner]
 
 
 def parse_yaml(text: str, origin: str) -> Any:
     """Raises ConfigError, which calls the text `origin`."""
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{origin} is not valid YAML: {error}") from None
+    if len(text) > LONGEST_YAML:
+        raise ConfigError(f"{origin} is longer than {LONGEST_YAML:,} characters, which no config is")
+    with reading(origin, ConfigError):  # also a date that is none, or a number that is too long
+        try:
+            return yaml.load(text, _Loader)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{origin} is not valid YAML: {error}") from None
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """A file of `key: value` lines. Raises ConfigError."""
     try:
-        values = parse_yaml(Path(path).read_text(encoding="utf-8"), str(path))
+        with open(path, encoding="utf-8") as file:
+            values = parse_yaml(file.read(LONGEST_YAML + 1), str(path))
     except IsADirectoryError:
         inside = Path(path) / "config.yaml"
         raise ConfigError(
@@ -78,7 +116,7 @@ def _with(values: dict[str, Any], keys: Sequence[str], value: Any, override: str
         return {**values, head: value}
     inner = values.get(head)
     if inner is not None and not isinstance(inner, dict):
-        raise ConfigError(f"override {override!r}: {head} is {inner!r}, not a section")
+        raise ConfigError(f"override {override!r}: {head} is {shown(inner)}, not a section")
     return {**values, head: _with(inner or {}, rest, value, override)}
 
 

@@ -9,12 +9,16 @@ import math
 import os
 import re
 import shutil
+import stat
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
+
+from megalite.errors import CheckpointError
+from megalite.outside import read_limited
 
 MANIFEST = "manifest.json"
 
@@ -58,12 +62,12 @@ def digest(path: Path) -> dict[str, Any]:
 def read_manifest(folder: Path) -> Files | Damage:
     """What it says, or what is wrong with it."""
     try:
-        return parse_manifest((folder / MANIFEST).read_bytes())
+        return parse_manifest(read_limited(folder / MANIFEST, CheckpointError))
     except FileNotFoundError:
         return Damage.MISSING
     except OSError:
         return Damage.UNREADABLE
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, CheckpointError):
         return Damage.CONTENT
 
 
@@ -73,6 +77,8 @@ def parse_manifest(data: bytes) -> Files:
     files = json.loads(data, object_pairs_hook=_no_key_twice)["files"]
     if not files or min(int(entry["size"]) for entry in files.values()) < 0:
         raise ValueError("no files, or of impossible sizes")
+    if any(Path(name).is_absolute() or ".." in Path(name).parts for name in files):
+        raise ValueError("a file outside of the folder")
     return files
 
 
@@ -87,7 +93,10 @@ def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def damage_of(path: Path, wanted: dict[str, Any]) -> Damage:
     """Of a file, beside its entry in the manifest."""
     try:
-        if path.stat().st_size != wanted["size"]:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            return Damage.UNREADABLE
+        if found.st_size != wanted["size"]:
             return Damage.SIZE
         return Damage.NONE if digest(path) == wanted else Damage.CONTENT
     except FileNotFoundError:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,8 +28,9 @@ from megalite.checkpoint.folder import (
     steps_in,
 )
 from megalite.checkpoint.match import stored_config
-from megalite.checkpoint.tensors import CheckpointError
+from megalite.errors import CheckpointError
 from megalite.mesh import Mesh
+from megalite.outside import read_json, reading, shown
 from megalite.parallel.collectives import all_reduce, start_highest
 
 SHOWN = 3
@@ -230,4 +230,10 @@ def _of_rank_0(look: Callable[[], list[int]], mesh: Mesh) -> list[int]:
 
 
 def read_train_state(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "train_state.json").read_text())
+    """Return what a run noted beside its weights. Raises CheckpointError."""
+    path = folder / "train_state.json"
+    state = read_json(path, CheckpointError)
+    with reading(path, CheckpointError):
+        if min(state["step"], state["data"]["samples"]) < 0:
+            raise CheckpointError(f"{path}: step {shown(state['step'])} is none")
+    return state

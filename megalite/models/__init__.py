@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +21,7 @@ from megalite.models.hf import Keys
 from megalite.models.layers import Decoder
 from megalite.models.lora import adapt, with_adapters
 from megalite.models.weights import Weight
+from megalite.outside import read_json
 from megalite.resources import configs_dir, read_yaml
 
 FAMILIES = (
@@ -105,14 +105,9 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
     """Of a model, or of the one that an adapter is for. Raises ConfigError."""
     if peft.is_adapter(folder):
         folder = peft.base_of(folder)
-    try:
-        values = json.loads((folder / "config.json").read_text())
-    except OSError as error:
-        raise ConfigError(
-            f"{folder} holds no Hugging Face model: {folder / 'config.json'}: {error.strerror or error}"
-        ) from None
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{folder / 'config.json'} is not valid JSON: {error}") from None
+    if not (folder / "config.json").exists():
+        raise ConfigError(f"{folder} holds no Hugging Face model: {folder / 'config.json'}: No such file or directory")
+    values = read_json(folder / "config.json", ConfigError)
     if not isinstance(values, dict):
         raise ConfigError(f"{folder / 'config.json'} is not a JSON object")
     return values
@@ -132,7 +127,13 @@ def from_hf_config(hf: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"config.json of a {kind} model lacks {error.args[0]!r}") from None
     except ConfigError:
         raise
-    except (TypeError, ValueError, AttributeError) as error:  # a list for a number, and the like
+    except (
+        TypeError,
+        ValueError,
+        AttributeError,
+        ArithmeticError,
+        LookupError,
+    ) as error:  # a list for a number, 0 heads
         raise ConfigError(f"config.json of a {kind} model holds a value of another kind: {error}") from None
 
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from megalite.config import LoraConfig
 from megalite.errors import ConfigError
 from megalite.models.lora import ALL_LINEAR, PREFIX, adapters_of
 from megalite.models.weights import Weight
+from megalite.outside import check_regular, read_json, reading, shown
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model"
 WHOLE = ("model.safetensors", "model.safetensors.index.json")
@@ -33,12 +33,7 @@ def is_adapter(folder: Path) -> bool:
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    try:
-        values = json.loads((folder / CONFIG).read_text())
-    except OSError as error:
-        raise ConfigError(f"{folder / CONFIG}: {error.strerror or error}") from None
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{folder / CONFIG} is not valid JSON: {error}") from None
+    values = read_json(folder / CONFIG, ConfigError)
     if not isinstance(values, dict) or values.get("peft_type") != "LORA":
         raise ConfigError(f'{folder / CONFIG} is not that of a LoRA adapter (`peft_type`: "LORA")')
     return values
@@ -50,8 +45,8 @@ def base_of(folder: Path) -> Path:
     base = Path(str(name))
     if not name or not (base / "config.json").is_file():
         raise ConfigError(
-            f"{folder / CONFIG}: base_model_name_or_path = {name!r} is no folder with a config.json; write there where "
-            "the model lies that the adapter was trained on"
+            f"{folder / CONFIG}: base_model_name_or_path = {shown(name)} is no folder with a config.json; write there "
+            "where the model lies that the adapter was trained on"
         )
     return base
 
@@ -62,15 +57,17 @@ def read_lora(folder: Path) -> dict[str, Any]:
     for key, value in values.items():
         plain = value in ONLY[key] if key in ONLY else not value
         if key not in (*MEANINGLESS, *READ) and not plain:
-            raise ConfigError(f"{folder / CONFIG} has {key} = {value!r}, which is not supported")
+            raise ConfigError(f"{folder / CONFIG} has {key} = {shown(value)}, which is not supported")
     targets = values.get("target_modules")
     # A string is a pattern of PEFT's; the tensors say which modules it found.
+    if missing := [key for key in ("r", "lora_alpha") if key not in values]:
+        raise ConfigError(f"{folder / CONFIG} does not say its {missing[0]}")
     return {
         "rank": values["r"],
         "alpha": values["lora_alpha"],
         "dropout": values.get("lora_dropout") or 0.0,
         "rslora": bool(values.get("use_rslora")),
-        "targets": sorted(targets) if isinstance(targets, list) else _modules(folder),
+        "targets": sorted(map(str, targets)) if isinstance(targets, list) else _modules(folder),
     }
 
 
@@ -83,12 +80,11 @@ def with_adapter_fields(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _modules(folder: Path) -> list[str]:
-    try:
-        with safe_open(folder / f"{TENSORS}.safetensors", framework="pt") as file:
-            names = file.keys()
-            return sorted({re.sub(r"\.lora_[AB]\.weight$", "", name).removeprefix(PREFIX) for name in names})
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{folder}: no readable {TENSORS}.safetensors ({error})") from None
+    path = folder / f"{TENSORS}.safetensors"
+    check_regular(path, ConfigError)
+    with reading(path, ConfigError), safe_open(path, framework="pt") as file:
+        names = file.keys()
+        return sorted({re.sub(r"\.lora_[AB]\.weight$", "", name).removeprefix(PREFIX) for name in names})
 
 
 def to_peft(lora: LoraConfig, weights: Sequence[Weight], base: Path) -> dict[str, Any]:
