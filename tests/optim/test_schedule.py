@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
@@ -28,24 +29,23 @@ def test_warmup_is_linear_to_the_peak(name: str) -> None:
     assert rates(name)[1 : WARMUP + 1] == [PEAK * step / WARMUP for step in range(1, WARMUP + 1)]
 
 
-# 100 steps after the warmup. A few roundings of 1e-16 each stay far below 1e-14.
+# 100 steps after the warmup, and 101 equal parts of the decay: it comes to LOW in step 111, which is not there.
+# A few roundings of 1e-16 each stay far below 1e-14.
 @pytest.mark.parametrize(
     ("name", "corners"),
     [
         ("constant", {11: PEAK, 60: PEAK, 110: PEAK}),
-        ("linear", {11: PEAK - 0.004, 35: 0.4, 60: HALF, 110: LOW}),
+        ("linear", {11: PEAK - 0.4 / 101, 60: PEAK - 20 / 101, 110: LOW + 0.4 / 101}),
         (
             "cosine",
             {
-                11: LOW + 0.2 * (1 + math.cos(math.pi / 100)),
-                35: LOW + 0.2 * (1 + math.sqrt(0.5)),
-                60: HALF,
-                85: LOW + 0.2 * (1 - math.sqrt(0.5)),
-                110: LOW,
+                11: LOW + 0.2 * (1 + math.cos(math.pi / 101)),
+                60: LOW + 0.2 * (1 + math.cos(math.pi * 50 / 101)),
+                110: LOW + 0.2 * (1 - math.cos(math.pi / 101)),
             },
         ),
         # No decay_steps: a tenth of all 110 steps, 11.
-        ("wsd", {11: PEAK, 99: PEAK, 100: PEAK - 0.4 / 11, 110: LOW}),
+        ("wsd", {11: PEAK, 99: PEAK, 100: PEAK - 0.4 / 12, 110: LOW + 0.4 / 12}),
     ],
 )
 def test_corners(name: str, corners: dict[int, float]) -> None:
@@ -54,34 +54,42 @@ def test_corners(name: str, corners: dict[int, float]) -> None:
 
 
 def test_wsd_with_its_own_decay() -> None:
-    found = rates("wsd", decay_steps=50)
-    assert {step: found[step] for step in (11, 60, 61, 85, 110)} == pytest.approx(
-        {11: PEAK, 60: PEAK, 61: PEAK - 0.008, 85: HALF, 110: LOW}, rel=1e-14
+    found = rates("wsd", decay_steps=49)
+    assert {step: found[step] for step in (11, 61, 62, 86, 110)} == pytest.approx(
+        {11: PEAK, 61: PEAK, 62: PEAK - 0.008, 86: HALF, 110: LOW + 0.008}, rel=1e-14
     )
 
 
+def spans() -> Iterator[tuple[int, int, int | None]]:
+    """(steps, warmup, decay_steps) of every short run that a config can ask for, and of some longer ones."""
+    for num_steps in (*range(1, 9), 99):
+        for warmup in sorted({*range(min(num_steps, 8) + 2), num_steps - 1, num_steps}):
+            left = num_steps - warmup
+            yield from ((num_steps, warmup, decay) for decay in sorted({0, 1, left // 2, left}) if 0 <= decay <= left)
+    yield 5, 50, None  # it ends within its warmup
+
+
+@pytest.mark.parametrize("low", [0.0, LOW, PEAK])
 @pytest.mark.parametrize("name", SCHEDULES)
-@pytest.mark.parametrize("warmup", [0, 1, WARMUP, STEPS])
-def test_rises_then_never_rises_again(name: str, warmup: int) -> None:
-    found = rates(name, warmup)[1:]
-    assert all(a < b for a, b in pairwise(found[:warmup]))
-    peak = max(0, warmup - 1)
-    assert all(a >= b for a, b in pairwise(found[peak:]))
-    assert all(0 < rate <= PEAK for rate in found)
-    assert all(rate >= LOW for rate in found[peak:])
-
-
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_without_warmup_the_first_step_is_not_lost(name: str) -> None:
-    found = rates(name, warmup=0)
-    first = {"linear": PEAK - 0.4 / STEPS, "cosine": LOW + 0.2 * (1 + math.cos(math.pi / STEPS))}
-    assert found[1] == pytest.approx(first.get(name, PEAK), rel=1e-14)
-
-
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_a_run_of_one_step(name: str) -> None:
-    assert rates(name, warmup=1, num_steps=1)[1] == PEAK
-    assert rates(name, warmup=0, num_steps=1)[1] == pytest.approx(PEAK if name == "constant" else LOW, rel=1e-14)
+def test_no_step_of_any_run_is_wasted(name: str, low: float) -> None:
+    """Every step has a rate, one of them the peak; the decay would come to min_lr with one step more."""
+    for num_steps, warmup, decay in spans():
+        schedule = ScheduleConfig(name=name, warmup_steps=warmup, min_lr=low, decay_steps=decay or None)
+        config = OptimizerConfig(lr=PEAK, schedule=schedule)
+        first, *rest = found = [learning_rate(step, num_steps, config) for step in range(1, num_steps + 1)]
+        what = name, low, num_steps, warmup, decay
+        assert all(0 < rate <= PEAK for rate in found), what
+        assert found[:warmup] == [PEAK * step / warmup for step in range(1, min(warmup, num_steps) + 1)], what
+        assert (max(found) == PEAK) == (warmup <= num_steps), what
+        assert warmup or first == PEAK, what
+        assert all(a >= b for a, b in pairwise(found[max(warmup - 1, 0) :])), what
+        if name != "constant" and warmup < num_steps and low < PEAK:
+            assert found[-1] > low, what
+            assert learning_rate(num_steps + 1, num_steps, config) == pytest.approx(low, abs=1e-15), what
+        if name == "linear" and warmup <= num_steps:
+            falls = {round(a - b, 12) for a, b in pairwise([*found[max(warmup - 1, 0) :], low])}
+            assert len(falls) == 1, what
+        assert len(rest) == num_steps - 1
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine", "wsd"])
