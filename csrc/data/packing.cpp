@@ -169,11 +169,14 @@ py::tuple pack(const Int32s& lengths, std::int32_t capacity) {
   }
   // A copy: another thread may write to `lengths` once the GIL is released.
   const std::vector<std::int32_t> checked(lengths.data(), lengths.data() + lengths.size());
-  std::int64_t num_pieces = 0;
+  std::int64_t num_pieces = 0, total = 0;  // neither exceeds 2^31 documents of 2^31 tokens
   for (const std::int32_t tokens : checked) {
     if (tokens < 0) throw py::value_error("a document has a negative length");
     num_pieces += (std::int64_t{tokens} + capacity - 1) / capacity;
+    total += tokens;
   }
+  // What is as long as all of them and one more holds all, as a longer one does that would take more memory.
+  capacity = static_cast<std::int32_t>(std::min<std::int64_t>(capacity, total + 1));
   Int32s document(num_pieces), offset(num_pieces), length(num_pieces);
   std::int32_t *const documents = document.mutable_data(), *const offsets = offset.mutable_data();
   std::int32_t* const piece_lengths = length.mutable_data();

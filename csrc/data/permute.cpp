@@ -33,8 +33,10 @@ void permute_in_place(Words values, const Words& keys, std::uint64_t size, int h
   if (values.ndim() != 1 || keys.ndim() != 1 || values.size() != keys.size()) {
     throw py::value_error("values and keys must have one shape [n]");
   }
-  if (half_bits < 1 || half_bits > 31 || size < 1 || size > std::uint64_t{1} << 2 * half_bits) {
-    throw py::value_error("half_bits must be 1 … 31, and size at most 4^half_bits");
+  // A domain much larger than `size` would be walked for ever.
+  if (half_bits < 1 || half_bits > 31 || size < 1 || size > std::uint64_t{1} << 2 * half_bits ||
+      (half_bits > 1 && size <= std::uint64_t{1} << 2 * (half_bits - 1))) {
+    throw py::value_error("half_bits must be 1 … 31, and the least of which size is at most 4^half_bits");
   }
   std::uint64_t* const value = values.mutable_data();  // throws where values is read-only
   const std::uint64_t* const key = keys.data();
@@ -44,8 +46,11 @@ void permute_in_place(Words values, const Words& keys, std::uint64_t size, int h
   }
   py::gil_scoped_release unlocked;
   for (py::ssize_t i = 0; i < count; ++i) {
-    do value[i] = feistel(value[i], key[i], half_bits);
-    while (value[i] >= size);
+    const std::uint64_t own = key[i];  // also where `keys` is `values`
+    std::uint64_t walked = value[i];
+    do walked = feistel(walked, own, half_bits);
+    while (walked >= size);
+    value[i] = walked;
   }
 }
 
@@ -55,5 +60,6 @@ void megalite::define_permute(py::module_& module) {
   module.def("permute_in_place", &permute_in_place, py::arg("values").noconvert(), py::arg("keys").noconvert(),
              py::arg("size"), py::arg("half_bits"),
              "Where the bijection of [0, size) that each key chooses sends each value.\n\n"
-             "values, keys: [n] uint64; half_bits: half the bits of the domain that is walked.");
+             "values, keys: [n] uint64; half_bits: half the bits of the domain that is walked,\n"
+             "the least that hold `size`.");
 }

@@ -15,7 +15,7 @@ using Int64s = py::array_t<std::int64_t, py::array::c_style>;
 class Unaligned {
  public:
   Unaligned(const py::array& array, const char* name) : bytes_(static_cast<const char*>(array.data())) {
-    if (array.ndim() != 1 || array.dtype().kind() != 'i' || array.itemsize() != 8 || array.strides(0) != 8) {
+    if (array.ndim() != 1 || !py::isinstance<py::array_t<std::int64_t>>(array) || array.strides(0) != 8) {
       throw py::value_error(std::string(name) + " must be int64 in a row");
     }
     size = array.size();
@@ -48,8 +48,9 @@ py::tuple document_starts(const py::array& documents, const py::array& pointers,
     py::gil_scoped_release unlocked;
     const auto start_of = [&](std::int64_t document) {
       const std::int64_t number = sequence[document];
-      inside = inside && number >= 0 && number < pointer.size;
-      return inside ? pointer[number] / itemsize : INT64_MAX;
+      inside = inside && number >= 0 && number <= pointer.size;
+      // A document without a sequence at the end of the file begins behind all others.
+      return inside && number < pointer.size ? pointer[number] / itemsize : INT64_MAX;
     };
     for (py::ssize_t row = 0; row < rows; ++row) {
       std::int64_t low = 0, high = num_documents;  // the first document at or behind `from`

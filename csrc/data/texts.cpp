@@ -1,7 +1,9 @@
 // What reading text for a tokenizer costs around the tokenizer itself: JSON lines, unknown characters, ends of
 // documents. All of it without Python's lock, so that threads do not wait for each other.
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <string_view>
 #include <vector>
@@ -271,7 +273,7 @@ py::tuple json_texts(const py::bytes& lines, const std::string& key, std::size_t
       } else {
         found.push_back({at, last, true});
       }
-      at = last + 1;
+      at = stop ? last + 1 : end;
     }
   }
   py::list texts(found.size()), odd;
@@ -333,21 +335,31 @@ template <class Token>
 void join_documents(const py::array_t<std::uint32_t, py::array::c_style>& tokens,
                     const py::array_t<std::int64_t, py::array::c_style>& lengths, Token end,
                     py::array_t<Token, py::array::c_style>& out) {
-  const std::uint32_t* from = tokens.data();
-  const std::int64_t* const length = lengths.data();
-  std::int64_t total = 0;
-  for (py::ssize_t i = 0; i < lengths.size(); ++i) {
-    if (length[i] < 0) throw py::value_error("a length is negative");
-    total += length[i];
+  // Checked as they are copied: another thread may write to `lengths` once the GIL is released.
+  std::vector<std::int64_t> length(lengths.data(), lengths.data() + lengths.size());
+  std::int64_t left = tokens.size();
+  for (const std::int64_t one : length) {
+    if (one < 0 || one > left) throw py::value_error("lengths must not be negative, and sum to that of tokens");
+    left -= one;
   }
-  if (total != tokens.size() || total + lengths.size() != out.size()) {
+  if (left != 0 || out.size() - tokens.size() != lengths.size()) {
     throw py::value_error("tokens must have sum(lengths), and out one more for each");
   }
+  const std::uint32_t* from = tokens.data();
   Token* to = out.mutable_data();
-  py::gil_scoped_release unlocked;
-  for (py::ssize_t i = 0; i < lengths.size(); ++i) {
-    for (const std::uint32_t* const last = from + length[i]; from < last;) *to++ = static_cast<Token>(*from++);
-    *to++ = end;
+  std::uint32_t every_bit = 0;
+  {
+    py::gil_scoped_release unlocked;
+    for (const std::int64_t one : length) {
+      for (const std::uint32_t* const last = from + one; from < last;) {
+        every_bit |= *from;
+        *to++ = static_cast<Token>(*from++);
+      }
+      *to++ = end;
+    }
+  }
+  if (every_bit > static_cast<std::uint32_t>(std::numeric_limits<Token>::max())) {
+    throw py::value_error("a token does not fit the type of out");
   }
 }
 
@@ -365,7 +377,8 @@ void megalite::define_texts(py::module_& module) {
              "texts: list of bytes, UTF-8; states: [0x110000] uint8. Raises ValueError for what is not UTF-8.");
   const char* const doc =
       "Tokens of documents end to end as the type of `out`, with `end` after each.\n\n"
-      "tokens: [sum(lengths)] uint32; lengths: [n] int64; out: [sum(lengths) + n].";
+      "tokens: [sum(lengths)] uint32; lengths: [n] int64; out: [sum(lengths) + n]. Raises ValueError where they do\n"
+      "not fit each other, or a token does not fit `out`.";
   const auto define = [&](auto join) {
     module.def("join_documents", join, py::arg("tokens").noconvert(), py::arg("lengths").noconvert(), py::arg("end"),
                py::arg("out").noconvert(), doc);

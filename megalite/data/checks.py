@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megalite.changes import changes, shown
 from megalite.config import Config
 from megalite.data.dataset import Split
-from megalite.data.indexed import read_note
+from megalite.data.indexed import IndexedDataset, read_note
 from megalite.data.mixture import Mixture, build_mixtures
 from megalite.data.tokenizer import Tokenizer, load_tokenizer
 from megalite.errors import DataError
@@ -94,6 +94,12 @@ def check_labelled(config: Config) -> None:
 GOES_WITH = {
     "preference": "objective.name: dpo", "classification": "model.task: classification", "labels": "model.task: labels"
 }  # fmt: skip
+
+
+def check_token_files(config: Config) -> None:
+    """Look at all of every index and mask of a config, as `build_mixtures` does. Raises DataError."""
+    for path in dict.fromkeys(source.path for source in (*config.data.train, *config.data.valid, *config.data.test)):
+        IndexedDataset(path).check(len(config.model.labels) or 1)
 
 
 def check_same_everywhere(config: Config, data: Mapping[Split, Mixture | None], mesh: Mesh) -> None:

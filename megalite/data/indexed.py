@@ -27,6 +27,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from megalite.data import whole
 from megalite.data.remote import CachedObject, local_copy
 from megalite.data.store import Missing
 from megalite.errors import DataError
@@ -65,8 +66,8 @@ class IndexedDataset:
     """The pair PREFIX.bin, PREFIX.idx, memory-mapped: opening it costs the same for a thousand tokens and a trillion.
     Where PREFIX is a URL, .idx is fetched here, and of .bin what `fetch` asks for; the rest of `tokens` reads as zeros.
 
-    Everything that can be checked in O(1) is checked here, so that a truncated or mismatched pair raises `DataError`
-    before the first step and not in the middle of a run."""
+    What can be checked in O(1) is checked here, so that a truncated or mismatched pair raises `DataError`; `check`
+    looks at all the rest."""
 
     def __init__(self, prefix: str | Path) -> None:
         self.prefix = str(prefix)
@@ -150,6 +151,27 @@ class IndexedDataset:
         return DataError(
             f"{self.prefix}.idx {why}; .bin and .idx are truncated or not a pair: write or copy both again"
         )
+
+    def check(self, highest: int | None = None) -> None:
+        """Raise DataError where a length, pointer or document of the index cannot be, or where the mask, if there is
+        one, holds more than `highest`. Reads all of both, once (whole.py)."""
+        files = [self._idx]
+        if self.mask is not None and highest is not None:
+            files.append(self._remote_mask.whole() if self._remote_mask else Path(f"{self.prefix}.mask"))
+        seen = None
+        if sum(path.stat().st_size for path in files) > whole.REMEMBERED_BYTES:
+            seen = whole.Remembered(files, self.fingerprint(), f"mask to {highest}" if len(files) > 1 else "")
+            if seen:
+                return
+        if why := whole.find_in_index(self._lengths, self._pointers, self._documents, self.dtype.itemsize):
+            raise self._broken(why)
+        if self.mask is not None and highest is not None and (why := whole.find_in_mask(self.mask, highest)):
+            raise DataError(
+                f"{self.prefix}.mask {why}; it must have 0 where nothing is learned, and 1 or the number of a class "
+                f"from 1 on elsewhere, here {highest} at most: it is damaged, or of another kind of data"
+            )
+        if seen is not None:
+            seen.remember()
 
     def __reduce__(self) -> tuple[type[IndexedDataset], tuple[str]]:
         return IndexedDataset, (self.prefix,)  # the default would pickle the mapped files' whole content
@@ -235,7 +257,9 @@ def document_starts_reference(
     """`csrc/data/starts.cpp` in Python. (numpy's own search would copy the index, which lies unaligned in its file.)"""
 
     def start(document: int) -> int:
-        return int(pointers[documents[document]]) // itemsize
+        number = int(documents[document])
+        # One without a sequence at the end of the file, as Megatron-LM's tool writes for an empty text.
+        return int(pointers[number]) // itemsize if number < len(pointers) else 2**63 - 1
 
     numbers, found = range(len(documents) - 1), []
     for begin, end in zip(first.tolist(), last.tolist(), strict=True):
@@ -314,6 +338,7 @@ class IndexedWriter:
 
         Raises DataError if they are of another type, or its documents are not of one sequence each."""
         other = IndexedDataset(prefix)
+        other.check()
         if other.dtype != self.dtype or other.num_documents != other.num_sequences or other.mask is not None:
             raise DataError(
                 f"{prefix}: {other.num_documents} documents of {other.num_sequences} {other.dtype.name} sequences do "

@@ -32,8 +32,9 @@ def inspect_file(prefix: str, tokenizer: Path | None, count: int, start: int, co
     """Statistics of PREFIX.bin and .idx, and `count` documents from number `start` on, as text where their tokenizer is
     given or still lies where it lay when they were made. Raises DataError."""
     dataset = IndexedDataset(prefix)
-    lengths = _document_lengths(dataset)
     made_of = read_note(prefix)
+    dataset.check(len(made_of.get("labels", ())) or (1 if "format" in made_of else None))
+    lengths = _document_lengths(dataset)
     known = _tokenizer_of(prefix, made_of, tokenizer)
     console.print(Text(prefix, style="bold"))
     size = dataset.num_tokens * dataset.dtype.itemsize
@@ -99,6 +100,7 @@ def _print_lengths(lengths: Int64s, num_documents: int, console: Console) -> Non
     of_some = f", of {len(lengths):,} documents" if len(lengths) < num_documents else ""
     console.print(f"  {'lengths':14} {text}, mean {lengths.mean():,.1f}{of_some}", highlight=False)
     # Bars of the tokens that documents of such a length hold: what training will see.
+    lengths = lengths[lengths > 0]
     exponents = np.frexp(lengths)[1] - 1  # 2^e <= length < 2^(e + 1)
     shares = np.bincount(exponents, lengths, exponents.max() + 1) / lengths.sum()
     for exponent in range(int(exponents.min()), int(exponents.max()) + 1):

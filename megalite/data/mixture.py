@@ -194,6 +194,7 @@ def _build_mixture(
     for number, item in enumerate(wanted):
         if item.path not in opened:
             opened[item.path] = IndexedDataset(item.path)
+            opened[item.path].check(len(config.model.labels) or 1)
         try:
             sources.append(_cut(opened[item.path], config, which, sizes[number]))
         except DataError as error:

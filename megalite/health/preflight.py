@@ -24,6 +24,7 @@ import torch.distributed as dist
 from rich.table import Table
 
 from megalite.config import Config
+from megalite.data.checks import check_token_files
 from megalite.exit_codes import Exit
 from megalite.health.node import Facts, best_time, find_out
 from megalite.health.verdict import Problem, blames_nodes, judge
@@ -49,8 +50,10 @@ TimedLink = tuple[str, str, float | None]
 
 def preflight(config: Config, launch: Launch, store: dist.Store) -> Exit:
     """DONE; UNFIT where nodes are to be left out, and a line of the output is `--exclude=NODE,NODE`, which sbatch
-    understands; MISTAKE where all nodes have the same problem. The same on all ranks. Raises ConfigError."""
+    understands; MISTAKE where all nodes have the same problem. The same on all ranks. Raises ConfigError, and DataError
+    for a token file that is damaged."""
     plan = make_plan(config, weight_table(config.model, config.lora), launch.world_size)
+    check_token_files(config)
     board = _Board(store, launch)
     board.put("name", node_name())
     board.put("facts", asdict(find_out(config, launch)))
