@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest:
         arguments.overrides += rest
     from megalite.checkpoint.tensors import CheckpointError, NotSaved
-    from megalite.errors import ConfigError, DataError
+    from megalite.errors import ConfigError, DataError, NotFinite
 
     try:
         return arguments.verb(arguments) or Exit.DONE
@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _complain(f"error{f' on rank {rank}' if rank else ''}: {error}\n")
         last_words.leave(str(error))
         mistake = Exit.FAILED if passes(error) else Exit.MISTAKE
+        mistake = Exit.BAD_NUMBERS if isinstance(error, NotFinite) else mistake
         return _failed(Exit.NOT_SAVED if isinstance(error, NotSaved) else mistake)
     except KeyboardInterrupt:
         return _failed(killed_by(signal.SIGINT))

@@ -9,6 +9,10 @@ class DataError(ValueError):
     """Data that cannot be used. The message names the file, what is wrong with it and what to do."""
 
 
+class NotFinite(DataError):
+    """A model whose numbers are not finite, so that what it would say means nothing."""
+
+
 class Unreachable(DataError):
     """Data that could not be had now, and may be another time."""
 

@@ -37,7 +37,7 @@ _MEANINGS = {
     Exit.STOPPED: "asked to stop: saved, and goes on there when started again",
     Exit.HUNG: "no rank made progress any more: the report names those behind; it goes on when started again",
     Exit.UNFIT: "preflight: the line --exclude=NODES names nodes that are not fit; without them it can start",
-    Exit.BAD_NUMBERS: "bad numbers in the loss or the gradients: saved; would meet them again with the same config",
+    Exit.BAD_NUMBERS: "bad numbers in the loss or the gradients (saved), or in a model's logits: would be met again",
     Exit.CORRUPTED: "ranks that must hold the same weights do not: the lines before name them; not saved; goes on from "
     "the newest checkpoint when started again",
 }

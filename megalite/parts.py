@@ -75,13 +75,14 @@ def build(config: Config, plan: Plan, mesh: Mesh) -> Parts:
 
 def forward_backward(parts: Parts, batch: list[MicroBatch], mesh: Mesh, seed: int) -> dict[str, Tensor]:
     """All of this rank's micro-batches of one global batch. Returns the mean loss of the global batch, and what else
-    the objective measures.
+    the objective measures: NaN where nothing of the batch has a label, of which the gradient is exactly 0.
 
     Every token (or pair of answers) of the global batch weighs the same, however they are spread over ranks and
     micro-batches."""
     objective = parts.objective
     inputs = [objective.complete(make_inputs(micro, mesh, seed), micro, "train") for micro in batch]
-    count = all_reduce(count_labels(inputs), mesh.replicas).clamp(min=1)
+    num_labels = all_reduce(count_labels(inputs), mesh.replicas)
+    count = num_labels.clamp(min=1)
     found = torch.zeros(1 + len(objective.metrics), device=mesh.device)
 
     def loss_of(losses_BT: Tensor, micro: Inputs) -> Tensor:
@@ -105,6 +106,7 @@ def forward_backward(parts: Parts, batch: list[MicroBatch], mesh: Mesh, seed: in
         parts.engine.finish()
     # Tensor ranks have computed the same. All ranks are to know the same bits of it, as all act on it.
     found = all_reduce(found if mesh.tensor.rank == 0 else torch.zeros_like(found), mesh.world)
+    found = torch.where(num_labels > 0, found, torch.nan)  # a mean of nothing is not 0, the best loss there is
     return dict(zip(("loss", *objective.metrics), found.unbind(), strict=True))
 
 
@@ -145,7 +147,7 @@ def count_labels(inputs: list[Inputs]) -> Tensor:
 @torch.no_grad()
 def validate(parts: Parts, loader: Loader, batches: int, split: Split, mesh: Mesh) -> dict[str, float]:
     """The mean loss over the loader's next global batches; of several sources also that of each; and what else the
-    objective measures."""
+    objective measures. All of it is NaN where nothing of these batches has a label."""
     mixture, objective = loader.mixture, parts.objective
     # Of each source: the sum of the losses, what it is divided by, and what else is judged.
     sums = torch.zeros(len(mixture.names), 2 + objective.num_judged, dtype=torch.float64, device=mesh.device)
@@ -159,8 +161,10 @@ def validate(parts: Parts, loader: Loader, batches: int, split: Split, mesh: Mes
             sums.index_add_(0, source, found.double())
     of_source = all_reduce(all_reduce(sums, mesh.replicas), mesh.pipeline)
     total, count = of_source[:, :2].sum(0).tolist()
-    loss = total / max(count, 1.0)
+    loss = total / count if count else math.nan
     record = {"loss": loss, **objective.summary(loss, count, of_source[:, 2:].sum(0))}
+    if not count:
+        record = dict.fromkeys(record, math.nan)
     if len(mixture.names) > 1:
         each = (of_source[:, 0] / of_source[:, 1]).tolist()  # NaN where the batches have none of it
         record |= {f"loss/{name}": x for name, x in zip(mixture.names, each, strict=True) if math.isfinite(x)}

@@ -366,10 +366,9 @@ def evaluate(run: Run, parts: Parts, data: Data, split: Split, step: int) -> flo
     mixture = data[split]
     if mixture is None:
         return None
-    # A split smaller than a batch is gone through more than once rather than refused.
-    available = sum(source.num_samples for source in mixture.sources) // run.config.train.global_batch_size
+    batches = mixture.num_batches(run.config.train.global_batch_size, run.config.observe.eval_batches)
     with make_loader(mixture, run) as loader:
-        found = validate(parts, loader, max(1, min(run.config.observe.eval_batches, available)), split, run.mesh)
+        found = validate(parts, loader, batches, split, run.mesh)
     if run.recorder:
         run.recorder.evaluation({"step": step} | {f"{split}_{name}": value for name, value in found.items()})
     return found["loss"] if math.isfinite(found["loss"]) else None

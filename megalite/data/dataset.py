@@ -184,7 +184,7 @@ class RowSource:
             raise DataError(f"rows [{first}, {last}) are none of the {dataset.num_documents} there are")
         self.dataset, self.seq_length = dataset, seq_length
         self._identity = f"rows[{first}:{last}]/{seq_length}/{capacity}/{together}/{long_rows}"
-        self._starts, self._together = dataset.starts_of_documents(first, last), together
+        self._starts, self.together = dataset.starts_of_documents(first, last), together
         self._lengths = np.diff(self._starts)
         sizes = self._lengths.reshape(-1, together).sum(1)
         num_long, what = int(np.count_nonzero(sizes > capacity)), "pairs" if together == 2 else "rows"
@@ -224,15 +224,15 @@ class RowSource:
     @property
     def most_documents(self) -> int:
         """Of a sample."""
-        return int(np.diff(self._packing.first_piece).max()) * self._together
+        return int(np.diff(self._packing.first_piece).max()) * self.together
 
     def pieces(self, samples: Int64s, by_document: bool) -> Pieces:
         first, last = self._packing.first_piece[samples], self._packing.first_piece[samples + 1]
         row = np.repeat(np.arange(len(samples)), last - first)
         piece = np.repeat(first, last - first) + _before(np.ones_like(row), row)
         group = self._kept[self._packing.document[piece]]
-        document = (group[:, None] * self._together + np.arange(self._together)).ravel()
-        return Pieces(np.repeat(row, self._together), self._starts[document], self._lengths[document].astype(np.int64))
+        document = (group[:, None] * self.together + np.arange(self.together)).ravel()
+        return Pieces(np.repeat(row, self.together), self._starts[document], self._lengths[document].astype(np.int64))
 
     def fingerprint(self) -> str:
         return f"{self.dataset.fingerprint()}{self._identity}"

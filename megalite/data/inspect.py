@@ -194,6 +194,8 @@ def _print_part(part: Part, tokenizer: Tokenizer | None, console: Console) -> No
 def _marked(tokens: np.ndarray, is_plain: np.ndarray, tokenizer: Tokenizer | None, style: str = "") -> Text:
     """With ⟦ ⟧ around what is not."""
     text = Text(style=style)
+    if not len(tokens):
+        return text
     borders = [0, *(np.flatnonzero(np.diff(is_plain)) + 1).tolist(), len(tokens)]
     for first, stop in itertools.pairwise(borders):
         words = _text(tokens[first:stop].tolist(), tokenizer)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -47,6 +47,10 @@ LABELS: dict[str, Literal["next", "token", "document"]] = {
 _SCHEME = "megalite-samples-2"
 
 
+LOOKED_AT = 1 << 20
+"""Tokens at a time, where one with a label is looked for."""
+
+
 class View(NamedTuple):
     """How a model is to see the tokens of a sample."""
 
@@ -83,8 +87,12 @@ class Mixture:
 
     def read(self, indices: npt.ArrayLike) -> Samples:
         """[n] global sample indices → what the model sees. Raises ValueError for an index outside the run."""
-        index, view = np.asarray(indices, np.int64), self.view
-        tokens, filled, documents, mask = self._windows(index)
+        index = np.asarray(indices, np.int64)
+        return self._view(self._windows(index), index)
+
+    def _view(self, windows: Windows, index: Int64s) -> Samples:
+        tokens, filled, documents, mask = windows
+        view = self.view
         kept = documents[:, :-1].copy() if documents is not None and view.document_mask else None
         if view.labels != "next":
             return Samples(tokens[:, :-1].copy(), _classes(view, documents, filled, mask), kept)
@@ -109,6 +117,30 @@ class Mixture:
             read_windows(self.sources[number], sample[rows], windows, rows)
         return windows
 
+    def is_learned(self, number: int) -> bool:
+        """Return whether source `number` has a label in any of its samples, of pairs one in both answers of a pair.
+        Reads them until one has."""
+        source = self.sources[number]
+        if isinstance(source, TokenSource) and self.view.border_loss and self.view.labels == "next":
+            return True  # every token but the first
+        for samples in self._pieces_of(source.num_samples):
+            windows = empty_windows(len(samples), self.seq_length, self.view != PLAIN, self._masked)
+            read_windows(source, samples, windows, np.arange(len(samples)))
+            if _has_label(self._view(windows, samples), source):
+                return True
+        return False
+
+    def is_judged(self, count: int) -> bool:
+        """Return whether one of the first `count` samples has a label."""
+        return any((self.read(samples).labels != IGNORE).any() for samples in self._pieces_of(count))
+
+    def _pieces_of(self, count: int) -> Iterator[Int64s]:
+        """0 … count - 1 in pieces, of which the first is one sample and none has more than LOOKED_AT tokens."""
+        first, size = 0, 1
+        while first < count:
+            yield np.arange(first, min(first + size, count))
+            first, size = first + size, min(2 * size, max(1, LOOKED_AT // self.seq_length))
+
     def consumed(self, count: int) -> dict[str, int]:
         """How many of the first `count` samples come from each source."""
         return dict(zip(self.names, self.order.consumed(count).tolist(), strict=True))
@@ -117,6 +149,10 @@ class Mixture:
         """How often the first `count` samples go through each source."""
         sizes = (source.num_samples for source in self.sources)
         return {name: found / size for (name, found), size in zip(self.consumed(count).items(), sizes, strict=True)}
+
+    def num_batches(self, global_batch_size: int, most: int) -> int:
+        """Return how many batches an evaluation reads. A split smaller than one is gone through more than once."""
+        return max(1, min(most, sum(source.num_samples for source in self.sources) // global_batch_size))
 
     def fingerprint(self) -> str:
         """Hexadecimal digest of all that decides which tokens sample i has; the files are read for it once."""
@@ -154,6 +190,18 @@ class Mixture:
     def remarks(self) -> list[str]:
         """What whoever runs it should know of the data."""
         return [source.remark for source in self.sources if isinstance(source, RowSource) and source.remark]
+
+
+def _has_label(samples: Samples, source: SampleSource) -> bool:
+    is_label = samples.labels != IGNORE
+    if not (isinstance(source, RowSource) and source.together == 2):
+        return bool(is_label.any())
+    assert samples.documents is not None
+    for labels, documents in zip(is_label, samples.documents, strict=True):
+        counts = np.bincount(documents[labels], minlength=source.most_documents)
+        if (counts[: len(counts) // 2 * 2].reshape(-1, 2) > 0).all(1).any():
+            return True
+    return False
 
 
 def _classes(view: View, documents: Int64s | None, filled: Int64s, mask: Int64s | None) -> Int64s:
@@ -213,7 +261,35 @@ def _build_mixture(
     fim = FillInTheMiddle.of(data.fim, tokenizer, config.train.seed) if data.fim and which == "train" else None
     if fim and any(source.dataset.mask is not None for source in sources):
         raise DataError("data.fim turns texts around, which labelled data cannot be; leave one of them out")
-    return Mixture(sources, names, order, View(data.document_mask, data.border_loss, fim, LABELS[config.model.task]))
+    view = View(data.document_mask, data.border_loss, fim, LABELS[config.model.task])
+    mixture = Mixture(sources, names, order, view)
+    _check_learned(mixture, config, which)
+    return mixture
+
+
+def _check_learned(mixture: Mixture, config: Config, which: Split) -> None:
+    """Refuse a source without any label, and an evaluation that comes to none. Raises DataError."""
+    for number, (name, source) in enumerate(zip(mixture.names, mixture.sources, strict=True)):
+        if not mixture.is_learned(number):
+            raise DataError(
+                f"data.{which}: {name}: no token of it has a label, so that there is nothing to learn or to judge: "
+                f"{_why_unlearned(config, source)}; `megalite inspect {source.dataset.prefix}` shows what is learned"
+            )
+    count = mixture.num_batches(config.train.global_batch_size, config.observe.eval_batches)
+    count *= config.train.global_batch_size
+    if which != "train" and not mixture.is_judged(count):
+        raise DataError(
+            f"data.{which}: none of the first {count:,} samples, which an evaluation reads, has a label; raise "
+            f"observe.eval_batches, which is {config.observe.eval_batches}, or give other data"
+        )
+
+
+def _why_unlearned(config: Config, source: SampleSource) -> str:
+    if source.dataset.mask is None:
+        return "its documents have one token each, and data.border_loss is false"
+    if isinstance(source, RowSource) and source.remark and config.data.long_rows != "refuse":
+        return f"data.long_rows: {config.data.long_rows} or {source.dataset.prefix}.mask leaves none"
+    return f"{source.dataset.prefix}.mask leaves none"
 
 
 def _cut(dataset: IndexedDataset, config: Config, which: Split, megatron_samples: int | None) -> SampleSource:

@@ -7,6 +7,9 @@ A spike is a number so many standard deviations (`health.spike_sigmas`) above th
 OLMo's SkipStepOptimizer). It is entered there as the highest number that would have been none: one spike hides no
 other, and a level that has risen for good is soon no spike any more. What is not finite is not entered.
 
+A step of which nothing has a label is no bad one, but is told: its loss is NaN and its gradient exactly 0 (parts.py),
+which no other NaN comes with.
+
 A refused update leaves weights and moments as they are. Its step counts for the learning rate, and its data is used
 up; for Adam's bias correction it does not count (as in Megatron-LM). After a step that ends the run or sends it back,
 all updates are refused: the device keeps the state from before it until the host knows.
@@ -36,6 +39,12 @@ SMALLEST = 1e-3
 
 KINDS = ("not_finite", "loss_spike", "grad_norm_spike")
 """What a step can be. Each has a policy in `config.health`, and is a flag in its record."""
+
+NO_LABELS = "no_labels"
+"""A flag like those, of a step that has nothing to learn. It counts, and has no policy."""
+
+STEPS_PER_WORD = 100
+"""Steps without labels of which the first is told."""
 
 SEVERITY: tuple[Policy, ...] = ("report", "skip", "rewind", "stop")
 
@@ -71,6 +80,7 @@ class Numbers:
         self._severity = torch.tensor(severity, device=device)
         self._ended = torch.tensor(False, device=device)
         self._late: Late[tuple[int, int]] = Late(device)
+        self._num_unlabelled = 0
 
     # --- on the device --------------------------------------------------------------------------------------------
 
@@ -87,25 +97,26 @@ class Numbers:
         distance = torch.where(self._places < count, self._window - mean[:, None], 0.0)
         deviation = (distance.square().sum(1) / (count - 1).clamp(min=1)).sqrt()
         highest = mean + self._sigmas * torch.maximum(deviation, SMALLEST * mean.abs())
-        finite = values.isfinite().all()
+        unlabelled = values[0].isnan() & (values[1] == 0)
+        finite = values.isfinite().all() | unlabelled
         spikes = (values > highest) & finite & (count >= ENOUGH)
         bad = torch.cat([~finite[None], spikes])
         severity = (self._severity * bad).max()
         refused = self._ended | (severity >= SEVERITY.index("skip"))
         self._ended = self._ended | (severity >= SEVERITY.index("rewind"))
         # A state that is kept is kept with the window as it was.
-        enters = finite & ~self._ended
+        enters = finite & ~unlabelled & ~self._ended
         place = (self._entered % WINDOW).expand(2, 1)
         entered = torch.where(enters, torch.where(spikes, highest, values)[:, None], self._window.gather(1, place))
         self._window.scatter_(1, place, entered)
         self._entered = self._entered + enters
-        self._found = torch.cat([bad, refused[None]])
-        self._report = torch.cat([bad, values, mean])
+        self._found = torch.cat([bad, unlabelled[None], refused[None]])
+        self._report = torch.cat([bad, unlabelled[None], values, mean])
         return ~refused
 
     def record(self) -> Record:
         """Flags for the record of the step just judged."""
-        return dict(zip((*KINDS, "skipped"), self._found.unbind(), strict=True))
+        return dict(zip((*KINDS, NO_LABELS, "skipped"), self._found.unbind(), strict=True))
 
     # --- on the host ----------------------------------------------------------------------------------------------
 
@@ -116,7 +127,9 @@ class Numbers:
     def look(self, step: int, all_of_them: bool) -> list[BadStep]:
         """In step `step`: the bad ones among the steps of some time ago, or among all until now."""
         found = []
-        for (number, samples), (*flags, loss, norm, mean_loss, mean_norm) in self._late.take(step, all_of_them):
+        for (number, samples), (*flags, unlabelled, loss, norm, mean_loss, mean_norm) in self._late.take(
+            step, all_of_them
+        ):
             kinds = tuple(kind for kind, flag in zip(KINDS, flags, strict=True) if flag)
             policies: list[Policy] = [self._policies[kind] for kind in kinds]
             policy = max(policies, key=SEVERITY.index, default=SEVERITY[0])
@@ -133,7 +146,15 @@ class Numbers:
                     for kind in kinds
                 )
                 found.append(BadStep(number, samples, kinds, policy, self._in_a_row, text))
+            elif unlabelled:
+                if self._num_unlabelled % STEPS_PER_WORD == 0:
+                    text = f"no token of its batch has a label: nothing was learned{self._so_far()}"
+                    found.append(BadStep(number, samples, (NO_LABELS,), policy, self._in_a_row, text))
+                self._num_unlabelled += 1
         return found
+
+    def _so_far(self) -> str:
+        return f", as in {self._num_unlabelled} steps before" if self._num_unlabelled else ""
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint. Waits for the device."""

@@ -8,8 +8,9 @@ from typing import Literal
 
 from megalite.infer.sampling import Sampling
 
-Finish = Literal["stop", "length", "cancelled", "time", "failed"]
-"""It came to an end token or a stop string; to its most tokens, or those that the model can take; was given up."""
+Finish = Literal["stop", "length", "cancelled", "time", "failed", "not_finite"]
+"""It came to an end token or a stop string; to its most tokens, or those that the model can take; was given up; logits
+are not finite, so that there is no next token."""
 
 
 @dataclass(frozen=True)

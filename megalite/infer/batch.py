@@ -6,17 +6,22 @@ prompt is done: who waits for a prompt, and who for the next token, gets a share
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from megalite.errors import ConfigError
+from megalite.errors import ConfigError, NotFinite
 from megalite.infer.answer import Answer, Choice, Request
 from megalite.infer.cache import CachedPlaces, Row, lay_out
 from megalite.infer.sampling import choose
 from megalite.models.layers import Places
+
+NOT_FINITE = (
+    "the model's logits are not finite (NaN or infinite): its weights are damaged, or too large for their precision; "
+    "take an earlier checkpoint"
+)
 
 
 class NoRoom(ConfigError):
@@ -116,6 +121,14 @@ class Batch:
             advanced += self._advance(rows)
         return list(dict.fromkeys(advanced))
 
+    def finish(self) -> Iterator[Answer]:
+        """Advance until all have ended; each answer whenever it has a new token or an end. Raises NotFinite."""
+        while self.busy:
+            for answer in self.step():
+                if answer.finish == "not_finite":
+                    raise NotFinite(NOT_FINITE)
+                yield answer
+
     def _admit(self) -> None:
         for slot in range(self.model.num_slots):
             if self.waiting and slot not in self._running:
@@ -156,9 +169,15 @@ class Batch:
         ends = [self.ends | request.ends for request in requests]
         num_new = [len(sequence.answer.tokens) for sequence in sequences]
         samplings, ids = [request.sampling for request in requests], [sequence.ids for sequence in sequences]
-        tokens = choose(logits_BV, samplings, ids, num_new, ends).tolist()
-        for logits_V, token, sequence, own_ends in zip(logits_BV, tokens, sequences, ends, strict=True):
+        tokens_B = choose(logits_BV, samplings, ids, num_new, ends)
+        # The largest is NaN where any is. One message from the device tells both.
+        chosen = torch.stack([tokens_B, logits_BV.amax(-1).isfinite().long()], 1).tolist()
+        for logits_V, (token, is_finite), sequence, own_ends in zip(logits_BV, chosen, sequences, ends, strict=True):
             answer = sequence.answer
+            if not is_finite:
+                answer.end("not_finite")
+                del self._running[sequence.slot]
+                continue
             if answer.request.num_logprobs is not None and token not in own_ends:
                 answer.choices.append(_choice(logits_V, token, answer.request.num_logprobs))
             answer.take(token, own_ends, self.model.capacity - len(sequence.ids))

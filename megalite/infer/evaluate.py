@@ -82,6 +82,8 @@ def evaluate_model(
     launch = launch or Launch.from_environment()
     if bool(asked.tasks) == bool(asked.data):
         raise ConfigError("say what to evaluate: either --tasks NAME,NAME or --data FILE")
+    if asked.limit is not None and asked.limit < 1:
+        raise ConfigError(f"--limit {asked.limit} leaves nothing to measure; give at least 1")
     harness, folder = load_harness(), find_model(path)
     run = Run.of(folder)  # while it is there: training that goes on leaves it behind, and removes it
     template = ChatTemplate.of(folder, ()) if asked.chat else None

@@ -20,9 +20,9 @@ from megalite.data.answers import find_answers
 from megalite.data.chat import ChatTemplate, Message
 from megalite.data.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from megalite.data.turn_end import TurnEnd, turn_end
-from megalite.errors import ConfigError, DataError
+from megalite.errors import ConfigError, DataError, NotFinite
 from megalite.infer.answer import Answer, Request, TextStream
-from megalite.infer.batch import Batch, Predictor
+from megalite.infer.batch import NOT_FINITE, Batch, Predictor
 from megalite.infer.cache import CachedModel
 from megalite.infer.contents import ContentEncoder
 from megalite.infer.habits import LIKELY, Habits, read_habits
@@ -212,26 +212,26 @@ class Generator:
         return Answer(request, TextStream(decode, request.prompt, (*request.stop, *self.habits.stop)))
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """All answers, in the order of their requests. Raises ConfigError for a prompt that is too long."""
+        """All answers, in the order of their requests. Raises ConfigError for a prompt that is too long, and NotFinite
+        for logits that are not finite."""
         batch, answers = Batch(self.model, self.ends), [self.start(request) for request in requests]
         for answer in answers:
             batch.add(answer)
-        while batch.busy:
-            batch.step()
+        for _ in batch.finish():
+            pass
         return answers
 
     def stream(self, request: Request) -> Iterator[str]:
         """The text of one answer, piece by piece."""
         batch, answer = Batch(self.model, self.ends), self.start(request)
         batch.add(answer)
-        while batch.busy:
-            batch.step()
+        for _ in batch.finish():
             if piece := answer.stream.take():
                 yield piece
 
     def score(self, rows: Sequence[Sequence[int]]) -> list[Score]:
         """Of texts of at least two tokens, in their order. Raises ConfigError for one longer than the model takes,
-        which is not given the last token."""
+        which is not given the last token, and NotFinite for logits that are not finite."""
         longest = self.model.capacity + 1
         for row in rows:
             if not 1 < len(row) <= longest:
@@ -244,13 +244,16 @@ class Generator:
         scores: dict[int, Score] = {}
         while left:
             count = max(1, SCORED_TOKENS // len(left[0]))
-            batch, left = left[:count], left[count:]
+            batch, left, wholes = left[:count], left[count:], []
             for given, logits_TV in zip(batch, self._logits(batch), strict=True):
                 likeliest_T, whole_T = logits_TV.argmax(-1), logits_TV.logsumexp(-1)
                 for number in alike[given]:
                     wanted_T = torch.tensor(rows[number][1:], device=logits_TV.device)
                     logprobs_T = logits_TV.gather(1, wanted_T[:, None])[:, 0] - whole_T
                     scores[number] = Score(logprobs_T, likeliest_T == wanted_T)
+                wholes.append(whole_T)
+            if not torch.cat(wholes).isfinite().all():
+                raise NotFinite(NOT_FINITE)
         return [scores[number] for number in range(len(rows))]
 
     def _logits(self, rows: Sequence[Sequence[int]]) -> Iterator[Tensor]:

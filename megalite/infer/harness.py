@@ -158,8 +158,7 @@ class HarnessModel(TemplateLM):
         return self.generator.score(rows)
 
     def _finish(self, batch: Batch) -> Iterator[Answer]:
-        while batch.busy:
-            yield from (answer for answer in batch.step() if answer.finish)
+        yield from (answer for answer in batch.finish() if answer.finish)
 
     def _track(self, items: Iterable[T], what: str, total: int) -> Iterator[T]:
         """A bar on a terminal; elsewhere, as in a job's log, a line every few seconds."""

@@ -65,7 +65,8 @@ class Recorder:
         """`record`: step, loss, lr, grad_norm, tokens (so far), tokens_per_s, step_time_s; where known tflops, mfu,
         memory_gb; tokens/NAME (so far) of each source where there are several; straggler (a rank) and
         straggler_slowness (times its peers' median) while one is named; and as 1 where it is so: not_finite,
-        loss_spike, grad_norm_spike, skipped (the step updated nothing); skipped_samples (so far) after a rewind."""
+        loss_spike, grad_norm_spike, no_labels (its loss is NaN), skipped (the step updated nothing); skipped_samples
+        (so far) after a rewind."""
         self._each(lambda sink: sink.step(record))
 
     def evaluation(self, record: dict[str, float]) -> None:

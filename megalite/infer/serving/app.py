@@ -23,7 +23,7 @@ from starlette.requests import ClientDisconnect
 
 from megalite.errors import ConfigError, DataError
 from megalite.infer import answer as answers
-from megalite.infer.batch import NoRoom
+from megalite.infer.batch import NOT_FINITE, NoRoom
 from megalite.infer.generate import Generator
 from megalite.infer.serving.engine import Engine, Overloaded, Ticket, Told, Update
 from megalite.infer.serving.guards import Guards, Refused
@@ -344,6 +344,8 @@ def _raise_cut(ticket: Ticket, update: Update) -> None:
             raise Trouble(504, "the answer took longer than this server allows", "server_error", code="timeout")
         case "cancelled":
             raise Trouble(503, "the server is about to end", "server_error", code="shutting_down")
+        case "not_finite":
+            raise Trouble(500, NOT_FINITE, "server_error", code="not_finite")
         case "failed":
             raise Trouble(500, "the model failed; the server's log says why", "server_error")
 
