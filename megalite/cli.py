@@ -175,8 +175,8 @@ def _preflight(arguments: argparse.Namespace) -> Exit:
     from megalite.health.preflight import preflight
     from megalite.mesh import Launch
 
-    launch = Launch.from_environment()
-    return preflight(load_config(arguments.config, arguments.overrides), launch, launch.meet())
+    launch, config = Launch.from_environment(), load_config(arguments.config, arguments.overrides)
+    return preflight(config, launch, launch.meet(config.health.hang_timeout_s or 1800.0))
 
 
 def _add_plan(verbs: Verbs) -> None:

@@ -23,6 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from megalite.errors import ConfigError
 from megalite.exit_codes import flush_output
+from megalite.meeting import Meeting, open_store
 from megalite.plan import Plan
 
 
@@ -110,15 +111,28 @@ class Launch:
     def device(self) -> torch.device:
         return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
-    def join(self, timeout_s: float = 1800.0) -> None:
-        """Meet the other ranks. Does nothing for a lone process."""
+    def arrive(self, silence_s: float = 300.0) -> Meeting | None:
+        """Tell the other ranks that this one is there, and on its way to `join`; see meeting.py. None where there is
+        nobody to meet. Raises Unreachable where rank 0 is not there in time."""
+        if self.world_size == 1 or dist.is_initialized():
+            return None
+        _find_first_host()
+        store = open_store(self.rank, self.world_size, silence_s or 1800.0)
+        return Meeting(store, self.rank, self.world_size, node_name(), silence_s)
+
+    def join(self, timeout_s: float = 1800.0, meeting: Meeting | None = None) -> None:
+        """Meet the other ranks, of which `arrive` may have told already. Does nothing for a lone process."""
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        if self.world_size == 1 or dist.is_initialized():
+        meeting = meeting or self.arrive()
+        if meeting is None:
             return
-        _find_first_host()
+        meeting.wait()
+        store = dist.PrefixStore("default_pg", meeting.store)
+        store.set_timeout(datetime.timedelta(seconds=timeout_s))
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
+            store=store,
             rank=self.rank,
             world_size=self.world_size,
             timeout=datetime.timedelta(seconds=timeout_s),
@@ -130,23 +144,24 @@ class Launch:
         if self.world_size == 1:
             return dist.HashStore()
         _find_first_host()
-        timeout = datetime.timedelta(seconds=timeout_s)
-        store, _, _ = next(dist.rendezvous("env://", self.rank, self.world_size, timeout=timeout))
-        return store
+        return open_store(self.rank, self.world_size, timeout_s)
 
 
 def _find_first_host() -> None:
     if "MASTER_ADDR" not in os.environ:
-        if "SLURM_JOB_NODELIST" not in os.environ:
+        if "SLURM_STEP_NODELIST" not in os.environ and "SLURM_JOB_NODELIST" not in os.environ:
             raise ConfigError("RANK is set but MASTER_ADDR is not; start the ranks with torchrun or srun")
         os.environ |= _slurm_rendezvous()
 
 
 def _slurm_rendezvous() -> dict[str, str]:
-    """First host of the job, and a port that follows from the job id so that two jobs on a node do not meet."""
-    nodes = os.environ["SLURM_JOB_NODELIST"]
+    """First host of this srun, where its rank 0 is, and a port that follows from the job's and the step's number: of
+    two that are under way in a job each has its own, and so have two jobs on a node."""
+    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ["SLURM_JOB_NODELIST"]
     hosts = subprocess.run(["scontrol", "show", "hostnames", nodes], check=True, capture_output=True, text=True)
-    port = 10_000 + int(os.environ["SLURM_JOB_ID"]) % 20_000  # below the ports Linux hands out by itself
+    job, step = int(os.environ["SLURM_JOB_ID"]), int(os.environ.get("SLURM_STEP_ID", -1))
+    # Prime to the number of ports, so that steps differ; step 0 leaves the job's own to slurm/pretrain.sh.
+    port = 10_000 + (job + 7919 * (step + 1)) % 20_000  # below the ports Linux hands out by itself
     return {"MASTER_ADDR": hosts.stdout.split()[0], "MASTER_PORT": str(port)}
 
 

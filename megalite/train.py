@@ -61,11 +61,12 @@ def train(config: Config) -> Exit:
     Raises ConfigError, DataError or CheckpointError, before the first step where something asked for cannot be done;
     NotSaved after the last step."""
     launch = Launch.from_environment()
+    meeting = launch.arrive(config.health.hang_timeout_s)
     check_run_folder(config.run.folder)
     plan = make_plan(config, weight_table(config.model, config.lora), launch.world_size)
     tokenizer, data = open_data(config)
     tasks = TasksInTraining(config, tokenizer) if config.observe.tasks.names and tokenizer else None
-    launch.join(config.health.collective_timeout_s)
+    launch.join(config.health.collective_timeout_s, meeting)
     mesh = make_mesh(plan, launch.device)
     keep_freed_memory()
     with held(config.run.folder) if mesh.world.rank == 0 else nullcontext():

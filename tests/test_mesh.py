@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from megalite import mesh
 from megalite.errors import ConfigError
 from megalite.mesh import Launch, make_mesh
 from megalite.models import weight_table
@@ -63,10 +64,29 @@ def test_srun_ranks_meet_on_the_first_host(bare: pytest.MonkeyPatch, tmp_path: P
     scontrol.write_text('#!/bin/sh\n[ "$3" = "node[3-4]" ] && printf "127.0.0.1\\nnode4\\n"\n')
     scontrol.chmod(0o755)
     set_all(
-        bare, PATH=f"{tmp_path}:{os.environ['PATH']}", SLURM_JOB_NODELIST="node[3-4]", SLURM_JOB_ID=123_456,
-        SLURM_STEP_NUM_TASKS=2,
+        bare, PATH=f"{tmp_path}:{os.environ['PATH']}", SLURM_JOB_NODELIST="node[1-4]", SLURM_JOB_ID=123_456,
+        SLURM_STEP_NODELIST="node[3-4]", SLURM_STEP_ID=5, SLURM_STEP_NUM_TASKS=2,
     )  # fmt: skip
-    assert run_ranks(2, join_over_slurm) == [2, 2]
+    ports = run_ranks(2, join_over_slurm)
+    assert len(set(ports)) == 1
+
+
+def test_steps_that_are_under_way_together_meet_apart(bare: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Those of a job, those of jobs that share a node, and what slurm/pretrain.sh starts in them."""
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text('#!/bin/sh\nprintf "first-of-$3\\nother\\n"\n')
+    scontrol.chmod(0o755)
+    bare.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    found = {}
+    for job in (7, 8, 9):
+        found[job, None] = 10_000 + job  # of pretrain.sh
+        for step in range(4):
+            set_all(bare, SLURM_JOB_ID=job, SLURM_JOB_NODELIST="job", SLURM_STEP_NODELIST="step", SLURM_STEP_ID=step)
+            places = mesh._slurm_rendezvous()
+            assert places["MASTER_ADDR"] == "first-of-step"
+            found[job, step] = int(places["MASTER_PORT"])
+    assert len(set(found.values())) == len(found)
+    assert all(10_000 <= port < 30_000 for port in found.values())
 
 
 def join_over_slurm(rank: int, world_size: int) -> int:
@@ -75,10 +95,11 @@ def join_over_slurm(rank: int, world_size: int) -> int:
         os.environ.pop(name, None)
     os.environ |= {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}
     Launch.from_environment().join(timeout_s=60)
-    assert os.environ["MASTER_PORT"] == str(10_000 + 123_456 % 20_000)
+    assert os.environ["MASTER_ADDR"] == "127.0.0.1"
     count = torch.ones(())
     torch.distributed.all_reduce(count)
-    return int(count)
+    assert count == 2
+    return int(os.environ["MASTER_PORT"])
 
 
 def coordinates(rank: int, world_size: int, folder: Path) -> dict[str, Any]:

@@ -1,0 +1,115 @@
+"""Ranks on their way to each other, before there is a process group.
+
+Every rank says that it is there as soon as it starts, goes on saying so while it reads its data, and then that it is
+ready. Rank 0 listens: one that is not heard of for `health.hang_timeout_s` is named, and all leave with `Exit.HUNG`, at
+which a launcher starts the run again. Else a rank that died on its way would be waited for as long as a collective may
+take.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import threading
+import time
+
+import torch.distributed as dist
+
+from megalite import last_words
+from megalite.errors import Unreachable
+from megalite.exit_codes import Exit, describe, end_process
+
+LOOK_S = 0.1
+READY, GO = "ready", "go"
+
+
+class Meeting:
+    """From the start of a rank until all are ready. `store` is one that all ranks see."""
+
+    def __init__(self, store: dist.Store, rank: int, world_size: int, name: str, silence_s: float):
+        """`name`: of this rank's node; `silence_s`: after which a rank counts as missing; 0: never."""
+        self.store, self._rank, self._world_size = store, rank, world_size
+        self._told, self._silence_s, self._name = dist.PrefixStore("meeting", store), silence_s, name
+        self._heard: dict[int, tuple[bytes, float]] = {}
+        self._over = threading.Event()
+        if silence_s:
+            self._beat(0)
+            threading.Thread(target=self._beat_on, name="meeting", daemon=True).start()
+
+    def wait(self) -> None:
+        """Until all ranks are ready. Raises Unreachable where the rank that holds the store is gone."""
+        try:
+            self._wait()
+        except dist.DistError as error:
+            raise Unreachable(f"rank 0, at which the ranks meet, is gone: {_first_line(error)}") from None
+        finally:
+            self._over.set()
+
+    def _wait(self) -> None:
+        self._told.add(READY, 1)
+        while not self._told.check([GO]):
+            if self._rank == 0 and self._told.add(READY, 0) == self._world_size:
+                self._told.set(GO, "")
+            elif self._rank == 0 and self._silence_s and (missing := self._missing()):
+                self._told.set(GO, missing)
+            else:
+                time.sleep(LOOK_S)
+        if missing := self._told.get(GO).decode():
+            self._leave(missing)
+
+    def _missing(self) -> str:
+        """Name the ranks that were not heard of for too long; empty where there are none."""
+        now, missing = time.monotonic(), []
+        for rank in range(1, self._world_size):
+            key = f"rank {rank}"
+            said = self._told.get(key) if self._told.check([key]) else b""
+            last, since = self._heard.setdefault(rank, (said, now))
+            if said != last:
+                self._heard[rank] = said, now
+            elif now - since > self._silence_s:
+                missing.append(f"{key}{f' on {said.decode().partition(chr(32))[2]}' if said else ', which never came'}")
+        return ", ".join(missing)
+
+    def _leave(self, missing: str) -> None:
+        text = f"not heard of for {self._silence_s:.0f} s, before the ranks met: {missing} (health.hang_timeout_s)"
+        if self._rank == 0:
+            os.write(2, f"error: {text}\nleaving with {describe(Exit.HUNG)}\n".encode())
+            last_words.leave(text)
+            time.sleep(1.0)  # others read it here, where the store may live
+        end_process(Exit.HUNG)
+
+    def _beat_on(self) -> None:
+        number = 0
+        with contextlib.suppress(dist.DistError, RuntimeError):  # `wait` meets it as well, and says so
+            while not self._over.wait(self._silence_s / 20):
+                number += 1
+                self._beat(number)
+
+    def _beat(self, number: int) -> None:
+        self._told.set(f"rank {self._rank}", f"{number} {self._name}")
+
+
+def open_store(rank: int, world_size: int, timeout_s: float) -> dist.Store:
+    """A store that all ranks see: that of torchrun's agent, or one that rank 0 holds. Waits for rank 0 alone.
+
+    Raises Unreachable where rank 0 does not answer in time."""
+    timeout = datetime.timedelta(seconds=timeout_s)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
+        return store
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        return dist.TCPStore(host, port, world_size, rank == 0, timeout, wait_for_workers=False)
+    except dist.DistError as error:
+        if rank == 0:
+            raise Unreachable(
+                f"port {port}, at which the ranks were to meet, cannot be used: {_first_line(error)}"
+            ) from None
+        raise Unreachable(
+            f"rank 0 was not heard of at {host}:{port} for {timeout_s:.0f} s: it has not started, or has ended"
+        ) from None
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0][:200]
