@@ -230,7 +230,7 @@ def train_from(run: Run, parts: Parts, data: Data, start: Start, requests: StopR
         most = sorted(epochs.items(), key=lambda item: -item[1])[:SOURCES_SHOWN]
         run.say(f"epochs: {', '.join(f'{name} {count:.2f}' for name, count in most)}")
     if isinstance(parts.objective, DPO):
-        prepare_references(run, parts, data, start.base)
+        prepare_references(run, parts, data)
     parts.engine.load(start.weights, state.get("updates", state["step"]))
     loader = make_loader(data["train"], run, state["data"]["samples"], state["data"].get("skipped", ()))
     tokenizer = load_tokenizer(folder / "tokenizer") if config.data.tokenizer and run.recorder else None
@@ -383,11 +383,12 @@ def evaluate_tasks(run: Run, parts: Parts, step: int) -> None:
         run.recorder.tasks({"step": step} | {f"tasks/{name}": value for name, value in found.items()})
 
 
-def prepare_references(run: Run, parts: Parts, data: Data, base: dict[str, str]) -> None:
+def prepare_references(run: Run, parts: Parts, data: Data) -> None:
     """What the starting model makes of every pair: from the run's folder, or computed on this layout and kept there."""
     assert isinstance(parts.objective, DPO)
     mixtures = {split: mixture for split, mixture in data.items() if mixture}
-    path, made_of = run.config.run.folder / "reference.safetensors", reference_parts(mixtures, run.config, base)
+    path = run.config.run.folder / "reference.safetensors"
+    made_of = reference_parts(mixtures, run.config, base_files(run.config))
     found, changed = read_references(path, made_of, mixtures)
     if not all_agree(found is not None, run.mesh) or found is None:
         NOW.begin("reference", NOW.step)
