@@ -7,13 +7,14 @@ right spelling, so that the user can mend the file without reading code. `config
 
 from __future__ import annotations
 
+import os
 import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationInfo, field_validator, model_validator
 
 from megalite.urls import check_no_secret
 
@@ -26,6 +27,12 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _tilde_is_home(cls, value: Any, info: ValidationInfo) -> Any:
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        return at_home(value) if Path in (annotation, *typing.get_args(annotation)) else value
+
     @model_validator(mode="before")
     @classmethod
     def _no_bool_for_a_number(cls, values: Any) -> Any:
@@ -35,6 +42,16 @@ class Section(BaseModel):
             if isinstance(values.get(name), bool) and numeric:
                 raise ValueError(f"{name} = {values[name]}: should be a number")
         return values
+
+
+def at_home(path: Any) -> Any:
+    """A path with `~` and `~user` as shells read them. Raises ValueError for a user there is not."""
+    if not (isinstance(path, str | Path) and str(path).startswith("~")):
+        return path
+    found = os.path.expanduser(path)
+    if str(found).startswith("~"):
+        raise ValueError(f"{path}: there is no user of that name; ./{path} is a folder that is called so")
+    return found
 
 
 class RunConfig(Section):
@@ -78,7 +95,7 @@ class Source(Section):
     @field_validator("path", mode="before")
     @classmethod
     def _as_text(cls, path: Any) -> Any:
-        return str(path) if isinstance(path, Path) else path
+        return at_home(str(path) if isinstance(path, Path) else path)
 
     @model_validator(mode="after")
     def _no_secret(self) -> Source:

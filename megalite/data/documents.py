@@ -74,6 +74,7 @@ class Report:
     num_binary: int = 0
     left_out: dict[str, int] = field(default_factory=dict)  # what else is no document, by what it is
     as_text: dict[str, int] = field(default_factory=dict)  # files whose name did not say so, by its suffix
+    num_repeated: int = 0
     messages: list[str] = field(default_factory=list)
 
     def leave_out(self, what: str) -> None:
@@ -92,6 +93,7 @@ class Report:
             "hidden files or folders": self.num_hidden,
             "binary files": self.num_binary,
             **self.left_out,
+            "more names of files that are taken already": self.num_repeated,
         }
         lines = [f"left out: {count:,} {what}" for what, count in counts.items() if count]
         lines += [f"mended: {self.num_mended:,} documents that were not all UTF-8"] if self.num_mended else []
@@ -133,9 +135,18 @@ def list_documents(inputs: Sequence[str], report: Report, also: tuple[str, ...] 
 
 
 def list_files(inputs: Sequence[str], report: Report) -> dict[str, int]:
-    """The files that `inputs` (files, folders, globs; paths or URLs) stand for, in a fixed order, each once, and their
-    sizes. Raises DataError."""
-    return {path: size for item in inputs for path, size in _expand(item, report)}
+    """The files that `inputs` (files, folders, globs; paths or URLs) stand for, in a fixed order, each once, whatever
+    links and spellings lead to it, and their sizes. `~` is the home directory. Raises DataError."""
+    found: dict[str, int] = {}
+    for item in inputs:
+        found |= _expand(item, report)
+    taken: dict[str, str] = {}
+    # By its own name where that is among them, not by a link's.
+    for path in sorted(found, key=lambda path: is_url(path) or os.path.realpath(path) != os.path.abspath(path)):
+        taken.setdefault(path if is_url(path) else os.path.realpath(path), path)
+    report.num_repeated += len(found) - len(taken)
+    kept = set(taken.values())
+    return {path: size for path, size in found.items() if path in kept}
 
 
 def read_files(files: Sequence[str] | Mapping[str, int], reading: Reading, report: Report) -> Iterator[Document]:
@@ -159,9 +170,41 @@ def _expand(item: str, report: Report) -> list[tuple[str, int]]:
 
 
 def _match(item: str, report: Report) -> list[tuple[str, int]]:
-    matches = [item] if os.path.exists(item) else sorted(glob.glob(item, recursive=True))
+    if not os.path.exists(item):
+        item = os.path.expanduser(item)
+    matches = [item] if os.path.exists(item) else sorted(set(_glob(item)))
     files = [path for match in matches for path in (_walk(match, report) if os.path.isdir(match) else [match])]
     return [(path, os.stat(path).st_size) for path in files if os.path.isfile(path)]
+
+
+def _glob(pattern: str) -> Iterator[str]:
+    """What a glob stands for, `**` as in Python's: any folders below, of which links that lead back are not entered."""
+    parts = pattern.split("/")
+    if "**" not in parts:
+        yield from glob.iglob(pattern)
+        return
+    place = parts.index("**")
+    tops = glob.glob("/".join([*parts[:place], ""])) if place else ["."]
+    if place == len(parts) - 1:  # all below, as a folder stands for
+        yield from tops
+        return
+    for top in tops:
+        for folder in _folders(top):
+            below = os.path.join(glob.escape(folder), *parts[place + 1 :])
+            yield from _glob(below if place else below.removeprefix("./"))
+
+
+def _folders(top: str) -> Iterator[str]:
+    """A folder and all below it that are not hidden, behind links too, each once."""
+    entered: set[str] = set()
+    for root, folders, _ in os.walk(top, followlinks=True):
+        real = os.path.realpath(root)
+        if real in entered:
+            folders.clear()
+            continue
+        entered.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield root
 
 
 def _find(url: str, report: Report) -> list[tuple[str, int]]:
