@@ -76,7 +76,7 @@ def read_json(path: Path, error: type[Exception]) -> Any:
 
 def beside(folder: Path, name: Any, named_by: Path) -> Path:
     """Return the path of a file that an index names. Raises CheckpointError unless it lies in the index's folder."""
-    if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
+    if not isinstance(name, str) or Path(name).name != name or name in (".", "..") or not (name and name.isprintable()):
         raise CheckpointError(f"{named_by} names {shown(name)}, which is outside of the folder or no file's name")
     check_regular(folder / name, CheckpointError)
     return folder / name

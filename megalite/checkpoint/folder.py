@@ -67,7 +67,7 @@ def read_manifest(folder: Path) -> Files | Damage:
         return Damage.MISSING
     except OSError:
         return Damage.UNREADABLE
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, CheckpointError):
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError, CheckpointError):
         return Damage.CONTENT
 
 

@@ -395,9 +395,22 @@ def _read_arrow(path: str, reading: Reading, report: Report) -> Iterator[tuple[s
             columns = _columns(stream.schema.names, reading)
             for batch in stream:
                 report.bytes_read = before + file.tell()
+                check_batch(batch)
                 yield batch.select(columns)
 
     return _read_batches(path, batches(), reading, report)
+
+
+def check_batch(batch: Any) -> None:
+    """Refuse a batch of a damaged stream, whose offsets pyarrow follows out of the memory. Whether texts are UTF-8 is
+    seen when they are read, one by one. Raises ArrowException."""
+    import pyarrow
+
+    as_bytes = {pyarrow.string(): pyarrow.binary(), pyarrow.large_string(): pyarrow.large_binary()}
+    for column in batch.columns:
+        column.validate()
+        column = column.view(as_bytes[column.type]) if column.type in as_bytes else column
+        column.validate(full=True)
 
 
 def _columns(names: list[str], reading: Reading) -> list[str]:
@@ -409,7 +422,6 @@ def _columns(names: list[str], reading: Reading) -> list[str]:
 def _read_batches(
     path: str, batches: Iterator[Any], reading: Reading, report: Report
 ) -> Iterator[tuple[str, int, dict[str, Any]]]:
-    import pyarrow
 
     row, json_key = 0, reading.json_key
     try:
@@ -427,7 +439,9 @@ def _read_batches(
                     yield text, row, metadata
                 else:
                     report.bad(path, row, f"{json_key!r} is not text but {type(text).__name__}")
-    except (OSError, DataError, pyarrow.ArrowException) as error:
+    except (
+        Exception
+    ) as error:  # pyarrow has classes of its own, and none for a damaged size that no memory suffices for
         report.bad(path, row + 1, f"unreadable from this row on: {error}")
 
 

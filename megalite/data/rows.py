@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from megalite.data.documents import LONGEST_LINE, Report, lines_of, list_files, read_bytes
+from megalite.data.documents import LONGEST_LINE, Report, check_batch, lines_of, list_files, read_bytes
 from megalite.data.kinds import unpacked_name
 from megalite.data.store import open_file
 from megalite.errors import DataError
@@ -139,6 +139,7 @@ def _read_batches(path: str, report: Report) -> Iterator[Row]:
         )
         for batch in batches:
             report.bytes_read = before + source.tell()
+            check_batch(batch)
             yield from _rows_of(path, batch, count + 1)
             count += batch.num_rows
 
