@@ -22,7 +22,7 @@ from megalite.errors import CheckpointError, ConfigError
 from megalite.infer.generate import load_model
 
 SCRIPT = Path(__file__).with_name("fuzz.py")
-CASES, SAMPLE = 2000, 40
+CASES, SAMPLE = 2000, 15
 """Of each of 11 readers."""
 
 
