@@ -3,8 +3,11 @@
 gigatoken is many times as fast, and follows a newer edition of Unicode: what is a letter to it may be none to Hugging
 Face's tokenizers, which then split words elsewhere. So no character is taken on trust. When one occurs for the first
 time, both libraries split it off in all kinds of company, with a vocabulary made to show every border, and texts that
-hold a character on which they disagree are left to Hugging Face's. All else they might disagree on is what `compare`,
-called on samples of the texts, is for."""
+hold a character on which they disagree are left to Hugging Face's.
+
+Nor is an added token: those that take white space or borders of words into account, and those whose texts overlap
+where the libraries then disagree, have all texts that hold them left to Hugging Face's. All else they might disagree on
+is what `compare`, called on samples of the texts, is for."""
 
 from __future__ import annotations
 
@@ -28,6 +31,12 @@ MOST_REMEMBERED = 10
 # Characters of the first texts, and of later ones, that both libraries encode.
 FIRST_COMPARED, COMPARED = 1 << 15, 1 << 9
 UNKNOWN, SAME, DIFFERENT = range(3)
+# Settings of an added token by which its neighbours matter.
+ODD = ("lstrip", "rstrip", "single_word")
+TOKEN_COMPANY = ("", "a", "1", ".", "'", " ", "  ", "a ", "\n", " \n", "\n\n", "\r\n", "\t", "é", "\u3000")
+BETWEEN = ("", " ", "   ", "\n", "\n\n", " \n ", "a", ". ")
+# Added tokens with other borders than the rest that are compared in all company, and pairs that are compared.
+MOST_KINDS, MOST_PAIRS = 16, 4096
 ASCII = bytes(range(128))
 # Company that tells letters, their case, digits, signs and spaces apart wherever a pattern does. Neighbours stand
 # twice, so that what happens on one side of them hides nothing on the other.
@@ -48,12 +57,15 @@ class FastBPE:
         self._json = tokenizer.to_json()
         description = orjson.loads(self._json)
         _check_model(description)
-        self._added = [token["content"].encode() for token in description["added_tokens"]]
+        added = description["added_tokens"]
+        self._added = [token["content"].encode() for token in added if token["content"]]
         self._normalize = None
-        if description["normalizer"]:
+        if _normalizer_types(description["normalizer"]):
             # Compositions, too, differ between editions of Unicode: the exact library does them.
             self._normalize = tokenizers.Tokenizer.from_str(self._json).normalizer.normalize_str
-            self._json = json.dumps({**description, "normalizer": None})
+            normal = (self._normalize(token["content"]).encode() for token in added if token["content"])
+            self._added = list(dict.fromkeys([*self._added, *normal]))
+        self._json = json.dumps({**description, "normalizer": None})
         self._cache_bytes = max(CACHE_BYTES, CACHE_BYTES_PER_WORKER * workers)
         self._lock, self._turn = threading.Lock(), threading.Lock()
         self.num_compared = 0  # characters of samples that both have encoded, to the same ids
@@ -64,8 +76,10 @@ class FastBPE:
         self._learn(np.arange(128, dtype=np.uint32))
         if (unlike := np.flatnonzero(self._states == DIFFERENT)).size:
             raise NotFast(f"it splits text at {chr(unlike[0])!r} in another way")
-        for text in [PROBE, *(f"a{token} {token}  {token}\n{token}{token}." for token in self._added)]:
-            self.compare(text)
+        # Texts with one of these are left to Hugging Face's tokenizers.
+        self._odd = [t["content"].encode() for t in added if t["content"] and any(t[name] for name in ODD)]
+        self.compare(PROBE)
+        self._compare_added([t["content"] for t in added if t["content"] and not any(t[name] for name in ODD)])
 
     def encode(self, texts: list[bytes]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64], int]:
         """Ids of texts in UTF-8 end to end [sum(lengths)], their number in each, and how many texts were left to
@@ -138,11 +152,42 @@ class FastBPE:
             self._learn(unknown)
             worst, _ = character_states(normal, self._states)
         left = set(np.flatnonzero(worst == DIFFERENT).tolist())
+        if self._odd:
+            left |= {i for i, text in enumerate(normal) if any(token in text for token in self._odd)}
         if self._normalize is not None:
             # An added token is found before its neighbours are normalized: they must not be composed with it.
+            found = self._odd + self._added
             others = (i for i, text in enumerate(texts) if not text.isascii())
-            left |= {i for i in others if any(token in texts[i] for token in self._added)}
+            left |= {i for i in others if any(token in texts[i] or token in normal[i] for token in found)}
         return left
+
+    def _compare_added(self, tokens: list[str]) -> None:
+        """Compare added tokens in company and with each other; one that differs is odd. Raises NotFast where too many
+        overlap to compare them all."""
+        if not tokens:
+            return
+        kinds = {(token[0], token[-1]): token for token in tokens}  # others of a kind have the same borders
+        few = list(kinds.values())[:MOST_KINDS]
+        together = [(one, two, "") for one in few for two in few] + _overlaps(tokens)
+        if len(together) > MOST_PAIRS:
+            raise NotFast(f"{len(together):,} pairs of its added tokens overlap")
+        singly = [((f"a{token} {token}  {token}\n{token}{token}."), (token,)) for token in tokens]
+        company = [
+            (left + token + right, (token,)) for token in few for left in TOKEN_COMPANY for right in TOKEN_COMPANY
+        ]
+        pairs = [
+            (left + (joined or one + between + two) + right, (one, two))
+            for one, two, joined in together
+            for between in (BETWEEN if not joined else ("",))
+            for left, right in (("", ""), (" ", " "), ("a", "a"), ("\n", "\n"))
+        ]
+        checks = singly + company + pairs
+        texts = [text for text, _ in checks]
+        flat, lengths = self._encode([text.encode() for text in texts])  # whatever they hold
+        fast = (row.tolist() for row in np.split(flat, lengths.cumsum()[:-1]))
+        exact = self._exact.encode_batch(texts)
+        differ = [who for (_, who), one, two in zip(checks, fast, exact, strict=True) if one != two]
+        self._odd += sorted({token.encode() for who in differ for token in who} - set(self._odd))
 
     def _learn(self, points: npt.NDArray[np.uint32]) -> None:
         # Many to a text, which is quicker; and where the ids of a text differ, one by one.
@@ -172,17 +217,37 @@ def _load(description: str) -> Any:
 
 def _check_model(description: dict[str, Any]) -> None:
     """Raises NotFast for what gigatoken does not look at, or takes for another kind of tokenizer."""
-    model, normalizer = description["model"], description["normalizer"] or {"type": "NFC"}
+    model, normalizers = description["model"], _normalizer_types(description["normalizer"])
     if model["type"] != "BPE" or model["byte_fallback"] or "ByteLevel" not in json.dumps(description["pre_tokenizer"]):
         raise NotFast("it is no byte-level BPE")
     for name in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"):
         if model[name]:
             raise NotFast(f"its model has {name} {model[name]!r}")
-    if normalizer["type"] != "NFC":
-        raise NotFast(f"it normalizes by {normalizer['type']}")
-    for token in description["added_tokens"]:
-        if token["single_word"] or not token["content"].isascii():
-            raise NotFast(f"its added token {token['content']!r} is not plain")
+    if other := next((name for name in normalizers if name != "NFC"), None):
+        raise NotFast(f"it normalizes by {other}")
+
+
+def _normalizer_types(normalizer: dict[str, Any] | None) -> list[str]:
+    if normalizer is None:
+        return []
+    if normalizer["type"] == "Sequence":
+        return [name for part in normalizer["normalizers"] for name in _normalizer_types(part)]
+    return [normalizer["type"]]
+
+
+def _overlaps(tokens: list[str]) -> list[tuple[str, str, str]]:
+    """Return all pairs of tokens that can share characters of a text, and such a text."""
+    by_prefix: dict[str, list[str]] = {}
+    for token in tokens:
+        for stop in range(1, len(token) + 1):
+            by_prefix.setdefault(token[:stop], []).append(token)
+    known, found = set(tokens), []
+    for one in tokens:
+        for start in range(1, len(one)):
+            found += [(one, two, one[:start] + two) for two in by_prefix.get(one[start:], ())]
+        inner = {one[a:b] for a in range(len(one)) for b in range(a + 1, len(one) + 1)} & known - {one}
+        found += [(one, two, one) for two in inner]
+    return found
 
 
 def _showing_borders(description: dict[str, Any]) -> dict[str, Any]:

@@ -212,3 +212,63 @@ def test_added_tokens_beside_characters_that_compose(tokenizer, fast):
     """`>` and U+0338 compose to one character, but not where `>` ends a token that is found before."""
     texts = ["a<tool>\u0338 b", "<|end|>\u0338", "x>\u0338", "e\u0301<tool>"]
     assert rows_of(fast, texts)[0] == tokenizer.encode_batch(texts)
+
+
+# Texts of added tokens that overlap, contain one another, are spaces or no ASCII, and what may stand beside them.
+ADDED = [
+    "<a>",
+    "<a>b",
+    "b<",
+    "><",
+    ">x",
+    " <s>",
+    "x ",
+    "  ",
+    "   ",
+    "\n\n",
+    "<｜é｜>",
+    "é",
+    "e\u0301",
+    "ab",
+    "1",
+    "<|end|>",
+]
+BESIDE = [*ADDED, *"ab c1.<>日\n\t\u3000\u0301", "'s", "    ", "\n\n\n", "\r\n"]
+
+
+@pytest.mark.parametrize("normalizer", [None, {"type": "NFC"}, {"type": "Sequence", "normalizers": []}])
+def test_added_tokens_of_all_settings_beside_each_other(tmp_path, small, normalizer, pytestconfig):
+    """They take spaces from one another and from the text, overlap, or are found in another order: gigatoken, which
+    knows none of that, gives other ids unless such texts are kept from it."""
+    description = json.loads((small / "t" / "tokenizer.json").read_text())
+    generator = random.Random(0)
+    num_fast = 0
+    for _ in range(100 if pytestconfig.getoption("--whole") else 3):
+        tokens = [
+            {"id": 400 + number, "content": content, "special": generator.random() < 0.5}
+            | {name: generator.random() < 0.25 for name in ("lstrip", "rstrip", "single_word", "normalized")}
+            for number, content in enumerate(generator.sample(ADDED, 6))
+        ]
+        path = tmp_path / "tokenizer.json"
+        path.write_text(json.dumps({**description, "normalizer": normalizer, "added_tokens": tokens}))
+        tokenizer = load_tokenizer(path)
+        fast = FastBPE(tokenizer)
+        texts = ["".join(generator.choices(BESIDE, k=generator.randrange(1, 12))) for _ in range(1500)]
+        texts += [f"{a}{b}{c}" for a in ADDED for b in ("", " ", "  ", "\n\n") for c in ADDED]
+        rows, num_left = rows_of(fast, texts)
+        assert rows == tokenizer.encode_batch(texts), tokens
+        num_fast += len(texts) - num_left
+    assert num_fast, "one odd token must not turn the fast path off"
+
+
+def test_one_token_that_is_not_ascii_leaves_all_fast(tmp_path, small):
+    """DeepSeek's; and a text with such a token is fast as well."""
+    raw = tokenizers.Tokenizer.from_file(str(small / "t" / "tokenizer.json"))
+    raw.add_special_tokens([AddedToken("<｜begin▁of▁sentence｜>", normalized=False)])
+    raw.add_tokens([AddedToken("<mask>", lstrip=True, normalized=False)])
+    raw.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    texts = ["plain", "<｜begin▁of▁sentence｜>a  b", "the  <mask> in it"]
+    rows, num_left = rows_of(FastBPE(tokenizer), texts)
+    assert rows == tokenizer.encode_batch(texts)
+    assert num_left == 1
