@@ -48,6 +48,10 @@ def main() -> int:
         help="keys or columns of texts, which become token files each (default: text)",
     )  # fmt: skip
     parser.add_argument("--append-eod", action="store_true", help="end each document with the end-of-document token")
+    parser.add_argument(
+        "--prepend-bos", action=argparse.BooleanOptionalAction, default=None,
+        help="begin each document with the BOS token (default: where the tokenizer has every text begin with it)",
+    )  # fmt: skip
     # A job may have fewer cores than its machine; only Linux can say so.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     parser.add_argument("--workers", type=int, default=cores, help="threads or processes (default: one a core)")
@@ -61,8 +65,11 @@ def main() -> int:
     parser.add_argument("--labels", nargs="+", default=[], help="names of the classes, in order (default: those there)")
     parser.add_argument("--bad-rows", type=int, default=0, metavar="N", help="rows that may be left out (default: 0)")
     args = parser.parse_args()
-    if args.format and (args.append_eod or args.exact or args.shard or args.json_keys != ["text"]):
-        parser.error("--append-eod, --exact, --shard and --json-keys are for plain text, not for --format")
+    for_text = args.append_eod or args.exact or args.shard or args.json_keys != ["text"] or args.prepend_bos is not None
+    if args.format and for_text:
+        parser.error(
+            "--append-eod, --prepend-bos, --exact, --shard and --json-keys are for plain text, not for --format"
+        )
     # A job that is cancelled ends as one that is interrupted: with nothing left behind.
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
     console = Console(stderr=True)
@@ -83,6 +90,7 @@ def main() -> int:
                 console=console,
                 exact=args.exact,
                 shard=args.shard,
+                prepend_bos=args.prepend_bos,
             )
             print(result)
     except (DataError, OSError) as error:

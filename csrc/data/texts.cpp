@@ -332,35 +332,46 @@ py::tuple character_states(const py::list& texts, const States& states) {
 }
 
 template <class Token>
-void join_documents(const py::array_t<std::uint32_t, py::array::c_style>& tokens,
-                    const py::array_t<std::int64_t, py::array::c_style>& lengths, Token end,
-                    py::array_t<Token, py::array::c_style>& out) {
+py::array_t<std::int64_t> join_documents(const py::array_t<std::uint32_t, py::array::c_style>& tokens,
+                                          const py::array_t<std::int64_t, py::array::c_style>& lengths,
+                                          std::int64_t begin, std::int64_t end,
+                                          py::array_t<Token, py::array::c_style>& out) {
   // Checked as they are copied: another thread may write to `lengths` once the GIL is released.
-  std::vector<std::int64_t> length(lengths.data(), lengths.data() + lengths.size());
+  const std::vector<std::int64_t> length(lengths.data(), lengths.data() + lengths.size());
   std::int64_t left = tokens.size();
   for (const std::int64_t one : length) {
-    if (one < 0 || one > left) throw py::value_error("lengths must not be negative, and sum to that of tokens");
+    if (one < 1 || one > left) throw py::value_error("lengths must be positive, and sum to that of tokens");
     left -= one;
   }
-  if (left != 0 || out.size() - tokens.size() != lengths.size()) {
-    throw py::value_error("tokens must have sum(lengths), and out one more for each");
+  // There are no more lengths than tokens, so that nothing here overflows.
+  if (left != 0 || out.size() - tokens.size() < 2 * lengths.size()) {
+    throw py::value_error("tokens must have sum(lengths), and out two more for each");
   }
+  if (std::max(begin, end) > std::numeric_limits<Token>::max()) {
+    throw py::value_error("begin or end does not fit the type of out");
+  }
+  py::array_t<std::int64_t> joined(lengths.size());
+  std::int64_t* const size = joined.mutable_data();
   const std::uint32_t* from = tokens.data();
   Token* to = out.mutable_data();
   std::uint32_t every_bit = 0;
   {
     py::gil_scoped_release unlocked;
-    for (const std::int64_t one : length) {
-      for (const std::uint32_t* const last = from + one; from < last;) {
+    for (std::size_t i = 0; i < length.size(); ++i) {
+      const Token* const first = to;
+      if (begin >= 0 && *from != begin) *to++ = static_cast<Token>(begin);
+      for (const std::uint32_t* const last = from + length[i]; from < last;) {
         every_bit |= *from;
         *to++ = static_cast<Token>(*from++);
       }
-      *to++ = end;
+      if (end >= 0 && from[-1] != end) *to++ = static_cast<Token>(end);
+      size[i] = to - first;
     }
   }
   if (every_bit > static_cast<std::uint32_t>(std::numeric_limits<Token>::max())) {
     throw py::value_error("a token does not fit the type of out");
   }
+  return joined;
 }
 
 }  // namespace
@@ -376,12 +387,13 @@ void megalite::define_texts(py::module_& module) {
              "state 0, each once, uint32.\n\n"
              "texts: list of bytes, UTF-8; states: [0x110000] uint8. Raises ValueError for what is not UTF-8.");
   const char* const doc =
-      "Tokens of documents end to end as the type of `out`, with `end` after each.\n\n"
-      "tokens: [sum(lengths)] uint32; lengths: [n] int64; out: [sum(lengths) + n]. Raises ValueError where they do\n"
-      "not fit each other, or a token does not fit `out`.";
+      "Write documents end to end as the type of `out`, with `begin` before each that does not begin with it, and `end`\n"
+      "after each that does not end with it; -1: none. Returns the lengths they then have, [n] int64.\n\n"
+      "tokens: [sum(lengths)] uint32; lengths: [n] int64, none of them 0; out: [sum(lengths) + 2 n] or more. Raises\n"
+      "ValueError where they do not fit each other, or a token does not fit `out`.";
   const auto define = [&](auto join) {
-    module.def("join_documents", join, py::arg("tokens").noconvert(), py::arg("lengths").noconvert(), py::arg("end"),
-               py::arg("out").noconvert(), doc);
+    module.def("join_documents", join, py::arg("tokens").noconvert(), py::arg("lengths").noconvert(), py::arg("begin"),
+               py::arg("end"), py::arg("out").noconvert(), doc);
   };
   define(&join_documents<std::uint16_t>);
   define(&join_documents<std::int32_t>);

@@ -14,7 +14,7 @@ from megalite.config import Config
 from megalite.data.dataset import Split
 from megalite.data.indexed import IndexedDataset, read_note
 from megalite.data.mixture import Mixture, build_mixtures
-from megalite.data.tokenizer import Tokenizer, load_tokenizer
+from megalite.data.tokenizer import Tokenizer, load_tokenizer, other_tokenizer
 from megalite.errors import DataError
 from megalite.keys import key_of
 from megalite.mesh import Mesh
@@ -41,7 +41,6 @@ def check_vocabulary(config: Config, tokenizer: Tokenizer | None) -> None:
             f"data.tokenizer {config.data.tokenizer} has {tokenizer.vocab_size} token ids, "
             f"but model.vocab_size = {model_size}; {_mend(tokenizer.vocab_size)}"
         )
-    fingerprint = tokenizer.fingerprint() if tokenizer else None
     for source in (*config.data.train, *config.data.valid, *config.data.test):
         note = read_note(source.path)
         if note.get("vocab_size", 0) > model_size:
@@ -49,22 +48,20 @@ def check_vocabulary(config: Config, tokenizer: Tokenizer | None) -> None:
                 f"{source.path} has {note['vocab_size']} token ids, but model.vocab_size = {model_size}; "
                 f"{_mend(note['vocab_size'])}"
             )
-        made_by = note.get("tokenizer_fingerprint")
-        if fingerprint and made_by and made_by != fingerprint:
-            assert tokenizer is not None
+        if tokenizer and (why := other_tokenizer(note, tokenizer)):
             mine: dict[str, Any] = {
                 "vocab_size": tokenizer.vocab_size,
                 "eod_id": tokenizer.eod_id,
-                "fingerprint": fingerprint,
+                "fingerprint": tokenizer.fingerprint(),
             }
             its: dict[str, Any] = {
-                "fingerprint": made_by,
+                "fingerprint": note["tokenizer_fingerprint"],
                 **{name: note[name] for name in ("vocab_size", "eod_id") if name in note},
             }
             differs = ", ".join(str(each) for each in changes(its, {name: mine[name] for name in its}))
             raise DataError(
-                f"{source.path} was made with another tokenizer ({note.get('tokenizer', 'of unknown place')}) than "
-                f"data.tokenizer {config.data.tokenizer}: {differs}"
+                f"{source.path} ({note.get('tokenizer', 'a tokenizer of unknown place')}) {why} data.tokenizer "
+                f"{config.data.tokenizer}: {differs}"
             )
 
 

@@ -164,8 +164,6 @@ class FastBPE:
     def _compare_added(self, tokens: list[str]) -> None:
         """Compare added tokens in company and with each other; one that differs is odd. Raises NotFast where too many
         overlap to compare them all."""
-        if not tokens:
-            return
         kinds = {(token[0], token[-1]): token for token in tokens}  # others of a kind have the same borders
         few = list(kinds.values())[:MOST_KINDS]
         together = [(one, two, "") for one in few for two in few] + _overlaps(tokens)
@@ -181,7 +179,10 @@ class FastBPE:
             for between in (BETWEEN if not joined else ("",))
             for left, right in (("", ""), (" ", " "), ("a", "a"), ("\n", "\n"))
         ]
-        checks = singly + company + pairs
+        odd = [token.decode() for token in self._odd]
+        checks = [(text, who) for text, who in singly + company + pairs if not any(token in text for token in odd)]
+        if not checks:
+            return
         texts = [text for text, _ in checks]
         flat, lengths = self._encode([text.encode() for text in texts])  # whatever they hold
         fast = (row.tolist() for row in np.split(flat, lengths.cumsum()[:-1]))

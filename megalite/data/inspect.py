@@ -19,7 +19,7 @@ from megalite.data.dataset import Split
 from megalite.data.indexed import IndexedDataset, read_note
 from megalite.data.mixture import IGNORE, Mixture, Samples
 from megalite.data.order import Int64s
-from megalite.data.tokenizer import Tokenizer, load_tokenizer
+from megalite.data.tokenizer import Tokenizer, load_tokenizer, other_tokenizer
 from megalite.errors import DataError
 
 LOOKED_AT = 1_000_000  # documents, and tokens, that statistics are made of; slices of a larger file
@@ -68,11 +68,10 @@ def _tokenizer_of(prefix: str, made_of: dict[str, Any], given: Path | None) -> T
     if not given and not ("tokenizer" in made_of and path.exists()):
         return None
     tokenizer = load_tokenizer(path)
-    if made_of.get("tokenizer_fingerprint", tokenizer.fingerprint()) == tokenizer.fingerprint():
-        return tokenizer
-    if given:
-        raise DataError(f"{prefix} was made with another tokenizer than {given}")
-    return None
+    why = other_tokenizer(made_of, tokenizer)
+    if why and given:
+        raise DataError(f"{prefix} {why} {given}")
+    return None if why else tokenizer
 
 
 def _document_lengths(dataset: IndexedDataset) -> Int64s:

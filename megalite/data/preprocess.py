@@ -32,7 +32,7 @@ from megalite.data.documents import Report, list_documents
 from megalite.data.fast_bpe import FastBPE, NotFast
 from megalite.data.indexed import IndexedWriter, token_dtype
 from megalite.data.metadata import Preprocessed
-from megalite.data.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
+from megalite.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
 from megalite.errors import DataError
 from megalite.progress import ProgressMeter
 from megalite.workers import start_worker, worker_pool
@@ -60,6 +60,7 @@ class Packing(NamedTuple):
     """How a block becomes documents of tokens."""
 
     json_key: str
+    begin: int | None  # a token for every document that does not begin, or end, with it already
     end: int | None
     dtype: np.dtype[Any]
 
@@ -74,6 +75,7 @@ def preprocess(
     console: Console | None = None,
     exact: bool = False,
     shard: Shard | None = None,
+    prepend_bos: bool | None = None,
 ) -> Preprocessed:
     """Tokenize `inputs` into OUTPUT_PREFIX_KEY_document.bin and .idx, and .json which says what they were made of.
 
@@ -81,9 +83,12 @@ def preprocess(
     are compared, everything is tokenized again by Hugging Face's tokenizers. Of a `shard` only that part is written,
     unless it is there already; the one that completes the last shard returns the whole.
 
+    `prepend_bos` begins each document with the tokenizer's BOS token; None: where the tokenizer has every text begin
+    with it, as do those of models that were trained so.
+
     One worker of Hugging Face's or sentencepiece is this very process. The files appear under their names only when
     complete. Raises DataError, with nothing written, if an input matches nothing, no document has tokens, or
-    `append_eod` meets a tokenizer that has no end-of-document token."""
+    `append_eod` or `prepend_bos` meets a tokenizer that has no such token."""
     if workers < 1:
         raise DataError(f"workers {workers}: at least 1 is needed")
     opened = load_tokenizer(tokenizer)
@@ -92,19 +97,28 @@ def preprocess(
             f"{tokenizer} names no end-of-document token, which --append-eod needs: give tokenizer_config.json an "
             "eos_token, or leave --append-eod out"
         )
+    if prepend_bos and opened.begin_id is None:
+        raise DataError(
+            f"{tokenizer} names no token that begins a text, which --prepend-bos needs: give tokenizer_config.json a "
+            "bos_token, or leave --prepend-bos out"
+        )
+    if prepend_bos is None:
+        prepend_bos = opened.begin_id is not None and opened.begin_ids == [opened.begin_id]
     report = Report()
     files = list_documents(inputs, report)
+    begin, end = opened.begin_id if prepend_bos else None, opened.eod_id if append_eod else None
     settings = {
         "dtype": token_dtype(opened.vocab_size).name,
         "vocab_size": opened.vocab_size,
         "eod_id": opened.eod_id,
         "append_eod": append_eod,
+        "begin_id": begin,
         "tokenizer": str(tokenizer),
         "tokenizer_fingerprint": opened.fingerprint(),
         "inputs": list(inputs),
         "input_bytes": shard_bytes(files, Shard())[1],
     }
-    packing = Packing(json_key, opened.eod_id if append_eod else None, token_dtype(opened.vocab_size))
+    packing = Packing(json_key, begin, end, token_dtype(opened.vocab_size))
     job = _Job(str(tokenizer), opened, files, report, settings, packing, workers, exact, console)
     prefix = f"{output_prefix}_{json_key}_document"
     return job.run(prefix, Shard()) if shard is None else job.run_shard(prefix, shard)
@@ -142,6 +156,17 @@ class _Job:
         return whole or part
 
     def run(self, prefix: str, shard: Shard) -> Preprocessed:
+        result = self._run(prefix, shard)
+        if self.packing.begin is not None:
+            begin = self.opened.decode([self.packing.begin])
+            result.remark = f"{result.remark}\neach document begins with {begin}".strip()
+        return result
+
+    def _run(self, prefix: str, shard: Shard) -> Preprocessed:
+        if isinstance(self.opened, SentencePieceTokenizer) and (why := self.opened.why_alone):
+            result = self._run_exactly(prefix, shard)
+            result.remark = f"by sentencepiece; there is no tokenizer.json that is equal to this model, since {why}"
+            return result
         if self.exact or not isinstance(self.opened, HuggingFaceTokenizer):
             return self._run_exactly(prefix, shard)
         try:
@@ -150,8 +175,8 @@ class _Job:
                 result = self._write(prefix, shard, "gigatoken", pool, partial(_encode_fast, fast, self.packing))
             result.remark = (
                 f"by gigatoken: on {fast.num_compared:,} characters from all over the text its ids are those of "
-                f"Hugging Face's tokenizers; {result.num_left:,} documents were left to these, for characters on which "
-                "the two disagree"
+                f"Hugging Face's tokenizers; {result.num_left:,} documents were left to these, for characters or added "
+                "tokens on which the two may disagree"
             )
             return result
         except NotFast as why:
@@ -220,7 +245,7 @@ def _encode_exactly(tokenizer: str, packing: Packing, block: Block) -> Encoded:
     rows: list[npt.NDArray[np.uint32]] = []
     for texts in _bites([text.decode() for text in read.texts]):
         with _turn if len(texts[0]) > BITE else nullcontext():
-            rows += [np.array(ids, np.uint32) for ids in _opened(tokenizer).encode_batch(texts)]
+            rows += [np.array(ids, np.uint32) for ids in _opened(tokenizer).encode_documents(texts)]
     flat = np.concatenate([np.empty(0, np.uint32), *rows])
     return _pack(read, flat, np.array([len(row) for row in rows], np.int64), 0, packing)
 
@@ -249,22 +274,29 @@ def _pack(
 ) -> Encoded:
     """A document without tokens is left out, and gets no end of document either."""
     num_texts, lengths = len(lengths), lengths[lengths > 0]
-    if packing.end is None:
+    if packing.begin is None and packing.end is None:
         tokens = flat.astype(packing.dtype)
     else:
-        tokens = np.empty(len(flat) + len(lengths), packing.dtype)
-        join_documents(flat, lengths, packing.end, tokens)
-        lengths += 1
+        tokens = np.empty(len(flat) + 2 * len(lengths), packing.dtype)
+        borders = [-1 if token is None else token for token in (packing.begin, packing.end)]
+        lengths = join_documents(flat, lengths, *borders, tokens)
+        tokens = tokens[: lengths.sum()]
     num_empty = num_texts - len(lengths)
     text_bytes = sum(map(len, read.texts))
     return Encoded(tokens, lengths.astype(np.int32), text_bytes, num_left, read._replace(texts=[]), num_empty)
 
 
 def join_documents_reference(
-    tokens: npt.NDArray[np.uint32], lengths: npt.NDArray[np.int64], end: int, out: npt.NDArray[Any]
-) -> None:
+    tokens: npt.NDArray[np.uint32], lengths: npt.NDArray[np.int64], begin: int, end: int, out: npt.NDArray[Any]
+) -> npt.NDArray[np.int64]:
     """`megalite._data.join_documents`, which says what it does."""
-    out[:] = np.insert(tokens, lengths.cumsum(), end)
+    stops = lengths.cumsum()
+    no_begin = (tokens[stops - lengths] != begin) & (begin >= 0)
+    no_end = (tokens[stops - 1] != end) & (end >= 0)
+    places = np.stack([stops - lengths, stops], 1)[added := np.stack([no_begin, no_end], 1)]
+    joined = np.insert(tokens.astype(out.dtype), places, np.where(added, [begin, end], 0)[added])
+    out[: len(joined)] = joined
+    return lengths + no_begin + no_end
 
 
 try:

@@ -6,14 +6,15 @@ import hashlib
 import json
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import orjson
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers
 
+from megalite.data.sentencepiece_json import NotConvertible, converted
 from megalite.errors import DataError
 
 # All that AutoTokenizer may look for in a folder; a checkpoint takes along what is there.
@@ -29,6 +30,7 @@ FILES = (
 )
 # How models without a tokenizer_config.json spell the end of a document.
 END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
+FINGERPRINT = "2-"  # what the names of today begin with
 PROBE = "def f(x):\n\treturn  {'a': 12345, \"é\": '日本語'}  # it's 😀 naïve…\r\n\n    <|endoftext|>"
 
 
@@ -63,16 +65,54 @@ class Tokenizer(ABC):
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
 
+    def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of texts that are data, to pretrain on.
+
+        To a SentencePiece model, `</s>` in such a text is text; to other tokenizers it is the token, as it is in
+        transformers."""
+        return self.encode_batch(texts)
+
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of a text that a model goes on with, and before them what the tokenizer has begin every text."""
         return self.encode(text)
 
-    def fingerprint(self) -> str:
-        """Hex name of what the tokenizer does: its vocabulary, its end of document and its ids for a probe text.
+    @property
+    def begin_ids(self) -> list[int]:
+        """What it has begin every text."""
+        return []
 
-        Not of its files, so that a SentencePiece model and its tokenizer.json have one name."""
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Return the name of all that the ids of a text, and the end of a document, depend on.
+
+        A SentencePiece model and the tokenizer.json that is equal to it have one name."""
+
+    @abstractmethod
+    def has_kept_ids(self, tokenized_by: str) -> bool:
+        """Whether token files of older versions with this tokenizer's `older_fingerprint`, made by that library, have
+        its ids for certain."""
+
+    def older_fingerprint(self) -> str:
+        """Return the name that versions before 2026-12 gave it: of its vocabulary and its ids for a probe text."""
         facts = [sorted(self.vocabulary().items()), self.eod_id, self.encode_batch(PROBE.splitlines(keepends=True)[:3])]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+
+
+def other_tokenizer(note: Mapping[str, Any], tokenizer: Tokenizer) -> str:
+    """Return why token files with this note may not be of this tokenizer, as part of a sentence; empty if they are,
+    or if the note does not say."""
+    made_by = note.get("tokenizer_fingerprint")
+    if not made_by or made_by == tokenizer.fingerprint():
+        return ""
+    if made_by != tokenizer.older_fingerprint():
+        return "was made with another tokenizer than"
+    if tokenizer.has_kept_ids(note.get("tokenized_by", "")):
+        return ""
+    return (
+        "was made by an older version of megalite, whose tokenizer.json of a SentencePiece model could give other ids "
+        "than the model; tokenize the text again (or, if you know that the ids are the same, delete "
+        "tokenizer_fingerprint from the .json beside the token file), or train on it without"
+    )
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -92,7 +132,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 class HuggingFaceTokenizer(Tokenizer):
     """A tokenizer.json, with the configuration files that lie beside it. Special tokens in a text are recognised, as
-    transformers does by default."""
+    transformers does by default; not in documents if a SentencePiece model lies beside it too."""
 
     def __init__(self, file: Path) -> None:
         try:
@@ -124,6 +164,18 @@ class HuggingFaceTokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         # "fast" leaves out the character offsets, which nobody needs here.
         return [e.ids for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
+        return [e.ids for e in self._for_documents.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    @cached_property
+    def _for_documents(self) -> tokenizers.Tokenizer:
+        if not self._file.with_name("tokenizer.model").is_file():
+            return self._tokenizer
+        description = orjson.loads(self.to_json())
+        kept = [token for token in description["added_tokens"] if not token["special"]]
+        changed = {**description, "added_tokens": kept, "post_processor": None}
+        return tokenizers.Tokenizer.from_str(orjson.dumps(changed).decode())
 
     def encode_prompt(self, text: str) -> list[int]:
         ids, whole = self.encode(text), self._tokenizer.encode(text).ids
@@ -175,6 +227,17 @@ class HuggingFaceTokenizer(Tokenizer):
     def vocabulary(self) -> dict[str, int]:
         return self._tokenizer.get_vocab(with_added_tokens=True)
 
+    def fingerprint(self) -> str:
+        return _name_of(self.to_json(), self.eod_id)
+
+    def has_kept_ids(self, tokenized_by: str) -> bool:
+        model = orjson.loads(self.to_json())["model"]
+        if model["type"] != "Unigram" and not model.get("byte_fallback"):
+            return True
+        beside = self._file.with_name("tokenizer.model")  # of which this may be the equal
+        is_equal = beside.is_file() and SentencePieceTokenizer(beside).fingerprint() == self.fingerprint()
+        return is_equal and tokenized_by == "sentencepiece"
+
     def to_json(self) -> str:
         """As a tokenizer.json has it, in the library's current spelling."""
         return self._tokenizer.to_str()
@@ -189,8 +252,7 @@ class HuggingFaceTokenizer(Tokenizer):
             if name != "tokenizer.json" and (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
         if not (folder / "tokenizer_config.json").is_file():
-            end = None if self.eod_id is None else self._tokenizer.id_to_token(self.eod_id)
-            write_tokenizer_config(folder, end)
+            write_tokenizer_config(folder, None if self.eod_id is None else self._tokenizer.id_to_token(self.eod_id))
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -208,6 +270,7 @@ class SentencePieceTokenizer(Tokenizer):
         self._file = file
         self.vocab_size = self._processor.get_piece_size()
         self.eod_id = end if (end := self._processor.eos_id()) >= 0 else None
+        self.begin_id = begin if (begin := self._processor.bos_id()) >= 0 else None
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return self._processor.encode(list(texts), num_threads=1)
@@ -219,75 +282,68 @@ class SentencePieceTokenizer(Tokenizer):
     def vocabulary(self) -> dict[str, int]:
         return {self._processor.id_to_piece(i): i for i in range(self.vocab_size)}
 
+    @cached_property
+    def _converted(self) -> tokenizers.Tokenizer | NotConvertible:
+        from sentencepiece import sentencepiece_model_pb2 as proto
+
+        try:
+            return converted(proto.ModelProto.FromString(self._file.read_bytes()))
+        except NotConvertible as why:
+            return why
+
+    @property
+    def why_alone(self) -> str:
+        """Why there is no tokenizer.json of it; empty if there is one."""
+        return str(self._converted) if isinstance(self._converted, NotConvertible) else ""
+
+    def fingerprint(self) -> str:
+        if isinstance(self._converted, NotConvertible):
+            facts = self._file.read_bytes() + str(self.eod_id).encode()
+            return f"{FINGERPRINT}{hashlib.sha256(facts).hexdigest()[:32]}"
+        return _name_of(self._converted.to_str(), self.eod_id)
+
+    def has_kept_ids(self, tokenized_by: str) -> bool:
+        return tokenized_by == "sentencepiece"
+
     def save(self, folder: str | Path) -> None:
+        """Write the model, and the tokenizer.json that is equal to it; without one, whoever opens the folder takes the
+        model itself."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if folder.resolve() != self._file.parent.resolve() or self._file.name != "tokenizer.model":
             shutil.copyfile(self._file, folder / "tokenizer.model")
-        converted_from_sentencepiece(self._file).save(str(folder / "tokenizer.json"))
-        write_tokenizer_config(folder, None if self.eod_id is None else self._processor.id_to_piece(self.eod_id))
+        if isinstance(self._converted, NotConvertible):
+            return
+        self._converted.save(str(folder / "tokenizer.json"))
+        names = [None if i is None else self._processor.id_to_piece(i) for i in (self.eod_id, self.begin_id)]
+        write_tokenizer_config(folder, *names)
 
 
-def write_tokenizer_config(folder: Path, end: str | None) -> None:
-    """A tokenizer_config.json that has transformers take tokenizer.json as it is and tidy up nothing on decoding."""
+def write_tokenizer_config(folder: Path, end: str | None, begin: str | None = None) -> None:
+    """Write a tokenizer_config.json that has transformers take tokenizer.json as it is and tidy up nothing on
+    decoding."""
     values = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, "eos_token": end}
+    values |= {"bos_token": begin} if begin is not None else {}
     (folder / "tokenizer_config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def converted_from_sentencepiece(file: Path) -> tokenizers.Tokenizer:
-    """The tokenizer.json of a BPE or unigram model: the same ids, for texts that spell out no
-    control or user-defined token.
-
-    (Where unigram segmentations score the same, rounding decides: SentencePiece sums in fp32, tokenizers in fp64. The
-    models megalite trains have scores whose sums are exact in both.)
-    Raises DataError for other model types."""
-    from sentencepiece import sentencepiece_model_pb2 as proto
-
-    model = proto.ModelProto.FromString(file.read_bytes())
-    kinds = proto.ModelProto.SentencePiece
-    if model.trainer_spec.model_type == proto.TrainerSpec.BPE:
-        core: Any = _bpe(model, merged={kinds.NORMAL})
-    elif model.trainer_spec.model_type == proto.TrainerSpec.UNIGRAM:
-        pieces = [(p.piece, p.score) for p in model.pieces]
-        core = models.Unigram(pieces, model.trainer_spec.unk_id, model.trainer_spec.byte_fallback)
-    else:
-        raise DataError(f"{file}: only BPE and unigram SentencePiece models can be converted to tokenizer.json")
-    tokenizer = tokenizers.Tokenizer(core)
-    tokenizer.normalizer = _normalizer(model.normalizer_spec)
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    if model.normalizer_spec.add_dummy_prefix:
-        steps.append(decoders.Strip(" ", 1, 0))
-    tokenizer.decoder = decoders.Sequence(steps)
-    for piece in model.pieces:  # in the order of their ids, which they keep since the vocabulary has them already
-        if piece.type in (kinds.CONTROL, kinds.UNKNOWN):
-            tokenizer.add_special_tokens([AddedToken(piece.piece, normalized=False, special=True)])
-        elif piece.type == kinds.USER_DEFINED:
-            tokenizer.add_tokens([AddedToken(piece.piece, normalized=False, special=False)])
-    return tokenizer
+def _name_of(description: str, eod_id: int | None) -> str:
+    """Return the fingerprint of a tokenizer.json. What decodes, pads or frames texts changes no id of a text; a setting
+    that is off counts as absent, so that a library which learns another setting changes no name."""
+    values = orjson.loads(description)
+    facts = [_without_defaults(values[name]) for name in ("model", "normalizer", "pre_tokenizer", "added_tokens")]
+    data = orjson.dumps([*facts, eod_id], option=orjson.OPT_SORT_KEYS)
+    return f"{FINGERPRINT}{hashlib.sha256(data).hexdigest()[:32]}"
 
 
-def _bpe(model: Any, merged: set[int]) -> models.BPE:
-    """SentencePiece keeps scores, not merges: any two pieces may join whose sum is a piece, the best sum first."""
-    normal = {p.piece: p.score for p in model.pieces if p.type in merged}
-    merges = [
-        (-score, len(piece) - cut, piece[:cut], piece[cut:])
-        for piece, score in normal.items()
-        for cut in range(1, len(piece))
-        if piece[:cut] in normal and piece[cut:] in normal
-    ]
-    return models.BPE(
-        vocab={p.piece: i for i, p in enumerate(model.pieces)},
-        merges=[(left, right) for _, _, left, right in sorted(merges)],
-        unk_token=model.pieces[model.trainer_spec.unk_id].piece,
-        fuse_unk=True,
-        byte_fallback=model.trainer_spec.byte_fallback,
-    )
-
-
-def _normalizer(spec: Any) -> normalizers.Normalizer:
-    steps: list[Any] = [normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []
-    if spec.remove_extra_whitespaces:
-        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
-    if spec.add_dummy_prefix:
-        steps.append(normalizers.Prepend("▁"))
-    return normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+def _without_defaults(values: Any) -> Any:
+    if isinstance(values, list):
+        return [_without_defaults(value) for value in values]
+    if not isinstance(values, dict):
+        return values
+    kept = {
+        key: value if key in ("vocab", "merges") else _without_defaults(value)
+        for key, value in values.items()
+        if value is not None and value is not False and value not in ("", [], {})
+    }
+    return kept if kept.get("type") != "Sequence" or len(kept) > 1 else None

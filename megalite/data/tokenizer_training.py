@@ -17,6 +17,7 @@ import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from megalite.data.documents import Document, Report, iter_documents
+from megalite.data.sentencepiece_json import GRID
 from megalite.data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer, write_tokenizer_config
 from megalite.errors import DataError
 
@@ -28,6 +29,8 @@ PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 SENTENCE_BYTES = 1 << 14
+# Characters of byte and control pieces. Unigram models need them as pieces, for texts that spell such a piece out.
+SPELLED = "".join(sorted({*"<0x123456789ABCDEF>", *"<unk>", *END}))
 
 
 def train_tokenizer(
@@ -124,6 +127,7 @@ def _train_sentencepiece(texts: Iterator[str], vocab_size: int, model_type: str,
             bos_id=-1,
             pad_id=-1,
             minloglevel=2,
+            required_chars=SPELLED if model_type == "unigram" else "",
         )
     except RuntimeError as error:
         _some_text(report)
@@ -132,7 +136,7 @@ def _train_sentencepiece(texts: Iterator[str], vocab_size: int, model_type: str,
 
 
 def _with_exact_sums(model: bytes) -> bytes:
-    """The model with its log-probabilities rounded to multiples of 1/256, which fp32 adds up without rounding.
+    """Return the model with its log-probabilities on a grid, where fp32 adds up those of a long text without rounding.
 
     Else SentencePiece (fp32) and tokenizers (fp64) break ties between reorderings of the same pieces, common in code,
     each in its own way: one line of Python in two hundred came out different."""
@@ -140,7 +144,7 @@ def _with_exact_sums(model: bytes) -> bytes:
 
     parsed = proto.ModelProto.FromString(model)
     for piece in parsed.pieces:
-        piece.score = round(piece.score * 256) / 256
+        piece.score = round(piece.score * GRID) / GRID
     return parsed.SerializeToString()
 
 

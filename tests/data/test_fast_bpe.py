@@ -255,8 +255,14 @@ def test_added_tokens_of_all_settings_beside_each_other(tmp_path, small, normali
         fast = FastBPE(tokenizer)
         texts = ["".join(generator.choices(BESIDE, k=generator.randrange(1, 12))) for _ in range(1500)]
         texts += [f"{a}{b}{c}" for a in ADDED for b in ("", " ", "  ", "\n\n") for c in ADDED]
+        try:
+            expected = tokenizer.encode_batch(texts)
+        except BaseException as error:
+            if "bad split" not in str(error):  # Hugging Face's panic where two tokens strip the same spaces
+                raise
+            continue
         rows, num_left = rows_of(fast, texts)
-        assert rows == tokenizer.encode_batch(texts), tokens
+        assert rows == expected, tokens
         num_fast += len(texts) - num_left
     assert num_fast, "one odd token must not turn the fast path off"
 

@@ -61,14 +61,16 @@ FUNCTIONS = {
         [text() for _ in range(3)] + rng.choice([[], ["x"], [None]]),
         np.zeros(rng.choice([0x110000, 7]), np.uint8),
     ),
-    "join_documents": lambda: (array("<u4"), array("<i8"), small(), array(rng.choice(["<u2", "<i4"]))),
+    "join_documents": lambda: (
+        array("<u4"), array("<i8"), small(), small(), array(rng.choice(["<u2", "<i4"]))
+    ),
 }
 assert set(FUNCTIONS) == {name for name in dir(_data) if name[0] != "_"}
 # Lengths whose sum is that of the tokens but for 2^64.
 for sizes in ([2**60] * 16, [2**62] * 4, [2**63 - 1, 2**63 - 1, 2]):
     for out in ("<u2", "<i4"):
         try:
-            _data.join_documents(np.zeros(0, "u4"), np.array(sizes), 1, np.zeros(len(sizes), out))
+            _data.join_documents(np.zeros(0, "u4"), np.array(sizes), -1, 1, np.zeros(2 * len(sizes), out))
         except ValueError:
             continue
         raise AssertionError(sizes)
@@ -101,8 +103,10 @@ def test_tokens_that_do_not_fit_are_not_cut_short() -> None:
     from megalite._data import join_documents
 
     for dtype, last in ((np.uint16, 2**16 - 1), (np.int32, 2**31 - 1)):
-        out = np.zeros(2, dtype)
-        join_documents(np.array([last], np.uint32), np.array([1]), 5, out)
-        assert out.tolist() == [last, 5]
+        out = np.zeros(3, dtype)
+        join_documents(np.array([last], np.uint32), np.array([1]), -1, 5, out)
+        assert out.tolist() == [last, 5, 0]
         with pytest.raises(ValueError, match="does not fit"):
-            join_documents(np.array([last + 1], np.uint32), np.array([1]), 5, out)
+            join_documents(np.array([last + 1], np.uint32), np.array([1]), -1, 5, out)
+        with pytest.raises(ValueError, match="does not fit"):
+            join_documents(np.array([1], np.uint32), np.array([1]), last + 1, 5, out)

@@ -226,6 +226,48 @@ def test_metadata_and_key_in_the_name(tmp_path, tokenizer):
     assert "a.jsonl:4: not JSON" in str(result)
 
 
+def begins_with(tokenizer, folder, adds):
+    """The tokenizer with a BOS token, which it has every text begin with if `adds`, as Llama 3's."""
+    import tokenizers
+    from tokenizers import processors
+
+    raw = tokenizers.Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    raw.add_special_tokens(["<|begin|>"])
+    if adds:
+        begin = raw.token_to_id("<|begin|>")
+        raw.post_processor = processors.TemplateProcessing("<|begin|> $A", special_tokens=[("<|begin|>", begin)])
+    folder.mkdir()
+    raw.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<|begin|>", "eos_token": "<|endoftext|>"}))
+    return folder
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_documents_begin_and_end_once(tmp_path, tokenizer, exact):
+    """With BOS where the tokenizer has texts begin so, or as asked; never twice, whatever the text spells out."""
+    texts = ["one", "<|begin|>two", "three<|endoftext|>", "<|begin|>", "<|endoftext|>", "<|begin|>x<|endoftext|>\n"]
+    (tmp_path / "a.jsonl").write_bytes(json_lines([*texts, ""]))
+    for adds in (True, False):
+        folder = begins_with(tokenizer, tmp_path / f"adds-{adds}", adds)
+        opened = load_tokenizer(folder)
+        begin, end = opened.begin_id, opened.eod_id
+        for prepend, append in [(None, True), (True, True), (False, True), (True, False), (None, False)]:
+            result = preprocess(
+                [str(tmp_path / "a.jsonl")], tmp_path / "x", folder, append_eod=append, exact=exact, prepend_bos=prepend
+            )
+            begun = adds if prepend is None else prepend
+            expected = [
+                [begin] * (begun and ids[0] != begin) + ids + [end] * (append and ids[-1] != end)
+                for ids in opened.encode_batch(texts)
+            ]
+            dataset = IndexedDataset(result.prefix)
+            assert [dataset[i].tolist() for i in range(len(dataset))] == expected
+            assert ("each document begins with <|begin|>" in str(result)) == begun
+            assert result.settings["begin_id"] == (begin if begun else None)
+    with pytest.raises(DataError, match="names no token that begins a text, which --prepend-bos needs"):
+        preprocess([str(tmp_path / "a.jsonl")], tmp_path / "x", tokenizer, prepend_bos=True)
+
+
 def test_no_document_or_no_end_of_document_writes_nothing(tmp_path, tokenizer):
     (tmp_path / "a.jsonl").write_bytes(b"nonsense\n")
     with pytest.raises(DataError, match=r"(?s)no document came out.*a\.jsonl:1: not JSON"):

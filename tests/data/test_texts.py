@@ -148,13 +148,24 @@ def test_every_character_has_its_state():
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32])
 @pytest.mark.parametrize("lengths", [[], [1], [3, 1, 4, 1, 5, 9]])
 def test_ends_of_documents(dtype, lengths):
+    """Each gets a beginning and an end, unless it has them: a text may spell its own out."""
     lengths = np.array(lengths, np.int64)
-    tokens = np.random.default_rng(0).integers(0, 1 << 15, lengths.sum(), np.uint32)
-    one, two = np.empty((2, len(tokens) + len(lengths)), dtype)
-    native.join_documents(tokens, lengths, 7, one)
-    join_documents_reference(tokens, lengths, 7, two)
-    assert one.tolist() == two.tolist()
-    with pytest.raises(ValueError, match="one more for each"):
-        native.join_documents(tokens, lengths, 7, np.empty(99, dtype))
-    with pytest.raises(ValueError, match="negative"):
-        native.join_documents(tokens, np.append(lengths, -1), 7, one)
+    tokens = np.random.default_rng(0).integers(6, 9, lengths.sum(), np.uint32)
+    documents = [part.tolist() for part in np.split(tokens, lengths.cumsum()[:-1])] if lengths.size else []
+    for begin, end in [(-1, 7), (6, -1), (6, 7), (7, 7), (-1, -1)]:
+        expected = [
+            [begin] * (begin >= 0 and one[0] != begin) + one + [end] * (end >= 0 and one[-1] != end)
+            for one in documents
+        ]
+        for join in (native.join_documents, join_documents_reference):
+            out = np.empty(len(tokens) + 2 * len(lengths), dtype)
+            joined = join(tokens, lengths, begin, end, out)
+            assert joined.tolist() == [len(one) for one in expected]
+            assert out[: joined.sum()].tolist() == [token for one in expected for token in one]
+    out = np.empty(99, dtype)
+    with pytest.raises(ValueError, match="two more for each"):
+        native.join_documents(np.append(tokens, np.uint32(1)), lengths, 7, 7, out)
+    with pytest.raises(ValueError, match="two more for each"):
+        native.join_documents(tokens, np.append(lengths, 1), 7, 7, out)
+    with pytest.raises(ValueError, match="not positive"):
+        native.join_documents(tokens, np.append(lengths, 0), 7, 7, out)
