@@ -81,16 +81,16 @@ class Tokenizer(ABC):
         """What it has begin every text."""
         return []
 
-    @abstractmethod
     def fingerprint(self) -> str:
         """Return the name of all that the ids of a text, and the end of a document, depend on.
 
         A SentencePiece model and the tokenizer.json that is equal to it have one name."""
+        return self.older_fingerprint()
 
-    @abstractmethod
     def has_kept_ids(self, tokenized_by: str) -> bool:
-        """Whether token files of older versions with this tokenizer's `older_fingerprint`, made by that library, have
-        its ids for certain."""
+        """Return whether token files of older versions with this tokenizer's `older_fingerprint`, made by that library,
+        are sure to have its ids."""
+        return True
 
     def older_fingerprint(self) -> str:
         """Return the name that versions before 2026-12 gave it: of its vocabulary and its ids for a probe text."""
