@@ -30,7 +30,8 @@ LAYOUTS = {
     "data-2-zero-1": (2, ("parallel.zero_stage=1",)),
 }
 KILLS = ("step", "before the name", "after the name", "half deleted")
-CASES = [("one", "after the name"), ("pipeline-2", "step"), ("data-2-zero-1", "half deleted")]
+SAMPLE = [("one", "after the name"), ("pipeline-2", "step"), ("data-2-zero-1", "half deleted")]
+"""All of both are tried by `pytest --whole`."""
 RUN = ("train.steps=9", "checkpoint.every=1", "checkpoint.keep=1", "observe.eval_every=0", "health.bad_steps_limit=3")
 
 
@@ -77,10 +78,14 @@ def train_with(rank: int, world_size: int, folder: Path, config: Config, blown: 
     return int(train(config))
 
 
-@pytest.mark.parametrize(("layout", "kill"), CASES)
-def test_a_run_whose_weights_blew_up_goes_on_from_before(tmp_path: Path, layout: str, kill: str) -> None:
+@pytest.mark.parametrize(("layout", "kill"), itertools.product(LAYOUTS, KILLS))
+def test_a_run_whose_weights_blew_up_goes_on_from_before(
+    tmp_path: Path, layout: str, kill: str, request: pytest.FixtureRequest
+) -> None:
     """Killed amid the steps that are refused, started again as it was until it gives up, then with the rate mended:
     with keep: 1, and a checkpoint of every step, the blown one included."""
+    if (layout, kill) not in SAMPLE and not request.config.getoption("--whole"):
+        pytest.skip("one of the cases of --whole")
     ranks, overrides = LAYOUTS[layout]
     config = make_config(tmp_path, "llama", *RUN, *overrides)
     root = config.run.folder / "checkpoints"

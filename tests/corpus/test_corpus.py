@@ -399,7 +399,7 @@ def test_an_output_of_another_config_or_other_files_is_refused(raw, prepared, tm
     ):
         prepare_corpus(config_of(raw, prepared[0], length={"min_chars": 100}))
     other = config_of(raw, prepared[0], sources=[{"name": "more", "path": str(raw / "more")}])
-    with pytest.raises(DataError, match=r"was begun with files of other names or sizes.*\(\S+more\S+ null → \d+"):
+    with pytest.raises(DataError, match=r"was begun with files of other names or sizes.*\(\S+bad\.jsonl \d+ → null"):
         prepare_corpus(other)
     before = digest_of(prepared[0])
     prepare_corpus(config_of(raw, prepared[0], workers=2))
