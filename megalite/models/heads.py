@@ -87,7 +87,9 @@ def _labels(hf: dict[str, Any]) -> list[str]:
     if hf.get("num_labels") not in (None, len(names)):
         disagree(f"id2label = {given}", f"num_labels = {hf['num_labels']}")
     numbers = hf.get("label2id")
-    if hf.get("id2label") and numbers and {name: number for number, name in names.items()} != numbers:
+    # Names that transformers filled in before the classes had any say nothing.
+    unnamed = {f"LABEL_{number}": number for number in names}
+    if numbers and numbers not in (unnamed, {name: number for number, name in names.items()}):
         disagree(f"id2label = {given}", f"label2id = {numbers}")
     return [names[number] for number in sorted(names)]
 

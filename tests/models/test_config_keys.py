@@ -419,6 +419,12 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 """Keys beside transformers' own in files as their makers published them."""
 
 
+def test_names_that_stand_for_none_say_nothing_of_classes() -> None:
+    numbers = {"LABEL_0": 0, "LABEL_1": 1}
+    keys = {"architectures": CLASSIFIER, "id2label": {"0": "ham", "1": "spam"}, "label2id": numbers}
+    assert opens("llama", **keys).labels == ("ham", "spam")
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_was_published_opens(name: str) -> None:
     assert opens(name, **PUBLISHED[name]).family == name
