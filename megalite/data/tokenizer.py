@@ -93,7 +93,7 @@ class Tokenizer(ABC):
         return True
 
     def older_fingerprint(self) -> str:
-        """Return the name that versions before 2026-12 gave it: of its vocabulary and its ids for a probe text."""
+        """Return the name that older versions gave it: of its vocabulary and its ids for a probe text."""
         facts = [sorted(self.vocabulary().items()), self.eod_id, self.encode_batch(PROBE.splitlines(keepends=True)[:3])]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
