@@ -15,7 +15,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--cuda", action="store_true", help="let tests see the GPUs, as tools/gpu_check.sh does")
     parser.addoption("--whole", action="store_true", help="run complete sweeps, of which a sample is run otherwise")
     parser.addoption("--nvme", action="store_true", help="run the test that compiles DeepSpeed's async_io (5 minutes)")
-    parser.addoption("--whole", action="store_true", help="run sweeps over all cases instead of a sample")
 
 
 def pytest_configure(config: pytest.Config) -> None:
