@@ -13,13 +13,13 @@ from rich.console import Console
 from rich.table import Table
 
 from megalite.checkpoint.folder import write_json
-from megalite.checkpoint.resume import read_train_state
 from megalite.config_file import load_config
 from megalite.data.chat import ChatTemplate
-from megalite.errors import ConfigError
+from megalite.errors import CheckpointError, ConfigError
 from megalite.infer.generate import Generator, find_model
 from megalite.mesh import Launch
 from megalite.observe.wandb import WandbSink
+from megalite.outside import read_json
 
 
 class Asked(NamedTuple):
@@ -50,11 +50,11 @@ class Run(NamedTuple):
 
     @classmethod
     def of(cls, checkpoint: Path) -> Run | None:
-        """Which a checkpoint is of; None for other models."""
-        try:
-            return cls(checkpoint.resolve().parent.parent, read_train_state(checkpoint))
-        except FileNotFoundError:
+        """Return the run that a checkpoint is of; None for other models. Raises CheckpointError."""
+        state = checkpoint / "train_state.json"
+        if not state.exists():
             return None
+        return cls(checkpoint.resolve().parent.parent, read_json(state, CheckpointError))
 
 
 def load_harness() -> Any:
