@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 
+from megalite import resources
 from megalite.cli import main
 from megalite.data import store
 from megalite.kernels import library
@@ -209,11 +210,14 @@ def test_a_disk_that_is_gone_for_a_while_is_no_mistake(
 ) -> None:
     """A launcher starts again after 1, and not after 2."""
 
-    def fail(path: Path, *_: Any, **__: Any) -> Any:
-        raise OSError(number, os.strerror(number), str(path))
-
     config = write(tmp_path)
-    monkeypatch.setattr(Path, "read_text", fail)
+
+    def fail(path: Any, *arguments: Any, **options: Any) -> Any:
+        if str(path) == config:
+            raise OSError(number, os.strerror(number), str(path))
+        return open(path, *arguments, **options)
+
+    monkeypatch.setattr(resources, "open", fail, raising=False)
     assert main(["train", config, "--print-plan"]) == status
 
 
