@@ -163,9 +163,9 @@ def test_ends_of_documents(dtype, lengths):
             assert joined.tolist() == [len(one) for one in expected]
             assert out[: joined.sum()].tolist() == [token for one in expected for token in one]
     out = np.empty(99, dtype)
-    with pytest.raises(ValueError, match="sum to that of tokens|two more for each"):
+    with pytest.raises(ValueError, match=r"sum to that of tokens|two more for each"):
         native.join_documents(np.append(tokens, np.uint32(1)), lengths, 7, 7, out)
-    with pytest.raises(ValueError, match="sum to that of tokens|two more for each"):
+    with pytest.raises(ValueError, match=r"sum to that of tokens|two more for each"):
         native.join_documents(tokens, np.append(lengths, 1), 7, 7, out)
     with pytest.raises(ValueError, match="must be positive"):
         native.join_documents(tokens, np.append(lengths, 0), 7, 7, out)
