@@ -11,12 +11,31 @@ import os
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    SerializeAsAny,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from megalite import registry
+from megalite.errors import ConfigError
+from megalite.registry import Registry
 from megalite.urls import check_no_secret
+
+if TYPE_CHECKING:
+    from megalite.engine.optimizers import Optimizer
+    from megalite.mesh import Mesh
+    from megalite.training.objectives import Objective
 
 MOST_LAYERS = 10_000
 """Every layer has rows in the table of weights; a damaged config.json may ask for any number."""
@@ -42,6 +61,58 @@ class Section(BaseModel):
             if isinstance(values.get(name), bool) and numeric:
                 raise ValueError(f"{name} = {values[name]}: should be a number")
         return values
+
+
+class Choice(Section):
+    """A section of which a registry has several kinds. `name` says which one is meant; each has settings of its own.
+
+    A direct subclass names the registry and holds what all kinds have; the kinds are subclasses of it."""
+
+    name: str
+
+    KINDS: ClassVar[Registry[Any]]
+
+    @classmethod
+    def kind_of(cls, values: Any) -> type[Self]:
+        """Return the class that `values` ask for. Raises ConfigError for a name that no kind has."""
+        if "KINDS" not in vars(cls) or not isinstance(values, dict):
+            return cls
+        name = values.get("name", cls.model_fields["name"].default)
+        return typing.cast("type[Self]", cls.KINDS.get(name)) if isinstance(name, str) else cls
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _by_its_name(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        try:
+            kind = cls.kind_of(values)
+        except ConfigError as error:
+            name = values["name"]
+            raise _error_at("name", name, str(error).removeprefix(f"{cls.KINDS.key} = {name!r} ")) from None
+        if kind is cls:
+            return handler(values)
+        return kind.model_validate(cls._without_other_kinds(values, kind))
+
+    @classmethod
+    def _without_other_kinds(cls, values: dict[str, Any], kind: type[Choice]) -> dict[str, Any]:
+        """Leave out what only other kinds have, as long as it is at its default: such configs were written once."""
+        kept, own = dict(values), kind.model_fields["name"].default
+        for key in values.keys() - kind.model_fields.keys():
+            for other in cls.KINDS.names():
+                field = cls.KINDS.get(other).model_fields.get(str(key))
+                if field is None:
+                    continue
+                if values[key] != field.get_default(call_default_factory=True):
+                    raise _error_at(
+                        key, values[key], f"is a setting of name: {other}, not of {kind.model_fields['name'].default}"
+                    )
+                kept.pop(key, None)
+        return kept
+
+
+def _error_at(key: str, value: Any, message: str) -> ValidationError:
+    # Braces would be taken for places to fill in.
+    kind = PydanticCustomError("choice", "{message}", {"message": message})
+    return ValidationError.from_exception_data("Choice", [InitErrorDetails(type=kind, loc=(key,), input=value)])
 
 
 def at_home(path: Any) -> Any:
@@ -126,16 +197,23 @@ class FillInTheMiddleConfig(Section):
     )
 
 
-class ObjectiveConfig(Section):
-    """What is descended. A model with a head for classes learns these, by `next_token`."""
+class ObjectiveConfig(Choice):
+    """The loss that training minimises. A model with a classification head learns its classes, by `next_token`."""
 
-    name: Literal["next_token", "dpo"] = Field(
-        "next_token", description="dpo: of two answers the preferred one, compared with the model of model.hf"
-    )
-    beta: float = Field(0.1, gt=0, description="dpo: how much straying from that model costs")
-    label_smoothing: float = Field(
-        0.0, ge=0, lt=0.5, description="dpo: share of the pairs that are the wrong way round"
-    )
+    name: str = "next_token"
+
+    KINDS: ClassVar[Registry[Any]] = registry.objectives
+    DATA: ClassVar[Literal["text", "preference"]] = "text"
+    """What it learns from: `preference` is pairs of answers, the chosen one first, side by side in a sample."""
+    HAS_REFERENCE: ClassVar[bool] = False
+    """It compares with the frozen model of model.hf."""
+
+    def check(self, config: Config) -> None:
+        """Raise ValueError, naming the setting, when the rest of a config does not go with this objective."""
+
+    def build(self, config: Config, mesh: Mesh) -> Objective:
+        """Return what computes it on this rank."""
+        raise NotImplementedError
 
 
 class DataConfig(Section):
@@ -299,28 +377,40 @@ class KernelsConfig(Section):
     optimizer: Literal["auto", "megalite", "torch"] = "auto"
 
 
-class ScheduleConfig(Section):
-    name: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+class ScheduleConfig(Choice):
+    """The learning rate over the steps: a linear warmup to the peak, then a decay from it to `min_lr`."""
+
+    name: str = "cosine"
     warmup_steps: int = Field(0, ge=0)
     min_lr: float = Field(0.0, ge=0)
-    decay_steps: int | None = Field(None, gt=0, description="wsd: steps of the final decay (default: a tenth)")
+
+    KINDS: ClassVar[Registry[Any]] = registry.schedules
+
+    def after_warmup(self, step: int, num_steps: int, peak: float) -> float:
+        """Return the learning rate of step `step`, counted from 1, of a run of `num_steps`: one after the warmup."""
+        raise NotImplementedError
+
+    def check(self, num_steps: int) -> None:
+        """Raise ValueError when a run of `num_steps` is too short for the schedule."""
 
 
-class OptimizerConfig(Section):
-    name: Literal["adamw"] = "adamw"
+class OptimizerConfig(Choice):
+    """What every optimizer has."""
+
+    name: str = "adamw"
     lr: float = Field(gt=0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0)
     clip: float = Field(1.0, ge=0, description="largest global gradient norm; 0 turns clipping off")
-    schedule: ScheduleConfig = ScheduleConfig()
+    schedule: SerializeAsAny[ScheduleConfig] = Field(default_factory=lambda: ScheduleConfig.model_validate({}))
 
-    @field_validator("betas")
-    @classmethod
-    def _betas_below_one(cls, betas: tuple[float, float]) -> tuple[float, float]:
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError("both betas must be at least 0 and below 1")
-        return betas
+    KINDS: ClassVar[Registry[Any]] = registry.optimizers
+    STATES: ClassVar[tuple[str, ...]] = ()
+    """Names of what it keeps of each weight from step to step: fp32 tensors of the weight's shape, zero at first. A
+    checkpoint has files of each."""
+
+    def build(self) -> Optimizer:
+        """Return what updates weights."""
+        raise NotImplementedError
 
 
 class CheckpointConfig(Section):
@@ -450,10 +540,10 @@ class Config(Section):
     model: SerializeAsAny[ModelConfig]
     lora: LoraConfig | None = None
     data: DataConfig
-    objective: ObjectiveConfig = ObjectiveConfig()
+    objective: SerializeAsAny[ObjectiveConfig] = Field(default_factory=lambda: ObjectiveConfig.model_validate({}))
     parallel: ParallelConfig = ParallelConfig()
     train: TrainConfig
-    optimizer: OptimizerConfig
+    optimizer: SerializeAsAny[OptimizerConfig]
     checkpoint: CheckpointConfig = CheckpointConfig()
     observe: ObserveConfig = ObserveConfig()
     health: HealthConfig = HealthConfig()
@@ -462,21 +552,16 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _objective_fits(self) -> Config:
-        apart = self.objective.name == "dpo" or self.model.task != "causal"
-        what = "objective.name: dpo" if self.objective.name == "dpo" else f"model.task: {self.model.task}"
-        if apart and not self.data.document_mask:
-            raise ValueError(f"{what} needs data.document_mask: true, which keeps the rows of a sample apart")
-        if self.model.task != "causal" and self.train.loss_chunk is not None:
+        task = self.model.task
+        if task != "causal" and not self.data.document_mask:
             raise ValueError(
-                f"{what} needs train.loss_chunk: null; there are too few classes for chunks to save memory"
+                f"model.task: {task} needs data.document_mask: true, which keeps the rows of a sample apart"
             )
-        if self.objective.name == "dpo":
-            if self.model.hf is None:
-                raise ValueError("objective.name: dpo needs model.hf, the model that the run starts from")
-            if self.model.task != "causal":
-                raise ValueError(f"objective.name: dpo needs a model that answers, not model.task: {self.model.task}")
-            if self.data.long_rows == "cut":
-                raise ValueError("objective.name: dpo compares whole answers; data.long_rows must be refuse or drop")
+        if task != "causal" and self.train.loss_chunk is not None:
+            raise ValueError(
+                f"model.task: {task} needs train.loss_chunk: null; there are too few classes for chunks to save memory"
+            )
+        self.objective.check(self)
         return self
 
     @model_validator(mode="after")
@@ -497,12 +582,7 @@ class Config(Section):
             raise ValueError(f"observe.tasks needs a model that answers, not model.task: {self.model.task}")
         if schedule.min_lr > lr:
             raise ValueError(f"optimizer.schedule.min_lr {schedule.min_lr} is above optimizer.lr {lr}")
-        after_warmup = self.train.steps - schedule.warmup_steps
-        if schedule.name == "wsd" and (schedule.decay_steps or 0) > max(after_warmup, 0):
-            raise ValueError(
-                f"optimizer.schedule.decay_steps {schedule.decay_steps} is more than the {after_warmup} steps that "
-                "follow the warmup"
-            )
+        schedule.check(self.train.steps)
         self._best_can_be_told()
         health = self.health
         if "rewind" in (health.not_finite, health.loss_spike, health.grad_norm_spike) and self.data.order == "megatron":

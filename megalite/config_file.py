@@ -48,7 +48,7 @@ def parse_config(values: dict[str, Any], overrides: Sequence[str] = (), origin: 
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
-        found = describe_errors(error, Config).split("\n  ")
+        found = describe_errors(error, Config, values).split("\n  ")
         mistakes += [line for line in found if not (mistakes and line.startswith("model ="))]
         raise ConfigError("\n  ".join([f"{origin}: {mistakes[0]}", *mistakes[1:]])) from None
     if mistakes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import typing
 from collections.abc import Sequence
@@ -9,17 +10,19 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from megalite.config import Choice
+from megalite.errors import ConfigError
 from megalite.outside import shown
 from megalite.secrecy import names_a_secret
 
 
-def describe_errors(error: ValidationError, root: type[BaseModel]) -> str:
-    """One line a mistake."""
+def describe_errors(error: ValidationError, root: type[BaseModel], values: Any = None) -> str:
+    """Return one line a mistake. `values` are what was checked: the keys of some sections follow from their `name`."""
     items = error.errors(include_url=False)
     # A list of which every item is wrong is also "too short" to pydantic; the items say it better.
     inner = [item["loc"] for item in items if item["type"] != "too_short"]
     told = [i for i in items if i["type"] != "too_short" or not any(loc[: len(i["loc"])] == i["loc"] for loc in inner)]
-    return "\n  ".join(_describe(item, root) for item in told)
+    return "\n  ".join(_describe(item, root, values) for item in told)
 
 
 _PLAINLY = {
@@ -32,8 +35,8 @@ _PLAINLY = {
 """What pydantic says in terms of Python's types."""
 
 
-def _describe(item: Any, root: type[BaseModel]) -> str:
-    path, known = _walk(item["loc"], root)
+def _describe(item: Any, root: type[BaseModel], values: Any) -> str:
+    path, known = _walk(item["loc"], root, values)
     key, value = ".".join(map(str, path)), item["input"]
     if item["type"] == "extra_forbidden":
         close = difflib.get_close_matches(str(path[-1]).replace("-", "_"), known, n=1)
@@ -59,8 +62,9 @@ def _describe(item: Any, root: type[BaseModel]) -> str:
     return f"{key}: {message}" if isinstance(value, dict) else f"{key} = {shown(value)}: {message}"
 
 
-def _walk(loc: Sequence[str | int], model: type[BaseModel] | None) -> tuple[list[str | int], list[str]]:
+def _walk(loc: Sequence[str | int], model: type[BaseModel] | None, values: Any) -> tuple[list[str | int], list[str]]:
     """The key pydantic's `loc` stands for, without its marks for unions, and the keys known beside the last one."""
+    model = _kind_of(model, values)
     path: list[str | int] = []
     known: list[str] = []
     for number, part in enumerate(loc):
@@ -68,8 +72,18 @@ def _walk(loc: Sequence[str | int], model: type[BaseModel] | None) -> tuple[list
         if isinstance(part, int) or part in known or number == len(loc) - 1:
             path.append(part)
         if part in known and number < len(loc) - 1 and model is not None:
-            model = _section_in(model.model_fields[str(part)].annotation)
+            values = values.get(part) if isinstance(values, dict) else None
+            model = _kind_of(_section_in(model.model_fields[str(part)].annotation), values)
     return path, known
+
+
+def _kind_of(section: type[BaseModel] | None, values: Any) -> type[BaseModel] | None:
+    """The class of a section, of a choice the one that `values` ask for."""
+    if section is None or not issubclass(section, Choice):
+        return section
+    with contextlib.suppress(ConfigError):
+        return section.kind_of(values)
+    return section
 
 
 def _section_in(annotation: Any) -> type[BaseModel] | None:

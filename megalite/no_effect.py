@@ -23,11 +23,6 @@ IDLE: tuple[tuple[str, tuple[str, ...], str, Callable[[Config], bool]], ...] = (
     ),
     ("observe", ("eval_every", "eval_batches"), "data.valid or data.split", lambda c: has_valid(c)),
     ("profile", ("ranks", "memory"), "profile.steps", lambda c: bool(c.profile.steps)),
-    ("objective", ("beta", "label_smoothing"), "objective.name: dpo", lambda c: c.objective.name == "dpo"),
-    (
-        "optimizer.schedule", ("decay_steps",), "optimizer.schedule.name: wsd",
-        lambda c: c.optimizer.schedule.name == "wsd",
-    ),
     (
         "optimizer.schedule", ("min_lr",), "an optimizer.schedule.name other than constant",
         lambda c: c.optimizer.schedule.name != "constant",

@@ -21,13 +21,13 @@ from megalite.keys import key_of
 from megalite.mesh import Mesh
 from megalite.models import build_model, weight_table
 from megalite.models.layers import Places
-from megalite.objective import Objective, make_objective
 from megalite.parallel.apply import apply_parallelism
 from megalite.parallel.collectives import all_reduce
 from megalite.parallel.context import zigzag
 from megalite.parallel.stage import Inputs, Stage, lengths_of, positions_of
 from megalite.parallel.tensor import PutOff
 from megalite.plan import Plan
+from megalite.training.objectives import Objective
 
 if TYPE_CHECKING:
     from megalite.parallel.pipeline import Pipeline
@@ -70,7 +70,7 @@ def build(config: Config, plan: Plan, mesh: Mesh) -> Parts:
         length = config.data.seq_length // plan.context // (plan.tensor if plan.sequence else 1)
         shape = (plan.micro_batch_size, length, config.model.hidden_size)
         pipeline = Pipeline(stages, plan, mesh, torch.empty(shape, dtype=dtype, device="meta"), deferred)
-    return Parts(tuple(stages), engine, pipeline, dtype, make_objective(config, mesh))
+    return Parts(tuple(stages), engine, pipeline, dtype, config.objective.build(config, mesh))
 
 
 def forward_backward(parts: Parts, batch: list[MicroBatch], mesh: Mesh, seed: int) -> dict[str, Tensor]:

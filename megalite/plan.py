@@ -143,7 +143,7 @@ def make_plan(config: Config, weights: Sequence[Sized], world_size: int) -> Plan
     micro_batch_size = _micro_batch_size(config, data)
     micro_batches = train.global_batch_size // (micro_batch_size * data)
     sequence = parallel.sequence and tensor > 1
-    _check_engine(parallel)
+    _check_engine(config)
     _check_schedule(parallel, micro_batches)
     _check_sequence(config, sequence)
     _check_compile(config)
@@ -211,8 +211,9 @@ def _micro_batch_size(config: Config, data: int) -> int:
     )
 
 
-def _check_engine(parallel: ParallelConfig) -> None:
+def _check_engine(config: Config) -> None:
     """What each engine can do: `native` everything but stage 3 and offload, `deepspeed` everything but pipelines."""
+    parallel = config.parallel
     offload = {name: where for name, where in parallel.offload if where in ("cpu", "nvme")}
     if parallel.engine == "native":
         if parallel.zero_stage == 3:
@@ -223,6 +224,10 @@ def _check_engine(parallel: ParallelConfig) -> None:
             name = next(iter(offload))
             raise ConfigError(f"parallel.offload.{name} = {offload[name]!r} needs parallel.engine: deepspeed")
         return
+    if config.optimizer.name != "adamw":
+        raise ConfigError(
+            f"optimizer.name = {config.optimizer.name!r} needs parallel.engine: native; deepspeed has adamw here"
+        )
     if parallel.pipeline > 1:
         raise ConfigError(
             f"parallel.engine: deepspeed cannot run a pipeline (parallel.pipeline = {parallel.pipeline}): it reduces "

@@ -22,9 +22,9 @@ from megalite.data.loader import Loader, MicroBatch
 from megalite.data.mixture import Mixture
 from megalite.data.order import Phase, PhasedOrder
 from megalite.mesh import Mesh
-from megalite.objective import Reference, sum_by_document
 from megalite.parallel.collectives import all_reduce
 from megalite.parallel.stage import Inputs
+from megalite.training.objectives import Reference, sum_by_document
 
 Forward = Callable[[list[MicroBatch]], Iterable[tuple[Tensor, Inputs, MicroBatch]]]
 

@@ -37,18 +37,18 @@ from megalite.mesh import Launch, Mesh, make_mesh
 from megalite.models import weight_table
 from megalite.models.peft import TENSORS
 from megalite.no_effect import no_effect
-from megalite.objective import DPO
 from megalite.observe.profiler import Profiler
 from megalite.observe.recorder import Recorder
 from megalite.observe.steps import Record, StepLog
 from megalite.observe.throughput import Meter, model_flops_per_token
-from megalite.optim.schedule import learning_rate
 from megalite.parallel.collectives import all_agree
 from megalite.parts import Parts, build, forward, forward_backward, validate
 from megalite.plan import Plan, make_plan
 from megalite.reference import compute_reference, read_references, reference_parts, write_references
 from megalite.run_folder import check_run_folder, held, write_config
 from megalite.stopping import StopRequests
+from megalite.training.objectives import DPO
+from megalite.training.schedules import learning_rate
 
 Data = Mapping[Split, Mixture | None]
 SOURCES_SHOWN = 8
@@ -269,7 +269,7 @@ def initial_state(config: Config, mesh: Mesh, checkpoint: Path | None) -> ReadSt
     if config.lora:
         return for_adapters(config, weights, checkpoint, mesh.tensor, mesh.device)
     if checkpoint:
-        return from_checkpoint(checkpoint, weights, config.model, mesh.tensor)
+        return from_checkpoint(config, weights, checkpoint, mesh.tensor)
     if config.model.hf:
         return from_hf(config.model.hf, weights, config.model, mesh.tensor, config.train.seed)
     return from_seed(config.train.seed, mesh.tensor, mesh.device)

@@ -138,8 +138,6 @@ NO_EFFECT = {
     "observe.wandb.project=mine": "observe.wandb.project = mine has no effect; it needs observe.wandb.mode",
     "observe.tasks.limit=5": "observe.tasks.limit = 5 has no effect; it needs observe.tasks.names",
     "data.valid=[]": "observe.eval_every = 8 has no effect; it needs data.valid or data.split",
-    "objective.beta=0.2": "objective.beta = 0.2 has no effect; it needs objective.name: dpo",
-    "optimizer.schedule.decay_steps=3": "optimizer.schedule.decay_steps = 3 has no effect; it needs",
     "optimizer.schedule.name=constant": "optimizer.schedule.min_lr = 0.001 has no effect; it needs",
     "data.temperature=2": "data.temperature = 2.0 has no effect; it needs several sources",
 }

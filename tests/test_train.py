@@ -19,8 +19,8 @@ from megalite.data.mixture import build_mixtures
 from megalite.data.tokenizer_training import train_tokenizer
 from megalite.errors import DataError
 from megalite.models import weight_table
-from megalite.optim.schedule import learning_rate
 from megalite.train import train
+from megalite.training.schedules import learning_rate
 from mixtures import windows
 from ranks import run_ranks
 from small_runs import curve_of, make_config, metrics_of, train_on_rank, write_corpus

@@ -12,19 +12,22 @@ from torch import Tensor
 from megalite.checkpoint.tensors import CheckpointError, TensorFolder
 from megalite.checkpoint.unneeded import ends_of, unneeded
 from megalite.config import Config, LoraConfig, ModelConfig
-from megalite.engine import STATES, ReadState
+from megalite.engine import ReadState
 from megalite.errors import ConfigError
 from megalite.mesh import Axis
 from megalite.models import peft, read_hf_config
 from megalite.models.lora import Adapter, adapters_of, merged
 from megalite.models.weights import Weight
 
+VALUES = ("weight", "master")
+"""Kinds that hold a weight's value. The others are the optimizer's states, which begin at zero."""
+
 
 def from_seed(seed: int, tensor: Axis, device: torch.device | str = "cpu") -> ReadState:
     """Initial weights, the same on every layout, and moments of zero. `device` only says where they are computed."""
 
     def read(weight: Weight, kind: str, start: int, stop: int) -> Tensor:
-        if kind.startswith("exp_avg"):
+        if kind not in VALUES:
             return torch.zeros(stop - start)
         return weight.read_local(
             lambda w, low, high, columns: w.initial_rows(seed, low, high, columns, device),
@@ -75,15 +78,15 @@ def dtype_of(tensors: Collection[Tensor], folder: Path) -> torch.dtype:
     return named if len(sizes) > 1 and named in sizes else max(sizes, key=lambda kind: sizes[kind])
 
 
-def from_checkpoint(folder: Path, weights: Sequence[Weight], model: ModelConfig, tensor: Axis) -> ReadState:
-    """Weights, master weights and moments, on whatever layout they were written.
+def from_checkpoint(config: Config, weights: Sequence[Weight], folder: Path, tensor: Axis) -> ReadState:
+    """Weights, master weights and the optimizer's states, on whatever layout they were written.
 
     Raises CheckpointError when names or shapes are not those of the model."""
-    return _from_folder(folder, weights, model, tensor, _states_in(folder))
+    return _from_folder(folder, weights, config.model, tensor, _states_in(folder, config))
 
 
-def _states_in(folder: Path) -> tuple[str, ...]:
-    return (*_masters_in(folder), *(state for state in STATES if state != "master"))
+def _states_in(folder: Path, config: Config) -> tuple[str, ...]:
+    return (*_masters_in(folder), *config.optimizer.STATES)
 
 
 def _masters_in(folder: Path) -> tuple[str, ...]:
@@ -108,7 +111,7 @@ def for_adapters(
     frozen, trained = ([weight for weight in weights if weight.frozen is which] for which in (True, False))
     base = from_hf(config.model.hf, frozen, config.model, tensor)
     if checkpoint:
-        own = _from_folder(checkpoint, trained, config.model, tensor, _states_in(checkpoint), peft.TENSORS)
+        own = _from_folder(checkpoint, trained, config.model, tensor, _states_in(checkpoint, config), peft.TENSORS)
     elif config.lora.adapter:
         own = _from_folder(config.lora.adapter, trained, config.model, tensor, (), peft.TENSORS)
     else:
@@ -138,7 +141,7 @@ def _with_adapter(
         for adapter in by_base.get(weight.name, ()):
             a, b = rows[adapter.module]
             own.append((adapter, local(factors, a, "master"), local(factors, b, "master")))
-        if kind.startswith("exp_avg") or not own:
+        if kind not in VALUES or not own:
             return base(weight, kind, start, stop)
         before = local(base, weight)
         whole = merged(before, own, lora.scale, tensor.size).flatten()[start:stop]

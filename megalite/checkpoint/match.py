@@ -26,7 +26,7 @@ from megalite.data.tokenizer import FILES, Tokenizer, load_tokenizer
 from megalite.errors import ConfigError, DataError
 from megalite.models import model_config, peft, to_hf_config, weight_table
 from megalite.models.lora import adapters_of
-from megalite.optim.schedule import learning_rate
+from megalite.training.schedules import learning_rate
 
 NEUTRAL = {"preset", "hf", "init_std"}
 """Of the model: where its fields and first weights came from. Dropout is a matter of training, too."""
@@ -137,7 +137,7 @@ def _difference(mine: Tokenizer, other: Tokenizer) -> str:
 def base_files(config: Config) -> dict[str, str]:
     """Name the content of the frozen model that a run has beside its own weights, file by file: that of adapters, or
     of DPO's reference. By the sizes and 64 slices of each file; nothing for other runs, or where it is gone."""
-    if config.model.hf is None or not (config.lora or config.objective.name == "dpo"):
+    if config.model.hf is None or not (config.lora or config.objective.HAS_REFERENCE):
         return {}
     found = {}
     with contextlib.suppress(OSError, ConfigError):

@@ -75,13 +75,14 @@ def check_labelled(config: Config) -> None:
     Raises DataError."""
     is_causal = config.model.task == "causal"
     asked = f"objective.name: {config.objective.name}" if is_causal else f"model.task: {config.model.task}"
+    kind = config.objective.DATA if is_causal else config.model.task
     for source in (*config.data.train, *config.data.valid, *config.data.test):
         note = read_note(source.path)
         found = note.get("format", "")
-        wanted = GOES_WITH.get(found, "objective.name: next_token")
-        if wanted != asked:
+        wanted = found if found in GOES_WITH else "text"
+        if wanted != kind:
             what = f"rows of format {found!r}, which go" if found else "plain text, which goes"
-            raise DataError(f"{source.path} holds {what} with {wanted}; this run has {asked}")
+            raise DataError(f"{source.path} holds {what} with {GOES_WITH[wanted]}; this run has {asked}")
         if note.get("labels") and tuple(note["labels"]) != config.model.labels:
             raise DataError(
                 f"{source.path} has the classes {note['labels']}, but model.labels = {list(config.model.labels)}"
@@ -89,8 +90,11 @@ def check_labelled(config: Config) -> None:
 
 
 GOES_WITH = {
-    "preference": "objective.name: dpo", "classification": "model.task: classification", "labels": "model.task: labels"
-}  # fmt: skip
+    "text": "objective.name: next_token",
+    "preference": "objective.name: dpo",
+    "classification": "model.task: classification",
+    "labels": "model.task: labels",
+}
 
 
 def check_token_files(config: Config) -> None:

@@ -313,7 +313,7 @@ def _cut_rows(dataset: IndexedDataset, config: Config, which: Split) -> RowSourc
     data, shares = config.data, config.data.split
     if data.order == "megatron":
         raise DataError("data.order: megatron cuts documents anywhere; labelled data needs shuffle or sequential")
-    together = 2 if config.objective.name == "dpo" else 1
+    together = 2 if config.objective.DATA == "preference" else 1
     groups = dataset.num_documents // together
     first, last = split_range(groups, shares, which) if shares else (0, groups)
     # A class is told at the last token itself, where a next token would be one more.

@@ -17,11 +17,9 @@ from megalite.models.weights import Weight
 from megalite.parallel.stage import Stage
 from megalite.plan import Plan
 
-STATES = ("master", "exp_avg", "exp_avg_sq")
-"""Optimizer state of every weight. In fp32 the weights are their own master copy, and there is no "master"."""
-
 ReadState = Callable[[Weight, str, int, int], Tensor]
-"""(weight, "weight" or one of STATES, start, stop) → those elements of the flattened local tensor."""
+"""(weight, kind, start, stop) → those elements of the flattened local tensor. `kind`: "weight", "master" or one of the
+optimizer's states."""
 
 Permit = Callable[[Tensor], Tensor]
 """Gradient norm, fp32 [] → whether the weights may be updated, bool [] on the device. Asked once a step."""
@@ -41,7 +39,8 @@ class Engine(Protocol):
 
     @property
     def states(self) -> tuple[str, ...]:
-        """Which of STATES there are."""
+        """What is kept of every weight beside itself: "master", an fp32 copy of a bf16 weight, and the optimizer's
+        states."""
 
     @property
     def num_updates(self) -> int:

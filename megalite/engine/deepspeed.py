@@ -40,10 +40,11 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
 
-from megalite.config import Config, OptimizerConfig
-from megalite.engine import STATES, Permit, ReadState, Sharing
+from megalite.config import Config
+from megalite.engine import Permit, ReadState, Sharing
 from megalite.engine.gather import HostBuffers, assemble_on
 from megalite.engine.layout import elements_of
+from megalite.engine.optimizers.adamw import AdamWConfig
 from megalite.errors import ConfigError
 from megalite.mesh import Axis, Mesh
 from megalite.models import set_parameters, weight_table
@@ -52,6 +53,7 @@ from megalite.parallel.collectives import all_gather, all_reduce
 from megalite.parallel.stage import Stage
 from megalite.plan import Plan
 
+MOMENTS = AdamWConfig.STATES
 OLDEST = "0.19.8"
 """Older versions reduce wrongly on a CPU, and accumulate or send gradients in bf16 where fp32 was asked for."""
 
@@ -128,6 +130,7 @@ class DeepSpeedEngine:
         every = self._make_parameters(stage.model, weights, groups, ds_config)
         self.frozen = [(weight, every[weight.name]) for weight in weights if weight.frozen]
         parameters = {weight.name: every[weight.name] for weight in self.weights}
+        assert isinstance(config.optimizer, AdamWConfig), "the plan has refused others"
         self.optimizer = _make_optimizer(config.optimizer, self.weights, parameters)
         inner = Stage(stage.model, stage.span)
         with redirect_stdout(StringIO()):  # memory reports that its log level does not stop; warnings pass
@@ -146,7 +149,7 @@ class DeepSpeedEngine:
 
     @property
     def states(self) -> tuple[str, ...]:
-        return STATES[1:] if self.dtype == torch.float32 else STATES
+        return MOMENTS if self.dtype == torch.float32 else ("master", *MOMENTS)
 
     def _make_parameters(
         self, model: nn.Module, weights: Sequence[Weight], groups: Groups, ds_config: dict[str, Any]
@@ -253,12 +256,12 @@ class DeepSpeedEngine:
             self._fill_frozen(weight, parameter, read)
         for number in range(len(self._members())):
             with self._resident(number, write=True) as (flat, state):
-                for kind in ("exp_avg", "exp_avg_sq"):
+                for kind in MOMENTS:
                     state.setdefault(kind, torch.zeros_like(flat))
                 state["step"] = torch.tensor(float(num_updates), device=flat.device)
                 for fragment in self.fragments:
                     if fragment.group == number and fragment.low < fragment.high:
-                        for kind, whole in (("master", flat), *((s, state[s]) for s in STATES[1:])):
+                        for kind, whole in (("master", flat), *((s, state[s]) for s in MOMENTS)):
                             fragment.of(whole).copy_(read(fragment.weight, kind, fragment.low, fragment.high))
                 if self.zero_stage == 3:
                     self.zero._reassign_or_swap_out_partitioned_parameters(number)
@@ -412,7 +415,7 @@ def _with_group(axis: Axis) -> Axis:
 
 
 def _make_optimizer(
-    config: OptimizerConfig, weights: Sequence[Weight], parameters: Mapping[str, nn.Parameter]
+    config: AdamWConfig, weights: Sequence[Weight], parameters: Mapping[str, nn.Parameter]
 ) -> torch.optim.Optimizer:
     groups = [
         {"params": [parameters[w.name] for w in weights if w.decay], "weight_decay": config.weight_decay},

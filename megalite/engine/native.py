@@ -7,7 +7,7 @@ answers for one equal shard of every bucket. A step:
     backward       each gradient is added to its place in an fp32 bucket as it arrives; when the last micro-batch
                    has filled a bucket, its reduction starts and runs beside the rest of the backward
     norm           from the shards, one number over all ranks
-    AdamW          on this rank's shard: clipping, fp32 master weights and moments, and the rounded weights in one pass
+    update         of this rank's shard, by the optimizer: clipping, fp32 master weights, its states, rounded weights
     all-gather     every rank gets all of the new weights, of a bucket while the next is updated; a module's forward
                    waits for its own weights only, so that the rest travels beside the next forward
 
@@ -32,10 +32,10 @@ from torch.profiler import record_function
 
 from megalite.activity import NOW
 from megalite.config import Config
-from megalite.engine import STATES, Permit, ReadState, Sharing
+from megalite.engine import Permit, ReadState, Sharing
 from megalite.engine.gather import Gather, GatherAside, GatherOnHost, HostBuffers
 from megalite.engine.layout import Bucket, Slot, elements_of, make_buckets
-from megalite.kernels.optimizer import adamw_, adamw_factors, sum_of_squares
+from megalite.kernels.optimizer import sum_of_squares
 from megalite.kernels.weight_gradient import accumulate_weight_gradient
 from megalite.mesh import Mesh
 from megalite.models import set_parameters
@@ -68,14 +68,14 @@ class BucketWeights:
 class BucketState(BucketWeights):
     """The tensors of one bucket on one rank."""
 
-    def __init__(self, layout: Bucket, mesh: Mesh, dtype: torch.dtype, zero_stage: int):
+    def __init__(self, layout: Bucket, mesh: Mesh, dtype: torch.dtype, zero_stage: int, states: Sequence[str]):
         super().__init__(layout, mesh, dtype)
         self.zero_stage = zero_stage
         # What the optimizer steps on: this rank's shard, or at stage 0 everything.
         self.stepped = slice(self.low, self.high) if zero_stage else slice(0, layout.size)
         master = self.weights[self.stepped]
         self.master = master.float()  # in fp32, the weights themselves
-        self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.master), torch.zeros_like(self.master)
+        self.states = {name: torch.zeros_like(self.master) for name in states}
         self.grads: Tensor | None = None  # [size] fp32; at stage 2 only while a micro-batch is under way
         self.grad_shard: Tensor | None = None  # stage 2: [shard] fp32, summed over micro-batches
         # Of a micro-batch autograd's arrival at each weight, and each product; and those since the step began.
@@ -99,8 +99,12 @@ class BucketState(BucketWeights):
         """This rank's shard of the weights, an optimizer state or the reduced gradients: [shard]."""
         if kind == "weight":
             return self.weights[self.low : self.high]
-        whole = self.gradient() if kind == "grad" else getattr(self, kind)
+        whole = self.gradient() if kind == "grad" else self.stepped_state(kind)
         return whole if self.zero_stage else whole[self.low : self.high]
+
+    def stepped_state(self, kind: str) -> Tensor:
+        """Return the master weights or a state of the optimizer, of what it steps on."""
+        return self.master if kind == "master" else self.states[kind]
 
     def gradient(self) -> Tensor:
         """The reduced gradient of what the optimizer steps on."""
@@ -115,13 +119,14 @@ class NativeEngine:
     """Gives clean or parallelised models on the meta device their weights, and trains them. See `Engine`."""
 
     def __init__(self, models: Sequence[Decoder], weights: Sequence[Weight], plan: Plan, mesh: Mesh, config: Config):
-        self.mesh, self.config = mesh, config.optimizer
+        self.mesh, self.config, self.optimizer = mesh, config.optimizer, config.optimizer.build()
         self.zero_stage = plan.zero_stage
         # Counted on the device, which decides whether a step updates anything.
         self._num_updates = torch.zeros((), dtype=torch.float64, device=mesh.device)
         self.dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         layout = make_buckets(weights, plan, elements_of(config.parallel.bucket_mb))
-        self.buckets = [BucketState(b, mesh, self.dtype, plan.zero_stage) for b in layout if not b.frozen]
+        states = config.optimizer.STATES
+        self.buckets = [BucketState(b, mesh, self.dtype, plan.zero_stage, states) for b in layout if not b.frozen]
         self.frozen = [BucketWeights(b, mesh, self.dtype) for b in layout if b.frozen]
         self._home: dict[Tensor, tuple[BucketState, Slot]] = {}
         self._adopt(models)
@@ -136,7 +141,7 @@ class NativeEngine:
 
     @property
     def states(self) -> tuple[str, ...]:
-        return STATES[1:] if self.dtype == torch.float32 else STATES
+        return (*([] if self.dtype == torch.float32 else ["master"]), *self.config.STATES)
 
     @property
     def num_updates(self) -> int:
@@ -254,28 +259,25 @@ class NativeEngine:
             self._num_updates += permitted
             divisor = torch.where(permitted, divisor, 0.0)
         # Before the first update, where there is nothing to correct yet, a refused step must not divide by 0.
-        factors = adamw_factors(divisor, self._num_updates.clamp(min=1), self.config.betas)
+        common = self.optimizer.begin_step(divisor, self._num_updates.clamp(min=1))
         self.settle()
         self.await_copies()
         for bucket in self._forward_order:
-            self._update(bucket, factors, lr)
+            self._update(bucket, common, lr)
             bucket.grad_shard, bucket.filled = None, set()
             if self.zero_stage:
                 bucket.gathered = start_all_gather(bucket.weights, self.mesh.replicas)
         return norm
 
     @record_function("Optimizer.step")  # what torch's own optimizers are called in a trace
-    def _update(self, bucket: BucketState, factors: Tensor, lr: float) -> None:
-        adamw_(
+    def _update(self, bucket: BucketState, common: Tensor, lr: float) -> None:
+        self.optimizer.update_(
             bucket.master,
-            bucket.exp_avg,
-            bucket.exp_avg_sq,
+            bucket.states,
             None if self.dtype == torch.float32 else bucket.weights[bucket.stepped],
             bucket.gradient(),
-            factors,
+            common,
             lr=lr,
-            betas=self.config.betas,
-            eps=self.config.eps,
             weight_decay=self.config.weight_decay if bucket.layout.decay else 0.0,
         )
 
@@ -305,7 +307,7 @@ class NativeEngine:
         for bucket in self.buckets:
             _fill(bucket, bucket.weights, 0, slice(bucket.low, bucket.high), read, kind)
             for state in self.states:
-                _fill(bucket, getattr(bucket, state), bucket.stepped.start, bucket.stepped, read, state)
+                _fill(bucket, bucket.stepped_state(state), bucket.stepped.start, bucket.stepped, read, state)
         for held in self.frozen:
             _fill(held, held.weights, 0, slice(held.low, held.high), read, "weight")
         # What the replicas have read of the weights is read once in all, not once by each.
@@ -318,7 +320,7 @@ class NativeEngine:
             whole = not bucket.layout.cut
             yield Sharing(True, whole, bucket.layout.tied), bucket.weights
             for state in self.states:
-                yield Sharing(self.zero_stage == 0, whole, bucket.layout.tied), getattr(bucket, state)
+                yield Sharing(self.zero_stage == 0, whole, bucket.layout.tied), bucket.stepped_state(state)
         for held in self.frozen:
             yield Sharing(True, not held.layout.cut, held.layout.tied), held.weights
 

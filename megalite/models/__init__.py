@@ -1,10 +1,8 @@
 """The families. A family is one file: its config, its modules for one device, its table of weights and its mapping to
-and from a Hugging Face config.json. To add one, write the file and name it here."""
+and from a Hugging Face config.json. To add one, write the file and name it in registry.py."""
 
 from __future__ import annotations
 
-import difflib
-import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,22 +20,9 @@ from megalite.models.layers import Decoder
 from megalite.models.lora import adapt, with_adapters
 from megalite.models.weights import Weight
 from megalite.outside import read_json
+from megalite.registry import families, hint
 from megalite.resources import configs_dir, read_yaml
 
-FAMILIES = (
-    "gemma2",
-    "gemma3_text",
-    "gpt2",
-    "gpt_neox",
-    "llama",
-    "mistral",
-    "olmo2",
-    "phi3",
-    "qwen2",
-    "qwen3",
-    "smollm3",
-)
-"""Hugging Face's names (`model_type`). SmolLM 1 and 2, and others, call themselves llama."""
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 """Keys of config.json that are the tokenizer's to say."""
 
@@ -58,9 +43,7 @@ class Family(Protocol):
 
 def family(name: str) -> Family:
     """The module of a family. Raises ConfigError for an unknown one."""
-    if name not in FAMILIES:
-        raise ConfigError(f"model.family = {name!r} is not known; {_nearest(name, FAMILIES)}")
-    return importlib.import_module(f"megalite.models.{name}")
+    return families.get(name)
 
 
 def model_config(values: dict[str, Any]) -> ModelConfig:
@@ -92,13 +75,8 @@ def _read_preset(name: str) -> dict[str, Any]:
     folder = configs_dir() / "model"
     presets = sorted(path.stem for path in folder.glob("*.yaml"))
     if name not in presets:
-        raise ConfigError(f"model.preset = {name!r} is not known; {_nearest(name, presets)}")
+        raise ConfigError(f"model.preset = {name!r} is not known; {hint(name, presets)}")
     return read_yaml(folder / f"{name}.yaml")
-
-
-def _nearest(name: Any, known: Any) -> str:
-    close = difflib.get_close_matches(str(name), known, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
 
 
 def read_hf_config(folder: Path) -> dict[str, Any]:
@@ -116,9 +94,9 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
 def from_hf_config(hf: dict[str, Any]) -> dict[str, Any]:
     """Fields of the `model:` section from a Hugging Face config.json. Unknown architectures raise ConfigError."""
     kind = str(hf.get("model_type"))
-    if kind not in FAMILIES:
+    if kind not in families:
         # No nearest spelling: a name that is nearly that of a family is that of another architecture.
-        raise ConfigError(f"config.json has model_type = {kind!r}; megalite knows {', '.join(FAMILIES)}")
+        raise ConfigError(f"config.json has model_type = {kind!r}; megalite knows {', '.join(families.names())}")
     module = family(kind)
     try:
         hf = module.KEYS.read(hf, kind)

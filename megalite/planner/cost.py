@@ -11,9 +11,11 @@ from megalite.planner.shapes import Matrix, Shapes
 ACCUMULATE_BYTES, FUSED_ACCUMULATE_BYTES = 10, 8
 """To add a weight's bf16 gradient to its fp32 sum: read 2 + 4, write 4; in the product's kernel, read 4, write 4."""
 
-OPTIMIZER_BYTES = 34
-"""Per stepped element, kernels/optimizer.py: the norm reads the gradient (4). AdamW in one pass reads gradient, master
-and moments (16), and writes the latter three (12) and the bf16 weights (2)."""
+
+def optimizer_bytes(num_states: int) -> int:
+    """Return the bytes moved per updated element: the norm reads the gradient (4); the update, in one pass, reads
+    gradient, master and states, and writes the latter two and the bf16 weights (2)."""
+    return 4 + 4 * (2 + num_states) + 4 * (1 + num_states) + 2
 
 
 @dataclass(frozen=True)

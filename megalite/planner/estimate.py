@@ -12,7 +12,7 @@ from megalite.models import weight_table
 from megalite.models.weights import Weight
 from megalite.observe.throughput import model_flops_per_token
 from megalite.plan import Plan, StageSpan
-from megalite.planner.cost import NOTHING, OPTIMIZER_BYTES, Costs, PassTimes
+from megalite.planner.cost import NOTHING, Costs, PassTimes, optimizer_bytes
 from megalite.planner.hardware import Hardware
 from megalite.planner.kernels import MEGALITE, Kernels, Software
 from megalite.planner.memory import Memory, rank_memories
@@ -163,11 +163,11 @@ class Outlook:
 
     @property
     def optimizer_s(self) -> float:
-        """The global norm, AdamW on this rank's shard, and at stage 0 on everything; of the fullest rank."""
+        """The global norm, the update of this rank's shard, and at stage 0 on everything; of the fullest rank."""
         params = self.most_trained / (self.plan.replicas if self.plan.zero_stage else 1)
         norm = self.network.all_reduce(4.0, self.network.replicas) if self.plan.world_size > 1 else 0.0
         tied = self.network.hand_over(4.0 * self.sizes[-1].after) if self._tied_over_pipeline else 0.0
-        return norm + 2 * tied + self.kernels.memory(params * OPTIMIZER_BYTES)
+        return norm + 2 * tied + self.kernels.memory(params * optimizer_bytes(len(self.config.optimizer.STATES)))
 
     @property
     def _tied_over_pipeline(self) -> bool:

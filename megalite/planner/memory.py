@@ -65,7 +65,7 @@ def rank_memories(
         spans = plan.stages_of(rank)
         own = [sizes[span.index] for span in spans]
         params, trained = sum(size.total for size in own), sum(size.trained.total for size in own)
-        weights, gradients, optimizer = _resident(plan, params, trained, shapes.element)
+        weights, gradients, optimizer = _resident(plan, config, params, trained, shapes.element)
         activations, transient = _in_passes(order[rank], stages)
         buffers = (
             _tokens(plan, shapes)
@@ -132,18 +132,19 @@ def _fullest(held: int, parts: Sequence[tuple[int, int, int]]) -> int:
     return most
 
 
-def resident_bytes(plan: Plan, params: int, trained: int, element: int) -> int:
+def resident_bytes(plan: Plan, config: Config, params: int, trained: int, element: int) -> int:
     """What a rank with so many elements of weights of `element` bytes, of which so many are not frozen, holds through
     the whole step."""
-    return sum(_resident(plan, params, trained, element))
+    return sum(_resident(plan, config, params, trained, element))
 
 
-def _resident(plan: Plan, params: int, trained: int, element: int) -> tuple[int, int, int]:
-    """Weights, fp32 gradients, optimizer state: two fp32 moments, and of bf16 weights an fp32 master copy."""
+def _resident(plan: Plan, config: Config, params: int, trained: int, element: int) -> tuple[int, int, int]:
+    """Weights, fp32 gradients, optimizer state: its fp32 states, and of bf16 weights an fp32 master copy."""
+    per_weight = (len(config.optimizer.STATES) + (element != FP32)) * FP32
     shard = -(-trained // plan.replicas)
     weights = (-(-params // plan.replicas) if plan.zero_stage == 3 else params) * element
     gradients = (shard if plan.zero_stage >= 2 else trained) * FP32
-    return weights, gradients, (shard if plan.zero_stage else trained) * (8 if element == FP32 else 12)
+    return weights, gradients, (shard if plan.zero_stage else trained) * per_weight
 
 
 def _in_passes(actions: Sequence[tuple[str, int, int]], stages: Sequence[PartBytes]) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from megalite.config import Config
 from megalite.errors import ConfigError
 from megalite.models import weight_table
 from megalite.models.weights import Weight
-from megalite.plan import make_plan
+from megalite.plan import Plan, make_plan
 from megalite.planner.estimate import Estimate, Outlook, usable_bytes
 from megalite.planner.hardware import Hardware
 from megalite.planner.memory import resident_bytes
@@ -147,7 +147,7 @@ def _fitting(outlook: Outlook, table: tuple[Weight, ...], local: _Local) -> Iter
     stages = (1, 2) if outlook.plan.replicas > 1 else (1,)
     for zero_stage in stages:
         plan = replace(outlook.plan, zero_stage=zero_stage)
-        if resident_bytes(plan, outlook.most_params, outlook.most_trained, outlook.shapes.element) > limit:
+        if _resident(plan, outlook) > limit:
             continue
         for recompute in RECOMPUTE:
             config = _with(outlook.config, zero_stage, recompute)
@@ -157,6 +157,12 @@ def _fitting(outlook: Outlook, table: tuple[Weight, ...], local: _Local) -> Iter
                 if recompute == "none":
                     return  # more sharding only adds traffic
                 break
+
+
+def _resident(plan: Plan, outlook: Outlook) -> int:
+    """Return the bytes that the fullest rank holds through the whole step."""
+    sizes = outlook.most_params, outlook.most_trained, outlook.shapes.element
+    return resident_bytes(plan, outlook.config, *sizes)
 
 
 def _with(config: Config, zero_stage: int, recompute: str) -> Config:
@@ -174,10 +180,7 @@ def _nothing_fits(candidates: list[Outlook], world_size: int, hardware: Hardware
             f"no layout of this config comes out even on {world_size} GPUs; try another train.global_batch_size or "
             "number of GPUs"
         )
-    least = min(
-        resident_bytes(replace(o.plan, zero_stage=2), o.most_params, o.most_trained, o.shapes.element)
-        for o in candidates
-    )
+    least = min(_resident(replace(candidate.plan, zero_stage=2), candidate) for candidate in candidates)
     return (
         f"none of {len(candidates)} layouts fits into the {usable_bytes(hardware) / 2**30:.0f} GiB that tensors may "
         f"take on {world_size} × {hardware.chip.chip}: weights, gradients and optimizer state alone are at least "

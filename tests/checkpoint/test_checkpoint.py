@@ -151,7 +151,7 @@ def test_saving_takes_the_state_of_that_moment(tmp_path: Path, monkeypatch: pyte
     saver.wait()
     assert "saved" in saver.news()[0]
     folder = step_folder(tmp_path / "saved", 5)
-    found = from_checkpoint(folder, weights, config.model, Axis())
+    found = from_checkpoint(config, weights, folder, Axis())
     wanted = from_seed(1, Axis())
     for weight in weights:
         assert torch.equal(found(weight, "weight", 0, weight.numel), wanted(weight, "weight", 0, weight.numel))

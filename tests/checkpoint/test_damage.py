@@ -176,14 +176,14 @@ def test_all_ranks_agree(trained: Config, root: Path) -> None:
 def test_what_is_damaged_after_it_was_checked_is_said_in_words(trained: Config, root: Path) -> None:
     """Evaluating and generating open a checkpoint without reading all of it first."""
     folder = step_folder(root, 12)
-    model, weights = trained.model, weight_table(trained.model)
+    weights = weight_table(trained.model)
     (part,) = folder.glob("model-00002-*")
     part.write_bytes(part.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match=part.name):
-        from_checkpoint(folder, weights, model, Axis())
+        from_checkpoint(trained, weights, folder, Axis())
     part.unlink()
     with pytest.raises(CheckpointError, match=part.name):
-        from_checkpoint(folder, weights, model, Axis())
+        from_checkpoint(trained, weights, folder, Axis())
 
 
 def test_an_index_cannot_lead_out_of_its_folder(root: Path) -> None:
@@ -210,7 +210,7 @@ def test_checking_and_reading_are_seen_to_go_on(trained: Config, root: Path) -> 
     before = NOW.beats
     assert not find_damage(folder, LONE)
     assert NOW.beats - before == len(files)
-    read, before = from_checkpoint(folder, weights, trained.model, Axis()), NOW.beats
+    read, before = from_checkpoint(trained, weights, folder, Axis()), NOW.beats
     for weight in weights:
         read(weight, "exp_avg", 0, weight.numel)
     assert NOW.beats - before >= len(weights)

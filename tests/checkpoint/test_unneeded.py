@@ -16,7 +16,8 @@ from megalite.checkpoint.convert import open_source
 from megalite.checkpoint.tensors import CheckpointError, TensorFolder
 from megalite.checkpoint.unneeded import ends_of
 from megalite.infer.generate import load_model
-from megalite.models import FAMILIES, model_config
+from megalite.models import model_config
+from megalite.registry import families
 from megalite.train import train
 from small_runs import make_config
 from tiny_models import CASES
@@ -37,7 +38,7 @@ def store(folder: Path, tensors: dict[str, Tensor]) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families.own)
 def test_a_tied_head_that_is_stored_is_a_copy_or_is_refused(tmp_path: Path, family: str) -> None:
     """Of every family, whatever it calls its head."""
     tensors = save_model(tmp_path, FAMILY[family], tie_word_embeddings=True)

@@ -20,10 +20,10 @@ from megalite.config_file import parse_config
 from megalite.data.loader import MicroBatch
 from megalite.mesh import Mesh, make_mesh
 from megalite.models import weight_table
-from megalite.optim.schedule import learning_rate
 from megalite.parts import build, forward_backward
 from megalite.plan import make_plan
 from megalite.train import initial_state
+from megalite.training.schedules import learning_rate
 from ranks import run_ranks
 from tiny_models import CASES
 

@@ -25,7 +25,6 @@ from megalite.config import ModelConfig
 from megalite.errors import ConfigError
 from megalite.infer.generate import load_model
 from megalite.models import (
-    FAMILIES,
     build_model,
     family,
     from_hf_config,
@@ -37,12 +36,13 @@ from megalite.models import (
 from megalite.models.hf import REQUIRED
 from megalite.models.layers import Decoder
 from megalite.models.weights import Weight
+from megalite.registry import families
 from tiny_models import CASES, LLAMA3_ROPE, LONG, ON_DISK
 
 transformers = pytest.importorskip("transformers")
 
 LENGTH = 40
-BASES = {name: CASES[name] | {"num_hidden_layers": 3} for name in FAMILIES} | {
+BASES = {name: CASES[name] | {"num_hidden_layers": 3} for name in families.own} | {
     "smollm3": CASES["smollm3"] | {"num_hidden_layers": 3, "no_rope_layers": [1, 0, 1]},
     "gemma3_text": CASES["gemma3_text"] | {"num_hidden_layers": 3, "layer_types": None, "sliding_window_pattern": 3},
     "qwen2": CASES["qwen2-window"] | {"num_hidden_layers": 3},
@@ -151,7 +151,7 @@ def base_of(name: str) -> dict[str, Any]:
 
 def changes() -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Every family's config.json with one key changed: (family, what is other, config.json)"""
-    for name in FAMILIES:
+    for name in families.own:
         base, fields = base_of(name), dataclasses.fields(transformers.CONFIG_MAPPING[name])
         keys = {field.name: [*other_values(field.name, base.get(field.name))] for field in fields}
         for key, values in EVERYWHERE.items():
@@ -286,7 +286,7 @@ def random_models(count: int) -> Iterator[dict[str, Any]]:
     """`model:` sections of all families in turn."""
     draw = random.Random(7)
     for number in range(count):
-        name = FAMILIES[number % len(FAMILIES)]
+        name = families.own[number % len(families.own)]
         known = family(name).CONFIG.model_fields.keys() & FIELDS.keys()
         chosen = {
             key: copy.copy(draw.choice(FIELDS[key])) for key in sorted(known) if key in NEEDED or draw.random() < 0.4
@@ -349,14 +349,14 @@ def test_whatever_megalite_builds_opens_in_transformers_and_is_the_same(
         assert (found - torch.cat(wanted)).abs().max().item() <= 1e-4, values  # the project's bound
         again = model_config(from_hf_config(json.loads((tmp_path / str(number) / "config.json").read_text())))
         assert to_hf_config(again) == to_hf_config(config), values
-    assert min(accepted[name] for name in FAMILIES) >= 1, "each family is tried"
+    assert min(accepted[name] for name in families.own) >= 1, "each family is tried"
 
 
 def opens(name: str, **keys: Any) -> ModelConfig:
     return model_config(from_hf_config(copy.deepcopy(base_of(name)) | keys))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", families.own)
 def test_every_field_of_transformers_is_declared(name: str) -> None:
     """A field that a new version of transformers brings, and that nobody here has thought about."""
     keys = family(name).KEYS
@@ -365,7 +365,7 @@ def test_every_field_of_transformers_is_declared(name: str) -> None:
     assert len(keys.used) + len(keys.only) + len(keys.neutral) == len(declared), "each key in one way"
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", families.own)
 def test_a_key_that_is_left_out_is_what_transformers_takes_for_it(name: str) -> None:
     theirs = transformers.CONFIG_MAPPING[name]()
     for field in dataclasses.fields(theirs):
@@ -425,7 +425,7 @@ def test_names_that_stand_for_none_say_nothing_of_classes() -> None:
     assert opens("llama", **keys).labels == ("ham", "spam")
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", families.own)
 def test_what_was_published_opens(name: str) -> None:
     assert opens(name, **PUBLISHED[name]).family == name
 
@@ -470,7 +470,7 @@ def test_one_fact_in_two_places_is_refused_with_both(name: str, keys: dict[str, 
     ("name", "key", "value"),
     [
         ("mistral", "layer_types", [FULL, SLIDING, FULL]),
-        *((name, "is_causal", value) for name in FAMILIES for value in (False, None)),
+        *((name, "is_causal", value) for name in families.own for value in (False, None)),
         *(("llama", key, 2) for key in ("qk_norm", "embedding_multiplier", "clipQkv", "num_experts", "logits_scaling")),
         ("qwen2", "dual_chunk_attention_config", {"chunk_size": 8}),
         ("llama", "per_layer_config", {"1": {"intermediate_size": 24}}),
@@ -496,7 +496,7 @@ def test_no_other_architecture_is_named_for_one_that_is_unknown(kind: str) -> No
     assert "did you mean" not in str(found.value)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", families.own)
 def test_what_is_written_says_each_fact_once(name: str) -> None:
     """YaRN that somebody adds to an export under its older name, while megalite goes on reading the newer one."""
     written = to_hf_config(opens(name))

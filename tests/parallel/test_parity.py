@@ -28,9 +28,9 @@ from megalite.mesh import Axis, Launch, Mesh, make_mesh
 from megalite.models import family, weight_table
 from megalite.models.layers import Places
 from megalite.models.weights import Weight
-from megalite.optim.schedule import learning_rate
 from megalite.parts import build, forward_backward
 from megalite.plan import Plan, make_plan
+from megalite.training.schedules import learning_rate
 from ranks import run_ranks
 
 SEED, STEPS, BATCH, LENGTH = 7, 2, 4, 32

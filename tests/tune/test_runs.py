@@ -18,8 +18,8 @@ from megalite.config_file import parse_config
 from megalite.data.formats import Format, Settings
 from megalite.data.preprocess_rows import preprocess_rows
 from megalite.errors import ConfigError, DataError
-from megalite.objective import Classes
 from megalite.train import train
+from megalite.training.objectives import Classes
 from ranks import run_ranks
 from small_runs import curve_of, metrics_of, train_on_rank
 

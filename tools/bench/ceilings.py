@@ -65,7 +65,8 @@ class Copy:
 
 def product_rate(device: torch.device) -> float:
     """FLOP/s in bf16: the median of many, or of what two seconds allow a CPU that has no instructions for bf16."""
-    product, seconds = Product(device), []
+    product = Product(device)
+    seconds: list[float] = []
     product()
     until = time.perf_counter() + 2
     while len(seconds) < REPEATS and (not seconds or time.perf_counter() < until):

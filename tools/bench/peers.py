@@ -15,15 +15,16 @@ import torch
 from torch import Tensor
 
 from megalite.checkpoint.load import from_seed
-from megalite.config import Config, OptimizerConfig
+from megalite.config import Config
 from megalite.config_file import parse_config
 from megalite.data.loader import MicroBatch
+from megalite.engine.optimizers.adamw import AdamWConfig
 from megalite.mesh import ALONE, make_mesh
 from megalite.models import model_config, weight_table
 from megalite.parts import build, forward_backward
 from megalite.plan import make_plan
 
-OPTIMIZER = OptimizerConfig(lr=1e-4)
+OPTIMIZER = AdamWConfig(lr=1e-4)
 Step = Callable[[Tensor], Tensor]
 """Takes tokens [B,T+1] on the device; gives the loss, for which nobody waits."""
 

@@ -22,14 +22,14 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from megalite.checkpoint.load import from_seed
-from megalite.config import OptimizerConfig
 from megalite.config_file import parse_config
+from megalite.engine.optimizers.adamw import AdamWConfig
 from megalite.mesh import Axis, make_mesh
 from megalite.models import family, model_config, weight_table
 from megalite.parts import build
 from megalite.plan import make_plan
 
-OPTIMIZER = OptimizerConfig(lr=1e-3)
+OPTIMIZER = AdamWConfig(lr=1e-3)
 Step = Callable[[Tensor], float]
 
 

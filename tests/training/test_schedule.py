@@ -8,18 +8,25 @@ from itertools import pairwise
 
 import pytest
 
-from megalite.config import OptimizerConfig, ScheduleConfig
-from megalite.optim.schedule import learning_rate
+from megalite.config import ScheduleConfig
+from megalite.engine.optimizers.adamw import AdamWConfig
+from megalite.training.schedules import learning_rate
 
 PEAK, LOW, WARMUP, STEPS = 0.5, 0.1, 10, 110
 HALF = (PEAK + LOW) / 2
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
 
 
+def make_schedule(name: str, **values: float | None) -> ScheduleConfig:
+    decay_steps = values.pop("decay_steps", None)
+    given = values | ({"decay_steps": decay_steps} if name == "wsd" else {})
+    return ScheduleConfig.model_validate({"name": name, **given})
+
+
 def rates(name: str, warmup: int = WARMUP, num_steps: int = STEPS, decay_steps: int | None = None) -> list[float]:
     """rates[step] for steps 0 (unused) to `num_steps`."""
-    schedule = ScheduleConfig(name=name, warmup_steps=warmup, min_lr=LOW, decay_steps=decay_steps)
-    config = OptimizerConfig(lr=PEAK, schedule=schedule)
+    schedule = make_schedule(name=name, warmup_steps=warmup, min_lr=LOW, decay_steps=decay_steps)
+    config = AdamWConfig(lr=PEAK, schedule=schedule)
     return [math.nan, *(learning_rate(step, num_steps, config) for step in range(1, num_steps + 1))]
 
 
@@ -74,8 +81,8 @@ def spans() -> Iterator[tuple[int, int, int | None]]:
 def test_no_step_of_any_run_is_wasted(name: str, low: float) -> None:
     """Every step has a rate, one of them the peak; the decay would come to min_lr with one step more."""
     for num_steps, warmup, decay in spans():
-        schedule = ScheduleConfig(name=name, warmup_steps=warmup, min_lr=low, decay_steps=decay or None)
-        config = OptimizerConfig(lr=PEAK, schedule=schedule)
+        schedule = make_schedule(name=name, warmup_steps=warmup, min_lr=low, decay_steps=decay or None)
+        config = AdamWConfig(lr=PEAK, schedule=schedule)
         first, *rest = found = [learning_rate(step, num_steps, config) for step in range(1, num_steps + 1)]
         what = name, low, num_steps, warmup, decay
         assert all(0 < rate <= PEAK for rate in found), what
@@ -94,7 +101,7 @@ def test_no_step_of_any_run_is_wasted(name: str, low: float) -> None:
 
 @pytest.mark.parametrize("name", ["linear", "cosine", "wsd"])
 def test_past_the_end_it_stays_at_the_lowest(name: str) -> None:
-    config = OptimizerConfig(lr=PEAK, schedule=ScheduleConfig(name=name, min_lr=LOW))
+    config = AdamWConfig(lr=PEAK, schedule=make_schedule(name=name, min_lr=LOW))
     assert learning_rate(STEPS + 50, STEPS, config) == pytest.approx(LOW, rel=1e-14)
 
 

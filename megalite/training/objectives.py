@@ -6,10 +6,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
 from megalite.config import Config, ObjectiveConfig
@@ -64,6 +65,15 @@ class NextToken:
         return {"perplexity": math.exp(min(loss, 700.0))}  # exp overflows
 
 
+class NextTokenConfig(ObjectiveConfig):
+    """Cross-entropy of the next token, or of the classes of a model that has a head for these."""
+
+    name: Literal["next_token"] = "next_token"
+
+    def build(self, config: Config, mesh: Mesh) -> Objective:
+        return NextToken() if config.model.task == "causal" else Classes(len(config.model.labels), mesh)
+
+
 class Classes(NextToken):
     """Cross-entropy of the classes of texts or tokens. Validation counts how many of each class there are, are told and
     are told rightly; averages over classes are of those that occur or are told, as in scikit-learn."""
@@ -115,6 +125,32 @@ class Reference:
         return torch.stack([F.pad(row, (0, width - len(row))) for row in rows])
 
 
+class DPOConfig(ObjectiveConfig):
+    """Direct preference optimisation: prefer the chosen of two answers more than the model of model.hf does."""
+
+    name: Literal["dpo"] = "dpo"
+    beta: float = Field(0.1, gt=0, description="how much straying from the model of model.hf costs")
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="share of the pairs that are the wrong way round")
+
+    DATA: ClassVar[Literal["text", "preference"]] = "preference"
+    HAS_REFERENCE: ClassVar[bool] = True
+
+    def check(self, config: Config) -> None:
+        if not config.data.document_mask:
+            raise ValueError(
+                "objective.name: dpo needs data.document_mask: true, which keeps the rows of a sample apart"
+            )
+        if config.model.hf is None:
+            raise ValueError("objective.name: dpo needs model.hf, the model that the run starts from")
+        if config.model.task != "causal":
+            raise ValueError(f"objective.name: dpo needs a model that answers, not model.task: {config.model.task}")
+        if config.data.long_rows == "cut":
+            raise ValueError("objective.name: dpo compares whole answers; data.long_rows must be refuse or drop")
+
+    def build(self, config: Config, mesh: Mesh) -> Objective:
+        return DPO(self, mesh)
+
+
 class DPO:
     """Direct preference optimisation (Rafailov et al. 2023): of each pair of answers the preferred one, in comparison
     with a reference, the model that the run starts from. A sample holds pairs as documents side by side, the preferred
@@ -123,7 +159,7 @@ class DPO:
     needs_logits, num_judged = False, 4
     metrics: tuple[str, ...] = ("reward_chosen", "reward_rejected", "reward_margin", "reward_accuracy")
 
-    def __init__(self, config: ObjectiveConfig, mesh: Mesh):
+    def __init__(self, config: DPOConfig, mesh: Mesh):
         self.config, self.context = config, mesh.context
         self.references: dict[Split, Reference] = {}
 
@@ -155,12 +191,6 @@ class DPO:
 
     def summary(self, loss: float, count: float, judged: Tensor) -> dict[str, float]:
         return dict(zip(self.metrics, (judged / max(count, 1.0)).tolist(), strict=True))
-
-
-def make_objective(config: Config, mesh: Mesh) -> Objective:
-    if config.objective.name == "dpo":
-        return DPO(config.objective, mesh)
-    return NextToken() if config.model.task == "causal" else Classes(len(config.model.labels), mesh)
 
 
 def sum_by_document(x_BT: Tensor, document_BT: Tensor, count: int) -> Tensor:

@@ -1,0 +1,57 @@
+"""AdamW (Loshchilov and Hutter 2019)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from megalite.config import OptimizerConfig
+from megalite.engine.optimizers import Optimizer
+from megalite.kernels.optimizer import adamw_, adamw_factors
+
+
+class AdamWConfig(OptimizerConfig):
+    name: Literal["adamw"] = "adamw"
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+
+    STATES: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
+
+    @field_validator("betas")
+    @classmethod
+    def _betas_below_one(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError("both betas must be at least 0 and below 1")
+        return betas
+
+    def build(self) -> Optimizer:
+        return AdamW(self.betas, self.eps)
+
+
+class AdamW:
+    """One pass over a shard clips, updates and rounds."""
+
+    def __init__(self, betas: tuple[float, float], eps: float):
+        self.betas, self.eps = betas, eps
+
+    def begin_step(self, divisor: Tensor, num_updates: Tensor) -> Tensor:
+        return adamw_factors(divisor, num_updates, self.betas)
+
+    def update_(
+        self,
+        master: Tensor,
+        states: Mapping[str, Tensor],
+        weights: Tensor | None,
+        grad: Tensor,
+        common: Tensor,
+        *,
+        lr: float,
+        weight_decay: float,
+    ) -> None:
+        moments = states["exp_avg"], states["exp_avg_sq"]
+        adamw_(
+            master, *moments, weights, grad, common, lr=lr, betas=self.betas, eps=self.eps, weight_decay=weight_decay
+        )

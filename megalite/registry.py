@@ -1,0 +1,129 @@
+"""What can be added to megalite from outside: a registry for each kind of part.
+
+A config asks for a part by its name. megalite's own are listed here by the place where they are defined, and are
+imported when they are asked for. Another package adds its own by an entry point:
+
+    # pyproject.toml of the package            # my_parts.py
+    [project.entry-points."megalite.plugins"]  from megalite.registry import schedules
+    my_parts = "my_parts"                      @schedules.register("rsqrt")
+                                               class InverseSquareRoot(ScheduleConfig): ...
+
+The modules named by entry points are imported when a name is asked for that megalite does not have itself, so that
+those who add nothing do not wait for it. `docs/extend/` has an example of each.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib
+import importlib.metadata
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from megalite.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megalite.config import ObjectiveConfig, OptimizerConfig, ScheduleConfig
+    from megalite.models import Family
+
+PLUGINS = "megalite.plugins"
+"""The group of entry points. Each names a module whose import registers parts."""
+
+Part = TypeVar("Part")
+
+
+class Registry(Generic[Part]):
+    """The parts of one kind by name."""
+
+    def __init__(self, key: str, own: Mapping[str, str]):
+        """`key` is the setting that chooses one; `own` gives the place of each of megalite's: "module" or
+        "module:attribute"."""
+        self.key, self.own, self._places = key, tuple(own), own
+        self._found: dict[str, Part] = {}
+
+    def register(self, name: str, part: Part | None = None) -> Any:
+        """Add a part; without `part`, return a decorator that adds what it decorates.
+
+        Raises ConfigError when the name belongs to another part."""
+        if part is None:
+            return functools.partial(self.register, name)
+        if name in self.own or self._found.get(name, part) is not part:
+            raise ConfigError(f"{self.key}: there are two parts of the name {name!r}")
+        self._found[name] = part
+        return part
+
+    def get(self, name: str) -> Part:
+        """Return the part of a name. Raises ConfigError with the names there are when it is none of them."""
+        if name not in self._found:
+            if name in self.own:
+                self._found[name] = _import(self._places[name])
+            elif name not in self.names():  # which imports the plugins
+                raise ConfigError(f"{self.key} = {name!r} is not known; {hint(name, self.names())}")
+        return self._found[name]
+
+    def names(self) -> tuple[str, ...]:
+        """Return all names, those of plugins last. Raises ConfigError when a plugin cannot be imported."""
+        import_plugins()
+        return (*self.own, *sorted(self._found.keys() - set(self.own)))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.own or name in self.names()
+
+
+families: Registry[Family] = Registry(
+    "model.family",
+    {
+        name: f"megalite.models.{name}"
+        for name in (
+            "gemma2", "gemma3_text", "gpt2", "gpt_neox", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3",
+            "smollm3",
+        )
+    },
+)  # fmt: skip
+"""By Hugging Face's `model_type`. SmolLM 1 and 2, and others, call themselves llama."""
+
+optimizers: Registry[type[OptimizerConfig]] = Registry(
+    "optimizer.name", {"adamw": "megalite.engine.optimizers.adamw:AdamWConfig"}
+)
+schedules: Registry[type[ScheduleConfig]] = Registry(
+    "optimizer.schedule.name",
+    {
+        "constant": "megalite.training.schedules:Constant",
+        "linear": "megalite.training.schedules:Linear",
+        "cosine": "megalite.training.schedules:Cosine",
+        "wsd": "megalite.training.schedules:WarmupStableDecay",
+    },
+)
+objectives: Registry[type[ObjectiveConfig]] = Registry(
+    "objective.name",
+    {
+        "next_token": "megalite.training.objectives:NextTokenConfig",
+        "dpo": "megalite.training.objectives:DPOConfig",
+    },
+)
+
+
+@functools.cache
+def import_plugins() -> None:
+    """Import what installed packages add. Raises ConfigError, naming the package, when that fails."""
+    for entry in sorted(importlib.metadata.entry_points(group=PLUGINS), key=lambda entry: entry.name):
+        try:
+            entry.load()
+        except Exception as error:  # code of others can raise anything
+            package = f"{entry.dist.name} {entry.dist.version}" if entry.dist else "a package"
+            what = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
+            raise ConfigError(f"the plugin {entry.name!r} of {package} cannot be imported: {what}") from error
+
+
+def hint(name: object, known: Iterable[str]) -> str:
+    """Return the nearest of the names that are known, or all of them, as the end of a message."""
+    known = list(known)
+    close = difflib.get_close_matches(str(name), known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+
+
+def _import(place: str) -> Any:
+    module, _, attribute = place.partition(":")
+    found = importlib.import_module(module)
+    return getattr(found, attribute) if attribute else found

@@ -1,0 +1,1 @@
+"""What a run does with a model: its objective, its learning rate, its steps."""

@@ -1,0 +1,84 @@
+"""Learning rate as a function of the step."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from pydantic import Field
+
+from megalite.config import OptimizerConfig, ScheduleConfig
+
+
+def learning_rate(step: int, num_steps: int, config: OptimizerConfig) -> float:
+    """Return the learning rate of optimizer step `step`, counted from 1, of a run of `num_steps`.
+
+    The warmup rises linearly and reaches the peak at its last step; without a warmup step 1 has the peak. The decay
+    would come to `min_lr` one step after the last, so that no step is wasted at rate 0, not even the only one of a run.
+    Megatron-LM (OptimizerParamScheduler) and transformers end in the same way, but give the first step of a warmup rate
+    0; torchtitan has this warmup, and a virtual last step."""
+    schedule = config.schedule
+    if step <= schedule.warmup_steps:
+        return config.lr * step / schedule.warmup_steps
+    return schedule.after_warmup(step, num_steps, config.lr)
+
+
+def share_decayed(step: int, num_steps: int, decay_steps: int) -> float:
+    """Return which share of a decay over the last `decay_steps` of `num_steps` is over at `step`: 0 before it, 1 one
+    step after the last."""
+    return min(max(0.0, (step - (num_steps - decay_steps)) / (decay_steps + 1)), 1.0)
+
+
+class Constant(ScheduleConfig):
+    """The peak, from the end of the warmup on."""
+
+    name: Literal["constant"] = "constant"
+
+    def after_warmup(self, step: int, num_steps: int, peak: float) -> float:
+        return peak
+
+
+class Linear(ScheduleConfig):
+    """A straight line from the peak to `min_lr`."""
+
+    name: Literal["linear"] = "linear"
+
+    def after_warmup(self, step: int, num_steps: int, peak: float) -> float:
+        decayed = share_decayed(step, num_steps, self.steps_below_peak(num_steps))
+        return self.min_lr + (peak - self.min_lr) * self.shape(decayed)
+
+    def shape(self, decayed: float) -> float:
+        """Return the share of the way from `min_lr` to the peak when `decayed` of the decay is over."""
+        return 1.0 - decayed
+
+    def steps_below_peak(self, num_steps: int) -> int:
+        """Return how many steps follow the one that has the peak: the last of the warmup, or the first of all."""
+        return max(0, num_steps - max(self.warmup_steps, 1))
+
+
+class Cosine(Linear):
+    """Half a cosine from the peak to `min_lr` (Loshchilov and Hutter 2017)."""
+
+    name: Literal["cosine"] = "cosine"  # type: ignore[assignment]
+
+    def shape(self, decayed: float) -> float:
+        return 0.5 * (1.0 + math.cos(math.pi * decayed))
+
+
+class WarmupStableDecay(Linear):
+    """The peak, and over the last `decay_steps` a straight line to `min_lr` (Hu et al. 2024)."""
+
+    name: Literal["wsd"] = "wsd"  # type: ignore[assignment]
+    decay_steps: int | None = Field(None, gt=0, description="steps of the final decay (default: a tenth)")
+
+    def steps_below_peak(self, num_steps: int) -> int:
+        wanted = self.decay_steps or max(1, num_steps // 10)
+        return min(wanted, super().steps_below_peak(num_steps))
+
+    def check(self, num_steps: int) -> None:
+        after_warmup = num_steps - self.warmup_steps
+        if (self.decay_steps or 0) > max(after_warmup, 0):
+            raise ValueError(
+                f"optimizer.schedule.decay_steps {self.decay_steps} is more than the {after_warmup} steps that "
+                "follow the warmup"
+            )
