@@ -102,9 +102,7 @@ class Choice(Section):
                 if field is None:
                     continue
                 if values[key] != field.get_default(call_default_factory=True):
-                    raise _error_at(
-                        key, values[key], f"is a setting of name: {other}, not of {kind.model_fields['name'].default}"
-                    )
+                    raise _error_at(key, values[key], f"is a setting of name: {other}, not of {own}")
                 kept.pop(key, None)
         return kept
 

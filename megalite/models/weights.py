@@ -13,8 +13,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from math import prod
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,19 +44,21 @@ class Weight:
     shape: tuple[int, ...]
     """Logical shape."""
     hf: tuple[str, ...]
-    """Hugging Face tensors; several are concatenated along dimension 0, one for each of `parts`."""
-    shard: Literal["column", "row", "vocab"] | None = None
-    """column: output rows are cut (Megatron's column-parallel); row: input columns; vocab: rows, padded; None:
-    replicated."""
+    """Hugging Face tensors: one, or one for each of `row_groups`."""
+    shard: Literal["column", "row", "vocab", "expert"] | None = None
+    """Which dimension tensor parallelism cuts. column: the output features (Megatron's column-parallel); row: the input
+    features, which follow them; vocab: the first, padded; expert: the first of a stack; None: replicated."""
     parts: tuple[int, ...] = ()
     """Row groups that are cut each on its own, so that a rank gets matching rows of each: (q, k, v) or (gate, up)."""
     unit: int = 1
     """Rows (of a column-parallel weight) or columns (of a row-parallel one) that stay together: those of a head."""
     transpose: bool = False
-    """The Hugging Face tensor is stored [in, out] (GPT-2's Conv1D)."""
+    """The Hugging Face tensor is stored [in, out] (GPT-2's Conv1D), or [stack, in, out]."""
     by_unit: bool = False
     """The one Hugging Face tensor has the first unit of each part, then the second of each: q, k and v of a head side
     by side (GPT-NeoX)."""
+    stack: int = 0
+    """Leading dimensions that count matrices of the same kind: 1 where the weight is [experts, out, in]."""
     init: float | Uniform | Literal["ones", "zeros"] = 0.02
     """Standard deviation of a normal distribution, a uniform one, or a constant."""
     decay: bool = True
@@ -69,17 +73,29 @@ class Weight:
     that each rank has of a token."""
 
     def __post_init__(self) -> None:
-        assert sum(self.row_groups) == self.shape[0], self
+        assert sum(self.parts or self.shape[self.stack : self.stack + 1]) == self.shape[self.stack], self
         assert len(self.hf) in (1, len(self.row_groups)), self
         assert not self.by_unit or (len(self.hf) == 1 and len(set(self.parts)) == 1 and not self.transpose), self
+        assert self.stack == 0 or not (self.by_unit or self.shard == "vocab"), self
+        assert (self.shard == "expert") <= (self.stack > 0), self
 
     @property
     def row_groups(self) -> tuple[int, ...]:
-        return self.parts or (self.shape[0],)
+        """Sizes of the groups of rows: the parts of each matrix, one matrix after another."""
+        return (self.parts or (self.shape[self.stack],)) * prod(self.shape[: self.stack])
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all matrices of the stack together. A row is what follows the output features."""
+        return prod(self.shape[: self.stack + 1])
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        return self.shape[self.stack + 1 :]
 
     @property
     def numel(self) -> int:
-        return torch.Size(self.shape).numel()
+        return prod(self.shape)
 
     def sums_over_tensor_ranks(self, sequence: bool) -> bool:
         """Whether its gradient does; `sequence`: sequence parallelism is on."""
@@ -92,41 +108,42 @@ class Weight:
         if self.shard == "vocab":
             rows = -(-self.shape[0] // tensor)
             return (-(-rows // VOCAB_MULTIPLE) * VOCAB_MULTIPLE, *self.shape[1:])
-        sizes = self.row_groups if self.shard == "column" else (self.shape[1],)
-        for size in sizes:
+        cut = {"expert": 0, "column": self.stack, "row": self.stack + 1}[self.shard]
+        for size in self.parts if self.parts and self.shard == "column" else (self.shape[cut],):
             if size % (self.unit * tensor):
-                what = f"{size // self.unit} heads of {self.unit}" if self.unit > 1 else f"{size} features"
+                features = f"{size // self.unit} heads of {self.unit}" if self.unit > 1 else f"{size} features"
+                what = f"{size} experts" if self.shard == "expert" else features
                 raise ValueError(f"{self.name} has {what}, which do not divide by {tensor}")
-        if self.shard == "column":
-            return (self.shape[0] // tensor, *self.shape[1:])
-        return (self.shape[0], self.shape[1] // tensor)
+        return (*self.shape[:cut], self.shape[cut] // tensor, *self.shape[cut + 1 :])
 
     def _row_ranges(self, rank: int, tensor: int) -> list[tuple[int, int]]:
         """Logical row ranges that make up the local rows, in local order. Padding rows, always last, are left out."""
-        if self.shard == "vocab" and tensor > 1:
-            rows = self.local_shape(tensor)[0]
-            first = min(rank * rows, self.shape[0])
-            return [(first, min(first + rows, self.shape[0]))]
-        if self.shard == "column" and tensor > 1:
-            starts = accumulate(self.row_groups, initial=0)
-            return [
-                (start + rank * size // tensor, start + (rank + 1) * size // tensor)
-                for start, size in zip(starts, self.row_groups, strict=False)
-            ]
-        return [(0, self.shape[0])]
+        rows = self.num_rows
+        if tensor == 1 or self.shard in (None, "row"):
+            return [(0, rows)]
+        if self.shard == "vocab":
+            held = self.local_shape(tensor)[0]
+            first = min(rank * held, rows)
+            return [(first, min(first + held, rows))]
+        groups = (rows,) if self.shard == "expert" else self.row_groups
+        starts = accumulate(groups, initial=0)
+        return [
+            (start + rank * size // tensor, start + (rank + 1) * size // tensor)
+            for start, size in zip(starts, groups, strict=False)
+        ]
 
     def _columns(self, rank: int, tensor: int) -> tuple[int, int]:
+        """The range of input features that a rank holds."""
         if self.shard == "row" and tensor > 1:
-            width = self.shape[1] // tensor
+            width = self.row_shape[0] // tensor
             return rank * width, (rank + 1) * width
-        return 0, self.shape[1]
+        return 0, self.row_shape[0]
 
     def read_local(self, read_rows: RowReader, rank: int, tensor: int, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of the flattened local tensor; `read_rows` gives logical rows. Padding is zero."""
-        shape = self.local_shape(tensor)
-        width = torch.Size(shape[1:]).numel()
+        width = prod(self.local_shape(tensor)[self.stack + 1 :])
         first, last = start // width, -(-stop // width)
-        columns = self._columns(rank, tensor) if len(shape) > 1 else None
+        columns = self._columns(rank, tensor) if self.row_shape else None
         found, offset = [], 0
         for low, high in self._row_ranges(rank, tensor):
             a, b = max(first, offset), min(last, offset + high - low)
@@ -144,46 +161,62 @@ class Weight:
         tensor = len(locals_)
         if tensor == 1:
             return locals_[0]
-        full = locals_[0].new_empty(self.shape)
+        full = locals_[0].new_empty(self.num_rows, *self.row_shape)
         for rank, local in enumerate(locals_):
+            rows = local.flatten(0, self.stack)
+            columns = (slice(*self._columns(rank, tensor)),) if self.row_shape else ()
             offset = 0
             for low, high in self._row_ranges(rank, tensor):
-                rows = local[offset : offset + high - low]
+                full[(slice(low, high), *columns)] = rows[offset : offset + high - low]
                 offset += high - low
-                if self.shard == "row":
-                    left, right = self._columns(rank, tensor)
-                    full[low:high, left:right] = rows
-                else:
-                    full[low:high] = rows
-        return full
+        return full.view(self.shape)
+
+    # --- as Hugging Face tensors ----------------------------------------------------------------------------------
 
     def to_hf(self, logical: Tensor) -> dict[str, Tensor]:
         if self.by_unit:
             units = logical.unflatten(0, (len(self.parts), -1, self.unit))
             return {self.hf[0]: units.transpose(0, 1).reshape(self.shape).contiguous()}
-        pieces = logical.split(self.row_groups) if len(self.hf) > 1 else (logical,)
-        return {n: (p.t() if self.transpose else p).contiguous() for n, p in zip(self.hf, pieces, strict=True)}
+        if len(self.hf) == 1:
+            return {self.hf[0]: self._turned(logical).contiguous()}
+        pieces = logical.flatten(0, self.stack).split(self.row_groups)
+        return {name: self._turned(piece).contiguous() for name, piece in zip(self.hf, pieces, strict=True)}
+
+    def _turned(self, matrices: Tensor) -> Tensor:
+        """Exchange the output and the input features of one matrix or of a stack, where Hugging Face does."""
+        outputs = self.stack if len(self.hf) == 1 else 0
+        return matrices.transpose(outputs, outputs + 1) if self.transpose else matrices
 
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
-        rows = self.row_groups if len(self.hf) > 1 else (self.shape[0],)
-        shapes = [(size, *self.shape[1:]) for size in rows]
-        return {n: s[::-1] if self.transpose else s for n, s in zip(self.hf, shapes, strict=True)}
+        shapes = [self.shape] if len(self.hf) == 1 else [(size, *self.row_shape) for size in self.row_groups]
+        turned = [tuple(self._turned(torch.empty(shape, device="meta")).shape) for shape in shapes]
+        return dict(zip(self.hf, turned, strict=True))
 
     def rows_from_hf(self, fetch: Fetch, start: int, stop: int, columns: tuple[int, int] | None) -> Tensor:
         """Logical rows [start, stop), cut to `columns` for a matrix, read with as few bytes as possible."""
         if self.by_unit:
             return self._rows_by_unit(fetch, start, stop, columns)
+        stacked = self.stack > 0 and len(self.hf) == 1  # one tensor holds all matrices
+        sizes = (self.shape[self.stack],) * prod(self.shape[: self.stack]) if stacked else self._rows_of_each()
         pieces, offset = [], 0
-        for name, shape in self.hf_shapes().items():
-            rows = shape[-1] if self.transpose else shape[0]
+        for number, rows in enumerate(sizes):
             low, high = max(start, offset) - offset, min(stop, offset + rows) - offset
             offset += rows
             if low >= high:
                 continue
             where = (slice(low, high),) if columns is None else (slice(low, high), slice(*columns))
-            piece = fetch(name, where[::-1] if self.transpose else where)
-            pieces.append(piece.t() if self.transpose else piece)
+            where = where[::-1] if self.transpose else where
+            if stacked:
+                matrix = [int(at) for at in np.unravel_index(number, self.shape[: self.stack])]
+                piece = fetch(self.hf[0], (*(slice(at, at + 1) for at in matrix), *where)).flatten(0, self.stack)
+            else:
+                piece = fetch(self.hf[number], where)
+            pieces.append(piece.transpose(0, 1) if self.transpose else piece)
         return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+
+    def _rows_of_each(self) -> tuple[int, ...]:
+        """Rows that each Hugging Face tensor holds."""
+        return self.row_groups if len(self.hf) > 1 else (self.num_rows,)
 
     def _rows_by_unit(self, fetch: Fetch, start: int, stop: int, columns: tuple[int, int] | None) -> Tensor:
         pieces, units = [], self.parts[0] // self.unit
@@ -201,7 +234,7 @@ class Weight:
         self, seed: int, start: int, stop: int, columns: tuple[int, int] | None, device: torch.device | str = "cpu"
     ) -> Tensor:
         """Initial logical rows: a function of (seed, name, element index), whatever the layout."""
-        width = torch.Size(self.shape[1:]).numel()
+        width = prod(self.row_shape)
         if isinstance(self.init, float):
             flat = normal(key_of(seed, self.name), start * width, stop * width, device) * self.init
         elif isinstance(self.init, Uniform):
@@ -209,7 +242,7 @@ class Weight:
             flat = (uniform(key_of(seed, self.name), index) * 2.0 - 1.0) * self.init.bound
         else:
             flat = torch.full(((stop - start) * width,), 1.0 if self.init == "ones" else 0.0, device=device)
-        return flat if columns is None else flat.view(-1, width)[:, slice(*columns)]
+        return flat if columns is None else flat.view(-1, *self.row_shape)[:, slice(*columns)]
 
 
 RowReader = Callable[[Weight, int, int, tuple[int, int] | None], Tensor]

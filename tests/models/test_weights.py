@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import pytest
@@ -23,8 +24,12 @@ TENSOR = (1, 2, 3, 4)
 def weights(draw: st.DrawFn) -> tuple[Weight, int]:
     """Any row a family could declare, and a number of tensor ranks it can be cut over."""
     tensor, unit = draw(st.sampled_from(TENSOR)), draw(st.sampled_from([1, 3]))
-    shard = draw(st.sampled_from(["column", "row", "vocab", None]))
+    shard = draw(st.sampled_from(["column", "row", "vocab", "expert", None]))
     matrix = shard in ("row", "vocab") or draw(st.booleans())
+    leading: tuple[int, ...] = ()
+    if shard != "vocab" and (shard == "expert" or draw(st.booleans())):
+        first = draw(st.integers(1, 2)) * (tensor * unit if shard == "expert" else 1)
+        leading = (first, *draw(st.lists(st.integers(1, 2), max_size=1)))
     if shard == "vocab":
         parts: tuple[int, ...] = ()
         rows = draw(st.integers(1, 3 * VOCAB_MULTIPLE))
@@ -34,12 +39,16 @@ def weights(draw: st.DrawFn) -> tuple[Weight, int]:
         groups = [multiple * size for size in draw(st.lists(st.integers(1, 4), min_size=1, max_size=3) | equal)]
         parts, rows = tuple(groups) if len(groups) > 1 else (), sum(groups)
     columns = draw(st.integers(1, 4)) * (tensor * unit if shard == "row" else 1)
-    separate = bool(parts) and draw(st.booleans())
-    names = tuple(f"hf.{i}" for i in range(len(parts) if separate else 1))
+    separate = bool(parts or leading) and draw(st.booleans())
+    count = prod(leading) * max(len(parts), 1)
+    names = tuple(f"hf.{i}" for i in range(count if separate else 1))
     transpose = matrix and draw(st.booleans())
-    by_unit = shard == "column" and len(set(parts)) == 1 and not separate and not transpose and draw(st.booleans())
-    shape = (rows, columns) if matrix else (rows,)
-    return Weight("w", shape, names, shard, parts, unit=unit, transpose=transpose, by_unit=by_unit), tensor
+    by_unit = (
+        shard == "column" and len(set(parts)) == 1 and not (separate or transpose or leading) and draw(st.booleans())
+    )
+    behind = draw(st.lists(st.integers(1, 3), max_size=1)) if matrix and not transpose else []
+    shape = (*leading, rows, columns, *behind) if matrix else (*leading, rows)
+    return Weight("w", shape, names, shard, parts, unit, transpose, by_unit, stack=len(leading)), tensor
 
 
 def logical_of(weight: Weight) -> Tensor:
@@ -48,13 +57,16 @@ def logical_of(weight: Weight) -> Tensor:
 
 def local_of(weight: Weight, rank: int, tensor: int) -> Tensor:
     """What a rank holds, by whole-tensor operations."""
-    logical = logical_of(weight)
+    logical, outputs = logical_of(weight), weight.stack
     if weight.shard == "column":
-        return torch.cat([part.chunk(tensor)[rank] for part in logical.split(weight.parts or (weight.shape[0],))])
+        parts = logical.split(weight.parts or (weight.shape[outputs],), outputs)
+        return torch.cat([part.chunk(tensor, outputs)[rank] for part in parts], outputs)
     if weight.shard == "row":
-        return logical.chunk(tensor, 1)[rank]
+        return logical.chunk(tensor, outputs + 1)[rank]
+    if weight.shard == "expert":
+        return logical.chunk(tensor)[rank]
     if weight.shard == "vocab" and tensor > 1:
-        padded = torch.zeros(weight.local_shape(tensor)[0] * tensor, weight.shape[1])
+        padded = torch.zeros(weight.local_shape(tensor)[0] * tensor, *weight.shape[1:])
         padded[: weight.shape[0]] = logical
         return padded.chunk(tensor)[rank]
     return logical
@@ -79,7 +91,7 @@ def test_every_range_of_a_local_tensor_is_read_from_hugging_face_tensors(
     start, stop = sorted(data.draw(st.tuples(*[st.integers(0, local.numel())] * 2)))
     found = weight.read_local(lambda w, *where: w.rows_from_hf(fetch, *where), rank, tensor, start, stop)
     assert torch.equal(found, local.flatten()[start:stop])
-    width = local[0].numel()
+    width = local.flatten(0, weight.stack)[0].numel()
     assert fetched <= (stop - start) + 2 * (width - 1), "whole rows at the ends, nothing else"
 
 
@@ -98,22 +110,35 @@ def test_hugging_face_and_back(case: tuple[Weight, int], data: st.DataObject) ->
     stored = weight.to_hf(logical)
     assert {name: tuple(tensor.shape) for name, tensor in stored.items()} == weight.hf_shapes()
     assert all(tensor.is_contiguous() for tensor in stored.values()), "safetensors refuses anything else"
-    rows = sorted(data.draw(st.tuples(*[st.integers(0, weight.shape[0])] * 2)))
+    logical = logical.flatten(0, weight.stack)
+    rows = sorted(data.draw(st.tuples(*[st.integers(0, len(logical))] * 2)))
     if rows[0] == rows[1]:
-        rows = [0, weight.shape[0]]
+        rows = [0, len(logical)]
     columns = None
-    if len(weight.shape) == 2:
-        left = data.draw(st.integers(0, weight.shape[1] - 1))
-        columns = (left, data.draw(st.integers(left + 1, weight.shape[1])))
+    if logical.dim() > 1:
+        left = data.draw(st.integers(0, logical.shape[1] - 1))
+        columns = (left, data.draw(st.integers(left + 1, logical.shape[1])))
     found = weight.rows_from_hf(lambda name, where: stored[name][where], rows[0], rows[1], columns)
     assert torch.equal(found, logical[slice(*rows)] if columns is None else logical[slice(*rows), slice(*columns)])
+
+
+def test_experts_are_one_tensor_or_many() -> None:
+    """[experts, out, in] from the tensors of each expert, from one, and from one of the other order."""
+    logical = torch.arange(2.0 * 4 * 3).view(2, 4, 3)
+    names = tuple(f"experts.{expert}.{part}" for expert in range(2) for part in ("gate", "up"))
+    many = Weight("w", (2, 4, 3), names, "column", (2, 2), stack=1).to_hf(logical)
+    assert torch.equal(many["experts.0.up"], logical[0, 2:])
+    assert torch.equal(many["experts.1.gate"], logical[1, :2])
+    assert torch.equal(Weight("w", (2, 4, 3), ("h",), "expert", stack=1).to_hf(logical)["h"], logical)
+    turned = Weight("w", (2, 4, 3), ("h",), "row", transpose=True, stack=1)
+    assert torch.equal(turned.to_hf(logical)["h"], logical.transpose(1, 2))
 
 
 @given(case=weights(), seed=st.integers(0, 3))
 @settings(max_examples=50, deadline=None)
 def test_initial_values_do_not_depend_on_the_layout(case: tuple[Weight, int], seed: int) -> None:
     weight, tensor = case
-    whole = weight.initial_rows(seed, 0, weight.shape[0], None).view(weight.shape)
+    whole = weight.initial_rows(seed, 0, weight.num_rows, None).view(weight.shape)
     numel = torch.Size(weight.local_shape(tensor)).numel()
     locals_ = [
         weight.read_local(lambda w, *where: w.initial_rows(seed, *where), rank, tensor, 0, numel)
@@ -150,6 +175,8 @@ def test_padding_of_the_vocabulary(vocab: int, tensor: int, rows: int) -> None:
         (Weight("layers.0.qkv", (12, 4), ("q", "k", "v"), "column", (6, 3, 3)), "3 features"),  # 12 rows, uneven parts
         (Weight("layers.0.qkv", (16, 4), ("q", "k", "v"), "column", (8, 4, 4), unit=4), "1 heads of 4"),
         (Weight("layers.0.out", (4, 12), ("h",), "row", unit=4), "3 heads of 4"),
+        (Weight("layers.0.up", (3, 8, 8), ("h",), "expert", stack=1), "3 experts"),
+        (Weight("layers.0.up", (2, 8, 9), ("h",), "row", stack=1), "9 features"),
     ],
 )
 def test_an_uneven_cut_is_refused_by_name(weight: Weight, what: str) -> None:
