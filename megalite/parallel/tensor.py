@@ -232,6 +232,15 @@ class RowParallelLinear(ParallelLinear):
             self.dropout.features = (self.axis.rank, self.axis.size)
 
 
+class ReplicatedLinear(ParallelLinear):
+    """Holds the whole weight, and is given whole features: of its part of the sequence, or of all of it. Nothing is
+    communicated; the row of its weight says whether the gradient is summed over the tensor ranks (a router of
+    experts)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Linear.apply(x, self.weight, self.bias, ALONE, False, self.deliver, self.later)
+
+
 class VocabParallelEmbedding(_Parallel):
     """Holds some of the vocabulary; tokens of other ranks contribute zero."""
 

@@ -1,0 +1,193 @@
+"""What tensor, sequence and context parallelism make of a module, by its type.
+
+A model is written for one device. `apply_rules` walks over its modules and asks the rule of each one's type (or of the
+nearest base class that has one) for a counterpart on this rank, which takes its place. A module without a rule stays,
+and every parameter that is cut becomes this rank's part of it. So a module of a new family needs a rule only where it
+must communicate, or must know which part it holds:
+
+    @rule(MyRouter)
+    def _(router: MyRouter, layout: Layout) -> nn.Module | None: ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch.nn as nn
+from torch import Tensor
+
+from megalite.mesh import Axis, Mesh
+from megalite.models.layers import CausalAttention, CrossEntropy, Dropout, RMSNorm
+from megalite.models.lora import AdapterDropout, LoraLinear
+from megalite.models.weights import Weight
+from megalite.parallel.context import RingAttention
+from megalite.parallel.tensor import (
+    ColumnParallelLinear,
+    FeatureCutRMSNorm,
+    PutOff,
+    ReplicatedLinear,
+    RowParallelLinear,
+    SequenceCutEmbedding,
+    VocabParallelCrossEntropy,
+    VocabParallelEmbedding,
+)
+from megalite.plan import Plan
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a rule may ask about this rank and about the weights of the module at hand."""
+
+    tensor: Axis
+    context: Axis
+    sequence: bool
+    """Sequence parallelism is on: between blocks, activations are cut along the sequence over the tensor ranks."""
+    vocab_size: int
+    rows: Mapping[Tensor, Weight]
+    """By the parameter of the whole model."""
+    locals: Mapping[Tensor, nn.Parameter]
+    """This rank's part, by the parameter of the whole model."""
+    gives_products: bool
+    """The engine takes the products that are gradients of linear modules' weights."""
+    later: PutOff | None
+    """Puts these products off; see `PutOff`."""
+
+    def local(self, parameter: Tensor | None) -> nn.Parameter | None:
+        return None if parameter is None else self.locals[parameter]
+
+
+Rule = Callable[[Any, Layout], nn.Module | None]
+"""(module, layout) → what takes its place; None where it stays, perhaps changed."""
+
+_rules: dict[type[nn.Module], Rule] = {}
+
+
+def rule(kind: type[Module]) -> Callable[[Callable[[Module, Layout], nn.Module | None]], Rule]:
+    """Return a decorator that makes a function the rule of a type of module, and of subclasses without their own."""
+
+    def add(function: Rule) -> Rule:
+        _rules[kind] = function
+        return function
+
+    return add
+
+
+def apply_rules(parents: Sequence[nn.Module], layout: Layout) -> None:
+    """Exchange each child of `parents`, a model and modules in it, for its counterpart, and all their parameters for
+    this rank's part of them. Tied weights stay tied."""
+    _take_locals(parents[0], layout)
+    for parent in parents:
+        for name, child in list(parent.named_children()):
+            found = _counterpart(child, layout)
+            if found is not None:
+                setattr(parent, name, found)
+            else:
+                _take_locals(child, layout)
+
+
+def _counterpart(module: nn.Module, layout: Layout) -> nn.Module | None:
+    for kind in type(module).__mro__:
+        if kind in _rules:
+            return _rules[kind](module, layout)
+    return None
+
+
+def _take_locals(module: nn.Module, layout: Layout) -> None:
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        setattr(module, name, layout.locals[parameter])
+
+
+def make_layout(
+    model: nn.Module,
+    weights: Iterable[Weight],
+    plan: Plan,
+    mesh: Mesh,
+    later: PutOff | None,
+) -> Layout:
+    """Describe a model with whole weights, of which this rank is to have its part. `weights` is the whole table."""
+    tensor = mesh.tensor
+    table = {weight.name: weight for weight in weights}
+    rows: dict[Tensor, Weight] = {}
+    locals_: dict[Tensor, nn.Parameter] = {}
+    for name, parameter in model.named_parameters():
+        rows[parameter] = table[name]
+        local = parameter.new_empty(table[name].local_shape(tensor.size))
+        locals_[parameter] = nn.Parameter(local) if tensor.size > 1 else parameter
+    return Layout(
+        tensor,
+        mesh.context,
+        plan.sequence,
+        vocab_size_of(table.values()),
+        rows,
+        locals_,
+        gives_products=plan.engine == "native",
+        later=later,
+    )
+
+
+def vocab_size_of(weights: Iterable[Weight]) -> int:
+    """Return the rows of the head; where it is tied, of the embedding."""
+    return [weight.shape[0] for weight in weights if weight.shard == "vocab"][-1]
+
+
+# --- the rules --------------------------------------------------------------------------------------------------------
+
+
+@rule(nn.Linear)
+def _(linear: nn.Linear, layout: Layout) -> nn.Module | None:
+    if layout.tensor.size == 1 and not layout.gives_products:
+        return None
+    weight = layout.locals[linear.weight]
+    kind = LINEAR[layout.rows[linear.weight].shard]
+    found = kind(weight, layout.local(linear.bias), layout.tensor, layout.sequence, layout.later)
+    if isinstance(linear, LoraLinear):
+        found.adapt(linear, {name: layout.locals[getattr(linear, name)] for name in linear.updates.parameters()})
+    return found
+
+
+LINEAR = {
+    "column": ColumnParallelLinear, "vocab": ColumnParallelLinear, "row": RowParallelLinear, None: ReplicatedLinear
+}  # fmt: skip
+
+
+@rule(nn.Embedding)
+def _(embedding: nn.Embedding, layout: Layout) -> nn.Module | None:
+    if layout.tensor.size == 1:
+        return None
+    weight = layout.locals[embedding.weight]
+    if layout.rows[embedding.weight].shard == "vocab":
+        return VocabParallelEmbedding(weight, layout.tensor, layout.sequence)
+    return SequenceCutEmbedding(weight, layout.tensor) if layout.sequence else None
+
+
+@rule(RMSNorm)
+def _(norm: RMSNorm, layout: Layout) -> nn.Module | None:
+    if layout.tensor.size > 1 and layout.rows[norm.weight].shard == "column":
+        return FeatureCutRMSNorm(layout.locals[norm.weight], norm.eps, layout.tensor)
+    return None
+
+
+@rule(CrossEntropy)
+def _(loss: CrossEntropy, layout: Layout) -> nn.Module | None:
+    return VocabParallelCrossEntropy(layout.tensor, layout.vocab_size) if layout.tensor.size > 1 else None
+
+
+@rule(Dropout)
+def _(dropout: Dropout, layout: Layout) -> None:
+    # Attention probabilities are cut by heads in any case, hidden states only along a cut sequence.
+    if layout.sequence or dropout.over_heads:
+        dropout.shard = (layout.tensor.rank, layout.tensor.size)
+
+
+@rule(AdapterDropout)
+def _(dropout: AdapterDropout, layout: Layout) -> None:
+    """Its linear module says what of its input is cut."""
+
+
+@rule(CausalAttention)
+def _(attention: CausalAttention, layout: Layout) -> nn.Module | None:
+    return RingAttention(layout.context, attention.kind) if layout.context.size > 1 else None
