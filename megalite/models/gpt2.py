@@ -135,12 +135,19 @@ def weights(config: GPT2Config) -> Iterator[Weight]:
     )
     ends: Place = "both" if config.tie_embeddings else "first"
     yield Weight(
-        "embedding.weight", (config.vocab_size, hidden), ("transformer.wte.weight",), "vocab", init=std, place=ends
+        "embedding.weight",
+        (config.vocab_size, hidden),
+        ("transformer.wte.weight",),
+        "vocab",
+        used=float(config.tie_embeddings),
+        init=std,
+        place=ends,
     )
     yield Weight(
         "positions.weight",
         (config.max_positions, hidden),
         ("transformer.wpe.weight",),
+        used=0.0,
         init=std,
         partial_grad="sequence",
     )

@@ -95,7 +95,8 @@ def weights(config: GPTNeoXConfig) -> Iterator[Weight]:
         *_row("mlp.down", "mlp.dense_4h_to_h", (hidden, inner), residual_std(config)),
     )
     ends: Place = "both" if config.tie_embeddings else "first"
-    yield Weight("embedding.weight", shape, ("gpt_neox.embed_in.weight",), "vocab", init=std, place=ends)
+    used = float(config.tie_embeddings)
+    yield Weight("embedding.weight", shape, ("gpt_neox.embed_in.weight",), "vocab", used=used, init=std, place=ends)
     for i in range(config.num_layers):
         yield from layer_rows(i, "gpt_neox.layers", layer)
     yield from _norm("norm", "gpt_neox.final_layer_norm", hidden, "last")

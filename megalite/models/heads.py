@@ -42,7 +42,11 @@ def head_rows(config: ModelConfig, rows: Iterable[Weight]) -> tuple[Weight, ...]
     if config.task == "causal":
         return tuple(rows)
     # The embedding is then tied to nothing.
-    body = [replace(row, place="first") if row.place == "both" else row for row in rows if row.name != "head.weight"]
+    body = [
+        replace(row, place="first", used=0.0) if row.place == "both" else row
+        for row in rows
+        if row.name != "head.weight"
+    ]
     count = len(config.labels)
     shape, name = (count, config.hidden_size), head_name(config)
     head = [Weight("head.weight", shape, (f"{name}.weight",), "vocab", init=config.init_std, place="last")]

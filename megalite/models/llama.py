@@ -280,7 +280,8 @@ def table(config: LlamaLike, layer: Sequence[Weight]) -> Iterator[Weight]:
     """The whole table, from the rows of one layer."""
     shape, std = (config.vocab_size, config.hidden_size), config.init_std
     ends: Place = "both" if config.tie_embeddings else "first"
-    yield Weight("embedding.weight", shape, ("model.embed_tokens.weight",), "vocab", init=std, place=ends)
+    used = float(config.tie_embeddings)
+    yield Weight("embedding.weight", shape, ("model.embed_tokens.weight",), "vocab", used=used, init=std, place=ends)
     for i in range(config.num_layers):
         yield from layer_rows(i, "model.layers", layer)
     yield norm_row(config, "norm", "model.norm", "last")

@@ -59,6 +59,9 @@ class Weight:
     by side (GPT-NeoX)."""
     stack: int = 0
     """Leading dimensions that count matrices of the same kind: 1 where the weight is [experts, out, in]."""
+    used: float = 1.0
+    """Share of its elements that a token is multiplied with: k / n of n experts of which each token visits k; 0 of an
+    embedding, which is looked up, unless it is tied to the head."""
     init: float | Uniform | Literal["ones", "zeros"] = 0.02
     """Standard deviation of a normal distribution, a uniform one, or a constant."""
     decay: bool = True

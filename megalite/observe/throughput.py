@@ -21,12 +21,12 @@ from megalite.resources import configs_dir
 
 
 def flops_per_token(
-    num_params_without_embedding: int, num_layers: int, hidden_size_of_attention: int, seq_length: float
+    num_params_without_embedding: float, num_layers: int, hidden_size_of_attention: int, seq_length: float
 ) -> float:
     """Floating-point operations one training token costs: 6N + 12·L·(H·Q)·T (PaLM, appendix B).
 
-    N counts the parameters each token is multiplied with: the embedding, a look-up, is left out, the output head is
-    counted even when it is tied to it. 6 = 2 operations a multiply-add × (1 forward + 2 backward). The second term is
+    N counts the parameters each token is multiplied with (`Weight.used`): the embedding, a look-up, is left out, the
+    output head is counted even when it is tied to it. 6 = 2 operations a multiply-add × (1 forward + 2 backward). The second term is
     the two products of full, non-causal attention over T positions, H heads of Q dimensions."""
     return 6.0 * num_params_without_embedding + 12.0 * num_layers * hidden_size_of_attention * seq_length
 
@@ -37,13 +37,11 @@ def model_flops_per_token(config: Config) -> float:
     model: Any = config.model
     length = config.data.seq_length
     attended = sum(min(model.window(layer) or length, length) for layer in range(model.num_layers))
-    # The embeddings only look up; the head multiplies, tied or not.
     table = weight_table(model, config.lora)
-    matrices = sum(w.numel for w in table if w.name not in ("embedding.weight", "positions.weight"))
-    head = model.vocab_size * model.hidden_size if model.tie_embeddings else 0
+    used = sum(weight.numel * weight.used for weight in table)
+    frozen = sum(weight.numel * weight.used for weight in table if weight.frozen)
     attention_width = model.num_attention_heads * model.head_size
-    flops = flops_per_token(matrices + head, model.num_layers, attention_width, attended / model.num_layers)
-    return flops - 2.0 * (matrices + head - sum(w.numel for w in table if not w.frozen)) if config.lora else flops
+    return flops_per_token(used, model.num_layers, attention_width, attended / model.num_layers) - 2.0 * frozen
 
 
 @cache
