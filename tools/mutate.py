@@ -25,6 +25,7 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from importlib.util import cache_from_source
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -134,6 +135,8 @@ class Copy:
             outcome, said = "error", str(error)
         finally:
             file.write_text(sound, encoding="utf-8")
+            # Bytecode is known by its source's size and second: that of a bug could pass for another's.
+            Path(cache_from_source(str(file))).unlink(missing_ok=True)
             if native:
                 os.utime(file)
         return Result(mutation, outcome, time.monotonic() - began, said)
@@ -158,8 +161,8 @@ class Copy:
             shutil.copy2(library, self.root / "megalite")
 
     def _test(self, tests: Sequence[str]) -> tuple[str, str]:
-        own = {"PYTHONPATH": str(self.root), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "--durations=0", "-p", "no:cacheprovider"]
+        own = {"PYTHONPATH": str(self.root), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-o", "addopts=", "-p", "no:cacheprovider"]
         with subprocess.Popen(
             [*command, *tests], cwd=self.root, env=os.environ | own, text=True, start_new_session=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -218,7 +221,7 @@ def run_all(mutations: Sequence[Mutation], jobs: int, folder: Path) -> list[Resu
         with printing:
             done += 1
             line = f"{done:4}/{len(mutations)} {result.outcome:8} {result.seconds:5.0f} s  {mutation.name}"
-            print(line if result.outcome == "killed" else f"{line}\n{'':10}{result.said[:200]}", flush=True)
+            print(f"{line}\n{'':10}{result.said[:200]}", flush=True)
         return result
 
     with ThreadPoolExecutor(jobs) as pool:
