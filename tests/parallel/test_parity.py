@@ -348,12 +348,20 @@ def reference_places(batch: MicroBatch, packed: bool) -> Places:
     return Places(index, position, batch.documents, keys)
 
 
+@pytest.fixture(scope="session")
+def chosen(request: pytest.FixtureRequest) -> frozenset[Case]:
+    """The cases that pytest was asked for: no other is trained."""
+    asked = [item for item in request.session.items if isinstance(item, pytest.Function)]
+    params = [item.callspec.params for item in asked if item.function is test_layout_equals_one_process]
+    return frozenset((each["model"], each["layout"]) for each in params)
+
+
 @cache
-def results_of(ranks: int, engine: str, compiled: bool) -> dict[Case, Result]:
+def results_of(ranks: int, engine: str, compiled: bool, chosen: frozenset[Case]) -> dict[Case, Result]:
     """All layouts of a number of ranks in one spawn: starting processes takes longer than the steps. DeepSpeed has its
     own, since it replaces functions of torch; and so has torch's compiler, which takes its time."""
     kind = (ranks, engine, compiled)
-    cases = [(model, layout) for model, layout in CASES if (layout.ranks, layout.engine, layout.compile) == kind]
+    cases = [case for case in CASES if case in chosen and (case[1].ranks, case[1].engine, case[1].compile) == kind]
     of_ranks = run_ranks(ranks, train_layouts, cases)
     return {case: join([results[number] for results in of_ranks]) for number, case in enumerate(cases)}
 
@@ -363,10 +371,11 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
 
 
 @pytest.mark.parametrize(("model", "layout"), CASES, ids=str)
-def test_layout_equals_one_process(model: str, layout: Layout) -> None:
+def test_layout_equals_one_process(model: str, layout: Layout, chosen: frozenset[Case]) -> None:
     if layout.engine == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed")
-    check_against_one_process(results_of(layout.ranks, layout.engine, layout.compile)[model, layout], reference(model))
+    found = results_of(layout.ranks, layout.engine, layout.compile, chosen)[model, layout]
+    check_against_one_process(found, reference(model))
 
 
 def check_against_one_process(found: Result, wanted: Result) -> None:
