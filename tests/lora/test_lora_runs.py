@@ -25,7 +25,6 @@ from megalite.mesh import ALONE, Axis, Launch
 from megalite.models import model_config, weight_table
 from megalite.models.layers import Places
 from megalite.models.peft import with_adapter_fields
-from megalite.observe.throughput import model_flops_per_token
 from megalite.plan import make_plan
 from megalite.planner.estimate import memory_of
 from megalite.train import initial_state, train
@@ -172,7 +171,6 @@ def test_frozen_weights_take_no_memory_but_their_own(tmp_path: Path) -> None:
     saved = found["full"]["resident"] - found["lora"]["resident"]
     assert saved == pytest.approx(16 * frozen - 18 * plan.num_trained, rel=0.02)
     assert memory.total == pytest.approx(found["lora"]["peak"], rel=0.05)
-    assert model_flops_per_token(lora) < 0.8 * model_flops_per_token(full)
 
 
 WRONG = {

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import pytest
 import torch
 
+from megalite.config import LoraConfig
 from megalite.config_file import parse_config
 from megalite.observe import throughput
 from megalite.observe.throughput import HostEvent, Meter, chip_peak, flops_per_token, model_flops_per_token
@@ -18,20 +20,35 @@ def test_flops_follow_the_published_convention() -> None:
     assert flops / (6 * num_params) == pytest.approx(1.0277, abs=1e-4)  # attention is 2.8 % of that model's work
 
 
-def test_a_window_counts_as_what_it_sees() -> None:
-    model = {
+def flops_of(length: int, lora: LoraConfig | None = None, **model: Any) -> float:
+    table = {
         "family": "gemma3_text", "vocab_size": 100, "hidden_size": 32, "intermediate_size": 64, "num_layers": 6,
         "num_attention_heads": 4, "max_positions": 512, "sliding_window": 64,
     }  # fmt: skip
     rest = {"run": {"name": "t"}, "train": {"steps": 1, "global_batch_size": 1}, "optimizer": {"lr": 1.0}}
-    data = {"train": [{"path": "x"}]}
+    data = {"train": [{"path": "x"}], "seq_length": length}
+    config = parse_config({**rest, "model": table | model, "data": data})
+    return model_flops_per_token(config.model_copy(update={"lora": lora}))
 
-    def of(length: int) -> float:
-        return model_flops_per_token(parse_config({**rest, "model": model, "data": data | {"seq_length": length}}))
 
+def test_a_window_counts_as_what_it_sees() -> None:
     # Of six layers one sees all; from 64 on, the others see no more.
-    assert of(512) - of(64) == 12 * 32 * (512 - 64)
-    assert of(64) - of(32) == 12 * 32 * 6 * (64 - 32)
+    assert flops_of(512) - flops_of(64) == 12 * 32 * (512 - 64)
+    assert flops_of(64) - flops_of(32) == 12 * 32 * 6 * (64 - 32)
+
+
+def test_a_tied_head_multiplies_like_any_other() -> None:
+    assert flops_of(512, tie_embeddings=True) == flops_of(512, tie_embeddings=False)
+    assert flops_of(512, vocab_size=101) - flops_of(512) == 6 * 32, "a token is looked up, and multiplied once"
+
+
+def test_a_frozen_weight_has_no_gradient_to_multiply() -> None:
+    attention, mlp, head = 4 * 32 * 32, 3 * 32 * 64, 100 * 32
+    adapters = 4 * (4 * (32 + 32) + 3 * (32 + 64))
+    norms = 6 * (4 * 32 + 2 * 8) + 32
+    frozen = 6 * (attention + mlp) + norms + head
+    assert flops_of(512) - 6 * frozen == 12 * 32 * (512 + 5 * 64)
+    assert flops_of(512, lora=LoraConfig(rank=4)) - flops_of(512) == 6 * 6 * adapters - 2 * frozen
 
 
 @pytest.mark.parametrize(
