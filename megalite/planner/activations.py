@@ -259,17 +259,18 @@ def head_bytes(shapes: Shapes, by_autograd: bool, on_gloo: bool = False) -> Part
     overwrites the logits with their gradient. `by_autograd`: the head's own gradient is made beside them."""
     if shapes.loss_chunk is not None:
         return _chunked_head_bytes(shapes, shapes.loss_chunk, by_autograd, on_gloo)
-    # A soft cap keeps what its tanh gave beside the logits.
+    # A soft cap keeps what its tanh gave beside the logits, and in both passes makes a third of that size.
     logits = shapes.tokens * shapes.vocab * shapes.element
-    kept = _norm(shapes) + logits * (2 if shapes.logit_softcap else 1) + shapes.tokens * FP32
+    capped = logits if shapes.logit_softcap else 0
+    kept = _norm(shapes) + logits + capped + shapes.tokens * FP32
     gathered = _whole(shapes) if shapes.sequence else 0
     of_input = _whole(shapes) + _scatter(shapes, on_gloo)
     of_weight = shapes.vocab * shapes.hidden * shapes.element if by_autograd else 0
     return PartBytes(
         kept=kept,
-        forward=kept + gathered,
-        backward=kept + gathered + of_input + of_weight,
-        backward_input=kept + of_input,
+        forward=kept + max(gathered, capped),
+        backward=kept + max(gathered + of_input + of_weight, capped),
+        backward_input=kept + max(of_input, capped),
         for_weights=shapes.tokens * (shapes.norm_hidden + shapes.vocab) * shapes.element,
     )
 

@@ -11,6 +11,7 @@ from megalite.config import Config
 from megalite.config_file import parse_config
 from megalite.kernels.library import own, why_not_built
 from megalite.models import weight_table
+from megalite.parallel.stage import MESSAGES_UNDER_WAY
 from megalite.plan import make_plan
 from megalite.planner.estimate import memory_of
 from megalite.planner.memory import Memory
@@ -75,6 +76,8 @@ ALONE = {
     "mistral": (LLAMA | {"family": "mistral", "sliding_window": 64},),
     "olmo2": (LLAMA | {"family": "olmo2"},),
     "gemma2": (GEMMA,),
+    "gemma2 large vocabulary": (GEMMA, "model.vocab_size=8000", "data.seq_length=64"),
+    "gemma3": (LLAMA | {"family": "gemma3_text", "sliding_window": 64}, SMALL_HEAD),
     "llama chunked loss": (LLAMA, "model.vocab_size=8000", "train.loss_chunk=200"),
 }
 
@@ -127,6 +130,24 @@ def test_two_ranks(case: str, measured_pairs: list[dict[str, dict[str, int]]]) -
     memories = predicted(pair_config(case), 2)
     for rank, found in enumerate(measured_pairs):
         check(found[case], memories[rank % len(memories)], pair_config(case))
+
+
+def test_what_is_small_beside_the_passes_by_hand() -> None:
+    """And what no test measures: ZeRO 3 is DeepSpeed's."""
+    (alone,) = predicted(config_of(LLAMA), 1)
+    tokens_and_labels = 2 * 8 * (16 * 256)
+    assert alone.buffers == tokens_and_labels
+    # Of rank 0 the first stage sends no gradient; of rank 1 the last one sends nothing else.
+    interleaved = ("parallel.virtual=2", "parallel.schedule=interleaved")
+    stages = predicted(config_of(LLAMA, PIPELINE, *interleaved), 2)
+    hidden = 2 * 256 * 128 * 2
+    messages = [1 + 0 + 1, 1 + 1 + MESSAGES_UNDER_WAY]
+    assert [stage.buffers for stage in stages] == [tokens_and_labels + count * hidden for count in messages]
+    config = config_of(LLAMA, "parallel.engine=deepspeed", "parallel.zero_stage=3")
+    (sharded,) = predicted(config, 8)
+    layer = sum(weight.numel for weight in weight_table(config.model) if weight.place == 0)
+    assert sharded.weights == alone.weights // 8
+    assert sharded.buffers == tokens_and_labels // 8 + 2 * 2 * layer, "one gathered, and the next one on its way"
 
 
 def test_a_pipeline_holds_most_where_it_begins() -> None:
