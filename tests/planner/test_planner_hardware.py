@@ -82,13 +82,13 @@ def test_mistakes_in_a_description_are_named(tmp_path: Path, change: dict[str, A
         find_hardware(str(tmp_path / "none.yaml"))
 
 
-def network(tensor: int = 8, world_size: int = 64, pipeline: int = 1, node: int = 8) -> Network:
+def network(tensor: int = 8, world_size: int = 64, pipeline: int = 1, node: int = 8, context: int = 1) -> Network:
     config = parse_config(
         {
             "run": {"name": "test"},
             "model": {"preset": "llama-8b"},
             "data": {"train": [{"path": "x"}], "seq_length": 4096},
-            "parallel": {"tensor": tensor, "pipeline": pipeline},
+            "parallel": {"tensor": tensor, "pipeline": pipeline, "context": context},
             "train": {"steps": 1, "global_batch_size": 512},
             "optimizer": {"lr": 1e-4},
         }
@@ -103,6 +103,7 @@ def test_groups_lie_where_the_mesh_puts_them() -> None:
     assert network(2).replicas == Group(32, 4)
     assert network(2).replicas.nodes == 8
     assert network(8, node=4).tensor.nodes == 2
+    assert network(4, context=4).context == Group(4, 2), "beside the tensor ranks of each"
     assert network(8, world_size=64, pipeline=4).pipeline_crosses_nodes
     assert not network(2, world_size=4, pipeline=2).pipeline_crosses_nodes
 

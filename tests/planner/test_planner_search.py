@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megalite.config import Config
+from megalite.config import Config, LoraConfig
 from megalite.config_file import load_config, parse_config
 from megalite.errors import ConfigError
 from megalite.models import weight_table
@@ -129,6 +129,65 @@ def test_volume_by_hand() -> None:
     # Gradients in fp32 once, weights in bf16 once.
     assert one.volume["data"] == pytest.approx(plan.params_per_rank * 6 * 7 / 8, rel=1e-3)
     assert one.volume["pipeline"] == one.volume["context"] == 0.0
+
+
+# Of 8 micro-batches: an all-reduce is twice a reduction; ZeRO 1 reduces and gathers once a step, 2 reduces every time,
+# and 3 gathers for both passes as well.
+@pytest.mark.parametrize(("zero", "bytes_each"), [(0, 4 * 2), (1, 4 + 2), (2, 8 * 4 + 2), (3, 8 * (4 + 2 * 2))])
+def test_volume_of_each_zero_stage_by_hand(zero: int, bytes_each: int) -> None:
+    engine = "deepspeed" if zero == 3 else "native"
+    config = config_of("llama-1b", f"parallel.zero_stage={zero}", f"parallel.engine={engine}")
+    plan = make_plan(config, weight_table(config.model), 8)
+    assert plan.micro_batches == 8
+    volume = estimate(config, plan, H100).volume["data"]
+    assert volume == pytest.approx(plan.num_params * bytes_each * 7 / 8)
+
+
+def test_volume_of_a_ring_by_hand() -> None:
+    """Of 8 heads' keys and values of 128, three of four ranks' come round in bf16, in each pass; their gradients in
+    fp32, and a step further, home."""
+    config = config_of("llama-8b", "parallel.context=4", "train.global_batch_size=4")
+    plan = make_plan(config, weight_table(config.model), 4)
+    keys_and_values = 32 * 2 * (4096 / 4) * 8 * 128
+    volume = estimate(config, plan, H100).volume["context"]
+    assert volume == pytest.approx(4 * keys_and_values * (2 * 3 * 2 + 4 * 4))
+
+
+def outlook_of(preset: str, *overrides: str, world_size: int = 1) -> Outlook:
+    config = config_of(preset, *overrides)
+    table = weight_table(config.model)
+    return Outlook(config, make_plan(config, table, world_size), H100, table)
+
+
+def test_passes_by_hand() -> None:
+    outlook = outlook_of("llama-1b")
+    attention = outlook.costs._attention()
+    assert attention.backward == pytest.approx(2.5 * attention.forward), "five products for two (Dao 2023)"
+    none, full = (outlook.costs.layer(recompute) for recompute in ("none", "full"))
+    assert full.backward == pytest.approx(none.backward + none.forward)
+    # Of each weight the norm reads the gradient; AdamW reads it, the master weight and two moments, writes these
+    # three, and the weight in bf16.
+    num_bytes = outlook.plan.num_params * (4 + 4 * 4 + 3 * 4 + 2)
+    assert outlook.optimizer_s == pytest.approx(outlook.kernels.memory(num_bytes))
+
+
+def test_what_is_frozen_has_no_gradients_to_compute() -> None:
+    config = config_of("llama-1b").model_copy(update={"lora": LoraConfig(rank=8)})
+    table = weight_table(config.model, config.lora)
+    costs = Outlook(config, make_plan(config, table, 1), H100, table).costs
+    assert costs.layer("none").backward_weight == 0.0
+    assert costs.head().backward_weight == 0.0
+
+
+def test_both_ends_of_a_pipeline_hold_a_tied_embedding() -> None:
+    tied = outlook_of("llama-1b", "model.tie_embeddings=true", "parallel.pipeline=2", world_size=2)
+    first, last = tied.sizes
+    assert (first.after, last.before) == (0, 0)
+    assert last.after == first.before + tied.shapes.hidden, "and the last norm"
+
+
+def test_some_of_a_gpu_is_not_for_tensors() -> None:
+    assert usable_bytes(H100) == pytest.approx((80 - 2) * 0.95 * 2**30)
 
 
 def test_more_context_ranks_hold_less() -> None:

@@ -147,8 +147,9 @@ def test_first_forward_waits_for_weights_layer_by_layer() -> None:
 
 
 def test_reducing_every_time_is_seen_in_the_traffic() -> None:
-    work = work_of(1.0, 2.0, reduce=3.0)
+    """Backward passes end every 3 s: reductions of 4 s are behind by one more of them each time."""
+    work = work_of(1.0, 2.0, reduce=4.0)
     once = simulate(order_of("1f1b", 1, 1, 4), [work], LINKS, 4)
     always = simulate(order_of("1f1b", 1, 1, 4), [work], Links(0.0, False, True), 4)
-    assert once.end == pytest.approx(12.0 + 3.0)
-    assert always.end >= 3.0 * 4 + 3.0
+    assert once.end == pytest.approx(12.0 + 4.0)
+    assert always.end == pytest.approx(3.0 + 4 * 4.0)
