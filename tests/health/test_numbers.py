@@ -46,8 +46,9 @@ def noise(count: int, seed: int = 0) -> list[float]:
     return np.random.default_rng(seed).normal(3.0, 0.1, count).astype(np.float32).tolist()
 
 
-def spikes_by_numpy(losses: list[float], sigmas: float) -> list[int]:
-    """Places of spikes: the last 128 in float64, a spike entered as the highest number that is none."""
+def spikes_by_numpy(losses: list[float], sigmas: float) -> tuple[list[int], list[float]]:
+    """Places of spikes, and what is compared with at the end: the last 128 in float64, a spike entered as the highest
+    number that is none."""
     window: list[float] = []
     found = []
     for place, loss in enumerate(losses):
@@ -60,22 +61,30 @@ def spikes_by_numpy(losses: list[float], sigmas: float) -> list[int]:
                 found.append(place)
                 loss = float(highest)
         window.append(loss)
-    return found
+    return found, window[-128:]
 
 
 def test_spikes_are_those_that_numpy_finds() -> None:
     losses = noise(400)
-    for place, value in {5: 50.0, 20: math.nan, 70: math.inf, 150: 4.0, 151: 9.0, 300: 3.5}.items():
+    for place, value in {20: math.nan, 64: 4.5, 65: 5.0, 70: math.inf, 150: 4.0, 151: 9.0, 300: 3.5}.items():
         losses[place] = value
     for place in range(330, 400):  # the level rises for good
         losses[place] += 1.0
     numbers = Numbers(HealthConfig(loss_spike="skip", spike_sigmas=4.0), CPU)
     refused = [place for place, permitted in enumerate(feed(numbers, losses)) if not permitted]
-    wanted = spikes_by_numpy(losses, 4.0)
+    wanted, window = spikes_by_numpy(losses, 4.0)
     assert sorted([*wanted, 20, 70]) == refused
-    assert {150, 151, 300, 330} <= set(wanted)
-    assert 5 not in wanted  # too early to tell
+    assert sorted(numbers.state()["losses"]) == pytest.approx(sorted(window), rel=1e-6)  # of fp32
+    assert {65, 150, 151, 300, 330} <= set(wanted)
+    assert 64 not in wanted  # too early to tell, by 63 finite ones
     assert max(wanted) < 360  # a new level is soon no spike
+
+
+def test_what_hardly_varies_has_no_spikes() -> None:
+    """A deviation of 0 is taken for a thousandth of the mean, and a number at the limit is no spike."""
+    numbers = Numbers(HealthConfig(loss_spike="skip", spike_sigmas=8.0), CPU)
+    assert feed(numbers, [*[2.0] * 64, 2.015, 2.05]) == [True] * 65 + [False]
+    assert feed(Numbers(HealthConfig(loss_spike="skip"), CPU), [0.0] * 66) == [True] * 66
 
 
 def test_what_is_not_finite_poisons_nothing() -> None:
@@ -118,6 +127,10 @@ def test_the_host_is_told_two_steps_later() -> None:
     (bad,) = numbers.look(6, True)  # or at once
     assert bad.step == 6
     assert numbers.look(7, True) == []
+    resumed = Numbers(HealthConfig(), CPU, numbers.state())
+    judge(resumed, math.nan)
+    resumed.note(7, 24)
+    assert [bad.in_a_row for bad in resumed.look(7, True)] == [2]
 
 
 def test_the_severest_policy_counts_and_reports_refuse_nothing() -> None:
@@ -270,6 +283,10 @@ def test_every_flipped_bit_changes_the_sum(dtype: torch.dtype, size: int) -> Non
         x.view(words)[bit] ^= flip
     x = x.clone()  # elsewhere in memory
     assert sums(2) == wanted
+    check.begin(3, [(REPLICAS, x[:2]), (REPLICAS, x[2:4])])
+    check.begin(4, [(REPLICAS, x[2:4]), (REPLICAS, x[:2])])
+    (_, swapped_not), (_, swapped) = check._late.take(4, True)
+    assert swapped != swapped_not
 
 
 def test_what_is_saved_after_too_many_is_named_by_the_step_it_is_of(

@@ -58,15 +58,31 @@ def test_waiting_for_other_ranks_does_not_count() -> None:
     assert timer.seconds() == pytest.approx(1.0 + 3.0)
 
 
-def test_ranks_are_compared_with_those_of_the_same_stage() -> None:
-    """Pipeline 2 × data 3: the second stage has more to do, and rank 4 in it is slow."""
-    stages, replicas = Axis(2, 0, None, "pipeline"), Axis(3, 0, None, "data")
+def stragglers_of(pipeline: int, data: int) -> Stragglers:
+    stages, replicas = Axis(pipeline, 0, None, "pipeline"), Axis(data, 0, None, "data")
     mesh = Mesh(stages, replicas, ALONE, ALONE, replicas, ALONE, torch.device("cpu"))
     stragglers = Stragglers(HealthConfig(), mesh)
-    stragglers._hosts, stragglers._times_slow = [f"n{rank}" for rank in range(6)], [0] * 6
+    ranks = range(pipeline * data)
+    stragglers._hosts, stragglers._times_slow = [f"n{rank}" for rank in ranks], [0 for _ in ranks]
+    return stragglers
+
+
+def test_ranks_are_compared_with_those_of_the_same_stage() -> None:
+    """Pipeline 2 × data 3: the second stage has more to do, and rank 4 in it is slow."""
+    stragglers = stragglers_of(2, 3)
     for _ in range(3):
         assert stragglers.record() == {}
         stragglers._compare([0.1, 0.11, 0.1, 0.2, 0.3, 0.21])
     assert stragglers.record() == {"straggler": 4, "straggler_slowness": pytest.approx(0.3 / 0.21)}
     assert len(stragglers.news()) == 1
     assert not dist.is_initialized()
+
+
+def test_slow_now_and_then_or_by_little_is_not_named() -> None:
+    stragglers = stragglers_of(1, 3)
+    for seconds in (0.3, 0.3, 0.1, 0.3, 0.3, 0.1):
+        stragglers._compare([0.1, seconds, 0.1])
+    for _ in range(3):
+        stragglers._compare([0.001, 0.005, 0.001])  # five times as long, but by less than a process waits for its turn
+    assert stragglers.record() == {}
+    assert stragglers.news() == []

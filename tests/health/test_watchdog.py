@@ -23,7 +23,7 @@ from megalite.activity import NOW
 from megalite.checkpoint.folder import complete_steps
 from megalite.engine.native import NativeEngine
 from megalite.exit_codes import Exit
-from megalite.health.heartbeat import Heartbeat, read_all
+from megalite.health.heartbeat import Heartbeat, read_all, write
 from megalite.health.report import describe_hang, state_of
 from megalite.health.watchdog import Watchdog
 from megalite.mesh import ALONE, Axis, Mesh, node_name
@@ -172,6 +172,44 @@ def beat(rank: int, **changes: Any) -> Heartbeat:
         "patience_s": 300.0,
     }  # fmt: skip
     return Heartbeat(rank, **(values | changes))
+
+
+def watchdog_of(tmp_path: Path) -> Watchdog:
+    config = make_config(tmp_path, "llama", "health.hang_timeout_s=10")
+    config.run.folder.mkdir(parents=True)
+    (config.run.folder / "health").mkdir()
+    return Watchdog(config, Mesh(*[ALONE] * 6, torch.device("cpu")))
+
+
+def test_a_process_that_was_suspended_has_not_been_idle(tmp_path: Path) -> None:
+    watchdog = watchdog_of(tmp_path)
+    watchdog._looked -= 3600
+    watchdog._look()
+    assert 0 < watchdog._stalled_s <= 2 * watchdog._interval
+
+
+def test_others_are_not_called_silent_while_the_own_disk_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    watchdog = watchdog_of(tmp_path)
+
+    def silent(stalled_s: float) -> bool:
+        watchdog._stalled_s = stalled_s
+        watchdog._write(watchdog._take())
+        return watchdog._is_silent(1, beat(1))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", lambda *_: fail_with(errno.EIO))
+        assert [silent(stalled_s) for stalled_s in (1, 100)] == [False, False]
+    assert [silent(stalled_s) for stalled_s in (101, 104, 106)] == [False, False, True]
+
+
+def fail_with(number: int) -> None:
+    raise OSError(number, os.strerror(number))
+
+
+def test_heartbeats_of_an_earlier_start_are_nobodys(tmp_path: Path) -> None:
+    for rank, start in enumerate((1, 2)):
+        write(tmp_path, beat(rank, run=start))
+    assert read_all(tmp_path, 2, 2).keys() == {1}
 
 
 def test_of_ranks_that_all_wait_those_with_fewer_collectives_are_behind() -> None:
