@@ -224,8 +224,9 @@ def test_refuses_what_does_not_go_together(overrides: list[str], words: list[str
 
 
 def test_refuses_too_few_micro_batches_for_a_pipeline() -> None:
-    few = ("parallel.pipeline=4", "train.global_batch_size=2", "train.micro_batch_size=1")
-    assert "2 micro-batch" in refusal(4, *few, model=EIGHT)
+    four = ("parallel.pipeline=4", "train.micro_batch_size=1")
+    assert "3 micro-batch" in refusal(4, *four, "train.global_batch_size=3", model=EIGHT)
+    assert plan_of(4, *four, "train.global_batch_size=4", model=EIGHT).micro_batches == 4
     uneven = ("parallel.pipeline=2", "parallel.schedule=zero_bubble", "train.micro_batch_size=1")
     assert "5 micro-batches" in refusal(2, *uneven, "train.global_batch_size=5", model=EIGHT)
     assert plan_of(2, *uneven, "train.global_batch_size=6", model=EIGHT).micro_batches == 6
