@@ -13,8 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megalite.checkpoint import folder as folder_module
 from megalite.checkpoint import writing
-from megalite.checkpoint.folder import Damage, complete_steps, prune, read_manifest, step_folder
+from megalite.checkpoint.folder import Damage, complete_steps, prune, read_manifest, step_folder, steps_in
 from megalite.checkpoint.load import from_checkpoint, from_hf, from_seed
 from megalite.checkpoint.resume import find_checkpoint
 from megalite.checkpoint.save import Saver
@@ -68,8 +69,10 @@ def test_optimizer_state_has_the_names_and_shapes_of_the_weights(trained: Config
         TensorFolder(folder / "optimizer", state).check(weights)
     model = TensorFolder(folder)
     master = TensorFolder(folder / "optimizer", "master")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    everything = (slice(None),)
+    assert index["metadata"]["total_size"] == sum(model.fetch(name, everything).nbytes for name in model.files)
     for name in model.files:
-        everything = (slice(None),)
         assert master.fetch(name, everything).dtype == torch.float32
         assert torch.equal(master.fetch(name, everything).bfloat16(), model.fetch(name, everything))
 
@@ -119,14 +122,28 @@ def test_pruning_counts_only_complete_checkpoints(run: Config) -> None:
     assert step_folder(checkpoints(run), 12).is_dir()  # incomplete: left to be looked at
 
 
+def test_a_half_deleted_checkpoint_has_no_name_of_one(run: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be neither taken nor pruned, and stay for ever."""
+
+    def killed(path: Path) -> None:
+        (path / "config.json").unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(folder_module.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prune(checkpoints(run), keep=2)
+    assert steps_in(checkpoints(run)) == [8, 12]
+
+
 def test_a_leftover_of_a_crash_is_replaced(tmp_path: Path) -> None:
     config = make_config(tmp_path, "llama", "train.steps=2")
-    leftover = checkpoints(config) / "step-00000002.tmp"
-    leftover.mkdir(parents=True)
-    (leftover / "part-0.json").write_text("{")
+    for step in (2, 7):  # one that is saved now, and another
+        leftover = checkpoints(config) / f"step-{step:08d}.tmp"
+        leftover.mkdir(parents=True)
+        (leftover / "part-0.json").write_text("{")
     train(config)
+    assert [path.name for path in checkpoints(config).iterdir()] == ["step-00000002"]
     assert complete_steps(checkpoints(config)) == [2]
-    assert not leftover.exists()
 
 
 def test_saving_takes_the_state_of_that_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

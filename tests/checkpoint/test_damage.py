@@ -13,7 +13,16 @@ import torch
 
 from megalite.activity import NOW
 from megalite.checkpoint import folder as folder_module
-from megalite.checkpoint.folder import MANIFEST, Damage, complete_steps, parse_manifest, read_manifest, step_folder
+from megalite.checkpoint import resume
+from megalite.checkpoint.folder import (
+    MANIFEST,
+    Damage,
+    Files,
+    complete_steps,
+    parse_manifest,
+    read_manifest,
+    step_folder,
+)
 from megalite.checkpoint.load import from_checkpoint
 from megalite.checkpoint.resume import find_checkpoint, find_damage
 from megalite.checkpoint.tensors import CheckpointError, TensorFolder
@@ -138,7 +147,8 @@ def test_all_damaged_is_an_error_not_a_fresh_start(root: Path) -> None:
 def agree(
     rank: int, world_size: int, config: Config, root: Path
 ) -> tuple[list[dict[str, Damage]], tuple[Path | None, list[str]]]:
-    """What each rank makes of damage to files that one rank, or another, or both read; then of finding the rest."""
+    """What each rank makes of damage to files that one rank, or another, or both read; then of a manifest that one of
+    them sees otherwise; and of finding the rest."""
     mesh = make_mesh(make_plan(config, weight_table(config.model), world_size), torch.device("cpu"))
     newest = step_folder(root, 12)
     names = [str(path.relative_to(newest)) for path in sorted(newest.rglob("*")) if path.is_file()]
@@ -155,10 +165,22 @@ def agree(
         if rank == 0:
             (newest / name).write_bytes(whole)
     torch.distributed.barrier()
+    with pytest.MonkeyPatch.context() as patched:
+        if rank == 1:
+            patched.setattr(resume, "read_manifest", without_its_last_file)
+        found.append(find_damage(newest, mesh))
+    torch.distributed.barrier()
     if rank == 0:
         (newest / names[0]).unlink()
     torch.distributed.barrier()
     return found, find_checkpoint(root, "auto", mesh)
+
+
+def without_its_last_file(folder: Path) -> Files:
+    """A manifest as a node sees it whose file system shows an older one."""
+    files = read_manifest(folder)
+    assert not isinstance(files, Damage)
+    return {name: files[name] for name in sorted(files)[:-1]}
 
 
 def test_all_ranks_agree(trained: Config, root: Path) -> None:
@@ -166,9 +188,10 @@ def test_all_ranks_agree(trained: Config, root: Path) -> None:
     names = [str(path.relative_to(newest)) for path in sorted(newest.rglob("*")) if path.is_file()]
     first, second = run_ranks(2, agree, trained, root)
     assert first == second
-    found, (folder, (warning,)) = first
+    (*found, of_another_manifest), (folder, (warning,)) = first
     for name, damage in zip(names, found, strict=True):
         assert damage == {name: Damage.CONTENT} or (name == MANIFEST and damage), f"{name}: {damage}"
+    assert of_another_manifest == {MANIFEST: Damage.CONTENT}
     assert f"{names[0]} is missing" in warning
     assert folder == step_folder(root, 8)
 

@@ -208,6 +208,20 @@ def test_a_fault_anywhere_is_tried_again_and_leaves_nothing(tmp_path: Path) -> N
         writing.PAUSES_S = pauses  # type: ignore[misc]
 
 
+def test_a_step_that_cannot_be_saved_again_stays_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a resume from an older checkpoint."""
+    monkeypatch.setattr(writing, "PAUSES_S", ())
+    config = make_config(tmp_path)
+    saver = make_saver(config, 0, 1, lambda folder: None)
+    assert save(saver, 1)[0] is None
+    with Faults("rename", r"step-00000001\.tmp", errno.EIO).happening():
+        saver.save(1, {"step": 1, "again": True})
+        saver.wait()
+    assert saver.error is not None
+    assert complete_steps(checkpoints(config)) == [1]
+    assert json.loads((step_folder(checkpoints(config), 1) / "train_state.json").read_text()) == {"step": 1}
+
+
 def test_what_failed_is_told_although_the_loop_has_asked_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
