@@ -112,6 +112,7 @@ def test_refuses_a_sequence_that_cannot_be_cut() -> None:
     assert "parallel.tensor = 2" in found
     assert "parallel.sequence" in found
     assert plan_of(2, "parallel.tensor=2", "data.seq_length=31", "parallel.sequence=false").tensor == 2
+    assert "multiple of 2 × parallel.context = 4" in refusal(2, "parallel.context=2", "data.seq_length=30")
 
 
 def test_refuses_a_weight_that_cannot_be_cut() -> None:
