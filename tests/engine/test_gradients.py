@@ -1,0 +1,60 @@
+"""What the native engine makes of the gradients of a step, in one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from megalite.checkpoint.load import from_seed
+from megalite.engine import Engine
+from megalite.mesh import ALONE, make_mesh
+from megalite.models import weight_table
+from megalite.parts import Parts, build
+from megalite.plan import make_plan
+from small_runs import make_config
+
+
+def parts_of(tmp_path: Path, *overrides: str) -> Parts:
+    config = make_config(tmp_path, "llama", *overrides)
+    plan = make_plan(config, weight_table(config.model), 1)
+    parts = build(config, plan, make_mesh(plan, torch.device("cpu")))
+    parts.engine.load(from_seed(3, ALONE))
+    return parts
+
+
+def pass_back(parts: Parts, unused: str = "") -> None:
+    """A backward pass whose gradients are all 1."""
+    parts.engine.begin(1)
+    for name, parameter in parts.stages[0].model.named_parameters():
+        if name != unused:
+            parameter.sum().backward()
+    parts.engine.finish()
+
+
+def gathered(engine: Engine, kind: str, parts: Parts) -> dict[str, Tensor]:
+    names = [name for name, _ in parts.stages[0].model.named_parameters()]
+    return engine.gather(kind, dict.fromkeys(names, 0))
+
+
+def test_a_weight_that_no_token_used_has_a_gradient_of_0(tmp_path: Path) -> None:
+    """Not that of the step before. The weights of an expert that gets no token are such."""
+    parts, unused = parts_of(tmp_path), "layers.0.mlp.down.weight"
+    pass_back(parts)
+    parts.engine.step(1e-3)
+    pass_back(parts, unused)
+    for name, grad in gathered(parts.engine, "grad", parts).items():
+        assert torch.equal(grad, torch.full_like(grad, float(name != unused))), name
+
+
+@pytest.mark.parametrize("clip", [0.5, 1e6])
+def test_gradients_are_scaled_down_to_the_limit_and_never_up(tmp_path: Path, clip: float) -> None:
+    parts = parts_of(tmp_path, f"optimizer.clip={clip}")
+    pass_back(parts)
+    norm = parts.engine.step(1e-3).item()
+    assert norm == pytest.approx(sum(p.numel() for p in parts.stages[0].parameters()) ** 0.5)
+    # The first moment after a step is (1 - beta1) of the gradient.
+    for moment in gathered(parts.engine, "exp_avg", parts).values():
+        torch.testing.assert_close(moment, torch.full_like(moment, 0.1 * min(1.0, clip / norm)))
