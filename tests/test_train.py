@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import sys
@@ -157,6 +158,23 @@ def test_curve_equals_transformers(tmp_path: Path, overrides: tuple[str, ...]) -
     found = [line[1] for line in curve_of(ours)]
     assert found == pytest.approx(transformers_curve(folder, ours), abs=1e-4)
     assert len(found) == 20
+
+
+def test_validation_is_that_of_transformers(tmp_path: Path) -> None:
+    """Of the first samples each time, without dropout, over all their labels."""
+    from transformers import AutoModelForCausalLM
+
+    config = make_config(tmp_path, "gpt2", "train.steps=2", "observe.eval_every=1", "observe.eval_batches=2")
+    train(config)
+    model = AutoModelForCausalLM.from_pretrained(step_folder(config.run.folder / "checkpoints", 2)).eval()
+    data = build_mixtures(config)["valid"]
+    assert data is not None
+    tokens = torch.from_numpy(windows(data, range(2 * 4)))
+    with torch.no_grad():
+        wanted = model(input_ids=tokens, labels=tokens).loss.item()
+    found = metrics_of(config)[-1]
+    assert (found["step"], found["valid_loss"]) == (2, pytest.approx(wanted, rel=1e-5))  # sums of fp32
+    assert found["valid_perplexity"] == pytest.approx(math.exp(found["valid_loss"]))
 
 
 def test_other_data_is_refused_on_resume(tmp_path: Path) -> None:
