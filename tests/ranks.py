@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -38,6 +39,13 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) ->
                 process.kill()
             raise
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
+
+
+def cases_asked_for(request: pytest.FixtureRequest, test: Callable[..., Any]) -> list[dict[str, Any]]:
+    """Parameters of the cases of a test that pytest was asked for, by -k or by name: what many cases share one spawn
+    for need not do the others."""
+    asked = [item for item in request.session.items if isinstance(item, pytest.Function)]
+    return [item.callspec.params for item in asked if item.function is test]
 
 
 def become(rank: int, world_size: int, environment: dict[str, str]) -> None:

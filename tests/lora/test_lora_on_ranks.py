@@ -24,7 +24,7 @@ from megalite.parts import build, forward_backward
 from megalite.plan import make_plan
 from megalite.train import initial_state
 from megalite.training.schedules import learning_rate
-from ranks import run_ranks
+from ranks import cases_asked_for, run_ranks
 from tiny_models import CASES
 
 BATCH, LENGTH, STEPS = 4, 32, 2
@@ -189,15 +189,20 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def results(root: Path) -> dict[tuple[str, Layout], Result]:
-    """Every run, all of two ranks in one spawn. DeepSpeed's come last, since it replaces functions of torch."""
+def results(root: Path, request: pytest.FixtureRequest) -> dict[tuple[str, Layout], Result]:
+    """Every run that is asked for, all of two ranks in one spawn. DeepSpeed's come last, since it replaces functions of
+    torch."""
+    asked = [(each["model"], each["layout"]) for each in cases_asked_for(request, test_two_steps_are_those_of_peft)]
+    if cases_asked_for(request, test_every_layout_drops_the_same):
+        asked += [("llama", layout) for layout in (*DROPPING, Layout(1, loss_chunk=5))]
     found: dict[tuple[str, Layout], Result] = {}
     engines = ["native"] + ["deepspeed"] * (importlib.util.find_spec("deepspeed") is not None)
     for ranks in (1, 2):
         every = [*RUNS, *(("llama", layout) for layout in DROPPING)]
-        runs = [(m, layout) for m, layout in every if layout.ranks == ranks and layout.engine in engines]
+        of_these = [(m, layout) for m, layout in every if layout.ranks == ranks and layout.engine in engines]
+        runs = [run for run in of_these if run in asked]
         runs.sort(key=lambda run: engines.index(run[1].engine))
-        of_ranks = run_ranks(ranks, run_all, root, runs) if ranks > 1 else [run_all(0, 1, root, runs)]
+        of_ranks = run_ranks(ranks, run_all, root, runs) if ranks > 1 and runs else [run_all(0, 1, root, runs)]
         for number, key in enumerate(runs):
             parts = [results[number] for results in of_ranks]
             found[key] = parts[0] | {

@@ -25,7 +25,7 @@ from megalite.models import weight_table
 from megalite.parallel.stage import positions_of
 from megalite.parts import build, forward_backward
 from megalite.plan import make_plan
-from ranks import run_ranks
+from ranks import cases_asked_for, run_ranks
 from tiny_models import CASES, ON_DISK
 
 BATCH, LENGTH = 2, 32
@@ -163,12 +163,15 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def results(root: Path) -> dict[tuple[str, Layout], Result]:
-    """Every run, all of two ranks in one spawn."""
+def results(root: Path, request: pytest.FixtureRequest) -> dict[tuple[str, Layout], Result]:
+    """Every run that is asked for, all of two ranks in one spawn."""
+    asked = [(each["case"], each["layout"]) for each in cases_asked_for(request, test_a_step_is_that_of_transformers)]
+    written_back = cases_asked_for(request, test_transformers_opens_what_is_written_back)
+    asked += [(each["case"], Layout(tensor=2)) for each in written_back]
     found: dict[tuple[str, Layout], Result] = {}
     for ranks, runner in ((1, lambda n, f, *rest: [f(0, n, *rest)]), (2, run_ranks)):
-        runs = [(case, layout) for case, layout in RUNS if layout.ranks == ranks]
-        of_ranks = runner(ranks, run_all, root, runs)
+        runs = [(case, layout) for case, layout in RUNS if layout.ranks == ranks and (case, layout) in asked]
+        of_ranks = runner(ranks, run_all, root, runs) if runs else []
         for number, key in enumerate(runs):
             parts = [results[number] for results in of_ranks]
             found[key] = {"loss": parts[0]["loss"]} | {

@@ -31,7 +31,7 @@ from megalite.models.weights import Weight
 from megalite.parts import build, forward_backward
 from megalite.plan import Plan, make_plan
 from megalite.training.schedules import learning_rate
-from ranks import run_ranks
+from ranks import cases_asked_for, run_ranks
 
 SEED, STEPS, BATCH, LENGTH = 7, 2, 4, 32
 
@@ -350,10 +350,9 @@ def reference_places(batch: MicroBatch, packed: bool) -> Places:
 
 @pytest.fixture(scope="session")
 def chosen(request: pytest.FixtureRequest) -> frozenset[Case]:
-    """The cases that pytest was asked for: no other is trained."""
-    asked = [item for item in request.session.items if isinstance(item, pytest.Function)]
-    params = [item.callspec.params for item in asked if item.function is test_layout_equals_one_process]
-    return frozenset((each["model"], each["layout"]) for each in params)
+    """The cases that are trained."""
+    asked = cases_asked_for(request, test_layout_equals_one_process)
+    return frozenset((each["model"], each["layout"]) for each in asked)
 
 
 @cache
