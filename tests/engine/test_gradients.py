@@ -25,12 +25,13 @@ def parts_of(tmp_path: Path, *overrides: str) -> Parts:
     return parts
 
 
-def pass_back(parts: Parts, unused: str = "") -> None:
-    """A backward pass whose gradients are all 1."""
-    parts.engine.begin(1)
-    for name, parameter in parts.stages[0].model.named_parameters():
-        if name != unused:
-            parameter.sum().backward()
+def pass_back(parts: Parts, unused: str = "", micro_batches: int = 1) -> None:
+    """Backward passes whose gradients are all 1."""
+    parts.engine.begin(micro_batches)
+    for _ in range(micro_batches):
+        for name, parameter in parts.stages[0].model.named_parameters():
+            if name != unused:
+                parameter.sum().backward()
     parts.engine.finish()
 
 
@@ -39,14 +40,15 @@ def gathered(engine: Engine, kind: str, parts: Parts) -> dict[str, Tensor]:
     return engine.gather(kind, dict.fromkeys(names, 0))
 
 
-def test_a_weight_that_no_token_used_has_a_gradient_of_0(tmp_path: Path) -> None:
-    """Not that of the step before. The weights of an expert that gets no token are such."""
-    parts, unused = parts_of(tmp_path), "layers.0.mlp.down.weight"
+@pytest.mark.parametrize("zero_stage", [1, 2])
+def test_a_weight_that_no_token_used_has_a_gradient_of_0(tmp_path: Path, zero_stage: int) -> None:
+    """Not that of the step before; and those beside it in its bucket, which is never full, are reduced nonetheless."""
+    parts, unused = parts_of(tmp_path, f"parallel.zero_stage={zero_stage}"), "layers.0.mlp_norm.weight"
     pass_back(parts)
     parts.engine.step(1e-3)
-    pass_back(parts, unused)
+    pass_back(parts, unused, micro_batches=2)
     for name, grad in gathered(parts.engine, "grad", parts).items():
-        assert torch.equal(grad, torch.full_like(grad, float(name != unused))), name
+        assert torch.equal(grad, torch.full_like(grad, 2.0 * (name != unused))), name
 
 
 @pytest.mark.parametrize("clip", [0.5, 1e6])
