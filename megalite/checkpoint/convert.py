@@ -19,7 +19,7 @@ from megalite.checkpoint.folder import write_json
 from megalite.checkpoint.load import from_hf
 from megalite.checkpoint.megatron import find_megatron, open_megatron
 from megalite.checkpoint.tensors import CheckpointError, TensorFolder
-from megalite.data.tokenizer import FILES
+from megalite.data.tokenizer_files import copy_files
 from megalite.mesh import ALONE
 from megalite.models import copied_hf_config, model_config, peft, read_hf_config, to_hf_config, weight_table
 from megalite.models.weights import Weight
@@ -89,9 +89,7 @@ def write_model(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         # First: reading the weights, whose files are open, may take as long as a run needs to remove a checkpoint.
-        for extra in ("generation_config.json", *FILES):
-            if source := next((path / extra for path in model.extras if (path / extra).is_file()), None):
-                shutil.copyfile(source, temporary / extra)
+        copy_files(model.extras, temporary, "generation_config.json")
         found = _write_tensors(model, temporary, DTYPES[dtype] if dtype else None, shard_bytes, console)
         name = str(found).removeprefix("torch.")
         # The name that every version of transformers and vLLM reads.

@@ -11,7 +11,8 @@ from typing import Any
 from megalite.checkpoint.folder import remove, write_json
 from megalite.config import Config
 from megalite.data.chat import ChatTemplate
-from megalite.data.tokenizer import FILES, Tokenizer, load_tokenizer
+from megalite.data.tokenizer import Tokenizer, load_tokenizer
+from megalite.data.tokenizer_files import copy_files
 from megalite.data.turn_end import turn_end
 from megalite.errors import DataError
 from megalite.models import SPECIAL, peft, read_hf_config, to_hf_config, weight_table
@@ -33,9 +34,7 @@ def keep_source(config: Config) -> None:
     temporary.mkdir(parents=True)
     hf = config.model.hf
     where = [hf, *([peft.base_of(hf)] if peft.is_adapter(hf) else [])]
-    for name in ("config.json", GENERATION, *FILES):
-        if found := next((path / name for path in where if (path / name).is_file()), None):
-            shutil.copyfile(found, temporary / name)
+    copy_files(where, temporary, "config.json", GENERATION)
     temporary.rename(folder)
 
 
@@ -53,11 +52,12 @@ def write_extras(folder: Path, config: Config, tokenizer: Tokenizer | None) -> N
         end = ids["eos_token_id"]
         ids["pad_token_id"] = end[0] if isinstance(end, list) else end
     write_json(folder / GENERATION, ids | {"do_sample": True})
-    for name in (GENERATION, *([] if tokenizer else FILES)):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+    if (source / GENERATION).is_file():
+        shutil.copyfile(source / GENERATION, folder / GENERATION)
     if tokenizer:
         tokenizer.save(folder)
+    else:
+        copy_files([source], folder)
     if config.model.task == "causal":
         _add_turn_end(folder, ids["eos_token_id"], tokenizer)
     if config.lora:

@@ -22,7 +22,8 @@ from megalite.changes import Change, changes, shown, with_defaults
 from megalite.checkpoint.tensors import KEEPS, CheckpointError
 from megalite.config import Config, LoraConfig, OptimizerConfig
 from megalite.data.mixture import Mixture
-from megalite.data.tokenizer import FILES, Tokenizer, load_tokenizer
+from megalite.data.tokenizer import Tokenizer, load_tokenizer
+from megalite.data.tokenizer_files import files_in
 from megalite.errors import ConfigError, DataError
 from megalite.models import model_config, peft, to_hf_config, weight_table
 from megalite.models.lora import adapters_of
@@ -106,7 +107,7 @@ def _says_the_same(change: Change, before: Mapping[str, Any], config: Config) ->
 
 def _check_tokenizer(checkpoint: Path, path: Path, tokenizer: Tokenizer) -> None:
     kept = [name for name in ("tokenizer.json", "tokenizer.model") if (checkpoint / name).is_file()]
-    if not kept or all(_same_file(checkpoint / name, path / name) for name in FILES if (checkpoint / name).is_file()):
+    if not kept or all(_same_file(checkpoint / name, path / name) for name in files_in(checkpoint)):
         return
     try:
         other = load_tokenizer(checkpoint)

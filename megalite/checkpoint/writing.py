@@ -199,8 +199,8 @@ class Writing:
                 files[name] = digest(path)
                 NOW.beats += 1
         write_json(self.temporary / MANIFEST, {"files": files})
-        fsync(self.temporary / "optimizer")
-        fsync(self.temporary)
+        for folder in (*(path for path in self.temporary.rglob("*") if path.is_dir()), self.temporary):
+            fsync(folder)
 
     def _give_name(self) -> None:
         before = replaced(self.folder)

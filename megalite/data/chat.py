@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from megalite.data.tokenizer_files import CONFIG, TEMPLATES, read_object, settings_of, special_tokens
 from megalite.errors import DataError
+from megalite.outside import read_limited, reading
 
 Message = Mapping[str, Any]
 GENERATION = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")
@@ -49,7 +50,9 @@ class ChatTemplate:
                 f"{folder} has no chat template{others}; put one into {folder / 'chat_template.jinja'}, such as "
                 "configs/chat_template.jinja, or take the tokenizer of a model that was made to chat"
             )
-        return cls(named["default"], special_tokens(folder), tuple(special), tuple(added), named.get("tool_use"))
+        return cls(
+            named["default"], special_tokens(settings_of(folder)), tuple(special), tuple(added), named.get("tool_use")
+        )
 
     def render(self, messages: Sequence[Message], tools: Any = None, prompt: bool = False, **options: Any) -> str:
         """Return a conversation's text; with `prompt`, up to where the model's next answer begins.
@@ -142,35 +145,17 @@ class ChatTemplate:
         return texts[0], spans[0] if spans else []
 
 
-def special_tokens(folder: Path) -> dict[str, str]:
-    """Return the special tokens that a tokenizer's folder names, by their role, such as eos_token. Raises DataError."""
-    named = read_json(folder / "special_tokens_map.json") | read_json(folder / "tokenizer_config.json")
-    tokens = {key: _text_of(value) for key, value in named.items() if key.endswith("_token")}
-    return {key: text for key, text in tokens.items() if text}
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Return a file's object, or an empty one where there is no file. Raises DataError."""
-    try:
-        values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except ValueError as error:
-        raise DataError(f"{file} is not valid JSON: {error}") from None
-    return values if isinstance(values, dict) else {}
-
-
 def _templates_of(folder: Path) -> dict[str, str]:
     """By name. Files of their own go before those inside of tokenizer_config.json, as in transformers."""
-    files = {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+    files = {path.stem: path for path in sorted((folder / TEMPLATES).glob("*.jinja"))}
     if (own := folder / "chat_template.jinja").is_file():
         files["default"] = own
-    if files:
-        return {name: path.read_text(encoding="utf-8") for name, path in files.items()}
-    configured = read_json(folder / "tokenizer_config.json").get("chat_template")
-    if isinstance(configured, list):
-        return {item["name"]: item["template"] for item in configured}
-    return {"default": configured} if isinstance(configured, str) else {}
-
-
-def _text_of(token: Any) -> str | None:
-    text = token.get("content") if isinstance(token, dict) else token
-    return text if isinstance(text, str) else None
+    found = {}
+    for name, path in files.items():
+        with reading(path, DataError):
+            found[name] = read_limited(path, DataError).decode()
+    configured = read_object(folder / CONFIG).get("chat_template") if not files else None
+    with reading(folder / CONFIG, DataError):
+        named = configured if isinstance(configured, list) else [{"name": "default", "template": configured}]
+        found |= {str(item["name"]): item["template"] for item in named if isinstance(item["template"], str)}
+    return found

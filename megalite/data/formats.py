@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 
 from megalite.data.answers import find_answers
-from megalite.data.chat import ChatTemplate, special_tokens
+from megalite.data.chat import ChatTemplate
 from megalite.data.messages import (
     MEDIA,
     NEUTRAL,
@@ -93,17 +93,10 @@ class Encoder:
             self._check_end()
 
     def _check_end(self) -> None:
-        folder = Path(self._settings.tokenizer)
-        end = special_tokens(folder if folder.is_dir() else folder.parent).get("eos_token")
-        if end is not None and end not in self.tokenizer.vocabulary():
-            raise DataError(
-                f"{folder}: tokenizer_config.json names the eos_token {end!r}, which tokenizer.json does not have; add "
-                "it to tokenizer.json, or name one that is there"
-            )
         if self.tokenizer.eod_id is None:
             raise DataError(
-                f"{folder} names no end-of-document token, without which a model never learns where to end: give "
-                "tokenizer_config.json an eos_token"
+                f"{self._settings.tokenizer} names no end-of-document token, without which a model never learns where "
+                "to end: give tokenizer_config.json an eos_token"
             )
 
     def encode(self, rows: Sequence[Values]) -> list[list[Encoded] | str]:
@@ -263,7 +256,8 @@ class Encoder:
     def _open_template(self) -> ChatTemplate:
         if self._template is None:
             special, added = self.tokenizer.control_tokens(), self.tokenizer.added_tokens()
-            self._template = ChatTemplate.of(Path(self._settings.tokenizer), special, added)
+            path = Path(self._settings.tokenizer)
+            self._template = ChatTemplate.of(path if path.is_dir() else path.parent, special, added)
         return self._template
 
     def _number(self, label: Any) -> int:

@@ -15,19 +15,18 @@ import orjson
 import tokenizers
 
 from megalite.data.sentencepiece_json import NotConvertible, converted
-from megalite.errors import DataError
-
-# All that AutoTokenizer may look for in a folder; a checkpoint takes along what is there.
-FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
+from megalite.data.tokenizer_files import (
+    CONFIG,
+    add_named,
+    check_added,
+    copy_files,
+    read_object,
+    settings_of,
+    special_tokens,
 )
+from megalite.errors import DataError
+from megalite.outside import reading
+
 # How models without a tokenizer_config.json spell the end of a document.
 END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 FINGERPRINT = "2-"  # what the names of today begin with
@@ -143,23 +142,15 @@ class HuggingFaceTokenizer(Tokenizer):
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._file = file
+        settings = settings_of(file.parent)
+        with reading(file.with_name(CONFIG), DataError):
+            add_named(self._tokenizer, file, settings)
         vocabulary = self.vocabulary()
         self.vocab_size = max(vocabulary.values()) + 1
-        names = [*self._configured("eos_token"), *END_OF_DOCUMENT]
-        self.eod_id = next((vocabulary[name] for name in names if name in vocabulary), None)
-        self.begin_id = next((vocabulary[name] for name in self._configured("bos_token") if name in vocabulary), None)
-
-    def _configured(self, role: str) -> list[str]:
-        names = []
-        for path in (self._file.with_name("tokenizer_config.json"), self._file.with_name("special_tokens_map.json")):
-            if path.is_file():
-                try:
-                    token = json.loads(path.read_text(encoding="utf-8")).get(role)
-                except (ValueError, AttributeError) as error:
-                    raise DataError(f"{path} is not a JSON object: {error}") from None
-                token = token.get("content") if isinstance(token, dict) else token
-                names += [token] if isinstance(token, str) else []
-        return names
+        named = special_tokens(settings)
+        ends = (named["eos_token"],) if "eos_token" in named else END_OF_DOCUMENT
+        self.eod_id = next((vocabulary[name] for name in ends if name in vocabulary), None)
+        self.begin_id = vocabulary.get(named.get("bos_token", ""))
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         # "fast" leaves out the character offsets, which nobody needs here.
@@ -247,11 +238,9 @@ class HuggingFaceTokenizer(Tokenizer):
         folder.mkdir(parents=True, exist_ok=True)
         if folder.resolve() == source.resolve():
             return
-        shutil.copyfile(self._file, folder / "tokenizer.json")
-        for name in FILES:
-            if name != "tokenizer.json" and (source / name).is_file():
-                shutil.copyfile(source / name, folder / name)
-        if not (folder / "tokenizer_config.json").is_file():
+        copy_files([source], folder)
+        shutil.copyfile(self._file, folder / "tokenizer.json")  # which may have another name
+        if not (folder / CONFIG).is_file():
             write_tokenizer_config(folder, None if self.eod_id is None else self._tokenizer.id_to_token(self.eod_id))
 
 
@@ -270,6 +259,11 @@ class SentencePieceTokenizer(Tokenizer):
         self._file = file
         self.vocab_size = self._processor.get_piece_size()
         self.eod_id = end if (end := self._processor.eos_id()) >= 0 else None
+        if file.name == "tokenizer.model":
+            settings, vocabulary = settings_of(file.parent), self.vocabulary()
+            with reading(file.with_name(CONFIG), DataError):
+                check_added(file, settings, vocabulary)
+            self.eod_id = vocabulary.get(special_tokens(settings).get("eos_token", ""), self.eod_id)
         self.begin_id = begin if (begin := self._processor.bos_id()) >= 0 else None
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -310,21 +304,26 @@ class SentencePieceTokenizer(Tokenizer):
         model itself."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        if folder.resolve() != self._file.parent.resolve() or self._file.name != "tokenizer.model":
+        source, is_whole = self._file.parent, self._file.name == "tokenizer.model"
+        if folder.resolve() != source.resolve() and is_whole:
+            copy_files([source], folder)
+        elif not is_whole:
             shutil.copyfile(self._file, folder / "tokenizer.model")
         if isinstance(self._converted, NotConvertible):
             return
         self._converted.save(str(folder / "tokenizer.json"))
-        names = [None if i is None else self._processor.id_to_piece(i) for i in (self.eod_id, self.begin_id)]
-        write_tokenizer_config(folder, *names)
+        end, begin = (None if i is None else self._processor.id_to_piece(i) for i in (self.eod_id, self.begin_id))
+        template = read_object(source / CONFIG).get("chat_template") if is_whole else None
+        write_tokenizer_config(folder, end, begin, template)
 
 
-def write_tokenizer_config(folder: Path, end: str | None, begin: str | None = None) -> None:
+def write_tokenizer_config(folder: Path, end: str | None, begin: str | None = None, template: Any = None) -> None:
     """Write a tokenizer_config.json that has transformers take tokenizer.json as it is and tidy up nothing on
     decoding."""
     values = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, "eos_token": end}
     values |= {"bos_token": begin} if begin is not None else {}
-    (folder / "tokenizer_config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    values |= {"chat_template": template} if template is not None else {}
+    (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def _name_of(description: str, eod_id: int | None) -> str:

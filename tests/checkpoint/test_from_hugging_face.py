@@ -12,6 +12,7 @@ import pytest
 import tokenizers
 import torch
 
+from megalite.checkpoint.convert import open_source, write_model
 from megalite.checkpoint.export import keep_source
 from megalite.checkpoint.folder import step_folder
 from megalite.train import train
@@ -21,6 +22,7 @@ from tiny_models import CASES
 transformers = pytest.importorskip("transformers")
 
 TEMPLATE = "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
+TEMPLATES = {"default": TEMPLATE, "tool_use": "{{ tools | tojson }}" + TEMPLATE}
 
 
 def save_model(folder: Path) -> Any:
@@ -33,7 +35,7 @@ def save_model(folder: Path) -> Any:
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w3", unk_token="w0")
-    tokenizer.chat_template = TEMPLATE
+    tokenizer.chat_template = TEMPLATES
     tokenizer.save_pretrained(folder)
     return model
 
@@ -58,6 +60,11 @@ def test_what_lies_beside_the_weights_is_taken_along(tmp_path: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     assert tokenizer.encode("w7 w9") == [7, 9]
     assert tokenizer.eos_token == "w3"
+    assert tokenizer.chat_template == TEMPLATES
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert "additional_chat_templates/tool_use.jinja" in manifest["files"]
+    write_model(open_source(folder), tmp_path / "out")
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == TEMPLATES
     assert tokenizer.apply_chat_template([{"role": "user", "content": "w7"}], tokenize=False) == "<user>w7"
     assert json.loads((folder / "config.json").read_text())["pad_token_id"] is None
 

@@ -220,15 +220,6 @@ def test_an_answer_has_one_end(tmp_path: Path, block_end: str, is_special: bool,
     assert learned(encoder, {"messages": talk})[0].replace("\n", "") == "a<|im_end|>b<|im_end|>"
 
 
-@pytest.mark.parametrize("format", ["chat", "completion"])
-def test_an_end_that_the_tokenizer_lacks_is_an_error(tmp_path: Path, format: Any) -> None:
-    folder = write_style(tmp_path, STYLES["chatml"], "bytes")
-    file = folder / "tokenizer_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token": "<|eot|>"}))
-    with pytest.raises(DataError, match=r"names the eos_token '<\|eot\|>', which tokenizer.json does not have"):
-        Encoder(Settings(format, str(folder)))
-
-
 @pytest.mark.parametrize("style", [style for style in STYLES if style != "rounds"])
 def test_a_template_names_its_ends(folders: dict[str, Path], style: str) -> None:
     opened = tokenizers.Tokenizer.from_file(str(folders[style] / "tokenizer.json"))

@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megalite.data.chat import ChatTemplate
 from megalite.data.indexed import IndexedDataset
 from megalite.data.preprocess import preprocess
 from megalite.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, load_tokenizer, other_tokenizer
+from megalite.data.tokenizer_files import CONFIG, FLAGS
 from megalite.data.tokenizer_training import END, train_tokenizer
 from megalite.errors import DataError
 
@@ -276,6 +278,26 @@ def test_saved_folder_is_the_same_tokenizer(folders, tmp_path, kind):
     assert AutoTokenizer.from_pretrained(tmp_path / "saved").encode("  x\n é") == original.encode("  x\n é")
 
 
+@pytest.mark.parametrize("kind", ["bpe/tokenizer.json", "sp-bpe/tokenizer.model"])
+@pytest.mark.parametrize("is_file", [True, False])
+def test_a_saved_folder_has_the_same_chat_templates(folders, tmp_path, kind, is_file):
+    from transformers import AutoTokenizer
+
+    file, templates = tmp_path / Path(kind).name, {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    shutil.copyfile(folders / kind, file)
+    if is_file:
+        (tmp_path / "additional_chat_templates").mkdir()
+        (tmp_path / "chat_template.jinja").write_text(templates["default"])
+        (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text(templates["tool_use"])
+    else:
+        named = [{"name": name, "template": template} for name, template in templates.items()]
+        (tmp_path / CONFIG).write_text(json.dumps({"chat_template": named}))
+    load_tokenizer(file).save(tmp_path / "saved")
+    saved = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert saved.chat_template == templates
+    assert ChatTemplate.of(tmp_path / "saved", ()).tool_source == templates["tool_use"]
+
+
 def test_lone_files_save_as_folders_for_transformers(folders, tmp_path):
     from transformers import AutoTokenizer
 
@@ -361,6 +383,62 @@ def test_end_of_document_comes_from_the_configuration(folders, tmp_path):
     (folder / "tokenizer.json").write_text(json.dumps(content))
     (folder / "special_tokens_map.json").unlink()
     assert load_tokenizer(folder).eod_id is None
+
+
+def flagged(content, **flags):
+    return {"content": content} | dict.fromkeys(FLAGS, False) | {"special": True} | flags
+
+
+SETTINGS = {
+    "an end that is a plain piece": ({"eos_token": "def"}, "special_tokens_map.json"),
+    "an end of a newer file": ({"eos_token": "def", "added_tokens_decoder": {}}, CONFIG),
+    "added tokens that are pieces": ({"added_tokens_decoder": {"9": flagged("def"), "10": flagged("re", lstrip=True)}},
+                                     CONFIG),
+    "an added token with other flags": ({"added_tokens_decoder": {"0": flagged(END, lstrip=True)}}, CONFIG),
+    "listed special tokens": ({"extra_special_tokens": ["def", "re"]}, CONFIG),
+    "added tokens of an older file": ({"def": 9, "re": 10}, "added_tokens.json"),
+    "what pads": ({"pad_token": "<pad>"}, CONFIG),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_beside_it_add_tokens_as_in_transformers(folders, tmp_path, name):
+    from transformers import AutoTokenizer
+
+    shutil.copytree(folders / "bpe", tmp_path, dirs_exist_ok=True)
+    values, file = SETTINGS[name]
+    if file == CONFIG:
+        values = json.loads((tmp_path / CONFIG).read_text()) | values
+    (tmp_path / file).write_text(json.dumps(values))
+    ours, theirs = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    texts = [*VARIED, f"x = def  re{END}  {END} redef f(x):", "pre  return"]
+    assert ours.encode_batch(texts) == theirs(texts)["input_ids"]
+    assert ours.eod_id == theirs.eos_token_id
+    ours.save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").encode_batch(texts) == ours.encode_batch(texts)
+
+
+@pytest.mark.parametrize("kind", ["tokenizer.json", "tokenizer.model"])
+@pytest.mark.parametrize(
+    ("file", "values", "why"),
+    [
+        (CONFIG, {"eos_token": "<|eot|>"}, r"config.json names the eos_token '<\|eot\|>', which {} does"),
+        (
+            CONFIG,
+            {"added_tokens_decoder": {"7": flagged("<|x|>")}},
+            r"config.json adds the token '<\|x\|>', which {}",
+        ),
+        ("added_tokens.json", {"<|x|>": 7}, r"added_tokens.json adds the token '<\|x\|>', which {} does not have"),
+        (CONFIG, {"added_tokens_decoder": 5}, "tokenizer_config.json cannot be read: TypeError"),
+        (CONFIG, [], "tokenizer_config.json is not a JSON object"),
+    ],
+)
+def test_tokens_that_it_lacks_are_refused(folders, tmp_path, kind, file, values, why):
+    """Never is another token taken for the end of a document, or a token's text for text."""
+    shutil.copyfile(folders / "sp-bpe" / kind, tmp_path / kind)
+    (tmp_path / file).write_text(json.dumps(values))
+    with pytest.raises(DataError, match=why.format(kind)):
+        preprocess([__file__], tmp_path / "x", tmp_path, append_eod=True)
 
 
 def test_truncation_and_padding_in_the_file_are_ignored(folders, tmp_path):

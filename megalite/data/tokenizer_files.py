@@ -1,0 +1,127 @@
+"""What lies in a tokenizer's folder, and what its settings say of tokens, as transformers reads them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from megalite.errors import DataError
+from megalite.outside import read_json
+
+CONFIG = "tokenizer_config.json"
+LEGACY = "added_tokens.json"
+ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+TEMPLATES = "additional_chat_templates"
+"""A folder of chat templates for occasions, such as tool_use.jinja."""
+# All else that AutoTokenizer may look for in a folder; a checkpoint takes along what is there.
+FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    CONFIG,
+    "special_tokens_map.json",
+    LEGACY,
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+
+def files_in(folder: Path) -> list[str]:
+    """Return what a tokenizer's folder holds for AutoTokenizer, by paths inside of it."""
+    named = sorted(path for path in (folder / TEMPLATES).glob("*.jinja") if path.is_file())
+    return [*(name for name in FILES if (folder / name).is_file()), *(f"{TEMPLATES}/{path.name}" for path in named)]
+
+
+def copy_files(sources: Sequence[Path], target: Path, *more: str) -> None:
+    """Copy what folders hold for AutoTokenizer, and files of the names `more`, into a folder that exists; what several
+    have, from the first that has it."""
+    for name in dict.fromkeys([*more, *(name for source in sources for name in files_in(source))]):
+        if source := next((source / name for source in sources if (source / name).is_file()), None):
+            (target / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source, target / name)
+
+
+def settings_of(folder: Path) -> dict[str, Any]:
+    """Return what tokenizer_config.json says, with the special tokens of a special_tokens_map.json where transformers
+    goes by these. Raises DataError."""
+    settings = read_object(folder / CONFIG)
+    # Files of older versions: a newer one has all in the former, and what it says of the latter is out of date.
+    is_newer = "added_tokens_decoder" in settings
+    return settings if is_newer else settings | read_object(folder / "special_tokens_map.json")
+
+
+def special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Return the special tokens that settings name, by their role, such as eos_token."""
+    tokens = {key: text_of(value) for key, value in settings.items() if key.endswith("_token")}
+    return {key: text for key, text in tokens.items() if text}
+
+
+def add_named(tokenizer: tokenizers.Tokenizer, file: Path, settings: Mapping[str, Any]) -> None:
+    """Have the tokenizer of a tokenizer.json take whole in a text what the settings beside it add, as transformers
+    does: tokens that it has with other flags, and pieces of its vocabulary. Raises as `check_added` does."""
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    check_added(file, settings, vocabulary)
+    there = {token.content: repr(token) for token in tokenizer.get_added_tokens_decoder().values()}
+    added = list(_added_by(file.parent, settings))
+    flagged = [token for name, token in added if name == CONFIG and there.get(token.content) != repr(token)]
+    others = [token for token in [*(token for _, token in added), *_named_by(settings)] if token.content not in there]
+    tokenizer.add_tokens([token for token in [*flagged, *others] if token.content in vocabulary])
+
+
+def check_added(file: Path, settings: Mapping[str, Any], vocabulary: Collection[str]) -> None:
+    """Raise DataError where the settings beside a tokenizer's file add or end texts with a token that it lacks, one to
+    pad with aside: transformers gives these ids of their own."""
+    mend = "have AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER), of transformers, write tokenizer.json"
+    for name, token in _added_by(file.parent, settings):
+        if token.content not in vocabulary and token.content.strip("<|[]>").lower() != "pad":
+            raise DataError(
+                f"{file.with_name(name)} adds the token {token.content!r}, which {file.name} does not have; {mend}"
+            )
+    if (end := special_tokens(settings).get("eos_token")) is not None and end not in vocabulary:
+        raise DataError(
+            f"{file.with_name(CONFIG)} names the eos_token {end!r}, which {file.name} does not have; name one that is "
+            f"there, or {mend}"
+        )
+
+
+def _added_by(folder: Path, settings: Mapping[str, Any]) -> Iterator[tuple[str, tokenizers.AddedToken]]:
+    """What the settings add to a vocabulary, and the file that says so."""
+    if (added := settings.get("added_tokens_decoder")) is not None:
+        for number in sorted(added, key=int):
+            yield CONFIG, _token(added[number])
+        return
+    special = {token.content for token in _named_by(settings)}
+    for text in read_object(folder / LEGACY):
+        yield LEGACY, tokenizers.AddedToken(text, special=text in special, normalized=text not in special)
+
+
+def _named_by(settings: Mapping[str, Any]) -> list[tokenizers.AddedToken]:
+    lists = [settings.get(name) for name in ("additional_special_tokens", "extra_special_tokens")]
+    tokens = [settings[f"{role}_token"] for role in ROLES if settings.get(f"{role}_token")]
+    return [
+        _token(token) for token in [*tokens, *(token for some in lists if isinstance(some, list) for token in some)]
+    ]
+
+
+def _token(given: Any) -> tokenizers.AddedToken:
+    flags = {name: bool(given[name]) for name in FLAGS if name in given} if isinstance(given, dict) else {}
+    return tokenizers.AddedToken(text_of(given) or "", **{"special": True, "normalized": False} | flags)
+
+
+def text_of(token: Any) -> str | None:
+    """Return what a token spells that is given as text, or as an object with its flags."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """Return the object in a JSON file, an empty one where there is no file. Raises DataError."""
+    values = read_json(file, DataError) if file.is_file() else {}
+    if not isinstance(values, dict):
+        raise DataError(f"{file} is not a JSON object")
+    return values
