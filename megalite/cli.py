@@ -246,13 +246,15 @@ def _generate(arguments: argparse.Namespace) -> None:
     from dataclasses import replace
 
     from megalite.data.chat import ChatTemplate
+    from megalite.data.tokenizer import load_tokenizer
     from megalite.infer.generate import Generator, find_model
     from megalite.mesh import Launch, leave
 
     launch = Launch.from_environment()
     layout = {"tensor": arguments.tensor, "pipeline": arguments.pipeline}
     if arguments.chat:
-        ChatTemplate.of(find_model(arguments.model), ())  # or there is no need to read the weights
+        folder = find_model(arguments.model)
+        ChatTemplate.of(folder, load_tokenizer(folder))  # or there is no need to read the weights
     generator = Generator.open(arguments.model, num_slots=1, launch=launch, **layout)
     names = ("temperature", "top_k", "top_p", "min_p", "seed")
     asked = {name: value for name in names if (value := getattr(arguments, name)) is not None}

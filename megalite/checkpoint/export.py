@@ -13,7 +13,6 @@ from megalite.config import Config
 from megalite.data.chat import ChatTemplate
 from megalite.data.tokenizer import Tokenizer, load_tokenizer
 from megalite.data.tokenizer_files import copy_files
-from megalite.data.turn_end import turn_end
 from megalite.errors import DataError
 from megalite.models import SPECIAL, peft, read_hf_config, to_hf_config, weight_table
 
@@ -76,7 +75,8 @@ def _add_turn_end(folder: Path, ends: Any, tokenizer: Tokenizer | None) -> None:
     file = folder / GENERATION
     try:
         values = dict(json.loads(file.read_text(encoding="utf-8")))
-        found = turn_end(ChatTemplate.of(folder, ()), tokenizer or load_tokenizer(folder)).tokens
+        tokenizer = tokenizer or load_tokenizer(folder)
+        found = ChatTemplate.of(folder, tokenizer).turn_end.ids(tokenizer).tokens
     except (
         DataError,
         TypeError,

@@ -138,7 +138,7 @@ class _Finder:
         last = self._behind(self._messages[: number + 1], number) or ""
         if ended := self._last_control(rest[: _shared(rest, last)]):
             return ended
-        if token := next((token for token in self._template.ends if rest.lstrip().startswith(token)), ""):
+        if token := next((token for token in self._template.turn_end.tokens if rest.lstrip().startswith(token)), ""):
             return rest.index(token) + len(token)
         return len(last) if rest.startswith(last) else 0
 

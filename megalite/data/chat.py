@@ -9,7 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from megalite.data.tokenizer import HuggingFaceTokenizer, Tokenizer
 from megalite.data.tokenizer_files import CONFIG, TEMPLATES, read_object, settings_of, special_tokens
+from megalite.data.turn_end import TurnEnd, find_turn_end
 from megalite.errors import DataError
 from megalite.outside import read_limited, reading
 
@@ -29,15 +31,15 @@ class ChatTemplate:
     tokens: Mapping[str, str]
     """Special tokens by their role, such as eos_token."""
     special: tuple[str, ...]
-    """All tokens that no text holds."""
+    """Tokens of the tokenizer that no text holds."""
     added: tuple[str, ...] = ()
-    """Tokens that are matched whole in a text without being special: some tokenizers' ends of answers."""
+    """These, and others that are matched whole in a text: some tokenizers' ends of answers."""
     tool_source: str | None = None
     """What transformers renders by where tools are given."""
 
     @classmethod
-    def of(cls, folder: Path, special: Sequence[str], added: Sequence[str] = ()) -> ChatTemplate:
-        """Open the template of a tokenizer's folder. Raises DataError where it has none."""
+    def of(cls, folder: Path, tokenizer: Tokenizer) -> ChatTemplate:
+        """Open the template of the folder that a tokenizer comes from. Raises DataError where it has none."""
         try:
             import jinja2  # noqa: F401
             import transformers  # noqa: F401
@@ -50,9 +52,12 @@ class ChatTemplate:
                 f"{folder} has no chat template{others}; put one into {folder / 'chat_template.jinja'}, such as "
                 "configs/chat_template.jinja, or take the tokenizer of a model that was made to chat"
             )
-        return cls(
-            named["default"], special_tokens(settings_of(folder)), tuple(special), tuple(added), named.get("tool_use")
-        )
+        special: Sequence[str] = ()
+        added: Sequence[str] = ()
+        if isinstance(tokenizer, HuggingFaceTokenizer):  # in a text, sentencepiece alone knows no token as such
+            special, added = tokenizer.control_tokens(), tokenizer.added_tokens()
+        tokens = special_tokens(settings_of(folder))
+        return cls(named["default"], tokens, tuple(special), tuple(added), named.get("tool_use"))
 
     def render(self, messages: Sequence[Message], tools: Any = None, prompt: bool = False, **options: Any) -> str:
         """Return a conversation's text; with `prompt`, up to where the model's next answer begins.
@@ -77,38 +82,15 @@ class ChatTemplate:
         return name in self._names
 
     @cached_property
-    def ends(self) -> tuple[str, ...]:
-        """Return the tokens that end an answer, the one behind the last turn first; none where it writes no such token.
-
-        Generation is over at each of them."""
-        asked, answered = ({"role": role, "content": MARK} for role in ("user", "assistant"))
-        told = {"role": "user", "content": "a"}
-        last = self._token_behind([told, answered])
-        if last is None:
-            return ()
-        # Before another turn, what stands there may be how that one begins, unless it ends the user's turns as well.
-        between, of_user = (
-            self._token_behind([told, answered, told]),
-            self._token_behind([asked, {**answered, "content": "a"}]),
-        )
-        return tuple(dict.fromkeys([last, *([between] if between is not None and between == of_user else [])]))
-
-    def _token_behind(self, chat: Sequence[Message]) -> str | None:
-        """The token that follows the mark, but for white space."""
-        try:
-            behind = self.render(chat).rpartition(MARK)[2].lstrip()
-        except ValueError:
-            return None  # the template wants other conversations
-        return next((token for token in self._longest_first if behind.startswith(token)), None)
+    def turn_end(self) -> TurnEnd:
+        """Return how it ends an answer."""
+        return find_turn_end(self.render, self.added, self.special)
 
     @cached_property
     def controls(self) -> tuple[str, ...]:
         """Return the tokens that are the template's own to write: special ones, and what ends an answer."""
-        return tuple(dict.fromkeys([*self.special, *self.tokens.values(), *self.ends]))
-
-    @cached_property
-    def _longest_first(self) -> list[str]:
-        return sorted({*self.special, *self.tokens.values(), *self.added}, key=lambda token: -len(token))
+        roles = (token for token in self.tokens.values() if token in self.added)
+        return tuple(dict.fromkeys([*self.special, *roles, *self.turn_end.tokens]))
 
     @cached_property
     def _names(self) -> frozenset[str]:

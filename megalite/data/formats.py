@@ -255,9 +255,8 @@ class Encoder:
 
     def _open_template(self) -> ChatTemplate:
         if self._template is None:
-            special, added = self.tokenizer.control_tokens(), self.tokenizer.added_tokens()
             path = Path(self._settings.tokenizer)
-            self._template = ChatTemplate.of(path if path.is_dir() else path.parent, special, added)
+            self._template = ChatTemplate.of(path if path.is_dir() else path.parent, self.tokenizer)
         return self._template
 
     def _number(self, label: Any) -> int:

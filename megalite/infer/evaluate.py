@@ -15,6 +15,7 @@ from rich.table import Table
 from megalite.checkpoint.folder import write_json
 from megalite.config_file import load_config
 from megalite.data.chat import ChatTemplate
+from megalite.data.tokenizer import load_tokenizer
 from megalite.errors import CheckpointError, ConfigError
 from megalite.infer.generate import Generator, find_model
 from megalite.mesh import Launch
@@ -86,7 +87,7 @@ def evaluate_model(
         raise ConfigError(f"--limit {asked.limit} leaves nothing to measure; give at least 1")
     harness, folder = load_harness(), find_model(path)
     run = Run.of(folder)  # while it is there: training that goes on leaves it behind, and removes it
-    template = ChatTemplate.of(folder, ()) if asked.chat else None
+    template = ChatTemplate.of(folder, load_tokenizer(folder)) if asked.chat else None
     specs: list[str | dict[str, Any]] = list(asked.tasks)
     if asked.data:
         from megalite.infer.references import references_task

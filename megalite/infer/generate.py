@@ -19,7 +19,7 @@ from megalite.checkpoint.load import dtype_of, from_hf
 from megalite.data.answers import find_answers
 from megalite.data.chat import ChatTemplate, Message
 from megalite.data.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
-from megalite.data.turn_end import TurnEnd, turn_end
+from megalite.data.turn_end import TurnEndIds
 from megalite.errors import ConfigError, DataError, NotFinite
 from megalite.infer.answer import Answer, Request, TextStream
 from megalite.infer.batch import NOT_FINITE, Batch, Predictor
@@ -165,7 +165,7 @@ class Generator:
         """Raises DataError where the model has none."""
         if self.folder is None:
             raise DataError("this model has no chat template")
-        return ChatTemplate.of(self.folder, ())
+        return ChatTemplate.of(self.folder, self.tokenizer)
 
     @cached_property
     def _contents(self) -> ContentEncoder:
@@ -184,9 +184,9 @@ class Generator:
             find_answers(self.chat_template, messages, [len(messages) - 1])
 
     @cached_property
-    def turn_end(self) -> TurnEnd:
+    def turn_end(self) -> TurnEndIds:
         """How the chat template ends an answer. Raises DataError without one."""
-        return turn_end(self.chat_template, self.tokenizer)
+        return self.chat_template.turn_end.ids(self.tokenizer)
 
     def as_chat(self, request: Request) -> Request:
         """Return the request of an answer in a conversation: it ends where the chat template ends a turn, and people

@@ -5,17 +5,19 @@ from __future__ import annotations
 import copy
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-import tokenizers
 from chat_styles import ENDS, STYLES, without_generation, write_style
 
 from chats import write_rows
 from megalite.data.chat import ChatTemplate
 from megalite.data.formats import Encoder, Settings
 from megalite.data.preprocess_rows import preprocess_rows
+from megalite.data.tokenizer import load_tokenizer
 from megalite.errors import DataError
 
 
@@ -222,14 +224,21 @@ def test_an_answer_has_one_end(tmp_path: Path, block_end: str, is_special: bool,
 
 @pytest.mark.parametrize("style", [style for style in STYLES if style != "rounds"])
 def test_a_template_names_its_ends(folders: dict[str, Path], style: str) -> None:
-    opened = tokenizers.Tokenizer.from_file(str(folders[style] / "tokenizer.json"))
-    special = [token.content for token in opened.get_added_tokens_decoder().values() if token.special]
-    ends = ChatTemplate.of(folders[style], special).ends
+    tokenizer = load_tokenizer(folders[style])
+    template = ChatTemplate.of(folders[style], tokenizer)
+    ends = template.turn_end.tokens
     assert set(ends) == {"<|return|>", "<|end|>"} if style == "harmony" else ends == (ENDS[style][0].strip(),)
-    assert ChatTemplate(STYLES["rounds"], {}, tuple(special)).ends == ()
+    # What is learned of an answer ends where a generated one does.
+    encoder = Encoder(Settings("chat", str(folders[style])))
+    [[document]] = encoder.encode([{"messages": [user("q"), said("a"), user("r"), said("b")]}])
+    last = np.flatnonzero((document.values == 1) & (np.append(document.values[1:], 0) == 0))
+    learned_ends = {document.ids[place] for place in last}
+    assert len(last) == 2
+    assert learned_ends <= {*template.turn_end.ids(tokenizer).tokens, tokenizer.eod_id}
+    assert replace(template, source=STYLES["rounds"]).turn_end.tokens == ()
     # What begins the next turn is no end of this one.
     turns = without_generation(STYLES["phi3"].replace("<|end|>", ""))
-    assert ChatTemplate(turns, {"eos_token": "</s>"}, tuple(special)).ends == ("</s>",)
+    assert replace(template, source=turns, tokens={"eos_token": "</s>"}).turn_end.tokens == ("</s>",)
 
 
 @pytest.mark.parametrize("is_file", [True, False])

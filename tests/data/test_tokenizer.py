@@ -295,7 +295,7 @@ def test_a_saved_folder_has_the_same_chat_templates(folders, tmp_path, kind, is_
     load_tokenizer(file).save(tmp_path / "saved")
     saved = AutoTokenizer.from_pretrained(tmp_path / "saved")
     assert saved.chat_template == templates
-    assert ChatTemplate.of(tmp_path / "saved", ()).tool_source == templates["tool_use"]
+    assert ChatTemplate.of(tmp_path / "saved", load_tokenizer(file)).tool_source == templates["tool_use"]
 
 
 def test_lone_files_save_as_folders_for_transformers(folders, tmp_path):

@@ -10,7 +10,6 @@ import pytest
 from chats import CHATML, ENDED, FORGETFUL, MARKED, MARKED_WITHOUT_END, PLAIN, write_tokenizer
 from megalite.data.chat import ChatTemplate
 from megalite.data.tokenizer import load_tokenizer
-from megalite.data.turn_end import turn_end
 
 pytest.importorskip("transformers")
 END, OTHER = "<|im_end|>", "<|endoftext|>"
@@ -73,7 +72,7 @@ def test_ends_of_answers(tmp_path: Path, manner: str, is_special: bool) -> None:
             token["special"] = token["content"] == OTHER
         (folder / "tokenizer.json").write_text(json.dumps(values))
     tokenizer = load_tokenizer(folder)
-    found = turn_end(ChatTemplate.of(folder, ()), tokenizer)
+    found = ChatTemplate.of(folder, tokenizer).turn_end.ids(tokenizer)
     assert list(found.tokens) == [tokenizer.vocabulary()[token] for token in tokens]
     assert list(found.texts) == texts
 
@@ -86,4 +85,4 @@ def test_an_end_without_a_token_is_a_text(tmp_path: Path) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(values))
     tokenizer = load_tokenizer(folder)
     assert len(tokenizer.encode(END)) > 1
-    assert turn_end(ChatTemplate.of(folder, ()), tokenizer) == ((), (END,))
+    assert ChatTemplate.of(folder, tokenizer).turn_end.ids(tokenizer) == ((), (END,))

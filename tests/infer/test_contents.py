@@ -80,7 +80,8 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def encoder_of(folder: Path) -> tuple[ContentEncoder, frozenset[int]]:
-    tokenizer, template = load_tokenizer(folder), ChatTemplate.of(folder, ())
+    tokenizer = load_tokenizer(folder)
+    template = ChatTemplate.of(folder, tokenizer)
     spelled = [text for text in SPELLED if text in template.source]
     return ContentEncoder(tokenizer, template), frozenset(tokenizer.vocabulary()[t] for t in (*CONTROLS, *spelled))
 
