@@ -239,6 +239,8 @@ def surfaces(kind: str, tokens: list[str]) -> list[bytes] | None:
     for token in tokens:
         byte = re.fullmatch("<0x([0-9A-F]{2})>", token)
         found.append(bytes([int(byte[1], 16)]) if byte else token.replace("▁", " ").encode())
+        if found[-3:] == [b"\xe2", b"\x96", b"\x81"]:  # a space that bytes tell
+            found[-3:] = [b"", b"", b" "]
     return found
 
 
@@ -260,8 +262,8 @@ def wanted_mask(surface: list[bytes], text: str, spans: list[tuple[int, int]]) -
 
 @cache
 def _trained(kind: str) -> tokenizers.Tokenizer:
-    if kind == "unigram":
-        return _unigram()
+    if kind.startswith("unigram"):
+        return _unigram(has_space=kind == "unigram")
     if kind == "wordpiece":
         tokenizer = tokenizers.Tokenizer(models.WordPiece(unk_token="<unk>"))
         tokenizer.normalizer = normalizers.BertNormalizer(strip_accents=False)
@@ -287,8 +289,9 @@ def _trained(kind: str) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def _unigram() -> tokenizers.Tokenizer:
-    """As Llama's was made of a SentencePiece model: bytes stand for letters it does not know, a space before texts."""
+def _unigram(has_space: bool) -> tokenizers.Tokenizer:
+    """As Llama's was made of a SentencePiece model: bytes stand for letters it does not know, a space before texts.
+    Where it has no space alone, the one before such letters is told by bytes as well."""
     tokenizer = tokenizers.Tokenizer(models.Unigram())
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     names = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -299,6 +302,8 @@ def _unigram() -> tokenizers.Tokenizer:
     values = json.loads(tokenizer.to_str())
     values["added_tokens"] = [token for token in values["added_tokens"] if token["content"] not in names]
     values["model"] |= {"byte_fallback": True, "unk_id": 0}
+    if not has_space:
+        values["model"]["vocab"] = [[f"{p}-" if p == "▁" else p, score] for p, score in values["model"]["vocab"]]
     tokenizer = tokenizers.Tokenizer.from_str(json.dumps(values))
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     tokenizer.decoder = decoders.Sequence(steps)

@@ -97,12 +97,17 @@ def _windows(
 
 
 def _first_tokens(tokenizer: HuggingFaceTokenizer, text: Text) -> tuple[list[int], np.ndarray]:
-    [(ids, offsets)] = tokenizer.encode_with_offsets([text.text])
-    places = np.array(offsets, np.int64).reshape(-1, 2)
+    ids, places = tokenizer.encode(text.text), _places(tokenizer, text.text)
     values = np.zeros(len(ids), np.int64)
+    overlaps = places[1:, 0] < places[:-1, 1]
+    is_shared = np.append(False, overlaps) | np.append(overlaps, False)
     for part in text.parts:
         first = int(np.searchsorted(places[:, 1], part.start, side="right"))
         last = int(np.searchsorted(places[:, 0], part.stop, side="left"))
+        # Several tokens have a place that begins before the part: it says of none whether it is the part's.
+        if first < last and is_shared[first] and places[first, 0] < part.start:
+            before = tokenizer.encode(text.text[: part.start])
+            first = max(first, _same(ids, before))
         values[first : first + (last > first)] = part.value
     return ids, values
 

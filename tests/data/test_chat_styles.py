@@ -12,6 +12,7 @@ import pytest
 from chat_styles import (
     STYLES,
     TOKENIZERS,
+    WORDS,
     answers_of,
     random_chat,
     surfaces,
@@ -74,3 +75,25 @@ def test_ids_are_those_of_transformers_and_masks_are_the_answers(
                 token.removeprefix("##") for token, is_learned in zip(tokens, mask, strict=False) if is_learned
             )
             assert learned.lower() == re.sub(r"\s", "", "".join(text[a:b] for a, b in spans)).lower()
+
+
+@pytest.mark.parametrize("kind", ["bytes", "unigram", "unigram without a space", "metaspace"])
+def test_a_label_stands_at_the_first_token_of_its_word(tmp_path: Path, kind: str) -> None:
+    words = [word for text in WORDS for word in text.split()] + ["日", "q日", "日本日本", "✓✓", "\u00a0x", "(", "."]
+    settings = Settings("labels", str(write_style(tmp_path, STYLES["chatml"], kind)), labels=("a", "b"))
+    encoder, chooser = Encoder(settings), random.Random(kind)
+    names = {token: name for name, token in encoder.tokenizer.vocabulary().items()}
+    for _ in range(60):
+        row = chooser.choices(words, k=chooser.randrange(1, 9))
+        [found] = encoder.encode([{"tokens": row, "ner_tags": [n % 2 for n in range(len(row))]}])
+        assert not isinstance(found, str), found
+        [document] = found
+        text, place, wanted = " ".join(row), 0, [0] * len(document.ids)
+        pieces = surfaces(kind, [names[token] for token in document.ids])
+        assert pieces is not None
+        if "<unk>" in map(bytes.decode, filter(bytes.isascii, pieces)):
+            continue
+        for number, word in enumerate(row):
+            wanted[wanted_mask(pieces, text, [(place, place + len(word))]).index(1)] = 1 + number % 2
+            place += len(word) + 1
+        assert document.values.tolist() == wanted
