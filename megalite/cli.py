@@ -252,10 +252,10 @@ def _generate(arguments: argparse.Namespace) -> None:
 
     launch = Launch.from_environment()
     layout = {"tensor": arguments.tensor, "pipeline": arguments.pipeline}
+    folder = find_model(arguments.model)
     if arguments.chat:
-        folder = find_model(arguments.model)
         ChatTemplate.of(folder, load_tokenizer(folder))  # or there is no need to read the weights
-    generator = Generator.open(arguments.model, num_slots=1, launch=launch, **layout)
+    generator = Generator.open(folder, num_slots=1, launch=launch, **layout)
     names = ("temperature", "top_k", "top_p", "min_p", "seed")
     asked = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     said = arguments.prompt

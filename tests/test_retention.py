@@ -17,10 +17,11 @@ from tampered_ranks import started
 import megalite.train
 from megalite.checkpoint import folder as folder_module
 from megalite.checkpoint import writing
-from megalite.checkpoint.folder import Worth, complete_steps, prune, step_folder
+from megalite.checkpoint.folder import Worth, complete_steps, discard, prune, step_folder
 from megalite.config import Config
 from megalite.errors import ConfigError
 from megalite.exit_codes import Exit
+from megalite.infer.generate import find_model
 from megalite.train import train
 from small_runs import curve_of, make_config
 
@@ -156,6 +157,21 @@ def test_nothing_displaces_what_is_worth_more(tmp_path: Path, seed: int) -> None
         assert kept >= set([one for one in saved if one <= step - refused][-1:]), "from before the refused steps"
         assert len(kept) <= keep + keep_best + (2 if refused else 1)
         assert kept <= before
+
+
+def test_a_run_is_asked_by_the_newest_that_is_good(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Step 5 made weights that are beyond repair: what is saved of it and later is no model to talk to."""
+    root = tmp_path / "checkpoints"
+    for step, refused in ((4, 0), (5, 0), (8, 3)):
+        write(root, step, refused, None)
+    assert find_model(tmp_path) == step_folder(root, 4)
+    said = capsys.readouterr().err
+    assert f"{step_folder(root, 8)} was saved after 3 steps in a row with bad numbers; {step_folder(root, 4)}" in said
+    discard(step_folder(root, 4))
+    assert find_model(tmp_path) == step_folder(root, 8)
+    assert capsys.readouterr().err.endswith("with bad numbers; there is none from before them\n")
+    write(root, 9, 0, None)
+    assert (find_model(tmp_path), capsys.readouterr().err) == (step_folder(root, 9), "")
 
 
 def test_the_best_is_kept_and_named(

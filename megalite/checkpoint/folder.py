@@ -158,7 +158,7 @@ def read_worth(folder: Path, step: int) -> Worth:
         state = json.loads((folder / "train_state.json").read_text())
         loss = state.get("valid_loss")
         return Worth(step, int((state.get("numbers") or {}).get("in_a_row", 0)), math.inf if loss is None else loss)
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, TypeError):
         return Worth(step)
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from megalite.checkpoint.folder import complete_steps, step_folder
+from megalite.checkpoint.folder import complete_steps, read_worth, sound_steps, step_folder
 from megalite.checkpoint.load import dtype_of, from_hf
 from megalite.data.answers import find_answers
 from megalite.data.chat import ChatTemplate, Message
@@ -39,16 +39,28 @@ SCORED_TOKENS = 4096
 
 
 def find_model(path: Path) -> Path:
-    """The folder of a Hugging Face model, or of an adapter for one, that is meant by a run (its newest checkpoint), a
-    checkpoint, or such a folder itself."""
+    """Return the folder of a Hugging Face model, or of an adapter for one, that is meant by a run, a checkpoint, or
+    such a folder itself: of a run, its newest checkpoint. Where that one was saved amid steps with bad numbers, it is
+    the newest that is known to be good, and a line on stderr says so."""
     if (path / "config.json").exists() or is_adapter(path):
         return path
-    steps = complete_steps(path / "checkpoints")
+    root = path / "checkpoints"
+    steps = complete_steps(root)
     if not steps:
-        if damaged := sorted((path / "checkpoints").glob("step-*")):
+        if damaged := sorted(root.glob("step-*")):
             raise ConfigError(f"{path} has no whole checkpoint: {damaged[-1].name} is unfinished or damaged")
         raise ConfigError(f"{path} is neither a run with a checkpoint nor a Hugging Face folder with a config.json")
-    return step_folder(path / "checkpoints", steps[-1])
+    newest = step_folder(root, steps[-1])
+    worth = read_worth(newest, steps[-1])
+    if not worth.refused:
+        return newest
+    sound = sound_steps(steps, worth)
+    taken = step_folder(root, sound[-1]) if sound else newest
+    follows = f"{taken}, the newest that is known to be good, is taken" if sound else "there is none from before them"
+    if Launch.from_environment().rank == 0:
+        in_a_row = f"{worth.refused} step{'s' if worth.refused > 1 else ''} in a row with bad numbers"
+        print(f"warning: {newest} was saved after {in_a_row}; {follows}", file=sys.stderr, flush=True)
+    return taken
 
 
 def check_speaks(folder: Path) -> None:
