@@ -148,7 +148,7 @@ def way_back(root: Path, bad_steps_limit: int) -> list[str]:
     """Say from where a run that ends for bad numbers can go on. Rank 0 calls it."""
     steps = complete_steps(root)
     if not steps:
-        return []
+        return ["no checkpoint was saved: started again, the run begins afresh"]
     worth = read_worth(step_folder(root, steps[-1]), steps[-1])
     before = sound_steps(steps, worth)
     if not before:

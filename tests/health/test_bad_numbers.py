@@ -299,13 +299,25 @@ def test_too_many_in_a_row_end_the_run_also_over_two_starts(tmp_path: Path, capf
     assert "error: 3 steps with bad numbers in a row (health.bad_steps_limit)" in capfd.readouterr().out
 
 
-def test_a_run_that_is_sent_back_again_and_again_gives_up(tmp_path: Path, capfd: Any) -> None:
-    """Every batch is bad but the first four."""
+@pytest.mark.parametrize(
+    ("good", "kept", "way_back"),
+    [
+        (4, [2, 4], "if it comes again, checkpoint.resume={root}/step-00000002 goes back to the newest that is known"),
+        (0, [], "no checkpoint was saved: started again, the run begins afresh"),
+    ],
+)
+def test_a_run_that_is_sent_back_again_and_again_gives_up(
+    tmp_path: Path, capfd: Any, good: int, kept: list[int], way_back: str
+) -> None:
+    """Every batch is bad but the first few. It names the way back."""
     config = make_config(tmp_path, "llama", *REWIND, "health.bad_steps_limit=2", "checkpoint.every=2")
-    status, _ = alone(config, Plant("nan", tuple(range(4, 40))))
+    status, _ = alone(config, Plant("nan", tuple(range(good, 40))))
     assert status == Exit.BAD_NUMBERS
-    assert complete_steps(config.run.folder / "checkpoints") == [2, 4]
-    assert "error: sent back to step 4 more than 2 times (health.bad_steps_limit)" in capfd.readouterr().out
+    root = config.run.folder / "checkpoints"
+    assert complete_steps(root) == kept
+    said = capfd.readouterr().out
+    assert f"error: sent back to step {good} more than 2 times (health.bad_steps_limit)" in said
+    assert way_back.format(root=root) in said
 
 
 def test_spikes_are_reported_and_trained_on_unless_asked_otherwise(tmp_path: Path, capfd: Any) -> None:
