@@ -17,6 +17,8 @@ from megalite.errors import ConfigError
 LOCK = "lock"
 LOCK_PATIENCE_S = 100.0
 """In which the run before has ended, and a file system that nodes share forgets the locks of a node that is lost."""
+KEPT_CONFIGS = 20
+"""Configs of earlier starts that stay; each checkpoint has its own beside its weights."""
 
 
 def check_run_folder(folder: Path) -> None:
@@ -44,7 +46,15 @@ def write_config(folder: Path, config_yaml: str, step: int = 0) -> Path | None:
             kept = _place_for(before, folder, step)
             kept.write_text(before)
         temporary.replace(path)
+        if kept:
+            _forget_oldest(folder, kept)
     return kept
+
+
+def _forget_oldest(folder: Path, newest: Path) -> None:
+    ages = {path: path.stat().st_mtime_ns for path in folder.glob("config.until-step-*.yaml") if path != newest}
+    for path in sorted(ages, key=lambda path: (ages[path], path))[: max(0, len(ages) + 1 - KEPT_CONFIGS)]:
+        path.unlink()
 
 
 def _place_for(config_yaml: str, folder: Path, step: int) -> Path:

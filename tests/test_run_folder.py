@@ -14,6 +14,7 @@ import pytest
 from megalite import run_folder
 from megalite.errors import ConfigError
 from megalite.exit_codes import Exit, passes
+from megalite.run_folder import KEPT_CONFIGS, write_config
 from megalite.train import train
 from small_runs import make_config
 
@@ -46,3 +47,14 @@ def test_a_second_start_waits_and_ends_without_having_written(
         other.kill()  # which takes its lock away
     assert train(config) == Exit.DONE
     assert f"process {os.getpid()} on" in (folder / "lock").read_text()
+
+
+def test_the_configs_of_the_last_starts_are_kept(tmp_path: Path) -> None:
+    steps = [3, 7, 7, *range(8, 40), 2]
+    for number, step in enumerate(steps):
+        write_config(tmp_path, f"start: {number}\n", step)
+    kept = [path.read_text() for path in tmp_path.glob("config.until-step-*.yaml")]
+    # What a start finds is the config of the one before it.
+    assert sorted(kept) == sorted(
+        f"start: {number}\n" for number in range(len(steps) - 1 - KEPT_CONFIGS, len(steps) - 1)
+    )

@@ -10,9 +10,12 @@ from typing import Any
 
 from rich.filesize import decimal
 
+from megalite.changes import changes
 from megalite.data.documents import Report
 from megalite.resources import fsync
 
+SHOWN = 4
+"""Settings that a message names."""
 LEFT_OUT = ("num_empty", "num_bad", "num_mended", "num_hidden", "num_binary", "left_out", "as_text", "messages")
 
 
@@ -59,6 +62,18 @@ class Preprocessed:
         temporary.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         os.replace(temporary, final)
         fsync(final.parent)
+
+
+def other_settings(prefix: str, settings: dict[str, Any]) -> str:
+    """Return what differs in the settings of a token file that is there, as part of a sentence; empty where none is, or
+    nothing does."""
+    try:
+        values = json.loads(Path(f"{prefix}.json").read_text(encoding="utf-8"))
+        found = changes({name: values.get(name) for name in settings}, settings)
+    except (OSError, ValueError, AttributeError):
+        return ""
+    more = f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+    return "; ".join(map(str, found[:SHOWN])) + more
 
 
 def read_metadata(prefix: str, settings: dict[str, Any]) -> Preprocessed | None:

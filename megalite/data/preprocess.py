@@ -31,7 +31,7 @@ from megalite.data.blocks import Block, LineNumbers, Shard, Texts, add_to, iter_
 from megalite.data.documents import Report, list_documents
 from megalite.data.fast_bpe import FastBPE, NotFast
 from megalite.data.indexed import IndexedWriter, token_dtype
-from megalite.data.metadata import Preprocessed
+from megalite.data.metadata import Preprocessed, other_settings
 from megalite.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
 from megalite.errors import DataError
 from megalite.progress import ProgressMeter
@@ -149,6 +149,10 @@ class _Job:
         if part is not None:
             part.remark = "complete already"
         else:
+            for there in (name, prefix):
+                if (differs := other_settings(there, self.settings)) and self.console is not None:
+                    told = f"{there} was made with other settings and is made anew: {differs}"
+                    self.console.print(told, style="yellow", highlight=False, markup=False, soft_wrap=True)
             shards.remove(name)
             part = self.run(name, shard)
         with Meter("joining shards", self.settings["input_bytes"], self.console) as meter:

@@ -1,5 +1,6 @@
 import errno
 import gzip
+import io
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from megalite.data import preprocess as module
 from megalite.data import shards
@@ -85,6 +87,17 @@ def test_finished_shards_are_kept_unless_something_changed(tmp_path, tokenizer, 
     assert not list(tmp_path.glob("x/x_text_document.bin"))  # the second one does not belong to the others
     whole = shard(tmp_path, tokenizer, inputs, 1, 3)
     assert [Path(f"{whole.prefix}.{suffix}").read_bytes() for suffix in SUFFIXES] == alone
+
+
+def test_what_changed_is_told_where_a_shard_is_made_anew(tmp_path, tokenizer, inputs):
+    console = Console(file=io.StringIO(), width=40)
+    shard(tmp_path, tokenizer, inputs, 0, 2, console=console)
+    shard(tmp_path, tokenizer, inputs, 0, 2, console=console)
+    assert not console.file.getvalue()
+    preprocess(inputs, tmp_path / "x" / "x", tokenizer, shard=Shard(0, 2), console=console)
+    name = shards.name_of(str(tmp_path / "x" / "x_text_document"), Shard(0, 2))
+    told = f"{name} was made with other settings and is made anew: append_eod true → false\n"
+    assert console.file.getvalue() == told
 
 
 def test_no_document_in_any_shard(tmp_path, tokenizer):
