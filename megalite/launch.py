@@ -1,10 +1,10 @@
 """torchrun for `slurm/pretrain.sh`: `python -m megalite.launch [torchrun's options] -m megalite train CONFIG`.
 
-It differs from torchrun in four things. Its exit status is that of the rank that failed first, where torchrun's is
+It differs from torchrun in five things. Its exit status is that of the rank that failed first, where torchrun's is
 always 1. A signal that asks for a stop is passed on to the ranks and their end awaited, however long the checkpoint
 takes; torchrun kills them after 30 s. Once a rank has failed, the others have 5 s to end, not 30. And it ends with the
 error of the rank that failed first, which stands above those of the ranks that lost it, and with one line that says
-what became of this node's ranks.
+what became of this node's ranks. And where `--rdzv-endpoint` names no port, nodes meet at one of their Slurm step's.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from torch.distributed.elastic.rendezvous.api import RendezvousError
 
 from megalite import last_words
 from megalite.exit_codes import Exit, describe, killed_by
+from megalite.meeting import step_port
 from megalite.stopping import SIGNALS
 
 LINGER_S = 1.0
@@ -42,6 +43,8 @@ def main(arguments: Sequence[str]) -> int:
     message = trace = ""
     options = [f"--local-addr={name}"] if name else []
     asked = run.parse_args(["--signals-to-handle=SIGHUP,SIGQUIT", *options, *arguments])
+    if asked.rdzv_endpoint and ":" not in asked.rdzv_endpoint:  # which step this is, only it knows itself
+        asked.rdzv_endpoint += f":{step_port()}"
     for number in SIGNALS:
         signal.signal(number, _leave_or_pass_on)
     # torchrun's own line on a rank that failed: it has no more in it than the last line here, but for source and pid.

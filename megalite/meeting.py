@@ -90,6 +90,14 @@ class Meeting:
         self._told.set(f"rank {self._rank}", f"{number} {self._name}")
 
 
+def step_port() -> int:
+    """Return the port at which the processes of a Slurm step meet. It follows from the job's and the step's number: of
+    two steps that are under way in a job each has its own, and so have two jobs on a node."""
+    job, step = int(os.environ["SLURM_JOB_ID"]), int(os.environ.get("SLURM_STEP_ID", -1))
+    # Prime to the number of ports, so that steps differ; below the ports Linux hands out by itself.
+    return 10_000 + (job + 7919 * (step + 1)) % 20_000
+
+
 def open_store(rank: int, world_size: int, timeout_s: float) -> dist.Store:
     """A store that all ranks see: that of torchrun's agent, or one that rank 0 holds. Waits for rank 0 alone.
 

@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from megalite.errors import ConfigError
 from megalite.exit_codes import flush_output
-from megalite.meeting import Meeting, open_store
+from megalite.meeting import Meeting, open_store, step_port
 from megalite.plan import Plan
 
 
@@ -155,14 +155,10 @@ def _find_first_host() -> None:
 
 
 def _slurm_rendezvous() -> dict[str, str]:
-    """First host of this srun, where its rank 0 is, and a port that follows from the job's and the step's number: of
-    two that are under way in a job each has its own, and so have two jobs on a node."""
+    """First host of this srun, where its rank 0 is, and a port of its own."""
     nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ["SLURM_JOB_NODELIST"]
     hosts = subprocess.run(["scontrol", "show", "hostnames", nodes], check=True, capture_output=True, text=True)
-    job, step = int(os.environ["SLURM_JOB_ID"]), int(os.environ.get("SLURM_STEP_ID", -1))
-    # Prime to the number of ports, so that steps differ; step 0 leaves the job's own to slurm/pretrain.sh.
-    port = 10_000 + (job + 7919 * (step + 1)) % 20_000  # below the ports Linux hands out by itself
-    return {"MASTER_ADDR": hosts.stdout.split()[0], "MASTER_PORT": str(port)}
+    return {"MASTER_ADDR": hosts.stdout.split()[0], "MASTER_PORT": str(step_port())}
 
 
 def leave(status: int = 0) -> None:

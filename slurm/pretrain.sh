@@ -95,12 +95,12 @@ compose() { # VERB
     mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST" | LC_ALL=C sort | head -n "$nodes")
     log=$run/logs/$job.$restart
     if [[ $1 != train ]]; then log+=-$1; fi
-    port=$((10000 + job % 20000)) # below the ports Linux hands out by itself; jobs that share a node differ
     launch=("${srun[@]}" "--nodes=$nodes" "--ntasks=$nodes" --ntasks-per-node=1 "--cpus-per-task=$cores" # not inherited
       "--nodelist=$(IFS=,; echo "${hosts[*]}")"
       --kill-on-bad-exit=0 --wait=20 # when one node has ended, the others have so long to do so and say why
       bash -c 'exec "$@" >"$0-$SLURMD_NODENAME.log" 2>&1' "$log" "${launcher[@]}"
-      "--nnodes=$nodes" "--rdzv-id=$job.$restart-$1" --rdzv-backend=c10d "--rdzv-endpoint=${hosts[0]}:$port" "${task[@]}")
+      "--nnodes=$nodes" "--rdzv-id=$job.$restart-$1" --rdzv-backend=c10d "--rdzv-endpoint=${hosts[0]}" # at a port of the step
+      "${task[@]}")
   fi
 }
 

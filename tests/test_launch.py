@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -46,6 +47,33 @@ def test_the_error_of_the_rank_that_failed_is_what_stands_last(tmp_path: Path) -
     *_, words, last = re.split(r"what rank 1 said first:|\n(?==== )|\n(?=== )", done.stdout)
     assert 'raise ValueError("the planted error")' in words
     assert re.match(r"== .*: rank 1: exit status 1 \(failed: .*\): ValueError: the planted error\n$", last)
+
+
+ONE_OF_TWO = """
+import pathlib, sys, time
+(pathlib.Path(sys.argv[1]) / sys.argv[2]).touch()
+while len(list(pathlib.Path(sys.argv[1]).glob("step-*"))) < 2:
+    time.sleep(0.05)
+"""
+
+
+def test_two_steps_of_a_job_meet_apart(tmp_path: Path) -> None:
+    """Each of one process, though both are given the same place and the same name to meet at."""
+    (tmp_path / "task.py").write_text(ONE_OF_TWO)
+    launcher = [sys.executable, "-m", "megalite.launch", "--nnodes=1", "--nproc-per-node=1", "--rdzv-backend=c10d"]
+    command = [*launcher, "--rdzv-id=7.0-train", "--rdzv-endpoint=127.0.0.1", str(tmp_path / "task.py"), str(tmp_path)]
+    started = [
+        subprocess.Popen(
+            [*command, f"step-{step}"],
+            env=os.environ | {"SLURM_JOB_ID": str(os.getpid() % 9000), "SLURM_STEP_ID": str(step)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for step in range(2)
+    ]
+    said = [process.communicate(timeout=60)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0], said
 
 
 def test_ranks_are_found_while_threads_come_and_go() -> None:

@@ -79,7 +79,6 @@ def test_steps_that_are_under_way_together_meet_apart(bare: pytest.MonkeyPatch, 
     bare.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     found = {}
     for job in (7, 8, 9):
-        found[job, None] = 10_000 + job  # of pretrain.sh
         for step in range(4):
             set_all(bare, SLURM_JOB_ID=job, SLURM_JOB_NODELIST="job", SLURM_STEP_NODELIST="step", SLURM_STEP_ID=step)
             places = mesh._slurm_rendezvous()

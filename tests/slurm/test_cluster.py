@@ -155,3 +155,23 @@ def test_a_job_goes_on_without_nodes_that_are_not_fit_or_lost(cluster: Cluster, 
     # Over one rank the same sums are added up otherwise.
     for mine, theirs in zip(curve_of(config), curve_of(alone), strict=True):
         assert mine == pytest.approx(theirs, rel=1e-3)
+
+
+def test_two_runs_in_one_allocation(cluster: Cluster, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    if not request.config.getoption("--whole"):
+        pytest.skip("one of the cases of --whole; test_launch.py has it without Slurm")
+    configs = [make_config(tmp_path, "llama", f"run.name={name}", *SETTINGS, "train.steps=20") for name in "ab"]
+    for config in configs:
+        (tmp_path / f"{config.run.name}.yaml").write_text(config.to_yaml())
+    both = " & ".join(f"bash slurm/pretrain.sh {tmp_path / name}.yaml" for name in "ab")
+    log = tmp_path / "job.log"
+    job = cluster.run(
+        *("sbatch", "--parsable", "--nodes=2", "--cpus-per-task=1", f"--output={log}", f"--wrap={both} & wait"),
+        PREFLIGHT="no",
+        SLURM_OVERLAP="1",
+    )
+    with told_by(log):
+        until(lambda: cluster.state(job) == "COMPLETED", "the end of the job")
+        assert log.read_text().count("exit status 0; done") == 2
+    assert curve_of(configs[0]) == curve_of(configs[1])
+    assert len(curve_of(configs[0])) == 20

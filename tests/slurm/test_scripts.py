@@ -139,7 +139,7 @@ def test_sbatch_runs_one_launcher_a_node_from_the_submit_folder(machine: Machine
         *(
             "--rdzv-id=45678.2-train",
             "--rdzv-backend=c10d",
-            "--rdzv-endpoint=node10:15678",
+            "--rdzv-endpoint=node10",
         ),  # first in the order of names
         *("-m", "megalite", "train", "configs/x.yaml", "run.name=big"),
     ]
