@@ -17,6 +17,7 @@ import numpy as np
 
 from megalite.data.answers import find_answers
 from megalite.data.chat import ChatTemplate
+from megalite.data.contents import ContentEncoder
 from megalite.data.messages import (
     MEDIA,
     NEUTRAL,
@@ -86,6 +87,7 @@ class Encoder:
         """What was passed over in rows that were taken, and how often."""
         self._settings = settings
         self._template: ChatTemplate | None = None
+        self._contents: ContentEncoder | None = None
         self._texts: Callable[[Values], list[Text]] = getattr(self, f"_{settings.format}")
         if settings.format == "chat":
             self._open_template()
@@ -119,7 +121,10 @@ class Encoder:
     def _encoded(self, text: Text) -> Encoded:
         if not is_unicode(text.text):
             raise ValueError("it holds half of a surrogate pair, which no UTF-8 text does")
-        ids, values = token_values(self.tokenizer, text)
+        if text.literal is not None and self._contents is not None:
+            ids, values = self._contents.token_values(text)
+        else:
+            ids, values = token_values(self.tokenizer, text)
         if text.add_begin:
             begin = self.tokenizer.begin_ids
             ids, values = [*begin, *ids], np.concatenate([np.zeros(len(begin), np.int64), values])
@@ -226,10 +231,14 @@ class Encoder:
         if not isinstance(options, Mapping):
             raise ValueError("'chat_template_kwargs' must be an object")
         messages = with_arguments(template, talk.messages, tools, options)
-        found = find_answers(template, messages, learned, tools, **options)
+        contents = self._contents = self._contents or ContentEncoder(self.tokenizer, template)
+        tools, options = contents.mark_values(tools), contents.mark_values(options)
+        found = find_answers(template, contents.mark(messages), learned, tools, **options)
         if found.shortened:
             self.seen["answers of which the chat template leaves out a part"] += len(found.shortened)
-        return Text(found.text, [Part(span.start, span.stop, 1) for span in found.spans], found.is_open)
+        return contents.unmark(
+            Text(found.text, [Part(span.start, span.stop, 1) for span in found.spans], found.is_open)
+        )
 
     def _text_pair(self, row: Values, prompt: str | None, sides: Mapping[str, str]) -> list[Text]:
         if prompt is None:

@@ -39,6 +39,9 @@ class Text(NamedTuple):
     may_split: bool = False
     """A token may not reach across the beginning of a part, so that what comes before it has the ids that it has
     alone. Of a chat, the ids are those of the whole text, as transformers has it."""
+    literal: Sequence[range] | None = None
+    """Where control tokens stand, ascending, that are not the chat template's, and are text. None where no template
+    wrote the text."""
 
 
 def token_values(tokenizer: HuggingFaceTokenizer, text: Text) -> tuple[list[int], np.ndarray]:

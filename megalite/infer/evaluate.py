@@ -15,6 +15,7 @@ from rich.table import Table
 from megalite.checkpoint.folder import write_json
 from megalite.config_file import load_config
 from megalite.data.chat import ChatTemplate
+from megalite.data.contents import ContentEncoder, without_marks
 from megalite.data.tokenizer import load_tokenizer
 from megalite.errors import CheckpointError, ConfigError
 from megalite.infer.generate import Generator, find_model
@@ -87,15 +88,19 @@ def evaluate_model(
         raise ConfigError(f"--limit {asked.limit} leaves nothing to measure; give at least 1")
     harness, folder = load_harness(), find_model(path)
     run = Run.of(folder)  # while it is there: training that goes on leaves it behind, and removes it
-    template = ChatTemplate.of(folder, load_tokenizer(folder)) if asked.chat else None
+    contents = None
+    if asked.chat:
+        tokenizer = load_tokenizer(folder)
+        contents = ContentEncoder(tokenizer, ChatTemplate.of(folder, tokenizer))
     specs: list[str | dict[str, Any]] = list(asked.tasks)
     if asked.data:
         from megalite.infer.references import references_task
 
-        specs = [references_task(asked.data, template, asked.max_tokens, asked.stop)]
+        specs = [references_task(asked.data, contents, asked.max_tokens, asked.stop)]
     tasks = harness.load_tasks(specs, asked.include_path, asked.limit, asked.shots)
     generator = Generator.open(folder, num_slots=num_slots, launch=launch, tensor=tensor, pipeline=pipeline)
-    if asked.chat:
+    if contents is not None:
+        generator.contents = contents  # whose marks the prompts have
         generator.answer_as_chat()
     model = harness.HarnessModel(generator, console=Console(stderr=True) if launch.rank == 0 else None)
     # What is read from `data` is put as the template says already.
@@ -165,7 +170,7 @@ def kept(samples: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """What is worth keeping of the harness's samples, a line each."""
     for task, found in samples.items():
         for sample in found:
-            asked = [request[0] for request in sample["arguments"]]
+            asked = [without_marks(request[0]) for request in sample["arguments"]]
             yield {
                 "task": task,
                 "asked": asked,

@@ -18,13 +18,13 @@ from megalite.checkpoint.folder import complete_steps, read_worth, sound_steps, 
 from megalite.checkpoint.load import dtype_of, from_hf
 from megalite.data.answers import find_answers
 from megalite.data.chat import ChatTemplate, Message
+from megalite.data.contents import ContentEncoder
 from megalite.data.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from megalite.data.turn_end import TurnEndIds
 from megalite.errors import ConfigError, DataError, NotFinite
 from megalite.infer.answer import Answer, Request, TextStream
 from megalite.infer.batch import NOT_FINITE, Batch, Predictor
 from megalite.infer.cache import CachedModel
-from megalite.infer.contents import ContentEncoder
 from megalite.infer.habits import LIKELY, Habits, read_habits
 from megalite.infer.ranks import load_on_ranks
 from megalite.infer.sampling import Sampling
@@ -180,7 +180,8 @@ class Generator:
         return ChatTemplate.of(self.folder, self.tokenizer)
 
     @cached_property
-    def _contents(self) -> ContentEncoder:
+    def contents(self) -> ContentEncoder:
+        """Encodes conversations. Raises DataError where the model has no chat template."""
         return ContentEncoder(self.tokenizer, self.chat_template)
 
     def chat_ids(self, messages: Sequence[Message]) -> list[int]:
@@ -188,12 +189,12 @@ class Generator:
         spells out are text. Raises DataError without a chat template, and ConfigError with what the template says of
         messages that it cannot render."""
         with _said_by_template():
-            return self._contents.encode(messages)
+            return self.contents.encode(messages)
 
     def check_answer(self, messages: Sequence[Message]) -> None:
         """Whether a conversation's last answer can be learned. Raises as `chat_ids` does."""
         with _said_by_template():
-            find_answers(self.chat_template, messages, [len(messages) - 1])
+            find_answers(self.chat_template, self.contents.mark(messages), [len(messages) - 1])
 
     @cached_property
     def turn_end(self) -> TurnEndIds:

@@ -27,6 +27,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from rich.console import Console
 from torch import Tensor
 
+from megalite.data.contents import without_marks
 from megalite.errors import ConfigError, DataError
 from megalite.infer.answer import Answer
 from megalite.infer.batch import Batch
@@ -75,6 +76,9 @@ class HarnessModel(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         tokenizer = self.generator.tokenizer
+        if (plain := without_marks(string)) != string:  # a conversation's, by `apply_chat_template`
+            begins = add_special_tokens is False or plain.startswith(tokenizer.decode([self.prefix_token_id]))
+            return [*([] if begins else tokenizer.begin_ids), *self.generator.contents.encode_marked(string)]
         if add_special_tokens is False or string.startswith(tokenizer.decode([self.prefix_token_id])):
             return tokenizer.encode(string)
         return tokenizer.encode_prompt(string)
@@ -175,7 +179,8 @@ class HarnessModel(TemplateLM):
     # What belongs to chats.
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        return self.generator.chat_template.render(chat_history, prompt=add_generation_prompt)
+        """Return a conversation's text, in which control tokens of its messages are marked for `tok_encode`."""
+        return self.generator.contents.render(chat_history, add_generation_prompt)
 
     def chat_template(self, chat_template: bool | str = False) -> str:
         return self.generator.chat_template.source if chat_template else ""

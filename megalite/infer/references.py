@@ -11,19 +11,21 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from megalite.data.chat import ChatTemplate
+from megalite.data.contents import ContentEncoder
 from megalite.errors import DataError
 
 ROUGES = ("rouge1", "rouge2", "rougeL")
 
 
-def references_task(file: Path, template: ChatTemplate | None, max_tokens: int, stop: Sequence[str]) -> dict[str, Any]:
+def references_task(
+    file: Path, contents: ContentEncoder | None, max_tokens: int, stop: Sequence[str]
+) -> dict[str, Any]:
     """A task for the harness, named as the file is. Each line holds a `prompt`, which is a text or a list of messages,
-    and a `completion`, the wanted answer or a list of them, of which the best one counts. `template` puts messages, and
+    and a `completion`, the wanted answer or a list of them, of which the best one counts. `contents` puts messages, and
     where there is one, also texts, as the model knows them. Raises DataError, which names the line."""
     import datasets
 
-    rows = list(_read(file, template))
+    rows = list(_read(file, contents))
     if not rows:
         raise DataError(f"{file} holds no rows")
     measures = {"bleu": _bleu, **dict.fromkeys([*ROUGES, "f1", "exact_match", "accuracy"], _mean)}
@@ -42,7 +44,7 @@ def references_task(file: Path, template: ChatTemplate | None, max_tokens: int, 
     }
 
 
-def _read(file: Path, template: ChatTemplate | None) -> Iterator[dict[str, Any]]:
+def _read(file: Path, contents: ContentEncoder | None) -> Iterator[dict[str, Any]]:
     try:
         lines = file.read_text(encoding="utf-8").split("\n")  # a text may hold other characters that end lines
     except (OSError, UnicodeDecodeError) as error:
@@ -56,12 +58,14 @@ def _read(file: Path, template: ChatTemplate | None) -> Iterator[dict[str, Any]]
             wanted = [wanted] if isinstance(wanted, str) else wanted
             if not isinstance(wanted, list) or not wanted or not all(isinstance(text, str) for text in wanted):
                 raise ValueError("`completion` must be a text, or a list of texts")
-            if isinstance(prompt, str) and template:
+            if isinstance(prompt, str) and contents:
                 prompt = [{"role": "user", "content": prompt}]
             if isinstance(prompt, list):
-                if template is None:
+                if contents is None:
                     raise ValueError("messages need --chat, and a model with a chat template")
-                prompt = template.render(prompt, prompt=True)
+                if not all(isinstance(message, dict) for message in prompt):
+                    raise ValueError("a message of `prompt` is no object")
+                prompt = contents.render(prompt)
             if not isinstance(prompt, str):
                 raise ValueError("`prompt` must be a text, or a list of messages")
         except (ValueError, TypeError, KeyError) as error:

@@ -21,7 +21,7 @@ from local_tasks import ANIMALS, NAMES, write_tasks, write_tokenizer
 from megalite.cli import main
 from megalite.errors import ConfigError, DataError
 from megalite.infer import harness
-from megalite.infer.evaluate import Asked, Run, evaluate_model, report
+from megalite.infer.evaluate import Asked, Run, evaluate_model, kept, report
 from megalite.infer.generate import Generator
 from megalite.infer.harness import HarnessModel, load_tasks, numbers_of
 from megalite.infer.references import compare, references_task
@@ -120,6 +120,23 @@ def test_numbers_are_those_of_transformers(tmp_path: Path, tasks: Path, family: 
         assert numbers_of(chats[1]) == pytest.approx(numbers_of(chats[0]), rel=1e-5)
         assert numbers_of(chats[1])["next_word/said"] != numbers_of(got)["next_word/said"]
     assert {"sounds/acc_norm", "letters/acc", "story/word_perplexity", "next_word/said"} < set(numbers_of(got))
+
+
+def test_control_tokens_of_a_question_are_text(tmp_path: Path) -> None:
+    """As to the server: in the harness's own chats, in rows with references, and in what is kept of both."""
+    folder = random_model(tmp_path / "model", "llama")
+    generator = Generator.open(folder)
+    model, history = HarnessModel(generator), [{"role": "user", "content": "is <|endoftext|> the end?"}]
+    asked = model.apply_chat_template(history)
+    assert model.tok_encode(asked, add_special_tokens=False) == generator.chat_ids(history)
+    assert generator.tokenizer.eod_id not in model.tok_encode(f"{asked} no")
+    sample = {"arguments": [(asked, {})], "filtered_resps": [], "target": "", "metrics": []}
+    assert [line["asked"] for line in kept({"t": [sample]})] == [[generator.chat_template.render(history, prompt=True)]]
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"prompt": history, "completion": "b"}))
+    (row,) = references_task(file, generator.contents, 8, [])["custom_dataset"]()["test"]
+    assert model.tok_encode(row["prompt"], add_special_tokens=False) == generator.chat_ids(history)
+    generator.check_answer([*history, {"role": "assistant", "content": "<|endoftext|>"}])
 
 
 def test_what_is_drawn_is_drawn_anew_for_each_request_and_the_same_again(tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import tokenizers
+from chat_styles import ALTERNATES, NOT_SPECIAL, STYLES, TOKENIZERS, answers_of, without_generation, write_style
+from chat_styles import CONTROLS as STYLED_CONTROLS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, models, normalizers, pre_tokenizers
@@ -17,9 +19,10 @@ from transformers import AutoTokenizer
 
 from chats import CHATML, CONTROLS, ENDED, FORGETFUL, MARKED, PLAIN, write_tokenizer
 from megalite.data.chat import ChatTemplate
+from megalite.data.contents import ContentEncoder
+from megalite.data.formats import Encoder, Settings
 from megalite.data.tokenizer import load_tokenizer
 from megalite.errors import ConfigError
-from megalite.infer.contents import ContentEncoder
 from megalite.infer.generate import Generator
 from scripted import Scripted
 
@@ -120,6 +123,73 @@ def test_what_is_spelled_out_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert said == f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
 
 
+def spelled_out(style: str, control: str) -> list[dict[str, Any]]:
+    """A chat of the style whose every message begins, ends or goes on with a control token."""
+    said = [f"{control}ask#1{control}", f"a#1 {control} b✓", f"x{control}", f"c{control}#2 {control}"]
+    chat = [{"role": "assistant" if n % 2 else "user", "content": text} for n, text in enumerate(said)]
+    return chat if style in (*ALTERNATES, "mistral") else [{"role": "system", "content": f"be{control}"}, *chat]
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("is_marked", [False, True])
+def test_what_is_learned_from_has_the_control_tokens_of_the_template_alone(
+    tmp_path: Path, style: str, is_marked: bool
+) -> None:
+    """And the same ids as what is served."""
+    template = STYLES[style] if is_marked else without_generation(STYLES[style])
+    for kind in TOKENIZERS:
+        folder = write_style(tmp_path / kind, template, kind)
+        encoder, theirs = Encoder(Settings("chat", str(folder))), AutoTokenizer.from_pretrained(folder)
+        tokenizer = load_tokenizer(folder)
+        served = ContentEncoder(tokenizer, ChatTemplate.of(folder, tokenizer))
+        controls = frozenset(theirs.convert_tokens_to_ids([*STYLED_CONTROLS, *NOT_SPECIAL])) - {theirs.unk_token_id}
+        for control in ("</s>", "<|im_end|>", "[INST]"):
+            chat = spelled_out(style, control)
+            [[document]] = encoder.encode([{"messages": chat}])
+            [[plain]] = encoder.encode([{"messages": spelled_out(style, "word")}])
+            counts = [sum(token in controls for token in found.ids) for found in (document, plain)]
+            assert counts[0] == counts[1], (kind, control)
+            asked = served.encode(chat[:-1])
+            assert style == "r1" or asked == list(document.ids)[: len(asked)]
+            if kind == "bytes":
+                text = theirs.apply_chat_template(chat, tokenize=False)
+                assert encoder.tokenizer.decode(document.ids).removesuffix("</s>") == text.removesuffix("</s>")
+                learned = [token for token, value in zip(document.ids, document.values, strict=True) if value]
+                wanted = "".join(answers_of(chat, style))
+                assert encoder.tokenizer.decode(learned).replace("\n", "") == wanted.replace("\n", "")
+
+
+ARGUMENTS = {"city<|im_end|>": "</s>", "n": ["<tool_call>"]}
+CALL = {"type": "function", "function": {"name": "f</s>", "arguments": ARGUMENTS}}
+TOOL = {"type": "function", "function": {"name": "f</s>", "description": "says </tool_call>", "parameters": {}}}
+
+
+@pytest.mark.parametrize("as_ascii", [False, True])
+def test_tools_and_calls_can_say_no_control_token_either(tmp_path: Path, as_ascii: bool) -> None:
+    template = without_generation(STYLES["qwen3"])
+    if as_ascii:
+        template = template.replace("tojson", "tojson(ensure_ascii=true)")
+    folder = write_style(tmp_path, template, "bytes")
+    encoder, counts = Encoder(Settings("chat", str(folder))), []
+    for change in (lambda text: text, lambda text: text.replace("<", "").replace(">", "")):
+        changed = json.loads(change(json.dumps([TOOL, CALL])))
+        call = {"role": "assistant", "content": change("</s>"), "tool_calls": [changed[1]]}
+        row = {"messages": [{"role": "user", "content": "q"}, call], "tools": [changed[0]]}
+        [[document]] = encoder.encode([row])
+        controls = {encoder.tokenizer.vocabulary()[text] for text in (*STYLED_CONTROLS, *NOT_SPECIAL)}
+        counts.append(sum(token in controls for token in document.ids))
+        assert ("</s>" in encoder.tokenizer.decode(document.ids)) == (not counts[1:])
+    assert counts[0] == counts[1]
+
+
+def test_a_template_that_changes_letters_of_a_control_token_is_refused(tmp_path: Path) -> None:
+    folder = write_tokenizer(tmp_path, CHATML.replace("message['content']", "message['content'] | upper"))
+    encoder, _ = encoder_of(folder)
+    assert encoder.encode(talk(["hello"]))
+    with pytest.raises(ValueError, match="the chat template changes the letters of a message that holds a control"):
+        encoder.encode(talk(["hello <|im_end|>"]))
+
+
 def test_control_tokens_in_disguise_are_refused(tmp_path: Path) -> None:
     """Full-width letters, of a tokenizer that takes them for others before it looks for its control tokens."""
     write_tokenizer(tmp_path)
@@ -133,6 +203,8 @@ def test_control_tokens_in_disguise_are_refused(tmp_path: Path) -> None:
     assert generator.chat_ids(talk(["ｈello"])) == generator.chat_ids(talk(["hello"]))
     with pytest.raises(ConfigError, match="a message holds characters that the tokenizer takes for a control token"):
         generator.chat_ids(talk(["\uff1c|im_end|\uff1e"]))
+    [found] = Encoder(Settings("chat", str(tmp_path))).encode([{"messages": talk(["\uff1c|im_end|\uff1e", "a"])}])
+    assert found == "a message holds characters that the tokenizer takes for a control token"
 
 
 def as_json(normalizer: Any) -> str:

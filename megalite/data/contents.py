@@ -1,0 +1,186 @@
+"""Conversations as token ids, in which only the chat template can say a control token.
+
+This holds wherever a conversation is tokenized: served, learned from, or evaluated."""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tokenizers
+
+from megalite.data.answers import REASONING
+from megalite.data.chat import ChatTemplate, Message
+from megalite.data.token_values import Part, Text, token_values
+from megalite.data.tokenizer import HuggingFaceTokenizer, Tokenizer
+
+MARKS = re.compile(r"megalite[0-9a-f]{16}(?:begin|close)")
+"""Of any encoder. Letters and digits alone, so that templates which write JSON leave them as they are."""
+SAID = ("content", *REASONING)
+"""Keys of the assistant's messages whose texts may hold tokens such as `<think>`, which it says itself."""
+CHANGED = "the chat template changes the letters of a message that holds a control token, so that it cannot be told"
+DISGUISED = "a message holds characters that the tokenizer takes for a control token"
+
+
+class ContentEncoder:
+    """Encodes chats as transformers' `apply_chat_template` does, but for control tokens that a message spells out:
+    those become the characters they are made of, as by `split_special_tokens=True`.
+
+    Control tokens are the tokenizer's special ones and those which the template spells, such as `<tool_call>`; what
+    the assistant has said may hold the latter. They are marked before the template renders the conversation, by marks
+    that nobody who writes a message can know, and read as text afterwards."""
+
+    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate):
+        self._tokenizer, self._template = tokenizer, template
+        self._secret = f"megalite{secrets.token_hex(8)}"
+        self._mark = re.compile(f"{self._secret}(?:begin|close)")
+        self._plain: tokenizers.Tokenizer | None = None
+        self._special = self._spelled = _any_of(())
+        self._ids: frozenset[int] = frozenset()
+        if not isinstance(tokenizer, HuggingFaceTokenizer):
+            return  # control tokens that a text spells out stay text
+        values = json.loads(tokenizer.to_json())
+        added = values["added_tokens"]
+        special = {token["content"]: token["id"] for token in added if token["special"]}
+        spelled = {token["content"]: token["id"] for token in added if _is_spelled(token["content"], template)}
+        self._special, self._spelled = _any_of(special), _any_of(special | spelled)
+        model = values["model"]
+        unknown = (special.get(model.get("unk_token")), model.get("unk_id"))  # which stands for text
+        self._ids = frozenset((special | spelled).values()) - frozenset(unknown)
+        plain = values | {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+        self._plain = tokenizers.Tokenizer.from_str(json.dumps(plain))
+
+    def mark(self, messages: Sequence[Message]) -> list[Message]:
+        """Return messages whose control tokens are marked, for the template to render."""
+        return [self._marked(message) for message in messages]
+
+    def mark_values(self, values: Any) -> Any:
+        """Return what else a template is given (tools, variables) with its control tokens marked."""
+        return _changed(values, self._spelled, self._wrap)
+
+    def unmark(self, text: Text) -> Text:
+        """Return a rendering without its marks: `literal` says where control tokens stand that are text.
+
+        Raises ValueError where the template has changed a mark."""
+        if self._secret not in text.text.lower():
+            return text._replace(literal=[])
+        starts = [found.start() for found in self._mark.finditer(text.text)]
+        length = len(f"{self._secret}begin")
+
+        def moved(place: int) -> int:
+            number = bisect_left(starts, place)
+            inside = starts[number - 1] + length - place if number else 0
+            return place - number * length + max(inside, 0)
+
+        # A template may have taken a message apart, and two marks from each other.
+        controls = re.finditer(f"(?<={self._secret}begin)(?:{self._spelled.pattern})(?={self._secret}close)", text.text)
+        literal = [range(moved(found.start()), moved(found.end())) for found in controls]
+        plain = self._mark.sub("", text.text)
+        if self._secret in plain.lower():
+            raise ValueError(CHANGED)
+        parts = [Part(moved(part.start), moved(part.stop), part.value) for part in text.parts]
+        return text._replace(text=plain, parts=parts, literal=literal)
+
+    def render(self, messages: Sequence[Message], prompt: bool = True) -> str:
+        """Return a conversation's text, in which control tokens of its messages are marked, for `encode_marked`. Raises
+        as the template's `render` does."""
+        return self._template.render(self.mark(messages), prompt=prompt)
+
+    def encode(self, messages: Sequence[Message]) -> list[int]:
+        """Return the ids of a conversation, up to where the model's next answer begins. Raises ValueError with what
+        the template says of messages that it cannot render, and for control tokens in disguise."""
+        return self.encode_marked(self.render(messages))
+
+    def encode_marked(self, text: str) -> list[int]:
+        """Return the ids of a rendering of marked messages. Raises ValueError as `encode` does."""
+        return [token for _, ids in self._pieces(self.unmark(Text(text, []))) for token in ids]
+
+    def token_values(self, text: Text) -> tuple[list[int], np.ndarray]:
+        """Return the ids of an unmarked text and the value of each, [T]. Raises ValueError as `encode` does."""
+        assert isinstance(self._tokenizer, HuggingFaceTokenizer)
+        if not text.literal:
+            ids, values = token_values(self._tokenizer, text)
+            self._check(text.text, ids)
+            return ids, values
+        ids, found = [], []
+        for place, some in self._pieces(text):
+            within = [
+                Part(max(part.start, place.start) - place.start, min(part.stop, place.stop) - place.start, part.value)
+                for part in text.parts
+                if part.start < place.stop and place.start < part.stop
+            ]
+            if place in text.literal:
+                values = np.full(len(some), max((part.value for part in within), default=0), np.int64)
+            else:
+                _, values = token_values(self._tokenizer, Text(text.text[place.start : place.stop], within))
+            ids += some
+            found.append(values)
+        return ids, np.concatenate(found)
+
+    def _marked(self, message: Message) -> Message:
+        texts = SAID if message.get("role") == "assistant" else ()
+        return {
+            self.mark_values(key): _changed(value, self._special if key in texts else self._spelled, self._wrap)
+            for key, value in message.items()
+        }
+
+    def _wrap(self, found: re.Match[str]) -> str:
+        return f"{self._secret}begin{found[0]}{self._secret}close"
+
+    def _pieces(self, text: Text) -> Iterator[tuple[range, list[int]]]:
+        """The ids of what is between control tokens that are text, and of these."""
+        start = 0
+        for place in [*(text.literal or ()), range(len(text.text), len(text.text))]:
+            if start < place.start:
+                part = text.text[start : place.start]
+                ids = self._tokenizer.encode(part)
+                self._check(part, ids)
+                yield range(start, place.start), ids
+            if place:
+                yield place, self._as_text(text.text[place.start : place.stop])
+            start = place.stop
+
+    def _check(self, text: str, ids: Sequence[int]) -> None:
+        # A tokenizer that normalizes may take other characters for those of a control token.
+        if sum(map(self._ids.__contains__, ids)) > len(self._spelled.findall(text)):
+            raise ValueError(DISGUISED)
+
+    def _as_text(self, control: str) -> list[int]:
+        assert self._plain is not None
+        ids = self._plain.encode(control, add_special_tokens=False).ids
+        if self._ids.isdisjoint(ids):
+            return ids
+        # It is a token of the model itself as well: letter by letter it is none.
+        letters = [self._plain.encode(letter, add_special_tokens=False).ids for letter in control]
+        return [token for found in letters for token in found if token not in self._ids]
+
+
+def without_marks(text: str) -> str:
+    """Return a rendering as a person reads it."""
+    return MARKS.sub("", text)
+
+
+def _changed(value: Any, controls: re.Pattern[str], change: Any) -> Any:
+    """The same with another text for every control token: also in names, which a template may write."""
+    if isinstance(value, str):
+        return controls.sub(change, value)
+    if isinstance(value, Mapping):
+        return {_changed(key, controls, change): _changed(item, controls, change) for key, item in value.items()}
+    return [_changed(item, controls, change) for item in value] if isinstance(value, list) else value
+
+
+def _is_spelled(token: str, template: ChatTemplate) -> bool:
+    """Whether a template says a token that is no plain word, of which some tokenizers add many, and no white space."""
+    sources = filter(None, (template.source, template.tool_source))
+    return any(token in source for source in sources) and re.fullmatch(r"[\w\s]*", token) is None
+
+
+def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
+    """The longest goes first, as tokenizers take it."""
+    longest_first = sorted(filter(None, tokens), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
