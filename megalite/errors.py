@@ -13,6 +13,10 @@ class NotFinite(DataError):
     """A model whose numbers are not finite, so that what it would say means nothing."""
 
 
+class TemplateLimit(DataError):
+    """A chat template that does not end, or makes more text than it is given reason to."""
+
+
 class Unreachable(DataError):
     """Data that could not be had now, and may be another time."""
 

@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from megalite.data.chat import MARK, ChatTemplate, Message
+from megalite.errors import TemplateLimit
 
 NEVER_MARKED = ("role", "type", "id", "tool_call_id", "name")
 """Keys of messages whose values templates compare with others."""
@@ -158,6 +159,8 @@ class _Finder:
         """None where the template refuses."""
         try:
             return self._template.render(messages, self._tools, prompt, **self._options)
+        except TemplateLimit:
+            raise
         except ValueError:
             return None
 

@@ -12,7 +12,7 @@ from typing import Any
 from megalite.data.tokenizer import HuggingFaceTokenizer, Tokenizer
 from megalite.data.tokenizer_files import CONFIG, TEMPLATES, read_object, settings_of, special_tokens
 from megalite.data.turn_end import TurnEnd, find_turn_end
-from megalite.errors import DataError
+from megalite.errors import DataError, TemplateLimit
 from megalite.outside import read_limited, reading
 
 Message = Mapping[str, Any]
@@ -25,7 +25,7 @@ MARK = "\ue0a1\ue0a2megalite\ue0a3"
 @dataclass(frozen=True)
 class ChatTemplate:
     """Renders as transformers does, with whose code it is done: a template may come from anywhere, and runs in a
-    sandbox."""
+    sandbox, under the limits of `template_limits`."""
 
     source: str
     tokens: Mapping[str, str]
@@ -36,6 +36,8 @@ class ChatTemplate:
     """These, and others that are matched whole in a text: some tokenizers' ends of answers."""
     tool_source: str | None = None
     """What transformers renders by where tools are given."""
+    folder: Path | None = None
+    """Where it comes from, for messages."""
 
     @classmethod
     def of(cls, folder: Path, tokenizer: Tokenizer) -> ChatTemplate:
@@ -57,13 +59,13 @@ class ChatTemplate:
         if isinstance(tokenizer, HuggingFaceTokenizer):  # in a text, sentencepiece alone knows no token as such
             special, added = tokenizer.control_tokens(), tokenizer.added_tokens()
         tokens = special_tokens(settings_of(folder))
-        return cls(named["default"], tokens, tuple(special), tuple(added), named.get("tool_use"))
+        return cls(named["default"], tokens, tuple(special), tuple(added), named.get("tool_use"), folder)
 
     def render(self, messages: Sequence[Message], tools: Any = None, prompt: bool = False, **options: Any) -> str:
         """Return a conversation's text; with `prompt`, up to where the model's next answer begins.
 
         `options` are variables of the template, such as enable_thinking. Raises ValueError with what the template says
-        of messages that it cannot render."""
+        of messages that it cannot render, and TemplateLimit where it does not end."""
         return self._render(messages, tools, {**options, "add_generation_prompt": prompt})[0]
 
     def render_with_blocks(
@@ -114,17 +116,16 @@ class ChatTemplate:
     def _render(
         self, messages: Sequence[Message], tools: Any, options: Mapping[str, Any]
     ) -> tuple[str, list[tuple[int, int]]]:
-        from transformers.utils.chat_template_utils import render_jinja_template
+        from megalite.data.template_limits import render
 
         chat = [{key: value for key, value in message.items() if value is not None} for message in messages]
         values = {**self.tokens, **options}
         try:
-            texts, spans = render_jinja_template(
-                [chat], tools=tools or None, chat_template=self._source_for(tools), **values
-            )
+            return render(self._source_for(tools), chat=chat, tools=tools or None, **values)
+        except TemplateLimit as limit:
+            raise TemplateLimit(f"{self.folder}: {limit}" if self.folder else str(limit)) from None
         except Exception as error:  # a template may fail in any way
-            raise ValueError(f"the chat template refuses it: {error}") from None
-        return texts[0], spans[0] if spans else []
+            raise ValueError(f"the chat template refuses it: {error or type(error).__name__}") from None
 
 
 def _templates_of(folder: Path) -> dict[str, str]:

@@ -32,7 +32,7 @@ from megalite.data.messages import (
 from megalite.data.pairs import dialogue, joined, without_repeated_prompt
 from megalite.data.token_values import Part, Text, token_values
 from megalite.data.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
-from megalite.errors import DataError
+from megalite.errors import DataError, TemplateLimit
 
 Format = Literal["chat", "completion", "preference", "classification", "labels"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -111,6 +111,8 @@ class Encoder:
             row = without_nulls(row)
             self._check_fields(row)
             return [self._encoded(text) for text in self._texts(row)]
+        except TemplateLimit:
+            raise
         except ValueError as error:
             why = str(error)
         except Exception as error:  # what rows hold is anybody's; one that breaks something costs itself alone

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from megalite.data.answers import REASONING
 from megalite.data.chat import ChatTemplate, Message
+from megalite.errors import TemplateLimit
 
 ROLES = {
     "human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "bard": "assistant",
@@ -105,6 +106,8 @@ def with_arguments(
         return messages
     try:
         shown = template.render(messages, tools, **options)
+    except TemplateLimit:
+        raise
     except ValueError:
         if len(texts) == len(functions):
             raise

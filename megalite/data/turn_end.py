@@ -9,6 +9,7 @@ from itertools import takewhile
 from typing import Any, NamedTuple
 
 from megalite.data.tokenizer import Tokenizer
+from megalite.errors import TemplateLimit
 
 MARKS = ("QUESTION7f3a", "ANSWER7f3a", "NEXT7f3a", "ARGUMENT7f3a")
 MARKUP = re.compile(r"[<>|{}\[\]#]")
@@ -71,6 +72,8 @@ def find_turn_end(render: Render, added: Collection[str], special: Collection[st
 def _rendered(render: Render, messages: Sequence[Mapping[str, Any]], tools: Any = None) -> str:
     try:
         return render(messages, tools)
+    except TemplateLimit:
+        raise
     except ValueError:
         return ""
 

@@ -21,7 +21,7 @@ from megalite.data.chat import ChatTemplate, Message
 from megalite.data.contents import ContentEncoder
 from megalite.data.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from megalite.data.turn_end import TurnEndIds
-from megalite.errors import ConfigError, DataError, NotFinite
+from megalite.errors import ConfigError, DataError, NotFinite, TemplateLimit
 from megalite.infer.answer import Answer, Request, TextStream
 from megalite.infer.batch import NOT_FINITE, Batch, Predictor
 from megalite.infer.cache import CachedModel
@@ -284,7 +284,9 @@ class Generator:
 def _said_by_template() -> Iterator[None]:
     try:
         yield
-    except DataError:
-        raise
+    except DataError as error:
+        if not isinstance(error, TemplateLimit):
+            raise
+        raise ConfigError(str(error)) from None
     except ValueError as error:
         raise ConfigError(str(error)) from None

@@ -12,9 +12,11 @@ pytest.importorskip("openai")
 pytest.importorskip("fastapi")
 pytest.importorskip("transformers")
 
+import openai
 from local_server import serving
 
-from chats import CONTROLS, write_tokenizer
+from chats import CHATML, CONTROLS, write_tokenizer
+from megalite.data import template_limits
 from megalite.data.tokenizer import load_tokenizer
 from megalite.infer.generate import Generator
 from megalite.infer.sampling import Sampling
@@ -74,3 +76,21 @@ def test_the_model_s_own_texts_end_every_answer(tmp_path: Path) -> None:
     gen.habits = gen.habits._replace(stop=(", one",))
     (answer,) = gen.answer([gen.as_chat(gen.request(gen.chat_ids(MESSAGES), 100))])
     assert (answer.text, answer.finish) == ("hello", "stop")
+
+
+def test_a_template_that_does_not_end_holds_up_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_limits, "SECONDS", 0.5)
+    gen = generator(tmp_path / "model", CONTROLS)
+    loops = "{% for a in range(99999) %}" * 2 + "{{ a }}" + "{% endfor %}" * 2
+    endless = f"{{% if 'loop' in messages[0].content %}}{loops}{{% endif %}}"
+    write_tokenizer(tmp_path / "model", endless + CHATML)
+    with serving(gen, tmp_path / "ratings") as local:
+        create = local.client().chat.completions.create
+        with pytest.raises(openai.BadRequestError, match="model: the chat template works without end") as caught:
+            create(model="tiny", messages=[{"role": "user", "content": "loop"}])
+        assert "\n" not in caught.value.body["message"]
+        assert create(model="tiny", messages=MESSAGES).choices[0].message.content
+    write_tokenizer(tmp_path / "model", loops)
+    gen = Generator(gen.model, gen.tokenizer, folder=tmp_path / "model")
+    with serving(gen, tmp_path / "ratings") as local, pytest.raises(openai.BadRequestError, match="no chat template"):
+        local.client().chat.completions.create(model="tiny", messages=MESSAGES)

@@ -174,6 +174,7 @@ class Service:
         self.model = {"id": settings.name, "object": "model", "created": int(time.time()), "owned_by": "megalite"}
         try:
             self.chats = bool(self.generator.chat_template)
+            _ = self.generator.turn_end  # once, and not while others wait
         except DataError as problem:
             LOG.warning("no chats, only completions: %s", problem)
             self.chats = False
