@@ -139,7 +139,7 @@ def _size(value: Any) -> int:
     return of(value)
 
 
-_VIEWS = (type({}.keys()), type({}.values()), type({}.items()))
+_VIEWS: tuple[Any, ...] = (type({}.keys()), type({}.values()), type({}.items()))
 _HOLDERS: tuple[Any, ...] = (dict, list, tuple, set, frozenset, Mapping, *_VIEWS)
 
 
