@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, Literal, Protocol, TypeVar
 
+from megalite import make_callable
 from megalite.config import Config, ParallelConfig
 from megalite.errors import ConfigError
+
+make_callable(__name__)  # as `plan`, below
 
 Place = int | Literal["first", "last", "both"]
 """Where a weight is used: in a layer, before the first one, after the last one, or tied at both ends."""
@@ -125,6 +128,15 @@ class Plan:
 def smallest_world(config: Config) -> int:
     """Ranks that the layout needs at least."""
     return config.parallel.tensor * config.parallel.pipeline * config.parallel.context
+
+
+def plan(config: Config, ranks: int) -> Plan:
+    """Return what follows from a config on this many ranks: mesh, stages, batch arithmetic and memory.
+
+    Raises ConfigError with the setting to change when the layout does not fit the ranks, the model or the batch."""
+    from megalite.models import weight_table  # imports torch, which the arithmetic of a plan does without
+
+    return make_plan(config, weight_table(config.model, config.lora), ranks)
 
 
 def make_plan(config: Config, weights: Sequence[Sized], world_size: int) -> Plan:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megalite import last_words
+from megalite import last_words, make_callable
 from megalite.activity import NOW
 from megalite.checkpoint.export import keep_source, write_extras
 from megalite.checkpoint.load import for_adapters, from_checkpoint, from_hf, from_seed
@@ -49,6 +49,8 @@ from megalite.run_folder import check_run_folder, held, write_config
 from megalite.stopping import StopRequests
 from megalite.training.objectives import DPO
 from megalite.training.schedules import learning_rate
+
+make_callable(__name__)  # as `train`, below
 
 Data = Mapping[Split, Mixture | None]
 SOURCES_SHOWN = 8

@@ -121,7 +121,7 @@ class Generator:
     @classmethod
     def open(
         cls,
-        path: Path,
+        path: str | Path,
         *,
         num_slots: int = 8,
         max_length: int | None = None,
@@ -133,7 +133,7 @@ class Generator:
 
         `num_slots` sequences are computed at a time, of `max_length` tokens at most (those that the model is for).
         Raises ConfigError, DataError or CheckpointError."""
-        folder, launch = find_model(path), launch or Launch.from_environment()
+        folder, launch = find_model(Path(path)), launch or Launch.from_environment()
         if num_slots < 1 or (max_length is not None and max_length < 2):
             raise ConfigError(f"{num_slots} slots of {max_length} tokens: give at least one, of two tokens or more")
         # What is wrong here is known before the weights are read, which takes long.
