@@ -1,1 +1,1 @@
-"""One front door per fused operation. See `library` for who computes it."""
+"""Fused operations, each behind one Python function. `library` decides which implementation computes it."""

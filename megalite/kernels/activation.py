@@ -1,5 +1,8 @@
-"""The nonlinearities between a block's two products: SwiGLU and GeGLU (Shazeer 2020), and GELU (Hendrycks and Gimpel
-2016) in its tanh approximation, SwiGLU and GELU each in one pass forward and one backward."""
+"""Activations of the MLP: SwiGLU and GeGLU (Shazeer 2020), and GELU in its tanh approximation (Hendrycks and Gimpel
+2016).
+
+megalite's own kernels for SwiGLU and GELU take one pass over memory forward and one backward.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,9 @@ from megalite.kernels.library import own, pick
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) · up, computed in fp32: […,2I] → […,I], the gate being the first half of the last dimension."""
+    """Return silu(gate) · up, computed in fp32: […,2I] → […,I].
+
+    `gate_up` holds the gate in the first half of its last dimension and up in the second."""
     if pick("activation", gate_up) == "megalite":
         return torch.ops.megalite.swiglu(gate_up)
     gate, up = gate_up.chunk(2, -1)
@@ -21,14 +26,16 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 def gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """GELU of x + bias, computed in fp32. `x` is […,D] and `bias` [D], of one dtype."""
+    """Return GELU of `x` + `bias`, computed in fp32. `x` is […,D] and `bias` [D], of one dtype."""
     if pick("activation", x) == "megalite":
         return torch.ops.megalite.gelu(x, bias)
-    return F.gelu(x if bias is None else x + bias, approximate="tanh")
+    if bias is not None:
+        x = x + bias
+    return F.gelu(x, approximate="tanh")
 
 
 def geglu(gate_up: Tensor) -> Tensor:
-    """gelu(gate) · up: […,2I] → […,I], the gate being the first half of the last dimension."""
+    """Return gelu(gate) · up: […,2I] → […,I]. The gate is the first half of the last dimension of `gate_up`."""
     gate, up = gate_up.chunk(2, -1)
     return gelu(gate) * up
 
@@ -36,9 +43,12 @@ def geglu(gate_up: Tensor) -> Tensor:
 def _register() -> None:
     ops = torch.ops.megalite
 
+    # Fake kernels give torch.compile the shapes and dtypes of the results without computing them.
+
     @torch.library.register_fake("megalite::swiglu")
     def _(gate_up: Tensor) -> Tensor:
-        return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
+        *batch, features = gate_up.shape
+        return gate_up.new_empty(*batch, features // 2)
 
     @torch.library.register_fake("megalite::swiglu_backward")
     def _(grad: Tensor, gate_up: Tensor) -> Tensor:
@@ -50,8 +60,11 @@ def _register() -> None:
 
     @torch.library.register_fake("megalite::gelu_backward")
     def _(grad: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        return x.new_empty(x.shape), x.new_empty(0 if bias is None else x.shape[-1])
+        # An operator cannot return None for one of two tensors: an empty one stands for "no bias".
+        grad_bias = x.new_empty(0 if bias is None else x.shape[-1])
+        return x.new_empty(x.shape), grad_bias
 
+    # The inputs are saved, not the outputs: what lies between is cheap to compute again in the backward kernel.
     def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
 

@@ -1,10 +1,9 @@
-"""Which implementation of each fused operation runs: megalite's own kernels of `csrc/ops`, plain torch, or an installed
-library.
+"""Selects the implementation of each fused operation: megalite's own kernels (`csrc/ops`), plain torch, or an installed
+library such as flash_attn.
 
-`use` takes the config's wishes once, before a model runs; `pick` answers for a tensor at hand. The plain torch version
-of every operation is its reference: it serves where kernels are not built, and for dtypes that they do not take. So it
-does for a sliding window, a soft cap or another scale of attention, which megalite's own kernel does not know
-(`attention.AttentionKind`).
+`use` takes the `kernels:` section of the config once, before a model runs; `pick` answers for a given tensor. The plain
+torch version of every operation is its reference. It also serves where the kernels are not built, for dtypes they do
+not take, and for attention with a sliding window, soft-capping or another scale (`attention.AttentionKind`).
 """
 
 from __future__ import annotations
@@ -23,13 +22,16 @@ from megalite.errors import ConfigError
 
 OPERATIONS = tuple(KernelsConfig.model_fields)
 CPU_ONLY = ("attention", "weight_gradient")
-"""Operations whose kernel for CUDA is torch's own."""
+"""Operations that megalite has no CUDA kernel for; torch computes them on a GPU."""
 
+# Of the process, not of a model: kernels are called from deep inside modules that hold no config.
 _wishes = KernelsConfig()
 
 
 def use(wishes: KernelsConfig) -> None:
-    """Choose implementations for this process. Raises `ConfigError` for a library that is not installed."""
+    """Choose implementations for this process.
+
+    Raises ConfigError for kernels that are not built and for a library that is not installed."""
     global _wishes
     for operation in OPERATIONS:
         wish = getattr(wishes, operation)
@@ -43,24 +45,26 @@ def use(wishes: KernelsConfig) -> None:
 
 
 def pick(operation: str, x: Tensor) -> str:
-    """`megalite`, `torch`, or the name of a library: what computes `operation` on `x`."""
+    """Return which implementation computes `operation` on `x`: `megalite`, `torch`, or a library's name."""
     wish = getattr(_wishes, operation)
     if wish not in ("auto", "megalite"):
         return wish
+    # oneDNN computes bf16 products with AMX, which megalite's weight-gradient kernel does not use.
     if wish == "auto" and operation == "weight_gradient" and x.dtype == torch.bfloat16 and _has_matrix_unit():
         return "torch"
     return "megalite" if _takes(operation, x.device.type, x.dtype) else "torch"
 
 
 def explain(operation: str, device: str) -> tuple[str, str]:
-    """(implementation, reason) of `operation` on fp32 and bf16 tensors of a device type."""
+    """Return (implementation, reason) of `operation` for fp32 and bf16 tensors of a `device` type, for a person."""
     wish = getattr(_wishes, operation)
     if wish not in ("auto", "megalite"):
         return wish, f"kernels.{operation} asks for it"
     if wish == "auto" and operation == "weight_gradient" and device == "cpu" and _has_matrix_unit():
         return "torch", "oneDNN uses this processor's AMX for bf16"
     if _takes(operation, device, torch.float32):
-        return "megalite", f"built{f', runs with {own().isa()}' if device == 'cpu' else ''}"  # type: ignore[union-attr]
+        isa = f", runs with {own().isa()}" if device == "cpu" else ""  # type: ignore[union-attr]
+        return "megalite", f"built{isa}"
     if operation in CPU_ONLY and device != "cpu":
         return "torch", f"megalite's own {operation} is for the CPU"
     return "torch", why_not_built() if own() is None else "built without CUDA"
@@ -68,7 +72,7 @@ def explain(operation: str, device: str) -> tuple[str, str]:
 
 @functools.cache
 def own() -> ModuleType | None:
-    """The compiled module; None where it was not built or does not fit the installed torch."""
+    """Return the compiled module, or None where it was not built or does not fit the installed torch."""
     try:
         return importlib.import_module("megalite._ops")
     except ImportError:
@@ -76,6 +80,7 @@ def own() -> ModuleType | None:
 
 
 def why_not_built() -> str:
+    """Say why `own()` is None, and what to do about it."""
     try:
         importlib.import_module("megalite._ops")
     except ModuleNotFoundError:
@@ -90,7 +95,7 @@ def why_not_built() -> str:
 
 @functools.cache
 def _has_matrix_unit() -> bool:
-    """Whether oneDNN can use AMX, which our product does not."""
+    """Return whether this CPU has AMX tiles, which oneDNN uses and megalite's kernels do not."""
     return torch.cpu._is_amx_tile_supported()
 
 
@@ -100,8 +105,9 @@ def _warn_once() -> None:
 
 
 def tell_compiler() -> None:
-    """Before anything that asks the library is compiled. Not by a decorator, which would import torch's compiler: that
-    takes a second of every process."""
+    """Mark the choice of implementation as constant for torch.compile. Call it before compiling anything.
+
+    This is no decorator on `_takes`, because that would import torch's compiler: a second of every process."""
     torch.compiler.assume_constant_result(_takes)
 
 

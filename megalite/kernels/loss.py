@@ -1,9 +1,9 @@
-"""Cross-entropy from logits of which each rank may hold some columns (Shoeybi et al. 2019), without a second tensor of
-their size: the gradient overwrites the logits. `linear_cross_entropy` never holds all of them either.
+"""Vocabulary-parallel cross-entropy (Shoeybi et al. 2019) without a second tensor of the logits' size: the gradient
+overwrites the logits. `linear_cross_entropy` fuses the output head and never holds all logits at once.
 
-Letters in shapes: N tokens, V the columns at hand, D hidden. The columns are first..first+V of the vocabulary; of them
-the first `num_valid` are real and the rest padding, which takes no probability. A label that is none of the real
-columns is `IGNORE` or another rank's.
+Letters in shapes: N tokens, V vocabulary columns of this rank, D hidden size. The columns are first..first+V of the
+vocabulary. The first `num_valid` of them are real; the rest is padding, which takes no probability. A label outside the
+real columns is `IGNORE` or another rank's.
 """
 
 from __future__ import annotations
@@ -19,56 +19,78 @@ from torch.autograd.graph import increment_version
 from megalite.kernels.library import own, pick
 
 IGNORE = -100
-"""Label of a token that carries no loss."""
+"""Label of a token without loss."""
 
 Combine = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Takes (lse, target) of a rank's columns, both [N], to those of the whole vocabulary."""
+"""Reduces (lse, target) of this rank's columns, both [N], over the ranks to those of the whole vocabulary."""
 Deliver = Callable[[Tensor, Tensor], None]
-"""Takes (g [n,V], x [n,D]): the weight's gradient is the sum of gᵀ x over all calls."""
+"""Receives (g [n,V], x [n,D]) of a chunk of tokens. The head's weight gradient is the sum of gᵀ x over all calls."""
 
 
 def cross_entropy_forward(logits_NV: Tensor, labels_N: Tensor, first: int, num_valid: int) -> tuple[Tensor, Tensor]:
-    """(lse, target), both [N] fp32: the logarithm of the sum of e^logit over the columns at hand, and the label's
-    logit, 0 where it is not among them."""
+    """Return (lse, target), both [N] fp32, of this rank's columns `logits_NV`.
+
+    lse is the log-sum-exp over the columns; target is the logit of `labels_N`, 0 where the label is not among the
+    `num_valid` real columns from `first`."""
     if pick("loss", logits_NV) == "megalite":
         return torch.ops.megalite.cross_entropy_forward(logits_NV, labels_N, first, num_valid)
     column, here = _column(labels_N, first, num_valid)
-    target = logits_NV.gather(1, column[:, None])[:, 0].float().masked_fill(~here, 0.0)
-    return logits_NV[:, :num_valid].float().logsumexp(1), target
+    target = logits_NV.gather(1, column[:, None])[:, 0]
+    target = target.float().masked_fill(~here, 0.0)
+    lse = logits_NV[:, :num_valid].float().logsumexp(1)
+    return lse, target
 
 
 def cross_entropy_backward_(
-    logits_NV: Tensor, labels_N: Tensor, lse_N: Tensor, grad_N: Tensor, first: int, num_valid: int
+    logits_NV: Tensor,
+    labels_N: Tensor,
+    lse_N: Tensor,
+    grad_N: Tensor,
+    first: int,
+    num_valid: int,
 ) -> None:
-    """Overwrite the logits with their gradient. `lse_N` is that of the whole vocabulary, `grad_N` the gradient of the
-    losses: where it is 0, the result is 0 whatever the logits are."""
+    """Overwrite `logits_NV` with its gradient.
+
+    `lse_N` is the log-sum-exp over the whole vocabulary and `grad_N` the gradient of the losses. Where `grad_N` is 0
+    the result is 0, even for logits that are not finite. `labels_N`, `first` and `num_valid` are those of
+    `cross_entropy_forward`."""
     if pick("loss", logits_NV) == "megalite":
         torch.ops.megalite.cross_entropy_backward_(logits_NV, labels_N, lse_N, grad_N, first, num_valid)
     else:
+        # softmax − one_hot(label), times the gradient of the loss
         column, here = _column(labels_N, first, num_valid)
         grad_logits = logits_NV.float().sub_(lse_N[:, None]).exp_()
         grad_logits.scatter_add_(1, column[:, None], -here[:, None].float())
-        grad_logits.mul_(grad_N[:, None]).masked_fill_(grad_N[:, None] == 0, 0.0)
+        grad_N1 = grad_N[:, None]
+        grad_logits.mul_(grad_N1).masked_fill_(grad_N1 == 0, 0.0)  # the fill: 0 · inf would be NaN
         grad_logits[:, num_valid:] = 0.0
         logits_NV.copy_(grad_logits)
-    increment_version(logits_NV)  # so that autograd refuses whoever else has kept them
+    # Autograd then refuses whatever else has saved the logits and would read the gradient instead.
+    increment_version(logits_NV)
 
 
 def _column(labels_N: Tensor, first: int, num_valid: int) -> tuple[Tensor, Tensor]:
-    """(column, whether it is here) of each label; 0 where it is not."""
+    """Return (column, whether this rank has it) of each label, both [N]. The column is 0 where another rank has it."""
     column = labels_N - first
     here = (column >= 0) & (column < num_valid)
     return column.masked_fill(~here, 0), here
 
 
 def cross_entropy(
-    logits: Tensor, labels: Tensor, first: int = 0, num_valid: int | None = None, combine: Combine | None = None
+    logits: Tensor,
+    labels: Tensor,
+    first: int = 0,
+    num_valid: int | None = None,
+    combine: Combine | None = None,
 ) -> Tensor:
-    """Loss of every token, fp32, 0 where the label is `IGNORE`: [B,T,V] and [B,T] → [B,T].
+    """Return the fp32 loss of every token, 0 where the label is `IGNORE`: [B,T,V] and [B,T] → [B,T].
 
-    The backward pass overwrites the logits with their gradient. They must be the fresh output of a product that nothing
-    else reads after the forward pass; a second backward pass is refused. Without `combine` the columns at hand are the
-    whole vocabulary."""
+    `logits` are the columns from `first` of the vocabulary, `num_valid` of them real (default: all). `combine` reduces
+    over the ranks that hold the others; without it these columns are the whole vocabulary and `labels` must lie in
+    them.
+
+    The backward pass overwrites `logits` with their gradient: they must be the fresh output of a product that nothing
+    else reads after the forward pass. A second backward pass is refused."""
     num_valid = logits.shape[-1] if num_valid is None else num_valid
     return _CrossEntropy.apply(logits, labels, first, num_valid, combine)
 
@@ -76,9 +98,15 @@ def cross_entropy(
 class _CrossEntropy(Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, labels: Tensor, first: int, num_valid: int, combine: Combine | None
+        ctx: Any,
+        logits: Tensor,
+        labels: Tensor,
+        first: int,
+        num_valid: int,
+        combine: Combine | None,
     ) -> Tensor:
-        logits, labels_N = logits.contiguous(), labels.flatten()
+        logits = logits.contiguous()  # `flatten` below must be a view, for the backward pass to write into it
+        labels_N = labels.flatten()
         lse, target = cross_entropy_forward(logits.flatten(0, -2), labels_N, first, num_valid)
         lse, target = _whole(lse, target, labels_N, first, num_valid, combine)
         ctx.save_for_backward(logits, labels_N, lse)
@@ -88,8 +116,9 @@ class _CrossEntropy(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         logits, labels_N, lse = ctx.saved_tensors
-        logits = logits.detach()
-        cross_entropy_backward_(logits.flatten(0, -2), labels_N, lse, _counted(grad, labels_N), *ctx.columns)
+        logits = logits.detach()  # the same memory, which becomes the gradient
+        grad_N = _counted(grad, labels_N)
+        cross_entropy_backward_(logits.flatten(0, -2), labels_N, lse, grad_N, *ctx.columns)
         return logits, None, None, None, None
 
 
@@ -103,12 +132,15 @@ def linear_cross_entropy(
     combine: Combine | None = None,
     deliver: Deliver | None = None,
 ) -> Tensor:
-    """`cross_entropy(x @ weight.T, labels, …)` that holds the logits of `rows_per_chunk` tokens at a time, and computes
-    them again in the backward pass: [B,T,D] and [B,T] → [B,T], or [N,D] and [N] → [N].
+    """Compute `cross_entropy(x @ weight.T, labels, …)` over chunks of tokens: [B,T,D] and [B,T] → [B,T], or [N,D] and
+    [N] → [N].
 
-    The weight's gradient is summed in fp32 over the chunks. With `deliver` each chunk's share of it is handed over
-    instead, and the weight gets no gradient from autograd. The gradient of `x` is that of the columns at hand: parallel
-    code sums it over ranks."""
+    Only the logits of `rows_per_chunk` tokens exist at a time; the backward pass computes them again. `weight_VD` holds
+    this rank's rows of the head. `first`, `num_valid` and `combine` are those of `cross_entropy`.
+
+    The weight's gradient is accumulated in fp32 over the chunks. With `deliver` each chunk's operands are handed over
+    instead, and autograd gives the weight no gradient. The gradient of `x` covers this rank's columns only: the caller
+    sums it over the tensor ranks."""
     num_valid = weight_VD.shape[0] if num_valid is None else num_valid
     return _LinearCrossEntropy.apply(x, weight_VD, labels, rows_per_chunk, first, num_valid, combine, deliver)
 
@@ -126,25 +158,37 @@ class _LinearCrossEntropy(Function):
         combine: Combine | None,
         deliver: Deliver | None,
     ) -> Tensor:
-        x_ND, labels_N = x.flatten(0, -2), labels.flatten()
+        x_ND = x.flatten(0, -2)
+        labels_N = labels.flatten()
         lse = x.new_empty(labels_N.shape, dtype=torch.float32)
         target = torch.empty_like(lse)
+        # Only two numbers a token are kept of its logits: what the backward pass needs beside the logits themselves.
         for rows in _chunks(labels_N, rows_per_chunk):
             logits = x_ND[rows] @ weight.t()
             lse[rows], target[rows] = cross_entropy_forward(logits, labels_N[rows], first, num_valid)
-            del logits  # before the next chunk's
+            del logits  # or two chunks of logits would be alive at once
         lse, target = _whole(lse, target, labels_N, first, num_valid, combine)
         ctx.save_for_backward(x, weight, labels_N, lse)
-        ctx.rows_per_chunk, ctx.columns, ctx.deliver = rows_per_chunk, (first, num_valid), deliver
+        ctx.rows_per_chunk = rows_per_chunk
+        ctx.columns = first, num_valid
+        ctx.deliver = deliver
         return _losses(lse, target, labels)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, labels_N, lse = ctx.saved_tensors
-        x_ND, grad_N = x.flatten(0, -2), _counted(grad, labels_N)
-        grad_x = torch.empty_like(x_ND) if ctx.needs_input_grad[0] else None
-        of_weight = _Sum(weight) if ctx.needs_input_grad[1] and not ctx.deliver else None
-        deliver = of_weight.add if of_weight else ctx.deliver if ctx.needs_input_grad[1] else None
+        x_ND = x.flatten(0, -2)
+        grad_N = _counted(grad, labels_N)
+        needs_x, needs_weight, *_ = ctx.needs_input_grad
+        grad_x = torch.empty_like(x_ND) if needs_x else None
+        # Who computes the weight's gradient: nobody (frozen), the caller's callback, or an accumulator here.
+        accumulator: _WeightGradAccumulator | None = None
+        deliver: Deliver | None = None
+        if needs_weight and ctx.deliver:
+            deliver = ctx.deliver
+        elif needs_weight:
+            accumulator = _WeightGradAccumulator(weight)
+            deliver = accumulator.add
         for rows in _chunks(labels_N, ctx.rows_per_chunk):
             logits = x_ND[rows] @ weight.t()
             cross_entropy_backward_(logits, labels_N[rows], lse[rows], grad_N[rows], *ctx.columns)
@@ -153,14 +197,14 @@ class _LinearCrossEntropy(Function):
             if deliver:
                 deliver(logits, x_ND[rows])
             del logits
-        return (
-            None if grad_x is None else grad_x.view_as(x), None if of_weight is None else of_weight.result(),
-            None, None, None, None, None, None,
-        )  # fmt: skip
+        if grad_x is not None:
+            grad_x = grad_x.view_as(x)
+        grad_weight = accumulator.result() if accumulator else None
+        return grad_x, grad_weight, None, None, None, None, None, None
 
 
-class _Sum:
-    """The gradient of a weight, summed over chunks in fp32."""
+class _WeightGradAccumulator:
+    """Sums a weight's gradient over chunks of tokens in fp32."""
 
     def __init__(self, weight: Tensor):
         self.dtype = weight.dtype
@@ -181,31 +225,50 @@ def _chunks(rows: Tensor, size: int) -> Iterator[slice]:
 
 
 def _whole(
-    lse: Tensor, target: Tensor, labels_N: Tensor, first: int, num_valid: int, combine: Combine | None
+    lse: Tensor,
+    target: Tensor,
+    labels_N: Tensor,
+    first: int,
+    num_valid: int,
+    combine: Combine | None,
 ) -> tuple[Tensor, Tensor]:
+    """Return (lse, target) [N] of the whole vocabulary. Without `combine`, assert that all labels are in it."""
     if combine:
         return combine(lse, target)
-    known = (labels_N == IGNORE) | ((labels_N >= first) & (labels_N < first + num_valid))
-    # On CUDA, nobody waits for the answer.
-    torch._assert_async(known.all(), f"a label is neither {IGNORE} nor from {first} to {first + num_valid - 1}")
+    end = first + num_valid
+    known = (labels_N == IGNORE) | ((labels_N >= first) & (labels_N < end))
+    # The host must not wait for a GPU's answer in the middle of a step.
+    torch._assert_async(known.all(), f"a label is neither {IGNORE} nor from {first} to {end - 1}")
     return lse, target
 
 
 def _losses(lse_N: Tensor, target_N: Tensor, labels: Tensor) -> Tensor:
-    return (lse_N - target_N).view_as(labels).masked_fill(labels == IGNORE, 0.0)
+    losses = (lse_N - target_N).view_as(labels)
+    return losses.masked_fill(labels == IGNORE, 0.0)
 
 
 def _counted(grad: Tensor, labels_N: Tensor) -> Tensor:
+    """Return the gradient [N] of the losses, 0 for tokens without a label."""
     return grad.flatten().masked_fill(labels_N == IGNORE, 0.0)
 
 
 def _register() -> None:
+    # Fake kernels give torch.compile the shapes and dtypes of the results without computing them.
+
     @torch.library.register_fake("megalite::cross_entropy_forward")
     def _(logits: Tensor, labels: Tensor, first: int, num_valid: int) -> tuple[Tensor, Tensor]:
-        return logits.new_empty(labels.shape, dtype=torch.float32), logits.new_empty(labels.shape, dtype=torch.float32)
+        lse = logits.new_empty(labels.shape, dtype=torch.float32)
+        return lse, torch.empty_like(lse)
 
     @torch.library.register_fake("megalite::cross_entropy_backward_")
-    def _(logits: Tensor, labels: Tensor, lse: Tensor, grad: Tensor, first: int, num_valid: int) -> None:
+    def _(
+        logits: Tensor,
+        labels: Tensor,
+        lse: Tensor,
+        grad: Tensor,
+        first: int,
+        num_valid: int,
+    ) -> None:
         pass
 
 

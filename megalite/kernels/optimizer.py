@@ -1,4 +1,4 @@
-"""AdamW (Loshchilov and Hutter 2019) and the sum of squares behind a gradient's norm, over flat fp32 tensors."""
+"""The AdamW update (Loshchilov and Hutter 2019) and the sum of squares of the gradient norm, over flat fp32 tensors."""
 
 from __future__ import annotations
 
@@ -23,48 +23,63 @@ def adamw_(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """One update in place, as torch.optim.AdamW does it. `factors` are those of `adamw_factors`: where their divisor is
-    not above 0, everything stays as it is. `weights` are bf16 and get the new master weights, rounded: nothing has to
-    read these again."""
+    """Update `master`, `exp_avg` and `exp_avg_sq` in place by one step of AdamW, as torch.optim.AdamW does.
+
+    All are flat fp32 tensors of one size, like `grad`. `weights`, if given, are the model's bf16 weights and receive
+    the new master weights, rounded, in the same pass. `factors` come from `adamw_factors`: a divisor that is not above
+    0 refuses the update and leaves everything as it is. `lr`, `betas`, `eps` and `weight_decay` are AdamW's; the decay
+    is decoupled from the gradient."""
     if pick("optimizer", master) == "megalite":
         torch.ops.megalite.adamw_(master, exp_avg, exp_avg_sq, weights, grad, factors, lr, *betas, eps, weight_decay)
         return
+    beta1, beta2 = betas
     divisor, correction1, correction2 = factors
     grad = grad / divisor
-    average = exp_avg.lerp(grad, 1 - betas[0])
-    square = (exp_avg_sq * betas[1]).addcmul_(grad, grad, value=1 - betas[1])
+    average = exp_avg.lerp(grad, 1 - beta1)
+    square = (exp_avg_sq * beta2).addcmul_(grad, grad, value=1 - beta2)
     denominator = (square.sqrt() / correction2.sqrt()).add_(eps)
     value = (master * (1 - lr * weight_decay)).sub_(lr / correction1 * average / denominator)
+    # A `where` on the device instead of an `if`: the host must not wait to learn whether the update is refused.
     refused = divisor <= 0
     for old, new in ((exp_avg, average), (exp_avg_sq, square), (master, value)):
         old.copy_(torch.where(refused, old, new))
     if weights is not None:
-        weights.copy_(torch.where(refused, weights, value.to(weights.dtype)))
+        rounded = value.to(weights.dtype)
+        weights.copy_(torch.where(refused, weights, rounded))
 
 
 def adamw_factors(divisor: Tensor, step: Tensor, betas: tuple[float, float]) -> Tensor:
-    """What `adamw_` divides by, [3] on the device: the gradient by `divisor`, [], and both moments for being sums of
-    `step` terms only, fp64 []. The step now taken counts."""
+    """Return the `factors` of `adamw_`, [3] on the device: `divisor` and the two bias corrections 1 - beta^step.
+
+    `divisor` [] divides the gradient. `step` (fp64 []) counts the updates made, the coming one included; `betas` are
+    AdamW's."""
+    # In fp64: beta2 is so near to 1 that fp32 would lose digits of the difference in early steps.
     corrections = [1 - beta**step for beta in betas]
     return torch.stack([divisor.double(), *corrections]).to(divisor.dtype)
 
 
 def sum_of_squares(*flats: Tensor) -> Tensor:
-    """fp64 [], of one or more tensors. In short runs, because on the CPU torch adds up a norm in fp32, one element
-    after another: of 10 million it is off by up to 5e-4, by how much depends on the layout, and clipping passes that
-    on to every weight."""
+    """Return the sum of squares of all elements of the tensors `flats`, fp64 [].
+
+    torch's own norm on the CPU adds fp32 squares one after another: over 10 million elements it is off by up to 5e-4,
+    by an amount that depends on the layout, and gradient clipping would pass that on to every weight."""
     if pick("optimizer", flats[0]) == "megalite":
         return torch.ops.megalite.sum_of_squares(flats)
     return torch.stack([_sum_of_squares(flat) for flat in flats]).sum()
 
 
 def _sum_of_squares(flat: Tensor) -> Tensor:
+    # Runs of 256 are short enough for fp32; they are added up in fp64.
     whole = flat.numel() // 256 * 256
-    rows = torch.linalg.vector_norm(flat[:whole].view(-1, 256), dim=1)
-    return rows.double().square().sum() + torch.linalg.vector_norm(flat[whole:]).double().square()
+    rows = flat[:whole].view(-1, 256)
+    norms = torch.linalg.vector_norm(rows, dim=1).double()
+    rest = torch.linalg.vector_norm(flat[whole:]).double()
+    return norms.square().sum() + rest.square()
 
 
 def _register() -> None:
+    # Fake kernels give torch.compile the shapes and dtypes of the results without computing them.
+
     @torch.library.register_fake("megalite::adamw_")
     def _(
         master: Tensor,

@@ -1,6 +1,8 @@
-"""Rotary positions (Su et al. 2021), in place in the fused projection of queries, keys and values.
+"""Rotary position embedding (RoPE, Su et al. 2021), in place in the fused projection of queries, keys and values.
 
-Shapes: B batch, T sequence, N heads of queries, keys and values together, K head size, R pairs of a head that turn."""
+Letters in shapes: B batch, T tokens, N heads of queries, keys and values together, K head size, R rotated pairs of a
+head.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +16,14 @@ from megalite.kernels.library import own, pick
 
 
 def rotate(qkv: Tensor, head_size: int, num_heads: int, cos_BTR: Tensor, sin_BTR: Tensor) -> Tensor:
-    """[B,T,N·K] → [B,T,N,K]: turn the pairs (x[i], x[i + R]), Hugging Face's pairing, of the first `num_heads` heads of
-    every token: queries and keys come first, values last. What a head has beyond 2R stays. Computed in fp32.
+    """Rotate queries and keys by their positions: [B,T,N·K] → [B,T,N,K]. Computed in fp32.
 
-    `cos` and `sin` are fp32 [B or 1,T,R]. The result lies in the memory of `qkv`: a checkpointed region may begin where
-    `qkv` is computed, but not behind it. A hook that keeps the result's gradient must clone it."""
+    `qkv` is the fused projection of heads of `head_size` K; queries and keys are its first `num_heads` heads and values
+    the last ones. Each rotated head turns its pairs (x[i], x[i + R]), Hugging Face's pairing; what lies beyond 2R
+    stays. `cos_BTR` and `sin_BTR` are fp32 tables [B or 1,T,R].
+
+    The result shares the memory of `qkv`: a region under activation checkpointing may begin where `qkv` is computed,
+    but not after it. A hook that keeps the result's gradient must clone it."""
     if pick("rope", qkv) == "megalite":
         qkv = _Rotate.apply(qkv.contiguous(), head_size, num_heads, cos_BTR, sin_BTR)
         return qkv.unflatten(-1, (-1, head_size))
@@ -26,24 +31,31 @@ def rotate(qkv: Tensor, head_size: int, num_heads: int, cos_BTR: Tensor, sin_BTR
 
 
 def _rotate_plainly(qkv_BTNK: Tensor, num_heads: int, cos_BTR: Tensor, sin_BTR: Tensor) -> Tensor:
-    pairs, (*_, heads, size) = cos_BTR.shape[-1], qkv_BTNK.shape
-    turned, rest = qkv_BTNK.split((num_heads, heads - num_heads), dim=2)
-    a, b, beyond = turned.split((pairs, pairs, size - 2 * pairs), dim=-1)
-    cos, sin = cos_BTR[:, :, None], sin_BTR[:, :, None]
-    turned = torch.cat((a * cos - b * sin, b * cos + a * sin, beyond), dim=-1)
-    return torch.cat((turned.to(rest.dtype), rest), dim=2)
+    """Compute `rotate` in plain torch, out of place."""
+    pairs = cos_BTR.shape[-1]
+    *_, heads, size = qkv_BTNK.shape
+    query_key, value = qkv_BTNK.split((num_heads, heads - num_heads), dim=2)
+    a, b, beyond = query_key.split((pairs, pairs, size - 2 * pairs), dim=-1)
+    # One table serves all heads of a token.
+    cos = cos_BTR[:, :, None]
+    sin = sin_BTR[:, :, None]
+    turned_a = a * cos - b * sin
+    turned_b = b * cos + a * sin
+    turned = torch.cat((turned_a, turned_b, beyond), dim=-1)  # fp32, as the tables are
+    return torch.cat((turned.to(value.dtype), value), dim=2)
 
 
 class _Rotate(torch.autograd.Function):
-    """Takes [B,T,N·K] as the linear layer gave it, and not its view [B,T,N,K]: where a view changes in place, autograd
-    copies the whole gradient three times on the way back."""
+    """Rotates [B,T,N·K] as the linear layer returned it, not its view [B,T,N,K]: autograd would copy the whole gradient
+    three times in the backward pass of a view that changed in place."""
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, head_size: int, num_heads: int, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
         ctx.head_size, ctx.num_heads = head_size, num_heads
         ctx.mark_dirty(qkv)
-        torch.ops.megalite.rope_(qkv.unflatten(-1, (-1, head_size)), cos, sin, num_heads, False)
+        heads = qkv.unflatten(-1, (-1, head_size))
+        torch.ops.megalite.rope_(heads, cos, sin, num_heads, False)
         return qkv
 
     @staticmethod
@@ -51,20 +63,25 @@ class _Rotate(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         if not _is_ours(grad):
             grad = grad.clone(memory_format=torch.contiguous_format)
-        torch.ops.megalite.rope_(grad.unflatten(-1, (-1, ctx.head_size)), *ctx.saved_tensors, ctx.num_heads, True)
+        cos, sin = ctx.saved_tensors
+        heads = grad.unflatten(-1, (-1, ctx.head_size))
+        # A rotation is orthogonal: its gradient is the rotation by the opposite angle.
+        torch.ops.megalite.rope_(heads, cos, sin, ctx.num_heads, True)
         return grad, None, None, None, None
 
 
 def _is_ours(grad: Tensor) -> bool:
-    """Whether nothing else holds this gradient or shares its memory, so that it may change in place. y + z hands one
-    gradient to both, and who calls backward(grad) has it still. A compiler finds out by itself."""
+    """Return whether nothing else holds this gradient or shares its memory, so that it may change in place.
+
+    Autograd hands the same tensor to both terms of y + z, and a caller of backward(grad) still holds its argument.
+    Under torch.compile the answer is False: the compiler removes needless copies itself."""
     count = getattr(Tensor, "_use_count", None)  # not in every torch
     if torch.compiler.is_compiling() or count is None or not grad.is_contiguous():
         return False
     storage = grad.untyped_storage()
     holders = 2  # of the storage: `grad` and `storage`
-    if (whole := grad._base) is not None:  # the gradient [B,T,N,K], of which this one is a view that keeps it
-        if count(whole) != 2:  # by `grad` and `whole`
+    if (whole := grad._base) is not None:  # `grad` is a view of the gradient [B,T,N,K] and keeps it alive
+        if count(whole) != 2:  # held by `grad` and by `whole`
             return False
         holders += 1
     return count(grad) == 1 and torch._C._storage_Use_Count(storage._cdata) == holders

@@ -1,4 +1,4 @@
-"""The product that gives a weight its gradient, accumulated in fp32."""
+"""The weight-gradient GEMM, accumulated in fp32."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ from megalite.kernels.library import pick
 
 
 def accumulate_weight_gradient(into: Tensor, grad: Tensor, x: Tensor, add: bool) -> None:
-    """`into` [N,K] fp32 becomes, or with `add` grows by, gradᵀ x of `grad` [T,N] and `x` [T,K], of one dtype."""
-    if x.is_cuda and x.dtype == torch.bfloat16:  # cuBLAS adds its fp32 sums to `into` without rounding them first
+    """Write gradᵀ x to `into`, or accumulate it there with `add`.
+
+    `into` is the fp32 gradient [N,K] of a weight, `grad` [T,N] that of the layer's output and `x` [T,K] the layer's
+    input, both of one dtype."""
+    if x.is_cuda and x.dtype == torch.bfloat16:
+        # cuBLAS adds its fp32 accumulators to `into` directly; a bf16 product would be rounded first.
         if add:
             torch.addmm(into, grad.t(), x, torch.float32, out=into)
         else:
@@ -19,6 +23,6 @@ def accumulate_weight_gradient(into: Tensor, grad: Tensor, x: Tensor, add: bool)
         torch.ops.megalite.weight_gradient_(into, grad, x, add)
     elif x.dtype == torch.float32:
         into.addmm_(grad.t(), x, beta=1.0 if add else 0.0)
-    else:
+    else:  # the product is rounded to bf16 before it is accumulated in fp32
         product = grad.t() @ x
         into.add_(product) if add else into.copy_(product)
