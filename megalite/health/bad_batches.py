@@ -1,4 +1,4 @@
-"""RUN/bad_batches/: the samples of steps with bad numbers, for a person to look at."""
+"""Writes RUN/bad_batches/: the samples of steps with bad numbers, for a person to look at."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from megalite.health.numbers import BadStep
 
 
 def write_batch(folder: Path, bad: BadStep, mixture: Mixture, numbers: Int64s) -> Path:
-    """A line a sample of the global batch, numbers [G]: its number in the run, its source and number there, and its
-    token ids. Raises OSError."""
+    """Write a file to `folder` with one JSON line for each sample of a bad step's global batch, and return its path.
+
+    `numbers` [G] are the samples' numbers in the run. A line holds the sample's number, its source in `mixture`, its
+    number within that source and its token ids; `bad` says what was found. Raises OSError."""
     source, sample = mixture.order.locate(numbers)
     tokens = mixture.read(numbers).tokens
     folder.mkdir(parents=True, exist_ok=True)
@@ -20,6 +22,7 @@ def write_batch(folder: Path, bad: BadStep, mixture: Mixture, numbers: Int64s) -
     path = folder / f"step-{bad.step:08d}-sample-{numbers[0]}.jsonl"
     with path.open("w") as file:
         for row, number in enumerate(numbers.tolist()):
+            # The number within the source finds the text again, whatever the mixture's weights are.
             line = {
                 "step": bad.step,
                 "found": bad.text,

@@ -1,5 +1,6 @@
-"""Looks after the numbers of a run: what its steps compute (numbers.py) and whether ranks still hold the same bits
-(replicas.py). Says what follows, the same on all ranks."""
+"""Guards the numbers of a run: what its steps compute (numbers.py), and whether replicas still hold the same bits
+(replicas.py). All ranks come to the same decision in the same step.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +23,7 @@ from megalite.health.stragglers import names_of_all
 from megalite.mesh import Mesh, node_name
 from megalite.observe.steps import Record
 
+# What each policy means for the run, as the console says it.
 FOLLOWS = {
     "report": "the step counts",
     "skip": "skipped, weights and moments are as before",
@@ -32,22 +34,28 @@ FOLLOWS = {
 
 @dataclass(frozen=True)
 class Ending:
-    """Why a run does not go on to its next step."""
+    """Says why a run does not go on to its next step, and what is left to do."""
 
     status: Exit | None
-    """None: it goes back to its newest checkpoint."""
+    """Exit status of the run. None: rewind to the newest checkpoint."""
     saves: tuple[int, int] | None = None
-    """What is to be saved: a step the weights are of, and the samples the run had trained on after it."""
+    """Checkpoint to write first: the step the weights are of, and the samples trained on by then."""
     skipped: tuple[Span, ...] = ()
-    """Samples to pass over after going back."""
+    """Samples to pass over after a rewind."""
 
 
 class Guard:
-    """Every rank has one and calls the same methods at the same places of the same steps."""
+    """Watches the loss, the gradient norm and the replicas of a run.
+
+    Every rank has one and calls the same methods at the same places of the same steps: some are collectives."""
 
     def __init__(self, config: Config, mesh: Mesh, loader: Loader, state: dict[str, Any] | None):
-        """`state` is what `state()` gave when the checkpoint was saved."""
-        self._health, self._mesh, self._loader = config.health, mesh, loader
+        """Continue from `state`, what `state()` returned when the checkpoint was saved (None: a new run).
+
+        `config.health` holds the policies; `mesh` the ranks to compare; `loader` knows the samples of each step."""
+        self._health = config.health
+        self._mesh = mesh
+        self._loader = loader
         self._folder = config.run.folder / "bad_batches"
         self._numbers = Numbers(config.health, mesh.device, state)
         self._replicas = ReplicaCheck(mesh)
@@ -56,34 +64,44 @@ class Guard:
         self.state: Callable[[], dict[str, Any]] = self._numbers.state
 
     def compare(self, step: int, engine: Engine, saves: bool = False) -> None:
-        """Where it is time, begin to compare what ranks hold alike: after a step's backward pass, or before a save."""
+        """Begin to compare the replicas' weights and optimizer state if `step` is due or the run `saves`.
+
+        Call it after a step's backward pass, or before a save. `engine` gives the tensors; `look` has the result. A
+        collective."""
         every = self._health.weights_check_every
         if self._mesh.world.size > 1 and every and (saves or step % every == 0):
             self._replicas.begin(step, engine.copies())
 
     def note(self, step: int, samples: int) -> None:
-        """Behind a step, before which the run had trained on so many samples."""
+        """Note that the step just judged is `step`, before which the run had trained on `samples`."""
         self._numbers.note(step, samples)
 
     def record(self) -> Record:
-        """For the record of the step just judged."""
+        """Return the guard's fields of the metrics record of the step just judged."""
+        record = self._numbers.record()
         skipped = sum(last - first for first, last in self._loader.skipped)
-        return self._numbers.record() | ({"skipped_samples": skipped} if skipped else {})
+        if skipped:
+            record["skipped_samples"] = skipped
+        return record
 
     def look(self, step: int, all_of_them: bool) -> Ending | None:
-        """In step `step`: what follows from the steps of some time ago, or from all until now."""
+        """Judge what the host has learned by step `step`, and return why the run ends there, or None.
+
+        The host learns of a step STEPS_LATER steps later. `all_of_them` waits for the device and judges all steps so
+        far, as before a save."""
         checked, found = self._replicas.look(step, all_of_them)
         if found:
             text = describe(checked, found, names_of_all(node_name(), self._mesh))
             return self._end(Ending(Exit.CORRUPTED), text)
         bad = self._numbers.look(step, all_of_them)
         if any(self._is_an_end(each) for each in bad):
+            # No later step will ask for the rest: take what is still on its way now.
             bad += self._numbers.look(step, True)
         ends = next((each for each in bad if each.policy in ("rewind", "stop")), None)
         too_many = any(each.in_a_row >= self._health.bad_steps_limit for each in bad)
         for each in bad:
             self._tell(each)
-        # From a step that ends the run, or sends it back, the device has kept the state from before it.
+        # The device has refused all updates since a step that ends or rewinds the run: its state is from before it.
         saves = (ends.step - 1, ends.samples) if ends else (step, self._loader.samples)
         if ends and ends.policy == "rewind" and not too_many:
             return Ending(None, skipped=self._skipped(bad))
@@ -96,29 +114,33 @@ class Guard:
         return None
 
     def _is_an_end(self, bad: BadStep) -> bool:
+        """Return whether a bad step rewinds or ends the run."""
         return bad.policy in ("rewind", "stop") or bad.in_a_row >= self._health.bad_steps_limit
 
     def news(self) -> list[str]:
-        """What there is to say since the last call, for the console."""
+        """Return the messages since the last call, for the console."""
         said, self._news = self._news, []
         return said
 
     def _end(self, ending: Ending, text: str) -> Ending:
         self._news.append(f"error: {text}")
-        last_words.leave(text)
+        last_words.leave(text)  # the launcher shows it as the reason of the exit
         return ending
 
     def _tell(self, bad: BadStep) -> None:
+        """Add a message about a bad step, and write its samples unless the step counts."""
         where = ""
         if bad.policy != "report" and self._mesh.world.rank == 0:
             numbers = self._loader.samples_of_step(bad.samples)
             try:
-                where = f"; its samples are in {write_batch(self._folder, bad, self._loader.mixture, numbers)}"
-            except (OSError, DataError) as error:  # training is worth more
+                path = write_batch(self._folder, bad, self._loader.mixture, numbers)
+                where = f"; its samples are in {path}"
+            except (OSError, DataError) as error:  # a file for a person must not end the run
                 where = f"; its samples could not be written: {error}"
         self._news.append(f"warning: step {bad.step}: {bad.text}; {FOLLOWS[bad.policy]}{where}")
 
     def _skipped(self, bad: Sequence[BadStep]) -> tuple[Span, ...]:
+        """Return the samples to pass over after a rewind: those passed over before, and those of the bad steps."""
         skipped = self._loader.skipped
         for each in bad:
             if each.policy != "report":

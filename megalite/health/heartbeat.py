@@ -1,5 +1,6 @@
-"""RUN/health/rank-N.json: what a rank is doing, written anew every few seconds. A rank whose file stays as it is cannot
-speak any more."""
+"""Heartbeats in RUN/health/rank-N.json: what a rank is doing, rewritten every few seconds. A rank whose file stops
+changing is dead, stopped, or cut off from the file system.
+"""
 
 from __future__ import annotations
 
@@ -14,59 +15,71 @@ from megalite.activity import NOW
 from megalite.mesh import node_name
 
 SIZE = 2048
-"""Bytes of a file, so that one can take the place of another."""
+"""Bytes of every file, padded: on a full disk, a heartbeat is still written over the one before."""
 
 
 @dataclass(frozen=True)
 class Heartbeat:
+    """States what one rank is doing, and since when it has made no progress."""
+
     rank: int
     host: str
     pid: int
     run: int
-    """When the ranks started, in seconds since 1970, as rank 0 saw it. Beats of another start do not count."""
+    """When the ranks started, in seconds since 1970 on rank 0's clock. Heartbeats of another start are ignored."""
     beat: int
-    """How many were written. (Clocks of two nodes differ, so that times tell less.)"""
+    """Number of heartbeats written so far. Counts are compared, not times: clocks of two nodes differ."""
     time: float
+    """When it was written, in seconds since 1970."""
     phase: str
     step: int
     micro_batch: int
     """-1: none."""
     action: str
     waits_in: str
-    """What it waits for other ranks in, such as "all_reduce"; empty where it does not."""
+    """The collective it waits in for other ranks, such as "all_reduce"; empty if it does not wait."""
     over: str
-    """The axis of the mesh it waits over."""
+    """The mesh axis of that collective."""
     number: int
-    """Of that collective over the axis; 0: not numbered."""
+    """Sequence number of that collective over the axis. 0: not numbered."""
     stalled_s: float
-    """Since the last sign of progress."""
+    """Seconds since the last progress."""
     patience_s: float
-    """How long may pass without one."""
+    """Seconds without progress after which the rank counts as stalled."""
     collectives: dict[str, int] = field(default_factory=dict)
-    """Begun so far over each axis."""
+    """Number of collectives begun so far over each axis."""
     at: str = ""
-    """Where the main thread is: given once there is a hang."""
+    """Code position of the main thread. Set only once there is a hang."""
 
     @property
     def stalled(self) -> bool:
+        """True if the rank has made no progress for longer than its patience."""
         return self.stalled_s > self.patience_s
 
     @property
     def doing(self) -> str:
-        """In words."""
+        """Describe what the rank does, such as "step 7, forward, micro-batch 2"."""
         step = f"step {self.step}" if self.step else ""
+        phase = self.phase if self.phase != "training" else ""  # the usual one goes without saying
         micro_batch = f"micro-batch {self.micro_batch}" if self.micro_batch >= 0 else ""
-        parts = (step, self.phase if self.phase != "training" else "", self.action, micro_batch)
+        parts = (step, phase, self.action, micro_batch)
         return ", ".join(part for part in parts if part)
 
     @property
     def waits_for(self) -> str:
+        """Describe the collective the rank waits in, such as "all_reduce 12 over tensor"; empty if in none."""
+        if not self.waits_in:
+            return ""
         number = f" {self.number}" if self.number else ""
-        return f"{self.waits_in}{number} over {self.over}" if self.waits_in else ""
+        return f"{self.waits_in}{number} over {self.over}"
 
 
 def take(rank: int, run: int, beat: int, stalled_s: float, patience_s: float) -> Heartbeat:
-    """Of this process, now."""
+    """Return the heartbeat of this process now.
+
+    `rank`, `run`, `beat`, `stalled_s` and `patience_s` are the fields of `Heartbeat`; the others come from
+    `activity.NOW`."""
+    # NOW keeps the last collective after it has ended: its axis and number count only during a wait.
     return Heartbeat(
         rank, node_name(), os.getpid(), run, beat, time.time(), NOW.phase, NOW.step, NOW.micro_batch, NOW.action,
         NOW.waits_in, NOW.over if NOW.waits_in else "", NOW.number if NOW.waits_in else 0,
@@ -75,26 +88,30 @@ def take(rank: int, run: int, beat: int, stalled_s: float, patience_s: float) ->
 
 
 def path_of(folder: Path, rank: int) -> Path:
+    """Return the heartbeat file of a rank."""
     return folder / f"rank-{rank:05d}.json"
 
 
 def write(folder: Path, beat: Heartbeat) -> None:
-    """A reader sees the one before or this one. Not durable: that would be dear, and a crash makes it worthless.
+    """Replace the rank's heartbeat file in `folder`. Readers see the old one or the new one, never a part.
 
-    Raises OSError where a disk does not take it."""
+    There is no fsync: it would be expensive every few seconds, and after a crash nobody needs the file. Raises OSError
+    where the disk refuses it."""
     path = path_of(folder, beat.rank)
     text = json.dumps(asdict(beat)).ljust(SIZE)
     try:
         temporary = path.with_suffix(".tmp")
         temporary.write_text(text)
         temporary.replace(path)
-    except OSError:  # a full disk still takes it in the place of the one before
+    except OSError:  # a full disk has no room for a second file, but accepts new bytes in the old one
         with open(path, "r+") as file:
             file.write(text)
 
 
 def read_all(folder: Path, world_size: int, run: int) -> dict[int, Heartbeat]:
-    """The last heartbeat of every rank of this start that has one."""
+    """Read the last heartbeat of each of `world_size` ranks from `folder`, by rank.
+
+    Ranks without a heartbeat of this `run`, or with a damaged one, are left out."""
     found = {}
     for rank in range(world_size):
         with contextlib.suppress(OSError, ValueError, TypeError):

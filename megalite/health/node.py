@@ -1,4 +1,4 @@
-"""What a rank finds out about its machine before a run: see `Facts`."""
+"""Examines the machine a rank runs on before a run: GPUs, disks, memory, code and the speed of a product (`Facts`)."""
 
 from __future__ import annotations
 
@@ -20,40 +20,47 @@ from megalite.health.stragglers import host_or_device_event
 from megalite.mesh import Launch, node_name
 
 PATIENCE_S = 20.0
-"""For one question. A dead disk or driver never answers."""
+"""Time limit of one question, in seconds. A dead disk or driver never answers."""
 
 HARDWARE_XIDS = {48, 62, 63, 64, 74, 79, 92, 94, 95, 119, 120, 140}
-"""Errors the driver reports of the GPU itself, its memory or links (NVIDIA, "XID errors"). Others are a program's."""
+"""XID errors (NVIDIA, "XID errors") of the GPU itself, its memory or links. Others come from programs."""
 
 T = TypeVar("T")
 
 
 @dataclass
 class Facts:
-    """Of one rank, in a form that JSON can hold. `troubles` are sentences; a list where there is nothing is empty."""
+    """Holds what one rank found out about its machine. Every field can be written as JSON."""
 
     node: str
     rank: int
     ranks_here: int
-    """Ranks of this node."""
+    """Number of ranks on this node."""
     gpus: int
+    """GPUs that torch sees."""
     gpu_troubles: list[str]
+    """Sentences about faults that make a GPU unfit."""
     gpu_remarks: list[str]
+    """Lines of the kernel's log that a person should look at."""
     disk_gb: dict[str, float]
-    """Free, by what the disk is for."""
+    """Free space in GiB, by what the disk is for (see `disks`)."""
     disk_troubles: dict[str, str]
-    """Of disks that cannot be used, by the same."""
+    """Why a disk cannot be used, by the same names."""
     memory_gb: float
-    """Available to programs."""
+    """Memory available to programs, in GiB."""
     code: dict[str, str]
-    """Digest of each file."""
+    """Digest of each file of the package, by name."""
     config: dict[str, Any]
     product_s: float
+    """Seconds of a matrix product; 0 if it was not measured."""
     product: str
-    """Hash of the product, which is the same on every machine."""
+    """Hash of the product's result, which is the same on every sound machine."""
 
 
 def find_out(config: Config, launch: Launch) -> Facts:
+    """Examine the machine of this rank. A question to a disk or a driver takes no longer than PATIENCE_S.
+
+    `config` names the folders a run writes to; `launch` says which rank and device this process has."""
     disk_gb, disk_troubles = {}, {}
     for name, folder in disks(config).items():
         try:
@@ -63,8 +70,10 @@ def find_out(config: Config, launch: Launch) -> Facts:
     gpus = torch.cuda.device_count()
     # Also where torch sees none: the driver may be what is broken.
     wants_gpus = torch.version.cuda is not None and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
-    ask = wants_gpus and launch.local_rank == 0
-    product_s, product = measure_product(launch) if gpus == 0 or launch.local_rank < gpus else (0.0, "")
+    ask = wants_gpus and launch.local_rank == 0  # one rank a node: the answer is the same for all
+    product_s, product = 0.0, ""
+    if gpus == 0 or launch.local_rank < gpus:  # a rank without a GPU of its own has nothing to measure
+        product_s, product = measure_product(launch)
     return Facts(
         node=node_name(),
         rank=launch.rank,
@@ -83,7 +92,7 @@ def find_out(config: Config, launch: Launch) -> Facts:
 
 
 def within(seconds: float, ask: Callable[[], T]) -> T:
-    """What `ask` returns or raises; TimeoutError (an OSError) where it does not in time."""
+    """Return what `ask` returns, or raise what it raises. Raises TimeoutError (an OSError) after `seconds`."""
     answer: list[T] = []
     errors: list[BaseException] = []
 
@@ -93,6 +102,7 @@ def within(seconds: float, ask: Callable[[], T]) -> T:
         except BaseException as error:
             errors.append(error)
 
+    # A thread that hangs in the kernel cannot be ended; as a daemon it does not keep the process alive.
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(seconds)
@@ -104,14 +114,21 @@ def within(seconds: float, ask: Callable[[], T]) -> T:
 
 
 def disks(config: Config) -> dict[str, Path]:
-    """Folders a run writes to, by what for."""
+    """Return the folders a run writes to, by their purpose."""
     cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return {"run folder": config.run.folder, "temporary files": Path(tempfile.gettempdir()), "cache": Path(cache)}
+    return {
+        "run folder": config.run.folder,
+        "temporary files": Path(tempfile.gettempdir()),
+        "cache": Path(cache),
+    }
 
 
 def usable_gb(folder: Path) -> float:
-    """Free space where `folder` is, or will be. Raises OSError where nothing can be written."""
-    there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    """Return the free space in GiB where `folder` is, or will be created. Raises OSError where nothing can be
+    written."""
+    absolute = folder.absolute()
+    there = next(parent for parent in (absolute, *absolute.parents) if parent.exists())
+    # A read-only or full file system still reports its free space: only writing tells.
     with tempfile.TemporaryFile(dir=there) as file:
         file.write(b"x")
     found = os.statvfs(there)
@@ -119,6 +136,7 @@ def usable_gb(folder: Path) -> float:
 
 
 def available_memory_gb() -> float:
+    """Return the memory available to programs in GiB, as Linux estimates it; 0 if it does not say."""
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) / 2**20
@@ -126,16 +144,19 @@ def available_memory_gb() -> float:
 
 
 def gpu_troubles() -> list[str]:
-    """What nvidia-smi says speaks against this node's GPUs."""
+    """Return the faults of this node's GPUs that nvidia-smi reports: uncorrected ECC errors and failed row remaps."""
     fields = "index,ecc.errors.uncorrected.volatile.total"
     rows = _nvidia_smi(f"--query-gpu={fields}")
     if isinstance(rows, str):
         return [rows]
-    troubles = [
-        f"GPU {index}: {count} uncorrected ECC errors" for index, count in rows if count.isdigit() and int(count)
-    ]
+    troubles = []
+    for index, count in rows:
+        if count.isdigit() and int(count):  # "[N/A]" where the GPU has no ECC
+            troubles.append(f"GPU {index}: {count} uncorrected ECC errors")
     remapped = _nvidia_smi("--query-remapped-rows=gpu_bus_id,remapped_rows.pending,remapped_rows.failure")
-    for bus, pending, failure in remapped if isinstance(remapped, list) else ():  # GPUs before Ampere have none
+    if isinstance(remapped, str):  # GPUs before Ampere remap no rows
+        return troubles
+    for bus, pending, failure in remapped:
         if failure not in ("0", "No"):
             troubles.append(f"GPU {bus}: memory rows could not be remapped")
         elif pending not in ("0", "No"):
@@ -144,7 +165,7 @@ def gpu_troubles() -> list[str]:
 
 
 def _nvidia_smi(query: str) -> list[list[str]] | str:
-    """Rows of its answer, or what is wrong with it; no rows without it."""
+    """Return the rows of nvidia-smi's answer, a sentence about its failure, or no rows where it is not installed."""
     command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
@@ -153,46 +174,64 @@ def _nvidia_smi(query: str) -> list[list[str]] | str:
     except subprocess.TimeoutExpired:
         return f"nvidia-smi gave no answer within {PATIENCE_S:g} s"
     if done.returncode:
-        return f"nvidia-smi: {(done.stdout + done.stderr).strip().splitlines()[-1]}"
-    return [[field.strip() for field in line.split(",")] for line in done.stdout.splitlines() if line.strip()]
+        said = (done.stdout + done.stderr).strip().splitlines()
+        return f"nvidia-smi: {said[-1]}"
+    rows = []
+    for line in done.stdout.splitlines():
+        if line.strip():
+            rows.append([field.strip() for field in line.split(",")])
+    return rows
 
 
 def gpu_remarks() -> list[str]:
-    """Hardware errors of GPUs in the kernel's log, where that may be read. They may be older than the last repair, so
-    that they are for a person to judge."""
+    """Return the last three hardware XID errors in the kernel's log; none where that may not be read.
+
+    They may be older than the last repair: a person has to judge them."""
     try:
         log = subprocess.run(["dmesg"], capture_output=True, text=True, timeout=PATIENCE_S).stdout
     except (OSError, subprocess.TimeoutExpired):
         return []
-    found = [line.partition("NVRM: ")[2] for line in log.splitlines() if "NVRM: Xid" in line]
-    numbers = [(line, line.partition("): ")[2].partition(",")[0]) for line in found]
-    return [line for line, number in numbers if number.isdigit() and int(number) in HARDWARE_XIDS][-3:]
+    found = []
+    for line in log.splitlines():
+        # "NVRM: Xid (PCI:0000:3b:00): 79, pid=…": the number stands behind the address.
+        if "NVRM: Xid" in line:
+            remark = line.partition("NVRM: ")[2]
+            number = remark.partition("): ")[2].partition(",")[0]
+            if number.isdigit() and int(number) in HARDWARE_XIDS:
+                found.append(remark)
+    return found[-3:]
 
 
 def digests_of_code() -> dict[str, str]:
-    """Name the content of the package's files, Python and compiled, and the version of torch."""
-    package, found = Path(__file__).parents[1], {"torch": str(torch.__version__)}
+    """Return a digest of each of the package's files, Python and compiled, and the version of torch."""
+    package = Path(__file__).parents[1]
+    found = {"torch": str(torch.__version__)}
     for path in sorted([*package.rglob("*.py"), *package.rglob("*.so")]):
-        found[str(path.relative_to(package))] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        name = str(path.relative_to(package))
+        found[name] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     return found
 
 
 def measure_product(launch: Launch) -> tuple[float, str]:
-    """(seconds, hash) of a matrix product. Its elements are integers below what its type holds exactly, so that every
-    order of summation gives the same bits."""
+    """Return (seconds, hash of the result) of a matrix product on this rank's device.
+
+    All elements are -1, 0 or 1, so that every partial sum is exact: each order of summation gives the same bits, and a
+    different hash means a faulty device."""
     device = launch.device
     size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (512, torch.float32)
     index = torch.arange(size, device=device)
     a = ((index[:, None] * 7 + index * 3) % 3 - 1).to(dtype)
     b = ((index[:, None] * 5 + index * 11) % 3 - 1).to(dtype)
     seconds = best_time(lambda: a @ b, device, repeats=100)
-    return seconds, hashlib.sha256((a @ b).float().cpu().numpy().tobytes()).hexdigest()
+    result = (a @ b).float().cpu().numpy().tobytes()
+    return seconds, hashlib.sha256(result).hexdigest()
 
 
 def best_time(work: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Seconds of the quickest of some runs, which other processes have disturbed least."""
-    work()
-    event, best = host_or_device_event(device), float("inf")
+    """Return the seconds of the quickest of `repeats` runs of `work` on `device`: the one least disturbed by others."""
+    work()  # the first run pays for initialization
+    event = host_or_device_event(device)
+    best = float("inf")
     for _ in range(repeats):
         begin, end = event(), event()
         begin.record()

@@ -1,18 +1,18 @@
-"""Bad numbers: losses and gradients that are not finite, and spikes of the loss or of the gradient's norm.
+"""Finds bad numbers: losses and gradients that are not finite, and spikes of the loss or of the gradient norm.
 
-They are found on the device, which also refuses their update; nothing waits for it. The host learns of a step two steps
-later (late.py). All that is judged is the same on all ranks, and so is what follows.
+The device finds them and refuses the update of such a step, without a synchronization; the host learns of it two steps
+later (late.py). All ranks judge the same numbers, so all come to the same decision.
 
-A spike is a number so many standard deviations (`health.spike_sigmas`) above the mean of the last WINDOW steps (after
-OLMo's SkipStepOptimizer). It is entered there as the highest number that would have been none: one spike hides no
-other, and a level that has risen for good is soon no spike any more. What is not finite is not entered.
+A spike is a number more than `health.spike_sigmas` standard deviations above the mean of the last WINDOW steps (after
+OLMo's SkipStepOptimizer). It enters the window clipped to the limit: one spike does not hide the next, and a level that
+has risen for good soon stops being a spike. Numbers that are not finite do not enter.
 
-A step of which nothing has a label is no bad one, but is told: its loss is NaN and its gradient exactly 0 (parts.py),
-which no other NaN comes with.
+A step without a single label is not bad, but reported: its loss is NaN and its gradient exactly 0 (parts.py), a pair
+that no other NaN comes with.
 
-A refused update leaves weights and moments as they are. Its step counts for the learning rate, and its data is used
-up; for Adam's bias correction it does not count (as in Megatron-LM). After a step that ends the run or sends it back,
-all updates are refused: the device keeps the state from before it until the host knows.
+A refused update leaves weights and moments as they are. The step counts for the learning rate and its data is used up,
+but it does not count for Adam's bias correction (as in Megatron-LM). After a step that ends or rewinds the run all
+updates are refused: the device keeps the state from before it until the host knows.
 """
 
 from __future__ import annotations
@@ -29,122 +29,136 @@ from megalite.health.late import Late
 from megalite.observe.steps import Record
 
 WINDOW = 128
-"""Steps that a number is compared with."""
+"""Number of recent steps that a loss or gradient norm is compared with."""
 
 ENOUGH = 64
-"""Fewer are not enough to tell a spike by."""
+"""Lower bound of steps in the window before anything counts as a spike."""
 
 SMALLEST = 1e-3
-"""Of the mean: what the standard deviation is taken for at least."""
+"""Lower bound of the standard deviation, as a fraction of the mean."""
 
 KINDS = ("not_finite", "loss_spike", "grad_norm_spike")
-"""What a step can be. Each has a policy in `config.health`, and is a flag in its record."""
+"""Kinds of bad steps. Each has a policy in `config.health` and a flag in the step's record."""
 
 NO_LABELS = "no_labels"
-"""A flag like those, of a step that has nothing to learn. It counts, and has no policy."""
+"""Flag of a step without a label. The step counts, and no policy applies."""
 
 STEPS_PER_WORD = 100
-"""Steps without labels of which the first is told."""
+"""One in this many steps without labels is reported."""
 
 SEVERITY: tuple[Policy, ...] = ("report", "skip", "rewind", "stop")
+"""Policies, the mildest first."""
 
 
 @dataclass(frozen=True)
 class BadStep:
+    """Describes a step with bad numbers, or one without labels."""
+
     step: int
     samples: int
-    """That the run had trained on before it."""
+    """Samples the run had trained on before the step."""
     kinds: tuple[str, ...]
     policy: Policy
-    """The severest of its kinds."""
+    """The severest policy of its kinds."""
     in_a_row: int
-    """Steps skipped, this one included."""
+    """Number of steps skipped in a row, this one included."""
     text: str
-    """What was found."""
+    """What was found, for a person."""
 
 
 class Numbers:
     """Judges every step of a run. Every rank has one, and all come to the same judgements."""
 
     def __init__(self, health: HealthConfig, device: torch.device, state: dict[str, Any] | None = None):
-        """`state` is what `state()` gave when the checkpoint was saved."""
+        """Keep the window on `device`. `state` is what `state()` returned at the checkpoint (None: a new run).
+
+        `health` gives a policy for each kind, and `spike_sigmas`."""
         self._policies: dict[str, Policy] = {kind: getattr(health, kind) for kind in KINDS}
         severity = [SEVERITY.index(policy) for policy in self._policies.values()]
         state = state or {"losses": [], "grad_norms": [], "entered": 0, "in_a_row": 0}
+        # [2, WINDOW]: losses and gradient norms, a ring buffer in which step i stands at i % WINDOW.
         window = torch.zeros(2, WINDOW, dtype=torch.float64)
         for row, values in enumerate((state["losses"], state["grad_norms"])):
             window[row, : len(values)] = torch.tensor(values, dtype=torch.float64)
-        self._sigmas, self._in_a_row, self._over = health.spike_sigmas, int(state["in_a_row"]), False
-        self._window, self._entered = window.to(device), torch.tensor(state["entered"], device=device)
+        self._sigmas = health.spike_sigmas
+        self._window = window.to(device)
+        self._entered = torch.tensor(state["entered"], device=device)
         self._places = torch.arange(WINDOW, device=device)
         self._severity = torch.tensor(severity, device=device)
         self._ended = torch.tensor(False, device=device)
         self._late: Late[tuple[int, int]] = Late(device)
+        # Of the host, which judges the same steps again from the numbers it reads later.
+        self._in_a_row = int(state["in_a_row"])
+        self._over = False
         self._num_unlabelled = 0
 
     # --- on the device --------------------------------------------------------------------------------------------
 
     def permit(self, loss: Tensor) -> Callable[[Tensor], Tensor]:
-        """For `Engine.step`: whether a step of this loss, fp32 [], and of the gradient norm it is given, fp32 [], may
-        update the weights; bool []."""
+        """Return the update gate of a step with this `loss` (fp32 []), for `Engine.step`.
+
+        The gate takes the gradient norm (fp32 []) and returns whether the step may update the weights (bool []). It is
+        called once a step, and remembers the step in the window."""
         return lambda norm: self._judge(torch.stack([loss, norm]).double())
 
     @torch.no_grad()
     def _judge(self, values: Tensor) -> Tensor:
-        """values: [2], loss and gradient norm."""
+        """Judge a step by `values` [2], its loss and gradient norm in fp64, and enter them in the window.
+
+        Everything stays on the device: a branch on a number would make the host wait for it."""
         count = self._entered.clamp(max=WINDOW)
         mean = self._window.sum(1) / count.clamp(min=1)
         distance = torch.where(self._places < count, self._window - mean[:, None], 0.0)
         deviation = (distance.square().sum(1) / (count - 1).clamp(min=1)).sqrt()
+        # Without a lower bound, a loss that has long been constant would make a spike of any rounding error.
         highest = mean + self._sigmas * torch.maximum(deviation, SMALLEST * mean.abs())
         unlabelled = values[0].isnan() & (values[1] == 0)
         finite = values.isfinite().all() | unlabelled
         spikes = (values > highest) & finite & (count >= ENOUGH)
-        bad = torch.cat([~finite[None], spikes])
-        severity = (self._severity * bad).max()
+        bad = torch.cat([~finite[None], spikes])  # [3], in the order of KINDS
+        severity = (self._severity * bad).max()  # 0, the mildest, where nothing is bad
         refused = self._ended | (severity >= SEVERITY.index("skip"))
         self._ended = self._ended | (severity >= SEVERITY.index("rewind"))
-        # A state that is kept is kept with the window as it was.
+        # Once the run has ended the window stays as it was, like the weights it is saved with.
         enters = finite & ~unlabelled & ~self._ended
         place = (self._entered % WINDOW).expand(2, 1)
-        entered = torch.where(enters, torch.where(spikes, highest, values)[:, None], self._window.gather(1, place))
-        self._window.scatter_(1, place, entered)
+        clipped = torch.where(spikes, highest, values)[:, None]
+        before = self._window.gather(1, place)
+        self._window.scatter_(1, place, torch.where(enters, clipped, before))
         self._entered = self._entered + enters
+        # The record takes the flags at once; the host reads the report some steps later.
         self._found = torch.cat([bad, unlabelled[None], refused[None]])
         self._report = torch.cat([bad, unlabelled[None], values, mean])
         return ~refused
 
     def record(self) -> Record:
-        """Flags for the record of the step just judged."""
+        """Return the flags of the step just judged, bool [] on the device, for its metrics record."""
         return dict(zip((*KINDS, NO_LABELS, "skipped"), self._found.unbind(), strict=True))
 
     # --- on the host ----------------------------------------------------------------------------------------------
 
     def note(self, step: int, samples: int) -> None:
-        """The step just judged is this one, before which the run had trained on so many samples."""
+        """Note that the step just judged is `step`, before which the run had trained on `samples`."""
         self._late.add(step, (step, samples), self._report)
 
     def look(self, step: int, all_of_them: bool) -> list[BadStep]:
-        """In step `step`: the bad ones among the steps of some time ago, or among all until now."""
+        """Return the bad steps among those that the host may read by step `step` (see late.py), or `all_of_them`."""
         found = []
-        for (number, samples), (*flags, unlabelled, loss, norm, mean_loss, mean_norm) in self._late.take(
-            step, all_of_them
-        ):
+        for (number, samples), report in self._late.take(step, all_of_them):
+            *flags, unlabelled, loss, norm, mean_loss, mean_norm = report
             kinds = tuple(kind for kind, flag in zip(KINDS, flags, strict=True) if flag)
             policies: list[Policy] = [self._policies[kind] for kind in kinds]
             policy = max(policies, key=SEVERITY.index, default=SEVERITY[0])
             self._over = self._over or SEVERITY.index(policy) >= SEVERITY.index("rewind")
-            if not self._over:  # what comes after it does not count
+            if not self._over:  # steps after the end of the run do not count
                 self._in_a_row = self._in_a_row + 1 if policy == "skip" else 0
             if kinds:
-                text = ", ".join(
-                    {
-                        "not_finite": f"loss {loss:.4g} and gradient norm {norm:.4g}, not both finite",
-                        "loss_spike": f"loss spike: {loss:.4g}, recent mean {mean_loss:.4g}",
-                        "grad_norm_spike": f"gradient-norm spike: {norm:.4g}, recent mean {mean_norm:.4g}",
-                    }[kind]
-                    for kind in kinds
-                )
+                texts = {
+                    "not_finite": f"loss {loss:.4g} and gradient norm {norm:.4g}, not both finite",
+                    "loss_spike": f"loss spike: {loss:.4g}, recent mean {mean_loss:.4g}",
+                    "grad_norm_spike": f"gradient-norm spike: {norm:.4g}, recent mean {mean_norm:.4g}",
+                }
+                text = ", ".join(texts[kind] for kind in kinds)
                 found.append(BadStep(number, samples, kinds, policy, self._in_a_row, text))
             elif unlabelled:
                 if self._num_unlabelled % STEPS_PER_WORD == 0:
@@ -157,7 +171,7 @@ class Numbers:
         return f", as in {self._num_unlabelled} steps before" if self._num_unlabelled else ""
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint. Waits for the device."""
+        """Return the window and counters for a checkpoint, as JSON can hold them. Waits for the device."""
         entered = int(self._entered)
         losses, norms = self._window[:, : min(entered, WINDOW)].tolist()
         return {"losses": losses, "grad_norms": norms, "entered": entered, "in_a_row": self._in_a_row}

@@ -1,8 +1,9 @@
-"""`megalite preflight CONFIG`: are all nodes fit for this run? Started as the run itself is, a process a rank.
+"""`megalite preflight CONFIG`: checks whether all nodes are fit for a run. Started like the run itself, one process a
+rank.
 
-Each rank looks at its own machine (node.py); then neighbouring nodes time an all-reduce, each with two others, so that
-a slow node can be told from a slow neighbour; rank 0 judges (verdict.py) and says so. What ranks have to say goes over
-the rendezvous store, not over collectives: a node that never answers is missed by name, not waited for.
+Each rank examines its own machine (node.py). Then neighbouring nodes time an all-reduce; every node takes part in two,
+so that a slow node can be told from a slow neighbour. Rank 0 judges (verdict.py) and prints the result. Answers travel
+over the rendezvous store, not over collectives: a node that never answers is named, not waited for.
 """
 
 from __future__ import annotations
@@ -33,25 +34,29 @@ from megalite.models import weight_table
 from megalite.plan import make_plan
 
 PATIENCE_S = 120.0
-"""For each of the two rounds of answers."""
+"""Time limit of each of the two rounds of answers, in seconds."""
 
 MESSAGE_NUMBERS = 4 * 2**20
-"""fp32 numbers of an all-reduce: 16 MB."""
+"""Number of fp32 elements in the timed all-reduce: 16 MiB."""
 
 SHOWN_NODES = 32
+"""Largest number of nodes that the table shows in full; of more, only the unfit ones."""
 
 UNKNOWN = "?"
-"""A node whose rank has not even given its name."""
+"""Name of a node whose rank has not even given its name."""
 
 Link = tuple[str, str]
+"""Two nodes, the first in the ring's order before the second."""
 TimedLink = tuple[str, str, float | None]
-"""Two nodes, and the seconds an all-reduce between them takes; None where it failed."""
+"""Two nodes and the seconds of an all-reduce between them; None where it failed."""
 
 
 def preflight(config: Config, launch: Launch, store: dist.Store) -> Exit:
-    """DONE; UNFIT where nodes are to be left out, and a line of the output is `--exclude=NODE,NODE`, which sbatch
-    understands; MISTAKE where all nodes have the same problem. The same on all ranks. Raises ConfigError, and DataError
-    for a token file that is damaged."""
+    """Check all nodes for the run of `config`, print what was found, and return the exit status, the same on all ranks.
+
+    Returns DONE if all nodes are fit. UNFIT: some are not, and the output has a line `--exclude=NODE,NODE` that sbatch
+    understands. MISTAKE: all nodes have the same problem. `launch` is this process's rank, `store` torchrun's
+    rendezvous store. Raises ConfigError, and DataError for a damaged token file."""
     plan = make_plan(config, weight_table(config.model, config.lora), launch.world_size)
     check_token_files(config)
     board = _Board(store, launch)
@@ -61,47 +66,55 @@ def preflight(config: Config, launch: Launch, store: dist.Store) -> Exit:
     if leader:
         leader.call_a_meeting()
     call = board.hear("meeting")
-    clock = time.time()  # all hear it at about the same moment
+    clock = time.time()  # read when all ranks hear the same call, so that the clocks can be compared
     if call["backend"]:
         nodes = {int(rank): node for rank, node in call["nodes"].items()}
-        board.put("met", {"clock": clock, "links": _meet(nodes, call["backend"], launch, store)})
+        links = _meet(nodes, call["backend"], launch, store)
+        board.put("met", {"clock": clock, "links": links})
     if leader:
-        # Of a weight in bf16: itself and three states in fp32.
-        board.tell("status", leader.conclude(checkpoint_gb=14 * plan.num_params / 2**30))
+        # 14 bytes a parameter: the weight in bf16; its master copy and two moments in fp32.
+        checkpoint_gb = 14 * plan.num_params / 2**30
+        board.tell("status", leader.conclude(checkpoint_gb))
     status = Exit(board.hear("status"))
     board.leave()
     return status
 
 
 class _Board:
-    """Where every rank pins what it has to say, for rank 0, and finds what rank 0 says to all."""
+    """Exchanges answers through the rendezvous store: every rank puts them up for rank 0, and rank 0 tells all."""
 
     def __init__(self, store: dist.Store, launch: Launch):
-        self._store, self._launch = dist.PrefixStore("preflight", store), launch
+        self._store = dist.PrefixStore("preflight", store)
+        self._launch = launch
 
     def put(self, what: str, value: object) -> None:
+        """Put up this rank's answer to a question, as JSON."""
         self._store.set(f"{what}/{self._launch.rank}", json.dumps(value))
 
     def collect(self, what: str, patience_s: float | None = None) -> dict[int, Any]:
-        """What each rank has put, of those that have in time (PATIENCE_S)."""
-        ranks = range(self._launch.world_size)
-        deadline = time.monotonic() + (PATIENCE_S if patience_s is None else patience_s)
-        while not self._store.check([f"{what}/{rank}" for rank in ranks]) and time.monotonic() < deadline:
+        """Return the answers of the ranks that have put one up within `patience_s` (default PATIENCE_S), by rank."""
+        keys = {rank: f"{what}/{rank}" for rank in range(self._launch.world_size)}
+        if patience_s is None:
+            patience_s = PATIENCE_S
+        deadline = time.monotonic() + patience_s
+        while not self._store.check(list(keys.values())) and time.monotonic() < deadline:
             time.sleep(0.05)
-        there = [rank for rank in ranks if self._store.check([f"{what}/{rank}"])]
+        there = [rank for rank, key in keys.items() if self._store.check([key])]
         self._heard = len(there)
-        return {rank: json.loads(self._store.get(f"{what}/{rank}")) for rank in there}
+        return {rank: json.loads(self._store.get(keys[rank])) for rank in there}
 
     def tell(self, what: str, value: object) -> None:
+        """Tell all ranks. Rank 0 calls it."""
         self._store.set(what, json.dumps(value))
 
     def hear(self, what: str) -> Any:
-        # Rank 0 waits for others for so long, and they for rank 0 a little longer.
+        """Wait for what rank 0 tells, and return it."""
+        # Rank 0 collects for PATIENCE_S at most; the others wait longer than that for rank 0.
         self._store.wait([what], datetime.timedelta(seconds=2 * PATIENCE_S))
         return json.loads(self._store.get(what))
 
     def leave(self) -> None:
-        """The store may live in rank 0, which goes last."""
+        """Leave. Rank 0 waits for the others for a moment, because the store may live in its process."""
         gone = self._store.add("gone", 1)
         deadline = time.monotonic() + 5.0
         while self._launch.rank == 0 and gone < self._heard and time.monotonic() < deadline:
@@ -110,10 +123,12 @@ class _Board:
 
 
 class _Leader:
-    """Rank 0: hears all, and judges."""
+    """Collects the answers on rank 0 and judges them."""
 
     def __init__(self, board: _Board, world_size: int):
-        self._board, self._world_size = board, world_size
+        """Wait for the facts of all ranks, PATIENCE_S at most."""
+        self._board = board
+        self._world_size = world_size
         answers = board.collect("facts")
         self._facts = [Facts(**answer) for answer in answers.values()]
         self._nodes = board.collect("name", patience_s=0.0)
@@ -121,37 +136,51 @@ class _Leader:
         self._complete = len(answers) == world_size
 
     def call_a_meeting(self) -> None:
-        """None where a rank is missing: it would be waited for."""
-        backend = "nccl" if all(fact.gpus >= fact.ranks_here for fact in self._facts) else "gloo"
-        self._board.tell("meeting", {"backend": backend if self._complete else None, "nodes": self._nodes})
+        """Tell all ranks to time their links and over which backend. Calls it off (None) if a rank is missing, because
+        the others would wait for it."""
+        backend = None
+        if self._complete:
+            backend = "nccl" if all(fact.gpus >= fact.ranks_here for fact in self._facts) else "gloo"
+        self._board.tell("meeting", {"backend": backend, "nodes": self._nodes})
 
     def conclude(self, checkpoint_gb: float) -> Exit:
+        """Judge all answers and print the result. `checkpoint_gb`: GiB that a checkpoint of the run takes."""
         met = self._board.collect("met") if self._complete else {}
         heard = set(met) if self._complete else self._heard
-        problems = [
-            Problem(self._nodes.get(rank, f"{UNKNOWN} of rank {rank}"), "answer", "gave no answer")
-            for rank in range(self._world_size)
-            if rank not in heard
-        ]
+        problems = []
+        for rank in range(self._world_size):
+            if rank not in heard:
+                node = self._nodes.get(rank, f"{UNKNOWN} of rank {rank}")
+                problems.append(Problem(node, "answer", "gave no answer"))
         clocks = {rank: meeting["clock"] for rank, meeting in met.items()}
+        # Several ranks report a link; the slowest counts.
         links: dict[Link, float] = {}
         for meeting in met.values():
-            for low, high, seconds in meeting["links"]:
-                links[low, high] = max(links.get((low, high), 0.0), math.inf if seconds is None else seconds)
+            for low, high, reported in meeting["links"]:
+                seconds = math.inf if reported is None else reported
+                links[low, high] = max(links.get((low, high), 0.0), seconds)
         problems += judge(self._facts, clocks, links, checkpoint_gb)
         return say(self._facts, clocks, links, problems)
 
 
 def say(
-    facts: Sequence[Facts], clocks: Mapping[int, float], links: Mapping[Link, float], problems: Sequence[Problem]
+    facts: Sequence[Facts],
+    clocks: Mapping[int, float],
+    links: Mapping[Link, float],
+    problems: Sequence[Problem],
 ) -> Exit:
-    """The table, a line a problem, and what to do."""
+    """Print a table of the nodes, a line for each of the `problems` and what to do. Returns the exit status.
+
+    `facts` are the answers that came, `clocks` the seconds since 1970 of each rank and `links` the seconds of each
+    all-reduce."""
     nodes = sorted({fact.node for fact in facts} | {problem.node for problem in problems})
     bad = {problem.node for problem in problems}
     shown = nodes if len(nodes) <= SHOWN_NODES else sorted(bad)[:SHOWN_NODES]
-    console = rich.console.Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    width = None if sys.stdout.isatty() else 120  # of a file: rich would take 80
+    console = rich.console.Console(highlight=False, width=width)
     if shown:
-        console.print(_table([fact for fact in facts if fact.node in shown], clocks, links, bad))
+        rows = [fact for fact in facts if fact.node in shown]
+        console.print(_table(rows, clocks, links, bad))
     for problem in problems:
         console.print(f"{problem.node}: {problem.text}", soft_wrap=True, markup=False)
     for fact in facts:
@@ -160,56 +189,78 @@ def say(
     blamed = blames_nodes(problems, nodes)
     if blamed:
         known = [node for node in blamed if not node.startswith(UNKNOWN)]
-        console.print(f"--exclude={','.join(known)}" if known else "no node can be named", soft_wrap=True, markup=False)
+        advice = f"--exclude={','.join(known)}" if known else "no node can be named"
+        console.print(advice, soft_wrap=True, markup=False)
         return Exit.UNFIT
     if problems:
         console.print("every node has this problem: other nodes would not help")
         return Exit.MISTAKE
-    console.print(f"{len(nodes)} node{'s are' if len(nodes) > 1 else ' is'} fit")
+    are = "s are" if len(nodes) > 1 else " is"
+    console.print(f"{len(nodes)} node{are} fit")
     return Exit.DONE
 
 
 def _table(
-    facts: Sequence[Facts], clocks: Mapping[int, float], links: Mapping[Link, float], bad: Container[str]
+    facts: Sequence[Facts],
+    clocks: Mapping[int, float],
+    links: Mapping[Link, float],
+    bad: Container[str],
 ) -> Table:
-    """A row a node; of several ranks, what is worst."""
+    """Build a table with one row a node. Of a node's ranks the worst value is shown, of its two links the better."""
     table = Table(box=rich.box.SIMPLE_HEAD)
     for name in ("node", "ranks", "GPUs", "memory GB", "disk GB", "product ms", "all-reduce ms", "clock s", ""):
         table.add_column(name, justify="left" if name in ("node", "") else "right")
     middle = median_low(clocks.values()) if clocks else 0.0
     for node in sorted({fact.node for fact in facts}):
         here = [fact for fact in facts if fact.node == node]
+        memory = min(fact.memory_gb for fact in here)
         free = [gb for fact in here for gb in fact.disk_gb.values()]
+        product = max(fact.product_s for fact in here)
         of_links = [seconds for pair, seconds in links.items() if node in pair]
-        skew = max((clocks[fact.rank] - middle for fact in here if fact.rank in clocks), key=abs, default=None)
+        skews = [clocks[fact.rank] - middle for fact in here if fact.rank in clocks]
         table.add_row(
             node,
             str(len(here)),
             str(here[0].gpus),
-            f"{min(fact.memory_gb for fact in here):.1f}",
+            f"{memory:.1f}",
             f"{min(free):.1f}" if free else "-",
-            f"{max(fact.product_s for fact in here) * 1e3:.2f}",
+            f"{product * 1e3:.2f}",
             f"{min(of_links) * 1e3:.1f}" if of_links else "-",
-            "-" if skew is None else f"{skew:+.2f}",
+            f"{max(skews, key=abs):+.2f}" if skews else "-",
             "[bold red]not fit[/]" if node in bad else "[green]fit[/]",
         )
     return table
 
 
-def _meet(nodes: Mapping[int, str], backend: str, launch: Launch, store: dist.Store) -> list[TimedLink]:
+def _meet(
+    nodes: Mapping[int, str],
+    backend: str,
+    launch: Launch,
+    store: dist.Store,
+) -> list[TimedLink]:
+    """Time an all-reduce with each neighbouring node of the ring, over all ranks of the two nodes."""
     device = launch.device if backend == "nccl" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     timed = []
-    for link in links_of(nodes[launch.rank], sorted(set(nodes.values()))):
+    ring = sorted(set(nodes.values()))
+    for link in links_of(nodes[launch.rank], ring):
         ranks = [rank for rank, node in nodes.items() if node in link]
         own = dist.PrefixStore("-".join(link), store)
-        timed.append((*link, _time_all_reduce(own, ranks.index(launch.rank), len(ranks), backend, device)))
+        seconds = _time_all_reduce(own, ranks.index(launch.rank), len(ranks), backend, device)
+        timed.append((*link, seconds))
     return timed
 
 
-def _time_all_reduce(store: dist.Store, rank: int, world_size: int, backend: str, device: torch.device) -> float | None:
-    """Between all that call it with the same store. None where it fails."""
+def _time_all_reduce(
+    store: dist.Store,
+    rank: int,
+    world_size: int,
+    backend: str,
+    device: torch.device,
+) -> float | None:
+    """Return the seconds of an all-reduce between all processes that call it with one `store`, or None on failure."""
+    # Much shorter than the round: two links that fail must still leave time to answer.
     timeout = datetime.timedelta(seconds=PATIENCE_S / 4)
     try:
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
@@ -223,9 +274,22 @@ def _time_all_reduce(store: dist.Store, rank: int, world_size: int, backend: str
 
 
 def links_of(node: str, nodes: Sequence[str]) -> list[Link]:
-    """Of nodes in a ring, the pairs one is in, in an order in which no two nodes wait for each other in a circle."""
+    """Return the pairs that `node` forms with its neighbours in the ring `nodes`, in the order to time them.
+
+    The order is the same for all: no two nodes wait for each other in a circle."""
     count = len(nodes)
-    ring = {(min(i, (i + 1) % count), max(i, (i + 1) % count)): i for i in range(count) if count > 1}
-    # Pairs that have no node in common meet at the same time: every other one; the last of an odd number by itself.
-    order = sorted(ring, key=lambda pair: (ring[pair] == count - 1 and count % 2 == 1, ring[pair] % 2, ring[pair]))
-    return [(nodes[low], nodes[high]) for low, high in order if node in (nodes[low], nodes[high])]
+    ring: dict[tuple[int, int], int] = {}
+    if count > 1:
+        for i in range(count):
+            after = (i + 1) % count
+            ring[min(i, after), max(i, after)] = i
+
+    # Even pairs meet first, then odd ones: pairs without a node in common meet at the same time. In a ring of odd
+    # length the last pair touches both the first and the one before it, and comes by itself.
+    def turn(pair: tuple[int, int]) -> tuple[bool, int, int]:
+        i = ring[pair]
+        alone = i == count - 1 and count % 2 == 1
+        return alone, i % 2, i
+
+    pairs = [(nodes[low], nodes[high]) for low, high in sorted(ring, key=turn)]
+    return [pair for pair in pairs if node in pair]

@@ -1,4 +1,4 @@
-"""Which nodes are not fit, from what all ranks found out. No rank is asked anything here."""
+"""Judges which nodes are unfit from the facts that all ranks reported. Pure functions: nothing is asked of a rank."""
 
 from __future__ import annotations
 
@@ -13,36 +13,44 @@ from megalite.changes import changes, shown
 from megalite.health.node import Facts
 
 SLOW_PRODUCT, SLOW_LINK = 1.5, 2.0
-"""Times the median, from where a node is too slow to train with the others."""
+"""Multiples of the median above which a matrix product or a link counts as slow."""
 
 NOTICEABLE_S = 0.002
-"""Less than this is not called slow."""
+"""Smallest excess over the median, in seconds, that counts as slow."""
 
 CLOCK_S = 2.0
-"""How far clocks may be apart. Files' times and certificates begin to mislead beyond."""
+"""Tolerated difference of clocks, in seconds. Beyond it, file times and certificates begin to mislead."""
 
 SPARE_GB = 1.0
-"""That temporary files and caches need at least."""
+"""Free space in GiB that temporary files and caches need."""
 
 NAMED = 5
-"""Settings or files that differ."""
+"""Number of differing settings or files that a message names."""
 
 SHARED = "run folder"
+"""The disk that all nodes share (a key of `Facts.disk_gb`)."""
 
 
 @dataclass(frozen=True)
 class Problem:
+    """Says what makes a node unfit. Problems of one `kind` are compared between nodes."""
+
     node: str
     kind: str
     text: str
 
 
 def judge(
-    facts: Sequence[Facts], clocks: Mapping[int, float], links: Mapping[tuple[str, str], float], checkpoint_gb: float
+    facts: Sequence[Facts],
+    clocks: Mapping[int, float],
+    links: Mapping[tuple[str, str], float],
+    checkpoint_gb: float,
 ) -> list[Problem]:
-    """`clocks`: seconds since 1970 on each rank, read at one moment. `links`: seconds of an all-reduce between two
-    nodes, infinite where it failed; each node is in two of them, if there are so many nodes. One problem of a kind and
-    node is enough."""
+    """Return the problems of all nodes, one for each node and kind.
+
+    `facts` are the answers of the ranks. `clocks`: seconds since 1970 on each rank, read at one moment. `links`:
+    seconds of an all-reduce between two nodes, infinite where it failed; in a ring of three or more, every node is in
+    two. `checkpoint_gb`: GiB that a checkpoint takes."""
     found = [
         *_gpus(facts),
         *_disks(facts, checkpoint_gb),
@@ -52,28 +60,35 @@ def judge(
         *_clocks(facts, clocks),
         *_links(links),
     ]
-    return list({(problem.node, problem.kind): problem for problem in reversed(found)}.values())[::-1]
+    # Read backwards, so that of several ranks of a node the first one's problem stays.
+    of_node = {(problem.node, problem.kind): problem for problem in reversed(found)}
+    return list(of_node.values())[::-1]
 
 
 def blames_nodes(problems: Sequence[Problem], nodes: Sequence[str]) -> list[str]:
-    """Nodes that the run could start without. What all have in common is no node's fault, nor is the run folder, which
-    they share."""
+    """Return the nodes that the run should start without.
+
+    A problem that all `nodes` have is no node's fault. Of a single node every one of its `problems` counts, but not
+    the run folder's, which other nodes would share."""
     having: defaultdict[str, set[str]] = defaultdict(set)
     for problem in problems:
         having[problem.kind].add(problem.node)
-    own = {kind for kind, bad in having.items() if bad != set(nodes) or (len(nodes) == 1 and kind != SHARED)}
+    own = set()
+    for kind, bad in having.items():
+        if bad != set(nodes) or (len(nodes) == 1 and kind != SHARED):
+            own.add(kind)
     return sorted({problem.node for problem in problems if problem.kind in own})
 
 
 def _gpus(facts: Sequence[Facts]) -> list[Problem]:
-    troubles = [Problem(fact.node, "GPU", text) for fact in facts for text in fact.gpu_troubles]
-    if not any(fact.gpus for fact in facts):
-        return troubles
-    return troubles + [
-        Problem(fact.node, "GPU count", f"{fact.gpus} GPUs for {fact.ranks_here} ranks")
-        for fact in facts
-        if fact.gpus < fact.ranks_here
-    ]
+    found = [Problem(fact.node, "GPU", text) for fact in facts for text in fact.gpu_troubles]
+    if not any(fact.gpus for fact in facts):  # a run on CPUs
+        return found
+    for fact in facts:
+        if fact.gpus < fact.ranks_here:
+            text = f"{fact.gpus} GPUs for {fact.ranks_here} ranks"
+            found.append(Problem(fact.node, "GPU count", text))
+    return found
 
 
 def _disks(facts: Sequence[Facts], checkpoint_gb: float) -> list[Problem]:
@@ -81,23 +96,27 @@ def _disks(facts: Sequence[Facts], checkpoint_gb: float) -> list[Problem]:
     for fact in facts:
         found += [Problem(fact.node, name, text) for name, text in fact.disk_troubles.items()]
         for name, free in fact.disk_gb.items():
-            needed, what = (checkpoint_gb, "a checkpoint takes") if name == SHARED else (SPARE_GB, "wanted are")
+            needed, what = SPARE_GB, "wanted are"
+            if name == SHARED:
+                needed, what = checkpoint_gb, "a checkpoint takes"
             if free < needed:
-                found.append(Problem(fact.node, name, f"{name}: {free:.2f} GB free, {what} {needed:.2f} GB"))
+                text = f"{name}: {free:.2f} GB free, {what} {needed:.2f} GB"
+                found.append(Problem(fact.node, name, text))
     return found
 
 
 def _memory(facts: Sequence[Facts]) -> list[Problem]:
     typical = median_low(fact.memory_gb for fact in facts)
-    return [
-        Problem(fact.node, "memory", f"{fact.memory_gb:.1f} GB of memory free, others have {typical:.1f} GB")
-        for fact in facts
-        if fact.memory_gb < typical / 2
-    ]
+    found = []
+    for fact in facts:
+        if fact.memory_gb < typical / 2:  # something else is running there
+            text = f"{fact.memory_gb:.1f} GB of memory free, others have {typical:.1f} GB"
+            found.append(Problem(fact.node, "memory", text))
+    return found
 
 
 def _differences(facts: Sequence[Facts]) -> list[Problem]:
-    """What must be the same everywhere; most have it right, and the first rank where opinions are even."""
+    """Find nodes whose code, config or product differs from most others'. If opinions are even, rank 0's is right."""
     found = []
     kinds: dict[str, list[Any]] = {
         "code": [fact.code for fact in facts],
@@ -105,36 +124,37 @@ def _differences(facts: Sequence[Facts]) -> list[Problem]:
         "result of a matrix product": [fact.product for fact in facts],
     }
     for kind, values in kinds.items():
+        # As text, which can be counted and compared. Empty where a rank did not measure it.
         texts = [json.dumps(value, sort_keys=True) if value else "" for value in values]
         counts = Counter(text for text in texts if text)
         right = max(counts, key=lambda text: (counts[text], text == texts[0]), default="")
         for fact, text, value in zip(facts, texts, values, strict=True):
             if text and text != right:
-                found.append(Problem(fact.node, kind, f"another {kind} than most ranks{_named(value, right)}"))
+                difference = f"another {kind} than most ranks{_named(value, right)}"
+                found.append(Problem(fact.node, kind, difference))
     return found
 
 
 def _named(value: Any, right: str) -> str:
-    """Which keys differ; nothing of what has none."""
+    """Name the keys in which `value` differs from `right` (JSON); empty for a value without keys."""
     if not isinstance(value, dict):
         return ""
     found = changes(json.loads(right), value)
+    named = [f"{each.key} {shown(each.now)}, there {shown(each.was)}" for each in found[:NAMED]]
     more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
-    return ": " + "; ".join(f"{each.key} {shown(each.now)}, there {shown(each.was)}" for each in found[:NAMED]) + more
+    return ": " + "; ".join(named) + more
 
 
 def _products(facts: Sequence[Facts]) -> list[Problem]:
     times = [fact.product_s for fact in facts if fact.product_s]
     typical = median_low(times) if times else 0.0
-    return [
-        Problem(
-            fact.node,
-            "slow product",
-            f"rank {fact.rank}: a matrix product takes {fact.product_s * 1e3:.1f} ms, others {typical * 1e3:.1f} ms",
-        )
-        for fact in facts
-        if _is_slow(fact.product_s, typical, SLOW_PRODUCT)
-    ]
+    found = []
+    for fact in facts:
+        if _is_slow(fact.product_s, typical, SLOW_PRODUCT):
+            here, others = fact.product_s * 1e3, typical * 1e3
+            text = f"rank {fact.rank}: a matrix product takes {here:.1f} ms, others {others:.1f} ms"
+            found.append(Problem(fact.node, "slow product", text))
+    return found
 
 
 def _clocks(facts: Sequence[Facts], clocks: Mapping[int, float]) -> list[Problem]:
@@ -143,29 +163,28 @@ def _clocks(facts: Sequence[Facts], clocks: Mapping[int, float]) -> list[Problem
     for fact in facts:
         ahead = clocks.get(fact.rank, typical) - typical
         if abs(ahead) > CLOCK_S:
-            text = f"its clock is {abs(ahead):.1f} s {'ahead' if ahead > 0 else 'behind'}"
+            direction = "ahead" if ahead > 0 else "behind"
+            text = f"its clock is {abs(ahead):.1f} s {direction}"
             found.append(Problem(fact.node, "clock", text))
     return found
 
 
 def _links(links: Mapping[tuple[str, str], float]) -> list[Problem]:
-    """A link has two ends: a node is slow when the better of its two links is."""
+    """Find slow nodes. A link has two ends, so a node is slow only if the better of its two links is."""
     best: dict[str, float] = {}
     for pair, seconds in links.items():
         for node in pair:
             best[node] = min(best.get(node, float("inf")), seconds)
-    if len(best) < 3:  # of two nodes, nobody can say which one it is
+    if len(best) < 3:  # of two nodes on one link, nobody can say which one is slow
         return []
     typical = median_low(best.values())
-    return [
-        Problem(
-            node,
-            "slow all-reduce",
-            f"an all-reduce with its neighbours takes {seconds * 1e3:.1f} ms, of others {typical * 1e3:.1f} ms",
-        )
-        for node, seconds in best.items()
-        if _is_slow(seconds, typical, SLOW_LINK)
-    ]
+    found = []
+    for node, seconds in best.items():
+        if _is_slow(seconds, typical, SLOW_LINK):
+            here, others = seconds * 1e3, typical * 1e3
+            text = f"an all-reduce with its neighbours takes {here:.1f} ms, of others {others:.1f} ms"
+            found.append(Problem(node, "slow all-reduce", text))
+    return found
 
 
 def _is_slow(seconds: float, typical: float, factor: float) -> bool:
