@@ -1,4 +1,4 @@
-"""What a person sees: one live line on a terminal, one plain line every `log_every` steps in a log file."""
+"""The console: one live line on a terminal, or one plain line every `observe.log_every` steps in a log file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import rich.console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
 from rich.text import Text
 
 from megalite.config import Config
@@ -22,26 +22,36 @@ REDRAW_SECONDS = 0.1
 
 
 class Console:
+    """Sink that prints the progress of a run for a person, and the messages of its parts."""
+
     name = "console"
 
     def __init__(
-        self, config: Config, folder: Path, num_params: int, start_step: int, layout: Mapping[str, object]
+        self,
+        config: Config,
+        folder: Path,
+        num_params: int,
+        start_step: int,
+        layout: Mapping[str, object],
     ) -> None:
+        """Print the header. The parameters are those of `Recorder`; `folder` is the run's."""
         self._total = config.train.steps
         self._width = len(str(self._total))
         self._log_every = config.observe.log_every
         self._folder = folder
         self._first_step = start_step + 1
         self._loss: float | None = None
+        # A resumed run goes on comparing with the validation losses from before.
         found = list(_valid_losses(folder / "metrics.jsonl", start_step)) if start_step else []
         self._valid: float | None = found[-1] if found else None
         self._best = min(found, default=math.inf)
         self._began = time.perf_counter()
-        self._pace: deque[tuple[float, int]] = deque(maxlen=100)
+        self._pace: deque[tuple[float, int]] = deque(maxlen=100)  # when each of the last steps ended
         self._drawn = 0.0
-        self._lost, self._why = 0, ""
+        self._lost = 0
+        self._why = ""
         self._rich = rich.console.Console(highlight=False)
-        # An ordinary print is what a log file needs: no width to wrap at, and flushed line by line.
+        # A log file gets plain prints: no width to wrap at, and flushed line by line.
         live = sys.stdout.isatty() and not self._rich.is_dumb_terminal
         self._progress = self._live_line(start_step) if live else None
         self._header(config, num_params, start_step, layout)
@@ -49,35 +59,43 @@ class Console:
             self._progress.start()
 
     def _live_line(self, start_step: int) -> Progress:
-        bar = BarColumn(bar_width=20, complete_style="cyan", finished_style="green")
+        columns: list[ProgressColumn] = []
+        if self._rich.width >= 100:  # on a narrow terminal the numbers need the room
+            columns.append(BarColumn(bar_width=20, complete_style="cyan", finished_style="green"))
         count = f"{{task.completed:{self._width}.0f}}[dim]/{{task.total:.0f}}[/]"
+        columns.append(TextColumn(f"{count}  {{task.fields[line]}}"))
         progress = Progress(
-            *([bar] if self._rich.width >= 100 else []),  # the numbers need the room
-            TextColumn(f"{count}  {{task.fields[line]}}"),
+            *columns,
             console=self._rich,
-            auto_refresh=False,  # drawn when there is news, by no thread of its own
+            auto_refresh=False,  # drawn by `step`, not by a thread of rich
             transient=True,
         )
         self._task = progress.add_task("", total=self._total, completed=start_step, line="[dim]first step ...[/]")
         return progress
 
-    def _header(self, config: Config, num_params: int, start_step: int, layout: Mapping[str, object]) -> None:
+    def _header(
+        self,
+        config: Config,
+        num_params: int,
+        start_step: int,
+        layout: Mapping[str, object],
+    ) -> None:
         train = config.train
         tokens = train.global_batch_size * config.data.seq_length
-        spread = "  ".join(f"{key} {value}" for key, value in layout.items())
         model = config.model.preset or config.model.family
         counted = f"{compact(num_params)} parameters"
         if config.lora:
             rows = weight_table(config.model, config.lora)
-            counted += f", {compact(sum(row.numel for row in rows if not row.frozen))} of them trained"
+            trained = sum(row.numel for row in rows if not row.frozen)
+            counted += f", {compact(trained)} of them trained"
         self._print(f"{config.run.name}  {model}, {counted}, {train.precision}", "bold")
-        for line in (
-            spread,
-            f"{self._total:,} steps of {tokens:,} tokens, {compact(self._total * tokens)} in all",
-            f"resumed after step {start_step:,}" if start_step else "",
-        ):
-            if line:
-                self._print(line, "dim")
+        if layout:
+            axes = "  ".join(f"{key} {value}" for key, value in layout.items())
+            self._print(axes, "dim")
+        in_all = compact(self._total * tokens)
+        self._print(f"{self._total:,} steps of {tokens:,} tokens, {in_all} in all", "dim")
+        if start_step:
+            self._print(f"resumed after step {start_step:,}", "dim")
         warmup = config.optimizer.schedule.warmup_steps
         if warmup >= train.steps:
             self.message(
@@ -86,13 +104,17 @@ class Console:
             )
 
     def step(self, record: dict[str, float]) -> None:
+        """Redraw the live line, or print a line if one is due."""
         step = int(record["step"])
+        now = time.perf_counter()
         self._loss = record["loss"]
-        self._pace.append((time.perf_counter(), step))
+        self._pace.append((now, step))
         if self._progress:
-            due = time.perf_counter() - self._drawn >= REDRAW_SECONDS or step == self._total
+            # Short steps would spend their time drawing.
+            due = now - self._drawn >= REDRAW_SECONDS or step == self._total
             self._progress.update(self._task, completed=step, line=self._live(record), refresh=due)
-            self._drawn = time.perf_counter() if due else self._drawn
+            if due:
+                self._drawn = time.perf_counter()
         elif step % self._log_every == 0 or step in (self._first_step, self._total):
             self._print(self._plain(record))
 
@@ -109,6 +131,7 @@ class Console:
         return "  ".join(parts)
 
     def _plain(self, record: dict[str, float]) -> str:
+        # Of fixed widths, so that the columns of a log stay in line.
         parts = [
             self._at("step ", record["step"]),
             f"loss {record['loss']:8.4f}",
@@ -122,69 +145,95 @@ class Console:
             parts.append(f"mfu {record['mfu']:5.1%}")
         if "memory_gb" in record:
             parts.append(f"{record['memory_gb']:5.1f} GB")
-        return "  ".join([*parts, f"eta {self._eta(record):>7}"])
+        parts.append(f"eta {self._eta(record):>7}")
+        return "  ".join(parts)
 
     def evaluation(self, record: dict[str, float]) -> None:
+        """Print the losses of an evaluation and, for validation, how they compare with those before."""
         split = "test" if "test_loss" in record else "valid"
         loss = record[f"{split}_loss"]
-        text = f"{self._at(f'{split:<5}', record['step'])}  loss {loss:8.4f}"
-        others = {key.removeprefix(f"{split}_"): x for key, x in record.items() if key != "step" and "loss" not in key}
-        text += "".join(
-            f"  {name.replace('_', ' ')} {x:.{2 if name == 'perplexity' else 4}f}" for name, x in others.items()
-        )
-        of_source = {key.removeprefix(f"{split}_loss/"): x for key, x in record.items() if "_loss/" in key}
-        text += f"  ({', '.join(f'{name} {x:.4f}' for name, x in of_source.items())})" if of_source else ""
+        label = self._at(f"{split:<5}", record["step"])
+        text = f"{label}  loss {loss:8.4f}"
+        of_sources = []
+        for key, x in record.items():
+            if "_loss/" in key:
+                source = key.removeprefix(f"{split}_loss/")
+                of_sources.append(f"{source} {x:.4f}")
+            elif key != "step" and "loss" not in key:
+                name = key.removeprefix(f"{split}_")
+                digits = 2 if name == "perplexity" else 4
+                text += f"  {name.replace('_', ' ')} {x:.{digits}f}"
+        if of_sources:
+            text += f"  ({', '.join(of_sources)})"
         if split == "test":
             self._print(text, "bold green")
             return
         if self._valid is not None:
-            text += f"  {'down' if loss <= self._valid else 'up'} {abs(loss - self._valid):.4f}"
-            text += ", best so far" if loss < self._best else ""
+            direction = "down" if loss <= self._valid else "up"
+            text += f"  {direction} {abs(loss - self._valid):.4f}"
+            if loss < self._best:
+                text += ", best so far"
         self._valid, self._best = loss, min(loss, self._best)
-        self._print(f"{text}{'' if self._progress else '  <<<'}", "bold green")
+        # In a log file, the mark makes evaluations stand out among the steps.
+        self._print(text if self._progress else f"{text}  <<<", "bold green")
 
     def tasks(self, record: dict[str, float]) -> None:
-        found = ", ".join(f"{key.removeprefix('tasks/')} {x:.4f}" for key, x in record.items() if key != "step")
-        self._print(f"{self._at('tasks', record['step'])}  {found}", "bold green")
+        """Print the metrics of downstream tasks."""
+        found = []
+        for key, x in record.items():
+            if key != "step":
+                found.append(f"{key.removeprefix('tasks/')} {x:.4f}")
+        self._print(f"{self._at('tasks', record['step'])}  {', '.join(found)}", "bold green")
 
     def message(self, text: str) -> None:
+        """Print a message of another part of the run."""
         self._print(text, "yellow" if text.startswith("warning") else "dim")
 
     def close(self, status: str) -> None:
+        """Print how and where the run ended. `status` is that of `Recorder.close`."""
         if self._progress:
             self._progress.stop()
         last = self._pace[-1][1] if self._pace else self._first_step - 1
-        of = f" of {self._total:,}" if last <= self._total else ""  # of a run that had more steps before
-        parts = [f"{status} at step {last:,}{of} after {clock(time.perf_counter() - self._began)}"]
-        parts += [f"loss {self._loss:.4f}"] if self._loss is not None else []
-        parts += [f"valid {self._valid:.4f}"] if self._valid is not None else []
-        self._print(f"{', '.join(parts)}; see {self._folder}", "bold red" if status == "failed" else "bold")
+        took = clock(time.perf_counter() - self._began)
+        of = f" of {self._total:,}" if last <= self._total else ""  # a run may be resumed with fewer steps than it has
+        text = f"{status} at step {last:,}{of} after {took}"
+        if self._loss is not None:
+            text += f", loss {self._loss:.4f}"
+        if self._valid is not None:
+            text += f", valid {self._valid:.4f}"
+        self._print(f"{text}; see {self._folder}", "bold red" if status == "failed" else "bold")
 
     def _at(self, label: str, step: float) -> str:
+        """Format a label with a step's number and the number of steps."""
         return f"{label} {int(step):>{self._width}}/{self._total}"
 
     def _eta(self, record: dict[str, float]) -> str:
-        """From the wall clock over the last steps, so that evaluations and saves count; they are part of the wait."""
-        (since, from_step), (now, step) = self._pace[0], self._pace[-1]
-        seconds = (now - since) / (step - from_step) if step > from_step else record["step_time_s"]
+        """Estimate the remaining time from the wall clock of the last steps, evaluations and saves included."""
+        since, from_step = self._pace[0]
+        now, step = self._pace[-1]
+        seconds = record["step_time_s"]
+        if step > from_step:
+            seconds = (now - since) / (step - from_step)
         return clock(seconds * (self._total - step))
 
     def _print(self, text: str, style: str = "") -> None:
+        """Print a line. One that the disk of a log file refuses is counted, and the loss told with the next line."""
         try:
             if self._lost:
                 print(f"warning: {self._lost} lines were lost before this one: {self._why}", flush=True)
                 self._lost = 0
             if self._progress:
-                self._progress.refresh()  # the live line stays below: bring it up to this step first
+                self._progress.refresh()  # the live line stays below this one: bring it up to date first
                 self._rich.print(Text(text, style=style), soft_wrap=True)
             else:
                 print(text, flush=True)
         except OSError as error:  # the log's disk may have room again later
-            self._lost, self._why = self._lost + 1, error.strerror or str(error)
+            self._lost += 1
+            self._why = error.strerror or str(error)
 
 
 def _valid_losses(metrics: Path, until: int) -> Iterator[float]:
-    """Up to a step, after which a resumed run begins anew."""
+    """Yield the validation losses up to a step. A resumed run repeats what came after it."""
     with contextlib.suppress(OSError):
         for record in read_metrics(metrics):
             loss = record.get("valid_loss")
@@ -193,16 +242,20 @@ def _valid_losses(metrics: Path, until: int) -> Iterator[float]:
 
 
 def compact(number: float) -> str:
-    """1234567 → 1.23M: three digits or a little more, for counts and rates."""
+    """Format a count or a rate with about three digits: 1234567 → 1.23M."""
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if abs(number) >= size:
             scaled = number / size
-            return f"{scaled:.{2 if abs(scaled) < 10 else 1 if abs(scaled) < 100 else 0}f}{unit}"
+            if abs(scaled) < 10:
+                digits = 2
+            else:
+                digits = 1 if abs(scaled) < 100 else 0
+            return f"{scaled:.{digits}f}{unit}"
     return f"{number:.0f}"
 
 
 def clock(seconds: float) -> str:
-    """Seconds → m:ss, h:mm:ss or 3d 4h."""
+    """Format seconds as m:ss, h:mm:ss or "3d 4h"."""
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)
     if hours >= 48:

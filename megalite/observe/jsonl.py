@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object a line, one line a step, evaluations in between. The record other tools read."""
+"""metrics.jsonl: one JSON object a line, one line a step, with evaluations in between. Other tools read this record."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from io import FileIO
 from pathlib import Path
 
 REPLACED = "metrics.replaced.jsonl"
-"""Beside metrics.jsonl: lines of steps that were then done again, of all starts."""
+"""File beside metrics.jsonl for the lines of steps that a resumed run did again."""
 
 MOST_PENDING = 32 << 20
-"""Bytes of lines that wait for a disk. (Of more, the oldest are lost.)"""
+"""Bytes of lines that may wait in memory for a disk. Beyond it the oldest are lost."""
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, float | None]]:
-    """The records of a metrics.jsonl, in order. A line cut short by a crash is passed over."""
+    """Yield the records of a metrics.jsonl, in order. Lines that are no record, as after a crash, are passed over."""
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
@@ -30,30 +30,35 @@ def read_metrics(path: Path) -> Iterator[dict[str, float | None]]:
 
 
 class JsonlSink:
-    """Appends to `path`. After a resume from step `start_step` the lines of later steps are first moved to
-    metrics.replaced.jsonl beside it, so that the file reads as if the run had never stopped, and nothing is lost.
+    """Sink that appends records to metrics.jsonl.
 
-    A disk that is full or gone loses no line: they wait in memory until one can be written again. `say` prints a line
-    for the user when that begins."""
+    After a resume from step `start_step` the lines of later steps are first moved to metrics.replaced.jsonl beside
+    `path`: the file reads as if the run had never stopped, and nothing is lost.
+
+    No line is lost to a disk that is full or gone: lines wait in memory until one can be written again. `say` prints a
+    line for the user when that begins."""
 
     name = "metrics.jsonl"
 
     def __init__(self, path: Path, start_step: int, say: Callable[[str], None] = print):
-        self._path, self._start_step, self._say = path, start_step, say
-        self._file: FileIO | None = None
+        self._path = path
+        self._start_step = start_step
+        self._say = say
+        self._file: FileIO | None = None  # unbuffered: a crash of the process loses no line
         self._rewound = not path.exists()
         self._pending = b""
         self._error: OSError | None = None
         self._flush()
 
     def step(self, record: dict[str, float]) -> None:
+        """Append a record."""
         self._pending += _line(record).encode()
         self._flush()
 
     evaluation = tasks = step
 
     def close(self, status: str) -> None:
-        """Raises OSError where lines are lost."""
+        """Write what is pending and close the file. Raises OSError if lines are lost."""
         self._flush()
         if self._file is not None:
             self._file.close()
@@ -61,16 +66,20 @@ class JsonlSink:
             raise self._error
 
     def _flush(self) -> None:
+        """Write all pending lines, or keep them for the next call."""
         try:
             if not self._rewound:
                 moved = _rewind(self._path, self._start_step)
                 self._rewound = True
                 if moved:
-                    self._say(f"{self._path}: lines of steps {moved[0]} to {moved[1]}, done again, go to {REPLACED}")
+                    first, last = moved
+                    self._say(f"{self._path}: lines of steps {first} to {last}, done again, go to {REPLACED}")
             if self._file is None:
                 self._file = FileIO(self._path, "a")
-            while self._pending:  # of which a disk that fills up takes a part
-                self._pending = self._pending[self._file.write(self._pending) :]
+            while self._pending:
+                # A disk that fills up takes a part: go on behind it next time, so that no line is written twice.
+                written = self._file.write(self._pending)
+                self._pending = self._pending[written:]
             self._error = None
         except OSError as error:
             if self._error is None:
@@ -80,7 +89,7 @@ class JsonlSink:
             self._close_quietly()
 
     def _close_quietly(self) -> None:
-        """What opens it again may find another file system there."""
+        """Close the file after an error. It is opened again by name: a file system may have been mounted anew."""
         if self._file is not None:
             with contextlib.suppress(OSError):
                 self._file.close()
@@ -88,15 +97,19 @@ class JsonlSink:
 
 
 def _line(record: Mapping[str, float | None]) -> str:
-    # JSON has no NaN or infinity; null keeps every reader working.
-    finite = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in record.items()}
+    finite = dict(record)
+    for key, x in record.items():
+        # JSON has no NaN or infinity; null keeps every reader working.
+        if isinstance(x, float) and not math.isfinite(x):
+            finite[key] = None
     return json.dumps(finite, allow_nan=False) + "\n"
 
 
 def _rewind(path: Path, start_step: int) -> tuple[int, int] | None:
-    """Move the lines of later steps away. Returns the first and last of these steps."""
+    """Move the lines of steps after `start_step` to REPLACED. Returns the first and last of these steps, or None."""
     temporary = path.with_name(path.name + ".tmp")
-    steps, lines = list[int](), list[str]()
+    steps: list[int] = []
+    lines: list[str] = []
     try:
         with temporary.open("w", encoding="utf-8") as file:
             for record in read_metrics(path):
@@ -108,6 +121,7 @@ def _rewind(path: Path, start_step: int) -> tuple[int, int] | None:
                     lines.append(_line(record))
             file.flush()
             os.fsync(file.fileno())
+        # The moved lines are on disk before the file without them takes its name: a crash between loses none.
         if lines:
             _append(path.with_name(REPLACED), "".join(lines).encode())
         temporary.replace(path)
@@ -119,7 +133,7 @@ def _rewind(path: Path, start_step: int) -> tuple[int, int] | None:
 
 
 def _append(path: Path, data: bytes) -> None:
-    """All of it or nothing. Raises OSError."""
+    """Append `data` to a file, all of it or nothing, durably. Raises OSError."""
     with FileIO(path, "a") as file:
         before = file.seek(0, os.SEEK_END)
         try:

@@ -1,27 +1,35 @@
-"""loss.png: the picture of a run, drawn from its metrics.jsonl."""
+"""loss.png: the loss curves, learning rate and gradient norm of a run, drawn from its metrics.jsonl."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from megalite.observe.jsonl import read_metrics
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 BLUE, ORANGE, GREEN, INK, GREY = "#2a6fbb", "#d9661f", "#3a8f5c", "#222222", "#8a8a8a"
 SHARE_OF_TIME = 0.02  # drawing reads the whole file again, and must not weigh on a long run
 DRAWN_POINTS = 20_000  # more raw points than this are thinned out; the picture is 1,600 pixels wide
 
+Records = list[dict[str, float | None]]
+"""Records of a metrics.jsonl, as `read_metrics` yields them."""
+
 
 class PlotSink:
-    """Redraws the picture at evaluations, as often as SHARE_OF_TIME allows, and at the end."""
+    """Sink that redraws loss.png at evaluations, as often as SHARE_OF_TIME allows, and at the end."""
 
     name = "loss.png"
 
     def __init__(self, metrics_path: Path, out_path: Path):
-        self._metrics_path, self._out_path = metrics_path, out_path
+        self._metrics_path = metrics_path
+        self._out_path = out_path
         self._not_before = 0.0
 
     def step(self, record: dict[str, float]) -> None:
@@ -45,55 +53,28 @@ class PlotSink:
 
 
 def plot_loss(metrics_path: Path, out_path: Path, reference: Mapping[str, float] | None = None) -> None:
-    """Draw the losses of `metrics_path` over the steps to `out_path` (PNG), appearing only when complete.
+    """Draw the losses in `metrics_path` over the steps to `out_path` (PNG), which appears only when complete.
 
-    `reference` draws named losses as horizontal lines, such as the entropy of a unigram model. Draws nothing before the
+    `reference` adds named losses as horizontal lines, such as the entropy of a unigram model. Draws nothing before the
     first step. Raises ImportError without matplotlib."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter
 
     records = list(read_metrics(metrics_path))
     train = [record for record in records if "loss" in record]
     valid = [record for record in records if "valid_loss" in record]
     if not train:
         return
-    step, loss = _column(train, "step"), _column(train, "loss")
 
     # Figure and canvas by hand: pyplot would keep global state and might look for a display.
     figure = Figure(figsize=(10, 6.5), dpi=160, layout="constrained")
     FigureCanvasAgg(figure)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3.2, 1])
     norm = lower.twinx()
-
-    thin = slice(None, None, 1 + len(step) // DRAWN_POINTS)
-    window = max(1, len(step) // 60)
-    smooth = _smooth(_smooth(loss, window), window)  # twice: a spike becomes a hill, not a box
-    upper.plot(step[thin], loss[thin], color=BLUE, alpha=0.35, linewidth=0.9)
-    upper.plot(step[thin], smooth[thin], color=BLUE, linewidth=2, label=f"training  {_last(smooth):.3f}")
-    if valid:
-        valid_loss = _column(valid, "valid_loss")
-        label = f"validation  {_last(valid_loss):.3f}"
-        upper.plot(_column(valid, "step"), valid_loss, "o-", color=ORANGE, linewidth=1.2, markersize=5, label=label)
-    for name, value in (reference or {}).items():
-        upper.axhline(value, color=GREY, linewidth=1.2, linestyle=(0, (5, 4)), label=f"{name}  {value:.3f}", zorder=1)
-    _limit_to(upper, [smooth, _column(valid, "valid_loss"), np.array(list((reference or {}).values()))])
-    upper.set_title(metrics_path.resolve().parent.name, loc="left", fontsize=15, fontweight="bold", color=INK, pad=10)
-    upper.set_ylabel("loss (nats per token)", fontsize=11)
-    upper.legend(frameon=False, fontsize=11, loc="upper right")
-
-    lr, grad_norm = _column(train, "lr"), _column(train, "grad_norm")
-    norm.plot(step[thin], grad_norm[thin], color=GREY, alpha=0.6, linewidth=0.8)
-    _limit_to(norm, [_smooth(grad_norm, window), np.zeros(1)])
-    lower.plot(step[thin], lr[thin], color=GREEN, linewidth=1.8)
-    lower.set_ylim(bottom=0)
-    lower.set_ylabel("learning rate", fontsize=11, color=GREEN)
-    norm.set_ylabel("gradient norm", fontsize=11, color=GREY)
-    lower.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
-    lower.set_xlabel("step", fontsize=11)
-    lower.xaxis.set_major_formatter(EngFormatter(sep=""))
-    lower.set_zorder(norm.get_zorder() + 1)  # the learning rate in front of the noisy norm
-    lower.patch.set_visible(False)
+    _draw_losses(upper, train, valid, reference or {})
+    title = metrics_path.resolve().parent.name
+    upper.set_title(title, loc="left", fontsize=15, fontweight="bold", color=INK, pad=10)
+    _draw_rate_and_norm(lower, norm, train)
 
     for axes in (upper, lower, norm):
         axes.spines[["top", "left", "right", "bottom"]].set_visible(False)
@@ -108,7 +89,62 @@ def plot_loss(metrics_path: Path, out_path: Path, reference: Mapping[str, float]
     temporary.replace(out_path)
 
 
-def _column(records: list[dict[str, float | None]], key: str) -> np.ndarray:
+def _draw_losses(
+    axes: Axes,
+    train: Records,
+    valid: Records,
+    reference: Mapping[str, float],
+) -> None:
+    """Draw the training loss, raw and smoothed, the validation loss and the reference lines."""
+    step = _column(train, "step")
+    loss = _column(train, "loss")
+    valid_loss = _column(valid, "valid_loss")
+    window = _window(train)
+    thin = _thin(train)
+    smooth = _smooth(_smooth(loss, window), window)  # twice: a spike becomes a hill, not a box
+    axes.plot(step[thin], loss[thin], color=BLUE, alpha=0.35, linewidth=0.9)
+    axes.plot(step[thin], smooth[thin], color=BLUE, linewidth=2, label=f"training  {_last(smooth):.3f}")
+    if valid:
+        label = f"validation  {_last(valid_loss):.3f}"
+        axes.plot(_column(valid, "step"), valid_loss, "o-", color=ORANGE, linewidth=1.2, markersize=5, label=label)
+    for name, value in reference.items():
+        label = f"{name}  {value:.3f}"
+        axes.axhline(value, color=GREY, linewidth=1.2, linestyle=(0, (5, 4)), label=label, zorder=1)
+    _limit_to(axes, [smooth, valid_loss, np.array(list(reference.values()))])
+    axes.set_ylabel("loss (nats per token)", fontsize=11)
+    axes.legend(frameon=False, fontsize=11, loc="upper right")
+
+
+def _draw_rate_and_norm(rate: Axes, norm: Axes, train: Records) -> None:
+    """Draw the learning rate and the gradient norm, which share the steps but not the scale."""
+    from matplotlib.ticker import EngFormatter
+
+    step = _column(train, "step")
+    lr = _column(train, "lr")
+    grad_norm = _column(train, "grad_norm")
+    thin = _thin(train)
+    norm.plot(step[thin], grad_norm[thin], color=GREY, alpha=0.6, linewidth=0.8)
+    _limit_to(norm, [_smooth(grad_norm, _window(train)), np.zeros(1)])
+    rate.plot(step[thin], lr[thin], color=GREEN, linewidth=1.8)
+    rate.set_ylim(bottom=0)
+    rate.set_ylabel("learning rate", fontsize=11, color=GREEN)
+    norm.set_ylabel("gradient norm", fontsize=11, color=GREY)
+    rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
+    rate.set_xlabel("step", fontsize=11)
+    rate.xaxis.set_major_formatter(EngFormatter(sep=""))
+    rate.set_zorder(norm.get_zorder() + 1)  # the learning rate in front of the noisy norm
+    rate.patch.set_visible(False)  # or its background would hide the norm
+
+
+def _window(records: Records) -> int:
+    return max(1, len(records) // 60)
+
+
+def _thin(records: Records) -> slice:
+    return slice(None, None, 1 + len(records) // DRAWN_POINTS)
+
+
+def _column(records: Records, key: str) -> np.ndarray:
     return np.array([record.get(key) for record in records], dtype=float)  # None becomes nan
 
 
@@ -118,22 +154,26 @@ def _last(values: np.ndarray) -> float:
 
 
 def _smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean over up to `window` points to either side, the ones that are not finite left out. The first points take
-    fewer, as many to the left as to the right, or the steep beginning of a loss would be bent."""
+    """Return the moving mean of the finite `values` over up to `window` points to either side.
+
+    The first points take fewer, as many to the left as to the right: otherwise the steep beginning of a loss would be
+    bent."""
     finite = np.isfinite(values)
+    # Differences of running sums give every mean in one pass.
     total = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
     count = np.concatenate([[0], np.cumsum(finite)])
     index = np.arange(len(values))
     reach = np.minimum(window, index)
-    low, high = index - reach, np.minimum(index + reach + 1, len(values))
+    low = index - reach
+    high = np.minimum(index + reach + 1, len(values))
     with np.errstate(invalid="ignore"):
         return (total[high] - total[low]) / (count[high] - count[low])
 
 
-def _limit_to(axes: object, curves: Iterable[np.ndarray]) -> None:
-    """Let the curves that matter, not one spike of the raw values, decide what is visible."""
+def _limit_to(axes: Axes, curves: Iterable[np.ndarray]) -> None:
+    """Set the y axis to the range of `curves`, so that one spike of the raw values does not flatten the rest."""
     values = np.concatenate(list(curves))
     values = values[np.isfinite(values)]
     if len(values):
         margin = 0.05 * (values.max() - values.min()) or 0.05
-        axes.set_ylim(values.min() - margin, values.max() + margin)  # type: ignore[attr-defined]
+        axes.set_ylim(values.min() - margin, values.max() + margin)

@@ -1,4 +1,4 @@
-"""A trace of some steps in Chrome's format, for https://ui.perfetto.dev: what each rank computed and sent, and when."""
+"""Profiles some steps into a Chrome trace for https://ui.perfetto.dev: what each rank computed and sent, and when."""
 
 from __future__ import annotations
 
@@ -15,30 +15,41 @@ from megalite.config import ProfileConfig
 
 
 class Profiler:
-    """Writes RUN/trace/steps-A-B-rank-R.json.gz on the ranks that are asked for; does nothing on others."""
+    """Writes RUN/trace/steps-A-B-rank-R.json.gz on the ranks in `config.ranks`; does nothing on others."""
 
     def __init__(self, config: ProfileConfig, folder: Path, rank: int, settle: Callable[[], None]):
-        """`settle` waits for all messages under way: torch crashes where one that began under the profiler outlives
-        it."""
-        self.config, self.rank, self.settle = config, rank, settle
+        """Write to `folder`, the run's, as `rank`.
+
+        `settle` waits for all messages in flight: torch crashes if one that began under the profiler outlives it."""
+        self.config = config
+        self.rank = rank
+        self.settle = settle
         self.folder = folder / "trace"
         self.active = bool(config.steps) and rank in config.ranks
         self._profile: profile | None = None
 
     def begin(self, step: int) -> None:
-        # A run resumed in the middle records what is left.
-        if self.active and self._profile is None and self.config.steps[0] <= step <= self.config.steps[1]:
-            activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
+        """Start the profiler if `step` is among those to profile. A run resumed among them profiles the rest."""
+        if not self.active or self._profile is not None:
+            return
+        first, last = self.config.steps
+        if first <= step <= last:
+            activities = [ProfilerActivity.CPU]
+            if torch.cuda.is_available():
+                activities.append(ProfilerActivity.CUDA)
             self._profile = profile(activities=activities, profile_memory=self.config.memory, record_shapes=True)
             self._profile.start()
 
     def end(self, step: int) -> None:
+        """Write the trace after the last step to profile."""
         if self._profile is not None and step == self.config.steps[1]:
             self._write()
 
     def _write(self) -> None:
         assert self._profile is not None
-        profiled, self._profile, self.active = self._profile, None, False
+        profiled = self._profile
+        self._profile = None
+        self.active = False
         self.settle()
         profiled.stop()
         first, last = self.config.steps
@@ -46,7 +57,7 @@ class Profiler:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             profiled.export_chrome_trace(str(path))
-        except (OSError, RuntimeError) as error:  # a trace is not worth a run
+        except (OSError, RuntimeError) as error:  # losing a trace must not end the run
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
                 print(f"warning: {path} could not be written: {error}", file=sys.stderr, flush=True)
@@ -55,7 +66,10 @@ class Profiler:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if self._profile is not None and error is None:  # the run ended within the steps
             self._write()

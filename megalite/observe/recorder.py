@@ -1,5 +1,7 @@
-"""Hands what happens in a run to its sinks. Rank 0 only. A sink that fails is dropped with one warning: training never
-ends because something could not be written down."""
+"""Hands the records of a run to its sinks: console, metrics.jsonl, TensorBoard, W&B, loss.png. Rank 0 only.
+
+A sink that fails is dropped with one warning: training never ends because something could not be recorded.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ from megalite.secrecy import hide_secrets
 
 
 class Sink(Protocol):
-    """Where records go. `name` is what a warning calls it."""
+    """Receives the records of a run (see `Recorder` for their keys). `name` is how warnings call it."""
 
     name: str
 
@@ -32,10 +34,11 @@ S = TypeVar("S", bound=Sink)
 
 
 class Recorder:
-    """The sinks `config.observe` asks for, writing to the run folder `folder`.
+    """Hands each record to the sinks that `config.observe` asks for.
 
-    `start_step` is the step of the checkpoint the run is resumed from, 0 for a new run; `wandb_id` the one that
-    checkpoint holds; `layout` what the header shows, such as {"tensor": 2, "data": 4}."""
+    They write to the run folder `folder`. `num_params` is the model's size; `start_step` the step of the checkpoint the
+    run is resumed from, 0 for a new run; `wandb_id` the W&B run that checkpoint names; `layout` what the header shows
+    of the parallel layout, such as {"tensor": 2, "data": 4}."""
 
     def __init__(
         self,
@@ -51,6 +54,7 @@ class Recorder:
         metrics = folder / "metrics.jsonl"
         self.wandb_id = wandb_id
         self._sinks: list[Sink] = []
+        # None first: the console may fail to start, and `_add` then prints its warning without one.
         self._console: Console | None = None
         self._console = self._add(lambda: Console(config, folder, num_params, start_step, layout or {}), "console")
         self._add(lambda: JsonlSink(metrics, start_step, self.message), JsonlSink.name)
@@ -62,24 +66,27 @@ class Recorder:
         self._add(lambda: PlotSink(metrics, folder / "loss.png"), PlotSink.name)  # last: it reads what jsonl wrote
 
     def step(self, record: dict[str, float]) -> None:
-        """`record`: step, loss, lr, grad_norm, tokens (so far), tokens_per_s, step_time_s; where known tflops, mfu,
-        memory_gb; tokens/NAME (so far) of each source where there are several; straggler (a rank) and
-        straggler_slowness (times its peers' median) while one is named; and as 1 where it is so: not_finite,
-        loss_spike, grad_norm_spike, no_labels (its loss is NaN), skipped (the step updated nothing); skipped_samples
-        (so far) after a rewind."""
+        """Record a training step.
+
+        `record` has step, loss, lr, grad_norm, tokens (so far), tokens_per_s and step_time_s; where known tflops, mfu
+        and memory_gb; tokens/NAME (so far) of each of several sources; straggler (a rank) and straggler_slowness
+        (multiple of its peers' median) while one is reported; skipped_samples (so far) after a rewind. Flags are 1 or
+        absent: not_finite, loss_spike, grad_norm_spike, no_labels (its loss is NaN), skipped (no update)."""
         self._each(lambda sink: sink.step(record))
 
     def evaluation(self, record: dict[str, float]) -> None:
-        """`record`: step, valid_loss, valid_perplexity, and valid_loss/NAME of each source where there are several; or
-        the same of test."""
+        """Record an evaluation.
+
+        `record` has step, valid_loss, valid_perplexity and valid_loss/NAME of each of several sources; or the same of
+        test."""
         self._each(lambda sink: sink.evaluation(record))
 
     def tasks(self, record: dict[str, float]) -> None:
-        """`record`: step, and tasks/NAME/METRIC of each."""
+        """Record the results of downstream tasks. `record` has step and tasks/NAME/METRIC of each."""
         self._each(lambda sink: sink.tasks(record))
 
     def message(self, text: str) -> None:
-        """A line on the console."""
+        """Print a line on the console, or on stderr if there is none."""
         text = hide_secrets(text)
         try:
             if self._console is not None:
@@ -90,13 +97,14 @@ class Recorder:
             self._console = None
 
     def close(self, status: str) -> None:
-        """`status` is "finished", "stopped" (to be resumed), "sent back" or "failed"."""
-        # In reverse, so that what the others still have to say stands above the console's last line.
+        """Close all sinks. `status` is "finished", "stopped" (to be resumed), "sent back" or "failed"."""
+        # In reverse: what the other sinks still have to say stands above the console's last line.
         self._sinks.reverse()
         self._each(lambda sink: sink.close(status))
         self._sinks.clear()
 
     def _add(self, make: Callable[[], S], name: str) -> S | None:
+        """Make a sink and add it; None, with a warning, if that fails."""
         try:
             sink = make()
         except Exception as error:
@@ -106,6 +114,7 @@ class Recorder:
         return sink
 
     def _each(self, call: Callable[[Sink], None]) -> None:
+        """Call every sink, and drop those that fail."""
         for sink in tuple(self._sinks):
             try:
                 call(sink)

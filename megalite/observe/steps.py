@@ -1,5 +1,6 @@
-"""Steps on their way to the recorder. A GPU runs behind the host, which would wait for it if it asked for the loss of
-every step at once."""
+"""Delays the records of steps until the device has computed them. A GPU runs behind the host: asking for the loss right
+after a step would make the host wait.
+"""
 
 from __future__ import annotations
 
@@ -14,28 +15,33 @@ from megalite.observe.recorder import Recorder
 from megalite.observe.throughput import Meter, Tick
 
 Record = dict[str, float | Tensor]
-"""Of a step. Tensors are numbers on the device; those of bool are flags, written down as 1 where they are set."""
+"""Record of a step. Tensors are numbers [] on the device. Bool ones are flags: recorded as 1 if set, else left out."""
 
 
 class StepLog:
-    """Hands on the record of each step when the device has come to its end, in order. The `with` ends when all are
-    written; when it ends by an error, what the device has done by then is."""
+    """Hands each step's record to the recorder, in order, once the device has finished the step.
+
+    Leaving the `with` block waits for all records. After an error only those are written that the device has finished.
+    """
 
     def __init__(self, recorder: Recorder | None, meter: Meter):
-        self._recorder, self._meter = recorder, meter
+        """Log nothing without a `recorder`, as on all ranks but the first. `meter` times the steps."""
+        self._recorder = recorder
+        self._meter = meter
         self._waiting: deque[tuple[Record, Tensor, Tick]] = deque()
 
     def add(self, record: Record, tokens: int) -> None:
-        """The end of a step of so many tokens. Waits for nothing."""
+        """Queue the `record` of the step that ends here and consumed `tokens`. Does not wait for the device."""
         if self._recorder is None:
             return
         numbers = torch.stack([value for value in record.values() if isinstance(value, Tensor)])
-        # To pinned memory; the tick behind it tells when they are there.
-        self._waiting.append((record, numbers.to("cpu", non_blocking=True), self._meter.tick(tokens)))
+        # One copy into pinned memory; the tick after it in the stream tells when the numbers are there.
+        copy = numbers.to("cpu", non_blocking=True)
+        self._waiting.append((record, copy, self._meter.tick(tokens)))
         self._write_passed()
 
     def wait(self) -> None:
-        """Until all steps so far are written."""
+        """Wait until all steps so far are recorded."""
         while self._waiting:
             self._write()
 
@@ -46,21 +52,30 @@ class StepLog:
     def _write(self) -> None:
         assert self._recorder is not None
         record, numbers, tick = self._waiting.popleft()
-        times = tick.read()  # waits
-        values = iter(numbers.tolist())
-        here = {key: next(values) if isinstance(value, Tensor) else value for key, value in record.items()}
-        unset = {key for key, x in record.items() if isinstance(x, Tensor) and x.dtype == torch.bool and not here[key]}
-        self._recorder.step({key: value for key, value in here.items() if key not in unset} | times)
+        times = tick.read()  # waits for the device, so that `numbers` are complete
+        values = iter(numbers.tolist())  # stacked in the order of the record
+        found: dict[str, float] = {}
+        for key, value in record.items():
+            if not isinstance(value, Tensor):
+                found[key] = value
+                continue
+            number = next(values)
+            if number or value.dtype != torch.bool:
+                found[key] = number
+        self._recorder.step(found | times)
 
     def __enter__(self) -> StepLog:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if error is None:
             self.wait()
             return
-        # A device that failed, or waits for a rank that did, never comes to the rest: it is not waited for.
+        # A device that failed, or waits for a rank that did, never gets to the rest.
         with contextlib.suppress(Exception):
             self._write_passed()

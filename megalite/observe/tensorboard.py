@@ -1,4 +1,4 @@
-"""TensorBoard event files in the run folder."""
+"""Writes TensorBoard event files to the run folder."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from pathlib import Path
 
 
 class TensorboardSink:
-    """Writes `train/*`, `valid/*` and `tasks/*` scalars to `folder`. Raises ImportError when the package is missing."""
+    """Sink that writes `train/*`, `valid/*` and `tasks/*` scalars. Raises ImportError without tensorboard."""
 
     name = "TensorBoard"
 
     def __init__(self, folder: Path, start_step: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        # purge_step hides what a run wrote after the checkpoint it is resumed from.
+        # purge_step hides what the run wrote after the checkpoint it is resumed from.
         self._writer = SummaryWriter(str(folder), purge_step=start_step + 1)
 
     def step(self, record: dict[str, float]) -> None:
@@ -21,10 +21,11 @@ class TensorboardSink:
 
     def evaluation(self, record: dict[str, float]) -> None:
         self._write("valid", record)
-        self._writer.flush()
+        self._writer.flush()  # rare, and what a person waits for
 
     def tasks(self, record: dict[str, float]) -> None:
-        self._write("tasks", {key.removeprefix("tasks/"): value for key, value in record.items()})
+        named = {key.removeprefix("tasks/"): value for key, value in record.items()}
+        self._write("tasks", named)
         self._writer.flush()
 
     def close(self, status: str) -> None:

@@ -1,7 +1,7 @@
-"""How fast training goes, and what share of the chip's peak that is (MFU).
+"""Throughput of training, and model FLOPs utilization (MFU): its share of the chip's peak.
 
-The count is the one published MFUs use (PaLM, appendix B, arXiv:2204.02311): the operations the model needs, forward
-and backward, whatever recomputation adds, with attention counted in full although a causal mask leaves half of it out.
+FLOPs are counted as published MFUs count them (PaLM, appendix B, arXiv:2204.02311): what the model needs, forward and
+backward, without recomputation, and with attention in full although a causal mask leaves half of it out.
 """
 
 from __future__ import annotations
@@ -21,28 +21,36 @@ from megalite.resources import configs_dir
 
 
 def flops_per_token(
-    num_params_without_embedding: float, num_layers: int, hidden_size_of_attention: int, seq_length: float
+    num_params_without_embedding: float,
+    num_layers: int,
+    hidden_size_of_attention: int,
+    seq_length: float,
 ) -> float:
-    """Floating-point operations one training token costs: 6N + 12·L·(H·Q)·T (PaLM, appendix B).
+    """Return the floating-point operations of one training token: 6N + 12·L·(H·Q)·T (PaLM, appendix B).
 
-    N counts the parameters each token is multiplied with (`Weight.used`): the embedding, a look-up, is left out, the
-    output head is counted even when it is tied to it. 6 = 2 operations a multiply-add × (1 forward + 2
-    backward). The second term is the two products of full, non-causal attention over T positions, H heads of Q
-    dimensions."""
+    N, `num_params_without_embedding`, counts the parameters each token is multiplied with (`Weight.used`): the
+    embedding, a look-up, is left out; the output head is counted even when it is tied to it. 6 = 2 operations a multiply-add × (1 forward + 2
+    backward). The second term is the two products of full, non-causal attention in `num_layers` L over T =
+    `seq_length` positions; `hidden_size_of_attention` is H heads of Q dimensions."""
     return 6.0 * num_params_without_embedding + 12.0 * num_layers * hidden_size_of_attention * seq_length
 
 
 def model_flops_per_token(config: Config) -> float:
-    """`flops_per_token` of the model and sequence length of a config. A layer with a sliding window has no more
-    positions than the window; a frozen weight has no gradient, and counts 4 of its 6."""
+    """Return `flops_per_token` of the model and sequence length of a config.
+
+    A layer with a sliding window attends to no more positions than the window. A frozen weight has no weight gradient
+    and counts 4 instead of 6."""
     model: Any = config.model
     length = config.data.seq_length
+    # Positions summed over the layers, since windows may differ between layers.
     attended = sum(min(model.window(layer) or length, length) for layer in range(model.num_layers))
     table = weight_table(model, config.lora)
     used = sum(weight.numel * weight.used for weight in table)
     frozen = sum(weight.numel * weight.used for weight in table if weight.frozen)
     attention_width = model.num_attention_heads * model.head_size
-    return flops_per_token(used, model.num_layers, attention_width, attended / model.num_layers) - 2.0 * frozen
+    flops = flops_per_token(used, model.num_layers, attention_width, attended / model.num_layers)
+    # A frozen matrix lacks the weight-gradient GEMM: 2 of the 6.
+    return flops - 2.0 * frozen
 
 
 @cache
@@ -51,16 +59,20 @@ def _chips() -> list[dict[str, Any]]:
 
 
 def chip_peak(device_name: str, dtype: torch.dtype) -> float | None:
-    """Dense peak in TFLOP/s of the chip torch.cuda.get_device_name() names; None where configs/chips.yaml has none.
+    """Return the dense peak in TFLOP/s of the chip that torch.cuda.get_device_name() calls `device_name`.
 
-    The table holds bf16 only: fp32's peak depends on whether TF32 is on, so it has no MFU."""
+    None where configs/chips.yaml has no such chip, and for any `dtype` but bf16: the peak of fp32 depends on whether
+    TF32 is on."""
     if dtype is not torch.bfloat16:
         return None
-    return next((float(chip["bf16_tflops"]) for chip in _chips() if re.fullmatch(chip["name"], device_name)), None)
+    for chip in _chips():
+        if re.fullmatch(chip["name"], device_name):
+            return float(chip["bf16_tflops"])
+    return None
 
 
 class HostEvent:
-    """What torch.cuda.Event is in the stream of a GPU, for the CPU: it does its work where it is asked to."""
+    """Stands in for torch.cuda.Event on the CPU, where work is done when it is called: `record` takes the time."""
 
     def record(self) -> None:
         self._seconds = time.perf_counter()
@@ -76,11 +88,15 @@ class HostEvent:
 
 
 class Meter:
-    """Times the steps of one rank. `start` when the clock should run from now (after an evaluation or a save), `tick`
-    at the end of a step. A GPU runs behind the host: what is timed there is when it comes to these two calls, and
-    neither waits for it."""
+    """Times the steps of one rank.
+
+    Call `start` when the clock should run from now (after an evaluation or a save), `tick` at the end of a step.
+    Neither waits for a GPU: they put events in its stream, and the time is when the GPU gets there."""
 
     def __init__(self, flops_per_token: float, world_size: int, device: torch.device, dtype: torch.dtype):
+        """Take `flops_per_token` of the whole model, which `world_size` chips share.
+
+        `device` and `dtype` give the chip's peak."""
         self._flops_per_token = flops_per_token
         self._world_size = world_size
         self._cuda = device if device.type == "cuda" else None
@@ -88,12 +104,16 @@ class Meter:
         self.start()
 
     def start(self) -> None:
+        """Begin the next step's time now."""
         self._since = self._now()
 
     def tick(self, tokens: int) -> Tick:
-        """The end of a step that consumed `tokens` over all ranks."""
+        """End a step that consumed `tokens` over all ranks, and return it to be read later."""
         since, self._since = self._since, self._now()
-        memory = torch.cuda.max_memory_allocated(self._cuda) / 2**30 if self._cuda else None
+        memory = None
+        if self._cuda:
+            # A number the allocator keeps on the host: asking for it does not wait for the GPU.
+            memory = torch.cuda.max_memory_allocated(self._cuda) / 2**30
         flops = self._flops_per_token * tokens / self._world_size
         return Tick(since, self._since, tokens, flops, self._peak, memory)
 
@@ -105,27 +125,36 @@ class Meter:
 
 @dataclass(frozen=True)
 class Tick:
-    """A step between two events: from when, until when."""
+    """Holds a step between the two events `since` and `until`, until its times are read."""
 
     since: Any
     until: Any
     tokens: int
+    """Over all ranks."""
     flops: float
-    """Per chip."""
+    """Floating-point operations per chip."""
     peak: float | None
+    """Peak of the chip in TFLOP/s, if known."""
     memory_gb: float | None
+    """Most GiB allocated so far on this rank's GPU."""
 
     def passed(self) -> bool:
-        """Whether the device has come to the end of the step, and with it to all that was asked of it before."""
+        """Return whether the device has finished the step, and with it all work enqueued before."""
         return self.until.query()
 
     def read(self) -> dict[str, float]:
-        """What to record of the step: step_time_s, tokens_per_s (all ranks), tflops (TFLOP/s, per chip), mfu (0 to 1,
-        known chips only), memory_gb (CUDA only: most GiB allocated on this rank). Waits for its end."""
+        """Wait for the step's end and return its part of the metrics record.
+
+        These are step_time_s, tokens_per_s (all ranks), tflops (TFLOP/s, per chip), mfu (0 to 1, known chips only) and
+        memory_gb (CUDA only)."""
         self.until.synchronize()
         seconds = self.since.elapsed_time(self.until) / 1e3
         tflops = self.flops / seconds / 1e12
-        record = {"step_time_s": seconds, "tokens_per_s": self.tokens / seconds, "tflops": tflops}
+        record = {
+            "step_time_s": seconds,
+            "tokens_per_s": self.tokens / seconds,
+            "tflops": tflops,
+        }
         if self.peak is not None:
             record["mfu"] = tflops / self.peak
         if self.memory_gb is not None:

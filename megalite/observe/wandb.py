@@ -1,6 +1,6 @@
-"""Weights & Biases. The only module that imports wandb, and only when asked to.
+"""Sends records to Weights & Biases. The only module that imports wandb, and only when asked to.
 
-Everything of wandb happens on a thread of its own, fed through a queue: a slow import, a server that does not answer,
+All calls to wandb happen on a thread of their own, fed through a queue: a slow import, a server that does not answer,
 an upload that hangs or an exception costs the training loop nothing.
 """
 
@@ -26,37 +26,46 @@ QUEUED_RECORDS = 10_000
 
 
 class WandbSink:
-    """One W&B run, under the same id (`self.id`) in every resume. `say` prints a line for the user.
+    """Sink for one W&B run, under the same id (`self.id`) in every resume.
 
     Without a key or a server an online run is recorded offline, for `wandb sync`. Never prompts."""
 
     name = "W&B"
 
     def __init__(self, config: Config, folder: Path, wandb_id: str | None, say: Callable[[str], None]):
+        """Start the thread. `wandb_id` is the id of the run to resume, None for a new one.
+
+        `config` is stored with the run, offline files go to `folder`, and `say` prints a line for the user."""
         self.id = wandb_id or secrets.token_hex(4)
-        self._config, self._folder, self._say = config, folder, say
+        self._config = config
+        self._folder = folder
+        self._say = say
+        # Records, and at the end the exit code.
         self._queue: queue.Queue[dict[str, float] | int] = queue.Queue(QUEUED_RECORDS)
+        # A daemon, so that an upload that hangs does not keep the process alive.
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
         self._thread.start()
 
     def step(self, record: dict[str, float]) -> None:
-        self._put({key if key == "step" else f"train/{key}": value for key, value in record.items()})
+        named = {f"train/{key}": value for key, value in record.items() if key != "step"}
+        self._put({"step": record["step"]} | named)
 
     def evaluation(self, record: dict[str, float]) -> None:
         self._put({key.replace("valid_", "valid/"): value for key, value in record.items()})
 
     def tasks(self, record: dict[str, float]) -> None:
-        """`step` may be left out: it then stands behind what was there before."""
+        """Record the results of tasks. Without a `step` they come after what the run has recorded so far."""
         self._put(record)
 
     def close(self, status: str) -> None:
-        """Waits at most CLOSE_SECONDS for the upload. Raises TimeoutError."""
+        """Finish the run and wait for the upload, CLOSE_SECONDS at most. Raises TimeoutError."""
         self._put(1 if status == "failed" else 0)
         self._thread.join(CLOSE_SECONDS)
         if self._thread.is_alive():
             raise TimeoutError(f"no answer in {CLOSE_SECONDS} s; `wandb sync` can upload what is on disk later")
 
     def _put(self, item: dict[str, float] | int) -> None:
+        """Queue a record or the exit code. Raises TimeoutError if the thread has fallen too far behind."""
         if not self._thread.is_alive():
             return  # turned off; _work has said why
         try:
@@ -65,6 +74,7 @@ class WandbSink:
             raise TimeoutError(f"no answer for {QUEUED_RECORDS} records") from None
 
     def _work(self) -> None:
+        """Run the thread: start the run, log records until the exit code comes, and finish."""
         try:
             run = self._start()
             while isinstance(item := self._queue.get(), dict):
@@ -72,10 +82,11 @@ class WandbSink:
                 step = record.pop("step", None)
                 run.log(record, step=None if step is None else int(step))
             run.finish(exit_code=item)
-        except Exception as error:  # whatever it is, it must not reach training
+        except Exception as error:  # no error of wandb may end the training
             self._warn("turned off, training goes on", error)
 
     def _start(self) -> Any:
+        """Start the W&B run, offline if it cannot be started online."""
         import wandb
 
         mode = self._config.observe.wandb.mode
@@ -90,16 +101,23 @@ class WandbSink:
             self._warn("recording offline", error)
             wandb.teardown()  # or the id would still be in use by the run that failed to start
             mode, run = "offline", self._init(wandb, "offline")
-        offline = f"offline, later: wandb sync {self._folder / 'wandb' / Path(run.dir).parent.name}"
-        self._say(f"W&B {offline if mode == 'offline' else run.url}")
+        where = run.url
+        if mode == "offline":
+            folder = self._folder / "wandb" / Path(run.dir).parent.name
+            where = f"offline, later: wandb sync {folder}"
+        self._say(f"W&B {where}")
         return run
 
     def _init(self, wandb: Any, mode: str) -> Any:
         asked = self._config.observe.wandb
-        settings = {"console": "off", "silent": True, "init_timeout": INIT_SECONDS, "finish_timeout": FINISH_SECONDS}
-        known = getattr(
-            wandb.Settings, "model_fields", settings
-        )  # finish_timeout is newer than the oldest wandb allowed
+        settings = {
+            "console": "off",
+            "silent": True,
+            "init_timeout": INIT_SECONDS,
+            "finish_timeout": FINISH_SECONDS,
+        }
+        # finish_timeout is newer than the oldest wandb allowed.
+        known = getattr(wandb.Settings, "model_fields", settings)
         return wandb.init(
             mode=mode,
             project=asked.project,
@@ -119,7 +137,7 @@ class WandbSink:
 
 
 def _has_credentials(base_url: str) -> bool:
-    """Whether wandb will find a key by itself. Asked first, because wandb would prompt for one on a terminal."""
+    """Return whether wandb will find a key for `base_url`. Asked first, because wandb would prompt on a terminal."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     try:
