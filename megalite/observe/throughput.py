@@ -29,9 +29,9 @@ def flops_per_token(
     """Return the floating-point operations of one training token: 6N + 12·L·(H·Q)·T (PaLM, appendix B).
 
     N, `num_params_without_embedding`, counts the parameters each token is multiplied with (`Weight.used`): the
-    embedding, a look-up, is left out; the output head is counted even when it is tied to it. 6 = 2 operations a multiply-add × (1 forward + 2
-    backward). The second term is the two products of full, non-causal attention in `num_layers` L over T =
-    `seq_length` positions; `hidden_size_of_attention` is H heads of Q dimensions."""
+    embedding, a look-up, is left out; the output head is counted even when it is tied to it. 6 = 2 operations a
+    multiply-add × (1 forward + 2 backward). The second term is the two products of full, non-causal attention in
+    `num_layers` L over T = `seq_length` positions; `hidden_size_of_attention` is H heads of Q dimensions."""
     return 6.0 * num_params_without_embedding + 12.0 * num_layers * hidden_size_of_attention * seq_length
 
 

@@ -1,9 +1,9 @@
-"""Bytes that the modules keep for the backward pass, counted from models/, kernels/ and parallel/ tensor by tensor, and
-what passes hold on top while they run. Counted with megalite's own kernels: plain torch keeps more.
+"""Counts the bytes that modules keep for the backward pass, tensor by tensor, and what passes hold on top while they
+run. The counts follow models/, kernels/ and parallel/ with megalite's own kernels; plain torch keeps more.
 
-Letters: T tokens of a micro-batch on this rank, D hidden features, d those a token has here (a share under sequence
-parallelism), Q and K features of its queries and of its keys, I of its MLP, V rows of the vocabulary, all but D per
-tensor rank. The MLP's first product gives 2·I features where it has a gate, otherwise I.
+Letters: T tokens of a micro-batch on this rank, D hidden size, d hidden features a token has here (D, or a share under
+sequence parallelism), Q and K features of its queries and of its keys, I of its MLP, V rows of the vocabulary; all but
+D are per tensor rank. The MLP's first product has 2·I output features if it is gated, otherwise I.
 """
 
 from __future__ import annotations
@@ -18,68 +18,88 @@ Recompute = Literal["none", "selective", "full"]
 FP32, INT64 = 4, 8
 
 RANDOM_BYTES = 3 * INT64
-"""Held per number while counter_random makes dropout masks."""
+"""Bytes held per number while counter_random makes dropout masks."""
 
 
 @dataclass(frozen=True)
 class PartBytes:
-    """Of a part of the model and one micro-batch. Those of a pass are at its fullest moment, what is kept included."""
+    """Holds the bytes of one part of the model for one micro-batch.
+
+    Those of a pass are at its peak, and include what is kept."""
 
     kept: int
-    """From its forward to its backward pass."""
+    """Kept from the forward to the backward pass."""
     forward: int
     backward: int
     backward_input: int
-    """Of a zero-bubble schedule's pass, which goes on to keep both sides of each product."""
+    """Peak of a zero-bubble schedule's input-gradient pass, which leaves both operands of each product behind."""
     for_weights: int
-    """Both sides of each product, from that pass to the weights'."""
+    """Both operands of each product, kept from that pass to the weight-gradient pass."""
 
 
 def layer_bytes(shapes: Shapes, recompute: Recompute, on_gloo: bool = False) -> PartBytes:
-    """`on_gloo`: collectives are those of the CPU."""
+    """Return the bytes of one layer of these `shapes`. `on_gloo`: collectives are the CPU's, which need buffers.
+
+    `recompute` is the setting train.recompute."""
     layer = _Layer(shapes, recompute, on_gloo)
-    of_mlp, of_attention = max(layer.mlp_backward()), max(layer.attention_backward())
-    products = [shapes.tokens * shapes.element * features for features in _product_features(shapes)]
+    of_mlp = max(layer.mlp_backward())
+    of_attention = max(layer.attention_backward())
+    per_feature = shapes.tokens * shapes.element
+    operands = [per_feature * features for features in _product_features(shapes)]
     return PartBytes(
         kept=layer.kept,
         forward=max(layer.forward()),
         backward=max(of_mlp, of_attention),
-        # The second product's input is not free, nor anything of the MLP's products by the time of attention's.
-        backward_input=max(of_mlp + layer.inner, of_attention + sum(products[2:])),
-        for_weights=sum(products),
+        # Without weight gradients, the input of the MLP's second product stays alive; and all operands of the MLP do
+        # until attention's backward pass.
+        backward_input=max(of_mlp + layer.inner, of_attention + sum(operands[2:])),
+        for_weights=sum(operands),
     )
 
 
 class _Layer:
-    """What stands in a layer, and what there is at each moment of its passes that may be the fullest."""
+    """Counts the tensors of a layer, and what is alive at each moment of its passes that may be the peak."""
 
     def __init__(self, shapes: Shapes, recompute: Recompute, on_gloo: bool):
-        self.shapes, self.recompute, self.on_gloo = shapes, recompute, on_gloo
+        self.shapes = shapes
+        self.recompute = recompute
+        self.on_gloo = on_gloo
         self.hidden = shapes.hidden_bytes
         self.norm = _norm(shapes)
         self.masks = self.hidden if shapes.hidden_dropout else 0
-        """Of the dropout behind attention, and as much behind the MLP."""
-        lean_attention = recompute == "selective" and shapes.writes_scores
-        self.attention = (_lean_attention if lean_attention else _attention)(shapes)
+        """Mask of the dropout after attention; the one after the MLP has as many bytes."""
+        if recompute == "selective" and shapes.writes_scores:
+            self.attention = _lean_attention(shapes)
+        else:
+            self.attention = _attention(shapes)
         self.inner = shapes.tokens * shapes.inner * shapes.element
-        """The input of the MLP's second product."""
+        """Input of the MLP's second product."""
         self.first = 2 * self.inner if shapes.gated else self.inner
-        """The output of its first."""
+        """Output of the MLP's first product."""
         norms = 2 * self.norm + _more_norms(shapes)
-        gate = self.inner if shapes.gelu_gate else 0  # gelu(gate), by itself
+        gate = self.inner if shapes.gelu_gate else 0  # gelu(gate) is a tensor of its own
         self.plain = norms + self.attention + self.first + gate + self.inner + 2 * self.masks
-        """All that a layer keeps for its backward pass where nothing is computed again, or has when it was."""
-        self.kept = {"none": self.plain, "selective": self.plain - gate - self.inner, "full": self.hidden}[recompute]
+        """All that a layer keeps for its backward pass without recomputation, or holds after it has recomputed."""
+        self.kept = self.plain
+        if recompute == "selective":
+            self.kept = self.plain - gate - self.inner
+        elif recompute == "full":
+            self.kept = self.hidden
 
     def forward(self) -> list[int]:
-        hidden, added = self.hidden, _added(self.shapes)
-        # Of what `full` drops, the sum with what attention added, and its norm, stay till the layer's end; what
-        # attention added stays in any case.
-        at_end = {"none": self.plain, "selective": self.plain, "full": 3 * hidden + self.first + self.inner}
+        """Return the bytes at the moments that may be the peak of the forward pass."""
+        hidden = self.hidden
+        added = _added(self.shapes)
+        # Until its end, even a layer that is recomputed in full holds three hidden states: its input, the residual sum
+        # after attention and the norm of that. What attention added stays in any case.
+        at_end = self.plain
+        if self.recompute == "full":
+            at_end = 3 * hidden + self.first + self.inner
+        # The second product's output, reduced over the tensor ranks; then added to the stream.
+        second = max(_whole(self.shapes) + self._scatter(), added + hidden)
         moments = [
             self.norm + _attention_forward(self.shapes),
-            # The second product's output, summed over the tensor ranks; then added.
-            at_end[self.recompute] + added + max(_whole(self.shapes) + self._scatter(), added + hidden),
+            at_end + added + second,
         ]
         if self.masks:
             without_mask = 3 * hidden if self.recompute == "full" else self.kept - self.masks
@@ -87,162 +107,182 @@ class _Layer:
         return moments
 
     def mlp_backward(self) -> list[int]:
-        """Beside it, the residual stream's gradient."""
+        """Return the bytes at the moments of the MLP's backward pass that may be its peak.
+
+        The gradient of the residual stream is alive beside each of them."""
+        whole = _whole(self.shapes)
         before = self.hidden + self.plain - self.masks
-        # Gradients of the second product's input, which is free by then, and of the first one's output.
+        # Gradients of the second product's input, which is freed by then, and of the first one's output.
         moments = [before + self.first]
         if self.shapes.sequence:
-            moments.append(before + max(_gathered(self.shapes), _whole(self.shapes) + self.inner))
-            # The first product's input, gathered, and the gradient of it; its output is free by then.
-            moments.append(before - self.inner + 2 * _whole(self.shapes) + self._scatter())
+            moments.append(before + max(_gathered(self.shapes), whole + self.inner))
+            # The first product's input, gathered again, and its gradient; its output is freed by then.
+            moments.append(before - self.inner + 2 * whole + self._scatter())
         if self.recompute != "none":
-            # As far as the second product, which gives its output again.
-            moments.append(before + self.masks + _whole(self.shapes))
+            # Recomputation runs through the second product, whose output comes again.
+            moments.append(before + self.masks + whole)
         if self.recompute == "full" and self.masks:
             moments.append(before + 2 * _added(self.shapes) + _mask_numbers(self.shapes))
         return moments
 
     def attention_backward(self) -> list[int]:
-        """All of the MLP is free."""
-        beside = self.hidden + self.norm
-        moments = [beside + _attended(self.shapes) + _attention_backward(self.shapes)]
+        """Return the bytes at the moments of attention's backward pass that may be its peak. The MLP is freed."""
+        beside = self.hidden + self.norm + _attended(self.shapes)
+        moments = [beside + _attention_backward(self.shapes)]
         if self.recompute == "full" or (self.recompute == "selective" and self.shapes.writes_scores):
-            moments.append(beside + _attended(self.shapes) + _attention_forward(self.shapes))
+            moments.append(beside + _attention_forward(self.shapes))
         return moments
 
     def _scatter(self) -> int:
         return _scatter(self.shapes, self.on_gloo)
 
 
+def _tokens_here(shapes: Shapes) -> int:
+    """Return the tokens of the residual stream on this rank: a share under sequence parallelism."""
+    return shapes.tokens // shapes.tensor if shapes.sequence else shapes.tokens
+
+
 def _norm(shapes: Shapes) -> int:
-    """Input (of the second norm: the sum of the residual stream and what is added to it), output (the product behind it
-    keeps it) and fp32 statistics."""
-    tokens = shapes.tokens // shapes.tensor if shapes.sequence else shapes.tokens
-    return 2 * shapes.hidden_bytes + tokens * (1 if shapes.rms_norm else 2) * FP32
+    """Count a norm: its input, its output (an operand of the next product) and fp32 statistics.
+
+    The input of the second norm is the residual sum after attention."""
+    statistics = 1 if shapes.rms_norm else 2  # rstd; LayerNorm: mean as well
+    return 2 * shapes.hidden_bytes + _tokens_here(shapes) * statistics * FP32
 
 
 def _more_norms(shapes: Shapes) -> int:
-    """Beyond two, which stand behind attention and MLP: inputs and statistics."""
-    tokens = shapes.tokens // shapes.tensor if shapes.sequence else shapes.tokens
-    return (shapes.norms - 2) * (shapes.hidden_bytes + tokens * FP32)
+    """Count the norms after attention and MLP, which some families have beside the usual two: input and statistics."""
+    return (shapes.norms - 2) * (shapes.hidden_bytes + _tokens_here(shapes) * FP32)
 
 
 def _projection(shapes: Shapes) -> int:
-    """Queries, keys and values as one tensor, in which positions are turned in place."""
+    """Count queries, keys and values as one tensor, in which RoPE works in place."""
     return shapes.tokens * (shapes.q + 2 * shapes.kv) * shapes.element
 
 
 def _attended(shapes: Shapes) -> int:
-    """What attention gives."""
+    """Count the output of attention."""
     return shapes.tokens * shapes.q * shapes.element
 
 
 def _scores(shapes: Shapes) -> int:
-    """How many, where they are written out."""
+    """Return the number (not bytes) of attention scores, for attention that materializes them."""
     return shapes.tokens * shapes.heads * shapes.seq_length
 
 
 def _attention(shapes: Shapes) -> int:
-    """The projection, the output and its log-sum-exp."""
+    """Count what attention keeps for its backward pass."""
     if not shapes.writes_scores:
+        # The projection, the output and its log-sum-exp; torch's kernel for windows also keeps the mask.
         mask = shapes.seq_length**2 * (shapes.element + 1) if shapes.window else 0
         return _lean_attention(shapes) + shapes.tokens * shapes.heads * FP32 + mask
-    # Written out: probabilities in fp32, and who attends to whom; queries, keys and values are copied for their
-    # products, and the projection is free.
+    # Materialized: probabilities in fp32 and rounded, and the mask. Queries, keys and values are copied for their
+    # products, after which the projection is freed.
     scores = _scores(shapes) * (FP32 + shapes.element) + shapes.seq_length**2
     if shapes.attention_dropout:
-        scores += _scores(shapes) * shapes.element  # its mask beside what it left
+        scores += _scores(shapes) * shapes.element  # the dropout's mask beside its output
     if shapes.attention_softcap:
-        scores += _scores(shapes) * FP32  # what the tanh gave
-    return 3 * _attended(shapes) + scores + _attended(shapes) + _before_head_norms(shapes)
+        scores += _scores(shapes) * FP32  # the output of tanh
+    return 4 * _attended(shapes) + scores + _before_head_norms(shapes)
 
 
 def _lean_attention(shapes: Shapes) -> int:
-    """What it begins with and what it gives."""
+    """Count the input and the output of attention alone."""
     return _projection(shapes) + _attended(shapes) + _before_head_norms(shapes)
 
 
 def _before_head_norms(shapes: Shapes) -> int:
-    """What they were computed from, and statistics."""
+    """Count the input of the norms of queries and keys, and their statistics."""
     if not shapes.head_norms:
         return 0
     return _projection(shapes) + shapes.tokens * (shapes.heads + shapes.kv_heads) * FP32
 
 
 def _attention_forward(shapes: Shapes) -> int:
-    """At the fullest moment of attention itself."""
+    """Count what is alive at the peak of attention's forward pass."""
     size = _projection(shapes)
+    scores = _scores(shapes)
     if shapes.attention_dropout:
-        # Scores and their softmax in fp32, and that in the activations' precision, for the mask of which random numbers
-        # are being made.
-        scores = _scores(shapes) * (2 * FP32 + shapes.element + RANDOM_BYTES)
-        size += 3 * _attended(shapes) + scores + _scores(shapes) // shapes.micro_batch_size * INT64
+        # The scores and their softmax in fp32, its rounded copy, and the random numbers for the mask with their
+        # indices, which all samples share.
+        bytes_each = 2 * FP32 + shapes.element + RANDOM_BYTES
+        indices = scores // shapes.micro_batch_size * INT64
+        size += 3 * _attended(shapes) + scores * bytes_each + indices
     elif shapes.attention_softcap:
-        # Scores, capped, masked, and their softmax.
-        size += 3 * _attended(shapes) + _scores(shapes) * 4 * FP32
+        # In fp32: the scores, capped, masked, and their softmax.
+        size += 3 * _attended(shapes) + scores * 4 * FP32
     if shapes.context > 1:
-        # Keys and values twice, own and arriving; a block's output, in fp32 as well, and that of all blocks.
-        size += shapes.tokens * (4 * shapes.kv * shapes.element + shapes.q * (shapes.element + 2 * FP32))
+        # Keys and values twice, own and arriving; a block's output, in fp32 as well, and the sum of all blocks.
+        keys_values = 4 * shapes.kv * shapes.element
+        outputs = shapes.q * (shapes.element + 2 * FP32)
+        size += shapes.tokens * (keys_values + outputs)
     return size
 
 
 def _attention_backward(shapes: Shapes) -> int:
-    """What attention has kept, and the gradients it makes, of which the projection's is what it gives."""
+    """Count what is alive at the peak of attention's backward pass: what it has kept, and its gradients."""
     size = _attention(shapes) + _projection(shapes)
     if shapes.writes_scores:
-        # Of the probabilities, and of the scores.
-        size += _scores(shapes) * 2 * FP32
+        size += _scores(shapes) * 2 * FP32  # gradients of the probabilities and of the scores
     if shapes.context > 1:
-        # Keys and values twice, own and arriving. Gradients in fp32: queries', keys' and values' twice. The last
-        # block's, of half of the queries or half of the keys; and the projection's in pieces before it is whole.
+        # Keys and values twice, own and arriving. In fp32 the gradients of queries, and of keys and values twice. The
+        # gradients of the last block, which has half of the queries or half of the keys. And the projection's
+        # gradient in pieces before it is whole.
+        keys_values = 4 * shapes.kv * shapes.element
         fp32 = (shapes.q + 4 * shapes.kv) * FP32
         block = max(shapes.q // 2 + 2 * shapes.kv, shapes.q + shapes.kv) * shapes.element
-        size += shapes.tokens * (4 * shapes.kv * shapes.element + fp32 + block) + _projection(shapes)
+        size += shapes.tokens * (keys_values + fp32 + block) + _projection(shapes)
     return size
 
 
 def _mask_numbers(shapes: Shapes) -> int:
-    """What makes a dropout's mask for hidden states: random numbers, and their indices, which all samples share."""
+    """Count the random numbers for a dropout mask of hidden states, and their indices, which all samples share."""
     numbers = shapes.tokens * shapes.norm_hidden
-    return numbers * RANDOM_BYTES + numbers // shapes.micro_batch_size * INT64
+    indices = numbers // shapes.micro_batch_size * INT64
+    return numbers * RANDOM_BYTES + indices
 
 
 def _whole(shapes: Shapes) -> int:
-    """T·D: what a row-parallel product gives, and what a column-parallel one takes."""
+    """Count T·D: the output of a row-parallel product, and the input of a column-parallel one."""
     return shapes.tokens * shapes.hidden * shapes.element
 
 
 def _gathered(shapes: Shapes) -> int:
-    """Slices of T·D gathered one behind another, and put together where they are of several sequences."""
+    """Count a gathered T·D: the ranks' slices in a row, and a copy in order if they are of several sequences."""
     return _whole(shapes) if shapes.micro_batch_size == 1 else 2 * _whole(shapes)
 
 
 def _added(shapes: Shapes) -> int:
-    """What is added to the residual stream, T·d: under sequence parallelism a slice of the T·D that were summed, all of
-    which it keeps alive."""
+    """Count what is added to the residual stream, T·d. Under sequence parallelism it is a slice of the reduced T·D, and
+    keeps all of it alive."""
     return _whole(shapes) if shapes.sequence else shapes.hidden_bytes
 
 
 def _scatter(shapes: Shapes, on_gloo: bool) -> int:
-    """Beside a T·D while it is summed over the tensor ranks, of which each keeps a slice: its slices one behind
-    another. gloo receives the other ranks' slices beside them."""
+    """Count the buffer of a reduce-scatter beside its input T·D: the slices in a row. gloo also receives the slices of
+    the other ranks."""
     if not shapes.sequence:
         return 0
-    return _whole(shapes) + (_whole(shapes) * (shapes.tensor - 1) // shapes.tensor if on_gloo else 0)
+    whole = _whole(shapes)
+    received = whole * (shapes.tensor - 1) // shapes.tensor if on_gloo else 0
+    return whole + received
 
 
 def _product_features(shapes: Shapes) -> list[int]:
-    """Features per token that each product of a layer needs for its weight's gradient: its input's (a slice, where
-    sequence parallelism gathers it again) and its output's."""
-    return [
-        (shapes.norm_hidden if matrix.column_parallel and shapes.sequence else matrix.columns) + matrix.rows
-        for matrix in shapes.matrices
-    ]
+    """Return the features per token of both operands of each product's weight-gradient GEMM."""
+    features = []
+    for matrix in shapes.matrices:
+        # Sequence parallelism keeps a slice of the input, and gathers it again.
+        gathers = matrix.column_parallel and shapes.sequence
+        of_input = shapes.norm_hidden if gathers else matrix.columns
+        features.append(of_input + matrix.rows)
+    return features
 
 
 def embedding_bytes(shapes: Shapes, largest_gradient: int) -> PartBytes:
-    """Its output is the first layer's input, and counted there but for what it keeps alive (`_added`). Of the gradients
-    of what it looked up, the largest has so many bytes."""
+    """Return the bytes of the embedding. `largest_gradient`: bytes of the largest gradient among its tables.
+
+    Its output is the first layer's input and counted there, but for what it keeps alive (`_added`)."""
     kept = _added(shapes) - shapes.hidden_bytes
     gradient = _gathered(shapes) if shapes.sequence else _whole(shapes)
     backward = kept + max(gradient, _whole(shapes) + largest_gradient)
@@ -250,13 +290,17 @@ def embedding_bytes(shapes: Shapes, largest_gradient: int) -> PartBytes:
 
 
 def rope_bytes(shapes: Shapes) -> int:
-    """Cosine and sine for each pair of a head's numbers, in fp32, which all layers and all samples share."""
-    return shapes.tokens // shapes.micro_batch_size * shapes.head_size * FP32 if shapes.rope else 0
+    """Return the bytes of the cos/sin tables, fp32, which all layers and all samples share."""
+    if not shapes.rope:
+        return 0
+    return shapes.tokens // shapes.micro_batch_size * shapes.head_size * FP32
 
 
 def head_bytes(shapes: Shapes, by_autograd: bool, on_gloo: bool = False) -> PartBytes:
-    """Of the last norm, the head and the loss, which keeps the logits and their log-sum-exp and in its backward pass
-    overwrites the logits with their gradient. `by_autograd`: the head's own gradient is made beside them."""
+    """Return the bytes of the last norm, the head and the loss.
+
+    The loss keeps the logits and their log-sum-exp, and overwrites the logits with their gradient. `by_autograd`:
+    autograd makes the head's weight gradient, in a tensor beside them. `on_gloo` is that of `layer_bytes`."""
     if shapes.loss_chunk is not None:
         return _chunked_head_bytes(shapes, shapes.loss_chunk, by_autograd, on_gloo)
     # A soft cap keeps what its tanh gave beside the logits, and in both passes makes a third of that size.
@@ -276,11 +320,12 @@ def head_bytes(shapes: Shapes, by_autograd: bool, on_gloo: bool = False) -> Part
 
 
 def _chunked_head_bytes(shapes: Shapes, chunk: int, by_autograd: bool, on_gloo: bool) -> PartBytes:
-    """Logits of a chunk of tokens at a time. What is kept is the head's input, whole also where a sequence is cut; and
-    weight gradients are never put off."""
+    """Count a head whose logits exist for `chunk` tokens at a time.
+
+    It keeps its input, whole also under sequence parallelism, and never defers its weight gradient."""
     kept = _norm(shapes) - shapes.hidden_bytes + _whole(shapes) + shapes.tokens * FP32
     logits = chunk * shapes.vocab * shapes.element
-    # Autograd's is summed in fp32 over the chunks, and each of those in the activations' precision beside it.
+    # Autograd's gradient is accumulated in fp32 over the chunks, beside each chunk's share in the weights' precision.
     of_weight = shapes.vocab * shapes.hidden * (FP32 + shapes.element) if by_autograd else 0
     backward = kept + _whole(shapes) + max(logits + of_weight, _scatter(shapes, on_gloo))
     return PartBytes(kept, kept + logits, backward, backward, for_weights=0)

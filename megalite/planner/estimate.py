@@ -1,4 +1,4 @@
-"""What a plan costs on given hardware: memory of every pipeline rank, the time of a step, MFU and traffic."""
+"""Estimates what a plan costs on given hardware: memory of every pipeline rank, time of a step, MFU and traffic."""
 
 from __future__ import annotations
 
@@ -22,28 +22,30 @@ from megalite.planner.shapes import LocalSizes, Shapes, StageSizes, shapes_of
 from megalite.planner.simulate import Links, Piece, StageWork, Timeline, simulate
 
 HEADROOM_GB = 2.0
-"""GiB of a GPU that are not for tensors: the CUDA context, cuBLAS' workspaces and NCCL's buffers."""
+"""GiB of a GPU that tensors cannot have: the CUDA context, cuBLAS' workspaces and NCCL's buffers."""
 
 FRAGMENTATION = 0.05
-"""Share of the rest that the allocator cannot use for its being in pieces."""
+"""Share of the rest that the allocator loses to fragmentation."""
 
 
 @dataclass(frozen=True)
 class Estimate:
+    """Holds the predictions for one plan."""
+
     config: Config
     plan: Plan
     hardware: Hardware
     memory: tuple[Memory, ...]
-    """Of each pipeline rank."""
+    """One for each pipeline rank."""
     step_time_s: float
     bubble: float
     """Share of the pipeline ranks' time in which they wait for each other."""
     volume: dict[str, float]
-    """Bytes that a rank sends in a step, by axis: of the rank that sends most."""
+    """Bytes a rank sends in a step, by axis; of the rank that sends most."""
     comm_time: dict[str, float]
-    """Seconds of a step that messages of each axis take, hidden or not, of the rank where they take longest."""
+    """Seconds of a step that messages take, hidden or not, by axis; of the rank where they take longest."""
     exposed_s: float
-    """Seconds at the end of the step in which reductions of gradients are waited for."""
+    """Seconds at the end of the step spent waiting for gradient reductions."""
     optimizer_s: float
     tokens_per_s: float
     mfu: float
@@ -51,27 +53,35 @@ class Estimate:
 
     @property
     def fullest(self) -> Memory:
+        """Memory of the pipeline rank that needs most."""
         return max(self.memory, key=lambda memory: memory.total)
 
     @property
     def fits(self) -> bool:
+        """True if every rank's tensors fit into its GPU."""
         return self.fullest.total <= usable_bytes(self.hardware)
 
 
 def usable_bytes(hardware: Hardware) -> float:
-    """Bytes of a GPU that tensors may take."""
+    """Return the bytes of a GPU that tensors may take."""
     return (hardware.chip.memory_gb - HEADROOM_GB) * (1 - FRAGMENTATION) * 2**30
 
 
 def estimate(
     config: Config, plan: Plan, hardware: Hardware, *, software: Software = MEGALITE, record: bool = False
 ) -> Estimate:
-    """Simulate a step. `record` keeps every event of it, for a picture. Raises ConfigError for what cannot be known."""
-    return Outlook(config, plan, hardware, weight_table(config.model, config.lora), software).estimate(record)
+    """Simulate a step of `config` under `plan` on this `hardware`.
+
+    `software` is the trainer to predict. `record` keeps every event of the step, for a picture. Raises ConfigError for
+    a model the planner does not know and a precision without a known peak."""
+    weights = weight_table(config.model, config.lora)
+    return Outlook(config, plan, hardware, weights, software).estimate(record)
 
 
 def memory_of(config: Config, plan: Plan, *, device: Literal["cuda", "cpu"] = "cuda") -> tuple[Memory, ...]:
-    """Bytes of each pipeline rank."""
+    """Predict the memory of each pipeline rank for `config` under `plan`, on GPUs or with gloo on the CPU (`device`).
+
+    Raises ConfigError for a model the planner does not know."""
     weights = weight_table(config.model, config.lora)
     shapes = shapes_of(config, plan, weights)
     order = order_of(plan.schedule, plan.pipeline, plan.virtual, plan.micro_batches)
@@ -81,7 +91,7 @@ def memory_of(config: Config, plan: Plan, *, device: Literal["cuda", "cpu"] = "c
 
 
 class Outlook:
-    """One plan, worked out piece by piece: the cheap parts decide in a search whether the others are asked for."""
+    """Computes the parts of an estimate on demand. In a search, cheap parts decide whether the others are needed."""
 
     def __init__(
         self,
@@ -92,8 +102,13 @@ class Outlook:
         software: Software = MEGALITE,
         local: LocalSizes | None = None,
     ):
-        """`local` are the sizes of `weights` at the plan's tensor parallelism, where they are already known."""
-        self.config, self.plan, self.hardware, self.software = config, plan, hardware, software
+        """Take the inputs of `estimate`. `weights` is the model's table.
+
+        `local`: sizes of `weights` at the plan's tensor parallelism, if they are known already."""
+        self.config = config
+        self.plan = plan
+        self.hardware = hardware
+        self.software = software
         self.shapes: Shapes = shapes_of(config, plan, weights)
         local = local or LocalSizes(weights, plan.tensor)
         self.sizes: tuple[StageSizes, ...] = tuple(local.of(stage) for stage in plan.stages)
@@ -103,57 +118,71 @@ class Outlook:
 
     @cached_property
     def order(self) -> Order:
+        """Order of passes of each pipeline rank."""
         return order_of(self.plan.schedule, self.plan.pipeline, self.plan.virtual, self.plan.micro_batches)
 
     @cached_property
     def memory(self) -> tuple[Memory, ...]:
+        """Memory of each pipeline rank."""
         return rank_memories(self.plan, self.config, self.shapes, self.sizes, self.order, "cuda")
 
     @cached_property
     def work(self) -> tuple[StageWork, ...]:
+        """Pass times of every stage."""
         plain = self.costs.layer("none")
         lean = self.costs.layer(self.config.train.recompute)
         return tuple(self._stage_work(span, plain, lean) for span in self.plan.stages)
 
     def _stage_work(self, span: StageSpan, plain: PassTimes, lean: PassTimes) -> StageWork:
+        """Compute the pass times of a stage from those of a layer without (`plain`) and with recomputation (`lean`)."""
         sizes = self.sizes[span.index]
         num_lean = self.config.train.recompute_layers or len(sizes.layers)
         trained = sizes.trained
-        both = zip(sizes.layers, trained.layers, strict=True)
-        parts = [(lean if number < num_lean else plain, *size) for number, size in enumerate(both)]
+        # Each part's times, its elements and those of them that are trained, in the order of the forward pass.
+        parts: list[tuple[PassTimes, int, int]] = []
         if span.first:
-            parts.insert(0, (self.costs.embedding(), sizes.before, trained.before))
+            parts.append((self.costs.embedding(), sizes.before, trained.before))
+        for number, (size, size_trained) in enumerate(zip(sizes.layers, trained.layers, strict=True)):
+            parts.append((lean if number < num_lean else plain, size, size_trained))
         if span.last:
             parts.append((self.costs.head(), sizes.after, trained.after))
         total = sum((times for times, _, _ in parts), NOTHING)
-        pieces = tuple(
-            Piece(
-                times.forward,
-                times.backward_weight if self._separate else times.backward,
-                self._gather_time(stepped),
-                self._reduce_time(stepped) if self.plan.zero_stage < 3 else 0.0,
+        pieces = []
+        for times, _, size_trained in parts:
+            pieces.append(
+                Piece(
+                    forward=times.forward,
+                    backward=times.backward_weight if self._separate else times.backward,
+                    gather=self._gather_time(size_trained),
+                    reduce=self._reduce_time(size_trained) if self.plan.zero_stage < 3 else 0.0,
+                )
             )
-            for times, _, stepped in parts
-        )
         forward, backward = total.forward, total.backward
         if self.plan.zero_stage == 3:
             # Weights are gathered and gradients reduced in every pass, beside the work on the layer before.
-            forward = sum(max(t.forward, self._whole_time(size)) for t, size, _ in parts)
-            backward = sum(max(t.backward, self._whole_time(size) + self._reduce_time(s)) for t, size, s in parts)
-        return StageWork(forward, backward, total.backward_input, total.backward_weight, pieces)
+            forward = backward = 0.0
+            for times, size, size_trained in parts:
+                gather = self._whole_time(size)
+                forward += max(times.forward, gather)
+                backward += max(times.backward, gather + self._reduce_time(size_trained))
+        return StageWork(forward, backward, total.backward_input, total.backward_weight, tuple(pieces))
 
     def _whole_time(self, size: int) -> float:
+        """Return the seconds to all-gather weights of `size` elements over the replicas."""
         return self.network.gather(size * self.shapes.element, self.network.replicas)
 
     def _gather_time(self, size: int) -> float:
+        """Return the seconds of the all-gather after the optimizer step, at ZeRO stages that have one."""
         return self._whole_time(size) if self.plan.zero_stage in (1, 2) else 0.0
 
     def _reduce_time(self, size: int) -> float:
+        """Return the seconds to reduce fp32 gradients over the replicas: a reduce-scatter under ZeRO."""
         collective = self.network.gather if self.plan.zero_stage else self.network.all_reduce
         return collective(4.0 * size, self.network.replicas)
 
     @property
     def links(self) -> Links:
+        """Properties of the messages between pipeline ranks and between replicas."""
         pipeline = self.plan.pipeline > 1
         return Links(
             hand_over=self.network.hand_over(self.shapes.hidden_bytes) if pipeline else 0.0,
@@ -163,53 +192,67 @@ class Outlook:
 
     @property
     def optimizer_s(self) -> float:
-        """The global norm, the update of this rank's shard, and at stage 0 on everything; of the fullest rank."""
+        """Seconds of the gradient norm and of the update on the fullest rank: on its shard, or at ZeRO stage 0 on all."""
         params = self.most_trained / (self.plan.replicas if self.plan.zero_stage else 1)
-        norm = self.network.all_reduce(4.0, self.network.replicas) if self.plan.world_size > 1 else 0.0
-        tied = self.network.hand_over(4.0 * self.sizes[-1].after) if self._tied_over_pipeline else 0.0
-        return norm + 2 * tied + self.kernels.memory(params * optimizer_bytes(len(self.config.optimizer.STATES)))
+        norm = tied = 0.0
+        if self.plan.world_size > 1:
+            norm = self.network.all_reduce(4.0, self.network.replicas)
+        if self._tied_over_pipeline:
+            tied = self.network.hand_over(4.0 * self.sizes[-1].after)
+        moved = optimizer_bytes(len(self.config.optimizer.STATES))
+        # Tied embeddings exchange their gradients in both directions.
+        return norm + 2 * tied + self.kernels.memory(params * moved)
 
     @property
     def _tied_over_pipeline(self) -> bool:
+        """True if the first and the last stage share a trained embedding."""
         return self.plan.pipeline > 1 and self.config.model.tie_embeddings and not self.shapes.frozen
 
     @cached_property
     def most_params(self) -> int:
-        """Elements of weights on the fullest rank."""
+        """Number of weight elements on the fullest rank."""
         return self._most([size.total for size in self.sizes])
 
     @cached_property
     def most_trained(self) -> int:
-        """Of those that are not frozen."""
+        """Largest number of trained (not frozen) elements on a rank."""
         return self._most([size.trained.total for size in self.sizes])
 
     def _most(self, sizes: Sequence[int]) -> int:
-        return max(sum(sizes[span.index] for span in self.plan.stages_of(rank)) for rank in range(self.plan.pipeline))
+        """Return the largest sum over the stages of a rank. `sizes` are those of all stages."""
+        most = 0
+        for rank in range(self.plan.pipeline):
+            most = max(most, sum(sizes[span.index] for span in self.plan.stages_of(rank)))
+        return most
 
     @property
     def shortest_step_s(self) -> float:
-        """No simulation can be quicker: a rank's work, after the way to it is filled and before the way back is
-        drained."""
-        plan, work = self.plan, self.work
+        """Lower bound of the step time in seconds: the busiest rank's work, and the time to fill and drain the pipeline
+        before and after it."""
+        plan = self.plan
+        work = self.work
         longest = 0.0
         for rank in range(plan.pipeline):
             busy = sum(work[span.index].forward + self._whole_backward(span.index) for span in plan.stages_of(rank))
             ways = sum(work[index].forward for index in range(rank))
-            if not self._separate:  # the passes that end a zero-bubble schedule are nobody's to wait for
+            if not self._separate:  # under zero bubble no rank waits for the last weight-gradient passes
                 ways += sum(work[index].backward for index in range(rank))
             longest = max(longest, busy * plan.micro_batches + ways)
         return longest + self.optimizer_s
 
     @property
     def _separate(self) -> bool:
-        """Backward passes come in two halves."""
+        """True if backward passes come in two halves, as under zero bubble."""
         return self.plan.pipeline > 1 and self.plan.schedule == "zero_bubble"
 
     def _whole_backward(self, stage: int) -> float:
         work = self.work[stage]
-        return work.backward_input + work.backward_weight if self._separate else work.backward
+        if self._separate:
+            return work.backward_input + work.backward_weight
+        return work.backward
 
     def estimate(self, record: bool = False) -> Estimate:
+        """Simulate the step and put the estimate together. `record` keeps the events of the step."""
         timeline = simulate(self.order, self.work, self.links, self.plan.micro_batches, record)
         step = timeline.end + self.optimizer_s
         tokens_per_s = self.plan.tokens_per_step / step
@@ -232,18 +275,24 @@ class Outlook:
         )
 
     def _traffic(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Bytes a rank sends in a step and seconds that takes at the links' speed, by axis."""
-        plan, network = self.plan, self.network
+        """Return (bytes a rank sends in a step, seconds that takes at the links' speed), by axis."""
+        plan = self.plan
+        network = self.network
         volume = dict.fromkeys(("tensor", "context", "data", "pipeline"), 0.0)
         for rank in range(plan.pipeline):
             parts = [self._parts_of(span) for span in plan.stages_of(rank)]
-            volume["tensor"] = max(volume["tensor"], plan.micro_batches * sum(p.tensor_bytes for p in parts))
-            volume["context"] = max(volume["context"], plan.micro_batches * sum(p.context_bytes for p in parts))
+            tensor = plan.micro_batches * sum(part.tensor_bytes for part in parts)
+            context = plan.micro_batches * sum(part.context_bytes for part in parts)
+            volume["tensor"] = max(volume["tensor"], tensor)
+            volume["context"] = max(volume["context"], context)
+        # A ring sends this share of the whole tensor; an all-reduce (no ZeRO) sends it twice.
         share = (plan.replicas - 1) / plan.replicas
         reductions = plan.micro_batches if plan.zero_stage >= 2 else 1
         gathers = {0: 0, 1: 1, 2: 1, 3: 2 * plan.micro_batches}[plan.zero_stage]
         reduced = self.most_trained * 4 * reductions * (1 if plan.zero_stage else 2)
-        gathered = (self.most_params if plan.zero_stage == 3 else self.most_trained) * self.shapes.element * gathers
+        # ZeRO 3 gathers frozen weights too; below it only what the optimizer has changed.
+        size = self.most_params if plan.zero_stage == 3 else self.most_trained
+        gathered = size * self.shapes.element * gathers
         volume["data"] = share * (reduced + gathered)
         if plan.pipeline > 1:
             volume["pipeline"] = 2.0 * plan.virtual * plan.micro_batches * self.shapes.hidden_bytes
@@ -256,7 +305,10 @@ class Outlook:
         return volume, {axis: sent / speed[axis] for axis, sent in volume.items()}
 
     def _parts_of(self, span: StageSpan) -> PassTimes:
+        """Add up the times and messages of a stage's parts."""
         total = self.costs.layer(self.config.train.recompute) * (span.stop - span.start)
         if span.first:
             total += self.costs.embedding()
-        return total + self.costs.head() if span.last else total
+        if span.last:
+            total += self.costs.head()
+        return total

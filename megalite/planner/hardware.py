@@ -1,6 +1,7 @@
 """Chips and interconnects: data read from configs/chips.yaml, configs/interconnects.yaml or a file of the user's.
 
-What is not known is asked for, never guessed."""
+Unknown hardware is an error that asks for a description; its peak is never guessed.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +20,14 @@ from megalite.mistakes import describe_errors
 from megalite.resources import configs_dir, parse_yaml
 
 TYPICAL_MATMUL = 0.75
-"""Share of the peak, where a chip has no measured `matmul`: between MI-class 0.6 and A100's 0.87."""
+"""Share of the peak for chips without a measured `matmul`: between MI-class 0.6 and A100's 0.87."""
 
 TYPICAL_ATTENTION = 0.35
-"""Share of the peak, where a chip has no measured `attention`: FlashAttention-2 on an H100 (arXiv:2407.08608)."""
+"""Share of the peak for chips without a measured `attention`: FlashAttention-2 on an H100 (arXiv:2407.08608)."""
 
 
 class Chip(Section):
-    """One line of configs/chips.yaml, where each field is explained."""
+    """Holds one line of configs/chips.yaml, where each field is explained."""
 
     chip: str
     bf16_tflops: float = Field(gt=0)
@@ -44,21 +45,27 @@ class Chip(Section):
 
     @property
     def matmul_share(self) -> float:
+        """Share of the peak that the best matrix products reach."""
         return self.matmul or TYPICAL_MATMUL
 
     @property
     def attention_share(self) -> float:
+        """Share of the peak that flash attention reaches."""
         return self.attention or TYPICAL_ATTENTION
 
     @property
     def assumed(self) -> list[str]:
-        """What the planner takes for this chip without its having been measured."""
-        typical = {"matmul": (self.matmul, TYPICAL_MATMUL), "attention": (self.attention, TYPICAL_ATTENTION)}
-        return [f"{name} {share:g} of the peak" for name, (known, share) in typical.items() if known is None]
+        """Shares of the peak that were not measured on this chip, as text for a person."""
+        found = []
+        if self.matmul is None:
+            found.append(f"matmul {TYPICAL_MATMUL:g} of the peak")
+        if self.attention is None:
+            found.append(f"attention {TYPICAL_ATTENTION:g} of the peak")
+        return found
 
 
 class Interconnect(Section):
-    """One line of configs/interconnects.yaml, where each field is explained."""
+    """Holds one line of configs/interconnects.yaml, where each field is explained."""
 
     interconnect: str
     gpu_gb_s: float | None = Field(None, gt=0)
@@ -75,33 +82,39 @@ class Interconnect(Section):
 
 @dataclass(frozen=True)
 class Hardware:
+    """Describes the machines of a run: equal nodes of equal GPUs."""
+
     chip: Chip
     interconnect: Interconnect
     gpus_per_node: int
 
     @property
     def link_bytes_s(self) -> float:
-        """Bytes/s of one GPU to its node, one direction, datasheet."""
+        """Bandwidth of a GPU within its node, in bytes/s, one direction, datasheet."""
         return self.chip.link_gb_s * 1e9
 
     @property
     def network_bytes_s(self) -> float:
-        """Bytes/s of one GPU's share of what leaves its node, one direction, datasheet."""
+        """Bandwidth of a GPU's share of its node's network, in bytes/s, one direction, datasheet."""
         net = self.interconnect
-        return (net.gpu_gb_s or (net.node_gb_s or 0.0) / self.gpus_per_node) * 1e9
+        # Either a network card for each GPU, or one network that the node's GPUs share.
+        gb_s = net.gpu_gb_s or (net.node_gb_s or 0.0) / self.gpus_per_node
+        return gb_s * 1e9
 
 
 DEFAULT_INTERCONNECT = "ib-ndr"
 
 
 def find_hardware(gpu: str, gpus_per_node: int = 8, interconnect: str = DEFAULT_INTERCONNECT) -> Hardware:
-    """By name, or by the path of a YAML file that describes one. Raises ConfigError."""
+    """Find a chip and an interconnect by name, or by the path of a YAML file that describes one.
+
+    `gpu` and `interconnect` are such names or paths; a node has `gpus_per_node` GPUs. Raises ConfigError with the known
+    names."""
     if gpus_per_node < 1:
         raise ConfigError(f"--nodes-of {gpus_per_node}: a node has at least one GPU")
     chip = _find(gpu, "chip", "chips.yaml", "--gpu", Chip)
-    return Hardware(
-        chip, _find(interconnect, "interconnect", "interconnects.yaml", "--interconnect", Interconnect), gpus_per_node
-    )
+    network = _find(interconnect, "interconnect", "interconnects.yaml", "--interconnect", Interconnect)
+    return Hardware(chip, network, gpus_per_node)
 
 
 S = TypeVar("S", bound=Section)
@@ -111,7 +124,10 @@ def _find(wanted: str, key: str, file: str, option: str, section: type[S]) -> S:
     if wanted.endswith((".yaml", ".yml")):
         return _described(Path(wanted), key, section)
     rows = _rows(file)
-    names = {_plain(name): row for row in rows for name in (row[key], *row.get("also", ()))}
+    names = {}
+    for row in rows:
+        for name in (row[key], *row.get("also", ())):
+            names[_plain(name)] = row
     if _plain(wanted) in names:
         return _checked(names[_plain(wanted)], f"{file}: {wanted}", section)
     known = [str(row[key]) for row in rows]
@@ -131,7 +147,7 @@ def _described(path: Path, key: str, section: type[S]) -> S:
         values = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}") from None
-    if isinstance(values, list) and len(values) == 1:
+    if isinstance(values, list) and len(values) == 1:  # a row of the table, copied as it stands there
         values = values[0]
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected the `field: value` lines of one {key}")
@@ -152,4 +168,5 @@ def _rows(file: str) -> list[dict[str, Any]]:
 
 
 def _plain(name: str) -> str:
+    """Reduce a name to its letters and digits, so that "H100-SXM" and "h100 sxm" are one."""
     return re.sub(r"[^a-z0-9]", "", name.lower())

@@ -1,4 +1,4 @@
-"""Time of single kernels on a chip: matrix products, attention, and passes over memory."""
+"""Predicts the time of single kernels on a chip: matrix products, attention, and passes over memory."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ TILES = ((128, 256), (256, 128), (128, 128))
 """Rows and columns of the result that one multiprocessor computes at a time (the shapes cuBLAS and CUTLASS prefer)."""
 
 PROLOGUE = 128
-"""Elements of the summed dimension in whose time a tile is set up and written out instead of multiplied."""
+"""Set-up and write-out of a tile, in the time that this many elements of the summed dimension take to multiply."""
 
 SUSTAINED = 0.7
-"""Share of a chip's `matmul` that its products keep up in training. `matmul` is the best shape of a search, run alone;
-in training the shapes are the model's, the clock falls with the power, and copies and collectives run beside them. The
-one number here that is calibrated instead of measured: on one row, the 16B, of Megatron-LM's H100 table. The other
+"""Share of a chip's `matmul` that products sustain in training. `matmul` is the best shape of a search, run alone; in
+training the shapes are the model's, the clock falls with the power, and copies and collectives run beside them. This is
+the one number here that is calibrated instead of measured: on one row, the 16B, of Megatron-LM's H100 table. The other
 eight and torchtitan's A100 figures check it (tests/planner/test_planner_mfu.py)."""
 
 LAUNCH_US = 4.0
-"""What a kernel takes at least: PyTorch's host side of an operation. Only small models notice it."""
+"""Lower bound of a kernel's time in µs: PyTorch's host side of an operation. It matters for small models only."""
 
 
 @dataclass(frozen=True)
 class Software:
-    """How a trainer uses the chip."""
+    """Describes how a trainer uses the chip."""
 
     name: str
     hides_tensor: bool
-    """Collectives of tensor parallelism run in pieces beside the pieces of their product, in both passes. Otherwise
-    only what `parallel/tensor.py` overlaps: both of a column-parallel layer's in its backward pass."""
+    """True if tensor-parallel collectives run in pieces beside the pieces of their product, in both passes. Otherwise
+    only what `parallel/tensor.py` overlaps: both collectives of a column-parallel layer's backward pass."""
     sequence_first: bool
-    """Activations are [sequence, batch, …], so that the slices of a cut sequence lie together and none is copied."""
+    """True if activations are [sequence, batch, …]: slices of a sequence are contiguous and never copied."""
     norm_adds: bool
-    """The addition to the residual stream is in the pass of the norm behind it."""
+    """True if the residual addition is fused with the norm after it."""
     loss_bytes: tuple[int, int]
-    """Read and written per bf16 logit in the forward pass, and in the backward pass."""
+    """Bytes read and written per bf16 logit in the forward and in the backward pass."""
 
 
 MEGALITE = Software(
@@ -60,18 +60,21 @@ MEGATRON = Software(
     # (4), division (8). Backward: scaled by the loss's gradient (8), to bf16 (6).
     loss_bytes=(38, 14),
 )
-"""As its published figures were measured: --tp-comm-overlap; and its loss as it is by default."""
+"""Megatron-LM as its published figures were measured: with --tp-comm-overlap, and its default loss."""
 
 
 @dataclass(frozen=True)
 class Kernels:
+    """Computes the seconds of kernels on a chip."""
+
     chip: Chip
     software: Software
     element: int
-    """Bytes of a number in the matrix products."""
+    """Bytes per element of the matrix products."""
 
     @property
     def _peak(self) -> float:
+        """Peak in FLOP/s. Raises ConfigError for fp32."""
         if self.element != 2:
             raise ConfigError(
                 "train.precision: fp32 has no peak in configs/chips.yaml (it depends on TF32); plan with "
@@ -80,24 +83,26 @@ class Kernels:
         return self.chip.bf16_tflops * 1e12
 
     def product(self, m: int, n: int, k: int) -> float:
-        """Seconds of [m,k] × [k,n]: tiles are computed in waves of one a multiprocessor, and the last wave may be part
-        empty; a small product waits for memory instead."""
+        """Return the seconds of the product [`m`,`k`] × [`k`,`n`].
+
+        Multiprocessors compute tiles in waves of one tile each, of which the last may be partly empty (wave
+        quantization). A small product is bound by memory or by its launch instead."""
         full = max(_fill(m, n, tile, self.chip.num_sms) for tile in TILES)
         share = self.chip.matmul_share * SUSTAINED * full * k / (k + PROLOGUE)
         moved = (m * k + k * n + m * n) * self.element
         return max(2.0 * m * n * k / (self._peak * share), self.memory(moved), LAUNCH_US * 1e-6)
 
     def attention(self, operations: float) -> float:
-        """Seconds of so many operations of causal flash attention (only those that are not masked count)."""
+        """Return the seconds of causal flash attention with so many `operations`, masked ones not counted."""
         return max(operations / (self._peak * self.chip.attention_share), LAUNCH_US * 1e-6)
 
     def memory(self, num_bytes: float, kernels: int = 0) -> float:
-        """Seconds to move so many bytes in so many kernels."""
+        """Return the seconds to move `num_bytes` to and from memory in `kernels` launches."""
         return max(num_bytes / (self.chip.memory_tb_s * 1e12 * MEMORY_SHARE), kernels * LAUNCH_US * 1e-6)
 
 
 def _fill(m: int, n: int, tile: tuple[int, int], num_sms: int) -> float:
-    """Share of the multiprocessors' time that goes into the result, over whole waves of whole tiles."""
+    """Return the share of the multiprocessors' time that goes into the result, over whole waves of whole tiles."""
     tiles = -(-m // tile[0]) * -(-n // tile[1])
     waves = -(-tiles // num_sms)
     return m * n / (waves * num_sms * tile[0] * tile[1])

@@ -1,5 +1,6 @@
-"""Bytes of each pipeline rank at its fullest moment: what it holds through the whole step, what its passes keep, and
-what they hold on top while they run."""
+"""Predicts the peak memory of each pipeline rank: what it holds through the whole step, what passes keep for their
+backward passes, and what they hold on top while they run.
+"""
 
 from __future__ import annotations
 
@@ -26,25 +27,24 @@ from megalite.planner.shapes import Shapes, StageSizes
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one pipeline rank (of each of its replicas and tensor ranks)."""
+    """Holds the bytes of one pipeline rank: of each of its replicas and tensor ranks."""
 
     weights: int
     gradients: int
     optimizer: int
     activations: int
-    """Kept by passes whose backward pass is still to come, at the fullest moment."""
+    """Kept by micro-batches in flight, at the peak."""
     transient: int
-    """On top of it while a pass runs: one layer's gradients, what it gathers or passes around, an embedding's
-    gradient."""
+    """Held on top by the pass that runs at the peak: gradients of one layer or of an embedding, gathered tensors."""
     buffers: int
-    """The step's tokens, and what is being sent or received beside the passes: pipeline hand-overs, buckets under
-    way."""
+    """The step's tokens, and messages in flight beside the passes: pipeline hand-overs and gradient buckets."""
 
     @property
     def total(self) -> int:
         return self.weights + self.gradients + self.optimizer + self.activations + self.transient + self.buffers
 
     def named(self) -> dict[str, int]:
+        """Return the bytes by name."""
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
 
@@ -56,7 +56,10 @@ def rank_memories(
     order: Order,
     device: Literal["cuda", "cpu"],
 ) -> tuple[Memory, ...]:
-    """On the CPU, gloo's collectives need memory of their own."""
+    """Return the memory of each pipeline rank of `plan`.
+
+    `config` gives the training settings, `shapes` one layer on a tensor rank, `sizes` the elements of each stage,
+    `order` the passes of each rank. On the `device` cpu, gloo's collectives need memory of their own."""
     on_gloo = device == "cpu"
     counts = _Counts(plan, config.train, shapes, on_gloo)
     stages = [counts.stage(stage, sizes[stage.index]) for stage in plan.stages]
@@ -64,7 +67,8 @@ def rank_memories(
     for rank in range(plan.pipeline):
         spans = plan.stages_of(rank)
         own = [sizes[span.index] for span in spans]
-        params, trained = sum(size.total for size in own), sum(size.trained.total for size in own)
+        params = sum(size.total for size in own)
+        trained = sum(size.trained.total for size in own)
         weights, gradients, optimizer = _resident(plan, config, params, trained, shapes.element)
         activations, transient = _in_passes(order[rank], stages)
         buffers = (
@@ -78,38 +82,45 @@ def rank_memories(
 
 
 class _Counts:
-    """Bytes of stages for one micro-batch."""
+    """Counts the bytes of stages for one micro-batch."""
 
     def __init__(self, plan: Plan, train: TrainConfig, shapes: Shapes, on_gloo: bool):
-        self.train, self.shapes = train, shapes
-        # The native engine adds the gradients of products where they stay; only those of what is looked up are made by
-        # autograd first.
+        self.train = train
+        self.shapes = shapes
+        # The native engine's weight-gradient GEMMs accumulate in place. Only gradients of look-ups come from autograd.
         self.by_autograd = plan.engine != "native"
-        self.plain, self.lean = (layer_bytes(shapes, kind, on_gloo) for kind in ("none", train.recompute))
+        self.plain = layer_bytes(shapes, "none", on_gloo)
+        self.lean = layer_bytes(shapes, train.recompute, on_gloo)
         self.head = head_bytes(shapes, self.by_autograd, on_gloo)
 
     def stage(self, stage: StageSpan, sizes: StageSizes) -> PartBytes:
-        parts, hidden = self._parts(stage, sizes), self.shapes.hidden_bytes
+        """Return the bytes of one stage."""
+        parts = self._parts(stage, sizes)
+        hidden = self.shapes.hidden_bytes
         kept = sum(number * part.kept for number, part in parts)
         for_weights = sum(number * part.for_weights for number, part in parts)
         forward = [(number, part.forward, part.kept) for number, part in parts]
-        backward = [(number, part.backward - part.kept, -part.kept) for number, part in parts[::-1]]
-        backward_input = [
-            (number, part.backward_input - part.kept, part.for_weights - part.kept) for number, part in parts[::-1]
-        ]
-        # Positions as all layers need them. Till its backward pass torch holds what a stage gave, and under zero bubble
-        # what it took till the pass for the weights.
-        beside = rope_bytes(self.shapes) + (0 if stage.last else hidden)
+        backward, backward_input = [], []
+        for number, part in reversed(parts):
+            backward.append((number, part.backward - part.kept, -part.kept))
+            # An input-gradient pass leaves the operands of the weight gradients behind.
+            left = part.for_weights - part.kept
+            backward_input.append((number, part.backward_input - part.kept, left))
+        # The cos/sin tables of all layers; and the stage's output, which torch holds until the backward pass. Under
+        # zero bubble it also holds the input until the weight-gradient pass.
+        output = 0 if stage.last else hidden
+        held_input = 0 if stage.first else hidden
+        beside = rope_bytes(self.shapes) + output
         return PartBytes(
             kept=beside + kept,
             forward=beside + _fullest(0, forward),
             backward=beside + _fullest(kept, backward),
             backward_input=beside + _fullest(kept, backward_input),
-            for_weights=for_weights + (0 if stage.first else hidden),
+            for_weights=for_weights + held_input,
         )
 
     def _parts(self, stage: StageSpan, sizes: StageSizes) -> list[tuple[int, PartBytes]]:
-        """Parts in the order of the forward pass, and how many of each follow each other."""
+        """Return the parts in the order of the forward pass, each with how many of it follow one another."""
         count = stage.stop - stage.start
         num_lean = min(count, self.train.recompute_layers or count)
         parts = [(num_lean, self.lean), (count - num_lean, self.plain)]
@@ -122,8 +133,10 @@ class _Counts:
 
 
 def _fullest(held: int, parts: Sequence[tuple[int, int, int]]) -> int:
-    """The most that is held in a pass that begins with `held`. Of each part: how many follow each other, what one holds
-    on top while it runs, and by how much it leaves more behind than it found."""
+    """Return the peak of a pass that begins with `held` bytes.
+
+    `parts` are (how many follow one another, bytes one holds on top while it runs, bytes one leaves behind; negative if
+    it frees some)."""
     most = held
     for number, on_top, left in parts:
         last = held + (number - 1) * left
@@ -133,22 +146,26 @@ def _fullest(held: int, parts: Sequence[tuple[int, int, int]]) -> int:
 
 
 def resident_bytes(plan: Plan, config: Config, params: int, trained: int, element: int) -> int:
-    """What a rank with so many elements of weights of `element` bytes, of which so many are not frozen, holds through
-    the whole step."""
+    """Return the bytes that a rank holds through the whole step: weights, gradients and optimizer state.
+
+    The rank has `params` elements of weights with `element` bytes each; `trained` of them are not frozen. `plan` says
+    what ZeRO shards."""
     return sum(_resident(plan, config, params, trained, element))
 
 
 def _resident(plan: Plan, config: Config, params: int, trained: int, element: int) -> tuple[int, int, int]:
-    """Weights, fp32 gradients, optimizer state: its fp32 states, and of bf16 weights an fp32 master copy."""
-    per_weight = (len(config.optimizer.STATES) + (element != FP32)) * FP32
+    """Return the bytes of (weights, fp32 gradients, optimizer state)."""
     shard = -(-trained // plan.replicas)
-    weights = (-(-params // plan.replicas) if plan.zero_stage == 3 else params) * element
-    gradients = (shard if plan.zero_stage >= 2 else trained) * FP32
-    return weights, gradients, (shard if plan.zero_stage else trained) * per_weight
+    weights = -(-params // plan.replicas) if plan.zero_stage == 3 else params
+    gradients = shard if plan.zero_stage >= 2 else trained
+    updated = shard if plan.zero_stage else trained
+    # The optimizer's fp32 states, and for bf16 weights an fp32 master copy.
+    num_states = len(config.optimizer.STATES) + (element != FP32)
+    return weights * element, gradients * FP32, updated * num_states * FP32
 
 
 def _in_passes(actions: Sequence[tuple[str, int, int]], stages: Sequence[PartBytes]) -> tuple[int, int]:
-    """(kept by passes, on top of it while a pass runs) at the moment at which their sum is largest."""
+    """Return (bytes kept by passes, bytes held on top by the pass that runs) at the moment of the largest sum."""
     held = 0
     most = (0, 0)
     for kind, number, _ in actions:
@@ -162,7 +179,7 @@ def _in_passes(actions: Sequence[tuple[str, int, int]], stages: Sequence[PartByt
         elif kind == "B":
             now = (held, stage.backward - stage.kept)
             held -= stage.kept
-        else:
+        else:  # "W"
             now = (held, 0)
             held -= stage.for_weights
         most = max(most, now, key=sum)
@@ -170,38 +187,45 @@ def _in_passes(actions: Sequence[tuple[str, int, int]], stages: Sequence[PartByt
 
 
 def _tokens(plan: Plan, shapes: Shapes) -> int:
-    """And labels, of all of the step's micro-batches."""
+    """Count the tokens and labels, int64, of all of the step's micro-batches."""
     return 2 * INT64 * shapes.tokens * plan.micro_batches
 
 
 def _messages(plan: Plan, spans: Sequence[StageSpan]) -> int:
-    """Hidden states and gradients a rank holds because they travel. What it receives is counted where it is used, but
-    one is asked for ahead of its pass. Of what a stage sends, the last messages stay until the next ones go: its hidden
-    states are kept in any case, and where it sends both, every other is a gradient."""
+    """Return the number of hidden states and gradients that a rank holds only because they travel.
+
+    What it receives is counted where it is used, but one message is requested ahead of its pass. Of what a stage sends,
+    the last messages stay until the next ones go. Sent hidden states are kept for the backward pass in any case; only
+    gradients count, every other message of a stage that sends both."""
     if plan.pipeline == 1:
         return 0
     if plan.schedule == "1f1b":
         return 1
-    gradients = [0 if span.first else MESSAGES_UNDER_WAY if span.last else 1 for span in spans]
-    return 1 + sum(gradients)
+    messages = 1
+    for span in spans:
+        if span.first:
+            continue  # sends no gradient
+        messages += MESSAGES_UNDER_WAY if span.last else 1
+    return messages
 
 
 def _buckets(plan: Plan, config: Config, sizes: Sequence[StageSizes], on_gloo: bool) -> int:
-    """Of ZeRO 2, whose gradients are whole only while they are filled and reduced."""
+    """Count the gradient buckets of ZeRO 2, where gradients are whole only while they are filled and reduced."""
     if plan.zero_stage != 2:
         return 0
     everything = sum(size.trained.total for size in sizes) * FP32
     largest = max(size.trained.largest for size in sizes) * FP32
     bucket = min(everything, max(int(config.parallel.bucket_mb * 2**20), largest))
-    # One of them is filled. The fullest moment is where a backward pass begins, and of the one before only the last
-    # bucket of matrices is on its way, beside that of the norms; but where little is kept, any moment is as full.
+    # One bucket is being filled. The peak is at the begin of a backward pass, when only the last bucket of the pass
+    # before is still being reduced. Under full recomputation little is kept, and any moment may be the peak.
     travelling = IN_FLIGHT if config.train.recompute == "full" and everything > 2 * bucket else 1
     received = bucket * (plan.replicas - 1) // plan.replicas if on_gloo else 0
     return bucket + travelling * (bucket + received)
 
 
 def _gathered_weights(plan: Plan, sizes: Sequence[StageSizes], element: int) -> int:
-    """Of ZeRO 3: a layer's, and the next one's on their way."""
+    """Count the gathered weights of ZeRO 3: those of one layer, and the prefetched ones of the next."""
     if plan.zero_stage != 3:
         return 0
-    return 2 * max((max(size.layers, default=0) for size in sizes), default=0) * element
+    layers = [layer for size in sizes for layer in size.layers]
+    return 2 * max(layers, default=0) * element

@@ -1,8 +1,8 @@
-"""Messages between ranks: latency plus bytes over bandwidth (the α–β model, Hockney 1994), collectives as the rings
-that NCCL runs them in.
+"""Predicts the time of messages between ranks: latency plus bytes over bandwidth (the α–β model, Hockney 1994), with
+collectives as the rings that NCCL runs.
 
-Two kinds of hop: within a node (NVLink or PCIe) and between nodes. All groups of an axis communicate at the same time,
-and every GPU has its own share of its node's network, so a ring over k GPUs of each node has k shares of it.
+There are two kinds of hop: within a node (NVLink or PCIe) and between nodes. All groups of an axis communicate at the
+same time, and every GPU has its own share of its node's network: a ring over k GPUs of each node has k shares.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from megalite.plan import Plan
 from megalite.planner.hardware import Hardware
 
 BASE_US = 8.4
-"""A collective before its first byte moves: baseLat of ring/simple in NVIDIA/nccl src/graph/tuning.cc."""
+"""Latency in µs before the first byte of a collective: baseLat of ring/simple in NVIDIA/nccl src/graph/tuning.cc."""
 
 LINK_US = 3.4
-"""A hop within a node: hwLat of ring/simple over NVLink, the same file."""
+"""Latency in µs of a hop within a node: hwLat of ring/simple over NVLink, the same file."""
 
 LINK_SHARE = 0.8
 """Share of NVLink's datasheet bandwidth that rings reach: nccl-tests on 8 H100 show about 360 of 450 GB/s."""
@@ -28,18 +28,21 @@ GB/s."""
 
 @dataclass(frozen=True)
 class Group:
-    """Ranks that communicate: how many, and how many of them share a node."""
+    """Describes a process group: its number of ranks, and how many of them share a node."""
 
     ranks: int
     per_node: int
 
     @property
     def nodes(self) -> int:
+        """Number of nodes the group spans."""
         return -(-self.ranks // self.per_node)
 
 
 @dataclass(frozen=True)
 class Network:
+    """Computes the seconds of messages over the groups of a plan."""
+
     hardware: Hardware
     tensor: Group
     context: Group
@@ -47,23 +50,24 @@ class Network:
     pipeline_crosses_nodes: bool
 
     def gather(self, num_bytes: float, group: Group) -> float:
-        """Seconds of an all-gather or a reduce-scatter whose whole tensor has `num_bytes`."""
+        """Return the seconds of an all-gather or a reduce-scatter whose whole tensor has `num_bytes`."""
         if group.ranks == 1 or num_bytes == 0:
             return 0.0
-        hops, far = group.ranks - 1, group.nodes - 1
+        hops = group.ranks - 1
+        far = group.nodes - 1
         latency = BASE_US + (hops - far) * LINK_US + far * self.hardware.interconnect.latency_us
         return latency * 1e-6 + num_bytes * hops / group.ranks / self.bandwidth(group)
 
     def all_reduce(self, num_bytes: float, group: Group) -> float:
-        """Seconds: a ring all-reduce is a reduce-scatter and an all-gather in one."""
+        """Return the seconds of a ring all-reduce, which is a reduce-scatter and an all-gather in one launch."""
         return max(0.0, 2 * self.gather(num_bytes, group) - BASE_US * 1e-6)
 
     def hand_over(self, num_bytes: float) -> float:
-        """Seconds from one pipeline rank to the next."""
+        """Return the seconds of a message from one pipeline rank to the next."""
         return self._message(num_bytes, self.pipeline_crosses_nodes)
 
     def ring_step(self, num_bytes: float) -> float:
-        """Seconds for every context rank to pass `num_bytes` to its neighbour."""
+        """Return the seconds for every context rank to pass `num_bytes` to its neighbour."""
         return self._message(num_bytes, self.context.nodes > 1)
 
     def _message(self, num_bytes: float, far: bool) -> float:
@@ -71,12 +75,15 @@ class Network:
         return (BASE_US + hop) * 1e-6 + num_bytes / self.message_bandwidth(far)
 
     def message_bandwidth(self, far: bool) -> float:
-        """Bytes/s of one GPU to another, within a node or beyond."""
+        """Return the bandwidth in bytes/s from one GPU to another, of the same node or `far`."""
         return self._far if far else self._near
 
     def bandwidth(self, group: Group) -> float:
-        """Bytes/s of each rank of a ring."""
-        return self._near if group.nodes == 1 else min(self._near, group.per_node * self._far)
+        """Return the bandwidth in bytes/s of each rank of a ring."""
+        if group.nodes == 1:
+            return self._near
+        # The ring's traffic leaves the node through the network shares of all its GPUs there.
+        return min(self._near, group.per_node * self._far)
 
     @property
     def _near(self) -> float:
@@ -88,11 +95,13 @@ class Network:
 
 
 def place(plan: Plan, hardware: Hardware) -> Network:
-    """Where the groups of a plan lie: ranks are numbered with the tensor axis innermost, then context, data,
-    pipeline."""
+    """Find out which groups of a plan lie within a node.
+
+    Ranks are numbered with the tensor axis innermost, then context, data, pipeline."""
     node = hardware.gpus_per_node
 
     def group(ranks: int, stride: int) -> Group:
+        """Return the group of every `stride`-th rank."""
         return Group(ranks, max(1, min(ranks, node // stride)))
 
     stride = plan.replicas * plan.tensor

@@ -1,7 +1,8 @@
-"""An estimate, or a ranking of them, as text that is readable at 100 columns."""
+"""Prints an estimate, or a ranking of them, as text of about 100 columns."""
 
 from __future__ import annotations
 
+import contextlib
 import re
 
 from megalite.errors import ConfigError
@@ -11,13 +12,13 @@ from megalite.planner.network import Network, place
 from megalite.planner.search import Found
 
 MOST_ROWS = 16
-"""Pipeline ranks in the table of memory; of more, the first, the fullest and the last few are shown."""
+"""Largest number of pipeline ranks in the memory table. Of more, the first, the fullest and the last few are shown."""
 
 GIB = 2**30
 
 
 def describe(estimate: Estimate, tokens: float | None = None) -> str:
-    """`tokens` of the whole training; without it, those of the config's steps."""
+    """Describe an estimate. `tokens` is the length of the training (default: that of the config's steps)."""
     sections = [
         _header(estimate),
         _step(estimate),
@@ -30,44 +31,79 @@ def describe(estimate: Estimate, tokens: float | None = None) -> str:
 
 
 def describe_search(found: Found) -> str:
-    first = found.best[0]
+    """Describe the result of a search: how many layouts there were, and a table of the best."""
+    plan = found.best[0].plan
+    chip = found.best[0].hardware.chip.chip
+    heads = ("#", "tensor", "pipe", "ctx", "data", "virt", "schedule", "micro", "zero", "recompute")
+    heads += ("step", "MFU", "memory", "bubble")
     lines = [
-        f"{found.num_layouts:,} layouts on {first.plan.world_size} × {first.hardware.chip.chip}; "
+        f"{found.num_layouts:,} layouts on {plan.world_size} × {chip}; "
         f"{found.num_refused:,} refused by the plan, {found.num_too_large:,} looked at that fit in no way, "
         f"{found.num_simulated:,} simulated",
         "",
-        f"{'#':>2} {'tensor':>6} {'pipe':>4} {'ctx':>3} {'data':>4} {'virt':>4} {'schedule':<12}"
-        f"{'micro':>5} {'zero':>4} {'recompute':<10}{'step':>8} {'MFU':>6} {'memory':>8} {'bubble':>6}",
+        _layout_row(*heads),
     ]
     for number, one in enumerate(found.best, start=1):
-        plan, train = one.plan, one.config.train
-        schedule = plan.schedule if plan.pipeline > 1 else "-"
-        lines.append(
-            f"{number:>2} {plan.tensor:>6} {plan.pipeline:>4} {plan.context:>3} {plan.data:>4} {plan.virtual:>4} "
-            f"{schedule:<12}{train.micro_batch_size:>5} {plan.zero_stage:>4} {train.recompute:<10}"
-            f"{_seconds(one.step_time_s):>8} {one.mfu:>6.1%} {one.fullest.total / GIB:>5.1f}GiB {one.bubble:>6.1%}"
+        plan = one.plan
+        train = one.config.train
+        memory = one.fullest.total / GIB
+        row = _layout_row(
+            number,
+            plan.tensor,
+            plan.pipeline,
+            plan.context,
+            plan.data,
+            plan.virtual,
+            plan.schedule if plan.pipeline > 1 else "-",
+            train.micro_batch_size,
+            plan.zero_stage,
+            train.recompute,
+            _seconds(one.step_time_s),
+            f"{one.mfu:.1%}",
+            f"{memory:.1f}GiB",
+            f"{one.bubble:.1%}",
         )
+        lines.append(row)
     return "\n".join(lines)
 
 
+LAYOUT_WIDTHS = (2, 7, 5, 4, 5, 5, -13, 5, 5, -11, 8, 7, 9, 7)
+"""Widths of the columns of a search's table; negative: aligned to the left, after a space."""
+
+
+def _layout_row(*values: object) -> str:
+    """Format a row of a search's table."""
+    text = ""
+    for value, width in zip(values, LAYOUT_WIDTHS, strict=True):
+        text += f"{value:>{width}}" if width > 0 else f" {value:<{-width - 1}}"
+    return text
+
+
 def _header(estimate: Estimate) -> list[str]:
+    """Describe model, hardware, layout and batch."""
     plan, config, hardware = estimate.plan, estimate.config, estimate.hardware
-    axes = {"pipeline": plan.pipeline, "data": plan.data, "context": plan.context, "tensor": plan.tensor}
+    axes = {
+        "pipeline": plan.pipeline,
+        "data": plan.data,
+        "context": plan.context,
+        "tensor": plan.tensor,
+    }
     model = config.model.preset or config.model.family
     layout = " × ".join(f"{name} {size}" for name, size in axes.items() if size > 1) or "one rank"
-    stages = _number(plan.virtual, "stage")
-    pipeline = f"; {plan.schedule}, {stages} a rank" if plan.pipeline > 1 else ""
+    if plan.pipeline > 1:
+        stages = _number(plan.virtual, "stage")
+        layout += f"; {plan.schedule}, {stages} a rank"
     nodes = -(-plan.world_size // hardware.gpus_per_node)
-    joined = (
-        f"{nodes} nodes of {hardware.gpus_per_node}, {hardware.interconnect.interconnect}" if nodes > 1 else "one node"
-    )
+    joined = "one node"
+    if nodes > 1:
+        joined = f"{nodes} nodes of {hardware.gpus_per_node}, {hardware.interconnect.interconnect}"
+    micro_batches = _number(plan.micro_batches, "micro-batch", "es")
+    sequence = "on" if plan.sequence else "off"
     return [
         f"{model}, {_count(plan.num_params)} parameters, on {plan.world_size} × {hardware.chip.chip} ({joined})",
-        f"{layout}{pipeline}",
-        f"{_number(plan.micro_batches, 'micro-batch', 'es')} of {plan.micro_batch_size} × "
-        f"{config.data.seq_length:,} tokens a rank; "
-        f"ZeRO stage {plan.zero_stage}; recompute {config.train.recompute}; "
-        f"sequence parallel {'on' if plan.sequence else 'off'}",
+        layout,
+        f"{micro_batches} of {plan.micro_batch_size} × {config.data.seq_length:,} tokens a rank; "
+        f"ZeRO stage {plan.zero_stage}; recompute {config.train.recompute}; sequence parallel {sequence}",
     ]
 
 
@@ -76,56 +112,55 @@ def _number(count: int, what: str, plural: str = "s") -> str:
 
 
 def _step(estimate: Estimate) -> list[str]:
+    """List the times of a step and what follows from them."""
     passes = estimate.timeline.passes_end
+    tokens_a_gpu = estimate.tokens_per_s / estimate.plan.world_size
+    tflops = estimate.mfu * estimate.hardware.chip.bf16_tflops
     rows = [
         ("step", _seconds(estimate.step_time_s), f"{estimate.plan.tokens_per_step:,} tokens"),
         ("  passes", _seconds(passes), f"of which the average rank waits {estimate.bubble:.1%} (bubble)"),
         ("  reduction not hidden", _seconds(estimate.exposed_s), "of gradients, after the last pass"),
         ("  norm and optimizer", _seconds(estimate.optimizer_s), ""),
-        ("throughput", f"{estimate.tokens_per_s:,.0f}", f"tokens/s; {_tokens_a_gpu(estimate):,.0f} a GPU"),
-        ("MFU", f"{estimate.mfu:.1%}", f"{estimate.mfu * estimate.hardware.chip.bf16_tflops:.0f} TFLOP/s a GPU"),
+        ("throughput", f"{estimate.tokens_per_s:,.0f}", f"tokens/s; {tokens_a_gpu:,.0f} a GPU"),
+        ("MFU", f"{estimate.mfu:.1%}", f"{tflops:.0f} TFLOP/s a GPU"),
     ]
     return [f"{name:<24}{value:>12}  {note}".rstrip() for name, value, note in rows]
 
 
-def _tokens_a_gpu(estimate: Estimate) -> float:
-    return estimate.tokens_per_s / estimate.plan.world_size
-
-
 def _memory(estimate: Estimate) -> list[str]:
-    limit, fullest = usable_bytes(estimate.hardware), estimate.fullest
+    """List the memory of the pipeline ranks, and whether it fits."""
+    limit = usable_bytes(estimate.hardware)
+    fullest = estimate.fullest
+    several = len(estimate.memory) > 1
     columns = ("weights", "gradients", "optimizer", "activations", "transient", "buffers")
-    lines = [f"{'GiB a GPU':<12}" + "".join(f"{name:>12}" for name in columns) + f"{'total':>10}"]
-    shown, skipped = _shown_ranks(estimate), False
+    heads = "".join(f"{name:>12}" for name in columns)
+    lines = [f"{'GiB a GPU':<12}{heads}{'total':>10}"]
+    shown = _shown_ranks(estimate)
+    skipped = False
     for rank, memory in enumerate(estimate.memory):
         if rank not in shown:
-            if not skipped:
+            if not skipped:  # one mark for all ranks between two shown ones
                 lines.append("  …")
             skipped = True
             continue
-        name = f"pipeline {rank}" if len(estimate.memory) > 1 else "every rank"
+        name = f"pipeline {rank}" if several else "every rank"
         values = "".join(f"{getattr(memory, column) / GIB:>12.2f}" for column in columns)
-        mark = " ←" if memory is fullest and len(estimate.memory) > 1 else ""
+        mark = " ←" if memory is fullest and several else ""
         lines.append(f"{name:<12}{values}{memory.total / GIB:>10.2f}{mark}")
         skipped = False
     room = limit / GIB
+    capacity = f"{estimate.hardware.chip.memory_gb:g} GB"
     if estimate.fits:
-        verdict = (
-            f"fits: {fullest.total / limit:.0%} of the {room:.1f} GiB that tensors may take of {_capacity(estimate)}"
-        )
+        share = fullest.total / limit
+        lines.append(f"fits: {share:.0%} of the {room:.1f} GiB that tensors may take of {capacity}")
     else:
-        verdict = (
-            f"DOES NOT FIT: {fullest.total / GIB:.1f} GiB, and tensors may take {room:.1f} GiB of "
-            f"{_capacity(estimate)}; try --search"
-        )
-    return [*lines, verdict]
-
-
-def _capacity(estimate: Estimate) -> str:
-    return f"{estimate.hardware.chip.memory_gb:g} GB"
+        needed = fullest.total / GIB
+        lines.append(f"DOES NOT FIT: {needed:.1f} GiB, and tensors may take {room:.1f} GiB of {capacity}; try --search")
+    return lines
 
 
 def _shown_ranks(estimate: Estimate) -> set[int]:
+    """Choose the pipeline ranks for the memory table."""
     count = len(estimate.memory)
     if count <= MOST_ROWS:
         return set(range(count))
@@ -134,28 +169,34 @@ def _shown_ranks(estimate: Estimate) -> set[int]:
 
 
 def _traffic(estimate: Estimate) -> list[str]:
+    """List the messages of a step by axis."""
     network = place(estimate.plan, estimate.hardware)
     rows = [row for row in _links(estimate, network) if estimate.volume[row[0]] > 0]
     if not rows:
         return ["nothing is sent: one rank"]
     lines = [f"{'axis':<12}{'ranks':>6}  {'link':<16}{'GB/s':>6}{'GB a step':>12}{'seconds':>10}{'of the step':>13}"]
     for axis, ranks, link, speed in rows:
-        sent, seconds = estimate.volume[axis], estimate.comm_time[axis]
+        gb = estimate.volume[axis] / 1e9
+        gb_s = speed / 1e9
+        seconds = estimate.comm_time[axis]
         share = seconds / estimate.step_time_s
-        lines.append(
-            f"{axis:<12}{ranks:>6}  {link:<16}{speed / 1e9:>6.0f}{sent / 1e9:>12,.2f}{seconds:>10.3f}{share:>12.1%}"
-        )
-    return [*lines, "sent by a rank at the link's speed, hidden behind work or not; latencies come on top"]
+        lines.append(f"{axis:<12}{ranks:>6}  {link:<16}{gb_s:>6.0f}{gb:>12,.2f}{seconds:>10.3f}{share:>12.1%}")
+    lines.append("sent by a rank at the link's speed, hidden behind work or not; latencies come on top")
+    return lines
 
 
 def _links(estimate: Estimate, network: Network) -> list[tuple[str, int, str, float]]:
-    plan, interconnect = estimate.plan, estimate.hardware.interconnect.interconnect
+    """Return (axis, ranks, link, bytes/s) of every axis."""
+    plan = estimate.plan
+    interconnect = estimate.hardware.interconnect.interconnect
 
     def name(far: bool) -> str:
         return interconnect if far else "within the node"
 
-    groups = {"tensor": network.tensor, "data": network.replicas}
-    rows = [(axis, group.ranks, name(group.nodes > 1), network.bandwidth(group)) for axis, group in groups.items()]
+    rows = []
+    # Rings share the network cards of a node; single messages have one each.
+    for axis, group in (("tensor", network.tensor), ("data", network.replicas)):
+        rows.append((axis, group.ranks, name(group.nodes > 1), network.bandwidth(group)))
     for axis, ranks, far in (
         ("context", plan.context, network.context.nodes > 1),
         ("pipeline", plan.pipeline, network.pipeline_crosses_nodes),
@@ -165,6 +206,7 @@ def _links(estimate: Estimate, network: Network) -> list[tuple[str, int, str, fl
 
 
 def _duration(estimate: Estimate, tokens: float | None) -> list[str]:
+    """Say how long a training of so many tokens takes."""
     total = tokens or float(estimate.plan.tokens_per_step * estimate.plan.steps)
     seconds = total / estimate.tokens_per_s
     gpu_hours = seconds * estimate.plan.world_size / 3600
@@ -175,23 +217,28 @@ def _duration(estimate: Estimate, tokens: float | None) -> list[str]:
 
 
 def _assumptions(estimate: Estimate) -> list[str]:
+    """Say what the estimate rests on."""
     chip = estimate.hardware.chip
     lines = [
         f"Predicted, not measured: products keep {SUSTAINED:.0%} of {chip.matmul_share:.0%} of {chip.bf16_tflops:g} "
         "TFLOP/s; see megalite/planner/."
     ]
     if chip.assumed:
-        lines.append(f"Not measured on this chip, taken as typical: {', '.join(chip.assumed)}.")
+        assumed = ", ".join(chip.assumed)
+        lines.append(f"Not measured on this chip, taken as typical: {assumed}.")
     return lines
 
 
+TOKEN_UNITS = {"": 1, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
+
+
 def parse_tokens(text: str) -> float:
-    """1e12, 300B, 15T. Raises ConfigError."""
+    """Parse a number of tokens such as 1e12, 300B or 15T. Raises ConfigError."""
     found = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*([KMBT]?)", text.strip(), re.IGNORECASE)
-    try:
-        count = float(found[1]) * {"": 1, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}[found[2].upper()] if found else 0.0
-    except ValueError:
-        count = 0.0
+    count = 0.0
+    if found:
+        with contextlib.suppress(ValueError):  # "1.2.3" matches and is no number
+            count = float(found[1]) * TOKEN_UNITS[found[2].upper()]
     if count <= 0:
         raise ConfigError(f"--tokens {text!r}: give a number of tokens such as 1e12, 300B or 15T")
     return count
@@ -213,4 +260,6 @@ def _seconds(seconds: float) -> str:
 def _days(seconds: float) -> str:
     if seconds >= 2 * 86400:
         return f"{seconds / 86400:,.1f} days"
-    return f"{seconds / 3600:,.1f} hours" if seconds >= 7200 else f"{seconds / 60:,.1f} minutes"
+    if seconds >= 7200:
+        return f"{seconds / 3600:,.1f} hours"
+    return f"{seconds / 60:,.1f} minutes"

@@ -1,4 +1,4 @@
-"""`megalite plan`: from what was typed to what is printed and written."""
+"""Runs `megalite plan`: estimates one layout or searches for the best, prints the result and writes it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,11 @@ def run_plan(
     output: Path | None,
     picture: Path | None,
 ) -> None:
-    """Raises ConfigError."""
+    """Print the estimate of a config on `num_gpus` GPUs, or with `with_search` the best layouts.
+
+    `gpu` and `interconnect` are names or YAML files (see `find_hardware`); a node has `gpus_per_node` GPUs. `tokens` is
+    the length of the training, such as "300B". A search writes the best config to `output`; `picture` is a PNG for the
+    timeline. Raises ConfigError."""
     if num_gpus < 1:
         raise ConfigError(f"--gpus {num_gpus}: at least one")
     hardware = find_hardware(gpu, gpus_per_node, interconnect or DEFAULT_INTERCONNECT)
@@ -47,12 +51,12 @@ def run_plan(
 
 
 def _estimate(config: Config, num_gpus: int, hardware: Hardware, record: bool) -> Estimate:
-    return estimate(
-        config, make_plan(config, weight_table(config.model, config.lora), num_gpus), hardware, record=record
-    )
+    plan = make_plan(config, weight_table(config.model, config.lora), num_gpus)
+    return estimate(config, plan, hardware, record=record)
 
 
 def _output(output: Path | None) -> Path:
+    """Return where to write the best config. Checked before the search, which may take minutes."""
     if output is None and DEFAULT_OUTPUT.exists():
         raise ConfigError(f"{DEFAULT_OUTPUT} exists already; say where to write with --output")
     return output or DEFAULT_OUTPUT
@@ -67,7 +71,7 @@ def _search(config: Config, num_gpus: int, hardware: Hardware, output: Path, rec
     except OSError as error:
         raise ConfigError(f"--output {output}: {error.strerror or error}") from None
     print(f"\nThe best is written to {output}:\n")
-    # Worked out anew from the config that was written, as `megalite train` will.
+    # Estimated anew from the config that was written: this is the plan that `megalite train` will make of it.
     return _estimate(best, num_gpus, hardware, record)
 
 

@@ -1,5 +1,6 @@
-"""The order of passes of every pipeline rank, taken from the schedules that run it (torch.distributed.pipelining), so
-that what is simulated is what is executed."""
+"""The order of passes of every pipeline rank, taken from the schedules of torch.distributed.pipelining that execute it:
+what is simulated is what runs.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +10,10 @@ from typing import Any, NamedTuple
 
 
 class Action(NamedTuple):
+    """Names one pass of one micro-batch through one stage."""
+
     kind: str
-    """F forward, B backward, I gradient of the input only, W gradients of the weights."""
+    """F forward, B backward, I input gradient only, W weight gradients."""
     stage: int
     micro_batch: int
 
@@ -21,16 +24,22 @@ Order = tuple[tuple[Action, ...], ...]
 
 @lru_cache(maxsize=64)
 def order_of(schedule: str, pipeline: int, virtual: int, micro_batches: int) -> Order:
-    if pipeline == 1:  # the engine's own loop
-        return (tuple(Action(kind, 0, number) for number in range(micro_batches) for kind in "FB"),)
+    """Return the passes of each of `pipeline` ranks with `virtual` stages each, for a step of `micro_batches`.
+
+    `schedule` is parallel.schedule: 1f1b, interleaved or zero_bubble."""
+    if pipeline == 1:  # the engine's own loop: forward and backward of one micro-batch after the other
+        actions = []
+        for number in range(micro_batches):
+            actions += [Action("F", 0, number), Action("B", 0, number)]
+        return (tuple(actions),)
     if schedule == "1f1b":
         return tuple(_one_forward_one_backward(rank, pipeline, micro_batches) for rank in range(pipeline))
-    # Imported here: it takes more than a second.
+    # Importing it takes more than a second.
     from torch.distributed.pipelining import schedules as torch_schedules
 
     name = "ScheduleInterleavedZeroBubble" if schedule == "zero_bubble" else "ScheduleInterleaved1F1B"
     kind: Any = getattr(torch_schedules, name)
-    # What its constructor works out before it asks for the order; the constructor itself wants processes.
+    # The constructor needs process groups. Its method for the order reads only these attributes of it.
     rounds = max(1, micro_batches // pipeline)
     known = SimpleNamespace(
         n_local_stages=virtual,
@@ -43,7 +52,8 @@ def order_of(schedule: str, pipeline: int, virtual: int, micro_batches: int) -> 
 
 
 def _one_forward_one_backward(rank: int, pipeline: int, micro_batches: int) -> tuple[Action, ...]:
-    """What Schedule1F1B runs. It has no table of it to ask (the one it prints misnumbers the last rank's passes)."""
+    """Return the passes of a rank under Schedule1F1B, which has no table to read (the one it prints misnumbers the
+    last rank's passes)."""
     warmup = min(micro_batches, pipeline - rank)
     actions = [Action("F", rank, number) for number in range(warmup)]
     for number in range(micro_batches):
@@ -54,17 +64,23 @@ def _one_forward_one_backward(rank: int, pipeline: int, micro_batches: int) -> t
 
 
 def _plain(actions: Any) -> tuple[Action, ...]:
+    """Turn a rank's row of torch's table into actions."""
     found = []
     for action in actions:
         # Empty slots of the table stand for waiting, which the simulation finds out by itself.
-        if action is not None and action.computation_type.value in ("F", "B", "I", "W"):
-            found.append(Action(action.computation_type.value, action.stage_index, action.microbatch_index))
+        if action is None:
+            continue
+        kind = action.computation_type.value
+        if kind in ("F", "B", "I", "W"):
+            found.append(Action(kind, action.stage_index, action.microbatch_index))
     return tuple(found)
 
 
 def most_in_flight(order: Order, pipeline: int, frees: str) -> list[dict[int, int]]:
-    """Of each rank: for each of its stages, micro-batches held at the rank's fullest moment (all stages together),
-    between their F and the action `frees`."""
+    """Return the micro-batches in flight for each stage of each rank, at the moment when a rank holds most of them.
+
+    `order` has the passes of `pipeline` ranks. A micro-batch is in flight from its F to the action whose kind is in
+    `frees`."""
     found = []
     for rank, actions in enumerate(order):
         held: dict[int, int] = {}

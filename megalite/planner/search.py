@@ -1,7 +1,8 @@
-"""All layouts of a model on given GPUs, ranked by the time of a step.
+"""Searches all layouts of a model on given GPUs for those with the shortest step.
 
-What cannot win is not simulated: a layout whose work alone, without any waiting, takes longer than the best ones found
-so far. Candidates are taken in the order of that bound, so the search ends as soon as the next bound is beyond them."""
+A layout is not simulated if its work alone, without any waiting, takes longer than the best steps found so far.
+Candidates are taken in the order of that lower bound, so the search ends at the first one beyond them.
+"""
 
 from __future__ import annotations
 
@@ -20,29 +21,33 @@ from megalite.planner.memory import resident_bytes
 from megalite.planner.shapes import LocalSizes, Together, together
 
 MOST_STAGES_A_RANK = 16
+"""Largest number of virtual stages to try."""
 MICRO_BATCHES = (1, 2, 4, 8, 16)
+"""Micro-batch sizes to try."""
 SHORTEST_CUT = 2048
-"""Tokens of a sequence that a context rank gets at least: below, a ring has too little work to hide its messages."""
+"""Lower bound of a context rank's tokens. With less work a ring cannot hide its messages."""
 
 RECOMPUTE: tuple[Literal["none", "selective", "full"], ...] = ("none", "selective", "full")
-"""Slower each, and smaller: the first that fits is the best."""
+"""Each is slower and smaller than the one before: the first that fits is the best."""
 
 
 @dataclass(frozen=True)
 class Found:
+    """Holds the result of a search."""
+
     best: tuple[Estimate, ...]
-    """Quickest first."""
+    """The quickest layouts, the best first."""
     num_layouts: int
-    """That the plan allows."""
+    """Layouts that the plan allows."""
     num_refused: int
-    """That the plan refuses: heads that do not divide, batches that do not come out even, …"""
+    """Layouts that the plan refuses: heads that do not divide, batches that do not come out even, …"""
     num_simulated: int
     num_too_large: int
-    """Of those looked at closely: do not fit whatever is recomputed and sharded."""
+    """Layouts looked at closely that do not fit, whatever is recomputed and sharded."""
 
 
 class _Local(dict[int, LocalSizes]):
-    """Of each degree of tensor parallelism, worked out once."""
+    """Computes the local sizes at each degree of tensor parallelism once."""
 
     def __init__(self, table: tuple[Weight, ...]):
         self._table = table
@@ -53,9 +58,12 @@ class _Local(dict[int, LocalSizes]):
 
 
 def search(config: Config, world_size: int, hardware: Hardware, keep: int = 10) -> Found:
-    """Raises ConfigError when no layout fits."""
+    """Return the `keep` quickest layouts of `config` on `world_size` GPUs of this `hardware`.
+
+    Raises ConfigError when no layout fits."""
     table = weight_table(config.model, config.lora)
-    rows, local = together(table), _Local(table)
+    rows = together(table)
+    local = _Local(table)
     candidates: list[tuple[float, int, Outlook]] = []
     refused = 0
     for number, parallel in enumerate(_layouts(config, world_size, hardware.gpus_per_node)):
@@ -65,6 +73,7 @@ def search(config: Config, world_size: int, hardware: Hardware, keep: int = 10) 
             refused += 1
             continue
         candidates.append((outlook.shortest_step_s, number, outlook))
+    # Memory decides only now: it is not needed for the bound, and costs more.
     best: list[Estimate] = []
     simulated = too_large = 0
     for bound, _, outlook in sorted(candidates, key=lambda candidate: candidate[:2]):
@@ -82,10 +91,12 @@ def search(config: Config, world_size: int, hardware: Hardware, keep: int = 10) 
 
 
 def _layouts(config: Config, world_size: int, gpus_per_node: int) -> Iterator[dict[str, Any]]:
-    """Settings of `parallel` and `train` of every layout worth a look; the plan refuses some of them."""
+    """Yield the settings of `parallel` and `train` of every layout to try. The plan refuses some of them."""
     num_layers = config.model.num_layers
-    for tensor in _divisors(gpus_per_node):
-        for pipeline in _divisors(world_size // tensor) if world_size % tensor == 0 else ():
+    for tensor in _divisors(gpus_per_node):  # tensor parallelism stays within a node
+        if world_size % tensor:
+            continue
+        for pipeline in _divisors(world_size // tensor):
             if pipeline > num_layers:
                 break
             for context in _powers_of_two(config.data.seq_length // SHORTEST_CUT):
@@ -108,6 +119,7 @@ def _layouts(config: Config, world_size: int, gpus_per_node: int) -> Iterator[di
 
 
 def _schedules(pipeline: int, num_layers: int) -> Iterator[tuple[int, str]]:
+    """Yield the (virtual stages, schedule) to try for a number of pipeline ranks."""
     yield 1, "1f1b"
     if pipeline > 1:
         yield 1, "zero_bubble"
@@ -127,30 +139,31 @@ def _outlook(
     rows: list[Together],
     local: _Local,
 ) -> Outlook:
-    """Of a layout as quick as it can be: nothing is recomputed, the optimizer's state alone is sharded."""
-    settings = dict(settings)
-    train = {"micro_batch_size": settings.pop("micro_batch_size"), "recompute": "none", "recompute_layers": None}
-    fixed = {"zero_stage": 1, "engine": "native", "stage_layers": None}
-    config = config.model_copy(
-        update={
-            "parallel": config.parallel.model_copy(update=settings | fixed),
-            "train": config.train.model_copy(update=train),
-        }
-    )
+    """Make the outlook of a layout in its quickest form: no recomputation, and ZeRO stage 1.
+
+    Raises ConfigError where the plan refuses it."""
+    parallel = dict(settings)
+    train = {
+        "micro_batch_size": parallel.pop("micro_batch_size"),
+        "recompute": "none",
+        "recompute_layers": None,
+    }
+    parallel |= {"zero_stage": 1, "engine": "native", "stage_layers": None}
+    config = _updated(config, parallel, train)
     plan = make_plan(config, rows, world_size)
     return Outlook(config, plan, hardware, table, local=local[plan.tensor])
 
 
 def _fitting(outlook: Outlook, table: tuple[Weight, ...], local: _Local) -> Iterator[Outlook]:
-    """The layout with as little sharding and recomputation as fits; of each stage of ZeRO the quickest."""
+    """Yield the quickest form of a layout that fits, at each ZeRO stage that may be the best."""
     limit = usable_bytes(outlook.hardware)
     stages = (1, 2) if outlook.plan.replicas > 1 else (1,)
     for zero_stage in stages:
         plan = replace(outlook.plan, zero_stage=zero_stage)
-        if _resident(plan, outlook) > limit:
+        if _resident(plan, outlook) > limit:  # no recomputation helps: activations are not in it
             continue
         for recompute in RECOMPUTE:
-            config = _with(outlook.config, zero_stage, recompute)
+            config = _updated(outlook.config, {"zero_stage": zero_stage}, {"recompute": recompute})
             one = Outlook(config, plan, outlook.hardware, table, local=local[plan.tensor])
             if max(memory.total for memory in one.memory) <= limit:
                 yield one
@@ -165,26 +178,30 @@ def _resident(plan: Plan, outlook: Outlook) -> int:
     return resident_bytes(plan, outlook.config, *sizes)
 
 
-def _with(config: Config, zero_stage: int, recompute: str) -> Config:
+def _updated(config: Config, parallel: dict[str, Any], train: dict[str, Any]) -> Config:
+    """Return the config with some settings of `parallel` and `train` replaced, without validating it again."""
     return config.model_copy(
         update={
-            "parallel": config.parallel.model_copy(update={"zero_stage": zero_stage}),
-            "train": config.train.model_copy(update={"recompute": recompute}),
+            "parallel": config.parallel.model_copy(update=parallel),
+            "train": config.train.model_copy(update=train),
         }
     )
 
 
 def _nothing_fits(candidates: list[Outlook], world_size: int, hardware: Hardware) -> str:
+    """Say why no layout fits, and by how much."""
     if not candidates:
         return (
             f"no layout of this config comes out even on {world_size} GPUs; try another train.global_batch_size or "
             "number of GPUs"
         )
-    least = min(_resident(replace(candidate.plan, zero_stage=2), candidate) for candidate in candidates)
+    resident = [_resident(replace(one.plan, zero_stage=2), one) for one in candidates]
+    limit_gib = usable_bytes(hardware) / 2**30
+    least_gib = min(resident) / 2**30
     return (
-        f"none of {len(candidates)} layouts fits into the {usable_bytes(hardware) / 2**30:.0f} GiB that tensors may "
-        f"take on {world_size} × {hardware.chip.chip}: weights, gradients and optimizer state alone are at least "
-        f"{least / 2**30:.0f} GiB; take more GPUs"
+        f"none of {len(candidates)} layouts fits into the {limit_gib:.0f} GiB that tensors may take on "
+        f"{world_size} × {hardware.chip.chip}: weights, gradients and optimizer state alone are at least "
+        f"{least_gib:.0f} GiB; take more GPUs"
     )
 
 

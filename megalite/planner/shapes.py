@@ -1,5 +1,6 @@
-"""What one tensor rank holds and computes, read from the table of weights: a new family needs no line here as long as
-it is made of the parts below, and is refused by name where it is not."""
+"""Reads from the weight table what one tensor rank holds and computes. A new family needs no line here as long as it is
+made of the parts below; otherwise it is refused by name.
+"""
 
 from __future__ import annotations
 
@@ -14,99 +15,108 @@ from megalite.models.weights import Weight
 from megalite.plan import Place, Plan, StageSpan
 
 LOOKED_UP = ("embedding.weight", "positions.weight")
-"""Matrices that are looked up in instead of multiplied with."""
+"""Weights that are looked up in instead of multiplied with."""
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A matrix of a layer as one tensor rank holds it."""
+    """Describes a matrix of a layer as one tensor rank holds it."""
 
     rows: int
     """Output features."""
     columns: int
     """Input features."""
     column_parallel: bool
-    """Cut by rows: its input is gathered before it. Otherwise its output is summed over the tensor ranks."""
+    """True if split by output features: its input is gathered. Otherwise (row-parallel) its output is reduced."""
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """Sizes on one tensor rank; those of whole sequences are given as such."""
+    """Holds the sizes of a model on one tensor rank, unless a field says otherwise."""
 
     tokens: int
-    """Of a micro-batch, on one context rank."""
+    """Tokens of a micro-batch on one context rank."""
     micro_batch_size: int
     seq_length: int
-    """Of a whole sequence, over all context ranks."""
+    """Length of a whole sequence, over all context ranks."""
     hidden: int
     norm_hidden: int
-    """Hidden features a token has to itself here: hidden, or where sequence parallelism cuts the tokens, its share."""
+    """Hidden features per token here: all of them, or under sequence parallelism this rank's share on average."""
     heads: int
     kv_heads: int
     head_size: int
     inner: int
+    """Features of the MLP."""
     vocab: int
     loss_chunk: int | None
-    """Tokens whose logits exist at a time; None: all, and their product is not computed again."""
+    """Tokens whose logits exist at a time, and are computed again in the backward pass. None: all, computed once."""
     gated: bool
     gelu_gate: bool
-    """GeGLU: its gate is a pass of its own (Gemma)."""
+    """True for GeGLU, whose gate is a kernel of its own (Gemma)."""
     rope: bool
     rms_norm: bool
     norms: int
-    """Of hidden states in a layer."""
+    """Norms of hidden states in a layer."""
     head_norms: bool
-    """Queries and keys are normalised (Qwen3)."""
+    """True if queries and keys are normalized (Qwen3)."""
     window: bool
-    """Some layer attends to a part of the sequence: by a mask."""
+    """True if some layer attends to a part of the sequence, which takes a mask."""
     attention_softcap: bool
     logit_softcap: bool
     hidden_dropout: bool
     attention_dropout: bool
     matrices: tuple[Matrix, ...]
-    """Of one layer, in the order of the forward pass; those of adapters, which are small, are left out."""
+    """Matrices of one layer in the order of the forward pass. Those of adapters, which are small, are left out."""
     frozen: bool
-    """No matrix is trained itself, but adapters of those of the layers are."""
+    """True if only adapters of the layers' matrices are trained."""
     element: int
-    """Bytes of an activation."""
+    """Bytes per element of an activation."""
     tensor: int
     sequence: bool
     context: int
 
     @property
     def q(self) -> int:
+        """Features of the queries."""
         return self.heads * self.head_size
 
     @property
     def writes_scores(self) -> bool:
+        """True if attention materializes its scores (eager attention)."""
         return self.attention_dropout or self.attention_softcap
 
     @property
     def kv(self) -> int:
+        """Features of the keys, and of the values."""
         return self.kv_heads * self.head_size
 
     @property
     def hidden_bytes(self) -> int:
-        """Of a micro-batch's hidden states, as they lie between two layers."""
+        """Bytes of a micro-batch's hidden states between two layers."""
         return self.tokens * self.norm_hidden * self.element
 
 
 def shapes_of(config: Config, plan: Plan, weights: Sequence[Weight]) -> Shapes:
-    """Raises ConfigError for a model with weights the planner cannot place."""
+    """Read the shapes of a model under `plan` from its table of `weights` and its `config`.
+
+    Raises ConfigError for a model with weights the planner does not know."""
     model: Any = config.model
+    # The weights of the first layer, without the prefix "layers.0.": all layers are alike.
     layer = {weight.name.split(".", 2)[2]: weight for weight in weights if weight.place == 0}
     for weight in layer.values():
         if len(weight.shape) > 2:
             raise ConfigError(f"the planner does not know what {weight.name} of shape {list(weight.shape)} computes")
-    matrices = tuple(
-        Matrix(rows, columns, column_parallel=weight.shard == "column")
-        for weight in layer.values()
-        if len(weight.shape) == 2 and not (config.lora and not weight.frozen)
-        for rows, columns in [weight.local_shape(plan.tensor)]
-    )
-    heads, head_size = model.num_attention_heads, model.head_size
+    matrices = []
+    for weight in layer.values():
+        is_adapter = config.lora and not weight.frozen
+        if len(weight.shape) == 2 and not is_adapter:
+            rows, columns = weight.local_shape(plan.tensor)
+            matrices.append(Matrix(rows, columns, column_parallel=weight.shard == "column"))
+    heads = model.num_attention_heads
+    head_size = model.head_size
     kv_heads = getattr(model, "kv_heads", heads)
-    train, length = config.train, config.data.seq_length
+    train = config.train
+    length = config.data.seq_length
     tokens = plan.micro_batch_size * length // plan.context
     return Shapes(
         tokens=tokens,
@@ -131,7 +141,7 @@ def shapes_of(config: Config, plan: Plan, weights: Sequence[Weight]) -> Shapes:
         logit_softcap=getattr(model, "logit_softcap", None) is not None,
         hidden_dropout=bool(getattr(model, "hidden_dropout", 0.0)),
         attention_dropout=bool(getattr(model, "attention_dropout", 0.0)),
-        matrices=matrices,
+        matrices=tuple(matrices),
         frozen=config.lora is not None,
         element=2 if train.precision == "bf16" else 4,
         tensor=plan.tensor,
@@ -152,20 +162,20 @@ def _vocab(weights: Sequence[Weight]) -> Weight:
 
 @dataclass(frozen=True)
 class StageSizes:
-    """Elements that one tensor rank holds of a stage's weights."""
+    """Holds the numbers of elements that one tensor rank has of a stage's weights."""
 
     before: int
-    """What stands before the layers: embeddings."""
+    """Embeddings, before the layers."""
     layers: tuple[int, ...]
     after: int
-    """What stands behind them: the last norm and the head. A tied head counts on both ends of a pipeline."""
+    """Last norm and head, after the layers. A tied head counts on both ends of a pipeline."""
     largest: int
     """The largest single weight."""
     largest_looked_up: int
-    """The largest of those that are looked up in, where the stage has them."""
+    """The largest embedding, or 0 if the stage has none."""
 
     unfrozen: StageSizes | None = None
-    """Where some weights are frozen, those of the others."""
+    """The same for the trained weights only, if some are frozen."""
 
     @property
     def total(self) -> int:
@@ -173,13 +183,15 @@ class StageSizes:
 
     @property
     def trained(self) -> StageSizes:
+        """Sizes of the weights that are trained."""
         return self.unfrozen or self
 
 
 class LocalSizes:
-    """Elements of every weight on one of `tensor` ranks, summed by the place of the weight."""
+    """Adds up the elements of all weights on one tensor rank, by the place of the weight in the model."""
 
     def __init__(self, weights: Sequence[Weight], tensor: int):
+        """Add up `weights` at a degree of `tensor` parallelism. Raises ValueError where one cannot be split."""
         self.total: dict[Place, int] = {}
         self.largest: dict[Place, int] = {}
         self.largest_looked_up = 0
@@ -193,12 +205,14 @@ class LocalSizes:
         self.unfrozen = LocalSizes(unfrozen, tensor) if len(unfrozen) < len(weights) else None
 
     def of(self, stage: StageSpan) -> StageSizes:
+        """Return the sizes of a pipeline stage."""
         first, last, both = (self.total.get(place, 0) for place in ENDS)
-        places = [*range(stage.start, stage.stop), *(place for place in ENDS if stage.holds(place))]
+        ends = [place for place in ENDS if stage.holds(place)]
+        places = [*range(stage.start, stage.stop), *ends]
         return StageSizes(
             before=first + both if stage.first else 0,
             layers=tuple(self.total.get(number, 0) for number in range(stage.start, stage.stop)),
-            # A tied weight is held once where the stage is both ends.
+            # A tied weight exists once if the stage is the first and the last.
             after=last + (0 if stage.first else both) if stage.last else 0,
             largest=max((self.largest.get(place, 0) for place in places), default=0),
             largest_looked_up=self.largest_looked_up if stage.first else 0,
@@ -207,26 +221,35 @@ class LocalSizes:
 
 
 ENDS: tuple[Place, ...] = ("first", "last", "both")
+"""Places outside the layers; "both" is a tied weight."""
 
 
 class Together:
-    """All weights of one place, frozen ones or not, as one row for `make_plan`: a search makes thousands of plans, and
-    what a plan asks of the table are sums."""
+    """Stands for all weights of one place as a single row of the table.
+
+    A search makes thousands of plans, and a plan asks only for sums of weights."""
 
     def __init__(self, place: Place, frozen: bool, weights: Sequence[Weight]):
-        self.place, self.frozen, self.name = place, frozen, f"{place}{' frozen' * frozen}"
+        """Sum up `weights`, all of this `place` and all `frozen` or not."""
+        self.place = place
+        self.frozen = frozen
+        self.name = f"{place} frozen" if frozen else f"{place}"
         self.numel = sum(weight.numel for weight in weights)
         self._weights = weights
         self._local: dict[int, tuple[int]] = {}
 
     def local_shape(self, tensor: int) -> tuple[int, ...]:
-        """Raises ValueError where one of them cannot be cut."""
+        """Return the number of elements on one of `tensor` ranks, as a shape of one dimension.
+
+        Raises ValueError where a weight cannot be split."""
         if tensor not in self._local:
-            self._local[tensor] = (sum(prod(weight.local_shape(tensor)) for weight in self._weights),)
+            elements = sum(prod(weight.local_shape(tensor)) for weight in self._weights)
+            self._local[tensor] = (elements,)
         return self._local[tensor]
 
 
 def together(weights: Sequence[Weight]) -> list[Together]:
+    """Group weights by place and by whether they are frozen."""
     places: dict[tuple[Place, bool], list[Weight]] = {}
     for weight in weights:
         places.setdefault((weight.place, weight.frozen), []).append(weight)

@@ -1,10 +1,10 @@
-"""One optimizer step, event by event: every pass of every pipeline rank in the order of its schedule, the hand-overs
-between ranks, and the traffic of the replicas beside them.
+"""Simulates one optimizer step, event by event: every pass of every pipeline rank in the order of its schedule, the
+messages between ranks, and the collectives over the replicas beside them.
 
-A rank computes one pass at a time and sends each message when its pass has ended. Weights that the last step gathers
-arrive in the order of the forward pass, layer by layer, and the first micro-batch waits for each; gradients are reduced
-layer by layer as the last micro-batch's backward pass makes them. Replicas and tensor ranks do all the same, so one of
-each stands for all.
+A rank computes one pass at a time and sends each message when its pass has ended. Weights gathered after the last
+update arrive layer by layer in the order of the forward pass, and the first micro-batch waits for each. Gradients are
+reduced layer by layer as the last micro-batch's backward pass makes them. Replicas and tensor ranks all do the same, so
+one of each stands for all.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from megalite.planner.schedule import Order
 
 @dataclass(frozen=True)
 class Piece:
-    """A layer, or what stands before or behind the layers of a stage."""
+    """Holds the seconds of a layer, or of what stands before or after the layers of a stage."""
 
     forward: float
     backward: float
-    """Until its gradients are there: a whole backward pass, or a weights' pass of a zero-bubble schedule."""
+    """Seconds until its gradients are there: a backward pass, or the weight-gradient pass of zero bubble."""
     gather: float
-    """Seconds of the all-gather of its weights, 0 where there is none."""
+    """Seconds of the all-gather of its weights; 0: none."""
     reduce: float
-    """Seconds of the reduction of its gradients, 0 where there is none."""
+    """Seconds of the reduction of its gradients; 0: none."""
 
 
 @dataclass(frozen=True)
 class StageWork:
-    """Seconds of a stage's passes over one micro-batch."""
+    """Holds the seconds of a stage's passes over one micro-batch."""
 
     forward: float
     backward: float
@@ -41,24 +41,29 @@ class StageWork:
 
     @property
     def times(self) -> dict[str, float]:
+        """Seconds by kind of action (see schedule.py)."""
         return {"F": self.forward, "B": self.backward, "I": self.backward_input, "W": self.backward_weight}
 
 
 @dataclass(frozen=True)
 class Links:
+    """Describes the messages between pipeline ranks and the collectives over replicas."""
+
     hand_over: float
-    """Seconds from a stage to the next."""
+    """Seconds of a message from one stage to the next."""
     waits_for_hand_over: bool
-    """A rank goes on only when its message has arrived, and asks for one only when it is due (Schedule1F1B)."""
+    """True if a rank requests a message only when it is due, and waits for it (Schedule1F1B)."""
     reduces_every_time: bool
-    """Gradients are reduced after every micro-batch (ZeRO stage 2 and 3), not only after the last."""
+    """True if gradients are reduced after every micro-batch (ZeRO stage 2 and 3), not only after the last."""
 
 
 @dataclass(frozen=True)
 class Event:
+    """Records when a rank did something, in seconds since the step began."""
+
     rank: int
     kind: str
-    """F, B, I, W; gather, reduce, send; optimizer."""
+    """F, B, I or W for a pass; gather or reduce for a collective over the replicas."""
     stage: int
     micro_batch: int
     start: float
@@ -67,27 +72,30 @@ class Event:
 
 @dataclass(frozen=True)
 class Timeline:
+    """Holds the result of a simulation, in seconds since the step began."""
+
     events: tuple[Event, ...]
-    """Empty unless they were asked for."""
+    """Empty unless recorded."""
     passes_end: float
-    """When the last pass of the slowest rank ends."""
+    """End of the last pass of the slowest rank."""
     end: float
-    """When the last reduction has ended."""
+    """End of the last reduction."""
     busy: tuple[float, ...]
-    """Seconds each rank computes."""
+    """Seconds that each rank computes."""
 
     @property
     def bubble(self) -> float:
-        """Share of the ranks' time, until the last pass has ended, in which they wait."""
+        """Share of the ranks' time until the end of the last pass in which they wait."""
         return 1.0 - sum(self.busy) / (len(self.busy) * self.passes_end)
 
 
 class _Rank:
-    """Clocks of one pipeline rank: its computing stream and its stream of collectives over the replicas."""
+    """Holds the clocks of one pipeline rank: of its compute stream and of its stream of collectives over replicas."""
 
     def __init__(self, work: dict[int, StageWork]):
         self.clock = self.busy = 0.0
         self.gathered: dict[int, list[float]] = {}
+        """When the weights of each piece of a stage have been gathered, until the stage's first forward pass."""
         traffic = 0.0
         for stage, parts in work.items():
             arrivals = []
@@ -102,9 +110,16 @@ class _Rank:
 def simulate(
     order: Order, work: Sequence[StageWork], links: Links, micro_batches: int, record: bool = False
 ) -> Timeline:
-    """Walk the schedule; ranks take turns, each going on until it needs a message that has not been sent."""
-    pipeline, last_stage = len(order), len(work) - 1
-    ranks = [_Rank({stage: work[stage] for stage in range(rank, len(work), pipeline)}) for rank in range(pipeline)]
+    """Walk the schedule: ranks take turns, each going on until it needs a message that has not been sent.
+
+    `order` has the passes of each rank, `work` the times of each stage, `links` those of messages; a step has
+    `micro_batches`. `record` keeps all events."""
+    pipeline = len(order)
+    last_stage = len(work) - 1
+    ranks = []
+    for rank in range(pipeline):
+        stages = range(rank, len(work), pipeline)
+        ranks.append(_Rank({stage: work[stage] for stage in stages}))
     events: list[Event] = _gather_events(ranks, work) if record else []
     times = [stage.times for stage in work]
     arrived: dict[tuple[bool, int, int], float] = {}
@@ -125,7 +140,7 @@ def simulate(
                         waiting = True
                         break
                     if links.waits_for_hand_over:
-                        # The receiver asks for it when it has nothing else to do; then it travels.
+                        # The message travels only when the receiver, idle, requests it.
                         start = max(start, sent) + links.hand_over
                     else:
                         start = max(start, sent + links.hand_over)
@@ -154,7 +169,7 @@ def simulate(
 
 
 def _first_forward(state: _Rank, work: StageWork, stage: int, start: float) -> float:
-    """End of a stage's first forward pass, which waits for weights that still travel."""
+    """Return the end of a stage's first forward pass, which waits for weights that are still being gathered."""
     clock = start
     for piece, arrival in zip(work.pieces, state.gathered.pop(stage), strict=True):
         clock = max(clock, arrival) + piece.forward
@@ -162,8 +177,11 @@ def _first_forward(state: _Rank, work: StageWork, stage: int, start: float) -> f
 
 
 def _reduce(state: _Rank, work: StageWork, rank: int, stage: int, start: float, events: list[Event] | None) -> None:
-    """Reduce a stage's gradients as its backward pass, which began at `start`, makes them: the last piece's first."""
-    ready, first = start, None
+    """Advance the collectives' clock by the reduction of a stage's gradients.
+
+    Its backward pass, which began at `start`, makes them one piece after the other, the last piece's first."""
+    ready = start
+    first = None
     for piece in reversed(work.pieces):
         ready += piece.backward
         if piece.reduce:
@@ -175,6 +193,7 @@ def _reduce(state: _Rank, work: StageWork, rank: int, stage: int, start: float, 
 
 
 def _gather_events(ranks: Sequence[_Rank], work: Sequence[StageWork]) -> list[Event]:
+    """Return the events of the all-gathers that a step begins with."""
     found = []
     for rank, state in enumerate(ranks):
         start = 0.0

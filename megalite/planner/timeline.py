@@ -1,4 +1,4 @@
-"""A simulated step as a picture: a row a pipeline rank, time to the right."""
+"""Draws a simulated step: one row for each pipeline rank, time to the right."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NAMES = {
 OPTIMIZER, BUBBLE, INK = "#222222", "#eae7df", "#222222"
 
 HEIGHT, TRAFFIC_HEIGHT = 0.62, 0.14
-"""Of a row of height 1: its passes, and below them its traffic with the replicas."""
+"""Heights of a rank's passes and of the collectives drawn below them, in a row of height 1."""
 
 WIDTH_IN, DPI = 14.0, 150
 NARROWEST_LABEL_IN = 0.17
@@ -30,11 +30,14 @@ NARROWEST_LABEL_IN = 0.17
 
 
 def draw_timeline(estimate: Estimate, path: Path) -> None:
-    """Write a PNG. `estimate` must have been recorded. Raises ImportError without matplotlib."""
+    """Draw the timeline of an `estimate` that was made with `record` to `path` (PNG).
+
+    Raises ImportError without matplotlib."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    events, plan = estimate.timeline.events, estimate.plan
+    events = estimate.timeline.events
+    plan = estimate.plan
     assert events, "estimate(…, record=True) keeps the events a picture needs"
     scale, unit = _unit(estimate.step_time_s)
     rows = plan.pipeline
@@ -46,22 +49,16 @@ def draw_timeline(estimate: Estimate, path: Path) -> None:
     passes_end = estimate.timeline.passes_end * scale
     for rank in range(rows):
         axes.barh(rank, passes_end, height=HEIGHT, color=BUBBLE, zorder=1)
-    shades = plan.virtual
+    few = len(events) < 4000  # edges around more boxes would hide them
     for kind in ("F", "B", "I", "W"):
-        for chunk in range(shades):
-            chosen = [e for e in events if e.kind == kind and e.stage // plan.pipeline == chunk]
-            _boxes(
-                axes,
-                chosen,
-                scale,
-                HEIGHT,
-                0.0,
-                _lighter(COLOURS[kind], 0.55 * chunk / shades),
-                edge=len(events) < 4000,
-            )
+        for chunk in range(plan.virtual):
+            chosen = [event for event in events if event.kind == kind and event.stage // plan.pipeline == chunk]
+            colour = _lighter(COLOURS[kind], 0.55 * chunk / plan.virtual)
+            _boxes(axes, chosen, scale, HEIGHT, 0.0, colour, edge=few)
+    below = (HEIGHT + TRAFFIC_HEIGHT) / 2 + 0.02
     for kind in ("gather", "reduce"):
-        chosen = [e for e in events if e.kind == kind]
-        _boxes(axes, chosen, scale, TRAFFIC_HEIGHT, (HEIGHT + TRAFFIC_HEIGHT) / 2 + 0.02, COLOURS[kind], edge=False)
+        chosen = [event for event in events if event.kind == kind]
+        _boxes(axes, chosen, scale, TRAFFIC_HEIGHT, below, COLOURS[kind], edge=False)
     end = estimate.timeline.end * scale
     for rank in range(rows):
         axes.barh(rank, estimate.optimizer_s * scale, left=end, height=HEIGHT, color=OPTIMIZER, zorder=3)
@@ -79,25 +76,29 @@ def _unit(seconds: float) -> tuple[float, str]:
 def _boxes(
     axes: Any, events: Sequence[Event], scale: float, height: float, below: float, colour: str, edge: bool
 ) -> None:
-    """One collection for all of a colour: there may be tens of thousands."""
+    """Draw a box for each event, `below` the middle of its rank's row."""
     from matplotlib.collections import PolyCollection
 
+    # One collection for all boxes of a colour: there may be tens of thousands.
     corners = []
     for event in events:
-        left, right = event.start * scale, event.end * scale
-        top, bottom = event.rank + below - height / 2, event.rank + below + height / 2
+        left = event.start * scale
+        right = event.end * scale
+        top = event.rank + below - height / 2
+        bottom = event.rank + below + height / 2
         corners.append(((left, top), (right, top), (right, bottom), (left, bottom)))
     line = {"edgecolors": "white", "linewidths": 0.5} if edge else {"linewidths": 0}
     axes.add_collection(PolyCollection(corners, facecolors=colour, zorder=2, **line))
 
 
 def _lighter(colour: str, share: float) -> str:
-    """Mixed with white: later groups of layers of a rank are lighter."""
+    """Mix a colour with a share of white. Later stages of a rank are lighter."""
     parts = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
     return "#" + "".join(f"{round(part + (255 - part) * share):02x}" for part in parts)
 
 
 def _number(axes: Any, events: Iterable[Event], scale: float, step: float) -> None:
+    """Write the number of its micro-batch into each pass that is wide enough."""
     inches_a_second = WIDTH_IN * 0.9 / step
     for event in events:
         if event.micro_batch >= 0 and (event.end - event.start) * inches_a_second >= NARROWEST_LABEL_IN:
@@ -107,11 +108,14 @@ def _number(axes: Any, events: Iterable[Event], scale: float, step: float) -> No
 
 
 def _dress(figure: Any, axes: Any, estimate: Estimate, unit: str) -> None:
+    """Add legend, title, labels and scales."""
     from matplotlib.patches import Patch
 
-    plan, hardware = estimate.plan, estimate.hardware
-    kinds = [kind for kind in COLOURS if any(event.kind == kind for event in estimate.timeline.events)]
-    if "I" in kinds:
+    plan = estimate.plan
+    hardware = estimate.hardware
+    seen = {event.kind for event in estimate.timeline.events}
+    kinds = [kind for kind in COLOURS if kind in seen]
+    if "I" in kinds:  # of the same colour as B
         kinds = [kind for kind in kinds if kind != "B"]
     handles = [Patch(color=COLOURS[kind], label=NAMES[kind]) for kind in kinds]
     handles += [Patch(color=OPTIMIZER, label=NAMES["optimizer"]), Patch(color=BUBBLE, label="waiting")]
@@ -130,10 +134,10 @@ def _dress(figure: Any, axes: Any, estimate: Estimate, unit: str) -> None:
         f"{schedule}{plan.micro_batches} micro-batches   ·   bubble {estimate.bubble:.1%}   ·   MFU {estimate.mfu:.1%}",
         (0, 1), xytext=(0, 9), xycoords="axes fraction", textcoords="offset points", fontsize=10, color="#444444",
     )  # fmt: skip
-    axes.set_yticks(
-        range(plan.pipeline),
-        [f"pipeline {rank}" for rank in range(plan.pipeline)] if plan.pipeline > 1 else ["every rank"],
-    )
+    labels = ["every rank"]
+    if plan.pipeline > 1:
+        labels = [f"pipeline {rank}" for rank in range(plan.pipeline)]
+    axes.set_yticks(range(plan.pipeline), labels)
     axes.set_xlabel(unit, fontsize=10)
     axes.spines[["top", "left", "right"]].set_visible(False)
     axes.spines["bottom"].set_color("#bbbbbb")
