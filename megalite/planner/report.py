@@ -34,14 +34,14 @@ def describe_search(found: Found) -> str:
     """Describe the result of a search: how many layouts there were, and a table of the best."""
     plan = found.best[0].plan
     chip = found.best[0].hardware.chip.chip
-    heads = ("#", "tensor", "pipe", "ctx", "data", "virt", "schedule", "micro", "zero", "recompute")
-    heads += ("step", "MFU", "memory", "bubble")
+    layout = ("#", "tensor", "pipe", "ctx", "data", "virt", "schedule", "micro", "zero", "recompute")
+    measured = ("step", "MFU", "memory", "bubble")
     lines = [
         f"{found.num_layouts:,} layouts on {plan.world_size} × {chip}; "
         f"{found.num_refused:,} refused by the plan, {found.num_too_large:,} looked at that fit in no way, "
         f"{found.num_simulated:,} simulated",
         "",
-        _layout_row(*heads),
+        _layout_row(*layout, *measured),
     ]
     for number, one in enumerate(found.best, start=1):
         plan = one.plan
