@@ -192,7 +192,7 @@ class Outlook:
 
     @property
     def optimizer_s(self) -> float:
-        """Seconds of the gradient norm and of the update on the fullest rank: of its shard, or at ZeRO stage 0 of all."""
+        """Seconds of the gradient norm and of the update of the fullest rank: of its shard, at ZeRO stage 0 of all."""
         params = self.most_trained / (self.plan.replicas if self.plan.zero_stage else 1)
         norm = tied = 0.0
         if self.plan.world_size > 1:
