@@ -366,13 +366,28 @@ class TrainConfig(Section):
 class KernelsConfig(Section):
     """Who computes each fused operation. `auto`: megalite's own kernels where they are built, else plain torch."""
 
-    norm: Literal["auto", "megalite", "torch", "apex"] = "auto"
-    rope: Literal["auto", "megalite", "torch"] = "auto"
-    activation: Literal["auto", "megalite", "torch"] = "auto"
-    attention: Literal["auto", "megalite", "torch", "flash_attn"] = "auto"
-    loss: Literal["auto", "megalite", "torch"] = "auto"
-    weight_gradient: Literal["auto", "megalite", "torch"] = "auto"
-    optimizer: Literal["auto", "megalite", "torch"] = "auto"
+    norm: str = Field("auto", description="megalite, torch or apex")
+    rope: str = Field("auto", description="megalite or torch")
+    activation: str = Field("auto", description="megalite or torch")
+    attention: str = Field("auto", description="megalite, torch or flash_attn")
+    loss: str = Field("auto", description="megalite or torch")
+    weight_gradient: str = Field("auto", description="megalite or torch")
+    optimizer: str = Field("auto", description="megalite or torch")
+
+    @field_validator("*")
+    @classmethod
+    def _is_known(cls, name: str, info: ValidationInfo) -> str:
+        own, key = implementations(str(info.field_name)), f"{info.field_name}."
+        if name not in own and key + name not in registry.kernels:
+            added = [other.removeprefix(key) for other in registry.kernels.names() if other.startswith(key)]
+            raise ValueError(f"is not known; {registry.hint(name, [*own, *added])}")
+        return name
+
+
+def implementations(operation: str) -> tuple[str, ...]:
+    """Return what can compute an operation without a plugin."""
+    libraries = {"norm": "apex", "attention": "flash_attn"}
+    return ("auto", "megalite", "torch", *filter(None, [libraries.get(operation)]))
 
 
 class ScheduleConfig(Choice):

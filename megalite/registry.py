@@ -104,6 +104,11 @@ objectives: Registry[type[ObjectiveConfig]] = Registry(
 )
 
 
+kernels: Registry[object] = Registry("kernels", {})
+"""By operation and name, such as "activation.mine": a module, or another object, with functions that stand for those of
+the same names in `megalite.kernels`. Plain torch computes what it does not have."""
+
+
 @functools.cache
 def import_plugins() -> None:
     """Import what installed packages add. Raises ConfigError, naming the package, when that fails."""

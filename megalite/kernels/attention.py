@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from megalite.kernels.library import own, pick
+from megalite.kernels.library import added, own, pick
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,8 @@ def causal_attention(
     gradient of the whole fused projection at once. It computes the plain kind only. torch computes the others;
     soft-capped scores are materialized (`written_out`)."""
     kind = kind.within(qkv_BTNK.shape[1])
+    if function := added("attention", "causal_attention"):
+        return function(qkv_BTNK, num_heads, num_kv_heads, document_BT, kind)
     match pick("attention", qkv_BTNK):
         case "megalite" if kind == PLAIN:
             # The operator also returns the log-sum-exp of the scores, which its backward pass reads.

@@ -1,5 +1,5 @@
-"""Selects the implementation of each fused operation: megalite's own kernels (`csrc/ops`), plain torch, or an installed
-library such as flash_attn.
+"""Selects the implementation of each fused operation: megalite's own kernels (`csrc/ops`), plain torch, an installed
+library such as flash_attn, or what a plugin has registered (`registry.kernels`).
 
 `use` takes the `kernels:` section of the config once, before a model runs; `pick` answers for a given tensor. The plain
 torch version of every operation is its reference. It also serves where the kernels are not built, for dtypes they do
@@ -12,13 +12,16 @@ import functools
 import importlib
 import importlib.util
 import warnings
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from megalite.config import KernelsConfig
+from megalite.config import KernelsConfig, implementations
 from megalite.errors import ConfigError
+from megalite.registry import kernels
 
 OPERATIONS = tuple(KernelsConfig.model_fields)
 CPU_ONLY = ("attention", "weight_gradient")
@@ -26,13 +29,15 @@ CPU_ONLY = ("attention", "weight_gradient")
 
 # Of the process, not of a model: kernels are called from deep inside modules that hold no config.
 _wishes = KernelsConfig()
+_added: dict[str, object] = {}
+"""What plugins compute, by operation."""
 
 
 def use(wishes: KernelsConfig) -> None:
     """Choose implementations for this process.
 
     Raises ConfigError for kernels that are not built and for a library that is not installed."""
-    global _wishes
+    global _wishes, _added
     for operation in OPERATIONS:
         wish = getattr(wishes, operation)
         if wish == "megalite" and own() is None:
@@ -42,6 +47,8 @@ def use(wishes: KernelsConfig) -> None:
     if own() is None and any(getattr(wishes, operation) == "auto" for operation in OPERATIONS):
         _warn_once()
     _wishes = wishes
+    chosen = {operation: getattr(wishes, operation) for operation in OPERATIONS}
+    _added = {op: kernels.get(f"{op}.{name}") for op, name in chosen.items() if name not in implementations(op)}
 
 
 def pick(operation: str, x: Tensor) -> str:
@@ -53,6 +60,12 @@ def pick(operation: str, x: Tensor) -> str:
     if wish == "auto" and operation == "weight_gradient" and x.dtype == torch.bfloat16 and _has_matrix_unit():
         return "torch"
     return "megalite" if _takes(operation, x.device.type, x.dtype) else "torch"
+
+
+def added(operation: str, function: str) -> Callable[..., Any] | None:
+    """Return a function of the plugin that computes `operation`, which stands for that of the same name and signature
+    here; None where megalite computes it."""
+    return getattr(_added.get(operation), function, None) if _added else None
 
 
 def explain(operation: str, device: str) -> tuple[str, str]:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megalite.kernels.library import own, pick
+from megalite.kernels.library import added, own, pick
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, unit: float = 0.0) -> Tensor:
@@ -17,6 +17,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, unit: float = 0.0) -> Tensor
 
     `x` is […,D] and `weight` [D], of one dtype. `unit` is 1 for models that store the weight's difference from 1
     (Gemma), else 0."""
+    if function := added("norm", "rms_norm"):
+        return function(x, weight, eps, unit)
     match pick("norm", x):
         case "megalite":
             return torch.ops.megalite.rms_norm(x, weight, eps, unit)[0]  # [1] is rstd, for the backward pass
@@ -53,6 +55,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """Return (x - mean(x)) / √(var(x) + `eps`) · weight + bias, computed in fp32.
 
     `x` is […,D], `weight` and `bias` [D], all of one dtype."""
+    if function := added("norm", "layer_norm"):
+        return function(x, weight, bias, eps)
     match pick("norm", x):
         case "megalite":
             return torch.ops.megalite.layer_norm(x, weight, bias, eps)[0]  # mean and rstd are for the backward pass

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megalite.kernels.library import own, pick
+from megalite.kernels.library import added, own, pick
 
 
 def rotate(qkv: Tensor, head_size: int, num_heads: int, cos_BTR: Tensor, sin_BTR: Tensor) -> Tensor:
@@ -24,6 +24,8 @@ def rotate(qkv: Tensor, head_size: int, num_heads: int, cos_BTR: Tensor, sin_BTR
 
     The result shares the memory of `qkv`: a region under activation checkpointing may begin where `qkv` is computed,
     but not after it. A hook that keeps the result's gradient must clone it."""
+    if function := added("rope", "rotate"):
+        return function(qkv, head_size, num_heads, cos_BTR, sin_BTR)
     if pick("rope", qkv) == "megalite":
         qkv = _Rotate.apply(qkv.contiguous(), head_size, num_heads, cos_BTR, sin_BTR)
         return qkv.unflatten(-1, (-1, head_size))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megalite.kernels.library import pick
+from megalite.kernels.library import added, pick
 
 
 def accumulate_weight_gradient(into: Tensor, grad: Tensor, x: Tensor, add: bool) -> None:
@@ -13,7 +13,9 @@ def accumulate_weight_gradient(into: Tensor, grad: Tensor, x: Tensor, add: bool)
 
     `into` is the fp32 gradient [N,K] of a weight, `grad` [T,N] that of the layer's output and `x` [T,K] the layer's
     input, both of one dtype."""
-    if x.is_cuda and x.dtype == torch.bfloat16:
+    if function := added("weight_gradient", "accumulate_weight_gradient"):
+        function(into, grad, x, add)
+    elif x.is_cuda and x.dtype == torch.bfloat16:
         # cuBLAS adds its fp32 accumulators to `into` directly; a bf16 product would be rounded first.
         if add:
             torch.addmm(into, grad.t(), x, torch.float32, out=into)

@@ -30,11 +30,13 @@ SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 class Family(Protocol):
     """What a family's file offers."""
 
-    MODEL: type[Decoder]
-    CONFIG: type[ModelConfig]
-
-    KEYS: Keys
-    """What it makes of the keys of config.json."""
+    @property
+    def MODEL(self) -> type[Decoder]: ...
+    @property
+    def CONFIG(self) -> type[ModelConfig]: ...
+    @property
+    def KEYS(self) -> Keys:
+        """What it makes of the keys of config.json."""
 
     def weights(self, config: Any) -> Any: ...
     def to_hf(self, config: Any) -> dict[str, Any]: ...

@@ -59,6 +59,11 @@ class Layout:
     def local(self, parameter: Tensor | None) -> nn.Parameter | None:
         return None if parameter is None else self.locals[parameter]
 
+    def take_locals(self, module: nn.Module) -> None:
+        """Give a module this rank's part of each of its own parameters."""
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, self.locals[parameter])
+
 
 Rule = Callable[[Any, Layout], nn.Module | None]
 """(module, layout) → what takes its place; None where it stays, perhaps changed."""
@@ -79,14 +84,14 @@ def rule(kind: type[Module]) -> Callable[[Callable[[Module, Layout], nn.Module |
 def apply_rules(parents: Sequence[nn.Module], layout: Layout) -> None:
     """Exchange each child of `parents`, a model and modules in it, for its counterpart, and all their parameters for
     this rank's part of them. Tied weights stay tied."""
-    _take_locals(parents[0], layout)
-    for parent in parents:
+    for parent in reversed(parents):  # what is inside of a module goes first
         for name, child in list(parent.named_children()):
             found = _counterpart(child, layout)
             if found is not None:
                 setattr(parent, name, found)
             else:
-                _take_locals(child, layout)
+                layout.take_locals(child)
+    layout.take_locals(parents[0])
 
 
 def _counterpart(module: nn.Module, layout: Layout) -> nn.Module | None:
@@ -94,11 +99,6 @@ def _counterpart(module: nn.Module, layout: Layout) -> nn.Module | None:
         if kind in _rules:
             return _rules[kind](module, layout)
     return None
-
-
-def _take_locals(module: nn.Module, layout: Layout) -> None:
-    for name, parameter in list(module.named_parameters(recurse=False)):
-        setattr(module, name, layout.locals[parameter])
 
 
 def make_layout(

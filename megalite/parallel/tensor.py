@@ -74,6 +74,12 @@ class _Enter(Function):
         return _start_input_gradient(ctx, grad)(), None, None
 
 
+def enter(x: Tensor, axis: Axis, sequence: bool) -> Tensor:
+    """Enter a tensor-parallel region: return whole features of the whole sequence, whose gradient is summed over the
+    tensor ranks (Megatron's copy-to-region; gather-from-sequence-region under sequence parallelism)."""
+    return x if axis.size == 1 else _Enter.apply(x, axis, sequence)
+
+
 def leave(x: Tensor, axis: Axis, sequence: bool) -> Tensor:
     """Out of a tensor-parallel region: every rank holds a part of the sum."""
     if axis.size == 1:

@@ -1,0 +1,212 @@
+"""A package that adds to megalite what it does not have: a family, an optimizer, a kernel, an objective, a schedule.
+
+The family is a Llama whose feed-forward part is a few experts that every token visits, each weighted by a router. It
+has what a dense family has not: a replicated linear module, a parameter of a module's own that is cut over the tensor
+ranks, and stacks of matrices, one stored as a tensor for each expert and one as a whole."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from megalite.config import Config, ObjectiveConfig, OptimizerConfig, ScheduleConfig
+from megalite.engine.optimizers import Optimizer, PlainOptimizer
+from megalite.mesh import Mesh
+from megalite.models.hf import REQUIRED
+from megalite.models.llama import (
+    LIKE_LLAMA,
+    Attention,
+    Layer,
+    Llama,
+    LlamaLike,
+    fields_from_hf,
+    fields_to_hf,
+    layer_table,
+    residual_std,
+    table,
+)
+from megalite.models.weights import Weight
+from megalite.parallel.rules import Layout, rule
+from megalite.parallel.stage import Inputs
+from megalite.parallel.tensor import enter, leave
+from megalite.registry import families, kernels, objectives, optimizers, schedules
+from megalite.training.objectives import NextToken, Objective
+
+# --- a family -----------------------------------------------------------------------------------------------------
+
+
+class BlendConfig(LlamaLike):
+    family: Literal["blend"] = "blend"
+    num_experts: int = Field(4, gt=0)
+
+
+class Experts(nn.Module):
+    """Every expert's feed-forward part, weighted by the router: Σₑ pₑ · Wdownₑ (scale · silu(Wupₑ x))."""
+
+    def __init__(self, config: BlendConfig):
+        super().__init__()
+        experts, hidden, inner = config.num_experts, config.hidden_size, config.intermediate_size
+        self.router = nn.Linear(hidden, experts, bias=False)
+        self.up = nn.Parameter(torch.empty(experts, inner, hidden))
+        self.down = nn.Parameter(torch.empty(experts, hidden, inner))
+        self.scale = nn.Parameter(torch.empty(inner))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blend(x, self.router(x).softmax(-1))
+
+    def blend(self, x: Tensor, weight_BTE: Tensor) -> Tensor:
+        inner = F.silu(torch.einsum("btd,eid->btei", x, self.up)) * self.scale
+        return torch.einsum("btei,edi,bte->btd", inner, self.down, weight_BTE)
+
+
+class ParallelExperts(Experts):
+    """Holds some of each expert's inner features. The router is on every rank."""
+
+    def __init__(self, experts: Experts, layout: Layout):
+        nn.Module.__init__(self)
+        self.axis, self.sequence, self.router = layout.tensor, layout.sequence, experts.router
+        for name in ("up", "down", "scale"):
+            setattr(self, name, layout.locals[getattr(experts, name)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight_BTE = self.router(x).softmax(-1)
+        whole_x, whole_weight = (enter(part, self.axis, self.sequence) for part in (x, weight_BTE))
+        return leave(self.blend(whole_x, whole_weight), self.axis, self.sequence)
+
+
+class BlendLayer(Layer):
+    def __init__(self, config: BlendConfig, attention: Attention):
+        super().__init__(config, attention)
+        self.mlp = Experts(config)  # type: ignore[assignment]
+
+
+class Blend(Llama):
+    def layer(self, number: int) -> nn.Module:
+        return BlendLayer(self.config, Attention(self.config, number))  # type: ignore[arg-type]
+
+
+def weights(config: BlendConfig) -> Iterator[Weight]:
+    experts, hidden, inner = config.num_experts, config.hidden_size, config.intermediate_size
+    ups = tuple(f"mlp.experts.{expert}.up.weight" for expert in range(experts))
+    mlp = (
+        Weight(
+            "mlp.router.weight", (experts, hidden), ("mlp.router.weight",), init=config.init_std,
+            partial_grad="sequence",
+        ),
+        Weight("mlp.up", (experts, inner, hidden), ups, "column", stack=1, init=config.init_std),
+        Weight("mlp.down", (experts, hidden, inner), ("mlp.down",), "row", stack=1, init=residual_std(config)),
+        Weight("mlp.scale", (inner,), ("mlp.scale",), "column", init="ones", decay=False),
+    )  # fmt: skip
+    yield from table(config, layer_table(config, mlp=mlp))
+
+
+class BlendFamily:
+    MODEL, CONFIG = Blend, BlendConfig
+    KEYS = LIKE_LLAMA.but(used={"num_experts": REQUIRED})
+    weights = staticmethod(weights)
+
+    @staticmethod
+    def to_hf(config: BlendConfig) -> dict[str, Any]:
+        return fields_to_hf(config, "BlendForCausalLM") | {"num_experts": config.num_experts}
+
+    @staticmethod
+    def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
+        return fields_from_hf(hf, BlendConfig) | {"num_experts": hf["num_experts"]}
+
+
+families.register("blend", BlendFamily)
+
+
+@rule(Experts)
+def _(experts: Experts, layout: Layout) -> nn.Module | None:
+    return ParallelExperts(experts, layout) if layout.tensor.size > 1 else None
+
+
+# --- an optimizer -------------------------------------------------------------------------------------------------
+
+
+@optimizers.register("lion")
+class LionConfig(OptimizerConfig):
+    """Lion (Chen et al. 2023): the sign of a mean of gradients."""
+
+    name: Literal["lion"] = "lion"
+    betas: tuple[float, float] = (0.9, 0.99)
+
+    STATES: ClassVar[tuple[str, ...]] = ("momentum",)
+
+    def build(self) -> Optimizer:
+        return Lion(self.betas)
+
+
+class Lion(PlainOptimizer):
+    def __init__(self, betas: tuple[float, float]):
+        self.betas = betas
+
+    def compute(
+        self,
+        master: Tensor,
+        states: Mapping[str, Tensor],
+        grad: Tensor,
+        num_updates: Tensor,
+        *,
+        lr: float,
+        weight_decay: float,
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        momentum = states["momentum"]
+        step = momentum.lerp(grad, 1 - self.betas[0]).sign()
+        return master * (1 - lr * weight_decay) - lr * step, {"momentum": momentum.lerp(grad, 1 - self.betas[1])}
+
+
+# --- a kernel -----------------------------------------------------------------------------------------------------
+
+
+class Norm:
+    """What `kernels.norm: demo` computes."""
+
+    @staticmethod
+    def rms_norm(x: Tensor, weight: Tensor, eps: float, unit: float) -> Tensor:
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * (weight + unit)).to(x.dtype)
+
+
+kernels.register("norm.demo", Norm)
+
+
+# --- an objective and a schedule ----------------------------------------------------------------------------------
+
+
+@objectives.register("focal")
+class FocalConfig(ObjectiveConfig):
+    """Focal loss (Lin et al. 2017): tokens that are easy count less."""
+
+    name: Literal["focal"] = "focal"
+    gamma: float = Field(1.0, ge=0)
+
+    def build(self, config: Config, mesh: Mesh) -> Objective:
+        return Focal(self.gamma)
+
+
+class Focal(NextToken):
+    def __init__(self, gamma: float):
+        self.gamma = gamma
+
+    def measure(self, losses_BT: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        hardness_BT = (1 - torch.exp(-losses_BT)).pow(self.gamma)
+        return super().measure(hardness_BT * losses_BT, inputs)
+
+
+@schedules.register("rsqrt")
+class InverseSquareRoot(ScheduleConfig):
+    """1 / √step after the warmup (Vaswani et al. 2017)."""
+
+    name: Literal["rsqrt"] = "rsqrt"
+
+    def after_warmup(self, step: int, num_steps: int, peak: float) -> float:
+        return max(self.min_lr, peak * math.sqrt(max(self.warmup_steps, 1) / step))
