@@ -35,7 +35,10 @@ from megalite.urls import check_no_secret
 if TYPE_CHECKING:
     from megalite.engine.optimizers import Optimizer
     from megalite.mesh import Mesh
+    from megalite.parts import Parts
+    from megalite.training.hooks import Hook
     from megalite.training.objectives import Objective
+    from megalite.training.run import Run
 
 MOST_LAYERS = 10_000
 """Every layer has rows in the table of weights; a damaged config.json may ask for any number."""
@@ -548,6 +551,16 @@ class LoraConfig(Section):
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
 
+class HookConfig(Choice):
+    """Something that a plugin does beside the steps of a run."""
+
+    KINDS: ClassVar[Registry[Any]] = registry.hooks
+
+    def build(self, run: Run, parts: Parts) -> Hook:
+        """Return the hook of this rank."""
+        raise NotImplementedError
+
+
 class Config(Section):
     run: RunConfig
     model: SerializeAsAny[ModelConfig]
@@ -562,6 +575,7 @@ class Config(Section):
     health: HealthConfig = HealthConfig()
     profile: ProfileConfig = ProfileConfig()
     kernels: KernelsConfig = KernelsConfig()
+    hooks: tuple[SerializeAsAny[HookConfig], ...] = Field((), description="what plugins do beside the steps, by name")
 
     @model_validator(mode="after")
     def _objective_fits(self) -> Config:

@@ -71,6 +71,9 @@ def _walk(loc: Sequence[str | int], model: type[BaseModel] | None, values: Any) 
         known = list(model.model_fields) if model else []
         if isinstance(part, int) or part in known or number == len(loc) - 1:
             path.append(part)
+        if isinstance(part, int) and isinstance(values, (list, tuple)) and part < len(values):
+            values = values[part]
+            model = _kind_of(model, values)
         if part in known and number < len(loc) - 1 and model is not None:
             values = values.get(part) if isinstance(values, dict) else None
             model = _kind_of(_section_in(model.model_fields[str(part)].annotation), values)

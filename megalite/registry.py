@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from megalite.errors import ConfigError
 
 if TYPE_CHECKING:
-    from megalite.config import ObjectiveConfig, OptimizerConfig, ScheduleConfig
+    from megalite.config import HookConfig, ObjectiveConfig, OptimizerConfig, ScheduleConfig
     from megalite.models import Family
 
 PLUGINS = "megalite.plugins"
@@ -104,6 +104,7 @@ objectives: Registry[type[ObjectiveConfig]] = Registry(
 )
 
 
+hooks: Registry[type[HookConfig]] = Registry("hooks", {})
 kernels: Registry[object] = Registry("kernels", {})
 """By operation and name, such as "activation.mine": a module, or another object, with functions that stand for those of
 the same names in `megalite.kernels`. Plain torch computes what it does not have."""

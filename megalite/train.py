@@ -1,35 +1,25 @@
-"""The training loop. Pretraining and finetuning on one process or on a thousand are this file, read from top to
-bottom."""
+"""A run from its start to its end, for pretraining and finetuning, on one process or on a thousand. The steps
+themselves are in training/loop.py, and what is done beside them in training/hooks.py."""
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from megalite import last_words, make_callable
+from megalite import make_callable
 from megalite.activity import NOW
 from megalite.checkpoint.export import keep_source, write_extras
-from megalite.checkpoint.load import for_adapters, from_checkpoint, from_hf, from_seed
 from megalite.checkpoint.match import base_files, check_match
 from megalite.checkpoint.resume import find_checkpoint, leave_newer, read_train_state, way_back
 from megalite.checkpoint.save import Saver
 from megalite.checkpoint.tensors import NotSaved
 from megalite.config import Config
 from megalite.data.checks import check_same_everywhere, open_data
-from megalite.data.dataset import Split
-from megalite.data.loader import Loader, Span
-from megalite.data.mixture import Mixture
 from megalite.data.tokenizer import Tokenizer, load_tokenizer
-from megalite.engine import ReadState
 from megalite.engine.layout import choose_owners, elements_of
 from megalite.exit_codes import Exit
-from megalite.health.guard import Ending, Guard
-from megalite.health.stragglers import Stragglers
+from megalite.health.guard import Ending
 from megalite.health.watchdog import Watchdog
 from megalite.host_memory import keep_freed_memory
 from megalite.infer.in_training import TasksInTraining
@@ -37,22 +27,19 @@ from megalite.mesh import Launch, Mesh, make_mesh
 from megalite.models import weight_table
 from megalite.models.peft import TENSORS
 from megalite.no_effect import no_effect
-from megalite.observe.profiler import Profiler
 from megalite.observe.recorder import Recorder
-from megalite.observe.steps import Record, StepLog
-from megalite.observe.throughput import Meter, model_flops_per_token
 from megalite.parallel.collectives import all_agree
-from megalite.parts import Parts, build, forward, forward_backward, validate
+from megalite.parts import Parts, build
 from megalite.plan import Plan, make_plan
-from megalite.reference import compute_reference, read_references, reference_parts, write_references
 from megalite.run_folder import check_run_folder, held, write_config
 from megalite.stopping import StopRequests
+from megalite.training.loop import run_steps
 from megalite.training.objectives import DPO
-from megalite.training.schedules import learning_rate
+from megalite.training.reference import prepare_references
+from megalite.training.run import Data, Run, Start, initial_state, make_loader
 
 make_callable(__name__)  # as `train`, below
 
-Data = Mapping[Split, Mixture | None]
 SOURCES_SHOWN = 8
 
 
@@ -108,21 +95,6 @@ def train_on(
     return ended.status
 
 
-@dataclass(frozen=True)
-class Start:
-    """What a run begins with."""
-
-    state: dict[str, Any]
-    """train_state.json of the checkpoint, or what stands for one at step 0."""
-    weights: ReadState
-    base: dict[str, str]
-    """What `base_files` says."""
-
-    @property
-    def step(self) -> int:
-        return int(self.state["step"])
-
-
 def open_run(
     config: Config,
     plan: Plan,
@@ -162,44 +134,6 @@ def open_run(
     run = Run(config, plan, mesh, recorder, tasks)
     run.say(*told)
     return run, start
-
-
-@dataclass(frozen=True)
-class Run:
-    """What every part of a run needs to know."""
-
-    config: Config
-    plan: Plan
-    mesh: Mesh
-    recorder: Recorder | None
-    """On rank 0."""
-    tasks: TasksInTraining | None = None
-
-    def say(self, *lines: str) -> None:
-        for line in lines if self.recorder else ():
-            self.recorder.message(line)  # type: ignore[union-attr]
-
-    @property
-    def last_step(self) -> int:
-        return min(self.config.train.stop_at or self.config.train.steps, self.config.train.steps)
-
-    def give_up(self, why: str) -> Ending:
-        self.say(f"error: {why} (health.bad_steps_limit)")
-        if self.recorder:
-            self.say(*way_back(self.config.run.folder / "checkpoints", self.config.health.bad_steps_limit))
-        last_words.leave(why)
-        return Ending(Exit.BAD_NUMBERS)
-
-    def status(self, ended: Ending) -> str:
-        """For the recorder."""
-        if ended.status is None:
-            return "sent back"
-        if ended.status == Exit.DONE and self.last_step == self.config.train.steps:
-            return "finished"
-        return "failed" if ended.status == Exit.CORRUPTED else "stopped"
-
-    def due(self, step: int, every: int) -> bool:
-        return step == self.last_step or (every > 0 and step % every == 0)
 
 
 def open_recorder(config: Config, plan: Plan, state: dict[str, Any], tokenizer: Tokenizer | None) -> Recorder:
@@ -263,163 +197,3 @@ def train_from(run: Run, parts: Parts, data: Data, start: Start, requests: StopR
     if saver.error and ended.status is not None:
         raise NotSaved(saver.error)
     return ended
-
-
-def initial_state(config: Config, mesh: Mesh, checkpoint: Path | None) -> ReadState:
-    """Where weights and optimizer state come from: a checkpoint to go on from, a model to start from, or the seed."""
-    weights = weight_table(config.model, config.lora)
-    if config.lora:
-        return for_adapters(config, weights, checkpoint, mesh.tensor, mesh.device)
-    if checkpoint:
-        return from_checkpoint(config, weights, checkpoint, mesh.tensor)
-    if config.model.hf:
-        return from_hf(config.model.hf, weights, config.model, mesh.tensor, config.train.seed)
-    return from_seed(config.train.seed, mesh.tensor, mesh.device)
-
-
-def run_steps(
-    run: Run,
-    parts: Parts,
-    loader: Loader,
-    data: Data,
-    saver: Saver,
-    start: Start,
-    requests: StopRequests,
-) -> Ending:
-    """To the last step; or to the one after which all ranks agree that one of them was asked to stop, and save; or to
-    one that cannot be gone on from."""
-    config, mesh, recorder, state, start_step = run.config, run.mesh, run.recorder, start.state, start.step
-    meter = Meter(model_flops_per_token(config), mesh.world.size, mesh.device, parts.dtype)
-    profiler = Profiler(config.profile, config.run.folder, mesh.world.rank, parts.engine.settle)
-    stragglers = Stragglers(config.health, mesh)
-    guard = Guard(config, mesh, loader, state.get("numbers"))
-
-    def save(step: int, samples: int, valid_loss: float | None = None) -> None:
-        NOW.begin("saving", step)
-        saved = {"step": step, "updates": parts.engine.num_updates, "data": loader.state(samples)}
-        saved |= {"valid_loss": valid_loss, "base": start.base}
-        wandb_id = recorder.wandb_id if recorder else None
-        saver.save(step, saved | {"numbers": guard.state(), "wandb_id": wandb_id})
-
-    with profiler, StepLog(recorder, meter) as log:
-        for step in range(start_step + 1, run.last_step + 1):
-            NOW.begin("first step" if step == start_step + 1 else "training", step)
-            profiler.begin(step)
-            stragglers.begin(step)
-            agreed = requests.compare()
-            lr = learning_rate(step, config.train.steps, config.optimizer)
-            samples_before = loader.samples
-            found = forward_backward(parts, next(loader), mesh, config.train.seed)
-            guard.compare(step, parts.engine)
-            NOW.do("optimizer")
-            grad_norm = parts.engine.step(lr, guard.permit(found["loss"]))
-            guard.note(step, samples_before)
-            stragglers.end()
-            tokens = loader.samples * config.data.seq_length
-            record: Record = {"step": step, **found, "lr": lr, "grad_norm": grad_norm, "tokens": tokens}
-            record |= consumed_tokens(loader) | stragglers.record() | guard.record()
-            log.add(record, run.plan.tokens_per_step)
-            profiler.end(step)
-            asked = agreed()
-            if step == run.last_step:
-                asked = None  # it ends here all the same
-            evaluates = run.due(step, config.observe.eval_every) and not asked
-            measures = run.tasks is not None and run.due(step, config.observe.tasks.every) and not asked
-            saves = run.due(step, config.checkpoint.every) or asked
-            if evaluates or measures or saves:
-                log.wait()
-            if saves:
-                guard.compare(step, parts.engine, saves=True)
-            ending = guard.look(step, bool(evaluates or measures or saves))
-            run.say(*guard.news())
-            if ending:
-                parts.engine.settle()
-                if ending.saves and ending.saves[0] > start_step:
-                    log.wait()
-                    save(*ending.saves)
-                return ending
-            valid_loss = None
-            if evaluates:
-                NOW.begin("validating", step)
-                valid_loss = evaluate(run, parts, data, "valid", step)
-            if step == config.train.steps:
-                evaluate(run, parts, data, "test", step)
-            if measures:
-                NOW.begin("evaluating tasks", step)
-                evaluate_tasks(run, parts, step)
-            if saves:
-                save(step, loader.samples, valid_loss)
-            run.say(*saver.news(), *stragglers.news())
-            if asked:
-                run.say(f"{asked.name}: leaving after step {step}; a second signal does not wait for the checkpoint")
-                return Ending(Exit.STOPPED)
-            meter.start()
-    return Ending(Exit.DONE)
-
-
-def consumed_tokens(loader: Loader) -> Record:
-    """Of each source so far, where there are several."""
-    found = loader.consumed()
-    length = loader.mixture.seq_length
-    return {f"tokens/{name}": count * length for name, count in found.items()} if len(found) > 1 else {}
-
-
-def evaluate(run: Run, parts: Parts, data: Data, split: Split, step: int) -> float | None:
-    """Record what `validate` finds in a split, where there is one. Returns its loss; None where it is not finite."""
-    mixture = data[split]
-    if mixture is None:
-        return None
-    batches = mixture.num_batches(run.config.train.global_batch_size, run.config.observe.eval_batches)
-    with make_loader(mixture, run) as loader:
-        found = validate(parts, loader, batches, split, run.mesh)
-    if run.recorder:
-        run.recorder.evaluation({"step": step} | {f"{split}_{name}": value for name, value in found.items()})
-    return found["loss"] if math.isfinite(found["loss"]) else None
-
-
-def evaluate_tasks(run: Run, parts: Parts, step: int) -> None:
-    assert run.tasks is not None
-    parts.train(False)
-    found = run.tasks.measure(parts.stages, parts.pipeline, run.mesh)
-    if run.recorder:
-        run.recorder.tasks({"step": step} | {f"tasks/{name}": value for name, value in found.items()})
-
-
-def prepare_references(run: Run, parts: Parts, data: Data) -> None:
-    """What the starting model makes of every pair: from the run's folder, or computed on this layout and kept there."""
-    assert isinstance(parts.objective, DPO)
-    mixtures = {split: mixture for split, mixture in data.items() if mixture}
-    path = run.config.run.folder / "reference.safetensors"
-    made_of = reference_parts(mixtures, run.config, base_files(run.config))
-    found, changed = read_references(path, made_of, mixtures)
-    if not all_agree(found is not None, run.mesh) or found is None:
-        NOW.begin("reference", NOW.step)
-        run.say("comparing with the starting model: its log-probabilities of all pairs are computed once")
-        if changed:
-            run.say(f"again, since other ones were kept: {'; '.join(map(str, changed))}")
-        parts.engine.load(initial_state(run.config, run.mesh, None))
-        parts.train(False)
-        found = {
-            split: compute_reference(
-                mixture, run.mesh, lambda part: make_loader(part, run), lambda batch: forward(parts, batch, run.mesh)
-            )
-            for split, mixture in mixtures.items()
-        }
-        if run.recorder:
-            write_references(path, made_of, found)
-    parts.objective.references.update(found)
-
-
-def make_loader(mixture: Mixture, run: Run, start_sample: int = 0, skipped: Sequence[Span] = ()) -> Loader:
-    train, data = run.config.train, run.mesh.data
-    return Loader(
-        mixture,
-        train.global_batch_size,
-        run.plan.micro_batch_size,
-        data.rank,
-        data.size,
-        start_sample,
-        vocab_size=run.config.model.vocab_size,
-        pin=run.mesh.device.type == "cuda",
-        skipped=skipped,
-    )

@@ -16,7 +16,7 @@ from megalite.mesh import Launch, make_mesh
 from megalite.models import weight_table
 from megalite.parts import build, forward_backward
 from megalite.plan import make_plan
-from megalite.train import initial_state
+from megalite.training.run import initial_state
 
 
 class LiveBytes(TorchDispatchMode):

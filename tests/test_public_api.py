@@ -27,7 +27,7 @@ optimizer: {{lr: 1.0e-3}}
 ORDERS = {
     "the modules first": "import megalite.train, megalite.plan; from megalite import train, plan",
     "the functions first": "from megalite import train, plan; import megalite.train, megalite.plan",
-    "a name in the modules first": "from megalite.train import Run, train; from megalite import train, plan",
+    "a name in the modules first": "from megalite.train import train_on, train; from megalite import train, plan",
 }
 SAME = """
 import pickle, sys
@@ -40,7 +40,7 @@ for name, function in (("train", train), ("plan", plan)):
     setattr(module, name, lambda *given, **named: called.append((given, named)))
     function("config", ranks=2)
     assert called == [(("config",), {"ranks": 2})], called
-assert megalite.train.forward_backward and megalite.plan.make_plan
+assert megalite.train.run_steps and megalite.plan.make_plan
 print("the same")
 """
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from tampered_ranks import started
 
-import megalite.train
+import megalite.training.loop
 from megalite.checkpoint import folder as folder_module
 from megalite.checkpoint import writing
 from megalite.checkpoint.folder import Worth, complete_steps, discard, prune, step_folder
@@ -54,7 +54,7 @@ def killed_at(when: str, folder: Path) -> None:
 
     if when == "step":
         calls = itertools.count(1)
-        kill_before(megalite.train, "forward_backward", lambda *_: next(calls) == 7)
+        kill_before(megalite.training.loop, "forward_backward", lambda *_: next(calls) == 7)
     elif when == "before the name":
         kill_before(writing.Writing, "_give_name", lambda it: it.folder.name.endswith("7"))
     elif when == "after the name":
@@ -71,9 +71,9 @@ def train_with(rank: int, world_size: int, folder: Path, config: Config, blown: 
 
     if world_size > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
-    rate = megalite.train.learning_rate
+    rate = megalite.training.loop.learning_rate
     if blown:
-        megalite.train.learning_rate = lambda step, *more: 1e38 if step == 5 else rate(step, *more)
+        megalite.training.loop.learning_rate = lambda step, *more: 1e38 if step == 5 else rate(step, *more)
     if kill and rank == 0:
         killed_at(kill, config.run.folder / "checkpoints")
     return int(train(config))
@@ -181,7 +181,7 @@ def test_the_best_is_kept_and_named(
     config = make_config(tmp_path, "llama", *best, "train.steps=8")
     losses = {2: 4.5, 4: 3.25, 6: 3.5, 8: 4.0}
     found = iter(losses.values())
-    monkeypatch.setattr("megalite.train.validate", lambda *arguments: {"loss": next(found)})
+    monkeypatch.setattr("megalite.training.hooks.validate", lambda *arguments: {"loss": next(found)})
     assert train(config) == Exit.DONE
     step = 4
     root = config.run.folder / "checkpoints"

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 import megalite.train
+import megalite.training.loop
 from megalite.checkpoint.folder import complete_steps
 from megalite.config import Config
 from megalite.exit_codes import Exit, describe
@@ -36,7 +37,7 @@ def handlers() -> Iterator[dict[int, Any]]:
 
 def train_with_a_signal(config: Config, number: signal.Signals) -> tuple[Exit, list[int]]:
     """Sent in the middle of a step. Returns how training ended, and the steps that were saved."""
-    rate, signals = megalite.train.learning_rate, megalite.train.StopRequests
+    rate, signals = megalite.training.loop.learning_rate, megalite.train.StopRequests
     opened: list[StopRequests] = []
 
     def and_signal(step: int, *rest: object) -> float:
@@ -50,12 +51,12 @@ def train_with_a_signal(config: Config, number: signal.Signals) -> tuple[Exit, l
         opened.append(signals(mesh))
         return opened[0]
 
-    megalite.train.learning_rate = and_signal  # type: ignore[assignment]
+    megalite.training.loop.learning_rate = and_signal  # type: ignore[assignment]
     megalite.train.StopRequests = and_keep  # type: ignore[assignment, misc]
     try:
         return train(config), complete_steps(config.run.folder / "checkpoints")
     finally:
-        megalite.train.learning_rate, megalite.train.StopRequests = rate, signals  # type: ignore[misc]
+        megalite.training.loop.learning_rate, megalite.train.StopRequests = rate, signals  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])

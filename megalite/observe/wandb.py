@@ -101,11 +101,11 @@ class WandbSink:
             self._warn("recording offline", error)
             wandb.teardown()  # or the id would still be in use by the run that failed to start
             mode, run = "offline", self._init(wandb, "offline")
-        where = run.url
         if mode == "offline":
             folder = self._folder / "wandb" / Path(run.dir).parent.name
-            where = f"offline, later: wandb sync {folder}"
-        self._say(f"W&B {where}")
+            self._say(f"W&B offline, later: wandb sync {folder}")
+        else:
+            self._say(f"W&B {run.url}")
         return run
 
     def _init(self, wandb: Any, mode: str) -> Any:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from tampered_ranks import started
 from torch import Tensor
 
-import megalite.train
+import megalite.training.loop
 from megalite.checkpoint.folder import complete_steps
 from megalite.checkpoint.resume import read_train_state
 from megalite.config import Config
@@ -72,7 +72,7 @@ class Watched:
 @contextmanager
 def planted(plant: Plant, rank: int) -> Iterator[list[bool]]:
     """Whether each step of the rank changed its state."""
-    original, changed = megalite.train.forward_backward, list[bool]()
+    original, changed = megalite.training.loop.forward_backward, list[bool]()
 
     def tampered(parts: Parts, batch: Any, mesh: Mesh, seed: int) -> dict[str, Tensor]:
         engine: Any = parts.engine
@@ -100,11 +100,11 @@ def planted(plant: Plant, rank: int) -> Iterator[list[bool]]:
         return found | {"loss": found["loss"] * 100} if hit and plant.what == "loss" else found
 
     enough = numbers.ENOUGH
-    megalite.train.forward_backward, numbers.ENOUGH = tampered, plant.enough
+    megalite.training.loop.forward_backward, numbers.ENOUGH = tampered, plant.enough
     try:
         yield changed
     finally:
-        megalite.train.forward_backward, numbers.ENOUGH = original, enough
+        megalite.training.loop.forward_backward, numbers.ENOUGH = original, enough
 
 
 Cases = dict[str, tuple[Config, Plant]]

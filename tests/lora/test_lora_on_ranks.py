@@ -22,7 +22,7 @@ from megalite.mesh import Mesh, make_mesh
 from megalite.models import weight_table
 from megalite.parts import build, forward_backward
 from megalite.plan import make_plan
-from megalite.train import initial_state
+from megalite.training.run import initial_state
 from megalite.training.schedules import learning_rate
 from ranks import cases_asked_for, run_ranks
 from tiny_models import CASES

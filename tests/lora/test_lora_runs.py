@@ -27,7 +27,8 @@ from megalite.models.layers import Places
 from megalite.models.peft import with_adapter_fields
 from megalite.plan import make_plan
 from megalite.planner.estimate import memory_of
-from megalite.train import initial_state, train
+from megalite.train import train
+from megalite.training.run import initial_state
 from ranks import run_ranks
 from small_runs import VOCAB, curve_of, make_config, train_on_rank
 from tiny_models import CASES

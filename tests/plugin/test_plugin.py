@@ -29,6 +29,7 @@ CONFIG: dict[str, Any] = {
     "optimizer": {"name": "lion", "lr": 1e-3, "schedule": {"name": "rsqrt", "warmup_steps": 2}},
     "objective": {"name": "focal", "gamma": 2},
     "kernels": {"norm": "demo"},
+    "hooks": [{"name": "norms", "every": 4}],
     "parallel": {"bucket_mb": 0.01},
     "checkpoint": {"every": 3},
 }
@@ -54,7 +55,9 @@ def megalite(folder: Path, ranks: int, *arguments: str) -> subprocess.CompletedP
 
 def metrics_of(checkpoint: Path) -> list[tuple[float, float]]:
     lines = [json.loads(line) for line in (checkpoint.parents[1] / "metrics.jsonl").read_text().splitlines()]
-    return [(line["loss"], line["grad_norm"]) for line in lines if "grad_norm" in line]
+    steps = [line for line in lines if "grad_norm" in line]
+    assert steps[-1]["largest_grad_norm"] == max(line["grad_norm"] for line in steps)
+    return [(line["loss"], line["grad_norm"]) for line in steps]
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +69,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG | {"data": data}))
     done = megalite(folder, 1, "train", "config.yaml", "run.name=broken", "train.stop_at=3")
     assert done.returncode == 0, done.stderr
+    assert "largest gradient norm by step 3: " in done.stdout
     found = {}
     for number, (name, (ranks, overrides)) in enumerate(LAYOUTS.items()):
         done = megalite(folder, ranks, "train", "config.yaml", f"run.name=run{number}", *overrides)

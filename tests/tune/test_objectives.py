@@ -25,7 +25,8 @@ from megalite.mesh import Mesh, make_mesh
 from megalite.models import weight_table
 from megalite.parts import build, forward_backward
 from megalite.plan import make_plan
-from megalite.train import Run, make_loader, prepare_references
+from megalite.training.reference import prepare_references
+from megalite.training.run import Run, make_loader
 from ranks import run_ranks
 
 BATCH, LENGTH, BETA, SMOOTHING = 4, 96, 0.3, 0.1

@@ -24,7 +24,7 @@ from megalite.checkpoint.resume import find_checkpoint
 from megalite.exit_codes import Exit
 from megalite.mesh import ALONE, Mesh
 
-train_module: Any = importlib.import_module("megalite.train")  # type checkers take `megalite.train` for its function
+loop: Any = importlib.import_module("megalite.training.loop")  # whose functions are replaced
 
 Outcome = tuple[bool, str]
 FLIPS = 8
@@ -111,7 +111,7 @@ def nan_gradient(folder: Path) -> Outcome:
     """On one rank, in one step: all ranks refuse that step's update, and say so."""
 
     def plant(rank: int) -> None:
-        forward_backward = train_module.forward_backward
+        forward_backward = loop.forward_backward
 
         def planted(parts: Any, *arguments: Any) -> dict[str, torch.Tensor]:
             hooks = [
@@ -125,7 +125,7 @@ def nan_gradient(folder: Path) -> Outcome:
                 hook.remove()
             return found
 
-        train_module.forward_backward = planted
+        loop.forward_backward = planted
 
     config = config_of(folder, "data 2, ZeRO-1")
     start = run_once(config, folder / "start-0", tamper=plant)
@@ -140,7 +140,7 @@ def flipped_bit(folder: Path) -> Outcome:
     settings: dict[str, Any] = {"health": {"weights_check_every": 1}, "train": {"global_batch_size": 6}}
 
     def plant(rank: int) -> None:
-        forward_backward = train_module.forward_backward
+        forward_backward = loop.forward_backward
 
         def planted(parts: Any, *arguments: Any) -> dict[str, torch.Tensor]:
             found = forward_backward(parts, *arguments)
@@ -149,7 +149,7 @@ def flipped_bit(folder: Path) -> Outcome:
                 parts.engine.buckets[0].weights.view(torch.int32)[0] ^= 1 << 12
             return found
 
-        train_module.forward_backward = planted
+        loop.forward_backward = planted
 
     config, other = config_of(folder, "data 2, ZeRO-1", **settings), folder / "undisturbed"
     wanted = undisturbed(config_of(other, "data 2, ZeRO-1", **settings), other, ranks=3)

@@ -1,4 +1,5 @@
-"""A package that adds to megalite what it does not have: a family, an optimizer, a kernel, an objective, a schedule.
+"""A package that adds to megalite what it does not have: a family, an optimizer, a kernel, a hook, an objective, a
+schedule.
 
 The family is a Llama whose feed-forward part is a few experts that every token visits, each weighted by a router. It
 has what a dense family has not: a replicated linear module, a parameter of a module's own that is cut over the tensor
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from megalite.config import Config, ObjectiveConfig, OptimizerConfig, ScheduleConfig
+from megalite.config import Config, HookConfig, ObjectiveConfig, OptimizerConfig, ScheduleConfig
 from megalite.engine.optimizers import Optimizer, PlainOptimizer
 from megalite.mesh import Mesh
 from megalite.models.hf import REQUIRED
@@ -36,8 +37,11 @@ from megalite.models.weights import Weight
 from megalite.parallel.rules import Layout, rule
 from megalite.parallel.stage import Inputs
 from megalite.parallel.tensor import enter, leave
-from megalite.registry import families, kernels, objectives, optimizers, schedules
+from megalite.parts import Parts
+from megalite.registry import families, hooks, kernels, objectives, optimizers, schedules
+from megalite.training.hooks import Hook, Step
 from megalite.training.objectives import NextToken, Objective
+from megalite.training.run import Run
 
 # --- a family -----------------------------------------------------------------------------------------------------
 
@@ -177,6 +181,38 @@ class Norm:
 
 
 kernels.register("norm.demo", Norm)
+
+
+# --- a hook -------------------------------------------------------------------------------------------------------
+
+
+@hooks.register("norms")
+class NormsConfig(HookConfig):
+    """Logs the largest gradient norm so far, and says it every so many steps."""
+
+    name: Literal["norms"] = "norms"
+    every: int = Field(10, gt=0)
+
+    def build(self, run: Run, parts: Parts) -> Hook:
+        return Norms(run, self.every)
+
+
+class Norms(Hook):
+    def __init__(self, run: Run, every: int):
+        self.run, self.every, self.largest = run, every, torch.zeros((), device=run.mesh.device)
+
+    def after_update(self, step: Step) -> None:
+        norm = step.record["grad_norm"]
+        assert isinstance(norm, Tensor)
+        self.largest = torch.maximum(self.largest, norm)
+        step.record["largest_grad_norm"] = self.largest
+
+    def is_due(self, step: Step) -> bool:
+        return self.run.due(step.number, self.every)
+
+    def act(self, step: Step) -> None:
+        if self.is_due(step):
+            self.run.say(f"largest gradient norm by step {step.number}: {self.largest.item():.3f}")
 
 
 # --- an objective and a schedule ----------------------------------------------------------------------------------

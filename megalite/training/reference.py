@@ -15,16 +15,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megalite.activity import NOW
 from megalite.changes import Change, changes
+from megalite.checkpoint.match import base_files
 from megalite.config import Config
 from megalite.data.dataset import RowSource, Split
 from megalite.data.loader import Loader, MicroBatch
 from megalite.data.mixture import Mixture
 from megalite.data.order import Phase, PhasedOrder
 from megalite.mesh import Mesh
-from megalite.parallel.collectives import all_reduce
+from megalite.parallel.collectives import all_agree, all_reduce
 from megalite.parallel.stage import Inputs
-from megalite.training.objectives import Reference, sum_by_document
+from megalite.parts import Parts, forward
+from megalite.training.objectives import DPO, Reference, sum_by_document
+from megalite.training.run import Data, Run, initial_state, make_loader
 
 Forward = Callable[[list[MicroBatch]], Iterable[tuple[Tensor, Inputs, MicroBatch]]]
 
@@ -113,3 +117,28 @@ def _is_moved(change: Change, stored: Mapping[str, str], parts: Mapping[str, Any
     if change.key == "model.hf":
         return bool(parts["weights"]) and parts["weights"] == then
     return change.key.startswith("weights") and not parts["weights"]
+
+
+def prepare_references(run: Run, parts: Parts, data: Data) -> None:
+    """What the starting model makes of every pair: from the run's folder, or computed on this layout and kept there."""
+    assert isinstance(parts.objective, DPO)
+    mixtures = {split: mixture for split, mixture in data.items() if mixture}
+    path = run.config.run.folder / "reference.safetensors"
+    made_of = reference_parts(mixtures, run.config, base_files(run.config))
+    found, changed = read_references(path, made_of, mixtures)
+    if not all_agree(found is not None, run.mesh) or found is None:
+        NOW.begin("reference", NOW.step)
+        run.say("comparing with the starting model: its log-probabilities of all pairs are computed once")
+        if changed:
+            run.say(f"again, since other ones were kept: {'; '.join(map(str, changed))}")
+        parts.engine.load(initial_state(run.config, run.mesh, None))
+        parts.train(False)
+        found = {
+            split: compute_reference(
+                mixture, run.mesh, lambda part: make_loader(part, run), lambda batch: forward(parts, batch, run.mesh)
+            )
+            for split, mixture in mixtures.items()
+        }
+        if run.recorder:
+            write_references(path, made_of, found)
+    parts.objective.references.update(found)

@@ -1,0 +1,74 @@
+"""The loop of a run: one step after another, and beside each what the hooks do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+from megalite.activity import NOW
+from megalite.checkpoint.save import Saver
+from megalite.data.loader import Loader
+from megalite.exit_codes import Exit
+from megalite.health.guard import Ending, Guard
+from megalite.observe.steps import Record, StepLog
+from megalite.observe.throughput import Meter, model_flops_per_token
+from megalite.parts import Parts, forward_backward
+from megalite.stopping import StopRequests
+from megalite.training.hooks import Hook, Save, Step, own_hooks
+from megalite.training.run import Data, Run, Start
+from megalite.training.schedules import learning_rate
+
+
+def run_steps(
+    run: Run, parts: Parts, loader: Loader, data: Data, saver: Saver, start: Start, requests: StopRequests
+) -> Ending:
+    """Train to the last step; or to one after which all ranks agree to stop, or that cannot be gone on from."""
+    meter = Meter(model_flops_per_token(run.config), run.mesh.world.size, run.mesh.device, parts.dtype)
+    guard = Guard(run.config, run.mesh, loader, start.state.get("numbers"))
+    save = Save(run, parts, loader, saver, guard, start)
+    hooks = own_hooks(run, parts, loader, data, guard, save, requests)
+    with ExitStack() as stack, StepLog(run.recorder, meter) as log:
+        for hook in hooks:
+            stack.enter_context(hook)
+        for number in range(start.step + 1, run.last_step + 1):
+            NOW.begin("first step" if number == start.step + 1 else "training", number)
+            step = Step(number)
+            train_step(step, run, parts, loader, guard, hooks)
+            log.add(step.record, run.plan.tokens_per_step)
+            step.saves = save.is_due(step)
+            step.pauses = any(hook.is_due(step) for hook in hooks)
+            if step.pauses:
+                log.wait()
+            ending = next(filter(None, (hook.act(step) for hook in hooks)), None)
+            if ending:
+                parts.engine.settle()
+                if ending.saves and ending.saves[0] > start.step:
+                    log.wait()
+                    save.save(*ending.saves)
+                return ending
+            meter.start()
+    return Ending(Exit.DONE)
+
+
+def train_step(step: Step, run: Run, parts: Parts, loader: Loader, guard: Guard, hooks: Sequence[Hook]) -> None:
+    """Hand one optimizer step to the device, and note in `step.record` what it gives."""
+    for hook in hooks:
+        hook.begin(step)
+    lr = learning_rate(step.number, run.config.train.steps, run.config.optimizer)
+    found = forward_backward(parts, next(loader), run.mesh, run.config.train.seed)
+    for hook in hooks:
+        hook.before_update(step)
+    NOW.do("optimizer")
+    grad_norm = parts.engine.step(lr, guard.permit(found["loss"]))
+    tokens = loader.samples * run.config.data.seq_length
+    step.record = {"step": step.number, **found, "lr": lr, "grad_norm": grad_norm, "tokens": tokens}
+    step.record |= consumed_tokens(loader)
+    for hook in hooks:
+        hook.after_update(step)
+
+
+def consumed_tokens(loader: Loader) -> Record:
+    """Return the tokens of each source that were trained on so far, if there are several."""
+    found = loader.consumed()
+    length = loader.mixture.seq_length
+    return {f"tokens/{name}": count * length for name, count in found.items()} if len(found) > 1 else {}

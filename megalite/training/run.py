@@ -1,0 +1,116 @@
+"""What every part of a run needs to know, and how it opens what it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megalite import last_words
+from megalite.checkpoint.load import for_adapters, from_checkpoint, from_hf, from_seed
+from megalite.checkpoint.resume import way_back
+from megalite.config import Config
+from megalite.data.dataset import Split
+from megalite.data.loader import Loader, Span
+from megalite.data.mixture import Mixture
+from megalite.engine import ReadState
+from megalite.exit_codes import Exit
+from megalite.health.guard import Ending
+from megalite.infer.in_training import TasksInTraining
+from megalite.mesh import Mesh
+from megalite.models import weight_table
+from megalite.observe.recorder import Recorder
+from megalite.plan import Plan
+
+Data = Mapping[Split, Mixture | None]
+"""The mixture of each split; None where there is none."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run begins with."""
+
+    state: dict[str, Any]
+    """train_state.json of the checkpoint, or what stands for one at step 0."""
+    weights: ReadState
+    base: dict[str, str]
+    """Contents of the frozen model's files, from `base_files`."""
+
+    @property
+    def step(self) -> int:
+        """Steps that are done already."""
+        return int(self.state["step"])
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run on one rank: what was asked for, and where to say what happens."""
+
+    config: Config
+    plan: Plan
+    mesh: Mesh
+    recorder: Recorder | None
+    """On rank 0."""
+    tasks: TasksInTraining | None = None
+
+    def say(self, *lines: str) -> None:
+        """Print lines to the console of rank 0."""
+        for line in lines if self.recorder else ():
+            self.recorder.message(line)  # type: ignore[union-attr]
+
+    @property
+    def last_step(self) -> int:
+        """Step after which this start ends."""
+        return min(self.config.train.stop_at or self.config.train.steps, self.config.train.steps)
+
+    def due(self, step: int, every: int) -> bool:
+        """Return whether something done every so many steps, and after the last one, is due after `step`. With `every`
+        0 it is due after the last one alone."""
+        return step == self.last_step or (every > 0 and step % every == 0)
+
+    def give_up(self, why: str) -> Ending:
+        """Say why the run cannot go on, and how it can again; return its ending."""
+        self.say(f"error: {why} (health.bad_steps_limit)")
+        if self.recorder:
+            self.say(*way_back(self.config.run.folder / "checkpoints", self.config.health.bad_steps_limit))
+        last_words.leave(why)
+        return Ending(Exit.BAD_NUMBERS)
+
+    def status(self, ended: Ending) -> str:
+        """Return how the run ended, as the recorder calls it."""
+        if ended.status is None:
+            return "sent back"
+        if ended.status == Exit.DONE and self.last_step == self.config.train.steps:
+            return "finished"
+        return "failed" if ended.status == Exit.CORRUPTED else "stopped"
+
+
+def initial_state(config: Config, mesh: Mesh, checkpoint: Path | None) -> ReadState:
+    """Return where weights and optimizer state come from: a checkpoint to resume, a model to start from, or the seed.
+
+    Raises CheckpointError or ConfigError where these do not go with the config."""
+    weights = weight_table(config.model, config.lora)
+    if config.lora:
+        return for_adapters(config, weights, checkpoint, mesh.tensor, mesh.device)
+    if checkpoint:
+        return from_checkpoint(config, weights, checkpoint, mesh.tensor)
+    if config.model.hf:
+        return from_hf(config.model.hf, weights, config.model, mesh.tensor, config.train.seed)
+    return from_seed(config.train.seed, mesh.tensor, mesh.device)
+
+
+def make_loader(mixture: Mixture, run: Run, start_sample: int = 0, skipped: Sequence[Span] = ()) -> Loader:
+    """Open a loader of this rank's micro-batches, from sample `start_sample` of the run on, without those `skipped`."""
+    train, data = run.config.train, run.mesh.data
+    return Loader(
+        mixture,
+        train.global_batch_size,
+        run.plan.micro_batch_size,
+        data.rank,
+        data.size,
+        start_sample,
+        vocab_size=run.config.model.vocab_size,
+        pin=run.mesh.device.type == "cuda",
+        skipped=skipped,
+    )
