@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from megalite.checkpoint.resume import find_checkpoint
 from megalite.checkpoint.save import Saver
 from megalite.checkpoint.tensors import CheckpointError, TensorFolder
 from megalite.config import Config
+from megalite.engine.gather import HostBuffers
 from megalite.engine.layout import choose_owners
 from megalite.mesh import ALONE, Axis, Mesh
 from megalite.models import weight_table
@@ -146,11 +148,13 @@ def test_a_leftover_of_a_crash_is_replaced(tmp_path: Path) -> None:
     assert complete_steps(checkpoints(config)) == [2]
 
 
-def test_saving_takes_the_state_of_that_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training goes on while the thread writes: what it writes must not change any more."""
+@pytest.mark.parametrize("change", ["load", "step"])
+def test_saving_takes_the_state_of_that_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
+    """Training goes on while the thread copies and writes: what it writes must not change any more."""
     config = make_config(tmp_path)
     weights = weight_table(config.model)
-    engine = build(config, make_plan(config, weights, 1), LONE).engine
+    parts = build(config, make_plan(config, weights, 1), LONE)
+    engine = parts.engine
     alone = dict.fromkeys((weight.name for weight in weights), 0)
     engine.load(from_seed(1, Axis()), num_updates=5)
     may_write = threading.Event()
@@ -160,9 +164,23 @@ def test_saving_takes_the_state_of_that_moment(tmp_path: Path, monkeypatch: pyte
         may_write.wait()
         save_file(*arguments, **options)
 
+    def copy_late(*arguments: Any) -> Any:
+        time.sleep(0.01)
+        return copy(*arguments)
+
+    copy = HostBuffers.copy
+    monkeypatch.setattr(writing, "PAUSES_S", ())
+    monkeypatch.setattr(HostBuffers, "copy", copy_late)
     monkeypatch.setattr(writing, "save_file", write_late)
+    engine.begin(1)
+    for parameter in parts.stages[0].parameters():
+        parameter.sum().backward()
+    engine.finish()
     saver.save(5, {"step": 5})
-    engine.load(from_seed(2, Axis()))
+    if change == "load":
+        engine.load(from_seed(2, Axis()))
+    else:
+        engine.step(1.0)
     assert complete_steps(tmp_path / "saved") == []  # not before it is complete
     may_write.set()
     saver.wait()
