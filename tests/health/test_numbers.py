@@ -18,6 +18,7 @@ from megalite.config import HealthConfig
 from megalite.data.loader import Loader
 from megalite.data.mixture import build_mixtures
 from megalite.engine import Sharing
+from megalite.engine.native import NativeEngine
 from megalite.exit_codes import Exit
 from megalite.health import numbers as module
 from megalite.health.guard import Ending, Guard
@@ -287,6 +288,28 @@ def test_every_flipped_bit_changes_the_sum(dtype: torch.dtype, size: int) -> Non
     check.begin(4, [(REPLICAS, x[2:4]), (REPLICAS, x[:2])])
     (_, swapped_not), (_, swapped) = check._late.take(4, True)
     assert swapped != swapped_not
+
+
+def test_weights_and_all_of_the_optimizer_state_are_compared(tmp_path: Path) -> None:
+    config = make_config(tmp_path, "llama", "train.precision=bf16", "parallel.zero_stage=0")
+    table = weight_table(config.model)
+    engine = build(config, make_plan(config, table, 1), mesh_of()).engine
+    assert isinstance(engine, NativeEngine)
+    engine.load(from_seed(3, ALONE))
+    check = ReplicaCheck(mesh_of())
+
+    def sums() -> list[int]:
+        check.begin(0, engine.copies())
+        ((_, table),) = check._late.take(0, True)
+        return table[0]
+
+    wanted = sums()
+    for kind in ("weights", *engine.states):
+        held = getattr(engine.buckets[-1], kind)
+        held[0] += 1.0
+        assert sums() != wanted, kind
+        held[0] -= 1.0
+        wanted = sums()
 
 
 def test_what_is_saved_after_too_many_is_named_by_the_step_it_is_of(

@@ -1,4 +1,4 @@
-"""What the native engine makes of the gradients of a step, in one process."""
+"""The native engine in one process: what it begins with, and what it makes of the gradients of a step."""
 
 from __future__ import annotations
 
@@ -60,3 +60,15 @@ def test_gradients_are_scaled_down_to_the_limit_and_never_up(tmp_path: Path, cli
     # The first moment after a step is (1 - beta1) of the gradient.
     for moment in gathered(parts.engine, "exp_avg", parts).values():
         torch.testing.assert_close(moment, torch.full_like(moment, 0.1 * min(1.0, clip / norm)))
+
+
+@pytest.mark.parametrize(
+    ("precision", "begins"), [("fp32", {"weight": 1.25}), ("bf16", {"weight": 1.0, "master": 1.25})]
+)
+def test_weights_in_fp32_begin_as_the_master_weights(tmp_path: Path, precision: str, begins: dict[str, float]) -> None:
+    """Where a run in bf16 goes on in fp32, those are exact."""
+    parts, stored = parts_of(tmp_path, f"train.precision={precision}"), {"weight": 1.0, "master": 1.25}
+    parts.engine.load(lambda weight, kind, start, stop: torch.full((stop - start,), stored.get(kind, 0.0)))
+    for kind, wanted in begins.items():
+        for name, found in gathered(parts.engine, kind, parts).items():
+            assert found.unique().tolist() == [wanted], (kind, name)
