@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -312,25 +313,45 @@ def test_weights_and_all_of_the_optimizer_state_are_compared(tmp_path: Path) -> 
         wanted = sums()
 
 
+def guarded(tmp_path: Path, norms: list[float], *overrides: str) -> tuple[list[bool], list[Ending | None]]:
+    """Which of these steps are permitted, and what follows after each."""
+    config = make_config(tmp_path, "llama", "observe.eval_every=0", *overrides)
+    mesh = make_mesh(make_plan(config, weight_table(config.model), 1), CPU)
+    data = build_mixtures(config)["train"]
+    assert data is not None
+    with Loader(data, 4, 2, 0, 1) as loader:
+        guard = Guard(config, mesh, loader, None)
+        permitted, endings = [], []
+        for step, norm in enumerate(norms, 1):
+            before = loader.samples
+            next(loader)
+            permitted.append(bool(guard.permit(torch.tensor(1.0))(torch.tensor(norm))))
+            guard.note(step, before)
+            endings.append(guard.look(step, False))
+    return permitted, endings
+
+
 def test_what_is_saved_after_too_many_is_named_by_the_step_it_is_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where the last of them is followed by one that ends the run, of which the host has not heard yet."""
     monkeypatch.setattr(module, "ENOUGH", 2)
-    overrides = ("health.bad_steps_limit=1", "health.grad_norm_spike=stop", "observe.eval_every=0")
-    config = make_config(tmp_path, "llama", *overrides)
-    mesh = make_mesh(make_plan(config, weight_table(config.model), 1), CPU)
-    data = build_mixtures(config)["train"]
-    assert data is not None
-    with Loader(data, 4, 2, 0, 1) as loader:
-        guard, ending = Guard(config, mesh, loader, None), None
-        permitted = []
-        for step, norm in enumerate((1.0, 1.0, 1.0, math.nan, 1.0, 50.0), 1):
-            before = loader.samples
-            next(loader)
-            permitted.append(bool(guard.permit(torch.tensor(1.0))(torch.tensor(norm))))
-            guard.note(step, before)
-            ending = guard.look(step, False)
-            assert (ending is None) == (step < 6)
+    overrides = ("health.bad_steps_limit=1", "health.grad_norm_spike=stop")
+    permitted, endings = guarded(tmp_path, [1.0, 1.0, 1.0, math.nan, 1.0, 50.0], *overrides)
     assert permitted == [True, True, True, False, True, False]
-    assert ending == Ending(Exit.BAD_NUMBERS, saves=(5, 20))
+    assert endings == [None] * 5 + [Ending(Exit.BAD_NUMBERS, saves=(5, 20))]
+
+
+def test_as_many_in_a_row_as_the_limit_end_the_run(tmp_path: Path) -> None:
+    """As soon as the host has heard of them, two steps later."""
+    norms = [1.0, math.nan, 1.0, math.nan, math.nan, 1.0, 1.0]
+    assert guarded(tmp_path, norms, "health.bad_steps_limit=2")[1] == [None] * 6 + [Ending(Exit.BAD_NUMBERS, (7, 28))]
+
+
+def test_ranks_are_compared_now_and_then_and_before_every_save(tmp_path: Path) -> None:
+    config, engine, begun = make_config(tmp_path, "llama", "health.weights_check_every=4"), Mock(), Mock()
+    guard = Guard(config, mesh_of(replicas=2), Mock(), None)
+    guard._replicas = begun
+    for step in range(1, 9):
+        guard.compare(step, engine, saves=step == 6)
+    assert [call.args[0] for call in begun.begin.call_args_list] == [4, 6, 8]
