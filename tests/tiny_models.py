@@ -31,7 +31,7 @@ GEMMA3 = GROUPED | {
 }  # fmt: skip
 # Sequences of 32 and 40 go past the original 16 positions, and a head's six frequencies fall into all three bands.
 LLAMA3_ROPE = {
-    "rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 0.5, "high_freq_factor": 2.0,
     "original_max_position_embeddings": 16,
 }  # fmt: skip
 LONG = {

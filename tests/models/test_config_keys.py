@@ -66,7 +66,7 @@ ROPES: list[Any] = [
     LONG | {"original_max_position_embeddings": 16, "factor": 8.0},
     LONG | {"original_max_position_embeddings": 16, "attention_factor": 1.5},
     LLAMA3_ROPE | {"factor": 2.0},
-    LLAMA3_ROPE | {"low_freq_factor": 2.0},
+    LLAMA3_ROPE | {"low_freq_factor": 1.0},
     LLAMA3_ROPE | {"high_freq_factor": 8.0},
     LLAMA3_ROPE | {"original_max_position_embeddings": 32},
     {key: LLAMA3_ROPE[key] for key in LLAMA3_ROPE if key != "original_max_position_embeddings"},
