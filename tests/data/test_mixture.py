@@ -225,7 +225,7 @@ def parts_of(turned: list[int]) -> list[int]:
 
 @pytest.mark.parametrize("spm_rate", [0.0, 1.0])
 def test_turned_documents_are_the_same_documents(tmp_path: Path, spm_rate: float) -> None:
-    dataset = write(tmp_path / "x", [40, 5, 64, 30, 200, 20, 100, 53])
+    dataset = write(tmp_path / "x", [40, 5, 64, 30, 200, SHORTEST + 1, SHORTEST, 100, 53])
     source = TokenSource(dataset, 0, dataset.num_tokens, 127)
     view = View(document_mask=True, fim=FillInTheMiddle(1.0, spm_rate, PREFIX, MIDDLE, SUFFIX, END, seed=1))
     turned, plain = (
