@@ -93,10 +93,21 @@ def test_labelled_and_plain_data_mix(tmp_path: Path) -> None:
     assert 0 < (samples.labels[~is_plain] != IGNORE).sum() < samples.labels[~is_plain].size / 2
 
 
+def pairs_of(prefix: Path, **data: Any) -> Mixture:
+    config = config_of(train=[{"path": str(prefix)}], document_mask=True, **data)
+    return mixture(config.model_copy(update={"objective": config.objective.model_copy(update={"name": "dpo"})}))
+
+
+def test_each_row_of_a_pair_that_is_cut_may_take_half_of_a_sample(tmp_path: Path) -> None:
+    prefix = write_rows_of(tmp_path / "long", [6, 5, 4, 4])
+    found = pairs_of(prefix, seq_length=9, long_rows="cut")
+    tokens = found.read(np.arange(found.sources[0].num_samples)).tokens
+    assert {100, 104, 200, 203, 300, 400} <= set(tokens.ravel().tolist())
+    assert 105 not in tokens
+
+
 def test_pairs_stay_together(tmp_path: Path) -> None:
-    config = config_of(train=[{"path": str(write_rows_of(tmp_path / "rows"))}], seq_length=20, document_mask=True)
-    config = config.model_copy(update={"objective": config.objective.model_copy(update={"name": "dpo"})})
-    found = mixture(config)
+    found = pairs_of(write_rows_of(tmp_path / "rows"), seq_length=20)
     samples = found.read(np.arange(found.sources[0].num_samples))
     assert samples.documents is not None
     pairs = []
