@@ -10,7 +10,7 @@ import sys
 from enum import IntEnum
 from typing import NoReturn
 
-from megalite.errors import Unreachable
+from megalite.errors import CheckpointError, ConfigError, DataError, Unreachable
 
 
 class Exit(IntEnum):
@@ -57,6 +57,14 @@ def passes(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def complain(error: Exception) -> int:
+    """Say on stderr why a tool could not do what it was asked for. Returns its exit status: MISTAKE, or FAILED for what
+    a disk, a network or a library did."""
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    is_mistake = isinstance(error, ConfigError | DataError | CheckpointError) and not passes(error)
+    return Exit.MISTAKE if is_mistake else Exit.FAILED
 
 
 def end_process(status: int) -> NoReturn:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from megalite.errors import CheckpointError, ConfigError, DataError
+from megalite.exit_codes import complain
 from megalite.infer.generate import find_model, load_model
 
 TOLERANCE = 1e-4
@@ -32,8 +34,12 @@ def largest_difference(folder: Path, num_tokens: int = 256) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path, help="a run, a checkpoint of one, or a Hugging Face folder")
-    folder = find_model(parser.parse_args().model)
-    difference = largest_difference(folder)
+    asked = parser.parse_args()
+    try:
+        folder = find_model(asked.model)
+        difference = largest_difference(folder)
+    except (CheckpointError, ConfigError, DataError, OSError) as error:
+        return complain(error)
     print(f"AutoModelForCausalLM.from_pretrained({str(folder)!r}): largest logit difference {difference:.1e} (fp32)")
     if not difference <= TOLERANCE:  # NaN fails too
         print(f"error: more than {TOLERANCE:.0e}", file=sys.stderr)

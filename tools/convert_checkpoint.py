@@ -15,8 +15,8 @@ from rich.console import Console
 
 from megalite.checkpoint.convert import DTYPES, open_source, write_model
 from megalite.checkpoint.megatron import find_megatron
-from megalite.checkpoint.tensors import CheckpointError
-from megalite.errors import ConfigError
+from megalite.errors import CheckpointError, ConfigError, DataError
+from megalite.exit_codes import complain
 from megalite.infer.generate import find_model
 
 
@@ -32,9 +32,8 @@ def main() -> int:
         source = args.source if find_megatron(args.source) else find_model(args.source)
         model = open_source(source, args.vocab_size)
         write_model(model, args.target, args.dtype, int(args.shard_gb * 10**9), Console(stderr=True))
-    except (CheckpointError, ConfigError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    except (CheckpointError, ConfigError, DataError, OSError) as error:
+        return complain(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -1,7 +1,7 @@
 """Clean, deduplicate and split raw text as CONFIG says. See megalite/corpus/run.py.
 
 Interrupted, it goes on where it was when the same command is given again. Bad input is counted and reported in the
-output's report.json and report.html; the exit status is then still 0."""
+output's report.json and report.html; the exit status is then still 0, unless no document is left."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import time
 from rich.console import Console
 
 from megalite.errors import ConfigError, DataError
+from megalite.exit_codes import complain
 
 
 def main() -> int:
@@ -31,8 +32,7 @@ def main() -> int:
         config = load_corpus_config(args.config, args.overrides)
         report = prepare_corpus(config, Console(stderr=True))
     except (ConfigError, DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return complain(error)
     except ImportError as error:
         print(f"error: {error}; pip install 'megalite[corpus]'", file=sys.stderr)
         return 1
@@ -48,6 +48,8 @@ def main() -> int:
         f"{config.output}: {', '.join(kept.values())} documents out of {read['documents']:,} "
         f"({read['num_bytes'] / 1e6:,.1f} MB) in {seconds:.1f} s; see {config.output}/report.html"
     )
+    if not any(count["documents"] for count in report["splits"].values()):
+        return complain(DataError(f"no document is left; {config.output}/report.html says what was left out, and why"))
     return 0
 
 

@@ -34,6 +34,7 @@ from megalite.data.formats import FORMATS, Settings
 from megalite.data.preprocess import preprocess
 from megalite.data.preprocess_rows import preprocess_rows
 from megalite.errors import DataError
+from megalite.exit_codes import complain
 
 
 def main() -> int:
@@ -94,8 +95,7 @@ def main() -> int:
             )
             print(result)
     except (DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return complain(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

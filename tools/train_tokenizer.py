@@ -10,6 +10,7 @@ from typing import get_args
 
 from megalite.data.tokenizer_training import Kind, train_tokenizer
 from megalite.errors import DataError
+from megalite.exit_codes import complain
 
 
 def main() -> int:
@@ -31,13 +32,13 @@ def main() -> int:
             args.input, args.output, args.vocab_size, args.type, args.json_key, args.max_bytes
         )
     except (DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return complain(error)
     if str(report):
         print(report, file=sys.stderr)
+    fewer = f" (of {args.vocab_size:,}: the text has no more)" if tokenizer.vocab_size < args.vocab_size else ""
     print(
-        f"{args.output}: {tokenizer.vocab_size:,} tokens of type {args.type} from {report.num_documents:,} documents "
-        f"in {time.monotonic() - start:.1f} s"
+        f"{args.output}: {tokenizer.vocab_size:,} tokens{fewer} of type {args.type} from {report.num_documents:,} "
+        f"documents in {time.monotonic() - start:.1f} s"
     )
     return 0
 

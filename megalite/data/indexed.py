@@ -128,6 +128,8 @@ class IndexedDataset:
             raise self._broken(f"has version {version}; only version {VERSION} is known")
         if code not in DTYPES:
             raise self._broken(f"has dtype code {code}; known codes are 1 to {max(DTYPES)}")
+        if num == 0 and num_indices < 2:
+            raise DataError(f"{self._idx} is of an empty token file: no document came out of what it was made of")
         if num < 1 or num_indices < 1:
             raise self._broken(f"holds {num} sequences and {num_indices} document indices; both must be at least 1")
         expected = HEADER.size + 12 * num + 8 * num_indices

@@ -81,7 +81,7 @@ def kind_by_content(path: str, head: bytes, first_is_object: bool) -> str:
         return f"not: this is {magic}; {KNOWN}"
     if first_is_object:
         return "lines"
-    if re.match(rb"\s*\[\s*\{", head.removeprefix(b"\xef\xbb\xbf")):
+    if re.match(rb"\s*\[\s*(\{|\]\s*$)", head.removeprefix(b"\xef\xbb\xbf")):
         return "array"
     if PART.fullmatch(unpacked_name(path)):
         return f"not: neither its name nor its first line says what it is; {KNOWN}"

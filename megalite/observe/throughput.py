@@ -148,7 +148,7 @@ class Tick:
         These are step_time_s, tokens_per_s (all ranks), tflops (TFLOP/s, per chip), mfu (0 to 1, known chips only) and
         memory_gb (CUDA only)."""
         self.until.synchronize()
-        seconds = self.since.elapsed_time(self.until) / 1e3
+        seconds = max(self.since.elapsed_time(self.until) / 1e3, 1e-9)  # clocks may stand still
         tflops = self.flops / seconds / 1e12
         record = {
             "step_time_s": seconds,

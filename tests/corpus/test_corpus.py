@@ -260,7 +260,7 @@ def test_a_worker_that_is_killed_ends_the_run_with_a_reason(long, tmp_path):
             os.kill(child, signal.SIGKILL)
             break
     _, said = process.communicate()
-    assert process.returncode == 1
+    assert process.returncode == 2
     assert "error: one of 2 workers was killed, most likely for memory; use fewer workers" in said
 
 
@@ -447,9 +447,12 @@ def test_tool_says_little(raw, tmp_path, workers):
 
 
 def test_tool_says_what_is_wrong(tmp_path):
-    (tmp_path / "c.yaml").write_text(f"output: {tmp_path}/out\nsources: [{{name: a, path: {tmp_path}/none}}]\n")
-    done = subprocess.run([sys.executable, TOOL, str(tmp_path / "c.yaml")], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (
-        1,
-        f"error: input '{tmp_path}/none' matches no file; give existing files, folders or a quoted glob\n",
-    )
+    """One line and status 2, also where no document is left."""
+    (tmp_path / "blank.jsonl").write_text('{"text": ""}\n')
+    for name, why in {
+        "none": f"input '{tmp_path}/none' matches no file; give existing files, folders or a quoted glob",
+        "blank.jsonl": f"no document is left; {tmp_path}/out/report.html says what was left out, and why",
+    }.items():
+        (tmp_path / "c.yaml").write_text(f"output: {tmp_path}/out\nsources: [{{name: a, path: {tmp_path}/{name}}}]\n")
+        done = subprocess.run([sys.executable, TOOL, str(tmp_path / "c.yaml")], capture_output=True, text=True)
+        assert (done.returncode, done.stderr.splitlines()[-1]) == (2, f"error: {why}")

@@ -66,6 +66,13 @@ def test_a_format_is_known_by_name_or_content(tmp_path, name):
     assert report.num_bad == 0
 
 
+@pytest.mark.parametrize("content", [b"[]", b" [ \n ]\n", b""])
+def test_an_empty_array_holds_no_document(tmp_path, content):
+    (tmp_path / "a.json").write_bytes(content)
+    texts, _ = texts_of([tmp_path / "a.json"])
+    assert not any(texts)
+
+
 @pytest.mark.parametrize("name", NOT_READ)
 def test_a_format_that_is_not_read_is_refused_with_those_that_are(tmp_path, name):
     (tmp_path / name).write_bytes(NOT_READ[name])

@@ -358,7 +358,7 @@ def test_the_tool_says_what_it_wrote_or_why_not(tmp_path: Path) -> None:
     options = ["--format", "completion", "--input", str(rows), "--tokenizer", str(tokenizer), "--workers", "1"]
     command = [sys.executable, str(tool), *options, "--output-prefix", str(tmp_path / "data")]
     refused = subprocess.run(command, capture_output=True, text=True)
-    assert refused.returncode == 1
+    assert refused.returncode == 2
     assert "rows.jsonl:2: no field 'completion'; fields here: prompt" in refused.stderr
     written = subprocess.run([*command, "--bad-rows", "1"], capture_output=True, text=True)
     assert written.returncode == 0, written.stderr

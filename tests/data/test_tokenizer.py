@@ -501,5 +501,5 @@ def test_tool(tmp_path):
     done = subprocess.run(
         [*command, "--input", "missing*"], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
     )
-    assert (done.returncode, done.stdout) == (1, "")
+    assert (done.returncode, done.stdout) == (2, "")
     assert "input 'missing*' matches no file" in done.stderr
