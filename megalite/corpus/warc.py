@@ -185,7 +185,7 @@ def _without_brotli(body: bytes) -> tuple[bytes, bool]:
     except ImportError:
         if LOOKS_LIKE_HTML.match(body):
             return body, False
-        raise DataError("the page is packed by brotli; pip install brotli to read such pages") from None
+        raise DataError("the page is packed by brotli; pip install 'megalite[corpus]' to read such pages") from None
     unpacker = brotli.Decompressor()
     found, is_cut = _fed(body, unpacker.process, unpacker.is_finished, brotli.error)
     return (found, is_cut) if found or not LOOKS_LIKE_HTML.match(body) else (body, False)

@@ -6,6 +6,7 @@ import codecs
 import gzip
 import itertools
 import random
+import sys
 import zlib
 from pathlib import Path
 
@@ -214,7 +215,8 @@ def test_what_is_no_page_is_counted_by_name(tmp_path: Path) -> None:
     assert "left out: 2 error pages (HTTP 4xx)" in str(report)
 
 
-def test_brotli_without_its_package_is_said(tmp_path: Path) -> None:
+def test_brotli_without_its_package_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "brotli", None)
     headers = {"Content-Encoding": "br"}
     with pytest.raises(DataError, match="brotli"):
         unpacked(b"\x0b\x02\x80hello\x03", type("Http", (), {"get_header": lambda self, name: headers.get(name)})())
@@ -224,3 +226,17 @@ def test_brotli_without_its_package_is_said(tmp_path: Path) -> None:
     )
     assert [document.text for document in documents] == ["<html>x"]
     assert report.num_bad == 1
+
+
+def test_brotli_is_unpacked(tmp_path: Path) -> None:
+    """Also of a page that is cut; and one that lies about being packed is read as it is."""
+    brotli = pytest.importorskip("brotli")
+    page = b"<html><body>" + b"".join(b"<p>line %d of the page</p>" % line for line in range(3000)) + b"</body></html>"
+    packed = brotli.compress(page)
+    bodies = (packed, packed[: len(packed) // 2], page)
+    coded = "Content-Type: text/html\r\nContent-Encoding: br\r\n"
+    documents, report = read(tmp_path, *(record(body, coded) for body in bodies))
+    texts = [document.text.encode() for document in documents]
+    assert (texts[0], texts[2], report.num_bad) == (page, page, 0)
+    assert page.startswith(texts[1])
+    assert len(texts[1]) > 1000
