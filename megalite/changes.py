@@ -23,10 +23,10 @@ class Change:
     now: Any
 
     def __str__(self) -> str:
-        return f"{self.key} {shown(self.was)} → {shown(self.now)}"
+        return f"{self.key} {spelled(self.was)} → {spelled(self.now)}"
 
 
-def shown(value: Any) -> str:
+def spelled(value: Any) -> str:
     """Return a value as a config has it, cut where it is long."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"

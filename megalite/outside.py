@@ -16,7 +16,11 @@ from megalite.errors import CheckpointError, ConfigError, DataError
 LARGEST_JSON = 32 << 20
 """Bytes. The index of the largest model published has 16 million; parsed, JSON takes up to 20 times as much memory."""
 SHOWN = 80
-"""Characters of a value that a message shows."""
+"""Characters of a text that a message shows."""
+ALL_SHOWN = 200
+"""Characters of a list or a section."""
+DEPTH = 3
+"""Of lists in lists, and so on, that are shown."""
 
 
 @contextmanager
@@ -82,7 +86,7 @@ def beside(folder: Path, name: Any, named_by: Path) -> Path:
     return folder / name
 
 
-def shown(value: Any) -> str:
+def shown(value: Any, depth: int = 0) -> str:
     """Return a value for a message, in a length and time that do not depend on the value."""
     if isinstance(value, int) and value.bit_length() > 256:
         return f"a number of {value.bit_length():,} bits"  # Python writes no number of more than 4,300 digits
@@ -92,11 +96,19 @@ def shown(value: Any) -> str:
         return repr(value)
     if isinstance(value, PurePath | date):
         return repr(str(value))
-    items = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list | tuple) else None
-    if items is not None and len(items) <= 32 and all(map(_is_short, items)):
-        return repr(value)
+    if isinstance(value, dict | list | tuple) and depth < DEPTH:
+        return _items_shown(value, depth)
     return f"a value of type {type(value).__name__}"
 
 
-def _is_short(value: Any) -> bool:
-    return value is None or isinstance(value, bool | float) or (isinstance(value, int | str) and len(shown(value)) < 20)
+def _items_shown(values: dict[Any, Any] | list[Any] | tuple[Any, ...], depth: int) -> str:
+    """As `repr` has them, up to so many characters."""
+    begin, end = ("{", "}") if isinstance(values, dict) else ("[", "]") if isinstance(values, list) else ("(", ")")
+    text = begin
+    for number, item in enumerate(values.items() if isinstance(values, dict) else values):
+        if len(text) > ALL_SHOWN:
+            return f"{text[:ALL_SHOWN]}…"
+        key = f"{shown(item[0], DEPTH)}: " if isinstance(values, dict) else ""
+        text += f"{', ' if number else ''}{key}{shown(item[1] if isinstance(values, dict) else item, depth + 1)}"
+    is_single = isinstance(values, tuple) and len(values) == 1
+    return f"{text[:ALL_SHOWN]}…" if len(text) > ALL_SHOWN else f"{text}{',' if is_single else ''}{end}"

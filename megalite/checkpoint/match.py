@@ -18,7 +18,7 @@ import numpy as np
 import yaml
 from pydantic import ValidationError
 
-from megalite.changes import Change, changes, shown, with_defaults
+from megalite.changes import Change, changes, spelled, with_defaults
 from megalite.checkpoint.tensors import KEEPS, CheckpointError
 from megalite.config import Config, LoraConfig, OptimizerConfig
 from megalite.data.mixture import Mixture
@@ -86,7 +86,7 @@ def check_match(
 def _check_model(checkpoint: Path, before: Mapping[str, Any], config: Config, changed: Sequence[Change]) -> None:
     other = [change for change in changed if not _says_the_same(change, before, config)]
     if other:
-        named = "; ".join(f"{each.key} = {shown(each.now)}, there {shown(each.was)}" for each in other[:SHOWN])
+        named = "; ".join(f"{each.key} = {spelled(each.now)}, there {spelled(each.was)}" for each in other[:SHOWN])
         more = f"; and {len(other) - SHOWN} more" if len(other) > SHOWN else ""
         raise CheckpointError(f"{checkpoint} is of another model than the config's: {named}{more}; {KEEPS}")
 

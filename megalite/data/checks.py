@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megalite.changes import changes, shown
+from megalite.changes import changes, spelled
 from megalite.config import Config
 from megalite.data.dataset import Split
 from megalite.data.indexed import IndexedDataset, read_note
@@ -120,7 +120,7 @@ def check_same_everywhere(config: Config, data: Mapping[Split, Mixture | None], 
         facts = config.model_dump(mode="json") | contents
         theirs = json.loads(_said_by(0, json.dumps(facts), mesh))
         what = "; ".join(
-            f"{each.key} {shown(each.was)} there, {shown(each.now)} here" for each in changes(theirs, facts)
+            f"{each.key} {spelled(each.was)} there, {spelled(each.now)} here" for each in changes(theirs, facts)
         )
         what = _said_by(int(differs), what or "the order of samples", mesh)
         raise DataError(

@@ -21,7 +21,7 @@ from megalite.data.formats import CLASSES, LABEL_FIELDS, Encoder, Settings, labe
 from megalite.data.indexed import IndexedWriter, token_dtype
 from megalite.data.metadata import Preprocessed
 from megalite.data.preprocess import Meter, in_order, start_tokenizing
-from megalite.data.rows import Row, class_names, list_rows, read_rows, shown
+from megalite.data.rows import Row, class_names, excerpt, list_rows, read_rows
 from megalite.errors import DataError
 from megalite.workers import worker_pool
 
@@ -165,7 +165,7 @@ def _labels_of(files: Mapping[str, int], settings: Settings) -> tuple[str, ...]:
 
 
 def _complaint(bad: Sequence[tuple[Row, str]], tolerated: int) -> str:
-    lines = [f"{row.path}:{row.line}: {why}\n    {shown(row.values)}" for row, why in bad[:SHOWN_ROWS]]
+    lines = [f"{row.path}:{row.line}: {why}\n    {excerpt(row.values)}" for row, why in bad[:SHOWN_ROWS]]
     more = len(bad) - SHOWN_ROWS
     lines += [f"… and {more:,} more"] if more > 0 else []
     allowed = f"more than the {tolerated:,} of --bad-rows" if tolerated else "nothing was written"

@@ -81,7 +81,7 @@ def class_names(path: str) -> dict[str, list[str]]:
     return found
 
 
-def shown(values: Mapping[str, Any]) -> str:
+def excerpt(values: Mapping[str, Any]) -> str:
     """A row for a message, shortened."""
     text = json.dumps(values, ensure_ascii=False, default=str).encode(errors="replace").decode()
     return text if len(text) <= SHOWN else f"{text[:SHOWN]} …"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from statistics import median_low
 from typing import Any
 
-from megalite.changes import changes, shown
+from megalite.changes import changes, spelled
 from megalite.health.node import Facts
 
 SLOW_PRODUCT, SLOW_LINK = 1.5, 2.0
@@ -140,7 +140,7 @@ def _named(value: Any, right: str) -> str:
     if not isinstance(value, dict):
         return ""
     found = changes(json.loads(right), value)
-    named = [f"{each.key} {shown(each.now)}, there {shown(each.was)}" for each in found[:NAMED]]
+    named = [f"{each.key} {spelled(each.now)}, there {spelled(each.was)}" for each in found[:NAMED]]
     more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
     return ": " + "; ".join(named) + more
 

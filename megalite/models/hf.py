@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megalite.errors import ConfigError
+from megalite.outside import shown
 
 REQUIRED: Any = object()
 """Stands for the usual value of a key that config.json cannot leave out."""
@@ -164,9 +165,3 @@ def refuse_others(values: Mapping[str, Any], known: Iterable[str], place: str, w
     for key, value in values.items():
         if value is not None and key not in known:
             raise ConfigError(f"config.json has {place}.{key} = {shown(value)}, which is unknown for {whose}")
-
-
-def shown(value: Any) -> str:
-    """Return how a message shows a value."""
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:199]}…"

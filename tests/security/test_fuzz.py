@@ -20,6 +20,7 @@ from megalite.checkpoint.torch_file import load_pickle
 from megalite.cli import main
 from megalite.errors import CheckpointError, ConfigError
 from megalite.infer.generate import load_model
+from megalite.outside import shown
 
 SCRIPT = Path(__file__).with_name("fuzz.py")
 CASES, SAMPLE = 2000, 15
@@ -114,3 +115,20 @@ def test_a_value_that_is_printed_has_an_end(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(pickle.dumps(shared))
     with pytest.raises((CheckpointError, ValueError), match="a value of type list"):
         _fields({"swiglu": load_pickle(tmp_path / "a")}, None)
+
+
+def test_a_value_is_shown_as_python_has_it_up_to_a_length() -> None:
+    deep: list[Any] = []
+    for _ in range(900):
+        deep = [deep]
+    whole: list[Any] = [
+        {"rope_type": "yarn", "of": {"a": [1, None]}},
+        (1,),
+        (),
+        {},
+        [True, 0.5, "x"],
+        "a" * 80,
+    ]
+    assert [shown(value) for value in whole] == [repr(value) for value in whole]
+    long: list[Any] = [deep, list(range(10**6)), [[[[]] * 999] * 999] * 999, {"a" * 999: "b" * 999}, 10**5000]
+    assert all(len(shown(value)) <= 201 for value in long)
