@@ -72,6 +72,20 @@ def read_limited(path: Path, error: type[Exception], largest: int = LARGEST_JSON
     return data
 
 
+def read_text(path: Path, error: type[Exception], largest: int = LARGEST_JSON) -> str:
+    """Return the text of a file of at most `largest` bytes. Raises `error` where it cannot be read or is no UTF-8."""
+    with reading(path, error):
+        return read_limited(path, error, largest).decode()
+
+
+def read_object(path: Path, error: type[Exception]) -> dict[str, Any]:
+    """Return the JSON object that a file holds. Raises `error` where it cannot be read or holds none."""
+    values = read_json(path, error)
+    if not isinstance(values, dict):
+        raise error(f"{path} is not a JSON object")
+    return values
+
+
 def read_json(path: Path, error: type[Exception]) -> Any:
     """Return what a JSON file holds. Raises `error` where it cannot be read or holds no JSON."""
     with reading(path, error):
@@ -84,6 +98,15 @@ def beside(folder: Path, name: Any, named_by: Path) -> Path:
         raise CheckpointError(f"{named_by} names {shown(name)}, which is outside of the folder or no file's name")
     check_regular(folder / name, CheckpointError)
     return folder / name
+
+
+def is_unicode(text: str) -> bool:
+    """Return whether UTF-8 can write a text: JSON may hold half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def shown(value: Any, depth: int = 0) -> str:

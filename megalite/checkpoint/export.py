@@ -3,7 +3,6 @@ adapter of PEFT's: adapter_config.json. A run that started from such a model tak
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from megalite.data.tokenizer import Tokenizer, load_tokenizer
 from megalite.data.tokenizer_files import copy_files
 from megalite.errors import DataError
 from megalite.models import SPECIAL, peft, read_hf_config, to_hf_config, weight_table
+from megalite.outside import read_object
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 SOURCE = "source"
@@ -74,14 +74,10 @@ def _add_turn_end(folder: Path, ends: Any, tokenizer: Tokenizer | None) -> None:
         return
     file = folder / GENERATION
     try:
-        values = dict(json.loads(file.read_text(encoding="utf-8")))
+        values = read_object(file, DataError)
         tokenizer = tokenizer or load_tokenizer(folder)
         found = ChatTemplate.of(folder, tokenizer).turn_end.ids(tokenizer).tokens
-    except (
-        DataError,
-        TypeError,
-        ValueError,
-    ):  # the template cannot be rendered here, or the model came with a broken file
+    except (DataError, ValueError):  # the template cannot be rendered here, or the model came with a broken file
         return
     ends = ends if values.get("eos_token_id") is None else values["eos_token_id"]
     known = ends if isinstance(ends, list) else [] if ends is None else [ends]

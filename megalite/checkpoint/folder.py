@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megalite.errors import CheckpointError
-from megalite.outside import read_limited
+from megalite.outside import read_limited, read_object, reading
 
 MANIFEST = "manifest.json"
 
@@ -77,8 +77,8 @@ def parse_manifest(data: bytes) -> Files:
     files = json.loads(data, object_pairs_hook=_no_key_twice)["files"]
     if not files or min(int(entry["size"]) for entry in files.values()) < 0:
         raise ValueError("no files, or of impossible sizes")
-    if any(Path(name).is_absolute() or ".." in Path(name).parts for name in files):
-        raise ValueError("a file outside of the folder")
+    if any(Path(name).is_absolute() or ".." in Path(name).parts or not name.isprintable() for name in files):
+        raise ValueError("a file outside of the folder, or that can have no such name")
     return files
 
 
@@ -154,11 +154,13 @@ class Worth:
 
 def read_worth(folder: Path, step: int) -> Worth:
     """Return the worth of a checkpoint of this step; nothing is held against one that does not say."""
+    path = folder / "train_state.json"
     try:
-        state = json.loads((folder / "train_state.json").read_text())
-        loss = state.get("valid_loss")
-        return Worth(step, int((state.get("numbers") or {}).get("in_a_row", 0)), math.inf if loss is None else loss)
-    except (OSError, ValueError, AttributeError, TypeError):
+        state = read_object(path, CheckpointError)
+        with reading(path, CheckpointError):
+            loss = math.inf if state.get("valid_loss") is None else float(state["valid_loss"])
+            return Worth(step, int((state.get("numbers") or {}).get("in_a_row", 0)), loss)
+    except CheckpointError:
         return Worth(step)
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from pydantic import ValidationError
 
 from megalite.changes import Change, changes, spelled, with_defaults
@@ -27,6 +26,8 @@ from megalite.data.tokenizer_files import files_in
 from megalite.errors import ConfigError, DataError
 from megalite.models import model_config, peft, to_hf_config, weight_table
 from megalite.models.lora import adapters_of
+from megalite.outside import read_text
+from megalite.resources import parse_yaml
 from megalite.training.schedules import learning_rate
 
 NEUTRAL = {"preset", "hf", "init_std"}
@@ -46,9 +47,10 @@ def is_of_the_model(key: str) -> bool:
 
 def stored_config(checkpoint: Path) -> dict[str, Any] | None:
     """Return the config a checkpoint was saved under; None where it has none."""
+    path = checkpoint / "config.yaml"
     try:
-        values = yaml.safe_load((checkpoint / "config.yaml").read_text())
-    except (OSError, yaml.YAMLError):
+        values = parse_yaml(read_text(path, ConfigError), str(path))
+    except ConfigError:
         return None
     return values if isinstance(values, dict) else None
 

@@ -13,7 +13,7 @@ from megalite.data.tokenizer import HuggingFaceTokenizer, Tokenizer
 from megalite.data.tokenizer_files import CONFIG, TEMPLATES, read_object, settings_of, special_tokens
 from megalite.data.turn_end import TurnEnd, find_turn_end
 from megalite.errors import DataError, TemplateLimit
-from megalite.outside import read_limited, reading
+from megalite.outside import read_text, reading
 
 Message = Mapping[str, Any]
 GENERATION = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")
@@ -135,8 +135,7 @@ def _templates_of(folder: Path) -> dict[str, str]:
         files["default"] = own
     found = {}
     for name, path in files.items():
-        with reading(path, DataError):
-            found[name] = read_limited(path, DataError).decode()
+        found[name] = read_text(path, DataError)
     configured = read_object(folder / CONFIG).get("chat_template") if not files else None
     with reading(folder / CONFIG, DataError):
         named = configured if isinstance(configured, list) else [{"name": "default", "template": configured}]

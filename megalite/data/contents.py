@@ -18,6 +18,7 @@ from megalite.data.answers import REASONING
 from megalite.data.chat import ChatTemplate, Message
 from megalite.data.token_values import Part, Text, token_values
 from megalite.data.tokenizer import HuggingFaceTokenizer, Tokenizer
+from megalite.outside import is_unicode
 
 MARKS = re.compile(r"megalite[0-9a-f]{16}(?:begin|close)")
 """Of any encoder. Letters and digits alone, so that templates which write JSON leave them as they are."""
@@ -98,6 +99,8 @@ class ContentEncoder:
 
     def encode_marked(self, text: str) -> list[int]:
         """Return the ids of a rendering of marked messages. Raises ValueError as `encode` does."""
+        if not is_unicode(text):
+            raise ValueError("a message or the chat template holds half of a surrogate pair, which no UTF-8 text does")
         return [token for _, ids in self._pieces(self.unmark(Text(text, []))) for token in ids]
 
     def token_values(self, text: Text) -> tuple[list[int], np.ndarray]:

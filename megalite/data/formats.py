@@ -33,6 +33,7 @@ from megalite.data.pairs import dialogue, joined, without_repeated_prompt
 from megalite.data.token_values import Part, Text, token_values
 from megalite.data.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from megalite.errors import DataError, TemplateLimit
+from megalite.outside import is_unicode
 
 Format = Literal["chat", "completion", "preference", "classification", "labels"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -325,12 +326,3 @@ def _text(row: Values, field: str) -> str:
     if not isinstance(row[field], str) or not row[field].strip():
         raise ValueError(f"{field!r} must be text that is not empty, not {row[field]!r:.50}")
     return row[field]
-
-
-def is_unicode(text: str) -> bool:
-    """Return whether UTF-8 can write a text: JSON may hold half of a surrogate pair."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

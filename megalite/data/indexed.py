@@ -15,7 +15,6 @@ from __future__ import annotations
 import bisect
 import fcntl
 import hashlib
-import json
 import os
 import shutil
 import struct
@@ -31,6 +30,7 @@ from megalite.data import whole
 from megalite.data.remote import CachedObject, local_copy
 from megalite.data.store import Missing
 from megalite.errors import DataError
+from megalite.outside import read_object
 from megalite.resources import fsync
 from megalite.urls import is_url
 
@@ -53,13 +53,10 @@ def read_note(prefix: str) -> dict[str, Any]:
     """PREFIX.json, which preprocessing writes beside its token files; nothing where there is none. Raises DataError."""
     name = f"{prefix}.json"
     try:
-        text = (local_copy(name) if is_url(name) else Path(name)).read_text(encoding="utf-8")
-    except (FileNotFoundError, Missing):
+        path = local_copy(name) if is_url(name) else Path(name)
+    except Missing:
         return {}
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise DataError(f"{name} is not valid JSON: {error}") from None
+    return read_object(path, DataError) if path.exists() else {}
 
 
 class IndexedDataset:

@@ -12,6 +12,8 @@ from rich.filesize import decimal
 
 from megalite.changes import changes
 from megalite.data.documents import Report
+from megalite.errors import DataError
+from megalite.outside import read_object
 from megalite.resources import fsync
 
 SHOWN = 4
@@ -79,13 +81,13 @@ def other_settings(prefix: str, settings: dict[str, Any]) -> str:
 def read_metadata(prefix: str, settings: dict[str, Any]) -> Preprocessed | None:
     """What `write` wrote for a token file of these very settings; None for any other, or none."""
     try:
-        values = json.loads(Path(f"{prefix}.json").read_text(encoding="utf-8"))
+        values = read_object(Path(f"{prefix}.json"), DataError)
         if any(values[name] != value for name, value in settings.items()):
             return None
         counts = {
             name: values[name] for name in ("tokenized_by", "num_documents", "num_tokens", "text_bytes", "num_left")
         }
         report = Report(**{name: values[name] for name in LEFT_OUT if name in values})
-    except (OSError, ValueError, KeyError, TypeError):
+    except (DataError, ValueError, KeyError, TypeError):
         return None
     return Preprocessed(prefix, settings, report=report, **counts)

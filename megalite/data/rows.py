@@ -15,6 +15,7 @@ from megalite.data.documents import LONGEST_LINE, Report, check_batch, lines_of,
 from megalite.data.kinds import unpacked_name
 from megalite.data.store import open_file
 from megalite.errors import DataError
+from megalite.outside import reading
 
 JSON_KINDS = (".jsonl", ".ndjson", ".json")
 KINDS = (*JSON_KINDS, ".parquet", ".arrow")
@@ -72,12 +73,13 @@ def class_names(path: str) -> dict[str, list[str]]:
     with open_file(path) as source:
         is_parquet = _kind(path) == ".parquet"
         schema = parquet.read_schema(source) if is_parquet else pyarrow.ipc.open_stream(source).schema
-    described = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     found = {}
-    for field, feature in described.get("info", {}).get("features", {}).items():
-        inner = feature.get("feature", feature) if isinstance(feature, dict) else {}
-        if isinstance(inner, dict) and inner.get("_type") == "ClassLabel":
-            found[field] = [str(name) for name in inner.get("names") or ()]
+    with reading(f"what the datasets library wrote into {path}", DataError):
+        described = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        for field, feature in described.get("info", {}).get("features", {}).items():
+            inner = feature.get("feature", feature) if isinstance(feature, dict) else {}
+            if isinstance(inner, dict) and inner.get("_type") == "ClassLabel":
+                found[field] = [str(name) for name in inner.get("names") or ()]
     return found
 
 

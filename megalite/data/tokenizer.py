@@ -25,7 +25,7 @@ from megalite.data.tokenizer_files import (
     special_tokens,
 )
 from megalite.errors import DataError
-from megalite.outside import reading
+from megalite.outside import check_regular, reading
 
 # How models without a tokenizer_config.json spell the end of a document.
 END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
@@ -134,10 +134,9 @@ class HuggingFaceTokenizer(Tokenizer):
     transformers does by default; not in documents if a SentencePiece model lies beside it too."""
 
     def __init__(self, file: Path) -> None:
-        try:
+        check_regular(file, DataError)
+        with reading(file, DataError):  # of which the library may panic
             self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises nothing more specific
-            raise DataError(f"{file} is not a tokenizer.json that tokenizers can read: {error}") from None
         # Some models' files ask for these; a document must neither be cut nor filled up.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -146,6 +145,8 @@ class HuggingFaceTokenizer(Tokenizer):
         with reading(file.with_name(CONFIG), DataError):
             add_named(self._tokenizer, file, settings)
         vocabulary = self.vocabulary()
+        if not vocabulary:
+            raise DataError(f"{file} has no tokens")
         self.vocab_size = max(vocabulary.values()) + 1
         named = special_tokens(settings)
         ends = (named["eos_token"],) if "eos_token" in named else END_OF_DOCUMENT
@@ -252,10 +253,9 @@ class SentencePieceTokenizer(Tokenizer):
             import sentencepiece
         except ImportError:
             raise DataError(f"{file}: a .model file needs sentencepiece; pip install 'megalite[data]'") from None
-        try:
+        check_regular(file, DataError)
+        with reading(file, DataError):
             self._processor = sentencepiece.SentencePieceProcessor(model_file=str(file))
-        except (RuntimeError, OSError) as error:
-            raise DataError(f"{file} is not a SentencePiece model: {error}") from None
         self._file = file
         self.vocab_size = self._processor.get_piece_size()
         self.eod_id = end if (end := self._processor.eos_id()) >= 0 else None

@@ -9,8 +9,8 @@ from typing import Any
 
 import tokenizers
 
+from megalite import outside
 from megalite.errors import DataError
-from megalite.outside import read_json
 
 CONFIG = "tokenizer_config.json"
 LEGACY = "added_tokens.json"
@@ -121,7 +121,4 @@ def text_of(token: Any) -> str | None:
 
 def read_object(file: Path) -> dict[str, Any]:
     """Return the object in a JSON file, an empty one where there is no file. Raises DataError."""
-    values = read_json(file, DataError) if file.is_file() else {}
-    if not isinstance(values, dict):
-        raise DataError(f"{file} is not a JSON object")
-    return values
+    return outside.read_object(file, DataError) if file.exists() else {}

@@ -3,7 +3,6 @@ followed, changes no answer, or is named in a warning."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from megalite.errors import ConfigError
 from megalite.infer.rules import Rules
 from megalite.infer.sampling import Sampling
 from megalite.models import peft, read_hf_config
+from megalite.outside import read_object, shown
 
 FILE = "generation_config.json"
 LIKELY = Sampling(temperature=0.8, top_p=0.95)
@@ -85,10 +85,7 @@ def read_habits(folder: Path, tokenizer: Tokenizer) -> Habits:
     if not file.is_file() and peft.is_adapter(folder):
         file = peft.base_of(folder) / FILE
     if file.is_file():
-        try:
-            values = dict(json.loads(file.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
-            raise ConfigError(f"{file} is not a JSON object: {error}") from None
+        values = read_object(file, ConfigError)
     given = {name: value for name, value in values.items() if value is not None}
     ends = given["eos_token_id"] if "eos_token_id" in given else read_hf_config(folder).get("eos_token_id")
     reading = "eos_token_id"
@@ -100,8 +97,8 @@ def read_habits(folder: Path, tokenizer: Tokenizer) -> Habits:
                 rules[reading] = _read(reading, given[reading])
         stop = rules.pop("stop_strings", ())
         lengths = {name: rules.pop(name) for name in LENGTHS if name in rules}
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{file}: {reading} = {values.get(reading, ends)!r}: {error}") from None
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ConfigError(f"{file}: {reading} = {shown(values.get(reading, ends))}: {error}") from None
     sampled = {name: given[name] for name in SAMPLED if name in given}
     if given.get("do_sample") is False:
         sampled["temperature"] = 0.0

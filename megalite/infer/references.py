@@ -68,7 +68,7 @@ def _read(file: Path, contents: ContentEncoder | None) -> Iterator[dict[str, Any
                 prompt = contents.render(prompt)
             if not isinstance(prompt, str):
                 raise ValueError("`prompt` must be a text, or a list of messages")
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             reason = f"there is no {error}" if isinstance(error, KeyError) else str(error)
             raise DataError(f"{file}, line {number}: {reason}: {line[:200]}") from None
         yield {"prompt": prompt, "wanted": wanted}

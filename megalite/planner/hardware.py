@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError, model_validator
 from megalite.config import Section
 from megalite.errors import ConfigError
 from megalite.mistakes import describe_errors
+from megalite.outside import read_text
 from megalite.resources import configs_dir, parse_yaml
 
 TYPICAL_MATMUL = 0.75
@@ -143,10 +144,7 @@ def _find(wanted: str, key: str, file: str, option: str, section: type[S]) -> S:
 
 
 def _described(path: Path, key: str, section: type[S]) -> S:
-    try:
-        values = parse_yaml(path.read_text(encoding="utf-8"), str(path))
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror or error}") from None
+    values = parse_yaml(read_text(path, ConfigError), str(path))
     if isinstance(values, list) and len(values) == 1:  # a row of the table, copied as it stands there
         values = values[0]
     if not isinstance(values, dict):

@@ -18,6 +18,7 @@ from megalite.infer.generate import Generator, load_model
 from megalite.infer.habits import FOLLOWED, NEUTRAL, USUAL, Habits, read_habits
 from megalite.infer.rules import Rules
 from megalite.infer.sampling import Sampling, choose
+from megalite.outside import shown
 from scripted import Bytes
 from tiny_models import CASES
 
@@ -45,8 +46,8 @@ def test_what_is_not_followed_is_named(tmp_path: Path, name: str) -> None:
     found = habits(tmp_path, **{name: 7, "typical_p": 0.5, **dict.fromkeys(NEUTRAL, 7)})
     assert found.warning.startswith(f"warning: {tmp_path / 'generation_config.json'}: ")
     assert "\n" not in found.warning
-    for shown in (f"{name} = ", "typical_p = 0.5"):
-        assert shown in found.warning
+    for said in (f"{name} = ", "typical_p = 0.5"):
+        assert said in found.warning
     assert not any(f" {neutral} = " in found.warning for neutral in NEUTRAL)
 
 
@@ -61,7 +62,7 @@ WRONG: list[tuple[str, Any]] = [
 def test_a_wrong_value_is_named(tmp_path: Path, name: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=r"generation_config\.json: ") as caught:
         habits(tmp_path, **{name: value})
-    assert f"{name} = {value!r}: " in str(caught.value)
+    assert f"{name} = {shown(value)}: " in str(caught.value)
 
 
 def test_lengths_and_texts_that_end(tmp_path: Path) -> None:

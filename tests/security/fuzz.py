@@ -26,6 +26,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow
 import torch
 import yaml
@@ -33,16 +34,27 @@ import zstandard
 from pyarrow import parquet
 from safetensors.torch import save
 
+from chats import CHATML, write_tokenizer
 from megalite.checkpoint.folder import damage_of, read_manifest
+from megalite.checkpoint.match import stored_config
 from megalite.checkpoint.resume import read_train_state
 from megalite.checkpoint.tensors import TensorFolder
 from megalite.checkpoint.torch_file import StoredTensor, TorchFile, load_pickle
 from megalite.config_file import load_config
 from megalite.corpus.charsets import LABELS, decode
 from megalite.corpus.warc import read_warc
+from megalite.data.chat import ChatTemplate
+from megalite.data.contents import ContentEncoder
 from megalite.data.documents import Reading, Report, read_files
+from megalite.data.formats import Settings
+from megalite.data.indexed import IndexedDataset, IndexedWriter, read_note
+from megalite.data.preprocess_rows import preprocess_rows
+from megalite.data.tokenizer import load_tokenizer
 from megalite.errors import CheckpointError, ConfigError, DataError
+from megalite.infer.habits import read_habits
+from megalite.infer.serving.guards import read_keys
 from megalite.models import model_config, peft, weight_table
+from megalite.planner.hardware import find_hardware
 
 SECONDS, MEGABYTES = 10, 1000
 LINES = [{"text": f"line {number} é", "n": number, "deep": [{"a": [1, None]}]} for number in range(20)]
@@ -322,10 +334,81 @@ def read_texts(folder: Path, draw: random.Random) -> None:
     list(read_files([str(folder / name)], Reading(metadata=True, mend=draw.random() < 0.5), Report()))
 
 
+@cache
+def tokenizer_json() -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        return json.loads((write_tokenizer(Path(folder)) / "tokenizer.json").read_text())
+
+
+def read_tokenizers(folder: Path, draw: random.Random) -> None:
+    """A folder as a model comes with, one of whose files is damaged."""
+    write_tokenizer(folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    generation = {"eos_token_id": [0, 2], "top_k": 5, "temperature": 0.5, "max_new_tokens": 3, "stop_strings": ["a"]}
+    (folder / "config.json").write_text(json.dumps(LLAMA))
+    settings["chat_template"] = [{"name": "default", "template": CHATML}]
+    name = draw.choice(("tokenizer.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "keys"))
+    values = {"tokenizer.json": tokenizer_json(), "tokenizer_config.json": settings}.get(name, generation)
+    data = flipped(json.dumps(values).encode(), draw) if draw.random() < 0.4 else json_of(values, draw)
+    (folder / name).write_bytes(data)
+    if name == "tokenizer_config.json":
+        (folder / "chat_template.jinja").unlink()
+    if name == "keys":
+        read_keys(folder / name)
+    tokenizer = load_tokenizer(folder)
+    tokenizer.decode(tokenizer.encode_prompt("hello <|im_end|> é"))
+    read_habits(folder, tokenizer)
+    with contextlib.suppress(ValueError):  # of a template that refuses the conversation
+        ContentEncoder(tokenizer, ChatTemplate.of(folder, ())).encode([{"role": "user", "content": "hi"}])
+
+
+@cache
+def token_files() -> dict[str, bytes]:
+    with tempfile.TemporaryDirectory() as folder:
+        with IndexedWriter(f"{folder}/a", np.dtype("u2"), np.dtype("u1")) as writer:
+            for length in (3, 1, 7, 20):
+                writer.add_documents(np.arange(length), [length], np.ones(length, np.int64))
+        Path(f"{folder}/a.json").write_text(json.dumps({"vocab_size": 50, "eod_id": 3, "tokenizer_fingerprint": "x"}))
+        return {path.suffix: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def read_token_files(folder: Path, draw: random.Random) -> None:
+    damaged = draw.choice(list(token_files()))
+    for suffix, data in token_files().items():
+        (folder / f"a{suffix}").write_bytes(flipped(data, draw) if suffix == damaged else data)
+    if damaged == ".json":
+        (folder / "a.json").write_bytes(json_of(json.loads(token_files()[".json"]), draw))
+    read_note(str(folder / "a"))
+    dataset = IndexedDataset(str(folder / "a"))
+    dataset.check(2)
+    for number in range(dataset.num_documents):
+        dataset.read(*(dataset.document_start(n) for n in (number, number + 1))).sum()
+
+
+def read_rows_of_chats(folder: Path, draw: random.Random) -> None:
+    rows = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a é"}]}] * 3
+    data = b"\n".join(json_of(row, draw) for row in rows)
+    (folder / "a.jsonl").write_bytes(flipped(data, draw) if draw.random() < 0.3 else data)
+    with tempfile.TemporaryDirectory() as other:
+        settings = Settings("chat", str(write_tokenizer(Path(other))))
+        preprocess_rows([str(folder / "a.jsonl")], folder / "out", settings)
+
+
+def read_chips(folder: Path, draw: random.Random) -> None:
+    chip = {"chip": "X", "name": "x", "bf16_tflops": 312, "memory_gb": 80, "memory_tb_s": 2.0, "link_gb_s": 300,
+            "num_sms": 108, "source": "y", "matmul": 0.8, "matmul_source": "z"}  # fmt: skip
+    data = json_of(chip, draw)
+    (folder / "a.yaml").write_bytes(flipped(data, draw) if draw.random() < 0.3 else data)
+    (folder / "config.yaml").write_bytes((folder / "a.yaml").read_bytes())
+    stored_config(folder)
+    find_hardware(str(folder / "a.yaml"))
+
+
 READERS: dict[str, Callable[[Path, random.Random], None]] = {
     "pickle": read_pickle, "torch": read_torch, "safetensors": read_safetensors, "index": read_index,
     "config": read_config_json, "adapter": read_adapter, "manifest": read_manifests, "yaml": read_yaml,
-    "warc": read_warcs, "tables": read_tables, "texts": read_texts,
+    "warc": read_warcs, "tables": read_tables, "texts": read_texts, "tokenizer": read_tokenizers,
+    "tokens": read_token_files, "rows": read_rows_of_chats, "chips": read_chips,
 }  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from megalite.errors import ConfigError
 from megalite.infer.serving.lanes import SMALL_BYTES
 from megalite.infer.serving.names import is_own_name, is_own_page
 from megalite.infer.serving.protocol import error
+from megalite.outside import read_text
 
 KEY_VARIABLE = "MEGALITE_API_KEY"
 OPEN_PATHS = ("/", "/health", "/metrics", "/v1/about")
@@ -39,10 +40,7 @@ def read_keys(file: Path | None) -> list[str]:
     """The keys that open the API, a line each in a file; else from the environment. None: it is open to all."""
     if file is None:
         return [key] if (key := os.environ.get(KEY_VARIABLE, "").strip()) else []
-    try:
-        keys = [line.strip() for line in file.read_text().splitlines() if line.strip()]
-    except OSError as problem:
-        raise ConfigError(f"{file}: {problem.strerror}") from None
+    keys = [line.strip() for line in read_text(file, ConfigError).splitlines() if line.strip()]
     if not keys:
         raise ConfigError(f"{file} holds no key: write one, of your own making, on a line")
     return keys
