@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import errno
 import os
 import signal
 import sys
+from collections.abc import Callable
 from enum import IntEnum
 from typing import NoReturn
 
@@ -59,14 +61,6 @@ def passes(error: BaseException | None) -> bool:
     return False
 
 
-def complain(error: Exception) -> int:
-    """Say on stderr why a tool could not do what it was asked for. Returns its exit status: MISTAKE, or FAILED for what
-    a disk, a network or a library did."""
-    print(f"error: {error}", file=sys.stderr, flush=True)
-    is_mistake = isinstance(error, ConfigError | DataError | CheckpointError) and not passes(error)
-    return Exit.MISTAKE if is_mistake else Exit.FAILED
-
-
 def end_process(status: int) -> NoReturn:
     """At once, from any thread, whatever the others wait for. Nothing is cleaned up."""
     if sys.stdout.isatty():
@@ -85,6 +79,34 @@ def flush_output() -> None:
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, stream.fileno())
                 os.close(nowhere)
+
+
+def explained(tool: Callable[[], int], interrupted: str = "interrupted") -> int:
+    """Run a tool's `main`, and return its exit status. A mistake of the user's is one line on stderr and status
+    MISTAKE, as of `megalite`; a full disk or a store that is gone for a while is one line and FAILED."""
+    try:
+        return tool()
+    except (ConfigError, DataError, CheckpointError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        failed = passes(error) or (isinstance(error, OSError) and not isinstance(error, _OF_PATHS))
+        return Exit.FAILED if failed else Exit.MISTAKE
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        return killed_by(signal.SIGINT)
+
+
+def at_least(smallest: int, largest: int = 2**31 - 1) -> Callable[[str], int]:
+    """Return the `type` of an option of argparse that takes such integers."""
+
+    def integer(text: str) -> int:
+        if not smallest <= (value := int(text)) <= largest:
+            raise argparse.ArgumentTypeError(f"{text} is not between {smallest:,} and {largest:,}")
+        return value
+
+    return integer
+
+
+_OF_PATHS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
 
 
 def killed_by(number: int) -> int:

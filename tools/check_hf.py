@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 
-from megalite.errors import CheckpointError, ConfigError, DataError
-from megalite.exit_codes import complain
+from megalite.errors import CheckpointError
+from megalite.exit_codes import explained
 from megalite.infer.generate import find_model, load_model
+from megalite.outside import reading
 
 TOLERANCE = 1e-4
 
@@ -22,7 +23,8 @@ def largest_difference(folder: Path, num_tokens: int = 256) -> float:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
+    with reading(folder, CheckpointError):
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
     ours = load_model(folder, torch.float32, torch.device("cpu"))
     length = min(num_tokens, theirs.config.max_position_embeddings)
     generator = torch.Generator().manual_seed(0)
@@ -34,12 +36,8 @@ def largest_difference(folder: Path, num_tokens: int = 256) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path, help="a run, a checkpoint of one, or a Hugging Face folder")
-    asked = parser.parse_args()
-    try:
-        folder = find_model(asked.model)
-        difference = largest_difference(folder)
-    except (CheckpointError, ConfigError, DataError, OSError) as error:
-        return complain(error)
+    folder = find_model(parser.parse_args().model)
+    difference = largest_difference(folder)
     print(f"AutoModelForCausalLM.from_pretrained({str(folder)!r}): largest logit difference {difference:.1e} (fp32)")
     if not difference <= TOLERANCE:  # NaN fails too
         print(f"error: more than {TOLERANCE:.0e}", file=sys.stderr)
@@ -48,4 +46,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(explained(main))

@@ -15,8 +15,7 @@ from rich.console import Console
 
 from megalite.checkpoint.convert import DTYPES, open_source, write_model
 from megalite.checkpoint.megatron import find_megatron
-from megalite.errors import CheckpointError, ConfigError, DataError
-from megalite.exit_codes import complain
+from megalite.exit_codes import at_least, explained
 from megalite.infer.generate import find_model
 
 
@@ -26,20 +25,16 @@ def main() -> int:
     parser.add_argument("target", type=Path, help="a new folder")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights, rounded once (default: as stored)")
     parser.add_argument("--shard-gb", type=float, default=5.0, help="largest file (default: %(default)s)")
-    parser.add_argument("--vocab-size", type=int, help="of Megatron's: rows that are not padding")
+    parser.add_argument("--vocab-size", type=at_least(1), help="of Megatron's: rows that are not padding")
     args = parser.parse_args()
-    try:
-        source = args.source if find_megatron(args.source) else find_model(args.source)
-        model = open_source(source, args.vocab_size)
-        write_model(model, args.target, args.dtype, int(args.shard_gb * 10**9), Console(stderr=True))
-    except (CheckpointError, ConfigError, DataError, OSError) as error:
-        return complain(error)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    if not args.shard_gb >= 1e-9:
+        parser.error(f"--shard-gb {args.shard_gb}: give a positive number")
+    source = args.source if find_megatron(args.source) else find_model(args.source)
+    model = open_source(source, args.vocab_size)
+    write_model(model, args.target, args.dtype, int(min(args.shard_gb, 10**6) * 10**9), Console(stderr=True))
     print(f"{args.target}: {sum(weight.numel for weight in model.weights):,} parameters")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(explained(main))

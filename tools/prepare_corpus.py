@@ -13,7 +13,7 @@ import time
 from rich.console import Console
 
 from megalite.errors import ConfigError, DataError
-from megalite.exit_codes import complain
+from megalite.exit_codes import explained
 
 
 def main() -> int:
@@ -31,14 +31,8 @@ def main() -> int:
 
         config = load_corpus_config(args.config, args.overrides)
         report = prepare_corpus(config, Console(stderr=True))
-    except (ConfigError, DataError, OSError) as error:
-        return complain(error)
     except ImportError as error:
-        print(f"error: {error}; pip install 'megalite[corpus]'", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
+        raise ConfigError(f"{error}; pip install 'megalite[corpus]'") from None
     if report is None:
         print(f"submitted; {config.output}/report.html comes at the end, and the same command resubmits what failed")
         return 0
@@ -49,9 +43,9 @@ def main() -> int:
         f"({read['num_bytes'] / 1e6:,.1f} MB) in {seconds:.1f} s; see {config.output}/report.html"
     )
     if not any(count["documents"] for count in report["splits"].values()):
-        return complain(DataError(f"no document is left; {config.output}/report.html says what was left out, and why"))
+        raise DataError(f"no document is left; {config.output}/report.html says what was left out, and why")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(explained(main, "interrupted; the same command goes on from here"))

@@ -33,8 +33,7 @@ from megalite.data.blocks import Shard
 from megalite.data.formats import FORMATS, Settings
 from megalite.data.preprocess import preprocess
 from megalite.data.preprocess_rows import preprocess_rows
-from megalite.errors import DataError
-from megalite.exit_codes import complain
+from megalite.exit_codes import at_least, explained
 
 
 def main() -> int:
@@ -55,7 +54,7 @@ def main() -> int:
     )  # fmt: skip
     # A job may have fewer cores than its machine; only Linux can say so.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    parser.add_argument("--workers", type=int, default=cores, help="threads or processes (default: one a core)")
+    parser.add_argument("--workers", type=at_least(1), default=cores, help="threads or processes (default: one a core)")
     parser.add_argument(
         "--exact", action="store_true",
         help="take Hugging Face's tokenizers, not gigatoken, which is faster and compared with them on samples",
@@ -64,7 +63,7 @@ def main() -> int:
     parser.add_argument("--format", choices=FORMATS, help="the inputs are rows of labelled data, such as these")
     parser.add_argument("--last-only", action="store_true", help="of a chat, learn the last answer only")
     parser.add_argument("--labels", nargs="+", default=[], help="names of the classes, in order (default: those there)")
-    parser.add_argument("--bad-rows", type=int, default=0, metavar="N", help="rows that may be left out (default: 0)")
+    parser.add_argument("--bad-rows", type=at_least(0), default=0, metavar="N", help="rows that may be left out")
     args = parser.parse_args()
     for_text = args.append_eod or args.exact or args.shard or args.json_keys != ["text"] or args.prepend_bos is not None
     if args.format and for_text:
@@ -74,31 +73,25 @@ def main() -> int:
     # A job that is cancelled ends as one that is interrupted: with nothing left behind.
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
     console = Console(stderr=True)
-    try:
-        if args.format:
-            settings = Settings(args.format, args.tokenizer, args.last_only, tuple(args.labels))
-            result = preprocess_rows(args.input, args.output_prefix, settings, args.workers, args.bad_rows, console)
-            print(result)
-            return 0
-        for key in args.json_keys:
-            result = preprocess(
-                args.input,
-                args.output_prefix,
-                args.tokenizer,
-                json_key=key,
-                append_eod=args.append_eod,
-                workers=args.workers,
-                console=console,
-                exact=args.exact,
-                shard=args.shard,
-                prepend_bos=args.prepend_bos,
-            )
-            print(result)
-    except (DataError, OSError) as error:
-        return complain(error)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    if args.format:
+        settings = Settings(args.format, args.tokenizer, args.last_only, tuple(args.labels))
+        result = preprocess_rows(args.input, args.output_prefix, settings, args.workers, args.bad_rows, console)
+        print(result)
+        return 0
+    for key in args.json_keys:
+        result = preprocess(
+            args.input,
+            args.output_prefix,
+            args.tokenizer,
+            json_key=key,
+            append_eod=args.append_eod,
+            workers=args.workers,
+            console=console,
+            exact=args.exact,
+            shard=args.shard,
+            prepend_bos=args.prepend_bos,
+        )
+        print(result)
     return 0
 
 
@@ -110,4 +103,4 @@ def _shard(text: str) -> Shard:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(explained(main))

@@ -10,6 +10,7 @@ from pathlib import Path
 from megalite.config_file import load_config
 from megalite.data.indexed import IndexedDataset
 from megalite.data.statistics import unigram_loss
+from megalite.exit_codes import explained
 from megalite.observe.jsonl import read_metrics
 from megalite.observe.plot import plot_loss
 
@@ -33,4 +34,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(explained(main))

@@ -9,30 +9,29 @@ import time
 from typing import get_args
 
 from megalite.data.tokenizer_training import Kind, train_tokenizer
-from megalite.errors import DataError
-from megalite.exit_codes import complain
+from megalite.exit_codes import at_least, explained
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--input", nargs="+", required=True, help="files, folders or quoted globs")
     parser.add_argument("--output", required=True, help="folder to write; AutoTokenizer.from_pretrained loads it")
-    parser.add_argument("--vocab-size", type=int, required=True)
+    parser.add_argument("--vocab-size", type=at_least(1), required=True)
     parser.add_argument("--type", choices=get_args(Kind), default="bpe")
     parser.add_argument("--json-key", default="text", help="key or column of the text (default: %(default)s)")
     parser.add_argument(
-        "--max-bytes", type=int, default=256_000_000, help="text to train on, from the start (default: %(default)s)"
-    )
+        "--max-bytes",
+        type=at_least(1),
+        default=256_000_000,
+        help="text to train on, from the start (default: %(default)s)",
+    )  # fmt: skip
     args = parser.parse_args()
     # The libraries that train answer to nothing until they are done, and nothing is written before.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     start = time.monotonic()
-    try:
-        tokenizer, report = train_tokenizer(
-            args.input, args.output, args.vocab_size, args.type, args.json_key, args.max_bytes
-        )
-    except (DataError, OSError) as error:
-        return complain(error)
+    tokenizer, report = train_tokenizer(
+        args.input, args.output, args.vocab_size, args.type, args.json_key, args.max_bytes
+    )
     if str(report):
         print(report, file=sys.stderr)
     fewer = f" (of {args.vocab_size:,}: the text has no more)" if tokenizer.vocab_size < args.vocab_size else ""
@@ -44,4 +43,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(explained(main))

@@ -265,7 +265,7 @@ def test_a_checkpoint_without_its_optimizer(
     assert all(torch.equal(found[name], x.bfloat16()) for name, x in stored.items())
     assert opened(tmp_path / "hf").dtype == torch.bfloat16
     assert not (tmp_path / "hf" / "optimizer").exists()
-    assert run_tool(monkeypatch, *arguments) == 1
+    assert run_tool(monkeypatch, *arguments) == 2
     assert f"error: {tmp_path / 'hf'} exists; name a new folder\n" in capsys.readouterr().err
 
 

@@ -334,7 +334,7 @@ def test_tool_succeeds_with_warnings_and_fails_without_documents(tmp_path, token
     process = tool(tmp_path, "--input", "none", "--output-prefix", "y", "--tokenizer", tokenizer)
     out, error = process.communicate()
     assert (process.returncode, out, error) == (
-        1,
+        2,
         "",
         "error: input 'none' matches no file; give existing files, folders or a quoted glob\n",
     )
