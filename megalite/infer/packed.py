@@ -12,6 +12,8 @@ from torch import Tensor
 
 
 class PackedLinear(nn.Module):
+    """Raises RuntimeError where oneDNN has no instructions of this CPU for the weight's precision."""
+
     def __init__(self, linear: nn.Linear):
         super().__init__()
         self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
@@ -22,10 +24,15 @@ class PackedLinear(nn.Module):
 
 
 def pack_linears(model: nn.Module) -> None:
-    """In place, on a CPU; weights that an embedding shares stay there as well. Elsewhere nothing changes."""
+    """In place, on a CPU that has the instructions; weights that an embedding shares stay there as well. Elsewhere
+    nothing changes."""
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         return
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear and child.weight.device.type == "cpu":
-                setattr(parent, name, PackedLinear(child))
+                try:
+                    packed = PackedLinear(child)
+                except RuntimeError:  # of bf16 on CPUs before AVX-512, of fp16 on most
+                    continue
+                setattr(parent, name, packed)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -347,3 +350,30 @@ def test_no_room_for_an_answer_is_refused(tmp_path: Path, wrong: dict[str, int])
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match="give at least one, of two tokens or more"):
         Generator.open(tmp_path, **wrong)
+
+
+PLAIN_PRODUCTS = """
+import sys, torch
+from pathlib import Path
+from megalite.infer.cache import CachedModel
+from megalite.infer.generate import Generator, load_model
+from megalite.infer.packed import PackedLinear
+from megalite.infer.sampling import Sampling
+from scripted import Bytes
+
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    model = CachedModel(load_model(Path(sys.argv[1]), dtype), 1)
+    generator = Generator(model, Bytes())
+    (answer,) = generator.answer([generator.request([3, 1, 4], 5, Sampling(temperature=0))])
+    print(len(answer.tokens), any(isinstance(module, PackedLinear) for module in model.model.modules()))
+"""
+
+
+def test_a_cpu_without_instructions_for_a_precision_multiplies_plainly(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.AutoConfig.for_model(**CASES["llama"])
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    old = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-c", PLAIN_PRODUCTS, str(tmp_path)]
+    done = subprocess.run(command, env=os.environ | old, capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["5 True", "5 False", "5 False"], done.stderr[-2000:]
