@@ -1,1 +1,1 @@
-"""Raw text to a clean, deduplicated, split corpus, on datatrove. `run.py` shows the whole way."""
+"""Turns raw text into a clean, deduplicated corpus, split into train, valid and test. Start reading at `run.py`."""

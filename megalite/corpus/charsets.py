@@ -1,9 +1,10 @@
-"""The charset of a web page, in the order in which browsers look for it: byte-order mark, HTTP header, what the page
-itself declares, and only then a guess from its bytes.
+"""Finds the charset of a web page as browsers do: byte-order mark, HTTP header, the page's own declaration, and only
+then a guess from its bytes.
 
-Labels are those of the WHATWG Encoding Standard: `iso-8859-1` is windows-1252 there, `gb2312` is GB 18030, and what is
-no label, such as `utf-7`, is no charset. hz-gb-2312 and iso-2022-kr, which browsers refuse for fear of scripts in them,
-are read."""
+Labels are those of the WHATWG Encoding Standard: `iso-8859-1` is windows-1252 there, `gb2312` is GB 18030, and an
+unknown label, such as `utf-7`, is no charset. Two charsets that browsers refuse for fear of scripts in them are read:
+hz-gb-2312 and iso-2022-kr.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +14,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 PRESCANNED = 4096
-"""Bytes of a page in which it may declare its charset; the standard asks for 1024, browsers look further."""
+"""Number of bytes in which a page may declare its charset. The standard asks for 1024; browsers look further."""
 MOST_REPLACED = 0.01
-"""Share of characters that a declared charset may fail on. Where there are more, it is not that charset."""
+"""Largest share of characters that may fail to decode. With more, the declared charset is wrong."""
 
 CODECS = {
     "big5hkscs": "big5 big5-hkscs cn-big5 csbig5 x-x-big5",
@@ -83,24 +84,30 @@ ATTRIBUTE = re.compile(rb"""([^\s=/>"']+)\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s"'>]
 IN_CONTENT = re.compile(r"""charset\s*=\s*["']?([^\s;"',]+)""", re.I)
 XML_DECLARATION = re.compile(rb"""<\?xml\s[^>]*?encoding\s*=\s*["']([^"'>]+)["']""")
 
-# What Unicode's tables for JIS and those that browsers and Windows follow say of the same code.
+# For these codes Python follows Unicode's table of JIS; browsers and Windows follow another.
 JIS_AS_WINDOWS = str.maketrans("〜−‖¢£¬", "～－∥￠￡￢")
 JAPANESE = ("euc_jp", "iso2022_jp_ext")
 
 
 class Decoded(NamedTuple):
+    """Holds a page's text and how its charset was found."""
+
     text: str
     codec: str
-    found_in: str  # "byte-order mark", "HTTP header", "page", "bytes" for a guess
+    found_in: str
+    """ "byte-order mark", "HTTP header", "page", or "bytes" for a guess."""
 
 
 def decode(data: bytes, header: str, is_markup: bool, is_cut: bool = False) -> Decoded:
-    """Return a page's text. `header`: Content-Type; `is_markup`: the page may declare its charset; `is_cut`: it lacks
-    its end, where half of a character may stand."""
+    """Decode a page's `data` with the first charset that fits.
+
+    `header` is its Content-Type. `is_markup`: the page may declare its charset. `is_cut`: its end is missing, so that
+    it may stop within a character."""
     fallback: Decoded | None = None
     for codec, found_in, skipped in _candidates(data, header, is_markup):
         text = _decoded(data[skipped:], codec, is_cut)
         replaced = text.count("\ufffd")
+        # A byte-order mark is never a mistake; everything else may be.
         if found_in == "byte-order mark" or replaced <= MOST_REPLACED * len(text):
             return Decoded(text, codec, found_in)
         fallback = fallback or Decoded(text, codec, found_in)
@@ -108,12 +115,12 @@ def decode(data: bytes, header: str, is_markup: bool, is_cut: bool = False) -> D
 
 
 def codec_of(label: str) -> str | None:
-    """Return Python's codec for a label; None where it is no charset's."""
+    """Return Python's codec for a label, or None if it names no charset."""
     return LABELS.get(label.strip(" \t\n\f\r").lower())
 
 
 def _candidates(data: bytes, header: str, is_markup: bool) -> Iterator[tuple[str, str, int]]:
-    """Charsets, who says so, and how many bytes of `data` are not text, the most certain first."""
+    """Yield (codec, where it was found, bytes at the beginning that are not text), the most certain first."""
     for mark, codec in BOMS.items():
         if data.startswith(mark):
             yield codec, "byte-order mark", len(mark)
@@ -131,13 +138,16 @@ def declared_in(page: bytes) -> str | None:
     for match in SKIPPED_OR_META.finditer(beginning):
         if match[1] is None:
             continue
-        found = {name.lower(): b"".join(value).decode("latin-1") for name, *value in ATTRIBUTE.findall(match[1])}
+        found = {}
+        for name, *value in ATTRIBUTE.findall(match[1]):
+            # One of the three groups holds the value: in double quotes, in single ones, or without.
+            found[name.lower()] = b"".join(value).decode("latin-1")
         label = found.get(b"charset")
         if label is None and found.get(b"http-equiv", "").lower() == "content-type":
             said = IN_CONTENT.search(found.get(b"content", ""))
             label = said and said[1]
         if label and (codec := codec_of(label)):
-            # What could be read as ASCII up to here is not UTF-16, whatever it says.
+            # A page that could be read as ASCII up to here is not UTF-16, whatever it says.
             return "utf_8" if codec.startswith("utf_16") else codec
     if declared := XML_DECLARATION.match(beginning):
         codec = codec_of(declared[1].decode("latin-1"))
@@ -146,12 +156,14 @@ def declared_in(page: bytes) -> str | None:
 
 
 def _guesses(data: bytes) -> Iterator[str]:
+    """Yield codecs to try for bytes that nothing is known about."""
     from trafilatura.utils import detect_encoding
 
     sample = data[:PRESCANNED]
-    zeros = sample[::2].count(0), sample[1::2].count(0)
-    if max(zeros) > len(sample) / 4:  # of Latin letters in UTF-16, every other byte is zero
-        yield "utf_16_be" if zeros[0] > zeros[1] else "utf_16_le"
+    even_zeros = sample[::2].count(0)
+    odd_zeros = sample[1::2].count(0)
+    if max(even_zeros, odd_zeros) > len(sample) / 4:  # of Latin letters in UTF-16, every other byte is zero
+        yield "utf_16_be" if even_zeros > odd_zeros else "utf_16_le"
     yield "utf_8"
     for guessed in detect_encoding(data):
         yield codec_of(guessed.replace("_", "-")) or codec_of(guessed) or codecs.lookup(guessed).name
@@ -164,19 +176,25 @@ def _decoded(data: bytes, codec: str, is_cut: bool) -> str:
 
 
 def _as_browsers(error: UnicodeError) -> tuple[str, int]:
-    """Give what browsers give where Python's codecs have nothing: C1 controls in Windows' charsets, the characters of
-    NEC and IBM in EUC-JP; else the replacement character."""
+    """Decode what Python's codecs cannot, as browsers do (an error handler of `codecs`).
+
+    Returns C1 controls in Windows' charsets and the characters of NEC and IBM in EUC-JP; otherwise the replacement
+    character."""
     if not isinstance(error, UnicodeDecodeError):
         raise error
     data, start = error.object, error.start
     if error.encoding in ("cp1252", "cp1254", "charmap") and 0x80 <= data[start] < 0xA0:
         return chr(data[start]), start + 1
     if error.encoding == "euc_jp" and len(pair := data[start : start + 2]) == 2 and min(pair) >= 0xA1:
-        row, cell = pair[0] - 0xA1, pair[1] - 0xA1
+        # The same row and cell of JIS in Shift_JIS, whose codec (cp932) knows these characters.
+        row = pair[0] - 0xA1
+        cell = pair[1] - 0xA1
         lead = row // 2 + (0x81 if row < 62 else 0xC1)
         trail = cell + 0x9F if row % 2 else cell + 0x40 + (cell >= 63)
         text = bytes((lead, trail)).decode("cp932", "replace")
-        return (text, start + 2) if len(text) == 1 else ("\ufffd", start + 2)
+        if len(text) != 1:
+            text = "\ufffd"
+        return text, start + 2
     return "\ufffd", error.end
 
 

@@ -1,6 +1,8 @@
-"""The stages a document goes through on its own, in their order. Each is a check: why it is dropped, or None.
+"""The stages that judge each document by itself, in their order. Each is a check, which returns why a document is
+dropped, or None.
 
-The rules are datatrove's; what is written here is what it cannot do without a download, or in bounded time."""
+The rules are datatrove's. Code here replaces what datatrove cannot do without a download, or in bounded time.
+"""
 
 from __future__ import annotations
 
@@ -45,13 +47,14 @@ from megalite.errors import ConfigError
 from megalite.resources import configs_dir, read_yaml
 from megalite.workers import leave_with_parent
 
-# The language of a text shows in its beginning; the rest of a long one would only take time.
 LANGUAGE_CHARS = 20_000
+"""Number of characters that the language is detected from. The rest of a long text would only take time."""
 START_SECONDS = 60.0
+"""Time limit for the start of the process that parses HTML."""
 
 
 def stages(config: CorpusConfig) -> list[Stage]:
-    """Those that are turned on. Raises ConfigError for lists of words that cannot be used."""
+    """Make the stages that `config` turns on, in their order. Raises ConfigError for unusable lists of words."""
     made: dict[str, tuple[Any, Callable[[Any], Check]]] = {
         "encoding": (config.encoding, Encoding),
         "length": (config.length, Length),
@@ -64,18 +67,21 @@ def stages(config: CorpusConfig) -> list[Stage]:
         "words": (config.words, ListedWords),
     }
     checks: dict[str, Check] = {"extract": Extract(config.extract)}
-    checks |= {name: make(section) for name, (section, make) in made.items() if section is not None}
-    return [
-        Stage(name, check, [source.name for source in config.sources if name in source.skip])
-        for name, check in checks.items()
-    ]
+    for name, (section, make) in made.items():
+        if section is not None:
+            checks[name] = make(section)
+    found = []
+    for name, check in checks.items():
+        skipped = [source.name for source in config.sources if name in source.skip]
+        found.append(Stage(name, check, skipped))
+    return found
 
 
 class Extract(AbstractContextManager[None]):
-    """The text of documents that are marked as HTML, taken out in a process of its own, which may hang or crash."""
+    """Extracts the text of documents marked as HTML, in a process of its own, which may hang or crash."""
 
     def __init__(self, config: ExtractConfig) -> None:
-        # trafilatura's own deduplication remembers earlier pages, so that a page's text would depend on them.
+        # No deduplication by trafilatura: it remembers earlier pages, so that a page's text would depend on them.
         self._extractor = Trafilatura(
             config.favor == "precision", deduplicate=False, favor_recall=config.favor == "recall"
         )
@@ -101,12 +107,14 @@ class Extract(AbstractContextManager[None]):
 
 
 class _Sandbox(ExtractorSandbox):
+    """Runs the extractor in a process that gives up on a page, not on the shard."""
+
     def __init__(self, timeout: float) -> None:
         super().__init__(timeout)
         self._of_page = timeout
 
     def _ensure_process(self, extract_fn: Any) -> None:
-        # Where a process is slow to start, that is not for the page to answer for.
+        # A process that starts slowly must not count as a slow page.
         self.timeout = max(self._of_page, START_SECONDS)
         try:
             super()._ensure_process(extract_fn)
@@ -114,15 +122,15 @@ class _Sandbox(ExtractorSandbox):
             self.timeout = self._of_page
 
     def _worker(self, conn: Any, extract_fn: Any) -> None:
-        # It holds both ends of the pipe, and so would wait for ever for a parent that was killed.
+        # The worker holds both ends of the pipe: it would wait for ever for a parent that was killed.
         leave_with_parent()
-        # It is ended with SIGTERM, on which it need not say anything, whatever its parent does on it.
+        # datatrove ends it with SIGTERM. It must not run the handler it inherits from its parent.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         super()._worker(conn, extract_fn)
 
 
 class Encoding:
-    """ftfy as datatrove sets it up: mojibake is mended, styles of quotation marks and widths are left alone."""
+    """Repairs mojibake with ftfy as datatrove sets it up. Quotation marks and character widths are left alone."""
 
     def __init__(self, config: EncodingConfig) -> None:
         self._formatter = FTFYFormatter(unescape_html=config.unescape_html, normalization=config.unicode)
@@ -132,6 +140,8 @@ class Encoding:
 
 
 class Length:
+    """Drops documents that are too short or too long."""
+
     def __init__(self, config: LengthConfig) -> None:
         self._config = config
 
@@ -144,6 +154,8 @@ class Length:
 
 
 class Language:
+    """Notes the language of each document, and drops those of other languages than wanted."""
+
     def __init__(self, config: LanguageConfig) -> None:
         self._config = config
         self._detector: Any = None
@@ -154,28 +166,37 @@ class Language:
 
             self._detector = LangDetector(LangDetectConfig(max_input_length=None, model="lite"))
         found = self._detector.detect(document.text[:LANGUAGE_CHARS], k=1)
-        language, score = (found[0]["lang"], min(round(found[0]["score"], 4), 1.0)) if found else ("none", 0.0)
+        language, score = "none", 0.0
+        if found:
+            language = found[0]["lang"]
+            score = min(round(found[0]["score"], 4), 1.0)  # fastText's scores may exceed 1 a little
         document.metadata |= {"language": language, "language_score": score}
         notes[language] += 1
         if not self._config.keep:
             return None
         if language not in self._config.keep:
             return f"language {language}"
-        return None if score >= self._config.min_score else f"language {language}, but unsure"
+        if score < self._config.min_score:
+            return f"language {language}, but unsure"
+        return None
 
 
 class Rules:
-    """A filter of datatrove's as a check."""
+    """Turns a filter of datatrove into a check. `words` says its reasons in plain words."""
 
     def __init__(self, rules: BaseFilter, words: dict[str, str]) -> None:
-        self._rules, self._words = rules, words
+        self._rules = rules
+        self._words = words
 
     def __call__(self, document: Document, notes: Counter[str]) -> str | None:
         passes, reason = get_filter_result(self._rules.filter(document))
-        return None if passes else self._words.get(reason, str(reason).replace("_", " "))
+        if passes:
+            return None
+        return self._words.get(reason, str(reason).replace("_", " "))
 
 
 def repetition(config: RepetitionConfig) -> Check:
+    """Make the check of Gopher's rules on repetition."""
     rules = GopherRepetitionFilter(
         dup_line_frac=config.lines,
         dup_para_frac=config.paragraphs,
@@ -197,6 +218,7 @@ def repetition(config: RepetitionConfig) -> Check:
 
 
 def gopher(config: GopherConfig) -> Check:
+    """Make the check of Gopher's quality rules."""
     rules = GopherQualityFilter(
         min_doc_words=config.min_words,
         max_doc_words=config.max_words,
@@ -226,6 +248,7 @@ def gopher(config: GopherConfig) -> Check:
 
 
 def c4(config: C4Config) -> Check:
+    """Make the check of C4's rules, which also removes single lines."""
     rules = C4QualityFilter(
         remove_citations=config.citations,
         filter_no_terminal_punct=config.terminal_punctuation,
@@ -243,6 +266,7 @@ def c4(config: C4Config) -> Check:
 
 
 def fineweb(config: FineWebConfig) -> Check:
+    """Make the check of FineWeb's rules."""
     rules = FineWebQualityFilter(
         line_punct_thr=config.min_punctuated_lines,
         short_line_thr=config.max_short_lines,
@@ -261,8 +285,14 @@ def fineweb(config: FineWebConfig) -> Check:
 
 
 class Personal:
+    """Replaces email and public IP addresses, and counts them."""
+
     def __init__(self, config: PersonalConfig) -> None:
-        self._kinds = [*([EMAILS] if config.emails else []), *([IPS] if config.ips else [])]
+        self._kinds = []
+        if config.emails:
+            self._kinds.append(EMAILS)
+        if config.ips:
+            self._kinds.append(IPS)
 
     def __call__(self, document: Document, notes: Counter[str]) -> None:
         for kind in self._kinds:
@@ -272,7 +302,7 @@ class Personal:
 
 
 class ListedWords:
-    """Marks documents that hold listed words, and counts which groups of people documents speak of."""
+    """Marks documents that hold listed words, and counts the groups of people that documents mention."""
 
     def __init__(self, config: WordsConfig) -> None:
         self._listed = _word_list(config.file)
@@ -283,6 +313,7 @@ class ListedWords:
         counts = Counter(split_into_words(document.text.lower(), Words()))
         listed = sum(counts[word] for word in counts.keys() & self._listed)
         share = listed / max(counts.total(), 1)
+        # A document counts once for each group, however often it mentions it.
         mentioned = {self._groups[word] for word in counts.keys() & self._groups.keys()}
         notes.update(["documents", *mentioned])
         if listed:
@@ -294,6 +325,7 @@ class ListedWords:
 
 
 def _word_list(path: Path | None) -> frozenset[str]:
+    """Read a list of words, one a line; datatrove's list of banned words without a path. Raises ConfigError."""
     try:
         file = path or resources.files("datatrove.assets") / "banned_words.txt"
         lines = file.read_text(encoding="utf-8").lower().splitlines()
@@ -303,7 +335,7 @@ def _word_list(path: Path | None) -> frozenset[str]:
 
 
 def _groups(path: Path) -> dict[str, str]:
-    """Each word's `axis/group`."""
+    """Read the groups of people: the `axis/group` of each word. Raises ConfigError."""
     groups: dict[str, str] = {}
     for axis, members in read_yaml(path).items():
         for group, words in members.items() if isinstance(members, dict) else [("", None)]:

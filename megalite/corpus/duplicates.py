@@ -1,7 +1,8 @@
-"""Exact and near duplicates, over all shards.
+"""Finds exact and near duplicates over all shards.
 
-Exact: a digest a document; the first in the order of the sources stays. Near: datatrove's MinHash, of which the
-clustering alone holds in memory what it found (pairs of duplicates, not documents)."""
+Exact: by one digest a document; the first document in the order of the sources stays. Near: by datatrove's MinHash,
+where only the clustering holds its findings in memory, and those are pairs of duplicates, not documents.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +26,13 @@ from megalite.corpus.tokenizing import Words
 
 DIGEST = np.dtype([("high", ">u8"), ("low", ">u8")])
 PLACE = np.dtype([("shard", "<u4"), ("document", "<u4")])
-# Tasks that each look for duplicates among a part of the digests: a 16th of 16 bytes a document at a time in memory.
 EXACT_TASKS = 16
+"""Number of tasks that look for exact duplicates. Each holds its share of the digests, a byte a document, in memory."""
 SHINGLES_AT_A_TIME = 1 << 14
 
 
 class WriteDigests(PipelineStep):
-    """`folder`/RANK.digests: 16 bytes a document, in order. Documents go on."""
+    """Writes the digests of a shard's documents to `folder`/RANK.digests, 16 bytes each, and passes documents on."""
 
     type, name = "duplicates", "digests"
 
@@ -42,28 +43,33 @@ class WriteDigests(PipelineStep):
     def run(self, data: Iterable[Document], rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         with replacing(self._folder / f"{rank:05d}.digests") as file:
             for document in data:
-                file.write(hashlib.blake2b(document.text.encode(), digest_size=DIGEST.itemsize).digest())
+                digest = hashlib.blake2b(document.text.encode(), digest_size=DIGEST.itemsize)
+                file.write(digest.digest())
                 yield document
 
 
 class FindExact(PipelineStep):
-    """`output`/RANK.places: where documents stand whose text stands further in front, among digests of RANK's part."""
+    """Writes to `output`/RANK.places which documents repeat an earlier text, by RANK's share of the digests."""
 
     type, name = "duplicates", "exact"
 
     def __init__(self, folder: Path, output: Path, num_shards: int) -> None:
         super().__init__()
-        self._folder, self._output, self._num_shards = folder, output, num_shards
+        self._folder = folder
+        self._output = output
+        self._num_shards = num_shards
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
         digests, places = [], []
         for shard in range(self._num_shards):
             shard_digests = np.fromfile(self._folder / f"{shard:05d}.digests", DIGEST)
+            # Equal digests go to the same task.
             mine = np.flatnonzero(shard_digests["low"] % np.uint64(world_size) == rank)
             digests.append(shard_digests[mine])
             places.append(np.rec.fromarrays([np.full(len(mine), shard), mine], dtype=PLACE))
-        all_digests, all_places = np.concatenate(digests), np.concatenate(places)
-        # Stable: of equal digests the first remains the first.
+        all_digests = np.concatenate(digests)
+        all_places = np.concatenate(places)
+        # lexsort is stable: of equal digests the first remains the first, and is the one that stays.
         order = np.lexsort((all_digests["low"], all_digests["high"]))
         ordered = all_digests[order]
         again = order[1:][ordered[1:] == ordered[:-1]]
@@ -72,7 +78,7 @@ class FindExact(PipelineStep):
 
 
 class ExactPlaces:
-    """What FindExact found of one shard."""
+    """Reads what FindExact found in one shard: places of exact duplicates, sorted."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -87,28 +93,33 @@ class ExactPlaces:
 
 
 class NearPlaces:
-    """What datatrove's clustering left of one shard: places among the documents without exact duplicates."""
+    """Reads what datatrove's clustering found in one shard: places among the documents without exact duplicates."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def __call__(self, rank: int) -> npt.NDArray[np.uint32]:
         path = self._folder / f"{rank:06d}.remove"
-        return np.fromfile(path, "<u4") if path.exists() else np.empty(0, np.uint32)
+        if not path.exists():  # datatrove writes no file for a shard without duplicates
+            return np.empty(0, np.uint32)
+        return np.fromfile(path, "<u4")
 
 
 class Signatures(MinhashDedupSignature):
-    """With memory that does not grow with the document: 8 bytes a shingle and hash function are many for a long one."""
+    """Computes signatures in bounded memory: datatrove holds 8 bytes for each shingle and hash function at once."""
 
     def get_signature(self, shingles: npt.NDArray[np.uint64]) -> list[list[int]]:
-        parts = [
-            super(Signatures, self).get_signature(shingles[start : start + SHINGLES_AT_A_TIME])
-            for start in range(0, len(shingles), SHINGLES_AT_A_TIME)
-        ]
+        """Return the MinHash signature of a document's shingles."""
+        parts = []
+        for start in range(0, len(shingles), SHINGLES_AT_A_TIME):
+            some = shingles[start : start + SHINGLES_AT_A_TIME]
+            parts.append(super().get_signature(some))
+        # A MinHash is a minimum, and so the minimum of the parts' minima.
         return np.minimum.reduce(np.array(parts, np.uint64)).tolist()
 
 
 def minhash_config(config: NearConfig) -> MinhashConfig:
+    """Translate the settings into datatrove's."""
     # datatrove's default hash, xxhash, fails with version 4 of that library.
     hashing = HashConfig(precision=64, hash_fc="sha1")
     norm = TextNormConfig(norm_numbers=config.same_numbers)
@@ -116,12 +127,15 @@ def minhash_config(config: NearConfig) -> MinhashConfig:
 
 
 def signatures(config: NearConfig, folder: Path) -> PipelineStep:
+    """Make the step that writes MinHash signatures to `folder`."""
     return Signatures(str(folder), minhash_config(config), language=Words())
 
 
 def buckets(config: NearConfig, folder: Path, output: Path) -> PipelineStep:
+    """Make the step that writes pairs of equal signatures in a bucket from `folder` to `output`, under `config`."""
     return MinhashDedupBuckets(str(folder), str(output), config=minhash_config(config), lines_to_buffer=1000)
 
 
 def clusters(config: NearConfig, folder: Path, output: Path) -> PipelineStep:
+    """Make the step that clusters the pairs in `folder`, and writes to `output` which documents `config` drops."""
     return MinhashDedupCluster(str(folder), str(output), minhash_config(config), lines_to_buffer=1000)

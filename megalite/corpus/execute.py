@@ -1,4 +1,4 @@
-"""Phases of tasks through datatrove's executors: on this machine, or submitted to Slurm."""
+"""Runs phases of tasks with datatrove's executors: on this machine, or submitted to Slurm."""
 
 from __future__ import annotations
 
@@ -30,13 +30,18 @@ from megalite.workers import start_worker, worker_pool
 
 @dataclass(frozen=True)
 class Phase:
+    """A pipeline of steps, run once for each task (shard)."""
+
     name: str
     pipeline: list[Any]
     tasks: int
 
 
 def run_here(phases: list[Phase], logs: Path, workers: int | None, console: Console | None) -> None:
-    """Run every task that is not finished yet. Raises what a task raises, DataError where a worker was killed."""
+    """Run every task of `phases` that has not finished yet, in `workers` processes (default: one a core).
+
+    datatrove's notes go to `logs`, the progress to `console`. Raises what a task raises, and DataError when a worker
+    was killed."""
     workers = min(workers or len(os.sched_getaffinity(0)), max(phase.tasks for phase in phases))
     before = set(multiprocessing.active_children())
     # datatrove's own pool would wait for ever for a worker that was killed.
@@ -50,14 +55,14 @@ def run_here(phases: list[Phase], logs: Path, workers: int | None, console: Cons
         except BrokenProcessPool:
             raise DataError(f"one of {workers} workers was killed, most likely for memory; use fewer workers") from None
         except BaseException:
-            # A task may take minutes, and is done anew anyway.
+            # Do not wait for running tasks: one may take minutes, and will be done anew anyway.
             for child in set(multiprocessing.active_children()) - before:
                 child.kill()
             raise
 
 
 def _finished(executor: PipelineExecutor, pool: Executor | None, tasks: int) -> Iterator[int]:
-    """Runs what is left to run; gives out how many tasks are finished, again and again."""
+    """Run the tasks that are left, and yield how many have finished after each."""
     ranks = executor.get_incomplete_ranks()
     yield tasks - len(ranks)
     if pool is None:
@@ -73,26 +78,30 @@ def _finished(executor: PipelineExecutor, pool: Executor | None, tasks: int) -> 
 
 
 def _run_task(executor: PipelineExecutor, rank: int) -> None:
-    """On a copy of the pipeline: what its steps count is of this task alone."""
+    """Run one task. `executor` must be a copy, so that its steps count this task alone."""
     executor._run_for_rank(rank)
 
 
 def _start() -> None:
+    """Prepare a worker process."""
     start_worker()
     _quiet()
-    # MinHash has a file open for every shard.
+    # MinHash opens a file for every shard at once: raise the soft limit of open files.
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _quiet() -> None:
-    """datatrove prints every step of every task on the console; what matters is in our report, or raised."""
+    """Silence datatrove, which prints every step of every task. What matters is in the report, or raised."""
     logger.disable("datatrove")
     minhash.tqdm = partial(tqdm, disable=True)
 
 
 def submit(phases: list[Phase], logs: Path, config: SlurmConfig, workers: int | None) -> None:
-    """A job array a phase, each waiting for the one before. Tasks that are finished are left out."""
+    """Submit a job array for each of `phases`, each waiting for the one before. Finished tasks are left out.
+
+    At most `workers` tasks run at a time (default: all). `config` holds the jobs' settings; datatrove's notes go to
+    `logs`."""
     _quiet()
     executor = None
     for phase in phases:
@@ -112,7 +121,7 @@ def submit(phases: list[Phase], logs: Path, config: SlurmConfig, workers: int | 
             logging_dir=str(logs / phase.name),
         )
     assert executor is not None
-    executor.run()
+    executor.run()  # submits the phases it depends on first
 
 
 class _Meter(ProgressMeter):

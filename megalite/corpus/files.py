@@ -1,4 +1,4 @@
-"""Documents as JSON lines in packed files that appear whole or not at all."""
+"""Reads and writes documents as JSON lines in compressed files, which appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ Compression = Literal["zst", "gz", "none"]
 
 
 def suffix_of(compression: Compression) -> str:
+    """Return the suffix of a file of documents."""
     return ".jsonl" if compression == "none" else f".jsonl.{compression}"
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to that takes the name `path` once it is complete and on disk."""
+    """Open a file for writing that takes the name `path` once it is complete and on disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # With the process's id: one that was thought dead and writes on cannot meddle with this one.
+    # The process id keeps apart a process that was thought dead and still writes.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -44,13 +45,16 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def packing(file: BinaryIO, compression: Compression) -> Iterator[Any]:
-    """The same documents give the same bytes: no times and no names in the headers."""
+    """Wrap a `file` so that what is written to it is compressed.
+
+    The same documents give the same bytes: the headers hold no times and no names."""
     if compression == "zst":
         import zstandard
 
         with zstandard.ZstdCompressor(level=3).stream_writer(file, closefd=False) as packed:
             yield packed
     elif compression == "gz":
+        # Buffered: gzip is slow for many short writes.
         with gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0) as zipped, io.BufferedWriter(zipped) as fast:
             yield fast
     else:
@@ -58,18 +62,22 @@ def packing(file: BinaryIO, compression: Compression) -> Iterator[Any]:
 
 
 def write_json(path: Path, values: Any) -> None:
+    """Write `values` to a JSON file, durably and atomically."""
+    text = json.dumps(values, indent=1, ensure_ascii=False)
     with replacing(path) as file:
-        file.write(json.dumps(values, indent=1, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
+        file.write(text.encode("utf-8", "backslashreplace") + b"\n")
 
 
 def line_of(document: Document) -> bytes:
+    """Return a document as a line of JSON."""
     record = {"text": document.text, "id": document.id, **document.metadata}
+    text = json.dumps(record, ensure_ascii=False, default=str)
     # A lone surrogate in a key of the source's own becomes the escape that JSON has for it.
-    return json.dumps(record, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace") + b"\n"
+    return text.encode("utf-8", "backslashreplace") + b"\n"
 
 
 class ReadShard(PipelineStep):
-    """The documents of `folder`/RANK.jsonl.zst, which an earlier phase wrote."""
+    """Reads the documents of `folder`/RANK.jsonl.zst, which an earlier phase wrote."""
 
     type = "reader"
     name = "shard"
@@ -89,14 +97,17 @@ class ReadShard(PipelineStep):
 
 
 class WriteShard(PipelineStep):
-    """Writes `folder`/RANK.jsonl.zst and then, in RANK.json, what reading and the stages counted. Documents go on."""
+    """Writes documents to `folder`/RANK.jsonl.zst and passes them on; then writes the counts of the reader and of the
+    stages to RANK.json."""
 
     type = "writer"
     name = "shard"
 
     def __init__(self, folder: Path, reader: Any, stages: Sequence[Any]) -> None:
         super().__init__()
-        self._folder, self._reader, self._stages = folder, reader, stages
+        self._folder = folder
+        self._reader = reader
+        self._stages = stages
 
     def run(self, data: Iterable[Document], rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         with replacing(self._folder / f"{rank:05d}.jsonl.zst") as file, packing(file, "zst") as packed:

@@ -1,4 +1,4 @@
-"""The report as one self-contained page: what came, what was dropped where and why, with samples."""
+"""Renders the report as one self-contained HTML page: what came, what was dropped, where and why, with samples."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ ABOUT = {
 }
 MOST_REASONS = 12
 MOST_LANGUAGES = 15
-# In fewer documents than this, how often listed words stand beside a group says nothing.
 FEWEST_OF_A_GROUP = 30
+"""Lower bound of the documents that mention a group before their share of listed words is shown: fewer are chance."""
 
 STYLE = """
 :root { --ink: #1d2530; --soft: #667085; --line: #e4e7ec; --paper: #fff; --shade: #f7f8fa;
@@ -75,10 +75,13 @@ th:first-child, td:first-child { text-align: left; padding-left: 0; white-space:
 
 
 def page_of(report: dict[str, Any]) -> str:
+    """Return the page of a report, as report.json holds it."""
     stages = report["stages"]
+    sources = escape(", ".join(report["sources"]))
+    output = escape(report["config"]["output"])
     parts = [
         "<h1>What became of the corpus</h1>",
-        f'<p class="soft">{escape(", ".join(report["sources"]))} → {escape(report["config"]["output"])}</p>',
+        f'<p class="soft">{sources} → {output}</p>',
         _tiles(report),
         "<h2>Stage by stage</h2>",
         _legend(),
@@ -101,26 +104,26 @@ def page_of(report: dict[str, Any]) -> str:
 
 
 def _tiles(report: dict[str, Any]) -> str:
-    came, splits = report["stages"][0]["kept"], report["splits"]
+    """Render the figures at the top."""
+    came = report["stages"][0]["kept"]  # the first stage is reading: what it kept came to the others
+    splits = report["splits"]
     documents = sum(count["documents"] for count in splits.values())
     num_bytes = sum(count["num_bytes"] for count in splits.values())
-    repeated = sum(
-        reason["documents"]
-        for stage in report["stages"]
-        if stage["name"] in ("exact", "near")
-        for reason in stage["dropped"].values()
-    )
+    repeated = 0
+    for stage in report["stages"]:
+        if stage["name"] in ("exact", "near"):
+            repeated += sum(reason["documents"] for reason in stage["dropped"].values())
+    share = _share(documents, came["documents"])
+    share_of_bytes = _share(num_bytes, came["num_bytes"])
+    sizes = " · ".join(f"{count['documents']:,}" for count in splits.values())
     tiles = [
-        (f"{documents:,}", f"of {came['documents']:,} documents kept, {_share(documents, came['documents'])}"),
-        (_size(num_bytes), f"of {_size(came['num_bytes'])} of text kept, {_share(num_bytes, came['num_bytes'])}"),
+        (f"{documents:,}", f"of {came['documents']:,} documents kept, {share}"),
+        (_size(num_bytes), f"of {_size(came['num_bytes'])} of text kept, {share_of_bytes}"),
         (f"{repeated:,}", "duplicates dropped"),
-        (" · ".join(f"{splits[side]['documents']:,}" for side in splits), "documents in " + " · ".join(splits)),
+        (sizes, "documents in " + " · ".join(splits)),
     ]
-    return (
-        '<div class="tiles">'
-        + "".join(f'<div class="tile"><b>{b}</b><span>{s}</span></div>' for b, s in tiles)
-        + "</div>"
-    )
+    inner = "".join(f'<div class="tile"><b>{b}</b><span>{s}</span></div>' for b, s in tiles)
+    return f'<div class="tiles">{inner}</div>'
 
 
 def _legend() -> str:
@@ -131,69 +134,78 @@ def _legend() -> str:
 
 
 def _funnel(stages: list[dict[str, Any]]) -> str:
+    """Render what each stage kept, as one row a stage."""
     whole = max(stages[0]["came"]["num_bytes"], 1)
     rows = []
     for stage in stages:
         came, kept = stage["came"], stage["kept"]
-        taken = max(stage["removed_bytes"], 0)
+        taken = max(stage["removed_bytes"], 0)  # negative where edits made texts longer
         dropped = sum(reason["num_bytes"] for reason in stage["dropped"].values())
-        rows.append(
-            [
-                f'<a href="#{stage["name"]}">{stage["name"]}</a>',
-                _bar([("kept", kept["num_bytes"] / whole), ("edited", taken / whole), ("dropped", dropped / whole)]),
-                f"{kept['documents']:,}",
-                _minus(came["documents"] - kept["documents"]),
-                _share(came["documents"] - kept["documents"], came["documents"], zero=""),
-                _size(kept["num_bytes"]),
-                f"{stage['edited']:,}" if stage["edited"] else "",
-            ]
-        )
+        num_dropped = came["documents"] - kept["documents"]
+        bar = [
+            ("kept", kept["num_bytes"] / whole),
+            ("edited", taken / whole),
+            ("dropped", dropped / whole),
+        ]
+        row = [
+            f'<a href="#{stage["name"]}">{stage["name"]}</a>',
+            _bar(bar),
+            f"{kept['documents']:,}",
+            _minus(num_dropped),
+            _share(num_dropped, came["documents"], zero=""),
+            _size(kept["num_bytes"]),
+            f"{stage['edited']:,}" if stage["edited"] else "",
+        ]
+        rows.append(row)
     return _table(["stage", "", "documents kept", "dropped", "", "bytes kept", "edited"], rows)
 
 
 def _stage(stage: dict[str, Any]) -> str:
+    """Render why a stage dropped documents, with samples."""
+    name = stage["name"]
     came = stage["came"]
     most = max([reason["documents"] for reason in stage["dropped"].values()], default=1)
     reasons = list(stage["dropped"].items())
-    rows = [
-        [
+    rows, samples = [], []
+    for reason, dropped in reasons[:MOST_REASONS]:
+        row = [
             escape(reason),
             _bar([("dropped", dropped["documents"] / most)]),
             f"{dropped['documents']:,}",
             _share(dropped["documents"], came["documents"]),
             _size(dropped["num_bytes"]) if dropped["num_bytes"] else "",
         ]
-        for reason, dropped in reasons[:MOST_REASONS]
-    ]
-    parts = [
-        f'<h3 id="{stage["name"]}">{stage["name"]}</h3><p class="soft">{ABOUT[stage["name"]]} {_edited(stage)}</p>'
-    ]
+        rows.append(row)
+        samples += [_sample(reason, sample) for sample in dropped["samples"][:2]]
+    parts = [f'<h3 id="{name}">{name}</h3><p class="soft">{ABOUT[name]} {_edited(stage)}</p>']
     if rows:
         parts.append(_table(["dropped for", "", "documents", "of those that came", "bytes"], rows))
     if more := reasons[MOST_REASONS:]:
         count = sum(dropped["documents"] for _, dropped in more)
         parts.append(f'<p class="soft">… and {len(more)} rarer reasons with {count:,} documents, in report.json</p>')
-    samples = [
-        _sample(reason, sample) for reason, dropped in reasons[:MOST_REASONS] for sample in dropped["samples"][:2]
-    ]
     if samples:
         parts.append(f"<details><summary>samples of what was dropped</summary>{''.join(samples)}</details>")
     return "".join(parts)
 
 
 def _edited(stage: dict[str, Any]) -> str:
+    """Say in sentences what a stage edited and counted."""
     told = []
     if stage["edited"]:
         size = stage["removed_bytes"]
-        change = f"{_size(abs(size))} {'shorter' if size > 0 else 'longer'} in all" if size else "as long as before"
+        change = "as long as before"
+        if size:
+            direction = "shorter" if size > 0 else "longer"
+            change = f"{_size(abs(size))} {direction} in all"
         told.append(f"{stage['edited']:,} of the documents kept were edited, {change}.")
     if stage["name"] in ("read", "personal"):
         told += [f"{count:,} {escape(what)}." for what, count in stage["notes"].items()]
     if stage["name"] == "words":
-        told.append(
-            f'{stage["notes"].get("listed", 0):,} documents hold listed words; <a href="#groups">groups</a> are below.'
-        )
-    return " ".join(told) or ("" if stage["dropped"] else "It found nothing.")
+        listed = stage["notes"].get("listed", 0)
+        told.append(f'{listed:,} documents hold listed words; <a href="#groups">groups</a> are below.')
+    if told:
+        return " ".join(told)
+    return "" if stage["dropped"] else "It found nothing."
 
 
 def _sample(reason: str, sample: dict[str, str]) -> str:
@@ -204,46 +216,55 @@ def _sample(reason: str, sample: dict[str, str]) -> str:
 
 
 def _sources(sources: dict[str, Any]) -> str:
+    """Render what was read and kept of each source."""
     rows = []
     for name, counts in sources.items():
-        kept = sum(counts[side]["num_bytes"] for side in counts if side != "read")
+        splits = [count for side, count in counts.items() if side != "read"]
+        kept = sum(count["num_bytes"] for count in splits)
         read = counts["read"]["num_bytes"]
-        rows.append(
-            [
-                escape(name),
-                _bar([("kept", kept / max(read, 1)), ("dropped", max(1 - kept / max(read, 1), 0))]),
-                f"{counts['read']['documents']:,}",
-                _size(read),
-                *(f"{counts[side]['documents']:,}" for side in counts if side != "read"),
-                _size(kept),
-            ]
-        )
+        share = kept / max(read, 1)
+        row = [
+            escape(name),
+            _bar([("kept", share), ("dropped", max(1 - share, 0))]),
+            f"{counts['read']['documents']:,}",
+            _size(read),
+            *(f"{count['documents']:,}" for count in splits),
+            _size(kept),
+        ]
+        rows.append(row)
     return _table(["source", "", "read", "", "train", "valid", "test", "kept"], rows)
 
 
 def _messages(report: dict[str, Any]) -> str:
+    """Render the messages about files that could not be read."""
     if not report["messages"]:
         return ""
-    more = f'<p class="soft">… and {report["more_messages"]:,} more</p>' if report["more_messages"] else ""
+    more = ""
+    if report["more_messages"]:
+        more = f'<p class="soft">… and {report["more_messages"]:,} more</p>'
     lines = escape("\n".join(report["messages"]))
     return f"<h3>Where reading failed</h3><figure><pre>{lines}</pre></figure>{more}"
 
 
 def _languages(languages: dict[str, int]) -> str:
+    """Render the most frequent languages."""
     if not languages:
         return ""
-    total, found = sum(languages.values()), list(languages.items())
-    most = found[0][1]
-    rows = [
-        [escape(code), _bar([("kept", count / most)]), f"{count:,}", _share(count, total)]
-        for code, count in found[:MOST_LANGUAGES]
-    ]
-    more = f'<p class="soft">… and {len(found) - MOST_LANGUAGES} more</p>' if len(found) > MOST_LANGUAGES else ""
+    total = sum(languages.values())
+    found = list(languages.items())  # the most frequent first
+    _, most = found[0]
+    rows = []
+    for code, count in found[:MOST_LANGUAGES]:
+        rows.append([escape(code), _bar([("kept", count / most)]), f"{count:,}", _share(count, total)])
+    more = ""
+    if len(found) > MOST_LANGUAGES:
+        more = f'<p class="soft">… and {len(found) - MOST_LANGUAGES} more</p>'
     intro = '<p class="soft">Of the documents that came to the language stage.</p>'
     return "<h2>Languages</h2>" + intro + _table(["code", "", "documents", ""], rows) + more
 
 
 def _groups(groups: dict[str, Any]) -> str:
+    """Render how often groups of people are mentioned, and beside listed words."""
     if not groups.get("documents"):
         return ""
     listed = groups["listed"] / groups["documents"]
@@ -251,17 +272,20 @@ def _groups(groups: dict[str, Any]) -> str:
     rows = []
     for name, counts in groups["groups"].items():
         share = counts["listed"] / counts["documents"]
-        rows.append(
-            [
-                escape(name.replace("/", ": ").replace("_", " ")),
-                _bar([("kept", counts["documents"] / most)]),
-                f"{counts['documents']:,}",
-                _share(counts["documents"], groups["documents"]),
-                _share(counts["listed"], counts["documents"], zero="–"),
-                f"{share / listed:.1f}×" if listed and counts["documents"] >= FEWEST_OF_A_GROUP else "–",
-            ]
-        )
-    holding = f"{groups['listed']:,} ({_share(groups['listed'], groups['documents'])}) hold listed words"
+        against_all = "–"
+        if listed and counts["documents"] >= FEWEST_OF_A_GROUP:
+            against_all = f"{share / listed:.1f}×"
+        row = [
+            escape(name.replace("/", ": ").replace("_", " ")),
+            _bar([("kept", counts["documents"] / most)]),
+            f"{counts['documents']:,}",
+            _share(counts["documents"], groups["documents"]),
+            _share(counts["listed"], counts["documents"], zero="–"),
+            against_all,
+        ]
+        rows.append(row)
+    share_of_all = _share(groups["listed"], groups["documents"])
+    holding = f"{groups['listed']:,} ({share_of_all}) hold listed words"
     intro = (
         f'<p class="soft">Of {groups["documents"]:,} documents, {holding}. The last column says how much oftener than '
         f"all those do that speak of a group, from {FEWEST_OF_A_GROUP} documents on. Words are counted, not meanings."
@@ -272,17 +296,24 @@ def _groups(groups: dict[str, Any]) -> str:
 
 
 def _table(header: list[str], rows: Iterable[list[str]]) -> str:
-    """The first column holds names, the second one bars."""
+    """Render a table of cells that are HTML. The first column holds names, the second one bars."""
     classes = {0: ' class="first"', 1: ' class="wide"'}
-    head = "".join(f"<th{classes.get(number, '')}>{cell}</th>" for number, cell in enumerate(header))
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    head = body = ""
+    for number, cell in enumerate(header):
+        head += f"<th{classes.get(number, '')}>{cell}</th>"
+    for row in rows:
+        cells = "".join(f"<td>{cell}</td>" for cell in row)
+        body += f"<tr>{cells}</tr>"
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def _bar(parts: list[tuple[str, float]]) -> str:
-    inner = "".join(
-        f'<i class="{kind}" style="width:{100 * min(share, 1):.2f}%"></i>' for kind, share in parts if share > 0
-    )
+    """Render a bar of (class, share of the width)."""
+    inner = ""
+    for kind, share in parts:
+        if share > 0:
+            width = 100 * min(share, 1)
+            inner += f'<i class="{kind}" style="width:{width:.2f}%"></i>'
     return f'<div class="bar">{inner}</div>'
 
 
@@ -294,7 +325,9 @@ def _share(part: int, whole: int, zero: str = "0%") -> str:
     if not part or not whole:
         return zero
     share = 100 * part / whole
-    return f"{share:.0f}%" if share >= 10 else f"{share:.1f}%" if share >= 0.1 else "<0.1%"
+    if share >= 10:
+        return f"{share:.0f}%"
+    return f"{share:.1f}%" if share >= 0.1 else "<0.1%"
 
 
 def _size(num_bytes: int) -> str:

@@ -1,6 +1,7 @@
-"""Email and public IP addresses, replaced by addresses that nobody has.
+"""Replaces email and public IP addresses with addresses that nobody has.
 
-There is one replacement each, where datatrove goes through a list: what a text becomes depends on the text alone."""
+Each kind has one replacement, where datatrove goes through a list: what a text becomes depends on the text alone.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +18,12 @@ EMAIL = (
     r"(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.)+[A-Za-z]{2,63}\b"
 )
 IPV4 = r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?![\w]|\.\d)"
-# Addresses that are given out begin with 2 or 3; `std::` and the like are none.
+# Allocated addresses begin with 2 or 3. That excludes `std::` and the like.
 IPV6 = r"(?<![\w:.])[23][0-9A-Fa-f]{3}:[0-9A-Fa-f:]{2,34}(?![\w:])"
 EMAILS, IPS = "email addresses", "IP addresses"
 
 CONTEXT = 80
-"""Characters before four numbers, and behind them, that may say that they are a version."""
+"""Number of characters before and after four numbers that may say that they are a version."""
 VERSION_WORDS = (
     "v|ver|vers|versions?|releases?|rel|rev|revisions?|builds?|firmware|driver|kernel|sdk|patch|update|section|chapter|"
     "clause|§"
@@ -49,13 +50,11 @@ def _is_email_of_somebody(match: re.Match[str]) -> bool:
 
 
 def _is_ipv4_of_somebody(match: re.Match[str]) -> bool:
-    """Four numbers are a version as well, which the words around them say."""
+    """Return whether four numbers are a public address, and not a version, as the text around them may say."""
     if not public_ip_validator(match[0]):
         return False
-    before, behind = (
-        match.string[max(match.start() - CONTEXT, 0) : match.start()],
-        match.string[match.end() : match.end() + CONTEXT],
-    )
+    before = match.string[max(match.start() - CONTEXT, 0) : match.start()]
+    behind = match.string[match.end() : match.end() + CONTEXT]
     return not (BEFORE_A_VERSION.search(before) or BEHIND_A_VERSION.match(behind))
 
 
@@ -64,6 +63,8 @@ def _is_ipv6_of_somebody(match: re.Match[str]) -> bool:
 
 
 class Replacer(NamedTuple):
+    """Says what to replace, by what, and which matches of the pattern count."""
+
     pattern: re.Pattern[str]
     replacement: str
     is_somebodys: Callable[[re.Match[str]], bool]
@@ -76,13 +77,16 @@ REPLACERS = {
         Replacer(re.compile(IPV6), "2001:db8::1", _is_ipv6_of_somebody),
     ],
 }
-SIGNS = {EMAILS: "@", IPS: ""}  # what a text must hold for a search to be worth while
+SIGNS = {EMAILS: "@", IPS: ""}
+"""Strings that any address of the kind contains: a text without it need not be searched."""
 
 
 def replaced(text: str, kind: str) -> tuple[str, int]:
-    """The text without addresses of this kind, and how many there were."""
+    """Replace the addresses of a `kind` (EMAILS or IPS) in `text`. Returns the new text and their number."""
     count = 0
-    for pattern, replacement, is_somebodys in REPLACERS[kind] if SIGNS[kind] in text else ():
+    if SIGNS[kind] not in text:
+        return text, 0
+    for pattern, replacement, is_somebodys in REPLACERS[kind]:
 
         def put(match: re.Match[str], replacement: str = replacement, is_somebodys: Callable = is_somebodys) -> str:
             nonlocal count

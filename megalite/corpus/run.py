@@ -1,16 +1,17 @@
-"""The whole way from sources to splits, as phases of tasks that datatrove runs here or on Slurm.
+"""Prepares a corpus from its sources, in phases of tasks that datatrove runs here or on Slurm.
 
-    clean       a task a shard: read, the stages of `checks.py`, shards of what is left and their digests
-    exact       digests that come twice, a task a part of them
-    signatures  a task a shard: MinHash of what has no exact duplicate
-    buckets     documents with an equal bucket, a task a bucket
-    clusters    one task: which document of each cluster stays
-    split       a task a shard: leave the duplicates out, write train, valid and test
-    report      one task: report.json and report.html
+    clean       one task a shard: reads, runs the stages of `checks.py`, writes what is left and its digests
+    exact       16 tasks: find digests that occur twice, each among its share of them
+    signatures  one task a shard: computes MinHash signatures of documents without an exact duplicate
+    buckets     one task a bucket: finds documents with equal signatures in it
+    clusters    one task: chooses the document of each cluster that stays
+    split       one task a shard: leaves the duplicates out, writes train, valid and test
+    report      one task: writes report.json and report.html
 
-A task that has finished is never done again: datatrove notes it in work/logs/PHASE/completions, and its files appear
-whole or not at all. Everything a task writes follows from the input and the config alone, so that neither the number of
-workers nor an interruption changes a byte."""
+A finished task is never done again: datatrove notes it in work/logs/PHASE/completions, and its files appear whole or
+not at all. Everything a task writes follows from the input and the config alone: neither the number of workers nor an
+interruption changes a byte.
+"""
 
 from __future__ import annotations
 
@@ -36,17 +37,18 @@ from megalite.corpus.steps import Without
 from megalite.data.documents import Report
 from megalite.errors import DataError
 
-# Settings that change how the work is done, but not what comes out.
 OF_THE_WORK = {"output", "workers", "slurm"}
+"""Settings that change how the work is done, but not its result."""
 NAMED = 5
-"""Settings or files that have changed."""
+"""Number of changed settings or files that a message names."""
 
 
 def prepare_corpus(config: CorpusConfig, console: Console | None = None) -> dict[str, Any] | None:
-    """Clean, deduplicate and split the sources into `config.output`, going on where an earlier call was interrupted.
+    """Clean, deduplicate and split the sources into `config.output`, continuing where an earlier call was interrupted.
 
-    Returns the report, as in report.json; None on Slurm, where the jobs have only been submitted. Raises DataError for
-    sources that match nothing and for an output folder of another config, ConfigError for lists that cannot be read."""
+    Returns the values of report.json; None on Slurm, where the jobs have only been submitted. `console` shows the
+    progress. Raises DataError for sources that match nothing and for an output folder of another config, ConfigError
+    for lists that cannot be read."""
     output = config.output.absolute()
     work = output / "work"
     work.mkdir(parents=True, exist_ok=True)
@@ -63,11 +65,16 @@ def prepare_corpus(config: CorpusConfig, console: Console | None = None) -> dict
 
 
 def plan_phases(config: CorpusConfig, output: Path, num_shards: int) -> list[Phase]:
+    """Return the phases that write the corpus of `config` to `output`, from `num_shards` shards of input files."""
     work = output / "work"
-    clean, exact, near = work / "clean", work / "exact", work / "near"
-    reader, stages = ReadInputs(config.sources, work / "shards.json"), checks.stages(config)
+    clean = work / "clean"
+    exact = work / "exact"
+    near = work / "near"
+    reader = ReadInputs(config.sources, work / "shards.json")
+    stages = checks.stages(config)
     first = [reader, *stages, WriteShard(clean, reader, stages), duplicates.WriteDigests(clean)]
     phases = [Phase("clean", first, num_shards)]
+    # Duplicates are left out when a shard is read again; the shards of `clean` stay as they are.
     without: list[Without] = []
     if config.exact:
         find = duplicates.FindExact(clean, exact, num_shards)
@@ -93,20 +100,28 @@ def plan_phases(config: CorpusConfig, output: Path, num_shards: int) -> list[Pha
 
 
 def _begin(config: CorpusConfig, work: Path) -> int:
-    """The number of shards. Notes the config and the input files, or holds them against what was noted before."""
+    """List the input files, and return the number of shards.
+
+    Notes the settings and the files in `work`. Raises DataError if an earlier call has noted others."""
     listing = Report()
     files = list_inputs(config.sources, listing)
     shards = shards_of(files, config.shard_mb and config.shard_mb * 1e6)
-    settings = config.model_dump(mode="json", exclude=OF_THE_WORK)
-    noted = {"shards.json": [[asdict(file) for file in shard] for shard in shards], "settings.json": settings}
+    noted = {
+        "shards.json": [[asdict(file) for file in shard] for shard in shards],
+        "settings.json": config.model_dump(mode="json", exclude=OF_THE_WORK),
+    }
     for name, values in noted.items():
         path = work / name
-        now = json.loads(json.dumps(values))
+        now = json.loads(json.dumps(values))  # tuples become lists, as in the file
         then = json.loads(path.read_text(encoding="utf-8")) if path.exists() else now
         if then != now:
-            is_files = name == "shards.json"
-            what = "files of other names or sizes" if is_files else "another config"
-            differs = changes(_sizes(then), _sizes(now)) if is_files else changes(then, now)
+            if name == "shards.json":
+                what = "files of other names or sizes"
+                differs = changes(_sizes(then), _sizes(now))
+            else:
+                what = "another config"
+                differs = changes(then, now)
+            # The same files in other shards: shard_mb has changed.
             named = "; ".join(map(str, differs[:NAMED])) or "the size of shards"
             raise DataError(
                 f"{work.parent} was begun with {what}; name another `output`, or remove it to start anew ({named})"
@@ -125,11 +140,17 @@ def _begin(config: CorpusConfig, work: Path) -> int:
 
 
 def _sizes(shards: list[list[dict[str, Any]]]) -> dict[str, Any]:
-    return {file["path"]: file["num_bytes"] for shard in shards for file in shard}
+    """Return the size of each file, by path."""
+    sizes = {}
+    for shard in shards:
+        for file in shard:
+            sizes[file["path"]] = file["num_bytes"]
+    return sizes
 
 
 @contextmanager
 def _alone_in(work: Path) -> Iterator[None]:
+    """Lock a folder. Raises DataError if another process has locked it."""
     with open(work / "lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,6 +1,7 @@
-"""From sources to shards, and from a shard's files to documents.
+"""Groups the files of the sources into shards, and reads a shard's documents.
 
-Which files are in which shard follows from the files alone, never from the number of workers."""
+Which files are in which shard follows from the files alone, never from the number of workers.
+"""
 
 from __future__ import annotations
 
@@ -22,18 +23,23 @@ from megalite.data.documents import Reading, Report, list_documents, read_files
 from megalite.errors import DataError
 
 MOST_SHARDS = 1000
-SMALLEST_SHARD = 4_000_000  # bytes
+SMALLEST_SHARD = 4_000_000
+"""Lower bound of a shard's bytes, unless `shard_mb` is set."""
 
 
 @dataclass(frozen=True)
 class InputFile:
+    """Names a file and the source it belongs to."""
+
     source: str
     path: str
     num_bytes: int
 
 
 def list_inputs(sources: Sequence[Source], report: Report) -> list[InputFile]:
-    """Every file, in the order of the sources. Raises DataError for a source without files and a file with two."""
+    """Return every file in the order of `sources`. What is left out is counted in `report`.
+
+    Raises DataError for a source without files and for a file in two sources."""
     inputs: dict[str, InputFile] = {}
     for source in sources:
         for path in list_documents([source.path], report, warc.SUFFIXES):
@@ -44,7 +50,7 @@ def list_inputs(sources: Sequence[Source], report: Report) -> list[InputFile]:
 
 
 def shards_of(files: Sequence[InputFile], shard_bytes: float | None) -> list[list[InputFile]]:
-    """Neighbouring files of about `shard_bytes` together; a file is never cut."""
+    """Group neighbouring files into shards of about `shard_bytes`. A file is never split."""
     total = sum(file.num_bytes for file in files)
     size = shard_bytes or max(SMALLEST_SHARD, total / MOST_SHARDS)
     shards: list[list[InputFile]] = [[]]
@@ -59,7 +65,9 @@ def shards_of(files: Sequence[InputFile], shard_bytes: float | None) -> list[lis
 
 
 class ReadInputs(PipelineStep):
-    """The documents of one shard's files, each with its source, path and line. `shards` is the file that lists them."""
+    """Reads the documents of one shard's files, each with its source, path and line.
+
+    `shards` is the JSON file that lists the files of all shards."""
 
     type, name = "reader", "inputs"
 
@@ -71,8 +79,10 @@ class ReadInputs(PipelineStep):
         self.read = {name: Count() for name in self._sources}
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        for file in json.loads(self._shards.read_text(encoding="utf-8"))[rank]:
-            source, path = self._sources[file["source"]], file["path"]
+        shards = json.loads(self._shards.read_text(encoding="utf-8"))
+        for file in shards[rank]:
+            source = self._sources[file["source"]]
+            path = file["path"]
             if path.lower().endswith(warc.SUFFIXES):
                 documents = warc.read_warc(path, self.report)
             else:
@@ -85,22 +95,23 @@ class ReadInputs(PipelineStep):
                 yield _document(document, source)
 
     def counted(self) -> dict[str, Any]:
+        """Return what was read and left out, as JSON."""
         sources = {name: asdict(count) for name, count in self.read.items()}
         return {"report": asdict(self.report), "sources": sources}
 
 
 def _document(read: Read, source: Source) -> Document:
+    """Turn a document as read into one of datatrove's. Its own metadata goes into the key `metadata`."""
     given = dict(read.metadata)
     identity = given.pop("id", None)
     metadata: dict[str, Any] = {"source": source.name, "path": read.path, "line": read.line}
-    if source.html or (read.path.lower().endswith(warc.SUFFIXES) and given["content_type"] in warc.HTML):
+    is_warc = read.path.lower().endswith(warc.SUFFIXES)
+    if source.html or (is_warc and given["content_type"] in warc.HTML):
         metadata["html"] = True
     if read.num_mended:
         metadata["mended_bytes"] = read.num_mended
     if given:
         metadata["metadata"] = given
-    return Document(
-        text=read.text,
-        id=identity if isinstance(identity, str) and identity else f"{read.path}:{read.line}",
-        metadata=metadata,
-    )
+    if not isinstance(identity, str) or not identity:
+        identity = f"{read.path}:{read.line}"
+    return Document(text=read.text, id=identity, metadata=metadata)

@@ -1,7 +1,8 @@
-"""Train, valid and test by a hash of a document's letters and digits.
+"""Splits documents into train, valid and test by a hash of their letters and digits.
 
-Case, punctuation and spaces do not count: also where duplicates are kept, none that differs in these alone lies on two
-sides."""
+Case, punctuation and spaces do not count: documents that differ only in these are always in the same split, even where
+duplicates are kept.
+"""
 
 from __future__ import annotations
 
@@ -24,27 +25,39 @@ NEITHER_LETTER_NOR_DIGIT = re.compile(r"[\W_]+")
 
 
 def split_of(text: str, config: SplitConfig) -> str:
+    """Return the split of a text: train, valid or test."""
     letters = NEITHER_LETTER_NOR_DIGIT.sub("", text.lower())
     digest = hashlib.blake2b(letters.encode("utf-8", "replace"), digest_size=8).digest()
-    point = int.from_bytes(digest) / 2**64
+    point = int.from_bytes(digest) / 2**64  # uniform in [0, 1)
     if point < config.test:
         return "test"
     return "valid" if point < config.test + config.valid else "train"
 
 
 class WriteSplits(PipelineStep):
-    """`output`/train/RANK.jsonl.zst, and so on for valid and test, and `counts`/RANK.json. A shard has no file where it
-    has no document."""
+    """Writes documents to `output`/train/RANK.jsonl.zst, valid/ and test/, and their counts to `counts`/RANK.json.
+
+    A split without a document of the shard gets no file."""
 
     type, name = "writer", "splits"
 
     def __init__(
-        self, output: Path, counts: Path, config: SplitConfig, compression: Compression, counting: list[Any]
+        self,
+        output: Path,
+        counts: Path,
+        config: SplitConfig,
+        compression: Compression,
+        counting: list[Any],
     ) -> None:
+        """Write to `output`. `counting` are the steps before this one whose counts are written beside its own."""
         super().__init__()
-        self._output, self._counts, self._config = output, counts, config
-        self._compression, self._counting = compression, counting
-        self.written: dict[str, dict[str, Count]] = {split: {} for split in SPLITS}  # by source
+        self._output = output
+        self._counts = counts
+        self._config = config
+        self._compression = compression
+        self._counting = counting
+        self.written: dict[str, dict[str, Count]] = {split: {} for split in SPLITS}
+        """Counts of each split, by source."""
 
     def run(self, data: Iterable[Document], rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         with ExitStack() as files:
@@ -52,20 +65,16 @@ class WriteSplits(PipelineStep):
             for document in data:
                 split = split_of(document.text, self._config)
                 if split not in opened:
-                    path = self._output / split / f"{rank:05d}{suffix_of(self._compression)}"
+                    suffix = suffix_of(self._compression)
+                    path = self._output / split / f"{rank:05d}{suffix}"
                     file = files.enter_context(replacing(path))
                     opened[split] = files.enter_context(packing(file, self._compression))
                 opened[split].write(line_of(document))
                 size = num_bytes_of(document.text)
                 self.written[split].setdefault(document.metadata["source"], Count()).add(size)
                 yield document
-        write_json(
-            self._counts / f"{rank:05d}.json",
-            {
-                "stages": [step.counted() for step in self._counting],
-                "splits": {
-                    split: {source: vars(count) for source, count in sources.items()}
-                    for split, sources in self.written.items()
-                },
-            },
-        )
+        splits = {}
+        for split, sources in self.written.items():
+            splits[split] = {source: vars(count) for source, count in sources.items()}
+        stages = [step.counted() for step in self._counting]
+        write_json(self._counts / f"{rank:05d}.json", {"stages": stages, "splits": splits})

@@ -1,4 +1,4 @@
-"""datatrove steps that keep count: every document that comes to a stage leaves it, or is dropped for a reason."""
+"""Steps for datatrove that keep count: a document that comes to a stage leaves it, or is dropped for a reason."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from datatrove.pipeline.base import PipelineStep
 from megalite.corpus.tally import Tally, num_bytes_of
 
 Check = Callable[[Document, Counter[str]], str | None]
-"""Says why a document is dropped, or None. May edit it; what it counts in the counter is in the report.
+"""Returns why a document is dropped, or None. A check may edit the document; what it counts goes into the report.
 
-One that is a context manager is entered for the length of a shard."""
+A check that is a context manager is entered for the length of a shard."""
 
 
 class Stage(PipelineStep):
-    """One check over all documents but those of the sources that skip it."""
+    """Runs a check over all documents but those of the sources that skip it."""
 
     type = "stage"
 
@@ -29,10 +29,12 @@ class Stage(PipelineStep):
         self.name = name
         super().__init__()
         self.tally = Tally(name)
-        self._check, self._skipped = check, frozenset(skipped_sources)
+        self._check = check
+        self._skipped = frozenset(skipped_sources)
 
     def run(self, data: Iterable[Document], rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        with self._check if isinstance(self._check, AbstractContextManager) else nullcontext():
+        context = self._check if isinstance(self._check, AbstractContextManager) else nullcontext()
+        with context:
             for document in data:
                 if document.metadata["source"] in self._skipped:
                     size = num_bytes_of(document.text)
@@ -42,13 +44,18 @@ class Stage(PipelineStep):
                     yield document
 
     def counted(self) -> dict[str, Any]:
+        """Return the tally of the shard, as JSON."""
         return self.tally.to_json()
 
     def _passes(self, document: Document) -> bool:
-        text, size = document.text, num_bytes_of(document.text)
+        """Check a document and count it. Returns whether it goes on."""
+        text = document.text
+        size = num_bytes_of(text)
         try:
             reason = self._check(document, self.tally.notes)
-        except Exception as error:  # rules and parsers of others, on whatever the web holds: one text ends no shard
+        except (
+            Exception
+        ) as error:  # others' rules and parsers meet whatever the web holds: one text must not end a shard
             reason = f"failed: {type(error).__name__}: {error}"[:120]
         changed = document.text is not text and document.text != text
         if changed and not reason and not document.text.strip():
@@ -61,7 +68,7 @@ class Stage(PipelineStep):
 
 
 class Without(PipelineStep):
-    """Leaves out the documents whose places in the shard `places` gives for a rank, sorted."""
+    """Leaves out documents of a shard. `places` returns for a rank where in its shard they stand."""
 
     type = "stage"
 
@@ -69,7 +76,8 @@ class Without(PipelineStep):
         self.name = name
         super().__init__()
         self.tally = Tally(name)
-        self._reason, self._places = reason, places
+        self._reason = reason
+        self._places = places
 
     def run(self, data: Iterable[Document], rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         listed = set(self._places(rank).tolist())
@@ -82,4 +90,5 @@ class Without(PipelineStep):
                 yield document
 
     def counted(self) -> dict[str, Any]:
+        """Return the tally of the shard, as JSON."""
         return self.tally.to_json()

@@ -1,7 +1,8 @@
-"""Words and sentences for datatrove's rules.
+"""Splits text into words and sentences for datatrove's rules.
 
-datatrove's own tokenizers need spaCy or NLTK, and NLTK a download; what the rules ask is less than those know: how long
-words are, which repeat, where sentences end. These are Unicode's words, the same for every language with spaces."""
+datatrove's own tokenizers need spaCy or NLTK, and NLTK needs a download. The rules ask for less than those know: how
+long words are, which repeat, where sentences end. Words here are Unicode's, the same for every language with spaces.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ SENTENCE = re.compile(rf"[^\n]+?(?:[{re.escape(''.join(sorted(TERMINAL_PUNCTUATI
 
 
 class Words(WordTokenizer):
-    """All instances are equal, since datatrove caches the words of a text by the tokenizer."""
+    """Splits by regular expressions. All instances are equal, since datatrove caches words by the tokenizer."""
 
     def word_tokenize(self, text: str) -> list[str]:
         return WORD.findall(text)

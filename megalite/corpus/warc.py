@@ -1,7 +1,8 @@
-"""Pages out of WARC files, and texts out of WET files.
+"""Reads pages from WARC files and texts from WET files.
 
-Responses with status 2xx and a type of text are documents. What is none is counted by name: errors, redirects,
-revisits, other types."""
+Responses with status 2xx and a text type are documents. Everything else is counted by name: errors, redirects,
+revisits, other types.
+"""
 
 from __future__ import annotations
 
@@ -20,18 +21,20 @@ SUFFIXES = (".warc", ".warc.gz", ".warc.zst", ".wet", ".wet.gz")
 HTML = ("text/html", "application/xhtml+xml")
 OTHER_TYPES = "records of another type than text"
 LONGEST_PAGE = LONGEST_LINE
-"""Bytes, as they came and unpacked. A longer one is left out."""
+"""Largest number of a page's bytes, packed and unpacked. A longer page is left out."""
 CHUNK_SIZE = re.compile(rb"[ \t]*([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?\r?\n")
 LOOKS_LIKE_HTML = re.compile(rb"\s*(?:<!--.*?-->\s*)*<(?:!doctype\s+html|html|head|body)\b", re.I | re.S)
 
 
 def read_warc(path: str, report: Report) -> Iterator[Document]:
-    """Stream the pages of a WARC file as HTML, and the texts of a WET file. What is no document, or damaged, is counted
-    in `report`."""
+    """Yield the pages of a WARC file as HTML, or the texts of a WET file. `report` counts what is no document, and what
+    is damaged."""
     from warcio.archiveiterator import ArchiveIterator
 
-    before, size, number = report.bytes_read, os.stat(path).st_size, 0
-    # Unpacked here, since warcio takes a packed file that ends too early for complete.
+    before = report.bytes_read
+    size = os.stat(path).st_size
+    number = 0
+    # Unpacked here, because warcio takes a truncated packed file for complete.
     stream = _Stream(read_bytes(path, report))
     try:
         for number, record in enumerate(ArchiveIterator(io.BufferedReader(stream)), 1):
@@ -41,26 +44,32 @@ def read_warc(path: str, report: Report) -> Iterator[Document]:
                 yield from _document_of(record, path, number, report)
         if stream.failure:
             raise stream.failure
-    except Exception as error:  # warcio has several classes for what is damaged, and lets through those of its parsers
+    except Exception as error:  # warcio raises several classes for damage, and those of its parsers as well
         report.bad(path, number, f"unreadable from this record on: {stream.failure or error}")
-    report.bytes_read = before + size
+    report.bytes_read = before + size  # the whole file is done, also where it is damaged
 
 
 def _no_document(record: Any) -> str:
-    """Why a record is none, although it may look like one."""
+    """Return why a record is no document although it may look like one; empty if it may be one."""
     if record.rec_type == "revisit":
         return "revisits: the page was seen before"
     if record.rec_type != "response" or record.http_headers is None:
         return ""
     status = record.http_headers.get_statuscode()[:1]
-    return {"2": "", "3": "redirects (HTTP 3xx)", "4": "error pages (HTTP 4xx)", "5": "error pages (HTTP 5xx)"}.get(
-        status, "responses without a status of success"
-    )
+    reasons = {
+        "2": "",
+        "3": "redirects (HTTP 3xx)",
+        "4": "error pages (HTTP 4xx)",
+        "5": "error pages (HTTP 5xx)",
+    }
+    return reasons.get(status, "responses without a status of success")
 
 
 def _document_of(record: Any, path: str, number: int, report: Report) -> Iterator[Document]:
+    """Yield the document of a record, or count in `report` why it has none. Raises DataError if it is truncated."""
     http = record.http_headers or record.rec_headers
     header = http.get_header("Content-Type") or ""
+    # The crawler looked at the content; servers often lie.
     identified = record.rec_headers.get_header("WARC-Identified-Payload-Type")
     content_type = (identified or header).partition(";")[0].strip().lower()
     if content_type and content_type not in (*HTML, "text/plain"):
@@ -80,7 +89,7 @@ def _document_of(record: Any, path: str, number: int, report: Report) -> Iterato
     except DataError as error:
         report.bad(path, number, error)
         return
-    if not content_type:
+    if not content_type:  # nobody has said what it is
         if not LOOKS_LIKE_HTML.match(body):
             report.leave_out(OTHER_TYPES)
             return
@@ -91,52 +100,64 @@ def _document_of(record: Any, path: str, number: int, report: Report) -> Iterato
             report.bad(path, number, "the page is damaged from its first byte on")
         report.num_empty += not is_cut
         return
-    if "\0" in decoded.text[:8192]:  # whatever its type says
+    if "\0" in decoded.text[:8192]:  # binary, whatever its type says
         report.leave_out(OTHER_TYPES)
         return
     named = {"id": "WARC-Record-ID", "url": "WARC-Target-URI", "date": "WARC-Date"}
     metadata = {key: record.rec_headers.get_header(name) for key, name in named.items()}
     metadata |= {"content_type": content_type, "charset": decoded.codec}
     report.num_documents += 1
-    yield Document(decoded.text, len(decoded.text.encode("utf-8", "replace")), path, number, metadata)
+    num_bytes = len(decoded.text.encode("utf-8", "replace"))
+    yield Document(decoded.text, num_bytes, path, number, metadata)
 
 
 def unpacked(body: bytes, http: Any) -> tuple[bytes, bool]:
-    """Return a response's body without chunks and compression, and whether its end is missing. Crawlers often store it
-    unpacked and leave the headers as they were. Raises DataError for a compression that cannot be read."""
+    """Undo the transfer and content encodings of a response. Returns its body, and whether its end is missing.
+
+    Crawlers often store the body unpacked and leave the headers `http` as they were, so each encoding is undone only
+    where the bytes show it. Raises DataError for a compression that cannot be read."""
     is_cut = False
-    if "chunked" in (http.get_header("Transfer-Encoding") or "").lower():
+    transfer = http.get_header("Transfer-Encoding") or ""
+    if "chunked" in transfer.lower():
         body, is_cut = _without_chunks(body)
-    codings = [word.strip().lower() for word in (http.get_header("Content-Encoding") or "").split(",")]
-    for coding in reversed([word for word in codings if word not in ("", "identity", "none")]):
-        body, shortened = _without_coding(body, coding)
-        is_cut |= shortened
+    content = http.get_header("Content-Encoding") or ""
+    codings = [word.strip().lower() for word in content.split(",")]
+    # The server applied them in this order.
+    for coding in reversed(codings):
+        if coding not in ("", "identity", "none"):
+            body, shortened = _without_coding(body, coding)
+            is_cut |= shortened
     return body, is_cut
 
 
 def _without_chunks(body: bytes) -> tuple[bytes, bool]:
-    """As it is, where its first line is no chunk's."""
+    """Join the chunks of a body, or return it as it is if it does not begin with a chunk's size."""
     parts: list[bytes] = []
     position = 0
     while head := CHUNK_SIZE.match(body, position):
-        size, start = int(head[1], 16), head.end()
+        size = int(head[1], 16)
+        start = head.end()
         if size == 0:
             return b"".join(parts), False
         parts.append(body[start : start + size])
         position = start + size
         if position > len(body):
             return b"".join(parts), True
-        # A chunk ends with a line's end; the next one's size follows.
+        # A line break ends the chunk; the size of the next one follows.
         position += 2 if body.startswith(b"\r\n", position) else body.startswith(b"\n", position)
     return (b"".join(parts), True) if parts else (body, False)
 
 
 def _without_coding(body: bytes, coding: str) -> tuple[bytes, bool]:
+    """Undo one content encoding, where the bytes show it. Returns the body, and whether its end is missing."""
     if coding in ("gzip", "x-gzip"):
         return _inflated(body, 31) if body.startswith(b"\x1f\x8b") else (body, False)
-    if coding == "deflate":  # as the standard says or, as many servers do it, without zlib's header
+    if coding == "deflate":
+        if LOOKS_LIKE_HTML.match(body):
+            return body, False
+        # The standard asks for zlib's header; many servers leave it out.
         has_header = len(body) > 1 and body[0] & 15 == 8 and int.from_bytes(body[:2]) % 31 == 0
-        return _inflated(body, 15 if has_header else -15) if not LOOKS_LIKE_HTML.match(body) else (body, False)
+        return _inflated(body, 15 if has_header else -15)
     if coding == "zstd":
         import zstandard
 
@@ -150,7 +171,10 @@ def _without_coding(body: bytes, coding: str) -> tuple[bytes, bool]:
 
 
 def _inflated(body: bytes, wbits: int) -> tuple[bytes, bool]:
-    """Members of gzip may follow each other; what follows the last one, if it is none, is nothing."""
+    """Unpack zlib's or gzip's format (`wbits` as in zlib). Returns the body, and whether its end is missing.
+
+    Several members of gzip may follow one another; bytes after the last one are ignored. Raises DataError for damage at
+    the very beginning, and for a page that grows too long."""
     parts: list[bytes] = []
     room = LONGEST_PAGE
     while body and (not parts or body.startswith(b"\x1f\x8b")):
@@ -162,7 +186,7 @@ def _inflated(body: bytes, wbits: int) -> tuple[bytes, bool]:
                 return _fed_slowly(body, wbits, error)
             return b"".join(parts), True
         room -= len(parts[-1])
-        if room < 0:
+        if room < 0:  # a small packed page may unpack to gigabytes
             raise DataError(f"the page is longer than {LONGEST_PAGE:,} bytes when it is unpacked")
         if not unpacker.eof:
             return b"".join(parts), True
@@ -171,7 +195,7 @@ def _inflated(body: bytes, wbits: int) -> tuple[bytes, bool]:
 
 
 def _fed_slowly(body: bytes, wbits: int, error: zlib.error) -> tuple[bytes, bool]:
-    """What can be unpacked before the damage. Raises DataError where that is nothing."""
+    """Unpack what stands before the damage. Raises DataError if that is nothing."""
     unpacker = zlib.decompressobj(wbits)
     found, _ = _fed(body, unpacker.decompress, lambda: unpacker.eof, zlib.error)
     if not found:
@@ -180,6 +204,7 @@ def _fed_slowly(body: bytes, wbits: int, error: zlib.error) -> tuple[bytes, bool
 
 
 def _without_brotli(body: bytes) -> tuple[bytes, bool]:
+    """Unpack brotli, which has no mark to recognize it by. Raises DataError where the package is missing."""
     try:
         import brotli
     except ImportError:
@@ -188,13 +213,21 @@ def _without_brotli(body: bytes) -> tuple[bytes, bool]:
         raise DataError("the page is packed by brotli; pip install 'megalite[corpus]' to read such pages") from None
     unpacker = brotli.Decompressor()
     found, is_cut = _fed(body, unpacker.process, unpacker.is_finished, brotli.error)
-    return (found, is_cut) if found or not LOOKS_LIKE_HTML.match(body) else (body, False)
+    if not found and LOOKS_LIKE_HTML.match(body):  # stored unpacked
+        return body, False
+    return found, is_cut
 
 
 def _fed(
-    body: bytes, unpack: Callable[[bytes], bytes], is_done: Callable[[], bool], failure: type[Exception]
+    body: bytes,
+    unpack: Callable[[bytes], bytes],
+    is_done: Callable[[], bool],
+    failure: type[Exception],
 ) -> tuple[bytes, bool]:
-    """Unpack a little at a time, so that neither damage nor a small page of a large one costs more than that."""
+    """Unpack a little at a time, so that damage costs no more than that, and a bomb is noticed early.
+
+    `unpack` raises `failure` on damage; `is_done` tells the end of the data. Returns the body, and whether its end is
+    missing."""
     parts: list[bytes] = []
     held = 0
     for start in range(0, len(body), 256):
@@ -211,10 +244,13 @@ def _fed(
 
 
 class _Stream(io.RawIOBase):
-    """Chunks of bytes as a file. It ends where they fail, and remembers why: what came before is not lost."""
+    """Presents chunks of bytes as a file.
+
+    It ends where the chunks fail, and `failure` holds why: what came before is not lost."""
 
     def __init__(self, chunks: Iterator[bytes]) -> None:
-        self._chunks, self._rest = chunks, memoryview(b"")
+        self._chunks = chunks
+        self._rest = memoryview(b"")
         self.failure: DataError | OSError | None = None
 
     def readable(self) -> bool:
@@ -230,5 +266,6 @@ class _Stream(io.RawIOBase):
             self.failure = error
             return 0
         taken = min(len(buffer), len(self._rest))
-        buffer[:taken], self._rest = self._rest[:taken], self._rest[taken:]
+        buffer[:taken] = self._rest[:taken]
+        self._rest = self._rest[taken:]
         return taken
