@@ -1,5 +1,7 @@
-"""How the threads that write a checkpoint tell those of other ranks how far they are: in the store at which the ranks
-met. They must not use collectives, of which the loop has its own under way, and the disk may be the thing that fails.
+"""Messages between the threads that write a checkpoint, through the store at which the ranks met (torchrun's).
+
+The threads must not use collectives, because the training loop has its own in flight; nor the disk, which may be what
+fails.
 """
 
 from __future__ import annotations
@@ -16,39 +18,46 @@ from torch.distributed.distributed_c10d import _get_default_store
 from megalite.mesh import Mesh
 
 LONGEST_PAUSE_S = 1.0
-"""Between two looks, which become rarer the longer nothing comes."""
+"""Longest pause in seconds between two looks. Pauses grow up to it while nothing comes."""
 
 
 class Abandoned(RuntimeError):
-    """Training has failed, and nobody may be left to answer."""
+    """Raised when training has failed, so that no other rank may be left to answer."""
 
 
 class Board:
-    """What any rank puts up, every rank can read. All ranks make one with the same number, which no other one has."""
+    """Lets every rank read what any rank puts up, as JSON under a key."""
 
     def __init__(self, mesh: Mesh, number: int, abandoned: threading.Event):
+        """Make the board of one save. `number` is the same on all ranks and unique among all saves.
+
+        `read` gives up once `abandoned` is set."""
         store = dist.HashStore() if mesh.world.size == 1 else _get_default_store()
         self._store = dist.PrefixStore(f"checkpoint-{number}", store)
         self._abandoned = abandoned
 
     def put(self, key: str, value: Any) -> None:
+        """Put up a value."""
         self._store.set(key, json.dumps(value))
 
     def read(self, keys: Sequence[str], patience_s: float, late: Callable[[list[int]], str]) -> list[Any]:
-        """What was put up under each key, as soon as all are there. Raises TimeoutError with what `late` says of the
-        numbers of those that are missing, and Abandoned."""
-        deadline, pause = time.monotonic() + patience_s, 0.005
+        """Wait until there is a value under each of `keys`, and return them.
+
+        Raises TimeoutError after `patience_s`, with what `late` says of the indices of missing keys, and Abandoned."""
+        deadline = time.monotonic() + patience_s
+        pause = 0.005
         while not self._store.check(list(keys)):
             if self._abandoned.is_set():
                 raise Abandoned("training ended before every rank had written its part")
             if time.monotonic() > deadline:
-                raise TimeoutError(late([n for n, key in enumerate(keys) if not self._store.check([key])]))
+                missing = [number for number, key in enumerate(keys) if not self._store.check([key])]
+                raise TimeoutError(late(missing))
             time.sleep(pause)
             pause = min(1.5 * pause, LONGEST_PAUSE_S)
         return [json.loads(self._store.get(key)) for key in keys]
 
     def take(self, keys: Sequence[str], patience_s: float, late: Callable[[list[int]], str]) -> list[Any]:
-        """`read`, after which they are gone: parts are long, and the store keeps all in memory."""
+        """Read `keys` as `read` does, with `patience_s` and `late`, and delete them: the store keeps all in memory."""
         found = self.read(keys, patience_s, late)
         for key in keys:
             self._store.delete_key(key)

@@ -1,5 +1,6 @@
-"""From whatever a model is stored as to a Hugging Face folder of it alone: a checkpoint without its optimizer state, an
-adapter merged into its model, a model in another precision, a checkpoint of Megatron-LM's."""
+"""Converts a stored model to a plain Hugging Face folder: a checkpoint without its optimizer state, an adapter merged
+into its model, a model in another precision, a checkpoint of Megatron-LM.
+"""
 
 from __future__ import annotations
 
@@ -30,25 +31,25 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Model:
-    """A model wherever it is stored."""
+    """Gives access to a model, wherever it is stored."""
 
     config: dict[str, Any]
-    """Its config.json."""
+    """Contents of its config.json."""
     weights: Sequence[Weight]
     read: Callable[[Weight], Tensor]
-    """The logical tensor of a weight."""
+    """Returns the logical tensor of a weight: whole, whatever the layout it was written in."""
     read_exact: Callable[[Weight], Tensor] | None = None
-    """As `read`, but not rounded: with an adapter merged in fp32, and the fp32 master weights of a run. None: `read`
-    rounds nothing."""
+    """Does the same without rounding: fp32 master weights of a run, an adapter merged in fp32. None: `read` rounds
+    nothing."""
     extras: tuple[Path, ...] = ()
-    """Folders with a tokenizer and generation_config.json; what the first lacks may be in the second."""
+    """Folders with a tokenizer and generation_config.json, the first of them preferred."""
 
 
 def open_source(path: Path, vocab_size: int | None = None) -> Model:
-    """A Hugging Face folder, a checkpoint, a PEFT adapter with its model, or a checkpoint of Megatron-LM's, for which
-    alone `vocab_size` is: its vocabulary without padding. Names and shapes are checked.
+    """Open a Hugging Face folder, a checkpoint, a PEFT adapter with its model, or a checkpoint of Megatron-LM.
 
-    Raises ConfigError or CheckpointError."""
+    `vocab_size` is for the last one only: its vocabulary without padding. Names and shapes are checked. Raises
+    ConfigError or CheckpointError."""
     if (path / "config.json").is_file() or peft.is_adapter(path):
         return _open_hf(path)
     if (megatron := find_megatron(path)) is None:
@@ -64,7 +65,9 @@ def _open_hf(folder: Path) -> Model:
     weights = weight_table(model)
     stored = from_hf(folder, weights, model, ALONE)
     exact = from_hf(folder, weights, model, ALONE, masters=True)
-    extras = (folder, *([peft.base_of(folder)] if peft.is_adapter(folder) else []))
+    extras: tuple[Path, ...] = (folder,)
+    if peft.is_adapter(folder):
+        extras += (peft.base_of(folder),)
 
     def read(weight: Weight) -> Tensor:
         return stored(weight, "weight", 0, weight.numel).view(weight.shape)
@@ -76,25 +79,30 @@ def _open_hf(folder: Path) -> Model:
 
 
 def write_model(
-    model: Model, folder: Path, dtype: str | None = None, shard_bytes: int = 5 * 10**9, console: Console | None = None
+    model: Model,
+    folder: Path,
+    dtype: str | None = None,
+    shard_bytes: int = 5 * 10**9,
+    console: Console | None = None,
 ) -> None:
-    """Write a new Hugging Face folder, in files of at most `shard_bytes` where no single weight is larger. `dtype` is
-    one of DTYPES; None leaves each weight as it is. A folder is there when it is complete.
+    """Write `model` to the new Hugging Face folder `folder`, which appears only when complete.
 
-    Raises CheckpointError where it exists, cannot be written, or a weight is more than `dtype` can hold."""
+    Files have at most `shard_bytes`, unless a single weight is larger. `dtype` is one of DTYPES; None leaves each
+    weight as it is. `console` shows the progress. Raises CheckpointError if the folder exists or cannot be written, or
+    a weight exceeds the range of `dtype`."""
     if folder.exists():
         raise CheckpointError(f"{folder} exists; name a new folder")
     temporary = folder.with_name(f"{folder.name}.tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        # First: reading the weights, whose files are open, may take as long as a run needs to remove a checkpoint.
+        # Before the weights, which take long: a run may prune the checkpoint meanwhile. Their files are open already.
         copy_files(model.extras, temporary, "generation_config.json")
         found = _write_tensors(model, temporary, DTYPES[dtype] if dtype else None, shard_bytes, console)
         name = str(found).removeprefix("torch.")
-        # The name that every version of transformers and vLLM reads.
+        # "torch_dtype" is the key that every version of transformers and vLLM reads.
         write_json(temporary / "config.json", model.config | {"torch_dtype": name})
-        # As whoever opens it will: what is there is what its own config.json asks for.
+        # Open it as a reader will: the tensors must be those that its own config.json asks for.
         TensorFolder(temporary).check(weight_table(model_config({"hf": str(temporary)})))
         fsync(temporary)
         temporary.rename(folder)
@@ -103,48 +111,63 @@ def write_model(
 
 
 def _write_tensors(
-    model: Model, folder: Path, dtype: torch.dtype | None, shard_bytes: int, console: Console | None
+    model: Model,
+    folder: Path,
+    dtype: torch.dtype | None,
+    shard_bytes: int,
+    console: Console | None,
 ) -> torch.dtype:
-    """Returns the precision of the largest part of them."""
+    """Write the weights, with an index if there are several files. Returns the precision of most bytes."""
     shards: list[list[str]] = []
     sizes: dict[torch.dtype, int] = {}
+    # The names hold the number of files, which is known only at the end: until then they are called N.part.
     for shard in _shards(model, dtype, shard_bytes, console):
-        save_file(shard, folder / f"{len(shards)}.part", metadata={"format": "pt"})
-        fsync(folder / f"{len(shards)}.part")
+        path = folder / f"{len(shards)}.part"
+        save_file(shard, path, metadata={"format": "pt"})
+        fsync(path)
         shards.append(list(shard))
         for tensor in shard.values():
             sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards):
-        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+        file = "model.safetensors"
+        if len(shards) > 1:
+            file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         (folder / f"{number}.part").rename(folder / file)
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(weight_map.items()))}
+        total = sum(sizes.values())
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         write_json(folder / "model.safetensors.index.json", index)
     return max(sizes, key=lambda kind: sizes[kind])
 
 
 def _shards(
-    model: Model, dtype: torch.dtype | None, shard_bytes: int, console: Console | None
+    model: Model,
+    dtype: torch.dtype | None,
+    shard_bytes: int,
+    console: Console | None,
 ) -> Iterator[dict[str, Tensor]]:
-    """Hugging Face tensors, as many as fit into a file."""
+    """Yield Hugging Face tensors, as many at a time as fit into a file. Raises CheckpointError for what fp16 cannot
+    hold."""
     shard: dict[str, Tensor] = {}
     shown = console is not None and console.is_terminal
-    # What is asked for in a precision is rounded once, to that.
+    # Exact weights are rounded once, to the wanted precision; rounded ones would be rounded twice.
     read = model.read_exact if dtype and model.read_exact else model.read
     for weight in track(model.weights, "weights", console=console, disable=not shown):
         logical = read(weight)
         written = logical.to(dtype or logical.dtype)
         if dtype == torch.float16 and not torch.equal(written.isinf(), logical.isinf()):
-            raise CheckpointError(
-                f"{weight.name} goes up to {logical.abs().max().item():.3g}, which fp16 cannot hold; take bf16 or fp32"
-            )
+            largest = logical.abs().max().item()
+            raise CheckpointError(f"{weight.name} goes up to {largest:.3g}, which fp16 cannot hold; take bf16 or fp32")
         tensors = weight.to_hf(written)
-        size = sum(tensor.nbytes for tensor in tensors.values())
-        if shard and sum(tensor.nbytes for tensor in shard.values()) + size > shard_bytes:
+        if shard and _bytes_of(shard) + _bytes_of(tensors) > shard_bytes:
             yield shard
             shard = {}
-        # What is cut out of a larger tensor would be written as often as there are cuts.
+        # Cloned, so that slices of a fused weight do not share its storage in the file.
         shard |= {name: tensor.clone() for name, tensor in tensors.items()}
     yield shard
+
+
+def _bytes_of(tensors: dict[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())

@@ -1,5 +1,6 @@
-"""What makes a folder of safetensors a Hugging Face model: config.json, generation_config.json and the tokenizer; or an
-adapter of PEFT's: adapter_config.json. A run that started from such a model takes along what it had of them."""
+"""Writes what makes a folder of safetensors a Hugging Face model: config.json, generation_config.json and the
+tokenizer; or a PEFT adapter: adapter_config.json. A run that started from such a model keeps that model's files.
+"""
 
 from __future__ import annotations
 
@@ -18,36 +19,42 @@ from megalite.outside import read_object
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 SOURCE = "source"
-"""Folder in that of the run: what it started from may be elsewhere, or nowhere, when it goes on."""
+"""Subfolder of the run's with the files of the model it started from, which may be gone when the run is resumed."""
 GENERATION = "generation_config.json"
 
 
 def keep_source(config: Config) -> None:
-    """Copy into the run's folder what a Hugging Face model has beside its weights, where the run starts from one."""
+    """Copy what a Hugging Face model has beside its weights into the run's folder, if the run starts from one."""
     folder = config.run.folder / SOURCE
     if config.model.hf is None or folder.exists():
         return
-    # Under its name only when all is there: a start that is cut short must not leave a part for those after it.
+    # Renamed when complete: a start that is interrupted must not leave a part that later starts take for all.
     temporary = folder.with_name(f"{SOURCE}.tmp")
     remove(temporary)
     temporary.mkdir(parents=True)
     hf = config.model.hf
-    where = [hf, *([peft.base_of(hf)] if peft.is_adapter(hf) else [])]
+    where = [hf]
+    if peft.is_adapter(hf):
+        where.append(peft.base_of(hf))
     copy_files(where, temporary, "config.json", GENERATION)
     temporary.rename(folder)
 
 
 def write_extras(folder: Path, config: Config, tokenizer: Tokenizer | None) -> None:
-    """Also keeps the run's own config beside them, as config.yaml."""
-    source, dtype = config.run.folder / SOURCE, DTYPES[config.train.precision]
+    """Write config.json, generation_config.json, tokenizer and the run's own config.yaml to a checkpoint's `folder`.
+
+    `tokenizer` is the run's; without one, the files of the model it started from are taken."""
+    source = config.run.folder / SOURCE
     (folder / "config.yaml").write_text(config.to_yaml())
-    # All are written: what is left out, transformers takes from the family's first model.
-    ids: dict[str, Any] = dict.fromkeys(SPECIAL) | {"eos_token_id": tokenizer.eod_id if tokenizer else None}
+    # All ids are written, also as null: for missing ones transformers takes those of the family's first model.
+    ids: dict[str, Any] = dict.fromkeys(SPECIAL)
+    ids["eos_token_id"] = tokenizer.eod_id if tokenizer else None
     if (source / "config.json").is_file():
         stored = read_hf_config(source)
         ids |= {name: stored[name] for name in SPECIAL if stored.get(name) is not None}
     if config.model.task == "classification" and ids["pad_token_id"] is None:
-        # transformers finds the last token of each of several texts by what fills them up; no text ends with this one.
+        # transformers finds the last token of each text in a batch by the padding after it. The end token serves: no
+        # text to classify ends with it.
         end = ids["eos_token_id"]
         ids["pad_token_id"] = end[0] if isinstance(end, list) else end
     write_json(folder / GENERATION, ids | {"do_sample": True})
@@ -63,13 +70,14 @@ def write_extras(folder: Path, config: Config, tokenizer: Tokenizer | None) -> N
         assert config.model.hf is not None
         write_json(folder / peft.CONFIG, peft.to_peft(config.lora, weight_table(config.model), config.model.hf))
         return
-    # The name that every version of transformers and vLLM reads.
+    # "torch_dtype" is the key that every version of transformers and vLLM reads.
+    dtype = DTYPES[config.train.precision]
     write_json(folder / "config.json", to_hf_config(config.model) | ids | {"torch_dtype": dtype})
 
 
 def _add_turn_end(folder: Path, ends: Any, tokenizer: Tokenizer | None) -> None:
-    """Add to eos_token_id of generation_config.json, `ends` where it has none, the tokens by which the chat template of
-    the folder ends an answer: whoever generates with the folder then stops there."""
+    """Add the tokens by which the folder's chat template ends an answer to eos_token_id of generation_config.json, so
+    that whoever generates with the folder stops there. `ends` are used if the file has none."""
     if not _has_template(folder):
         return
     file = folder / GENERATION
@@ -77,17 +85,20 @@ def _add_turn_end(folder: Path, ends: Any, tokenizer: Tokenizer | None) -> None:
         values = read_object(file, DataError)
         tokenizer = tokenizer or load_tokenizer(folder)
         found = ChatTemplate.of(folder, tokenizer).turn_end.ids(tokenizer).tokens
-    except (DataError, ValueError):  # the template cannot be rendered here, or the model came with a broken file
-        return
-    ends = ends if values.get("eos_token_id") is None else values["eos_token_id"]
-    known = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    except (DataError, ValueError):
+        return  # the template cannot be rendered here, or the model came with a broken file
+    if values.get("eos_token_id") is not None:
+        ends = values["eos_token_id"]
+    known = []
+    if ends is not None:
+        known = ends if isinstance(ends, list) else [ends]
     if new := [token for token in found if token not in known]:
         write_json(file, values | {"eos_token_id": [*known, *new]})
 
 
 def _has_template(folder: Path) -> bool:
-    """Known before transformers is imported, which takes long."""
+    """Return whether the folder has a chat template, without importing transformers, which takes long."""
+    if (folder / "chat_template.jinja").is_file():
+        return True
     settings = folder / "tokenizer_config.json"
-    return (folder / "chat_template.jinja").is_file() or (
-        settings.is_file() and '"chat_template"' in settings.read_text(encoding="utf-8")
-    )
+    return settings.is_file() and '"chat_template"' in settings.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Checkpoint folders on disk: writing durably, the manifest, finding damage, pruning."""
+"""Checkpoint folders on disk: durable writing, the manifest, damage, pruning."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from megalite.outside import read_limited, read_object, reading
 MANIFEST = "manifest.json"
 
 Files = dict[str, dict[str, Any]]
-"""{"size": bytes, "sha256": hex} of every file of a checkpoint, by its path inside."""
+"""{"size": bytes, "sha256": hex} of every file of a checkpoint, by its path within the folder."""
 
 
 class Damage(IntEnum):
-    """What is wrong with a file."""
+    """Says what is wrong with a file. The larger value wins where ranks see different things."""
 
     NONE = 0
     MISSING = 1
@@ -37,15 +37,17 @@ class Damage(IntEnum):
 
     @property
     def words(self) -> str:
+        """The damage as the end of a sentence."""
         return ("is whole", "is missing", "is not as long as it was", "is not what was written", "cannot be read")[self]
 
 
 def step_folder(root: Path, step: int) -> Path:
+    """Return the folder of a step's checkpoint."""
     return root / f"step-{step:08d}"
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Durably: a crash leaves the old file or the new one."""
+    """Write a JSON file durably: a crash leaves the old file or the new one."""
     temporary = path.with_name(f".{path.name}.tmp")
     with open(temporary, "w") as file:
         json.dump(value, file, indent=1)
@@ -55,12 +57,14 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def digest(path: Path) -> dict[str, Any]:
+    """Return a file's entry in the manifest: its size and SHA-256."""
     with open(path, "rb") as file:
-        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"size": path.stat().st_size, "sha256": sha256}
 
 
 def read_manifest(folder: Path) -> Files | Damage:
-    """What it says, or what is wrong with it."""
+    """Read a checkpoint's manifest. Returns what is wrong with it instead of raising."""
     try:
         return parse_manifest(read_limited(folder / MANIFEST, CheckpointError))
     except FileNotFoundError:
@@ -72,8 +76,9 @@ def read_manifest(folder: Path) -> Files | Damage:
 
 
 def parse_manifest(data: bytes) -> Files:
-    """No single bit can change without being noticed, here or by the files that are named. Raises ValueError,
-    KeyError, TypeError or AttributeError where it is no manifest."""
+    """Parse a manifest so strictly that no flipped bit goes unnoticed, here or by the files that are named.
+
+    Raises ValueError, KeyError, TypeError or AttributeError for what is no manifest."""
     files = json.loads(data, object_pairs_hook=_no_key_twice)["files"]
     if not files or min(int(entry["size"]) for entry in files.values()) < 0:
         raise ValueError("no files, or of impossible sizes")
@@ -83,7 +88,7 @@ def parse_manifest(data: bytes) -> Files:
 
 
 def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A bit of one file's name may make it another one's."""
+    """Make a dictionary of JSON's pairs. A flipped bit may turn a file's name into another file's: refuse that."""
     found = dict(pairs)
     if len(found) < len(pairs):
         raise ValueError("a key is given twice")
@@ -91,7 +96,7 @@ def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def damage_of(path: Path, wanted: dict[str, Any]) -> Damage:
-    """Of a file, beside its entry in the manifest."""
+    """Compare a file with its entry `wanted` in the manifest. The cheap checks come first."""
     try:
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):
@@ -106,83 +111,91 @@ def damage_of(path: Path, wanted: dict[str, Any]) -> Damage:
 
 
 def set_aside(folder: Path, why: str = "damaged") -> Path:
-    """Rename a checkpoint that is not to be gone on from, so that it is neither taken, nor counted when pruning, nor
-    lost. Returns its new place."""
+    """Rename a checkpoint that must not be resumed from: it is then neither found, nor counted by pruning, nor lost.
+
+    The new name ends in `why`. Returns the new path."""
     aside = folder.with_name(f"{folder.name}.{why}-{time.time_ns()}")
-    with contextlib.suppress(OSError):  # where that cannot be, it is passed over again next time
+    with contextlib.suppress(OSError):  # if it cannot be renamed now, the next start passes over it again
         folder.rename(aside)
     return aside
 
 
 def steps_in(root: Path) -> list[int]:
-    """Steps that have a checkpoint, whole or not, oldest first."""
+    """Return the steps that have a checkpoint folder, complete or not, oldest first."""
     if not root.is_dir():
         return []
-    found = ((re.fullmatch(r"step-(\d+)", path.name), path) for path in root.iterdir())
-    return sorted(int(match[1]) for match, path in found if match and path.is_dir())
+    steps = []
+    for path in root.iterdir():
+        match = re.fullmatch(r"step-(\d+)", path.name)
+        if match and path.is_dir():
+            steps.append(int(match[1]))
+    return sorted(steps)
 
 
 def complete_steps(root: Path) -> list[int]:
-    """Steps that have a complete checkpoint, oldest first. Compares sizes, not contents."""
+    """Return the steps that have a complete checkpoint, oldest first. Compares sizes, not contents."""
     return [step for step in steps_in(root) if _complete(step_folder(root, step))]
 
 
 def _complete(folder: Path) -> bool:
     files = read_manifest(folder)
+    if isinstance(files, Damage):
+        return False
     try:
-        return not isinstance(files, Damage) and all(
-            (folder / name).stat().st_size == entry["size"] for name, entry in files.items()
-        )
+        return all((folder / name).stat().st_size == entry["size"] for name, entry in files.items())
     except OSError:
         return False
 
 
 @dataclass(frozen=True)
 class Worth:
-    """What a checkpoint says of itself that decides whether it is kept, and gone on from."""
+    """Holds what decides whether a checkpoint is kept, and whether a run resumes from it."""
 
     step: int
     refused: int = 0
-    """Steps in a row, this one the last, whose update was refused."""
+    """Number of steps in a row, up to this one, whose update was refused."""
     valid_loss: float = math.inf
 
     @property
     def updated(self) -> int:
-        """The step that made its weights. Only the one after shows whether they are any good."""
+        """The step whose update made the weights. Only the step after it shows whether they are sound."""
         return self.step - self.refused
 
 
 def read_worth(folder: Path, step: int) -> Worth:
-    """Return the worth of a checkpoint of this step; nothing is held against one that does not say."""
+    """Return the worth of the checkpoint of `step`. One that does not say is taken for sound."""
     path = folder / "train_state.json"
     try:
         state = read_object(path, CheckpointError)
         with reading(path, CheckpointError):
+            numbers = state.get("numbers") or {}
             loss = math.inf if state.get("valid_loss") is None else float(state["valid_loss"])
-            return Worth(step, int((state.get("numbers") or {}).get("in_a_row", 0)), loss)
+            return Worth(step, int(numbers.get("in_a_row", 0)), loss)
     except CheckpointError:
         return Worth(step)
 
 
 def best_steps(root: Path, steps: Sequence[int], count: int) -> list[int]:
-    """Return up to `count` of these steps with the lowest validation loss, the best first; of equals, the later."""
+    """Return up to `count` of these `steps` below `root` with the lowest validation loss, the best first.
+
+    Of equal losses the later step is the better."""
     worth = [read_worth(step_folder(root, step), step) for step in steps] if count else []
     judged = sorted((each.valid_loss, -each.step) for each in worth if math.isfinite(each.valid_loss))
     return [-step for _, step in judged[:count]]
 
 
 def sound_steps(steps: Sequence[int], newest: Worth) -> list[int]:
-    """Return those of these steps whose weights a good step has followed. A loss alone shows nothing: that of weights
-    which are beyond repair may be finite, and only its gradient is not."""
+    """Return those of `steps` whose weights were followed by a good step; `newest` tells which steps were bad.
+
+    A step's own loss is no proof: weights beyond repair may have a finite loss, and only its gradient shows it."""
     return [step for step in steps if step < newest.updated]
 
 
 def prune(root: Path, keep: int, keep_best: int = 0, newest: Worth | None = None) -> None:
-    """Delete all complete checkpoints but the newest `keep` and the best `keep_best` by validation loss. Incomplete
-    ones do not count, and are left to be looked at.
+    """Delete all complete checkpoints below `root` but the newest `keep` and the best `keep_best` by validation loss.
 
-    Beside `newest`, the state that is saved now, two more stay: the newest that a good step has followed, and the
-    newest from before the steps that were refused."""
+    Incomplete ones do not count, and stay for a person to look at. Beside `newest`, the state that is being saved, two
+    more stay: the newest that a good step has followed, and the newest from before the refused steps."""
     steps = complete_steps(root)
     kept = {*steps[-keep:], *best_steps(root, steps, keep_best)}
     if newest:
@@ -195,7 +208,7 @@ def prune(root: Path, keep: int, keep_best: int = 0, newest: Worth | None = None
 
 def discard(folder: Path) -> None:
     """Delete a checkpoint."""
-    # Renamed first, so that a half-deleted folder is never taken for a checkpoint.
+    # Renamed first: a half-deleted folder must never be taken for a checkpoint.
     leaving = folder.with_name(f"{folder.name}.old.tmp")
     remove(leaving)
     folder.rename(leaving)
@@ -203,26 +216,29 @@ def discard(folder: Path) -> None:
 
 
 def replaced(folder: Path) -> Path:
-    """Return the name that a checkpoint has while its step, saved again, takes its place."""
+    """Return the path of an old checkpoint while the same step, saved again, takes its place."""
     return folder.with_name(f"{folder.name}.before.tmp")
 
 
 def restore_replaced(root: Path) -> None:
-    """Give checkpoints their names back whose successors a crash kept from taking them: one may be the only one."""
-    for step in (int(path.name.split(".")[0].removeprefix("step-")) for path in root.glob("step-*.before.tmp")):
+    """Give old checkpoints their names back if a crash kept their successors from taking them.
+
+    Such a checkpoint may be the only one."""
+    for path in list(root.glob("step-*.before.tmp")):
+        step = int(path.name.split(".")[0].removeprefix("step-"))
         folder = step_folder(root, step)
         if not folder.exists():
             replaced(folder).rename(folder)
 
 
 def remove_unfinished(root: Path) -> None:
-    """What a crash left of saving, replacing or pruning a checkpoint."""
+    """Delete what a crash left of saving, replacing or pruning a checkpoint."""
     for path in root.glob("step-*.tmp"):
         remove(path)
 
 
 def remove(path: Path) -> None:
-    """A folder with all that is in it, a file, or a link but not what it leads to. Nothing, where there is nothing."""
+    """Delete a folder with its contents, a file, or a link (not its target). Does nothing if there is none."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

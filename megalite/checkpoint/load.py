@@ -1,5 +1,6 @@
-"""Where the weights of a run come from: a checkpoint, a Hugging Face folder, or the seed. Each rank reads only its
-slices."""
+"""Reads the initial weights of a run: from a checkpoint, a Hugging Face folder, or the seed. Each rank reads only its
+slices.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +25,9 @@ VALUES = ("weight", "master")
 
 
 def from_seed(seed: int, tensor: Axis, device: torch.device | str = "cpu") -> ReadState:
-    """Initial weights, the same on every layout, and moments of zero. `device` only says where they are computed."""
+    """Return a reader of initial weights from `seed`, the same on every layout, and of zero moments.
+
+    `tensor` is the axis that shards weights; `device` is where they are computed."""
 
     def read(weight: Weight, kind: str, start: int, stop: int) -> Tensor:
         if kind not in VALUES:
@@ -48,13 +51,14 @@ def from_hf(
     seed: int = 0,
     masters: bool = False,
 ) -> ReadState:
-    """The weights of a Hugging Face folder, which are also the master weights, and moments of zero. Of an adapter's
-    folder: the weights of the model it is for, with the adapter merged into them in fp32; as weights they are rounded
-    to the precision of the model, as master weights not. With `masters`, the master weights are those that a run keeps
-    beside its rounded weights, where the folder is its checkpoint. A head for classes that the folder's model has not
-    begins with weights of the seed.
+    """Return a reader of the `weights` of a Hugging Face `folder`, which are also the master weights, and zero moments.
 
-    Raises CheckpointError when names or shapes are not those of the model."""
+    For the folder of an adapter, it reads the weights of the model with the adapter merged in fp32: rounded to the
+    model's precision as weights, exact as master weights. With `masters`, the master weights are those that a
+    checkpoint keeps beside its rounded weights. A classification head that the folder's model lacks is initialized from
+    `seed`. `model` is the model to load into, `tensor` the axis that shards its weights.
+
+    Raises CheckpointError if names or shapes are not those of the model."""
     if peft.is_adapter(folder):
         return _with_adapter(folder, weights, model, tensor, masters)
     if found := sorted(path.name for path in folder.glob(f"{peft.TENSORS}.*")):
@@ -67,21 +71,27 @@ def from_hf(
 
 
 def dtype_of(tensors: Collection[Tensor], folder: Path) -> torch.dtype:
-    """Return the precision to compute in with the weights of a Hugging Face folder: theirs. Where some have another
-    one, such as fp32 norms among bf16 matrices: that which config.json names, as in transformers, or of the largest
-    part."""
+    """Return the precision to compute in with the weights of a Hugging Face folder.
+
+    It is that of the tensors. If they have several, such as fp32 norms among bf16 matrices, it is the one config.json
+    names, as in transformers, or else that of most bytes."""
     sizes: dict[torch.dtype, int] = {}
     for tensor in tensors:
         sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
     hf = read_hf_config(folder)
-    named = getattr(torch, str(hf.get("dtype") or hf.get("torch_dtype")).removeprefix("torch."), None)
-    return named if len(sizes) > 1 and named in sizes else max(sizes, key=lambda kind: sizes[kind])
+    name = str(hf.get("dtype") or hf.get("torch_dtype")).removeprefix("torch.")
+    named = getattr(torch, name, None)
+    if len(sizes) > 1 and named in sizes:
+        return named
+    return max(sizes, key=lambda kind: sizes[kind])
 
 
 def from_checkpoint(config: Config, weights: Sequence[Weight], folder: Path, tensor: Axis) -> ReadState:
-    """Weights, master weights and the optimizer's states, on whatever layout they were written.
+    """Return a reader of the weights, master weights and optimizer states of a checkpoint, whatever layout it was
+    written on.
 
-    Raises CheckpointError when names or shapes are not those of the model."""
+    `folder` is the checkpoint, `weights` the table of the config's model, `tensor` the axis that shards them. Raises
+    CheckpointError if names or shapes are not those of the model."""
     return _from_folder(folder, weights, config.model, tensor, _states_in(folder, config))
 
 
@@ -95,12 +105,17 @@ def _masters_in(folder: Path) -> tuple[str, ...]:
 
 
 def for_adapters(
-    config: Config, weights: Sequence[Weight], checkpoint: Path | None, tensor: Axis, device: torch.device | str
+    config: Config,
+    weights: Sequence[Weight],
+    checkpoint: Path | None,
+    tensor: Axis,
+    device: torch.device | str,
 ) -> ReadState:
-    """Frozen weights from the model a run of `lora` started from; those of its adapters, and their moments, from a
-    checkpoint, the adapter to go on from, or the seed.
+    """Return a reader for a LoRA run: frozen weights from the model it started from, adapters from elsewhere.
 
-    Raises CheckpointError when names or shapes are not those of the model, ConfigError where that is an adapter."""
+    Adapters and their moments come from `checkpoint`; without one, from `config.lora.adapter` or the seed. `weights` is
+    the table with the adapters, `tensor` the axis that shards them; `device` computes initial weights. Raises
+    CheckpointError if names or shapes are not those of the model, ConfigError if that is an adapter itself."""
     assert config.lora is not None
     assert config.model.hf is not None
     if peft.is_adapter(config.model.hf):
@@ -108,7 +123,8 @@ def for_adapters(
             f"lora: model.hf = {config.model.hf} is an adapter, and PEFT opens no adapter of an adapter; go on from it "
             "with lora.adapter, or merge it into its model first (tools/convert_checkpoint.py)"
         )
-    frozen, trained = ([weight for weight in weights if weight.frozen is which] for which in (True, False))
+    frozen = [weight for weight in weights if weight.frozen]
+    trained = [weight for weight in weights if not weight.frozen]
     base = from_hf(config.model.hf, frozen, config.model, tensor)
     if checkpoint:
         own = _from_folder(checkpoint, trained, config.model, tensor, _states_in(checkpoint, config), peft.TENSORS)
@@ -116,12 +132,22 @@ def for_adapters(
         own = _from_folder(config.lora.adapter, trained, config.model, tensor, (), peft.TENSORS)
     else:
         own = from_seed(config.train.seed, tensor, device)
-    return lambda weight, *what: (base if weight.frozen else own)(weight, *what)
+
+    def read(weight: Weight, kind: str, start: int, stop: int) -> Tensor:
+        source = base if weight.frozen else own
+        return source(weight, kind, start, stop)
+
+    return read
 
 
 def _with_adapter(
-    folder: Path, weights: Sequence[Weight], model: ModelConfig, tensor: Axis, masters: bool
+    folder: Path,
+    weights: Sequence[Weight],
+    model: ModelConfig,
+    tensor: Axis,
+    masters: bool,
 ) -> ReadState:
+    """Return a reader that merges the adapter in `folder` into the weights of its model, slice by slice."""
     lora = LoraConfig.model_validate(peft.read_lora(folder))
     base = from_hf(peft.base_of(folder), weights, model, tensor)
     adapters = adapters_of(weights, lora)
@@ -129,10 +155,12 @@ def _with_adapter(
     by_base: dict[str, list[Adapter]] = {}
     for adapter in adapters:
         by_base.setdefault(adapter.base.name, []).append(adapter)
-    every, states = [row for pair in rows.values() for row in pair], _masters_in(folder) if masters else ()
+    every = [row for pair in rows.values() for row in pair]
+    states = _masters_in(folder) if masters else ()
     factors = _from_folder(folder, every, model, tensor, states, peft.TENSORS)
 
     def local(read: ReadState, weight: Weight, kind: str = "weight") -> Tensor:
+        """Read this tensor rank's shard of a weight, in its shape."""
         shape = weight.local_shape(tensor.size)
         return read(weight, kind, 0, torch.Size(shape).numel()).view(shape)
 
@@ -144,6 +172,7 @@ def _with_adapter(
         if kind not in VALUES or not own:
             return base(weight, kind, start, stop)
         before = local(base, weight)
+        # The whole shard is merged for a slice of it: a product of two factors has no cheaper slice.
         whole = merged(before, own, lora.scale, tensor.size).flatten()[start:stop]
         return whole if kind == "master" else whole.to(before.dtype)
 
@@ -159,17 +188,22 @@ def _from_folder(
     stem: str = "model",
     new_head: ReadState | None = None,
 ) -> ReadState:
-    sources = {"weight": TensorFolder(folder, stem)}
-    stored = sources["weight"].files
-    new: set[str] = set()
+    """Return a reader of the files STEM.safetensors in `folder`, and of `states` in its subfolder optimizer/."""
+    source = TensorFolder(folder, stem)
+    sources = {"weight": source}
+    new: set[str] = set()  # weights of a head that the folder lacks
     if new_head and model.task != "causal":
-        new = {w.name for w in weights if w.name.startswith("head.") and not stored.keys() & set(w.hf)}
-    source, prefix = sources["weight"], weights[0].hf[0].partition(".")[0] + "."
+        for weight in weights:
+            if weight.name.startswith("head.") and not source.files.keys() & set(weight.hf):
+                new.add(weight.name)
     spare: set[str] = set()
     if stem == "model":
+        prefix = weights[0].hf[0].partition(".")[0] + "."
         apart = {name for weight in weights for name in weight.hf if not name.startswith(prefix)}
-        source.add_base_prefix(prefix, {*apart, ends_of(model)[1]})
+        _, head = ends_of(model)
+        source.add_base_prefix(prefix, {*apart, head})
         spare = unneeded(source, model, head_is_replaced=bool(new))
+    # All is checked before anything is read: a mistake must not cost a start of minutes.
     source.check([weight for weight in weights if weight.name not in new], ignore=spare)
     for state in states:
         sources[state] = TensorFolder(folder / "optimizer", state)
@@ -178,11 +212,13 @@ def _from_folder(
     def read(weight: Weight, kind: str, start: int, stop: int) -> Tensor:
         if new_head and weight.name in new:
             return new_head(weight, kind, start, stop)
-        source = sources.get(kind, sources["weight"] if kind == "master" else None)
-        if source is None:
+        if kind == "master" and kind not in sources:  # the weights are their own master copy
+            kind = "weight"
+        if kind not in sources:
             return torch.zeros(stop - start)
+        fetch = sources[kind].fetch
         return weight.read_local(
-            lambda w, low, high, columns: w.rows_from_hf(source.fetch, low, high, columns),
+            lambda w, low, high, columns: w.rows_from_hf(fetch, low, high, columns),
             tensor.rank,
             tensor.size,
             start,

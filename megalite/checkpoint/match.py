@@ -1,7 +1,7 @@
-"""Is a checkpoint one of the run that a config describes? Asked before a start writes anything.
+"""Checks whether a checkpoint belongs to the run that a config describes, before the run writes anything.
 
-What the state of a checkpoint means must not change: its model, its tokenizer, the frozen model beside adapters, and
-which samples of the data it has seen. All else may, and what does is said.
+What gives the checkpoint's state its meaning must not change: the model, the tokenizer, the frozen model beside
+adapters, and which samples of the data it has seen. Everything else may change, and is reported.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ from megalite.resources import parse_yaml
 from megalite.training.schedules import learning_rate
 
 NEUTRAL = {"preset", "hf", "init_std"}
-"""Of the model: where its fields and first weights came from. Dropout is a matter of training, too."""
+"""Settings of `model` that say only where its fields and initial weights came from. (Dropout may change as well.)"""
 SAME_MODEL = {"lora", "lora.rank", "lora.alpha", "lora.rslora", "lora.targets", "objective.name", "optimizer.name"}
-"""What else decides the meaning of weights and optimizer state."""
+"""Settings outside `model` that decide the meaning of weights and optimizer state."""
 SHOWN = 6
-"""Settings of another model that are named."""
+"""Number of differing settings that a message names."""
 
 
 def is_of_the_model(key: str) -> bool:
-    """Whether a setting decides what weights and optimizer state mean."""
+    """Return whether a setting decides what weights and optimizer state mean."""
     name = key.rpartition(".")[2]
     of_model = key.startswith("model.") and name not in NEUTRAL and not name.endswith("dropout")
     return of_model or key in SAME_MODEL
 
 
 def stored_config(checkpoint: Path) -> dict[str, Any] | None:
-    """Return the config a checkpoint was saved under; None where it has none."""
+    """Return the config a checkpoint was saved under, or None if it has none."""
     path = checkpoint / "config.yaml"
     try:
         values = parse_yaml(read_text(path, ConfigError), str(path))
@@ -63,29 +63,40 @@ def check_match(
     train: Mixture,
     base: Mapping[str, str],
 ) -> list[str]:
-    """Say what has changed since a checkpoint was saved, in lines for the console. `base` is what `base_files` finds
-    now.
+    """Return what has changed since `checkpoint` was saved, in lines for the console.
 
-    Raises CheckpointError where its model, tokenizer or base is another one, DataError where its data is, and
-    ConfigError where it is further than the run is to go."""
+    `state` is its train_state.json; `config`, `tokenizer` and `train` are the run's now; `base` is what `base_files`
+    finds now. Raises CheckpointError if its model, tokenizer or base is another one, DataError if its data is, and
+    ConfigError if it is further than the run is to go."""
     if state["step"] > config.train.steps:
         raise ConfigError(
             f"train.steps = {config.train.steps}, but {checkpoint} has {state['step']} steps done already; give at "
             "least as many, or go back with checkpoint.resume: FOLDER of an earlier checkpoint"
         )
     before = stored_config(checkpoint)
-    changed = changes(with_defaults(before, config), config.model_dump(mode="json")) if before else []
+    changed = []
     if before:
-        _check_model(checkpoint, before, config, [change for change in changed if is_of_the_model(change.key)])
+        changed = changes(with_defaults(before, config), config.model_dump(mode="json"))
+        of_model = [change for change in changed if is_of_the_model(change.key)]
+        _check_model(checkpoint, before, config, of_model)
     if tokenizer and config.data.tokenizer:
         _check_tokenizer(checkpoint, config.data.tokenizer, tokenizer)
     _check_base(checkpoint, config, state.get("base") or {}, base)
-    train.check_state(state["data"], [str(change) for change in changed if _decides_samples(change.key, config)])
-    told = [f"changed since step {state['step']}: {'; '.join(map(str, changed))}"] if changed else []
+    of_data = [str(change) for change in changed if _decides_samples(change.key, config)]
+    train.check_state(state["data"], of_data)
+    told = []
+    if changed:
+        told = [f"changed since step {state['step']}: {'; '.join(map(str, changed))}"]
     return told + _jump(before or {}, config, state["step"])
 
 
-def _check_model(checkpoint: Path, before: Mapping[str, Any], config: Config, changed: Sequence[Change]) -> None:
+def _check_model(
+    checkpoint: Path,
+    before: Mapping[str, Any],
+    config: Config,
+    changed: Sequence[Change],
+) -> None:
+    """Raise CheckpointError if one of the changed settings makes another model."""
     other = [change for change in changed if not _says_the_same(change, before, config)]
     if other:
         named = "; ".join(f"{each.key} = {spelled(each.now)}, there {spelled(each.was)}" for each in other[:SHOWN])
@@ -94,13 +105,17 @@ def _check_model(checkpoint: Path, before: Mapping[str, Any], config: Config, ch
 
 
 def _says_the_same(change: Change, before: Mapping[str, Any], config: Config) -> bool:
-    """Whether two spellings stand for one model: a size that is left to the family, all-linear and its modules."""
+    """Return whether two spellings stand for one model: a size left to the family, or all-linear and its modules."""
+    # A stored config that is no longer valid proves nothing: then the change stands.
     with contextlib.suppress(ConfigError, ValidationError, ValueError, KeyError, TypeError):
-        model = model_config({key: x for key, x in before["model"].items() if key not in ("preset", "hf")})
+        fields = {key: x for key, x in before["model"].items() if key not in ("preset", "hf")}
+        model = model_config(fields)
         if change.key == "lora.targets" and config.lora:
+            table = weight_table(model)
             lora = LoraConfig.model_validate(before["lora"] | {"adapter": None})
-            was, now = (adapters_of(weight_table(model), each) for each in (lora, config.lora))
-            return {adapter.module for adapter in was} == {adapter.module for adapter in now}
+            was = {adapter.module for adapter in adapters_of(table, lora)}
+            now = {adapter.module for adapter in adapters_of(table, config.lora)}
+            return was == now
         if change.key.startswith("model.") and not (change.was and change.now):  # 0 or null: as the family has it
             now_model = config.model.model_copy(update={change.key.partition(".")[2]: change.was})
             return to_hf_config(now_model) == to_hf_config(config.model)
@@ -108,8 +123,11 @@ def _says_the_same(change: Change, before: Mapping[str, Any], config: Config) ->
 
 
 def _check_tokenizer(checkpoint: Path, path: Path, tokenizer: Tokenizer) -> None:
-    kept = [name for name in ("tokenizer.json", "tokenizer.model") if (checkpoint / name).is_file()]
-    if not kept or all(_same_file(checkpoint / name, path / name) for name in files_in(checkpoint)):
+    """Raise CheckpointError if the checkpoint's tokenizer is another one than that of `path`."""
+    if not any((checkpoint / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        return
+    # Equal files need not be loaded; files that differ may still hold one tokenizer.
+    if all(_same_file(checkpoint / name, path / name) for name in files_in(checkpoint)):
         return
     try:
         other = load_tokenizer(checkpoint)
@@ -126,11 +144,13 @@ def _same_file(one: Path, other: Path) -> bool:
 
 
 def _difference(mine: Tokenizer, other: Tokenizer) -> str:
+    """Say in what two tokenizers differ."""
     if mine.vocab_size != other.vocab_size:
         return f"it has {mine.vocab_size} token ids, there are {other.vocab_size}"
     if mine.eod_id != other.eod_id:
         return f"its texts end with token {mine.eod_id}, there with {other.eod_id}"
-    tokens, there = ({number: token for token, number in t.vocabulary().items()} for t in (mine, other))
+    tokens = {number: token for token, number in mine.vocabulary().items()}
+    there = {number: token for token, number in other.vocabulary().items()}
     for number in sorted(tokens.keys() | there.keys()):
         if tokens.get(number) != there.get(number):
             return f"its token {number} is {tokens.get(number)!r}, there {there.get(number)!r}"
@@ -138,19 +158,25 @@ def _difference(mine: Tokenizer, other: Tokenizer) -> str:
 
 
 def base_files(config: Config) -> dict[str, str]:
-    """Name the content of the frozen model that a run has beside its own weights, file by file: that of adapters, or
-    of DPO's reference. By the sizes and 64 slices of each file; nothing for other runs, or where it is gone."""
+    """Return a digest of each file of the frozen model beside a run's own weights: the base of adapters, or DPO's
+    reference.
+
+    A digest covers the size and 64 slices of a file. Empty for other runs, and where the model is gone."""
     if config.model.hf is None or not (config.lora or config.objective.HAS_REFERENCE):
         return {}
     found = {}
     with contextlib.suppress(OSError, ConfigError):
-        folders = [config.model.hf, *([peft.base_of(config.model.hf)] if peft.is_adapter(config.model.hf) else [])]
-        for path in (path for folder in folders for path in sorted(folder.glob("*.safetensors"))):
-            found[path.name] = _content(path)
+        folders = [config.model.hf]
+        if peft.is_adapter(config.model.hf):
+            folders.append(peft.base_of(config.model.hf))
+        for folder in folders:
+            for path in sorted(folder.glob("*.safetensors")):
+                found[path.name] = _content(path)
     return found
 
 
 def _content(path: Path) -> str:
+    """Return a digest of a file's size and of 64 slices spread over it: reading all would take minutes."""
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with open(path, "rb") as file:
@@ -160,7 +186,13 @@ def _content(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def _check_base(checkpoint: Path, config: Config, was: Mapping[str, str], now: Mapping[str, str]) -> None:
+def _check_base(
+    checkpoint: Path,
+    config: Config,
+    was: Mapping[str, str],
+    now: Mapping[str, str],
+) -> None:
+    """Raise CheckpointError if the frozen model has other files or contents than when the checkpoint was saved."""
     if not was or not now:  # saved before this was kept, or the base is gone: loading says so
         return
     for name in sorted(was.keys() | now.keys()):
@@ -172,24 +204,26 @@ def _check_base(checkpoint: Path, config: Config, was: Mapping[str, str], now: M
 
 
 def _decides_samples(key: str, config: Config) -> bool:
-    """Whether the order of samples is a function of a setting."""
+    """Return whether the order of samples depends on a setting."""
     names = ("train", "split", "seq_length", "order", "packing", "long_rows", "weights", "temperature", "phases", "fim")
-    if any(key == f"data.{name}" or key.startswith((f"data.{name}.", f"data.{name}[")) for name in names):
-        return True
+    for name in names:
+        if key == f"data.{name}" or key.startswith((f"data.{name}.", f"data.{name}[")):
+            return True
+    # Megatron's order depends on how many samples a run has; phases begin at a step, and so at a batch.
     is_megatron = config.data.order == "megatron"
-    by_batch = bool(config.data.phases) or is_megatron
-    return (
-        key in ("train.seed", "objective.name", "model.task")
-        or (key == "train.global_batch_size" and by_batch)
-        or (key == "train.steps" and is_megatron)
-    )
+    if key == "train.global_batch_size":
+        return bool(config.data.phases) or is_megatron
+    if key == "train.steps":
+        return is_megatron
+    return key in ("train.seed", "objective.name", "model.task")
 
 
 def _jump(before: Mapping[str, Any], config: Config, step: int) -> list[str]:
-    """Say how far the learning rate of the next step is from where the schedule before was."""
+    """Warn if the learning rate of the next step is not what the schedule before would have given it."""
     with contextlib.suppress(ValidationError, KeyError, TypeError):
-        optimizer, steps = OptimizerConfig.model_validate(before["optimizer"]), int(before["train"]["steps"])
-        # Of a run that had come to its end, what its last step had.
+        optimizer = OptimizerConfig.model_validate(before["optimizer"])
+        steps = int(before["train"]["steps"])
+        # A run that had come to its end is compared with its last step.
         wanted = learning_rate(min(step + 1, steps), steps, optimizer)
         found = learning_rate(step + 1, config.train.steps, config.optimizer)
         if step < config.train.steps and not math.isclose(found, wanted, rel_tol=0.01):

@@ -1,10 +1,11 @@
-"""Llama-like models from Megatron-LM's checkpoints, read without running what is pickled in them.
+"""Reads Llama-like models from Megatron-LM's checkpoints, without running what is pickled in them.
 
     torch        mp_rank_TT/model_optim_rng.pt, or mp_rank_TT_PPP/…: a file for each tensor and pipeline rank
-    torch_dist   .metadata, common.pt, __R_N.distcp: whole tensors in pieces, those of all layers as one tensor
+    torch_dist   .metadata, common.pt, __R_N.distcp: whole tensors in pieces, those of all layers stacked into one
 
-A tensor rank's part of a weight is what a rank of ours holds, but for two things: queries, keys and values lie group by
-group, and the vocabulary is padded. So the table of weights puts the parts together."""
+A tensor rank's shard of a weight is what a rank of megalite holds, but for two things: Megatron stores queries, keys
+and values group by group, and pads the vocabulary. So the weight table assembles the shards.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +32,8 @@ ENDS = {
     "decoder.final_norm.weight": "norm.weight",
     "output_layer.weight": "head.weight",
 }
-"""Megatron's names and ours. Where there are several: those of Megatron-core with Transformer Engine, of Megatron-core
-without, and of the models before it."""
+"""Megatron's names and ours. Of several names for one weight, the first is that of Megatron-core with Transformer
+Engine; then come Megatron-core without it, and the models before Megatron-core."""
 LAYER = {
     "self_attention.linear_qkv.layer_norm_weight": "attention_norm.weight",
     "input_layernorm.weight": "attention_norm.weight",
@@ -58,25 +59,25 @@ NO_WEIGHTS = re.compile(r"_extra_state\d*$|inv_freq$|^(optimizer|rng_state|rerun
 
 
 class Parts(Protocol):
-    """A checkpoint, whichever way it is stored."""
+    """Gives access to the shards of a checkpoint, whichever way it is stored."""
 
     args: dict[str, Any]
+    """Arguments of the run that wrote it."""
     tensor: int
-    """Parts that weights come in."""
+    """Number of shards that weights come in."""
 
     def names(self) -> set[str]:
-        """Of all weights, in our words."""
+        """Return megalite's names of all weights."""
 
     def shapes(self, name: str) -> list[tuple[int, ...]]:
-        """Of the part of each tensor rank, without reading it."""
+        """Return the shape of each tensor rank's shard, without reading it."""
 
     def read(self, name: str) -> list[Tensor]:
-        """The part of each tensor rank."""
+        """Read each tensor rank's shard."""
 
 
 def find_megatron(folder: Path) -> Path | None:
-    """The folder of the iteration that a checkpoint's folder names as its latest, or of an iteration; None where it is
-    neither."""
+    """Find the folder of an iteration: `folder` itself, or the latest one that it names. None if it is neither."""
     if (folder / LATEST).is_file():
         with reading(folder / LATEST, CheckpointError):
             word = read_limited(folder / LATEST, CheckpointError, 1000).decode(errors="replace").strip()
@@ -90,10 +91,10 @@ def find_megatron(folder: Path) -> Path | None:
 def open_megatron(
     folder: Path, vocab_size: int | None
 ) -> tuple[ModelConfig, tuple[Weight, ...], Callable[[Weight], Tensor]]:
-    """The model's config, its table, and what reads the logical tensor of a weight. `vocab_size` without padding;
-    where it is not given, that of the arguments in the checkpoint, or the padded one.
+    """Open the checkpoint of an iteration. Returns its model, its weight table, and a reader of logical tensors.
 
-    Raises ConfigError for a model that is not like Llama, CheckpointError for files that are not as expected."""
+    `vocab_size` is the vocabulary without padding; without it, that of the checkpoint's arguments, or the padded one.
+    Raises ConfigError for a model that is not like Llama, CheckpointError for unexpected files."""
     parts: Parts = _Pieces(folder) if (folder / ".metadata").is_file() else _RankFiles(folder)
     model = model_config(_fields(parts.args, vocab_size))
     weights = weight_table(model)
@@ -107,30 +108,32 @@ def open_megatron(
             )
     wanted = {weight.name for weight in weights}
     if wanted != names:
-        missing, extra = sorted(wanted - names)[:5], sorted(names - wanted)[:5]
+        missing = sorted(wanted - names)[:5]
+        extra = sorted(names - wanted)[:5]
         raise CheckpointError(f"{folder}: missing weights: {missing}; weights of no {model.family} model: {extra}")
-
     _check_shapes(weights, parts, folder)
 
     def read(weight: Weight) -> Tensor:
-        locals_ = [_as_ours(weight, part, model, parts.tensor) for part in parts.read(weight.name)]
-        if len(kinds := {part.dtype for part in locals_}) > 1 or not locals_[0].is_floating_point():
+        shards = [_as_ours(weight, part, model, parts.tensor) for part in parts.read(weight.name)]
+        dtypes = {shard.dtype for shard in shards}
+        if len(dtypes) > 1 or not shards[0].is_floating_point():
+            stored = ", ".join(sorted(map(str, dtypes)))
             raise CheckpointError(
-                f"{folder}: {weight.name} is stored as {', '.join(sorted(map(str, kinds)))}, not as one of fp32, fp16, "
-                "bf16 or fp64"
+                f"{folder}: {weight.name} is stored as {stored}, not as one of fp32, fp16, bf16 or fp64"
             )
         if weight.shard is None:
-            return locals_[0]
+            return shards[0]
         if weight.shard == "vocab":
-            return torch.cat(locals_)[: weight.shape[0]].clone()
-        return weight.assemble(locals_)
+            return torch.cat(shards)[: weight.shape[0]].clone()  # without the padding
+        return weight.assemble(shards)
 
     return model, weights, read
 
 
 def _check_shapes(weights: Sequence[Weight], parts: Parts, folder: Path) -> None:
-    """Raise CheckpointError unless the parts of every weight have the shapes that its row gives them; those of a
-    vocabulary, whose padding is Megatron's own, are equally long and long enough."""
+    """Raise CheckpointError unless the shards of every weight have the shapes that its row gives them.
+
+    Shards of a vocabulary, whose padding is Megatron's own, must be equally long, and long enough together."""
     for weight in weights:
         found = parts.shapes(weight.name)
         try:
@@ -139,26 +142,32 @@ def _check_shapes(weights: Sequence[Weight], parts: Parts, folder: Path) -> None
             raise CheckpointError(str(error)) from None
         if weight.shard == "vocab":
             wanted = (*found[0][:1], *weight.shape[1:])
-        if wrong := next((shape for shape in found if shape != wanted), None):
-            raise CheckpointError(
-                f"{folder}: {weight.name} has shape {shown(wrong)}, the model needs {shown(wanted)} of each tensor rank"
-            )
-        if weight.shard == "vocab" and (rows := sum(shape[0] for shape in found)) < weight.shape[0]:
+        for shape in found:
+            if shape != wanted:
+                raise CheckpointError(
+                    f"{folder}: {weight.name} has shape {shown(shape)}, the model needs {shown(wanted)} of each tensor "
+                    "rank"
+                )
+        rows = sum(shape[0] for shape in found)
+        if weight.shard == "vocab" and rows < weight.shape[0]:
             raise CheckpointError(f"{folder}: its vocabulary has {rows} rows, not {weight.shape[0]}")
 
 
 def _as_ours(weight: Weight, part: Tensor, model: Any, tensor: int) -> Tensor:
-    """A tensor rank's part in the order of ours."""
+    """Reorder a shard of Megatron's: the fused query, key and value weight has all queries first in megalite."""
     if not weight.name.endswith(("attention.qkv.weight", "attention.qkv.bias")):
         return part
-    size, groups = model.head_size, model.kv_heads // tensor
-    heads = model.num_attention_heads // model.kv_heads
-    by_group = part.unflatten(0, (groups, (heads + 2) * size)).split((heads * size, size, size), dim=1)
-    return torch.cat([kind.flatten(0, 1) for kind in by_group])
+    size = model.head_size
+    groups = model.kv_heads // tensor
+    heads = model.num_attention_heads // model.kv_heads  # query heads of a group
+    by_group = part.unflatten(0, (groups, (heads + 2) * size))
+    kinds = by_group.split((heads * size, size, size), dim=1)
+    return torch.cat([kind.flatten(0, 1) for kind in kinds])
 
 
 def _fields(args: dict[str, Any], vocab_size: int | None) -> dict[str, Any]:
-    """The `model:` section, from Megatron's arguments."""
+    """Translate Megatron's arguments into the `model:` section. Raises ConfigError for what models like Llama lack."""
+    # Arguments that change what the model computes, with the values that are known.
     only = {
         "swiglu": (True,), "normalization": ("RMSNorm",), "position_embedding_type": ("rope",),
         "add_bias_linear": (False,), "rotary_percent": (1.0,), "num_experts": (None,), "rotary_interleaved": (False,),
@@ -167,6 +176,7 @@ def _fields(args: dict[str, Any], vocab_size: int | None) -> dict[str, Any]:
     }  # fmt: skip
     required = ("swiglu", "normalization", "position_embedding_type", "add_bias_linear")
     for name, allowed in only.items():
+        # Older versions lack some arguments, and computed as their first value says.
         value = args.get(name, None if name in required else allowed[0])
         if value not in allowed:
             raise ConfigError(
@@ -174,8 +184,10 @@ def _fields(args: dict[str, Any], vocab_size: int | None) -> dict[str, Any]:
             )
     try:
         heads = args["num_attention_heads"]
+        if vocab_size is None:
+            vocab_size = args.get("vocab_size") or args["padded_vocab_size"]
         fields = {
-            "vocab_size": vocab_size if vocab_size is not None else args.get("vocab_size") or args["padded_vocab_size"],
+            "vocab_size": vocab_size,
             "hidden_size": args["hidden_size"],
             "intermediate_size": args["ffn_hidden_size"],
             "num_layers": args["num_layers"],
@@ -195,20 +207,28 @@ def _fields(args: dict[str, Any], vocab_size: int | None) -> dict[str, Any]:
     qk_norm, qkv_bias = args.get("qk_layernorm"), args.get("add_qkv_bias")
     if qk_norm and qkv_bias:
         raise ConfigError("Megatron's checkpoint has both qk_layernorm and add_qkv_bias, as no known family has")
-    return fields | {"family": "qwen3" if qk_norm else "qwen2" if qkv_bias else "llama"}
+    fields["family"] = "llama"
+    if qk_norm:
+        fields["family"] = "qwen3"
+    elif qkv_bias:
+        fields["family"] = "qwen2"
+    return fields
 
 
 def _args(saved: Any, path: Path) -> dict[str, Any]:
+    """Return the arguments that Megatron has saved with a checkpoint. Raises CheckpointError."""
     args = saved.get("args") if isinstance(saved, Mapping) else None
     state = args.state if isinstance(args, Unknown) else None
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} does not hold the arguments of the run that wrote it")
-    # All that is asked for are numbers, words and truth values. Of others a message might never end.
+    # Only numbers, words and truth values are asked for. Anything else might make a message endless.
     return {name: value for name, value in state.items() if value is None or isinstance(value, int | float | str)}
 
 
 def _ours(name: str, first_layer: int = 0) -> str | None:
-    """Our name; None for what is no weight, or none that we know."""
+    """Return megalite's name for one of Megatron's, or None for what is no known weight.
+
+    `first_layer` is the number of its layer 0 in the whole model."""
     name = name.removeprefix("language_model.")
     name = re.sub(r"^(encoder|transformer)\.", "decoder.", name)
     if match := re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name):
@@ -218,18 +238,22 @@ def _ours(name: str, first_layer: int = 0) -> str | None:
 
 
 def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Every value by its whole name. Raises CheckpointError where a dictionary is in two places, or in itself."""
-    seen, pending = {id(values)}, [("", values)]
+    """Yield every value of nested dictionaries, by its whole dotted name.
+
+    Raises CheckpointError if a dictionary is in two places, or within itself: the walk might never end."""
+    seen = {id(values)}
+    pending = [("", values)]
     while pending:
         prefix, inner = pending.pop()
         for key, value in inner.items():
+            name = prefix + (key if isinstance(key, str) else shown(key))
             if not isinstance(value, Mapping):
-                yield f"{prefix}{shown(key) if not isinstance(key, str) else key}", value
+                yield name, value
             elif id(value) in seen:
                 raise CheckpointError(f"{prefix}{shown(key)} is a dictionary that is elsewhere as well")
             else:
                 seen.add(id(value))
-                pending.append((f"{prefix}{key}." if isinstance(key, str) else f"{prefix}{shown(key)}.", value))
+                pending.append((f"{name}.", value))
 
 
 def _unknown(path: Path, name: str) -> CheckpointError:
@@ -237,7 +261,7 @@ def _unknown(path: Path, name: str) -> CheckpointError:
 
 
 def _sizes(values: Any) -> tuple[int, ...]:
-    """Raises CheckpointError unless they are the sizes, or the offsets, of a tensor."""
+    """Return the sizes, or the offsets, of a tensor. Raises CheckpointError if they are none."""
     sizes = tuple(values)
     if not all(isinstance(size, int) and 0 <= size < 2**48 for size in sizes):
         raise CheckpointError(f"a tensor has the shape {shown(sizes)}, which is none")
@@ -245,10 +269,13 @@ def _sizes(values: Any) -> tuple[int, ...]:
 
 
 class _RankFiles:
-    """A file for each tensor and pipeline rank; layers are numbered from 0 in each of its models."""
+    """Reads the format "torch": a file for each tensor and pipeline rank.
+
+    Layers are numbered from 0 in every pipeline stage (Megatron calls it a model chunk)."""
 
     def __init__(self, folder: Path):
         self.folder = folder
+        # By pipeline rank, then by tensor rank.
         grid: dict[int, dict[int, Path]] = {}
         for path in sorted(folder.glob("mp_rank_*/model_optim_rng.pt")):
             match = re.fullmatch(r"mp_rank_(\d+)(?:_(\d+))?", path.parent.name)
@@ -256,8 +283,11 @@ class _RankFiles:
                 raise CheckpointError(f"{path.parent}: neither mp_rank_TENSOR nor mp_rank_TENSOR_PIPELINE")
             grid.setdefault(int(match[2] or 0), {})[int(match[1])] = path
         self.tensor = len(grid[0]) if 0 in grid else 0
-        self._found: dict[str, list[Any]] = {}  # a StoredTensor of each tensor rank
-        saved = [[TorchFile(path).load() for _, path in sorted(row.items())] for _, row in sorted(grid.items())]
+        self._found: dict[str, list[Any]] = {}
+        """By megalite's name, a StoredTensor of each tensor rank."""
+        saved = []
+        for _, row in sorted(grid.items()):
+            saved.append([TorchFile(path).load() for _, path in sorted(row.items())])
         if any(len(row) != self.tensor for row in saved):
             raise CheckpointError(f"{folder}: files of some ranks are missing: {sum(map(len, saved))} are there")
         self.args = _args(saved[0][0], folder)
@@ -267,27 +297,34 @@ class _RankFiles:
         first = 0
         with reading(f"{folder}: what its files hold", CheckpointError):
             whole = saved[0][0]
-            chunks = ["model"] if "model" in whole else [key for key in whole if re.fullmatch(r"model\d+", str(key))]
-            for chunk in chunks:  # of interleaved stages, all ranks' first come before any's second
+            chunks = ["model"]
+            if "model" not in whole:
+                chunks = [key for key in whole if re.fullmatch(r"model\d+", str(key))]
+            for chunk in chunks:  # interleaved: the first chunks of all ranks come before the second of any
                 for row in saved:
-                    first += self._take([dict(_flat(ranks[chunk])) for ranks in row], first)
+                    shards = [dict(_flat(ranks[chunk])) for ranks in row]
+                    first += self._take(shards, first)
 
     def _take(self, ranks: list[dict[str, Any]], first: int) -> int:
-        """The weights of one model, given by each tensor rank. Returns how many layers it has."""
+        """Take the weights of one model chunk, as each tensor rank stores them. Returns its number of layers.
+
+        `first` is the number of its first layer in the whole model."""
         layers = set()
         for name in dict.fromkeys(name for rank in ranks for name in rank):
             values = [rank.get(name) for rank in ranks]
             are_tensors = [isinstance(value, StoredTensor) for value in values]
             if (ours := _ours(name, first)) is None:
+                # A tensor that is silently left out might be part of what the model computes.
                 if any(are_tensors) and not NO_WEIGHTS.search(name):
                     raise _unknown(self.folder, name)
                 continue
             if not all(are_tensors):
                 raise CheckpointError(f"{self.folder}: {name} is not a tensor on every tensor rank")
-            # A tied embedding stands on the last stage again.
+            # The last pipeline stage stores a tied embedding again.
             if not _equal(self._found.setdefault(ours, values), values):
                 raise CheckpointError(f"{self.folder}: {ours} is stored twice, with different values")
-            layers |= {ours.split(".")[1]} if ours.startswith("layers.") else set()
+            if ours.startswith("layers."):
+                layers.add(ours.split(".")[1])
         return len(layers)
 
     def names(self) -> set[str]:
@@ -305,7 +342,7 @@ def _equal(first: list[Any], second: list[Any]) -> bool:
 
 
 class _Pieces:
-    """torch.distributed.checkpoint's files: pieces of whole tensors."""
+    """Reads the format "torch_dist", files of torch.distributed.checkpoint: pieces of whole tensors."""
 
     tensor = 1
 
@@ -315,8 +352,11 @@ class _Pieces:
         self.args = _args(common, folder / "common.pt")
         metadata = load_pickle(folder / ".metadata")
         self._shapes: dict[str, tuple[int, ...]] = {}
+        """By Megatron's name."""
         self._pieces: dict[str, list[tuple[tuple[int, ...], Any]]] = {}
+        """By Megatron's name: the offset of each piece in the tensor, and where its bytes are."""
         self._where: dict[str, tuple[str, int | None]] = {}
+        """By megalite's name: Megatron's, and the layer in a tensor of all layers."""
         with reading(f"{folder}/.metadata of torch.distributed.checkpoint", CheckpointError):
             for name, stored in metadata.state["state_dict_metadata"].items():
                 if "size" in stored.state and not NO_WEIGHTS.search(name):
@@ -325,16 +365,17 @@ class _Pieces:
                 if isinstance(name := index.state["fqn"], str) and name in self._shapes:
                     offset = _sizes(index.state["offset"] or ())
                     self._pieces.setdefault(name, []).append((offset, place.state))
+        # A number takes a byte at least: no damaged shape may make us allocate more than the files hold.
         most = sum(path.stat().st_size for path in folder.glob("*.distcp"))
         for name, shape in self._shapes.items():
             if math.prod(shape) > most:
                 raise CheckpointError(f"{folder}: {name} has shape {shown(shape)}, which is more than its files hold")
-            stacked = re.fullmatch(r"decoder\.layers\.(\D.*)", name.removeprefix("model."))
+            plain = name.removeprefix("model.")
+            stacked = re.fullmatch(r"decoder\.layers\.(\D.*)", plain)
             if stacked and (shape[:1] != (self.args.get("num_layers"),) or shape[0] > MOST_LAYERS):
                 raise CheckpointError(f"{folder}: {name} is of another number of layers than the model")
             numbers = range(shape[0]) if stacked else [None]
             for number in numbers:
-                plain = name.removeprefix("model.")
                 ours = _ours(f"decoder.layers.{number}.{stacked[1]}" if stacked else plain)
                 if ours is None:
                     raise _unknown(folder, name)
@@ -355,27 +396,30 @@ class _Pieces:
             return [self._read(stored, layer)]
 
     def _read(self, stored: str, layer: int | None) -> Tensor:
-        """A whole tensor; of one of all layers, that of a layer."""
+        """Put a whole tensor together from its pieces; of a tensor of all layers, that of one `layer`."""
         shape = self._shapes[stored]
         whole: Tensor | None = None
         filled = torch.zeros(shape if layer is None else shape[1:], dtype=torch.bool)
         for offset, place in self._pieces.get(stored, ()):
             begin = offset or (0,) * len(shape)
-            if layer is not None and begin[0] > layer:
+            if layer is not None and begin[0] > layer:  # known before the piece is read
                 continue
             path = beside(self.folder, place["relative_path"], self.folder / ".metadata")
             piece = TorchFile(path, place["offset"], place["length"]).load().read()
+            # A piece may lack the dimension of the layers.
             piece = piece.reshape((1,) * (len(shape) - piece.dim()) + piece.shape)
             if layer is not None:
                 if begin[0] + len(piece) <= layer:
                     continue
-                begin, piece = begin[1:], piece[layer - begin[0]]
+                piece = piece[layer - begin[0]]
+                begin = begin[1:]
             if whole is None:
                 whole = piece.new_empty(filled.shape)
             where = tuple(slice(b, b + n) for b, n in zip(begin, piece.shape, strict=True))
             if filled[where].any():
                 raise CheckpointError(f"{self.folder}: a piece of {stored} is there twice")
-            whole[where], filled[where] = piece, True
+            whole[where] = piece
+            filled[where] = True
         if whole is None or not filled.all():
             raise CheckpointError(f"{self.folder}: pieces of {stored} are missing")
         return whole

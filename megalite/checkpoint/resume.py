@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from: all ranks agree on the newest whose content is that of its manifest."""
+"""Finds the checkpoint a run resumes from: all ranks agree on the newest one whose files match its manifest."""
 
 from __future__ import annotations
 
@@ -34,19 +34,22 @@ from megalite.outside import read_json, reading, shown
 from megalite.parallel.collectives import all_reduce, start_highest
 
 SHOWN = 3
-"""Damaged files of a checkpoint that are named."""
+"""Number of a checkpoint's damaged files that a message names."""
 
 
 def find_checkpoint(
-    root: Path, resume: str | Path, mesh: Mesh, bad_steps_limit: int | None = None
+    root: Path,
+    resume: str | Path,
+    mesh: Mesh,
+    bad_steps_limit: int | None = None,
 ) -> tuple[Path | None, list[str]]:
-    """The folder to resume from, or None for a fresh start, and what there is to say about it: damaged ones that were
-    set aside, others that are passed over.
+    """Return (the folder to resume from or None for a fresh start, messages about it).
 
-    `resume` is "auto" (newest undamaged one below `root`), "never", or a folder: to begin from, while the run has no
-    checkpoint of its own, or one of its own to go back to. One that was saved after `bad_steps_limit` steps in a row
-    with bad numbers gives way to the newest that is known to be good. All ranks call it, and each reads a share of
-    the files. Raises CheckpointError on all."""
+    `resume` is "auto" (the newest undamaged checkpoint below `root`), "never", or a folder: one to begin from while the
+    run has no checkpoint of its own, or one of its own to go back to. A checkpoint saved after `bad_steps_limit` steps
+    in a row with bad numbers gives way to the newest that is known to be good. Damaged ones are set aside.
+
+    All ranks of `mesh` call it, and each reads a share of the files. Raises CheckpointError on all."""
     steps = _of_rank_0(lambda: _steps_in(root), mesh)
     if resume == "never":
         if steps:
@@ -63,10 +66,11 @@ def find_checkpoint(
     if newest is None and damaged:
         which = "; ".join(f"{folder.name}: {_tell(what)}" for folder, what in damaged.items())
         unreadable = any(Damage.UNREADABLE in what.values() for what in damaged.values())
-        # What could not be read, a launcher tries again.
+        # With a disk's error as its cause a launcher starts the run again: the disk may come back.
+        cause = OSError(errno.EIO, "unreadable") if unreadable else None
         raise CheckpointError(
             f"{root}: every checkpoint is damaged; move them away to start the run afresh ({which})"
-        ) from (OSError(errno.EIO, "unreadable") if unreadable else None)
+        ) from cause
     if newest is None:
         return None, []
     if asked and not _has_begun_at(newest, asked):
@@ -76,31 +80,32 @@ def find_checkpoint(
                 "not begin there; leave it out to go on from them, or choose another run.name"
             )
         return _undamaged(asked, mesh), [f"checkpoint.resume: going back to {asked} from {newest.name}"]
-    told = [f"checkpoint.resume: the run has begun at {asked}"] if asked and not _is_same(asked, newest) else []
     folder, why = _sound(root, steps, newest, damaged, mesh, bad_steps_limit)
     if mesh.world.rank == 0:
         for other in damaged:
             set_aside(other)
-    return folder, [
-        *(
-            f"warning: {other} is damaged and was set aside ({_tell(what)}); resuming from {folder}"
-            for other, what in damaged.items()
-        ),
-        *told,
-        *why,
-    ]
+    told = []
+    for other, what in damaged.items():
+        told.append(f"warning: {other} is damaged and was set aside ({_tell(what)}); resuming from {folder}")
+    if asked and not _is_same(asked, newest):
+        told.append(f"checkpoint.resume: the run has begun at {asked}")
+    return folder, told + why
 
 
 def _undamaged(folder: Path, mesh: Mesh) -> Path:
+    """Return the folder. Raises CheckpointError if it is damaged."""
     if damage := find_damage(folder, mesh):
         raise CheckpointError(f"checkpoint.resume = {folder}: no undamaged checkpoint there: {_tell(damage)}")
     return folder
 
 
 def _newest_undamaged(
-    root: Path, steps: Sequence[int], damaged: dict[Path, dict[str, Damage]], mesh: Mesh
+    root: Path,
+    steps: Sequence[int],
+    damaged: dict[Path, dict[str, Damage]],
+    mesh: Mesh,
 ) -> Path | None:
-    """Adds to `damaged` those that are passed over."""
+    """Return the newest undamaged checkpoint. Adds those that are passed over to `damaged`."""
     for step in reversed(steps):
         folder = step_folder(root, step)
         damage = find_damage(folder, mesh)
@@ -111,7 +116,7 @@ def _newest_undamaged(
 
 
 def _has_begun_at(folder: Path, asked: Path) -> bool:
-    """Whether a run's own checkpoint is the one that was asked for, or comes from a start that asked for the same."""
+    """Return whether a run's own checkpoint is `asked` itself, or comes from a start that was asked for the same."""
     before = (stored_config(folder) or {}).get("checkpoint", {}).get("resume", "auto")
     return _is_same(folder, asked) or (before not in ("auto", "never") and _is_same(Path(before), asked))
 
@@ -128,10 +133,13 @@ def _sound(
     mesh: Mesh,
     limit: int | None,
 ) -> tuple[Path, list[str]]:
-    """The newest checkpoint, or the one before the bad steps that ended the run, and what to say."""
+    """Return the newest checkpoint, or the one before the bad steps that ended the run, and messages about it.
+
+    Those found damaged on the way are added to `damaged`."""
 
     def judge() -> list[int]:
-        worth = read_worth(newest, next(step for step in steps if step_folder(root, step) == newest))
+        step = next(step for step in steps if step_folder(root, step) == newest)
+        worth = read_worth(newest, step)
         return [worth.refused, *sound_steps(steps, worth)]
 
     refused, *sound = _of_rank_0(judge, mesh)
@@ -145,7 +153,9 @@ def _sound(
 
 
 def way_back(root: Path, bad_steps_limit: int) -> list[str]:
-    """Say from where a run that ends for bad numbers can go on. Rank 0 calls it."""
+    """Say from where a run that ended for bad numbers can be resumed. Rank 0 calls it.
+
+    `root` holds its checkpoints; `bad_steps_limit` is the setting."""
     steps = complete_steps(root)
     if not steps:
         return ["no checkpoint was saved: started again, the run begins afresh"]
@@ -160,8 +170,10 @@ def way_back(root: Path, bad_steps_limit: int) -> list[str]:
 
 
 def leave_newer(root: Path, step: int) -> list[str]:
-    """Set aside the checkpoints of later steps than the one a run goes back to, and say so. Of those that have the same
-    weights, since no step between them was good, the last one stays, in the place of one that was left so before."""
+    """Set aside the checkpoints after `step`, to which a run goes back, and say so.
+
+    Those with the same weights, because no step between them was good, are deleted but for the last one. That replaces
+    the one that was kept for the same reason before."""
     newer = [other for other in steps_in(root) if other > step]
     if not newer:
         return []
@@ -185,11 +197,11 @@ def leave_newer(root: Path, step: int) -> list[str]:
 
 
 def find_damage(folder: Path, mesh: Mesh) -> dict[str, Damage]:
-    """What is wrong with a checkpoint's files, by their names; the same on all ranks, of which each reads a share."""
+    """Return what is wrong with a checkpoint's files, by name. Each rank reads a share; all get the same result."""
     files = read_manifest(folder)
     names = [] if isinstance(files, Damage) else sorted(files)
     count = start_highest(len(names), mesh)()
-    found = torch.zeros(count + 1, dtype=torch.int64)  # the last is of the manifest
+    found = torch.zeros(count + 1, dtype=torch.int64)  # one a file, and the last for the manifest
     if isinstance(files, Damage):
         found[-1] = files
     elif len(names) < count:  # this rank sees another manifest than others do
@@ -198,7 +210,7 @@ def find_damage(folder: Path, mesh: Mesh) -> dict[str, Damage]:
         for number in range(mesh.world.rank, count, mesh.world.size):
             name = names[number]
             found[number] = damage_of(folder / name, files[name])
-            NOW.beats += 1  # of a large one, all together take longer than a run may be silent
+            NOW.beats += 1  # progress for the watchdog: all files together may take longer than its timeout
     worst = all_reduce(found.to(mesh.device), mesh.world, dist.ReduceOp.MAX).tolist()
     if worst[-1]:
         return {MANIFEST: Damage(worst[-1])}
@@ -207,7 +219,8 @@ def find_damage(folder: Path, mesh: Mesh) -> dict[str, Damage]:
 
 def _tell(damage: dict[str, Damage]) -> str:
     told = [f"{name} {what.words}" for name, what in damage.items()]
-    return ", ".join(told[:SHOWN]) + (f" and {len(told) - SHOWN} more files" if len(told) > SHOWN else "")
+    more = f" and {len(told) - SHOWN} more files" if len(told) > SHOWN else ""
+    return ", ".join(told[:SHOWN]) + more
 
 
 def _steps_in(root: Path) -> list[int]:
@@ -217,20 +230,21 @@ def _steps_in(root: Path) -> list[int]:
 
 
 def _of_rank_0(look: Callable[[], list[int]], mesh: Mesh) -> list[int]:
-    """One rank looks, so that all see the same folders whatever their file systems have cached."""
+    """Return what rank 0 finds, on all ranks: their file systems may have cached different listings."""
     found = look() if mesh.world.rank == 0 else []
     if mesh.world.size == 1:
         return found
     count = torch.tensor(len(found), device=mesh.device)
     dist.broadcast(count, 0)
-    agreed = torch.tensor(found + [0] * (int(count) - len(found)), dtype=torch.int64, device=mesh.device)
+    padded = found + [0] * (int(count) - len(found))
+    agreed = torch.tensor(padded, dtype=torch.int64, device=mesh.device)
     if found or count:
         dist.broadcast(agreed, 0)
     return agreed.tolist()
 
 
 def read_train_state(folder: Path) -> dict[str, Any]:
-    """Return what a run noted beside its weights. Raises CheckpointError."""
+    """Return a checkpoint's train_state.json. Raises CheckpointError."""
     path = folder / "train_state.json"
     state = read_json(path, CheckpointError)
     with reading(path, CheckpointError):

@@ -1,5 +1,6 @@
-"""Saving while training goes on: the loop pays at most for gathering tensors into host memory, a thread does the
-rest."""
+"""Saves checkpoints while training goes on: the loop waits at most for tensors to be gathered into host memory, a
+thread does the rest.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +28,8 @@ from megalite.parallel.collectives import start_highest, start_sharing
 class Saver:
     """Writes checkpoints of a run. Every rank has one and calls it at the same steps.
 
-    A save that fails costs training nothing: it is reported and tried again, until the next one is due; older
-    checkpoints stand untouched, and no folder gets the name of a checkpoint that is not whole."""
+    A failed save does not harm the training: it is reported, and tried again until the next one is due. Older
+    checkpoints stay untouched, and no incomplete folder gets the name of a checkpoint."""
 
     def __init__(
         self,
@@ -42,62 +43,69 @@ class Saver:
         stem: str = "model",
         keep_best: int = 0,
     ):
-        """`owners` says which rank writes each weight; `write_extras` puts what is not a tensor (config.json,
-        tokenizer) into a folder, and rank 0 calls it. Files of weights begin with `stem`. All ranks make one, and no
-        other run writes below `root`."""
+        """Write below `root`, which no other run uses. A collective.
+
+        `keep` newest and `keep_best` best checkpoints stay. `owners` says which rank writes each of `weights`, from the
+        state of `engine`. `write_extras`, called by rank 0, puts what is no tensor (config.json, tokenizer) into a
+        folder. Files of weights begin with `stem`."""
         table = {weight.name: weight for weight in weights}
         self.target = Target(root, keep, table, owners, mesh, write_extras, stem, keep_best)
-        self.mesh, self.engine = mesh, engine
+        self.mesh = mesh
+        self.engine = engine
         self.error: str | None = None
-        """Why the last save failed; None if it did not. Ask after `wait`."""
+        """Why the last save failed, or None. Read it after `wait`."""
         self._best = 0
         self._buffers = HostBuffers()
         self._thread: threading.Thread | None = None
         self._began = 0.0
-        self._hurry, self._abandoned = threading.Event(), threading.Event()
-        self._news = deque[str]()  # one for good: the thread that writes adds to it meanwhile
-        # Of this saver, among all that share a store.
+        self._hurry = threading.Event()
+        self._abandoned = threading.Event()
+        self._news = deque[str]()  # never replaced by another one: the writing thread appends to it meanwhile
+        # Unique among all savers that share a store, and counted up with every save.
         self._number = start_highest(time.time_ns() if mesh.world.rank == 0 else 0, mesh)()
         if mesh.world.rank == 0:
-            with contextlib.suppress(OSError):  # it may go later
+            with contextlib.suppress(OSError):  # what cannot be deleted now is deleted at a later start
                 remove_unfinished(root)
 
     def save(self, step: int, train_state: dict[str, Any]) -> None:
-        """Start writing the state of this moment. Waits first for an earlier save to end on all ranks."""
+        """Start to write the checkpoint of `step`, with the state of this moment and `train_state`.
+
+        Waits first for an earlier save to end on all ranks."""
         folder = step_folder(self.target.root, step)
-        self._hurry.set()  # what could not be written so far gives way to what is newer
+        self._hurry.set()  # an earlier save that keeps failing gives way to the newer one
         if busy := self._wait_for_others():
             so_far = time.monotonic() - self._began
             ranks = ", ".join(map(str, busy[:8])) + (", …" if len(busy) > 8 else "")
             self._failed(folder, f"the one before is still being written after {so_far:.0f} s, by rank {ranks}")
             return
         self._hurry.clear()
-        self.error, self._began = None, time.monotonic()
+        self.error = None
+        self._began = time.monotonic()
         self._number += 1
         kinds = ("weight", *self.engine.states)
         self._buffers.reuse()
         collect = self.engine.gather_later(kinds, self.target.owners, self._buffers)
         if self.mesh.device.type == "cuda":
+            # The next step may change the weights only once they are copied.
             torch.cuda.current_stream(self.mesh.device).synchronize()
         self._thread = threading.Thread(target=self._write, args=(folder, collect, train_state), name="checkpoint")
         self._thread.start()
 
     def _wait_for_others(self) -> list[int]:
-        """The ranks that are still at the last save, after as long as one may take; the same on all ranks."""
+        """Wait until no rank writes any more, PATIENCE_S at most. Returns the ranks that still do, alike on all."""
         while True:
             busy = self._thread is not None and self._thread.is_alive()
             late = self.mesh.world.rank == 0 and time.monotonic() - self._began > PATIENCE_S
-            # In short rounds: a rank that sat in one long collective would be taken for hanging.
-            found = start_sharing(busy + 2 * late, self.mesh)().int().tolist()
+            # In short rounds: a rank that waits in one long collective would be taken for hanging.
+            found = start_sharing(busy + 2 * late, self.mesh)().int().tolist()  # bit 0: busy; bit 1, rank 0 only: late
             ranks = [rank for rank, state in enumerate(found) if state % 2]
             if not ranks or found[0] >= 2:
                 return ranks
             time.sleep(0.1)
 
     def wait(self, abandon: bool = False) -> None:
-        """Until the last save has ended, on all ranks.
-
-        `abandon` does not wait for other ranks, which may be gone."""
+        """Wait until the last save has ended on all ranks. With `abandon`, other ranks, which may be gone, are not
+        waited for."""
         if abandon:
             self._abandoned.set()
             self._hurry.set()
@@ -106,7 +114,7 @@ class Saver:
             self._thread.join()
 
     def news(self) -> list[str]:
-        """What there is to say since the last call, for the console."""
+        """Return the messages since the last call, for the console."""
         return [self._news.popleft() for _ in range(len(self._news))]
 
     def _failed(self, folder: Path, reason: str) -> None:
@@ -114,23 +122,25 @@ class Saver:
         self._news.append(f"warning: {self.error}")
 
     def _write(self, folder: Path, collect: Collect, train_state: dict[str, Any]) -> None:
+        """Write one checkpoint, in the thread."""
         board = Board(self.mesh, self._number, self._abandoned)
         numbers = train_state.get("numbers")
         worth = Worth(train_state["step"], numbers["in_a_row"]) if numbers else None
         writing = Writing(self.target, folder, collect, train_state, worth, board, self._hurry, self._news.append)
         try:
             reason = writing.run()
-        except Exception as error:  # nobody answers any more
+        except Exception as error:  # no other rank answers any more
             reason = explain(error)
         if reason:
             self._failed(folder, reason)
         elif self.mesh.world.rank == 0:
-            self._news.append(f"saved {folder} in {time.monotonic() - self._began:.1f} s")
+            took = time.monotonic() - self._began
+            self._news.append(f"saved {folder} in {took:.1f} s")
             self.target.prune(worth)
             self._tell_best()
 
     def _tell_best(self) -> None:
-        """Say which checkpoint is the best, when it is another one than before."""
+        """Report which checkpoint is the best by validation loss, if it has changed."""
         root = self.target.root
         with contextlib.suppress(OSError):
             steps = complete_steps(root) if self.target.keep_best else []

@@ -1,4 +1,4 @@
-"""Reading tensors by name and slice from a folder of safetensors files."""
+"""Reads tensors by name and slice from a folder of safetensors files."""
 
 from __future__ import annotations
 
@@ -16,23 +16,26 @@ from megalite.outside import beside, read_json, reading, shown
 
 KEEPS = "a run keeps the model it began with; another one needs another run.name"
 DTYPES = ("BF16", "F16", "F32", "F64")
-"""How weights may be stored. Bytes of fp8, and numbers of a quantised model, are nothing without their scales."""
+"""Dtypes that weights may be stored in. Numbers of fp8 and of quantized models mean nothing without their scales."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-"""How files are called that torch.save wrote."""
+"""Suffixes of files that torch.save writes."""
 
 
 class NotSaved(CheckpointError):
-    """The last checkpoint of a run could not be written."""
+    """Raised when the last checkpoint of a run could not be written."""
 
 
 class TensorFolder:
-    """The tensors of STEM.safetensors, or of the files that STEM.safetensors.index.json lists."""
+    """Reads the tensors of STEM.safetensors, or of the files that STEM.safetensors.index.json lists."""
 
     def __init__(self, folder: Path, stem: str = "model"):
-        self.folder, self.stem = folder, stem
+        """Read the names of all tensors. Raises CheckpointError."""
+        self.folder = folder
+        self.stem = stem
         self._open: dict[str, Any] = {}
         self._prefix = ""
-        index, single = folder / f"{stem}.safetensors.index.json", f"{stem}.safetensors"
+        index = folder / f"{stem}.safetensors.index.json"
+        single = f"{stem}.safetensors"
         try:
             if index.exists():
                 self.files = _weight_map(index, single)
@@ -46,7 +49,7 @@ class TensorFolder:
         self._add_unlisted()
 
     def _add_unlisted(self) -> None:
-        """What the files of an index hold beside what it lists, as transformers does."""
+        """Add the tensors that files hold beside those an index lists, because transformers loads them, too."""
         for file in sorted(set(self.files.values())):
             with reading(self.folder / file, CheckpointError):
                 names = self._file(file).keys()
@@ -55,6 +58,7 @@ class TensorFolder:
                     raise CheckpointError(f"{self.folder}: {name} is stored in both {listed} and {file}")
 
     def _file(self, name: str) -> Any:
+        """Open a file once and keep it open: it stays readable if a run deletes the checkpoint meanwhile."""
         if name not in self._open:
             self._open[name] = safe_open(beside(self.folder, name, self.folder), framework="pt")
         return self._open[name]
@@ -65,8 +69,8 @@ class TensorFolder:
             return self._file(file).get_slice(name.removeprefix(self._prefix))
 
     def fetch(self, name: str, where: tuple[slice, ...]) -> Tensor:
-        """Read a slice of a tensor; only its bytes are read."""
-        NOW.beats += 1
+        """Read the slice `where` of the tensor `name`, and no other bytes of it."""
+        NOW.beats += 1  # progress for the watchdog: loading a large model takes many reads
         with reading(self.folder / self.files[name], CheckpointError):
             return self._slices(name)[where]
 
@@ -74,15 +78,16 @@ class TensorFolder:
         return tuple(self._slices(name).get_shape())
 
     def add_base_prefix(self, prefix: str, apart: Collection[str]) -> None:
-        """Let names be asked for with the prefix ("transformer.") that a model stored without its head lacks, such as
-        the hub's own gpt2. Names in `apart` have none."""
+        """Accept names with a `prefix` ("transformer.") if the files lack it: models stored without a head, such as the
+        hub's gpt2, have none. Names in `apart` never have it."""
         if not any(name.startswith(prefix) for name in self.files):
             self._prefix = prefix
             self.files = {name if name in apart else prefix + name: file for name, file in self.files.items()}
 
     def check(self, weights: Sequence[Weight], ignore: Collection[str] = ()) -> None:
-        """Raise CheckpointError unless names and shapes are exactly those of the table, and all are numbers. Tensors in
-        `ignore` may be there as well."""
+        """Raise CheckpointError unless names and shapes are exactly those of `weights`, and all have a known dtype.
+
+        Tensors in `ignore` may be there as well."""
         wanted = {name: shape for weight in weights for name, shape in weight.hf_shapes().items()}
         missing = sorted(wanted.keys() - self.files.keys())
         unknown = sorted(self.files.keys() - wanted.keys() - set(ignore))
@@ -107,13 +112,15 @@ class TensorFolder:
 
 
 def _weight_map(index: Path, single: str) -> dict[str, str]:
-    """Return the file of each tensor, as an index says. Raises CheckpointError for a file that is elsewhere, or where
-    there is also a single file, which transformers would take."""
+    """Return the file of each tensor, as an index says.
+
+    Raises CheckpointError for a file outside the folder, and if there is a single file as well: transformers would load
+    that one instead."""
     values = read_json(index, CheckpointError)
     files = values.get("weight_map") if isinstance(values, dict) else None
     if not isinstance(files, dict):
         raise CheckpointError(f"{index} has no weight_map of names and files, but is {shown(values)}")
-    for file in {shown(file): file for file in files.values()}.values():
+    for file in {shown(file): file for file in files.values()}.values():  # each once; a damaged entry may be unhashable
         beside(index.parent, file, index)
     if index.with_name(single).exists() and set(files.values()) != {single}:
         raise CheckpointError(
@@ -123,6 +130,7 @@ def _weight_map(index: Path, single: str) -> dict[str, str]:
 
 
 def _pickles(folder: Path) -> str:
+    """Say what to do about a folder that holds pickles instead; empty if it holds none."""
     names = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLES)
     if not names:
         return ""
@@ -133,4 +141,7 @@ def _pickles(folder: Path) -> str:
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") if names else "none"
+    if not names:
+        return "none"
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more

@@ -1,5 +1,6 @@
-"""Stored tensors that belong to no weight: which of them say nothing new, and may be passed over. All others are
-errors, so that nothing that was trained is dropped unseen."""
+"""Decides which stored tensors without a weight may be ignored, because they say nothing new. All others are errors:
+nothing that was trained may be dropped unseen.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from megalite.config import ModelConfig
 from megalite.models import weight_table
 
 BLOCK_BYTES = 2**24
-"""Of a tensor that is read at a time for a comparison."""
+"""Bytes of a tensor that a comparison reads at a time."""
 MASK = re.compile(r"\.(attn|attention)\.bias$")
 MASKED = re.compile(r"\.(attn|attention)\.masked_bias$")
 FREQUENCIES = re.compile(r"\.rotary_emb\.inv_freq$")
@@ -22,11 +23,11 @@ frequencies."""
 
 
 def unneeded(source: TensorFolder, model: ModelConfig, head_is_replaced: bool) -> set[str]:
-    """Return the names of stored tensors that the model has without them: the second copy of a tied head, or a head
-    that is replaced by another one; causal masks and rotary frequencies as the model computes them.
+    """Return the names of stored tensors in `source` that `model` does without.
 
-    Raises CheckpointError where a tied head is stored that is not a copy of the embedding, or frequencies that
-    config.json does not give."""
+    These are the second copy of a tied head, a head that another one replaces (`head_is_replaced`), and causal masks
+    and rotary frequencies that are as the model computes them. Raises CheckpointError for a tied head that is no copy
+    of the embedding, and for frequencies that contradict config.json."""
     found = {name for name in source.files if _is_computed(source, name, model)}
     embedding, head = ends_of(model)
     if head in source.files and (head_is_replaced or model.tie_embeddings):
@@ -44,6 +45,7 @@ def ends_of(model: ModelConfig) -> tuple[str, str]:
 
 
 def _check_copy(source: TensorFolder, embedding: str, head: str) -> None:
+    """Raise CheckpointError unless the stored head is a copy of the embedding."""
     if embedding not in source.files:
         return  # which `TensorFolder.check` says
     shapes = [source.shape(name) for name in (embedding, head)]
@@ -61,21 +63,23 @@ def _check_copy(source: TensorFolder, embedding: str, head: str) -> None:
 
 
 def _first_difference(source: TensorFolder, one: str, other: str) -> int | None:
-    """The first row in which two tensors of a shape differ, read block by block up to there."""
+    """Return the first row in which two tensors of one shape differ, or None. Reads block by block up to there."""
     num_rows, *rest = source.shape(one)
     step = max(1, BLOCK_BYTES // (4 * max(1, torch.Size(rest).numel())))
     for start in range(0, num_rows, step):
         rows = (slice(start, min(start + step, num_rows)),)
-        a, b = source.fetch(one, rows), source.fetch(other, rows)
+        a = source.fetch(one, rows)
+        b = source.fetch(other, rows)
         if a.dtype != b.dtype:
             a, b = a.double(), b.double()
         if not torch.equal(a, b):
-            return start + int((a != b).flatten(1).any(1).nonzero()[0])
+            differs = (a != b).flatten(1).any(1)
+            return start + int(differs.nonzero()[0])
     return None
 
 
 def _is_computed(source: TensorFolder, name: str, model: ModelConfig) -> bool:
-    """Whether a stored buffer holds what the model computes anyway."""
+    """Return whether a stored buffer holds what the model computes anyway."""
     shape = source.shape(name) if MASK.search(name) or MASKED.search(name) or FREQUENCIES.search(name) else ()
     if MASK.search(name) and len(shape) == 4:
         mask = _whole(source, name)
@@ -89,17 +93,22 @@ def _is_computed(source: TensorFolder, name: str, model: ModelConfig) -> bool:
 
 
 def _check_frequencies(source: TensorFolder, name: str, model: ModelConfig) -> None:
+    """Raise CheckpointError unless stored rotary frequencies are those that config.json gives."""
     size, theta, scaling = (getattr(model, field) for field in ("rotary_size", "rope_theta", "rope_scaling"))
     plain_R = theta ** -(torch.arange(0, size, 2).float() / size)
-    lengths = (1, model.max_positions)  # long sequences may have frequencies of their own
-    allowed = [plain_R, *([scaling.stretch(plain_R, length) for length in lengths] if scaling else [])]
+    allowed = [plain_R]
+    if scaling:
+        # Long sequences may have frequencies of their own.
+        allowed += [scaling.stretch(plain_R, length) for length in (1, model.max_positions)]
     stored_R = _whole(source, name).float()
-    # Many were rounded to 16 bits; those of another theta differ by far more.
-    if not any(x.shape == stored_R.shape and torch.allclose(stored_R, x, rtol=1e-2, atol=1e-7) for x in allowed):
-        raise CheckpointError(
-            f"{source.folder}: the stored rotary frequencies {name} are not those that config.json gives "
-            f"(rope_theta = {theta:g}); correct rope_theta there, or remove the tensor if config.json is right"
-        )
+    for R in allowed:
+        # Many were rounded to 16 bits; those of another theta differ by far more.
+        if R.shape == stored_R.shape and torch.allclose(stored_R, R, rtol=1e-2, atol=1e-7):
+            return
+    raise CheckpointError(
+        f"{source.folder}: the stored rotary frequencies {name} are not those that config.json gives "
+        f"(rope_theta = {theta:g}); correct rope_theta there, or remove the tensor if config.json is right"
+    )
 
 
 def _whole(source: TensorFolder, name: str) -> Tensor:

@@ -1,6 +1,15 @@
-"""One checkpoint on its way to the disk, in a thread of every rank: each writes its tensors, rank 0 all else, and once
-all is there, its name. Whatever fails, on any rank, fails the attempt on all; nothing of it stays, and there are a few
-more."""
+"""Writes one checkpoint, in a thread of every rank.
+
+Each rank writes the tensors it owns; rank 0 writes everything else and, once all parts are there, gives the folder its
+name. A failure on any rank fails the attempt on all: nothing of it stays, and a few more attempts follow.
+
+The order of an attempt makes it safe:
+    1. rank 0 makes step-N.tmp and tells the others (begin)
+    2. every rank writes and fsyncs its files, and puts their digests on the board (part)
+    3. rank 0 waits for all parts, writes index and manifest, fsyncs files and folders, renames step-N.tmp to step-N,
+       fsyncs the parent folder, and tells the others (end)
+So a folder named step-N is complete and on disk, whenever the power goes.
+"""
 
 from __future__ import annotations
 
@@ -25,39 +34,43 @@ from megalite.models.weights import Weight
 from megalite.resources import fsync
 
 PATIENCE_S = 1800.0
-"""How long a rank that has done its part waits for the others."""
+"""Seconds that a rank that has written its part waits for the others."""
 PAUSES_S = (5.0, 30.0, 120.0)
-"""Between attempts. A file system that was gone for a moment comes back, and of a full one somebody is told."""
+"""Seconds between attempts. A file system may come back, and somebody may make room on a full one."""
 VISIBLE_S = 60.0
-"""After which a file that another node wrote must be seen on a shared file system."""
+"""Seconds after which a shared file system must show a file that another node wrote."""
 
 
 Collect = Callable[[], Mapping[str, Mapping[str, Tensor]]]
-"""Of each kind ("weight", "exp_avg"…) the tensors this rank owns."""
+"""Returns, by kind ("weight", "exp_avg"…), the tensors this rank owns."""
 
 
 @dataclass
 class Target:
-    """What is the same for all checkpoints of a run. `owners` says which rank writes each weight; `write_extras` puts
-    what is not a tensor (config.json, tokenizer) into a folder; files of weights begin with `stem`."""
+    """Holds what is the same for all checkpoints of a run."""
 
     root: Path
     keep: int
+    """Number of newest checkpoints to keep."""
     table: Mapping[str, Weight]
     owners: Mapping[str, int]
+    """The rank that writes each weight."""
     mesh: Mesh
     write_extras: Callable[[Path], None]
+    """Puts what is no tensor (config.json, tokenizer) into a folder."""
     stem: str = "model"
+    """Beginning of the names of files of weights."""
     keep_best: int = 0
+    """Number of best checkpoints to keep."""
 
     def prune(self, newest: Worth | None) -> None:
-        """Delete checkpoints that are not to be kept beside `newest`. What cannot be deleted now is next time."""
+        """Delete checkpoints that need not be kept beside `newest`. What cannot be deleted now is deleted next time."""
         with contextlib.suppress(OSError):
             prune(self.root, self.keep, self.keep_best, newest)
 
 
 class Writing:
-    """`run` in the threads of all ranks comes to the same end."""
+    """Writes one checkpoint. `run`, called in a thread of every rank, ends alike on all."""
 
     def __init__(
         self,
@@ -70,22 +83,31 @@ class Writing:
         hurry: threading.Event,
         say: Callable[[str], None],
     ):
-        """There are no more attempts once `hurry` is set."""
-        self.target, self.folder, self.collect, self.train_state = target, folder, collect, train_state
+        """Write to `folder` what `collect` returns, and `train_state`.
+
+        `worth` decides what may be pruned for it, `board` connects the ranks, `say` reports. No attempt follows once
+        `hurry` is set."""
+        self.target = target
+        self.folder = folder
+        self.collect = collect
+        self.train_state = train_state
         self.worth = worth
         self.tensors: Mapping[str, Mapping[str, Tensor]] = {}
-        self.board, self.hurry, self.say = board, hurry, say
+        self.board = board
+        self.hurry = hurry
+        self.say = say
         self.temporary = folder.with_name(f"{folder.name}.tmp")
-        self.rank, self.num_ranks = target.mesh.world.rank, target.mesh.world.size
+        self.rank = target.mesh.world.rank
+        self.num_ranks = target.mesh.world.size
 
     def run(self) -> str:
-        """Why it was not saved; empty where it was."""
+        """Write the checkpoint. Returns why it was not saved, or an empty string."""
         broken = ""
         try:
-            self.tensors = self.collect()  # at once: the next step waits for it
+            self.tensors = self.collect()  # before anything else: the next training step waits for it
         except Exception as error:
             broken = explain(error)
-        if self.rank == 0:  # steps since the last save may have shown that one to be sound
+        if self.rank == 0:  # steps since the last save may have proved that one sound, so that older ones can go
             self.target.prune(self.worth)
         for attempt, pause in enumerate((*PAUSES_S, None), 1):
             reason = self._attempt(attempt, broken)
@@ -98,6 +120,7 @@ class Writing:
         return reason
 
     def _attempt(self, number: int, broken: str) -> str:
+        """Try once. `broken` is why this rank has no tensors: it takes part all the same, so that nobody waits."""
         if reason := self._led(f"begin-{number}", self._make_folder):
             return reason
         part = {"error": f"rank {self.rank}: {broken}"} if broken else self._write_part()
@@ -106,10 +129,11 @@ class Writing:
         return self._led(f"end-{number}", lambda: self._complete(number, part))
 
     def _led(self, key: str, act: Callable[[], None]) -> str:
-        """What went wrong in what rank 0 does, told to all ranks; empty where nothing did."""
+        """Let rank 0 act, and return on all ranks why it failed; empty if it did not."""
         if self.rank > 0:
-            # Rank 0 itself waits for others.
-            return self.board.read([key], 2 * PATIENCE_S, lambda _: f"rank 0 was silent for {2 * PATIENCE_S:.0f} s")[0]
+            # Twice as patient as rank 0, which may itself wait for the others first.
+            patience_s = 2 * PATIENCE_S
+            return self.board.read([key], patience_s, lambda _: f"rank 0 was silent for {patience_s:.0f} s")[0]
         try:
             act()
             reason = ""
@@ -123,26 +147,30 @@ class Writing:
         (self.temporary / "optimizer").mkdir(parents=True)
 
     def _pause(self, seconds: float) -> None:
-        self.target.prune(self.worth)  # there may be more than asked for by now
+        """Wait before the next attempt. Raises TimeoutError once the next save is due."""
+        self.target.prune(self.worth)  # there may be more than asked for by now, and a full disk needs the room
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             if self.hurry.wait(0.1):
                 raise TimeoutError("the next save is due")
-            NOW.beats += 1  # the loop may be waiting for this thread
+            NOW.beats += 1  # progress for the watchdog: the loop may be waiting for this thread
 
     def _write_part(self) -> dict[str, Any]:
-        """This rank's files: their digests, and the sizes in bytes of the tensors in them; or an error."""
+        """Write this rank's files. Returns their digests and the sizes in bytes of their tensors, or an error."""
         files: dict[str, Any] = {}
         sizes: dict[str, dict[str, int]] = {}
         try:
             if not _becomes_true((self.temporary / "optimizer").is_dir):
                 raise OSError(f"{self.target.root} is not there; run.dir must be on a file system all nodes share")
             for kind, logical in self.tensors.items():
-                if logical:
-                    name = (self.target.stem if kind == "weight" else f"optimizer/{kind}") + self._suffix()
-                    sizes[name] = self._write_tensors(self.temporary / name, logical)
-                    files[name] = digest(self.temporary / name)
-                    NOW.beats += 1
+                if not logical:
+                    continue
+                stem = self.target.stem if kind == "weight" else f"optimizer/{kind}"
+                name = stem + self._suffix()
+                sizes[name] = self._write_tensors(self.temporary / name, logical)
+                # Read back from the file: the manifest vouches for what is on the disk.
+                files[name] = digest(self.temporary / name)
+                NOW.beats += 1
             if self.rank == 0:
                 self.target.write_extras(self.temporary)
                 write_json(self.temporary / "train_state.json", self.train_state)
@@ -154,21 +182,23 @@ class Writing:
         return sorted(set(self.target.owners.values()))
 
     def _suffix(self) -> str:
+        """Return the end of this rank's file names, numbered as Hugging Face does if several ranks write."""
         writers = self._writers()
         if len(writers) == 1:
             return ".safetensors"
         return f"-{writers.index(self.rank) + 1:05d}-of-{len(writers):05d}.safetensors"
 
     def _write_tensors(self, path: Path, logical: Mapping[str, Tensor]) -> dict[str, int]:
-        """Write one file of Hugging Face tensors; returns their sizes in bytes."""
-        table = self.target.table
-        named = {hf: tensor for name, whole in logical.items() for hf, tensor in table[name].to_hf(whole).items()}
+        """Write one file of Hugging Face tensors. Returns their sizes in bytes."""
+        named: dict[str, Tensor] = {}
+        for name, whole in logical.items():
+            named |= self.target.table[name].to_hf(whole)
         save_file(named, path, metadata={"format": "pt"})
         fsync(path)
         return {name: tensor.nbytes for name, tensor in named.items()}
 
     def _complete(self, number: int, part: dict[str, Any]) -> None:
-        """Rank 0: wait for the other ranks, and give the folder its name. Where that cannot be, nothing stays."""
+        """Wait for the other ranks' parts, and give the folder its name; on failure, delete it. Rank 0 calls it."""
         try:
             keys = [f"part-{number}-{rank}" for rank in range(1, self.num_ranks)]
             parts = [part, *self.board.take(keys, PATIENCE_S, _say_late)]
@@ -177,66 +207,80 @@ class Writing:
             self._seal(parts)
             self._give_name()
         except Exception:
-            with contextlib.suppress(OSError):  # what cannot be deleted now is when the next one is written
+            with contextlib.suppress(OSError):  # what cannot be deleted now is deleted by the next attempt
                 remove(self.temporary)
             raise
 
     def _seal(self, parts: list[dict[str, Any]]) -> None:
-        files = {name: entry for part in parts for name, entry in part["files"].items()}
+        """Write what makes the folder complete: index files and the manifest, and put all of it on disk."""
+        files: dict[str, Any] = {}
+        tensors: dict[str, dict[str, int]] = {}
+        for part in parts:
+            files |= part["files"]
+            tensors |= part["tensors"]
+        # A shared file system may show other nodes' files late; the manifest must not name what is not there.
         for name, entry in files.items():
             path = self.temporary / name
             if not _becomes_true(lambda: path.exists() and path.stat().st_size == entry["size"]):  # noqa: B023
                 raise OSError(f"rank 0 does not see {path}; run.dir must be on a file system all nodes share")
-        tensors = {name: sizes for part in parts for name, sizes in part["tensors"].items()}
         if self.target.stem == ADAPTER:
             _join(self.temporary, files, tensors)
         if len(self._writers()) > 1:
             _write_indices(self.temporary, tensors)
-        for path in sorted(p for p in self.temporary.rglob("*") if p.is_file()):
+        # What is left are rank 0's own files: extras, indices, train_state.json. The writers of tensors have fsynced.
+        for path in sorted(path for path in self.temporary.rglob("*") if path.is_file()):
             name = str(path.relative_to(self.temporary))
             if name not in files:
                 fsync(path)
                 files[name] = digest(path)
                 NOW.beats += 1
+        # Last: whoever finds a manifest may rely on all that it names.
         write_json(self.temporary / MANIFEST, {"files": files})
+        # Folders hold the names of their files, which an fsync of the files does not save.
         for folder in (*(path for path in self.temporary.rglob("*") if path.is_dir()), self.temporary):
             fsync(folder)
 
     def _give_name(self) -> None:
+        """Rename the folder to its final name, durably. A checkpoint of the same step is kept until then."""
         before = replaced(self.folder)
         remove(before)
         replaces = self.folder.is_dir()  # the same step saved again, after a resume from an older one
         if replaces:
+            # Moved, not deleted: after a crash right here, `restore_replaced` gives it its name back.
             self.folder.rename(before)
         named = False
         try:
             self.temporary.rename(self.folder)
             named = True
             fsync(self.folder.parent)
-        except OSError:  # an older one must not be pruned for one whose name a power cut may take away
+        except OSError:
+            # Without the fsync a power cut may take the name away, and pruning relies on it: undo both renames.
             if named:
                 self.folder.rename(self.temporary)
             if replaces:
                 before.rename(self.folder)
             raise
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # the next start deletes it
             remove(before)
 
 
 def explain(error: Exception) -> str:
-    """In one line."""
+    """Return an error's message in one line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror + (f" ({error.filename})" if error.filename else "")
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def _say_late(missing: list[int]) -> str:
-    ranks = ", ".join(str(number + 1) for number in missing[:8]) + (", …" if len(missing) > 8 else "")
+    """Name the ranks whose parts are missing, given their indices among ranks 1, 2, …"""
+    ranks = ", ".join(str(number + 1) for number in missing[:8])
+    if len(missing) > 8:
+        ranks += ", …"
     return f"nothing came of rank {ranks} within {PATIENCE_S:.0f} s after rank 0 had written its part"
 
 
 def _becomes_true(true: Callable[[], bool]) -> bool:
-    """Within the time that a shared file system takes to show what another node wrote."""
+    """Wait until a condition holds, as long as a shared file system may take to show what another node wrote."""
     deadline = time.monotonic() + VISIBLE_S
     while not true():
         if time.monotonic() > deadline:
@@ -246,9 +290,11 @@ def _becomes_true(true: Callable[[], bool]) -> bool:
 
 
 def _join(folder: Path, files: dict[str, Any], tensors: dict[str, dict[str, int]]) -> None:
-    """Make one file of those of an adapter: PEFT reads no more than one."""
+    """Join the files of an adapter into one, because PEFT reads only one. Updates `files` and `tensors`."""
     parts = sorted(name for name in files if name.startswith(ADAPTER))
-    whole = {name: tensor for part in parts for name, tensor in load_file(folder / part).items()}
+    whole: dict[str, Tensor] = {}
+    for part in parts:
+        whole |= load_file(folder / part)
     for part in parts:
         del files[part], tensors[part]
         (folder / part).unlink()
@@ -256,14 +302,12 @@ def _join(folder: Path, files: dict[str, Any], tensors: dict[str, dict[str, int]
 
 
 def _write_indices(folder: Path, tensors: dict[str, dict[str, int]]) -> None:
-    """The index file of each kind, as Hugging Face writes it."""
+    """Write the index file of each kind of tensors, as Hugging Face does. `tensors`: sizes by file and name."""
     by_stem: dict[str, dict[str, dict[str, int]]] = {}
     for file, sizes in tensors.items():
         by_stem.setdefault(file.split("-")[0], {})[file] = sizes
     for stem, files in by_stem.items():
         weight_map = {name: Path(file).name for file, sizes in files.items() for name in sizes}
         total = sum(size for sizes in files.values() for size in sizes.values())
-        write_json(
-            folder / f"{stem}.safetensors.index.json",
-            {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
-        )
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        write_json(folder / f"{stem}.safetensors.index.json", index)
