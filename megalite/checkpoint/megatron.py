@@ -301,8 +301,8 @@ class _RankFiles:
             if "model" not in whole:
                 chunks = [key for key in whole if re.fullmatch(r"model\d+", str(key))]
             for chunk in chunks:  # interleaved: the first chunks of all ranks come before the second of any
-                for row in saved:
-                    shards = [dict(_flat(ranks[chunk])) for ranks in row]
+                for of_ranks in saved:
+                    shards = [dict(_flat(rank[chunk])) for rank in of_ranks]
                     first += self._take(shards, first)
 
     def _take(self, ranks: list[dict[str, Any]], first: int) -> int:
