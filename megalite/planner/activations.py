@@ -78,7 +78,8 @@ class _Layer:
         """Output of the MLP's first product."""
         norms = 2 * self.norm + _more_norms(shapes)
         gate = self.inner if shapes.gelu_gate else 0  # gelu(gate) is a tensor of its own
-        self.plain = norms + self.attention + self.first + gate + self.inner + 2 * self.masks
+        mlp = self.first + gate + self.inner
+        self.plain = norms + self.attention + mlp + 2 * self.masks
         """All that a layer keeps for its backward pass without recomputation, or holds after it has recomputed."""
         self.kept = self.plain
         if recompute == "selective":
@@ -230,7 +231,9 @@ def _attention_backward(shapes: Shapes) -> int:
         # gradient in pieces before it is whole.
         keys_values = 4 * shapes.kv * shapes.element
         fp32 = (shapes.q + 4 * shapes.kv) * FP32
-        block = max(shapes.q // 2 + 2 * shapes.kv, shapes.q + shapes.kv) * shapes.element
+        half_queries = shapes.q // 2 + 2 * shapes.kv
+        half_keys = shapes.q + shapes.kv
+        block = max(half_queries, half_keys) * shapes.element
         size += shapes.tokens * (keys_values + fp32 + block) + _projection(shapes)
     return size
 
@@ -306,7 +309,8 @@ def head_bytes(shapes: Shapes, by_autograd: bool, on_gloo: bool = False) -> Part
     # A soft cap keeps what its tanh gave beside the logits, and in both passes makes a third of that size.
     logits = shapes.tokens * shapes.vocab * shapes.element
     capped = logits if shapes.logit_softcap else 0
-    kept = _norm(shapes) + logits + capped + shapes.tokens * FP32
+    log_sum_exp = shapes.tokens * FP32
+    kept = _norm(shapes) + logits + capped + log_sum_exp
     gathered = _whole(shapes) if shapes.sequence else 0
     of_input = _whole(shapes) + _scatter(shapes, on_gloo)
     of_weight = shapes.vocab * shapes.hidden * shapes.element if by_autograd else 0
@@ -323,7 +327,8 @@ def _chunked_head_bytes(shapes: Shapes, chunk: int, by_autograd: bool, on_gloo: 
     """Count a head whose logits exist for `chunk` tokens at a time.
 
     It keeps its input, whole also under sequence parallelism, and never defers its weight gradient."""
-    kept = _norm(shapes) - shapes.hidden_bytes + _whole(shapes) + shapes.tokens * FP32
+    norm = _norm(shapes) - shapes.hidden_bytes  # its output is the head's input, counted whole
+    kept = norm + _whole(shapes) + shapes.tokens * FP32
     logits = chunk * shapes.vocab * shapes.element
     # Autograd's gradient is accumulated in fp32 over the chunks, beside each chunk's share in the weights' precision.
     of_weight = shapes.vocab * shapes.hidden * (FP32 + shapes.element) if by_autograd else 0

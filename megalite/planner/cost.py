@@ -38,10 +38,12 @@ class PassTimes:
     """The same within its context group."""
 
     def __add__(self, other: PassTimes) -> PassTimes:
-        return PassTimes(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
+        names = self.__dataclass_fields__
+        return PassTimes(*(getattr(self, name) + getattr(other, name) for name in names))
 
     def __mul__(self, count: int) -> PassTimes:
-        return PassTimes(*(getattr(self, name) * count for name in self.__dataclass_fields__))
+        names = self.__dataclass_fields__
+        return PassTimes(*(getattr(self, name) * count for name in names))
 
 
 NOTHING = PassTimes(0.0, 0.0, 0.0, 0.0, 0.0)
@@ -67,7 +69,8 @@ class Costs:
         for matrix in self.shapes.matrices:
             total += self._product(matrix)
         size = sum(matrix.rows * matrix.columns for matrix in self.shapes.matrices)
-        total += self._attention() + self._elementwise() + self._accumulation(size, self._product_add_bytes)
+        accumulation = self._accumulation(size, self._product_add_bytes)
+        total += self._attention() + self._elementwise() + accumulation
         activation, _ = self._activation()
         again = {"none": 0.0, "selective": activation, "full": total.forward}[recompute]
         sent_again = self._forward_tensor_bytes() if recompute == "full" else 0.0
@@ -96,7 +99,9 @@ class Costs:
         chunks = -(-shapes.tokens // (shapes.loss_chunk or shapes.tokens))
         loss_forward, loss_backward = (count * logit_bytes for count in self.kernels.software.loss_bytes)
         # The loss all-reduces each rank's log-sum-exp for the maximum, then its share of the sum and the label's logit.
-        agree = sum(self.network.all_reduce(size * shapes.tokens, self.network.tensor) for size in (4.0, 8.0))
+        agree = 0.0
+        for bytes_a_token in (4.0, 8.0):
+            agree += self.network.all_reduce(bytes_a_token * shapes.tokens, self.network.tensor)
         # The norm reads and writes hidden states. Its backward pass reads the gradient and its input, and writes.
         norm_forward = memory(2 * shapes.hidden_bytes, 1)
         norm_backward = memory(3 * shapes.hidden_bytes, 2)
@@ -120,7 +125,8 @@ class Costs:
         added = 0.0
         if not shapes.frozen:
             gradients += product(shapes.vocab, shapes.hidden, chunk)
-            added = self.kernels.memory(float(shapes.vocab * shapes.hidden * self._product_add_bytes), 1)
+            accumulated = shapes.vocab * shapes.hidden * self._product_add_bytes
+            added = self.kernels.memory(float(accumulated), 1)
         backward = forward + chunks * (gradients + added)
         forward += self._gather_back()
         backward += self._leave()  # the reduction of the input's gradient
@@ -205,7 +211,8 @@ class Costs:
 
         forward = around(forward, kv * shapes.element)
         # Gradients travel with their keys and values, in fp32, and one step further: home.
-        backward = around(backward, kv * (shapes.element + 4)) + self.network.ring_step(kv * 4)
+        home = self.network.ring_step(kv * 4)
+        backward = around(backward, kv * (shapes.element + 4)) + home
         sent = steps * kv * shapes.element * 2 + (steps + 1) * kv * 4
         return PassTimes(forward, backward, backward, 0.0, 0.0, sent)
 
@@ -221,7 +228,9 @@ class Costs:
             # and one sum of gradients (0, 3).
             forward, backward = 9 * hidden, 10 * hidden
         else:
-            forward, backward = 2 * (2 + 3) * hidden, 2 * (3 + 3) * hidden
+            # Two norms, two additions, and two sums of gradients.
+            forward = 2 * (2 + 3) * hidden
+            backward = 2 * (3 + 3) * hidden
         kernels = 4
         if shapes.norms > 2:  # after attention and MLP
             more = shapes.norms - 2
@@ -254,11 +263,14 @@ class Costs:
         if shapes.gelu_gate:  # gelu(gate) and · up are two kernels
             forward += 2
             backward += 3
-        return self.kernels.memory(forward * one, 1), self.kernels.memory(backward * one, 1)
+        memory = self.kernels.memory
+        return memory(forward * one, 1), memory(backward * one, 1)
 
     def _accumulation(self, elements: int, bytes_each: int) -> PassTimes:
         """Return the time to add a micro-batch's weight gradients to their sum."""
-        time = 0.0 if self.shapes.frozen else self.kernels.memory(float(elements * bytes_each), 1)
+        time = 0.0
+        if not self.shapes.frozen:
+            time = self.kernels.memory(float(elements * bytes_each), 1)
         return PassTimes(0.0, time, 0.0, time, 0.0)
 
     # --- messages -------------------------------------------------------------------------------------------------

@@ -68,7 +68,12 @@ def usable_bytes(hardware: Hardware) -> float:
 
 
 def estimate(
-    config: Config, plan: Plan, hardware: Hardware, *, software: Software = MEGALITE, record: bool = False
+    config: Config,
+    plan: Plan,
+    hardware: Hardware,
+    *,
+    software: Software = MEGALITE,
+    record: bool = False,
 ) -> Estimate:
     """Simulate a step of `config` under `plan` on this `hardware`.
 
@@ -222,7 +227,8 @@ class Outlook:
         """Return the largest sum over the stages of a rank. `sizes` are those of all stages."""
         most = 0
         for rank in range(self.plan.pipeline):
-            most = max(most, sum(sizes[span.index] for span in self.plan.stages_of(rank)))
+            held = sum(sizes[span.index] for span in self.plan.stages_of(rank))
+            most = max(most, held)
         return most
 
     @property
@@ -233,7 +239,9 @@ class Outlook:
         work = self.work
         longest = 0.0
         for rank in range(plan.pipeline):
-            busy = sum(work[span.index].forward + self._whole_backward(span.index) for span in plan.stages_of(rank))
+            busy = 0.0
+            for span in plan.stages_of(rank):
+                busy += work[span.index].forward + self._whole_backward(span.index)
             ways = sum(work[index].forward for index in range(rank))
             if not self._separate:  # under zero bubble no rank waits for the last weight-gradient passes
                 ways += sum(work[index].backward for index in range(rank))
@@ -256,6 +264,7 @@ class Outlook:
         timeline = simulate(self.order, self.work, self.links, self.plan.micro_batches, record)
         step = timeline.end + self.optimizer_s
         tokens_per_s = self.plan.tokens_per_step / step
+        # MFU is defined over the peak of all GPUs together.
         peak = self.hardware.chip.bf16_tflops * 1e12 * self.plan.world_size
         volume, comm_time = self._traffic()
         return Estimate(
@@ -294,7 +303,7 @@ class Outlook:
         size = self.most_params if plan.zero_stage == 3 else self.most_trained
         gathered = size * self.shapes.element * gathers
         volume["data"] = share * (reduced + gathered)
-        if plan.pipeline > 1:
+        if plan.pipeline > 1:  # hidden states forward, and as many gradients back
             volume["pipeline"] = 2.0 * plan.virtual * plan.micro_batches * self.shapes.hidden_bytes
         speed = {
             "tensor": network.bandwidth(network.tensor),

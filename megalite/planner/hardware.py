@@ -131,6 +131,7 @@ def _find(wanted: str, key: str, file: str, option: str, section: type[S]) -> S:
             names[_plain(name)] = row
     if _plain(wanted) in names:
         return _checked(names[_plain(wanted)], f"{file}: {wanted}", section)
+    # The message tells how to describe other hardware, which the tables cannot all hold.
     known = [str(row[key]) for row in rows]
     close = difflib.get_close_matches(_plain(wanted), names, n=1)
     hint = f"did you mean {names[close[0]][key]!r}? " if close else ""

@@ -89,8 +89,9 @@ class Kernels:
         quantization). A small product is bound by memory or by its launch instead."""
         full = max(_fill(m, n, tile, self.chip.num_sms) for tile in TILES)
         share = self.chip.matmul_share * SUSTAINED * full * k / (k + PROLOGUE)
+        computing = 2.0 * m * n * k / (self._peak * share)
         moved = (m * k + k * n + m * n) * self.element
-        return max(2.0 * m * n * k / (self._peak * share), self.memory(moved), LAUNCH_US * 1e-6)
+        return max(computing, self.memory(moved), LAUNCH_US * 1e-6)
 
     def attention(self, operations: float) -> float:
         """Return the seconds of causal flash attention with so many `operations`, masked ones not counted."""
@@ -98,7 +99,8 @@ class Kernels:
 
     def memory(self, num_bytes: float, kernels: int = 0) -> float:
         """Return the seconds to move `num_bytes` to and from memory in `kernels` launches."""
-        return max(num_bytes / (self.chip.memory_tb_s * 1e12 * MEMORY_SHARE), kernels * LAUNCH_US * 1e-6)
+        bandwidth = self.chip.memory_tb_s * 1e12 * MEMORY_SHARE
+        return max(num_bytes / bandwidth, kernels * LAUNCH_US * 1e-6)
 
 
 def _fill(m: int, n: int, tile: tuple[int, int], num_sms: int) -> float:

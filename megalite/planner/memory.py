@@ -65,6 +65,7 @@ def rank_memories(
     stages = [counts.stage(stage, sizes[stage.index]) for stage in plan.stages]
     memories = []
     for rank in range(plan.pipeline):
+        # Weights, gradients and optimizer state stay all step long; the rest is counted at the peak of the passes.
         spans = plan.stages_of(rank)
         own = [sizes[span.index] for span in spans]
         params = sum(size.total for size in own)

@@ -54,7 +54,7 @@ class Network:
         if group.ranks == 1 or num_bytes == 0:
             return 0.0
         hops = group.ranks - 1
-        far = group.nodes - 1
+        far = group.nodes - 1  # hops between nodes: the ring leaves every node once
         latency = BASE_US + (hops - far) * LINK_US + far * self.hardware.interconnect.latency_us
         return latency * 1e-6 + num_bytes * hops / group.ranks / self.bandwidth(group)
 
@@ -102,7 +102,8 @@ def place(plan: Plan, hardware: Hardware) -> Network:
 
     def group(ranks: int, stride: int) -> Group:
         """Return the group of every `stride`-th rank."""
-        return Group(ranks, max(1, min(ranks, node // stride)))
+        per_node = max(1, min(ranks, node // stride))
+        return Group(ranks, per_node)
 
     stride = plan.replicas * plan.tensor
     return Network(

@@ -34,14 +34,12 @@ def describe_search(found: Found) -> str:
     """Describe the result of a search: how many layouts there were, and a table of the best."""
     plan = found.best[0].plan
     chip = found.best[0].hardware.chip.chip
-    layout = ("#", "tensor", "pipe", "ctx", "data", "virt", "schedule", "micro", "zero", "recompute")
-    measured = ("step", "MFU", "memory", "bubble")
     lines = [
         f"{found.num_layouts:,} layouts on {plan.world_size} × {chip}; "
         f"{found.num_refused:,} refused by the plan, {found.num_too_large:,} looked at that fit in no way, "
         f"{found.num_simulated:,} simulated",
         "",
-        _layout_row(*layout, *measured),
+        _layout_row(*LAYOUT_COLUMNS),
     ]
     for number, one in enumerate(found.best, start=1):
         plan = one.plan
@@ -67,15 +65,33 @@ def describe_search(found: Found) -> str:
     return "\n".join(lines)
 
 
-LAYOUT_WIDTHS = (2, 7, 5, 4, 5, 5, -13, 5, 5, -11, 8, 7, 9, 7)
-"""Widths of the columns of a search's table; negative: aligned to the left, after a space."""
+LAYOUT_COLUMNS = {
+    "#": 2,
+    "tensor": 7,
+    "pipe": 5,
+    "ctx": 4,
+    "data": 5,
+    "virt": 5,
+    "schedule": -13,
+    "micro": 5,
+    "zero": 5,
+    "recompute": -11,
+    "step": 8,
+    "MFU": 7,
+    "memory": 9,
+    "bubble": 7,
+}
+"""Columns of a search's table and their widths; negative: aligned to the left, after a space."""
 
 
 def _layout_row(*values: object) -> str:
     """Format a row of a search's table."""
     text = ""
-    for value, width in zip(values, LAYOUT_WIDTHS, strict=True):
-        text += f"{value:>{width}}" if width > 0 else f" {value:<{-width - 1}}"
+    for value, width in zip(values, LAYOUT_COLUMNS.values(), strict=True):
+        if width > 0:
+            text += f"{value:>{width}}"
+        else:
+            text += f" {value:<{-width - 1}}"
     return text
 
 
@@ -89,7 +105,8 @@ def _header(estimate: Estimate) -> list[str]:
         "tensor": plan.tensor,
     }
     model = config.model.preset or config.model.family
-    layout = " × ".join(f"{name} {size}" for name, size in axes.items() if size > 1) or "one rank"
+    used = [f"{name} {size}" for name, size in axes.items() if size > 1]
+    layout = " × ".join(used) or "one rank"
     if plan.pipeline > 1:
         stages = _number(plan.virtual, "stage")
         layout += f"; {plan.schedule}, {stages} a rank"
@@ -97,10 +114,12 @@ def _header(estimate: Estimate) -> list[str]:
     joined = "one node"
     if nodes > 1:
         joined = f"{nodes} nodes of {hardware.gpus_per_node}, {hardware.interconnect.interconnect}"
+    parameters = _count(plan.num_params)
+    gpus = f"{plan.world_size} × {hardware.chip.chip}"
     micro_batches = _number(plan.micro_batches, "micro-batch", "es")
     sequence = "on" if plan.sequence else "off"
     return [
-        f"{model}, {_count(plan.num_params)} parameters, on {plan.world_size} × {hardware.chip.chip} ({joined})",
+        f"{model}, {parameters} parameters, on {gpus} ({joined})",
         layout,
         f"{micro_batches} of {plan.micro_batch_size} × {config.data.seq_length:,} tokens a rank; "
         f"ZeRO stage {plan.zero_stage}; recompute {config.train.recompute}; sequence parallel {sequence}",
@@ -108,7 +127,9 @@ def _header(estimate: Estimate) -> list[str]:
 
 
 def _number(count: int, what: str, plural: str = "s") -> str:
-    return f"1 {what}" if count == 1 else f"{count:,} {what}{plural}"
+    if count == 1:
+        return f"1 {what}"
+    return f"{count:,} {what}{plural}"
 
 
 def _step(estimate: Estimate) -> list[str]:
@@ -165,6 +186,7 @@ def _shown_ranks(estimate: Estimate) -> set[int]:
     if count <= MOST_ROWS:
         return set(range(count))
     fullest = max(range(count), key=lambda rank: estimate.memory[rank].total)
+    # The ends differ from the middle: embedding, head, and the number of micro-batches in flight.
     return {0, 1, 2, fullest, count - 3, count - 2, count - 1}
 
 
@@ -196,7 +218,8 @@ def _links(estimate: Estimate, network: Network) -> list[tuple[str, int, str, fl
     rows = []
     # Rings share the network cards of a node; single messages have one each.
     for axis, group in (("tensor", network.tensor), ("data", network.replicas)):
-        rows.append((axis, group.ranks, name(group.nodes > 1), network.bandwidth(group)))
+        link = name(group.nodes > 1)
+        rows.append((axis, group.ranks, link, network.bandwidth(group)))
     for axis, ranks, far in (
         ("context", plan.context, network.context.nodes > 1),
         ("pipeline", plan.pipeline, network.pipeline_crosses_nodes),
@@ -219,10 +242,8 @@ def _duration(estimate: Estimate, tokens: float | None) -> list[str]:
 def _assumptions(estimate: Estimate) -> list[str]:
     """Say what the estimate rests on."""
     chip = estimate.hardware.chip
-    lines = [
-        f"Predicted, not measured: products keep {SUSTAINED:.0%} of {chip.matmul_share:.0%} of {chip.bf16_tflops:g} "
-        "TFLOP/s; see megalite/planner/."
-    ]
+    share = f"{SUSTAINED:.0%} of {chip.matmul_share:.0%} of {chip.bf16_tflops:g} TFLOP/s"
+    lines = [f"Predicted, not measured: products keep {share}; see megalite/planner/."]
     if chip.assumed:
         assumed = ", ".join(chip.assumed)
         lines.append(f"Not measured on this chip, taken as typical: {assumed}.")
@@ -254,7 +275,9 @@ def _count(number: float) -> str:
 def _seconds(seconds: float) -> str:
     if seconds >= 100:
         return f"{seconds:,.0f} s"
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
+    if seconds >= 1:
+        return f"{seconds:.2f} s"
+    return f"{seconds * 1e3:.1f} ms"
 
 
 def _days(seconds: float) -> str:

@@ -33,6 +33,7 @@ def run_plan(
     `gpu` and `interconnect` are names or YAML files (see `find_hardware`); a node has `gpus_per_node` GPUs. `tokens` is
     the length of the training, such as "300B". A search writes the best config to `output`; `picture` is a PNG for the
     timeline. Raises ConfigError."""
+    # All that can be wrong with the command is found before the search, which may take minutes.
     if num_gpus < 1:
         raise ConfigError(f"--gpus {num_gpus}: at least one")
     hardware = find_hardware(gpu, gpus_per_node, interconnect or DEFAULT_INTERCONNECT)
@@ -62,7 +63,13 @@ def _output(output: Path | None) -> Path:
     return output or DEFAULT_OUTPUT
 
 
-def _search(config: Config, num_gpus: int, hardware: Hardware, output: Path, record: bool) -> Estimate:
+def _search(
+    config: Config,
+    num_gpus: int,
+    hardware: Hardware,
+    output: Path,
+    record: bool,
+) -> Estimate:
     found = search(config, num_gpus, hardware)
     best = found.best[0].config
     print(describe_search(found))

@@ -102,9 +102,12 @@ def shapes_of(config: Config, plan: Plan, weights: Sequence[Weight]) -> Shapes:
     Raises ConfigError for a model with weights the planner does not know."""
     model: Any = config.model
     # The weights of the first layer, without the prefix "layers.0.": all layers are alike.
-    layer = {weight.name.split(".", 2)[2]: weight for weight in weights if weight.place == 0}
+    layer = {}
+    for weight in weights:
+        if weight.place == 0:
+            layer[weight.name.split(".", 2)[2]] = weight
     for weight in layer.values():
-        if len(weight.shape) > 2:
+        if len(weight.shape) > 2:  # an estimate that ignores what it does not know would be worse than none
             raise ConfigError(f"the planner does not know what {weight.name} of shape {list(weight.shape)} computes")
     matrices = []
     for weight in layer.values():
@@ -112,11 +115,13 @@ def shapes_of(config: Config, plan: Plan, weights: Sequence[Weight]) -> Shapes:
         if len(weight.shape) == 2 and not is_adapter:
             rows, columns = weight.local_shape(plan.tensor)
             matrices.append(Matrix(rows, columns, column_parallel=weight.shard == "column"))
+    # Families differ in their settings: what one lacks, it does without.
     heads = model.num_attention_heads
     head_size = model.head_size
     kv_heads = getattr(model, "kv_heads", heads)
     train = config.train
     length = config.data.seq_length
+    windows = [model.window(number) or length for number in range(model.num_layers)]
     tokens = plan.micro_batch_size * length // plan.context
     return Shapes(
         tokens=tokens,
@@ -136,7 +141,7 @@ def shapes_of(config: Config, plan: Plan, weights: Sequence[Weight]) -> Shapes:
         rms_norm="attention_norm.bias" not in layer,
         norms=sum(name.endswith("norm.weight") and "." not in name[:-7] for name in layer),
         head_norms=any("q_norm" in name for name in layer),
-        window=any((model.window(number) or length) < length for number in range(model.num_layers)),
+        window=any(window < length for window in windows),
         attention_softcap=getattr(model, "attention_softcap", None) is not None,
         logit_softcap=getattr(model, "logit_softcap", None) is not None,
         hidden_dropout=bool(getattr(model, "hidden_dropout", 0.0)),
@@ -202,16 +207,19 @@ class LocalSizes:
             self.total[weight.place] = self.total.get(weight.place, 0) + size
             self.largest[weight.place] = max(self.largest.get(weight.place, 0), size)
         unfrozen = [weight for weight in weights if not weight.frozen]
-        self.unfrozen = LocalSizes(unfrozen, tensor) if len(unfrozen) < len(weights) else None
+        self.unfrozen: LocalSizes | None = None
+        if len(unfrozen) < len(weights):
+            self.unfrozen = LocalSizes(unfrozen, tensor)
 
     def of(self, stage: StageSpan) -> StageSizes:
         """Return the sizes of a pipeline stage."""
         first, last, both = (self.total.get(place, 0) for place in ENDS)
         ends = [place for place in ENDS if stage.holds(place)]
-        places = [*range(stage.start, stage.stop), *ends]
+        layers = range(stage.start, stage.stop)
+        places = [*layers, *ends]
         return StageSizes(
             before=first + both if stage.first else 0,
-            layers=tuple(self.total.get(number, 0) for number in range(stage.start, stage.stop)),
+            layers=tuple(self.total.get(number, 0) for number in layers),
             # A tied weight exists once if the stage is the first and the last.
             after=last + (0 if stage.first else both) if stage.last else 0,
             largest=max((self.largest.get(place, 0) for place in places), default=0),

@@ -97,6 +97,7 @@ class _Rank:
         self.gathered: dict[int, list[float]] = {}
         """When the weights of each piece of a stage have been gathered, until the stage's first forward pass."""
         traffic = 0.0
+        # The gathers run one after the other, in the order in which the forward passes need the weights.
         for stage, parts in work.items():
             arrivals = []
             for piece in parts.pieces:
@@ -108,23 +109,25 @@ class _Rank:
 
 
 def simulate(
-    order: Order, work: Sequence[StageWork], links: Links, micro_batches: int, record: bool = False
+    order: Order,
+    work: Sequence[StageWork],
+    links: Links,
+    micro_batches: int,
+    record: bool = False,
 ) -> Timeline:
     """Walk the schedule: ranks take turns, each going on until it needs a message that has not been sent.
 
     `order` has the passes of each rank, `work` the times of each stage, `links` those of messages; a step has
     `micro_batches`. `record` keeps all events."""
-    pipeline = len(order)
     last_stage = len(work) - 1
-    ranks = []
-    for rank in range(pipeline):
-        stages = range(rank, len(work), pipeline)
-        ranks.append(_Rank({stage: work[stage] for stage in stages}))
+    ranks = _ranks(work, len(order))
     events: list[Event] = _gather_events(ranks, work) if record else []
     times = [stage.times for stage in work]
+    # When the message that a pass needs was sent, by (is it forward, stage, micro-batch).
     arrived: dict[tuple[bool, int, int], float] = {}
+    # Micro-batches whose gradients each stage of a rank has.
     done: list[dict[int, int]] = [{} for _ in ranks]
-    next_action = [0] * pipeline
+    next_action = [0] * len(ranks)
     waiting = True
     while waiting:
         waiting, moved = False, False
@@ -139,11 +142,7 @@ def simulate(
                     if sent is None:
                         waiting = True
                         break
-                    if links.waits_for_hand_over:
-                        # The message travels only when the receiver, idle, requests it.
-                        start = max(start, sent) + links.hand_over
-                    else:
-                        start = max(start, sent + links.hand_over)
+                    start = _received(start, sent, links)
                 if forward and stage in state.gathered:
                     end = _first_forward(state, work[stage], stage, start)
                 else:
@@ -156,7 +155,7 @@ def simulate(
                     arrived[True, stage + 1, micro] = end
                 elif kind in "BI" and stage > 0:
                     arrived[False, stage - 1, micro] = end
-                if kind in "BW":
+                if kind in "BW":  # the micro-batch's gradients are complete
                     done[rank][stage] = done[rank].get(stage, 0) + 1
                     if links.reduces_every_time or done[rank][stage] == micro_batches:
                         _reduce(state, work[stage], rank, stage, start, events if record else None)
@@ -168,6 +167,23 @@ def simulate(
     return Timeline(tuple(events), passes_end, end, tuple(state.busy for state in ranks))
 
 
+def _ranks(work: Sequence[StageWork], pipeline: int) -> list[_Rank]:
+    """Deal out the stages to the ranks in turn, as interleaved schedules do."""
+    ranks = []
+    for rank in range(pipeline):
+        stages = range(rank, len(work), pipeline)
+        ranks.append(_Rank({stage: work[stage] for stage in stages}))
+    return ranks
+
+
+def _received(clock: float, sent: float, links: Links) -> float:
+    """Return when a rank that is free from `clock` on has received a message that was sent at `sent`."""
+    if links.waits_for_hand_over:
+        # The message travels only when the receiver, idle, requests it.
+        return max(clock, sent) + links.hand_over
+    return max(clock, sent + links.hand_over)
+
+
 def _first_forward(state: _Rank, work: StageWork, stage: int, start: float) -> float:
     """Return the end of a stage's first forward pass, which waits for weights that are still being gathered."""
     clock = start
@@ -176,7 +192,14 @@ def _first_forward(state: _Rank, work: StageWork, stage: int, start: float) -> f
     return clock
 
 
-def _reduce(state: _Rank, work: StageWork, rank: int, stage: int, start: float, events: list[Event] | None) -> None:
+def _reduce(
+    state: _Rank,
+    work: StageWork,
+    rank: int,
+    stage: int,
+    start: float,
+    events: list[Event] | None,
+) -> None:
     """Advance the collectives' clock by the reduction of a stage's gradients.
 
     Its backward pass, which began at `start`, makes them one piece after the other, the last piece's first."""
@@ -185,9 +208,10 @@ def _reduce(state: _Rank, work: StageWork, rank: int, stage: int, start: float, 
     for piece in reversed(work.pieces):
         ready += piece.backward
         if piece.reduce:
-            began = max(state.traffic, ready)
+            began = max(state.traffic, ready)  # after the reduction before, and not before the gradients are there
             first = began if first is None else first
             state.traffic = began + piece.reduce
+    # One event for the stage: a picture has no room for one a layer.
     if events is not None and first is not None:
         events.append(Event(rank, "reduce", stage, -1, first, state.traffic))
 

@@ -41,18 +41,22 @@ def draw_timeline(estimate: Estimate, path: Path) -> None:
     assert events, "estimate(…, record=True) keeps the events a picture needs"
     scale, unit = _unit(estimate.step_time_s)
     rows = plan.pipeline
-    figure = Figure(figsize=(WIDTH_IN, 1.9 + 0.42 * max(rows, 2)), dpi=DPI, layout="constrained")
+    height_in = 1.9 + 0.42 * max(rows, 2)
+    figure = Figure(figsize=(WIDTH_IN, height_in), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     axes.set_xlim(0, estimate.step_time_s * scale)
     axes.set_ylim(rows - 0.4, -0.5)
     passes_end = estimate.timeline.passes_end * scale
+    # What no pass covers later is waiting.
     for rank in range(rows):
         axes.barh(rank, passes_end, height=HEIGHT, color=BUBBLE, zorder=1)
     few = len(events) < 4000  # edges around more boxes would hide them
     for kind in ("F", "B", "I", "W"):
         for chunk in range(plan.virtual):
-            chosen = [event for event in events if event.kind == kind and event.stage // plan.pipeline == chunk]
+            # Stage number // pipeline ranks is its place among the virtual stages of its rank.
+            of_kind = [event for event in events if event.kind == kind]
+            chosen = [event for event in of_kind if event.stage // plan.pipeline == chunk]
             colour = _lighter(COLOURS[kind], 0.55 * chunk / plan.virtual)
             _boxes(axes, chosen, scale, HEIGHT, 0.0, colour, edge=few)
     below = (HEIGHT + TRAFFIC_HEIGHT) / 2 + 0.02
@@ -74,7 +78,13 @@ def _unit(seconds: float) -> tuple[float, str]:
 
 
 def _boxes(
-    axes: Any, events: Sequence[Event], scale: float, height: float, below: float, colour: str, edge: bool
+    axes: Any,
+    events: Sequence[Event],
+    scale: float,
+    height: float,
+    below: float,
+    colour: str,
+    edge: bool,
 ) -> None:
     """Draw a box for each event, `below` the middle of its rank's row."""
     from matplotlib.collections import PolyCollection
@@ -93,8 +103,11 @@ def _boxes(
 
 def _lighter(colour: str, share: float) -> str:
     """Mix a colour with a share of white. Later stages of a rank are lighter."""
-    parts = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
-    return "#" + "".join(f"{round(part + (255 - part) * share):02x}" for part in parts)
+    mixed = "#"
+    for i in (1, 3, 5):
+        part = int(colour[i : i + 2], 16)
+        mixed += f"{round(part + (255 - part) * share):02x}"
+    return mixed
 
 
 def _number(axes: Any, events: Iterable[Event], scale: float, step: float) -> None:
