@@ -89,6 +89,7 @@ class Guard:
 
         The host learns of a step STEPS_LATER steps later. `all_of_them` waits for the device and judges all steps so
         far, as before a save."""
+        # Corruption comes first: nothing that was computed with other bits can be judged, or saved.
         checked, found = self._replicas.look(step, all_of_them)
         if found:
             text = describe(checked, found, names_of_all(node_name(), self._mesh))
@@ -137,7 +138,8 @@ class Guard:
                 where = f"; its samples are in {path}"
             except (OSError, DataError) as error:  # a file for a person must not end the run
                 where = f"; its samples could not be written: {error}"
-        self._news.append(f"warning: step {bad.step}: {bad.text}; {FOLLOWS[bad.policy]}{where}")
+        follows = FOLLOWS[bad.policy]
+        self._news.append(f"warning: step {bad.step}: {bad.text}; {follows}{where}")
 
     def _skipped(self, bad: Sequence[BadStep]) -> tuple[Span, ...]:
         """Return the samples to pass over after a rewind: those passed over before, and those of the bad steps."""

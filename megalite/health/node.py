@@ -115,7 +115,8 @@ def within(seconds: float, ask: Callable[[], T]) -> T:
 
 def disks(config: Config) -> dict[str, Path]:
     """Return the folders a run writes to, by their purpose."""
-    cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    named = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME")
+    cache = named or Path.home() / ".cache"
     return {
         "run folder": config.run.folder,
         "temporary files": Path(tempfile.gettempdir()),
@@ -153,6 +154,7 @@ def gpu_troubles() -> list[str]:
     for index, count in rows:
         if count.isdigit() and int(count):  # "[N/A]" where the GPU has no ECC
             troubles.append(f"GPU {index}: {count} uncorrected ECC errors")
+    # A GPU replaces faulty rows of its memory by spare ones, until none is left.
     remapped = _nvidia_smi("--query-remapped-rows=gpu_bus_id,remapped_rows.pending,remapped_rows.failure")
     if isinstance(remapped, str):  # GPUs before Ampere remap no rows
         return troubles
@@ -218,10 +220,13 @@ def measure_product(launch: Launch) -> tuple[float, str]:
     All elements are -1, 0 or 1, so that every partial sum is exact: each order of summation gives the same bits, and a
     different hash means a faulty device."""
     device = launch.device
-    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (512, torch.float32)
+    size, dtype = 512, torch.float32
+    if device.type == "cuda":
+        size, dtype = 8192, torch.bfloat16
     index = torch.arange(size, device=device)
-    a = ((index[:, None] * 7 + index * 3) % 3 - 1).to(dtype)
-    b = ((index[:, None] * 5 + index * 11) % 3 - 1).to(dtype)
+    column = index[:, None]
+    a = ((column * 7 + index * 3) % 3 - 1).to(dtype)
+    b = ((column * 5 + index * 11) % 3 - 1).to(dtype)
     seconds = best_time(lambda: a @ b, device, repeats=100)
     result = (a @ b).float().cpu().numpy().tobytes()
     return seconds, hashlib.sha256(result).hexdigest()

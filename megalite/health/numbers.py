@@ -108,8 +108,10 @@ class Numbers:
         Everything stays on the device: a branch on a number would make the host wait for it."""
         count = self._entered.clamp(max=WINDOW)
         mean = self._window.sum(1) / count.clamp(min=1)
+        # Places of the window that are still empty do not deviate.
         distance = torch.where(self._places < count, self._window - mean[:, None], 0.0)
-        deviation = (distance.square().sum(1) / (count - 1).clamp(min=1)).sqrt()
+        variance = distance.square().sum(1) / (count - 1).clamp(min=1)
+        deviation = variance.sqrt()
         # Without a lower bound, a loss that has long been constant would make a spike of any rounding error.
         highest = mean + self._sigmas * torch.maximum(deviation, SMALLEST * mean.abs())
         unlabelled = values[0].isnan() & (values[1] == 0)

@@ -57,6 +57,7 @@ def preflight(config: Config, launch: Launch, store: dist.Store) -> Exit:
     Returns DONE if all nodes are fit. UNFIT: some are not, and the output has a line `--exclude=NODE,NODE` that sbatch
     understands. MISTAKE: all nodes have the same problem. `launch` is this process's rank, `store` torchrun's
     rendezvous store. Raises ConfigError, and DataError for a damaged token file."""
+    # First what all ranks find out alike: a mistake in the config needs no other node.
     plan = make_plan(config, weight_table(config.model, config.lora), launch.world_size)
     check_token_files(config)
     board = _Board(store, launch)
@@ -97,6 +98,7 @@ class _Board:
         if patience_s is None:
             patience_s = PATIENCE_S
         deadline = time.monotonic() + patience_s
+        # Polled, because a blocking wait would not tell which ranks have answered by the deadline.
         while not self._store.check(list(keys.values())) and time.monotonic() < deadline:
             time.sleep(0.05)
         there = [rank for rank, key in keys.items() if self._store.check([key])]
@@ -131,6 +133,7 @@ class _Leader:
         self._world_size = world_size
         answers = board.collect("facts")
         self._facts = [Facts(**answer) for answer in answers.values()]
+        # Names are put up before the facts: they tell the node of a rank that got no further.
         self._nodes = board.collect("name", patience_s=0.0)
         self._heard = set(answers)
         self._complete = len(answers) == world_size
@@ -140,7 +143,8 @@ class _Leader:
         the others would wait for it."""
         backend = None
         if self._complete:
-            backend = "nccl" if all(fact.gpus >= fact.ranks_here for fact in self._facts) else "gloo"
+            have_gpus = all(fact.gpus >= fact.ranks_here for fact in self._facts)
+            backend = "nccl" if have_gpus else "gloo"
         self._board.tell("meeting", {"backend": backend, "nodes": self._nodes})
 
     def conclude(self, checkpoint_gb: float) -> Exit:
@@ -173,7 +177,7 @@ def say(
 
     `facts` are the answers that came, `clocks` the seconds since 1970 of each rank and `links` the seconds of each
     all-reduce."""
-    nodes = sorted({fact.node for fact in facts} | {problem.node for problem in problems})
+    nodes = sorted({fact.node for fact in facts} | {problem.node for problem in problems})  # silent ones have no facts
     bad = {problem.node for problem in problems}
     shown = nodes if len(nodes) <= SHOWN_NODES else sorted(bad)[:SHOWN_NODES]
     width = None if sys.stdout.isatty() else 120  # of a file: rich would take 80
@@ -246,6 +250,7 @@ def _meet(
     ring = sorted(set(nodes.values()))
     for link in links_of(nodes[launch.rank], ring):
         ranks = [rank for rank, node in nodes.items() if node in link]
+        # Each pair meets under a prefix of its own: process groups of several pairs are made at the same time.
         own = dist.PrefixStore("-".join(link), store)
         seconds = _time_all_reduce(own, ranks.index(launch.rank), len(ranks), backend, device)
         timed.append((*link, seconds))

@@ -97,6 +97,7 @@ def disagreements(table: Sequence[Sequence[int]], mesh: Mesh) -> list[Disagreeme
     """Compare the checksums `table` [world][KINDS] of all ranks within each group that must be equal."""
     found = []
     for number, sharing in enumerate(KINDS):
+        # Ranks with one key must have one checksum.
         groups: defaultdict[tuple[int, int, int], list[int]] = defaultdict(list)
         for rank in range(len(table)):
             groups[_group_of(rank, sharing, mesh)].append(rank)
@@ -120,7 +121,8 @@ def describe(step: int, found: Sequence[Disagreement], hosts: Sequence[str]) -> 
         if len(each.differ) > NAMED:
             differ += f" and {len(each.differ) - NAMED} more"
         if each.is_certain:
-            texts.append(f"{differ} holds other bits than the {len(each.ranks) - len(each.differ)} ranks it must equal")
+            equal = len(each.ranks) - len(each.differ)
+            texts.append(f"{differ} holds other bits than the {equal} ranks it must equal")
         else:
             texts.append(f"{differ} must hold the same bits and do not; without a majority, it may be any of them")
     said = "; ".join(dict.fromkeys(texts))  # one fault may show in several groups

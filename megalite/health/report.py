@@ -34,6 +34,7 @@ def describe_hang(
     behind += [_who_and_what(beat) for beat in spoken.values() if not beat.waits_in]
     if not behind:
         behind = [_who_and_what(beat) for beat in _with_fewer_collectives(spoken, mesh)]
+    # Empty lines around it: other ranks write to the same console.
     lines = ["", f"hang: no rank has made progress for {mine.stalled_s:.0f} s"]
     if behind:
         lines += ["behind:", *_some(behind)]
@@ -76,9 +77,13 @@ def _of_silent(rank: int, beat: Heartbeat | None, host: str, folder: Path) -> st
         return f"rank {rank}: was never heard of"
     if beat.phase == "ended":
         return f"{who(beat)}: has left"
+    # /proc knows the processes of this machine only.
     reason = state_of(beat.pid) if beat.host == host else ""
     ago = time.time() - beat.time
-    silence = f"cannot speak{reason and f', {reason}'}, last heard of {ago:.0f} s ago"
+    silence = "cannot speak"
+    if reason:
+        silence += f", {reason}"
+    silence += f", last heard of {ago:.0f} s ago"
     # faulthandler's timer writes stacks without the interpreter's lock, also where the watchdog's thread cannot run.
     stacks = folder.parent / f"rank-{rank:05d}.stacks"
     where = f"stacks: {stacks}" if stacks.exists() and stacks.stat().st_size else ""
@@ -163,8 +168,11 @@ def _ranks(ranks: Sequence[int]) -> str:
             spans[-1][1] = rank
         else:
             spans.append([rank, rank])
-    names = ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in spans)
-    return f"ranks {names}" if len(ranks) > 1 else f"rank {names}"
+    names = []
+    for low, high in spans:
+        names.append(str(low) if low == high else f"{low}-{high}")
+    word = "ranks" if len(ranks) > 1 else "rank"
+    return f"{word} {', '.join(names)}"
 
 
 def _some(lines: Sequence[str]) -> list[str]:

@@ -101,6 +101,7 @@ class Stragglers:
         """Return the slowest reported rank and its slowness, for the metrics record; empty if there is none."""
         if not self._slowness:
             return {}
+        # One of them: a metrics record has no room for lists.
         rank = max(self._slowness, key=lambda rank: self._slowness[rank])
         return {"straggler": rank, "straggler_slowness": self._slowness[rank]}
 
@@ -117,6 +118,7 @@ class Stragglers:
         for rank in range(len(seconds)):
             peers[self._mesh.place_of(rank)[0]].append(rank)
         for ranks in peers.values():
+            # The lower of two middle values: of two peers, the slower one is compared with the faster.
             median = median_low(seconds[rank] for rank in ranks)
             for rank in ranks:
                 self._judge(rank, seconds[rank], median)
@@ -126,13 +128,15 @@ class Stragglers:
         name = f"rank {rank} on {self._hosts[rank]}"
         if seconds > max(self._health.straggler_factor * median, median + NOTICEABLE_S):
             self._times_slow[rank] += 1
-            if self._times_slow[rank] == PERSISTENT:
+            if self._times_slow[rank] < PERSISTENT:
+                return
+            slowness = seconds / median
+            self._slowness[rank] = slowness
+            if self._times_slow[rank] == PERSISTENT:  # reported once
                 self._news.append(
-                    f"warning: {name} is slow: it computes {seconds / median:.1f} times as long as its peers "
+                    f"warning: {name} is slow: it computes {slowness:.1f} times as long as its peers "
                     f"({seconds:.3g} s a step, their median {median:.3g} s)"
                 )
-            if self._times_slow[rank] >= PERSISTENT:
-                self._slowness[rank] = seconds / median
             return
         self._times_slow[rank] = 0
         if self._slowness.pop(rank, None):
@@ -150,4 +154,5 @@ def names_of_all(name: str, mesh: Mesh) -> list[str]:
     letters = list(name.encode()[:size].ljust(size))
     # Of one length on all ranks, as the collective needs it.
     mine = torch.tensor([letters], dtype=torch.uint8, device=mesh.device)
-    return [bytes(row).decode(errors="replace").rstrip() for row in all_gather(mine, mesh.world, 0).tolist()]
+    rows = all_gather(mine, mesh.world, 0).tolist()
+    return [bytes(row).decode(errors="replace").rstrip() for row in rows]

@@ -100,12 +100,14 @@ def _disks(facts: Sequence[Facts], checkpoint_gb: float) -> list[Problem]:
             if name == SHARED:
                 needed, what = checkpoint_gb, "a checkpoint takes"
             if free < needed:
-                text = f"{name}: {free:.2f} GB free, {what} {needed:.2f} GB"
+                room = f"{free:.2f} GB free"
+                text = f"{name}: {room}, {what} {needed:.2f} GB"
                 found.append(Problem(fact.node, name, text))
     return found
 
 
 def _memory(facts: Sequence[Facts]) -> list[Problem]:
+    # Compared with other nodes, not with a fixed need: what a run needs on the CPU is not known beforehand.
     typical = median_low(fact.memory_gb for fact in facts)
     found = []
     for fact in facts:
@@ -146,7 +148,7 @@ def _named(value: Any, right: str) -> str:
 
 
 def _products(facts: Sequence[Facts]) -> list[Problem]:
-    times = [fact.product_s for fact in facts if fact.product_s]
+    times = [fact.product_s for fact in facts if fact.product_s]  # 0: not measured
     typical = median_low(times) if times else 0.0
     found = []
     for fact in facts:

@@ -52,7 +52,8 @@ class Watchdog:
         self._rank = mesh.world.rank
         self._world_size = mesh.world.size
         # All ranks agree on rank 0's clock: it names the folder, and tells heartbeats of this start from older ones.
-        self._run = start_highest(int(time.time()) if self._rank == 0 else 0, mesh)()
+        started = int(time.time()) if self._rank == 0 else 0
+        self._run = start_highest(started, mesh)()
         self._folder = config.run.folder / "health"
         began = time.strftime("%Y%m%d-%H%M%S", time.gmtime(self._run))
         self._hang_folder = self._folder / f"hang-of-{began}"
@@ -193,6 +194,7 @@ class Watchdog:
             self._write(mine)
             self._hang_folder.mkdir(parents=True, exist_ok=True)
             with open(self._hang_folder / f"rank-{self._rank:05d}.txt", "w") as file:
+                # Flushed, because faulthandler writes to the file's descriptor behind Python's back.
                 print(f"{who(mine)}: {what(mine)}\n", file=file, flush=True)
                 faulthandler.dump_traceback(file)
             # The report names ranks that cannot write: give those that can time to do so.
