@@ -119,6 +119,7 @@ class Console:
             self._print(self._plain(record))
 
     def _live(self, record: dict[str, float]) -> str:
+        # Only what fits into one line, since wrapping would break the live display; the record has the rest.
         loss_style = "bold" if math.isfinite(record["loss"]) else "bold red"
         parts = [
             f"loss [{loss_style}]{record['loss']:.4f}[/]",
@@ -183,7 +184,8 @@ class Console:
         for key, x in record.items():
             if key != "step":
                 found.append(f"{key.removeprefix('tasks/')} {x:.4f}")
-        self._print(f"{self._at('tasks', record['step'])}  {', '.join(found)}", "bold green")
+        label = self._at("tasks", record["step"])
+        self._print(f"{label}  {', '.join(found)}", "bold green")
 
     def message(self, text: str) -> None:
         """Print a message of another part of the run."""
@@ -193,7 +195,9 @@ class Console:
         """Print how and where the run ended. `status` is that of `Recorder.close`."""
         if self._progress:
             self._progress.stop()
-        last = self._pace[-1][1] if self._pace else self._first_step - 1
+        last = self._first_step - 1
+        if self._pace:
+            _, last = self._pace[-1]
         took = clock(time.perf_counter() - self._began)
         of = f" of {self._total:,}" if last <= self._total else ""  # a run may be resumed with fewer steps than it has
         text = f"{status} at step {last:,}{of} after {took}"
@@ -260,4 +264,6 @@ def clock(seconds: float) -> str:
     hours, m = divmod(minutes, 60)
     if hours >= 48:
         return f"{hours // 24}d {hours % 24}h"
-    return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
+    if hours:
+        return f"{hours}:{m:02}:{s:02}"
+    return f"{m}:{s:02}"

@@ -103,7 +103,8 @@ def _draw_losses(
     thin = _thin(train)
     smooth = _smooth(_smooth(loss, window), window)  # twice: a spike becomes a hill, not a box
     axes.plot(step[thin], loss[thin], color=BLUE, alpha=0.35, linewidth=0.9)
-    axes.plot(step[thin], smooth[thin], color=BLUE, linewidth=2, label=f"training  {_last(smooth):.3f}")
+    label = f"training  {_last(smooth):.3f}"
+    axes.plot(step[thin], smooth[thin], color=BLUE, linewidth=2, label=label)
     if valid:
         label = f"validation  {_last(valid_loss):.3f}"
         axes.plot(_column(valid, "step"), valid_loss, "o-", color=ORANGE, linewidth=1.2, markersize=5, label=label)
@@ -160,7 +161,8 @@ def _smooth(values: np.ndarray, window: int) -> np.ndarray:
     bent."""
     finite = np.isfinite(values)
     # Differences of running sums give every mean in one pass.
-    total = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
+    known = np.where(finite, values, 0.0)
+    total = np.concatenate([[0.0], np.cumsum(known)])
     count = np.concatenate([[0], np.cumsum(finite)])
     index = np.arange(len(values))
     reach = np.minimum(window, index)

@@ -48,7 +48,7 @@ class Profiler:
     def _write(self) -> None:
         assert self._profile is not None
         profiled = self._profile
-        self._profile = None
+        self._profile = None  # also where the export fails: there is no second try
         self.active = False
         self.settle()
         profiled.stop()

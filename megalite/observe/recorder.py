@@ -24,10 +24,17 @@ class Sink(Protocol):
 
     name: str
 
-    def step(self, record: dict[str, float]) -> None: ...
-    def evaluation(self, record: dict[str, float]) -> None: ...
-    def tasks(self, record: dict[str, float]) -> None: ...
-    def close(self, status: str) -> None: ...
+    def step(self, record: dict[str, float]) -> None:
+        """Receive the record of a training step."""
+
+    def evaluation(self, record: dict[str, float]) -> None:
+        """Receive the record of an evaluation."""
+
+    def tasks(self, record: dict[str, float]) -> None:
+        """Receive the results of downstream tasks."""
+
+    def close(self, status: str) -> None:
+        """Write what is pending and end. No other call follows."""
 
 
 S = TypeVar("S", bound=Sink)
@@ -56,7 +63,8 @@ class Recorder:
         self._sinks: list[Sink] = []
         # None first: the console may fail to start, and `_add` then prints its warning without one.
         self._console: Console | None = None
-        self._console = self._add(lambda: Console(config, folder, num_params, start_step, layout or {}), "console")
+        shown = layout or {}
+        self._console = self._add(lambda: Console(config, folder, num_params, start_step, shown), "console")
         self._add(lambda: JsonlSink(metrics, start_step, self.message), JsonlSink.name)
         if config.observe.tensorboard:
             self._add(lambda: TensorboardSink(folder / "tensorboard", start_step), TensorboardSink.name)
@@ -126,4 +134,5 @@ class Recorder:
 
     def _warn(self, name: str, error: Exception) -> None:
         hint = "; pip install 'megalite[observe]'" if isinstance(error, ImportError) else ""
-        self.message(f"warning: {name} turned off, training goes on: {error or type(error).__name__}{hint}")
+        reason = str(error) or type(error).__name__
+        self.message(f"warning: {name} turned off, training goes on: {reason}{hint}")

@@ -75,15 +75,18 @@ class HostEvent:
     """Stands in for torch.cuda.Event on the CPU, where work is done when it is called: `record` takes the time."""
 
     def record(self) -> None:
+        """Take the time."""
         self._seconds = time.perf_counter()
 
     def query(self) -> bool:
+        """Return True: what was recorded has happened."""
         return True
 
     def synchronize(self) -> None:
-        pass
+        """Return at once: there is nothing to wait for."""
 
     def elapsed_time(self, end: HostEvent) -> float:
+        """Return the milliseconds from this event to `end`, as torch.cuda.Event does."""
         return (end._seconds - self._seconds) * 1e3
 
 
@@ -93,7 +96,13 @@ class Meter:
     Call `start` when the clock should run from now (after an evaluation or a save), `tick` at the end of a step.
     Neither waits for a GPU: they put events in its stream, and the time is when the GPU gets there."""
 
-    def __init__(self, flops_per_token: float, world_size: int, device: torch.device, dtype: torch.dtype):
+    def __init__(
+        self,
+        flops_per_token: float,
+        world_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ):
         """Take `flops_per_token` of the whole model, which `world_size` chips share.
 
         `device` and `dtype` give the chip's peak."""

@@ -32,7 +32,13 @@ class WandbSink:
 
     name = "W&B"
 
-    def __init__(self, config: Config, folder: Path, wandb_id: str | None, say: Callable[[str], None]):
+    def __init__(
+        self,
+        config: Config,
+        folder: Path,
+        wandb_id: str | None,
+        say: Callable[[str], None],
+    ):
         """Start the thread. `wandb_id` is the id of the run to resume, None for a new one.
 
         `config` is stored with the run, offline files go to `folder`, and `say` prints a line for the user."""
@@ -118,6 +124,7 @@ class WandbSink:
         }
         # finish_timeout is newer than the oldest wandb allowed.
         known = getattr(wandb.Settings, "model_fields", settings)
+        settings = {key: value for key, value in settings.items() if key in known}
         return wandb.init(
             mode=mode,
             project=asked.project,
@@ -128,7 +135,7 @@ class WandbSink:
             resume="allow",
             dir=str(self._folder),
             config=self._config.model_dump(mode="json"),
-            settings=wandb.Settings(**{key: value for key, value in settings.items() if key in known}),
+            settings=wandb.Settings(**settings),
         )
 
     def _warn(self, what: str, error: Exception) -> None:
