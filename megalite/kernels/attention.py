@@ -202,7 +202,12 @@ def _register() -> None:
     # Fake kernels give torch.compile the shapes and dtypes of the results without computing them.
 
     @torch.library.register_fake("megalite::attention_forward")
-    def _(qkv: Tensor, num_heads: int, num_kv_heads: int, document: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _(
+        qkv: Tensor,
+        num_heads: int,
+        num_kv_heads: int,
+        document: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
         batch, length, _, size = qkv.shape
         out = qkv.new_empty((batch, length, num_heads * size))
         lse = qkv.new_empty((batch, num_heads, length), dtype=torch.float32)

@@ -42,6 +42,7 @@ def use(wishes: KernelsConfig) -> None:
         wish = getattr(wishes, operation)
         if wish == "megalite" and own() is None:
             raise ConfigError(f"kernels.{operation} is megalite, but {why_not_built()}")
+        # Looked for, not imported: that happens where it is first used.
         if wish in ("apex", "flash_attn") and importlib.util.find_spec(wish) is None:
             raise ConfigError(f"kernels.{operation} is {wish}, but {wish} is not installed here")
     if own() is None and any(getattr(wishes, operation) == "auto" for operation in OPERATIONS):

@@ -27,7 +27,12 @@ Deliver = Callable[[Tensor, Tensor], None]
 """Receives (g [n,V], x [n,D]) of a chunk of tokens. The head's weight gradient is the sum of gᵀ x over all calls."""
 
 
-def cross_entropy_forward(logits_NV: Tensor, labels_N: Tensor, first: int, num_valid: int) -> tuple[Tensor, Tensor]:
+def cross_entropy_forward(
+    logits_NV: Tensor,
+    labels_N: Tensor,
+    first: int,
+    num_valid: int,
+) -> tuple[Tensor, Tensor]:
     """Return (lse, target), both [N] fp32, of this rank's columns `logits_NV`.
 
     lse is the log-sum-exp over the columns; target is the logit of `labels_N`, 0 where the label is not among the

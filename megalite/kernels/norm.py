@@ -101,7 +101,13 @@ def _register_rms_norm() -> None:
         return torch.empty_like(x), _row_statistic(x)
 
     @torch.library.register_fake("megalite::add_rms_norm")
-    def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float, unit: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    def _(
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor,
+        eps: float,
+        unit: float = 0.0,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         return torch.empty_like(x), torch.empty_like(x), _row_statistic(x)
 
     @torch.library.register_fake("megalite::rms_norm_backward")
@@ -152,7 +158,11 @@ def _register_layer_norm() -> None:
 
     @torch.library.register_fake("megalite::add_layer_norm")
     def _(
-        x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        eps: float,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return torch.empty_like(x), torch.empty_like(x), _row_statistic(x), _row_statistic(x)
 
@@ -173,10 +183,7 @@ def _register_layer_norm() -> None:
         ctx.save_for_backward(x, weight, mean, rstd)
 
     def backward(
-        ctx: Any,
-        grad: Tensor,
-        grad_mean: Tensor | None,
-        grad_rstd: Tensor | None,
+        ctx: Any, grad: Tensor, grad_mean: Tensor | None, grad_rstd: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, None]:
         x, weight, mean, rstd = ctx.saved_tensors
         grad_x, grad_weight, grad_bias = ops.layer_norm_backward(grad, None, x, weight, mean, rstd)

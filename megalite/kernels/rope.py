@@ -52,7 +52,14 @@ class _Rotate(torch.autograd.Function):
     three times in the backward pass of a view that changed in place."""
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, head_size: int, num_heads: int, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        qkv: Tensor,
+        head_size: int,
+        num_heads: int,
+        cos: Tensor,
+        sin: Tensor,
+    ) -> Tensor:
         ctx.save_for_backward(cos, sin)
         ctx.head_size, ctx.num_heads = head_size, num_heads
         ctx.mark_dirty(qkv)
