@@ -46,6 +46,7 @@ class Board:
         Raises TimeoutError after `patience_s`, with what `late` says of the indices of missing keys, and Abandoned."""
         deadline = time.monotonic() + patience_s
         pause = 0.005
+        # Polled, because a blocking wait of the store could not be abandoned.
         while not self._store.check(list(keys)):
             if self._abandoned.is_set():
                 raise Abandoned("training ended before every rank had written its part")

@@ -68,7 +68,8 @@ def write_extras(folder: Path, config: Config, tokenizer: Tokenizer | None) -> N
         _add_turn_end(folder, ids["eos_token_id"], tokenizer)
     if config.lora:
         assert config.model.hf is not None
-        write_json(folder / peft.CONFIG, peft.to_peft(config.lora, weight_table(config.model), config.model.hf))
+        adapter = peft.to_peft(config.lora, weight_table(config.model), config.model.hf)
+        write_json(folder / peft.CONFIG, adapter)
         return
     # "torch_dtype" is the key that every version of transformers and vLLM reads.
     dtype = DTYPES[config.train.precision]

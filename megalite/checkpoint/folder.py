@@ -37,7 +37,7 @@ class Damage(IntEnum):
 
     @property
     def words(self) -> str:
-        """The damage as the end of a sentence."""
+        """Words for the damage, as the end of a sentence."""
         return ("is whole", "is missing", "is not as long as it was", "is not what was written", "cannot be read")[self]
 
 
@@ -71,6 +71,7 @@ def read_manifest(folder: Path) -> Files | Damage:
         return Damage.MISSING
     except OSError:
         return Damage.UNREADABLE
+    # Damaged JSON may parse to anything, and fail anywhere.
     except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError, CheckpointError):
         return Damage.CONTENT
 
@@ -82,8 +83,10 @@ def parse_manifest(data: bytes) -> Files:
     files = json.loads(data, object_pairs_hook=_no_key_twice)["files"]
     if not files or min(int(entry["size"]) for entry in files.values()) < 0:
         raise ValueError("no files, or of impossible sizes")
-    if any(Path(name).is_absolute() or ".." in Path(name).parts or not name.isprintable() for name in files):
-        raise ValueError("a file outside of the folder, or that can have no such name")
+    for name in files:
+        path = Path(name)
+        if path.is_absolute() or ".." in path.parts or not name.isprintable():
+            raise ValueError("a file outside of the folder, or that can have no such name")
     return files
 
 
@@ -158,7 +161,7 @@ class Worth:
 
     @property
     def updated(self) -> int:
-        """The step whose update made the weights. Only the step after it shows whether they are sound."""
+        """Step whose update made the weights. Only the step after it shows whether they are sound."""
         return self.step - self.refused
 
 
@@ -180,6 +183,7 @@ def best_steps(root: Path, steps: Sequence[int], count: int) -> list[int]:
 
     Of equal losses the later step is the better."""
     worth = [read_worth(step_folder(root, step), step) for step in steps] if count else []
+    # Ascending by loss; the negated step puts the later one of two equals first.
     judged = sorted((each.valid_loss, -each.step) for each in worth if math.isfinite(each.valid_loss))
     return [-step for _, step in judged[:count]]
 
@@ -201,7 +205,8 @@ def prune(root: Path, keep: int, keep_best: int = 0, newest: Worth | None = None
     if newest:
         kept |= {*sound_steps(steps, newest)[-1:]}
     if newest and newest.refused:
-        kept |= {*[step for step in steps if step <= newest.updated][-1:]}
+        before = [step for step in steps if step <= newest.updated]
+        kept.update(before[-1:])
     for step in set(steps) - kept:
         discard(step_folder(root, step))
 
@@ -210,7 +215,7 @@ def discard(folder: Path) -> None:
     """Delete a checkpoint."""
     # Renamed first: a half-deleted folder must never be taken for a checkpoint.
     leaving = folder.with_name(f"{folder.name}.old.tmp")
-    remove(leaving)
+    remove(leaving)  # of a crash in this very function
     folder.rename(leaving)
     remove(leaving)
 

@@ -29,6 +29,7 @@ def from_seed(seed: int, tensor: Axis, device: torch.device | str = "cpu") -> Re
 
     `tensor` is the axis that shards weights; `device` is where they are computed."""
 
+    # A reader takes (weight, kind, start, stop): elements start..stop of this tensor rank's shard, flattened.
     def read(weight: Weight, kind: str, start: int, stop: int) -> Tensor:
         if kind not in VALUES:
             return torch.zeros(stop - start)
@@ -61,6 +62,7 @@ def from_hf(
     Raises CheckpointError if names or shapes are not those of the model."""
     if peft.is_adapter(folder):
         return _with_adapter(folder, weights, model, tensor, masters)
+    # An adapter without its adapter_config.json beside a model: either may be what was meant.
     if found := sorted(path.name for path in folder.glob(f"{peft.TENSORS}.*")):
         raise CheckpointError(
             f"{folder} holds a whole model and an adapter ({found[0]}); move one of them to a folder of its own, so "
@@ -150,6 +152,7 @@ def _with_adapter(
     """Return a reader that merges the adapter in `folder` into the weights of its model, slice by slice."""
     lora = LoraConfig.model_validate(peft.read_lora(folder))
     base = from_hf(peft.base_of(folder), weights, model, tensor)
+    # A fused weight may have several adapters, one for each of the Hugging Face modules in it.
     adapters = adapters_of(weights, lora)
     rows = {adapter.module: adapter.rows(lora.rank) for adapter in adapters}
     by_base: dict[str, list[Adapter]] = {}
@@ -167,8 +170,10 @@ def _with_adapter(
     def read(weight: Weight, kind: str, start: int, stop: int) -> Tensor:
         own: list[tuple[Adapter, Tensor, Tensor]] = []
         for adapter in by_base.get(weight.name, ()):
-            a, b = rows[adapter.module]
-            own.append((adapter, local(factors, a, "master"), local(factors, b, "master")))
+            row_a, row_b = rows[adapter.module]
+            a = local(factors, row_a, "master")
+            b = local(factors, row_b, "master")
+            own.append((adapter, a, b))
         if kind not in VALUES or not own:
             return base(weight, kind, start, stop)
         before = local(base, weight)

@@ -99,9 +99,10 @@ def _check_model(
     """Raise CheckpointError if one of the changed settings makes another model."""
     other = [change for change in changed if not _says_the_same(change, before, config)]
     if other:
-        named = "; ".join(f"{each.key} = {spelled(each.now)}, there {spelled(each.was)}" for each in other[:SHOWN])
-        more = f"; and {len(other) - SHOWN} more" if len(other) > SHOWN else ""
-        raise CheckpointError(f"{checkpoint} is of another model than the config's: {named}{more}; {KEEPS}")
+        named = [f"{each.key} = {spelled(each.now)}, there {spelled(each.was)}" for each in other[:SHOWN]]
+        if len(other) > SHOWN:
+            named.append(f"and {len(other) - SHOWN} more")
+        raise CheckpointError(f"{checkpoint} is of another model than the config's: {'; '.join(named)}; {KEEPS}")
 
 
 def _says_the_same(change: Change, before: Mapping[str, Any], config: Config) -> bool:
@@ -131,7 +132,7 @@ def _check_tokenizer(checkpoint: Path, path: Path, tokenizer: Tokenizer) -> None
         return
     try:
         other = load_tokenizer(checkpoint)
-    except DataError:
+    except DataError:  # a tokenizer that cannot be loaded proves nothing
         return
     if other.fingerprint() != tokenizer.fingerprint():
         raise CheckpointError(

@@ -81,6 +81,7 @@ def find_megatron(folder: Path) -> Path | None:
     if (folder / LATEST).is_file():
         with reading(folder / LATEST, CheckpointError):
             word = read_limited(folder / LATEST, CheckpointError, 1000).decode(errors="replace").strip()
+        # The file may come from anywhere: it must not lead out of the folder.
         if Path(word).name != word or word == "..":
             raise CheckpointError(f"{folder / LATEST} names {shown(word)}, which is no folder beside it")
         folder = folder / (f"iter_{int(word):07d}" if word.isdecimal() else word)
@@ -222,7 +223,8 @@ def _args(saved: Any, path: Path) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} does not hold the arguments of the run that wrote it")
     # Only numbers, words and truth values are asked for. Anything else might make a message endless.
-    return {name: value for name, value in state.items() if value is None or isinstance(value, int | float | str)}
+    plain = (int, float, str, type(None))
+    return {name: value for name, value in state.items() if isinstance(value, plain)}
 
 
 def _ours(name: str, first_layer: int = 0) -> str | None:
@@ -281,13 +283,15 @@ class _RankFiles:
             match = re.fullmatch(r"mp_rank_(\d+)(?:_(\d+))?", path.parent.name)
             if match is None:
                 raise CheckpointError(f"{path.parent}: neither mp_rank_TENSOR nor mp_rank_TENSOR_PIPELINE")
-            grid.setdefault(int(match[2] or 0), {})[int(match[1])] = path
+            tensor_rank, pipeline_rank = int(match[1]), int(match[2] or 0)
+            grid.setdefault(pipeline_rank, {})[tensor_rank] = path
         self.tensor = len(grid[0]) if 0 in grid else 0
         self._found: dict[str, list[Any]] = {}
         """By megalite's name, a StoredTensor of each tensor rank."""
         saved = []
-        for _, row in sorted(grid.items()):
-            saved.append([TorchFile(path).load() for _, path in sorted(row.items())])
+        for _, paths in sorted(grid.items()):
+            saved.append([TorchFile(path).load() for _, path in sorted(paths.items())])
+        # What the folder holds must be what its arguments say: a lost file would go unnoticed otherwise.
         if any(len(row) != self.tensor for row in saved):
             raise CheckpointError(f"{folder}: files of some ranks are missing: {sum(map(len, saved))} are there")
         self.args = _args(saved[0][0], folder)
@@ -338,7 +342,9 @@ class _RankFiles:
 
 
 def _equal(first: list[Any], second: list[Any]) -> bool:
-    return first is second or all(torch.equal(a.read(), b.read()) for a, b in zip(first, second, strict=True))
+    if first is second:  # the usual case: a weight that is stored once
+        return True
+    return all(torch.equal(a.read(), b.read()) for a, b in zip(first, second, strict=True))
 
 
 class _Pieces:
@@ -357,6 +363,7 @@ class _Pieces:
         """By Megatron's name: the offset of each piece in the tensor, and where its bytes are."""
         self._where: dict[str, tuple[str, int | None]] = {}
         """By megalite's name: Megatron's, and the layer in a tensor of all layers."""
+        # Indices and places are dataclasses of torch, which stand here as `Unknown` with their attributes.
         with reading(f"{folder}/.metadata of torch.distributed.checkpoint", CheckpointError):
             for name, stored in metadata.state["state_dict_metadata"].items():
                 if "size" in stored.state and not NO_WEIGHTS.search(name):
@@ -415,7 +422,7 @@ class _Pieces:
                 begin = begin[1:]
             if whole is None:
                 whole = piece.new_empty(filled.shape)
-            where = tuple(slice(b, b + n) for b, n in zip(begin, piece.shape, strict=True))
+            where = tuple(slice(low, low + size) for low, size in zip(begin, piece.shape, strict=True))
             if filled[where].any():
                 raise CheckpointError(f"{self.folder}: a piece of {stored} is there twice")
             whole[where] = piece

@@ -59,7 +59,7 @@ def find_checkpoint(
             )
         return None, []
     asked = None if resume == "auto" else Path(resume)
-    if asked and not steps:
+    if asked and not steps:  # the first start of a run that begins from another checkpoint
         return _undamaged(asked, mesh), []
     damaged: dict[Path, dict[str, Damage]] = {}
     newest = _newest_undamaged(root, steps, damaged, mesh)
@@ -73,6 +73,7 @@ def find_checkpoint(
         ) from cause
     if newest is None:
         return None, []
+    # A restarted job has the same config: a run that has begun at `asked` goes on with its own checkpoints.
     if asked and not _has_begun_at(newest, asked):
         if asked.resolve().parent != root.resolve():
             raise CheckpointError(
@@ -117,8 +118,10 @@ def _newest_undamaged(
 
 def _has_begun_at(folder: Path, asked: Path) -> bool:
     """Return whether a run's own checkpoint is `asked` itself, or comes from a start that was asked for the same."""
+    if _is_same(folder, asked):
+        return True
     before = (stored_config(folder) or {}).get("checkpoint", {}).get("resume", "auto")
-    return _is_same(folder, asked) or (before not in ("auto", "never") and _is_same(Path(before), asked))
+    return before not in ("auto", "never") and _is_same(Path(before), asked)
 
 
 def _is_same(one: Path, other: Path) -> bool:
@@ -200,6 +203,7 @@ def find_damage(folder: Path, mesh: Mesh) -> dict[str, Damage]:
     """Return what is wrong with a checkpoint's files, by name. Each rank reads a share; all get the same result."""
     files = read_manifest(folder)
     names = [] if isinstance(files, Damage) else sorted(files)
+    # Ranks may see different manifests: they must agree on the number of files before they share them out.
     count = start_highest(len(names), mesh)()
     found = torch.zeros(count + 1, dtype=torch.int64)  # one a file, and the last for the manifest
     if isinstance(files, Damage):
@@ -214,7 +218,8 @@ def find_damage(folder: Path, mesh: Mesh) -> dict[str, Damage]:
     worst = all_reduce(found.to(mesh.device), mesh.world, dist.ReduceOp.MAX).tolist()
     if worst[-1]:
         return {MANIFEST: Damage(worst[-1])}
-    return {name: Damage(what) for name, what in zip(names, worst[:-1], strict=True) if what}
+    of_files = zip(names, worst[:-1], strict=True)
+    return {name: Damage(what) for name, what in of_files if what}
 
 
 def _tell(damage: dict[str, Damage]) -> str:

@@ -75,7 +75,9 @@ class Saver:
         self._hurry.set()  # an earlier save that keeps failing gives way to the newer one
         if busy := self._wait_for_others():
             so_far = time.monotonic() - self._began
-            ranks = ", ".join(map(str, busy[:8])) + (", …" if len(busy) > 8 else "")
+            ranks = ", ".join(map(str, busy[:8]))
+            if len(busy) > 8:
+                ranks += ", …"
             self._failed(folder, f"the one before is still being written after {so_far:.0f} s, by rank {ranks}")
             return
         self._hurry.clear()

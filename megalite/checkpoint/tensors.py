@@ -60,6 +60,7 @@ class TensorFolder:
     def _file(self, name: str) -> Any:
         """Open a file once and keep it open: it stays readable if a run deletes the checkpoint meanwhile."""
         if name not in self._open:
+            # `beside` refuses names that lead out of the folder.
             self._open[name] = safe_open(beside(self.folder, name, self.folder), framework="pt")
         return self._open[name]
 
@@ -82,7 +83,10 @@ class TensorFolder:
         hub's gpt2, have none. Names in `apart` never have it."""
         if not any(name.startswith(prefix) for name in self.files):
             self._prefix = prefix
-            self.files = {name if name in apart else prefix + name: file for name, file in self.files.items()}
+            files = {}
+            for name, file in self.files.items():
+                files[name if name in apart else prefix + name] = file
+            self.files = files
 
     def check(self, weights: Sequence[Weight], ignore: Collection[str] = ()) -> None:
         """Raise CheckpointError unless names and shapes are exactly those of `weights`, and all have a known dtype.
@@ -96,11 +100,13 @@ class TensorFolder:
                 f"{self.folder}/{self.stem}: the model does not match this checkpoint ({KEEPS}); "
                 f"missing tensors: {_some(missing)}; tensors of no weight: {_some(unknown)}"
             )
+        # Headers alone are read here: all mistakes are found before any bytes of weights are.
         for name, shape in wanted.items():
             stored = self._slices(name)
-            if stored.get_dtype() not in DTYPES:
+            dtype = stored.get_dtype()
+            if dtype not in DTYPES:
                 raise CheckpointError(
-                    f"{self.folder}/{self.stem}: {name} is stored as {stored.get_dtype()}; weights must be one of "
+                    f"{self.folder}/{self.stem}: {name} is stored as {dtype}; weights must be one of "
                     f"{', '.join(DTYPES)}: a quantised model must be saved in one of these first"
                 )
             found = tuple(stored.get_shape())

@@ -80,11 +80,11 @@ def _first_difference(source: TensorFolder, one: str, other: str) -> int | None:
 
 def _is_computed(source: TensorFolder, name: str, model: ModelConfig) -> bool:
     """Return whether a stored buffer holds what the model computes anyway."""
-    shape = source.shape(name) if MASK.search(name) or MASKED.search(name) or FREQUENCIES.search(name) else ()
-    if MASK.search(name) and len(shape) == 4:
+    if MASK.search(name) and len(source.shape(name)) == 4:  # a mask is [1,1,T,T]; another shape is something else
         mask = _whole(source, name)
-        return torch.equal(mask != 0, torch.ones_like(mask, dtype=torch.bool).tril())
-    if MASKED.search(name) and torch.Size(shape).numel() == 1:
+        causal = torch.ones_like(mask, dtype=torch.bool).tril()
+        return torch.equal(mask != 0, causal)
+    if MASKED.search(name) and torch.Size(source.shape(name)).numel() == 1:
         return float(_whole(source, name)) < -9000  # -10,000 in bf16 is -9,984
     if FREQUENCIES.search(name) and hasattr(model, "rope_theta"):
         _check_frequencies(source, name, model)

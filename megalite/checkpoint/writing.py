@@ -186,7 +186,8 @@ class Writing:
         writers = self._writers()
         if len(writers) == 1:
             return ".safetensors"
-        return f"-{writers.index(self.rank) + 1:05d}-of-{len(writers):05d}.safetensors"
+        number = writers.index(self.rank) + 1
+        return f"-{number:05d}-of-{len(writers):05d}.safetensors"
 
     def _write_tensors(self, path: Path, logical: Mapping[str, Tensor]) -> dict[str, int]:
         """Write one file of Hugging Face tensors. Returns their sizes in bytes."""
