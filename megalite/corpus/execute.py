@@ -42,7 +42,8 @@ def run_here(phases: list[Phase], logs: Path, workers: int | None, console: Cons
 
     datatrove's notes go to `logs`, the progress to `console`. Raises what a task raises, and DataError when a worker
     was killed."""
-    workers = min(workers or len(os.sched_getaffinity(0)), max(phase.tasks for phase in phases))
+    most_tasks = max(phase.tasks for phase in phases)
+    workers = min(workers or len(os.sched_getaffinity(0)), most_tasks)
     before = set(multiprocessing.active_children())
     # datatrove's own pool would wait for ever for a worker that was killed.
     with worker_pool(workers, _start) as pool:

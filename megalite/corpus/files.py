@@ -114,5 +114,7 @@ class WriteShard(PipelineStep):
             for document in data:
                 packed.write(line_of(document))
                 yield document
-        counted = self._reader.counted() | {"stages": [stage.counted() for stage in self._stages]}
+        # Steps run as one generator: the counts are complete only when the last document has come through.
+        stages = [stage.counted() for stage in self._stages]
+        counted = self._reader.counted() | {"stages": stages}
         write_json(self._folder / f"{rank:05d}.json", counted)

@@ -135,6 +135,7 @@ def _legend() -> str:
 
 def _funnel(stages: list[dict[str, Any]]) -> str:
     """Render what each stage kept, as one row a stage."""
+    # All bars are shares of what came to the first stage, so that they can be compared.
     whole = max(stages[0]["came"]["num_bytes"], 1)
     rows = []
     for stage in stages:
@@ -255,7 +256,8 @@ def _languages(languages: dict[str, int]) -> str:
     _, most = found[0]
     rows = []
     for code, count in found[:MOST_LANGUAGES]:
-        rows.append([escape(code), _bar([("kept", count / most)]), f"{count:,}", _share(count, total)])
+        bar = _bar([("kept", count / most)])
+        rows.append([escape(code), bar, f"{count:,}", _share(count, total)])
     more = ""
     if len(found) > MOST_LANGUAGES:
         more = f'<p class="soft">… and {len(found) - MOST_LANGUAGES} more</p>'
@@ -334,7 +336,8 @@ def _size(num_bytes: int) -> str:
     for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if num_bytes >= scale:
             value = num_bytes / scale
-            return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.1f} {unit}"
+            digits = 0 if value >= 100 else 1
+            return f"{value:,.{digits}f} {unit}"
     return f"{num_bytes:,} B"
 
 

@@ -53,6 +53,7 @@ def make_report(work: Path, config: CorpusConfig, num_shards: int) -> dict[str, 
     inputs = json.loads((work / "inputs.json").read_text(encoding="utf-8"))
     messages: list[str] = inputs["messages"]
     for shard in cleaned:
+        # What is no number is popped; the rest adds up.
         messages += shard["report"].pop("messages")
         left_out.update(shard["report"].pop("left_out"))
         as_text.update(shard["report"].pop("as_text"))
@@ -123,8 +124,10 @@ def _merged(shards: Iterable[dict[str, Any]]) -> Tally:
     for tally in rest:
         first.merge(tally)
     # The largest first, then by name: an order that does not depend on which shard met what first.
-    first.dropped = dict(sorted(first.dropped.items(), key=lambda item: (-item[1].documents, item[0])))
-    first.notes = Counter(dict(sorted(first.notes.items(), key=lambda item: (-item[1], item[0]))))
+    dropped = sorted(first.dropped.items(), key=lambda item: (-item[1].documents, item[0]))
+    notes = sorted(first.notes.items(), key=lambda item: (-item[1], item[0]))
+    first.dropped = dict(dropped)
+    first.notes = Counter(dict(notes))
     return first
 
 

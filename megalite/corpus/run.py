@@ -126,6 +126,7 @@ def _begin(config: CorpusConfig, work: Path) -> int:
             raise DataError(
                 f"{work.parent} was begun with {what}; name another `output`, or remove it to start anew ({named})"
             )
+    # For the report, whose task sees only the output folder.
     inputs = {
         "files": len(files),
         "num_bytes": sum(file.num_bytes for file in files),

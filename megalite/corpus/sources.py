@@ -43,6 +43,7 @@ def list_inputs(sources: Sequence[Source], report: Report) -> list[InputFile]:
     inputs: dict[str, InputFile] = {}
     for source in sources:
         for path in list_documents([source.path], report, warc.SUFFIXES):
+            # Paths of one source may overlap; a file in two sources would be read twice under two names.
             file = inputs.setdefault(path, InputFile(source.name, path, os.stat(path).st_size))
             if file.source != source.name:
                 raise DataError(f"{path} is in two sources, {file.source} and {source.name}; narrow one of their paths")
@@ -86,7 +87,8 @@ class ReadInputs(PipelineStep):
             if path.lower().endswith(warc.SUFFIXES):
                 documents = warc.read_warc(path, self.report)
             else:
-                documents = read_files([path], Reading(source.json_key, metadata=True, mend=True), self.report)
+                how = Reading(source.json_key, metadata=True, mend=True)
+                documents = read_files([path], how, self.report)
             for document in documents:
                 if not document.text.strip():
                     self.report.num_empty += 1

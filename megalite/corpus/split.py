@@ -26,6 +26,7 @@ NEITHER_LETTER_NOR_DIGIT = re.compile(r"[\W_]+")
 
 def split_of(text: str, config: SplitConfig) -> str:
     """Return the split of a text: train, valid or test."""
+    # A hash, not a random number: the split of a text depends on nothing but the text.
     letters = NEITHER_LETTER_NOR_DIGIT.sub("", text.lower())
     digest = hashlib.blake2b(letters.encode("utf-8", "replace"), digest_size=8).digest()
     point = int.from_bytes(digest) / 2**64  # uniform in [0, 1)
@@ -71,7 +72,8 @@ class WriteSplits(PipelineStep):
                     opened[split] = files.enter_context(packing(file, self._compression))
                 opened[split].write(line_of(document))
                 size = num_bytes_of(document.text)
-                self.written[split].setdefault(document.metadata["source"], Count()).add(size)
+                counts = self.written[split].setdefault(document.metadata["source"], Count())
+                counts.add(size)
                 yield document
         splits = {}
         for split, sources in self.written.items():

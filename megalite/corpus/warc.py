@@ -156,7 +156,8 @@ def _without_coding(body: bytes, coding: str) -> tuple[bytes, bool]:
         if LOOKS_LIKE_HTML.match(body):
             return body, False
         # The standard asks for zlib's header; many servers leave it out.
-        has_header = len(body) > 1 and body[0] & 15 == 8 and int.from_bytes(body[:2]) % 31 == 0
+        is_deflate = len(body) > 1 and body[0] & 15 == 8
+        has_header = is_deflate and int.from_bytes(body[:2]) % 31 == 0
         return _inflated(body, 15 if has_header else -15)
     if coding == "zstd":
         import zstandard
