@@ -6,5 +6,5 @@
       train_state.json                                                               step, data position, recent losses
       manifest.json                                                                  size and SHA-256 of every file
 
-A folder without a valid manifest is no checkpoint: it is written as step-N.tmp, and renamed when complete and on disk.
+A folder without a valid manifest does not count: it is written as step-N.tmp, and renamed when complete and on disk.
 """

@@ -79,7 +79,7 @@ def read_manifest(folder: Path) -> Files | Damage:
 def parse_manifest(data: bytes) -> Files:
     """Parse a manifest so strictly that no flipped bit goes unnoticed, here or by the files that are named.
 
-    Raises ValueError, KeyError, TypeError or AttributeError for what is no manifest."""
+    Raises ValueError, KeyError, TypeError or AttributeError for anything else."""
     files = json.loads(data, object_pairs_hook=_no_key_twice)["files"]
     if not files or min(int(entry["size"]) for entry in files.values()) < 0:
         raise ValueError("no files, or of impossible sizes")
@@ -191,7 +191,7 @@ def best_steps(root: Path, steps: Sequence[int], count: int) -> list[int]:
 def sound_steps(steps: Sequence[int], newest: Worth) -> list[int]:
     """Return those of `steps` whose weights were followed by a good step; `newest` tells which steps were bad.
 
-    A step's own loss is no proof: weights beyond repair may have a finite loss, and only its gradient shows it."""
+    A step's own loss proves nothing: weights beyond repair may have a finite loss, and only its gradient shows it."""
     return [step for step in steps if step < newest.updated]
 
 

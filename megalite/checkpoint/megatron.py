@@ -228,7 +228,7 @@ def _args(saved: Any, path: Path) -> dict[str, Any]:
 
 
 def _ours(name: str, first_layer: int = 0) -> str | None:
-    """Return megalite's name for one of Megatron's, or None for what is no known weight.
+    """Return megalite's name for one of Megatron's, or None if it is not a known weight.
 
     `first_layer` is the number of its layer 0 in the whole model."""
     name = name.removeprefix("language_model.")

@@ -46,7 +46,7 @@ class Saver:
         """Write below `root`, which no other run uses. A collective.
 
         `keep` newest and `keep_best` best checkpoints stay. `owners` says which rank writes each of `weights`, from the
-        state of `engine`. `write_extras`, called by rank 0, puts what is no tensor (config.json, tokenizer) into a
+        state of `engine`. `write_extras`, called by rank 0, writes everything but tensors (config.json, tokenizer) to a
         folder. Files of weights begin with `stem`."""
         table = {weight.name: weight for weight in weights}
         self.target = Target(root, keep, table, owners, mesh, write_extras, stem, keep_best)

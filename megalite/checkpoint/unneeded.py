@@ -26,8 +26,8 @@ def unneeded(source: TensorFolder, model: ModelConfig, head_is_replaced: bool) -
     """Return the names of stored tensors in `source` that `model` does without.
 
     These are the second copy of a tied head, a head that another one replaces (`head_is_replaced`), and causal masks
-    and rotary frequencies that are as the model computes them. Raises CheckpointError for a tied head that is no copy
-    of the embedding, and for frequencies that contradict config.json."""
+    and rotary frequencies that are as the model computes them. Raises CheckpointError for a tied head that is not a
+    copy of the embedding, and for frequencies that contradict config.json."""
     found = {name for name in source.files if _is_computed(source, name, model)}
     embedding, head = ends_of(model)
     if head in source.files and (head_is_replaced or model.tie_embeddings):

@@ -57,7 +57,7 @@ class Target:
     """The rank that writes each weight."""
     mesh: Mesh
     write_extras: Callable[[Path], None]
-    """Puts what is no tensor (config.json, tokenizer) into a folder."""
+    """Writes everything but tensors (config.json, tokenizer) to a folder."""
     stem: str = "model"
     """Beginning of the names of files of weights."""
     keep_best: int = 0

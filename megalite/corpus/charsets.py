@@ -2,7 +2,7 @@
 then a guess from its bytes.
 
 Labels are those of the WHATWG Encoding Standard: `iso-8859-1` is windows-1252 there, `gb2312` is GB 18030, and an
-unknown label, such as `utf-7`, is no charset. Two charsets that browsers refuse for fear of scripts in them are read:
+unknown label, such as `utf-7`, is ignored. Two charsets that browsers refuse for fear of scripts in them are read:
 hz-gb-2312 and iso-2022-kr.
 """
 

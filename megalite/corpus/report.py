@@ -53,7 +53,7 @@ def make_report(work: Path, config: CorpusConfig, num_shards: int) -> dict[str, 
     inputs = json.loads((work / "inputs.json").read_text(encoding="utf-8"))
     messages: list[str] = inputs["messages"]
     for shard in cleaned:
-        # What is no number is popped; the rest adds up.
+        # Counts add up. Messages and mappings are popped first, because they do not.
         messages += shard["report"].pop("messages")
         left_out.update(shard["report"].pop("left_out"))
         as_text.update(shard["report"].pop("as_text"))

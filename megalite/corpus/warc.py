@@ -27,8 +27,8 @@ LOOKS_LIKE_HTML = re.compile(rb"\s*(?:<!--.*?-->\s*)*<(?:!doctype\s+html|html|he
 
 
 def read_warc(path: str, report: Report) -> Iterator[Document]:
-    """Yield the pages of a WARC file as HTML, or the texts of a WET file. `report` counts what is no document, and what
-    is damaged."""
+    """Yield the pages of a WARC file as HTML, or the texts of a WET file. `report` counts other
+    records and damage."""
     from warcio.archiveiterator import ArchiveIterator
 
     before = report.bytes_read
@@ -50,7 +50,7 @@ def read_warc(path: str, report: Report) -> Iterator[Document]:
 
 
 def _no_document(record: Any) -> str:
-    """Return why a record is no document although it may look like one; empty if it may be one."""
+    """Return why a record that looks like a document is not one, or an empty string if it may be one."""
     if record.rec_type == "revisit":
         return "revisits: the page was seen before"
     if record.rec_type != "response" or record.http_headers is None:

@@ -121,7 +121,8 @@ def _warn_once() -> None:
 def tell_compiler() -> None:
     """Mark the choice of implementation as constant for torch.compile. Call it before compiling anything.
 
-    This is no decorator on `_takes`, because that would import torch's compiler: a second of every process."""
+    This is not a decorator on `_takes`, because that would import torch's compiler, which takes a second of every
+    process."""
     torch.compiler.assume_constant_result(_takes)
 
 

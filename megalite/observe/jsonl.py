@@ -18,7 +18,7 @@ MOST_PENDING = 32 << 20
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, float | None]]:
-    """Yield the records of a metrics.jsonl, in order. Lines that are no record, as after a crash, are passed over."""
+    """Yield the records of a metrics.jsonl, in order. Lines that are not records, as after a crash, are skipped."""
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             try:

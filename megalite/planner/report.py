@@ -258,7 +258,7 @@ def parse_tokens(text: str) -> float:
     found = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*([KMBT]?)", text.strip(), re.IGNORECASE)
     count = 0.0
     if found:
-        with contextlib.suppress(ValueError):  # "1.2.3" matches and is no number
+        with contextlib.suppress(ValueError):  # "1.2.3" matches, but is not a number
             count = float(found[1]) * TOKEN_UNITS[found[2].upper()]
     if count <= 0:
         raise ConfigError(f"--tokens {text!r}: give a number of tokens such as 1e12, 300B or 15T")
