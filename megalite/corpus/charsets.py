@@ -78,7 +78,11 @@ CODECS = {
 }
 LABELS = {label: codec for codec, labels in CODECS.items() for label in labels.split()}
 
-BOMS = {codecs.BOM_UTF8: "utf_8", codecs.BOM_UTF16_LE: "utf_16_le", codecs.BOM_UTF16_BE: "utf_16_be"}
+BOMS = {
+    codecs.BOM_UTF8: "utf_8",
+    codecs.BOM_UTF16_LE: "utf_16_le",
+    codecs.BOM_UTF16_BE: "utf_16_be",
+}
 SKIPPED_OR_META = re.compile(rb"<!--.*?-->|<meta[\s/]([^>]*)>", re.I | re.S)
 ATTRIBUTE = re.compile(rb"""([^\s=/>"']+)\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s"'>]+))""")
 IN_CONTENT = re.compile(r"""charset\s*=\s*["']?([^\s;"',]+)""", re.I)
@@ -166,7 +170,7 @@ def _guesses(data: bytes) -> Iterator[str]:
         yield "utf_16_be" if even_zeros > odd_zeros else "utf_16_le"
     yield "utf_8"
     for guessed in detect_encoding(data):
-        yield codec_of(guessed.replace("_", "-")) or codec_of(guessed) or codecs.lookup(guessed).name
+        yield (codec_of(guessed.replace("_", "-")) or codec_of(guessed) or codecs.lookup(guessed).name)
 
 
 def _decoded(data: bytes, codec: str, is_cut: bool) -> str:

@@ -262,7 +262,10 @@ def c4(config: C4Config) -> Check:
         filter_policy=config.policy,
         language=Words(),
     )
-    words = {"too_few_sentences": f"under {config.min_sentences} sentences", "curly_bracket": "curly bracket ({)"}
+    words = {
+        "too_few_sentences": f"under {config.min_sentences} sentences",
+        "curly_bracket": "curly bracket ({)",
+    }
     return Rules(rules, words)
 
 

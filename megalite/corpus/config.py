@@ -148,7 +148,10 @@ class PersonalConfig(Section):
     """Replaces personal addresses with addresses that nobody has."""
 
     emails: bool = Field(True, description="replace email addresses")
-    ips: bool = Field(True, description="replace public IPv4 and IPv6 addresses, but no versions such as `v1.2.3.4`")
+    ips: bool = Field(
+        True,
+        description="replace public IPv4 and IPv6 addresses, but no versions such as `v1.2.3.4`",
+    )
 
 
 class WordsConfig(Section):
@@ -156,10 +159,14 @@ class WordsConfig(Section):
 
     file: Path | None = Field(None, description="list of words, one a line; default: datatrove's list of banned words")
     max_share: float | None = Field(
-        None, gt=0, le=1, description="drop documents with a larger share of listed words; null: none"
+        None,
+        gt=0,
+        le=1,
+        description="drop documents with a larger share of listed words; null: none",
     )
     groups: Path | None = Field(
-        None, description="YAML file of `axis: {group: [words]}`; default: configs/corpus/groups.yaml"
+        None,
+        description="YAML file of `axis: {group: [words]}`; default: configs/corpus/groups.yaml",
     )
 
 
@@ -197,7 +204,10 @@ class SlurmConfig(Section):
     time: str = Field("24:00:00", description="time limit of one job")
     mem_per_cpu_gb: int = Field(4, gt=0, description="memory of one task in GB")
     max_array_size: int = Field(1001, gt=0, description="the cluster's MaxArraySize")
-    setup: str = Field("", description="command that activates the environment, such as `source .venv/bin/activate`")
+    setup: str = Field(
+        "",
+        description="command that activates the environment, such as `source .venv/bin/activate`",
+    )
     sbatch: dict[str, str] = Field({}, description="more options of sbatch, such as {account: mine}")
 
 
@@ -221,10 +231,14 @@ class CorpusConfig(Section):
     split: SplitConfig = SplitConfig()
     compression: Literal["zst", "gz", "none"] = "zst"
     shard_mb: float | None = Field(
-        None, gt=0, description="MB of input files that one task reads; default: at least 4, and 1,000 tasks at most"
+        None,
+        gt=0,
+        description="MB of input files that one task reads; default: at least 4, and 1,000 tasks at most",
     )
     workers: int | None = Field(
-        None, gt=0, description="processes here (default: one a core), or tasks at a time on Slurm (default: all)"
+        None,
+        gt=0,
+        description="processes here (default: one a core), or tasks at a time on Slurm (default: all)",
     )
     slurm: SlurmConfig | None = None
 

@@ -40,7 +40,12 @@ class WriteDigests(PipelineStep):
         super().__init__()
         self._folder = folder
 
-    def run(self, data: Iterable[Document], rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+    def run(
+        self,
+        data: Iterable[Document],
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> Iterator[Document]:
         with replacing(self._folder / f"{rank:05d}.digests") as file:
             for document in data:
                 digest = hashlib.blake2b(document.text.encode(), digest_size=DIGEST.itemsize)

@@ -55,7 +55,10 @@ def packing(file: BinaryIO, compression: Compression) -> Iterator[Any]:
             yield packed
     elif compression == "gz":
         # Buffered: gzip is slow for many short writes.
-        with gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0) as zipped, io.BufferedWriter(zipped) as fast:
+        with (
+            gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0) as zipped,
+            io.BufferedWriter(zipped) as fast,
+        ):
             yield fast
     else:
         yield file
@@ -109,8 +112,16 @@ class WriteShard(PipelineStep):
         self._reader = reader
         self._stages = stages
 
-    def run(self, data: Iterable[Document], rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        with replacing(self._folder / f"{rank:05d}.jsonl.zst") as file, packing(file, "zst") as packed:
+    def run(
+        self,
+        data: Iterable[Document],
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> Iterator[Document]:
+        with (
+            replacing(self._folder / f"{rank:05d}.jsonl.zst") as file,
+            packing(file, "zst") as packed,
+        ):
             for document in data:
                 packed.write(line_of(document))
                 yield document

@@ -88,7 +88,11 @@ def replaced(text: str, kind: str) -> tuple[str, int]:
         return text, 0
     for pattern, replacement, is_somebodys in REPLACERS[kind]:
 
-        def put(match: re.Match[str], replacement: str = replacement, is_somebodys: Callable = is_somebodys) -> str:
+        def put(
+            match: re.Match[str],
+            replacement: str = replacement,
+            is_somebodys: Callable = is_somebodys,
+        ) -> str:
             nonlocal count
             if not is_somebodys(match):
                 return match[0]

@@ -89,7 +89,10 @@ def plan_phases(config: CorpusConfig, output: Path, num_shards: int) -> list[Pha
             Phase("buckets", [buckets], config.near.buckets),
             Phase("clusters", [clusters], 1),
         ]
-        without = [*without, Without("near", "nearly the same text", duplicates.NearPlaces(near / "places"))]
+        without = [
+            *without,
+            Without("near", "nearly the same text", duplicates.NearPlaces(near / "places")),
+        ]
     split = WriteSplits(output, work / "split", config.split, config.compression, without)
     report = WriteReport(output, config, num_shards)
     return [

@@ -60,7 +60,12 @@ class WriteSplits(PipelineStep):
         self.written: dict[str, dict[str, Count]] = {split: {} for split in SPLITS}
         """Counts of each split, by source."""
 
-    def run(self, data: Iterable[Document], rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+    def run(
+        self,
+        data: Iterable[Document],
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> Iterator[Document]:
         with ExitStack() as files:
             opened: dict[str, Any] = {}
             for document in data:

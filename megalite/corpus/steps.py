@@ -32,7 +32,12 @@ class Stage(PipelineStep):
         self._check = check
         self._skipped = frozenset(skipped_sources)
 
-    def run(self, data: Iterable[Document], rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+    def run(
+        self,
+        data: Iterable[Document],
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> Iterator[Document]:
         context = self._check if isinstance(self._check, AbstractContextManager) else nullcontext()
         with context:
             for document in data:
@@ -72,14 +77,24 @@ class Without(PipelineStep):
 
     type = "stage"
 
-    def __init__(self, name: str, reason: str, places: Callable[[int], npt.NDArray[np.uint32]]) -> None:
+    def __init__(
+        self,
+        name: str,
+        reason: str,
+        places: Callable[[int], npt.NDArray[np.uint32]],
+    ) -> None:
         self.name = name
         super().__init__()
         self.tally = Tally(name)
         self._reason = reason
         self._places = places
 
-    def run(self, data: Iterable[Document], rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+    def run(
+        self,
+        data: Iterable[Document],
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> Iterator[Document]:
         listed = set(self._places(rank).tolist())
         for place, document in enumerate(data):
             size = num_bytes_of(document.text)
