@@ -69,7 +69,12 @@ class BadStep:
 class Numbers:
     """Judges every step of a run. Every rank has one, and all come to the same judgements."""
 
-    def __init__(self, health: HealthConfig, device: torch.device, state: dict[str, Any] | None = None):
+    def __init__(
+        self,
+        health: HealthConfig,
+        device: torch.device,
+        state: dict[str, Any] | None = None,
+    ):
         """Keep the window on `device`. `state` is what `state()` returned at the checkpoint (None: a new run).
 
         `health` gives a policy for each kind, and `spike_sigmas`."""

@@ -212,7 +212,17 @@ def _table(
 ) -> Table:
     """Build a table with one row a node. Of a node's ranks the worst value is shown, of its two links the better."""
     table = Table(box=rich.box.SIMPLE_HEAD)
-    for name in ("node", "ranks", "GPUs", "memory GB", "disk GB", "product ms", "all-reduce ms", "clock s", ""):
+    for name in (
+        "node",
+        "ranks",
+        "GPUs",
+        "memory GB",
+        "disk GB",
+        "product ms",
+        "all-reduce ms",
+        "clock s",
+        "",
+    ):
         table.add_column(name, justify="left" if name in ("node", "") else "right")
     middle = median_low(clocks.values()) if clocks else 0.0
     for node in sorted({fact.node for fact in facts}):

@@ -96,13 +96,17 @@ def state_of(pid: int) -> str:
     try:
         # The state follows the program's name, which stands in parentheses and may hold some itself.
         state = (process / "stat").read_text().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):  # the latter where it went between opening and reading
-        return "its process is gone"
+    except (FileNotFoundError, ProcessLookupError):
+        return "its process is gone"  # or went between opening the file and reading it
     except OSError:
         return ""
     if state == "D":
         return f"stuck in the kernel ({_kernel_function(process)})"
-    reasons = {"T": "stopped by a signal", "t": "stopped by a debugger", "Z": "its process has ended"}
+    reasons = {
+        "T": "stopped by a signal",
+        "t": "stopped by a debugger",
+        "Z": "its process has ended",
+    }
     return reasons.get(state, "")
 
 
