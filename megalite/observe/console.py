@@ -224,7 +224,10 @@ class Console:
         """Print a line. One that the disk of a log file refuses is counted, and the loss told with the next line."""
         try:
             if self._lost:
-                print(f"warning: {self._lost} lines were lost before this one: {self._why}", flush=True)
+                print(
+                    f"warning: {self._lost} lines were lost before this one: {self._why}",
+                    flush=True,
+                )
                 self._lost = 0
             if self._progress:
                 self._progress.refresh()  # the live line stays below this one: bring it up to date first

@@ -52,7 +52,11 @@ class PlotSink:
         self._not_before = now + (now - began) / SHARE_OF_TIME
 
 
-def plot_loss(metrics_path: Path, out_path: Path, reference: Mapping[str, float] | None = None) -> None:
+def plot_loss(
+    metrics_path: Path,
+    out_path: Path,
+    reference: Mapping[str, float] | None = None,
+) -> None:
     """Draw the losses in `metrics_path` over the steps to `out_path` (PNG), which appears only when complete.
 
     `reference` adds named losses as horizontal lines, such as the entropy of a unigram model. Draws nothing before the
@@ -107,7 +111,15 @@ def _draw_losses(
     axes.plot(step[thin], smooth[thin], color=BLUE, linewidth=2, label=label)
     if valid:
         label = f"validation  {_last(valid_loss):.3f}"
-        axes.plot(_column(valid, "step"), valid_loss, "o-", color=ORANGE, linewidth=1.2, markersize=5, label=label)
+        axes.plot(
+            _column(valid, "step"),
+            valid_loss,
+            "o-",
+            color=ORANGE,
+            linewidth=1.2,
+            markersize=5,
+            label=label,
+        )
     for name, value in reference.items():
         label = f"{name}  {value:.3f}"
         axes.axhline(value, color=GREY, linewidth=1.2, linestyle=(0, (5, 4)), label=label, zorder=1)
