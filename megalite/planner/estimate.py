@@ -83,7 +83,12 @@ def estimate(
     return Outlook(config, plan, hardware, weights, software).estimate(record)
 
 
-def memory_of(config: Config, plan: Plan, *, device: Literal["cuda", "cpu"] = "cuda") -> tuple[Memory, ...]:
+def memory_of(
+    config: Config,
+    plan: Plan,
+    *,
+    device: Literal["cuda", "cpu"] = "cuda",
+) -> tuple[Memory, ...]:
     """Predict the memory of each pipeline rank for `config` under `plan`, on GPUs or with gloo on the CPU (`device`).
 
     Raises ConfigError for a model the planner does not know."""

@@ -106,7 +106,11 @@ class Hardware:
 DEFAULT_INTERCONNECT = "ib-ndr"
 
 
-def find_hardware(gpu: str, gpus_per_node: int = 8, interconnect: str = DEFAULT_INTERCONNECT) -> Hardware:
+def find_hardware(
+    gpu: str,
+    gpus_per_node: int = 8,
+    interconnect: str = DEFAULT_INTERCONNECT,
+) -> Hardware:
     """Find a chip and an interconnect by name, or by the path of a YAML file that describes one.
 
     `gpu` and `interconnect` are such names or paths; a node has `gpus_per_node` GPUs. Raises ConfigError with the known

@@ -42,7 +42,12 @@ class StageWork:
     @property
     def times(self) -> dict[str, float]:
         """Seconds by kind of action (see schedule.py)."""
-        return {"F": self.forward, "B": self.backward, "I": self.backward_input, "W": self.backward_weight}
+        return {
+            "F": self.forward,
+            "B": self.backward,
+            "I": self.backward_input,
+            "W": self.backward_weight,
+        }
 
 
 @dataclass(frozen=True)

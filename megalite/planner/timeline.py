@@ -9,7 +9,14 @@ from typing import Any
 from megalite.planner.estimate import Estimate
 from megalite.planner.simulate import Event
 
-COLOURS = {"F": "#2a6fbb", "B": "#d9661f", "I": "#d9661f", "W": "#3a8f5c", "gather": "#7a5aa6", "reduce": "#8a8a8a"}
+COLOURS = {
+    "F": "#2a6fbb",
+    "B": "#d9661f",
+    "I": "#d9661f",
+    "W": "#3a8f5c",
+    "gather": "#7a5aa6",
+    "reduce": "#8a8a8a",
+}
 NAMES = {
     "F": "forward",
     "B": "backward",
@@ -117,7 +124,16 @@ def _number(axes: Any, events: Iterable[Event], scale: float, step: float) -> No
         if event.micro_batch >= 0 and (event.end - event.start) * inches_a_second >= NARROWEST_LABEL_IN:
             middle = (event.start + event.end) / 2 * scale
             text = str(event.micro_batch + 1)
-            axes.text(middle, event.rank, text, ha="center", va="center", fontsize=7, color="white", zorder=4)
+            axes.text(
+                middle,
+                event.rank,
+                text,
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="white",
+                zorder=4,
+            )
 
 
 def _dress(figure: Any, axes: Any, estimate: Estimate, unit: str) -> None:
@@ -131,7 +147,10 @@ def _dress(figure: Any, axes: Any, estimate: Estimate, unit: str) -> None:
     if "I" in kinds:  # of the same colour as B
         kinds = [kind for kind in kinds if kind != "B"]
     handles = [Patch(color=COLOURS[kind], label=NAMES[kind]) for kind in kinds]
-    handles += [Patch(color=OPTIMIZER, label=NAMES["optimizer"]), Patch(color=BUBBLE, label="waiting")]
+    handles += [
+        Patch(color=OPTIMIZER, label=NAMES["optimizer"]),
+        Patch(color=BUBBLE, label="waiting"),
+    ]
     figure.legend(
         handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9, handlelength=1.1,
         columnspacing=1.6,
