@@ -40,7 +40,12 @@ class Board:
         """Put up a value."""
         self._store.set(key, json.dumps(value))
 
-    def read(self, keys: Sequence[str], patience_s: float, late: Callable[[list[int]], str]) -> list[Any]:
+    def read(
+        self,
+        keys: Sequence[str],
+        patience_s: float,
+        late: Callable[[list[int]], str],
+    ) -> list[Any]:
         """Wait until there is a value under each of `keys`, and return them.
 
         Raises TimeoutError after `patience_s`, with what `late` says of the indices of missing keys, and Abandoned."""
@@ -57,7 +62,12 @@ class Board:
             pause = min(1.5 * pause, LONGEST_PAUSE_S)
         return [json.loads(self._store.get(key)) for key in keys]
 
-    def take(self, keys: Sequence[str], patience_s: float, late: Callable[[list[int]], str]) -> list[Any]:
+    def take(
+        self,
+        keys: Sequence[str],
+        patience_s: float,
+        late: Callable[[list[int]], str],
+    ) -> list[Any]:
         """Read `keys` as `read` does, with `patience_s` and `late`, and delete them: the store keeps all in memory."""
         found = self.read(keys, patience_s, late)
         for key in keys:

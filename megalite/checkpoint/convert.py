@@ -22,7 +22,14 @@ from megalite.checkpoint.megatron import find_megatron, open_megatron
 from megalite.checkpoint.tensors import CheckpointError, TensorFolder
 from megalite.data.tokenizer_files import copy_files
 from megalite.mesh import ALONE
-from megalite.models import copied_hf_config, model_config, peft, read_hf_config, to_hf_config, weight_table
+from megalite.models import (
+    copied_hf_config,
+    model_config,
+    peft,
+    read_hf_config,
+    to_hf_config,
+    weight_table,
+)
 from megalite.models.weights import Weight
 from megalite.resources import fsync
 

@@ -38,7 +38,13 @@ class Damage(IntEnum):
     @property
     def words(self) -> str:
         """Words for the damage, as the end of a sentence."""
-        return ("is whole", "is missing", "is not as long as it was", "is not what was written", "cannot be read")[self]
+        return (
+            "is whole",
+            "is missing",
+            "is not as long as it was",
+            "is not what was written",
+            "cannot be read",
+        )[self]
 
 
 def step_folder(root: Path, step: int) -> Path:
@@ -72,7 +78,15 @@ def read_manifest(folder: Path) -> Files | Damage:
     except OSError:
         return Damage.UNREADABLE
     # Damaged JSON may parse to anything, and fail anywhere.
-    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError, CheckpointError):
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+        CheckpointError,
+    ):
         return Damage.CONTENT
 
 

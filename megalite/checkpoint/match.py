@@ -32,7 +32,15 @@ from megalite.training.schedules import learning_rate
 
 NEUTRAL = {"preset", "hf", "init_std"}
 """Settings of `model` that say only where its fields and initial weights came from. (Dropout may change as well.)"""
-SAME_MODEL = {"lora", "lora.rank", "lora.alpha", "lora.rslora", "lora.targets", "objective.name", "optimizer.name"}
+SAME_MODEL = {
+    "lora",
+    "lora.rank",
+    "lora.alpha",
+    "lora.rslora",
+    "lora.targets",
+    "objective.name",
+    "optimizer.name",
+}
 """Settings outside `model` that decide the meaning of weights and optimizer state."""
 SHOWN = 6
 """Number of differing settings that a message names."""
@@ -206,7 +214,18 @@ def _check_base(
 
 def _decides_samples(key: str, config: Config) -> bool:
     """Return whether the order of samples depends on a setting."""
-    names = ("train", "split", "seq_length", "order", "packing", "long_rows", "weights", "temperature", "phases", "fim")
+    names = (
+        "train",
+        "split",
+        "seq_length",
+        "order",
+        "packing",
+        "long_rows",
+        "weights",
+        "temperature",
+        "phases",
+        "fim",
+    )
     for name in names:
         if key == f"data.{name}" or key.startswith((f"data.{name}.", f"data.{name}[")):
             return True

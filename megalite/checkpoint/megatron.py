@@ -204,7 +204,10 @@ def _fields(args: dict[str, Any], vocab_size: int | None) -> dict[str, Any]:
     except KeyError as error:
         raise ConfigError(f"Megatron's checkpoint does not say its {error.args[0]}") from None
     if args.get("use_rope_scaling"):
-        fields["rope_scaling"] = {"type": "llama3", "factor": args.get("rope_scaling_factor") or 8.0}
+        fields["rope_scaling"] = {
+            "type": "llama3",
+            "factor": args.get("rope_scaling_factor") or 8.0,
+        }
     qk_norm, qkv_bias = args.get("qk_layernorm"), args.get("add_qkv_bias")
     if qk_norm and qkv_bias:
         raise ConfigError("Megatron's checkpoint has both qk_layernorm and add_qkv_bias, as no known family has")
@@ -399,7 +402,8 @@ class _Pieces:
 
     def read(self, name: str) -> list[Tensor]:
         stored, layer = self._where[name]
-        with reading(f"{self.folder}: the pieces of {stored} do not fit together, so that it", CheckpointError):
+        what = f"{self.folder}: the pieces of {stored} do not fit together, so that it"
+        with reading(what, CheckpointError):
             return [self._read(stored, layer)]
 
     def _read(self, stored: str, layer: int | None) -> Tensor:

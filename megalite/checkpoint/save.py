@@ -16,7 +16,14 @@ import torch
 
 from megalite.activity import NOW
 from megalite.checkpoint.board import Board
-from megalite.checkpoint.folder import Worth, best_steps, complete_steps, read_worth, remove_unfinished, step_folder
+from megalite.checkpoint.folder import (
+    Worth,
+    best_steps,
+    complete_steps,
+    read_worth,
+    remove_unfinished,
+    step_folder,
+)
 from megalite.checkpoint.writing import PATIENCE_S, Collect, Target, Writing, explain
 from megalite.engine import Engine
 from megalite.engine.gather import HostBuffers
@@ -78,7 +85,10 @@ class Saver:
             ranks = ", ".join(map(str, busy[:8]))
             if len(busy) > 8:
                 ranks += ", …"
-            self._failed(folder, f"the one before is still being written after {so_far:.0f} s, by rank {ranks}")
+            self._failed(
+                folder,
+                f"the one before is still being written after {so_far:.0f} s, by rank {ranks}",
+            )
             return
         self._hurry.clear()
         self.error = None

@@ -83,7 +83,13 @@ class TorchFile:
             # The archive's folder is called as the file was when it was saved.
             pickled = next(name for name in self._zip.namelist() if name.endswith("data.pkl"))
             self._root = pickled.removesuffix("data.pkl")
-        except (OSError, zipfile.BadZipFile, StopIteration, NotImplementedError, ValueError) as error:
+        except (
+            OSError,
+            zipfile.BadZipFile,
+            StopIteration,
+            NotImplementedError,
+            ValueError,
+        ) as error:
             raise CheckpointError(f"{path} is not a file of torch.save's since torch 1.6 ({error})") from None
         if f"{self._root}byteorder" in self._zip.namelist() and self._read("byteorder") != b"little":
             raise CheckpointError(f"{path} was written on a big-endian machine")
