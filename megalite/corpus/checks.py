@@ -173,7 +173,7 @@ class Language:
             score = min(round(found[0]["score"], 4), 1.0)  # fastText's scores may exceed 1 a little
         document.metadata |= {"language": language, "language_score": score}
         notes[language] += 1
-        if not self._config.keep:
+        if not self._config.keep:  # the language is only noted
             return None
         if language not in self._config.keep:
             return f"language {language}"
@@ -335,6 +335,7 @@ def _word_list(path: Path | None) -> frozenset[str]:
         lines = file.read_text(encoding="utf-8").lower().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"words.file = {path}: {error}") from None
+    # Lines that begin with # are comments.
     return frozenset(line.strip() for line in lines if line.strip() and not line.startswith("#"))
 
 

@@ -72,6 +72,7 @@ def _finished(executor: PipelineExecutor, pool: Executor | None, tasks: int) -> 
             _run_task(copy.deepcopy(executor), rank)
             yield tasks - len(ranks) + number
         return
+    # Each submission pickles the executor, and so copies it.
     futures = [pool.submit(_run_task, executor, rank) for rank in ranks]
     for number, future in enumerate(as_completed(futures), 1):
         future.result()

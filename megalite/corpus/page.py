@@ -178,6 +178,7 @@ def _stage(stage: dict[str, Any]) -> str:
         ]
         rows.append(row)
         samples += [_sample(reason, sample) for sample in dropped["samples"][:2]]
+    # Anchors, which the table of stages links to.
     parts = [f'<h3 id="{name}">{name}</h3><p class="soft">{ABOUT[name]} {_edited(stage)}</p>']
     if rows:
         parts.append(_table(["dropped for", "", "documents", "of those that came", "bytes"], rows))

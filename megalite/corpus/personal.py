@@ -94,6 +94,7 @@ def replaced(text: str, kind: str) -> tuple[str, int]:
             is_somebodys: Callable = is_somebodys,
         ) -> str:
             nonlocal count
+            # The pattern finds candidates; whether one is somebody's takes more than a pattern.
             if not is_somebodys(match):
                 return match[0]
             count += 1

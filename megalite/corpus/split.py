@@ -70,7 +70,7 @@ class WriteSplits(PipelineStep):
             opened: dict[str, Any] = {}
             for document in data:
                 split = split_of(document.text, self._config)
-                if split not in opened:
+                if split not in opened:  # a split without a document gets no file
                     suffix = suffix_of(self._compression)
                     path = self._output / split / f"{rank:05d}{suffix}"
                     file = files.enter_context(replacing(path))

@@ -45,6 +45,7 @@ class Dropped(Count):
 
         The samples are thus not the first ones, and the same ones in every run."""
         digest = hashlib.blake2b(id.encode("utf-8", "replace"), digest_size=8).hexdigest()
+        # Kept in order: the last one is the first to go.
         if len(self.samples) < SAMPLES or digest < self.samples[-1]["digest"]:
             self._keep([{"digest": digest, "id": id, "text": _shown(text)}])
 
