@@ -10,6 +10,8 @@ from typing import Any, TypeGuard
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined, to_jsonable_python
 
+from megalite.outside import shown
+
 LONGEST = 120
 """Characters of a value that are shown."""
 
@@ -28,7 +30,9 @@ class Change:
 
 def spelled(value: Any) -> str:
     """Return a value as a config has it, cut where it is long."""
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    bounded = "" if isinstance(value, str) else shown(value)
+    is_long = len(bounded) > LONGEST or "a value of type" in bounded or bounded.endswith("bits")
+    text = value if isinstance(value, str) else bounded if is_long else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
 
 

@@ -127,7 +127,9 @@ def at_home(path: Any) -> Any:
 
 
 class RunConfig(Section):
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="folder of the run below `dir`")
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200, description="folder of the run below `dir`"
+    )
     dir: Path = Path("runs")
 
     @property

@@ -41,10 +41,10 @@ def write_config(folder: Path, config_yaml: str, step: int = 0) -> Path | None:
         # The one that is there is not lost where the disk is full.
         temporary = folder / "config.yaml.tmp"
         temporary.write_text(config_yaml)
-        before = path.read_text() if path.exists() else config_yaml
-        if before != config_yaml:
+        before = path.read_bytes() if path.exists() else config_yaml.encode()
+        if before != config_yaml.encode():
             kept = _place_for(before, folder, step)
-            kept.write_text(before)
+            kept.write_bytes(before)
         temporary.replace(path)
         if kept:
             _forget_oldest(folder, kept)
@@ -57,11 +57,11 @@ def _forget_oldest(folder: Path, newest: Path) -> None:
         path.unlink()
 
 
-def _place_for(config_yaml: str, folder: Path, step: int) -> Path:
+def _place_for(config_yaml: bytes, folder: Path, step: int) -> Path:
     for number in itertools.count(1):
         path = folder / f"config.until-step-{step:08d}{f'-{number}' if number > 1 else ''}.yaml"
         # A start that was cut short may have written a part of it.
-        if not path.exists() or config_yaml.startswith(path.read_text()):
+        if not path.exists() or config_yaml.startswith(path.read_bytes()):
             return path
     raise AssertionError
 

@@ -11,9 +11,10 @@ from megalite import make_callable
 from megalite.activity import NOW
 from megalite.checkpoint.export import keep_source, write_extras
 from megalite.checkpoint.match import base_files, check_match
-from megalite.checkpoint.resume import find_checkpoint, leave_newer, read_train_state, way_back
+from megalite.checkpoint.resume import find_checkpoint, leave_newer, way_back
 from megalite.checkpoint.save import Saver
 from megalite.checkpoint.tensors import NotSaved
+from megalite.checkpoint.train_state import read_train_state
 from megalite.config import Config
 from megalite.data.checks import check_same_everywhere, open_data
 from megalite.data.tokenizer import Tokenizer, load_tokenizer

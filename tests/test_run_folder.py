@@ -49,6 +49,14 @@ def test_a_second_start_waits_and_ends_without_having_written(
     assert f"process {os.getpid()} on" in (folder / "lock").read_text()
 
 
+def test_a_config_that_is_no_text_is_kept_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_bytes(b"\xff")
+    kept = write_config(tmp_path, "new: 1\n", 3)
+    assert kept is not None
+    assert kept.read_bytes() == b"\xff"
+    assert (tmp_path / "config.yaml").read_text() == "new: 1\n"
+
+
 def test_the_configs_of_the_last_starts_are_kept(tmp_path: Path) -> None:
     steps = [3, 7, 7, *range(8, 40), 2]
     for number, step in enumerate(steps):

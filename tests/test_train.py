@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from megalite.checkpoint.folder import complete_steps, step_folder
-from megalite.checkpoint.resume import read_train_state
 from megalite.checkpoint.tensors import CheckpointError
+from megalite.checkpoint.train_state import read_train_state
 from megalite.config import Config
 from megalite.data.mixture import build_mixtures
 from megalite.data.tokenizer_training import train_tokenizer

@@ -26,8 +26,8 @@ from megalite.data.tokenizer_files import files_in
 from megalite.errors import ConfigError, DataError
 from megalite.models import model_config, peft, to_hf_config, weight_table
 from megalite.models.lora import adapters_of
-from megalite.outside import read_text
-from megalite.resources import parse_yaml
+from megalite.outside import shown
+from megalite.resources import read_yaml
 from megalite.training.schedules import learning_rate
 
 NEUTRAL = {"preset", "hf", "init_std"}
@@ -54,13 +54,17 @@ def is_of_the_model(key: str) -> bool:
 
 
 def stored_config(checkpoint: Path) -> dict[str, Any] | None:
-    """Return the config a checkpoint was saved under, or None if it has none."""
-    path = checkpoint / "config.yaml"
-    try:
-        values = parse_yaml(read_text(path, ConfigError), str(path))
-    except ConfigError:
+    """Return the config a checkpoint was saved under, or None if it has none. Raises CheckpointError."""
+    file = checkpoint / "config.yaml"
+    if not file.exists():
         return None
-    return values if isinstance(values, dict) else None
+    try:
+        values = read_yaml(file)
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
+    if not values or not all(isinstance(section, dict | list | None) for section in values.values()):
+        raise CheckpointError(f"{file} is no config of a run, but {shown(values)}")
+    return values
 
 
 def check_match(

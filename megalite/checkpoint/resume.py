@@ -6,7 +6,6 @@ import contextlib
 import errno
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,7 +29,6 @@ from megalite.checkpoint.folder import (
 from megalite.checkpoint.match import stored_config
 from megalite.errors import CheckpointError
 from megalite.mesh import Mesh
-from megalite.outside import read_json, reading, shown
 from megalite.parallel.collectives import all_reduce, start_highest
 
 SHOWN = 3
@@ -246,13 +244,3 @@ def _of_rank_0(look: Callable[[], list[int]], mesh: Mesh) -> list[int]:
     if found or count:
         dist.broadcast(agreed, 0)
     return agreed.tolist()
-
-
-def read_train_state(folder: Path) -> dict[str, Any]:
-    """Return a checkpoint's train_state.json. Raises CheckpointError."""
-    path = folder / "train_state.json"
-    state = read_json(path, CheckpointError)
-    with reading(path, CheckpointError):
-        if min(state["step"], state["data"]["samples"]) < 0:
-            raise CheckpointError(f"{path}: step {shown(state['step'])} is none")
-    return state

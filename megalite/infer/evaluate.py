@@ -56,7 +56,10 @@ class Run(NamedTuple):
         state = checkpoint / "train_state.json"
         if not state.exists():
             return None
-        return cls(checkpoint.resolve().parent.parent, read_json(state, CheckpointError))
+        values = read_json(state, CheckpointError)
+        if not isinstance(values, dict):
+            raise CheckpointError(f"{state} is not a JSON object")
+        return cls(checkpoint.resolve().parent.parent, values)
 
 
 def load_harness() -> Any:

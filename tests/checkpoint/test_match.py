@@ -3,6 +3,7 @@ refused by name; whatever else has changed is said."""
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from pydantic import ValidationError
 
 from megalite.checkpoint.match import check_match, stored_config
 from megalite.checkpoint.tensors import CheckpointError
+from megalite.checkpoint.train_state import read_train_state
 from megalite.config import Config, ModelConfig
 from megalite.data.mixture import build_mixtures
 from megalite.data.tokenizer import load_tokenizer
@@ -176,6 +178,52 @@ def test_a_setting_that_an_old_checkpoint_does_not_know_had_its_default(tmp_path
         match(checkpoint, make_config(tmp_path, "llama", "model.rope_theta=5e5"))
     (checkpoint / "config.yaml").unlink()
     assert match(checkpoint, make_config(tmp_path)) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "expected `section: {key: value}` lines, got NoneType"),
+        (b"[1]", "got list"),
+        (b"\xff", "is not UTF-8"),
+        (b"model: [1]", r"is no config of a run, but \{'model': \[1\]\}"),
+        (b"model: {vocab_size: " + b"9" * 5000 + b"}", "cannot be read"),
+        (b"!!python/object/apply:os.getcwd []", "is not valid YAML"),
+    ],
+)
+def test_a_stored_config_that_cannot_be_read_is_no_match(tmp_path: Path, content: bytes, words: str) -> None:
+    checkpoint = saved(tmp_path, make_config(tmp_path))
+    (checkpoint / "config.yaml").write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"{checkpoint}/config\.yaml.*{words}"):
+        match(checkpoint, make_config(tmp_path))
+
+
+STATE = {
+    "step": 3, "data": {"samples": 12, "fingerprint": "x", "skipped": [[1, 2]]}, "updates": 3, "wandb_id": None,
+    "numbers": {"losses": [1.0, float("nan")], "grad_norms": [2, 3.0], "entered": 2, "in_a_row": 1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("", [1]), ("step", "3"), ("step", -1), ("step", 10**30), ("step", 1.5), ("data", None), ("data", []),
+        ("data.samples", True), ("data.samples", 0.5), ("data.fingerprint", 5), ("data.skipped", [[1]]),
+        ("data.skipped", [[1, 2, 3]]), ("data.skipped", ["ab"]), ("numbers", []), ("numbers.losses", [[1]]),
+        ("numbers.losses", [0.0] * 10_000), ("numbers.in_a_row", "x"), ("updates", None), ("base", [1]),
+        ("wandb_id", 5), ("valid_loss", "low"),
+    ],
+)  # fmt: skip
+def test_the_state_of_a_run_is_what_a_run_writes_or_refused_by_name(tmp_path: Path, place: str, value: Any) -> None:
+    (tmp_path / "train_state.json").write_text(json.dumps(STATE))
+    assert read_train_state(tmp_path)["step"] == 3
+    state: Any = copy.deepcopy(STATE)
+    *within, key = place.split(".")
+    section = state[within[0]] if within else state
+    section[key] = value
+    (tmp_path / "train_state.json").write_text(json.dumps(state if place else value))
+    with pytest.raises(CheckpointError, match=rf"train_state\.json.*{place}"):
+        read_train_state(tmp_path)
 
 
 OTHER_DATA = {

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import megalite.training.loop
 from megalite.checkpoint.folder import complete_steps
-from megalite.checkpoint.resume import read_train_state
+from megalite.checkpoint.train_state import read_train_state
 from megalite.config import Config
 from megalite.data.indexed import IndexedDataset, IndexedWriter
 from megalite.errors import ConfigError
