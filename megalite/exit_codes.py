@@ -87,7 +87,10 @@ def explained(tool: Callable[[], int], interrupted: str = "interrupted") -> int:
     try:
         return tool()
     except (ConfigError, DataError, CheckpointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        text = str(error)
+        if isinstance(error, OSError) and error.filename and error.strerror:
+            text = f"{error.filename}: {error.strerror}"
+        print(f"error: {text}", file=sys.stderr)
         failed = passes(error) or (isinstance(error, OSError) and not isinstance(error, _OF_PATHS))
         return Exit.FAILED if failed else Exit.MISTAKE
     except KeyboardInterrupt:

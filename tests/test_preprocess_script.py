@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,14 @@ def test_refuses(arguments: list[str], env: dict[str, str], message: str) -> Non
     process = run(*arguments, **env)
     assert process.returncode == 2
     assert message in process.stderr
+
+
+def test_a_shard_is_one_of_so_many_that_can_be_joined() -> None:
+    tool = [sys.executable, str(SCRIPT.parent.parent / "tools" / "preprocess_data.py"), *OPTIONS]
+    for shard in ("4/4", "0/0", "0/100000"):
+        done = subprocess.run([*tool, "--shard", shard], capture_output=True, text=True)
+        assert done.returncode == 2
+        assert f"'{shard}' is not I/N with I from 0 to N - 1, as in 0/4, and N up to 99,999" in done.stderr
 
 
 def test_an_array_writes_what_one_run_writes(tmp_path: Path) -> None:

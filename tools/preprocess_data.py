@@ -35,6 +35,8 @@ from megalite.data.preprocess import preprocess
 from megalite.data.preprocess_rows import preprocess_rows
 from megalite.exit_codes import at_least, explained
 
+MOST_SHARDS = 99_999
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -97,8 +99,10 @@ def main() -> int:
 
 def _shard(text: str) -> Shard:
     index, _, count = text.partition("/")
-    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 0 to N - 1, as in 0/4")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count) <= MOST_SHARDS):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not I/N with I from 0 to N - 1, as in 0/4, and N up to {MOST_SHARDS:,}"
+        )
     return Shard(int(index), int(count))
 
 

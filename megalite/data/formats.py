@@ -33,7 +33,7 @@ from megalite.data.pairs import dialogue, joined, without_repeated_prompt
 from megalite.data.token_values import Part, Text, token_values
 from megalite.data.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from megalite.errors import DataError, TemplateLimit
-from megalite.outside import is_unicode
+from megalite.outside import is_unicode, shown
 
 Format = Literal["chat", "completion", "preference", "classification", "labels"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -57,6 +57,11 @@ REFUSED = {
     "history": "give earlier turns as messages",
 }
 """Fields that would change what is learned."""
+RESERVED = frozenset((
+    "messages", "conversation", "conversations", "tools", "documents", "template", "chat_template", "learned", "prompt",
+    "add_generation_prompt", "continue_final_message", "return_assistant_tokens_mask",
+))  # fmt: skip
+"""What is rendered, which variables of a template cannot say anew."""
 Values = Mapping[str, Any]
 
 
@@ -233,6 +238,8 @@ class Encoder:
         tools, options = read_tools(row, template), row.get("chat_template_kwargs", {})
         if not isinstance(options, Mapping):
             raise ValueError("'chat_template_kwargs' must be an object")
+        if own := sorted(RESERVED & options.keys()):
+            raise ValueError(f"'chat_template_kwargs' has {own[0]!r}, which is not for a row to set")
         messages = with_arguments(template, talk.messages, tools, options)
         contents = self._contents = self._contents or ContentEncoder(self.tokenizer, template)
         tools, options = contents.mark_values(tools), contents.mark_values(options)
@@ -293,10 +300,12 @@ def labels_in(row: Values, format: Format) -> list[Any]:
     """The labels that a row names. Raises ValueError where it has none."""
     labels = row[_first(row, *LABEL_FIELDS[format])]
     if format == "classification":
-        return [whole_number(labels)]
-    if not isinstance(labels, list):
+        labels = [labels]
+    elif not isinstance(labels, list):
         raise ValueError("the labels must be a list, one for each word")
-    return [whole_number(label) for label in labels if label != -100]
+    if wrong := next((label for label in labels if not isinstance(label, str | int | float)), None):
+        raise ValueError(f"label {shown(wrong)} is neither a word nor a number")
+    return [whole_number(label) for label in labels if format == "classification" or label != -100]
 
 
 def whole_number(label: Any) -> Any:
@@ -305,7 +314,7 @@ def whole_number(label: Any) -> Any:
 
 
 def _continued(prompt: str, completion: str, field: str) -> Text:
-    if not completion:
+    if not completion.strip():
         raise ValueError(f"{field!r} is empty")
     text, part = prompt + completion, Part(len(prompt), len(prompt) + len(completion), 1)
     return Text(text, [part], add_end=True, add_begin=True, may_split=True)
@@ -316,7 +325,8 @@ def _first(row: Values, *names: str) -> str:
     found = [name for name in names if row.get(name) is not None]
     if not found:
         wanted = " or ".join(map(repr, names))
-        raise ValueError(f"no field {wanted}; fields here: {', '.join(map(str, row)) or 'none'}")
+        there = ", ".join(str(name) for name, value in row.items() if value is not None)
+        raise ValueError(f"no field {wanted}; fields here: {there or 'none'}")
     if other := next((name for name in found if row[name] != row[found[0]]), None):
         raise ValueError(f"the row has {found[0]!r} and {other!r}, which differ; leave one of them out")
     return found[0]

@@ -160,7 +160,9 @@ def _either(message: Message, name: str, other: str, where: str) -> Any:
 
 
 def _role(given: Any, where: str, message: Message, template: ChatTemplate) -> str:
-    if not isinstance(given, str) or not given:
+    if given is not None and not isinstance(given, str):
+        raise ValueError(f"the role of {where} must be text, not {type(given).__name__}")
+    if not given:
         raise ValueError(f"{where} has no 'role'; its keys: {', '.join(map(str, message))}")
     if given not in KNOWN_ROLES and template.reads(given) and given not in ROLES:
         return given

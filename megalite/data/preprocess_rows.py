@@ -55,6 +55,8 @@ def preprocess_rows(
     Raises DataError, with nothing written, where more cannot, no row is left, or the tokenizer cannot serve."""
     report, start, prefix = Report(), time.monotonic(), str(output_prefix)
     files = list_rows(inputs, report)
+    if twice := next((name for name in settings.labels if settings.labels.count(name) > 1), None):
+        raise DataError(f"--labels names {twice!r} twice")
     if settings.format in CLASSES and not settings.labels:
         settings = replace(settings, labels=_labels_of(files, settings))
     encoder = _opened(settings)
@@ -146,11 +148,13 @@ def _labels_of(files: Mapping[str, int], settings: Settings) -> tuple[str, ...]:
             if field := next((name for name in LABEL_FIELDS[settings.format] if name in named), None):
                 return tuple(named[field])
     found: set[Any] = set()
+    first = ""
     for row in read_rows(files, Report()):
         try:
             found.update(labels_in(row.values, settings.format) if not row.why else ())
-        except (ValueError, TypeError):
-            continue  # told when the row is encoded
+        except (ValueError, TypeError) as error:  # told when the row is encoded
+            first = first or f"; the first row: {row.path}:{row.line}: {error}"
+            continue
         if len(found) > MOST_LABELS:
             raise DataError(
                 f"{row.path}: more than {MOST_LABELS:,} different labels; name those that count by --labels"
@@ -160,7 +164,9 @@ def _labels_of(files: Mapping[str, int], settings: Settings) -> tuple[str, ...]:
         return tuple(str(number) for number in range(max(numbers) + 1))
     if numbers or not found or not all(isinstance(label, str) for label in found):
         some = ", ".join(sorted(map(repr, found))[:8])
-        raise DataError(f"labels must be all words or all numbers; found: {some or 'none'}; name them by --labels")
+        if not found:
+            raise DataError(f"no row has a label{first}")
+        raise DataError(f"labels must be all words or all numbers; found: {some}; name them by --labels")
     return tuple(sorted(found))
 
 

@@ -11,6 +11,7 @@ import tokenizers
 
 from megalite import outside
 from megalite.errors import DataError
+from megalite.outside import shown
 
 CONFIG = "tokenizer_config.json"
 LEGACY = "added_tokens.json"
@@ -82,6 +83,8 @@ def check_added(file: Path, settings: Mapping[str, Any], vocabulary: Collection[
             raise DataError(
                 f"{file.with_name(name)} adds the token {token.content!r}, which {file.name} does not have; {mend}"
             )
+    if (given := settings.get("eos_token")) is not None and not text_of(given):
+        raise DataError(f"{file.with_name(CONFIG)}: eos_token = {shown(given)} is no token")
     if (end := special_tokens(settings).get("eos_token")) is not None and end not in vocabulary:
         raise DataError(
             f"{file.with_name(CONFIG)} names the eos_token {end!r}, which {file.name} does not have; name one that is "

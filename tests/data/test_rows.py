@@ -231,11 +231,15 @@ WRONG = [
     ("chat", {"text": "x"}, "no field 'messages' or 'conversations'.*fields here: text"),
     ("chat", {"messages": "x"}, "'messages' must be a list of messages, not str"),
     ("chat", {"messages": [{"role": "user"}]}, "message 0 of 'messages' has no 'content'; its keys: role"),
-    ("chat", {"messages": [{"from": ["gpt"], "value": "x"}]}, "message 0 of 'messages' has no 'role'"),
+    ("chat", {"messages": [{"from": ["gpt"], "value": "x"}]}, "the role of message 0 of 'messages' must be text"),
+    ("chat", {"messages": [{"role": None, "content": "x"}]}, "message 0 of 'messages' has no 'role'"),
+    ("chat", {"messages": CHAT, "chat_template_kwargs": {"messages": []}}, "has 'messages', which is not for a row"),
+    ("chat", {"messages": CHAT, "chat_template_kwargs": {"template": "x"}}, "has 'template', which is not for a row"),
     ("chat", {"messages": CHAT[:2]}, "no message is the assistant's"),
     ("chat", {"messages": [CHAT[1], {"role": "assistant", "content": ""}]}, "is an empty answer"),
     ("completion", {"prompt": "x"}, "no field 'completion'; fields here: prompt"),
     ("completion", {"prompt": "x", "completion": ""}, "'completion' is empty"),
+    ("completion", {"prompt": "x", "completion": " \n"}, "'completion' is empty"),
     ("preference", {"chosen": "x", "rejected": "y"}, "no field 'prompt' or 'messages'"),
     ("completion", {"prompt": [], "completion": []}, "'completion' must end with a message of the assistant"),
     ("preference", {"prompt": "x", "chosen": "y", "rejected": "y"}, "are the same"),
@@ -244,6 +248,21 @@ WRONG = [
     ("classification", {"text": " ", "label": "a"}, "'text' must be text that is not empty"),
     ("labels", {"tokens": ["x", "y"], "labels": ["a"]}, "must be a list of 2 labels"),
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("label", "names", "why"),
+    [
+        (["a"], (), r"no row has a label; the first row: .*rows.jsonl:1: label \['a'\] is neither a word nor a number"),
+        (None, (), r"no row has a label; the first row: .*: no field 'label' or 'labels'; fields here: text$"),
+        (1.5, (), r"labels must be all words or all numbers; found: 1\.5; name them"),
+        ("a", ("a", "b", "a"), "--labels names 'a' twice"),
+    ],
+)
+def test_labels_that_name_no_classes_are_refused(tmp_path: Path, label: Any, names: tuple[str, ...], why: str) -> None:
+    tokenizer = write_tokenizer(tmp_path / "tokenizer")
+    with pytest.raises(DataError, match=why):
+        made(tmp_path, [{"text": "x", "label": label}], tokenizer, format="classification", labels=names)
 
 
 @pytest.mark.parametrize(("format", "row", "why"), WRONG)

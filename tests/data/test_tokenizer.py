@@ -431,6 +431,8 @@ def test_settings_beside_it_add_tokens_as_in_transformers(folders, tmp_path, nam
         ("added_tokens.json", {"<|x|>": 7}, r"added_tokens.json adds the token '<\|x\|>', which {} does not have"),
         (CONFIG, {"added_tokens_decoder": 5}, "tokenizer_config.json cannot be read: TypeError"),
         (CONFIG, [], "tokenizer_config.json is not a JSON object"),
+        (CONFIG, {"eos_token": ""}, "tokenizer_config.json: eos_token = '' is no token"),
+        (CONFIG, {"eos_token": {"content": 7}}, "eos_token = {{'content': 7}} is no token"),
     ],
 )
 def test_tokens_that_it_lacks_are_refused(folders, tmp_path, kind, file, values, why):
