@@ -6,6 +6,7 @@ import select
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -18,13 +19,14 @@ pytest.importorskip("fastapi")
 
 import httpx
 import openai
+import orjson
 from local_server import PATIENCE_S, Clock, Gated, Local, serving
 
 from megalite.errors import ConfigError
 from megalite.infer.generate import Generator
 from megalite.infer.sampling import Sampling
 from megalite.infer.serving.app import Settings
-from megalite.infer.serving.guards import WRONG_KEYS_PER_MINUTE, _client
+from megalite.infer.serving.guards import WRONG_KEYS_PER_MINUTE, _client, check_parts
 from megalite.infer.serving.lanes import LARGE_AT_ONCE
 from megalite.infer.serving.names import is_own_name
 from megalite.infer.serving.run import Server, bind, serve
@@ -390,3 +392,48 @@ def test_answers_that_do_not_end_in_time_are_cut_off(
         with pytest.raises(openai.APIError, match="about to end"):
             list(pieces)
         assert (whole.result().status_code, whole.result().code) == (503, "shutting_down")
+
+
+def body_of(before: str, part: str, behind: str, count: int) -> bytes:
+    return f"{before}{','.join([part] * count)}{behind}".encode()
+
+
+PARTS = {
+    "lists": (body_of('{"prompt":[', "[]", "]}", 5000), "4,096 lists and objects"),
+    "objects": (body_of('{"messages":[', '{"role":"user"}', "]}", 5000), "4,096 lists and objects"),
+    "keys": (body_of("{", '"a":1', "}", 9000), "8,192 keys"),
+    "values": (body_of('{"prompt":[', "1", "]}", 270_000), "262,144 values"),
+    "texts": (body_of('{"prompt":[', '"\\\\"', "]}", 33_000), "32,768 texts"),
+    "many texts": (body_of('{"prompt":[', '"a"', "]}", 200_000), "32,768 texts"),
+    "nested": (b'{"messages":' + b"[" * 400_000 + b"]" * 400_000 + b"}", "4,096 lists and objects"),
+}
+PLAIN = {
+    "text of marks": b'{"prompt":"' + b'[{,:\\"' * 150_000 + b'"}',
+    "tokens": body_of('{"prompt":[', "1", "]}", 200_000),
+    "messages": body_of('{"messages":[', '{"role":"user","content":"a, [b]: {c}"}', "]}", 4000),
+    "no end": b'{"prompt":"' + b'\\"' * 490_000,
+    "backslashes": b'{"prompt":"' + b"\\" * 990_001,
+}
+
+
+@pytest.mark.parametrize("kind", PARTS)
+def test_a_body_of_many_parts_is_refused_before_it_is_parsed(
+    model: Gated, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While it is parsed, nobody else is answered."""
+    body, what = PARTS[kind]
+    monkeypatch.setattr("json.loads", pytest.fail)
+    with serving(model, tmp_path) as local:
+        for content in (body, iter([body[:5000], body[5000:]])):  # also of a length that is not told
+            headers = {"content-type": "application/json"}
+            answer = httpx.post(f"{local.url}/v1/chat/completions", content=content, headers=headers)
+            assert (answer.status_code, orjson.loads(answer.content)["error"]["message"]) == (
+                400, f"the body has more than {what}",
+            )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_what_is_within_a_text_is_no_part_of_a_body(kind: str) -> None:
+    began = time.thread_time()
+    check_parts(PLAIN[kind])
+    assert time.thread_time() - began < 0.5, "some milliseconds; what was tried anew from each quote would take minutes"

@@ -9,6 +9,7 @@ import hmac
 import ipaddress
 import math
 import os
+import re
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -32,6 +33,11 @@ WRONG_KEYS_PER_MINUTE = 10
 """Of an address. It may go on with keys that were right before."""
 LARGE_AT_ONCE = 32
 """Largest requests whose bodies may be in memory at once; small ones are not counted."""
+MOST_PARTS = (((b"[", b"{"), 4096, "lists and objects"), ((b":",), 8192, "keys"), ((b",",), 1 << 18, "values"))
+"""Of a body. Others wait while it is parsed, which goes by these: at most some 50 ms."""
+MOST_TEXTS = 1 << 15
+COUNTED_BYTES = 4096
+"""Of a body in which there can be no more of them."""
 DISCARDED_S, DISCARDED_BYTES = 10.0, 256 << 20
 """How long and how much of a refused body is read and thrown away, so that its sender hears why."""
 
@@ -113,16 +119,21 @@ class Guards:
             raise Refused(403, error(text, "invalid_request_error", code="unknown_origin"))
 
     def _counted(self, receive: Any, held: Held) -> Any:
-        """For a body that does not say how large it is."""
-        total = 0
+        """For a body that does not say how large it is, and to look at it before it is parsed."""
+        total, pieces = 0, []
 
         async def receiving() -> Any:
             nonlocal total
             message = await receive()
-            total += len(message.get("body", b""))
+            pieces.append(message.get("body", b""))
+            total += len(pieces[-1])
             if total > self.max_bytes:
                 raise too_large(self.max_bytes)
             held.grow_to(total)
+            if not message.get("more_body", False):
+                if total > COUNTED_BYTES:
+                    check_parts(b"".join(pieces))
+                pieces.clear()
             return message
 
         return receiving
@@ -159,6 +170,21 @@ class Guards:
             text = f"more than {self.rate.per_minute} requests a minute: try again in {wait} s"
             headers = {"retry-after": str(wait)}
             raise Refused(429, error(text, "rate_limit_error", code="rate_limit_exceeded"), headers)
+
+
+def check_parts(body: bytes) -> None:
+    """Raises Refused for JSON of so many parts that to parse it would hold up others."""
+    structure, num_texts = b"", (body.count(b'"') - body.count(b'\\"')) // 2  # or more
+    if num_texts <= MOST_TEXTS:
+        structure, num_texts = _TEXT.subn(b"", body)
+    counts = [(sum(structure.count(mark) for mark in marks), most, what) for marks, most, what in MOST_PARTS]
+    for count, most, what in [(num_texts, MOST_TEXTS, "texts"), *counts]:
+        if count > most:
+            raise Refused(400, error(f"the body has more than {most:,} {what}", "invalid_request_error"))
+
+
+# Nothing in it is tried a second time: also a text without an end is passed over once.
+_TEXT = re.compile(rb'"[^"\\]*+(?:\\.?[^"\\]*+)*+(?:"|\Z)', re.DOTALL)
 
 
 class Held:
