@@ -1,5 +1,7 @@
 import os
+import signal
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -21,3 +23,9 @@ def pytest_configure(config: pytest.Config) -> None:
     # The suite is about CPU ranks over gloo, also where there are GPUs.
     if not config.getoption("--cuda"):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    # As Ctrl-C does: tests end what they have started.
+    signal.signal(signal.SIGTERM, _interrupt)
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt

@@ -15,11 +15,19 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from dies_with_parent import end_with_parent
 
 # Ranks are forked from a process that has imported what takes long: they start within a tenth of a second.
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
-    ["tampered_ranks", "megalite.train", "megalite.parallel.pipeline", "matplotlib.figure", "pytest"]
+    [
+        "dies_with_parent",
+        "tampered_ranks",
+        "megalite.train",
+        "megalite.parallel.pipeline",
+        "matplotlib.figure",
+        "pytest",
+    ]
 )
 
 
@@ -50,6 +58,7 @@ def cases_asked_for(request: pytest.FixtureRequest, test: Callable[..., Any]) ->
 
 def become(rank: int, world_size: int, environment: dict[str, str]) -> None:
     """In a process of the server, whose environment is that of the test at which it began."""
+    end_with_parent()
     torch.set_num_threads(1)
     os.environ.clear()
     os.environ |= environment | {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
