@@ -12,6 +12,7 @@ namespace {
 using Doubles = py::array_t<double, py::array::c_style>;
 
 py::tuple blend_greedily(const Doubles& weights, std::int64_t size) {
+  megalite::check_aligned(weights);
   if (weights.ndim() != 1 || weights.size() < 1 || weights.size() > INT16_MAX || size < 0) {
     throw py::value_error("weights must have shape [1 … 32767], and size must not be negative");
   }

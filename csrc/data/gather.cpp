@@ -53,6 +53,7 @@ bool gather_as(const py::array& tokens, const std::vector<Piece>& pieces, Int64s
 }
 
 void gather(const py::array& tokens, const Int64s& starts, const Int64s& lengths, const Int64s& places, Int64s out) {
+  megalite::check_aligned(tokens, starts, lengths, places, out);
   if (tokens.ndim() != 1 || !(tokens.flags() & py::array::c_style)) {
     throw py::value_error("tokens must be a contiguous array of one dimension");
   }

@@ -6,6 +6,14 @@
 
 namespace megalite {
 
+// Raises ValueError for arrays whose numbers do not lie at multiples of their size, as those of a file may.
+template <class... Arrays>
+void check_aligned(const Arrays&... arrays) {
+  if (!((arrays.flags() & pybind11::detail::npy_api::NPY_ARRAY_ALIGNED_) && ...)) {
+    throw pybind11::value_error("an array is not aligned");
+  }
+}
+
 void define_gather(pybind11::module_& module);
 void define_blend(pybind11::module_& module);
 void define_packing(pybind11::module_& module);

@@ -164,6 +164,7 @@ class Packer {
 };
 
 py::tuple pack(const Int32s& lengths, std::int32_t capacity) {
+  megalite::check_aligned(lengths);
   if (lengths.ndim() != 1 || lengths.size() > INT32_MAX || capacity < 1) {
     throw py::value_error("lengths must have one dimension of less than 2^31, and capacity must be at least 1");
   }

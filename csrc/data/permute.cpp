@@ -30,6 +30,7 @@ std::uint64_t feistel(std::uint64_t value, std::uint64_t key, int half_bits) {
 }
 
 void permute_in_place(Words values, const Words& keys, std::uint64_t size, int half_bits) {
+  megalite::check_aligned(values, keys);
   if (values.ndim() != 1 || keys.ndim() != 1 || values.size() != keys.size()) {
     throw py::value_error("values and keys must have one shape [n]");
   }

@@ -33,6 +33,7 @@ class Unaligned {
 
 py::tuple document_starts(const py::array& documents, const py::array& pointers, std::int64_t itemsize,
                           const Int64s& first, const Int64s& last) {
+  megalite::check_aligned(first, last);
   const Unaligned sequence(documents, "documents"), pointer(pointers, "pointers");
   if (first.ndim() != 1 || last.ndim() != 1 || first.size() != last.size() || itemsize < 1 || sequence.size < 1) {
     throw py::value_error("first and last must have one shape [n], and documents and itemsize be at least 1");

@@ -336,6 +336,7 @@ py::array_t<std::int64_t> join_documents(const py::array_t<std::uint32_t, py::ar
                                           const py::array_t<std::int64_t, py::array::c_style>& lengths,
                                           std::int64_t begin, std::int64_t end,
                                           py::array_t<Token, py::array::c_style>& out) {
+  megalite::check_aligned(tokens, lengths, out);
   // Checked as they are copied: another thread may write to `lengths` once the GIL is released.
   const std::vector<std::int64_t> length(lengths.data(), lengths.data() + lengths.size());
   std::int64_t left = tokens.size();

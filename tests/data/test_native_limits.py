@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 
@@ -110,3 +111,27 @@ def test_tokens_that_do_not_fit_are_not_cut_short() -> None:
             join_documents(np.array([last + 1], np.uint32), np.array([1]), -1, 5, out)
         with pytest.raises(ValueError, match="does not fit"):
             join_documents(np.array([1], np.uint32), np.array([1]), last + 1, 5, out)
+
+
+def test_numbers_at_odd_addresses_are_refused() -> None:
+    """As those of a file may lie: to read them as they are is undefined."""
+    import numpy as np
+
+    from megalite import _data
+
+    def odd(dtype: str) -> np.ndarray:
+        return np.frombuffer(bytearray(1 + 4 * np.dtype(dtype).itemsize), dtype, offset=1)
+
+    zeros, out = np.zeros(4, np.int64), np.zeros(8, np.int64)
+    calls: dict[str, Callable[[], object]] = {
+        "gather": lambda: _data.gather(np.zeros(4, np.int32), odd("<i8"), zeros, zeros, out),
+        "gather of tokens": lambda: _data.gather(odd("<i4"), zeros, zeros, zeros, out),
+        "blend": lambda: _data.blend_greedily(odd("<f8"), 3),
+        "pack": lambda: _data.pack(odd("<i4"), 3),
+        "permute": lambda: _data.permute_in_place(odd("<u8"), np.zeros(4, np.uint64), 3, 1),
+        "join": lambda: _data.join_documents(np.ones(4, np.uint32), odd("<i8"), -1, -1, np.zeros(12, np.uint16)),
+        "starts": lambda: _data.document_starts(zeros, zeros, 2, odd("<i8"), zeros),
+    }
+    for call in calls.values():
+        with pytest.raises(ValueError, match="an array is not aligned"):
+            call()
