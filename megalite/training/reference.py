@@ -89,7 +89,9 @@ def read_references(
     path: Path, parts: Mapping[str, Any], mixtures: Mapping[Split, Mixture]
 ) -> tuple[dict[Split, Reference] | None, list[Change]]:
     """Return what was written for these very parts; or None, and what has changed since other ones were."""
-    with contextlib.suppress(OSError, SafetensorError), safe_open(path, framework="pt") as file:
+    # As if there were none where it is damaged.
+    damaged = (OSError, SafetensorError, ValueError, TypeError, KeyError, AttributeError, RecursionError)
+    with contextlib.suppress(*damaged), safe_open(path, framework="pt") as file:
         stored = file.metadata() or {}
         if "parts" not in stored:
             differs = (

@@ -21,6 +21,7 @@ from megalite.cli import main
 from megalite.errors import CheckpointError, ConfigError
 from megalite.infer.generate import load_model
 from megalite.outside import shown
+from megalite.training.reference import read_references
 
 SCRIPT = Path(__file__).with_name("fuzz.py")
 CASES, SAMPLE = 2000, 15
@@ -136,3 +137,10 @@ def test_a_value_is_shown_as_python_has_it_up_to_a_length() -> None:
     assert [shown(value) for value in whole] == [repr(value) for value in whole]
     long: list[Any] = [deep, list(range(10**6)), [[[[]] * 999] * 999] * 999, {"a" * 999: "b" * 999}, 10**5000]
     assert all(len(shown(value)) <= 201 for value in long)
+
+
+@pytest.mark.parametrize("parts", ["[" * 100_000, "{", "[]", "{}", "7"])
+def test_references_that_are_damaged_are_computed_again(tmp_path: Path, parts: str) -> None:
+    save_file({"train.0": torch.zeros(1)}, tmp_path / "references", metadata={"parts": parts})
+    found, _ = read_references(tmp_path / "references", {"weights": "x"}, {})
+    assert found is None
