@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from megalite.data.mixture import build_mixtures
 from megalite.data.tokenizer_training import train_tokenizer
 from megalite.errors import DataError
 from megalite.models import weight_table
+from megalite.parallel.stage import Stage
 from megalite.train import train
 from megalite.training.schedules import learning_rate
 from mixtures import windows
@@ -160,10 +162,17 @@ def test_curve_equals_transformers(tmp_path: Path, overrides: tuple[str, ...]) -
     assert len(found) == 20
 
 
-def test_validation_is_that_of_transformers(tmp_path: Path) -> None:
+def test_validation_is_that_of_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the first samples each time, without dropout, over all their labels."""
     from transformers import AutoModelForCausalLM
 
+    modes, forward = set(), Stage.forward
+
+    def noted(self: Stage, *arguments: Any) -> torch.Tensor:
+        modes.add((self.training, torch.is_grad_enabled()))
+        return forward(self, *arguments)
+
+    monkeypatch.setattr(Stage, "forward", noted)
     config = make_config(tmp_path, "gpt2", "train.steps=2", "observe.eval_every=1", "observe.eval_batches=2")
     train(config)
     model = AutoModelForCausalLM.from_pretrained(step_folder(config.run.folder / "checkpoints", 2)).eval()
@@ -172,6 +181,7 @@ def test_validation_is_that_of_transformers(tmp_path: Path) -> None:
     tokens = torch.from_numpy(windows(data, range(2 * 4)))
     with torch.no_grad():
         wanted = model(input_ids=tokens, labels=tokens).loss.item()
+    assert modes == {(True, True), (False, False)}, "modules of a family of one's own may ask"
     found = metrics_of(config)[-1]
     assert (found["step"], found["valid_loss"]) == (2, pytest.approx(wanted, rel=1e-5))  # sums of fp32
     assert found["valid_perplexity"] == pytest.approx(math.exp(found["valid_loss"]))
