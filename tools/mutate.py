@@ -2,7 +2,7 @@
 
 tests/mutations.yaml lists them: a piece of a file, what it becomes, and the tests that ought to fail. Each bug is
 planted in a copy of the repository, never in the checkout itself; a bug in csrc/ is compiled there. A bug is killed
-when its tests fail or do not end; it survives when they pass.
+when its tests fail, crash or do not end; it survives when they pass.
 
     python tools/mutate.py                       # all of them: an hour on two cores
     python tools/mutate.py engine checkpoint     # those whose name or file contains one of these words
@@ -180,7 +180,9 @@ class Copy:
             finally:
                 _end_group(process)
         lines = [line for line in said.splitlines() if line.startswith(("FAILED", "ERROR"))] or said.splitlines()[-1:]
-        return {0: "survived", 1: "killed"}.get(process.returncode, "error"), lines[0] if lines else ""
+        crashed = process.returncode < 0  # of memory that the bug has overwritten
+        outcome = {0: "survived", 1: "killed"}.get(process.returncode, "killed" if crashed else "error")
+        return outcome, lines[0] if lines else ""
 
 
 def _end_group(process: subprocess.Popen[str]) -> None:
