@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megalite import last_words
-from megalite.exit_codes import Exit, end_process, flush_output, killed_by, passes
-from megalite.secrecy import hide_secrets
+from megalite.runtime import error_file
+from megalite.runtime.exit_codes import Exit, end_process, flush_output, killed_by, passes
+from megalite.utils.secrecy import hide_secrets
 
 if TYPE_CHECKING:
     Verbs = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, DataError, CheckpointError) as error:
         rank = os.environ.get("RANK")  # a mistake in the config is every rank's, a bad disk may be one rank's alone
         _complain(f"error{f' on rank {rank}' if rank else ''}: {error}\n")
-        last_words.leave(str(error))
+        error_file.leave(str(error))
         mistake = Exit.FAILED if passes(error) else Exit.MISTAKE
         mistake = Exit.BAD_NUMBERS if isinstance(error, NotFinite) else mistake
         return _failed(Exit.NOT_SAVED if isinstance(error, NotSaved) else mistake)
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Not by Python itself, which would show the passwords in messages of libraries; but with the rank, as by torch.
         rank = os.environ.get("RANK")
         _complain(textwrap.indent(traceback.format_exc(), f"[rank{rank}]: " if rank else ""))
-        last_words.leave(f"{type(error).__name__}: {error}", traceback.format_exc())
+        error_file.leave(f"{type(error).__name__}: {error}", traceback.format_exc())
         return _failed(Exit.FAILED)
     finally:
         flush_output()
@@ -117,7 +117,7 @@ def _train(arguments: argparse.Namespace) -> Exit:
 
     config = load_config(arguments.config, arguments.overrides)
     if arguments.print_plan:
-        from megalite.mesh import Launch
+        from megalite.comm.mesh import Launch
         from megalite.models import weight_table
         from megalite.plan import make_plan, smallest_world
 
@@ -133,7 +133,7 @@ def _train(arguments: argparse.Namespace) -> Exit:
 
                 print(f"DeepSpeed's configuration:\n{json.dumps(deepspeed_config(config, plan), indent=2)}")
         return Exit.DONE
-    from megalite.mesh import leave
+    from megalite.comm.mesh import leave
     from megalite.train import train
 
     ended = train(config)
@@ -171,9 +171,9 @@ def _add_preflight(verbs: Verbs) -> None:
 
 
 def _preflight(arguments: argparse.Namespace) -> Exit:
+    from megalite.comm.mesh import Launch
     from megalite.config_file import load_config
     from megalite.health.preflight import preflight
-    from megalite.mesh import Launch
 
     launch, config = Launch.from_environment(), load_config(arguments.config, arguments.overrides)
     return preflight(config, launch, launch.meet(config.health.hang_timeout_s or 1800.0))
@@ -245,10 +245,10 @@ def _add_generate(verbs: Verbs) -> None:
 def _generate(arguments: argparse.Namespace) -> None:
     from dataclasses import replace
 
+    from megalite.comm.mesh import Launch, leave
     from megalite.data.chat import ChatTemplate
     from megalite.data.tokenizer import load_tokenizer
     from megalite.infer.generate import Generator, find_model
-    from megalite.mesh import Launch, leave
 
     launch = Launch.from_environment()
     layout = {"tensor": arguments.tensor, "pipeline": arguments.pipeline}
@@ -289,8 +289,8 @@ def _add_evaluate(verbs: Verbs) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
+    from megalite.comm.mesh import leave
     from megalite.infer.evaluate import Asked, evaluate_model
-    from megalite.mesh import leave
 
     names = {name: getattr(arguments, name) for name in Asked._fields}
     asked = Asked(**names | {"tasks": [name.strip() for name in arguments.tasks.split(",") if name.strip()]})

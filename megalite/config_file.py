@@ -9,13 +9,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from megalite.config import Config
+from megalite.config.errors import describe_errors
 from megalite.errors import ConfigError
-from megalite.mistakes import describe_errors
 from megalite.models import model_config
 from megalite.models.peft import with_adapter_fields
-from megalite.resources import read_yaml, with_overrides
-from megalite.secrecy import hide_secrets
-from megalite.urls import check_no_secret
+from megalite.utils.resources import read_yaml, with_overrides
+from megalite.utils.secrecy import hide_secrets
+from megalite.utils.urls import check_no_secret
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

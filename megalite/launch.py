@@ -24,10 +24,10 @@ from torch.distributed.elastic.multiprocessing import PContext, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous.api import RendezvousError
 
-from megalite import last_words
-from megalite.exit_codes import Exit, describe, killed_by
-from megalite.meeting import step_port
-from megalite.stopping import SIGNALS
+from megalite.comm.meeting import step_port
+from megalite.health.signals import SIGNALS
+from megalite.runtime import error_file
+from megalite.runtime.exit_codes import Exit, describe, killed_by
 
 LINGER_S = 1.0
 
@@ -53,10 +53,10 @@ def main(arguments: Sequence[str]) -> int:
         run.run(asked)
         status, who = int(Exit.DONE), "all ranks"
     except ChildFailedError as error:
-        rank, failure = min(error.failures.items(), key=lambda each: last_words.time_of(each[1]))
+        rank, failure = min(error.failures.items(), key=lambda each: error_file.time_of(each[1]))
         status = failure.exitcode if failure.exitcode > 0 else killed_by(-failure.exitcode)
         who = f"rank {rank}"
-        message, trace = last_words.read(failure)
+        message, trace = error_file.read(failure)
         # The rendezvous lives in the launcher of the first node. The others' shall first see how their own ranks end.
         time.sleep(0 if asked.standalone else LINGER_S)
     except RendezvousError:

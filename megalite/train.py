@@ -8,34 +8,34 @@ from contextlib import nullcontext
 from typing import Any
 
 from megalite import make_callable
-from megalite.activity import NOW
 from megalite.checkpoint.export import keep_source, write_extras
 from megalite.checkpoint.match import base_files, check_match
 from megalite.checkpoint.resume import find_checkpoint, leave_newer, way_back
 from megalite.checkpoint.save import Saver
 from megalite.checkpoint.tensors import NotSaved
 from megalite.checkpoint.train_state import read_train_state
+from megalite.comm.collectives import all_agree
+from megalite.comm.mesh import Launch, Mesh, make_mesh
 from megalite.config import Config
+from megalite.config.no_effect import no_effect
 from megalite.data.checks import check_same_everywhere, open_data
 from megalite.data.tokenizer import Tokenizer, load_tokenizer
 from megalite.engine.layout import choose_owners, elements_of
-from megalite.exit_codes import Exit
 from megalite.health.guard import Ending
+from megalite.health.signals import StopRequests
 from megalite.health.watchdog import Watchdog
-from megalite.host_memory import keep_freed_memory
 from megalite.infer.in_training import TasksInTraining
-from megalite.mesh import Launch, Mesh, make_mesh
 from megalite.models import weight_table
 from megalite.models.peft import TENSORS
-from megalite.no_effect import no_effect
 from megalite.observe.recorder import Recorder
-from megalite.parallel.collectives import all_agree
-from megalite.parts import Parts, build
 from megalite.plan import Plan, make_plan
-from megalite.run_folder import check_run_folder, held, write_config
-from megalite.stopping import StopRequests
+from megalite.runtime.activity import NOW
+from megalite.runtime.exit_codes import Exit
+from megalite.runtime.host_memory import keep_freed_memory
+from megalite.runtime.run_folder import check_run_folder, held, write_config
 from megalite.training.loop import run_steps
 from megalite.training.objectives import DPO
+from megalite.training.parts import Parts, build
 from megalite.training.reference import prepare_references
 from megalite.training.run import Data, Run, Start, initial_state, make_loader
 

@@ -33,7 +33,7 @@
 # `scancel --batch --signal=USR1 JOB` brings the requeue on early, --signal=TERM saves and ends the job for good.
 #
 # The job's log shows rank 0 and a summary; all that a node says is in RUN/logs/JOB.RESTART-NODE.log. The exit status
-# is that of megalite (megalite/exit_codes.py).
+# is that of megalite (megalite/runtime/exit_codes.py).
 set -euo pipefail
 
 fail() { echo "$(basename "$0"): $*" >&2; exit 2; }

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megalite.parallel import collectives
+from megalite.comm import collectives
 
 
 class _Later:

@@ -10,12 +10,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from megalite.comm.mesh import Launch, make_mesh
 from megalite.config import Config
 from megalite.data.loader import MicroBatch
-from megalite.mesh import Launch, make_mesh
 from megalite.models import weight_table
-from megalite.parts import build, forward_backward
 from megalite.plan import make_plan
+from megalite.training.parts import build, forward_backward
 from megalite.training.run import initial_state
 
 

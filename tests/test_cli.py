@@ -14,11 +14,11 @@ import pytest
 import torch
 import yaml
 
-from megalite import resources
 from megalite.cli import main
 from megalite.data import store
 from megalite.kernels import library
-from megalite.resources import configs_dir
+from megalite.utils import resources
+from megalite.utils.resources import configs_dir
 
 QUICKSTART = str(configs_dir() / "quickstart.yaml")
 
@@ -68,9 +68,9 @@ def test_training_imports_no_compiler() -> None:
 import sys
 import torch
 from megalite.config_file import parse_config
-from megalite.mesh import make_mesh
+from megalite.comm.mesh import make_mesh
 from megalite.models import weight_table
-from megalite.parts import build
+from megalite.training.parts import build
 from megalite.plan import make_plan
 import megalite.train
 

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megalite.counter_random import normal, random_bits, uniform
-from megalite.keys import key_of
 from megalite.models.weights import Weight
+from megalite.utils.counter_random import normal, random_bits, uniform
+from megalite.utils.keys import key_of
 
 NUM = 1 << 18
 KEY = key_of(1234, "a")

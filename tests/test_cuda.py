@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from megalite.checkpoint.load import from_seed
+from megalite.comm.mesh import ALONE, Mesh, make_mesh
 from megalite.config import Config
 from megalite.config_file import parse_config
 from megalite.data.loader import MicroBatch
 from megalite.health.numbers import Numbers
 from megalite.health.replicas import ReplicaCheck
-from megalite.mesh import ALONE, Mesh, make_mesh
 from megalite.models import weight_table
-from megalite.parts import Parts, build, forward_backward
 from megalite.plan import make_plan
+from megalite.training.parts import Parts, build, forward_backward
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU, or pytest runs without --cuda")
 

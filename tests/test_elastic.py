@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 from tampered_ranks import training
 
-import megalite.parts
-from megalite.activity import NOW
+import megalite.training.parts
 from megalite.checkpoint.folder import complete_steps
+from megalite.comm.mesh import Mesh
 from megalite.config import Config
 from megalite.errors import ConfigError
-from megalite.exit_codes import Exit
-from megalite.mesh import Mesh
 from megalite.models import weight_table
 from megalite.parallel.stage import Inputs
 from megalite.plan import make_plan, nodes_that_fit
+from megalite.runtime.activity import NOW
+from megalite.runtime.exit_codes import Exit
 from small_runs import curve_of, make_config
 
 LOST_IN, SAVED_EVERY = 8, 3
@@ -26,7 +26,7 @@ LOST_IN, SAVED_EVERY = 8, 3
 
 def watch_samples(rank: int) -> None:
     """Note the samples this rank trains on, of each step, beside the run."""
-    make_inputs = megalite.parts.make_inputs
+    make_inputs = megalite.training.parts.make_inputs
 
     def noted(micro: Any, mesh: Mesh, seed: int | None = None) -> Inputs:
         if seed is not None:
@@ -34,12 +34,12 @@ def watch_samples(rank: int) -> None:
                 print(json.dumps([NOW.step, micro.samples.tolist()]), file=file)
         return make_inputs(micro, mesh, seed)
 
-    megalite.parts.make_inputs = noted
+    megalite.training.parts.make_inputs = noted
 
 
 def lose_the_last(rank: int) -> None:
     watch_samples(rank)
-    count_labels = megalite.parts.count_labels
+    count_labels = megalite.training.parts.count_labels
 
     def leave(inputs: Any) -> Any:
         if NOW.step == LOST_IN:
@@ -47,7 +47,7 @@ def lose_the_last(rank: int) -> None:
         return count_labels(inputs)
 
     if rank == 2:
-        megalite.parts.count_labels = leave
+        megalite.training.parts.count_labels = leave
 
 
 def samples_of(folder: Path, ranks: int, steps: range) -> dict[int, list[int]]:

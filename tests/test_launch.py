@@ -15,11 +15,11 @@ from small_runs import make_config
 
 FAILS_ON_RANK_1 = """
 import sys
-import megalite.parts
-from megalite.activity import NOW
+import megalite.training.parts
+from megalite.runtime.activity import NOW
 from megalite.cli import main
 
-count_labels = megalite.parts.count_labels
+count_labels = megalite.training.parts.count_labels
 
 def fail(inputs):
     import os
@@ -27,7 +27,7 @@ def fail(inputs):
         raise ValueError("the planted error")
     return count_labels(inputs)
 
-megalite.parts.count_labels = fail
+megalite.training.parts.count_labels = fail
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from megalite.comm.mesh import Launch
 from megalite.errors import Unreachable
-from megalite.exit_codes import Exit
-from megalite.mesh import Launch
+from megalite.runtime.exit_codes import Exit
 from ranks import SERVER, become
 
 SILENCE_S = 3.0

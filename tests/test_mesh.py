@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from megalite import mesh
+from megalite.comm import mesh
+from megalite.comm.mesh import Launch, make_mesh
 from megalite.errors import ConfigError
-from megalite.mesh import Launch, make_mesh
 from megalite.models import weight_table
 from megalite.plan import make_plan
 from ranks import run_ranks

@@ -14,7 +14,7 @@ from megalite.config_file import parse_config
 from megalite.errors import ConfigError
 from megalite.models import model_config, weight_table
 from megalite.plan import Plan, balance, make_plan, smallest_world
-from megalite.resources import configs_dir
+from megalite.utils.resources import configs_dir
 
 # Embedding 100·8 = 800, twice (untied); a layer 8 + (8+4+4)·8 + 8·8 + 8 + 2·12·8 + 8·12 = 496; last norm 8.
 TINY: dict[str, Any] = {

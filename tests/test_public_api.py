@@ -14,8 +14,8 @@ from megalite import Config, Generator, load_config, plan, train
 from megalite.data.preprocess import preprocess
 from megalite.data.tokenizer_training import train_tokenizer
 from megalite.errors import ConfigError
-from megalite.exit_codes import Exit
 from megalite.plan import Plan
+from megalite.runtime.exit_codes import Exit
 
 CONFIG = """
 run: {{name: tiny, dir: {folder}/runs}}

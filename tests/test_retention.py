@@ -20,8 +20,8 @@ from megalite.checkpoint import writing
 from megalite.checkpoint.folder import Worth, complete_steps, discard, prune, step_folder
 from megalite.config import Config
 from megalite.errors import ConfigError
-from megalite.exit_codes import Exit
 from megalite.infer.generate import find_model
+from megalite.runtime.exit_codes import Exit
 from megalite.train import train
 from small_runs import curve_of, make_config
 

@@ -11,17 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from megalite import run_folder
 from megalite.errors import ConfigError
-from megalite.exit_codes import Exit, passes
-from megalite.run_folder import KEPT_CONFIGS, write_config
+from megalite.runtime import run_folder
+from megalite.runtime.exit_codes import Exit, passes
+from megalite.runtime.run_folder import KEPT_CONFIGS, write_config
 from megalite.train import train
 from small_runs import make_config
 
 HOLDS = """
 import sys, time
 from pathlib import Path
-from megalite.run_folder import held
+from megalite.runtime.run_folder import held
 with held(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

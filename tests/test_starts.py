@@ -13,9 +13,9 @@ import megalite.train
 from megalite.checkpoint.folder import complete_steps, step_folder
 from megalite.checkpoint.tensors import CheckpointError
 from megalite.config import Config
+from megalite.config.no_effect import no_effect
 from megalite.errors import ConfigError, DataError
-from megalite.exit_codes import Exit
-from megalite.no_effect import no_effect
+from megalite.runtime.exit_codes import Exit
 from megalite.train import train
 from ranks import run_ranks
 from small_runs import make_config, metrics_of

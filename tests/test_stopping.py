@@ -16,10 +16,10 @@ import pytest
 import megalite.train
 import megalite.training.loop
 from megalite.checkpoint.folder import complete_steps
+from megalite.comm.mesh import Mesh
 from megalite.config import Config
-from megalite.exit_codes import Exit, describe
-from megalite.mesh import Mesh
-from megalite.stopping import SIGNALS, StopRequests
+from megalite.health.signals import SIGNALS, StopRequests
+from megalite.runtime.exit_codes import Exit, describe
 from megalite.train import train
 from small_runs import curve_of, make_config, metrics_of, write_corpus
 
@@ -88,9 +88,9 @@ def test_a_signal_in_the_last_step_changes_nothing(tmp_path: Path) -> None:
 
 # The main thread hangs as if it waited for a rank which is gone: in C, where no handler of Python's ever runs.
 HANGING = """
-import ctypes, types, megalite.stopping
-from megalite.mesh import ALONE, Mesh
-from megalite.stopping import ONE_REQUEST_S
+import ctypes, types, megalite.health.signals
+from megalite.comm.mesh import ALONE, Mesh
+from megalite.health.signals import ONE_REQUEST_S
 
 seconds = iter([7.0, 7.0 + ONE_REQUEST_S, 7.1 + ONE_REQUEST_S])
 
@@ -98,8 +98,8 @@ def look():
     print("looked", flush=True)
     return next(seconds)
 
-megalite.stopping.time = types.SimpleNamespace(monotonic=look)
-with megalite.stopping.StopRequests(Mesh(*[ALONE] * 6, device=None)):
+megalite.health.signals.time = types.SimpleNamespace(monotonic=look)
+with megalite.health.signals.StopRequests(Mesh(*[ALONE] * 6, device=None)):
     print("ready", flush=True)
     mutex = ctypes.create_string_buffer(64)
     while True:

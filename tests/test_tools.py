@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from megalite.errors import DataError, Unreachable
-from megalite.exit_codes import Exit, explained
+from megalite.runtime.exit_codes import Exit, explained
 
 TOOLS = Path(__file__).parents[1] / "tools"
 MISTAKES = {

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from megalite.errors import CheckpointError
-from megalite.exit_codes import explained
 from megalite.infer.generate import find_model, load_model
-from megalite.outside import reading
+from megalite.runtime.exit_codes import explained
+from megalite.utils.outside import reading
 
 TOLERANCE = 1e-4
 

@@ -15,8 +15,8 @@ from rich.console import Console
 
 from megalite.checkpoint.convert import DTYPES, open_source, write_model
 from megalite.checkpoint.megatron import find_megatron
-from megalite.exit_codes import at_least, explained
 from megalite.infer.generate import find_model
+from megalite.runtime.exit_codes import at_least, explained
 
 
 def main() -> int:

@@ -38,7 +38,7 @@ GRADIENT = {
     "backward": Step(
         "Backward of a column-parallel linear",
         ("The gradient of its input is summed over the tensor", "ranks while that of its weight is computed."),
-        ("parallel.tensor:_Linear.backward", "parallel.collectives:start_reduce_whole"),
+        ("parallel.tensor:_Linear.backward", "comm.collectives:start_reduce_whole"),
     ),
     "bucket": Step(
         "The product is added to an fp32 bucket",
@@ -61,7 +61,7 @@ GRADIENT = {
         (
             "engine.native:NativeEngine._count_event",
             "engine.native:NativeEngine._reduce",
-            "parallel.collectives:start_reduce_scatter",
+            "comm.collectives:start_reduce_scatter",
         ),
     ),
     "norm": Step(
@@ -86,7 +86,7 @@ GRADIENT = {
             "It runs beside the next bucket's update and the next",
             "forward pass: a module waits for its own weights only.",
         ),
-        ("parallel.collectives:start_all_gather", "engine.native:BucketState.await_weights"),
+        ("comm.collectives:start_all_gather", "engine.native:BucketState.await_weights"),
     ),
 }
 

@@ -13,7 +13,7 @@ import time
 from rich.console import Console
 
 from megalite.errors import ConfigError, DataError
-from megalite.exit_codes import explained
+from megalite.runtime.exit_codes import explained
 
 
 def main() -> int:

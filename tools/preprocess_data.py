@@ -33,7 +33,7 @@ from megalite.data.blocks import Shard
 from megalite.data.formats import FORMATS, Settings
 from megalite.data.preprocess import preprocess
 from megalite.data.preprocess_rows import preprocess_rows
-from megalite.exit_codes import at_least, explained
+from megalite.runtime.exit_codes import at_least, explained
 
 MOST_SHARDS = 99_999
 

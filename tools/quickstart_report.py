@@ -10,9 +10,9 @@ from pathlib import Path
 from megalite.config_file import load_config
 from megalite.data.indexed import IndexedDataset
 from megalite.data.statistics import unigram_loss
-from megalite.exit_codes import explained
 from megalite.observe.jsonl import read_metrics
 from megalite.observe.plot import plot_loss
+from megalite.runtime.exit_codes import explained
 
 
 def main() -> int:

@@ -10,7 +10,9 @@ setup_environment() {
         echo "megalite needs Python 3.11 or newer; '$python' is not. Set PYTHON=/path/to/python3.11" >&2
         return 1
     }
-    wanted=$({ "$python" --version; cat pyproject.toml tools/constraints.txt; find csrc -type f | sort | xargs cat; } | sha256sum)
+    # The names of modules too: an editable install remembers where each of them was.
+    wanted=$({ "$python" --version; cat pyproject.toml tools/constraints.txt; find megalite -name '*.py' | sort
+        find csrc -type f | sort | xargs cat; } | sha256sum)
     if [[ $(cat .venv/.megalite 2>/dev/null) != "$wanted" ]]; then
         echo "setting up .venv (once; torch with its CUDA libraries is gigabytes to download)"
         [[ -x .venv/bin/python ]] || "$python" -m venv .venv

@@ -9,7 +9,7 @@ import time
 from typing import get_args
 
 from megalite.data.tokenizer_training import Kind, train_tokenizer
-from megalite.exit_codes import at_least, explained
+from megalite.runtime.exit_codes import at_least, explained
 
 
 def main() -> int:

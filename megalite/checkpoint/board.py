@@ -15,7 +15,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-from megalite.mesh import Mesh
+from megalite.comm.mesh import Mesh
 
 LONGEST_PAUSE_S = 1.0
 """Longest pause in seconds between two looks. Pauses grow up to it while nothing comes."""

@@ -20,8 +20,8 @@ from megalite.checkpoint.folder import write_json
 from megalite.checkpoint.load import from_hf
 from megalite.checkpoint.megatron import find_megatron, open_megatron
 from megalite.checkpoint.tensors import CheckpointError, TensorFolder
+from megalite.comm.mesh import ALONE
 from megalite.data.tokenizer_files import copy_files
-from megalite.mesh import ALONE
 from megalite.models import (
     copied_hf_config,
     model_config,
@@ -31,7 +31,7 @@ from megalite.models import (
     weight_table,
 )
 from megalite.models.weights import Weight
-from megalite.resources import fsync
+from megalite.utils.resources import fsync
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

@@ -15,7 +15,7 @@ from megalite.data.tokenizer import Tokenizer, load_tokenizer
 from megalite.data.tokenizer_files import copy_files
 from megalite.errors import DataError
 from megalite.models import SPECIAL, peft, read_hf_config, to_hf_config, weight_table
-from megalite.outside import read_object
+from megalite.utils.outside import read_object
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 SOURCE = "source"

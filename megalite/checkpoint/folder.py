@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megalite.errors import CheckpointError
-from megalite.outside import read_limited, read_object, reading
+from megalite.utils.outside import read_limited, read_object, reading
 
 MANIFEST = "manifest.json"
 

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from megalite.checkpoint.tensors import CheckpointError, TensorFolder
 from megalite.checkpoint.unneeded import ends_of, unneeded
+from megalite.comm.mesh import Axis
 from megalite.config import Config, LoraConfig, ModelConfig
 from megalite.engine import ReadState
 from megalite.errors import ConfigError
-from megalite.mesh import Axis
 from megalite.models import peft, read_hf_config
 from megalite.models.lora import Adapter, adapters_of, merged
 from megalite.models.weights import Weight

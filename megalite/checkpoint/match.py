@@ -17,18 +17,18 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
-from megalite.changes import Change, changes, spelled, with_defaults
 from megalite.checkpoint.tensors import KEEPS, CheckpointError
 from megalite.config import Config, LoraConfig, OptimizerConfig
+from megalite.config.changes import Change, changes, spelled, with_defaults
 from megalite.data.mixture import Mixture
 from megalite.data.tokenizer import Tokenizer, load_tokenizer
 from megalite.data.tokenizer_files import files_in
 from megalite.errors import ConfigError, DataError
 from megalite.models import model_config, peft, to_hf_config, weight_table
 from megalite.models.lora import adapters_of
-from megalite.outside import shown
-from megalite.resources import read_yaml
 from megalite.training.schedules import learning_rate
+from megalite.utils.outside import shown
+from megalite.utils.resources import read_yaml
 
 NEUTRAL = {"preset", "hf", "init_std"}
 """Settings of `model` that say only where its fields and initial weights came from. (Dropout may change as well.)"""

@@ -23,7 +23,7 @@ from megalite.config import MOST_LAYERS, ModelConfig
 from megalite.errors import CheckpointError, ConfigError
 from megalite.models import model_config, weight_table
 from megalite.models.weights import Weight
-from megalite.outside import beside, read_limited, reading, shown
+from megalite.utils.outside import beside, read_limited, reading, shown
 
 LATEST = "latest_checkpointed_iteration.txt"
 ENDS = {

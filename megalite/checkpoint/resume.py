@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megalite.activity import NOW
 from megalite.checkpoint.folder import (
     MANIFEST,
     Damage,
@@ -27,9 +26,10 @@ from megalite.checkpoint.folder import (
     steps_in,
 )
 from megalite.checkpoint.match import stored_config
+from megalite.comm.collectives import all_reduce, start_highest
+from megalite.comm.mesh import Mesh
 from megalite.errors import CheckpointError
-from megalite.mesh import Mesh
-from megalite.parallel.collectives import all_reduce, start_highest
+from megalite.runtime.activity import NOW
 
 SHOWN = 3
 """Number of a checkpoint's damaged files that a message names."""

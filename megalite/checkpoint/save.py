@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from megalite.activity import NOW
 from megalite.checkpoint.board import Board
 from megalite.checkpoint.folder import (
     Worth,
@@ -25,11 +24,12 @@ from megalite.checkpoint.folder import (
     step_folder,
 )
 from megalite.checkpoint.writing import PATIENCE_S, Collect, Target, Writing, explain
+from megalite.comm.collectives import start_highest, start_sharing
+from megalite.comm.mesh import Mesh
 from megalite.engine import Engine
 from megalite.engine.gather import HostBuffers
-from megalite.mesh import Mesh
 from megalite.models.weights import Weight
-from megalite.parallel.collectives import start_highest, start_sharing
+from megalite.runtime.activity import NOW
 
 
 class Saver:

@@ -9,10 +9,10 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from megalite.activity import NOW
 from megalite.errors import CheckpointError
 from megalite.models.weights import Weight
-from megalite.outside import beside, read_json, reading, shown
+from megalite.runtime.activity import NOW
+from megalite.utils.outside import beside, read_json, reading, shown
 
 KEEPS = "a run keeps the model it began with; another one needs another run.name"
 DTYPES = ("BF16", "F16", "F32", "F64")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from megalite.errors import CheckpointError
-from megalite.outside import check_regular, reading, shown
+from megalite.utils.outside import check_regular, reading, shown
 
 STORAGES = {
     "FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,

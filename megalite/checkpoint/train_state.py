@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from megalite.config.errors import describe_errors
 from megalite.errors import CheckpointError
 from megalite.health.numbers import WINDOW
-from megalite.mistakes import describe_errors
-from megalite.outside import read_json
+from megalite.utils.outside import read_json
 
 Count = Annotated[int, Field(ge=0, lt=2**62)]
 

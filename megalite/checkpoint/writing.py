@@ -25,13 +25,13 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megalite.activity import NOW
 from megalite.checkpoint.board import Board
 from megalite.checkpoint.folder import MANIFEST, Worth, digest, prune, remove, replaced, write_json
-from megalite.mesh import Mesh
+from megalite.comm.mesh import Mesh
 from megalite.models.peft import TENSORS as ADAPTER
 from megalite.models.weights import Weight
-from megalite.resources import fsync
+from megalite.runtime.activity import NOW
+from megalite.utils.resources import fsync
 
 PATIENCE_S = 1800.0
 """Seconds that a rank that has written its part waits for the others."""

@@ -44,8 +44,8 @@ from megalite.corpus.personal import EMAILS, IPS, replaced
 from megalite.corpus.steps import Check, Stage
 from megalite.corpus.tokenizing import Words
 from megalite.errors import ConfigError
-from megalite.resources import configs_dir, read_yaml
-from megalite.workers import leave_with_parent
+from megalite.runtime.processes import leave_with_parent
+from megalite.utils.resources import configs_dir, read_yaml
 
 LANGUAGE_CHARS = 20_000
 """Number of characters that the language is detected from. The rest of a long text would only take time."""

@@ -13,9 +13,9 @@ from typing import Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from megalite.config import Section
+from megalite.config.errors import describe_errors
 from megalite.errors import ConfigError
-from megalite.mistakes import describe_errors
-from megalite.resources import read_yaml, with_overrides
+from megalite.utils.resources import read_yaml, with_overrides
 
 StageName = Literal["encoding", "length", "language", "repetition", "gopher", "c4", "fineweb", "personal", "words"]
 

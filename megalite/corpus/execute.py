@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from megalite.corpus.config import SlurmConfig
 from megalite.errors import DataError
-from megalite.progress import ProgressMeter
-from megalite.workers import start_worker, worker_pool
+from megalite.runtime.processes import start_worker, worker_pool
+from megalite.utils.progress import ProgressMeter
 
 
 @dataclass(frozen=True)

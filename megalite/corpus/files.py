@@ -16,7 +16,7 @@ from datatrove.pipeline.base import PipelineStep
 
 from megalite.data.documents import Reading, Report, read_files
 from megalite.errors import DataError
-from megalite.resources import fsync
+from megalite.utils.resources import fsync
 
 Compression = Literal["zst", "gz", "none"]
 

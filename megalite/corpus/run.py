@@ -25,7 +25,7 @@ from typing import Any
 
 from rich.console import Console
 
-from megalite.changes import changes
+from megalite.config.changes import changes
 from megalite.corpus import checks, duplicates
 from megalite.corpus.config import CorpusConfig
 from megalite.corpus.execute import Phase, run_here, submit

@@ -29,7 +29,7 @@ from megalite.data.documents import (
 )
 from megalite.data.kinds import is_packed
 from megalite.errors import DataError
-from megalite.urls import is_url
+from megalite.utils.urls import is_url
 
 BLOCK_BYTES, READ_BYTES = 2 << 20, 1 << 16
 NAMED = ("left_out", "as_text")

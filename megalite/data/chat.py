@@ -13,7 +13,7 @@ from megalite.data.tokenizer import HuggingFaceTokenizer, Tokenizer
 from megalite.data.tokenizer_files import CONFIG, TEMPLATES, read_object, settings_of, special_tokens
 from megalite.data.turn_end import TurnEnd, find_turn_end
 from megalite.errors import DataError, TemplateLimit
-from megalite.outside import read_text, reading
+from megalite.utils.outside import read_text, reading
 
 Message = Mapping[str, Any]
 GENERATION = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")

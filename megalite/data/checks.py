@@ -9,15 +9,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megalite.changes import changes, spelled
+from megalite.comm.mesh import Mesh
 from megalite.config import Config
+from megalite.config.changes import changes, spelled
 from megalite.data.dataset import Split
 from megalite.data.indexed import IndexedDataset, read_note
 from megalite.data.mixture import Mixture, build_mixtures
 from megalite.data.tokenizer import Tokenizer, load_tokenizer, other_tokenizer
 from megalite.errors import DataError
-from megalite.keys import key_of
-from megalite.mesh import Mesh
+from megalite.utils.keys import key_of
 
 
 def open_data(config: Config) -> tuple[Tokenizer | None, dict[Split, Mixture | None]]:

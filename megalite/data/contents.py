@@ -18,7 +18,7 @@ from megalite.data.answers import REASONING
 from megalite.data.chat import ChatTemplate, Message
 from megalite.data.token_values import Part, Text, token_values
 from megalite.data.tokenizer import HuggingFaceTokenizer, Tokenizer
-from megalite.outside import is_unicode
+from megalite.utils.outside import is_unicode
 
 MARKS = re.compile(r"megalite[0-9a-f]{16}(?:begin|close)")
 """Of any encoder. Letters and digits alone, so that templates which write JSON leave them as they are."""

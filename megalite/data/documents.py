@@ -23,7 +23,7 @@ import orjson
 from megalite.data.kinds import KNOWN, kind_by_content, kind_by_name, suffix_of
 from megalite.data.store import Store, open_file, size_of, stream
 from megalite.errors import DataError
-from megalite.urls import is_url
+from megalite.utils.urls import is_url
 
 # Of a compressed file this much is taken at a time: small, because deflate unpacks up to a thousandfold.
 CHUNK_BYTES = 1 << 16

@@ -15,7 +15,7 @@ from megalite.config import FillInTheMiddleConfig
 from megalite.data.order import Int64s
 from megalite.data.tokenizer import Tokenizer
 from megalite.errors import DataError
-from megalite.keys import key_of
+from megalite.utils.keys import key_of
 
 SHORTEST = 16  # tokens: less leaves nothing to fill
 

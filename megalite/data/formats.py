@@ -33,7 +33,7 @@ from megalite.data.pairs import dialogue, joined, without_repeated_prompt
 from megalite.data.token_values import Part, Text, token_values
 from megalite.data.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from megalite.errors import DataError, TemplateLimit
-from megalite.outside import is_unicode, shown
+from megalite.utils.outside import is_unicode, shown
 
 Format = Literal["chat", "completion", "preference", "classification", "labels"]
 FORMATS: tuple[Format, ...] = get_args(Format)

@@ -30,9 +30,9 @@ from megalite.data import whole
 from megalite.data.remote import CachedObject, local_copy
 from megalite.data.store import Missing
 from megalite.errors import DataError
-from megalite.outside import read_object
-from megalite.resources import fsync
-from megalite.urls import is_url
+from megalite.utils.outside import read_object
+from megalite.utils.resources import fsync
+from megalite.utils.urls import is_url
 
 MAGIC, VERSION = b"MMIDIDX\0\0", 1
 HEADER = struct.Struct("<9sQBQQ")

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from megalite.activity import NOW
 from megalite.data.mixture import IGNORE, Mixture
 from megalite.data.order import Int64s
 from megalite.errors import DataError
+from megalite.runtime.activity import NOW
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from typing import Any
 
 from rich.filesize import decimal
 
-from megalite.changes import changes
+from megalite.config.changes import changes
 from megalite.data.documents import Report
 from megalite.errors import DataError
-from megalite.outside import read_object
-from megalite.resources import fsync
+from megalite.utils.outside import read_object
+from megalite.utils.resources import fsync
 
 SHOWN = 4
 """Settings that a message names."""

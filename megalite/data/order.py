@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from megalite.keys import key_of
+from megalite.utils.keys import key_of
 
 Order = Literal["shuffle", "sequential"]
 Int64s = npt.NDArray[np.int64]

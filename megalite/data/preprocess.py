@@ -34,8 +34,8 @@ from megalite.data.indexed import IndexedWriter, token_dtype
 from megalite.data.metadata import Preprocessed, other_settings
 from megalite.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
 from megalite.errors import DataError
-from megalite.progress import ProgressMeter
-from megalite.workers import start_worker, worker_pool
+from megalite.runtime.processes import start_worker, worker_pool
+from megalite.utils.progress import ProgressMeter
 
 BLOCKS_PER_WORKER = 4
 # Characters that Hugging Face's tokenizers get at a time: they need some 130 bytes for each. Longer texts are done by

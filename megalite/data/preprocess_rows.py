@@ -23,7 +23,7 @@ from megalite.data.metadata import Preprocessed
 from megalite.data.preprocess import Meter, in_order, start_tokenizing
 from megalite.data.rows import Row, class_names, excerpt, list_rows, read_rows
 from megalite.errors import DataError
-from megalite.workers import worker_pool
+from megalite.runtime.processes import worker_pool
 
 ROWS_PER_BLOCK = 256
 SHOWN_ROWS = 5

@@ -15,7 +15,7 @@ from megalite.data.documents import LONGEST_LINE, Report, check_batch, lines_of,
 from megalite.data.kinds import unpacked_name
 from megalite.data.store import open_file
 from megalite.errors import DataError
-from megalite.outside import reading
+from megalite.utils.outside import reading
 
 JSON_KINDS = (".jsonl", ".ndjson", ".json")
 KINDS = (*JSON_KINDS, ".parquet", ".arrow")

@@ -14,7 +14,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megalite.errors import DataError, Unreachable
-from megalite.urls import check_no_secret, is_url
+from megalite.utils.urls import check_no_secret, is_url
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem

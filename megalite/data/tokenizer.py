@@ -25,7 +25,7 @@ from megalite.data.tokenizer_files import (
     special_tokens,
 )
 from megalite.errors import DataError
-from megalite.outside import check_regular, reading
+from megalite.utils.outside import check_regular, reading
 
 # How models without a tokenizer_config.json spell the end of a document.
 END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")

@@ -9,9 +9,9 @@ from typing import Any
 
 import tokenizers
 
-from megalite import outside
 from megalite.errors import DataError
-from megalite.outside import shown
+from megalite.utils import outside
+from megalite.utils.outside import shown
 
 CONFIG = "tokenizer_config.json"
 LEGACY = "added_tokens.json"

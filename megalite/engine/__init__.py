@@ -10,9 +10,9 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from megalite.comm.mesh import Mesh
 from megalite.config import Config
 from megalite.engine.gather import HostBuffers
-from megalite.mesh import Mesh
 from megalite.models.weights import Weight
 from megalite.parallel.stage import Stage
 from megalite.plan import Plan

@@ -40,16 +40,16 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
 
+from megalite.comm.collectives import all_gather, all_reduce
+from megalite.comm.mesh import Axis, Mesh
 from megalite.config import Config
 from megalite.engine import Permit, ReadState, Sharing
 from megalite.engine.gather import HostBuffers, assemble_on
 from megalite.engine.layout import elements_of
 from megalite.engine.optimizers.adamw import AdamWConfig
 from megalite.errors import ConfigError
-from megalite.mesh import Axis, Mesh
 from megalite.models import set_parameters, weight_table
 from megalite.models.weights import Weight
-from megalite.parallel.collectives import all_gather, all_reduce
 from megalite.parallel.stage import Stage
 from megalite.plan import Plan
 

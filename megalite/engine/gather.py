@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megalite.activity import NOW
-from megalite.mesh import Axis, Mesh
+from megalite.comm.mesh import Axis, Mesh
 from megalite.models.weights import Weight
+from megalite.runtime.activity import NOW
 
 
 def gather_parts(part: Tensor, axis: Axis, owner: int) -> list[Tensor]:

@@ -30,18 +30,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.profiler import record_function
 
-from megalite.activity import NOW
-from megalite.config import Config
-from megalite.engine import Permit, ReadState, Sharing
-from megalite.engine.gather import Gather, GatherAside, GatherOnHost, HostBuffers
-from megalite.engine.layout import Bucket, Slot, elements_of, make_buckets
-from megalite.kernels.optimizer import sum_of_squares
-from megalite.kernels.weight_gradient import accumulate_weight_gradient
-from megalite.mesh import Mesh
-from megalite.models import set_parameters
-from megalite.models.layers import Decoder
-from megalite.models.weights import Weight
-from megalite.parallel.collectives import (
+from megalite.comm.collectives import (
     Wait,
     add_from_other_end,
     all_reduce,
@@ -49,8 +38,19 @@ from megalite.parallel.collectives import (
     start_reduce,
     start_reduce_scatter,
 )
+from megalite.comm.mesh import Mesh
+from megalite.config import Config
+from megalite.engine import Permit, ReadState, Sharing
+from megalite.engine.gather import Gather, GatherAside, GatherOnHost, HostBuffers
+from megalite.engine.layout import Bucket, Slot, elements_of, make_buckets
+from megalite.kernels.optimizer import sum_of_squares
+from megalite.kernels.weight_gradient import accumulate_weight_gradient
+from megalite.models import set_parameters
+from megalite.models.layers import Decoder
+from megalite.models.weights import Weight
 from megalite.parallel.tensor import ParallelLinear
 from megalite.plan import Plan
+from megalite.runtime.activity import NOW
 
 IN_FLIGHT = 2
 """Buckets whose reduction stage 2 lets run at a time: one travels while the next is filled."""

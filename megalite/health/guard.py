@@ -10,18 +10,18 @@ from typing import Any
 
 from torch import Tensor
 
-from megalite import last_words
+from megalite.comm.mesh import Mesh, node_name
 from megalite.config import Config
 from megalite.data.loader import Loader, Span, add_spans
 from megalite.engine import Engine
 from megalite.errors import DataError
-from megalite.exit_codes import Exit
 from megalite.health.bad_batches import write_batch
 from megalite.health.numbers import BadStep, Numbers
 from megalite.health.replicas import ReplicaCheck, describe
 from megalite.health.stragglers import names_of_all
-from megalite.mesh import Mesh, node_name
 from megalite.observe.steps import Record
+from megalite.runtime import error_file
+from megalite.runtime.exit_codes import Exit
 
 # What each policy means for the run, as the console says it.
 FOLLOWS = {
@@ -125,7 +125,7 @@ class Guard:
 
     def _end(self, ending: Ending, text: str) -> Ending:
         self._news.append(f"error: {text}")
-        last_words.leave(text)  # the launcher shows it as the reason of the exit
+        error_file.leave(text)  # the launcher shows it as the reason of the exit
         return ending
 
     def _tell(self, bad: BadStep) -> None:

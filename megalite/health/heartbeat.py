@@ -11,8 +11,8 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from megalite.activity import NOW
-from megalite.mesh import node_name
+from megalite.comm.mesh import node_name
+from megalite.runtime.activity import NOW
 
 SIZE = 2048
 """Bytes of every file, padded: on a full disk, a heartbeat is still written over the one before."""

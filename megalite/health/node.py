@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 
 import torch
 
+from megalite.comm.mesh import Launch, node_name
 from megalite.config import Config
 from megalite.health.stragglers import host_or_device_event
-from megalite.mesh import Launch, node_name
 
 PATIENCE_S = 20.0
 """Time limit of one question, in seconds. A dead disk or driver never answers."""

@@ -24,14 +24,14 @@ import torch
 import torch.distributed as dist
 from rich.table import Table
 
+from megalite.comm.mesh import Launch, node_name
 from megalite.config import Config
 from megalite.data.checks import check_token_files
-from megalite.exit_codes import Exit
 from megalite.health.node import Facts, best_time, find_out
 from megalite.health.verdict import Problem, blames_nodes, judge
-from megalite.mesh import Launch, node_name
 from megalite.models import weight_table
 from megalite.plan import make_plan
+from megalite.runtime.exit_codes import Exit
 
 PATIENCE_S = 120.0
 """Time limit of each of the two rounds of answers, in seconds."""

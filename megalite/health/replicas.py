@@ -20,10 +20,10 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from megalite.comm.collectives import all_gather
+from megalite.comm.mesh import Mesh
 from megalite.engine import Sharing
 from megalite.health.late import Late
-from megalite.mesh import Mesh
-from megalite.parallel.collectives import all_gather
 
 NAMED = 8
 """Number of ranks that a message names."""

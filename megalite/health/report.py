@@ -7,9 +7,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from megalite.exit_codes import Exit, describe
+from megalite.comm.mesh import Mesh
 from megalite.health.heartbeat import Heartbeat
-from megalite.mesh import Mesh
+from megalite.runtime.exit_codes import Exit, describe
 
 SHOWN = 8
 """Largest number of lines in a list of ranks. The hang's folder has a file of every rank."""

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megalite.activity import NOW
+from megalite.comm.collectives import all_gather, start_sharing
+from megalite.comm.mesh import Mesh, node_name
 from megalite.config import HealthConfig
-from megalite.mesh import Mesh, node_name
 from megalite.observe.steps import Record
 from megalite.observe.throughput import HostEvent
-from megalite.parallel.collectives import all_gather, start_sharing
+from megalite.runtime.activity import NOW
 
 PERSISTENT = 3
 """Number of comparisons in a row in which a rank must be slow before it is reported."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from statistics import median_low
 from typing import Any
 
-from megalite.changes import changes, spelled
+from megalite.config.changes import changes, spelled
 from megalite.health.node import Facts
 
 SLOW_PRODUCT, SLOW_LINK = 1.5, 2.0

@@ -25,14 +25,14 @@ from types import FrameType, TracebackType
 
 import torch
 
-from megalite import last_words
-from megalite.activity import NOW
+from megalite.comm.collectives import start_highest
+from megalite.comm.mesh import Mesh
 from megalite.config import Config
-from megalite.exit_codes import Exit, end_process
 from megalite.health.heartbeat import Heartbeat, read_all, take, write
 from megalite.health.report import describe_hang, first_behind, what, who
-from megalite.mesh import Mesh
-from megalite.parallel.collectives import start_highest
+from megalite.runtime import error_file
+from megalite.runtime.activity import NOW
+from megalite.runtime.exit_codes import Exit, end_process
 
 JUDGES = 16
 """About how many ranks read all heartbeats as soon as they see no progress. The others step in only much later, in case
@@ -204,7 +204,7 @@ class Watchdog:
             if dumped[0] == self._rank:
                 beats = read_all(self._folder, self._world_size, self._run)
                 text = describe_hang(beats, dumped, mine, self._mesh, self._hang_folder)
-                last_words.leave(first_behind(text))
+                error_file.leave(first_behind(text))
                 os.write(2, text.encode())  # not through sys.stderr, whose lock a hanging thread may hold
                 temporary = report.with_suffix(".tmp")
                 temporary.write_text(text)

@@ -13,15 +13,15 @@ from rich.console import Console
 from rich.table import Table
 
 from megalite.checkpoint.folder import write_json
+from megalite.comm.mesh import Launch
 from megalite.config_file import load_config
 from megalite.data.chat import ChatTemplate
 from megalite.data.contents import ContentEncoder, without_marks
 from megalite.data.tokenizer import load_tokenizer
 from megalite.errors import CheckpointError, ConfigError
 from megalite.infer.generate import Generator, find_model
-from megalite.mesh import Launch
 from megalite.observe.wandb import WandbSink
-from megalite.outside import read_json
+from megalite.utils.outside import read_json
 
 
 class Asked(NamedTuple):

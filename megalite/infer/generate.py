@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megalite.checkpoint.folder import complete_steps, read_worth, sound_steps, step_folder
 from megalite.checkpoint.load import dtype_of, from_hf
+from megalite.comm.mesh import ALONE, Launch
 from megalite.data.answers import find_answers
 from megalite.data.chat import ChatTemplate, Message
 from megalite.data.contents import ContentEncoder
@@ -28,7 +29,6 @@ from megalite.infer.cache import CachedModel
 from megalite.infer.habits import LIKELY, Habits, read_habits
 from megalite.infer.ranks import load_on_ranks
 from megalite.infer.sampling import Sampling
-from megalite.mesh import ALONE, Launch
 from megalite.models import build_model, model_config, set_parameters, weight_table
 from megalite.models.heads import KINDS
 from megalite.models.layers import Decoder, Places

@@ -13,7 +13,7 @@ from megalite.errors import ConfigError
 from megalite.infer.rules import Rules
 from megalite.infer.sampling import Sampling
 from megalite.models import peft, read_hf_config
-from megalite.outside import read_object, shown
+from megalite.utils.outside import read_object, shown
 
 FILE = "generation_config.json"
 LIKELY = Sampling(temperature=0.8, top_p=0.95)

@@ -27,14 +27,14 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from rich.console import Console
 from torch import Tensor
 
+from megalite.comm.collectives import all_gather
+from megalite.comm.mesh import ALONE, Axis
 from megalite.data.contents import without_marks
 from megalite.errors import ConfigError, DataError
 from megalite.infer.answer import Answer
 from megalite.infer.batch import Batch
 from megalite.infer.generate import Generator, Score
 from megalite.infer.sampling import Sampling
-from megalite.mesh import ALONE, Axis
-from megalite.parallel.collectives import all_gather
 
 ROWS_AT_ONCE = 64
 """Texts that are scored between two looks at the progress."""

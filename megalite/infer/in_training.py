@@ -11,17 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megalite.activity import NOW
+from megalite.comm.collectives import all_gather, all_reduce
+from megalite.comm.mesh import ALONE, Mesh
 from megalite.config import Config
 from megalite.data.tokenizer import Tokenizer
 from megalite.infer.cache import CachedPlaces, turning_point
 from megalite.infer.evaluate import load_harness
 from megalite.infer.generate import Generator
-from megalite.mesh import ALONE, Mesh
 from megalite.models.layers import Places
-from megalite.parallel.collectives import all_gather, all_reduce
 from megalite.parallel.context import zigzag
 from megalite.parallel.stage import Inputs, Stage
+from megalite.runtime.activity import NOW
 
 if TYPE_CHECKING:
     from megalite.parallel.pipeline import Pipeline

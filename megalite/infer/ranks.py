@@ -10,14 +10,14 @@ import torch.nn as nn
 from torch import Tensor
 
 from megalite.checkpoint.load import dtype_of, from_hf
+from megalite.comm.collectives import all_gather
+from megalite.comm.mesh import Launch, Mesh, make_mesh
 from megalite.config_file import parse_config
 from megalite.errors import ConfigError
 from megalite.infer.cache import CachedPlaces, add_cache, turning_point
-from megalite.mesh import Launch, Mesh, make_mesh
 from megalite.models import build_model, set_parameters, weight_table
 from megalite.models.layers import Places
 from megalite.parallel.apply import apply_parallelism
-from megalite.parallel.collectives import all_gather
 from megalite.parallel.stage import Inputs, Stage
 from megalite.plan import Plan, make_plan
 

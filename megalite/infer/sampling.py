@@ -12,10 +12,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from megalite.counter_random import random_bits, uniform
 from megalite.errors import ConfigError
 from megalite.infer.rules import NO_RULES, Rules
-from megalite.keys import key_of
+from megalite.utils.counter_random import random_bits, uniform
+from megalite.utils.keys import key_of
 
 LIKELIEST = 256
 """Tokens that are ordered at first to find where top-p cuts; all of them only where these do not reach it."""

@@ -12,16 +12,16 @@ import torch.nn as nn
 from pydantic import ValidationError
 
 from megalite.config import LoraConfig, ModelConfig
+from megalite.config.errors import describe_errors
 from megalite.errors import ConfigError
-from megalite.mistakes import describe_errors
 from megalite.models import heads, peft
 from megalite.models.hf import Keys
 from megalite.models.layers import Decoder
 from megalite.models.lora import adapt, with_adapters
 from megalite.models.weights import Weight
-from megalite.outside import read_json
 from megalite.registry import families, hint
-from megalite.resources import configs_dir, read_yaml
+from megalite.utils.outside import read_json
+from megalite.utils.resources import configs_dir, read_yaml
 
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 """Keys of config.json that are the tokenizer's to say."""

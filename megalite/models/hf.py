@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megalite.errors import ConfigError
-from megalite.outside import shown
+from megalite.utils.outside import shown
 
 REQUIRED: Any = object()
 """Stands for the usual value of a key that config.json cannot leave out."""

@@ -12,12 +12,12 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from megalite.counter_random import random_bits, uniform
 from megalite.kernels.attention import PLAIN, AttentionKind, causal_attention, written_out
 from megalite.kernels.loss import IGNORE as IGNORE
 from megalite.kernels.loss import cross_entropy
 from megalite.kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
-from megalite.keys import key_of
+from megalite.utils.counter_random import random_bits, uniform
+from megalite.utils.keys import key_of
 
 
 @dataclass(frozen=True)

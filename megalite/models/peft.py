@@ -13,7 +13,7 @@ from megalite.config import LoraConfig
 from megalite.errors import ConfigError
 from megalite.models.lora import ALL_LINEAR, PREFIX, adapters_of
 from megalite.models.weights import Weight
-from megalite.outside import check_regular, read_json, reading, shown
+from megalite.utils.outside import check_regular, read_json, reading, shown
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model"
 WHOLE = ("model.safetensors", "model.safetensors.index.json")

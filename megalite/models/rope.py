@@ -14,7 +14,7 @@ from torch import Tensor
 from megalite.config import Section
 from megalite.errors import ConfigError
 from megalite.models.hf import agreed, at, disagree, refuse_others
-from megalite.outside import shown
+from megalite.utils.outside import shown
 
 Turn = tuple[Tensor, Tensor]
 """Cosine and sine of each pair's angle, fp32 [B or 1,T,R]."""

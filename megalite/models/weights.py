@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megalite.counter_random import normal, uniform
-from megalite.keys import key_of
 from megalite.plan import Place
+from megalite.utils.counter_random import normal, uniform
+from megalite.utils.keys import key_of
 
 VOCAB_MULTIPLE = 64
 """Rows of a vocabulary shard are padded to this, so that its matrix products stay aligned."""

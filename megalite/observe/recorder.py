@@ -16,7 +16,7 @@ from megalite.observe.jsonl import JsonlSink
 from megalite.observe.plot import PlotSink
 from megalite.observe.tensorboard import TensorboardSink
 from megalite.observe.wandb import WandbSink
-from megalite.secrecy import hide_secrets
+from megalite.utils.secrecy import hide_secrets
 
 
 class Sink(Protocol):

@@ -17,7 +17,7 @@ import yaml
 
 from megalite.config import Config
 from megalite.models import weight_table
-from megalite.resources import configs_dir
+from megalite.utils.resources import configs_dir
 
 
 def flops_per_token(

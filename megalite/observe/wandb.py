@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from megalite.config import Config
-from megalite.secrecy import hide_secrets
+from megalite.utils.secrecy import hide_secrets
 
 INIT_SECONDS = 30
 FINISH_SECONDS = 30  # for the last upload; what is left then stays on disk for `wandb sync`

@@ -9,9 +9,9 @@ import torch
 import torch.nn as nn
 from torch.utils.checkpoint import checkpoint
 
+from megalite.comm.mesh import Axis, Mesh
 from megalite.config import TrainConfig
 from megalite.kernels import library
-from megalite.mesh import Axis, Mesh
 from megalite.models.layers import CausalAttention, Decoder, Dropout
 from megalite.models.weights import Weight
 from megalite.parallel.rules import apply_rules, make_layout, vocab_size_of

@@ -22,10 +22,10 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from megalite.comm.collectives import Result, start_shift
+from megalite.comm.mesh import Axis
 from megalite.kernels.attention import PLAIN, AttentionKind
-from megalite.mesh import Axis
 from megalite.models.layers import Places
-from megalite.parallel.collectives import Result, start_shift
 
 aten = torch.ops.aten
 

@@ -24,12 +24,12 @@ from torch.distributed.pipelining import (
 )
 from torch.profiler import record_function
 
-from megalite.activity import NOW
+from megalite.comm.mesh import Mesh
 from megalite.engine import Engine
-from megalite.mesh import Mesh
 from megalite.parallel.stage import MESSAGES_UNDER_WAY, Inputs, Stage
 from megalite.parallel.tensor import PutOff
 from megalite.plan import Plan
+from megalite.runtime.activity import NOW
 
 LossOf = Callable[[Tensor, Inputs], Tensor]
 """Takes the losses [B,T] of a micro-batch to the one number to descend."""

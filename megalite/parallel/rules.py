@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch.nn as nn
 from torch import Tensor
 
-from megalite.mesh import Axis, Mesh
+from megalite.comm.mesh import Axis, Mesh
 from megalite.models.layers import CausalAttention, CrossEntropy, Dropout, RMSNorm
 from megalite.models.lora import AdapterDropout, LoraLinear
 from megalite.models.weights import Weight

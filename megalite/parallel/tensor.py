@@ -22,10 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from megalite.kernels.loss import cross_entropy, linear_cross_entropy
-from megalite.mesh import ALONE, Axis
-from megalite.models.lora import LoraLinear, Updates
-from megalite.parallel.collectives import (
+from megalite.comm.collectives import (
     Result,
     all_gather,
     all_reduce,
@@ -34,6 +31,9 @@ from megalite.parallel.collectives import (
     start_reduce_whole,
     start_scatter_along,
 )
+from megalite.comm.mesh import ALONE, Axis
+from megalite.kernels.loss import cross_entropy, linear_cross_entropy
+from megalite.models.lora import LoraLinear, Updates
 
 SEQUENCE = 1
 """Activations are [batch, sequence, …]."""

@@ -15,10 +15,10 @@ from typing import Any, TypeVar
 from pydantic import Field, ValidationError, model_validator
 
 from megalite.config import Section
+from megalite.config.errors import describe_errors
 from megalite.errors import ConfigError
-from megalite.mistakes import describe_errors
-from megalite.outside import read_text
-from megalite.resources import configs_dir, parse_yaml
+from megalite.utils.outside import read_text
+from megalite.utils.resources import configs_dir, parse_yaml
 
 TYPICAL_MATMUL = 0.75
 """Share of the peak for chips without a measured `matmul`: between MI-class 0.6 and A100's 0.87."""

@@ -15,17 +15,17 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
-from megalite.activity import NOW
 from megalite.checkpoint.save import Saver
 from megalite.data.dataset import Split
 from megalite.data.loader import Loader
-from megalite.exit_codes import Exit
 from megalite.health.guard import Ending, Guard
+from megalite.health.signals import StopRequests
 from megalite.health.stragglers import Stragglers
 from megalite.observe.profiler import Profiler
 from megalite.observe.steps import Record
-from megalite.parts import Parts, validate
-from megalite.stopping import StopRequests
+from megalite.runtime.activity import NOW
+from megalite.runtime.exit_codes import Exit
+from megalite.training.parts import Parts, validate
 from megalite.training.run import Data, Run, Start, make_loader
 
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from megalite.activity import NOW
 from megalite.checkpoint.save import Saver
 from megalite.data.loader import Loader
-from megalite.exit_codes import Exit
 from megalite.health.guard import Ending, Guard
+from megalite.health.signals import StopRequests
 from megalite.observe.steps import Record, StepLog
 from megalite.observe.throughput import Meter, model_flops_per_token
-from megalite.parts import Parts, forward_backward
-from megalite.stopping import StopRequests
+from megalite.runtime.activity import NOW
+from megalite.runtime.exit_codes import Exit
 from megalite.training.hooks import Hook, Save, Step, own_hooks
+from megalite.training.parts import Parts, forward_backward
 from megalite.training.run import Data, Run, Start
 from megalite.training.schedules import learning_rate
 

@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from megalite.comm.collectives import all_gather, all_reduce
+from megalite.comm.mesh import Axis, Mesh
 from megalite.config import Config, ObjectiveConfig
 from megalite.data.dataset import Split
 from megalite.data.loader import MicroBatch
 from megalite.data.mixture import Mixture
-from megalite.mesh import Axis, Mesh
 from megalite.models.layers import IGNORE
-from megalite.parallel.collectives import all_gather, all_reduce
 from megalite.parallel.stage import Inputs, Pairs
 
 

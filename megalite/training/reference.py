@@ -15,19 +15,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megalite.activity import NOW
-from megalite.changes import Change, changes
 from megalite.checkpoint.match import base_files
+from megalite.comm.collectives import all_agree, all_reduce
+from megalite.comm.mesh import Mesh
 from megalite.config import Config
+from megalite.config.changes import Change, changes
 from megalite.data.dataset import RowSource, Split
 from megalite.data.loader import Loader, MicroBatch
 from megalite.data.mixture import Mixture
 from megalite.data.order import Phase, PhasedOrder
-from megalite.mesh import Mesh
-from megalite.parallel.collectives import all_agree, all_reduce
 from megalite.parallel.stage import Inputs
-from megalite.parts import Parts, forward
+from megalite.runtime.activity import NOW
 from megalite.training.objectives import DPO, Reference, sum_by_document
+from megalite.training.parts import Parts, forward
 from megalite.training.run import Data, Run, initial_state, make_loader
 
 Forward = Callable[[list[MicroBatch]], Iterable[tuple[Tensor, Inputs, MicroBatch]]]

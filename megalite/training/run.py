@@ -7,21 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megalite import last_words
 from megalite.checkpoint.load import for_adapters, from_checkpoint, from_hf, from_seed
 from megalite.checkpoint.resume import way_back
+from megalite.comm.mesh import Mesh
 from megalite.config import Config
 from megalite.data.dataset import Split
 from megalite.data.loader import Loader, Span
 from megalite.data.mixture import Mixture
 from megalite.engine import ReadState
-from megalite.exit_codes import Exit
 from megalite.health.guard import Ending
 from megalite.infer.in_training import TasksInTraining
-from megalite.mesh import Mesh
 from megalite.models import weight_table
 from megalite.observe.recorder import Recorder
 from megalite.plan import Plan
+from megalite.runtime import error_file
+from megalite.runtime.exit_codes import Exit
 
 Data = Mapping[Split, Mixture | None]
 """The mixture of each split; None where there is none."""
@@ -74,7 +74,7 @@ class Run:
         self.say(f"error: {why} (health.bad_steps_limit)")
         if self.recorder:
             self.say(*way_back(self.config.run.folder / "checkpoints", self.config.health.bad_steps_limit))
-        last_words.leave(why)
+        error_file.leave(why)
         return Ending(Exit.BAD_NUMBERS)
 
     def status(self, ended: Ending) -> str:

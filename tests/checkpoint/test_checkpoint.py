@@ -21,14 +21,14 @@ from megalite.checkpoint.load import from_checkpoint, from_hf, from_seed
 from megalite.checkpoint.resume import find_checkpoint
 from megalite.checkpoint.save import Saver
 from megalite.checkpoint.tensors import CheckpointError, TensorFolder
+from megalite.comm.mesh import ALONE, Axis, Mesh
 from megalite.config import Config
 from megalite.engine.gather import HostBuffers
 from megalite.engine.layout import choose_owners
-from megalite.mesh import ALONE, Axis, Mesh
 from megalite.models import weight_table
-from megalite.parts import build
 from megalite.plan import make_plan
 from megalite.train import train
+from megalite.training.parts import build
 from small_runs import VOCAB, make_config
 
 LONE = Mesh(ALONE, ALONE, ALONE, ALONE, ALONE, ALONE, torch.device("cpu"))

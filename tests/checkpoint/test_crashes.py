@@ -19,12 +19,12 @@ from megalite.checkpoint.folder import read_manifest, step_folder
 from megalite.checkpoint.load import from_seed
 from megalite.checkpoint.resume import find_checkpoint
 from megalite.checkpoint.save import Saver
+from megalite.comm.mesh import ALONE, Mesh
 from megalite.engine.layout import choose_owners, elements_of
-from megalite.mesh import ALONE, Mesh
 from megalite.models import weight_table
 from megalite.models.peft import TENSORS
-from megalite.parts import build
 from megalite.plan import make_plan
+from megalite.training.parts import build
 from small_runs import make_config
 
 LONE = Mesh(ALONE, ALONE, ALONE, ALONE, ALONE, ALONE, torch.device("cpu"))

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from megalite.activity import NOW
 from megalite.checkpoint import folder as folder_module
 from megalite.checkpoint import resume
 from megalite.checkpoint.folder import (
@@ -26,11 +25,12 @@ from megalite.checkpoint.folder import (
 from megalite.checkpoint.load import from_checkpoint
 from megalite.checkpoint.resume import find_checkpoint, find_damage
 from megalite.checkpoint.tensors import CheckpointError, TensorFolder
+from megalite.comm.mesh import ALONE, Axis, Mesh, make_mesh
 from megalite.config import Config
-from megalite.exit_codes import passes
-from megalite.mesh import ALONE, Axis, Mesh, make_mesh
 from megalite.models import weight_table
 from megalite.plan import make_plan
+from megalite.runtime.activity import NOW
+from megalite.runtime.exit_codes import passes
 from ranks import run_ranks
 
 LONE = Mesh(ALONE, ALONE, ALONE, ALONE, ALONE, ALONE, torch.device("cpu"))

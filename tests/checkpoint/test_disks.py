@@ -22,13 +22,13 @@ from megalite.checkpoint.folder import complete_steps, step_folder
 from megalite.checkpoint.load import from_seed
 from megalite.checkpoint.save import Saver
 from megalite.checkpoint.tensors import NotSaved
+from megalite.comm.mesh import make_mesh
 from megalite.config import Config
 from megalite.engine.layout import choose_owners, elements_of
-from megalite.mesh import make_mesh
 from megalite.models import weight_table
-from megalite.parts import build
 from megalite.plan import make_plan
 from megalite.train import train
+from megalite.training.parts import build
 from ranks import run_ranks
 from small_runs import curve_of, make_config
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from megalite.checkpoint.convert import DTYPES, open_source, write_model
 from megalite.checkpoint.folder import step_folder
 from megalite.checkpoint.load import from_hf
+from megalite.comm.mesh import ALONE
 from megalite.config import LoraConfig
 from megalite.infer.generate import load_model
-from megalite.mesh import ALONE
 from megalite.models import model_config, weight_table
 from megalite.models.lora import adapters_of
 from megalite.models.peft import to_peft

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megalite.data.order import BLOCK, Blend, permute, permute_in_place_reference, quotas, sample_in_epoch
-from megalite.keys import key_of
+from megalite.utils.keys import key_of
 
 KEYS = st.integers(0, 2**64 - 1)
 

@@ -362,7 +362,7 @@ def test_interrupted_tool_leaves_no_files_and_no_processes(tmp_path, tokenizer, 
 IDLE_POOL = """
 import multiprocessing, time
 from concurrent.futures import ProcessPoolExecutor
-from megalite.workers import start_worker
+from megalite.runtime.processes import start_worker
 
 if __name__ == "__main__":
     pool = ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), initializer=start_worker)

@@ -23,7 +23,7 @@ from megalite.data.indexed import IndexedDataset
 from megalite.data.preprocess_rows import preprocess_rows
 from megalite.data.tokenizer import load_tokenizer
 from megalite.errors import DataError
-from megalite.resources import configs_dir
+from megalite.utils.resources import configs_dir
 from mixtures import config_of
 
 CHAT: list[dict[str, str]] = [

@@ -19,16 +19,16 @@ from torch import Tensor
 
 import megalite.engine.deepspeed as module
 from megalite.checkpoint.load import from_seed
+from megalite.comm.mesh import ALONE, Mesh, make_mesh
 from megalite.config import Config
 from megalite.data.loader import MicroBatch
 from megalite.engine import ReadState
 from megalite.engine.deepspeed import Fragment, deepspeed_config
 from megalite.errors import ConfigError
-from megalite.mesh import ALONE, Mesh, make_mesh
 from megalite.models import weight_table
 from megalite.models.weights import Weight
-from megalite.parts import Parts, build, forward_backward
 from megalite.plan import make_plan
+from megalite.training.parts import Parts, build, forward_backward
 from ranks import run_ranks
 from small_runs import VOCAB, curve_of, make_config, metrics_of, train_on_rank
 

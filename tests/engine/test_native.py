@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from megalite.checkpoint.load import from_seed
+from megalite.comm.mesh import ALONE, make_mesh
 from megalite.engine import Engine
-from megalite.mesh import ALONE, make_mesh
 from megalite.models import weight_table
-from megalite.parts import Parts, build
 from megalite.plan import make_plan
+from megalite.training.parts import Parts, build
 from small_runs import make_config
 
 

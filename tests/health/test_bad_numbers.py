@@ -20,14 +20,14 @@ from torch import Tensor
 import megalite.training.loop
 from megalite.checkpoint.folder import complete_steps
 from megalite.checkpoint.train_state import read_train_state
+from megalite.comm.mesh import Mesh, node_name
 from megalite.config import Config
 from megalite.data.indexed import IndexedDataset, IndexedWriter
 from megalite.errors import ConfigError
-from megalite.exit_codes import Exit
 from megalite.health import numbers
-from megalite.mesh import Mesh, node_name
-from megalite.parts import Parts
+from megalite.runtime.exit_codes import Exit
 from megalite.train import train
+from megalite.training.parts import Parts
 from small_runs import curve_of, make_config, metrics_of, write_corpus
 
 BATCH, LENGTH = 4, 16

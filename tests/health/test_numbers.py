@@ -15,21 +15,21 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megalite.checkpoint.load import from_seed
+from megalite.comm.mesh import ALONE, Axis, Mesh, make_mesh
 from megalite.config import HealthConfig
 from megalite.data.loader import Loader
 from megalite.data.mixture import build_mixtures
 from megalite.engine import Sharing
 from megalite.engine.native import NativeEngine
-from megalite.exit_codes import Exit
 from megalite.health import numbers as module
 from megalite.health.guard import Ending, Guard
 from megalite.health.late import Late
 from megalite.health.numbers import BadStep, Numbers
 from megalite.health.replicas import KINDS, Disagreement, ReplicaCheck, describe, disagreements
-from megalite.mesh import ALONE, Axis, Mesh, make_mesh
 from megalite.models import weight_table
-from megalite.parts import build
 from megalite.plan import make_plan
+from megalite.runtime.exit_codes import Exit
+from megalite.training.parts import build
 from small_runs import make_config
 
 CPU = torch.device("cpu")

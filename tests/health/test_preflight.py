@@ -14,13 +14,13 @@ import torch.distributed as dist
 from tampered_ranks import Clock, Ranks, started
 
 import megalite.health.preflight
+from megalite.comm.mesh import Launch
 from megalite.config import Config
-from megalite.exit_codes import Exit
 from megalite.health import node
 from megalite.health.node import Facts, gpu_remarks, gpu_troubles, usable_gb, within
 from megalite.health.preflight import links_of, preflight
 from megalite.health.verdict import Problem, blames_nodes, judge
-from megalite.mesh import Launch
+from megalite.runtime.exit_codes import Exit
 from small_runs import make_config
 
 Tamper = Callable[[int, Config], Config]

@@ -11,12 +11,12 @@ import torch.distributed as dist
 from tampered_ranks import Clock, training
 
 import megalite.health.stragglers
-from megalite.activity import NOW
+from megalite.comm.mesh import ALONE, Axis, Mesh, node_name
 from megalite.config import HealthConfig
-from megalite.exit_codes import Exit
 from megalite.health.stragglers import StepTimer, Stragglers
-from megalite.mesh import ALONE, Axis, Mesh, node_name
 from megalite.parallel.stage import Stage
+from megalite.runtime.activity import NOW
+from megalite.runtime.exit_codes import Exit
 from small_runs import make_config, metrics_of
 
 EVERY, SLOW_UNTIL = 2, 12

@@ -18,16 +18,16 @@ import pytest
 import torch
 from tampered_ranks import Ranks, training
 
-import megalite.parts
-from megalite.activity import NOW
+import megalite.training.parts
 from megalite.checkpoint.folder import complete_steps
+from megalite.comm.mesh import ALONE, Axis, Mesh, node_name
 from megalite.engine.native import NativeEngine
-from megalite.exit_codes import Exit
 from megalite.health.heartbeat import Heartbeat, read_all, write
 from megalite.health.report import describe_hang, state_of
 from megalite.health.watchdog import Watchdog
-from megalite.mesh import ALONE, Axis, Mesh, node_name
 from megalite.parallel.stage import Stage
+from megalite.runtime.activity import NOW
+from megalite.runtime.exit_codes import Exit
 from small_runs import make_config, metrics_of
 
 TIMEOUT_S = 1.5
@@ -82,7 +82,7 @@ def wait_for_the_others_words() -> None:
 
 def sleep_before_a_collective(rank: int) -> None:
     wait_for_the_others_words()
-    count_labels = megalite.parts.count_labels
+    count_labels = megalite.training.parts.count_labels
 
     def sleepy(inputs: Any) -> torch.Tensor:
         if NOW.step == 3:
@@ -90,7 +90,7 @@ def sleep_before_a_collective(rank: int) -> None:
         return count_labels(inputs)
 
     if rank == 0:
-        megalite.parts.count_labels = sleepy
+        megalite.training.parts.count_labels = sleepy
 
 
 def test_a_rank_that_does_not_come_to_a_collective_is_named_with_its_line(tmp_path: Path) -> None:

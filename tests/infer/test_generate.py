@@ -18,6 +18,7 @@ from torch import Tensor
 
 from chats import write_tokenizer
 from megalite.cli import main
+from megalite.comm.mesh import Launch
 from megalite.errors import ConfigError
 from megalite.infer import cache
 from megalite.infer.batch import Batch
@@ -26,7 +27,6 @@ from megalite.infer.generate import Generator, find_model, load_model
 from megalite.infer.habits import LIKELY, read_habits
 from megalite.infer.ranks import load_on_ranks
 from megalite.infer.sampling import LIKELIEST, Sampling, choose, warp
-from megalite.mesh import Launch
 from megalite.train import train
 from ranks import run_ranks
 from scripted import Bytes

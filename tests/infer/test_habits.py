@@ -18,7 +18,7 @@ from megalite.infer.generate import Generator, load_model
 from megalite.infer.habits import FOLLOWED, NEUTRAL, USUAL, Habits, read_habits
 from megalite.infer.rules import Rules
 from megalite.infer.sampling import Sampling, choose
-from megalite.outside import shown
+from megalite.utils.outside import shown
 from scripted import Bytes
 from tiny_models import CASES
 

@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
+from megalite.comm.mesh import Mesh, make_mesh
 from megalite.config import Config
 from megalite.config_file import parse_config
 from megalite.data.loader import MicroBatch
-from megalite.mesh import Mesh, make_mesh
 from megalite.models import weight_table
-from megalite.parts import build, forward_backward
 from megalite.plan import make_plan
+from megalite.training.parts import build, forward_backward
 from megalite.training.run import initial_state
 from megalite.training.schedules import learning_rate
 from ranks import cases_asked_for, run_ranks

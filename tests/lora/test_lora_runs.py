@@ -17,11 +17,11 @@ from live_bytes import measure_step
 from megalite.checkpoint.folder import read_manifest, step_folder
 from megalite.checkpoint.load import from_seed
 from megalite.checkpoint.tensors import CheckpointError
+from megalite.comm.mesh import ALONE, Axis, Launch
 from megalite.config import Config, LoraConfig
 from megalite.errors import ConfigError
 from megalite.infer.generate import find_model, load_model
 from megalite.infer.ranks import load_on_ranks
-from megalite.mesh import ALONE, Axis, Launch
 from megalite.models import model_config, weight_table
 from megalite.models.layers import Places
 from megalite.models.peft import with_adapter_fields

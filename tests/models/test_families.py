@@ -17,14 +17,14 @@ from torch import Tensor
 
 from megalite.checkpoint.convert import open_source, write_model
 from megalite.checkpoint.tensors import CheckpointError
+from megalite.comm.mesh import ALONE, Mesh
 from megalite.data.loader import MicroBatch
 from megalite.errors import ConfigError
 from megalite.infer.generate import load_model
-from megalite.mesh import ALONE, Mesh
 from megalite.models import from_hf_config, model_config, to_hf_config, weight_table
 from megalite.models.layers import IGNORE, CausalAttention, CrossEntropy, Dropout, Places
 from megalite.parallel.stage import positions_of
-from megalite.parts import make_inputs
+from megalite.training.parts import make_inputs
 from tiny_models import CASES, IDS, LLAMA, LLAMA3_ROPE, ON_DISK
 
 transformers = pytest.importorskip("transformers")

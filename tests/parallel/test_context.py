@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from megalite.comm.collectives import start_shift
+from megalite.comm.mesh import Axis
 from megalite.kernels.attention import PLAIN, AttentionKind
-from megalite.mesh import Axis
 from megalite.models.layers import CausalAttention, Places
-from megalite.parallel.collectives import start_shift
 from megalite.parallel.context import RingAttention, attend, attend_backward, zigzag
 from ranks import run_ranks
 

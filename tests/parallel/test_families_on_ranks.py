@@ -17,14 +17,14 @@ from torch import Tensor
 
 from megalite.checkpoint.export import write_extras
 from megalite.checkpoint.load import from_hf
+from megalite.comm.mesh import Mesh, make_mesh
 from megalite.config import Config
 from megalite.config_file import parse_config
 from megalite.data.loader import MicroBatch
-from megalite.mesh import Mesh, make_mesh
 from megalite.models import weight_table
 from megalite.parallel.stage import positions_of
-from megalite.parts import build, forward_backward
 from megalite.plan import make_plan
+from megalite.training.parts import build, forward_backward
 from ranks import cases_asked_for, run_ranks
 from tiny_models import CASES, ON_DISK
 

@@ -17,20 +17,20 @@ from torch import Tensor
 
 from lazy_collectives import lazy_collectives
 from megalite.checkpoint.load import from_seed
+from megalite.comm.mesh import Axis, Launch, Mesh, make_mesh
 from megalite.config import Config
 from megalite.config_file import parse_config
-from megalite.counter_random import random_bits
 from megalite.data.loader import MicroBatch
 from megalite.engine.native import NativeEngine
 from megalite.errors import ConfigError
-from megalite.keys import key_of
-from megalite.mesh import Axis, Launch, Mesh, make_mesh
 from megalite.models import family, weight_table
 from megalite.models.layers import Places
 from megalite.models.weights import Weight
-from megalite.parts import build, forward_backward
 from megalite.plan import Plan, make_plan
+from megalite.training.parts import build, forward_backward
 from megalite.training.schedules import learning_rate
+from megalite.utils.counter_random import random_bits
+from megalite.utils.keys import key_of
 from ranks import cases_asked_for, run_ranks
 
 SEED, STEPS, BATCH, LENGTH = 7, 2, 4, 32

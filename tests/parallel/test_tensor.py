@@ -17,11 +17,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from megalite.mesh import Axis
-from megalite.models.layers import IGNORE
-from megalite.models.weights import Weight
-from megalite.parallel import collectives
-from megalite.parallel.collectives import (
+from megalite.comm import collectives
+from megalite.comm.collectives import (
     all_gather,
     all_reduce,
     reduce_scatter,
@@ -29,6 +26,9 @@ from megalite.parallel.collectives import (
     start_reduce,
     start_reduce_scatter,
 )
+from megalite.comm.mesh import Axis
+from megalite.models.layers import IGNORE
+from megalite.models.weights import Weight
 from megalite.parallel.tensor import (
     ColumnParallelLinear,
     RowParallelLinear,

@@ -18,7 +18,7 @@ from megalite.planner.estimate import estimate
 from megalite.planner.hardware import TYPICAL_MATMUL, Chip, Interconnect, find_hardware
 from megalite.planner.kernels import LAUNCH_US, MEGALITE, MEMORY_SHARE, SUSTAINED, Kernels
 from megalite.planner.network import BASE_US, LINK_SHARE, LINK_US, NETWORK_SHARE, Group, Network, place
-from megalite.resources import configs_dir
+from megalite.utils.resources import configs_dir
 
 MINE = {"chip": "Mine", "bf16_tflops": 100, "memory_gb": 64, "memory_tb_s": 1, "link_gb_s": 100, "num_sms": 100}
 

@@ -20,8 +20,8 @@ from megalite.checkpoint.torch_file import load_pickle
 from megalite.cli import main
 from megalite.errors import CheckpointError, ConfigError
 from megalite.infer.generate import load_model
-from megalite.outside import shown
 from megalite.training.reference import read_references
+from megalite.utils.outside import shown
 
 SCRIPT = Path(__file__).with_name("fuzz.py")
 CASES, SAMPLE = 2000, 15

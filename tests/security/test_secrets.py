@@ -15,7 +15,7 @@ import yaml
 from megalite.cli import main
 from megalite.config_file import parse_config
 from megalite.errors import ConfigError
-from megalite.secrecy import hide_secrets, names_a_secret
+from megalite.utils.secrecy import hide_secrets, names_a_secret
 from small_runs import make_config
 
 SECRETS = {

@@ -15,16 +15,16 @@ from torch import Tensor
 
 from chats import write_rows, write_tokenizer
 from megalite.checkpoint.load import from_hf
+from megalite.comm.mesh import Mesh, make_mesh
 from megalite.config import Config
 from megalite.config_file import parse_config
 from megalite.data.formats import CLASSES, Format, Settings
 from megalite.data.indexed import IndexedDataset
 from megalite.data.mixture import build_mixtures
 from megalite.data.preprocess_rows import preprocess_rows
-from megalite.mesh import Mesh, make_mesh
 from megalite.models import weight_table
-from megalite.parts import build, forward_backward
 from megalite.plan import make_plan
+from megalite.training.parts import build, forward_backward
 from megalite.training.reference import prepare_references
 from megalite.training.run import Run, make_loader
 from ranks import run_ranks

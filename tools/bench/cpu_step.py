@@ -4,7 +4,8 @@ transformers + torch.compile, in bf16.
 All train a Llama of one preset on the same random tokens, with AdamW (decay on matrices only) and clipping by the
 global norm. megalite keeps fp32 master weights and moments; the others train bf16 weights with bf16 moments, which is
 less work. They take turns, step by step, in one process, so that what else the machine does hits all alike. `megalite
-train` has the C library keep freed memory (megalite/host_memory.py); the others are measured as they come, and so too.
+train` has the C library keep freed memory (megalite/runtime/host_memory.py); the others are measured as they come, and
+so too.
 
 --memory runs each in a process of its own and tells the peak of resident memory above what its imports take; there
 transformers also trains fp32 weights under autocast, the way that keeps as much precision as megalite does.
@@ -26,8 +27,8 @@ import psutil
 import torch
 
 from ceilings import product_rate
-from megalite.host_memory import keep_freed_memory
 from megalite.observe.throughput import model_flops_per_token
+from megalite.runtime.host_memory import keep_freed_memory
 from peers import Step, batches, config_of, megalite_step, transformers_step
 
 CPU = torch.device("cpu")

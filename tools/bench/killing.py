@@ -33,12 +33,12 @@ from torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_han
 
 import megalite.train  # noqa: F401  (imported late by the command)
 from megalite import cli, launch
-from megalite.activity import Activity
 from megalite.checkpoint.folder import complete_steps, step_folder
 from megalite.config import Config
 from megalite.config_file import parse_config
 from megalite.data.indexed import IndexedWriter
-from megalite.stopping import SIGNALS
+from megalite.health.signals import SIGNALS
+from megalite.runtime.activity import Activity
 
 Tamper = Callable[[int], None]
 

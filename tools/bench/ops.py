@@ -26,7 +26,6 @@ from torch import Tensor
 
 from ceilings import Copy, Product, event, seconds_between
 from megalite.config import KernelsConfig
-from megalite.host_memory import keep_freed_memory
 from megalite.kernels import library
 from megalite.kernels.activation import gelu, swiglu
 from megalite.kernels.attention import causal_attention
@@ -35,6 +34,7 @@ from megalite.kernels.norm import add_rms_norm, layer_norm, rms_norm
 from megalite.kernels.optimizer import adamw_, sum_of_squares
 from megalite.kernels.rope import rotate
 from megalite.kernels.weight_gradient import accumulate_weight_gradient
+from megalite.runtime.host_memory import keep_freed_memory
 
 OWN = KernelsConfig()
 PLAIN = KernelsConfig(**dict.fromkeys(library.OPERATIONS, "torch"))

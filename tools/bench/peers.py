@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from megalite.checkpoint.load import from_seed
+from megalite.comm.mesh import ALONE, make_mesh
 from megalite.config import Config
 from megalite.config_file import parse_config
 from megalite.data.loader import MicroBatch
 from megalite.engine.optimizers.adamw import AdamWConfig
-from megalite.mesh import ALONE, make_mesh
 from megalite.models import model_config, weight_table
-from megalite.parts import build, forward_backward
 from megalite.plan import make_plan
+from megalite.training.parts import build, forward_backward
 
 OPTIMIZER = AdamWConfig(lr=1e-4)
 Step = Callable[[Tensor], Tensor]

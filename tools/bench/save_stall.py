@@ -24,14 +24,14 @@ import torch.multiprocessing as mp
 
 from megalite.checkpoint.load import from_seed
 from megalite.checkpoint.save import Saver
+from megalite.comm.collectives import start_sharing
+from megalite.comm.mesh import make_mesh
 from megalite.config_file import parse_config
 from megalite.engine.layout import choose_owners, elements_of
-from megalite.host_memory import keep_freed_memory
-from megalite.mesh import make_mesh
 from megalite.models import weight_table
-from megalite.parallel.collectives import start_sharing
-from megalite.parts import build
 from megalite.plan import make_plan
+from megalite.runtime.host_memory import keep_freed_memory
+from megalite.training.parts import build
 
 
 class Waits:

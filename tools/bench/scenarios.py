@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from killing import EVERY, STEPS, Aim, config_of, outcome, run_once, undisturbed
 
-from megalite.activity import NOW
 from megalite.checkpoint import writing
 from megalite.checkpoint.folder import MANIFEST, complete_steps, parse_manifest, step_folder
 from megalite.checkpoint.resume import find_checkpoint
-from megalite.exit_codes import Exit
-from megalite.mesh import ALONE, Mesh
+from megalite.comm.mesh import ALONE, Mesh
+from megalite.runtime.activity import NOW
+from megalite.runtime.exit_codes import Exit
 
 loop: Any = importlib.import_module("megalite.training.loop")  # whose functions are replaced
 

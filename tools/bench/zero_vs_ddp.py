@@ -22,12 +22,12 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from megalite.checkpoint.load import from_seed
+from megalite.comm.mesh import Axis, make_mesh
 from megalite.config_file import parse_config
 from megalite.engine.optimizers.adamw import AdamWConfig
-from megalite.mesh import Axis, make_mesh
 from megalite.models import family, model_config, weight_table
-from megalite.parts import build
 from megalite.plan import make_plan
+from megalite.training.parts import build
 
 OPTIMIZER = AdamWConfig(lr=1e-3)
 Step = Callable[[Tensor], float]

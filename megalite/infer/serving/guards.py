@@ -23,7 +23,7 @@ from megalite.errors import ConfigError
 from megalite.infer.serving.lanes import SMALL_BYTES
 from megalite.infer.serving.names import is_own_name, is_own_page
 from megalite.infer.serving.protocol import error
-from megalite.outside import read_text
+from megalite.utils.outside import read_text
 
 KEY_VARIABLE = "MEGALITE_API_KEY"
 OPEN_PATHS = ("/", "/health", "/metrics", "/v1/about")

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from megalite.comm.mesh import Mesh
 from megalite.config import Config, HookConfig, ObjectiveConfig, OptimizerConfig, ScheduleConfig
 from megalite.engine.optimizers import Optimizer, PlainOptimizer
-from megalite.mesh import Mesh
 from megalite.models.hf import REQUIRED
 from megalite.models.llama import (
     LIKE_LLAMA,
@@ -37,10 +37,10 @@ from megalite.models.weights import Weight
 from megalite.parallel.rules import Layout, rule
 from megalite.parallel.stage import Inputs
 from megalite.parallel.tensor import enter, leave
-from megalite.parts import Parts
 from megalite.registry import families, hooks, kernels, objectives, optimizers, schedules
 from megalite.training.hooks import Hook, Step
 from megalite.training.objectives import NextToken, Objective
+from megalite.training.parts import Parts
 from megalite.training.run import Run
 
 # --- a family -----------------------------------------------------------------------------------------------------

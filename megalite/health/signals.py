@@ -16,9 +16,9 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
-from megalite.exit_codes import end_process, killed_by
-from megalite.mesh import Mesh
-from megalite.parallel.collectives import start_highest
+from megalite.comm.collectives import start_highest
+from megalite.comm.mesh import Mesh
+from megalite.runtime.exit_codes import end_process, killed_by
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 

@@ -12,8 +12,8 @@ from pydantic import BaseModel, ValidationError
 
 from megalite.config import Choice
 from megalite.errors import ConfigError
-from megalite.outside import shown
-from megalite.secrecy import names_a_secret
+from megalite.utils.outside import shown
+from megalite.utils.secrecy import names_a_secret
 
 
 def describe_errors(error: ValidationError, root: type[BaseModel], values: Any = None) -> str:

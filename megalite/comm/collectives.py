@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megalite.activity import NOW
-from megalite.mesh import Axis, Mesh
+from megalite.comm.mesh import Axis, Mesh
+from megalite.runtime.activity import NOW
 
 # torch 2.13 renamed these two; megalite supports the older names as well.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

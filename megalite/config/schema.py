@@ -30,14 +30,14 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from megalite import registry
 from megalite.errors import ConfigError
 from megalite.registry import Registry
-from megalite.urls import check_no_secret
+from megalite.utils.urls import check_no_secret
 
 if TYPE_CHECKING:
+    from megalite.comm.mesh import Mesh
     from megalite.engine.optimizers import Optimizer
-    from megalite.mesh import Mesh
-    from megalite.parts import Parts
     from megalite.training.hooks import Hook
     from megalite.training.objectives import Objective
+    from megalite.training.parts import Parts
     from megalite.training.run import Run
 
 MOST_LAYERS = 10_000

@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from megalite.secrecy import hide_secrets
+from megalite.utils.secrecy import hide_secrets
 
 
 def leave(message: str, traceback: str = "") -> None:

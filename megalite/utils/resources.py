@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from megalite.errors import ConfigError
-from megalite.outside import reading, shown
+from megalite.utils.outside import reading, shown
 
 LONGEST_YAML = 1 << 19
 """Characters of a config, which are read in some seconds."""
@@ -22,7 +22,7 @@ def configs_dir() -> Path:
     """The `configs/` of the checkout the package lies in, else the one the wheel installed inside the package.
 
     Raises FileNotFoundError."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     for folder in (package.parent / "configs", package / "configs"):
         # Known by one of its files: beside an installed package there may be a `configs` of somebody else.
         if (folder / "chips.yaml").is_file():

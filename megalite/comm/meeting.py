@@ -16,9 +16,9 @@ import time
 
 import torch.distributed as dist
 
-from megalite import last_words
 from megalite.errors import Unreachable
-from megalite.exit_codes import Exit, describe, end_process
+from megalite.runtime import error_file
+from megalite.runtime.exit_codes import Exit, describe, end_process
 
 LOOK_S = 0.1
 READY, GO = "ready", "go"
@@ -75,7 +75,7 @@ class Meeting:
         text = f"not heard of for {self._silence_s:.0f} s, before the ranks met: {missing} (health.hang_timeout_s)"
         if self._rank == 0:
             os.write(2, f"error: {text}\nleaving with {describe(Exit.HUNG)}\n".encode())
-            last_words.leave(text)
+            error_file.leave(text)
             time.sleep(1.0)  # others read it here, where the store may live
         end_process(Exit.HUNG)
 

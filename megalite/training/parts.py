@@ -10,24 +10,24 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from megalite.activity import NOW
+from megalite.comm.collectives import all_reduce
+from megalite.comm.mesh import Mesh
 from megalite.config import Config
-from megalite.counter_random import random_bits
 from megalite.data.dataset import Split
 from megalite.data.loader import Loader, MicroBatch
 from megalite.engine import Engine, make_engine
 from megalite.kernels import library
-from megalite.keys import key_of
-from megalite.mesh import Mesh
 from megalite.models import build_model, weight_table
 from megalite.models.layers import Places
 from megalite.parallel.apply import apply_parallelism
-from megalite.parallel.collectives import all_reduce
 from megalite.parallel.context import zigzag
 from megalite.parallel.stage import Inputs, Stage, lengths_of, positions_of
 from megalite.parallel.tensor import PutOff
 from megalite.plan import Plan
+from megalite.runtime.activity import NOW
 from megalite.training.objectives import Objective
+from megalite.utils.counter_random import random_bits
+from megalite.utils.keys import key_of
 
 if TYPE_CHECKING:
     from megalite.parallel.pipeline import Pipeline

@@ -21,10 +21,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from megalite.comm.meeting import Meeting, open_store, step_port
 from megalite.errors import ConfigError
-from megalite.exit_codes import flush_output
-from megalite.meeting import Meeting, open_store, step_port
 from megalite.plan import Plan
+from megalite.runtime.exit_codes import flush_output
 
 
 @dataclass(frozen=True)

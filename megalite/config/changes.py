@@ -10,7 +10,7 @@ from typing import Any, TypeGuard
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined, to_jsonable_python
 
-from megalite.outside import shown
+from megalite.utils.outside import shown
 
 LONGEST = 120
 """Characters of a value that are shown."""

@@ -1,0 +1,1 @@
+"""The process mesh, how ranks meet, and the collectives between them."""
