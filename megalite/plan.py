@@ -191,7 +191,7 @@ def make_plan(config: Config, weights: Sequence[Sized], world_size: int) -> Plan
         num_params=sum(weight.numel for weight in weights),
         params_per_rank=params_per_rank,
         num_trained=sum(weight.numel for weight in weights if not weight.frozen),
-        memory_bytes=_memory(params_per_rank, trained_per_rank, data * context, parallel.zero_stage, train.precision),
+        memory_bytes=resident_bytes(config, params_per_rank, trained_per_rank, data * context, parallel.zero_stage),
     )
 
 
@@ -401,12 +401,20 @@ def _head_cost(config: Config, weights: Sequence[Sized]) -> float:
     return model.vocab_size * model.hidden_size / (layer + config.data.seq_length * width)
 
 
-def _memory(params: int, trained: int, replicas: int, zero_stage: int, precision: str) -> dict[str, int]:
-    shard = trained // replicas
-    weight_bytes = 2 if precision == "bf16" else 4
-    master = 4 if precision == "bf16" else 0  # in fp32 the weights are their own master copy
+def resident_bytes(config: Config, params: int, trained: int, replicas: int, zero_stage: int) -> dict[str, int]:
+    """Return the bytes that a rank holds through the whole step: weights, fp32 gradients and optimizer state.
+
+    The rank has `params` elements of weights, `trained` of them not frozen; `replicas` ranks share what the ZeRO stage
+    shards."""
+    shard = -(-trained // replicas)
+    weights = -(-params // replicas) if zero_stage == 3 else params
+    gradients = shard if zero_stage >= 2 else trained
+    updated = shard if zero_stage >= 1 else trained
+    is_bf16 = config.train.precision == "bf16"
+    # The optimizer's fp32 states, and an fp32 master copy; in fp32 the weights are their own.
+    num_states = len(config.optimizer.STATES) + is_bf16
     return {
-        "weights": (params // replicas if zero_stage == 3 else params) * weight_bytes,
-        "gradients": (shard if zero_stage >= 2 else trained) * 4,
-        "optimizer": (shard if zero_stage >= 1 else trained) * (8 + master),
+        "weights": weights * (2 if is_bf16 else 4),
+        "gradients": gradients * 4,
+        "optimizer": updated * num_states * 4,
     }

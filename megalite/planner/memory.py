@@ -11,7 +11,7 @@ from typing import Literal
 from megalite.config import Config, TrainConfig
 from megalite.engine.native import IN_FLIGHT
 from megalite.parallel.stage import MESSAGES_UNDER_WAY
-from megalite.plan import Plan, StageSpan
+from megalite.plan import Plan, StageSpan, resident_bytes
 from megalite.planner.activations import (
     FP32,
     INT64,
@@ -70,7 +70,7 @@ def rank_memories(
         own = [sizes[span.index] for span in spans]
         params = sum(size.total for size in own)
         trained = sum(size.trained.total for size in own)
-        weights, gradients, optimizer = _resident(plan, config, params, trained, shapes.element)
+        held = resident_bytes(config, params, trained, plan.replicas, plan.zero_stage)
         activations, transient = _in_passes(order[rank], stages)
         buffers = (
             _tokens(plan, shapes)
@@ -78,7 +78,7 @@ def rank_memories(
             + _buckets(plan, config, own, on_gloo)
             + _gathered_weights(plan, own, shapes.element)
         )
-        memories.append(Memory(weights, gradients, optimizer, activations, transient, buffers))
+        memories.append(Memory(**held, activations=activations, transient=transient, buffers=buffers))
     return tuple(memories)
 
 
@@ -144,25 +144,6 @@ def _fullest(held: int, parts: Sequence[tuple[int, int, int]]) -> int:
         most = max(most, held + on_top, last + on_top)
         held = last + left
     return most
-
-
-def resident_bytes(plan: Plan, config: Config, params: int, trained: int, element: int) -> int:
-    """Return the bytes that a rank holds through the whole step: weights, gradients and optimizer state.
-
-    The rank has `params` elements of weights with `element` bytes each; `trained` of them are not frozen. `plan` says
-    what ZeRO shards."""
-    return sum(_resident(plan, config, params, trained, element))
-
-
-def _resident(plan: Plan, config: Config, params: int, trained: int, element: int) -> tuple[int, int, int]:
-    """Return the bytes of (weights, fp32 gradients, optimizer state)."""
-    shard = -(-trained // plan.replicas)
-    weights = -(-params // plan.replicas) if plan.zero_stage == 3 else params
-    gradients = shard if plan.zero_stage >= 2 else trained
-    updated = shard if plan.zero_stage else trained
-    # The optimizer's fp32 states, and for bf16 weights an fp32 master copy.
-    num_states = len(config.optimizer.STATES) + (element != FP32)
-    return weights * element, gradients * FP32, updated * num_states * FP32
 
 
 def _in_passes(actions: Sequence[tuple[str, int, int]], stages: Sequence[PartBytes]) -> tuple[int, int]:

@@ -14,10 +14,9 @@ from megalite.config import Config
 from megalite.errors import ConfigError
 from megalite.models import weight_table
 from megalite.models.weights import Weight
-from megalite.plan import Plan, make_plan
+from megalite.plan import Plan, make_plan, resident_bytes
 from megalite.planner.estimate import Estimate, Outlook, usable_bytes
 from megalite.planner.hardware import Hardware
-from megalite.planner.memory import resident_bytes
 from megalite.planner.shapes import LocalSizes, Together, together
 
 MOST_STAGES_A_RANK = 16
@@ -174,8 +173,8 @@ def _fitting(outlook: Outlook, table: tuple[Weight, ...], local: _Local) -> Iter
 
 def _resident(plan: Plan, outlook: Outlook) -> int:
     """Return the bytes that the fullest rank holds through the whole step."""
-    sizes = outlook.most_params, outlook.most_trained, outlook.shapes.element
-    return resident_bytes(plan, outlook.config, *sizes)
+    sizes = outlook.most_params, outlook.most_trained, plan.replicas, plan.zero_stage
+    return sum(resident_bytes(outlook.config, *sizes).values())
 
 
 def _updated(config: Config, parallel: dict[str, Any], train: dict[str, Any]) -> Config:
