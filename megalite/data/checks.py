@@ -13,11 +13,13 @@ from megalite.comm.mesh import Mesh
 from megalite.config import Config
 from megalite.config.changes import changes, spelled
 from megalite.data.dataset import Split
+from megalite.data.formats import FORMATS
 from megalite.data.indexed import IndexedDataset, read_note
 from megalite.data.mixture import Mixture, build_mixtures
 from megalite.data.tokenizer import Tokenizer, load_tokenizer, other_tokenizer
 from megalite.errors import DataError
 from megalite.utils.keys import key_of
+from megalite.utils.outside import shown
 
 
 def open_data(config: Config) -> tuple[Tokenizer | None, dict[Split, Mixture | None]]:
@@ -87,6 +89,18 @@ def check_labelled(config: Config) -> None:
             raise DataError(
                 f"{source.path} has the classes {note['labels']}, but model.labels = {list(config.model.labels)}"
             )
+        check_mask(IndexedDataset(source.path), note)
+
+
+def check_mask(dataset: IndexedDataset, note: Mapping[str, Any]) -> None:
+    """Raise DataError for labelled data without the mask that says what is learned of it: all would be."""
+    if (format := note.get("format")) and format not in FORMATS:
+        raise DataError(f"{dataset.prefix}.json: format = {shown(format)} is none of {', '.join(FORMATS)}")
+    if format and dataset.mask is None:
+        raise DataError(
+            f"{dataset.prefix}.mask is missing, which says what is learned of rows of format {format!r}: copy it "
+            "beside the .bin, or make the token file again"
+        )
 
 
 GOES_WITH = {

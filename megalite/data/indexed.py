@@ -30,7 +30,7 @@ from megalite.data import whole
 from megalite.data.remote import CachedObject, local_copy
 from megalite.data.store import Missing
 from megalite.errors import DataError
-from megalite.utils.outside import read_object
+from megalite.utils.outside import read_object, shown
 from megalite.utils.resources import fsync
 from megalite.utils.urls import is_url
 
@@ -49,6 +49,13 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
     return np.dtype("<u2") if vocab_size < 65500 else np.dtype("<i4")
 
 
+NOTED: dict[str, type] = {
+    "vocab_size": int, "eod_id": int, "tokenizer": str, "tokenizer_fingerprint": str, "tokenized_by": str,
+    "format": str, "labels": list, "inputs": list, "num_learned": int, "text_bytes": int,
+}  # fmt: skip
+"""What of a note is used, and what it is."""
+
+
 def read_note(prefix: str) -> dict[str, Any]:
     """PREFIX.json, which preprocessing writes beside its token files; nothing where there is none. Raises DataError."""
     name = f"{prefix}.json"
@@ -56,7 +63,13 @@ def read_note(prefix: str) -> dict[str, Any]:
         path = local_copy(name) if is_url(name) else Path(name)
     except Missing:
         return {}
-    return read_object(path, DataError) if path.exists() else {}
+    note = read_object(path, DataError) if path.exists() else {}
+    for key, kind in NOTED.items():
+        value = note.get(key)
+        are_texts = not isinstance(value, list) or all(isinstance(item, str) for item in value)
+        if value is not None and not (isinstance(value, kind) and are_texts):
+            raise DataError(f"{name}: {key} = {shown(value)} is not what preprocessing writes there")
+    return note
 
 
 class IndexedDataset:

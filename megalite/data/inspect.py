@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megalite.config import Config
-from megalite.data.checks import open_data
+from megalite.data.checks import check_mask, open_data
 from megalite.data.dataset import Split
 from megalite.data.indexed import IndexedDataset, read_note
 from megalite.data.mixture import IGNORE, Mixture, Samples
@@ -33,6 +33,7 @@ def inspect_file(prefix: str, tokenizer: Path | None, count: int, start: int, co
     given or still lies where it lay when they were made. Raises DataError."""
     dataset = IndexedDataset(prefix)
     made_of = read_note(prefix)
+    check_mask(dataset, made_of)
     dataset.check(len(made_of.get("labels", ())) or (1 if "format" in made_of else None))
     lengths = _document_lengths(dataset)
     known = _tokenizer_of(prefix, made_of, tokenizer)

@@ -88,6 +88,17 @@ def test_documents_are_told_by_the_tokenizer_that_made_them(tmp_path: Path, caps
 NOTES = {
     "more ids than the model has": ({"vocab_size": 60_000}, "has 60000 token ids, but model.vocab_size"),
     "rows for another objective": ({"format": "preference"}, "go with objective.name: dpo"),
+    "a mask that is gone": (
+        {"format": "chat"},
+        ".mask is missing, which says what is learned of rows of format 'chat'",
+    ),
+    "an unknown format": ({"format": "poem"}, ".json: format = 'poem' is none of chat, completion"),
+    "a number that is text": (
+        {"vocab_size": "big"},
+        ".json: vocab_size = 'big' is not what preprocessing writes there",
+    ),
+    "classes that are no texts": ({"labels": ["a", 5]}, ".json: labels = ['a', 5] is not what"),
+    "no object": ([], ".json is not a JSON object"),
     "classes for a model without": ({"format": "classification", "labels": ["a"]}, "model.task: classification"),
 }
 
