@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from rich.filesize import decimal
 from megalite.config.changes import changes
 from megalite.data.documents import Report
 from megalite.errors import DataError
-from megalite.utils.outside import read_object
+from megalite.utils.outside import check_apart, read_object
 from megalite.utils.resources import fsync
 
 SHOWN = 4
@@ -64,6 +65,13 @@ class Preprocessed:
         temporary.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         os.replace(temporary, final)
         fsync(final.parent)
+
+
+def check_inputs(prefix: str, files: Iterable[str]) -> None:
+    """Raise DataError where a token file of this prefix would take the place of one that it is made of."""
+    inputs = list(files)
+    for suffix in ("json", "bin", "idx", "mask"):
+        check_apart(Path(f"{prefix}.{suffix}"), inputs, DataError)
 
 
 def other_settings(prefix: str, settings: dict[str, Any]) -> str:

@@ -31,7 +31,7 @@ from megalite.data.blocks import Block, LineNumbers, Shard, Texts, add_to, iter_
 from megalite.data.documents import Report, list_documents
 from megalite.data.fast_bpe import FastBPE, NotFast
 from megalite.data.indexed import IndexedWriter, token_dtype
-from megalite.data.metadata import Preprocessed, other_settings
+from megalite.data.metadata import Preprocessed, check_inputs, other_settings
 from megalite.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
 from megalite.errors import DataError
 from megalite.runtime.processes import start_worker, worker_pool
@@ -121,6 +121,7 @@ def preprocess(
     packing = Packing(json_key, begin, end, token_dtype(opened.vocab_size))
     job = _Job(str(tokenizer), opened, files, report, settings, packing, workers, exact, console)
     prefix = f"{output_prefix}_{json_key}_document"
+    check_inputs(prefix, files)
     return job.run(prefix, Shard()) if shard is None else job.run_shard(prefix, shard)
 
 

@@ -19,7 +19,7 @@ from rich.console import Console
 from megalite.data.documents import Report
 from megalite.data.formats import CLASSES, LABEL_FIELDS, Encoder, Settings, labels_in
 from megalite.data.indexed import IndexedWriter, token_dtype
-from megalite.data.metadata import Preprocessed
+from megalite.data.metadata import Preprocessed, check_inputs
 from megalite.data.preprocess import Meter, in_order, start_tokenizing
 from megalite.data.rows import Row, class_names, excerpt, list_rows, read_rows
 from megalite.errors import DataError
@@ -55,6 +55,7 @@ def preprocess_rows(
     Raises DataError, with nothing written, where more cannot, no row is left, or the tokenizer cannot serve."""
     report, start, prefix = Report(), time.monotonic(), str(output_prefix)
     files = list_rows(inputs, report)
+    check_inputs(prefix, files)
     if twice := next((name for name in settings.labels if settings.labels.count(name) > 1), None):
         raise DataError(f"--labels names {twice!r} twice")
     if settings.format in CLASSES and not settings.labels:

@@ -21,7 +21,7 @@ from megalite.data.tokenizer import load_tokenizer
 from megalite.errors import CheckpointError, ConfigError
 from megalite.infer.generate import Generator, find_model
 from megalite.observe.wandb import WandbSink
-from megalite.utils.outside import read_json
+from megalite.utils.outside import check_apart, read_json
 
 
 class Asked(NamedTuple):
@@ -89,6 +89,9 @@ def evaluate_model(
         raise ConfigError("say what to evaluate: either --tasks NAME,NAME or --data FILE")
     if asked.limit is not None and asked.limit < 1:
         raise ConfigError(f"--limit {asked.limit} leaves nothing to measure; give at least 1")
+    if asked.data and output:
+        for written in (output, output.with_suffix(".samples.jsonl")):
+            check_apart(written, [asked.data], ConfigError)
     harness, folder = load_harness(), find_model(path)
     run = Run.of(folder)  # while it is there: training that goes on leaves it behind, and removes it
     contents = None

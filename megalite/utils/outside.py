@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import date
 from pathlib import Path, PurePath
 from typing import Any
@@ -60,6 +60,14 @@ def check_regular(path: Path, error: type[Exception]) -> None:
         return  # opening it will say so
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise error(f"{path} is not a regular file")
+
+
+def check_apart(target: Path, sources: Iterable[Path | str], error: type[Exception]) -> None:
+    """Refuse to write a file over one that is read: what was to be made of it would be all that is left."""
+    for source in sources:
+        with suppress(OSError):  # where one of them is not there, it is not lost
+            if os.path.samefile(target, source):
+                raise error(f"{source} is an input, and {target} would be written over it; name another output")
 
 
 def read_limited(path: Path, error: type[Exception], largest: int = LARGEST_JSON) -> bytes:

@@ -20,6 +20,7 @@ from chats import CHATML, ENDED, FORGETFUL, MARKED, MARKED_WITHOUT_END, PLAIN, w
 from megalite.cli import main
 from megalite.data.formats import Settings
 from megalite.data.indexed import IndexedDataset
+from megalite.data.preprocess import preprocess
 from megalite.data.preprocess_rows import preprocess_rows
 from megalite.data.tokenizer import load_tokenizer
 from megalite.errors import DataError
@@ -263,6 +264,23 @@ def test_labels_that_name_no_classes_are_refused(tmp_path: Path, label: Any, nam
     tokenizer = write_tokenizer(tmp_path / "tokenizer")
     with pytest.raises(DataError, match=why):
         made(tmp_path, [{"text": "x", "label": label}], tokenizer, format="classification", labels=names)
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_no_input_is_written_over(tmp_path: Path, link: bool) -> None:
+    """As chats.json would be by the note of the token file chats."""
+    tokenizer, rows = write_tokenizer(tmp_path / "tokenizer"), [{"prompt": "a", "completion": "b"}]
+    file = write_rows(tmp_path / ("rows.jsonl" if link else "chats.json"), rows)
+    if link:
+        (tmp_path / "chats.json").symlink_to(file)
+    before = file.read_bytes()
+    with pytest.raises(DataError, match=r"is an input, and .*chats\.json would be written over it; name another"):
+        preprocess_rows([str(file)], tmp_path / "chats", Settings("completion", str(tokenizer)))
+    written = tmp_path / "x_text_document.json"
+    written.write_text('{"text": "a"}')
+    with pytest.raises(DataError, match=r"x_text_document\.json would be written over it"):
+        preprocess([str(written)], tmp_path / "x", tokenizer)
+    assert (file.read_bytes(), written.read_text()) == (before, '{"text": "a"}')
 
 
 @pytest.mark.parametrize(("format", "row", "why"), WRONG)

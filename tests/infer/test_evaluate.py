@@ -254,6 +254,8 @@ def test_the_command_measures_answers(tmp_path: Path, capsys: pytest.CaptureFixt
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     output = tmp_path / "results" / "rows.json"
     command = ["eval", str(folder), "--data", str(tmp_path / "rows.jsonl"), "--max-tokens", "5"]
+    assert main([*command, "--output", str(tmp_path / "rows.jsonl")]) == 2
+    assert "rows.jsonl would be written over it" in capsys.readouterr().err
     assert main([*command, "--output", str(output)]) == 0
     results = json.loads(output.read_text())["results"]["rows"]
     assert results["accuracy,none"] == 0.75

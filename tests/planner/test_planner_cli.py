@@ -102,6 +102,14 @@ def test_mistakes_are_explained(
     assert expected in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--output", "--picture"])
+def test_the_config_is_not_written_over(config: str, capsys: pytest.CaptureFixture[str], option: str) -> None:
+    before = Path(config).read_text()
+    assert main(["plan", config, "--gpus", "32", "--gpu", "h200", "--search", option, config]) == 2
+    assert f"{config} is an input, and {config} would be written over it" in capsys.readouterr().err
+    assert Path(config).read_text() == before
+
+
 @pytest.mark.parametrize(
     ("text", "tokens"), [("1e12", 1e12), ("15T", 15e12), ("300b", 3e11), ("2.5M", 2.5e6), ("7", 7.0)]
 )
