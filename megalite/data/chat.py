@@ -18,6 +18,8 @@ from megalite.utils.outside import read_text, reading
 Message = Mapping[str, Any]
 GENERATION = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")
 """Marks, in newer templates, what the model says."""
+LARGEST_SOURCE = 1 << 18
+"""Characters of a template; of models' own, the longest has some 30 thousand."""
 MARK = "\ue0a1\ue0a2megalite\ue0a3"
 """Stands in the place of a message's texts where a rendering is asked for where they are. Of Unicode's private use."""
 
@@ -54,12 +56,15 @@ class ChatTemplate:
                 f"{folder} has no chat template{others}; put one into {folder / 'chat_template.jinja'}, such as "
                 "configs/chat_template.jinja, or take the tokenizer of a model that was made to chat"
             )
+        template, for_tools = named["default"], named.get("tool_use")
+        if max(len(template), len(for_tools or "")) > LARGEST_SOURCE:
+            raise TemplateLimit(f"{folder}: the chat template has more than {LARGEST_SOURCE:,} characters")
         special: Sequence[str] = ()
         added: Sequence[str] = ()
         if isinstance(tokenizer, HuggingFaceTokenizer):  # in a text, sentencepiece alone knows no token as such
             special, added = tokenizer.control_tokens(), tokenizer.added_tokens()
         tokens = special_tokens(settings_of(folder))
-        return cls(named["default"], tokens, tuple(special), tuple(added), named.get("tool_use"), folder)
+        return cls(template, tokens, tuple(special), tuple(added), for_tools, folder)
 
     def render(self, messages: Sequence[Message], tools: Any = None, prompt: bool = False, **options: Any) -> str:
         """Return a conversation's text; with `prompt`, up to where the model's next answer begins.

@@ -31,8 +31,6 @@ BUDGET = 250_000_000
 """Characters and items."""
 BUDGET_PER_ITEM = 256
 """More for each character of a conversation."""
-LARGEST_SOURCE = 1 << 18
-"""Characters of a template; of models' own, the longest has some 30 thousand."""
 MOST_BITS = 100_000
 """Of an integer."""
 MOST_DIGITS = 1_000_000
@@ -349,8 +347,6 @@ def _payment(node: nodes.Expr) -> nodes.Filter:
 
 @lru_cache(maxsize=64)
 def _compiled(source: str) -> Any:
-    if len(source) > LARGEST_SOURCE:
-        raise TemplateLimit(f"the chat template has more than {LARGEST_SOURCE:,} characters")
     theirs = chat_template_utils._compile_jinja_template("").environment
     ours = object.__new__(_Environment)
     ours.__dict__.update(theirs.__dict__)

@@ -13,10 +13,9 @@ import transformers
 from chats import CHATML, write_rows, write_tokenizer
 from megalite.cli import main
 from megalite.data import template_limits
-from megalite.data.chat import ChatTemplate
+from megalite.data.chat import LARGEST_SOURCE, ChatTemplate
 from megalite.data.formats import Settings
 from megalite.data.preprocess_rows import preprocess_rows
-from megalite.data.template_limits import LARGEST_SOURCE
 from megalite.errors import DataError, TemplateLimit
 from tiny_models import LLAMA
 
@@ -123,9 +122,10 @@ def test_what_templates_do_is_not_refused() -> None:
     assert len(ChatTemplate(CHATML, {}, ()).render(long)) > 20_000_000
 
 
-def test_a_source_that_is_no_template_s_is_refused() -> None:
+def test_a_source_that_is_no_template_s_is_refused(tmp_path: Path) -> None:
+    folder = write_tokenizer(tmp_path, "x" * (LARGEST_SOURCE + 1))
     with pytest.raises(TemplateLimit, match="the chat template has more than 262,144 characters"):
-        ChatTemplate("x" * (LARGEST_SOURCE + 1), {}, ()).render([])
+        ChatTemplate.of(folder, ())
     for nested in (
         "{{ " + "(" * 5000,
         "{{ " + "not " * 5000 + "1 }}",
