@@ -36,6 +36,8 @@ class Step:
     number: int
     record: Record = field(default_factory=dict)
     """What is logged of it. Tensors in it are on the device still."""
+    samples: int = 0
+    """Samples that the run has trained on when the step is done."""
     asked: Any = None
     """The signal by which a rank was asked to stop; all ranks know it. The run leaves after this step."""
     saves: bool = False
@@ -43,6 +45,7 @@ class Step:
     pauses: bool = False
     """Some hook has something to do after it that waits for the device."""
     valid_loss: float | None = None
+    """Validation loss of the weights after the step, where it was measured and is finite; the same on all ranks."""
 
 
 class Hook:
@@ -63,7 +66,10 @@ class Hook:
         return False
 
     def act(self, step: Step) -> Ending | None:
-        """Called after every step. Return why the run ends here, or None."""
+        """Called after every step. Return why the run ends here, or None: the same on all ranks.
+
+        Hooks behind this one, of which the last saves, are not called when the run ends. To end it with a checkpoint
+        of this step, return Ending(Exit.DONE, saves=(step.number, step.samples))."""
         return None
 
     def __enter__(self) -> Hook:
@@ -209,7 +215,7 @@ class Save(Hook):
 
     def act(self, step: Step) -> Ending | None:
         if step.saves:
-            self.save(step.number, self._loader.samples, step.valid_loss)
+            self.save(step.number, step.samples, step.valid_loss)
         self._run.say(*self._saver.news())
         if not step.asked:
             return None

@@ -44,7 +44,7 @@ def run_steps(
                 parts.engine.settle()
                 if ending.saves and ending.saves[0] > start.step:
                     log.wait()
-                    save.save(*ending.saves)
+                    save.save(*ending.saves, step.valid_loss)
                 return ending
             meter.start()
     return Ending(Exit.DONE)
@@ -60,7 +60,8 @@ def train_step(step: Step, run: Run, parts: Parts, loader: Loader, guard: Guard,
         hook.before_update(step)
     NOW.do("optimizer")
     grad_norm = parts.engine.step(lr, guard.permit(found["loss"]))
-    tokens = loader.samples * run.config.data.seq_length
+    step.samples = loader.samples
+    tokens = step.samples * run.config.data.seq_length
     step.record = {"step": step.number, **found, "lr": lr, "grad_norm": grad_norm, "tokens": tokens}
     step.record |= consumed_tokens(loader)
     for hook in hooks:
