@@ -172,7 +172,7 @@ class Layer(nn.Module):
         self.attention_norm = config.NORM(config.hidden_size, config.norm_eps)
         self.attention = attention
         self.mlp_norm = config.NORM(config.hidden_size, config.norm_eps)
-        self.mlp = MLP(config)
+        self.mlp: nn.Module = MLP(config)
 
     def forward(self, x: Tensor, shared: Shared) -> Tensor:
         attended = self.attention(self.attention_norm(x), shared)

@@ -88,7 +88,7 @@ class ParallelExperts(Experts):
 class BlendLayer(Layer):
     def __init__(self, config: BlendConfig, attention: Attention):
         super().__init__(config, attention)
-        self.mlp = Experts(config)  # type: ignore[assignment]
+        self.mlp = Experts(config)
 
 
 class Blend(Llama):
