@@ -24,6 +24,16 @@ from megalite.errors import ConfigError
 from megalite.registry import kernels
 
 OPERATIONS = tuple(KernelsConfig.model_fields)
+FUNCTIONS = {
+    "norm": ("rms_norm", "layer_norm"),
+    "rope": ("rotate",),
+    "activation": ("swiglu", "gelu"),
+    "attention": ("causal_attention",),
+    "loss": ("cross_entropy_forward", "cross_entropy_backward_"),
+    "weight_gradient": ("accumulate_weight_gradient",),
+}
+"""Functions of `megalite.kernels` that a plugin can stand for, by operation. A plugin that updates weights is an
+optimizer (`megalite.engine.optimizers`)."""
 CPU_ONLY = ("attention", "weight_gradient")
 """Operations that megalite has no CUDA kernel for; torch computes them on a GPU."""
 
@@ -36,7 +46,8 @@ _added: dict[str, object] = {}
 def use(wishes: KernelsConfig) -> None:
     """Choose implementations for this process.
 
-    Raises ConfigError for kernels that are not built and for a library that is not installed."""
+    Raises ConfigError for kernels that are not built, for a library that is not installed, and for a plugin's that has
+    no function of its operation."""
     global _wishes, _added
     for operation in OPERATIONS:
         wish = getattr(wishes, operation)
@@ -47,9 +58,16 @@ def use(wishes: KernelsConfig) -> None:
             raise ConfigError(f"kernels.{operation} is {wish}, but {wish} is not installed here")
     if own() is None and any(getattr(wishes, operation) == "auto" for operation in OPERATIONS):
         _warn_once()
-    _wishes = wishes
     chosen = {operation: getattr(wishes, operation) for operation in OPERATIONS}
-    _added = {op: kernels.get(f"{op}.{name}") for op, name in chosen.items() if name not in implementations(op)}
+    found = {op: kernels.get(f"{op}.{name}") for op, name in chosen.items() if name not in implementations(op)}
+    for operation, part in found.items():
+        functions = FUNCTIONS.get(operation, ())
+        if not any(hasattr(part, function) for function in functions):
+            raise ConfigError(
+                f"kernels.{operation} is {chosen[operation]}, but what its plugin registers has none of the functions "
+                f"that it could stand for: {', '.join(functions) or 'there are none'}"
+            )
+    _wishes, _added = wishes, found
 
 
 def pick(operation: str, x: Tensor) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from exactness import needs_kernels
+from megalite import registry
 from megalite.config import KernelsConfig
 from megalite.errors import ConfigError
 from megalite.kernels import library
@@ -60,3 +62,23 @@ def test_where_nothing_is_built_torch_serves_with_one_warning(tmp_path: Path, no
 def test_asking_for_what_is_not_there_is_a_mistake(not_built: None) -> None:
     with pytest.raises(ConfigError, match=r"kernels\.rope is megalite, but megalite's kernels are not built"):
         library.use(KernelsConfig(rope="megalite"))
+
+
+def test_every_function_that_asks_for_a_plugin_is_listed() -> None:
+    """A plugin is told by the list whether anything asks for what it has."""
+    asked: dict[str, set[str]] = {}
+    for file in Path(library.__file__).parent.glob("*.py"):
+        for operation, function in re.findall(r'added\("(\w+)", "(\w+)"\)', file.read_text(encoding="utf-8")):
+            asked.setdefault(operation, set()).add(function)
+    assert asked == {operation: set(functions) for operation, functions in library.FUNCTIONS.items()}
+
+
+@pytest.mark.parametrize(
+    ("operation", "told"), [("activation", r"stand for: swiglu, gelu"), ("optimizer", "there are none")]
+)
+def test_a_plugin_without_a_function_of_the_operation_is_a_mistake(
+    operation: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(registry.kernels._found, f"{operation}.mine", object())
+    with pytest.raises(ConfigError, match=rf"kernels\.{operation} is mine, .* {told}"):
+        library.use(KernelsConfig.model_validate({operation: "mine"}))
