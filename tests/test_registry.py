@@ -9,7 +9,7 @@ from typing import Any, Literal
 import pytest
 
 from megalite import registry
-from megalite.config import OptimizerConfig, ScheduleConfig
+from megalite.config import Config, HookConfig, OptimizerConfig, ScheduleConfig
 from megalite.config_file import parse_config
 from megalite.errors import ConfigError
 from megalite.registry import Registry
@@ -102,6 +102,21 @@ def test_a_plugin_that_cannot_be_imported_is_named(plugins: list[EntryPoint]) ->
     parse_config(BASE)
     with pytest.raises(ConfigError, match=r"the plugin 'broken' of .* cannot be imported: ModuleNotFoundError"):
         parse_config(BASE, ["optimizer.name=lion"])
+
+
+class Watch(HookConfig):
+    name: Literal["watch"] = "watch"
+
+    def check(self, config: Config) -> None:
+        if not config.data.valid:
+            raise ValueError("hooks: watch needs data.valid")
+
+
+def test_a_hook_refuses_a_config_that_it_does_not_go_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registry.hooks._found, "watch", Watch)
+    with pytest.raises(ConfigError, match=r"^config: hooks: watch needs data\.valid$"):
+        parse_config(BASE, ["hooks=[{name: watch}]"])
+    parse_config(BASE, ["hooks=[{name: watch}]", "data.valid=[{path: held}]"])
 
 
 def test_two_parts_of_one_name_are_refused(plugins: list[EntryPoint]) -> None:

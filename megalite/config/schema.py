@@ -558,6 +558,9 @@ class HookConfig(Choice):
 
     KINDS: ClassVar[Registry[Any]] = registry.hooks
 
+    def check(self, config: Config) -> None:
+        """Raise ValueError, naming the setting, when the rest of a config does not go with this hook."""
+
     def build(self, run: Run, parts: Parts) -> Hook:
         """Return the hook of this rank."""
         raise NotImplementedError
@@ -580,7 +583,7 @@ class Config(Section):
     hooks: tuple[SerializeAsAny[HookConfig], ...] = Field((), description="what plugins do beside the steps, by name")
 
     @model_validator(mode="after")
-    def _objective_fits(self) -> Config:
+    def _objective_and_hooks_fit(self) -> Config:
         task = self.model.task
         if task != "causal" and not self.data.document_mask:
             raise ValueError(
@@ -591,6 +594,8 @@ class Config(Section):
                 f"model.task: {task} needs train.loss_chunk: null; there are too few classes for chunks to save memory"
             )
         self.objective.check(self)
+        for hook in self.hooks:
+            hook.check(self)
         return self
 
     @model_validator(mode="after")
