@@ -9,7 +9,8 @@ imported when they are asked for. Another package adds its own by an entry point
                                                class InverseSquareRoot(ScheduleConfig): ...
 
 The modules named by entry points are imported when a name is asked for that megalite does not have itself, so that
-those who add nothing do not wait for it. `docs/extend/` has an example of each.
+those who add nothing do not wait for it. `docs/extend/README.md` says how a package is made, and the pages beside it
+have an example of each.
 """
 
 from __future__ import annotations
