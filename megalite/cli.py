@@ -208,8 +208,8 @@ def _add_plan(verbs: Verbs) -> None:
 def _plan(arguments: argparse.Namespace) -> None:
     from megalite.config_file import load_config
     from megalite.errors import ConfigError
-    from megalite.outside import check_apart
     from megalite.planner.run import run_plan
+    from megalite.utils.outside import check_apart
 
     for written in filter(None, (arguments.output, arguments.picture)):
         check_apart(written, [arguments.config], ConfigError)
