@@ -7,11 +7,13 @@ from importlib.metadata import EntryPoint
 from typing import Any, Literal
 
 import pytest
+import torch
 
 from megalite import registry
 from megalite.config import Config, HookConfig, OptimizerConfig, ScheduleConfig
 from megalite.config_file import parse_config
 from megalite.errors import ConfigError
+from megalite.parallel.rules import rule
 from megalite.registry import Registry
 
 BASE: dict[str, Any] = {
@@ -125,3 +127,19 @@ def test_two_parts_of_one_name_are_refused(plugins: list[EntryPoint]) -> None:
     for name in ("halving", "cosine"):
         with pytest.raises(ConfigError, match=f"two parts of the name '{name}'"):
             registry.schedules.register(name)(OptimizerConfig)
+
+
+def test_a_part_of_another_kind_is_refused(plugins: list[EntryPoint]) -> None:
+    registry.schedules.register("adam", OptimizerConfig)
+    with pytest.raises(ConfigError, match="'adam': is registered by a class that is no ScheduleConfig"):
+        parse_config(BASE, ["optimizer.schedule.name=adam"])
+
+
+def test_a_state_that_would_be_taken_for_a_weight_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"Bad\.STATES: 'master' is the name of something else"):
+        type("Bad", (OptimizerConfig,), {"STATES": ("momentum", "master"), "__annotations__": {}})
+
+
+def test_a_second_rule_for_a_module_is_refused() -> None:
+    with pytest.raises(ConfigError, match="Linear has a rule for parallelism already"):
+        rule(torch.nn.Linear)(lambda module, layout: None)

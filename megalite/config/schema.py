@@ -81,7 +81,12 @@ class Choice(Section):
         if "KINDS" not in vars(cls) or not isinstance(values, dict):
             return cls
         name = values.get("name", cls.model_fields["name"].default)
-        return typing.cast("type[Self]", cls.KINDS.get(name)) if isinstance(name, str) else cls
+        if not isinstance(name, str):
+            return cls
+        kind = cls.KINDS.get(name)
+        if not issubclass(kind, cls):
+            raise ConfigError(f"{cls.KINDS.key} = {name!r} is registered by a class that is no {cls.__name__}")
+        return typing.cast("type[Self]", kind)
 
     @model_validator(mode="wrap")
     @classmethod
@@ -425,6 +430,12 @@ class OptimizerConfig(Choice):
     STATES: ClassVar[tuple[str, ...]] = ()
     """Names of what it keeps of each weight from step to step: fp32 tensors of the weight's shape, zero at first. A
     checkpoint has files of each."""
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        if taken := {"weight", "master", "grad"}.intersection(cls.STATES):
+            raise ConfigError(f"{cls.__name__}.STATES: {taken.pop()!r} is the name of something else in a checkpoint")
 
     def build(self) -> Optimizer:
         """Return what updates weights."""

@@ -19,6 +19,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from megalite.comm.mesh import Axis, Mesh
+from megalite.errors import ConfigError
 from megalite.models.layers import CausalAttention, CrossEntropy, Dropout, RMSNorm
 from megalite.models.lora import AdapterDropout, LoraLinear
 from megalite.models.weights import Weight
@@ -75,6 +76,8 @@ def rule(kind: type[Module]) -> Callable[[Callable[[Module, Layout], nn.Module |
     """Return a decorator that makes a function the rule of a type of module, and of subclasses without their own."""
 
     def add(function: Rule) -> Rule:
+        if kind in _rules:
+            raise ConfigError(f"{kind.__name__} has a rule for parallelism already; give one to a subclass of it")
         _rules[kind] = function
         return function
 
