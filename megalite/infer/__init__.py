@@ -1,1 +1,1 @@
-"""Using a trained model."""
+"""Text generation and evaluation with a trained model."""

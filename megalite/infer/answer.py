@@ -1,4 +1,4 @@
-"""An answer under way: its tokens, its text as it becomes certain, and why it ended."""
+"""The state of one generated answer: its tokens, the text that is already certain, and why generation ended."""
 
 from __future__ import annotations
 
@@ -9,45 +9,55 @@ from typing import Literal
 from megalite.infer.sampling import Sampling
 
 Finish = Literal["stop", "length", "cancelled", "time", "failed", "not_finite"]
-"""It came to an end token or a stop string; to its most tokens, or those that the model can take; was given up; logits
-are not finite, so that there is no next token."""
+"""Why an answer ended. `stop`: an end token or a stop string. `length`: its `max_tokens`, or the model's capacity.
+`cancelled`: the caller gave it up, or the server stopped. `time`: the server's time limit. `failed`: the model raised
+an error. `not_finite`: logits are NaN or infinite, so that there is no next token."""
 
 
 @dataclass(frozen=True)
 class Request:
+    """Holds what one answer is asked for: prompt ids, length limit, sampling settings and stop conditions."""
+
     prompt: Sequence[int]
     max_tokens: int
     sampling: Sampling
     stop: tuple[str, ...] = ()
-    """Texts at which the answer ends, before them."""
+    """Stop strings: the answer ends before the first that appears."""
     num_logprobs: int | None = None
-    """Also the logarithm of each token's probability, and of those of so many likeliest tokens."""
+    """Also return each token's logprob, and those of this many likeliest tokens. None: no logprobs."""
     ends: frozenset[int] = frozenset()
-    """Tokens that end it, beside those that end every answer."""
+    """Token ids that end this answer, in addition to those that end every answer."""
     plain: bool = False
-    """The text is for people: without control tokens."""
+    """The text is meant for people: decode it without control tokens."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One token as it was chosen. Probabilities are those of the model itself, before temperature and the like."""
+    """Holds one chosen token with its logprob. Probabilities are the model's own, before temperature and other
+    processing."""
 
     token: int
     logprob: float
     likeliest: tuple[tuple[int, float], ...] = ()
+    """(token, logprob) of the likeliest tokens, the likeliest first."""
 
 
 @dataclass(eq=False)
 class Answer:
+    """Holds an answer during generation: its request, text stream, tokens so far, and reason to finish."""
+
     request: Request
     stream: TextStream
     tokens: list[int] = field(default_factory=list)
     choices: list[Choice] = field(default_factory=list)
-    """Of each token, where they were asked for."""
+    """One entry per token, if the request asks for logprobs."""
     finish: Finish | None = None
 
     def take(self, token: int, ends: frozenset[int], room: int) -> None:
-        """One more token. `room`: how many tokens the sequence can still grow by, this one included."""
+        """Append the next `token` and finish the answer if it ends there.
+
+        `ends` are the ids that end it; an end token is not kept. `room` counts the tokens by which the sequence can
+        still grow, this one included."""
         if token in ends:
             self.end("stop")
             return
@@ -58,23 +68,26 @@ class Answer:
             self.end("length")
 
     def end(self, why: Finish) -> None:
+        """Finish the answer for the reason `why`. The first reason stays, but a stop string found in the held-back text
+        beats `length`."""
         if self.finish is None:
             came_to_stop = self.stream.close()
             self.finish = "stop" if came_to_stop and why == "length" else why
 
     @property
     def text(self) -> str:
-        """As far as it is certain."""
+        """Return the text as far as it is certain, without what a stop string may still remove."""
         return self.stream.said
 
 
 class TextStream:
-    """The text of a sequence's tokens, piece by piece; a piece never ends inside a character, nor where a stop string
-    may have begun."""
+    """Decodes a sequence's tokens to text piece by piece.
+
+    A piece never ends inside a character, nor where a stop string may have begun."""
 
     def __init__(self, decode: Callable[[Sequence[int]], str], prompt: Sequence[int], stop: Sequence[str] = ()):
-        # Decoded together with the tokens before them, for the space that some tokenizers put between two words, but
-        # not with all of them, or each token would cost more than the one before.
+        # Tokens are decoded together with the ones before them, because some tokenizers put a space between two words.
+        # Not with all of them, or each token would cost more than the one before.
         self._decode, self._stop = decode, [text for text in stop if text]
         self._ids, self._shown, self._decoded = list(prompt[-CONTEXT:]), 0, len(prompt[-CONTEXT:])
         self._before = self._last = decode(self._ids)
@@ -82,9 +95,10 @@ class TextStream:
         self._taken = 0
 
     def push(self, token: int) -> bool:
-        """Whether a stop string has come up."""
+        """Decode one more `token`. Return whether a stop string has appeared."""
         self._ids.append(token)
         self._last = self._decode(self._ids[self._shown :])
+        # The replacement character means that bytes of a character are still missing: wait for the next token.
         if self._last.endswith("\ufffd") and len(self._ids) - self._decoded < LONGEST_CHARACTER:
             return False
         self._add(self._last[len(self._before) :])
@@ -93,12 +107,12 @@ class TextStream:
         return self._stopped
 
     def take(self) -> str:
-        """What has become certain since the last time."""
+        """Return the text that has become certain since the last call."""
         piece, self._taken = self.said[self._taken :], len(self.said)
         return piece
 
     def close(self) -> bool:
-        """Nothing follows: what was held back is certain as well. Whether a stop string has come up."""
+        """Release the held-back text, since nothing follows. Return whether a stop string has appeared."""
         if not self._stopped and len(self._last) > len(self._before):
             self._add(self._last[len(self._before) :])
         if not self._stopped:
@@ -106,6 +120,7 @@ class TextStream:
         return self._stopped
 
     def _add(self, piece: str) -> None:
+        """Append decoded text. Cut it at the first stop string, and hold back an end that may begin one."""
         text = self._held + piece
         found = [place for stop in self._stop if (place := text.find(stop)) >= 0]
         if found:
@@ -117,13 +132,13 @@ class TextStream:
 
 
 CONTEXT = 16
-"""Tokens of the prompt that the first ones of an answer are decoded with."""
+"""Number of prompt tokens that the first tokens of an answer are decoded together with."""
 LONGEST_CHARACTER = 64
-"""Tokens that are decoded together, again for each that is added, in the hope of a whole character. It has four bytes,
-so that what so many leave open is none."""
+"""Stop waiting for a complete character after this many tokens, all decoded again for each one added. A character has
+at most four bytes, so that bytes still incomplete by then are none."""
 
 
 def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of a text may be the beginning of a stop string."""
+    """Return how many characters at the end of `text` may be the beginning of the stop string `stop`."""
     longest = min(len(text), len(stop) - 1)
     return next((count for count in range(longest, 0, -1) if stop.startswith(text[-count:])), 0)

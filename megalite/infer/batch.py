@@ -1,7 +1,8 @@
 """Continuous batching (Orca: Yu et al. 2022): sequences join and leave between the steps of one batch.
 
-A step computes at most so many tokens of prompts that are new, and then one further token of every sequence whose
-prompt is done: who waits for a prompt, and who for the next token, gets a share of every step."""
+A step first computes a limited number of tokens of new prompts (prefill), then one further token of every sequence
+whose prompt is done (decode). So both who waits for a prompt and who waits for the next token get a share of every
+step."""
 
 from __future__ import annotations
 
@@ -25,62 +26,76 @@ NOT_FINITE = (
 
 
 class NoRoom(ConfigError):
-    """A prompt that leaves no room for an answer."""
+    """Raised for a prompt so long that it leaves no room for an answer."""
 
 
 class Predictor(Protocol):
-    """A model with a cache."""
+    """Describes a model with a KV cache, as `Batch` and `Generator` call it."""
 
     num_slots: int
     vocab_size: int
     capacity: int
-    """Tokens of the longest sequence."""
+    """Most tokens of a sequence, prompt and answer together."""
     turning_point: int | None
-    """Tokens beyond which positions are encoded in another way, so that what is in the cache is of no more use."""
+    """Sequence length beyond which positions are encoded differently (LongRoPE), so that cached keys become useless.
+    None if there is no such length."""
     device: torch.device
 
     def predict(self, tokens_BT: Tensor, places: CachedPlaces, last_B: Tensor) -> Tensor:
-        """Logits of what follows the `last` token of each row: fp32 [B,V]."""
+        """Return the next-token logits of each row, fp32 [B,V], and write the tokens' keys and values to the cache.
+
+        `tokens_BT` are the new tokens, `places` says where they stand in the cache, and `last_B` is the index in its
+        row of the token that the logits follow."""
         ...
 
     def logits(self, tokens_BT: Tensor, places: Places) -> Tensor:
-        """Of what follows every token: [B,T,V]. The cache is left alone."""
+        """Return the next-token logits behind every token of `tokens_BT`: [B,T,V]. The cache is neither read nor
+        written."""
         ...
 
 
 class _Sequence:
+    """Holds a running answer, its slot in the cache, all its token ids, and how many of them are cached."""
+
     def __init__(self, answer: Answer, slot: int):
         self.answer, self.slot, self.cached = answer, slot, 0
         self.ids = list(answer.request.prompt)
 
     @property
     def fresh(self) -> int:
-        """Tokens that are not in the cache."""
+        """Return the number of tokens that are not in the cache yet."""
         return len(self.ids) - self.cached
 
     def row(self, limit: int) -> Row:
+        """Return the next tokens to compute, at most `limit`, as a row of the batch."""
         tokens = self.ids[self.cached : self.cached + limit]
         return Row(self.slot, self.cached, tokens, len(self.ids))
 
 
 class Batch:
+    """Schedules the waiting and running answers of one model."""
+
     def __init__(self, model: Predictor, ends: frozenset[int], prompt_tokens: int = 512):
-        """`ends`: tokens that end an answer. `prompt_tokens`: of prompts, that a step computes at most."""
+        """Create an empty batch. `ends` are token ids that end every answer; `prompt_tokens` limits the prompt tokens
+        of one step."""
         self.model, self.ends, self.prompt_tokens = model, ends, prompt_tokens
         self.waiting: deque[Answer] = deque()
         self._running: dict[int, _Sequence] = {}
-        """By slot."""
+        """Running sequences by slot."""
 
     @property
     def num_running(self) -> int:
+        """Return the number of sequences that hold a slot."""
         return len(self._running)
 
     @property
     def busy(self) -> bool:
+        """Return whether any answer is waiting or running."""
         return bool(self._running or self.waiting)
 
     def check(self, request: Request) -> None:
-        """Raises NoRoom, and ConfigError for a prompt of tokens that the model has not."""
+        """Raise NoRoom for a prompt that is too long, and ConfigError for one that is empty or has token ids unknown to
+        the model."""
         count, last = len(request.prompt), self.model.vocab_size - 1
         if not 0 < count < self.model.capacity:
             raise (NoRoom if count else ConfigError)(
@@ -92,7 +107,7 @@ class Batch:
             raise ConfigError(f"the prompt has the token {unknown}, but the model knows those from 0 to {last}")
 
     def add(self, answer: Answer) -> None:
-        """Raises ConfigError as `check` does."""
+        """Queue an answer. Raise ConfigError as `check` does. An answer of no tokens ends at once."""
         self.check(answer.request)
         if answer.request.max_tokens <= 0:
             answer.end("length")
@@ -100,7 +115,7 @@ class Batch:
             self.waiting.append(answer)
 
     def drop(self, answer: Answer) -> None:
-        """Give an answer up, whether it waits or runs. Its slot is free at once."""
+        """Give up an answer, whether it waits or runs. Its slot is free at once."""
         if answer in self.waiting:
             self.waiting.remove(answer)
         for slot, sequence in list(self._running.items()):
@@ -108,12 +123,14 @@ class Batch:
                 del self._running[slot]
 
     def step(self) -> list[Answer]:
-        """Advance; the answers that have a new token or an end."""
+        """Advance by one step: some prompt tokens, then one token of every sequence that is ready. Return the answers
+        that have a new token or an end."""
         self._admit()
         advanced = self._advance(self._prompts())
         ready = {slot: sequence for slot, sequence in self._running.items() if sequence.fresh == 1}
         if ready:
-            # All slots up to the highest, so that keys are read where they lie; idle ones compute along for nothing.
+            # Take all slots between the lowest and the highest: the cache is then a slice, read without a copy. Idle
+            # slots compute along, and nothing of it is used.
             rows = [
                 ready[slot].row(1) if slot in ready else Row(slot, 0, (), 0)
                 for slot in range(min(ready), max(ready) + 1)
@@ -122,7 +139,8 @@ class Batch:
         return list(dict.fromkeys(advanced))
 
     def finish(self) -> Iterator[Answer]:
-        """Advance until all have ended; each answer whenever it has a new token or an end. Raises NotFinite."""
+        """Advance until all answers have ended. Yield an answer whenever it has a new token or an end. Raise NotFinite
+        for logits that are NaN or infinite."""
         while self.busy:
             for answer in self.step():
                 if answer.finish == "not_finite":
@@ -130,18 +148,21 @@ class Batch:
                 yield answer
 
     def _admit(self) -> None:
+        """Give free slots to waiting answers, first come first served."""
         for slot in range(self.model.num_slots):
             if self.waiting and slot not in self._running:
                 self._running[slot] = _Sequence(self.waiting.popleft(), slot)
 
     def _prompts(self) -> list[Row]:
-        """In the order in which they came, as many as make up no more tokens than a step may have, filling included."""
+        """Return the rows to prefill in this step, in order of arrival: as many as fit into `prompt_tokens`, padding
+        included."""
         rows: list[Row] = []
         widest = 0
         for sequence in self._running.values():
             if sequence.fresh == 1:
                 continue
             width = min(max(widest, sequence.fresh), self.prompt_tokens)
+            # Every row is padded to the widest, so that the cost is their number times that width. One row always goes.
             if rows and (len(rows) + 1) * width > self.prompt_tokens:
                 break
             rows.append(sequence.row(self.prompt_tokens))
@@ -149,6 +170,8 @@ class Batch:
         return rows
 
     def _advance(self, rows: Sequence[Row]) -> list[Answer]:
+        """Run the model on `rows` and choose a token for each sequence whose prompt is complete. Return these
+        answers."""
         if not rows:
             return []
         logits_BV = self.model.predict(*lay_out(rows, self.model.device))
@@ -158,6 +181,7 @@ class Batch:
                 continue
             sequence = self._running[row.slot]
             sequence.cached += len(row.tokens)
+            # Of a prompt in several pieces, only the last piece's logits lead to a token.
             if not sequence.fresh:
                 done.append((number, sequence))
         if done:
@@ -165,12 +189,14 @@ class Batch:
         return [sequence.answer for _, sequence in done]
 
     def _choose(self, logits_BV: Tensor, sequences: Sequence[_Sequence]) -> None:
+        """Choose the next token of each sequence from its logits [B,V], record it, and free the slots of answers that
+        end."""
         requests = [sequence.answer.request for sequence in sequences]
         ends = [self.ends | request.ends for request in requests]
         num_new = [len(sequence.answer.tokens) for sequence in sequences]
         samplings, ids = [request.sampling for request in requests], [sequence.ids for sequence in sequences]
         tokens_B = choose(logits_BV, samplings, ids, num_new, ends)
-        # The largest is NaN where any is. One message from the device tells both.
+        # The largest logit is NaN if any is. Tokens and this check share one transfer, since each waits for the device.
         chosen = torch.stack([tokens_B, logits_BV.amax(-1).isfinite().long()], 1).tolist()
         for logits_V, (token, is_finite), sequence, own_ends in zip(logits_BV, chosen, sequences, ends, strict=True):
             answer = sequence.answer
@@ -185,10 +211,12 @@ class Batch:
             if answer.finish is not None:
                 del self._running[sequence.slot]
             elif len(sequence.ids) - 1 == self.model.turning_point:
+                # Cached keys were rotated for the short encoding of positions: compute the whole sequence again.
                 sequence.cached = 0
 
 
 def _choice(logits_V: Tensor, token: int, count: int) -> Choice:
+    """Return the Choice of `token` with its logprob and the `count` likeliest tokens, from unprocessed logits [V]."""
     logprobs_V = logits_V.log_softmax(-1)
     best = logprobs_V.topk(min(count, len(logprobs_V)))
     likeliest = zip(best.indices.tolist(), best.values.tolist(), strict=True)

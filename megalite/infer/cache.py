@@ -1,9 +1,9 @@
-"""Keys and values of the tokens a model has seen, so that each further token costs the work of one.
+"""KV cache: keys and values of the tokens a model has seen, so that each further token costs the work of one.
 
-A cache has slots, one a sequence, written in place: in every layer [S,G,1+L,K], where S counts the slots and L the
-tokens of the longest sequence so far. What pads a row of a batch is written to the first cell, which nothing reads. B
-rows of a forward pass go on with a slot each, T tokens at a time; N, H, G and K are those of `models/layers.py`, C
-counts the cells that are read."""
+A cache has slots, one per sequence, written in place: in every layer [S,G,1+L,K], where S counts the slots and L the
+tokens of the longest sequence so far. Padding of a batch is written to the first cell (index 0), which nothing reads.
+The B rows of a forward pass each continue one slot by T tokens. N, H, G and K are those of `models/layers.py`; C counts
+the cells that are read."""
 
 from __future__ import annotations
 
@@ -23,49 +23,54 @@ from megalite.models.layers import CausalAttention, Decoder, Places
 from megalite.models.rope import LongRope
 
 READ_AT_ONCE = 32
-"""Cells that are read are a multiple of it: fewer shapes, for which libraries prepare anew."""
+"""The number of cells read is rounded up to a multiple of this: fewer shapes, since libraries prepare anew for each."""
 FEWEST_CELLS = 256
+"""Cells per slot that a cache starts with."""
 
 
 class Row(NamedTuple):
-    """What a sequence has computed in a forward pass."""
+    """Holds the tokens that one sequence computes in a forward pass."""
 
     slot: int
     start: int
-    """Tokens that are in the cache already."""
+    """Number of tokens already in the cache."""
     tokens: Sequence[int]
-    """Those behind them."""
+    """The token ids that follow them."""
     length: int
-    """Of the whole sequence, which may have more tokens than are computed at a time."""
+    """Length of the whole sequence, which may exceed `start` plus `tokens` when a prompt is computed in pieces."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CachedPlaces(Places):
-    """Where tokens stand that go on with sequences in the cache."""
+    """Holds the positions of tokens that continue sequences in the cache."""
 
     slot_B: Tensor
+    """Slot of each row."""
     slots: slice | None
-    """The slots of the rows, where they are neighbours: they are read where they lie."""
+    """The rows' slots as a slice, if they are neighbours: the cache is then read without a copy."""
     cell_BT: Tensor
-    """Where in its slot each token's keys and values are written."""
+    """Cell of its slot that each token's keys and values are written to; 0 for padding."""
     num_cells: int
-    """Cells that are used, the first one left out."""
+    """Number of cells that are read, the first one not counted."""
     fresh: bool
-    """The rows begin here: they attend to nothing that is not in them."""
+    """All rows begin here, so that tokens attend only to tokens of this forward pass."""
     biases: dict[tuple[int | None, torch.dtype], Tensor] = field(default_factory=dict)
+    """Attention biases already made, by window and precision."""
 
     def read(self, cache_SGLK: Tensor) -> Tensor:
-        """[B,G,C,K]"""
+        """Return the rows' cached keys or values, [B,G,C,K]."""
         rows: slice | Tensor = self.slot_B if self.slots is None else self.slots
         return cache_SGLK[rows, :, 1 : 1 + self.num_cells]
 
     def cells(self, window: int | None) -> tuple[Tensor, Tensor]:
-        """The first and the last cell that the one token of each row attends to, [B]."""
+        """Return the first and the last cell that the single token of each row attends to, both [B]. `window`: of
+        sliding-window attention, None without one."""
         last_B = self.position_BT[:, 0]
         return torch.zeros_like(last_B) if window is None else (last_B + 1 - window).clamp(min=0), last_B
 
     def bias(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        """What is added to scores, [B,1,T,C]; made once for all layers that have this window."""
+        """Return the causal attention bias for scores, [B,1,T,C]: 0, or -inf for hidden cells. It is made once for all
+        layers that share this `window` and `dtype`."""
         if (window, dtype) not in self.biases:
             last_BT1 = self.position_BT[:, :, None]
             cell_C = torch.arange(self.num_cells, device=last_BT1.device)
@@ -78,8 +83,10 @@ class CachedPlaces(Places):
 
 
 def lay_out(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, CachedPlaces, Tensor]:
-    """The tokens of rows [B,T], shorter ones filled up; where they stand; the place in its row of each last one, [B].
-    A row without tokens computes along for nothing."""
+    """Pad `rows` to a batch on `device`. Return the tokens [B,T], their places, and the index of each row's last token,
+    [B].
+
+    A row without tokens computes along, and nothing of it is used."""
     width = max(len(row.tokens) for row in rows)
     numbers = torch.tensor([(row.slot, row.start, len(row.tokens), row.length) for row in rows])
     slot_B, start_B, count_B, length_B = numbers.T
@@ -104,16 +111,20 @@ def lay_out(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, CachedPl
 
 
 class CachedAttention(CausalAttention):
-    """Attention that goes on with sequences in its cache. Tokens at other places it treats as the attention that it
-    replaces does."""
+    """Computes attention that continues sequences in its own KV cache. Given other places, it behaves as the attention
+    that it replaces."""
 
     def __init__(self, kind: AttentionKind, num_slots: int):
+        """Create it for `num_slots` sequences. The cache itself is allocated by the first forward pass."""
         super().__init__(kind=kind)
         self.num_slots = num_slots
         self.cache: Tensor | None = None
-        """Keys and values, [2,S,G,1+L,K], of as many heads as this rank turns out to have."""
+        """Keys and values, [2,S,G,1+L,K]. G is the number of KV heads that this rank holds, known only from the first
+        input."""
 
     def forward(self, qkv_BTNK: Tensor, num_heads: int, num_kv_heads: int, places: Places) -> Tensor:
+        """Write the new keys and values to the cache and attend to all that the slot holds. `qkv_BTNK` has the query
+        heads first (`num_heads`), then keys and values (`num_kv_heads` each). Return [B,T,H·K]."""
         if not isinstance(places, CachedPlaces):
             return super().forward(qkv_BTNK, num_heads, num_kv_heads, places)
         q, *kv = qkv_BTNK.split((num_heads, num_kv_heads, num_kv_heads), dim=2)
@@ -130,11 +141,13 @@ class CachedAttention(CausalAttention):
         return attend(q, *read, places.bias(self.kind.window, q.dtype), self.kind)
 
     def _holding(self, num_cells: int, like_BTGK: Tensor) -> Tensor:
-        """The cache, grown to so many cells at least."""
+        """Return the cache, grown to at least `num_cells` cells; `like_BTGK` gives KV heads, head size, precision and
+        device."""
         old = self.cache
         if old is None or old.shape[3] < num_cells:
+            # Doubling keeps the total cost of copying linear in the length.
             grown = max(num_cells, FEWEST_CELLS, 0 if old is None else 2 * old.shape[3])
-            # Zeros, since what is hidden is multiplied by 0, which does not take away what is not a number.
+            # Zeros, not uninitialized memory: hidden cells are multiplied by 0, and 0 times NaN is NaN.
             (*_, groups, size), slots = like_BTGK.shape, self.num_slots
             self.cache = like_BTGK.new_zeros(2, slots, groups, grown, size)
             if old is not None:
@@ -144,8 +157,11 @@ class CachedAttention(CausalAttention):
 
 
 def attend(q_BTHK: Tensor, k: Tensor, v: Tensor, bias_B1TC: Tensor, kind: AttentionKind) -> Tensor:
-    """→ [B,T,H·K], of keys and values [B,G,C,K]. The queries of all heads that share keys are taken as so many more
-    tokens, so that no key is read twice, or copied."""
+    """Return attention outputs [B,T,H·K] for queries [B,T,H,K], keys `k` and values `v` [B,G,C,K], and a bias
+    [B,1,T,C].
+
+    The queries of all heads that share a KV head are treated as additional tokens, so that no key is read twice or
+    copied. `kind` gives scale and soft cap."""
     (batch, length, heads, _), groups = q_BTHK.shape, k.shape[1]
     shared = heads // groups
     q = q_BTHK.unflatten(2, (groups, shared)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B,G,H/G·T,K]
@@ -153,6 +169,7 @@ def attend(q_BTHK: Tensor, k: Tensor, v: Tensor, bias_B1TC: Tensor, kind: Attent
     if kind.softcap is None:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=kind.scale)
     else:
+        # PyTorch's fused attention has no soft cap on scores (Gemma 2), so that this case is computed step by step.
         scores = (q @ k.transpose(-1, -2)).float() * (kind.scale or q.shape[-1] ** -0.5)
         scores = (scores / kind.softcap).tanh() * kind.softcap + bias
         out = scores.softmax(-1).to(v.dtype) @ v
@@ -160,7 +177,7 @@ def attend(q_BTHK: Tensor, k: Tensor, v: Tensor, bias_B1TC: Tensor, kind: Attent
 
 
 def add_cache(model: nn.Module, num_slots: int) -> None:
-    """Give every attention of a model a cache, in place."""
+    """Replace every attention of `model` by one with a KV cache of `num_slots` slots, in place."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, CausalAttention):
@@ -168,17 +185,18 @@ def add_cache(model: nn.Module, num_slots: int) -> None:
 
 
 def turning_point(config: Any) -> int | None:
-    """Tokens beyond which a model encodes all positions in another way, so that what is in its cache is of no more
-    use."""
+    """Return the sequence length beyond which a model encodes all positions differently (LongRoPE), so that its cache
+    becomes useless. None if there is none."""
     scaling = getattr(config, "rope_scaling", None)
     return scaling.original_max_positions if isinstance(scaling, LongRope) else None
 
 
 class CachedModel:
-    """A clean model on one device, which is taken over and gets a cache; see `batch.Predictor`."""
+    """Runs an unsharded model on one device with a KV cache, as a `batch.Predictor`. The model is modified in place."""
 
     def __init__(self, model: Decoder, num_slots: int, max_length: int | None = None):
-        """`max_length`: of a sequence, prompt and answer; at most, and if left out, that which the model is for."""
+        """Take over `model` and give it a cache of `num_slots` sequences. `max_length` limits prompt and answer
+        together; None, or more than the model's `max_positions`, means `max_positions`."""
         self.model, self.num_slots, self.vocab_size = model, num_slots, model.config.vocab_size
         self.capacity = min(max_length or model.config.max_positions, model.config.max_positions)
         self.turning_point = turning_point(model.config)
@@ -188,10 +206,15 @@ class CachedModel:
 
     @torch.inference_mode()
     def predict(self, tokens_BT: Tensor, places: CachedPlaces, last_B: Tensor) -> Tensor:
+        """Return the next-token logits behind the token `last_B` of each row of `tokens_BT`, fp32 [B,V], and cache keys
+        and values at `places`."""
         x_BTD = self.model.run_layers(self.model.embed(tokens_BT, places), places)
+        # Only one position per row goes through the output layer, whose [T,V] logits would be the largest tensor of
+        # all.
         x_B1D = x_BTD[torch.arange(len(last_B), device=last_B.device), last_B][:, None]
         return self.model.predict(x_B1D)[:, 0].float()
 
     @torch.inference_mode()
     def logits(self, tokens_BT: Tensor, places: Places) -> Tensor:
+        """Return the next-token logits behind every token, [B,T,V]. The cache is left alone."""
         return self.model(tokens_BT, places)

@@ -1,4 +1,5 @@
-"""Measuring a trained model: tasks of EleutherAI's lm-evaluation-harness, or answers beside those that are wanted."""
+"""Evaluation of a trained model: tasks of EleutherAI's lm-evaluation-harness, or a comparison of answers with
+references."""
 
 from __future__ import annotations
 
@@ -25,34 +26,39 @@ from megalite.utils.outside import check_apart, read_json
 
 
 class Asked(NamedTuple):
+    """Holds what to evaluate and how."""
+
     tasks: Sequence[str] = ()
-    """Names, or YAML files."""
+    """Task names, or YAML files."""
     include_path: Path | None = None
-    """Folder with more tasks."""
+    """Folder with additional tasks."""
     data: Path | None = None
-    """jsonl of prompts and wanted completions; see `references.py`."""
+    """jsonl file of prompts and reference completions; see `references.py`."""
     limit: int | None = None
-    """Documents of each task."""
+    """Number of documents per task. None: all."""
     shots: int | None = None
-    """Examples before each document; None: as many as the task says."""
+    """Few-shot examples before each document. None: as many as the task says."""
     chat: bool = False
-    """Put as the model's chat template says."""
+    """Render prompts by the model's chat template."""
     max_tokens: int = 128
-    """Of an answer to a prompt of `data`."""
+    """Longest answer to a prompt of `data`, in tokens."""
     stop: Sequence[str] = ()
-    """Texts at which such an answer ends."""
+    """Stop strings of answers to prompts of `data`."""
     samples: bool = False
-    """Keep what was asked, said and wanted."""
+    """Keep every prompt, answer and reference."""
 
 
 class Run(NamedTuple):
+    """Holds the run that a checkpoint belongs to."""
+
     folder: Path
     state: dict[str, Any]
-    """As the checkpoint has it."""
+    """Content of the checkpoint's train_state.json."""
 
     @classmethod
     def of(cls, checkpoint: Path) -> Run | None:
-        """Return the run that a checkpoint is of; None for other models. Raises CheckpointError."""
+        """Return the run that `checkpoint` belongs to, or None for a model without one. Raise CheckpointError for a
+        damaged state."""
         state = checkpoint / "train_state.json"
         if not state.exists():
             return None
@@ -63,7 +69,7 @@ class Run(NamedTuple):
 
 
 def load_harness() -> Any:
-    """`harness.py`. Raises ConfigError where it lacks what it needs."""
+    """Import and return `harness.py`. Raise ConfigError if lm-evaluation-harness is not installed."""
     try:
         from megalite.infer import harness
     except ImportError as error:
@@ -80,10 +86,12 @@ def evaluate_model(
     tensor: int = 1,
     pipeline: int = 1,
 ) -> dict[str, float]:
-    """Measure a run, a checkpoint or a Hugging Face folder; print the results, and write them to the run's folder
-    `evaluations`, or to `output` (JSON), and to the run's W&B. Returns them as `numbers_of` names them.
+    """Evaluate the model in `path`: a run, a checkpoint or a Hugging Face folder. All ranks of `launch` call it.
 
-    Over ranks, all call it. Raises ConfigError, DataError or CheckpointError."""
+    Rank 0 prints the results, writes them as JSON to `output` or to the run's folder `evaluations`, and sends them to
+    the run's W&B. `asked` says what to evaluate, `num_slots` how many sequences are computed at a time, and `tensor`
+    and `pipeline` how the model is sharded. Return the metrics as `numbers_of` names them. Raise ConfigError, DataError
+    or CheckpointError."""
     launch = launch or Launch.from_environment()
     if bool(asked.tasks) == bool(asked.data):
         raise ConfigError("say what to evaluate: either --tasks NAME,NAME or --data FILE")
@@ -93,7 +101,7 @@ def evaluate_model(
         for written in (output, output.with_suffix(".samples.jsonl")):
             check_apart(written, [asked.data], ConfigError)
     harness, folder = load_harness(), find_model(path)
-    run = Run.of(folder)  # while it is there: training that goes on leaves it behind, and removes it
+    run = Run.of(folder)  # read it now: training that goes on may remove this checkpoint
     contents = None
     if asked.chat:
         tokenizer = load_tokenizer(folder)
@@ -109,7 +117,7 @@ def evaluate_model(
         generator.contents = contents  # whose marks the prompts have
         generator.answer_as_chat()
     model = harness.HarnessModel(generator, console=Console(stderr=True) if launch.rank == 0 else None)
-    # What is read from `data` is put as the template says already.
+    # Prompts of `data` are rendered by the template already; the harness must not do it again.
     results = tasks.run(model, samples=asked.samples, chat=asked.chat and not asked.data)
     numbers = harness.numbers_of(results)
     if launch.rank == 0:
@@ -125,7 +133,10 @@ def report(
     asked: Asked,
     output: Path | None,
 ) -> None:
-    """Of the model in `folder`: to the console, a file and W&B, as `evaluate_model` says."""
+    """Print the `results` as a table, write them to a file and send the `numbers` to W&B.
+
+    `folder` is the evaluated model's and `run` the run that it belongs to, if any; the file is `output`, or a new one
+    in the run's folder `evaluations`; `asked` is recorded with the results."""
     console = Console(soft_wrap=True)
     console.print(table_of(results))
     when = time.strftime("%Y-%m-%dT%H-%M-%S")
@@ -144,7 +155,7 @@ def report(
 
 
 def _new_file(folder: Path, name: str) -> Path:
-    """NAME.json, or NAME-2.json and so on: others may write their results in the same second."""
+    """Create and return NAME.json, or NAME-2.json and so on, since others may write results in the same second."""
     folder.mkdir(parents=True, exist_ok=True)
     file, number = folder / f"{name}.json", 1
     while True:
@@ -157,6 +168,8 @@ def _new_file(folder: Path, name: str) -> Path:
 
 
 def table_of(results: Mapping[str, Any]) -> Table:
+    """Return the harness's results as a table: one line per task and metric, with standard error and number of
+    documents."""
     table = Table("task", "metric", "value", "±", "documents", box=None)
     for column in table.columns[2:]:
         column.justify = "right"
@@ -173,7 +186,7 @@ def table_of(results: Mapping[str, Any]) -> Table:
 
 
 def kept(samples: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """What is worth keeping of the harness's samples, a line each."""
+    """Yield one record per document from the harness's samples: what was asked, said and wanted, and each metric."""
     for task, found in samples.items():
         for sample in found:
             asked = [without_marks(request[0]) for request in sample["arguments"]]
@@ -187,7 +200,8 @@ def kept(samples: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def tell_wandb(run: Run, numbers: Mapping[str, float], console: Console) -> None:
-    """To a W&B run of its own beside the trained one's, which may be under way: two must not write to one."""
+    """Send the `numbers` to a separate W&B run beside that of training, which may still be active: two processes must
+    not write to one run. `console` gets a warning if it fails."""
     config, state = load_config(run.folder / "config.yaml"), run.state
     if config.observe.wandb.mode == "disabled" or not state["wandb_id"]:
         return
@@ -202,7 +216,7 @@ def tell_wandb(run: Run, numbers: Mapping[str, float], console: Console) -> None
 
 
 def _plainly(value: Any) -> Any:
-    """Of numpy's numbers, paths, sets, and the code that is part of some tasks."""
+    """Convert numpy numbers, paths, sets, and functions that some tasks contain, to what JSON can hold."""
     if hasattr(value, "item"):
         return value.item()
     return getattr(value, "__name__", None) or str(value)

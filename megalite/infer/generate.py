@@ -1,4 +1,4 @@
-"""Answers to prompts, many at a time: from a folder to text."""
+"""Text generation for many prompts at a time: from a model folder to text."""
 
 from __future__ import annotations
 
@@ -35,13 +35,16 @@ from megalite.models.layers import Decoder, Places
 from megalite.models.peft import is_adapter
 
 SCORED_TOKENS = 4096
-"""Of a batch whose rows are scored, filling included."""
+"""Most tokens of a batch whose rows are scored, padding included."""
 
 
 def find_model(path: Path) -> Path:
-    """Return the folder of a Hugging Face model, or of an adapter for one, that is meant by a run, a checkpoint, or
-    such a folder itself: of a run, its newest checkpoint. Where that one was saved amid steps with bad numbers, it is
-    the newest that is known to be good, and a line on stderr says so."""
+    """Return the Hugging Face folder, or the adapter folder, that `path` refers to: a run, a checkpoint, or such a
+    folder.
+
+    For a run it is the newest checkpoint. If that was saved after steps whose updates were refused for bad numbers, it
+    is the newest checkpoint known to be good, and a line on stderr says so. Raise ConfigError if there is no complete
+    model."""
     if (path / "config.json").exists() or is_adapter(path):
         return path
     root = path / "checkpoints"
@@ -64,7 +67,8 @@ def find_model(path: Path) -> Path:
 
 
 def check_speaks(folder: Path) -> None:
-    """Raises ConfigError for a model that says no text, DataError for one whose text nobody can read."""
+    """Raise ConfigError for a model that classifies instead of generating text, and DataError for one without a
+    tokenizer."""
     config = model_config({"hf": str(folder)})
     if config.task != "causal":
         labels = ", ".join(config.labels[:8]) + (" …" if len(config.labels) > 8 else "")
@@ -80,7 +84,8 @@ def check_speaks(folder: Path) -> None:
 
 
 def load_model(folder: Path, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Decoder:
-    """A clean model with the weights of a Hugging Face folder. Raises ConfigError or CheckpointError."""
+    """Return an unsharded model with the weights of a Hugging Face `folder`, on `device`, in `dtype` or the stored
+    precision. Raise ConfigError or CheckpointError."""
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = model_config({"hf": str(folder)})
     weights, model = weight_table(config), build_model(config)
@@ -93,16 +98,17 @@ def load_model(folder: Path, dtype: torch.dtype | None = None, device: torch.dev
 
 
 class Score(NamedTuple):
-    """What a model thinks of a text's tokens but the first, given those before each: [T-1]."""
+    """Holds what a model predicts for the tokens of a text, the first excepted, given those before each: [T-1]."""
 
     logprobs: Tensor
-    """fp32"""
+    """Log probability of each token, fp32."""
     likeliest: Tensor
-    """Whether it is the one that the model would have said, bool."""
+    """Whether each token is the model's greedy choice, bool."""
 
 
 class Generator:
-    """A model that answers. Over ranks, every rank makes the same calls and gets the same answers."""
+    """Generates and scores text with a model. On several ranks, every rank makes the same calls and gets the same
+    answers."""
 
     def __init__(
         self,
@@ -113,8 +119,10 @@ class Generator:
         folder: Path | None = None,
         habits: Habits | None = None,
     ):
-        """`ends`: tokens that end an answer; `sampling`: where a call does not say; `folder`: of the chat template;
-        `habits`: texts that end an answer, and its length where a call does not say."""
+        """Create a generator from a loaded `model` and its `tokenizer`.
+
+        `ends` are token ids that end an answer; `sampling` applies to calls that give none; `folder` is where the chat
+        template is read from; `habits` hold stop strings and the default length."""
         self.model, self.tokenizer, self.ends, self.sampling, self.folder = model, tokenizer, ends, sampling, folder
         self.habits = habits or Habits(ends, sampling)
 
@@ -129,14 +137,15 @@ class Generator:
         tensor: int = 1,
         pipeline: int = 1,
     ) -> Generator:
-        """Of a run, a checkpoint or a Hugging Face folder: on one device, or over ranks that all call this.
+        """Load a run, a checkpoint or a Hugging Face folder, on one device or over ranks that all call this.
 
-        `num_slots` sequences are computed at a time, of `max_length` tokens at most (those that the model is for).
-        Raises ConfigError, DataError or CheckpointError."""
+        `num_slots` sequences are computed at a time, each of at most `max_length` tokens (default: the model's
+        `max_positions`). `tensor` and `pipeline` are the sizes of the model-parallel groups over the ranks of `launch`.
+        Raise ConfigError, DataError or CheckpointError."""
         folder, launch = find_model(Path(path)), launch or Launch.from_environment()
         if num_slots < 1 or (max_length is not None and max_length < 2):
             raise ConfigError(f"{num_slots} slots of {max_length} tokens: give at least one, of two tokens or more")
-        # What is wrong here is known before the weights are read, which takes long.
+        # Check these first: reading the weights takes long.
         check_speaks(folder)
         tokenizer = load_tokenizer(folder)
         habits = read_habits(folder, tokenizer)
@@ -152,10 +161,13 @@ class Generator:
     def request(
         self, prompt: str | Sequence[int], max_tokens: int, sampling: Sampling | None = None, stop: Sequence[str] = ()
     ) -> Request:
+        """Return a Request for `prompt` (text or ids) of at most `max_tokens` tokens, with `sampling` (default: the
+        generator's) and stop strings `stop`."""
         return Request(self.prompt_ids(prompt), max_tokens, sampling or self.sampling, tuple(stop))
 
     def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
-        """An empty text starts a document."""
+        """Return the token ids of a prompt; ids pass through. An empty text starts a document. Raise ConfigError if the
+        tokenizer has no token for that."""
         if not isinstance(prompt, str):
             return list(prompt)
         end = self.tokenizer.eod_id
@@ -165,7 +177,7 @@ class Generator:
         return ids
 
     def token_text(self, token: int) -> str:
-        """As it reads within a text: with the space that it may begin with."""
+        """Return a token's text as it reads within a text, with the space that it may begin with."""
         return self.tokenizer.decode([*self._before_a_token, token])[len(self.tokenizer.decode(self._before_a_token)) :]
 
     @cached_property
@@ -174,59 +186,61 @@ class Generator:
 
     @cached_property
     def chat_template(self) -> ChatTemplate:
-        """Raises DataError where the model has none."""
+        """Return the model's chat template. Raise DataError if it has none."""
         if self.folder is None:
             raise DataError("this model has no chat template")
         return ChatTemplate.of(self.folder, self.tokenizer)
 
     @cached_property
     def contents(self) -> ContentEncoder:
-        """Encodes conversations. Raises DataError where the model has no chat template."""
+        """Return the encoder of conversations. Raise DataError if the model has no chat template."""
         return ContentEncoder(self.tokenizer, self.chat_template)
 
     def chat_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Return the ids of a conversation, up to where the model's next answer begins; control tokens that a message
-        spells out are text. Raises DataError without a chat template, and ConfigError with what the template says of
-        messages that it cannot render."""
+        """Return the token ids of a conversation, up to where the model's next answer begins.
+
+        Control tokens that a message spells out are encoded as text. Raise DataError without a chat template, and
+        ConfigError with the template's own message for `messages` that it cannot render."""
         with _said_by_template():
             return self.contents.encode(messages)
 
     def check_answer(self, messages: Sequence[Message]) -> None:
-        """Whether a conversation's last answer can be learned. Raises as `chat_ids` does."""
+        """Check that a conversation's last answer can be learned. Raise as `chat_ids` does if not."""
         with _said_by_template():
             find_answers(self.chat_template, self.contents.mark(messages), [len(messages) - 1])
 
     @cached_property
     def turn_end(self) -> TurnEndIds:
-        """How the chat template ends an answer. Raises DataError without one."""
+        """Return how the chat template ends an answer. Raise DataError without a template."""
         return self.chat_template.turn_end.ids(self.tokenizer)
 
     def as_chat(self, request: Request) -> Request:
-        """Return the request of an answer in a conversation: it ends where the chat template ends a turn, and people
-        read it without control tokens. Raises DataError without a chat template."""
+        """Return `request` as that of an answer in a conversation: it ends where the chat template ends a turn, and is
+        decoded without control tokens. Raise DataError without a chat template."""
         controls = self.tokenizer.control_tokens() if isinstance(self.tokenizer, HuggingFaceTokenizer) else []
-        # No text has these to stop at.
+        # A stop string that is a control token never appears in decoded text: stop at its id instead.
         named = [self.tokenizer.vocabulary()[text] for text in request.stop if text in controls]
         ends = request.ends | {*self.turn_end.tokens, *named}
         return replace(request, ends=ends, stop=(*request.stop, *self.turn_end.texts), plain=True)
 
     def answer_as_chat(self) -> None:
-        """Have every answer end where the chat template ends a turn. Raises DataError without a chat template."""
+        """Make every answer end where the chat template ends a turn. Raise DataError without a chat template."""
         self.ends |= set(self.turn_end.tokens)
         self.habits = self.habits._replace(stop=(*self.habits.stop, *self.turn_end.texts))
 
     def _plain_text(self, ids: Sequence[int]) -> str:
+        """Decode `ids` without control tokens."""
         # What ends a turn is flagged special in most tokenizers, but not in all.
         return self.tokenizer.decode_plain([token for token in ids if token not in self.turn_end.tokens])
 
     def start(self, request: Request) -> Answer:
-        """An answer for a `Batch` to work on."""
+        """Return a new Answer for a `Batch` to work on."""
         decode = self._plain_text if request.plain else self.tokenizer.decode
         return Answer(request, TextStream(decode, request.prompt, (*request.stop, *self.habits.stop)))
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """All answers, in the order of their requests. Raises ConfigError for a prompt that is too long, and NotFinite
-        for logits that are not finite."""
+        """Generate and return all answers, in the order of their requests. Raise ConfigError for a prompt that is too
+        long, and NotFinite for logits that are not finite."""
         batch, answers = Batch(self.model, self.ends), [self.start(request) for request in requests]
         for answer in answers:
             batch.add(answer)
@@ -235,7 +249,7 @@ class Generator:
         return answers
 
     def stream(self, request: Request) -> Iterator[str]:
-        """The text of one answer, piece by piece."""
+        """Yield the text of one answer, piece by piece. Raise as `answer` does."""
         batch, answer = Batch(self.model, self.ends), self.start(request)
         batch.add(answer)
         for _ in batch.finish():
@@ -243,16 +257,19 @@ class Generator:
                 yield piece
 
     def score(self, rows: Sequence[Sequence[int]]) -> list[Score]:
-        """Of texts of at least two tokens, in their order. Raises ConfigError for one longer than the model takes,
-        which is not given the last token, and NotFinite for logits that are not finite."""
+        """Return the Score of each text in `rows`, in their order.
+
+        A text has at least two tokens, and at most one more than the model's capacity, since the last token is never an
+        input. Raise ConfigError for other lengths, and NotFinite for logits that are not finite."""
         longest = self.model.capacity + 1
         for row in rows:
             if not 1 < len(row) <= longest:
                 raise ConfigError(f"a text of {len(row)} tokens cannot be scored, only of 2 to {longest}")
-        # Those that differ in their last token alone, such as the choices of a question, are computed once.
+        # Texts that differ only in their last token, such as the choices of a question, share one forward pass.
         alike: dict[tuple[int, ...], list[int]] = {}
         for number, row in enumerate(rows):
             alike.setdefault(tuple(row[:-1]), []).append(number)
+        # Sorted by length, rows of a batch need little padding.
         left = sorted(alike, key=lambda given: -len(given))
         scores: dict[int, Score] = {}
         while left:
@@ -270,7 +287,8 @@ class Generator:
         return [scores[number] for number in range(len(rows))]
 
     def _logits(self, rows: Sequence[Sequence[int]]) -> Iterator[Tensor]:
-        """Of what follows each token, [T,V] fp32. What fills a row up comes behind its tokens, which do not see it."""
+        """Yield for each row the next-token logits behind each token, [T,V] fp32. Padding stands behind a row's tokens,
+        which do not attend to it."""
         device, width = self.model.device, max(map(len, rows))
         tokens_BT = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
         index_T = torch.arange(width, device=device)
@@ -282,6 +300,7 @@ class Generator:
 
 @contextmanager
 def _said_by_template() -> Iterator[None]:
+    """Turn a template's errors about messages into ConfigError. Other DataErrors pass."""
     try:
         yield
     except DataError as error:

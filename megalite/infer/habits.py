@@ -1,5 +1,6 @@
-"""How a model answers where nobody says: what the generation_config.json of its folder has. Every key of it is
-followed, changes no answer, or is named in a warning."""
+"""Default generation settings of a model: what its folder's generation_config.json says.
+
+Every key of that file is followed, changes no answer, or is named in a warning."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from megalite.utils.outside import read_object, shown
 
 FILE = "generation_config.json"
 LIKELY = Sampling(temperature=0.8, top_p=0.95)
-"""How tokens are chosen where neither the user nor the model's folder says."""
+"""Sampling settings if neither the user nor the model's folder says."""
 SAMPLED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 RULES = tuple(field.name for field in fields(Rules))
 LENGTHS = ("max_new_tokens", "max_length")
@@ -56,31 +57,34 @@ USUAL: dict[str, tuple[Any, ...]] = {
     "token_healing": (False,), "guidance_scale": (1.0,), "watermarking_config": (), "penalty_alpha": (0.0,),
     "dola_layers": (), "constraints": (), "force_words_ids": (),
 }  # fmt: skip
-"""Keys that are not followed, and the values that ask for nothing, as does null."""
+"""Keys that are not supported, with the values that ask for nothing; null asks for nothing, too."""
 
 
 class Habits(NamedTuple):
+    """Holds a model's default generation settings."""
+
     ends: frozenset[int]
-    """Tokens that end an answer."""
+    """Token ids that end an answer."""
     sampling: Sampling
     stop: tuple[str, ...] = ()
-    """Texts that end one."""
+    """Stop strings."""
     max_new_tokens: int | None = None
     max_length: int | None = None
-    """Of prompt and answer."""
+    """Most tokens of prompt and answer together."""
     warning: str = ""
-    """What is not followed, in one line."""
+    """One line that names what is not supported; empty if there is nothing."""
 
     def most_tokens(self, num_prompt: int, usual: int) -> int:
-        """Return how long an answer may be where the user does not say: `usual` where the model does not, either."""
+        """Return the default `max_tokens` behind a prompt of `num_prompt` tokens: the model's own setting, else
+        `usual`."""
         if self.max_new_tokens is not None:
             return self.max_new_tokens
         return usual if self.max_length is None else min(usual, max(1, self.max_length - num_prompt))
 
 
 def read_habits(folder: Path, tokenizer: Tokenizer) -> Habits:
-    """Read a folder's generation_config.json; what it does not say, config.json and the tokenizer do, and `LIKELY`.
-    Raises ConfigError."""
+    """Read generation_config.json of `folder`. What it does not say comes from config.json, the tokenizer and `LIKELY`.
+    Raise ConfigError for a value that makes no sense."""
     file, values = folder / FILE, {}
     if not file.is_file() and peft.is_adapter(folder):
         file = peft.base_of(folder) / FILE
@@ -111,12 +115,13 @@ def read_habits(folder: Path, tokenizer: Tokenizer) -> Habits:
 
 
 def listed(ids: Any) -> list[int]:
-    """Return the ids of eos_token_id, which is one, several or null. Raises TypeError or ValueError."""
+    """Return the ids of eos_token_id, which is one id, several or null. Raise TypeError or ValueError for anything
+    else."""
     return [int(one) for one in (ids if isinstance(ids, list) else [ids]) if one is not None]
 
 
 def _read(name: str, value: Any) -> Any:
-    """Raises ValueError where it has not the form that transformers wants."""
+    """Check and convert one value. Raise ValueError if it does not have the form that transformers expects."""
     if name == "stop_strings":
         return _all((value,) if isinstance(value, str) else value, str)
     if name == "bad_words_ids":
@@ -132,12 +137,15 @@ def _read(name: str, value: Any) -> Any:
 
 
 def _all(values: Any, kind: type) -> tuple[Any, ...]:
+    """Return `values` as a tuple. Raise ValueError unless it is a list whose items are all of `kind`."""
     if not isinstance(values, Sequence) or not all(isinstance(value, kind) for value in values):
         raise ValueError({str: "must be texts", int: "must be a list of token ids", list: "must hold lists"}[kind])
     return tuple(values)
 
 
 def _warning(file: Path, given: dict[str, Any]) -> str:
+    """Return a line that names the settings of `file` that would change answers but are not supported; empty if
+    none."""
     names = [
         name
         for name, value in given.items()

@@ -1,4 +1,4 @@
-"""EleutherAI's lm-evaluation-harness on models of ours. The only module that imports it."""
+"""EleutherAI's lm-evaluation-harness with megalite's models. The only module that imports the harness."""
 
 from __future__ import annotations
 
@@ -37,37 +37,42 @@ from megalite.infer.generate import Generator, Score
 from megalite.infer.sampling import Sampling
 
 ROWS_AT_ONCE = 64
-"""Texts that are scored between two looks at the progress."""
+"""Number of texts scored between two updates of the progress."""
 MOST_TOKENS = 256
-"""Of an answer whose task does not say; the harness's own number."""
+"""Length limit of an answer if its task does not say; the harness's own number."""
 SECONDS_PER_LINE = 10.0
+"""Interval of progress lines outside a terminal."""
 T = TypeVar("T")
 Pair = tuple[Any, list[int], list[int]]
 """(what was asked, tokens of the context, tokens of the continuation)"""
 
-# Their own bars would stand in the middle of our lines.
+# Progress bars of these libraries would appear in the middle of our own lines.
 lm_eval.api.task.tqdm = lambda items, **_: items
 datasets.disable_progress_bars()
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
 
 class HarnessModel(TemplateLM):
-    """A `Generator` as the harness calls a model. Ranks that hold the same part of a model share the documents, each
-    data rank its own; tokenizing, cutting and stopping are those of the harness's `hf` model."""
+    """Adapts a `Generator` to the harness's model interface.
+
+    Data ranks, which hold the same part of the model, share the documents: each evaluates its own. Tokenizing,
+    truncating and stopping are those of the harness's `hf` model."""
 
     def __init__(self, generator: Generator, data: Axis = ALONE, console: Console | None = None):
-        """`console`: where it says how far it is."""
+        """Wrap `generator`. `data` is the axis of ranks that share the documents; `console` shows the progress, None
+        shows none."""
         super().__init__()
         self.generator, self._data, self._console = generator, data, console
         self._rank, self._world_size, self._device = data.rank, data.size, generator.model.device
 
     @property
     def eot_token_id(self) -> int | None:
+        """Return the id of the end-of-document token, or None."""
         return self.generator.tokenizer.eod_id
 
     @cached_property
     def prefix_token_id(self) -> int:
-        """What a text without a context begins with. Raises ConfigError."""
+        """Return the token that a text without a context begins with. Raise ConfigError if the tokenizer has none."""
         tokenizer = self.generator.tokenizer
         found = next((i for i in (tokenizer.begin_id, tokenizer.eod_id) if i is not None), None)
         if found is None:
@@ -75,6 +80,8 @@ class HarnessModel(TemplateLM):
         return found
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Return the token ids of `string`. Unless `add_special_tokens` is False or the text already begins so, they
+        begin with the tokenizer's begin token. Rendered conversations are told by their marks."""
         tokenizer = self.generator.tokenizer
         if (plain := without_marks(string)) != string:  # a conversation's, by `apply_chat_template`
             begins = add_special_tokens is False or plain.startswith(tokenizer.decode([self.prefix_token_id]))
@@ -84,19 +91,22 @@ class HarnessModel(TemplateLM):
         return tokenizer.encode_prompt(string)
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        """Return (logprob, is greedy) of each continuation. Progress is shown by `_track`, not by tqdm."""
         return super().loglikelihood(requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(self, requests: Sequence[Pair], **_: Any) -> list[tuple[float, bool]]:
-        """Whether it is what the model would have said is the second. A continuation that has melted into the last
-        token of its context is certain, as it is to the `hf` model."""
+        """Return (logprob, is greedy) of each continuation given its context. An empty continuation, merged by the
+        tokenizer into the context's last token, counts as certain, as in the `hf` model. Raise ConfigError for one
+        longer than the model."""
         capacity = self.generator.model.capacity
         longest = max((len(continuation) for _, _, continuation in requests), default=0)
         if longest > capacity:
             raise ConfigError(f"a continuation of {longest} tokens cannot be scored: the model takes {capacity}")
+        # One more than the capacity: the last token is only predicted, never an input.
         rows = [[*context, *continuation][-capacity - 1 :] for _, context, continuation in requests]
         counts = [len(continuation) for _, _, continuation in requests]
         results = [(0.0, True)] * len(rows)
-        # The longest first: what is too large for the memory is so at once.
+        # Longest first, so that a batch too large for the memory fails at once.
         order = sorted((number for number, count in enumerate(counts) if count), key=lambda number: -len(rows[number]))
         chunks = [order[start : start + ROWS_AT_ONCE] for start in range(0, len(order), ROWS_AT_ONCE)]
         for chunk in self._track(chunks, f"scoring {len(order):,} texts", len(chunks)):
@@ -107,6 +117,7 @@ class HarnessModel(TemplateLM):
         return results
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[float]:
+        """Return the logprob of each whole text, summed over disjoint windows of the model's capacity."""
         windows: list[Pair] = []
         counts: list[int] = []
         for request in requests:
@@ -123,9 +134,11 @@ class HarnessModel(TemplateLM):
         return [sum(next(each)[0] for _ in range(count)) for count in counts]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[str]:
+        """Return the generated text of each request, cut at its stop strings."""
         generator, answers, stops = self.generator, [], []
         batch = Batch(generator.model, generator.ends)
-        for number, request in enumerate(requests):  # which may ask the same several times
+        # The number is the seed, since a task may repeat a request to get several samples.
+        for number, request in enumerate(requests):
             context, settings = request.args
             answer, stop = self._answer(context, settings, number)
             batch.add(answer)
@@ -137,6 +150,8 @@ class HarnessModel(TemplateLM):
         return [postprocess_generated_text(text, stop, None) for text, stop in zip(texts, stops, strict=True)]
 
     def _answer(self, context: str, settings: Mapping[str, Any], seed: int) -> tuple[Answer, list[str]]:
+        """Return the Answer to start and its stop strings. `settings` are the task's generation settings. Raise
+        ConfigError for settings that are not supported, and for answers as long as the model's capacity."""
         generator = self.generator
         known = normalize_gen_kwargs(dict(settings), MOST_TOKENS)
         eos = None if self.eot_token_id is None else generator.tokenizer.decode([self.eot_token_id])
@@ -150,6 +165,7 @@ class HarnessModel(TemplateLM):
         usual = generator.sampling
         sampled = {"repetition_penalty": usual.repetition_penalty, "rules": usual.rules, "seed": seed} | sampled
         sampling = Sampling(**sampled | {"temperature": sampled.get("temperature", 0.0) if drawn else 0.0})
+        # The prompt is cut on the left, as the `hf` model does, so that the answer fits.
         room = generator.model.capacity - most
         if room <= 0:
             raise ConfigError(
@@ -159,13 +175,16 @@ class HarnessModel(TemplateLM):
         return generator.start(generator.request(prompt, most, sampling, stop)), stop
 
     def _score(self, rows: Sequence[Sequence[int]]) -> Sequence[Score]:
+        """Return the Scores of `rows`; Rehearsal overrides it."""
         return self.generator.score(rows)
 
     def _finish(self, batch: Batch) -> Iterator[Answer]:
+        """Yield the answers as they end; Rehearsal overrides it."""
         yield from (answer for answer in batch.finish() if answer.finish)
 
     def _track(self, items: Iterable[T], what: str, total: int) -> Iterator[T]:
-        """A bar on a terminal; elsewhere, as in a job's log, a line every few seconds."""
+        """Yield `items` and show progress as `what` of `total`: a bar on a terminal, otherwise (a job's log) a line
+        every few seconds."""
         if self._console is not None and self._console.is_terminal:
             yield from rich.progress.track(items, what, total, console=self._console, transient=True)
             return
@@ -176,25 +195,29 @@ class HarnessModel(TemplateLM):
                 said = time.monotonic()
                 self._console.print(f"{what}: {number:,} of {total:,}", highlight=False)
 
-    # What belongs to chats.
+    # Interface for chats.
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Return a conversation's text, in which control tokens of its messages are marked for `tok_encode`."""
+        """Return the rendered conversation, with control tokens of its messages marked for `tok_encode`."""
         return self.generator.contents.render(chat_history, add_generation_prompt)
 
     def chat_template(self, chat_template: bool | str = False) -> str:
+        """Return the source of the chat template for the harness's records; empty if `chat_template` is false."""
         return self.generator.chat_template.source if chat_template else ""
 
     @property
     def tokenizer_name(self) -> str:
+        """Return the tokenizer's fingerprint, which the harness caches requests by."""
         return self.generator.tokenizer.fingerprint()
 
-    # What the ranks that share the documents tell each other.
+    # Collectives among the ranks that share the documents.
 
     def all_gather(self, tensor: Tensor) -> Tensor:
+        """Gather a tensor of every data rank, flattened and concatenated."""
         return all_gather(tensor.reshape(-1), self._data, 0)
 
     def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
+        """Return the objects of all data ranks on rank `dst`, and None on the others."""
         if self._data.size == 1:
             return [obj]
         found: list[Any] = [None] * self._data.size
@@ -203,7 +226,7 @@ class HarnessModel(TemplateLM):
 
 
 class Rehearsal(HarnessModel):
-    """Does all that a `HarnessModel` does but ask the model: to see what would go wrong."""
+    """Does everything that a `HarnessModel` does except run the model, to find errors beforehand."""
 
     def _score(self, rows: Sequence[Sequence[int]]) -> Sequence[Score]:
         return [Score(torch.zeros(len(row) - 1), torch.zeros(len(row) - 1, dtype=torch.bool)) for row in rows]
@@ -213,19 +236,22 @@ class Rehearsal(HarnessModel):
 
 
 class Tasks(NamedTuple):
+    """Holds loaded tasks and the limit of documents per task."""
+
     loaded: dict[str, Any]
-    """As the harness has them: tasks, groups, group_map."""
+    """The harness's own form: tasks, groups, group_map."""
     limit: int | None
 
     @property
     def fewest(self) -> int:
-        """Documents that a task has at least."""
+        """Return the number of documents of the smallest task, the limit applied."""
         with _seeded():
             counts = [len(task.eval_docs) for task in self.loaded["tasks"].values()]
         return min([*counts, self.limit] if self.limit else counts)
 
     def rehearse(self, generator: Generator) -> None:
-        """Find out in a moment what would go wrong in hours. Raises ConfigError or DataError."""
+        """Run the tasks without the model, to find in a moment what would fail after hours. Raise ConfigError or
+        DataError."""
         try:
             self.run(Rehearsal(generator), uncertainty=0)
         except (ConfigError, DataError):
@@ -237,8 +263,9 @@ class Tasks(NamedTuple):
     def run(
         self, model: LM, uncertainty: int = 1000, samples: bool = False, chat: bool = False
     ) -> dict[str, Any] | None:
-        """The harness's results, on the first of the ranks that share the documents. `uncertainty`: how often it draws
-        again where a standard error has no formula; 0: no standard errors."""
+        """Evaluate `model` and return the harness's results on the first of the ranks that share the documents, None on
+        the others. `uncertainty` is the number of bootstrap iterations for standard errors without a formula, 0 for no
+        standard errors. `samples` keeps each document's answers; `chat` applies the chat template."""
         with _seeded():
             return evaluate(
                 model,
@@ -257,10 +284,11 @@ def load_tasks(
     limit: int | None = None,
     shots: int | None = None,
 ) -> Tasks:
-    """Tasks, groups or tags by their names or YAML files, or as the harness's configs, with their data. `shots`:
-    examples before each document, unless a task says that it wants none.
+    """Load tasks, groups or tags with their data; `names` are names, YAML files or the harness's configs.
 
-    Raises ConfigError for an unknown name, DataError for a dataset that cannot be had."""
+    `include_path` is a folder with more tasks, `limit` the number of documents per task. `shots` is the number of
+    few-shot examples, except for tasks that want none. Raise ConfigError for an unknown name, and DataError for a
+    dataset that cannot be loaded."""
     if include_path is not None and not include_path.is_dir():
         raise ConfigError(f"{include_path}, where tasks should be, is not a folder")
     loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
@@ -282,7 +310,8 @@ def load_tasks(
 
 
 def _index_tasks(names: Sequence[str | dict[str, Any]], include_path: str | None) -> TaskManager:
-    """Of the user's own where all are; finding the harness's, more than ten thousand, takes a while."""
+    """Return an index of the user's own tasks if they include all `names`. Otherwise index also the harness's more than
+    ten thousand, which takes a while."""
     own = TaskManager(include_path=include_path, include_defaults=False)
     if all(not isinstance(name, str) or name in own.all_subtasks or Path(name).is_file() for name in names):
         return own
@@ -290,6 +319,7 @@ def _index_tasks(names: Sequence[str | dict[str, Any]], include_path: str | None
 
 
 def _load_task(manager: TaskManager, name: str | dict[str, Any]) -> dict[str, Any]:
+    """Load one task or group. Raise ConfigError for an unknown name and DataError if loading fails."""
     if isinstance(name, str) and name not in manager.all_tasks and not Path(name).is_file():
         close = difflib.get_close_matches(name, manager.all_tasks, n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else "`lm-eval ls tasks` lists those of the harness"
@@ -306,8 +336,8 @@ def _load_task(manager: TaskManager, name: str | dict[str, Any]) -> dict[str, An
 
 @contextmanager
 def _seeded() -> Iterator[None]:
-    """Some tasks draw from the random numbers of everybody: they find what the harness's own command gives them, on
-    every rank, and nobody else notices."""
+    """Seed the global random generators as the harness's own command does, and restore them afterwards. Some tasks draw
+    from them, and every rank must draw the same."""
     restore: list[tuple[Callable[[Any], None], Any]]
     restore = [(random.setstate, random.getstate()), (np.random.set_state, np.random.get_state())]
     random.seed(DEFAULT_RANDOM_SEED)
@@ -322,7 +352,8 @@ def _seeded() -> Iterator[None]:
 
 
 def numbers_of(results: Mapping[str, Any]) -> dict[str, float]:
-    """TASK/METRIC, or TASK/METRIC/FILTER where a task reads answers in several ways; standard errors left out."""
+    """Return the metrics as TASK/METRIC, or TASK/METRIC/FILTER for a task that extracts answers in several ways.
+    Standard errors are left out."""
     numbers = {}
     for task, values in results["results"].items():
         for key, value in values.items():

@@ -1,4 +1,5 @@
-"""A model that is too large for one device, over a tensor group and a pipeline, answering as a clean model does."""
+"""Inference with a model that is too large for one device: sharded over a tensor group and a pipeline, it answers as an
+unsharded one."""
 
 from __future__ import annotations
 
@@ -23,11 +24,15 @@ from megalite.plan import Plan, make_plan
 
 
 class RanksModel:
-    """Every rank calls it with the same tokens, and gets the same logits; see `batch.Predictor`."""
+    """Runs a sharded model as a `batch.Predictor`. Every rank calls it with the same tokens and gets the same
+    logits."""
 
     def __init__(
         self, stage: Stage, plan: Plan, mesh: Mesh, dtype: torch.dtype, num_slots: int, max_length: int | None = None
     ):
+        """Wrap this rank's pipeline `stage` under `plan` and `mesh` and give it a cache of `num_slots` sequences.
+        `dtype` is the precision of hidden states between stages; `max_length` limits prompt and answer (default:
+        `max_positions`)."""
         self.stage, self.mesh, self.num_slots = stage, mesh, num_slots
         self.config, self.vocab_size = stage.model.config, stage.model.config.vocab_size
         self.capacity = min(max_length or self.config.max_positions, self.config.max_positions)
@@ -41,22 +46,24 @@ class RanksModel:
             self.pipeline = Pipeline([stage], plan, mesh, hidden, [None])
 
     def predict(self, tokens_BT: Tensor, places: CachedPlaces, last_B: Tensor) -> Tensor:
-        """[B,V] fp32"""
+        """Return the next-token logits behind the token `last_B` of each row of `tokens_BT`, fp32 [B,V]; cache keys and
+        values at `places`."""
         return self._run(Inputs(tokens_BT, places, last_B=last_B))[:, 0]
 
     def logits(self, tokens_BT: Tensor, places: Places) -> Tensor:
-        """[B,T,V] fp32"""
+        """Return the next-token logits behind every token, fp32 [B,T,V]. The cache is left alone."""
         return self._run(Inputs(tokens_BT, places))
 
     @torch.inference_mode()
     def _run(self, inputs: Inputs) -> Tensor:
+        """Run all stages, gather the vocabulary over the tensor group, and broadcast the logits from the last stage."""
         outputs = self.pipeline.forward([inputs]) if self.pipeline else [self.stage(None, inputs)]
         batch, length = inputs.tokens_BT.shape
         shape = (batch, length if inputs.last_B is None else 1, self.vocab_size)
         logits = torch.empty(shape, device=self.device)
         if outputs:
             whole = all_gather(outputs[0].float(), self.mesh.tensor, dim=2)
-            logits.copy_(whole[..., : self.vocab_size])  # the rest is padding
+            logits.copy_(whole[..., : self.vocab_size])  # the vocabulary is padded to divide among tensor ranks
         if self.pipeline:
             dist.broadcast(logits, group=self.mesh.pipeline.group, group_src=self.mesh.pipeline.size - 1)
         return logits
@@ -65,8 +72,8 @@ class RanksModel:
 def load_on_ranks(
     folder: Path, launch: Launch, tensor: int, pipeline: int, num_slots: int, max_length: int | None = None
 ) -> RanksModel:
-    """This rank's part of the model in a Hugging Face folder, in the precision it is stored in. Raises ConfigError or
-    CheckpointError."""
+    """Load this rank's part of the Hugging Face model in `folder`, in the stored precision, over `tensor` × `pipeline`
+    ranks of `launch`. `num_slots` and `max_length` are those of `RanksModel`. Raise ConfigError or CheckpointError."""
     if launch.world_size != tensor * pipeline:
         raise ConfigError(
             f"tensor {tensor} × pipeline {pipeline} needs {tensor * pipeline} ranks, not {launch.world_size}; "

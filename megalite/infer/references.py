@@ -1,4 +1,4 @@
-"""Answers to the prompts of a jsonl file beside the answers that are wanted: BLEU, ROUGE, F1, exact match, accuracy."""
+"""Comparison of generated answers with references from a jsonl file: BLEU, ROUGE, F1, exact match, accuracy."""
 
 from __future__ import annotations
 
@@ -20,9 +20,12 @@ ROUGES = ("rouge1", "rouge2", "rougeL")
 def references_task(
     file: Path, contents: ContentEncoder | None, max_tokens: int, stop: Sequence[str]
 ) -> dict[str, Any]:
-    """A task for the harness, named as the file is. Each line holds a `prompt`, which is a text or a list of messages,
-    and a `completion`, the wanted answer or a list of them, of which the best one counts. `contents` puts messages, and
-    where there is one, also texts, as the model knows them. Raises DataError, which names the line."""
+    """Return a task for the harness, named after `file`.
+
+    Each line of the file holds a `prompt`, a text or a list of messages, and a `completion`, the reference answer or a
+    list of them, of which the best counts. `contents` renders messages, and also plain texts, by the chat template;
+    None leaves texts as they are and refuses messages. `max_tokens` and the strings `stop` end an answer. Raise
+    DataError, which names the line."""
     import datasets
 
     rows = list(_read(file, contents))
@@ -45,8 +48,10 @@ def references_task(
 
 
 def _read(file: Path, contents: ContentEncoder | None) -> Iterator[dict[str, Any]]:
+    """Yield prompt and references of each line. Raise DataError, which names the line."""
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")  # a text may hold other characters that end lines
+        # Not splitlines: a text may hold other characters that end lines.
+        lines = file.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file} cannot be read: {error}") from None
     for number, line in enumerate(lines, 1):
@@ -75,9 +80,11 @@ def _read(file: Path, contents: ContentEncoder | None) -> Iterator[dict[str, Any
 
 
 def compare(said: str, wanted: Sequence[str]) -> dict[str, Any]:
-    """`bleu` is left to be computed over all answers. ROUGE is its F-measure with stems (Lin 2004); `f1` and
-    `exact_match` are SQuAD's (Rajpurkar et al. 2016), deaf to case, articles and punctuation; `accuracy` hears all but
-    the white space around a text."""
+    """Return the metrics of the answer `said` against the references `wanted`; the best reference counts.
+
+    `bleu` holds the pair itself, since it is computed over the whole corpus. ROUGE is its F-measure with stems (Lin
+    2004). `f1` and `exact_match` are SQuAD's (Rajpurkar et al. 2016), which ignore case, articles and punctuation;
+    `accuracy` ignores only the white space around a text."""
     rouges = [_rouge().score(text, said) for text in wanted]
     return {
         "bleu": (said, wanted),
@@ -96,7 +103,7 @@ def _rouge() -> Any:
 
 
 def f1(said: str, wanted: str) -> float:
-    """Harmonic mean of the shares of words that are wanted, and that are said."""
+    """Return the harmonic mean of precision and recall over words, 0 to 1."""
     one, other = _bare(said), _bare(wanted)
     if not one or not other:
         return float(one == other)
@@ -105,16 +112,17 @@ def f1(said: str, wanted: str) -> float:
 
 
 def _bare(text: str) -> list[str]:
+    """Return the words of `text` in lower case, without punctuation and articles."""
     kept = "".join(character for character in text.lower() if character not in string.punctuation)
     return re.sub(r"\b(a|an|the)\b", " ", kept).split()
 
 
 def _bleu(pairs: Sequence[tuple[str, Sequence[str]]]) -> float:
-    """Of the whole corpus, 0 to 100, as sacrebleu has it (Post 2018)."""
+    """Return the BLEU of the whole corpus, 0 to 100, as sacrebleu computes it (Post 2018)."""
     import sacrebleu
 
     most = max(len(wanted) for _, wanted in pairs)
-    # Each stream has one reference of every answer, or none.
+    # sacrebleu wants reference streams of equal length: answers with fewer references have None in the later ones.
     streams = [[wanted[k] if k < len(wanted) else None for _, wanted in pairs] for k in range(most)]
     return sacrebleu.corpus_bleu([said for said, _ in pairs], streams).score
 

@@ -1,4 +1,4 @@
-"""Tokens that must not come next, as generation_config.json has them."""
+"""Logits processors that forbid tokens, as generation_config.json defines them."""
 
 from __future__ import annotations
 
@@ -8,33 +8,35 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Rules:
-    """Names and meanings are those of transformers' GenerationConfig."""
+    """Holds which tokens must not come next. Names and meanings are those of transformers' GenerationConfig."""
 
     no_repeat_ngram_size: int = 0
-    """So many tokens in a row never come twice; 0: they may."""
+    """No n-gram of this size comes twice. 0 disables."""
     bad_words_ids: tuple[tuple[int, ...], ...] = ()
-    """Tokens in a row that never come."""
+    """Token sequences that never come."""
     suppress_tokens: tuple[int, ...] = ()
+    """Tokens that never come."""
     begin_suppress_tokens: tuple[int, ...] = ()
-    """Not as an answer's first token."""
+    """Tokens that do not come first in an answer."""
     min_new_tokens: int = 0
-    """Of an answer, before which it does not end."""
+    """An answer does not end before it has this many tokens."""
     min_length: int = 0
-    """The same with the prompt."""
+    """The same for prompt and answer together."""
 
     def forbidden(self, ids: Sequence[int], num_new: int, ends: frozenset[int]) -> set[int]:
-        """Return the tokens that must not follow `ids`, of which the last `num_new` are the answer's. `ends`: those
-        that end it."""
+        """Return the tokens that must not follow `ids`, of which the last `num_new` belong to the answer. `ends` are
+        the ids that end it."""
         found = {*self.suppress_tokens, *(self.begin_suppress_tokens if num_new == 0 else ())}
         if num_new < self.min_new_tokens or len(ids) < self.min_length:
             found |= ends
         for *before, last in self.bad_words_ids:
-            # An end alone is no word.
+            # transformers ignores a bad word that consists of an end token alone.
             if list(ids[-len(before) :]) == before if before else last not in ends:
                 found.add(last)
         return found | self._repeating(ids)
 
     def _repeating(self, ids: Sequence[int]) -> set[int]:
+        """Return the tokens that would complete an n-gram that `ids` already has."""
         before = self.no_repeat_ngram_size - 1
         if before < 0:
             return set()

@@ -1,7 +1,7 @@
-"""How the next token is chosen from its logits, for many sequences at a time.
+"""Choice of the next token from logits, for many sequences at a time.
 
-A sequence's tokens follow from its logits, its seed and their place in it alone: the random number of a token is a
-function of (seed, place), so that it is the same whatever else is generated beside it."""
+A sequence's tokens depend only on its logits, its seed and their position in it: the random number of a token is a
+function of (seed, position), so that it is the same whatever else is generated beside it."""
 
 from __future__ import annotations
 
@@ -18,26 +18,28 @@ from megalite.utils.counter_random import random_bits, uniform
 from megalite.utils.keys import key_of
 
 LIKELIEST = 256
-"""Tokens that are ordered at first to find where top-p cuts; all of them only where these do not reach it."""
+"""Number of tokens that are sorted first to find the top-p cut; all are sorted only if these do not reach it."""
 SITE = key_of("generate")
 LARGEST, SMALLEST = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
 class Sampling:
+    """Holds the settings of sampling. Raises ConfigError for a value out of range."""
+
     temperature: float = 1.0
-    """0 takes the likeliest token."""
+    """0 means greedy decoding."""
     top_k: int = 0
-    """Only the k likeliest tokens; 0 for all."""
+    """Keep the k likeliest tokens. 0 keeps all."""
     top_p: float = 1.0
-    """Only the likeliest tokens that together have at least this probability (Holtzman et al. 2020)."""
+    """Keep the likeliest tokens that together have at least this probability (nucleus: Holtzman et al. 2020)."""
     min_p: float = 0.0
-    """Only tokens at least this share as likely as the likeliest one (Nguyen et al. 2024)."""
+    """Keep tokens at least this fraction as likely as the likeliest one (Nguyen et al. 2024)."""
     repetition_penalty: float = 1.0
-    """Logits of tokens that were there before are divided by it, negative ones multiplied (Keskar et al. 2019)."""
+    """Divide logits of earlier tokens by this, multiply negative ones (Keskar et al. 2019)."""
     seed: int = 0
     rules: Rules = NO_RULES
-    """Of tokens that must not come next."""
+    """Tokens that must not come next."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf") or self.top_k < 0 or not 0 < self.top_p <= 1:
@@ -61,8 +63,10 @@ def choose(
     num_new: Sequence[int] = (),
     ends: Sequence[frozenset[int]] = (),
 ) -> Tensor:
-    """The next token of each sequence, int64 [B], from fp32 logits and the ids before it, prompt included. Rules also
-    see how many of them are the answer's, and which tokens would end it."""
+    """Return the next token of each sequence, int64 [B], from fp32 logits [B,V].
+
+    `samplings` are the settings and `ids` the token ids so far of each, prompt included. For their rules, `num_new`
+    says how many of the ids belong to the answer, and `ends` which tokens would end it."""
     penalized = [row for row, sampling in enumerate(samplings) if sampling.repetition_penalty != 1]
     ruled = [row for row, sampling in enumerate(samplings) if sampling.rules != NO_RULES]
     if penalized or ruled:
@@ -70,12 +74,12 @@ def choose(
     for row in penalized:
         seen = torch.tensor(sorted(set(ids[row])), device=logits_BV.device)
         logits, penalty = logits_BV[row, seen], samplings[row].repetition_penalty
-        # Finite also where a penalty is next to nothing.
+        # Clamped, because a penalty close to 0 overflows fp32.
         logits_BV[row, seen] = torch.where(logits > 0, logits / penalty, logits * penalty).clamp(-LARGEST, LARGEST)
     for row in ruled:
         found = samplings[row].rules.forbidden(ids[row], num_new[row], ends[row])
         known = [token for token in found if 0 <= token < logits_BV.shape[1]]
-        if len(known) < logits_BV.shape[1]:  # something must come
+        if len(known) < logits_BV.shape[1]:  # if all were forbidden, nothing could be drawn: the rules are ignored
             logits_BV[row, known] = -torch.inf
     likeliest_B = logits_BV.argmax(-1)
     drawn = [row for row, sampling in enumerate(samplings) if sampling.temperature > 0]
@@ -89,13 +93,15 @@ def choose(
 
 
 def warp(logits_BV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
-    """Logits to draw from: tempered, and -inf where a token must not be drawn."""
+    """Return logits [B,V] to draw from: divided by temperature, and -inf for tokens that `samplings` exclude (top-k,
+    top-p, min-p)."""
     column = partial(_column, device=logits_BV.device)
-    # The largest is 0, whatever it is divided by: a temperature next to nothing leaves the likeliest token.
+    # With the largest logit at 0, a temperature close to 0 sends all others to -inf and never produces NaN.
     temperature_B1 = column([sampling.temperature for sampling in samplings]).clamp(min=SMALLEST)
     logits_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / temperature_B1
     top_k = [min(sampling.top_k or logits_BV.shape[1], logits_BV.shape[1]) for sampling in samplings]
     if min(top_k) < logits_BV.shape[1]:
+        # Rows without top-k ask for 1, so that one such row does not make topk sort the whole vocabulary.
         asked = [k if k < logits_BV.shape[1] else 1 for k in top_k]
         least_B1 = logits_BV.topk(max(asked)).values.gather(1, column(asked, torch.int64) - 1)
         cut_B1 = column(top_k, torch.int64) < logits_BV.shape[1]
@@ -110,8 +116,9 @@ def warp(logits_BV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
 
 
 def _draw(logits_BV: Tensor, seeds: Sequence[int], places: Sequence[int]) -> Tensor:
-    # Where in the sum of all probabilities the random number falls; in float64, of which fp32's rounding over a large
-    # vocabulary would leave little.
+    """Draw a token per row, int64 [B], by inverting the cumulative distribution at the random number of (seed,
+    position)."""
+    # In float64: over a large vocabulary, fp32's rounding of the cumulative sum would swallow unlikely tokens.
     sums_BV = logits_BV.softmax(-1).double().cumsum(-1)
     seed_B1, index_B1 = (_column(numbers, torch.int64, logits_BV.device) for numbers in (seeds, places))
     place_B1 = uniform(random_bits(SITE, seed_B1), index_B1).double() * sums_BV[:, -1:]
@@ -119,11 +126,13 @@ def _draw(logits_BV: Tensor, seeds: Sequence[int], places: Sequence[int]) -> Ten
 
 
 def _column(values: Sequence[float], dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> Tensor:
+    """Return `values` as a column [B,1]."""
     return torch.tensor(values, dtype=dtype, device=device)[:, None]
 
 
 def _least_of_top_p(logits_BV: Tensor, top_p_B1: Tensor) -> Tensor:
-    """The lowest logit that is in, [B,1]; those that equal it are in as well. -inf where all are."""
+    """Return the lowest logit inside the nucleus, [B,1]; equal logits are inside as well. -inf for rows with top_p
+    1."""
     whole_B1 = logits_BV.logsumexp(-1, keepdim=True)
     for count in (min(LIKELIEST, logits_BV.shape[1]), logits_BV.shape[1]):
         best = logits_BV.topk(count).values
