@@ -1,10 +1,10 @@
-"""Where the answers of a conversation stand in its rendering by a chat template.
+"""Locate the answers of a conversation in its rendering by a chat template.
 
-A template may trim texts, drop thoughts from turns that are not the last, put a system prompt or tools where it
-likes, or end the last turn in another way than the others. Where the conversation up to an answer, with and without
-it, still begins the whole rendering, its place is between the two. Elsewhere it is found in the whole: what changes
-when a mark stands in for the answer is the answer. Before it stands what the model is given (the rendering that asks
-for the answer), behind it what ends it."""
+A template may trim texts, drop reasoning from turns that are not the last, put a system prompt or tools where it likes,
+or end the last turn differently from the others. If the conversation up to an answer, rendered with and without that
+answer, is a prefix of the whole rendering, the answer lies between the two. Otherwise it is found by substitution:
+whatever changes in the whole rendering when a mark stands in for the answer is the answer. Before it stands the model's
+prompt (the rendering that asks for the answer), behind it whatever ends the answer."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from megalite.data.chat import MARK, ChatTemplate, Message
 from megalite.errors import TemplateLimit
 
 NEVER_MARKED = ("role", "type", "id", "tool_call_id", "name")
-"""Keys of messages whose values templates compare with others."""
+"""Message keys whose values templates compare with constants, so that no mark may replace them."""
 REASONING = ("reasoning_content", "thinking", "reasoning")
-"""Names of what a model thought before it answered; transformers gives a template all of them."""
+"""Message keys for the reasoning before an answer; transformers passes all of them to a template."""
 
 
 class Answers(NamedTuple):
-    """`text` is the whole conversation's; `spans`, ascending, are what is learned of it."""
+    """Holds the rendered conversation `text` and the ranges of it that are learned: `spans`, ascending."""
 
     text: str
     spans: list[range]
     is_open: bool
-    """The text ends with a learned answer, and no token says that the answer is over."""
+    """The text ends with a learned answer, and no token marks its end."""
     shortened: list[int]
     """Numbers of messages of which the template shows less than they hold."""
 
@@ -35,13 +35,16 @@ class Answers(NamedTuple):
 def find_answers(
     template: ChatTemplate, messages: Sequence[Message], learned: Collection[int], tools: Any = None, **options: Any
 ) -> Answers:
-    """Find the answers in the messages of the numbers `learned`, each with the token that ends it.
+    """Find the answers among `messages` whose numbers are in `learned`, each with the token that ends it.
 
-    Raises ValueError where the template cannot render the messages, or shows none of these answers."""
+    `tools` and `options` are passed to `template`. Raise ValueError if it cannot render the messages, or shows none of
+    these answers."""
     return _Finder(template, messages, tools, options).find(sorted(learned))
 
 
 class _Finder:
+    """Renders a conversation, once in full and as often as needed with changes, to locate its answers."""
+
     def __init__(
         self, template: ChatTemplate, messages: Sequence[Message], tools: Any, options: Mapping[str, Any]
     ) -> None:
@@ -55,6 +58,8 @@ class _Finder:
             self.text = template.render(messages, tools, **options)
 
     def find(self, learned: Sequence[int]) -> Answers:
+        """Return the located answers of the messages numbered `learned`. Raise ValueError if the template shows
+        none."""
         places = {number: self._place(number) for number in learned}
         shortened = [n for n, place in places.items() if place is None or not self._holds(n, place)]
         spans = [span for place in places.values() if place is not None for span in self._spans(place)]
@@ -65,7 +70,8 @@ class _Finder:
         return Answers(self.text, spans, is_open, shortened)
 
     def _spans(self, place: range) -> list[range]:
-        """What is learned of an answer: all, or what the template marks, and what ends it."""
+        """Return which parts of the answer at `place` are learned: all of it, or what the template's {% generation %}
+        blocks mark, with the token that ends it."""
         if self._blocks is None:
             return [place]
         spans = [block for block in self._blocks if block.start < place.stop and place.start < block.stop]
@@ -74,7 +80,7 @@ class _Finder:
         return spans
 
     def _only_ends(self, start: int, stop: int) -> bool:
-        """Whether there is something, and nothing but white space and tokens that end a turn."""
+        """Return whether text[start:stop] is not empty, and holds only white space and tokens that end a turn."""
         rest = self.text[start:stop]
         is_last = not self.text[stop:].strip()
         for token in self._template.controls:
@@ -82,7 +88,7 @@ class _Finder:
         return start < stop and not rest.strip() and (is_last or rest != self.text[start:stop])
 
     def _holds(self, number: int, place: range) -> bool:
-        """Whether the template shows all that a message says, white space aside."""
+        """Return whether `place` shows everything that the message says, white space aside."""
         message, shown = self._messages[number], _bare(self.text[place.start : place.stop])
         thoughts = next((message[key] for key in REASONING if message.get(key) is not None), None)
         texts = [
@@ -93,8 +99,8 @@ class _Finder:
         return all(_bare(text) in shown for text in texts if isinstance(text, str))
 
     def _place(self, number: int) -> range | None:
-        """From where the model begins to answer to the token that ends the answer. None where the template shows none
-        of it."""
+        """Return the range of an answer, from where the model begins to answer to the token that ends it. None if the
+        template shows none of it."""
         before, until = self._rendered(self._messages[:number], prompt=True), self._until(number)
         if before and until and len(before) < len(until) and all(map(self.text.startswith, (before, until))):
             bare = until.rstrip()
@@ -105,18 +111,20 @@ class _Finder:
         if MARK not in marked:
             return None
         same = _shared(self.text, marked)
+        # The common suffix must not overlap the common prefix, as it would if the answer repeats its surroundings.
         behind = min(_shared(self.text[::-1], marked[::-1]), len(self.text) - same)
         stop = len(self.text) - behind
         return range(self._start(number, same, before), stop + self._end(number, self.text[stop:])) or None
 
     def _until(self, number: int) -> str | None:
-        """The conversation up to a message's end."""
+        """Return the rendering of the conversation up to the end of message `number`; None if the template refuses
+        it."""
         is_last = number == len(self._messages) - 1
         return self.text if is_last else self._rendered(self._messages[: number + 1])
 
     def _start(self, number: int, same: int, before: str | None) -> int:
-        """Where the model begins to answer. `same`: up to where nothing changes when the answer does; `before`: what
-        is rendered to ask for it."""
+        """Return where the model begins to answer. `same` is where the rendering begins to change with the answer,
+        `before` the rendering that asks for it, None if the template refuses that."""
         if before is not None and self.text.startswith(before):
             return len(before)
         asked, whole = (
@@ -127,13 +135,14 @@ class _Finder:
             return same
         start, shared = len(self.text) - len(whole), _shared(asked, whole)
         if shared < len(asked) and start + shared != same:
-            # Part of a word may be the answer's.
+            # The shared text may reach into the answer's first word: go back to the last control token or line.
             shared = max(self._last_control(whole[:shared]), whole.rfind("\n", 0, shared) + 1)
         return start + shared
 
     def _end(self, number: int, rest: str) -> int:
-        """How much of `rest`, which follows an answer's text, is the answer's. Of the last turn, all up to the last
-        token that no text holds; of another, what follows it also where it is the last."""
+        """Return how many characters of `rest`, which follows an answer's text, belong to the answer. For the last turn
+        it is everything up to the last control token; for another, what also follows it when it is rendered as the
+        last."""
         if number == len(self._messages) - 1:
             return self._last_control(rest) or len(rest)
         last = self._behind(self._messages[: number + 1], number) or ""
@@ -144,19 +153,22 @@ class _Finder:
         return len(last) if rest.startswith(last) else 0
 
     def _last_control(self, text: str) -> int:
-        """Where the last token that no text holds ends. 0 without any."""
+        """Return where the last control token in `text` ends, 0 if there is none. Control tokens never occur in
+        ordinary text."""
         return max((at + len(token) for token in self._template.controls if (at := text.rfind(token)) >= 0), default=0)
 
     def _behind(self, messages: Sequence[Message], number: int, prompt: bool = False) -> str | None:
-        """What follows the texts of a message."""
+        """Return what follows the last text of message `number` in the rendering of `messages`; None if it cannot be
+        told."""
         marked = self._marked(messages, number, prompt) if number >= 0 else None
         return marked.rpartition(MARK)[2] if marked is not None and MARK in marked else None
 
     def _marked(self, messages: Sequence[Message], number: int, prompt: bool = False) -> str | None:
+        """Return the rendering with a mark in place of every text of message `number`."""
         return self._rendered([*messages[:number], _with_marks(messages[number]), *messages[number + 1 :]], prompt)
 
     def _rendered(self, messages: Sequence[Message], prompt: bool = False) -> str | None:
-        """None where the template refuses."""
+        """Return the rendering of `messages`, up to the next answer with `prompt`. None if the template refuses."""
         try:
             return self._template.render(messages, self._tools, prompt, **self._options)
         except TemplateLimit:
@@ -166,11 +178,12 @@ class _Finder:
 
 
 def _with_marks(message: Message) -> Message:
+    """Return `message` with a mark in place of each of its texts."""
     return {key: value if key in NEVER_MARKED else _marks_in(value) for key, value in message.items()}
 
 
 def _marks_in(value: Any) -> Any:
-    """The same with a mark for every text."""
+    """Return `value` with a mark in place of each text that is not empty."""
     if isinstance(value, str):
         return MARK if value else value
     if isinstance(value, Mapping):
@@ -179,7 +192,7 @@ def _marks_in(value: Any) -> Any:
 
 
 def _shared(a: str, b: str) -> int:
-    """How many characters both begin with."""
+    """Return the length of the common prefix of `a` and `b`, by bisection."""
     low, high = 0, min(len(a), len(b))
     while low < high:
         middle = (low + high + 1) // 2
@@ -188,4 +201,5 @@ def _shared(a: str, b: str) -> int:
 
 
 def _bare(text: str) -> str:
+    """Return `text` without white space."""
     return re.sub(r"\s+", "", text)

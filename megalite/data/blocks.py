@@ -1,8 +1,7 @@
-"""The inputs cut into blocks, to be read and tokenized apart from each other and put together in their order.
+"""Split the inputs into blocks, which are read and tokenized independently and joined in their order.
 
-A plain file of JSON lines is cut without being looked at: a line belongs to the block in which it begins, and whoever
-tokenizes the block reads and parses it. Where the cuts fall depends on the files alone, never on how many do the
-work."""
+A plain file of JSON lines is split without being read: a line belongs to the block in which it begins, and whoever
+tokenizes the block reads and parses it. The cuts depend on the files alone, never on the number of workers."""
 
 from __future__ import annotations
 
@@ -33,22 +32,23 @@ from megalite.utils.urls import is_url
 
 BLOCK_BYTES, READ_BYTES = 2 << 20, 1 << 16
 NAMED = ("left_out", "as_text")
-"""Counts of a report that have names."""
+"""Fields of a report that are counts by name."""
 TOO_LONG = f"longer than {LONGEST_TEXT >> 20} MiB; cut the text into several documents"
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Part `index` (from 0) of `count` about equal ones, in bytes of the inputs as they lie on disk."""
+    """Holds the number of one part, `index` (from 0) of `count` nearly equal ones, measured in bytes of the inputs on
+    disk."""
 
     index: int = 0
     count: int = 1
 
 
 class Block(NamedTuple):
-    """Lines that begin within bytes [first, last) of `path`; or whole lines of a packed file; or documents of others.
-
-    `report` counts what was met on the way there, `failure` says why the file ends with this block."""
+    """Holds one of: the lines that begin within bytes [first, last) of `path`; whole lines of a compressed file; or
+    documents of other files. `report` counts what was met on the way, `failure` says why the file ends with this
+    block."""
 
     report: Report
     path: str = ""
@@ -60,8 +60,7 @@ class Block(NamedTuple):
 
 
 class Texts(NamedTuple):
-    """A block's texts as UTF-8, none of them empty. `bad` says which of its lines, counted from 1, are no use, and
-    why."""
+    """Holds a block's texts as UTF-8, none empty. `bad` lists the lines (from 1) that cannot be used, and why."""
 
     texts: list[bytes]
     report: Report
@@ -70,15 +69,15 @@ class Texts(NamedTuple):
 
 
 def iter_blocks(files: Mapping[str, int], json_key: str, shard: Shard) -> Iterator[Block]:
-    """Stream the blocks of a shard. A plain JSON line belongs to the one in which it begins, as does any other file.
-
-    Raises DataError, before anything is read, for a missing library."""
+    """Yield the blocks of a shard of `files` (path to size in bytes); `json_key` names the text in JSON lines. A plain
+    JSON line belongs to the shard in which it begins, as does any other file. Raise DataError for a missing library
+    before anything is read."""
     read_files(files, Reading(json_key), Report())  # checks, and reads nothing yet
     return _iter_blocks(files, json_key, shard)
 
 
 def shard_bytes(files: Mapping[str, int], shard: Shard) -> tuple[int, int]:
-    """The bytes [first, last) of all files end to end that are the shard's."""
+    """Return the shard's byte range [first, last) in all files end to end."""
     total = sum(files.values())
     return total * shard.index // shard.count, total * (shard.index + 1) // shard.count
 
@@ -88,6 +87,8 @@ def _iter_blocks(files: Mapping[str, int], json_key: str, shard: Shard) -> Itera
     others: dict[str, int] = {}  # neighbours that are not JSON lines share blocks: they may be many and small
     for path, size in files.items():
         first, last = max(low - offset, 0), min(high - offset, size)
+        # A file that is not split belongs to the shard in which it begins; the last shard also takes empty files at the
+        # end.
         is_here = low <= offset and (offset < high or shard.index == shard.count - 1)
         offset += size
         if not is_json_lines(path):
@@ -96,7 +97,7 @@ def _iter_blocks(files: Mapping[str, int], json_key: str, shard: Shard) -> Itera
         if others:
             yield from _read_documents(others, json_key)
             others = {}
-        if not (is_url(path) or is_packed(path)):  # of a URL, one reader ahead of all is the fastest
+        if not (is_url(path) or is_packed(path)):  # a URL is read fastest by a single read-ahead stream
             for start in range(first, last, BLOCK_BYTES):
                 end = min(start + BLOCK_BYTES, last)
                 yield Block(Report(bytes_read=end - start), path, start, end)
@@ -107,6 +108,7 @@ def _iter_blocks(files: Mapping[str, int], json_key: str, shard: Shard) -> Itera
 
 
 def _read_documents(files: Mapping[str, int], json_key: str) -> Iterator[Block]:
+    """Yield blocks of about BLOCK_BYTES of documents."""
     report, before = Report(), Report()
     documents: list[Document] = []
     num_bytes = 0
@@ -120,6 +122,7 @@ def _read_documents(files: Mapping[str, int], json_key: str) -> Iterator[Block]:
 
 
 def _unpack_lines(path: str) -> Iterator[Block]:
+    """Yield blocks of whole lines from a compressed file or a URL."""
     report, before = Report(), Report()
     whole: list[bytes] = []
     tail: list[bytes] = []  # of a line that has not ended yet
@@ -130,7 +133,7 @@ def _unpack_lines(path: str) -> Iterator[Block]:
             if cut:
                 whole += [*tail, chunk[:cut]]
                 tail = []
-            # Of a line that is too long enough is kept to see that it is.
+            # Keep only enough of an overlong line to see that it is too long: memory stays bounded.
             if sum(map(len, tail)) <= LONGEST_TEXT:
                 tail.append(chunk[cut:])
             held += cut
@@ -144,6 +147,7 @@ def _unpack_lines(path: str) -> Iterator[Block]:
 
 
 def texts_of(block: Block, json_key: str) -> Texts:
+    """Read and parse a block. Return its texts, and the lines that cannot be used."""
     result = Texts([], _difference(block.report, Report()), 0, [])
     for document in block.documents:
         if document.num_bytes > LONGEST_TEXT:
@@ -155,6 +159,7 @@ def texts_of(block: Block, json_key: str) -> Texts:
         lines = _read_lines(block) if block.first < block.last else block.lines
     except OSError as error:
         lines, failure = b"", f"unreadable from here on: {error}"
+    # The fast parser takes common lines; those it leaves (`odd`) go through Python's json, which says what is wrong.
     texts, odd = json_texts(lines, json_key, LONGEST_TEXT)
     for number, first, last in odd:
         line = lines[first:last]
@@ -172,7 +177,9 @@ def texts_of(block: Block, json_key: str) -> Texts:
 
 
 def json_texts_reference(lines: bytes, key: str, longest: int) -> tuple[list[bytes], list[tuple[int, int, int]]]:
-    """`megalite._data.json_texts`, which says what it does. Whatever orjson takes, json takes for the same."""
+    """Parse JSON `lines` and return the text under `key` of each, and (number, first, last) of those left to the exact
+    parser. `longest` is the most bytes of a line. This is `megalite._data.json_texts` in Python; whatever orjson
+    accepts, json accepts with the same result."""
     texts, odd = [], []
     first = 0
     for number, line in enumerate(lines.split(b"\n") if lines else ()):
@@ -194,15 +201,16 @@ except ImportError:  # installed without a compiler
 
 
 def _read_lines(block: Block) -> bytes:
-    """Raises OSError."""
+    """Return the lines that begin within the block. Raise OSError."""
     with open(block.path, "rb") as file:
+        # One byte earlier, so that a newline right before the block shows that its first line begins there.
         file.seek(max(block.first - 1, 0))
         data = file.read(block.last - file.tell())
         if block.first:
             cut = data.find(b"\n") + 1
             data = data[cut:] if cut else b""  # without a cut, it is all of a line that began before
         parts = [data]
-        # The last line may end behind the block. Of one that is too long enough is read to see that it is.
+        # The last line may end behind the block. Of an overlong one, read only enough to see that it is too long.
         while data and not data.endswith(b"\n") and sum(map(len, parts)) <= BLOCK_BYTES + LONGEST_TEXT:
             data = file.readline(READ_BYTES)
             parts.append(data)
@@ -210,7 +218,7 @@ def _read_lines(block: Block) -> bytes:
 
 
 def _text_of(line: bytes, json_key: str, report: Report) -> str:
-    """Raises ValueError that says why there is none."""
+    """Return the text of one line, empty for a blank line. Raise ValueError that says why there is none."""
     if len(line) > LONGEST_TEXT:
         raise ValueError(TOO_LONG)
     if not line.strip():
@@ -221,13 +229,16 @@ def _text_of(line: bytes, json_key: str, report: Report) -> str:
 
 
 class LineNumbers:
-    """Adds up reports in the order of their blocks, and so comes to know the numbers of bad lines in their files."""
+    """Adds up reports in the order of their blocks, and so turns line numbers within blocks into line numbers of
+    files."""
 
     def __init__(self, total: Report) -> None:
         self._total = total
         self._path, self._first, self._num_lines = "", 0, 0
 
     def add(self, block: Block, report: Report, num_lines: int, bad: Sequence[tuple[int, str]]) -> None:
+        """Add the `report` of a block of `num_lines` lines, of which `bad` (number within the block, reason) cannot be
+        used."""
         if block.path != self._path:
             self._path, self._first, self._num_lines = block.path, block.first, 0
         add_to(self._total, report)
@@ -241,7 +252,7 @@ class LineNumbers:
 
 
 def _lines_before(path: str, first: int) -> int:
-    """How many lines of the file begin before this byte."""
+    """Return how many lines of the file begin before byte `first`."""
     num_lines, last = 0, b"\n"
     with open(path, "rb") as file:
         while first > 0 and (data := file.read(min(first, BLOCK_BYTES))):
@@ -250,6 +261,7 @@ def _lines_before(path: str, first: int) -> int:
 
 
 def add_to(total: Report, part: Report) -> None:
+    """Add `part` to `total`, in place."""
     for field in dataclasses.fields(Report):
         if field.name == "messages":
             total.messages += part.messages[: MAX_MESSAGES - len(total.messages)]
@@ -260,7 +272,7 @@ def add_to(total: Report, part: Report) -> None:
 
 
 def _difference(now: Report, before: Report) -> Report:
-    """What has come since; from nothing, a copy."""
+    """Return what was counted since `before`; with an empty `before`, a copy."""
     counts = {
         field.name: getattr(now, field.name) - getattr(before, field.name)
         for field in dataclasses.fields(Report)

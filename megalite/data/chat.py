@@ -1,4 +1,4 @@
-"""A tokenizer's own chat template, which renders conversations as transformers does, and what ends an answer in it."""
+"""A tokenizer's chat template, which renders conversations as transformers does and tells what ends an answer."""
 
 from __future__ import annotations
 
@@ -17,33 +17,34 @@ from megalite.utils.outside import read_text, reading
 
 Message = Mapping[str, Any]
 GENERATION = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")
-"""Marks, in newer templates, what the model says."""
+"""Tags that newer templates put around what the model says."""
 LARGEST_SOURCE = 1 << 18
-"""Characters of a template; of models' own, the longest has some 30 thousand."""
+"""Most characters of a template; the longest of models' own has some 30 thousand."""
 MARK = "\ue0a1\ue0a2megalite\ue0a3"
-"""Stands in the place of a message's texts where a rendering is asked for where they are. Of Unicode's private use."""
+"""Text from Unicode's private use area that replaces a message's texts to find them in a rendering."""
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """Renders as transformers does, with whose code it is done: a template may come from anywhere, and runs in a
-    sandbox, under the limits of `template_limits`."""
+    """Renders conversations with transformers' own code.
+
+    A template may come from anywhere: it runs in a sandbox, under the limits of `template_limits`."""
 
     source: str
     tokens: Mapping[str, str]
-    """Special tokens by their role, such as eos_token."""
+    """Special tokens by role, such as eos_token."""
     special: tuple[str, ...]
-    """Tokens of the tokenizer that no text holds."""
+    """The tokenizer's special tokens, which never occur in ordinary text."""
     added: tuple[str, ...] = ()
-    """These, and others that are matched whole in a text: some tokenizers' ends of answers."""
+    """The special tokens, and others that are matched whole in a text: some tokenizers end answers with such."""
     tool_source: str | None = None
-    """What transformers renders by where tools are given."""
+    """Template that transformers uses instead if tools are given."""
     folder: Path | None = None
-    """Where it comes from, for messages."""
+    """Where the template comes from, for messages."""
 
     @classmethod
     def of(cls, folder: Path, tokenizer: Tokenizer) -> ChatTemplate:
-        """Open the template of the folder that a tokenizer comes from. Raises DataError where it has none."""
+        """Open the chat template in `folder`, where `tokenizer` comes from. Raise DataError if there is none."""
         try:
             import jinja2  # noqa: F401
             import transformers  # noqa: F401
@@ -61,46 +62,50 @@ class ChatTemplate:
             raise TemplateLimit(f"{folder}: the chat template has more than {LARGEST_SOURCE:,} characters")
         special: Sequence[str] = ()
         added: Sequence[str] = ()
-        if isinstance(tokenizer, HuggingFaceTokenizer):  # in a text, sentencepiece alone knows no token as such
+        if isinstance(tokenizer, HuggingFaceTokenizer):  # sentencepiece alone never recognises a token in a text
             special, added = tokenizer.control_tokens(), tokenizer.added_tokens()
         tokens = special_tokens(settings_of(folder))
         return cls(template, tokens, tuple(special), tuple(added), for_tools, folder)
 
     def render(self, messages: Sequence[Message], tools: Any = None, prompt: bool = False, **options: Any) -> str:
-        """Return a conversation's text; with `prompt`, up to where the model's next answer begins.
+        """Return the conversation's text; with `prompt`, up to where the model's next answer begins.
 
-        `options` are variables of the template, such as enable_thinking. Raises ValueError with what the template says
-        of messages that it cannot render, and TemplateLimit where it does not end."""
+        `tools` are functions that the model may call; `options` are variables of the template, such as enable_thinking.
+        Raise ValueError with the template's own message for messages that it cannot render, and TemplateLimit if it
+        does not end."""
         return self._render(messages, tools, {**options, "add_generation_prompt": prompt})[0]
 
     def render_with_blocks(
         self, messages: Sequence[Message], tools: Any = None, **options: Any
     ) -> tuple[str, list[range]]:
-        """Return a conversation's text and where its {% generation %} blocks stand. Raises as `render` does."""
+        """Return the conversation's text and the ranges of its {% generation %} blocks. `tools` and errors are those of
+        `render`."""
         text, blocks = self._render(messages, tools, {**options, "return_assistant_tokens_mask": True})
         return text, [range(*block) for block in blocks]
 
     def has_blocks(self, tools: Any = None) -> bool:
-        """Return whether it marks what the model says by {% generation %}."""
+        """Return whether the template marks the model's words by {% generation %}."""
         return bool(GENERATION.search(self._source_for(tools)))
 
     def reads(self, name: str) -> bool:
-        """Return whether a template uses a variable, a key of messages or a text of this name."""
+        """Return whether the template uses a variable, a message key or a text of this `name`."""
         return name in self._names
 
     @cached_property
     def turn_end(self) -> TurnEnd:
-        """Return how it ends an answer."""
+        """Return how the template ends an answer."""
         return find_turn_end(self.render, self.added, self.special)
 
     @cached_property
     def controls(self) -> tuple[str, ...]:
-        """Return the tokens that are the template's own to write: special ones, and what ends an answer."""
+        """Return the tokens that only the template may write: special tokens, and those that end an answer."""
         roles = (token for token in self.tokens.values() if token in self.added)
         return tuple(dict.fromkeys([*self.special, *roles, *self.turn_end.tokens]))
 
     @cached_property
     def _names(self) -> frozenset[str]:
+        """Return all names, attributes and text constants in the template's syntax tree. Raise DataError for invalid
+        syntax."""
         import jinja2
         from jinja2 import nodes
 
@@ -121,8 +126,10 @@ class ChatTemplate:
     def _render(
         self, messages: Sequence[Message], tools: Any, options: Mapping[str, Any]
     ) -> tuple[str, list[tuple[int, int]]]:
+        """Return the text and the spans of {% generation %} blocks. Raise as `render` does."""
         from megalite.data.template_limits import render
 
+        # Null stands for an absent key, as Arrow writes it; a template would see the key.
         chat = [{key: value for key, value in message.items() if value is not None} for message in messages]
         values = {**self.tokens, **options}
         try:
@@ -134,7 +141,8 @@ class ChatTemplate:
 
 
 def _templates_of(folder: Path) -> dict[str, str]:
-    """By name. Files of their own go before those inside of tokenizer_config.json, as in transformers."""
+    """Return the folder's templates by name. As in transformers, separate files take precedence over
+    tokenizer_config.json."""
     files = {path.stem: path for path in sorted((folder / TEMPLATES).glob("*.jinja"))}
     if (own := folder / "chat_template.jinja").is_file():
         files["default"] = own

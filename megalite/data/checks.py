@@ -1,4 +1,4 @@
-"""Does the data fit the model, and is it the same for every rank? Asked before the first step."""
+"""Checks before the first step: that the data fits the model, and that all ranks have the same."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from megalite.utils.outside import shown
 
 
 def open_data(config: Config) -> tuple[Tokenizer | None, dict[Split, Mixture | None]]:
-    """Return the tokenizer and the mixtures of a config, with all asked that can be asked of them: for whoever trains
-    on the data, and for whoever looks at what would be trained on. Raises DataError."""
+    """Return the tokenizer and the mixtures of `config`, fully checked, for training as well as for inspection. Raise
+    DataError."""
     tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
     data = build_mixtures(config, tokenizer)
     check_vocabulary(config, tokenizer)
@@ -33,10 +33,10 @@ def open_data(config: Config) -> tuple[Tokenizer | None, dict[Split, Mixture | N
 
 
 def check_vocabulary(config: Config, tokenizer: Tokenizer | None) -> None:
-    """Refuse token ids that the model has no embedding for, and data of another tokenizer than `data.tokenizer`, as
-    far as tokenizer and data say: preprocessing leaves a note beside its token files, Megatron's own files have none.
+    """Refuse token ids without an embedding in the model, and data of another tokenizer than `data.tokenizer`.
 
-    Raises DataError."""
+    What is known comes from `tokenizer` and from the notes that preprocessing leaves beside token files; Megatron's own
+    files have none. Raise DataError."""
     model_size = config.model.vocab_size
     if tokenizer and tokenizer.vocab_size > model_size:
         raise DataError(
@@ -68,13 +68,13 @@ def check_vocabulary(config: Config, tokenizer: Tokenizer | None) -> None:
 
 
 def _mend(num_ids: int) -> str:
+    """Return the advice that ends an error about the vocabulary."""
     return f"a new model takes model.vocab_size={num_ids}, a trained one its own tokenizer"
 
 
 def check_labelled(config: Config) -> None:
-    """Refuse labelled data of another kind than the run learns from, as far as the notes beside token files say.
-
-    Raises DataError."""
+    """Refuse labelled data of another kind than the run learns from, as far as the notes beside token files say. Raise
+    DataError."""
     is_causal = config.model.task == "causal"
     asked = f"objective.name: {config.objective.name}" if is_causal else f"model.task: {config.model.task}"
     kind = config.objective.DATA if is_causal else config.model.task
@@ -109,22 +109,23 @@ GOES_WITH = {
     "classification": "model.task: classification",
     "labels": "model.task: labels",
 }
+"""Kind of data and the setting that it needs."""
 
 
 def check_token_files(config: Config) -> None:
-    """Look at all of every index and mask of a config, as `build_mixtures` does. Raises DataError."""
+    """Check every index and mask of a config completely, as `build_mixtures` does. Raise DataError."""
     for path in dict.fromkeys(source.path for source in (*config.data.train, *config.data.valid, *config.data.test)):
         IndexedDataset(path).check(len(config.model.labels) or 1)
 
 
 def check_same_everywhere(config: Config, data: Mapping[Split, Mixture | None], mesh: Mesh) -> None:
-    """Refuse to train where a rank has read another config or other token files than rank 0. All ranks call it.
-
-    Raises DataError on all ranks."""
+    """Compare `config` and `data` (mixtures by split) of each rank of `mesh` with rank 0's. All ranks call it; raise
+    DataError on all if any differs."""
     if mesh.world.size == 1:
         return
     mixtures = {split: mixture.fingerprint() if mixture else None for split, mixture in data.items()}
     contents = {f"tokens of data.{split}": mixture.contents() for split, mixture in data.items() if mixture}
+    # Shifted by one, because a 64-bit key does not fit a signed int64.
     mine = torch.tensor(key_of(config.to_yaml(), json.dumps(mixtures)) >> 1, device=mesh.device)
     wanted = mine.clone()
     dist.broadcast(wanted, 0)
@@ -144,7 +145,7 @@ def check_same_everywhere(config: Config, data: Mapping[Split, Mixture | None], 
 
 
 def _said_by(rank: int, text: str, mesh: Mesh) -> str:
-    """What one rank has to say, on all."""
+    """Broadcast `text` from one rank and return it on all."""
     data = torch.tensor(list(text.encode()), dtype=torch.uint8, device=mesh.device)
     size = torch.tensor(len(data), device=mesh.device)
     dist.broadcast(size, rank)

@@ -1,6 +1,6 @@
-"""Conversations as token ids, in which only the chat template can say a control token.
+"""Encode conversations as token ids such that only the chat template can write a control token.
 
-This holds wherever a conversation is tokenized: served, learned from, or evaluated."""
+This holds wherever a conversation is tokenized: in serving, training and evaluation."""
 
 from __future__ import annotations
 
@@ -21,23 +21,25 @@ from megalite.data.tokenizer import HuggingFaceTokenizer, Tokenizer
 from megalite.utils.outside import is_unicode
 
 MARKS = re.compile(r"megalite[0-9a-f]{16}(?:begin|close)")
-"""Of any encoder. Letters and digits alone, so that templates which write JSON leave them as they are."""
+"""Marks of any encoder. They have only letters and digits, so that templates which write JSON leave them alone."""
 SAID = ("content", *REASONING)
-"""Keys of the assistant's messages whose texts may hold tokens such as `<think>`, which it says itself."""
+"""Keys of the assistant's messages whose texts may hold tokens such as `<think>`, which the assistant writes itself."""
 CHANGED = "the chat template changes the letters of a message that holds a control token, so that it cannot be told"
 DISGUISED = "a message holds characters that the tokenizer takes for a control token"
 
 
 class ContentEncoder:
-    """Encodes chats as transformers' `apply_chat_template` does, but for control tokens that a message spells out:
-    those become the characters they are made of, as by `split_special_tokens=True`.
+    """Encodes chats as transformers' `apply_chat_template` does, except that control tokens spelled out in a message
+    become ordinary characters (as with `split_special_tokens=True`).
 
-    Control tokens are the tokenizer's special ones and those which the template spells, such as `<tool_call>`; what
-    the assistant has said may hold the latter. They are marked before the template renders the conversation, by marks
-    that nobody who writes a message can know, and read as text afterwards."""
+    Control tokens are the tokenizer's special tokens and those that the template spells, such as `<tool_call>`; the
+    assistant's own messages may hold the latter. Before rendering they are enclosed in marks that no author of a
+    message can guess, and afterwards they are read as text."""
 
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate):
+        """Prepare the patterns of control tokens of `tokenizer` and `template`."""
         self._tokenizer, self._template = tokenizer, template
+        # Random, so that no message can contain a mark and escape the treatment.
         self._secret = f"megalite{secrets.token_hex(8)}"
         self._mark = re.compile(f"{self._secret}(?:begin|close)")
         self._plain: tokenizers.Tokenizer | None = None
@@ -57,17 +59,16 @@ class ContentEncoder:
         self._plain = tokenizers.Tokenizer.from_str(json.dumps(plain))
 
     def mark(self, messages: Sequence[Message]) -> list[Message]:
-        """Return messages whose control tokens are marked, for the template to render."""
+        """Return `messages` with their control tokens marked, ready for the template."""
         return [self._marked(message) for message in messages]
 
     def mark_values(self, values: Any) -> Any:
-        """Return what else a template is given (tools, variables) with its control tokens marked."""
+        """Return other template inputs (tools, variables) with their control tokens marked."""
         return _changed(values, self._spelled, self._wrap)
 
     def unmark(self, text: Text) -> Text:
-        """Return a rendering without its marks: `literal` says where control tokens stand that are text.
-
-        Raises ValueError where the template has changed a mark."""
+        """Return a rendering without its marks; its `literal` gives the ranges of control tokens that are text. Raise
+        ValueError if the template has changed a mark."""
         if self._secret not in text.text.lower():
             return text._replace(literal=[])
         starts = [found.start() for found in self._mark.finditer(text.text)]
@@ -78,7 +79,7 @@ class ContentEncoder:
             inside = starts[number - 1] + length - place if number else 0
             return place - number * length + max(inside, 0)
 
-        # A template may have taken a message apart, and two marks from each other.
+        # A template may have split a message and separated two marks: count only complete pairs.
         controls = re.finditer(f"(?<={self._secret}begin)(?:{self._spelled.pattern})(?={self._secret}close)", text.text)
         literal = [range(moved(found.start()), moved(found.end())) for found in controls]
         plain = self._mark.sub("", text.text)
@@ -88,23 +89,24 @@ class ContentEncoder:
         return text._replace(text=plain, parts=parts, literal=literal)
 
     def render(self, messages: Sequence[Message], prompt: bool = True) -> str:
-        """Return a conversation's text, in which control tokens of its messages are marked, for `encode_marked`. Raises
-        as the template's `render` does."""
+        """Return the conversation's text with control tokens of its messages marked, for `encode_marked`. Raise as the
+        template's `render` does."""
         return self._template.render(self.mark(messages), prompt=prompt)
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
-        """Return the ids of a conversation, up to where the model's next answer begins. Raises ValueError with what
-        the template says of messages that it cannot render, and for control tokens in disguise."""
+        """Return the token ids of a conversation, up to where the model's next answer begins. Raise ValueError with the
+        template's message for `messages` that it cannot render, and for characters that the tokenizer would turn into a
+        control token."""
         return self.encode_marked(self.render(messages))
 
     def encode_marked(self, text: str) -> list[int]:
-        """Return the ids of a rendering of marked messages. Raises ValueError as `encode` does."""
+        """Return the token ids of rendered marked messages. Raise ValueError as `encode` does."""
         if not is_unicode(text):
             raise ValueError("a message or the chat template holds half of a surrogate pair, which no UTF-8 text does")
         return [token for _, ids in self._pieces(self.unmark(Text(text, []))) for token in ids]
 
     def token_values(self, text: Text) -> tuple[list[int], np.ndarray]:
-        """Return the ids of an unmarked text and the value of each, [T]. Raises ValueError as `encode` does."""
+        """Return the token ids of an unmarked text and the value of each, [T]. Raise ValueError as `encode` does."""
         assert isinstance(self._tokenizer, HuggingFaceTokenizer)
         if not text.literal:
             ids, values = token_values(self._tokenizer, text)
@@ -126,6 +128,7 @@ class ContentEncoder:
         return ids, np.concatenate(found)
 
     def _marked(self, message: Message) -> Message:
+        """Return one message with its control tokens marked."""
         texts = SAID if message.get("role") == "assistant" else ()
         return {
             self.mark_values(key): _changed(value, self._special if key in texts else self._spelled, self._wrap)
@@ -133,10 +136,11 @@ class ContentEncoder:
         }
 
     def _wrap(self, found: re.Match[str]) -> str:
+        """Return a found control token between the two marks."""
         return f"{self._secret}begin{found[0]}{self._secret}close"
 
     def _pieces(self, text: Text) -> Iterator[tuple[range, list[int]]]:
-        """The ids of what is between control tokens that are text, and of these."""
+        """Yield (range, ids) in order: of the stretches between literal control tokens, and of these tokens as text."""
         start = 0
         for place in [*(text.literal or ()), range(len(text.text), len(text.text))]:
             if start < place.start:
@@ -149,16 +153,18 @@ class ContentEncoder:
             start = place.stop
 
     def _check(self, text: str, ids: Sequence[int]) -> None:
+        """Raise ValueError if `ids` have more control tokens than `text` spells."""
         # A tokenizer that normalizes may take other characters for those of a control token.
         if sum(map(self._ids.__contains__, ids)) > len(self._spelled.findall(text)):
             raise ValueError(DISGUISED)
 
     def _as_text(self, control: str) -> list[int]:
+        """Return ids that spell a control token as ordinary text."""
         assert self._plain is not None
         ids = self._plain.encode(control, add_special_tokens=False).ids
         if self._ids.isdisjoint(ids):
             return ids
-        # It is a token of the model itself as well: letter by letter it is none.
+        # The vocabulary itself holds it too, not only the added tokens: encode it letter by letter.
         letters = [self._plain.encode(letter, add_special_tokens=False).ids for letter in control]
         return [token for found in letters for token in found if token not in self._ids]
 
@@ -169,7 +175,7 @@ def without_marks(text: str) -> str:
 
 
 def _changed(value: Any, controls: re.Pattern[str], change: Any) -> Any:
-    """The same with another text for every control token: also in names, which a template may write."""
+    """Apply `change` to every control token in `value`, also in keys, since a template may write them."""
     if isinstance(value, str):
         return controls.sub(change, value)
     if isinstance(value, Mapping):
@@ -178,12 +184,14 @@ def _changed(value: Any, controls: re.Pattern[str], change: Any) -> Any:
 
 
 def _is_spelled(token: str, template: ChatTemplate) -> bool:
-    """Whether a template says a token that is no plain word, of which some tokenizers add many, and no white space."""
+    """Return whether a template spells `token`. Plain words and white space, which some tokenizers add in numbers, do
+    not count."""
     sources = filter(None, (template.source, template.tool_source))
     return any(token in source for source in sources) and re.fullmatch(r"[\w\s]*", token) is None
 
 
 def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
-    """The longest goes first, as tokenizers take it."""
+    """Return a pattern that matches any of `tokens`, the longest first as tokenizers do; without tokens it matches
+    nothing."""
     longest_first = sorted(filter(None, tokens), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")

@@ -1,10 +1,9 @@
-"""Token files cut into training samples: the same for every run of the same settings, whatever the ranks.
+"""Cut token files into training samples, the same for all runs with the same settings, whatever the ranks.
 
-A source says which pieces of its token file a sample is made of; `read_windows` reads them. Cutting the flat stream
-(`TokenSource`) needs nothing built ahead: start-up costs O(1), whatever the corpus holds.
+A source says which pieces of its token file make up a sample; `read_windows` reads them. Cutting the flat stream
+(`TokenSource`) needs no index: start-up is O(1) in the size of the corpus.
 
-Legend: n = samples asked for, L = seq_length, P = pieces of all of them.
-"""
+Legend: n = samples asked for, L = seq_length, P = pieces of all of them."""
 
 from __future__ import annotations
 
@@ -28,7 +27,7 @@ SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 
 
 class Pieces(NamedTuple):
-    """Ranges of a token file, in the order in which they fill the rows. All [P]."""
+    """Holds ranges of a token file, in the order in which they fill the rows. All [P]."""
 
     row: Int64s
     start: Int64s
@@ -36,6 +35,8 @@ class Pieces(NamedTuple):
 
 
 class Windows(NamedTuple):
+    """Holds the raw tokens of n samples, one more than the model sees, with what belongs to them."""
+
     tokens: Int64s  # [n, L + 1]
     filled: Int64s  # [n], tokens of each row; what follows them is zeros
     documents: Int64s | None  # [n, L + 1], from 0 on in every row; what follows the tokens counts as one more
@@ -43,21 +44,26 @@ class Windows(NamedTuple):
 
 
 class SampleSource(Protocol):
+    """Describes a token file cut into samples."""
+
     dataset: IndexedDataset
     seq_length: int
     num_samples: int
-    """Of an epoch."""
+    """Samples in one epoch."""
 
     def pieces(self, samples: Int64s, by_document: bool) -> Pieces:
-        """[n] numbers of samples → what rows 0 … n - 1 are made of, at most L + 1 tokens each. With `by_document`, no
-        piece holds tokens of two documents and no two pieces of a row belong together. Raises IndexError for a number
-        that is not in the range."""
+        """Return the pieces of `samples`, [n]: at most L + 1 tokens for each of rows 0 … n - 1.
+
+        With `by_document`, no piece holds tokens of two documents and no two pieces of a row belong to the same one.
+        Raise IndexError for a number out of range."""
 
     def fingerprint(self) -> str:
-        """Names what decides the content of each sample."""
+        """Return a name for everything that decides the content of each sample."""
 
 
 def empty_windows(count: int, seq_length: int, by_document: bool, masked: bool = False) -> Windows:
+    """Allocate windows for `count` samples of `seq_length` + 1 tokens. Documents are there with `by_document`, a mask
+    (all ones) with `masked`."""
     shape = count, seq_length + 1
     documents = np.empty(shape, np.int64) if by_document else None
     mask = np.ones(shape, np.int64) if masked else None
@@ -65,7 +71,8 @@ def empty_windows(count: int, seq_length: int, by_document: bool, masked: bool =
 
 
 def read_windows(source: SampleSource, samples: Int64s, into: Windows, rows: Int64s) -> None:
-    """Samples of a source, [m] numbers, into these rows, [m]; documents and mask where `into` has room for them."""
+    """Read `samples` ([m] numbers) of `source` into the rows `rows` ([m]) of `into`; also documents and mask, if `into`
+    has room for them."""
     if samples.size and not 0 <= samples.min() <= samples.max() < source.num_samples:
         raise IndexError(f"samples {samples.min()} … {samples.max()} are not in [0, {source.num_samples})")
     tokens, documents = into.tokens, into.documents
@@ -79,6 +86,7 @@ def read_windows(source: SampleSource, samples: Int64s, into: Windows, rows: Int
     filled = np.bincount(row, length, len(samples)).astype(np.int64)
     into.filled[rows] = filled
     numbers = np.repeat(_before(np.ones_like(row), row), length) if documents is not None else None
+    # Full rows need no padding: skip the masks below.
     if (filled == width).all():
         if documents is not None and numbers is not None:
             documents[rows] = numbers.reshape(len(rows), width)
@@ -92,18 +100,19 @@ def read_windows(source: SampleSource, samples: Int64s, into: Windows, rows: Int
 
 
 def _before(sizes: Int64s, row: Int64s) -> Int64s:
-    """Sum of the sizes that come before each one in its row, [P]."""
+    """Return the sum of `sizes` that precede each piece in its row, [P]."""
     total = np.cumsum(sizes) - sizes
     is_first = np.diff(row, prepend=-1) > 0
+    # The running sum at a row's first piece, carried forward, is what earlier rows contributed.
     return total - np.maximum.accumulate(np.where(is_first, total, 0))
 
 
 class TokenSource:
-    """Tokens [first_token, last_token) of a dataset, cut into samples of L + 1 tokens; neighbours share one token, so
-    that every token but the first is predicted exactly once; fewer than L tokens are left over at the end. Documents
-    run on into each other.
+    """Cuts tokens [first_token, last_token) of a dataset into samples of L + 1 tokens.
 
-    Raises DataError where the range is outside the dataset or too short for one sample."""
+    Neighbours share one token, so that every token but the first is predicted exactly once; fewer than L tokens are
+    left over at the end. Documents run on into each other. Raises DataError if the range is outside the dataset or too
+    short for one sample."""
 
     def __init__(self, dataset: IndexedDataset, first_token: int, last_token: int, seq_length: int) -> None:
         if not 0 <= first_token <= last_token <= dataset.num_tokens:
@@ -118,6 +127,7 @@ class TokenSource:
             )
 
     def pieces(self, samples: Int64s, by_document: bool) -> Pieces:
+        """Return the pieces of `samples`, split at document borders with `by_document`; see `SampleSource`."""
         first, width = self.first_token + samples * self.seq_length, self.seq_length + 1
         if not by_document:
             return Pieces(np.arange(len(samples)), first, np.full(len(samples), width))
@@ -125,6 +135,7 @@ class TokenSource:
         row = np.repeat(np.arange(len(samples)), counts + 1)
         is_first = np.diff(row, prepend=-1) > 0
         start = np.empty(len(row), np.int64)
+        # A row begins at its first token; its further pieces begin where documents do.
         start[is_first], start[~is_first] = first, borders
         end = np.append(start[1:], 0)
         end[np.append(is_first[1:], True)] = first + width
@@ -135,11 +146,11 @@ class TokenSource:
 
 
 class PackedSource:
-    """Documents [first, last) of a dataset, packed so that as few as possible are cut: one longer than L + 1 tokens is,
-    and then what fits together best makes a sample of at most L + 1 tokens. Needs all lengths at the start: about 30
-    bytes of memory a document.
+    """Packs documents [first, last) of a dataset such that as few as possible are cut.
 
-    Raises DataError where there are no documents."""
+    A document longer than L + 1 tokens is cut; what fits together best then makes a sample of at most L + 1 tokens.
+    It needs all lengths at the start: about 30 bytes of memory per document. Raises DataError if there are no
+    documents."""
 
     def __init__(self, dataset: IndexedDataset, first: int, last: int, seq_length: int) -> None:
         if not 0 <= first < last <= dataset.num_documents:
@@ -150,6 +161,7 @@ class PackedSource:
         self.num_samples = len(self._packing.first_piece) - 1
 
     def pieces(self, samples: Int64s, by_document: bool) -> Pieces:
+        """Return the pieces of `samples`; they never cross a document (`by_document` or not). See `SampleSource`."""
         packing = self._packing
         first, last = packing.first_piece[samples], packing.first_piece[samples + 1]
         row = np.repeat(np.arange(len(samples)), last - first)
@@ -163,12 +175,12 @@ class PackedSource:
 
 
 class RowSource:
-    """Rows of labelled data, documents [first, last) of a dataset, packed so that none is cut: as many as fit make a
-    sample of at most `capacity` tokens, of which the model sees L. `together` rows that follow each other stay so:
-    2 for the answers of a preference. What is longer than a sample is refused, or left out ("drop"), or loses its end
-    ("cut"). Memory as of `PackedSource`.
+    """Packs rows of labelled data, documents [first, last) of a dataset, without cutting them.
 
-    Raises DataError where rows are refused, or none is left."""
+    As many rows as fit make a sample of at most `capacity` tokens, of which the model sees L. Groups of `together`
+    consecutive rows stay together: 2 for the answers of a preference. `long_rows` decides about groups longer than a
+    sample: "refuse", "drop" (leave out) or "cut" (lose the end). Memory as for `PackedSource`. Raises DataError if rows
+    are refused, or none is left."""
 
     def __init__(
         self,
@@ -186,6 +198,7 @@ class RowSource:
         self._identity = f"rows[{first}:{last}]/{seq_length}/{capacity}/{together}/{long_rows}"
         self._starts, self.together = dataset.starts_of_documents(first, last), together
         self._lengths = np.diff(self._starts)
+        # Groups, not rows, are packed: the two answers of a preference must be in one sample.
         sizes = self._lengths.reshape(-1, together).sum(1)
         num_long, what = int(np.count_nonzero(sizes > capacity)), "pairs" if together == 2 else "rows"
         long = f"{num_long:,} of {len(sizes):,} {what} are longer than the {capacity:,} tokens of a sample"
@@ -195,7 +208,7 @@ class RowSource:
                 "them out) or cut (they lose their ends)"
             )
         self.remark = f"{dataset.prefix}: {long}, and are {LONG[long_rows]}" if num_long else ""
-        """What whoever runs it should know."""
+        """What the user should know about rows that are too long; empty if there are none."""
         kept = sizes <= capacity
         if long_rows == "cut":
             is_cut = self._lengths > capacity // together
@@ -212,7 +225,8 @@ class RowSource:
         self.num_samples = len(self._packing.first_piece) - 1
 
     def _is_learned(self, asked: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-        """Return for the rows asked for whether anything is learned from what is left of them, [rows]."""
+        """Return for the rows in `asked` whether anything is learned from what is left of them, [rows]; True for all
+        others."""
         learned = np.ones(len(asked), bool)
         if (mask := self.dataset.mask) is not None:
             rows = np.flatnonzero(asked)
@@ -223,10 +237,11 @@ class RowSource:
 
     @property
     def most_documents(self) -> int:
-        """Of a sample."""
+        """Return the largest number of documents in a sample."""
         return int(np.diff(self._packing.first_piece).max()) * self.together
 
     def pieces(self, samples: Int64s, by_document: bool) -> Pieces:
+        """Return the pieces of `samples`, one per row of data (`by_document` or not). See `SampleSource`."""
         first, last = self._packing.first_piece[samples], self._packing.first_piece[samples + 1]
         row = np.repeat(np.arange(len(samples)), last - first)
         piece = np.repeat(first, last - first) + _before(np.ones_like(row), row)
@@ -239,10 +254,10 @@ class RowSource:
 
 
 class MegatronSource:
-    """Sequences [first, last) of a dataset as Megatron-LM's GPTDataset hands them out: `num_samples` samples, over as
-    many epochs as that takes, already shuffled.
+    """Hands out sequences [first, last) of a dataset as Megatron-LM's GPTDataset does.
 
-    Raises DataError where there are too few tokens."""
+    There are `num_samples` samples, over as many epochs as that takes, already shuffled by `seed`. Raises DataError if
+    there are too few tokens."""
 
     def __init__(
         self, dataset: IndexedDataset, first: int, last: int, seq_length: int, num_samples: int, seed: int
@@ -265,10 +280,9 @@ class MegatronSource:
 
 
 def split_range(size: int, shares: Sequence[float], which: Split) -> tuple[int, int]:
-    """[first, last) of `size` documents that are of a split, by Megatron's rule.
-
-    shares: of train, valid and test, in any unit; they are normalised."""
-    # float64 throughout and Python's round (half to even), as in Megatron, or a document would change sides.
+    """Return the documents [first, last) of `size` that belong to the split `which`, by Megatron's rule. `shares` are
+    those of train, valid and test, in any unit; they are normalised."""
+    # float64 and Python's round (half to even), as in Megatron; otherwise a document could change its split.
     normalised = np.asarray(shares, np.float64) / np.sum(np.asarray(shares, np.float64))
     bookends = list(itertools.accumulate([0.0, *normalised.tolist()]))
     number = SPLITS.index(which)

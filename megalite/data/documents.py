@@ -1,8 +1,8 @@
-"""Documents out of files: JSON lines (plain, .gz, .zst), JSON arrays, parquet, Arrow, plain text, folders and globs of
-these. `kinds.py` says which file is what.
+"""Read documents from files: JSON lines (plain, .gz, .zst), JSON arrays, parquet, Arrow, plain text, and folders and
+globs of these. `kinds.py` tells which file is what.
 
-Everything streams. What cannot be used is never fatal and never silent: a `Report` counts it, and keeps the first
-messages as `file:line: why`."""
+Everything streams. Unusable input is never fatal and never silent: a `Report` counts it, and keeps the first messages
+as `file:line: why`."""
 
 from __future__ import annotations
 
@@ -25,24 +25,27 @@ from megalite.data.store import Store, open_file, size_of, stream
 from megalite.errors import DataError
 from megalite.utils.urls import is_url
 
-# Of a compressed file this much is taken at a time: small, because deflate unpacks up to a thousandfold.
+# Bytes of a compressed file that are read at a time: few, because deflate may expand a thousandfold.
 CHUNK_BYTES = 1 << 16
 MAX_MESSAGES = 20
-# Bytes of plain text that are one document. No document is as long; a whole crawl in one file may be.
+# Most bytes of plain text in one document. No real document is as long, but a file may be a whole crawl.
 LONGEST_TEXT = 8 << 20
-# Bytes of a JSON line that are held at most; a longer one is left out.
+# Most bytes of a JSON line; a longer one is left out.
 LONGEST_LINE = 64 << 20
-# Bytes of a JSON array, which is read as a whole.
+# Most bytes of a JSON array, which is read as a whole.
 LONGEST_ARRAY = 256 << 20
-# What `save_to_disk` of the `datasets` library and snapshots of its hub have beside the data.
+# Files that the `datasets` library (`save_to_disk`) and hub snapshots keep beside the data.
 HF_COMPANIONS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
-# Where more of a text than this is not UTF-8, it is in an encoding that cannot be guessed a byte at a time.
+# If more of a text than this is not UTF-8, its encoding cannot be guessed byte by byte.
 MOST_MENDED = 0.2
-# What decoding with `surrogateescape` left of bytes that are not UTF-8, as the commonest other encoding has them.
+# Maps surrogates, by which `surrogateescape` represents bytes that are not UTF-8, to characters of Windows-1252, the
+# commonest other encoding.
 WINDOWS_1252 = {0xDC00 + byte: bytes([byte]).decode("cp1252", "replace") for byte in range(0x80, 0x100)}
 
 
 class Document(NamedTuple):
+    """Holds one document and where it comes from."""
+
     text: str
     num_bytes: int  # of the text in UTF-8
     path: str = ""
@@ -53,7 +56,7 @@ class Document(NamedTuple):
 
 @dataclass(frozen=True)
 class Reading:
-    """How files become documents."""
+    """Holds how files become documents."""
 
     json_key: str = "text"  # key of JSON lines, column of parquet and Arrow
     metadata: bool = False  # also take the other keys or columns
@@ -62,7 +65,7 @@ class Reading:
 
 @dataclass
 class Report:
-    """What came of the inputs. `bytes_read` of `total_bytes` is the progress, in bytes as they lie on disk."""
+    """Counts what became of the inputs. `bytes_read` of `total_bytes` is the progress, in bytes on disk."""
 
     total_bytes: int = 0
     bytes_read: int = 0
@@ -78,15 +81,17 @@ class Report:
     messages: list[str] = field(default_factory=list)
 
     def leave_out(self, what: str) -> None:
+        """Count one item that is no document, by what it is."""
         self.left_out[what] = self.left_out.get(what, 0) + 1
 
     def bad(self, path: str, line: int, why: object) -> None:
+        """Count one unusable line or file, and keep the message if it is among the first."""
         self.num_bad += 1
         if len(self.messages) < MAX_MESSAGES:
             self.messages.append(f"{path}:{line}: {why}")
 
     def __str__(self) -> str:
-        """Everything that was left out, a line each; empty when nothing was."""
+        """Return everything that was left out, one line each; empty if nothing was."""
         counts = {
             "bad lines or files": self.num_bad,
             "empty documents": self.num_empty,
@@ -105,17 +110,18 @@ class Report:
 
 
 def iter_documents(inputs: Sequence[str], json_key: str, report: Report) -> Iterator[Document]:
-    """Stream the documents of `inputs` (files, folders, globs) in a fixed order, counting everything in `report`.
+    """Yield the documents of `inputs` (files, folders, globs) in a fixed order, and count everything in `report`.
 
-    JSON lines hold a document under `json_key`, parquet and Arrow in the column of that name; any other file that is
-    UTF-8 is one document. Raises DataError, before anything is read, for an input that matches nothing or a format
-    whose library is missing."""
+    JSON lines hold a document under `json_key`, parquet and Arrow in the column of that name; any other UTF-8 file is
+    one document. Raise DataError, before anything is read, for an input that matches nothing or a format whose library
+    is missing."""
     return read_files(list_documents(inputs, report), Reading(json_key), report)
 
 
 def list_documents(inputs: Sequence[str], report: Report, also: tuple[str, ...] = ()) -> dict[str, int]:
-    """List the files of `inputs` that hold documents, as `list_files`; `also`: suffixes that the caller reads itself.
-    Others are counted in the report. Raises DataError for one that is named itself, and where no file is left."""
+    """Return the files of `inputs` that hold documents, with their sizes, as `list_files` does; `also` are suffixes
+    that the caller reads itself. Other files are counted in `report`. Raise DataError for one that is named explicitly,
+    and if no file is left."""
     files = list_files(inputs, report)
     refused = ""
     for path in list(files):
@@ -135,13 +141,14 @@ def list_documents(inputs: Sequence[str], report: Report, also: tuple[str, ...] 
 
 
 def list_files(inputs: Sequence[str], report: Report) -> dict[str, int]:
-    """The files that `inputs` (files, folders, globs; paths or URLs) stand for, in a fixed order, each once, whatever
-    links and spellings lead to it, and their sizes. `~` is the home directory. Raises DataError."""
+    """Return the files, with sizes in bytes, that `inputs` (files, folders, globs; paths or URLs) match, in a fixed
+    order. Each file comes once, whatever links and spellings lead to it. `~` is the home directory. Raise DataError if
+    an input matches nothing."""
     found: dict[str, int] = {}
     for item in inputs:
         found |= _expand(item, report)
     taken: dict[str, str] = {}
-    # By its own name where that is among them, not by a link's.
+    # Prefer a file's own name to that of a link.
     for path in sorted(found, key=lambda path: is_url(path) or os.path.realpath(path) != os.path.abspath(path)):
         taken.setdefault(path if is_url(path) else os.path.realpath(path), path)
     report.num_repeated += len(found) - len(taken)
@@ -150,8 +157,8 @@ def list_files(inputs: Sequence[str], report: Report) -> dict[str, int]:
 
 
 def read_files(files: Sequence[str] | Mapping[str, int], reading: Reading, report: Report) -> Iterator[Document]:
-    """Stream the documents of these files, whose sizes may be given. Raises DataError, before anything is read, for a
-    missing library."""
+    """Yield the documents of `files`, whose sizes may be given, read as `reading` says and counted in `report`. Raise
+    DataError for a missing library before anything is read."""
     for suffix, package in {".zst": "zstandard", ".parquet": "pyarrow", ".arrow": "pyarrow"}.items():
         named = next((path for path in files if path.lower().endswith(suffix)), None)
         if importlib.util.find_spec(package) is None and (path := named):
@@ -162,7 +169,7 @@ def read_files(files: Sequence[str] | Mapping[str, int], reading: Reading, repor
 
 
 def _expand(item: str, report: Report) -> list[tuple[str, int]]:
-    """The files one input stands for and their sizes, sorted. Raises DataError when there are none."""
+    """Return the files that one input matches, with sizes, sorted. Raise DataError if there are none."""
     files = _find(item, report) if is_url(item) else _match(item, report)
     if not files:
         raise DataError(f"input {item!r} matches no file; give existing files, folders or a quoted glob")
@@ -170,6 +177,7 @@ def _expand(item: str, report: Report) -> list[tuple[str, int]]:
 
 
 def _match(item: str, report: Report) -> list[tuple[str, int]]:
+    """Return the local files that a path, folder or glob matches, with sizes."""
     if not os.path.exists(item):
         item = os.path.expanduser(item)
     matches = [item] if os.path.exists(item) else sorted(set(_glob(item)))
@@ -178,7 +186,8 @@ def _match(item: str, report: Report) -> list[tuple[str, int]]:
 
 
 def _glob(pattern: str) -> Iterator[str]:
-    """What a glob stands for, `**` as in Python's: any folders below, of which links that lead back are not entered."""
+    """Yield the paths that match a glob. `**` is any folder below, as in Python's glob, but links that lead back are
+    not followed."""
     parts = pattern.split("/")
     if "**" not in parts:
         yield from glob.iglob(pattern)
@@ -195,7 +204,7 @@ def _glob(pattern: str) -> Iterator[str]:
 
 
 def _folders(top: str) -> Iterator[str]:
-    """A folder and all below it that are not hidden, behind links too, each once."""
+    """Yield a folder and all visible ones below it, also behind links, each once."""
     entered: set[str] = set()
     for root, folders, _ in os.walk(top, followlinks=True):
         real = os.path.realpath(root)
@@ -208,6 +217,7 @@ def _folders(top: str) -> Iterator[str]:
 
 
 def _find(url: str, report: Report) -> list[tuple[str, int]]:
+    """Return the visible objects that a URL matches, with sizes."""
     found = Store(url).find()
     visible = [item for item in found if not any(part.startswith(".") for part in item.below.split("/"))]
     report.num_hidden += len(found) - len(visible)
@@ -215,6 +225,7 @@ def _find(url: str, report: Report) -> list[tuple[str, int]]:
 
 
 def _walk(folder: str, report: Report) -> Iterator[str]:
+    """Yield the visible files below `folder`, sorted, and count the hidden ones."""
     for root, folders, names in os.walk(folder):
         visible = [name for name in names if not name.startswith(".")]
         entered = sorted(name for name in folders if not name.startswith("."))
@@ -224,6 +235,7 @@ def _walk(folder: str, report: Report) -> Iterator[str]:
 
 
 def _read_all(files: Mapping[str, int], reading: Reading, report: Report) -> Iterator[Document]:
+    """Yield the documents of all files in order, mended if need be, and keep the report's progress exact."""
     for path, size in files.items():
         before = report.bytes_read
         for text, line, metadata in _reader(path)(path, reading, report):
@@ -247,7 +259,8 @@ def _read_all(files: Mapping[str, int], reading: Reading, report: Report) -> Ite
 
 
 def mend(text: str) -> tuple[str, int]:
-    """The text and how many of its bytes were not UTF-8. Raises ValueError that says why it cannot be mended."""
+    """Return the text as valid UTF-8, and how many of its bytes were not. Raise ValueError that says why it cannot be
+    mended."""
     mended = text.translate(WINDOWS_1252)
     num_bytes = sum(0xDC80 <= ord(character) <= 0xDCFF for character in text)
     try:
@@ -264,11 +277,12 @@ Reader = Callable[[str, Reading, Report], Iterator[tuple[str, int, dict[str, Any
 
 
 def is_json_lines(path: str) -> bool:
+    """Return whether a file is read as JSON lines."""
     return _reader(path) is _read_json_lines
 
 
 def _reader(path: str) -> Reader:
-    """What reads (text, line, metadata) out of this file."""
+    """Return the function that yields (text, line, metadata) from this file."""
     kind = kind_by_name(path)
     if not kind:
         try:
@@ -281,8 +295,8 @@ def _reader(path: str) -> Reader:
 
 
 def _sniffed(path: str) -> str:
-    """What a file is whose name does not say. Many corpora call JSON lines .json, or part-00000; a pretty-printed .json
-    in a source tree is a text like any other."""
+    """Return the kind of a file whose name does not tell. Many corpora call JSON lines .json, or part-00000, while a
+    pretty-printed .json in a source tree is text like any other."""
     chunks = read_bytes(path, Report())
     head = next(chunks, b"")
     first = next(lines_of(itertools.chain([head], chunks)), b"") if head.lstrip(WHITE)[:1] == b"{" else b""
@@ -294,12 +308,13 @@ def _sniffed(path: str) -> str:
 
 
 def _read_nothing(why: str, path: str, reading: Reading, report: Report) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    """Report the file as bad and yield nothing."""
     report.bad(path, 1, why)
     yield from ()
 
 
 def _read_array(path: str, reading: Reading, report: Report) -> Iterator[tuple[str, int, dict[str, Any]]]:
-    """A JSON array of objects, each with a text, as one file."""
+    """Yield from a JSON array of objects, each with a text."""
     parts: list[bytes] = []
     held, number = 0, 0
     try:
@@ -323,6 +338,7 @@ def _read_array(path: str, reading: Reading, report: Report) -> Iterator[tuple[s
 
 
 def _read_json_lines(path: str, reading: Reading, report: Report) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    """Yield from JSON lines. A damaged file costs only what follows the damage."""
     number = 0
     try:
         for number, line in enumerate(lines_of(read_bytes(path, report)), 1):
@@ -346,7 +362,7 @@ def _read_json_lines(path: str, reading: Reading, report: Report) -> Iterator[tu
 
 
 def record_of(line: bytes, reading: Reading) -> dict[str, Any]:
-    """Raises ValueError that says why the line has no text."""
+    """Parse one JSON line. Raise ValueError that says why it has no text."""
     try:
         record: Any = json.loads(line.decode("utf-8", "surrogateescape" if reading.mend else "strict"))
     except json.JSONDecodeError as error:
@@ -359,6 +375,7 @@ def record_of(line: bytes, reading: Reading) -> dict[str, Any]:
 
 
 def _checked(record: Any, reading: Reading) -> dict[str, Any]:
+    """Return `record` if it is an object with a text under the key. Raise ValueError otherwise."""
     json_key = reading.json_key
     if not isinstance(record, dict):
         raise ValueError(f"expected a JSON object, got {type(record).__name__}")
@@ -370,6 +387,7 @@ def _checked(record: Any, reading: Reading) -> dict[str, Any]:
 
 
 def _read_parquet(path: str, reading: Reading, report: Report) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    """Yield from a parquet file, 256 rows at a time."""
     from pyarrow import parquet
 
     def batches() -> Iterator[Any]:
@@ -386,7 +404,7 @@ def _read_parquet(path: str, reading: Reading, report: Report) -> Iterator[tuple
 
 
 def _read_arrow(path: str, reading: Reading, report: Report) -> Iterator[tuple[str, int, dict[str, Any]]]:
-    """What `save_to_disk` of the `datasets` library writes: a stream of record batches."""
+    """Yield from an Arrow stream of record batches, as `save_to_disk` of the `datasets` library writes it."""
     import pyarrow
 
     def batches() -> Iterator[Any]:
@@ -402,18 +420,20 @@ def _read_arrow(path: str, reading: Reading, report: Report) -> Iterator[tuple[s
 
 
 def check_batch(batch: Any) -> None:
-    """Refuse a batch of a damaged stream, whose offsets pyarrow follows out of the memory. Whether texts are UTF-8 is
-    seen when they are read, one by one. Raises ArrowException."""
+    """Refuse a batch of a damaged stream, whose offsets pyarrow would follow out of bounds. Raise ArrowException.
+    Whether texts are UTF-8 is checked when they are read."""
     import pyarrow
 
     as_bytes = {pyarrow.string(): pyarrow.binary(), pyarrow.large_string(): pyarrow.large_binary()}
     for column in batch.columns:
         column.validate()
+        # Validated as bytes: a text that is not UTF-8 shall cost only its own row, not the batch.
         column = column.view(as_bytes[column.type]) if column.type in as_bytes else column
         column.validate(full=True)
 
 
 def _columns(names: list[str], reading: Reading) -> list[str]:
+    """Return the columns to read. Raise DataError if that of the text is missing."""
     if reading.json_key not in names:
         raise DataError(f"no column {reading.json_key!r}; columns here: {', '.join(names[:8])}")
     return names if reading.metadata else [reading.json_key]
@@ -422,6 +442,7 @@ def _columns(names: list[str], reading: Reading) -> list[str]:
 def _read_batches(
     path: str, batches: Iterator[Any], reading: Reading, report: Report
 ) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    """Yield the rows of record batches. An unreadable batch ends the file with a message."""
 
     row, json_key = 0, reading.json_key
     try:
@@ -446,7 +467,8 @@ def _read_batches(
 
 
 def _read_text(path: str, reading: Reading, report: Report) -> Iterator[tuple[str, int, dict[str, Any]]]:
-    """One document; of a file longer than LONGEST_TEXT several, cut at line ends, so that memory stays bounded."""
+    """Yield the file as one document. A file longer than LONGEST_TEXT gives several, cut at line ends, so that memory
+    stays bounded."""
     chunks = read_bytes(path, report)
     decoder = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape" if reading.mend else "strict")
     parts: list[str] = []
@@ -481,8 +503,8 @@ READERS: dict[str, Reader] = {
 
 
 def lines_of(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """Lines without their newline. A line is joined once, however many chunks it spans; of one that is longer than
-    LONGEST_LINE, the beginning comes."""
+    """Yield lines without their newline. A line is joined once, however many chunks it spans; of one longer than
+    LONGEST_LINE only the beginning comes."""
     parts: list[bytes] = []
     held = 0
     for chunk in chunks:
@@ -499,7 +521,8 @@ def lines_of(chunks: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def read_bytes(path: str, report: Report) -> Iterator[bytes]:
-    """The unpacked bytes of a file. Raises OSError, and DataError where packed data is damaged or ends too early."""
+    """Yield the decompressed bytes of a file. Raise OSError, and DataError if compressed data is damaged or
+    truncated."""
     packed = _counted(_packed(path), report)
     if path.lower().endswith(".gz"):
         yield from _unpack(packed, lambda: zlib.decompressobj(wbits=31), zlib.error)
@@ -514,6 +537,7 @@ def read_bytes(path: str, report: Report) -> Iterator[bytes]:
 
 
 def _packed(path: str) -> Iterator[bytes]:
+    """Yield the bytes of a file or URL as stored, in small chunks."""
     if is_url(path):
         for data in stream(path):
             yield from (data[start : start + CHUNK_BYTES] for start in range(0, len(data), CHUNK_BYTES))
@@ -523,15 +547,17 @@ def _packed(path: str) -> Iterator[bytes]:
 
 
 def _counted(chunks: Iterator[bytes], report: Report) -> Iterator[bytes]:
+    """Yield the chunks and add their sizes to the report."""
     for chunk in chunks:
         report.bytes_read += len(chunk)
         yield chunk
 
 
 def _unpack(packed: Iterator[bytes], new: Callable[[], Any], failure: type[Exception]) -> Iterator[bytes]:
-    """Unpack one frame after the other: several may be joined in one file, with zeros behind them.
+    """Decompress one frame after the other: a file may hold several, with zeros behind them.
 
-    The libraries' own file objects take a .zst which ends within a frame for complete; hence this loop."""
+    The libraries' own file objects accept a .zst that ends within a frame as complete; hence this loop. Raise
+    DataError."""
     frame = None
     for chunk in packed:
         while chunk:

@@ -1,13 +1,13 @@
 """Byte-level BPE by gigatoken, with Hugging Face's ids.
 
-gigatoken is many times as fast, and follows a newer edition of Unicode: what is a letter to it may be none to Hugging
-Face's tokenizers, which then split words elsewhere. So no character is taken on trust. When one occurs for the first
-time, both libraries split it off in all kinds of company, with a vocabulary made to show every border, and texts that
-hold a character on which they disagree are left to Hugging Face's.
+gigatoken is many times as fast, but follows a newer edition of Unicode: what it considers a letter may be none to
+Hugging Face's tokenizers, which then split words elsewhere. So no character is trusted. When one occurs for the first
+time, both libraries split it in many contexts, with a vocabulary made to show every border; texts that hold a character
+on which they disagree are left to Hugging Face's tokenizers.
 
-Nor is an added token: those that take white space or borders of words into account, and those whose texts overlap
-where the libraries then disagree, have all texts that hold them left to Hugging Face's. All else they might disagree on
-is what `compare`, called on samples of the texts, is for."""
+Added tokens are not trusted either. Those that depend on white space or word borders, and those whose texts overlap
+where the libraries then disagree, have all texts that hold them left to Hugging Face's. `compare`, called on samples of
+the texts, is for everything else they might disagree on."""
 
 from __future__ import annotations
 
@@ -24,21 +24,22 @@ import tokenizers
 
 from megalite.data.tokenizer import PROBE, HuggingFaceTokenizer
 
-# What gigatoken remembers of the words it has seen has no bound of its own; beyond this it starts anew.
+# gigatoken's cache of words it has seen is unbounded; beyond this size it is started anew.
 CACHE_BYTES, CACHE_BYTES_PER_WORKER = 512 << 20, 64 << 20
-# For a byte of text, where the system does not say what a process holds: text in which no word recurs needs this much.
+# Bytes of cache assumed per byte of text if the system does not report a process's memory: that of text without
+# repeated words.
 MOST_REMEMBERED = 10
-# Characters of the first texts, and of later ones, that both libraries encode.
+# Number of characters of the first texts, and of later ones, that both libraries encode.
 FIRST_COMPARED, COMPARED = 1 << 15, 1 << 9
 UNKNOWN, SAME, DIFFERENT = range(3)
-# Settings of an added token by which its neighbours matter.
+# Settings of an added token that make it depend on its neighbours.
 ODD = ("lstrip", "rstrip", "single_word")
 TOKEN_COMPANY = ("", "a", "1", ".", "'", " ", "  ", "a ", "\n", " \n", "\n\n", "\r\n", "\t", "é", "\u3000")
 BETWEEN = ("", " ", "   ", "\n", "\n\n", " \n ", "a", ". ")
-# Added tokens with other borders than the rest that are compared in all company, and pairs that are compared.
+# Most added tokens with distinct borders that are compared in all contexts, and most pairs that are compared.
 MOST_KINDS, MOST_PAIRS = 16, 4096
 ASCII = bytes(range(128))
-# Company that tells letters, their case, digits, signs and spaces apart wherever a pattern does. Neighbours stand
+# Contexts that distinguish letters, their case, digits, signs and spaces wherever a pattern does. Neighbours come
 # twice, so that what happens on one side of them hides nothing on the other.
 COMPANY = "{0}aa{0}AA{0}Aa{0}11{0}..{0}  {0}a'{0}a"
 LEARNED_TOGETHER = 32
@@ -46,13 +47,16 @@ NEIGHBOURS, LEADS, CONTINUATIONS = b"aA1. '", range(0xC2, 0xF5), range(0x80, 0xC
 
 
 class NotFast(Exception):
-    """gigatoken cannot stand in for this tokenizer. The message says why."""
+    """Raised if gigatoken cannot replace Hugging Face's library for a tokenizer. The message says why."""
 
 
 class FastBPE:
-    """Thread-safe. Raises NotFast where gigatoken does not know the tokenizer, or knows it otherwise."""
+    """Encodes text with gigatoken and checks its ids against Hugging Face's. Thread-safe. Raises NotFast if gigatoken
+    does not support the tokenizer, or gives other ids."""
 
     def __init__(self, tokenizer: HuggingFaceTokenizer, workers: int = 1) -> None:
+        """Prepare `tokenizer` for `workers` threads, and compare the two libraries on ASCII, a probe text and all added
+        tokens."""
         self._exact = tokenizer
         self._json = tokenizer.to_json()
         description = orjson.loads(self._json)
@@ -61,7 +65,7 @@ class FastBPE:
         self._added = [token["content"].encode() for token in added if token["content"]]
         self._normalize = None
         if _normalizer_types(description["normalizer"]):
-            # Compositions, too, differ between editions of Unicode: the exact library does them.
+            # Compositions also differ between editions of Unicode: the exact library normalizes.
             self._normalize = tokenizers.Tokenizer.from_str(self._json).normalizer.normalize_str
             normal = (self._normalize(token["content"]).encode() for token in added if token["content"])
             self._added = list(dict.fromkeys([*self._added, *normal]))
@@ -82,8 +86,8 @@ class FastBPE:
         self._compare_added([t["content"] for t in added if t["content"] and not any(t[name] for name in ODD)])
 
     def encode(self, texts: list[bytes]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64], int]:
-        """Ids of texts in UTF-8 end to end [sum(lengths)], their number in each, and how many texts were left to
-        Hugging Face's."""
+        """Return the ids of `texts` (UTF-8) end to end, [sum(lengths)], the number of ids of each text, and how many
+        texts were left to Hugging Face's tokenizer."""
         normal = texts
         if self._normalize is not None:
             normal = [text if text.isascii() else self._normalize(text.decode()).encode() for text in texts]
@@ -100,7 +104,7 @@ class FastBPE:
         return np.concatenate(rows), np.array([len(row) for row in rows], np.int64), len(left)
 
     def compare(self, text: str) -> None:
-        """Encode a text with both. Raises NotFast where the ids differ."""
+        """Encode `text` with both libraries. Raise NotFast if the ids differ."""
         fast, exact = self.encode([text.encode()])[0].tolist(), self._exact.encode(text)
         if fast != exact:
             at = next((i for i, pair in enumerate(zip(fast, exact, strict=False)) if len(set(pair)) > 1), 0)
@@ -108,7 +112,8 @@ class FastBPE:
             raise NotFast(f"its ids differ near {near!r}")
 
     def compare_sample(self, texts: list[bytes]) -> None:
-        """Compare a few characters of these texts, from the middle of them; of the first ones, more. Raises NotFast."""
+        """Compare the libraries on a few characters from the middle of `texts`, more of them the first time. Raise
+        NotFast if the ids differ."""
         with self._lock:
             num = COMPARED if self.num_compared else FIRST_COMPARED
             self.num_compared += num
@@ -124,9 +129,10 @@ class FastBPE:
             self.num_compared -= left
 
     def _encode(self, texts: list[bytes]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
+        """Encode texts with gigatoken alone; ids end to end and their number in each text."""
         if not texts:
             return np.empty(0, np.uint32), np.empty(0, np.int64)
-        # Threads that share one wait for each other.
+        # One instance per thread: threads that shared one would wait for each other.
         idle = self._idle
         with self._lock:
             fast = idle.pop() if idle else None
@@ -142,11 +148,13 @@ class FastBPE:
         return np.asarray(rows.content.data), np.diff(rows.offsets.data)
 
     def _renew(self) -> None:
+        """Drop all instances, and with them their caches."""
         self._idle: list[Any] = []  # those in use come back to the list before, and go with it
         self._seen_bytes, self._resident_before = 0, _resident_bytes() or 0
 
     def _find_left(self, texts: list[bytes], normal: list[bytes]) -> set[int]:
-        """Which texts gigatoken might encode otherwise, given the normal ones."""
+        """Return the numbers of the texts that gigatoken might encode differently. `normal` are the texts after
+        normalization."""
         worst, unknown = character_states(normal, self._states)
         if unknown.size:
             self._learn(unknown)
@@ -155,14 +163,14 @@ class FastBPE:
         if self._odd:
             left |= {i for i, text in enumerate(normal) if any(token in text for token in self._odd)}
         if self._normalize is not None:
-            # An added token is found before its neighbours are normalized: they must not be composed with it.
+            # An added token is matched before its neighbours are normalized, so that they must not be composed with it.
             found = self._odd + self._added
             others = (i for i, text in enumerate(texts) if not text.isascii())
             left |= {i for i in others if any(token in texts[i] or token in normal[i] for token in found)}
         return left
 
     def _compare_added(self, tokens: list[str]) -> None:
-        """Compare added tokens in company and with each other; one that differs is odd. Raises NotFast where too many
+        """Compare added tokens in contexts and with each other; one that differs becomes odd. Raise NotFast if too many
         overlap to compare them all."""
         kinds = {(token[0], token[-1]): token for token in tokens}  # others of a kind have the same borders
         few = list(kinds.values())[:MOST_KINDS]
@@ -191,13 +199,15 @@ class FastBPE:
         self._odd += sorted({token.encode() for who in differ for token in who} - set(self._odd))
 
     def _learn(self, points: npt.NDArray[np.uint32]) -> None:
-        # Many to a text, which is quicker; and where the ids of a text differ, one by one.
+        """Compare how both libraries split these code points, and record the result."""
+        # Many characters per text, which is faster; one by one only for texts whose ids differ.
         groups = np.split(points, range(LEARNED_TOGETHER, len(points), LEARNED_TOGETHER))
         for group, same in zip(groups, self._split_alike(groups), strict=True):
             singly = same or self._split_alike(list(group.reshape(-1, 1)))
             self._states[group] = np.where(singly, SAME, DIFFERENT)
 
     def _split_alike(self, groups: Sequence[npt.NDArray[np.uint32]]) -> list[bool]:
+        """Return for each group of code points whether both libraries split it alike."""
         texts = ["\n".join(COMPANY.format(chr(point)) for point in group) for group in groups]
         exact, fast = self._probes
         expected = [encoding.ids for encoding in exact.encode_batch_fast(texts, add_special_tokens=False)]
@@ -205,7 +215,7 @@ class FastBPE:
 
 
 def _load(description: str) -> Any:
-    """gigatoken's tokenizer of a tokenizer.json. Raises NotFast."""
+    """Return gigatoken's tokenizer for the content of a tokenizer.json. Raise NotFast."""
     try:
         from gigatoken import gigatoken_rs
     except ImportError:
@@ -217,7 +227,7 @@ def _load(description: str) -> Any:
 
 
 def _check_model(description: dict[str, Any]) -> None:
-    """Raises NotFast for what gigatoken does not look at, or takes for another kind of tokenizer."""
+    """Raise NotFast for settings that gigatoken ignores, and for other kinds of tokenizers."""
     model, normalizers = description["model"], _normalizer_types(description["normalizer"])
     if model["type"] != "BPE" or model["byte_fallback"] or "ByteLevel" not in json.dumps(description["pre_tokenizer"]):
         raise NotFast("it is no byte-level BPE")
@@ -229,6 +239,7 @@ def _check_model(description: dict[str, Any]) -> None:
 
 
 def _normalizer_types(normalizer: dict[str, Any] | None) -> list[str]:
+    """Return the types of all normalizers in a (nested) sequence."""
     if normalizer is None:
         return []
     if normalizer["type"] == "Sequence":
@@ -237,7 +248,7 @@ def _normalizer_types(normalizer: dict[str, Any] | None) -> list[str]:
 
 
 def _overlaps(tokens: list[str]) -> list[tuple[str, str, str]]:
-    """Return all pairs of tokens that can share characters of a text, and such a text."""
+    """Return all pairs of tokens that can share characters of a text, with such a text."""
     by_prefix: dict[str, list[str]] = {}
     for token in tokens:
         for stop in range(1, len(token) + 1):
@@ -252,13 +263,13 @@ def _overlaps(tokens: list[str]) -> list[tuple[str, str, str]]:
 
 
 def _showing_borders(description: dict[str, Any]) -> dict[str, Any]:
-    """The same splitting, over bytes of which any two are merged that may stand on the two sides of a border between a
-    character and its company: where there is a border, they are not."""
+    """Return a tokenizer with the same pre-tokenizer and a vocabulary that merges any two bytes which may meet at the
+    border between a character and its context. Where there is a border, they are not merged."""
     byte = _byte_characters()
     pairs = [(last, lead) for last in CONTINUATIONS for lead in LEADS]
     pairs += [(near, lead) for near in NEIGHBOURS for lead in LEADS]
     pairs += [(last, near) for last in CONTINUATIONS for near in NEIGHBOURS]
-    # After these, so that neighbours are not merged with each other before.
+    # Last, so that neighbours are not merged with each other first.
     pairs += [pair for near in NEIGHBOURS for other in ASCII for pair in ((near, other), (other, near))]
     merges = list(dict.fromkeys((byte[one], byte[two]) for one, two in pairs if one != two))
     vocabulary = [*byte.values(), *(one + two for one, two in merges)]
@@ -267,7 +278,7 @@ def _showing_borders(description: dict[str, Any]) -> dict[str, Any]:
 
 
 def _byte_characters() -> dict[int, str]:
-    """The character by which byte-level vocabularies spell each byte: itself where it can be printed."""
+    """Return the character by which byte-level vocabularies spell each byte: itself if it is printable."""
     printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     rest = [byte for byte in range(0x100) if byte not in printed]
     return {**{b: chr(b) for b in printed}, **{b: chr(0x100 + i) for i, b in enumerate(rest)}}
@@ -276,7 +287,8 @@ def _byte_characters() -> dict[int, str]:
 def character_states_reference(
     texts: list[bytes], states: npt.NDArray[np.uint8]
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint32]]:
-    """`megalite._data.character_states`, which says what it does."""
+    """Return the worst state of the characters of each text, and the characters not seen before. This is
+    `megalite._data.character_states` in numpy."""
     states = states.copy()  # another thread may learn a character just then
     others = [text.translate(None, ASCII).decode().encode("utf-32-le") for text in texts]
     points = [np.frombuffer(text, "<u4") for text in others]
@@ -292,7 +304,7 @@ except ImportError:  # installed without a compiler
 
 
 def _resident_bytes() -> int | None:
-    """Of this process, where the system tells."""
+    """Return the resident memory of this process, None if the system does not report it."""
     try:
         with open("/proc/self/statm", "rb") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")

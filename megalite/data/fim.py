@@ -1,8 +1,7 @@
-"""Fill in the middle: documents turned so that a model that only looks back learns to fill a gap from both sides.
+"""Fill in the middle (FIM): rearrange documents so that a causal model learns to fill a gap from both sides.
 
 Bavarian et al. 2022, "Efficient Training of Language Models to Fill in the Middle". A document in parts prefix, middle,
-suffix becomes PRE prefix SUF suffix MID middle (PSM) or PRE SUF suffix MID prefix middle (SPM).
-"""
+suffix becomes PRE prefix SUF suffix MID middle (PSM) or PRE SUF suffix MID prefix middle (SPM)."""
 
 from __future__ import annotations
 
@@ -21,8 +20,8 @@ SHORTEST = 16  # tokens: less leaves nothing to fill
 
 
 class FillInTheMiddle(NamedTuple):
-    """Turns a share `rate` of the documents in a sample, `spm_rate` of them as SPM. A turned document keeps its length,
-    for which its last three tokens before `end` make room, so that packing and masks stay as they are."""
+    """Rearranges a share `rate` of the documents in a sample, `spm_rate` of them as SPM. A rearranged document keeps
+    its length, so that packing and masks stay valid; its last three tokens before `end` make room for the marks."""
 
     rate: float
     spm_rate: float
@@ -34,7 +33,8 @@ class FillInTheMiddle(NamedTuple):
 
     @classmethod
     def of(cls, config: FillInTheMiddleConfig, tokenizer: Tokenizer | None, seed: int) -> FillInTheMiddle:
-        """Raises DataError where the tokenizer lacks a token."""
+        """Create it from the settings in `config`. Raise DataError if `tokenizer` lacks one of the three tokens. `seed`
+        is the run's."""
         vocabulary = tokenizer.vocabulary() if tokenizer else {}
         for token in config.tokens:
             if token not in vocabulary:
@@ -47,8 +47,9 @@ class FillInTheMiddle(NamedTuple):
         return cls(config.rate, config.spm_rate, prefix, middle, suffix, end, seed)
 
     def turn(self, tokens: Int64s, documents: Int64s, filled: Int64s, indices: Int64s) -> None:
-        """tokens, documents: [n, L + 1] as in `Windows`, tokens changed in place; indices: [n] of the samples, which
-        alone decide what is turned and where it is cut."""
+        """Rearrange documents of `tokens` in place. `tokens` and `documents` are [n, L + 1], `filled` [n], as in
+        `Windows`; `indices` [n] are the numbers of the samples, which alone decide what is rearranged and where it is
+        cut."""
         for row, of_row, count, index in zip(tokens, documents, filled.tolist(), indices.tolist(), strict=True):
             random = np.random.Generator(np.random.Philox(key_of(self.seed, "fim", index)))
             borders = [0, *(np.flatnonzero(np.diff(of_row[:count])) + 1).tolist(), count]
@@ -60,6 +61,8 @@ class FillInTheMiddle(NamedTuple):
                     row[start:stop] = self._turned(row[start : stop - 3], cuts, is_spm < self.spm_rate)
 
     def _turned(self, content: Int64s, cuts: list[float], is_spm: bool) -> Int64s:
+        """Return a document's `content` rearranged at two cuts, given as fractions of its length; three tokens
+        longer."""
         first, second = sorted(int(cut * (len(content) + 1)) for cut in cuts)
         prefix, middle, suffix = content[:first], content[first:second], content[second:]
         if is_spm:

@@ -1,9 +1,9 @@
-"""What rows of labelled data look like, and what is to be learned from each: chats, prompts with completions, preferred
-and rejected answers, texts with a class, words with labels.
+"""Formats of labelled data, and what is learned from each row: chats, prompts with completions, preferred and rejected
+answers, texts with a class, words with labels.
 
 Field names are those of TRL, OpenAI, ShareGPT and the `datasets` library. A row becomes one or two texts with values
-over parts of them; a token's value, in PREFIX.mask, is that of the part it lies in: 0 where nothing is learned, 1 where
-the token is learned itself, 1 + number of the class where that is."""
+over parts of them. A token's value, in PREFIX.mask, is that of the part it lies in: 0 where nothing is learned, 1 where
+the token itself is learned, 1 + number of the class where that is."""
 
 from __future__ import annotations
 
@@ -56,27 +56,29 @@ REFUSED = {
     "documents": "texts to look things up in are not given to chat templates",
     "history": "give earlier turns as messages",
 }
-"""Fields that would change what is learned."""
+"""Fields that are refused because they would change what is learned."""
 RESERVED = frozenset((
     "messages", "conversation", "conversations", "tools", "documents", "template", "chat_template", "learned", "prompt",
     "add_generation_prompt", "continue_final_message", "return_assistant_tokens_mask",
 ))  # fmt: skip
-"""What is rendered, which variables of a template cannot say anew."""
+"""Template variables that hold the conversation itself, which a row's `chat_template_kwargs` cannot set."""
 Values = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Settings:
+    """Holds how rows are encoded."""
+
     format: Format
     tokenizer: str
     last_only: bool = False
-    """Of a chat, only the last answer is learned."""
+    """Learn only the last answer of a chat."""
     labels: tuple[str, ...] = ()
     """Names of the classes."""
 
 
 class Encoded(NamedTuple):
-    """A document of a token file."""
+    """Holds a document of a token file."""
 
     ids: Sequence[int]
     values: np.ndarray
@@ -85,12 +87,12 @@ class Encoded(NamedTuple):
 
 
 class Encoder:
-    """Rows of one format into tokens. Raises DataError where the tokenizer cannot serve."""
+    """Encodes rows of one format as tokens. Raises DataError if the tokenizer lacks what the format needs."""
 
     def __init__(self, settings: Settings) -> None:
         self.tokenizer = text_tokenizer(settings.tokenizer)
         self.seen: Counter[str] = Counter()
-        """What was passed over in rows that were taken, and how often."""
+        """What was ignored in rows that were accepted, and how often."""
         self._settings = settings
         self._template: ChatTemplate | None = None
         self._contents: ContentEncoder | None = None
@@ -101,6 +103,7 @@ class Encoder:
             self._check_end()
 
     def _check_end(self) -> None:
+        """Raise DataError if the tokenizer has no end-of-document token."""
         if self.tokenizer.eod_id is None:
             raise DataError(
                 f"{self._settings.tokenizer} names no end-of-document token, without which a model never learns where "
@@ -108,10 +111,11 @@ class Encoder:
             )
 
     def encode(self, rows: Sequence[Values]) -> list[list[Encoded] | str]:
-        """Return of each row the one document, or the two of a preference; or why there are none."""
+        """Return for each row its document, the two documents of a preference, or the reason why there are none."""
         return [self._encode(row) for row in rows]
 
     def _encode(self, row: Values) -> list[Encoded] | str:
+        """Encode one row. A refused row leaves no trace in `seen`."""
         before = self.seen.copy()
         try:
             row = without_nulls(row)
@@ -127,6 +131,7 @@ class Encoder:
         return why
 
     def _encoded(self, text: Text) -> Encoded:
+        """Tokenize one text and the values of its parts."""
         if not is_unicode(text.text):
             raise ValueError("it holds half of a surrogate pair, which no UTF-8 text does")
         if text.literal is not None and self._contents is not None:
@@ -137,14 +142,15 @@ class Encoder:
             begin = self.tokenizer.begin_ids
             ids, values = [*begin, *ids], np.concatenate([np.zeros(len(begin), np.int64), values])
         if self._settings.format not in CLASSES:
-            values[:1] = 0  # nothing comes before it to tell it from
+            values[:1] = 0  # no token precedes it, so that nothing can predict it
         if text.add_end and ids[-1:] != [self.tokenizer.eod_id]:
             assert self.tokenizer.eod_id is not None
             ids, values = [*ids, self.tokenizer.eod_id], np.append(values, 1)
         return Encoded(ids, values, len(text.text.encode()))
 
     def _check_fields(self, row: Values) -> None:
-        """Every field is used, or says nothing of what is learned; others are counted, or refused."""
+        """Raise ValueError for a field that is refused or looks misspelt. Other unknown fields are counted, and so are
+        never ignored silently."""
         used = FIELDS[self._settings.format]
         for name, value in row.items():
             if name in used or name in NEUTRAL or value in ("", [], {}):
@@ -157,14 +163,16 @@ class Encoder:
         if self._settings.format not in CLASSES and row.get("label") in (False, 0, "0", "false"):
             raise ValueError("the row's 'label' says that its answer was rejected; from it alone nothing is learned")
 
-    # --- formats: each takes a row to its texts, or raises ValueError that says what is wrong with it ------------
+    # --- formats: each method turns a row into its texts, or raises ValueError that says what is wrong with it ---
 
     def _chat(self, row: Values) -> list[Text]:
+        """Return the text of a conversation, of which all answers, or the last one, are learned."""
         field = _first(row, *CHATS)
         talk = self._conversation(row, row[field], field)
         return [self._answered(row, talk, talk.answers()[-1:] if self._settings.last_only else talk.answers())]
 
     def _completion(self, row: Values) -> list[Text]:
+        """Return the text of a prompt and its completion, plain or as messages."""
         prompt, completion = row[_first(row, "prompt")], row[_first(row, "completion")]
         if isinstance(prompt, str) and isinstance(completion, str):
             self._no_messages(row)
@@ -174,6 +182,7 @@ class Encoder:
         return [self._answered(row, talk, talk.answers(first))]
 
     def _preference(self, row: Values) -> list[Text]:
+        """Return the texts of the chosen and the rejected answer to the same prompt."""
         if isinstance(asked := row.get("input"), Mapping) and "preferred_output" in row:
             outputs: dict[str, Any] = dict(zip(("chosen", "rejected"), map(row.get, OPENAI_PAIR[1:]), strict=True))
             row = {**row, **asked, **outputs, "messages": None, "prompt": asked.get("messages")}
@@ -197,12 +206,14 @@ class Encoder:
         return texts
 
     def _classification(self, row: Values) -> list[Text]:
+        """Return a text whose tokens all have the value of its class."""
         text = _text(row, _first(row, "text", "sentence"))
         label = self._number(row[_first(row, *LABEL_FIELDS["classification"])])
-        # Of every token, so that a text that is cut keeps it; a model tells it at the last one.
+        # On every token, so that a truncated text keeps its class; the model predicts it at the last token.
         return [Text(text, [Part(0, len(text), 1 + label)], add_begin=True)]
 
     def _labels(self, row: Values) -> list[Text]:
+        """Return the words joined by spaces, the first token of each with its label. The label -100 means none."""
         field, of = _first(row, "tokens", "words"), _first(row, *LABEL_FIELDS["labels"])
         words, labels = row[field], row[of]
         if not (isinstance(words, list) and words and all(isinstance(word, str) and word for word in words)):
@@ -218,11 +229,12 @@ class Encoder:
     # --- parts of formats ----------------------------------------------------------------------------------------
 
     def _conversation(self, row: Values, found: Any, field: str) -> Conversation:
+        """Return the messages in `found`, with the row's system prompt."""
         system = row.get("system", row.get("system_prompt"))
         return read_messages(with_system(found, system), field, self._open_template(), self.seen)
 
     def _replied(self, row: Values, prompt: Any, reply: Any, field: str) -> tuple[Conversation, int]:
-        """A conversation, and the number of the first message that is not the prompt's."""
+        """Return a prompt and its reply as one conversation, and the number of the first message after the prompt."""
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         if isinstance(reply, str):
             reply = [{"role": "assistant", "content": reply}]
@@ -234,6 +246,7 @@ class Encoder:
         return joined(self._conversation(row, turns, "prompt"), replied, field)
 
     def _answered(self, row: Values, talk: Conversation, learned: Sequence[int]) -> Text:
+        """Render a conversation and return its text, with the answers numbered in `learned` as parts."""
         template = self._open_template()
         tools, options = read_tools(row, template), row.get("chat_template_kwargs", {})
         if not isinstance(options, Mapping):
@@ -251,6 +264,8 @@ class Encoder:
         )
 
     def _text_pair(self, row: Values, prompt: str | None, sides: Mapping[str, str]) -> list[Text]:
+        """Return the two texts of a preference in plain text. Without a prompt, it is taken from dialogues such as
+        hh-rlhf's."""
         if prompt is None:
             written = dialogue(list(sides.values()))
             if written is None:
@@ -261,6 +276,7 @@ class Encoder:
         return [_continued(prompt, answer, field) for field, answer in zip(sides, answers, strict=True)]
 
     def _without_prompt(self, prompt: str, sides: Sequence[str]) -> list[str]:
+        """Return the answers without the prompt, if all of them repeat it."""
         rest = without_repeated_prompt(prompt, sides)
         if rest is None:
             return list(sides)
@@ -268,17 +284,20 @@ class Encoder:
         return rest
 
     def _no_messages(self, row: Values) -> None:
+        """Raise ValueError for fields that only conversations can have."""
         for name in OF_CHATS:
             if row.get(name):
                 raise ValueError(f"the row has {name!r}, which only messages can take; give the prompt as messages")
 
     def _open_template(self) -> ChatTemplate:
+        """Return the tokenizer's chat template, opened once. Raise DataError if there is none."""
         if self._template is None:
             path = Path(self._settings.tokenizer)
             self._template = ChatTemplate.of(path if path.is_dir() else path.parent, self.tokenizer)
         return self._template
 
     def _number(self, label: Any) -> int:
+        """Return the number of a class given by number or name. Raise ValueError if it is unknown."""
         names = self._settings.labels
         label = whole_number(label)
         if isinstance(label, int) and 0 <= label < len(names):
@@ -289,7 +308,7 @@ class Encoder:
 
 
 def text_tokenizer(path: str) -> HuggingFaceTokenizer:
-    """Raises DataError where it cannot say which characters a token is made of."""
+    """Open the tokenizer in `path`. Raise DataError if it cannot tell which characters a token is made of."""
     tokenizer: Tokenizer = load_tokenizer(path)
     if not isinstance(tokenizer, HuggingFaceTokenizer):
         raise DataError(f"{path}: labelled data needs a folder with a tokenizer.json")
@@ -297,7 +316,7 @@ def text_tokenizer(path: str) -> HuggingFaceTokenizer:
 
 
 def labels_in(row: Values, format: Format) -> list[Any]:
-    """The labels that a row names. Raises ValueError where it has none."""
+    """Return the labels that a row names. Raise ValueError if it has none."""
     labels = row[_first(row, *LABEL_FIELDS[format])]
     if format == "classification":
         labels = [labels]
@@ -309,11 +328,12 @@ def labels_in(row: Values, format: Format) -> list[Any]:
 
 
 def whole_number(label: Any) -> Any:
-    """Return a label as an integer where it is one: pandas writes numbers with gaps as floats."""
+    """Return a label as an integer if it is one: pandas writes integers with gaps as floats."""
     return int(label) if isinstance(label, bool | int) or (isinstance(label, float) and label.is_integer()) else label
 
 
 def _continued(prompt: str, completion: str, field: str) -> Text:
+    """Return prompt and completion as one text, of which the completion is learned."""
     if not completion.strip():
         raise ValueError(f"{field!r} is empty")
     text, part = prompt + completion, Part(len(prompt), len(prompt) + len(completion), 1)
@@ -321,7 +341,7 @@ def _continued(prompt: str, completion: str, field: str) -> Text:
 
 
 def _first(row: Values, *names: str) -> str:
-    """The field that is there of several that mean the same."""
+    """Return which of several synonymous fields the row has. Raise ValueError if there is none, or two that differ."""
     found = [name for name in names if row.get(name) is not None]
     if not found:
         wanted = " or ".join(map(repr, names))
@@ -333,6 +353,7 @@ def _first(row: Values, *names: str) -> str:
 
 
 def _text(row: Values, field: str) -> str:
+    """Return the text of a field. Raise ValueError if it is empty or no text."""
     if not isinstance(row[field], str) or not row[field].strip():
         raise ValueError(f"{field!r} must be text that is not empty, not {row[field]!r:.50}")
     return row[field]

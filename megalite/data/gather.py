@@ -1,4 +1,4 @@
-"""Pieces of a token file into a batch."""
+"""Copy pieces of a token file into a batch."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from megalite.data.order import Int64s
 
 
 def gather_reference(tokens: npt.NDArray, starts: Int64s, lengths: Int64s, places: Int64s, out: Int64s) -> None:
-    """out.flat[places[i] : places[i] + lengths[i]] = tokens[starts[i] : starts[i] + lengths[i]] for each i in order.
+    """Copy pieces: out.flat[places[i] : places[i] + lengths[i]] = tokens[starts[i] : starts[i] + lengths[i]] for each i
+    in order.
 
-    tokens: [N] of any dtype Megatron writes; starts, lengths, places: [P] int64; out: int64 of any shape, contiguous.
-    Raises IndexError, before anything is written, where a piece reaches outside the tokens or `out`, and ValueError
-    where a float is no int64; `csrc/data/gather.cpp` does the same faster."""
+    tokens: [N] of any dtype that Megatron writes; starts, lengths, places: [P] int64; out: int64 of any shape,
+    contiguous. Raise IndexError, before anything is written, for a piece outside the tokens or `out`, and ValueError
+    for a float that is no int64. `csrc/data/gather.cpp` does the same faster."""
     if not starts.shape == lengths.shape == places.shape == (starts.size,):
         raise ValueError("starts, lengths and places must have one shape [P]")
     if not out.flags.c_contiguous:

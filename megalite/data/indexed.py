@@ -45,7 +45,8 @@ Array = npt.NDArray[Any]
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The dtype Megatron writes: u16 below 65,500 tokens, which leaves room to pad the vocabulary, else i32."""
+    """Return the dtype that Megatron writes for `vocab_size`: u16 below 65,500 tokens, which leaves room to pad the
+    vocabulary, otherwise i32."""
     return np.dtype("<u2") if vocab_size < 65500 else np.dtype("<i4")
 
 
@@ -57,7 +58,8 @@ NOTED: dict[str, type] = {
 
 
 def read_note(prefix: str) -> dict[str, Any]:
-    """PREFIX.json, which preprocessing writes beside its token files; nothing where there is none. Raises DataError."""
+    """Return the content of PREFIX.json, which preprocessing writes beside its token files; empty if there is none.
+    Raise DataError."""
     name = f"{prefix}.json"
     try:
         path = local_copy(name) if is_url(name) else Path(name)
@@ -73,18 +75,18 @@ def read_note(prefix: str) -> dict[str, Any]:
 
 
 class IndexedDataset:
-    """The pair PREFIX.bin, PREFIX.idx, memory-mapped: opening it costs the same for a thousand tokens and a trillion.
-    Where PREFIX is a URL, .idx is fetched here, and of .bin what `fetch` asks for; the rest of `tokens` reads as zeros.
+    """Maps the pair PREFIX.bin, PREFIX.idx into memory: opening costs the same for a thousand tokens and a trillion.
 
-    What can be checked in O(1) is checked here, so that a truncated or mismatched pair raises `DataError`; `check`
-    looks at all the rest."""
+    If PREFIX is a URL, .idx is fetched as a whole, and of .bin only what `fetch` asks for; the rest of `tokens` reads
+    as zeros. Opening checks in O(1) and raises DataError for a truncated or mismatched pair; `check` looks at
+    everything else."""
 
     def __init__(self, prefix: str | Path) -> None:
         self.prefix = str(prefix)
         self._remote: CachedObject | None = None
         if is_url(self.prefix):
             self._remote = CachedObject(f"{prefix}.bin")
-            self._index = CachedObject(f"{prefix}.idx")  # held, or the cache could give its room to something else
+            self._index = CachedObject(f"{prefix}.idx")  # kept open, or the cache could evict it
             self._bin, self._idx = self._remote.path, self._index.whole()
         else:
             self._bin, self._idx = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
@@ -95,7 +97,7 @@ class IndexedDataset:
                 raise DataError(f"{path} does not exist; tools/preprocess_data.py writes {self.prefix}.bin and .idx")
         num_indices = self._read_header()
         num, lengths_end = self.num_sequences, HEADER.size + 4 * self.num_sequences
-        # Plain arrays on the maps: reading one element of a memmap itself takes several times as long.
+        # Plain arrays over the maps: reading one element of a memmap takes several times as long.
         self._lengths = np.asarray(np.memmap(self._idx, "<i4", "r", HEADER.size, (num,)))
         self._pointers = np.asarray(np.memmap(self._idx, "<i8", "r", lengths_end, (num,)))
         self._documents = np.asarray(np.memmap(self._idx, "<i8", "r", lengths_end + 8 * num, (num_indices,)))
@@ -106,7 +108,7 @@ class IndexedDataset:
         self.mask = self._open_mask()
 
     def _open_mask(self) -> Array | None:
-        """[num_tokens], where there is one."""
+        """Return the mask, [num_tokens], or None. Raise DataError if its size does not match."""
         name = f"{self.prefix}.mask"
         self._remote_mask: CachedObject | None = None
         if self._remote is not None:
@@ -126,7 +128,8 @@ class IndexedDataset:
         return np.memmap(path, "u1" if size == self.num_tokens else "<u2", "r")
 
     def _read_header(self) -> int:
-        """Sets `dtype` and `num_sequences`; returns the number of document indices."""
+        """Read the header, set `dtype` and `num_sequences`, and return the number of document indices. Raise
+        DataError."""
         size = self._idx.stat().st_size
         if size < HEADER.size:
             raise self._broken(f"is {size} bytes long, shorter than its {HEADER.size}-byte header")
@@ -149,6 +152,7 @@ class IndexedDataset:
         return int(num_indices)
 
     def _check_ends(self) -> None:
+        """Compare the last entries of the index with the size of .bin. Raise DataError."""
         first, last = int(self._documents[0]), int(self._documents[-1])
         if first != 0 or last != self.num_sequences:
             raise self._broken(f"has documents from sequence {first} to {last}, not from 0 to {self.num_sequences}")
@@ -160,13 +164,14 @@ class IndexedDataset:
             raise self._broken(f"promises {self.dtype.name} tokens, but .bin has {size} bytes")
 
     def _broken(self, why: str) -> DataError:
+        """Return the error for a damaged pair."""
         return DataError(
             f"{self.prefix}.idx {why}; .bin and .idx are truncated or not a pair: write or copy both again"
         )
 
     def check(self, highest: int | None = None) -> None:
-        """Raise DataError where a length, pointer or document of the index cannot be, or where the mask, if there is
-        one, holds more than `highest`. Reads all of both, once (whole.py)."""
+        """Read the whole index, and the mask if `highest` is given. Raise DataError for an impossible length, pointer
+        or document, or a mask value above `highest`. A large file is read once and remembered (whole.py)."""
         files = [self._idx]
         if self.mask is not None and highest is not None:
             files.append(self._remote_mask.whole() if self._remote_mask else Path(f"{self.prefix}.mask"))
@@ -192,8 +197,8 @@ class IndexedDataset:
         return self.num_sequences
 
     def fetch(self, starts: npt.ArrayLike, lengths: npt.ArrayLike) -> None:
-        """Have `tokens[starts[i] : starts[i] + lengths[i]]` on this machine, all [n] or one number for all; nothing to
-        do where the files are. Raises DataError where they cannot be had, and IndexError for tokens there are not."""
+        """Bring `tokens[starts[i] : starts[i] + lengths[i]]` onto this machine, all [n] or one number for all; nothing
+        happens for local files. Raise DataError if that fails, and IndexError for tokens out of range."""
         if self._remote is not None:
             first, count = np.broadcast_arrays(np.asarray(starts, np.int64), np.asarray(lengths, np.int64))
             self._remote.fetch(first.ravel() * self.dtype.itemsize, count.ravel() * self.dtype.itemsize)
@@ -202,35 +207,37 @@ class IndexedDataset:
                 self._remote_mask.fetch(first.ravel() * size, count.ravel() * size)
 
     def __getitem__(self, i: int) -> Array:
-        """Tokens of sequence i, [length], read-only and still on disk. Raises IndexError outside 0 … N - 1."""
+        """Return the tokens of sequence i, [length], read-only and still on disk. Raise IndexError outside 0 … N -
+        1."""
         if not 0 <= i < self.num_sequences:
             raise IndexError(f"{self.prefix}: sequence {i} of {self.num_sequences}")
         start = int(self._pointers[i]) // self.dtype.itemsize
         return self.read(start, start + int(self._lengths[i]))
 
     def read(self, first: int, last: int) -> Array:
-        """Tokens [first, last), read-only and still on disk, fetched where need be. Raises as `fetch`."""
+        """Return tokens [first, last), read-only and still on disk, fetched if need be. Raise as `fetch` does."""
         self.fetch(first, last - first)
         return self.tokens[first:last].view(np.ndarray)
 
     def lengths(self, first: int, last: int) -> Array:
-        """Tokens of sequences [first, last), int32; a copy."""
+        """Return the numbers of tokens of sequences [first, last), int32; a copy."""
         return np.array(self._lengths[first:last])
 
     def token_of_sequence(self, i: int) -> int:
-        """Offset of sequence i's first token in `tokens`; of i = N, the end. Raises IndexError."""
+        """Return the offset of sequence i's first token in `tokens`; for i = N, the end. Raise IndexError."""
         if not 0 <= i <= self.num_sequences:
             raise IndexError(f"{self.prefix}: sequence {i} of {self.num_sequences}")
         return int(self._pointers[i]) // self.dtype.itemsize if i < len(self) else self.num_tokens
 
     def document_start(self, d: int) -> int:
-        """Offset of document d's first token in `tokens`; of d = num_documents, the end. Raises IndexError."""
+        """Return the offset of document d's first token in `tokens`; for d = num_documents, the end. Raise
+        IndexError."""
         if not 0 <= d <= self.num_documents:
             raise IndexError(f"{self.prefix}: document {d} of {self.num_documents}")
         return self.token_of_sequence(int(self._documents[d]))
 
     def starts_of_documents(self, first: int, last: int) -> Array:
-        """Offsets in `tokens` at which documents first … last begin, int64 [last - first + 1]; a copy of all of them.
+        """Return the offsets in `tokens` at which documents first … last begin, int64 [last - first + 1], as a copy.
         That of num_documents is the end."""
         sequences = np.array(self._documents[first : last + 1])
         low, high = int(sequences[0]), int(sequences[-1])
@@ -238,13 +245,13 @@ class IndexedDataset:
         return starts[sequences - low] // self.dtype.itemsize
 
     def document_starts(self, first: Array, last: Array) -> tuple[Array, Array]:
-        """Offsets in `tokens`, ascending, at which documents begin within [first[i], last[i]) for each i: how many
-        there are, [n], and those of all, int64. Found by bisection."""
+        """Find by bisection the documents that begin within tokens [first[i], last[i]) for each i. Return how many
+        there are, [n], and the offsets of all, ascending, int64."""
         return document_starts(self._documents, self._pointers, self.dtype.itemsize, first, last)
 
     def fingerprint(self) -> str:
-        """Hex name of the content: the sizes and 64 slices of 4 KiB spread evenly over each file. Bounded work, so
-        that a change which keeps the sizes and lies between the slices goes unseen."""
+        """Return a hexadecimal digest of the content: file sizes, and 64 slices of 4 KiB spread evenly over each file.
+        The work is bounded, so that a change which keeps the sizes and lies between the slices goes unnoticed."""
         digest = hashlib.sha256()
         files = [(self._idx, None), (self._bin, self._remote)]
         if self.mask is not None:
@@ -266,11 +273,13 @@ class IndexedDataset:
 def document_starts_reference(
     documents: Array, pointers: Array, itemsize: int, first: Array, last: Array
 ) -> tuple[Array, Array]:
-    """`csrc/data/starts.cpp` in Python. (numpy's own search would copy the index, which lies unaligned in its file.)"""
+    """Find the documents that begin within tokens [first[i], last[i]): `csrc/data/starts.cpp` in Python. `documents`
+    and `pointers` are those of the index, `itemsize` the bytes of a token. (numpy's own search would copy the index,
+    which is unaligned in its file.)"""
 
     def start(document: int) -> int:
         number = int(documents[document])
-        # One without a sequence at the end of the file, as Megatron-LM's tool writes for an empty text.
+        # A document without a sequence at the end of the file: Megatron-LM's tool writes it for an empty text.
         return int(pointers[number]) // itemsize if number < len(pointers) else 2**63 - 1
 
     numbers, found = range(len(documents) - 1), []
@@ -288,10 +297,10 @@ except ImportError:  # installed without a compiler
 
 
 class IndexedWriter:
-    """Writes PREFIX.bin and PREFIX.idx, and PREFIX.mask where that has a dtype, in one pass and constant memory; they
+    """Writes PREFIX.bin and PREFIX.idx, and PREFIX.mask if that has a dtype, in one pass and constant memory. The files
     get these names only when complete.
 
-    As a context manager it finishes at the end of the block, and leaves nothing behind when the block raises. Raises
+    As a context manager it finishes at the end of the block, and leaves nothing behind if the block raises. Raises
     DataError while another process writes the same files."""
 
     def __init__(self, prefix: str | Path, dtype: npt.DTypeLike, mask_dtype: npt.DTypeLike | None = None) -> None:
@@ -309,18 +318,17 @@ class IndexedWriter:
         self._files = [_open_alone(self._temporary[0])]
         self._files += [open(path, "w+b") for path in self._temporary[1:]]  # noqa: SIM115
         self._bin, self._idx = self._files[0], self._files[-1]
-        # The lengths come first in .idx, so they go straight to where they stay; what else it holds follows from them.
+        # Lengths come first in .idx, so that they are written in place; the rest of the index is computed from them.
         self._idx.seek(HEADER.size)
 
     def add_document(self, tokens: npt.ArrayLike) -> None:
-        """Append one document of one sequence. Raises DataError as `add_documents`."""
+        """Append one document of one sequence. Raise DataError as `add_documents` does."""
         array = np.asarray(tokens)
         self.add_documents(array, [array.size])
 
     def add_documents(self, tokens: npt.ArrayLike, lengths: npt.ArrayLike, mask: npt.ArrayLike | None = None) -> None:
-        """Append documents whose `tokens` lie end to end, [sum(lengths)], and so does what the mask says of them.
-
-        Raises DataError for an empty document, a document of 2^31 tokens or more, or an id the dtype cannot hold."""
+        """Append documents whose `tokens` lie end to end, [sum(lengths)], as do their values in `mask`. Raise DataError
+        for an empty document, one of 2^31 tokens or more, or an id that the dtype cannot hold."""
         flat, sizes = np.asarray(tokens), np.asarray(lengths, dtype=np.int64)
         if not sizes.size:
             return
@@ -346,9 +354,8 @@ class IndexedWriter:
         self.num_tokens += flat.size
 
     def add_pair(self, prefix: str | Path) -> None:
-        """Append all documents of another pair. The kernel copies the tokens; what is read are the lengths.
-
-        Raises DataError if they are of another type, or its documents are not of one sequence each."""
+        """Append all documents of the pair `prefix`. The kernel copies the tokens; only the lengths are read. Raise
+        DataError if the dtype differs, or if documents have several sequences or a mask."""
         other = IndexedDataset(prefix)
         other.check()
         if other.dtype != self.dtype or other.num_documents != other.num_sequences or other.mask is not None:
@@ -364,7 +371,8 @@ class IndexedWriter:
         self.num_tokens += other.num_tokens
 
     def finish(self) -> None:
-        """Complete the index, make the files durable and give them their names. Raises DataError without documents."""
+        """Complete the index, make the files durable and give them their names. Raise DataError if there are no
+        documents."""
         if not self.num_documents:
             raise DataError(f"{self._final[0]}: no document was written")
         self._write_index()
@@ -382,12 +390,13 @@ class IndexedWriter:
                 final.unlink(missing_ok=True)
             raise
         fsync(self._final[0].parent)
-        # Not before they have their names: until then nobody else may begin to write the same.
+        # Close only now: closing releases the lock, and nobody may begin to write the same files before the renames.
         for file in self._files:
             file.close()
         self._files, self._temporary = [], []
 
     def _write_index(self) -> None:
+        """Compute pointers and documents from the lengths, in chunks, and write the header last."""
         num, offset, chunk = self.num_documents, 0, CHUNK_DOCUMENTS
         for start in range(0, num, chunk):
             self._idx.seek(HEADER.size + 4 * start)
@@ -398,11 +407,12 @@ class IndexedWriter:
             offset += int(ends[-1]) * self.dtype.itemsize
         for start in range(0, num + 1, chunk):
             self._idx.write(np.arange(start, min(start + chunk, num + 1), dtype="<i8").data)
+        # The header comes last: until then the file is not a valid index.
         self._idx.seek(0)
         self._idx.write(HEADER.pack(MAGIC, VERSION, self._code, num, num + 1))
 
     def abort(self) -> None:
-        """Remove what has been written so far; nothing happens after `finish`."""
+        """Remove what has been written so far; does nothing after `finish`."""
         for path in self._temporary:
             path.unlink(missing_ok=True)
         for file in self._files:
@@ -424,7 +434,7 @@ class IndexedWriter:
 
 
 def _open_alone(path: Path) -> BinaryIO:
-    """An empty file, which this process alone writes until it is closed. Raises DataError."""
+    """Open an empty file that this process alone writes until it is closed. Raise DataError if another one does."""
     while True:
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
         try:
@@ -438,11 +448,12 @@ def _open_alone(path: Path) -> BinaryIO:
             if os.path.samestat(os.stat(path), os.fstat(file.fileno())):
                 file.truncate()
                 return file
-        file.close()  # it got its final name meanwhile, or was removed
+        file.close()  # another process renamed or removed it between open and lock: try again
 
 
 def _copy(source: BinaryIO, target: BinaryIO, num_bytes: int) -> None:
-    """To the target's position, within the kernel; a file system that can shares the blocks instead of copying them."""
+    """Append `source` to `target` within the kernel; a file system that can shares the blocks instead of copying
+    them."""
     target.flush()
     copied = 0
     with suppress(OSError, AttributeError):  # two file systems, or one or a platform that cannot: see below

@@ -1,4 +1,4 @@
-"""What is in token files, for a person: `megalite inspect`."""
+"""Show a person what token files hold: `megalite inspect`."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ COLOURS = ("default", "cyan")
 
 
 def inspect_file(prefix: str, tokenizer: Path | None, count: int, start: int, console: Console) -> None:
-    """Statistics of PREFIX.bin and .idx, and `count` documents from number `start` on, as text where their tokenizer is
-    given or still lies where it lay when they were made. Raises DataError."""
+    """Print statistics of the pair `prefix`, and `count` documents from number `start` on to `console`. They are shown
+    as text if `tokenizer` is given or still lies where it was when they were made. Raise DataError."""
     dataset = IndexedDataset(prefix)
     made_of = read_note(prefix)
     check_mask(dataset, made_of)
@@ -65,6 +65,7 @@ def inspect_file(prefix: str, tokenizer: Path | None, count: int, start: int, co
 
 
 def _tokenizer_of(prefix: str, made_of: dict[str, Any], given: Path | None) -> Tokenizer | None:
+    """Return the tokenizer to decode with, or None. Raise DataError if the one given is not that of the files."""
     path = given or Path(made_of.get("tokenizer", ""))
     if not given and not ("tokenizer" in made_of and path.exists()):
         return None
@@ -76,7 +77,7 @@ def _tokenizer_of(prefix: str, made_of: dict[str, Any], given: Path | None) -> T
 
 
 def _document_lengths(dataset: IndexedDataset) -> Int64s:
-    """Tokens of each document, or of LOOKED_AT documents in slices spread over the file."""
+    """Return the number of tokens of each document, or of LOOKED_AT documents in slices spread over the file."""
     if dataset.num_documents <= LOOKED_AT:
         return np.diff(dataset.starts_of_documents(0, dataset.num_documents))
     size = LOOKED_AT // SLICES
@@ -85,6 +86,7 @@ def _document_lengths(dataset: IndexedDataset) -> Int64s:
 
 
 def _ids(dataset: IndexedDataset, vocab_size: int | None) -> dict[str, str]:
+    """Return the lines about token ids: their range and the most frequent ones, from slices spread over the file."""
     size = LOOKED_AT // SLICES if dataset.num_tokens > LOOKED_AT else dataset.num_tokens
     firsts = np.linspace(0, dataset.num_tokens - size, SLICES, dtype=np.int64).tolist()
     looked_at = np.concatenate([dataset.read(first, first + size) for first in dict.fromkeys(firsts)])
@@ -95,11 +97,12 @@ def _ids(dataset: IndexedDataset, vocab_size: int | None) -> dict[str, str]:
 
 
 def _print_lengths(lengths: Int64s, num_documents: int, console: Console) -> None:
+    """Print quantiles of the document lengths, and a histogram of tokens by document length."""
     quantiles = {"shortest": 0, "median": 50, "90%": 90, "99%": 99, "longest": 100}
     text = ", ".join(f"{name} {np.percentile(lengths, q, method='lower'):,}" for name, q in quantiles.items())
     of_some = f", of {len(lengths):,} documents" if len(lengths) < num_documents else ""
     console.print(f"  {'lengths':14} {text}, mean {lengths.mean():,.1f}{of_some}", highlight=False)
-    # Bars of the tokens that documents of such a length hold: what training will see.
+    # The bars count tokens, not documents: that is what training sees.
     lengths = lengths[lengths > 0]
     exponents = np.frexp(lengths)[1] - 1  # 2^e <= length < 2^(e + 1)
     shares = np.bincount(exponents, lengths, exponents.max() + 1) / lengths.sum()
@@ -111,8 +114,8 @@ def _print_lengths(lengths: Int64s, num_documents: int, console: Console) -> Non
 
 
 def inspect_samples(config: Config, split: Split, count: int, start: int, console: Console) -> None:
-    """Where the tokens of a config's run come from, and `count` samples from number `start` on exactly as the model
-    will see them. Raises DataError."""
+    """Print where the tokens of a run's `split` come from, and `count` samples from number `start` on, exactly as the
+    model sees them. Raise DataError."""
     tokenizer, data = open_data(config)
     mixture = data[split]
     if mixture is None:
@@ -140,6 +143,7 @@ def inspect_samples(config: Config, split: Split, count: int, start: int, consol
 
 
 def _print_sources(config: Config, mixture: Mixture, split: Split, console: Console) -> None:
+    """Print a table of the sources with their samples, and for training their share of the run and epochs."""
     num_samples = config.train.steps * config.train.global_batch_size
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("source", "samples", "tokens", *(["share of the run", "epochs"] if split == "train" else [])):
@@ -157,12 +161,13 @@ def _print_sources(config: Config, mixture: Mixture, split: Split, console: Cons
 
 
 def _rows(samples: Samples) -> list[Samples]:
+    """Return the samples one by one."""
     assert samples.documents is not None
     return [Samples(*row) for row in zip(*samples, strict=True)]  # type: ignore[arg-type]
 
 
 class Part(NamedTuple):
-    """Tokens of one document in a sample, with whether each is predicted."""
+    """Holds the tokens of one document in a sample, and whether each is predicted."""
 
     document: int
     first: int
@@ -171,8 +176,8 @@ class Part(NamedTuple):
 
 
 def _parts(sample: Samples, shifted: bool) -> list[Part]:
-    """tokens, labels, documents [L] → the documents in it; what fills it up comes as one more. `shifted`: a label is of
-    the next token."""
+    """Split one sample ([L]) into its documents; padding comes as one more. `shifted`: a label belongs to the next
+    token."""
     assert sample.documents is not None
     has_label = sample.labels != IGNORE
     is_predicted = np.append(False, has_label[:-1]) if shifted else has_label
@@ -184,6 +189,7 @@ def _parts(sample: Samples, shifted: bool) -> list[Part]:
 
 
 def _print_part(part: Part, tokenizer: Tokenizer | None, console: Console) -> None:
+    """Print one document of a sample."""
     last = part.first + len(part.tokens)
     console.print(
         f"── document {part.document}, tokens {part.first:,} to {last - 1:,} ", style="yellow", highlight=False
@@ -192,7 +198,7 @@ def _print_part(part: Part, tokenizer: Tokenizer | None, console: Console) -> No
 
 
 def _marked(tokens: np.ndarray, is_plain: np.ndarray, tokenizer: Tokenizer | None, style: str = "") -> Text:
-    """With ⟦ ⟧ around what is not."""
+    """Return the text of `tokens`, with ⟦ ⟧ around those that are not plain."""
     text = Text(style=style)
     if not len(tokens):
         return text
@@ -204,4 +210,5 @@ def _marked(tokens: np.ndarray, is_plain: np.ndarray, tokenizer: Tokenizer | Non
 
 
 def _text(ids: Sequence[int], tokenizer: Tokenizer | None) -> str:
+    """Return the text of `ids`, or the ids themselves without a tokenizer."""
     return tokenizer.decode(ids) if tokenizer else "".join(f"{number} " for number in ids)

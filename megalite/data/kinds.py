@@ -1,11 +1,11 @@
-"""What format a file has: by its name where that says it, else by how it begins. What neither says is not guessed."""
+"""Tell a file's format by its name, or by its beginning if the name does not say. What neither says is not guessed."""
 
 from __future__ import annotations
 
 import re
 
 PACKED = (".gz", ".zst")
-"""How files are packed that are unpacked while they are read."""
+"""Compressions that are undone while reading."""
 JSON_LINES = (".jsonl", ".ndjson", ".jsonlines")
 # Read as text without a second look; others are opened first.
 TEXT = frozenset(
@@ -31,7 +31,7 @@ MAGIC = {
     b"\xff\x06\x00\x00sNaPpY": "snappy", b"\x04\x22\x4d\x18": "LZ4", b"WARC/": "WARC (see tools/prepare_corpus.py)",
 }  # fmt: skip
 PART = re.compile(r"(?:.*/)?part-[\w-]*\d[\w-]*")
-"""What Spark and Hadoop call their output, whatever its format."""
+"""Name that Spark and Hadoop give their output, whatever its format."""
 KNOWN = (
     "known are JSON lines (.jsonl, .ndjson, .json), a JSON array of objects (.json), .parquet, .arrow and plain text, "
     "also as .gz or .zst"
@@ -39,7 +39,7 @@ KNOWN = (
 
 
 def unpacked_name(path: str) -> str:
-    """Return the name in lower case that a file has when it is unpacked."""
+    """Return the lower-case name that a file has after decompression."""
     name = path.lower()
     while name.endswith(PACKED):
         name = name.rpartition(".")[0]
@@ -47,16 +47,18 @@ def unpacked_name(path: str) -> str:
 
 
 def suffix_of(path: str) -> str:
+    """Return a file's suffix, compression aside; empty if there is none."""
     name = unpacked_name(path).rpartition("/")[2]
     return f".{name.rpartition('.')[2]}" if "." in name.lstrip(".") else ""
 
 
 def is_packed(path: str) -> bool:
+    """Return whether a file's name says that it is compressed."""
     return path.lower().endswith(PACKED)
 
 
 def kind_by_name(path: str) -> str:
-    """Return "lines", "parquet", "arrow", "text" or "refused"; "" where the name does not say."""
+    """Return "lines", "parquet", "arrow", "text" or "refused"; "" if the name does not say."""
     suffix, name = suffix_of(path), unpacked_name(path)
     if suffix in JSON_LINES:
         return "lines"
@@ -71,8 +73,8 @@ def kind_by_name(path: str) -> str:
 
 
 def kind_by_content(path: str, head: bytes, first_is_object: bool) -> str:
-    """Return what a file is whose name does not say, by its first bytes and by whether its first line is a JSON object.
-    For a kind that is not read: why, behind "not: "."""
+    """Return the kind of a file by its first bytes `head` and whether its first line is a JSON object. For a kind that
+    is not read, return the reason after "not: "."""
     if head.startswith(b"PAR1"):
         return "parquet"
     if head.startswith(b"\xff\xff\xff\xff"):

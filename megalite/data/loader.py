@@ -1,7 +1,6 @@
-"""The loader: one data rank's micro-batches, step after step, read ahead by a thread.
+"""Data loader: the micro-batches of one data rank, step after step, read ahead by a thread.
 
-Legend: G = global_batch_size, B = micro_batch_size, T = seq_length.
-"""
+Legend: G = global_batch_size, B = micro_batch_size, T = seq_length."""
 
 from __future__ import annotations
 
@@ -24,20 +23,23 @@ from megalite.runtime.activity import NOW
 
 @dataclass(frozen=True)
 class MicroBatch:
+    """Holds B samples of T tokens with their labels."""
+
     tokens: torch.Tensor  # [B, T] int64
     labels: torch.Tensor  # [B, T] int64, the token that follows each; IGNORE where none is to be predicted
     samples: torch.Tensor  # [B] int64, index of each sample in the whole run, over all ranks
     documents: torch.Tensor | None = None  # [B, T] int64, document of each token in its sample; None: not kept apart
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The host goes on while pinned tensors travel."""
+        """Copy to `device`. The host does not wait for pinned tensors."""
         return self._each(lambda x: x.to(device, non_blocking=True))
 
     def pinned(self) -> MicroBatch:
-        """In memory that a GPU copies from by itself."""
+        """Copy into pinned host memory, which a GPU copies from asynchronously."""
         return self._each(torch.Tensor.pin_memory)
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
+        """Apply `change` to every tensor."""
         documents = None if self.documents is None else change(self.documents)
         return MicroBatch(change(self.tokens), change(self.labels), change(self.samples), documents)
 
@@ -47,27 +49,29 @@ Span = tuple[int, int]
 
 
 def number_samples(places: Int64s, skipped: Sequence[Span]) -> Int64s:
-    """The samples at these places of a run that passes over some spans, which are in order and do not overlap."""
+    """Return the samples at positions `places` of a run that skips some spans, which are ascending and do not
+    overlap."""
     for first, last in skipped:
         places = np.where(places >= first, places + (last - first), places)
     return places
 
 
 def add_spans(skipped: Sequence[Span], samples: Int64s) -> tuple[Span, ...]:
-    """With these samples, in any order, skipped as well."""
+    """Return `skipped` extended by these samples, which may come in any order."""
     numbers = np.unique(np.concatenate([samples, *(np.arange(first, last) for first, last in skipped)]))
     runs = np.split(numbers, np.flatnonzero(np.diff(numbers) > 1) + 1)
     return tuple((int(run[0]), int(run[-1]) + 1) for run in runs)
 
 
 class Loader:
-    """Endless iterator over steps; each item is the list of this data rank's micro-batches of one global batch.
+    """Iterates endlessly over steps; each item is the list of this data rank's micro-batches of one global batch.
 
-    Step s is samples start_sample + [s·G, (s+1)·G) of the mixture, as if it had none of those in `skipped`, whatever
-    the ranks: micro-batch m of data rank d is its samples (m·data_size + d)·B + [0, B). A thread reads `prefetch` steps
-    ahead; an error in it is raised here.
-    Close the loader, or use it in a `with`, to end the thread. Raises DataError for sizes that do not divide, and for
-    a token id that is not below `vocab_size`, where that is given. `pin` is for batches that go to a GPU."""
+    Step s is samples start_sample + [s·G, (s+1)·G) of the mixture without those in `skipped`, whatever the ranks:
+    micro-batch m of data rank d is its samples (m·data_size + d)·B + [0, B). A thread reads `prefetch` steps ahead; an
+    error in it is raised here.
+
+    Close the loader, or use it in a `with`, to end the thread. Raises DataError for sizes that do not divide, and for a
+    token id not below `vocab_size`, if that is given. `pin` copies batches to pinned memory for a GPU."""
 
     def __init__(
         self,
@@ -96,7 +100,7 @@ class Loader:
         rows = np.arange(global_batch_size).reshape(-1, data_size, micro_batch_size)[:, data_rank]  # [micro-batches, B]
         self._steps: queue.Queue[list[MicroBatch] | BaseException] = queue.Queue(prefetch)
         self._stop = threading.Event()
-        # The thread must not hold the loader, or a loader that is dropped unclosed would never be collected.
+        # The thread must not refer to the loader, or one dropped unclosed would never be garbage-collected.
         self._thread = threading.Thread(
             target=_read_ahead,
             args=(
@@ -120,6 +124,7 @@ class Loader:
         return self
 
     def __next__(self) -> list[MicroBatch]:
+        """Return the next step's micro-batches. Raise what the reading thread raised."""
         if self._failure is not None:
             raise self._failure
         if self._stop.is_set():
@@ -137,15 +142,16 @@ class Loader:
 
     @property
     def samples(self) -> int:
-        """How many samples of the run all ranks together were handed."""
+        """Return how many samples of the run all ranks together have received."""
         return self._samples
 
     def samples_of_step(self, before: int) -> Int64s:
-        """The global batch [G] that came after so many samples."""
+        """Return the samples of the global batch, [G], that follows the first `before` samples."""
         return number_samples(np.arange(before, before + self.global_batch_size), self.skipped)
 
     def consumed(self, samples: int | None = None) -> dict[str, int]:
-        """How many samples of each source all ranks together were handed, among the first so many or all until now."""
+        """Return how many samples of each source all ranks together received, among the first `samples` or all so
+        far."""
         count = int(number_samples(np.array(self._samples if samples is None else samples), self.skipped))
         found = self.mixture.consumed(count)
         for span in self.skipped:
@@ -154,11 +160,11 @@ class Loader:
         return found
 
     def state(self, samples: int | None = None) -> dict[str, Any]:
-        """What a checkpoint holds: which data, and how many of its samples all ranks together were handed, of all and
-        of each source, until now or after the first so many; and which were passed over.
+        """Return the data's part of a checkpoint: which data, how many samples all ranks together received, in total
+        and per source (so far or after the first `samples`), and which were skipped.
 
-        Steps that were read ahead but not handed out do not count. A run goes on by `start_sample=state["samples"]`
-        and `skipped=state["skipped"]`, on any number of ranks and with any batch size."""
+        Steps read ahead but not handed out do not count. A run continues with `start_sample=state["samples"]` and
+        `skipped=state["skipped"]`, on any number of ranks and with any batch size."""
         return {
             "fingerprint": self.mixture.fingerprint(),
             "sources": self.mixture.contents(),
@@ -193,12 +199,14 @@ def _read_ahead(
     vocab_size: int | None,
     pin: bool,
 ) -> None:
+    """Read step after step into the queue until `stop` is set or an error occurs. `rows` are the offsets of this rank's
+    samples in a step, `first` the first sample, `stride` the samples per step."""
     while not stop.is_set():
         try:
             step: Any = _read_step(mixture, number_samples(first + rows, skipped), vocab_size)
             step = [micro.pinned() for micro in step] if pin else step
         except BaseException as error:
-            # Whatever it is belongs to the consumer, who would wait for ever otherwise.
+            # Every error goes to the consumer, who would otherwise wait forever.
             step = error
         steps.put(step)
         if isinstance(step, BaseException):
@@ -207,7 +215,7 @@ def _read_ahead(
 
 
 def _read_step(mixture: Mixture, indices: Int64s, vocab_size: int | None) -> list[MicroBatch]:
-    """indices: [micro-batches, B]."""
+    """Read the samples `indices`, [micro-batches, B], and return them as micro-batches."""
     found = mixture.read(indices.ravel())
     tensors = [torch.from_numpy(x).view(*indices.shape, -1) for x in found if x is not None]
     if vocab_size is not None:
@@ -219,7 +227,8 @@ def _read_step(mixture: Mixture, indices: Int64s, vocab_size: int | None) -> lis
 
 
 def _check_ids(mixture: Mixture, indices: Int64s, tokens: Int64s, vocab_size: int) -> None:
-    """A cut vocabulary would take an id outside of it for another rank's, and train on nonsense without a word."""
+    """Raise DataError for token ids outside the vocabulary. A vocabulary-parallel embedding would take such an id for
+    another rank's, and training would silently go wrong."""
     if 0 <= tokens.min() <= tokens.max() < vocab_size:
         return
     is_bad = (tokens < 0) | (tokens >= vocab_size)
@@ -232,6 +241,7 @@ def _check_ids(mixture: Mixture, indices: Int64s, tokens: Int64s, vocab_size: in
 
 
 def _end(steps: queue.Queue, stop: threading.Event) -> None:
+    """Stop the thread; runs when the loader is closed or collected."""
     # The thread may be waiting to put one step: making room lets it see `stop`. It puts no second one after that.
     stop.set()
     while True:

@@ -1,7 +1,8 @@
-"""Messages of conversations as rows of labelled data spell them, in the words that chat templates know.
+"""Read the messages of conversations as rows of labelled data spell them, into the keys and roles that chat templates
+know.
 
-Names are OpenAI's (roles, content parts, tool_calls, function_call, weight), ShareGPT's (from, value) and those of
-what is derived from them. A key is used, or counted by its name, or refused."""
+Names are OpenAI's (roles, content parts, tool_calls, function_call, weight), ShareGPT's (from, value) and derived ones.
+Every key is used, counted by its name, or refused."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ ROLES = {
     "bing": "assistant", "claude": "assistant", "bot": "assistant", "chatbot": "assistant", "model": "assistant",
     "function_call": "assistant", "function": "tool", "observation": "tool", "tool_response": "tool",
 }  # fmt: skip
-"""What others call the roles that templates know."""
+"""Other names for the roles that templates know."""
 KNOWN_ROLES = ("system", "user", "assistant", "tool")
 USED = ("role", "from", "content", "value", "weight", "tool_calls", "function_call", *REASONING)
 NEUTRAL = frozenset((
@@ -30,18 +31,20 @@ NEUTRAL = frozenset((
     "score", "score_chosen", "score_rejected", "source", "split", "subset", "time", "timestamp", "title",
     "tool_call_id", "turn_identifier", "url", "uuid",
 ))  # fmt: skip
-"""Facts about a row or a message that say nothing of what is learned."""
+"""Facts about a row or message that do not affect what is learned."""
 LEARNING = ("train", "training", "trainable", "learn", "loss", "mask", "masked", "loss_weight", "weights")
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 
 
 class Conversation(NamedTuple):
+    """Holds the messages of a conversation, and which answers are not learned."""
+
     messages: list[Message]
     ignored: frozenset[int]
-    """Numbers of the assistant's messages that are not to be learned: those of weight 0."""
+    """Numbers of the assistant's messages that are not learned: those of weight 0."""
 
     def answers(self, first: int = 0) -> list[int]:
-        """Return the numbers of what is to be learned from message `first` on. Raises ValueError for none."""
+        """Return the numbers of the answers to learn, from message `first` on. Raise ValueError if there are none."""
         all_of = [n for n, message in enumerate(self.messages) if n >= first and message["role"] == "assistant"]
         if not all_of:
             raise ValueError("no message is the assistant's, so that there is nothing to learn from")
@@ -52,9 +55,8 @@ class Conversation(NamedTuple):
 
 
 def read_messages(found: Any, field: str, template: ChatTemplate, seen: Counter[str]) -> Conversation:
-    """Check the messages of a row, and return them as templates know them. `seen` counts what is passed over.
-
-    Raises ValueError that names the message and what is wrong with it."""
+    """Check the messages `found` in the row's `field` and return them as `template` expects them. `seen` counts what is
+    ignored. Raise ValueError that names the message and its fault."""
     if not isinstance(found, list):
         raise ValueError(f"{field!r} must be a list of messages, not {type(found).__name__}")
     messages: list[Message] = []
@@ -73,7 +75,7 @@ def read_messages(found: Any, field: str, template: ChatTemplate, seen: Counter[
 
 
 def with_system(found: Any, system: Any) -> Any:
-    """Return messages with a row's system prompt before them. Raises ValueError where they have another."""
+    """Return the messages with the row's system prompt in front. Raise ValueError if they begin with another one."""
     if system is None or system == "" or not isinstance(found, list):
         return found
     if not isinstance(system, str):
@@ -87,7 +89,8 @@ def with_system(found: Any, system: Any) -> Any:
 
 
 def read_tools(row: Mapping[str, Any], template: ChatTemplate) -> list[Any] | None:
-    """Return the tools that a row names, which may be JSON text. Raises ValueError."""
+    """Return the tools that a row names, possibly as JSON text; None if there are none. Raise ValueError if the
+    template does not show them."""
     tools, functions = (_listed(row.get(name), name) for name in ("tools", "functions"))
     tools = [*tools, *({"type": "function", "function": function} for function in functions)]
     if tools and not template.reads("tools"):
@@ -98,8 +101,9 @@ def read_tools(row: Mapping[str, Any], template: ChatTemplate) -> list[Any] | No
 def with_arguments(
     template: ChatTemplate, messages: Sequence[Message], tools: Any, options: Mapping[str, Any]
 ) -> Sequence[Message]:
-    """Return messages with the arguments of tool calls as the template takes them: OpenAI's are JSON text, which some
-    templates would quote once more, and others cannot do without. Raises ValueError."""
+    """Return the messages with tool-call arguments in the form that `template` takes, rendered with `tools` and
+    `options` to find out. OpenAI's arguments are JSON text, which some templates would quote once more and others
+    require. Raise ValueError."""
     functions = [call["function"] for message in messages for call in message.get("tool_calls") or ()]
     texts = [function["arguments"] for function in functions if isinstance(function.get("arguments"), str)]
     if not functions:
@@ -112,6 +116,7 @@ def with_arguments(
         if len(texts) == len(functions):
             raise
         return _change_arguments(messages, lambda given: given if isinstance(given, str) else json.dumps(given))
+    # Quoted text in the rendering shows that the template serializes arguments itself: it needs objects.
     if any(json.dumps(text, ensure_ascii=False) in shown for text in texts if '"' in text):
         return _change_arguments(
             messages, lambda given: _parsed(given, "arguments") if isinstance(given, str) else given
@@ -120,24 +125,25 @@ def with_arguments(
 
 
 def without_nulls(value: Any) -> Any:
-    """Return the same without keys whose value is null or NaN: Arrow and pandas write them where rows have no such
-    key."""
+    """Return `value` without keys whose value is null or NaN: Arrow and pandas write them for absent keys."""
     if isinstance(value, Mapping):
         return {key: without_nulls(item) for key, item in value.items() if not is_missing(item)}
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def is_missing(value: Any) -> bool:
+    """Return whether a value is null or NaN."""
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def is_near(name: str, known: Iterable[str]) -> str | None:
-    """Return what a name may be a misspelling of."""
+    """Return the known name that `name` may be a misspelling of, None if there is none."""
     close = difflib.get_close_matches(name.lower().replace("-", "_"), sorted(known), 1, 0.82)
     return close[0] if close else None
 
 
 def _read_message(message: Message, where: str, template: ChatTemplate, seen: Counter[str]) -> dict[str, Any]:
+    """Return one message in the keys that templates know. `where` names it in errors. Raise ValueError."""
     given, content = _either(message, "role", "from", where), _either(message, "content", "value", where)
     role = _role(given, where, message, template)
     result = {key: value for key, value in message.items() if key not in ("from", "value", "weight", "function_call")}
@@ -153,13 +159,14 @@ def _read_message(message: Message, where: str, template: ChatTemplate, seen: Co
 
 
 def _either(message: Message, name: str, other: str, where: str) -> Any:
-    """The value of one of two names for the same."""
+    """Return the value of one of two synonymous keys. Raise ValueError if both are there and differ."""
     if name in message and other in message and message[name] != message[other]:
         raise ValueError(f"{where} has {name!r} and {other!r}, which differ")
     return message.get(name, message.get(other))
 
 
 def _role(given: Any, where: str, message: Message, template: ChatTemplate) -> str:
+    """Return the role that templates know. Raise ValueError for an unknown one."""
     if given is not None and not isinstance(given, str):
         raise ValueError(f"the role of {where} must be text, not {type(given).__name__}")
     if not given:
@@ -178,6 +185,7 @@ def _role(given: Any, where: str, message: Message, template: ChatTemplate) -> s
 
 
 def _check_keys(message: Message, where: str, template: ChatTemplate, seen: Counter[str]) -> None:
+    """Raise ValueError for a key that is refused or looks misspelt, and count other unknown keys."""
     for key, value in message.items():
         if key in USED or template.reads(key) or value in (None, "", [], {}):
             continue
@@ -192,6 +200,7 @@ def _check_keys(message: Message, where: str, template: ChatTemplate, seen: Coun
 
 
 def _weight(message: Message, role: str, where: str) -> int:
+    """Return a message's weight, 0 (not learned) or 1. Raise ValueError for another."""
     weight = message.get("weight")
     if weight is None:
         return 1
@@ -203,6 +212,7 @@ def _weight(message: Message, role: str, where: str) -> int:
 
 
 def _tool_calls(message: Message, given: Any, content: Any, where: str, template: ChatTemplate) -> list[Any]:
+    """Return the tool calls of a message in any of OpenAI's and ShareGPT's forms. Raise ValueError."""
     calls = message.get("tool_calls") or []
     if (single := message.get("function_call")) is not None:  # what OpenAI had before tools
         calls = [*calls, single]
@@ -217,6 +227,7 @@ def _tool_calls(message: Message, given: Any, content: Any, where: str, template
 
 
 def _tool_call(call: Any, where: str) -> Mapping[str, Any]:
+    """Return one tool call in OpenAI's present form. Raise ValueError."""
     call = call if not isinstance(call, Mapping) or "function" in call else {"type": "function", "function": call}
     function = call["function"] if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
@@ -227,6 +238,8 @@ def _tool_call(call: Any, where: str) -> Mapping[str, Any]:
 
 
 def _change_arguments(messages: Sequence[Message], change: Callable[[Any], Any]) -> list[Message]:
+    """Return the messages with `change` applied to the arguments of every tool call."""
+
     def changed(call: Mapping[str, Any]) -> Mapping[str, Any]:
         function = call["function"]
         return {**call, "function": {**function, "arguments": change(function.get("arguments", {}))}}
@@ -238,6 +251,7 @@ def _change_arguments(messages: Sequence[Message], change: Callable[[Any], Any])
 
 
 def _listed(found: Any, name: str) -> list[Any]:
+    """Return tools as a list; they may come as one object or as JSON text. Raise ValueError."""
     if isinstance(found, str) and found.strip():
         found = without_nulls(_parsed(found, repr(name)))
     found = [found] if isinstance(found, Mapping) and found else found or []
@@ -247,6 +261,7 @@ def _listed(found: Any, name: str) -> list[Any]:
 
 
 def _text_of(content: Any, where: str) -> str:
+    """Return the content as one text; content parts are joined. Raise ValueError for anything but text."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -262,6 +277,7 @@ def _text_of(content: Any, where: str) -> str:
 
 
 def _parsed(text: Any, what: str) -> Any:
+    """Parse JSON `text`. Raise ValueError that names `what` it is."""
     try:
         return json.loads(text)
     except (TypeError, ValueError):
@@ -269,9 +285,11 @@ def _parsed(text: Any, what: str) -> Any:
 
 
 def _thoughts(message: Message) -> bool:
+    """Return whether the message holds reasoning."""
     return any(isinstance(message.get(key), str) and message[key].strip() for key in REASONING)
 
 
 def _says_anything(message: Message) -> bool:
+    """Return whether an answer has text, tool calls or reasoning."""
     content: Any = message.get("content") or ""
     return bool(content.strip() or message.get("tool_calls") or _thoughts(message))

@@ -1,4 +1,4 @@
-"""PREFIX.json beside a token file: what it was made of, by what, and what was left out."""
+"""PREFIX.json beside a token file: what it was made from, by which library, and what was left out."""
 
 from __future__ import annotations
 
@@ -18,16 +18,15 @@ from megalite.utils.outside import check_apart, read_object
 from megalite.utils.resources import fsync
 
 SHOWN = 4
-"""Settings that a message names."""
+"""Most settings that a message names."""
 LEFT_OUT = ("num_empty", "num_bad", "num_mended", "num_hidden", "num_binary", "left_out", "as_text", "messages")
 
 
 @dataclass
 class Preprocessed:
-    """What was written to `prefix`.bin, .idx and .json. `text_bytes` counts UTF-8.
-
-    `settings` is all that the tokens depend on, `tokenized_by` the library, `num_left` the documents that gigatoken
-    left to Hugging Face's tokenizers. `remark` is for whoever ran it, and is not kept."""
+    """Holds what was written to `prefix`.bin, .idx and .json. `text_bytes` counts UTF-8; `settings` is everything that
+    the tokens depend on; `tokenized_by` is the library; `num_left` counts documents that gigatoken left to Hugging
+    Face's tokenizers. `remark` is for the user and is not stored."""
 
     prefix: str
     settings: dict[str, Any]
@@ -41,6 +40,7 @@ class Preprocessed:
     remark: str = ""
 
     def __str__(self) -> str:
+        """Return a summary, the remark and the report, for the console."""
         summary = (
             f"{self.prefix}: {self.num_documents:,} documents, {self.num_tokens:,} tokens from "
             f"{decimal(self.text_bytes)} of text"
@@ -51,7 +51,7 @@ class Preprocessed:
         return "\n".join(line for line in (summary, self.remark, str(self.report)) if line)
 
     def write(self) -> None:
-        """Raises OSError."""
+        """Write PREFIX.json durably, by rename. Raise OSError."""
         values = {
             "num_documents": self.num_documents,
             "num_tokens": self.num_tokens,
@@ -75,8 +75,8 @@ def check_inputs(prefix: str, files: Iterable[str]) -> None:
 
 
 def other_settings(prefix: str, settings: dict[str, Any]) -> str:
-    """Return what differs in the settings of a token file that is there, as part of a sentence; empty where none is, or
-    nothing does."""
+    """Return how the settings of an existing token file differ from `settings`, as part of a sentence; empty if there
+    is no file or no difference."""
     try:
         values = json.loads(Path(f"{prefix}.json").read_text(encoding="utf-8"))
         found = changes({name: values.get(name) for name in settings}, settings)
@@ -87,7 +87,7 @@ def other_settings(prefix: str, settings: dict[str, Any]) -> str:
 
 
 def read_metadata(prefix: str, settings: dict[str, Any]) -> Preprocessed | None:
-    """What `write` wrote for a token file of these very settings; None for any other, or none."""
+    """Return what `write` wrote for a token file of exactly these settings, None if there is none."""
     try:
         values = read_object(Path(f"{prefix}.json"), DataError)
         if any(values[name] != value for name, value in settings.items()):

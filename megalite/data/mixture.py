@@ -1,7 +1,6 @@
 """Weighted mixtures of token files: what the model sees of sample i of a run, and which file it comes from.
 
-Legend: n = samples asked for, L = seq_length, D = number of sources.
-"""
+Legend: n = samples asked for, L = seq_length, D = number of sources."""
 
 from __future__ import annotations
 
@@ -36,44 +35,46 @@ from megalite.data.tokenizer import Tokenizer
 from megalite.errors import DataError
 
 IGNORE = -100
-"""The label of a token after which none is predicted, as everywhere in torch."""
+"""The label of a token after which nothing is predicted, as everywhere in torch."""
 
 LABELS: dict[str, Literal["next", "token", "document"]] = {
     "causal": "next", "labels": "token", "classification": "document"
 }  # fmt: skip
-"""Of each `model.task`."""
+"""Kind of labels for each `model.task`."""
 
 # Part of every fingerprint: changes whenever a change in megalite/data gives other samples for the same config.
 _SCHEME = "megalite-samples-2"
 
 
 LOOKED_AT = 1 << 20
-"""Tokens at a time, where one with a label is looked for."""
+"""Tokens read at a time in the search for one with a label."""
 
 
 class View(NamedTuple):
-    """How a model is to see the tokens of a sample."""
+    """Holds how the model sees the tokens of a sample."""
 
     document_mask: bool = False
     border_loss: bool = True
     fim: FillInTheMiddle | None = None
     labels: Literal["next", "token", "document"] = "next"
-    """Of each token the one that follows; or its own class; or, at the last token of a document, that of the whole."""
+    """`next`: each token's label is the token that follows. `token`: its own class. `document`: the class of the
+    document, at its last token."""
 
 
 PLAIN = View()
 
 
 class Samples(NamedTuple):
+    """Holds what the model sees of n samples."""
+
     tokens: Int64s  # [n, L]
     labels: Int64s  # [n, L], the token that follows each; IGNORE where none is to be predicted
     documents: Int64s | None  # [n, L], document of each token in its sample; None: not kept apart
 
 
 class Mixture:
-    """The samples of a run, out of several sources. Sample i is a function of (sources, order, view, i) alone.
-
-    Raises DataError where a source is cut by another length."""
+    """Combines several sources into the samples of a run. Sample i is a function of (sources, order, view, i) alone.
+    Raises DataError if the sources have different sample lengths."""
 
     def __init__(
         self, sources: Sequence[SampleSource], names: Sequence[str], order: SampleOrder, view: View = PLAIN
@@ -86,11 +87,13 @@ class Mixture:
             raise DataError(f"sources of one mixture are cut by lengths of {[s.seq_length for s in sources]}")
 
     def read(self, indices: npt.ArrayLike) -> Samples:
-        """[n] global sample indices → what the model sees. Raises ValueError for an index outside the run."""
+        """Return what the model sees of the global sample `indices`, [n]. Raise ValueError for an index outside the
+        run."""
         index = np.asarray(indices, np.int64)
         return self._view(self._windows(index), index)
 
     def _view(self, windows: Windows, index: Int64s) -> Samples:
+        """Turn raw windows into the tokens and labels that the model sees."""
         tokens, filled, documents, mask = windows
         view = self.view
         kept = documents[:, :-1].copy() if documents is not None and view.document_mask else None
@@ -110,6 +113,7 @@ class Mixture:
         return Samples(tokens[:, :-1].copy(), labels, kept)
 
     def _windows(self, index: Int64s) -> Windows:
+        """Read the windows of the samples `index`, source by source."""
         windows = empty_windows(len(index), self.seq_length, self.view != PLAIN, self._masked)
         source, sample = self.order.locate(index)
         for number in np.unique(source):
@@ -118,8 +122,8 @@ class Mixture:
         return windows
 
     def is_learned(self, number: int) -> bool:
-        """Return whether source `number` has a label in any of its samples, of pairs one in both answers of a pair.
-        Reads them until one has."""
+        """Return whether source `number` has a label in any of its samples; for pairs, in both answers of one pair. It
+        reads samples until one has."""
         source = self.sources[number]
         if isinstance(source, TokenSource) and self.view.border_loss and self.view.labels == "next":
             return True  # every token but the first
@@ -131,31 +135,34 @@ class Mixture:
         return False
 
     def is_judged(self, count: int) -> bool:
-        """Return whether one of the first `count` samples has a label."""
+        """Return whether any of the first `count` samples has a label."""
         return any((self.read(samples).labels != IGNORE).any() for samples in self._pieces_of(count))
 
     def _pieces_of(self, count: int) -> Iterator[Int64s]:
-        """0 … count - 1 in pieces, of which the first is one sample and none has more than LOOKED_AT tokens."""
+        """Yield 0 … count - 1 in pieces. The first is a single sample, which usually suffices; later ones have at most
+        LOOKED_AT tokens."""
         first, size = 0, 1
         while first < count:
             yield np.arange(first, min(first + size, count))
             first, size = first + size, min(2 * size, max(1, LOOKED_AT // self.seq_length))
 
     def consumed(self, count: int) -> dict[str, int]:
-        """How many of the first `count` samples come from each source."""
+        """Return how many of the first `count` samples come from each source."""
         return dict(zip(self.names, self.order.consumed(count).tolist(), strict=True))
 
     def epochs(self, count: int) -> dict[str, float]:
-        """How often the first `count` samples go through each source."""
+        """Return how many times the first `count` samples go through each source."""
         sizes = (source.num_samples for source in self.sources)
         return {name: found / size for (name, found), size in zip(self.consumed(count).items(), sizes, strict=True)}
 
     def num_batches(self, global_batch_size: int, most: int) -> int:
-        """Return how many batches an evaluation reads. A split smaller than one is gone through more than once."""
+        """Return how many batches an evaluation reads, at most `most`. A split smaller than one batch of
+        `global_batch_size` is read more than once."""
         return max(1, min(most, sum(source.num_samples for source in self.sources) // global_batch_size))
 
     def fingerprint(self) -> str:
-        """Hexadecimal digest of all that decides which tokens sample i has; the files are read for it once."""
+        """Return a hexadecimal digest of everything that decides which tokens sample i has. The files are read for it
+        once."""
         if not self._fingerprint:
             parts = [source.fingerprint() for source in self.sources]
             fim = list(self.view.fim) if self.view.fim else None
@@ -164,12 +171,13 @@ class Mixture:
         return self._fingerprint
 
     def contents(self) -> dict[str, str]:
-        """Name the tokens in the files of each source. A part of the fingerprint, kept to say what has changed."""
+        """Return a digest of the tokens of each source, by name. They are part of the fingerprint, kept to say what has
+        changed."""
         return {name: source.dataset.fingerprint() for name, source in zip(self.names, self.sources, strict=True)}
 
     def check_state(self, state: Mapping[str, Any], changed: Sequence[str] = ()) -> None:
-        """Raise DataError where the state of a loader belongs to other data than this. `changed` are the settings that
-        decide the samples and are not what they were."""
+        """Raise DataError if the loader's `state` in a checkpoint belongs to other data. `changed` names the settings
+        that decide the samples and differ."""
         if state["fingerprint"] == self.fingerprint():
             return
         contents: dict[str, str] = self.contents()
@@ -188,16 +196,18 @@ class Mixture:
         )
 
     def remarks(self) -> list[str]:
-        """What whoever runs it should know of the data."""
+        """Return what the user should know about the data."""
         return [source.remark for source in self.sources if isinstance(source, RowSource) and source.remark]
 
 
 def _has_label(samples: Samples, source: SampleSource) -> bool:
+    """Return whether any sample has a label; for pairs, whether both answers of a pair have one."""
     is_label = samples.labels != IGNORE
     if not (isinstance(source, RowSource) and source.together == 2):
         return bool(is_label.any())
     assert samples.documents is not None
     for labels, documents in zip(is_label, samples.documents, strict=True):
+        # Documents 2k and 2k + 1 of a sample are the two answers of pair k.
         counts = np.bincount(documents[labels], minlength=source.most_documents)
         if (counts[: len(counts) // 2 * 2].reshape(-1, 2) > 0).all(1).any():
             return True
@@ -205,7 +215,7 @@ def _has_label(samples: Samples, source: SampleSource) -> bool:
 
 
 def _classes(view: View, documents: Int64s | None, filled: Int64s, mask: Int64s | None) -> Int64s:
-    """The class of each token, or of each document at its last token: [n, L]."""
+    """Return the class of each token, or of each document at its last token: [n, L]."""
     assert documents is not None
     assert mask is not None
     has_class = mask[:, :-1] > 0
@@ -216,11 +226,11 @@ def _classes(view: View, documents: Int64s | None, filled: Int64s, mask: Int64s 
 
 
 def build_mixtures(config: Config, tokenizer: Tokenizer | None = None) -> dict[Split, Mixture | None]:
-    """The mixtures "train", "valid" and "test" of a config; None where it has no data for one. The tokenizer, which
-    must be that of the config, is needed for `data.fim` alone.
+    """Return the mixtures "train", "valid" and "test" of `config`; None for a split without data.
 
-    Validation and test are read in sequential order, so that they start at sample 0 with the same samples every time.
-    Raises DataError, naming the setting, where a source cannot be read or has too few tokens."""
+    `tokenizer`, the config's, is needed only for `data.fim`. Validation and test are read in sequential order, and so
+    always begin with the same samples. Raise DataError, naming the setting, if a source cannot be read or has too few
+    tokens."""
     opened: dict[str, IndexedDataset] = {}
     return {which: _build_mixture(config, which, opened, tokenizer) for which in SPLITS}
 
@@ -228,6 +238,7 @@ def build_mixtures(config: Config, tokenizer: Tokenizer | None = None) -> dict[S
 def _build_mixture(
     config: Config, which: Split, opened: dict[str, IndexedDataset], tokenizer: Tokenizer | None
 ) -> Mixture | None:
+    """Return the mixture of one split, None without data. `opened` shares datasets among the splits."""
     data, shares = config.data, config.data.split
     wanted: tuple[SourceConfig, ...] = getattr(data, which) if shares is None else data.train
     if not wanted or (shares is not None and shares[SPLITS.index(which)] == 0):
@@ -236,7 +247,7 @@ def _build_mixture(
     is_megatron = data.order == "megatron" and which == "train"
     weights = [item.weight for item in wanted]
     sizes: list[int | None] = [None] * len(wanted)
-    if is_megatron:  # which asks for a little more of each than it needs, unless there is but one
+    if is_megatron:  # Megatron asks each source for slightly more than it needs, unless there is only one
         sizes = sizes_of(weights, num_samples).tolist() if len(wanted) > 1 else [num_samples]
     sources: list[SampleSource] = []
     for number, item in enumerate(wanted):
@@ -268,7 +279,7 @@ def _build_mixture(
 
 
 def _check_learned(mixture: Mixture, config: Config, which: Split) -> None:
-    """Refuse a source without any label, and an evaluation that comes to none. Raises DataError."""
+    """Raise DataError for a source without any label, and for an evaluation that would meet none."""
     for number, (name, source) in enumerate(zip(mixture.names, mixture.sources, strict=True)):
         if not mixture.is_learned(number):
             raise DataError(
@@ -285,6 +296,7 @@ def _check_learned(mixture: Mixture, config: Config, which: Split) -> None:
 
 
 def _why_unlearned(config: Config, source: SampleSource) -> str:
+    """Return why a source has no label, for an error."""
     if source.dataset.mask is None:
         return "its documents have one token each, and data.border_loss is false"
     if isinstance(source, RowSource) and source.remark and config.data.long_rows != "refuse":
@@ -293,13 +305,13 @@ def _why_unlearned(config: Config, source: SampleSource) -> str:
 
 
 def _cut(dataset: IndexedDataset, config: Config, which: Split, megatron_samples: int | None) -> SampleSource:
-    """A split of a dataset as samples; as Megatron-LM's where their number is given."""
+    """Return one split of a dataset as samples; in Megatron-LM's order if `megatron_samples` gives their number."""
     shares, length = config.data.split, config.data.seq_length
     if dataset.mask is not None:
         return _cut_rows(dataset, config, which)
     if config.model.task != "causal":
         raise DataError(f"model.task: {config.model.task} needs labelled data, but there is no {dataset.prefix}.mask")
-    if megatron_samples is not None:  # whose splits go by sequences, of which a document may have several
+    if megatron_samples is not None:  # Megatron splits by sequences, not documents
         first, last = split_range(dataset.num_sequences, shares or (1, 0, 0), which)
         return MegatronSource(dataset, first, last, length, megatron_samples, config.train.seed)
     first, last = split_range(dataset.num_documents, shares, which) if shares else (0, dataset.num_documents)
@@ -309,14 +321,14 @@ def _cut(dataset: IndexedDataset, config: Config, which: Split, megatron_samples
 
 
 def _cut_rows(dataset: IndexedDataset, config: Config, which: Split) -> RowSource:
-    """A split of labelled data, whose rows stay whole whatever `data.packing` says."""
+    """Return one split of labelled data, whose rows stay whole whatever `data.packing` says."""
     data, shares = config.data, config.data.split
     if data.order == "megatron":
         raise DataError("data.order: megatron cuts documents anywhere; labelled data needs shuffle or sequential")
     together = 2 if config.objective.DATA == "preference" else 1
     groups = dataset.num_documents // together
     first, last = split_range(groups, shares, which) if shares else (0, groups)
-    # A class is told at the last token itself, where a next token would be one more.
+    # A causal model needs one token more, the label of the last; a class is predicted at the last token itself.
     capacity = data.seq_length + (config.model.task == "causal")
     first, last = first * together, last * together
     return RowSource(dataset, first, last, data.seq_length, capacity, together, data.long_rows)
@@ -325,7 +337,7 @@ def _cut_rows(dataset: IndexedDataset, config: Config, which: Split) -> RowSourc
 def _phases(
     config: Config, which: Split, weights: Sequence[float], sources: Sequence[SampleSource], names: Sequence[str]
 ) -> list[Phase]:
-    """Shares of the samples. Validation keeps to the sources' own weights."""
+    """Return the sources' shares of the samples in each phase. Validation uses the sources' own weights."""
     data, batch = config.data, config.train.global_batch_size
     phases = [(0, weights)]
     if which == "train":

@@ -1,7 +1,6 @@
-"""Which sample comes when: pure arithmetic of (seed, epoch, index), with no index to build and no table that grows.
+"""The order of samples: pure arithmetic of (seed, epoch, index), without an index to build or a table that grows.
 
-Legend: n = number of indices asked for, D = sources of a mixture, S = samples of one source in one epoch.
-"""
+Legend: n = number of indices asked for, D = sources of a mixture, S = samples of one source in one epoch."""
 
 from __future__ import annotations
 
@@ -27,16 +26,15 @@ _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
 
 def permute(index: npt.ArrayLike, size: int, key: npt.ArrayLike) -> Int64s:
-    """Where a pseudo-random bijection of [0, size), chosen by the 64-bit `key`, sends each index.
+    """Return where a pseudo-random bijection of [0, size), chosen by the 64-bit `key`, sends each index.
 
-    index: integers in [0, size), any shape; key: one integer in [0, 2^64), or one an index. O(1) time an index and no
-    memory besides. Raises ValueError for an index outside the range or a size outside 1 … 2^60.
+    index: integers in [0, size), any shape; key: one integer in [0, 2^64), or one per index. It takes O(1) time per
+    index and no memory besides. Raise ValueError for an index outside the range or a size outside 1 … 2^60.
 
-    A balanced Feistel network over the smallest domain of an even number of bits, walked until it is back inside the
-    range, at most 4 expected steps (Black and Rogaway 2002, "Ciphers with arbitrary finite domains"). The round
-    function is the splitmix64 stream (Steele, Lea and Flood 2014) of the key, read at a place of its own for each
-    round and half. It shuffles; it does not encrypt.
-    """
+    The bijection is a balanced Feistel network over the smallest domain with an even number of bits, applied until the
+    value is back inside the range: at most 4 expected steps (cycle walking: Black and Rogaway 2002, "Ciphers with
+    arbitrary finite domains"). The round function is the splitmix64 stream (Steele, Lea and Flood 2014) of the key,
+    read at a position of its own for each round and half. It shuffles; it does not encrypt."""
     index = np.asarray(index, np.int64)
     if not 1 <= size <= MAX_SIZE:
         raise ValueError(f"size {size} is not in 1 … 2^60")
@@ -52,14 +50,17 @@ def permute(index: npt.ArrayLike, size: int, key: npt.ArrayLike) -> Int64s:
 def permute_in_place_reference(
     values: npt.NDArray[np.uint64], keys: npt.NDArray[np.uint64], size: int, half_bits: int
 ) -> None:
-    """The walk of `permute`, [n] values with a key each, in numpy; `csrc/data/permute.cpp` does the same faster."""
+    """Permute `values`, [n] with one of `keys` each, in numpy, for `permute`. `size` is that of the range, `half_bits`
+    half the bits of the Feistel domain. `csrc/data/permute.cpp` does the same faster."""
     outside = np.arange(values.size)
     while outside.size:
         values[outside] = _feistel(values[outside], keys[outside], half_bits)
+        # Cycle walking: only values outside the range go through the network again, which keeps the map a bijection.
         outside = outside[values[outside] >= np.uint64(size)]
 
 
 def _feistel(value: npt.NDArray[np.uint64], keys: npt.NDArray[np.uint64], half_bits: int) -> npt.NDArray[np.uint64]:
+    """Apply the Feistel network once to each value of 2 · half_bits bits."""
     bits = np.uint64(half_bits)
     left, right = value >> bits, value & np.uint64((1 << half_bits) - 1)
     for number in range(_ROUNDS):
@@ -69,7 +70,7 @@ def _feistel(value: npt.NDArray[np.uint64], keys: npt.NDArray[np.uint64], half_b
 
 
 def _splitmix64(keys: npt.NDArray[np.uint64], position: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """Output number `position` of the generator seeded with each key."""
+    """Return output number `position` of the generator seeded with each key."""
     state = keys + position * _GAMMA
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -83,8 +84,9 @@ except ImportError:  # installed without a compiler
 
 
 def sample_in_epoch(position: npt.ArrayLike, size: int, seed: int, source: int, order: Order) -> Int64s:
-    """The sample (0 … size-1) at each position of a source's endless stream of epochs, each of which has every sample
-    exactly once: in a new order each epoch, or in its own order where `order` is sequential."""
+    """Return the sample (0 … size-1) at each `position` of a source's endless stream of epochs. Each epoch has every
+    sample exactly once: in a new order derived from `seed` and `source`, or always in file order if `order` is
+    sequential."""
     epoch, index = np.divmod(np.asarray(position, np.int64), size)
     if order == "sequential":
         return index
@@ -92,38 +94,37 @@ def sample_in_epoch(position: npt.ArrayLike, size: int, seed: int, source: int, 
 
 
 def _keys(numbers: Int64s, *parts: int | str) -> npt.NDArray[np.uint64]:
-    """key_of(*parts, number) for each number; hashed once for each different one."""
+    """Return key_of(*parts, number) for each number, hashed once per distinct number."""
     unique, inverse = np.unique(numbers, return_inverse=True)
     keys = np.array([key_of(*parts, int(number)) for number in unique], np.uint64)
     return keys[inverse.reshape(numbers.shape)]
 
 
 def quotas(weights: Sequence[float]) -> Int64s:
-    """Samples of each source in a block, [D]: shares of BLOCK by largest remainder, at least 1 each.
-
-    Raises ValueError for weights that are not positive and finite, or more sources than a block has samples."""
+    """Return the number of samples of each source in a block, [D]: shares of BLOCK by largest remainder, at least 1
+    each. Raise ValueError for weights that are not positive and finite, or more sources than a block has samples."""
     if not 1 <= len(weights) <= BLOCK:
         raise ValueError(f"{len(weights)} sources: a mixture has 1 to {BLOCK}")
     if not all(weight > 0 and math.isfinite(weight) for weight in weights):
         raise ValueError(f"weights must be above 0 and finite, got {list(weights)}")
-    # Divided by the largest first, so that neither a huge nor a tiny weight overflows the sum; fsum is exactly rounded,
-    # so that the quotas are the same on every machine.
+    # Divide by the largest weight first, so that the sum cannot overflow. fsum is exactly rounded, so that
+    # quotas are the same on every machine.
     relative = np.array(weights, np.float64) / max(weights)
     exact = relative * (BLOCK / math.fsum(relative))
     quota = np.maximum(np.floor(exact).astype(np.int64), 1)
     for _ in range(abs(missing := BLOCK - int(quota.sum()))):
         step = 1 if missing > 0 else -1
-        # The one that is furthest from its share; a source at its minimum of 1 gives nothing away.
+        # Adjust the source furthest from its share. A source at its minimum of 1 cannot give any away.
         distance = np.where((step > 0) | (quota > 1), step * (exact - quota), -np.inf)
         quota[np.argmax(distance)] += step
     return quota
 
 
 class Blend:
-    """Sample i of a weighted mixture → (source, position in that source's endless stream).
+    """Maps sample i of a weighted mixture to (source, position in that source's endless stream).
 
-    Every block of BLOCK samples holds exactly `quota[d]` of source d, in an order permuted by (seed, name, block), or,
-    where `order` is sequential, spread as evenly as can be. Positions count up, so that any number of first samples has
+    Every block of BLOCK samples holds exactly `quota[d]` of source d, in an order permuted by (seed, name, block), or
+    spread as evenly as possible if `order` is sequential. Positions count up, so that any number of first samples has
     the first ones of each source. Memory is a few blocks, whatever the index."""
 
     def __init__(self, weights: Sequence[float], seed: int, order: Order, name: str = "blend") -> None:
@@ -136,7 +137,8 @@ class Blend:
         self._kept: dict[int, tuple[Int64s, Int64s]] = {}
 
     def _block(self, number: int) -> tuple[Int64s, Int64s]:
-        """Source of each sample of a block, and how many of that source come before it in the block, both [BLOCK]."""
+        """Return the source of each sample of a block, and how many of that source precede it in the block, both
+        [BLOCK]."""
         found = self._kept.get(number)
         if found is None:
             source = self._spread
@@ -145,12 +147,12 @@ class Blend:
             rank = np.empty_like(source)
             rank[np.argsort(source, kind="stable")] = np.concatenate([np.arange(quota) for quota in self.quota])
             found = source, rank
-            # A step reads from two blocks at most. Assigned in one go: the loader's thread comes here as well.
+            # A step reads from at most two blocks. One assignment, since the loader's thread uses this cache as well.
             self._kept = {**dict(list(self._kept.items())[-1:]), number: found}
         return found
 
     def locate(self, index: npt.ArrayLike) -> tuple[Int64s, Int64s]:
-        """(source, position) of each sample, both shaped like `index`. Raises ValueError for a negative index."""
+        """Return (source, position) of each sample, both shaped like `index`. Raise ValueError for a negative index."""
         index = np.asarray(index, np.int64)
         if index.size and index.min() < 0:
             raise ValueError(f"sample index {index.min()} is negative")
@@ -162,11 +164,12 @@ class Blend:
             rows = block == number
             of_slot, rank = self._block(int(number))
             source[rows] = of_slot[slot[rows]]
+            # Every earlier block used exactly `quota` of the source, so that no table of past samples is needed.
             position[rows] = number * self.quota[source[rows]] + rank[slot[rows]]
         return source, position
 
     def consumed(self, count: int) -> Int64s:
-        """How many of the first `count` samples come from each source, [D]; their sum is `count`."""
+        """Return how many of the first `count` samples come from each source, [D]; their sum is `count`."""
         if count < 0:
             raise ValueError(f"count {count} is negative")
         if len(self.quota) == 1:
@@ -177,33 +180,35 @@ class Blend:
 
 
 class SampleOrder(Protocol):
-    """Which sample of which source comes when, in the whole run."""
+    """Describes which sample of which source comes when in a run."""
 
     def locate(self, indices: npt.ArrayLike) -> tuple[Int64s, Int64s]:
-        """[n] global sample indices → which source, and which of its samples, both [n]. Raises ValueError for an index
+        """Return source and sample number of the global sample `indices`, both [n]. Raise ValueError for an index
         outside the run."""
 
     def consumed(self, count: int) -> Int64s:
-        """How many of the first `count` samples come from each source, [D]; their sum is `count`."""
+        """Return how many of the first `count` samples come from each source, [D]; their sum is `count`."""
 
     def identity(self) -> list[Any]:
-        """JSON of all that decides what `locate` says, but for the sources."""
+        """Return, as JSON values, everything that decides `locate` apart from the sources."""
 
 
 class Phase(NamedTuple):
+    """Holds the weights of the sources from a certain sample on."""
+
     begin: int
-    """Its first sample."""
+    """First sample of the phase."""
     weights: Sequence[float]
-    """Of each source, [D]; 0 for none of it."""
+    """Weight of each source, [D]; 0 for none of it."""
 
 
 class PhasedOrder:
-    """An endless stream of samples out of several sources, in proportion to the weights of the phase that an index is
-    in. Blocks of 65,536 samples hold an exact quota of each source, and each source goes through its own epochs, each
-    of which has every sample once, whatever the phases.
+    """Orders an endless stream of samples from several sources, in proportion to the weights of the phase that an index
+    is in.
 
-    sizes: samples of each source in an epoch, [D]. Raises ValueError for weights that do not fit or phases that do not
-    begin at 0 and then ever later."""
+    Blocks of 65,536 samples hold an exact quota of each source. Each source goes through its own epochs, with every
+    sample once per epoch, whatever the phases. `sizes` are the samples of each source in an epoch, [D]. Raises
+    ValueError for weights that do not fit, and for phases that do not begin at 0 and then ever later."""
 
     def __init__(self, sizes: Sequence[int], phases: Sequence[Phase], seed: int, order: Order) -> None:
         begins = [phase.begin for phase in phases]
@@ -225,6 +230,7 @@ class PhasedOrder:
         self._before = np.stack(before)  # [phases, D], samples of each source in earlier phases
 
     def locate(self, indices: npt.ArrayLike) -> tuple[Int64s, Int64s]:
+        """Return source and sample number of the global sample `indices`, both [n]."""
         indices = np.asarray(indices, np.int64)
         phase = np.maximum(np.searchsorted(self._begins, indices, side="right") - 1, 0)
         source, position = np.empty_like(indices), np.empty_like(indices)
@@ -232,6 +238,7 @@ class PhasedOrder:
             rows = phase == number
             member, own = self._blends[number].locate(indices[rows] - self._begins[number])
             source[rows] = self._members[number][member]
+            # A source continues its own epochs where earlier phases left it.
             position[rows] = self._before[number][source[rows]] + own
         sample = np.empty_like(position)
         for number in np.unique(source):
@@ -240,13 +247,16 @@ class PhasedOrder:
         return source, sample
 
     def consumed(self, count: int) -> Int64s:
+        """Return how many of the first `count` samples come from each source, [D]."""
         number = max(int(np.searchsorted(self._begins, count, side="right")) - 1, 0)
         return self._before[number] + self._consumed_in(number, count - int(self._begins[number]))
 
     def _consumed_in(self, phase: int, count: int) -> Int64s:
+        """Return how many of the first `count` samples of a phase come from each source, [D]."""
         found = np.zeros(len(self._sizes), np.int64)
         found[self._members[phase]] = self._blends[phase].consumed(count)
         return found
 
     def identity(self) -> list[Any]:
+        """Return the phases, the seed and the order, as JSON values."""
         return [[[begin, *map(float, weights)] for begin, weights in self._phases], self._seed, self._order]

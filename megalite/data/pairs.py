@@ -1,4 +1,4 @@
-"""Prompts that the answers of a row repeat: some sets give answers alone, others what they answer along with them."""
+"""Prompts repeated in the answers of a row: some datasets give answers alone, others together with their prompt."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from megalite.data.chat import Message
 from megalite.data.messages import Conversation
 
 ASSISTANT = "\n\nAssistant:"
-"""Begins an answer in sets that write conversations as one text, such as hh-rlhf."""
+"""Begins an answer in datasets that write conversations as one text, such as hh-rlhf."""
 
 
 def joined(prompt: Conversation, reply: Conversation, field: str) -> tuple[Conversation, int]:
-    """Return a prompt with its reply, which may be the answer alone or the whole conversation, and the number of the
-    first message that is the reply's own.
+    """Return the prompt joined with its reply, and the number of the first message that is the reply's own.
 
-    Raises ValueError where the reply begins with other turns than the prompt."""
+    `reply` is the answer alone or the whole conversation; `field` names it in errors. Raise ValueError if the reply
+    begins with other turns than `prompt`."""
     head, tail = prompt.messages, reply.messages
     if not head:
         return reply, 0
@@ -31,16 +31,15 @@ def joined(prompt: Conversation, reply: Conversation, field: str) -> tuple[Conve
 
 
 def without_repeated_prompt(prompt: str, sides: Sequence[str]) -> list[str] | None:
-    """Return what texts have behind a prompt that all of them repeat. None where one does not."""
+    """Return the texts in `sides` without the prompt that all of them repeat. None if one does not repeat it."""
     if not prompt.strip() or not all(_repeats(prompt, side) for side in sides):
         return None
     return [side[len(prompt) :] for side in sides]
 
 
 def dialogue(sides: Sequence[str]) -> tuple[str, list[str]] | None:
-    """Return what conversations that are written as one text begin with, and their last answers; None for other texts.
-
-    Raises ValueError where they differ before the last answer."""
+    """Return the common beginning of conversations that are written as one text, and their last answers; None for other
+    texts. Raise ValueError if they differ before the last answer."""
     cuts = [side.rfind(ASSISTANT) + len(ASSISTANT) for side in sides]
     if not all(ASSISTANT in side for side in sides):
         return None
@@ -51,19 +50,22 @@ def dialogue(sides: Sequence[str]) -> tuple[str, list[str]] | None:
 
 
 def _repeats(prompt: str, side: str) -> bool:
-    """Whether a text begins with the prompt, and not merely with a word that does."""
+    """Return whether a text begins with the prompt, and not merely with a longer word."""
     within_word = prompt[-1].isalnum() and side[len(prompt) : len(prompt) + 1].isalnum()
     return len(side) > len(prompt) and side.startswith(prompt) and not within_word
 
 
 def _put_together(prompt: Conversation, reply: Conversation) -> Conversation:
+    """Join two conversations and renumber the ignored messages of the second."""
     ignored = prompt.ignored | {len(prompt.messages) + number for number in reply.ignored}
     return Conversation([*prompt.messages, *reply.messages], ignored)
 
 
 def _begins_with(messages: Sequence[Message], head: Sequence[Message]) -> bool:
+    """Return whether `messages` begin with `head` and go on after it."""
     return len(messages) > len(head) and all(_alike(a, b) for a, b in zip(head, messages, strict=False))
 
 
 def _alike(a: Message, b: Message) -> bool:
+    """Return whether two messages have the same role and text, white space around it aside."""
     return a["role"] == b["role"] and (a.get("content") or "").strip() == (b.get("content") or "").strip()

@@ -1,9 +1,9 @@
-"""Text to token files: read, tokenize, write, in one pass and bounded memory.
+"""Convert text to token files: read, tokenize, write, in one pass and bounded memory.
 
 The parent cuts the inputs into blocks; workers parse and tokenize a block each; the parent writes the results in the
-order of the blocks, so that the files do not depend on the number of workers. No more than a few blocks a worker are
-ever under way, which is what bounds the memory whatever the size of the input. Workers are threads for gigatoken, which
-computes without Python's lock, and processes for the other libraries."""
+order of the blocks, so that the files do not depend on the number of workers. Only a few blocks per worker are in
+flight at any time, which bounds the memory whatever the size of the input. Workers are threads for gigatoken, which
+releases Python's GIL, and processes for the other libraries."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ from megalite.runtime.processes import start_worker, worker_pool
 from megalite.utils.progress import ProgressMeter
 
 BLOCKS_PER_WORKER = 4
-# Characters that Hugging Face's tokenizers get at a time: they need some 130 bytes for each. Longer texts are done by
-# one worker after the other, for which `_turn` is a lock between processes.
+# Characters given to Hugging Face's tokenizers at a time: they need some 130 bytes for each. Longer texts are tokenized
+# by one worker at a time, for which `_turn` is a lock between processes.
 BITE = 1 << 19
 _turn: AbstractContextManager[object] = nullcontext()
 
@@ -48,6 +48,8 @@ E = TypeVar("E")
 
 
 class Encoded(NamedTuple):
+    """Holds the tokens of one block."""
+
     tokens: npt.NDArray[Any]  # documents end to end, [sum(lengths)]
     lengths: npt.NDArray[np.int32]  # documents that have tokens, [num_documents]
     text_bytes: int
@@ -57,7 +59,7 @@ class Encoded(NamedTuple):
 
 
 class Packing(NamedTuple):
-    """How a block becomes documents of tokens."""
+    """Holds how a block's texts become documents of tokens."""
 
     json_key: str
     begin: int | None  # a token for every document that does not begin, or end, with it already
@@ -77,18 +79,19 @@ def preprocess(
     shard: Shard | None = None,
     prepend_bos: bool | None = None,
 ) -> Preprocessed:
-    """Tokenize `inputs` into OUTPUT_PREFIX_KEY_document.bin and .idx, and .json which says what they were made of.
+    """Tokenize `inputs` into OUTPUT_PREFIX_KEY_document.bin and .idx, and .json which says what they were made from.
 
-    Byte-level BPE is left to gigatoken unless `exact`; should its ids differ anywhere in the samples of the inputs that
-    are compared, everything is tokenized again by Hugging Face's tokenizers. Of a `shard` only that part is written,
-    unless it is there already; the one that completes the last shard returns the whole.
+    `tokenizer` is a path for `load_tokenizer`; `json_key` names the text in JSON lines, parquet and Arrow; `append_eod`
+    ends each document with the end-of-document token. `prepend_bos` begins each with the BOS token; None: if the
+    tokenizer begins every text with it, as those of models trained that way do.
 
-    `prepend_bos` begins each document with the tokenizer's BOS token; None: where the tokenizer has every text begin
-    with it, as do those of models that were trained so.
+    Byte-level BPE is left to gigatoken unless `exact`; should its ids differ anywhere in the compared samples of the
+    inputs, everything is tokenized again by Hugging Face's tokenizers. With a `shard`, only that part is written,
+    unless it is there already; the job that completes the last shard returns the whole.
 
-    One worker of Hugging Face's or sentencepiece is this very process. The files appear under their names only when
-    complete. Raises DataError, with nothing written, if an input matches nothing, no document has tokens, or
-    `append_eod` or `prepend_bos` meets a tokenizer that has no such token."""
+    With one of the `workers`, Hugging Face's or sentencepiece runs in this very process. `console` shows the progress.
+    The files appear under their names only when complete. Raise DataError, with nothing written, if an input matches
+    nothing, no document has tokens, or `append_eod` or `prepend_bos` meets a tokenizer without such a token."""
     if workers < 1:
         raise DataError(f"workers {workers}: at least 1 is needed")
     opened = load_tokenizer(tokenizer)
@@ -126,11 +129,15 @@ def preprocess(
 
 
 class _NoDocument(DataError):
+    """Raised inside `_write` so that the writer discards a file without documents."""
+
     pass
 
 
 @dataclass(frozen=True)
 class _Job:
+    """Holds everything that one call of `preprocess` works with."""
+
     tokenizer: str
     opened: Tokenizer
     files: Mapping[str, int]
@@ -142,8 +149,10 @@ class _Job:
     console: Console | None
 
     def run_shard(self, prefix: str, shard: Shard) -> Preprocessed:
+        """Tokenize one shard, unless it is complete, and join all shards if this was the last."""
         name = shards.name_of(prefix, shard)
-        part = shards.read_complete(name, self.settings, self.exact)  # the whole is complete before a part is removed
+        # Before the whole is looked for: a part is removed only after the whole is complete.
+        part = shards.read_complete(name, self.settings, self.exact)
         if whole := shards.read_complete(prefix, self.settings, self.exact):
             whole.remark = "complete already"
             return whole
@@ -161,6 +170,7 @@ class _Job:
         return whole or part
 
     def run(self, prefix: str, shard: Shard) -> Preprocessed:
+        """Tokenize one shard (the only one by default), and remark on the BOS token."""
         result = self._run(prefix, shard)
         if self.packing.begin is not None:
             begin = self.opened.decode([self.packing.begin])
@@ -168,6 +178,7 @@ class _Job:
         return result
 
     def _run(self, prefix: str, shard: Shard) -> Preprocessed:
+        """Tokenize with the fastest library that gives exact ids."""
         if isinstance(self.opened, SentencePieceTokenizer) and (why := self.opened.why_alone):
             result = self._run_exactly(prefix, shard)
             result.remark = f"by sentencepiece; there is no tokenizer.json that is equal to this model, since {why}"
@@ -193,9 +204,10 @@ class _Job:
         return result
 
     def _run_exactly(self, prefix: str, shard: Shard) -> Preprocessed:
+        """Tokenize with Hugging Face's library or sentencepiece."""
         library = "tokenizers" if isinstance(self.opened, HuggingFaceTokenizer) else "sentencepiece"
         encode = partial(_encode_exactly, self.tokenizer, self.packing)
-        # A lock starts a process that watches over it.
+        # Only with several workers: creating the lock starts a process (multiprocessing's resource tracker).
         turn = [multiprocessing.get_context("spawn").Lock()] if self.workers > 1 else []
         with worker_pool(self.workers, start_tokenizing, *turn) as pool:
             return self._write(prefix, shard, library, pool, encode)
@@ -203,6 +215,7 @@ class _Job:
     def _write(
         self, prefix: str, shard: Shard, library: str, pool: Executor | None, encode: Callable[[Block], Encoded]
     ) -> Preprocessed:
+        """Tokenize the blocks of a shard in order and write them. A shard without documents writes only its .json."""
         start, report = time.monotonic(), Report()
         if not shard.index:
             add_to(report, self.listed)
@@ -238,7 +251,7 @@ class _Job:
 
 
 def _encode_fast(fast: FastBPE, packing: Packing, block: Block) -> Encoded:
-    """Raises NotFast."""
+    """Tokenize one block with gigatoken. Raise NotFast if a sample's ids differ."""
     read = texts_of(block, packing.json_key)
     fast.compare_sample(read.texts)
     flat, lengths, num_left = fast.encode(read.texts)
@@ -246,6 +259,7 @@ def _encode_fast(fast: FastBPE, packing: Packing, block: Block) -> Encoded:
 
 
 def _encode_exactly(tokenizer: str, packing: Packing, block: Block) -> Encoded:
+    """Tokenize one block with the exact library."""
     read = texts_of(block, packing.json_key)
     rows: list[npt.NDArray[np.uint32]] = []
     for texts in _bites([text.decode() for text in read.texts]):
@@ -256,7 +270,7 @@ def _encode_exactly(tokenizer: str, packing: Packing, block: Block) -> Encoded:
 
 
 def _bites(texts: Sequence[str]) -> Iterator[list[str]]:
-    """A few texts together; one that is longer, alone."""
+    """Yield a few texts together, and one longer than BITE alone."""
     bite: list[str] = []
     length = 0
     for text in texts:
@@ -271,13 +285,15 @@ def _bites(texts: Sequence[str]) -> Iterator[list[str]]:
 
 @cache
 def _opened(tokenizer: str) -> Tokenizer:
+    """Open the tokenizer once per process."""
     return load_tokenizer(tokenizer)
 
 
 def _pack(
     read: Texts, flat: npt.NDArray[np.uint32], lengths: npt.NDArray[np.int64], num_left: int, packing: Packing
 ) -> Encoded:
-    """A document without tokens is left out, and gets no end of document either."""
+    """Add begin and end tokens to the documents. A document without tokens is left out, and gets no end token
+    either."""
     num_texts, lengths = len(lengths), lengths[lengths > 0]
     if packing.begin is None and packing.end is None:
         tokens = flat.astype(packing.dtype)
@@ -294,7 +310,8 @@ def _pack(
 def join_documents_reference(
     tokens: npt.NDArray[np.uint32], lengths: npt.NDArray[np.int64], begin: int, end: int, out: npt.NDArray[Any]
 ) -> npt.NDArray[np.int64]:
-    """`megalite._data.join_documents`, which says what it does."""
+    """Copy documents to `out` with the tokens `begin` and `end` added where they are missing (-1: none), and return the
+    new lengths. This is `megalite._data.join_documents` in numpy; `tokens` are end to end, [sum(lengths)]."""
     stops = lengths.cumsum()
     no_begin = (tokens[stops - lengths] != begin) & (begin >= 0)
     no_end = (tokens[stops - 1] != end) & (end >= 0)
@@ -313,7 +330,8 @@ except ImportError:  # installed without a compiler
 def in_order(
     blocks: Iterator[B], encode: Callable[[B], E], pool: Executor | None, workers: int
 ) -> Generator[tuple[B, E], None, None]:
-    """Every block and what is made of it, in order, at most BLOCKS_PER_WORKER × `workers` of them under way."""
+    """Yield every block with what `encode` makes of it, in order, with at most BLOCKS_PER_WORKER × `workers` in flight
+    in `pool`. Without a pool, encode here. Raise DataError if a worker was killed."""
     if pool is None:
         yield from ((block, encode(block)) for block in blocks)
         return
@@ -321,6 +339,7 @@ def in_order(
     try:
         for block in blocks:
             pending.append((block, pool.submit(encode, block)))
+            # Wait for the oldest block before taking another: this bounds the memory, and keeps the order.
             if len(pending) >= BLOCKS_PER_WORKER * workers:
                 done, future = pending.popleft()
                 yield done, future.result()
@@ -334,6 +353,7 @@ def in_order(
 
 
 def start_tokenizing(turn: AbstractContextManager[object] | None = None) -> None:
+    """Initialize a worker process. `turn` is the lock for long texts."""
     global _turn
     _turn = turn or _turn
     os.environ["RAYON_NUM_THREADS"] = "1"  # the processes are the parallelism
@@ -341,13 +361,15 @@ def start_tokenizing(turn: AbstractContextManager[object] | None = None) -> None
 
 
 class Meter(ProgressMeter):
+    """Shows bytes read and tokens per second."""
+
     def __init__(self, name: str, total_bytes: int, console: Console | None) -> None:
         rate = TextColumn("{task.fields[rate]:,.0f} tokens/s")
         columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), rate, TimeRemainingColumn())
         super().__init__(name, total_bytes, columns, console, rate=0.0)
 
     def update(self, bytes_read: int, num_tokens: int) -> None:
-        """Totals so far."""
+        """Show the totals so far."""
         rate, speed = num_tokens / self.elapsed, decimal(int(bytes_read / self.elapsed))
         line = f"{decimal(bytes_read)} of {decimal(self.total)}, {speed}/s, {rate:,.0f} tokens/s"
         self.show(bytes_read, line, rate=rate)

@@ -1,5 +1,7 @@
-"""Rows of labelled data to token files: PREFIX.bin and .idx as for plain text, and PREFIX.mask, which says what is
-learned from each token. The parent reads rows, workers tokenize them, the parent writes, as in `preprocess`."""
+"""Convert rows of labelled data to token files: PREFIX.bin and .idx as for plain text, and PREFIX.mask, which says what
+is learned from each token.
+
+The parent reads rows, workers tokenize them, the parent writes, as in `preprocess`."""
 
 from __future__ import annotations
 
@@ -32,13 +34,15 @@ MOST_LABELS = 10_000
 
 
 class EncodedRows(NamedTuple):
+    """Holds the documents of a block of rows, and the rows that cannot be used."""
+
     tokens: np.ndarray  # documents end to end
     values: np.ndarray  # what the mask says of each
     lengths: list[int]
     text_bytes: int
     bad: list[tuple[Row, str]]
     seen: Counter[str]
-    """What was passed over in the rows that were taken, and how often."""
+    """What was ignored in rows that were accepted, and how often."""
 
 
 def preprocess_rows(
@@ -49,10 +53,11 @@ def preprocess_rows(
     bad_rows: int = 0,
     console: Console | None = None,
 ) -> Preprocessed:
-    """Tokenize rows into OUTPUT_PREFIX.bin, .idx and .mask, and .json which says what they were made of. Up to
-    `bad_rows` that cannot be used are left out and reported.
+    """Tokenize rows into OUTPUT_PREFIX.bin, .idx and .mask, and .json which says what they were made from.
 
-    Raises DataError, with nothing written, where more cannot, no row is left, or the tokenizer cannot serve."""
+    `inputs` are files, folders or globs; `settings` give format, tokenizer and labels; `workers` is the number of
+    processes; `console` shows the progress. Up to `bad_rows` unusable rows are left out and reported. Raise DataError,
+    with nothing written, if there are more, if no row is left, or if the tokenizer lacks what the format needs."""
     report, start, prefix = Report(), time.monotonic(), str(output_prefix)
     files = list_rows(inputs, report)
     check_inputs(prefix, files)
@@ -110,12 +115,14 @@ def preprocess_rows(
 
 
 def _blocks(files: Mapping[str, int], report: Report) -> Iterator[list[Row]]:
+    """Yield the rows in blocks of ROWS_PER_BLOCK."""
     rows = read_rows(files, report)
     while block := list(itertools.islice(rows, ROWS_PER_BLOCK)):
         yield block
 
 
 def _encode(settings: Settings, rows: Sequence[Row]) -> EncodedRows:
+    """Tokenize one block of rows in a worker."""
     sound = [row for row in rows if not row.why]
     bad = [(row, row.why) for row in rows if row.why]
     documents, encoder = [], _opened(settings)
@@ -138,11 +145,13 @@ def _encode(settings: Settings, rows: Sequence[Row]) -> EncodedRows:
 
 @cache
 def _opened(settings: Settings) -> Encoder:
+    """Open the encoder once per process."""
     return Encoder(settings)
 
 
 def _labels_of(files: Mapping[str, int], settings: Settings) -> tuple[str, ...]:
-    """Names of the classes, in order, as the files name them or their rows use them; numbers count from 0."""
+    """Return the names of the classes, in the order of their numbers: those that the files name, else those that the
+    rows use. Raise DataError if they are mixed or too many."""
     for path in files:
         if path.lower().endswith((".parquet", ".arrow")):
             named = class_names(path)
@@ -153,7 +162,7 @@ def _labels_of(files: Mapping[str, int], settings: Settings) -> tuple[str, ...]:
     for row in read_rows(files, Report()):
         try:
             found.update(labels_in(row.values, settings.format) if not row.why else ())
-        except (ValueError, TypeError) as error:  # told when the row is encoded
+        except (ValueError, TypeError) as error:  # reported when the row is encoded
             first = first or f"; the first row: {row.path}:{row.line}: {error}"
             continue
         if len(found) > MOST_LABELS:
@@ -172,6 +181,7 @@ def _labels_of(files: Mapping[str, int], settings: Settings) -> tuple[str, ...]:
 
 
 def _complaint(bad: Sequence[tuple[Row, str]], tolerated: int) -> str:
+    """Return the error about rows that cannot be used, with the first of them."""
     lines = [f"{row.path}:{row.line}: {why}\n    {excerpt(row.values)}" for row, why in bad[:SHOWN_ROWS]]
     more = len(bad) - SHOWN_ROWS
     lines += [f"… and {more:,} more"] if more > 0 else []

@@ -1,11 +1,10 @@
-"""Objects in stores as files of this node: a cache of which only the blocks that are read are fetched.
+"""Remote objects as local files: a cache of this node into which only the blocks that are read are fetched.
 
-A cached object is a folder of two files. `data` is as long as the object and sparse: each block lies where it lies in
-the object, so that it is mapped like any local file. `present` has a byte a block, which is set once the block is whole
-and on the disk. Whoever fetches a block holds a lock on its byte, which the kernel takes from a process that is killed:
-a block is fetched once by all processes of a node, and what one left half-written is fetched again. The folder's name
-holds the object's size and version, so that a changed object is another folder.
-"""
+A cached object is a folder of two files. `data` is as long as the object and sparse: each block is stored at its offset
+in the object, so that it is mapped like any local file. `present` has one byte per block, set once the block is
+complete and on the disk. Whoever fetches a block holds a lock on its byte, which the kernel releases when a process is
+killed: all processes of a node fetch a block once, and a half-written one is fetched again. The folder's name holds the
+object's size and version, so that a changed object is another folder."""
 
 from __future__ import annotations
 
@@ -32,7 +31,7 @@ from rich.console import Console
 from megalite.data.store import REQUEST_BYTES, Store
 from megalite.errors import DataError
 
-# Shuffled samples are a few KiB each, from all over the object: of larger blocks most would be fetched too early.
+# Shuffled samples are a few KiB each, from all over the object: most of a larger block would be fetched too early.
 BLOCK_BYTES = 256 << 10
 BLOCKS_PER_REQUEST = REQUEST_BYTES // BLOCK_BYTES  # neighbours come together
 BLOCKS_PER_ROUND = 32 * BLOCKS_PER_REQUEST  # what a process holds in memory, and what others may wait for, at most
@@ -42,25 +41,25 @@ SECONDS_PER_LINE = 5.0
 
 Int64s = npt.NDArray[np.int64]
 _FETCHING: dict[Path, threading.Lock] = {}
-"""By object: a process is not locked out by its own locks, nor those of another `CachedObject` of the same."""
+"""Locks by object. File locks do not exclude threads of one process, nor two `CachedObject`s of the same object."""
 
 
 def cache_folder() -> Path:
-    """$MEGALITE_CACHE or $XDG_CACHE_HOME/megalite, and in it a folder a machine: a home directory may be shared by
-    machines that do not see at once what another one writes."""
+    """Return the cache's folder on this machine: a subfolder of $MEGALITE_CACHE or $XDG_CACHE_HOME/megalite, named
+    after the host, because a home directory may be shared by machines that do not see each other's writes at once."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "megalite"
     return Path(os.environ.get("MEGALITE_CACHE") or default).expanduser() / socket.gethostname()
 
 
 def local_copy(url: str) -> Path:
-    """The whole object in the cache. Raises DataError."""
+    """Fetch the whole object into the cache and return its path. Raise DataError."""
     return CachedObject(url).whole()
 
 
 class CachedObject:
-    """One object and what the cache holds of it: `path` is as long as the object, and zeros where nothing was fetched.
-
-    Opening it fetches nothing. Raises DataError where the object is not there or cannot be told from a changed one."""
+    """Holds one object and its part in the cache: the file `path` is as long as the object, and zeros where nothing was
+    fetched. Opening it fetches nothing. Raises DataError if the object is missing or has no version to tell it from a
+    changed one."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -89,9 +88,8 @@ class CachedObject:
         self._one_at_a_time = _FETCHING.setdefault(self.path, threading.Lock())
 
     def fetch(self, starts: Int64s, lengths: Int64s) -> None:
-        """Have bytes [starts[i], starts[i] + lengths[i]) in `path`, all [n].
-
-        Raises IndexError for bytes the object has not, and DataError where they cannot be had."""
+        """Bring bytes [starts[i], starts[i] + lengths[i]) into `path`, all [n]. Raise IndexError for bytes beyond the
+        object, and DataError if they cannot be fetched."""
         if not lengths.all():
             starts, lengths = starts[lengths > 0], lengths[lengths > 0]
         if not starts.size:
@@ -101,7 +99,7 @@ class CachedObject:
             raise IndexError(f"bytes {starts.min()} to {ends.max()} are not all in {self.url}")
         first, last = starts // BLOCK_BYTES, (ends - 1) // BLOCK_BYTES
         counts = last - first + 1
-        # Samples are shorter than blocks: once these are there, this is all it takes.
+        # Fast path: samples are shorter than blocks, so that first and last block are usually all there is to check.
         if counts.max() <= 2 and self._present[first].all() and self._present[last].all():
             return
         blocks = np.unique(np.repeat(first - np.cumsum(counts) + counts, counts) + np.arange(counts.sum()))
@@ -110,16 +108,17 @@ class CachedObject:
                 self._fetch(blocks)
 
     def whole(self) -> Path:
-        """`path`, with all of the object. Raises DataError."""
+        """Fetch the whole object and return `path`. Raise DataError."""
         self.fetch(np.zeros(1, np.int64), np.full(1, self.size))
         return self.path
 
     def _fetch(self, blocks: Int64s) -> None:
+        """Download the missing blocks, in rounds, or wait until other processes have them."""
         said = time.monotonic()
         while (missing := blocks[~self._present[blocks]]).size:
             mine = self._lock(missing)
             try:
-                # Another process may have completed a block between the look at it and the lock.
+                # Check again: another process may have completed a block before it was locked here.
                 self._download(mine[~self._present[mine]])
             except OSError as error:
                 is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -136,8 +135,8 @@ class CachedObject:
                 self._say(f"{done * BLOCK_BYTES / 1e6:,.0f} of {len(blocks) * BLOCK_BYTES / 1e6:,.0f} MB fetched")
 
     def _lock(self, blocks: Int64s) -> Int64s:
-        """Locks blocks that no other process is fetching, and returns these. Never waits, so that nobody can wait for
-        one another."""
+        """Lock blocks that no other process is fetching, and return these. It never waits, so that no deadlock is
+        possible."""
         mine: list[int] = []
         for block in blocks.tolist():
             try:
@@ -150,6 +149,7 @@ class CachedObject:
         return np.array(mine, np.int64)
 
     def _download(self, blocks: Int64s) -> None:
+        """Fetch locked blocks in parallel requests, sync them to disk, and mark them present."""
         if not blocks.size:
             return
         stop, runs = threading.Event(), _runs(blocks)
@@ -167,12 +167,14 @@ class CachedObject:
                 stop.set()
                 pool.shutdown(cancel_futures=True)
         os.fsync(self._data.fileno())  # or a power cut could leave `present` without the data
-        # What was read before this answer is of the version that it names.
+        # Ask after reading: everything read so far then belongs to the version that this answer names.
         if self._store.status() != self._status:
             raise DataError(f"{self.url} changed while it was read; start again to use what it is now")
+        # Last of all: another process may read a block as soon as this says that it is there.
         self._present[blocks] = True
 
     def _copy(self, run: Int64s, stop: threading.Event) -> None:
+        """Fetch one run of neighbouring blocks and write it to its place."""
         start, end = int(run[0]) * BLOCK_BYTES, min((int(run[-1]) + 1) * BLOCK_BYTES, self.size)
         data = memoryview(self._store.read(start, end, stop))
         while data:
@@ -180,9 +182,11 @@ class CachedObject:
             data = data[written:]
 
     def _say(self, what: str) -> None:
+        """Print one line about the progress on stderr."""
         Console(stderr=True).print(f"{self.url}: {what}", highlight=False, markup=False)
 
     def _unusable(self, error: OSError) -> DataError:
+        """Return the error for a cache that cannot be written."""
         return DataError(
             f"{self.url}: its cache {self._folder} cannot be used: {error.strerror}; let MEGALITE_CACHE name a folder "
             "on a disk of this machine with enough room"
@@ -190,20 +194,21 @@ class CachedObject:
 
 
 def _digest(*parts: object) -> str:
+    """Return a short digest of `parts`, for a folder's name."""
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def _runs(blocks: Int64s) -> list[Int64s]:
-    """Ascending blocks, cut where one is left out and after as many as a request may have."""
+    """Split ascending blocks into runs of neighbours, each at most as long as a request may be."""
     gaps = np.flatnonzero(np.diff(blocks) > 1) + 1
     pieces = np.split(blocks, gaps)
     return [run[i : i + BLOCKS_PER_REQUEST] for run in pieces for i in range(0, len(run), BLOCKS_PER_REQUEST)]
 
 
 def _open_in_use(path: Path, size: int) -> IO[bytes]:
-    """The file, made as long as that; as long as it is open, `_remove_unused` leaves its folder alone."""
+    """Open the file, created with `size` bytes. While it is open, `_remove_unused` leaves its folder alone."""
     while True:
-        # Not `exist_ok`, which looks whether it is a folder: the folder may be removed before that.
+        # Not `exist_ok`, which then checks that it is a folder: it may be removed in between.
         with contextlib.suppress(FileExistsError):
             path.parent.mkdir(mode=0o700, parents=True)
         try:
@@ -217,13 +222,13 @@ def _open_in_use(path: Path, size: int) -> IO[bytes]:
 
 
 def _remove_unused(folders: Iterable[Path]) -> int:
-    """How many of them were; the others are in use by some process."""
+    """Remove the folders that no process uses, and return how many there were."""
     removed = 0
     for folder in folders:
         try:
             with open(folder / "data", "rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # Nobody may meet half of it: an old `present` beside a new `data` would lie.
+                # Renamed first, so that nobody sees it half removed: an old `present` beside a new `data` would lie.
                 gone = folder.rename(folder.with_name(f"{uuid.uuid4().hex}.removed"))
         except OSError:
             continue

@@ -1,5 +1,5 @@
-"""Rows of labelled data out of files: JSON lines (plain, .gz, .zst), JSON arrays, parquet, Arrow, and folders of these
-as the `datasets` library saves them."""
+"""Read rows of labelled data from files: JSON lines (plain, .gz, .zst), JSON arrays, parquet, Arrow, and folders of
+these as the `datasets` library saves them."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ SHOWN = 300  # characters of a row that a message shows
 
 
 class Row(NamedTuple):
+    """Holds one row and where it comes from, or why it is none."""
+
     path: str
     line: int  # counted from 1; the number of the row in parquet, Arrow and JSON arrays
     values: Mapping[str, Any]
@@ -32,8 +34,8 @@ class Row(NamedTuple):
 
 
 def list_rows(inputs: Sequence[str], report: Report) -> dict[str, int]:
-    """The files of rows that `inputs` (files, folders, globs; paths or URLs) stand for, and their sizes. Others are
-    counted in the report. Raises DataError, also for a missing library."""
+    """Return the files of rows that `inputs` (files, folders, globs; paths or URLs) match, with their sizes. Other
+    files are counted in `report`. Raise DataError if there are none, and for a missing library."""
     files = {}
     for path, size in list_files(inputs, report).items():
         folder, name = os.path.split(path)
@@ -52,7 +54,7 @@ def list_rows(inputs: Sequence[str], report: Report) -> dict[str, int]:
 
 
 def read_rows(files: Mapping[str, int], report: Report) -> Iterator[Row]:
-    """Every row, in order, also those that are none. Counts bytes and empty lines in the report."""
+    """Yield every row in order, including unusable ones. Bytes and empty lines are counted in `report`."""
     for path, size in files.items():
         before = report.bytes_read
         reader = _read_json if _kind(path) in JSON_KINDS else _read_batches
@@ -66,7 +68,7 @@ def read_rows(files: Mapping[str, int], report: Report) -> Iterator[Row]:
 
 
 def class_names(path: str) -> dict[str, list[str]]:
-    """Names of the classes of each field that the `datasets` library wrote as numbers."""
+    """Return the class names of each field that the `datasets` library wrote as numbers."""
     import pyarrow
     from pyarrow import parquet
 
@@ -84,16 +86,18 @@ def class_names(path: str) -> dict[str, list[str]]:
 
 
 def excerpt(values: Mapping[str, Any]) -> str:
-    """A row for a message, shortened."""
+    """Return a row as text for a message, shortened."""
     text = json.dumps(values, ensure_ascii=False, default=str).encode(errors="replace").decode()
     return text if len(text) <= SHOWN else f"{text[:SHOWN]} …"
 
 
 def _kind(path: str) -> str:
+    """Return the suffix that tells how a file is read, empty if there is none."""
     return next((kind for kind in KINDS if unpacked_name(path).endswith(kind)), "")
 
 
 def _read_json(path: str, report: Report) -> Iterator[Row]:
+    """Yield the rows of JSON lines, or of one JSON array."""
     for number, line in enumerate(lines_of(read_bytes(path, report)), 1):
         if number == 1:
             line = line.removeprefix(BYTE_ORDER_MARK)  # some editors write it
@@ -113,8 +117,8 @@ def _read_json(path: str, report: Report) -> Iterator[Row]:
 
 
 def _parsed(text: bytes) -> Any:
-    """JSON; also with NaN, which Python and pandas write, and with halves of surrogate pairs: only a row that uses them
-    is bad."""
+    """Parse JSON, including NaN, which Python and pandas write, and halves of surrogate pairs: only a row that uses
+    them is bad."""
     try:
         return orjson.loads(text)
     except orjson.JSONDecodeError:
@@ -122,13 +126,14 @@ def _parsed(text: bytes) -> Any:
 
 
 def _row(path: str, number: int, values: Any) -> Row:
+    """Return a parsed value as a row; anything but an object is a row with an error."""
     if isinstance(values, dict):
         return Row(path, number, values)
     return Row(path, number, {"": values}, f"expected a JSON object, got {type(values).__name__}")
 
 
 def _read_batches(path: str, report: Report) -> Iterator[Row]:
-    """Parquet, and Arrow as a stream of record batches."""
+    """Yield the rows of parquet, or of Arrow as a stream of record batches."""
     import pyarrow
     from pyarrow import parquet
 
@@ -147,11 +152,13 @@ def _read_batches(path: str, report: Report) -> Iterator[Row]:
 
 
 def _rows_of(path: str, batch: Any, first: int) -> Iterator[Row]:
+    """Yield the rows of a batch. If it cannot be converted, convert row by row, so that an error costs only its own
+    row."""
     try:
         yield from [Row(path, number, values) for number, values in enumerate(batch.to_pylist(), first)]
     except (ValueError, OverflowError) as error:  # a text that is not UTF-8, a date that Python does not have
         if batch.num_rows == 1:
             yield Row(path, first, {}, f"unreadable: {error}")
             return
-        for index in range(batch.num_rows):  # costs its row alone
+        for index in range(batch.num_rows):
             yield from _rows_of(path, batch.slice(index, 1), first + index)

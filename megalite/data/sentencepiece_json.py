@@ -1,15 +1,16 @@
-"""A SentencePiece model as a tokenizer.json that gives the same ids for every text, or the reason why there is none.
+"""Convert a SentencePiece model to a tokenizer.json that gives the same ids for every text, or give the reason why
+there is none.
 
 **BPE.** SentencePiece joins the two neighbours whose sum has the best score, the leftmost of equals; a tokenizer.json
-lists pairs, the best first. All merges that make a piece lie within it, so that they are the ones of that piece as a
-text of its own: of the pairs that spell a piece, only its last merge there is ever taken. With that one pair for each
-piece, in the order of the scores, both libraries take the same steps. Pieces of equal score are the exception, for the
-place decides between them and no list says that; the runs of one character are in order when the longest comes first,
-because the leftmost run grows to its end before the next one begins.
+lists pairs, the best first. All merges that make a piece lie within it, so that they are the same as for that piece as
+a text of its own: of the pairs that spell a piece, only the last merge there is ever used. With that one pair for each
+piece, in the order of the scores, both libraries take the same steps. Pieces of equal score are the exception, because
+their position decides between them and no list expresses that. Runs of one character are in order if the longest comes
+first, because the leftmost run grows to its end before the next one begins.
 
 **Unigram.** SentencePiece adds log-probabilities in fp32, tokenizers in fp64. On a grid of 1/16 both are exact, and
-break ties alike, until a text's sum reaches 2^20, at some 300,000 characters. tokenizers look up control and byte
-pieces in texts as well, so these get a score that is worse than that of their characters one by one."""
+break ties alike, until a text's sum reaches 2^20, at some 300,000 characters. tokenizers also looks up control and byte
+pieces in texts, so these get a score worse than that of their characters one by one."""
 
 from __future__ import annotations
 
@@ -29,13 +30,12 @@ Merge = tuple[str, str]
 
 
 class NotConvertible(Exception):
-    """No tokenizer.json gives the ids of this model for every text. The message says why."""
+    """Raised if no tokenizer.json gives the ids of this model for every text. The message says why."""
 
 
 def converted(model: Any) -> tokenizers.Tokenizer:
-    """Return the tokenizer that gives SentencePiece's ids for a ModelProto.
-
-    It also finds control tokens in a text, as chat templates need. Raises NotConvertible."""
+    """Return the tokenizer that gives SentencePiece's ids for a ModelProto. It also finds control tokens in a text, as
+    chat templates need. Raise NotConvertible."""
     _check_texts(model)
     core = {1: _unigram, 2: _bpe}.get(model.trainer_spec.model_type)
     if core is None:
@@ -55,7 +55,7 @@ def converted(model: Any) -> tokenizers.Tokenizer:
 
 
 def _check_texts(model: Any) -> None:
-    """Raises NotConvertible for what happens to a text before it is cut into pieces."""
+    """Raise NotConvertible for treatment of a text before it is split into pieces that tokenizers cannot reproduce."""
     spec, own = model.normalizer_spec, [p.piece for p in model.pieces if p.type == USER_DEFINED]
     if spec.precompiled_charsmap:
         raise NotConvertible(f"it normalizes by {spec.name or 'a rule of its own'}, which tokenizers do otherwise")
@@ -72,12 +72,14 @@ def _check_texts(model: Any) -> None:
 
 
 def _check_characters(pieces: list[str], known: dict[str, float]) -> None:
+    """Raise NotConvertible for a piece with a character that is no piece itself."""
     for piece in pieces:
         if other := next((c for c in piece if c not in known), None):
             raise NotConvertible(f"its piece {piece!r} has the character {other!r}, which is no piece")
 
 
 def _bpe(model: Any) -> models.BPE:
+    """Return the BPE model with one merge per piece, in the order of the scores."""
     scores = {p.piece: p.score for p in model.pieces if p.type == NORMAL}
     _check_characters(list(scores), scores)
     merges = [(scores[piece], len(piece), merge) for piece in scores if (merge := _last_merge(piece, scores))]
@@ -93,14 +95,14 @@ def _bpe(model: Any) -> models.BPE:
 
 
 def _last_merge(piece: str, scores: dict[str, float]) -> Merge | None:
-    """Return the two pieces that SentencePiece joins last in a text that is this piece; None where it has others left,
-    as it has none to join in a single character."""
+    """Return the two pieces that SentencePiece joins last in a text that equals `piece`; None if it never gets there,
+    and for a single character."""
     steps = list(_steps(piece, scores))
     return steps[-1][0] if steps and "".join(steps[-1][0]) == piece else None
 
 
 def _steps(text: str, scores: dict[str, float]) -> Iterator[tuple[Merge, list[str]]]:
-    """What SentencePiece joins, one after the other, and the symbols as they are before that."""
+    """Yield what SentencePiece joins, one merge after the other, with the symbols before each."""
     symbols, sums = list(text), [one + two for one, two in itertools.pairwise(text)]
     values = [scores.get(both, NO_PIECE) for both in sums]
     while values and (best := max(values)) != NO_PIECE:
@@ -114,7 +116,7 @@ def _steps(text: str, scores: dict[str, float]) -> Iterator[tuple[Merge, list[st
 
 
 def _check_ties(ordered: list[Merge], scores: dict[str, float]) -> None:
-    """Raises NotConvertible where the place of pieces with one score may decide in another way than their order."""
+    """Raise NotConvertible if the position of pieces with equal scores may decide differently from their order."""
     classes: dict[float, list[Merge]] = defaultdict(list)
     for left, right in ordered:
         classes[scores[left + right]].append((left, right))
@@ -130,8 +132,8 @@ def _check_ties(ordered: list[Merge], scores: dict[str, float]) -> None:
 
 
 def _runs_in_order(character: str, longest: int, scores: dict[str, float], ranks: dict[Merge, int]) -> bool:
-    """Whether at each step, in runs of the character of all lengths, the leftmost merge of those with the best score is
-    the first in order. (Behind the run that grows there are only single characters, of one merge.)"""
+    """Return whether at each step, in runs of the character of all lengths, the leftmost best merge is also the first
+    in order. (Behind the growing run there are only single characters, with one merge.)"""
     for length in range(2, longest + 1):
         for merge, symbols in _steps(character * length, scores):
             if ranks[merge] != min(ranks.get(pair, len(ranks)) for pair in itertools.pairwise(symbols)):
@@ -140,6 +142,7 @@ def _runs_in_order(character: str, longest: int, scores: dict[str, float], ranks
 
 
 def _unigram(model: Any) -> models.Unigram:
+    """Return the unigram model. Raise NotConvertible for scores off the grid, and for user-defined symbols."""
     scores = {p.piece: p.score for p in model.pieces if p.type == NORMAL}
     if any(p.type == USER_DEFINED for p in model.pieces):
         raise NotConvertible("it is a unigram model with user-defined symbols")
@@ -153,9 +156,10 @@ def _unigram(model: Any) -> models.Unigram:
 
 
 def _normalizer(spec: Any) -> normalizers.Normalizer:
+    """Return the normalizer that marks spaces as SentencePiece does."""
     squeeze = spec.remove_extra_whitespaces
     steps: list[Any] = [normalizers.Replace(Regex(p), to) for p, to in ((r"\A +", ""), (" {2,}", " "))] * squeeze
     steps += [normalizers.Prepend(SPACE)] * spec.add_dummy_prefix
     steps.append(normalizers.Replace(" ", SPACE))
-    # A mark that stands in the text itself is taken from its end as well.
+    # SentencePiece also strips a mark (U+2581) that the text itself has at its end.
     return normalizers.Sequence(steps + [normalizers.Replace(Regex(rf"{SPACE}+\z"), "")] * squeeze)

@@ -1,7 +1,7 @@
-"""A token file written in parts by several jobs, and put together when all parts are there.
+"""Token files written in parts by several jobs, and joined when all parts are complete.
 
-A part is complete once its .json is there, which is written last. Whichever job completes the last part joins them, in
-their order, into the files that one job alone would have written, byte for byte."""
+A part is complete once its .json is there, which is written last. The job that completes the last part joins them, in
+order, into the files that a single job would have written, byte for byte."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ from megalite.errors import DataError
 
 
 def name_of(prefix: str, shard: Shard) -> str:
+    """Return the prefix of a shard's files."""
     return f"{prefix}.{shard.index:05}-of-{shard.count:05}"
 
 
 def read_complete(prefix: str, settings: dict[str, Any], exact: bool) -> Preprocessed | None:
-    """The complete token file of these settings, if there is one. A shard may have no document, and then no pair; its
-    files may vanish at any moment, when another job joins the shards."""
+    """Return the complete token file of these `settings`, None if there is none (with `exact`, one by gigatoken does
+    not count). A shard may have no document, and then no pair; its files may vanish at any moment, when another job
+    joins the shards."""
     result = read_metadata(prefix, settings)
     if result is None or (exact and "gigatoken" in result.tokenized_by):
         return None
@@ -40,19 +42,21 @@ def read_complete(prefix: str, settings: dict[str, Any], exact: bool) -> Preproc
 def join(
     prefix: str, count: int, settings: dict[str, Any], exact: bool, dtype: Any, progress: Callable[[int, int], None]
 ) -> Preprocessed | None:
-    """Put the shards together and remove them; None while some are missing. `progress` is told how many bytes of the
-    inputs and how many tokens are in place.
+    """Join the `count` shards of `prefix` and remove them. Return the whole, or None while some are missing.
 
-    Raises DataError, with the shards kept, if none has a document or they cannot be locked."""
+    `settings` and `exact` are those of `read_complete`, `dtype` that of the tokens. `progress` is called with the bytes
+    of the inputs and the tokens in place so far. Raise DataError, with the shards kept, if none has a document or they
+    cannot be locked."""
     names = [name_of(prefix, Shard(index, count)) for index in range(count)]
 
     def read_all() -> list[Preprocessed]:
         found = (read_complete(name, settings, exact) for name in names)
         return [part for part in found if part is not None]
 
+    # A cheap look without the lock, for the usual case that other jobs are still running.
     if len(read_all()) < count:
         return None
-    # Two jobs may complete the last two shards at once. Who comes second finds them gone, here or behind the lock.
+    # Two jobs may complete the last two shards at once. The second finds them gone, here or after taking the lock.
     try:
         lock = open(f"{names[0]}.json", "r+b")  # noqa: SIM115
     except FileNotFoundError:
@@ -81,11 +85,13 @@ def join(
 
 
 def remove(name: str) -> None:
+    """Remove a shard's files."""
     for suffix in (".json", ".idx", ".bin"):  # .json first: without it the others count for nothing
         Path(f"{name}{suffix}").unlink(missing_ok=True)
 
 
 def _sum(prefix: str, parts: list[Preprocessed]) -> Preprocessed:
+    """Return the metadata of all parts together."""
     report = Report()
     for part in parts:
         add_to(report, part.report)

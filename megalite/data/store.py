@@ -1,4 +1,4 @@
-"""Objects in stores (`s3://…`, `gs://…`, `hf://…`, whatever fsspec knows), read in ranges and with patience."""
+"""Read objects in stores (`s3://…`, `gs://…`, `hf://…`, whatever fsspec knows) in ranges, with retries."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ ATTEMPTS = 9
 LONGEST_PAUSE = 16.0  # seconds; with this many attempts a fault of half a minute is waited out
 # fsspec's own s3fs, gcsfs and aiohttp are two dozen packages; obstore is one, and works outside of Python's lock.
 OBSTORE = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "http", "https")
-# How stores call the version of an object, the surest first.
+# Names that stores have for an object's version, the most reliable first.
 VERSIONS = ("e_tag", "ETag", "etag", "blob_id", "generation", "md5Hash", "sha")
 DATES = ("last_modified", "LastModified", "Last-Modified", "mtime", "modificationTime", "modify", "created")
-# Faults that stay.
+# Faults that a retry does not mend.
 LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotImplementedError)
 LASTING_IN_OBSTORE = re.compile(
     r"^(PermissionDenied|Unauthenticated|InvalidPath|NotSupported)Error|status code: 4(?!08|29)\d\d"
@@ -36,28 +36,32 @@ LASTING_IN_OBSTORE = re.compile(
 
 
 class Missing(DataError):
-    """An object that is not there."""
+    """Raised for an object that does not exist."""
 
 
 class Status(NamedTuple):
+    """Holds size and version of an object."""
+
     size: int
     version: str  # empty where the store tells none
 
 
 class Found(NamedTuple):
+    """Holds one object found below a URL."""
+
     url: str
     size: int
     below: str  # its path inside the folder, or inside what comes before a glob's first wildcard; empty where it is it
 
 
 class Store:
-    """The store of one URL. Every fault comes as a DataError that names the URL, and is final: what may pass is tried
-    again first, with longer and longer pauses."""
+    """Reads the store of one URL. Every fault is raised as a DataError that names the URL, and is final: transient ones
+    are retried first, with growing pauses."""
 
     def __init__(self, url: str) -> None:
         self.url = url
         self.trouble = ""
-        """The last fault, while it is being waited out."""
+        """The last fault, while it is being retried."""
         try:
             check_no_secret(url)
         except ValueError as error:
@@ -68,7 +72,7 @@ class Store:
             raise DataError(f"{url}: {error}; pip install 'megalite[remote]', or what fsspec needs for it") from None
 
     def status(self) -> Status:
-        """Of the object as it is now."""
+        """Return size and version of the object as it is now. Raise DataError."""
         info = self._patiently(self._info)
         if info["type"] == "directory":
             raise DataError(f"{self.url} is a folder, not an object")
@@ -78,7 +82,7 @@ class Store:
         return Status(int(info["size"]), version)
 
     def read(self, start: int, end: int, stop: threading.Event | None = None) -> bytes:
-        """Bytes [start, end). Setting `stop` ends the patience."""
+        """Return the bytes [start, end). Setting the event `stop` ends the retries. Raise DataError."""
 
         def once() -> bytes:
             data = self._files.cat_file(self._path, start=start, end=end)
@@ -89,7 +93,7 @@ class Store:
         return self._patiently(once, stop)
 
     def find(self) -> list[Found]:
-        """The objects that the URL, a glob or a folder, stands for, sorted."""
+        """Return the objects that the URL, a glob or a folder, matches, sorted. Raise DataError."""
 
         def once() -> list[Found]:
             plain = re.split(r"[*?[]", self._path, maxsplit=1)[0]
@@ -98,7 +102,7 @@ class Store:
             else:
                 self._files.invalidate_cache()
                 matches = self._files.glob(self._path, detail=True)
-            # Of a glob, what its first wildcard stands for is a choice, and `*` is not to choose what is hidden.
+            # The part that a glob's wildcard matches counts as below: `*` must not match hidden names.
             asked = self._path.rstrip("/") if plain == self._path else plain.rpartition("/")[0]
             folders = [name for name, info in matches.items() if info["type"] == "directory"]
             for folder in folders:
@@ -112,10 +116,13 @@ class Store:
         return self._patiently(once)
 
     def _info(self) -> dict[str, Any]:
+        """Return fsspec's information about the object."""
         self._files.invalidate_cache()  # of listings, which some stores remember
         return self._files.info(self._path)
 
     def _patiently(self, once: Callable[[], Any], stop: threading.Event | None = None) -> Any:
+        """Call `once` until it succeeds, at most ATTEMPTS times. Raise Missing, DataError for lasting faults, and
+        Unreachable for others."""
         stop = stop or threading.Event()
         for attempt in range(1, ATTEMPTS + 1):
             try:
@@ -123,14 +130,14 @@ class Store:
             except Exception as error:  # each store has classes of its own for a lost connection
                 if isinstance(error, FileNotFoundError):
                     raise Missing(f"{self.url} does not exist") from None
-                # One line: what follows may be the whole request, with its credentials.
+                # First line only: the rest may be the whole request, with its credentials.
                 why = f"{type(error).__name__}: {error}".splitlines()[0][:300]
                 lasts = isinstance(error, LASTING) or LASTING_IN_OBSTORE.search(why) is not None
             else:
                 self.trouble = ""
                 return result
             self.trouble = why
-            # Not the same pause for all, or a server that is overrun would be so again.
+            # Randomized, so that clients do not all return to an overloaded server at the same time.
             pause = min(0.25 * 2 ** (attempt - 1), LONGEST_PAUSE) * random.uniform(0.5, 1)
             if lasts or attempt == ATTEMPTS or stop.wait(pause):
                 break
@@ -138,7 +145,7 @@ class Store:
 
 
 def stream(url: str) -> Iterator[bytes]:
-    """The bytes of an object in order, a few requests ahead of the reader. Raises DataError."""
+    """Yield the bytes of an object in order, with a few requests ahead of the reader. Raise DataError."""
     store, stop = Store(url), threading.Event()
     size = store.status().size
     ahead: deque[Future[bytes]] = deque()
@@ -156,16 +163,19 @@ def stream(url: str) -> Iterator[bytes]:
 
 
 def size_of(path: str) -> int:
-    """Bytes of a file or an object. Raises OSError, and DataError for a URL."""
+    """Return the bytes of a file or an object. Raise OSError, and DataError for a URL."""
     return Store(path).status().size if is_url(path) else os.stat(path).st_size
 
 
 def open_file(path: str) -> io.BufferedReader:
-    """A file or the object of a URL, to be read and sought. Raises OSError, and DataError for a URL, also later."""
+    """Open a file or an object for reading and seeking. Raise OSError, and DataError for a URL, also from later
+    reads."""
     return io.BufferedReader(_ObjectFile(path)) if is_url(path) else open(path, "rb")
 
 
 class _ObjectFile(io.RawIOBase):
+    """Presents an object as a seekable raw file."""
+
     def __init__(self, url: str) -> None:
         self._store, self._position = Store(url), 0
         self.size = self._store.status().size
@@ -194,18 +204,20 @@ class _ObjectFile(io.RawIOBase):
 
 
 def _open(url: str) -> tuple[AbstractFileSystem, str]:
+    """Return the file system of a URL and the path in it."""
     import fsspec
 
     protocol = url.partition("://")[0]
     if protocol not in OBSTORE:
         return fsspec.url_to_fs(url)
     _use_obstore(protocol)
-    # An http:// endpoint is one that the user named; and the patience is ours.
+    # A plain http:// endpoint is the user's own choice. Retries are done here, so that obstore's are off.
     return fsspec.url_to_fs(url, client_options={"allow_http": True}, retry_config={"max_retries": 0})
 
 
 @cache
 def _use_obstore(protocol: str) -> None:
+    """Register obstore as fsspec's implementation of a protocol."""
     from obstore.fsspec import register
 
     register(protocol)

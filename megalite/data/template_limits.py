@@ -1,9 +1,9 @@
-"""Limits of what a chat template may do: it comes with a model, is code of others, and may never end.
+"""Limits of what a chat template may do: it comes with a model, is other people's code, and may never end.
 
-A template is compiled into Python by jinja, in transformers' sandbox. Here every step that may take long (a round of a
-loop, a call, what makes or compares values) pays for what it is about to do before it does it: in characters and
-items, of a budget that follows from the size of the conversation, and within a deadline. A step between two payments
-is short, so that nothing needs to be interrupted."""
+jinja compiles a template into Python, in transformers' sandbox. Here every step that may take long (an iteration of a
+loop, a call, building or comparing values) pays beforehand for what it is about to do: in characters and items, from a
+budget that follows from the size of the conversation, and within a deadline. A step between two payments is short, so
+that nothing needs to be interrupted."""
 
 from __future__ import annotations
 
@@ -26,37 +26,38 @@ from transformers.utils import chat_template_utils
 from megalite.errors import DataError, TemplateLimit
 
 SECONDS = 2.0
-"""Of rendering; models' own templates take milliseconds."""
+"""Time limit of a rendering; models' own templates take milliseconds."""
 BUDGET = 250_000_000
-"""Characters and items."""
+"""Characters and items that a rendering may handle."""
 BUDGET_PER_ITEM = 256
-"""More for each character of a conversation."""
+"""Additional budget for each character of a conversation."""
 MOST_BITS = 100_000
-"""Of an integer."""
+"""Most bits of an integer."""
 MOST_DIGITS = 1_000_000
-"""Of a width, a precision or a count that a filter or method is given."""
+"""Largest width, precision or count that a filter or method may be given."""
 LEFT_OUT = ("striptags", "urlize", "wordwrap", "xmlattr")
-"""Filters for web pages whose time can grow with the square of a text's length."""
+"""Filters for web pages whose time can grow with the square of a text's length; templates do not get them."""
 SHALLOW = frozenset((
     "attr", "batch", "count", "d", "default", "first", "items", "last", "length", "list", "map", "reject", "rejectattr",
     "reverse", "select", "selectattr", "slice",
 ))  # fmt: skip
-"""Filters that look at what a list holds one by one, and no deeper."""
+"""Filters that look at the items of a list one by one, and no deeper."""
 COMPARING = (
     "eq", "==", "equalto", "ne", "!=", "lt", "<", "lessthan", "le", "<=", "gt", ">", "greaterthan", "ge", ">=", "in",
 )  # fmt: skip
 GROWING = frozenset(("center", "expandtabs", "indent", "ljust", "rjust", "tojson", "translate", "zfill", "to_bytes"))
-"""Filters and methods whose result may be as many times longer as their arguments say."""
+"""Filters and methods whose result may be longer by a factor that their arguments give."""
 
 
 _now = threading.local()
-"""Of a rendering: `left` of its budget, and `until` when it may take. Without one, nothing can be paid, so that jinja
-computes no constant when it compiles."""
+"""State of the rendering in this thread: `left` of its budget, and `until` when it may take. Outside a rendering there
+is no budget to pay from, so that jinja folds no constants when it compiles."""
 
 
 @contextmanager
 def limits(values: Any) -> Iterator[None]:
-    """Let a template be rendered that is given these values. Raises TemplateLimit where it goes beyond."""
+    """Allow a template to be rendered with these `values` inside the block. Raise TemplateLimit if it exceeds the
+    limits."""
     _now.left, _now.until = 1 << 62, time.monotonic() + SECONDS
     _now.cpu, _now.steps = time.thread_time() + SECONDS, 0
     try:
@@ -67,7 +68,8 @@ def limits(values: Any) -> Iterator[None]:
 
 
 def render(source: str, **arguments: Any) -> tuple[str, list[tuple[int, int]]]:
-    """Call transformers' `render_jinja_template` for one chat, under `limits`."""
+    """Call transformers' `render_jinja_template` for one chat, under `limits`. Return its text and the spans of
+    generation blocks."""
     with limits(arguments):
         chat = arguments.pop("chat")
         texts, spans = _render([chat], chat_template=source, **arguments)
@@ -75,27 +77,29 @@ def render(source: str, **arguments: Any) -> tuple[str, list[tuple[int, int]]]:
 
 
 def pay(count: int) -> None:
-    """Raises TemplateLimit where a rendering has no more left, or has taken too long."""
+    """Deduct `count` from the budget. Raise TemplateLimit if nothing is left, or the time is up."""
     left = _now.left = _now.left - count
     if left < 0:
         raise TemplateLimit(
             f"the chat template works without end: it handles more than {BUDGET:,} characters or items, and "
             f"{BUDGET_PER_ITEM} for each that it is given"
         )
-    # Not every time: to look at the clock takes longer than most steps. Of a busy machine, it is given more time.
+    # Not every time: reading the clock takes longer than most steps. Both clocks must be over, so that a busy machine
+    # gives a template more time.
     _now.steps += 1
     if (count > 1000 or _now.steps & 15 == 0) and time.monotonic() > _now.until and time.thread_time() > _now.cpu:
         raise TemplateLimit(f"the chat template works without end: it takes more than {SECONDS:.0f} s")
 
 
 def _check(count: int) -> None:
-    """That what will be paid for when its size is known can be at all."""
+    """Raise TemplateLimit if the budget cannot cover `count`, without deducting it: the exact size is paid once it is
+    known."""
     if count > _now.left:
         pay(count)
 
 
 def _pay_for(value: Any) -> Any:
-    """Pay for all that a value holds, as often as it holds it; return it."""
+    """Pay for everything that `value` holds, as often as it holds it, and return it."""
     if type(value) is str:
         pay(len(value))
     elif value is not None and type(value) is not bool:
@@ -104,8 +108,8 @@ def _pay_for(value: Any) -> Any:
 
 
 def _size(value: Any) -> int:
-    """Characters and items of a value. A list that holds another one twice has its size twice, and is as long to write
-    or compare, though it takes no more memory."""
+    """Return the number of characters and items of a value. A list that holds another one twice counts it twice: it
+    takes no more memory, but as long to write or compare."""
     sizes: dict[int, int] = {}
 
     def of(value: Any) -> int:
@@ -123,7 +127,7 @@ def _size(value: Any) -> int:
             return 1
         if (known := sizes.get(id(value))) is not None:
             return known
-        sizes[id(value)] = 1  # what holds itself is written as dots
+        sizes[id(value)] = 1  # a value that holds itself is written as dots
         total = 1
         if isinstance(value, Mapping):
             for key, item in value.items():
@@ -142,6 +146,7 @@ _HOLDERS: tuple[Any, ...] = (dict, list, tuple, set, frozenset, Mapping, *_VIEWS
 
 
 def _length(value: Any) -> int:
+    """Return the length of a value, 1 if it has none."""
     try:
         return len(value)
     except TypeError:
@@ -149,12 +154,13 @@ def _length(value: Any) -> int:
 
 
 def _check_number(value: int) -> None:
+    """Raise TemplateLimit for an integer of too many bits."""
     if value.bit_length() > MOST_BITS:
         raise TemplateLimit(f"the chat template computes a number of more than {MOST_BITS:,} bits")
 
 
 def _check_counts(values: Iterable[Any]) -> int:
-    """The sum of counts, widths and so on; and of the lengths of texts."""
+    """Return the sum of counts, widths and lengths of texts. Raise TemplateLimit for a count that is too large."""
     total = 0
     for value in values:
         if isinstance(value, int):
@@ -167,7 +173,8 @@ def _check_counts(values: Iterable[Any]) -> int:
 
 
 def _check_format(text: str, *values: Any) -> None:
-    """Of `%` and `format`: a width stands in the text or is a value, and each place may take any of the values."""
+    """Check the result's size for `%` and `format`: a width stands in the text or is a value, and each placeholder may
+    take any of the values."""
     widths = sum(min(int(digits[:9]), 10**9) for digits in re.findall(r"\d+", text))
     if re.search(r"%[^a-zA-Z%]*\*|\{[^}]*\{", text):
         widths += sum(abs(value) for value in values if isinstance(value, int))
@@ -175,7 +182,8 @@ def _check_format(text: str, *values: Any) -> None:
 
 
 def _loop(items: Any, weight: int) -> Any:
-    """What a loop goes through. `weight`: the characters that the template writes at most in a round."""
+    """Return what a loop iterates over, and pay for it. `weight` is the most characters that the template writes per
+    iteration."""
     if isinstance(items, Iterator):
         return _paid(items, weight)
     pay(_length(items) * weight)
@@ -183,17 +191,19 @@ def _loop(items: Any, weight: int) -> Any:
 
 
 def _paid(items: Iterator[Any], weight: int) -> Iterator[Any]:
+    """Yield the items and pay for each."""
     for item in items:
         pay(weight)
         yield item
 
 
 def _listed(value: Any) -> Any:
+    """Return an iterator as a paid list; other values pass through."""
     return list(_paid(value, 1)) if isinstance(value, Iterator) else value
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """transformers' environment of a template, in which what may take long is paid for."""
+    """Extends transformers' template environment such that everything that may take long is paid for."""
 
     intercepted_binops = frozenset(("+", "*", "**", "%", "//"))
 
@@ -201,6 +211,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         return _Payments().visit(super()._parse(source, name, filename))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """Pay for an operator, or check the size of its result, before it is computed."""
         if operator == "+":
             if type(left) is type(right) is str:
                 pay(len(left) + len(right))
@@ -219,6 +230,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         return _pay_for(result) if operator == "%" else result
 
     def call(__self, __context: Any, __function: Any, *args: Any, **kwargs: Any) -> Any:
+        """Pay for a call by its arguments and its result."""
         pay(1)
         owner = getattr(__function, "__self__", None)
         if isinstance(__function, LoopContext):
@@ -239,6 +251,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         return super().getitem(obj, argument if isinstance(argument, (str, int, slice)) else _pay_for(argument))
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        """Return `str.format` with a check of the widths."""
         written = super().wrap_str_format(value)
         if written is None:
             return None
@@ -252,15 +265,17 @@ class _Environment(ImmutableSandboxedEnvironment):
         return limited
 
     weight: int
+    """Characters of the template: the most that one iteration of a recursive loop writes."""
 
 
 def _times(left: Any, right: Any) -> int:
-    """Items of a product of a number and a text or list."""
+    """Return the number of items of a product of a number and a text or list."""
     count, many = (left, right) if isinstance(left, int) else (right, left)
     return _length(many) * max(count, 0) if isinstance(count, int) else 1
 
 
 def _check_method(owner: Any, name: str, values: list[Any]) -> None:
+    """Pay for a method of a text, number or container, and check how large its result may be."""
     size = len(owner) if isinstance(owner, str | bytes) else _size(owner)
     pay(size)
     for value in values:
@@ -272,13 +287,14 @@ def _check_method(owner: Any, name: str, values: list[Any]) -> None:
 
 
 def _grown(text: str, values: list[Any]) -> int:
-    """Characters of a text in which one is replaced by another."""
+    """Return the number of characters after one text is replaced by another."""
     old, new = (value if isinstance(value, str) else "" for value in (*values, "", "")[:2])
     return len(text) + text.count(old) * len(new)
 
 
 def _paying(name: str, function: Callable[..., Any], place: int) -> Callable[..., Any]:
-    """A filter or test that pays. `place`: of the value among what jinja gives it."""
+    """Return a filter or test that pays before it runs. `place` is the index of the value among the arguments that
+    jinja passes."""
 
     @wraps(function)
     def paid(*args: Any, **kwargs: Any) -> Any:
@@ -310,9 +326,10 @@ def _paying(name: str, function: Callable[..., Any], place: int) -> Callable[...
 
 
 class _Payments(NodeTransformer):
-    """Has a template pay for the rounds of its loops, and for what it puts together and compares."""
+    """Rewrites a template's syntax tree so that loop iterations, concatenations and comparisons pay."""
 
     def visit_For(self, node: nodes.For) -> nodes.For:
+        """Let the loop pay per iteration for the text constants inside it."""
         self.generic_visit(node)
         weight = 1 + sum(len(text.data) for text in node.find_all(nodes.TemplateData))
         weight += sum(len(const.value) for const in node.find_all(nodes.Const) if isinstance(const.value, str))
@@ -320,11 +337,13 @@ class _Payments(NodeTransformer):
         return node
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Concat:
+        """Let every part of a concatenation that is no constant pay."""
         self.generic_visit(node)
         node.nodes = [part if isinstance(part, nodes.Const) else _payment(part) for part in node.nodes]
         return node
 
     def visit_Compare(self, node: nodes.Compare) -> nodes.Compare:
+        """Let both sides of a comparison pay."""
         self.generic_visit(node)
         sides = [node.expr, *(operand.expr for operand in node.ops)]
         if len(sides) == 2 and any(isinstance(side, nodes.Const) for side in sides):
@@ -335,6 +354,7 @@ class _Payments(NodeTransformer):
         return node
 
     def visit_Pair(self, node: nodes.Pair) -> nodes.Pair:
+        """Let a dictionary's key pay, unless it is a constant."""
         self.generic_visit(node)
         if not isinstance(node.key, nodes.Const):
             node.key = _payment(node.key)
@@ -342,17 +362,20 @@ class _Payments(NodeTransformer):
 
 
 def _payment(node: nodes.Expr) -> nodes.Filter:
+    """Return the expression wrapped in a payment."""
     return nodes.Filter(node, "megalite_pay", [], [], None, None)
 
 
 @lru_cache(maxsize=64)
 def _compiled(source: str) -> Any:
+    """Compile a template in the paying environment, cached by its source."""
     theirs = chat_template_utils._compile_jinja_template("").environment
+    # A copy of transformers' own environment with our methods: its settings stay those of the installed version.
     ours = object.__new__(_Environment)
     ours.__dict__.update(theirs.__dict__)
     ours.overlayed, ours.linked_to, ours.cache = True, theirs, None
     ours.finalize, ours.weight = _pay_for, len(source)
-    # jinja gives some a context, an evaluation context or an environment first.
+    # To some filters jinja passes a context, an evaluation context or an environment as first argument.
     place = {name: int(hasattr(found, "jinja_pass_arg")) for name, found in theirs.filters.items()}
     ours.filters = {
         name: _paying(name, found, place[name]) for name, found in theirs.filters.items() if name not in LEFT_OUT
@@ -366,7 +389,8 @@ def _compiled(source: str) -> Any:
 
 
 def _own_render() -> Callable[..., Any]:
-    """transformers' function, which compiles templates as this module does."""
+    """Return a copy of transformers' function that compiles templates with `_compiled`. Raise DataError for a version
+    that works differently."""
     theirs = chat_template_utils.render_jinja_template
     if "_compile_jinja_template" not in theirs.__code__.co_names:
         raise DataError("this version of transformers compiles chat templates in an unknown way; install another one")

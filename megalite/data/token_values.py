@@ -1,8 +1,8 @@
-"""Values of the tokens of a text of which parts have values.
+"""Values of tokens, given a text of which parts have values.
 
-The places that tokenizers give for their tokens are not exact everywhere: those that fall back to bytes give all bytes
-of a run of unknown characters the place of the whole run. What comes before a part is therefore told by its ids: where
-they begin the whole's, they are exactly the tokens before the part."""
+The character offsets that tokenizers report are not always exact: those that fall back to bytes give all bytes of a run
+of unknown characters the offsets of the whole run. So the tokens before a part are identified by their ids: if the ids
+of the text before it are a prefix of the whole's ids, they are exactly those tokens."""
 
 from __future__ import annotations
 
@@ -19,33 +19,35 @@ _NOWHERE = np.empty((0, 2), np.int64)
 
 
 class Part(NamedTuple):
+    """Holds a range of characters [start, stop) and its value."""
+
     start: int
     stop: int
     value: int
 
 
 class Text(NamedTuple):
-    """Of a row, with the parts that have values."""
+    """Holds the text of a row, and the parts of it that have values."""
 
     text: str
     parts: Sequence[Part]
     add_end: bool = False
-    """It is to end with the tokenizer's end-of-document token, which is learned."""
+    """End the text with the tokenizer's end-of-document token, which is learned."""
     first_only: bool = False
-    """Of each part, only the first token has the value."""
+    """Only the first token of each part has its value."""
     add_begin: bool = False
-    """It is to begin with what the tokenizer has begin every text, as whoever asks the model does; a chat template
-    writes that itself."""
+    """Begin the text with whatever the tokenizer begins every text with, as prompts do later. A chat template writes
+    that itself."""
     may_split: bool = False
-    """A token may not reach across the beginning of a part, so that what comes before it has the ids that it has
-    alone. Of a chat, the ids are those of the whole text, as transformers has it."""
+    """No token may reach across the beginning of a part, so that the text before it has the same ids as alone. A chat
+    has the ids of the whole text instead, as in transformers."""
     literal: Sequence[range] | None = None
-    """Where control tokens stand, ascending, that are not the chat template's, and are text. None where no template
+    """Ranges of control tokens, ascending, that were not written by the chat template and are text. None if no template
     wrote the text."""
 
 
 def token_values(tokenizer: HuggingFaceTokenizer, text: Text) -> tuple[list[int], np.ndarray]:
-    """Return the ids of a text and the value of each, [T]. A token that lies in a part only partly has its value."""
+    """Return the ids of `text` and the value of each, [T]. A token that lies only partly in a part has its value."""
     if text.first_only:
         return _first_tokens(tokenizer, text)
     borders = sorted({border for part in text.parts for border in part[:2] if 0 < border < len(text.text)})
@@ -64,14 +66,14 @@ def token_values(tokenizer: HuggingFaceTokenizer, text: Text) -> tuple[list[int]
     counts |= {0: 0, len(text.text): len(ids)}
     if text.may_split and any(part.start not in counts for part in text.parts):
         pieces = _split(tokenizer, text)
-        # Where a tokenizer has a space begin every text, pieces of one would be another text.
+        # A tokenizer that prefixes every text with a space would change the text when it is encoded in pieces.
         if tokenizer.decode(apart := list(itertools.chain(*pieces))) == tokenizer.decode(ids):
             ends = itertools.accumulate(map(len, pieces))
             ids, counts = apart, dict(zip([*_cuts(text)[1:]], ends, strict=True)) | {0: 0}
     values = np.zeros(len(ids), np.int64)
     places = _places(tokenizer, text.text) if any(border not in counts for border in borders) else _NOWHERE
     for part in text.parts:
-        # Where a token reaches across, places tell which one, though none of those that are the same without it.
+        # A token reaches across the border. Offsets tell which, but it is none of those that the text before has alone.
         first, last = counts.get(part.start), counts.get(part.stop)
         if first is None:
             first = max(same[part.start], int(np.searchsorted(places[:, 1], part.start, side="right")))
@@ -84,8 +86,8 @@ def token_values(tokenizer: HuggingFaceTokenizer, text: Text) -> tuple[list[int]
 def _windows(
     tokenizer: HuggingFaceTokenizer, text: str, ids: Sequence[int], borders: Sequence[int]
 ) -> list[tuple[int, int]]:
-    """Of each border, a place before it from which on the text may be tokenized alone, and the number of the token that
-    begins there: the nearest landmark, or the beginning."""
+    """Return for each border a (character, token) position before it from which the text can be tokenized alone: the
+    nearest landmark, or the beginning. This avoids tokenizing the whole text again per border."""
     found, place = [(0, 0)], 0
     for index, token in enumerate(ids):
         if landmark := tokenizer.landmarks.get(token):
@@ -93,6 +95,7 @@ def _windows(
             found.append((place, index))
             place += len(landmark)
     names = {tokenizer.landmarks[ids[index]] for _, index in found[1:]}
+    # A landmark's text that did not become its token would shift all later positions: then use none.
     if sum(map(text.count, names)) != len(found) - 1:
         return [(0, 0)] * len(borders)
     starts = [place for place, _ in found]
@@ -100,6 +103,7 @@ def _windows(
 
 
 def _first_tokens(tokenizer: HuggingFaceTokenizer, text: Text) -> tuple[list[int], np.ndarray]:
+    """Return ids and values if only the first token of each part has its value."""
     ids, places = tokenizer.encode(text.text), _places(tokenizer, text.text)
     values = np.zeros(len(ids), np.int64)
     overlaps = places[1:, 0] < places[:-1, 1]
@@ -107,7 +111,7 @@ def _first_tokens(tokenizer: HuggingFaceTokenizer, text: Text) -> tuple[list[int
     for part in text.parts:
         first = int(np.searchsorted(places[:, 1], part.start, side="right"))
         last = int(np.searchsorted(places[:, 0], part.stop, side="left"))
-        # Several tokens have a place that begins before the part: it says of none whether it is the part's.
+        # Several tokens share offsets that begin before the part: these do not tell which of them is the part's first.
         if first < last and is_shared[first] and places[first, 0] < part.start:
             before = tokenizer.encode(text.text[: part.start])
             first = max(first, _same(ids, before))
@@ -116,18 +120,20 @@ def _first_tokens(tokenizer: HuggingFaceTokenizer, text: Text) -> tuple[list[int
 
 
 def _cuts(text: Text) -> list[int]:
+    """Return the positions at which the parts begin, with both ends of the text."""
     return sorted({0, len(text.text), *(part.start for part in text.parts)})
 
 
 def _split(tokenizer: HuggingFaceTokenizer, text: Text) -> list[list[int]]:
+    """Encode the text in pieces, split where parts begin."""
     return tokenizer.encode_batch([text.text[a:b] for a, b in itertools.pairwise(_cuts(text))])
 
 
 def _places(tokenizer: HuggingFaceTokenizer, text: str) -> np.ndarray:
-    """[T, 2]: the characters [start, stop) of each token."""
+    """Return the character range [start, stop) of each token, [T, 2]."""
     return np.array(tokenizer.encode_with_offsets([text])[0][1], np.int64).reshape(-1, 2)
 
 
 def _same(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many ids both begin with."""
+    """Return the length of the common prefix of two lists of ids."""
     return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -1,4 +1,4 @@
-"""One small face over Hugging Face tokenizers and SentencePiece models; neither transformers nor torch is imported."""
+"""One small interface to Hugging Face tokenizers and SentencePiece models, without importing transformers or torch."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from megalite.data.tokenizer_files import (
 from megalite.errors import DataError
 from megalite.utils.outside import check_regular, reading
 
-# How models without a tokenizer_config.json spell the end of a document.
+# Names of the end-of-document token in models without a tokenizer_config.json.
 END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
-FINGERPRINT = "2-"  # what the names of today begin with
+FINGERPRINT = "2-"  # prefix of fingerprints in the present scheme
 PROBE = "def f(x):\n\treturn  {'a': 12345, \"é\": '日本語'}  # it's 😀 naïve…\r\n\n    <|endoftext|>"
 
 
 class Tokenizer(ABC):
-    """Text to ids and back. `vocab_size` is the largest id + 1, `eod_id` what ends a document (None if unknown),
-    `begin_id` what begins a text (None if there is no such token)."""
+    """Converts text to ids and back. `vocab_size` is the largest id + 1, `eod_id` ends a document (None if unknown),
+    `begin_id` begins a text (None if there is no such token)."""
 
     vocab_size: int
     eod_id: int | None
@@ -43,62 +43,63 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, with no special token added."""
+        """Return the ids of each text, without added special tokens."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids, special tokens included."""
+        """Return the text of `ids`, special tokens included."""
 
     def decode_plain(self, ids: Sequence[int]) -> str:
-        """Text of the ids, without special tokens."""
+        """Return the text of `ids` without special tokens."""
         return self.decode(ids)
 
     @abstractmethod
     def vocabulary(self) -> dict[str, int]:
-        """Every token and its id, added tokens included."""
+        """Return every token and its id, added tokens included."""
 
     @abstractmethod
     def save(self, folder: str | Path) -> None:
         """Write what `transformers.AutoTokenizer.from_pretrained(folder)` and `load_tokenizer(folder)` need."""
 
     def encode(self, text: str) -> list[int]:
+        """Return the ids of one text, without added special tokens."""
         return self.encode_batch([text])[0]
 
     def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of texts that are data, to pretrain on.
+        """Return the ids of texts that are pretraining data.
 
-        To a SentencePiece model, `</s>` in such a text is text; to other tokenizers it is the token, as it is in
+        To a SentencePiece model, `</s>` in such a text is text; to other tokenizers it is the token, as in
         transformers."""
         return self.encode_batch(texts)
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Ids of a text that a model goes on with, and before them what the tokenizer has begin every text."""
+        """Return the ids of a text that a model continues, preceded by whatever the tokenizer begins every text
+        with."""
         return self.encode(text)
 
     @property
     def begin_ids(self) -> list[int]:
-        """What it has begin every text."""
+        """Return the ids that the tokenizer begins every text with."""
         return []
 
     def fingerprint(self) -> str:
-        """Return the name of all that the ids of a text, and the end of a document, depend on.
-
-        A SentencePiece model and the tokenizer.json that is equal to it have one name."""
+        """Return a name for everything that the ids of a text, and the end of a document, depend on. A SentencePiece
+        model and the equivalent tokenizer.json have the same name."""
         return self.older_fingerprint()
 
     def has_kept_ids(self, tokenized_by: str) -> bool:
-        """Return whether token files of older versions with this tokenizer's `older_fingerprint`, made by that library,
-        are sure to have its ids."""
+        """Return whether token files of older versions with this tokenizer's `older_fingerprint`, made by the library
+        `tokenized_by`, certainly have its ids."""
         return True
 
     def older_fingerprint(self) -> str:
-        """Return the name that older versions gave it: of its vocabulary and its ids for a probe text."""
+        """Return the name in older versions' scheme: that of the vocabulary and of the ids of a probe text."""
         facts = [sorted(self.vocabulary().items()), self.eod_id, self.encode_batch(PROBE.splitlines(keepends=True)[:3])]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
 
 def other_tokenizer(note: Mapping[str, Any], tokenizer: Tokenizer) -> str:
-    """Return why token files with this note may not be of this tokenizer, as part of a sentence; empty if they are,
+    """Return why token files with this `note` may not belong to `tokenizer`, as part of a sentence; empty if they do,
     or if the note does not say."""
     made_by = note.get("tokenizer_fingerprint")
     if not made_by or made_by == tokenizer.fingerprint():
@@ -115,9 +116,8 @@ def other_tokenizer(note: Mapping[str, Any], tokenizer: Tokenizer) -> str:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Open a folder with tokenizer.json or tokenizer.model, a tokenizer.json, or a SentencePiece .model file.
-
-    Raises DataError."""
+    """Open a folder with tokenizer.json or tokenizer.model, a tokenizer.json, or a SentencePiece .model file. Raise
+    DataError."""
     path = Path(path)
     candidates = [path / "tokenizer.json", path / "tokenizer.model"] if path.is_dir() else [path]
     file = next((file for file in candidates if file.is_file()), None)
@@ -130,14 +130,15 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A tokenizer.json, with the configuration files that lie beside it. Special tokens in a text are recognised, as
-    transformers does by default; not in documents if a SentencePiece model lies beside it too."""
+    """Wraps a tokenizer.json and the configuration files beside it. Special tokens in a text are recognised, as in
+    transformers by default; but not in documents if a SentencePiece model lies beside it too."""
 
     def __init__(self, file: Path) -> None:
+        """Open `file`. Raise DataError."""
         check_regular(file, DataError)
-        with reading(file, DataError):  # of which the library may panic
+        with reading(file, DataError):  # the library may panic on a damaged file
             self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
-        # Some models' files ask for these; a document must neither be cut nor filled up.
+        # Some models' files ask for truncation and padding, but documents need neither.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._file = file
@@ -154,7 +155,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.begin_id = vocabulary.get(named.get("bos_token", ""))
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        # "fast" leaves out the character offsets, which nobody needs here.
+        # The "fast" variant skips character offsets, which are not needed here.
         return [e.ids for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
@@ -162,6 +163,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @cached_property
     def _for_documents(self) -> tokenizers.Tokenizer:
+        """Return the tokenizer that leaves special tokens in documents as text, if a SentencePiece model lies
+        beside."""
         if not self._file.with_name("tokenizer.model").is_file():
             return self._tokenizer
         description = orjson.loads(self.to_json())
@@ -171,40 +174,41 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def encode_prompt(self, text: str) -> list[int]:
         ids, whole = self.encode(text), self._tokenizer.encode(text).ids
-        if not ids:  # where the text stands among what begins and ends it cannot be told
+        if not ids:  # an empty text does not show where begin tokens end
             return [token for token in whole[:1] if token == self.begin_id]
-        # What it has end every text is left out: the text goes on.
+        # The tokens that end every text are left out, because the model continues this one.
         starts = range(len(whole) - len(ids) + 1)
         return next((whole[: start + len(ids)] for start in starts if whole[start : start + len(ids)] == ids), ids)
 
     @cached_property
     def begin_ids(self) -> list[int]:
-        """What it has begin every text."""
+        """Return the ids that the tokenizer begins every text with."""
         return self.encode_prompt("a")[: -len(self.encode("a")) or None]
 
     def encode_with_offsets(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
-        """Ids of each text, with no special token added, and the characters [start, stop) that each is made of."""
+        """Return for each text its ids, without added special tokens, and the characters [start, stop) of each."""
         return [(e.ids, e.offsets) for e in self._with_places.encode_batch(list(texts), add_special_tokens=False)]
 
     @cached_property
     def _with_places(self) -> tokenizers.Tokenizer:
-        """Without what comes last in some: it takes white space out of the places of tokens that begin with it."""
+        """Return the tokenizer without post-processor: some would exclude white space from the offsets of tokens that
+        begin with it."""
         plain = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
         plain.post_processor = None
         return plain
 
     def control_tokens(self) -> list[str]:
-        """What no text holds: its special tokens."""
+        """Return the special tokens, which never occur in ordinary text."""
         return [token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special]
 
     def added_tokens(self) -> list[str]:
-        """Return what is matched whole in a text before anything else: special tokens, and others."""
+        """Return the tokens that are matched whole in a text before anything else: special tokens, and others."""
         return [token.content for token in self._tokenizer.get_added_tokens_decoder().values()]
 
     @cached_property
     def landmarks(self) -> dict[int, str]:
-        """Return the added tokens, by id, that every occurrence of their text becomes, whatever stands around it: what
-        follows one has the same ids as in a text that begins with it."""
+        """Return the added tokens, by id, that every occurrence of their text becomes, whatever surrounds it: the text
+        after one has the same ids as in a text that begins with it."""
         added = self._tokenizer.get_added_tokens_decoder()
         plain = {i: t.content for i, t in added.items() if not (t.lstrip or t.rstrip or t.single_word or t.normalized)}
         texts = [token.content for token in added.values()]
@@ -223,15 +227,17 @@ class HuggingFaceTokenizer(Tokenizer):
         return _name_of(self.to_json(), self.eod_id)
 
     def has_kept_ids(self, tokenized_by: str) -> bool:
+        """Return whether older token files certainly have these ids; see `Tokenizer`. Only byte-fallback and unigram
+        models are in doubt."""
         model = orjson.loads(self.to_json())["model"]
         if model["type"] != "Unigram" and not model.get("byte_fallback"):
             return True
-        beside = self._file.with_name("tokenizer.model")  # of which this may be the equal
+        beside = self._file.with_name("tokenizer.model")  # this tokenizer.json may be its equivalent
         is_equal = beside.is_file() and SentencePieceTokenizer(beside).fingerprint() == self.fingerprint()
         return is_equal and tokenized_by == "sentencepiece"
 
     def to_json(self) -> str:
-        """As a tokenizer.json has it, in the library's current spelling."""
+        """Return the content of a tokenizer.json, in the library's current spelling."""
         return self._tokenizer.to_str()
 
     def save(self, folder: str | Path) -> None:
@@ -240,15 +246,16 @@ class HuggingFaceTokenizer(Tokenizer):
         if folder.resolve() == source.resolve():
             return
         copy_files([source], folder)
-        shutil.copyfile(self._file, folder / "tokenizer.json")  # which may have another name
+        shutil.copyfile(self._file, folder / "tokenizer.json")  # the source file may have another name
         if not (folder / CONFIG).is_file():
             write_tokenizer_config(folder, None if self.eod_id is None else self._tokenizer.id_to_token(self.eod_id))
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece .model on its own. Control tokens spelled out in a text stay text."""
+    """Wraps a SentencePiece .model alone. Control tokens spelled out in a text stay text."""
 
     def __init__(self, file: Path) -> None:
+        """Open `file`. Raise DataError."""
         try:
             import sentencepiece
         except ImportError:
@@ -270,7 +277,7 @@ class SentencePieceTokenizer(Tokenizer):
         return self._processor.encode(list(texts), num_threads=1)
 
     def decode(self, ids: Sequence[int]) -> str:
-        # A model may have more tokens, which Hugging Face's tokenizers leave out too.
+        # A model's vocabulary may be larger; Hugging Face's tokenizers skip such ids too.
         return self._processor.decode([int(i) for i in ids if i < self.vocab_size])
 
     def vocabulary(self) -> dict[str, int]:
@@ -278,6 +285,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     @cached_property
     def _converted(self) -> tokenizers.Tokenizer | NotConvertible:
+        """Return the equivalent tokenizer.json, or the reason why there is none."""
         from sentencepiece import sentencepiece_model_pb2 as proto
 
         try:
@@ -287,7 +295,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     @property
     def why_alone(self) -> str:
-        """Why there is no tokenizer.json of it; empty if there is one."""
+        """Return why there is no equivalent tokenizer.json; empty if there is one."""
         return str(self._converted) if isinstance(self._converted, NotConvertible) else ""
 
     def fingerprint(self) -> str:
@@ -300,8 +308,8 @@ class SentencePieceTokenizer(Tokenizer):
         return tokenized_by == "sentencepiece"
 
     def save(self, folder: str | Path) -> None:
-        """Write the model, and the tokenizer.json that is equal to it; without one, whoever opens the folder takes the
-        model itself."""
+        """Write the model and the equivalent tokenizer.json. Without one, whoever opens the folder uses the model
+        itself."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         source, is_whole = self._file.parent, self._file.name == "tokenizer.model"
@@ -318,8 +326,8 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def write_tokenizer_config(folder: Path, end: str | None, begin: str | None = None, template: Any = None) -> None:
-    """Write a tokenizer_config.json that has transformers take tokenizer.json as it is and tidy up nothing on
-    decoding."""
+    """Write a tokenizer_config.json to `folder` that makes transformers use tokenizer.json as it is, and clean up
+    nothing on decoding. `end` and `begin` are the EOS and BOS tokens, `template` the chat template."""
     values = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, "eos_token": end}
     values |= {"bos_token": begin} if begin is not None else {}
     values |= {"chat_template": template} if template is not None else {}
@@ -327,8 +335,8 @@ def write_tokenizer_config(folder: Path, end: str | None, begin: str | None = No
 
 
 def _name_of(description: str, eod_id: int | None) -> str:
-    """Return the fingerprint of a tokenizer.json. What decodes, pads or frames texts changes no id of a text; a setting
-    that is off counts as absent, so that a library which learns another setting changes no name."""
+    """Return the fingerprint of a tokenizer.json. Decoder, padding and post-processor change no id of a text and are
+    left out; a setting that is off counts as absent, so that a library with a new setting changes no fingerprint."""
     values = orjson.loads(description)
     facts = [_without_defaults(values[name]) for name in ("model", "normalizer", "pre_tokenizer", "added_tokens")]
     data = orjson.dumps([*facts, eod_id], option=orjson.OPT_SORT_KEYS)
@@ -336,6 +344,7 @@ def _name_of(description: str, eod_id: int | None) -> str:
 
 
 def _without_defaults(values: Any) -> Any:
+    """Return `values` without settings that are off, and without empty sequences."""
     if isinstance(values, list):
         return [_without_defaults(value) for value in values]
     if not isinstance(values, dict):

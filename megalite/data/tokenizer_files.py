@@ -1,4 +1,4 @@
-"""What lies in a tokenizer's folder, and what its settings say of tokens, as transformers reads them."""
+"""Files in a tokenizer's folder, and what its settings say about tokens, read as transformers reads them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ LEGACY = "added_tokens.json"
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 TEMPLATES = "additional_chat_templates"
-"""A folder of chat templates for occasions, such as tool_use.jinja."""
-# All else that AutoTokenizer may look for in a folder; a checkpoint takes along what is there.
+"""A folder of chat templates for special occasions, such as tool_use.jinja."""
+# All other files that AutoTokenizer may look for in a folder; a checkpoint gets a copy of those that exist.
 FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -33,14 +33,14 @@ FILES = (
 
 
 def files_in(folder: Path) -> list[str]:
-    """Return what a tokenizer's folder holds for AutoTokenizer, by paths inside of it."""
+    """Return the files of a tokenizer's folder that AutoTokenizer reads, as relative paths."""
     named = sorted(path for path in (folder / TEMPLATES).glob("*.jinja") if path.is_file())
     return [*(name for name in FILES if (folder / name).is_file()), *(f"{TEMPLATES}/{path.name}" for path in named)]
 
 
 def copy_files(sources: Sequence[Path], target: Path, *more: str) -> None:
-    """Copy what folders hold for AutoTokenizer, and files of the names `more`, into a folder that exists; what several
-    have, from the first that has it."""
+    """Copy the files that AutoTokenizer reads, and those named in `more`, from the folders `sources` to the existing
+    folder `target`. A file that several have comes from the first."""
     for name in dict.fromkeys([*more, *(name for source in sources for name in files_in(source))]):
         if source := next((source / name for source in sources if (source / name).is_file()), None):
             (target / name).parent.mkdir(exist_ok=True)
@@ -48,23 +48,24 @@ def copy_files(sources: Sequence[Path], target: Path, *more: str) -> None:
 
 
 def settings_of(folder: Path) -> dict[str, Any]:
-    """Return what tokenizer_config.json says, with the special tokens of a special_tokens_map.json where transformers
-    goes by these. Raises DataError."""
+    """Return tokenizer_config.json, with the special tokens of special_tokens_map.json if transformers uses these.
+    Raise DataError."""
     settings = read_object(folder / CONFIG)
-    # Files of older versions: a newer one has all in the former, and what it says of the latter is out of date.
+    # Only older versions use the second file: a newer one has everything in the first, and the second may be stale.
     is_newer = "added_tokens_decoder" in settings
     return settings if is_newer else settings | read_object(folder / "special_tokens_map.json")
 
 
 def special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Return the special tokens that settings name, by their role, such as eos_token."""
+    """Return the special tokens that the settings name, by role, such as eos_token."""
     tokens = {key: text_of(value) for key, value in settings.items() if key.endswith("_token")}
     return {key: text for key, text in tokens.items() if text}
 
 
 def add_named(tokenizer: tokenizers.Tokenizer, file: Path, settings: Mapping[str, Any]) -> None:
-    """Have the tokenizer of a tokenizer.json take whole in a text what the settings beside it add, as transformers
-    does: tokens that it has with other flags, and pieces of its vocabulary. Raises as `check_added` does."""
+    """Let `tokenizer` (of the tokenizer.json `file`) match whole the tokens that the `settings` beside it add, as
+    transformers does: tokens that it has with other flags, and pieces of its vocabulary. Raise as `check_added`
+    does."""
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     check_added(file, settings, vocabulary)
     there = {token.content: repr(token) for token in tokenizer.get_added_tokens_decoder().values()}
@@ -75,8 +76,8 @@ def add_named(tokenizer: tokenizers.Tokenizer, file: Path, settings: Mapping[str
 
 
 def check_added(file: Path, settings: Mapping[str, Any], vocabulary: Collection[str]) -> None:
-    """Raise DataError where the settings beside a tokenizer's file add or end texts with a token that it lacks, one to
-    pad with aside: transformers gives these ids of their own."""
+    """Raise DataError if the `settings` beside a tokenizer's `file` add a token, or name an EOS token, that its
+    `vocabulary` lacks, since transformers would give it a new id. Padding tokens are exempt."""
     mend = "have AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER), of transformers, write tokenizer.json"
     for name, token in _added_by(file.parent, settings):
         if token.content not in vocabulary and token.content.strip("<|[]>").lower() != "pad":
@@ -93,7 +94,7 @@ def check_added(file: Path, settings: Mapping[str, Any], vocabulary: Collection[
 
 
 def _added_by(folder: Path, settings: Mapping[str, Any]) -> Iterator[tuple[str, tokenizers.AddedToken]]:
-    """What the settings add to a vocabulary, and the file that says so."""
+    """Yield the tokens that the settings add to a vocabulary, each with the file that says so."""
     if (added := settings.get("added_tokens_decoder")) is not None:
         for number in sorted(added, key=int):
             yield CONFIG, _token(added[number])
@@ -104,6 +105,7 @@ def _added_by(folder: Path, settings: Mapping[str, Any]) -> Iterator[tuple[str, 
 
 
 def _named_by(settings: Mapping[str, Any]) -> list[tokenizers.AddedToken]:
+    """Return the tokens that the settings name by role or in lists."""
     lists = [settings.get(name) for name in ("additional_special_tokens", "extra_special_tokens")]
     tokens = [settings[f"{role}_token"] for role in ROLES if settings.get(f"{role}_token")]
     return [
@@ -112,16 +114,17 @@ def _named_by(settings: Mapping[str, Any]) -> list[tokenizers.AddedToken]:
 
 
 def _token(given: Any) -> tokenizers.AddedToken:
+    """Return a token with its flags; special and not normalized unless they say otherwise."""
     flags = {name: bool(given[name]) for name in FLAGS if name in given} if isinstance(given, dict) else {}
     return tokenizers.AddedToken(text_of(given) or "", **{"special": True, "normalized": False} | flags)
 
 
 def text_of(token: Any) -> str | None:
-    """Return what a token spells that is given as text, or as an object with its flags."""
+    """Return the text of a token given as text, or as an object with its flags; None for anything else."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) else None
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """Return the object in a JSON file, an empty one where there is no file. Raises DataError."""
+    """Return the object in a JSON file, empty if there is no file. Raise DataError."""
     return outside.read_object(file, DataError) if file.exists() else {}

@@ -1,8 +1,8 @@
-"""Training a tokenizer: byte-level BPE, or SentencePiece BPE or unigram with byte fallback.
+"""Train a tokenizer: byte-level BPE, or SentencePiece BPE or unigram with byte fallback.
 
-Either way the result is a folder that `transformers.AutoTokenizer.from_pretrained` and `load_tokenizer` open, giving
-the same ids, and from which every text comes back as it was, spaces and unknown scripts included. (One exception:
-U+2581 is SentencePiece's own mark for a space, and comes back from its tokenizers as one.)"""
+The result is a folder that `transformers.AutoTokenizer.from_pretrained` and `load_tokenizer` open, with the same ids,
+and from which every text comes back unchanged, including spaces and unknown scripts. (One exception: U+2581 is
+SentencePiece's own mark for a space, and comes back from its tokenizers as one.)"""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from megalite.errors import DataError
 
 END = "<|endoftext|>"
 Kind = Literal["bpe", "sp-bpe", "sp-unigram"]
-# Qwen2's pattern: contractions, words with the one sign before them, single digits, runs of punctuation with the line
-# ends behind them, and indentation which leaves its last space to the word that follows.
+# Qwen2's pattern: contractions, words with one preceding sign, single digits, runs of punctuation with the line ends
+# behind them, and indentation that leaves its last space to the following word.
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -41,9 +41,11 @@ def train_tokenizer(
     json_key: str = "text",
     max_bytes: int = 256_000_000,
 ) -> tuple[Tokenizer, Report]:
-    """Train on the first `max_bytes` of text (UTF-8) and write the folder `output`.
+    """Train on the first `max_bytes` of text (UTF-8) in `inputs` and write the folder `output`.
 
-    Small inputs may give a smaller byte-level vocabulary than asked for. Raises DataError."""
+    `kind` is the type, `vocab_size` the number of tokens; small inputs may give a smaller byte-level vocabulary.
+    `json_key` names the text in JSON lines, parquet and Arrow. Return the tokenizer and a report on the inputs. Raise
+    DataError."""
     if kind not in get_args(Kind):
         raise DataError(f"tokenizer type {kind!r} is unknown; choose from {', '.join(get_args(Kind))}")
     smallest = 257 if kind == "bpe" else 300  # every byte, <unk>, the end, and some room for characters
@@ -67,6 +69,7 @@ def train_tokenizer(
 
 
 def _first_bytes(documents: Iterator[Document], max_bytes: int) -> Iterator[str]:
+    """Yield the texts until `max_bytes` are reached."""
     seen = 0
     for document in documents:
         yield document.text
@@ -76,11 +79,13 @@ def _first_bytes(documents: Iterator[Document], max_bytes: int) -> Iterator[str]
 
 
 def _some_text(report: Report) -> None:
+    """Raise DataError if the inputs had no text."""
     if not report.num_documents:
         raise DataError(f"the inputs hold no text to train on\n{report}".rstrip())
 
 
 def _train_byte_bpe(texts: Iterator[str], vocab_size: int) -> tokenizers.Tokenizer:
+    """Return a byte-level BPE tokenizer trained on the texts."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -100,7 +105,8 @@ def _train_byte_bpe(texts: Iterator[str], vocab_size: int) -> tokenizers.Tokeniz
 
 
 def _train_sentencepiece(texts: Iterator[str], vocab_size: int, model_type: str, report: Report) -> bytes:
-    """The model file's content. Its pieces never cross a line: the newline stays a byte, as in Llama's own models."""
+    """Return the content of a SentencePiece model file. Its pieces never cross a line: the newline stays a byte, as in
+    Llama's own models. Raise DataError."""
     try:
         import sentencepiece
     except ImportError:
@@ -136,10 +142,11 @@ def _train_sentencepiece(texts: Iterator[str], vocab_size: int, model_type: str,
 
 
 def _with_exact_sums(model: bytes) -> bytes:
-    """Return the model with its log-probabilities on a grid, where fp32 adds up those of a long text without rounding.
+    """Return the model with its log-probabilities rounded to a grid, on which fp32 adds up those of a long text
+    exactly.
 
-    Else SentencePiece (fp32) and tokenizers (fp64) break ties between reorderings of the same pieces, common in code,
-    each in its own way: one line of Python in two hundred came out different."""
+    Otherwise SentencePiece (fp32) and tokenizers (fp64) break ties between reorderings of the same pieces, common in
+    code, differently: one line of Python in two hundred came out different."""
     from sentencepiece import sentencepiece_model_pb2 as proto
 
     parsed = proto.ModelProto.FromString(model)
@@ -149,6 +156,6 @@ def _with_exact_sums(model: bytes) -> bytes:
 
 
 def _cut(line: str) -> Iterator[str]:
-    """Pieces of a line that the trainer, which skips sentences above its limit, will not skip."""
+    """Return a line in pieces short enough for the trainer, which skips sentences above its limit."""
     step = SENTENCE_BYTES // 4  # a character has at most four bytes
     return (line[start : start + step] for start in range(0, len(line), step))

@@ -1,5 +1,7 @@
-"""How a chat template ends an answer, told from what it renders: by tokens, or by a text where the tokenizer has no
-token for it. What is learned of answers and where generated ones end both go by this."""
+"""Find how a chat template ends an answer, from what it renders: by tokens, or by a text if the tokenizer has no token
+for it.
+
+Both what is learned of answers and where generated ones stop follow from this."""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from megalite.errors import TemplateLimit
 
 MARKS = ("QUESTION7f3a", "ANSWER7f3a", "NEXT7f3a", "ARGUMENT7f3a")
 MARKUP = re.compile(r"[<>|{}\[\]#]")
-"""What a text has that ends answers but no sentences."""
+"""Characters of texts that end answers, but not of sentences."""
 FUNCTION = {"type": "function", "function": {"name": "look_up", "description": "", "parameters": {
     "type": "object", "properties": {"of": {"type": "string"}}
 }}}  # fmt: skip
@@ -21,17 +23,19 @@ CALL = {"type": "function", "id": "a1B2c3D4e", "function": {"name": "look_up", "
 
 
 Render = Callable[[Sequence[Mapping[str, Any]], Any], str]
-"""The text of messages, with tools. Raises ValueError where the template cannot render them."""
+"""Returns the text of messages, with tools. Raises ValueError if the template cannot render them."""
 
 
 class TurnEnd(NamedTuple):
+    """Holds the tokens and texts that end an answer."""
+
     tokens: tuple[str, ...] = ()
-    """At each of which an answer is over, the one behind the last turn first."""
+    """An answer is over at each of these; the one behind the last turn comes first."""
     texts: tuple[str, ...] = ()
-    """Likewise, where no added token stands for them."""
+    """The same, for ends that no added token stands for."""
 
     def ids(self, tokenizer: Tokenizer) -> TurnEndIds:
-        """Return the same as token ids, as far as single tokens stand for it."""
+        """Return the ends as token ids, as far as single tokens stand for them."""
         tokens, texts = [tokenizer.vocabulary()[token] for token in self.tokens], []
         for text in self.texts:
             alone = tokenizer.encode(text)
@@ -43,16 +47,19 @@ class TurnEnd(NamedTuple):
 
 
 class TurnEndIds(NamedTuple):
+    """Holds the token ids and texts that end an answer."""
+
     tokens: tuple[int, ...] = ()
     texts: tuple[str, ...] = ()
-    """Of several tokens each."""
+    """Ends of several tokens each."""
 
 
 def find_turn_end(render: Render, added: Collection[str], special: Collection[str]) -> TurnEnd:
-    """Return what a template puts behind an answer: the last one, one before another question, and a call of a tool.
-    All that is left out where it puts nothing there, or refuses the conversation.
+    """Return what a template puts behind an answer: behind the last one, before another question, and behind a tool
+    call.
 
-    `added` are the tokens that the tokenizer matches whole in a text, `special` those of them that no text holds."""
+    It is empty if the template puts nothing there, or refuses the conversation. `render` is the template's; `added` are
+    the tokens that the tokenizer matches whole in a text, `special` those of them that never occur in ordinary text."""
     question, answer, following = (
         {"role": role, "content": mark} for role, mark in zip(("user", "assistant", "user"), MARKS, strict=False)
     )
@@ -60,7 +67,7 @@ def find_turn_end(render: Render, added: Collection[str], special: Collection[st
     whole = _rendered(render, [question, answer, following])
     between = _behind(whole, MARKS[1]).rpartition(MARKS[2])[0]
     behind = _behind(_rendered(render, [question, answer]), MARKS[1])
-    # What stands between an answer and a question, but for how a question begins.
+    # The text between an answer and the next question, without the part that begins a question.
     before_next = between.removesuffix(_shared_end(between, whole.partition(MARKS[0])[0]))
     called = _behind(_rendered(render, [question, call], [FUNCTION]), MARKS[3])
     tokens = [_first(added, behind), _first(added, before_next), _last(special, called)]
@@ -70,6 +77,7 @@ def find_turn_end(render: Render, added: Collection[str], special: Collection[st
 
 
 def _rendered(render: Render, messages: Sequence[Mapping[str, Any]], tools: Any = None) -> str:
+    """Return the rendering, empty if the template refuses it."""
     try:
         return render(messages, tools)
     except TemplateLimit:
@@ -79,28 +87,30 @@ def _rendered(render: Render, messages: Sequence[Mapping[str, Any]], tools: Any 
 
 
 def _behind(text: str, mark: str) -> str:
-    """The text behind the last mark; nothing where the template left it out."""
+    """Return the text behind the last `mark`, empty if the template left it out."""
     return text.rpartition(mark)[2] if mark in text else ""
 
 
 def _shared_end(one: str, other: str) -> str:
+    """Return the common suffix of two texts."""
     same = takewhile(lambda pair: pair[0] == pair[1], zip(one[::-1], other[::-1], strict=False))
     return "".join(letter for letter, _ in same)[::-1]
 
 
 def _first(added: Collection[str], text: str) -> str | None:
-    """The first added token in a text, wherever it stands; of several there, the longest."""
+    """Return the added token that comes first in a text, the longest of several there; None without any."""
     found = [(place, -len(token), token) for token in added if (place := text.find(token)) >= 0]
     return min(found)[2] if found else None
 
 
 def _last(special: Collection[str], text: str) -> str | None:
-    """Not one such as </tool_call>, behind which another call may follow."""
+    """Return the special token that comes last in a text. Not the first: behind one such as </tool_call> another call
+    may follow."""
     found = [(text.rfind(token) + len(token), token) for token in special if token in text]
     return max(found)[1] if found else None
 
 
 def _up_to_a_token(added: Collection[str], text: str) -> str:
-    """The text before the first added token, without white space around it."""
+    """Return the text before the first added token, without white space around it."""
     places = [place for token in added if (place := text.find(token)) >= 0]
     return text[: min(places, default=len(text))].strip()

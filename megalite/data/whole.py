@@ -1,9 +1,8 @@
-"""Token files checked whole, before the first step: every length, pointer and document of an index, and every value of
-a mask. Opening a file looks at its ends alone.
+"""Check token files completely before the first step: every length, pointer and document of an index, and every value
+of a mask. Opening a file looks only at its ends.
 
-A gigabyte takes about a second. What is larger than REMEMBERED_BYTES is remembered in the cache once it was found to be
-right, under the fingerprint and the times of the files.
-"""
+A gigabyte takes about a second. A file larger than REMEMBERED_BYTES that was found correct is remembered in the cache,
+under its fingerprint and modification time."""
 
 from __future__ import annotations
 
@@ -27,10 +26,11 @@ Array = npt.NDArray[Any]
 
 
 def find_in_index(lengths: Array, pointers: Array, documents: Array, itemsize: int) -> str:
-    """Return what is wrong inside of an index whose last numbers are right; empty where all of it is.
+    """Return what is wrong inside an index whose last entries are known to be right; empty if nothing is.
 
-    Sequences lie end to end from byte 0 on, and each document begins where or after the one before it does. (A document
-    may have no sequence: Megatron-LM's tool writes such for an empty text.)"""
+    Sequences of `lengths` tokens (of `itemsize` bytes) must lie end to end from byte 0 on, at `pointers`, and
+    `documents` must not decrease. (A document may have no sequence: Megatron-LM's tool writes such for an empty
+    text.)"""
     if pointers[0] != 0:
         return f"has its first sequence begin at byte {int(pointers[0])}, not at 0"
     for first in range(0, len(lengths), CHUNK):
@@ -60,7 +60,7 @@ def find_in_index(lengths: Array, pointers: Array, documents: Array, itemsize: i
 
 
 def find_in_mask(mask: Array, highest: int) -> str:
-    """Return what is wrong with a mask whose values are to be 0 to `highest`; empty where nothing is."""
+    """Return what is wrong with a mask whose values must be 0 to `highest`; empty if nothing is."""
     for first in range(0, len(mask), CHUNK):
         values = mask[first : first + CHUNK]
         if values.max() > highest:
@@ -70,19 +70,21 @@ def find_in_mask(mask: Array, highest: int) -> str:
 
 
 class Remembered:
-    """Whether files were found to be right before, as a file in the cache. A cache that cannot be written forgets."""
+    """Remembers by a file in the cache that token files were found correct. A cache that cannot be written forgets."""
 
     def __init__(self, files: list[Path], fingerprint: str, what: str = "") -> None:
-        """`what`: what they were held against."""
+        """Derive the record's name from sizes, times and inodes of `files` and their `fingerprint`. `what` names what
+        they were checked against."""
         times = [(path.stat().st_size, path.stat().st_mtime_ns, path.stat().st_ino) for path in files]
         name = hashlib.sha256(repr((fingerprint, times, what)).encode()).hexdigest()[:32]
         self._path = cache_folder() / "checked" / name
 
     def __bool__(self) -> bool:
+        """Return whether the files were found correct before."""
         return self._path.exists()
 
     def remember(self) -> None:
-        """Write it down."""
+        """Record that the files are correct."""
         with contextlib.suppress(OSError):
             self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._path.touch()
