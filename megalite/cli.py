@@ -1,4 +1,4 @@
-"""The verbs: `megalite VERB --help` says more about each. Heavy imports wait until a verb needs them."""
+"""Command line: `megalite VERB --help` describes each verb. Heavy imports wait until a verb needs them."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb. Returns the exit status, one of `exit_codes.py`. A mistake of the user's is explained without a
-    traceback."""
+    """Run one verb with the arguments `argv` (default: those of the process). Return the exit status, one of
+    `exit_codes.py`. A user's mistake is explained without a traceback."""
     parser = make_parser()
     arguments, rest = parser.parse_known_args(argv)
-    # argparse takes positional arguments in one go: overrides that stand behind an option are left over.
+    # argparse collects positional arguments only once: overrides behind an option are left over in `rest`.
     if rest and not (hasattr(arguments, "overrides") and all("=" in word and word[0] != "-" for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return arguments.verb(arguments) or Exit.DONE
     except (ConfigError, DataError, CheckpointError) as error:
-        rank = os.environ.get("RANK")  # a mistake in the config is every rank's, a bad disk may be one rank's alone
+        rank = os.environ.get("RANK")  # a bad disk, unlike a mistake in the config, may be one rank's alone
         _complain(f"error{f' on rank {rank}' if rank else ''}: {error}\n")
         error_file.leave(str(error))
         mistake = Exit.FAILED if passes(error) else Exit.MISTAKE
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _failed(killed_by(signal.SIGINT))
     except Exception as error:
-        # Not by Python itself, which would show the passwords in messages of libraries; but with the rank, as by torch.
+        # Printed here, not by Python, to hide passwords in messages of libraries. The rank comes first, as in torch's.
         rank = os.environ.get("RANK")
         _complain(textwrap.indent(traceback.format_exc(), f"[rank{rank}]: " if rank else ""))
         error_file.leave(f"{type(error).__name__}: {error}", traceback.format_exc())
@@ -57,8 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _failed(status: int) -> int:
-    """Ends a process that others wait for at once: Python may be aborted by threads of the groups it is in, and the
-    launcher must learn this status."""
+    """Return `status`. In a distributed run, end the process with it at once: Python's normal exit may be aborted by
+    threads of the process groups, and the launcher must learn this status."""
     distributed = sys.modules.get("torch.distributed")
     if distributed and distributed.is_initialized() and distributed.get_world_size() > 1:
         flush_output()
@@ -67,11 +67,13 @@ def _failed(status: int) -> int:
 
 
 def _complain(text: str) -> None:
-    with contextlib.suppress(OSError):  # the log's disk may be what is full
+    """Write to stderr, with secrets hidden."""
+    with contextlib.suppress(OSError):  # the full disk may be the log's own
         sys.stderr.write(hide_secrets(text))
 
 
 def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of all verbs."""
     parser = argparse.ArgumentParser(
         prog="megalite", description="Train large language models, on a laptop or a cluster."
     )
@@ -92,15 +94,18 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of a verb that takes a config."""
     parser.add_argument("config", type=Path, help="YAML file; see configs/")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="such as train.steps=100")
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
+    """Add the argument of a verb that takes a model."""
     parser.add_argument("model", type=Path, help="a run, a checkpoint of one, or a Hugging Face folder")
 
 
 def _add_layout(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a verb that can run over ranks."""
     parser.add_argument("--tensor", type=int, default=1, help="ranks that share every matrix, under torchrun")
     parser.add_argument("--pipeline", type=int, default=1, help="ranks that each hold some layers, under torchrun")
 
@@ -113,6 +118,7 @@ def _add_train(verbs: Verbs) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> Exit:
+    """Train, or print the plan."""
     from megalite.config_file import load_config
 
     config = load_config(arguments.config, arguments.overrides)
@@ -122,6 +128,7 @@ def _train(arguments: argparse.Namespace) -> Exit:
         from megalite.plan import make_plan, smallest_world
 
         launch = Launch.from_environment()
+        # Without a launcher, plan for the fewest ranks that the layout needs.
         world_size = launch.world_size if launch.world_size > 1 else smallest_world(config)
         if launch.rank == 0:
             plan = make_plan(config, weight_table(config.model, config.lora), world_size)
@@ -154,6 +161,7 @@ def _add_job(verbs: Verbs) -> None:
 
 
 def _job(arguments: argparse.Namespace) -> None:
+    """Print the ranks per node, the number of nodes and the run's folder, on one line for shell scripts."""
     from megalite.config_file import load_config
     from megalite.models import weight_table
     from megalite.plan import nodes_that_fit, smallest_world
@@ -247,6 +255,7 @@ def _add_generate(verbs: Verbs) -> None:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
+    """Print the answer to one prompt as it is generated."""
     from dataclasses import replace
 
     from megalite.comm.mesh import Launch, leave
@@ -258,7 +267,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     layout = {"tensor": arguments.tensor, "pipeline": arguments.pipeline}
     folder = find_model(arguments.model)
     if arguments.chat:
-        ChatTemplate.of(folder, load_tokenizer(folder))  # or there is no need to read the weights
+        ChatTemplate.of(folder, load_tokenizer(folder))  # fails before the weights are read, which takes long
     generator = Generator.open(folder, num_slots=1, launch=launch, **layout)
     names = ("temperature", "top_k", "top_p", "min_p", "seed")
     asked = {name: value for name in names if (value := getattr(arguments, name)) is not None}
@@ -269,7 +278,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     request = generator.request(prompt, most, replace(generator.sampling, **asked), arguments.stop)
     request = generator.as_chat(request) if arguments.chat else request
     for text in itertools.chain([] if arguments.chat else [said], generator.stream(request), "\n"):
-        if launch.rank == 0:  # the others compute along
+        if launch.rank == 0:  # the other ranks compute the same
             print(text, end="", flush=True)
     leave()
 
@@ -326,6 +335,7 @@ def _add_serve(verbs: Verbs) -> None:
 
 
 def _serve(arguments: argparse.Namespace) -> None:
+    """Serve a model. The address is bound before the weights are read."""
     try:
         import fastapi  # noqa: F401
         import prometheus_client  # noqa: F401
@@ -368,6 +378,7 @@ def _add_inspect(verbs: Verbs) -> None:
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
+    """Show token files, or the samples of a config."""
     from rich.console import Console
 
     from megalite.config_file import load_config
@@ -387,6 +398,7 @@ def _add_ops(verbs: Verbs) -> None:
 
 
 def _ops(arguments: argparse.Namespace) -> None:
+    """Print the implementation of each operation, for the CPU and a GPU if there is one."""
     import torch
 
     from megalite.kernels.library import OPERATIONS, explain

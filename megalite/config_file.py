@@ -1,4 +1,4 @@
-"""From a YAML file and `a.b=c` overrides to a checked `Config`."""
+"""Read a checked `Config` from a YAML file and `a.b=c` overrides."""
 
 from __future__ import annotations
 
@@ -19,16 +19,19 @@ from megalite.utils.urls import check_no_secret
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file, apply overrides such as `train.steps=100` (values are YAML too) and check everything.
+    """Read the YAML file `path`, apply `overrides` such as `train.steps=100` (values are YAML too) and check
+    everything.
 
-    Raises ConfigError."""
+    Raise ConfigError."""
     return parse_config(read_yaml(path), overrides, origin=str(path))
 
 
 def parse_config(values: dict[str, Any], overrides: Sequence[str] = (), origin: str = "config") -> Config:
-    """The same from values already read. `origin` is what messages call them. Raises ConfigError with every mistake."""
+    """Return the config of `values` already read, with `overrides` applied. `origin` names their source in messages.
+    Raise ConfigError that lists every mistake."""
     values = with_overrides(values, overrides)
     _refuse_secrets(values, origin)
+    # The model is read first, since its fields depend on its family; its mistakes join those of the rest.
     mistakes = []
     model = values.get("model")
     if isinstance(model, dict):
@@ -57,7 +60,8 @@ def parse_config(values: dict[str, Any], overrides: Sequence[str] = (), origin: 
 
 
 def _refuse_secrets(values: dict[str, Any], origin: str) -> None:
-    """The config is written to the run's folder and to its checkpoints. Not repeated in the message."""
+    """Raise ConfigError for a value that holds a secret, because the config is written to the run's folder and to its
+    checkpoints. The message does not repeat it."""
     for key, text in _texts(values, ""):
         try:
             check_no_secret(text)
@@ -71,6 +75,7 @@ def _refuse_secrets(values: dict[str, Any], origin: str) -> None:
 
 
 def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
+    """Yield (key, text) for every text in nested values, keys included."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
     for name, inner in items:
         yield key or "a key", str(name)

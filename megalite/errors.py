@@ -1,25 +1,25 @@
-"""Errors that a user can cause and mend."""
+"""Errors that a user can cause and fix."""
 
 
 class ConfigError(ValueError):
-    """A config that cannot be used. The message says which setting to change and how."""
+    """Raised for a config that cannot be used. The message says which setting to change and how."""
 
 
 class DataError(ValueError):
-    """Data that cannot be used. The message names the file, what is wrong with it and what to do."""
+    """Raised for data that cannot be used. The message names the file, what is wrong with it and what to do."""
 
 
 class NotFinite(DataError):
-    """A model whose numbers are not finite, so that what it would say means nothing."""
+    """Raised for a model whose logits are NaN or infinite, so that its output would mean nothing."""
 
 
 class TemplateLimit(DataError):
-    """A chat template that does not end, or makes more text than it is given reason to."""
+    """Raised for a chat template that does not end, or produces more text than its input justifies."""
 
 
 class Unreachable(DataError):
-    """Data that could not be had now, and may be another time."""
+    """Raised for data that cannot be read now, but perhaps later."""
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be used. The message names the folder and what is wrong with it."""
+    """Raised for a checkpoint that cannot be used. The message names the folder and what is wrong with it."""

@@ -1,5 +1,6 @@
-"""What follows from a config on a number of ranks: mesh, stages, batch arithmetic, sizes. Pure arithmetic, so it runs
-on a laptop for any cluster. What a step costs in time and activations is in `planner/`."""
+"""The plan of a run: mesh, stages, batch arithmetic and sizes that follow from a config and a number of ranks.
+
+It is pure arithmetic, and so runs on a laptop for any cluster. Step time and activation memory are in `planner/`."""
 
 from __future__ import annotations
 
@@ -15,11 +16,11 @@ from megalite.errors import ConfigError
 make_callable(__name__)  # as `plan`, below
 
 Place = int | Literal["first", "last", "both"]
-"""Where a weight is used: in a layer, before the first one, after the last one, or tied at both ends."""
+"""Where a weight is used: in a layer (its number), before the first one, after the last one, or tied at both ends."""
 
 
 class Sized(Protocol):
-    """The part of a weight's row that the plan needs."""
+    """Describes the part of a weight's row that the plan needs."""
 
     @property
     def name(self) -> str: ...
@@ -37,7 +38,8 @@ W = TypeVar("W", bound=Sized)
 
 @dataclass(frozen=True)
 class StageSpan:
-    """The part of the model between two hand-overs of a pipeline: layers [start, stop), and an end of the model."""
+    """Holds the part of the model that one pipeline stage computes: layers [start, stop), and possibly an end of the
+    model."""
 
     index: int
     start: int
@@ -46,12 +48,14 @@ class StageSpan:
     last: bool = True
 
     def holds(self, place: Place) -> bool:
+        """Return whether a weight used at `place` belongs to this stage. A tied embedding belongs to the first and the
+        last."""
         if isinstance(place, int):
             return self.start <= place < self.stop
         return (self.first and place in ("first", "both")) or (self.last and place in ("last", "both"))
 
     def weights(self, weights: Sequence[W]) -> list[W]:
-        """Its rows of the table, in the order in which a forward pass meets them."""
+        """Return the stage's rows of the table, in the order in which a forward pass uses them."""
         held = [weight for weight in weights if self.holds(weight.place)]
         # The head's copy of a tied embedding is met last.
         return held if self.first else sorted(held, key=lambda weight: weight.place == "both")
@@ -59,51 +63,56 @@ class StageSpan:
 
 @dataclass(frozen=True)
 class Plan:
+    """Holds everything that follows from a config on `world_size` ranks."""
+
     world_size: int
     pipeline: int
     data: int
     context: int
     tensor: int
     sequence: bool
-    """Sequence parallelism is on: asked for and more than one tensor rank."""
+    """Whether sequence parallelism is on: requested, and more than one tensor rank."""
     engine: Literal["native", "deepspeed"]
     zero_stage: int
     schedule: Literal["1f1b", "interleaved", "zero_bubble"]
     virtual: int
     stages: tuple[StageSpan, ...]
-    """In the order of the model. Stage s is on pipeline rank s % pipeline."""
+    """Stages in the order of the model. Stage s is on pipeline rank s % pipeline."""
     micro_batch_size: int
-    """Sequences of a forward pass: the config's, or with `parallel.elastic` less where that fits."""
+    """Sequences per forward pass: the config's, or fewer with `parallel.elastic` if only that fits."""
     micro_batches: int
     """Forward passes of each rank per optimizer step."""
     tokens_per_step: int
     steps: int
     num_params: int
     params_per_rank: int
-    """Of the fullest rank."""
+    """Parameters on the fullest rank."""
     num_trained: int
-    """Of the parameters; the others are frozen."""
+    """Number of trained parameters; the others are frozen."""
     memory_bytes: dict[str, int]
-    """Bytes the fullest rank holds through the whole step: weights, gradients, optimizer state. Activations come on
-    top."""
+    """Bytes that the fullest rank holds through the whole step: weights, gradients, optimizer state. Activations come
+    on top."""
 
     @property
     def replicas(self) -> int:
-        """Ranks that hold the same part of the weights and share its gradient: data × context."""
+        """Return the number of ranks that hold the same part of the weights and share its gradient: data × context."""
         return self.data * self.context
 
     def rank_at(self, pipeline: int, replica: int, tensor: int) -> int:
-        """Global rank at these coordinates: tensor innermost, pipeline outermost."""
+        """Return the global rank at these coordinates: `tensor` innermost, then `replica` (data and context),
+        `pipeline` outermost."""
         return (pipeline * self.replicas + replica) * self.tensor + tensor
 
     def stages_of(self, pipeline_rank: int) -> tuple[StageSpan, ...]:
+        """Return the stages of one pipeline rank."""
         return self.stages[pipeline_rank :: self.pipeline]
 
     def weights_of(self, pipeline_rank: int, weights: Sequence[W]) -> list[W]:
-        """The rows of the table that a pipeline rank holds."""
+        """Return the rows of the table that a pipeline rank holds."""
         return [weight for stage in self.stages_of(pipeline_rank) for weight in stage.weights(weights)]
 
     def describe(self) -> str:
+        """Return the plan as lines of text for the console."""
         axes = {"pipeline": self.pipeline, "data": self.data, "context": self.context, "tensor": self.tensor}
         product = " × ".join(f"{name} {size}" for name, size in axes.items() if size > 1 or name == "data")
         lines = [
@@ -126,21 +135,22 @@ class Plan:
 
 
 def smallest_world(config: Config) -> int:
-    """Ranks that the layout needs at least."""
+    """Return the smallest number of ranks that the layout can run on."""
     return config.parallel.tensor * config.parallel.pipeline * config.parallel.context
 
 
 def plan(config: Config, ranks: int) -> Plan:
-    """Return what follows from a config on this many ranks: mesh, stages, batch arithmetic and memory.
+    """Return the plan of `config` on `ranks` ranks: mesh, stages, batch arithmetic and memory.
 
-    Raises ConfigError with the setting to change when the layout does not fit the ranks, the model or the batch."""
+    Raise ConfigError with the setting to change if the layout does not fit the ranks, the model or the batch."""
     from megalite.models import weight_table  # imports torch, which the arithmetic of a plan does without
 
     return make_plan(config, weight_table(config.model, config.lora), ranks)
 
 
 def make_plan(config: Config, weights: Sequence[Sized], world_size: int) -> Plan:
-    """Raises ConfigError with the setting to change when the layout does not fit the ranks, the model or the batch."""
+    """Return the plan of `config` for a table of `weights` on `world_size` ranks. Raise ConfigError with the setting to
+    change if the layout does not fit the ranks, the model or the batch."""
     parallel, train = config.parallel, config.train
     tensor, pipeline, context = parallel.tensor, parallel.pipeline, parallel.context
     unit = smallest_world(config)
@@ -196,8 +206,11 @@ def make_plan(config: Config, weights: Sequence[Sized], world_size: int) -> Plan
 
 
 def nodes_that_fit(config: Config, weights: Sequence[Sized], nodes: int, ranks_per_node: int) -> int:
-    """How many of these nodes the layout can use: all; with `parallel.elastic` the most that it can. Tensor, pipeline
-    and context parallelism stay as they are, and so does the global batch. Raises ConfigError where none will do."""
+    """Return how many of `nodes` nodes with `ranks_per_node` ranks each the layout can use: all, or with
+    `parallel.elastic` as many as possible.
+
+    Tensor, pipeline and context parallelism and the global batch stay as in `config`; `weights` is the model's table.
+    Raise ConfigError if no number fits."""
     refused: dict[int, ConfigError] = {}
     for count in range(nodes, 0 if config.parallel.elastic else nodes - 1, -1):
         try:
@@ -212,6 +225,8 @@ def nodes_that_fit(config: Config, weights: Sequence[Sized], nodes: int, ranks_p
 
 
 def _micro_batch_size(config: Config, data: int) -> int:
+    """Return the micro-batch size: the config's, or with `parallel.elastic` the largest smaller one that divides the
+    global batch. Raise ConfigError."""
     size, whole = config.train.micro_batch_size, config.train.global_batch_size
     fitting = [fewer for fewer in range(1, size + 1) if whole % (fewer * data) == 0]
     if size in fitting or (fitting and config.parallel.elastic):
@@ -224,7 +239,8 @@ def _micro_batch_size(config: Config, data: int) -> int:
 
 
 def _check_engine(config: Config) -> None:
-    """What each engine can do: `native` everything but stage 3 and offload, `deepspeed` everything but pipelines."""
+    """Raise ConfigError for what an engine cannot do: `native` lacks stage 3 and offload, `deepspeed` lacks
+    pipelines."""
     parallel = config.parallel
     offload = {name: where for name, where in parallel.offload if where in ("cpu", "nvme")}
     if parallel.engine == "native":
@@ -261,6 +277,7 @@ def _check_engine(config: Config) -> None:
 
 
 def _check_schedule(parallel: ParallelConfig, micro_batches: int) -> None:
+    """Raise ConfigError for a pipeline schedule that does not fit `virtual` or the number of micro-batches."""
     pipeline, virtual, schedule = parallel.pipeline, parallel.virtual, parallel.schedule
     if pipeline == 1:
         if virtual > 1:
@@ -288,6 +305,7 @@ def _check_schedule(parallel: ParallelConfig, micro_batches: int) -> None:
 
 
 def _check_sequence(config: Config, sequence: bool) -> None:
+    """Raise ConfigError for a sequence length that does not divide, or dropout that ring attention cannot do."""
     length, tensor, context = config.data.seq_length, config.parallel.tensor, config.parallel.context
     if context > 1 and length % (2 * context):
         raise ConfigError(
@@ -306,7 +324,7 @@ def _check_sequence(config: Config, sequence: bool) -> None:
 
 
 def _check_model(config: Config) -> None:
-    """What a family's model does that a setting cannot."""
+    """Raise ConfigError for properties of a model that a setting cannot be combined with."""
     model: Any = config.model
     if (cap := getattr(model, "attention_softcap", None)) is not None and config.parallel.context > 1:
         raise ConfigError(
@@ -321,6 +339,7 @@ def _check_model(config: Config) -> None:
 
 
 def _check_lora(config: Config, stages: Sequence[StageSpan]) -> None:
+    """Raise ConfigError for settings that cannot be combined with lora."""
     if config.lora is None:
         return
     if any(stage.start == stage.stop for stage in stages):
@@ -340,6 +359,7 @@ def _check_lora(config: Config, stages: Sequence[StageSpan]) -> None:
 
 
 def _check_compile(config: Config) -> None:
+    """Raise ConfigError for settings that cannot be combined with train.compile."""
     parallel = config.parallel
     for name, value, only in (
         ("tensor", parallel.tensor, 1), ("context", parallel.context, 1), ("engine", parallel.engine, "native")
@@ -356,6 +376,8 @@ def _check_compile(config: Config) -> None:
 
 
 def _stages(config: Config, weights: Sequence[Sized]) -> tuple[StageSpan, ...]:
+    """Return the stages of the pipeline, balanced unless `parallel.stage_layers` gives their layers. Raise
+    ConfigError."""
     parallel, num_layers = config.parallel, config.model.num_layers
     num_stages = parallel.pipeline * parallel.virtual
     if parallel.stage_layers is not None:
@@ -379,10 +401,11 @@ def _stages(config: Config, weights: Sequence[Sized]) -> tuple[StageSpan, ...]:
 
 
 def balance(num_layers: int, num_stages: int, head_cost: float) -> list[int]:
-    """Layers of each stage, at least one each, so that the slowest stage is as quick as can be.
+    """Return the number of layers of each of `num_stages` stages, at least one each, such that the slowest stage is as
+    fast as possible.
 
-    `head_cost` is the output head's time in layers; the embedding, a look-up, counts as none. What can stand anywhere
-    goes towards the back, where a 1F1B schedule holds fewer activations."""
+    `head_cost` is the output head's time in units of a layer; the embedding, a look-up, counts as none. Of equally good
+    stages the later one gets a layer, since a 1F1B schedule holds fewer activations there."""
     cost = [1.0] * (num_stages - 1) + [1.0 + head_cost]
     counts = [1] * num_stages
     for _ in range(num_layers - num_stages):
@@ -393,8 +416,10 @@ def balance(num_layers: int, num_stages: int, head_cost: float) -> list[int]:
 
 
 def _head_cost(config: Config, weights: Sequence[Sized]) -> float:
-    """Multiplications of the output head in those of a layer, attention over half the sequence included."""
+    """Return the multiplications of the output head in units of a layer's, with attention over half the sequence
+    included."""
     model = config.model
+    # A matrix multiplies as often per token as it has parameters, so that sizes stand for time.
     layer = sum(weight.numel for weight in weights if weight.place == 0)
     head_size: Any = getattr(model, "head_size", None)
     width = model.num_attention_heads * (head_size or model.hidden_size // model.num_attention_heads)

@@ -1,15 +1,15 @@
-"""What can be added to megalite from outside: a registry for each kind of part.
+"""Extension points of megalite: a registry for each kind of part.
 
-A config asks for a part by its name. megalite's own are listed here by the place where they are defined, and are
-imported when they are asked for. Another package adds its own by an entry point:
+A config asks for a part by its name. megalite's own are listed here with the module that defines them, and are
+imported on demand. Another package adds its own by an entry point:
 
     # pyproject.toml of the package            # my_parts.py
     [project.entry-points."megalite.plugins"]  from megalite.registry import schedules
     my_parts = "my_parts"                      @schedules.register("rsqrt")
                                                class InverseSquareRoot(ScheduleConfig): ...
 
-The modules named by entry points are imported when a name is asked for that megalite does not have itself, so that
-those who add nothing do not wait for it. `docs/extend/README.md` says how a package is made, and the pages beside it
+The modules named by entry points are imported when a name is requested that megalite itself does not have, so that
+users without plugins do not wait for it. `docs/extend/README.md` says how a package is made, and the pages beside it
 have an example of each.
 """
 
@@ -29,24 +29,24 @@ if TYPE_CHECKING:
     from megalite.models import Family
 
 PLUGINS = "megalite.plugins"
-"""The group of entry points. Each names a module whose import registers parts."""
+"""Group of entry points. Each names a module whose import registers parts."""
 
 Part = TypeVar("Part")
 
 
 class Registry(Generic[Part]):
-    """The parts of one kind by name."""
+    """Holds the parts of one kind by name."""
 
     def __init__(self, key: str, own: Mapping[str, str]):
-        """`key` is the setting that chooses one; `own` gives the place of each of megalite's: "module" or
-        "module:attribute"."""
+        """Create a registry. `key` is the setting that chooses a part; `own` gives for each of megalite's own the
+        place: "module" or "module:attribute"."""
         self.key, self.own, self._places = key, tuple(own), own
         self._found: dict[str, Part] = {}
 
     def register(self, name: str, part: Part | None = None) -> Any:
-        """Add a part; without `part`, return a decorator that adds what it decorates.
+        """Add `part` under `name`; without `part`, return a decorator that adds what it decorates.
 
-        Raises ConfigError when the name belongs to another part."""
+        Raise ConfigError if another part has this name."""
         if part is None:
             return functools.partial(self.register, name)
         if name in self.own or self._found.get(name, part) is not part:
@@ -55,7 +55,8 @@ class Registry(Generic[Part]):
         return part
 
     def get(self, name: str) -> Part:
-        """Return the part of a name. Raises ConfigError with the names there are when it is none of them."""
+        """Return the part called `name`, imported on demand. Raise ConfigError that lists the known names if there is
+        none."""
         if name not in self._found:
             if name in self.own:
                 self._found[name] = _import(self._places[name])
@@ -64,11 +65,12 @@ class Registry(Generic[Part]):
         return self._found[name]
 
     def names(self) -> tuple[str, ...]:
-        """Return all names, those of plugins last. Raises ConfigError when a plugin cannot be imported."""
+        """Return all names, those of plugins last. Raise ConfigError if a plugin cannot be imported."""
         import_plugins()
         return (*self.own, *sorted(self._found.keys() - set(self.own)))
 
     def __contains__(self, name: object) -> bool:
+        """Return whether there is a part of this name. Plugins are imported only if it is not megalite's own."""
         return name in self.own or name in self.names()
 
 
@@ -82,7 +84,7 @@ families: Registry[Family] = Registry(
         )
     },
 )  # fmt: skip
-"""By Hugging Face's `model_type`. SmolLM 1 and 2, and others, call themselves llama."""
+"""Model families by Hugging Face's `model_type`. SmolLM 1 and 2, and others, call themselves llama."""
 
 optimizers: Registry[type[OptimizerConfig]] = Registry(
     "optimizer.name", {"adamw": "megalite.engine.optimizers.adamw:AdamWConfig"}
@@ -107,13 +109,13 @@ objectives: Registry[type[ObjectiveConfig]] = Registry(
 
 hooks: Registry[type[HookConfig]] = Registry("hooks", {})
 kernels: Registry[object] = Registry("kernels", {})
-"""By operation and name, such as "activation.mine": a module, or another object, with functions that stand for those of
-the same names in `megalite.kernels`. Plain torch computes what it does not have."""
+"""Kernels by operation and name, such as "activation.mine": a module, or another object, with functions that replace
+those of the same names in `megalite.kernels`. Plain torch computes what it does not have."""
 
 
 @functools.cache
 def import_plugins() -> None:
-    """Import what installed packages add. Raises ConfigError, naming the package, when that fails."""
+    """Import the modules that installed packages register. Raise ConfigError that names the package if that fails."""
     for entry in sorted(importlib.metadata.entry_points(group=PLUGINS), key=lambda entry: entry.name):
         try:
             entry.load()
@@ -124,13 +126,14 @@ def import_plugins() -> None:
 
 
 def hint(name: object, known: Iterable[str]) -> str:
-    """Return the nearest of the names that are known, or all of them, as the end of a message."""
+    """Return the end of an error message: the known name nearest to `name`, or all of them."""
     known = list(known)
     close = difflib.get_close_matches(str(name), known, n=1)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
 
 
 def _import(place: str) -> Any:
+    """Import and return the module or attribute at `place`."""
     module, _, attribute = place.partition(":")
     found = importlib.import_module(module)
     return getattr(found, attribute) if attribute else found

@@ -1,1 +1,1 @@
-"""Answering over HTTP, as OpenAI's API does."""
+"""HTTP server with OpenAI's API."""

@@ -1,4 +1,4 @@
-"""The API: OpenAI's completions and chat completions, ratings, health, metrics and a page."""
+"""The HTTP API: OpenAI's completions and chat completions, ratings, health, metrics and a web page."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-"""The page loads nothing from elsewhere, and is shown in no other page."""
+"""Content security policy: the page loads nothing from elsewhere, and cannot be framed by another page."""
 PLAINLY = {
     "model_attributes_type": "must be a JSON object",
     "model_type": "must be a JSON object",
@@ -53,29 +53,31 @@ PLAINLY = {
     "string_unicode": "must be a text; half of a surrogate pair is none",
     "missing": "is required",
 }
-"""What pydantic says in terms of Python's types."""
+"""Plain words for pydantic's errors, which speak of Python's types."""
 SHOULD = re.compile(r"^(Input|String|List|Dictionary|Value) should")
 KINDS = {400: "invalid_request_error", 404: "invalid_request_error", 405: "invalid_request_error"}
 
 
 @dataclass(frozen=True)
 class Settings:
+    """Holds the server's settings. Raises ConfigError for a value out of range."""
+
     name: str
-    """Of the model, as clients know it."""
+    """The model's name for clients."""
     ratings: Path
     keys: Sequence[str] = ()
     max_bytes: int = 1 << 20
-    """Of a request."""
+    """Largest request body."""
     requests_per_minute: int = 0
     timeout_s: float = 600.0
-    """Of an answer, waiting included."""
+    """Time limit of an answer, including the wait for a slot."""
     max_waiting: int = 256
     log_prompts: bool = False
     host: str = "127.0.0.1"
-    """What the server was asked to listen on."""
+    """Address or name that the server was asked to listen on."""
 
     def __post_init__(self) -> None:
-        """Raises ConfigError."""
+        """Raise ConfigError for a value out of range."""
         for what, value, least in (
             ("bytes of a request", self.max_bytes, 1),
             ("requests a minute", self.requests_per_minute, 0),
@@ -86,7 +88,7 @@ class Settings:
 
 
 class Trouble(Exception):
-    """An error that is told in OpenAI's form."""
+    """Raised for an error that is sent to the client in OpenAI's form."""
 
     def __init__(self, status: int, message: str, kind: str, param: str | None = None, code: str | None = None):
         super().__init__(message)
@@ -94,6 +96,7 @@ class Trouble(Exception):
 
 
 def make_app(generator: Generator, settings: Settings) -> FastAPI:
+    """Return the ASGI app that answers with `generator`. Its engine thread runs between startup and shutdown."""
     metrics = Metrics()
     engine, ratings = Engine(generator, metrics, settings.max_waiting), Ratings(settings.ratings)
     service = Service(engine, settings)
@@ -145,12 +148,12 @@ def make_app(generator: Generator, settings: Settings) -> FastAPI:
 
     @app.get("/v1/about")
     async def about() -> dict[str, Any]:
-        """What the page must know before it has a key."""
+        """Return what the page must know before it has a key."""
         return {"model": settings.name, "chat": service.chats, "key": bool(settings.keys)}
 
     @app.get("/health")
     async def health() -> Response:
-        trouble = engine.trouble(settings.timeout_s)  # of a step: no answer may take longer
+        trouble = engine.trouble(settings.timeout_s)  # longest step: no answer may take longer
         return _json({"status": trouble or "ok"}, 503 if trouble else 200)
 
     @app.get("/metrics")
@@ -166,7 +169,7 @@ def make_app(generator: Generator, settings: Settings) -> FastAPI:
 
 
 class Service:
-    """Turns bodies into requests to the engine, and its updates into responses."""
+    """Turns request bodies into requests to the engine, and its updates into responses."""
 
     def __init__(self, engine: Engine, settings: Settings):
         self.engine, self.settings, self.generator = engine, settings, engine.generator
@@ -174,23 +177,26 @@ class Service:
         self.model = {"id": settings.name, "object": "model", "created": int(time.time()), "owned_by": "megalite"}
         try:
             self.chats = bool(self.generator.chat_template)
-            _ = self.generator.turn_end  # once, and not while others wait
+            _ = self.generator.turn_end  # computed and cached now, not while clients wait
         except DataError as problem:
             LOG.warning("no chats, only completions: %s", problem)
             self.chats = False
 
     def check_model(self, name: str) -> None:
+        """Raise Trouble for the name of a model that this server does not have. An empty name is accepted."""
         if name not in ("", self.settings.name):
             text = f"the model {name!r} does not exist; this server has {self.settings.name!r}"
             raise Trouble(404, text, "invalid_request_error", "model", "model_not_found")
 
     def _check_chats(self) -> None:
+        """Raise Trouble if the model has no chat template."""
         if not self.chats:
             text = f"the model {self.settings.name!r} has no chat template; use /v1/completions"
             raise Trouble(400, text, "invalid_request_error", "messages")
 
     async def check_rating(self, body: RatingBody) -> None:
-        """That finetuning can learn from it: one row that it cannot read would hold up all."""
+        """Check that finetuning can learn from the rating, since one unreadable row would stop it for all. Raise
+        Trouble."""
         if body.messages is None or body.good is None:
             return
         self._check_chats()
@@ -198,6 +204,7 @@ class Service:
         await self._beside(lambda: self.generator.check_answer(messages), _size_of(messages), "messages")
 
     async def complete(self, body: CompletionBody, request: Request) -> Response:
+        """Answer a completion request."""
         self.check_model(body.model)
         self._check_count(len(body.prompts) * body.n)
         sizes = [len(prompt.encode()) for prompt in body.prompts if isinstance(prompt, str)]
@@ -213,7 +220,8 @@ class Service:
         return await self._answer(body, requests, sum(map(len, prompts)), "cmpl", request)
 
     def _check_count(self, count: int) -> None:
-        """Before there is any work with them."""
+        """Raise Trouble if more answers are requested at once than the queue can hold, before any work is done for
+        them."""
         if count > self.settings.max_waiting:
             text = (
                 f"{count} answers are asked for at once; this server gives at most {self.settings.max_waiting} answers"
@@ -221,7 +229,8 @@ class Service:
             raise Trouble(400, text, "invalid_request_error", "n")
 
     def _check_fits(self, num_bytes: int, param: str) -> None:
-        """What cannot fit is not tokenized to learn that: it would take time and memory from others."""
+        """Raise Trouble for a text that cannot fit the model, judged by its bytes: tokenizing it only to find out would
+        cost others time and memory."""
         capacity = self.generator.model.capacity
         if num_bytes > BYTES_PER_TOKEN * capacity:
             text = (
@@ -231,7 +240,8 @@ class Service:
             raise Trouble(400, text, "invalid_request_error", param, "context_length_exceeded")
 
     async def _beside(self, work: Callable[[], T], num_bytes: int, param: str) -> T:
-        """Work with a text of so many bytes, in which others are answered."""
+        """Run `work` on a text of `num_bytes` bytes in another thread, so that other requests are served meanwhile.
+        Errors name `param`. Raise Trouble."""
         try:
             with _told(param):
                 return await self.lanes.run(work, num_bytes)
@@ -239,6 +249,7 @@ class Service:
             raise Trouble(503, str(full), "server_error", code="overloaded") from None
 
     async def chat(self, body: ChatBody, request: Request) -> Response:
+        """Answer a chat completion request."""
         self.check_model(body.model)
         if body.top_logprobs is not None and not body.logprobs:
             raise Trouble(400, "top_logprobs needs logprobs: true", "invalid_request_error", "top_logprobs")
@@ -263,11 +274,14 @@ class Service:
         kind: Literal["cmpl", "chatcmpl"],
         request: Request,
     ) -> Response:
+        """Submit the requests and return the response, streamed or whole. `num_prompt` is the number of prompt
+        tokens."""
         if self.settings.log_prompts:
             LOG.info("prompt %s", AsJson(body.model_dump(exclude_none=True)))
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[Told]()
 
         def deliver(told: Told) -> None:
+            # Called in the engine's thread; an asyncio queue may only be touched in its loop.
             with contextlib.suppress(RuntimeError):  # the loop has ended
                 loop.call_soon_threadsafe(queue.put_nowait, told)
 
@@ -303,6 +317,7 @@ class Service:
         updates: AsyncIterator[tuple[Ticket, Update]],
         num_prompt: int,
     ) -> AsyncIterator[bytes]:
+        """Yield the server-sent events of a streamed response."""
         try:
             if reply.chat:
                 for ticket in tickets:
@@ -320,12 +335,12 @@ class Service:
 
 
 def _size_of(messages: Sequence[Mapping[str, str]]) -> int:
-    """Bytes of the texts; a message without one is work, too."""
+    """Return the bytes of the messages' texts, plus a constant for each message, since an empty one is work too."""
     return sum(len(message["content"].encode()) + BYTES_PER_TOKEN for message in messages)
 
 
 class Events(StreamingResponse):
-    """Of which nothing may be sent: `close` is called also where a client is gone before it begins."""
+    """Streams events, and calls `close` at the end in any case, even if the client is gone before the first event."""
 
     def __init__(self, pieces: AsyncIterator[bytes], close: Callable[[], object]):
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
@@ -340,6 +355,7 @@ class Events(StreamingResponse):
 
 
 def _raise_cut(ticket: Ticket, update: Update) -> None:
+    """Raise Trouble for an answer that ended without being complete."""
     match update.finish:
         case "time":
             raise Trouble(504, "the answer took longer than this server allows", "server_error", code="timeout")
@@ -352,7 +368,7 @@ def _raise_cut(ticket: Ticket, update: Update) -> None:
 
 
 async def _updates(queue: asyncio.Queue[Told], running: int) -> AsyncIterator[tuple[Ticket, Update]]:
-    """Until all have ended."""
+    """Yield the updates until all `running` answers have ended."""
     while running:
         for ticket, update in await queue.get():
             yield ticket, update
@@ -360,11 +376,12 @@ async def _updates(queue: asyncio.Queue[Told], running: int) -> AsyncIterator[tu
 
 
 async def _ends_of(updates: AsyncIterator[tuple[Ticket, Update]]) -> dict[Ticket, Update]:
+    """Return each ticket's last update."""
     return {ticket: update async for ticket, update in updates}
 
 
 async def _unless_gone(request: Request, work: Any) -> Any:
-    """What work gives; None where the client does not wait for it any more."""
+    """Return the result of `work`, or None if the client disconnects first."""
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -381,7 +398,7 @@ async def _unless_gone(request: Request, work: Any) -> Any:
 
 @contextlib.contextmanager
 def _told(param: str) -> Iterator[None]:
-    """What is wrong with a request is told to who sent it."""
+    """Turn a ConfigError into Trouble for the client that sent the request; `param` names the field."""
     try:
         yield
     except ConfigError as problem:
@@ -390,13 +407,15 @@ def _told(param: str) -> Iterator[None]:
 
 
 def _explain_errors(app: FastAPI) -> None:
+    """Register handlers that send every error in OpenAI's form."""
+
     @app.exception_handler(Trouble)
     async def trouble(request: Request, problem: Trouble) -> Response:
         return _json(problem.body, problem.status)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, problem: RequestValidationError) -> Response:
-        """The first mistake, without the value: it may be a secret, and what is told is logged elsewhere."""
+        """Report the first mistake, without the value: it may be a secret, and clients may log the message."""
         first = problem.errors()[0]
         place = _place(problem.body, first["loc"][1:], first["type"] == "missing")
         if first["type"] == "json_invalid":
@@ -419,7 +438,7 @@ def _explain_errors(app: FastAPI) -> None:
 
 
 def _place(body: Any, location: Sequence[str | int], is_missing: bool) -> list[str]:
-    """The part of a body that pydantic means, without its marks for types."""
+    """Return the path of the faulty field in the body, without pydantic's own markers for union types."""
     place = []
     for number, part in enumerate(location):
         if isinstance(body, dict) and part in body:
@@ -433,8 +452,8 @@ def _place(body: Any, location: Sequence[str | int], is_missing: bool) -> list[s
 
 
 class Noted:
-    """ASGI middleware: counts and logs each request when it has ended. Neither headers nor bodies are logged, nor what
-    stands behind a question mark: they may hold secrets."""
+    """ASGI middleware that counts and logs each request when it has ended. It logs no headers, bodies or query strings,
+    which may hold secrets."""
 
     def __init__(self, app: Any, metrics: Metrics):
         self.app, self.metrics = app, metrics
@@ -468,7 +487,7 @@ class Noted:
                 )(scope, receive, send)
         finally:
             seconds = time.monotonic() - began
-            path = getattr(scope.get("route"), "path", "other")  # not what was asked for: that has no bounds
+            path = getattr(scope.get("route"), "path", "other")  # the route, not the requested path: labels must be few
             self.metrics.requests.labels(path, str(status)).inc()
             self.metrics.seconds.labels(path).observe(seconds)
             client = (scope.get("client") or ("?",))[0]

@@ -1,4 +1,5 @@
-"""Connections that end: each phase of one has a time limit, and there are never more than the open files allow."""
+"""HTTP connections with limits: each phase of one has a time limit, and there are never more than the open files
+allow."""
 
 from __future__ import annotations
 
@@ -15,18 +16,18 @@ from uvicorn.server import ServerState
 
 LOG = logging.getLogger("megalite.serve")
 HEADERS_S = 10.0
-"""From a connection, or the first byte of its next request, to the end of the request's headers."""
+"""Time from the connection, or from the first byte of its next request, to the end of the request's headers."""
 IDLE_S = 30
-"""Between two requests of a connection."""
+"""Time between two requests of a connection."""
 BODY_S, BODY_BYTES_PER_S = 20.0, 16 << 10
-"""A body has so many seconds, and a second more for each so many bytes that have come."""
+"""A body may take BODY_S seconds, and one more for every BODY_BYTES_PER_S bytes received."""
 STALLED_S = 60.0
-"""For a client that takes nothing of what waits to be sent."""
+"""Time for a client that reads nothing of the data waiting for it."""
 MOST_CONNECTIONS = 4096
 ACCEPTED_AT_ONCE = 64
-"""Connections that are taken on between two looks at the others. asyncio also repeats a failed accept so often."""
+"""Connections accepted before the others get a turn. asyncio also retries a failed accept this many times."""
 RESERVED_FILES = ACCEPTED_AT_ONCE + 64
-"""Open files that connections leave free, for the model, ratings and those that are just being closed."""
+"""Open files that connections leave free, for the model, ratings and connections that are being closed."""
 FULL = (
     b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\nconnection: close\r\n"
     b"content-type: application/json\r\ncontent-length: %d\r\n\r\n%s"
@@ -48,13 +49,15 @@ def most_connections() -> int:
 
 
 class State(ServerState):
+    """Extends uvicorn's state by the largest number of connections."""
+
     def __init__(self, most: int):
         super().__init__()
         self.most = most
 
 
 class Connection(H11Protocol):
-    """One connection of HTTP/1.1. `close_if_late` is called once a second."""
+    """Handles one HTTP/1.1 connection. The server calls `close_if_late` once a second."""
 
     server_state: State
 
@@ -71,7 +74,8 @@ class Connection(H11Protocol):
         super().data_received(data)
 
     def _make_room(self) -> None:
-        """Close the connection that has been without a whole request for longest; where all have one, this one."""
+        """Close the connection that has been without a complete request for longest. If all have one, refuse this
+        one."""
         LOG.warning("all %d connections are in use", self.server_state.most)
         others = [c for c in self.connections if isinstance(c, Connection) and c is not self and c._unfinished]
         if others:
@@ -82,8 +86,8 @@ class Connection(H11Protocol):
 
     @property
     def _unfinished(self) -> int:
-        """Why there is nothing to answer: no request yet (1), no request since the last (2), half of one (3); else
-        0."""
+        """Return why there is nothing to answer: no request yet (1), none since the last (2), an incomplete one (3);
+        otherwise 0."""
         if self.transport.is_closing():
             return 0
         if self.cycle is None:
@@ -91,6 +95,7 @@ class Connection(H11Protocol):
         return 2 if self.cycle.response_complete else 3 if self.cycle.more_body else 0
 
     def close_if_late(self, now: float) -> None:
+        """Close the connection if its present phase has taken too long. `now` is of `time.monotonic`."""
         phase, limit = self._look()
         if phase != self._phase:
             # A new connection's time has run since it was made.
@@ -101,12 +106,12 @@ class Connection(H11Protocol):
         if now - self._since <= limit:
             return
         if phase[0] == "sending":
-            self.transport.abort()  # nothing of it would be sent any more
+            self.transport.abort()  # a normal close would wait for the unsent data
         else:
             self.transport.close()
 
     def _look(self) -> tuple[tuple[Any, ...], float]:
-        """The phase it is in, which is another one when anything goes forward, and how many seconds that may last."""
+        """Return the present phase, which changes with every progress, and the seconds it may last."""
         unsent = self.transport.get_write_buffer_size()
         if self.transport.is_closing() or (unsent and self.flow.write_paused):
             return ("sending", unsent), STALLED_S
@@ -121,7 +126,7 @@ class Connection(H11Protocol):
 
 
 def tell_of_failed_accept(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """An event loop's exception handler, for which a full table of open files is one line and no traceback."""
+    """Handle an event loop's exceptions: a full table of open files becomes one log line without traceback."""
     problem = context.get("exception")
     if isinstance(problem, OSError) and problem.errno in OUT_OF_FILES:
         LOG.error("no connection can be taken on: %s", problem.strerror)

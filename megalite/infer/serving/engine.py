@@ -1,4 +1,5 @@
-"""The thread that computes answers. Requests come from the threads of a server, which is told of each new piece."""
+"""The engine thread, which computes answers. Requests come from the server's threads, which are told of each new
+piece."""
 
 from __future__ import annotations
 
@@ -18,12 +19,12 @@ LOG = logging.getLogger("megalite.serve")
 
 
 class Overloaded(Exception):
-    """Too many requests wait, or the server is about to end."""
+    """Raised if too many requests wait, or the server is shutting down."""
 
 
 @dataclass(frozen=True)
 class Update:
-    """What is new of an answer since the last update."""
+    """Holds what is new of an answer since the last update."""
 
     text: str = ""
     choices: Sequence[Choice] = ()
@@ -32,22 +33,23 @@ class Update:
 
 @dataclass(eq=False)
 class Ticket:
-    """A request that was taken on."""
+    """Holds an accepted request and how to report its answer."""
 
     answer: Answer
     number: int
-    """Of those that came together."""
+    """Number among the requests that were submitted together."""
     streamed: bool
-    """Whether every piece is told, or the end alone."""
+    """Report every piece, not only the end."""
     deadline: float
-    """Of `time.monotonic`, as is `submitted`."""
+    """By the clock of `time.monotonic`, as is `submitted`."""
     submitted: float
     deliver: Deliver
     num_counted: int = 0
-    """Tokens that the metrics know of."""
+    """Tokens already counted in the metrics."""
     num_choices_told: int = 0
 
     def news(self) -> Update | None:
+        """Return what is new since the last call, None if there is nothing to report."""
         answer = self.answer
         if not (self.streamed or answer.finish):
             return None
@@ -58,11 +60,15 @@ class Ticket:
 
 Told = list[tuple[Ticket, Update]]
 Deliver = Callable[[Told], object]
-"""Called in the engine's thread, once a step for all tickets that have it."""
+"""Called in the engine's thread, once per step for all tickets that share it."""
 
 
 class Engine:
+    """Runs a batch in a thread of its own, for requests from the server's threads."""
+
     def __init__(self, generator: Generator, metrics: Metrics, max_waiting: int):
+        """Create an engine for `generator` that reports to `metrics` and lets at most `max_waiting` requests wait for a
+        slot."""
         self.generator, self.metrics, self.max_waiting = generator, metrics, max_waiting
         self._batch = Batch(generator.model, generator.ends)
         self._tickets: dict[Answer, Ticket] = {}
@@ -77,10 +83,12 @@ class Engine:
         metrics.waiting.set_function(lambda: self._num_waiting)
 
     def start(self) -> None:
+        """Start the thread."""
         self._thread.start()
 
     def trouble(self, longest_s: float) -> str:
-        """Why it answers nobody, such as a step that takes longer than that; empty where all is well."""
+        """Return why the engine answers nobody, such as a step longer than `longest_s` seconds; empty if all is
+        well."""
         if not self._thread.is_alive():
             return "the engine has ended"
         began = self._step_began
@@ -92,7 +100,10 @@ class Engine:
         return len(self._batch.waiting) + len(self._arrived)
 
     def submit(self, requests: Sequence[Request], timeout_s: float, streamed: bool, deliver: Deliver) -> list[Ticket]:
-        """All of them or none. Raises Overloaded, and ConfigError for a prompt that is too long."""
+        """Queue all `requests` or none, and return their tickets.
+
+        Each may take `timeout_s` seconds. `deliver` gets the updates: every piece if `streamed`, otherwise the end
+        alone. Raise Overloaded, and ConfigError for a prompt that does not fit."""
         for request in requests:
             self._batch.check(request)
         now = time.monotonic()
@@ -111,21 +122,23 @@ class Engine:
         return tickets
 
     def cancel(self, tickets: Sequence[Ticket]) -> None:
-        """Give up those that have not ended. Their slots are free before the next step."""
+        """Give up the tickets that have not ended. Their slots are free before the next step."""
         with self._changed:
             self._cancelled.extend(tickets)
             self._changed.notify()
 
     def close(self, within_s: float) -> None:
-        """Take on nothing more. What has not ended after so many seconds is cut off."""
+        """Accept no more requests. Answers that have not ended after `within_s` seconds are cut off."""
         with self._changed:
             self._ends_at = min(time.monotonic() + within_s, self._ends_at or float("inf"))
             self._changed.notify()
 
     def join(self, timeout_s: float) -> None:
+        """Wait at most `timeout_s` seconds for the thread to end."""
         self._thread.join(timeout_s)
 
     def _run(self) -> None:
+        """Compute step after step until the engine is closed. A step that fails ends only the answers in progress."""
         while self._take_in():
             self._expire()
             self._step_began = time.monotonic()
@@ -139,7 +152,8 @@ class Engine:
             self._tell(answers)
 
     def _take_in(self) -> bool:
-        """Wait for something to do, and take in what was asked for meanwhile. False: it is over."""
+        """Wait for something to do, and add new and cancelled requests to the batch. Return False when the engine shall
+        end."""
         with self._changed:
             while not (self._batch.busy or self._arrived or self._cancelled or self._ends_at is not None):
                 self._changed.wait()
@@ -154,6 +168,7 @@ class Engine:
             return self._ends_at is None or self._batch.busy
 
     def _expire(self) -> None:
+        """End the answers whose time is over, or all of them once the server's grace period is over."""
         now = time.monotonic()
         if self._ends_at is not None and now >= self._ends_at:
             late = list(self._tickets)
@@ -164,11 +179,13 @@ class Engine:
         self._tell(late)
 
     def _give_up(self, answers: Sequence[Answer], why: Finish) -> None:
+        """Drop the answers from the batch and end them."""
         for answer in answers:
             self._batch.drop(answer)
             answer.end(why)
 
     def _tell(self, answers: Sequence[Answer]) -> None:
+        """Report what is new of these answers, in one call per receiver."""
         told: dict[Deliver, Told] = {}
         for answer in answers:
             ticket = self._tickets[answer]
@@ -181,6 +198,7 @@ class Engine:
             deliver(updates)
 
     def _count(self, ticket: Ticket) -> None:
+        """Update the metrics of one answer."""
         answer, metrics = ticket.answer, self.metrics
         if answer.tokens and not ticket.num_counted:
             metrics.first_token.observe(time.monotonic() - ticket.submitted)

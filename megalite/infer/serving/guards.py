@@ -1,5 +1,5 @@
-"""What stands before the API: how large a request may be, who may ask, by which name, and how often. None of it reads a
-body."""
+"""Checks in front of the API: how large a request may be, who may ask, under which host name, and how often. None of
+them parses a body."""
 
 from __future__ import annotations
 
@@ -28,22 +28,24 @@ from megalite.utils.outside import read_text
 KEY_VARIABLE = "MEGALITE_API_KEY"
 OPEN_PATHS = ("/", "/health", "/metrics", "/v1/about")
 MOST_CLIENTS = 10_000
-"""Whose requests are counted; who has asked for nothing for longest is forgotten first."""
+"""Number of clients whose requests are counted; the one idle for longest is forgotten first."""
 WRONG_KEYS_PER_MINUTE = 10
-"""Of an address. It may go on with keys that were right before."""
+"""Wrong keys allowed per address. It may still use keys that were right before."""
 LARGE_AT_ONCE = 32
-"""Largest requests whose bodies may be in memory at once; small ones are not counted."""
+"""Number of largest requests whose bodies may be in memory at once; small ones are not counted."""
 MOST_PARTS = (((b"[", b"{"), 4096, "lists and objects"), ((b":",), 8192, "keys"), ((b",",), 1 << 18, "values"))
-"""Of a body. Others wait while it is parsed, which goes by these: at most some 50 ms."""
+"""Most JSON parts of a body, by kind. Its parsing time, during which others wait, depends on these: at most some 50
+ms."""
 MOST_TEXTS = 1 << 15
 COUNTED_BYTES = 4096
-"""Of a body in which there can be no more of them."""
+"""A body up to this size cannot exceed these counts."""
 DISCARDED_S, DISCARDED_BYTES = 10.0, 256 << 20
-"""How long and how much of a refused body is read and thrown away, so that its sender hears why."""
+"""How long and how much of a refused body is read and discarded, so that its sender gets to read the answer."""
 
 
 def read_keys(file: Path | None) -> list[str]:
-    """The keys that open the API, a line each in a file; else from the environment. None: it is open to all."""
+    """Return the API keys: one per line of `file`, otherwise the one in the environment. An empty list opens the API to
+    all. Raise ConfigError for a file without a key."""
     if file is None:
         return [key] if (key := os.environ.get(KEY_VARIABLE, "").strip()) else []
     keys = [line.strip() for line in read_text(file, ConfigError).splitlines() if line.strip()]
@@ -53,28 +55,33 @@ def read_keys(file: Path | None) -> list[str]:
 
 
 class Refused(HTTPException):
+    """Raised for a request that is not passed on, with the response's body."""
+
     def __init__(self, status: int, body: dict[str, Any], headers: dict[str, str] | None = None):
         super().__init__(status, body["error"]["message"], headers)
         self.body = body
 
 
 def too_large(limit: int) -> Refused:
+    """Return the error for a request larger than `limit` bytes."""
     text = f"the request is larger than the {limit:,} bytes that this server takes"
     return Refused(413, error(text, "invalid_request_error", code="request_too_large"))
 
 
 class Guards:
-    """ASGI middleware. It believes no header about who asks: an address is that of the connection."""
+    """ASGI middleware that checks requests. It trusts no header about the client: an address is that of the
+    connection."""
 
     def __init__(self, app: Any, keys: Sequence[str], max_bytes: int, requests_per_minute: int, host: str):
-        """`requests_per_minute`: of one key, or of one address where there are no keys; 0 for any number. `host`: what
-        the server was asked to listen on."""
+        """Wrap `app`. A request needs one of `keys`, if there are any, and a body of at most `max_bytes`.
+        `requests_per_minute` applies per key, or per address without keys; 0 is no limit. `host` is what the server was
+        asked to listen on."""
         self.app, self.max_bytes, self.host = app, max_bytes, host
         self.keys = [key.encode() for key in keys]
         self.rate = Rate(requests_per_minute) if requests_per_minute else None
         self.wrong = Rate(WRONG_KEYS_PER_MINUTE)
         self._right: OrderedDict[tuple[bytes, bytes], None] = OrderedDict()
-        """Addresses, and the keys that opened the API to them."""
+        """Addresses with the keys that they have used successfully."""
         self._held = 0
         """Bytes of large bodies in memory."""
 
@@ -97,13 +104,15 @@ class Guards:
             held.release()
 
     def _check_size(self, scope: Any) -> None:
+        """Raise Refused if the stated length is too large or no number."""
         length = _header(scope, b"content-length")
         if length is not None and (not length.isdigit() or int(length) > self.max_bytes):
             raise too_large(self.max_bytes)
 
     def _check_names(self, scope: Any) -> None:
-        """Without a key, whoever reaches the server may ask. A page of somebody else in a browser on this machine
-        reaches it too: by a name of its own, or from an origin of its own."""
+        """Refuse requests from foreign web pages if there is no key. Whoever reaches the server may then ask, and a
+        page in a browser on this machine reaches it too: under a host name of its own, or from an origin of its own.
+        Raise Refused."""
         if self.keys:
             return
         host = (_header(scope, b"host") or b"").decode("latin-1")
@@ -119,7 +128,8 @@ class Guards:
             raise Refused(403, error(text, "invalid_request_error", code="unknown_origin"))
 
     def _counted(self, receive: Any, held: Held) -> Any:
-        """For a body that does not say how large it is, and to look at it before it is parsed."""
+        """Return `receive` with limits: for bodies that do not state their size, and to check the parts of a body
+        before it is parsed."""
         total, pieces = 0, []
 
         async def receiving() -> Any:
@@ -139,7 +149,7 @@ class Guards:
         return receiving
 
     def _check_key(self, scope: Any) -> bytes | None:
-        """The key; None where none is asked for."""
+        """Return the request's key, None if none is needed. Raise Refused."""
         if not self.keys:
             return None
         scheme, _, given = (_header(scope, b"authorization") or b"").partition(b" ")
@@ -147,11 +157,11 @@ class Guards:
         if scheme.lower() != b"bearer" or not given:
             text = "an API key is needed: Authorization: Bearer KEY"
             raise Refused(401, error(text, "invalid_request_error", code="invalid_api_key"), _ASKS_FOR_KEY)
-        # Who may not guess is told nothing, not even that a guess was right.
+        # Past the limit of wrong keys, not even a right guess is confirmed.
         if (client, given) not in self._right and (wait := self.wrong.wait_s(client, count=False)):
             text = f"too many wrong API keys: try again in {wait} s"
             raise Refused(429, error(text, "rate_limit_error", code="rate_limit_exceeded"), {"retry-after": str(wait)})
-        # Each is compared, and whole: time must not tell how much of a key was right.
+        # All keys are compared in constant time: the duration must not tell how much of a key was right.
         fits = [hmac.compare_digest(given, key) for key in self.keys]
         if not any(fits):
             self.wrong.wait_s(client)
@@ -164,6 +174,7 @@ class Guards:
         return given
 
     def _check_rate(self, key: bytes | None, scope: Any) -> None:
+        """Raise Refused if the client has used up its requests per minute."""
         if self.rate is None:
             return
         if wait := self.rate.wait_s(key or _client(scope)):
@@ -173,7 +184,7 @@ class Guards:
 
 
 def check_parts(body: bytes) -> None:
-    """Raises Refused for JSON of so many parts that to parse it would hold up others."""
+    """Raise Refused for JSON with so many parts that parsing it would delay others."""
     structure, num_texts = b"", (body.count(b'"') - body.count(b'\\"')) // 2  # or more
     if num_texts <= MOST_TEXTS:
         structure, num_texts = _TEXT.subn(b"", body)
@@ -183,18 +194,18 @@ def check_parts(body: bytes) -> None:
             raise Refused(400, error(f"the body has more than {most:,} {what}", "invalid_request_error"))
 
 
-# Nothing in it is tried a second time: also a text without an end is passed over once.
+# Possessive quantifiers: no backtracking, so that even an unterminated text is scanned only once.
 _TEXT = re.compile(rb'"[^"\\]*+(?:\\.?[^"\\]*+)*+(?:"|\Z)', re.DOTALL)
 
 
 class Held:
-    """What the body of one request takes of the memory for large ones."""
+    """Counts the memory that one request's body takes of the share for large bodies."""
 
     def __init__(self, guards: Guards):
         self._guards, self._bytes = guards, 0
 
     def grow_to(self, num_bytes: int) -> None:
-        """Raises Refused where all that is for large bodies is taken."""
+        """Record that the body has `num_bytes` so far. Raise Refused if the share for large bodies is used up."""
         if num_bytes <= max(SMALL_BYTES, self._bytes):
             return
         more = num_bytes - self._bytes
@@ -205,23 +216,24 @@ class Held:
         self._bytes = num_bytes
 
     def release(self) -> None:
+        """Give the memory back."""
         self._guards._held -= self._bytes
         self._bytes = 0
 
 
 class Rate:
-    """A bucket for each client: it holds the requests of a minute and fills up steadily."""
+    """Limits requests by a token bucket per client, which holds the requests of a minute and refills steadily."""
 
     def __init__(self, per_minute: int):
         self.per_minute = per_minute
         self._buckets: OrderedDict[bytes, tuple[float, float]] = OrderedDict()
-        """What is left, and when it was looked at."""
+        """Requests left, and when that was computed."""
 
     def wait_s(self, client: bytes, count: bool = True) -> int:
-        """0, and the request counts where `count`; or after how many seconds the next one may come."""
+        """Return 0 if `client` may ask now, and count the request if `count`; otherwise the seconds until it may."""
         now = time.monotonic()
         left, then = self._buckets.pop(client, (float(self.per_minute), now))
-        # Rounded, or who comes back in time may be refused for what rounding left.
+        # Rounded, or a client that waited exactly as told could be refused for a rounding error.
         left = round(min(left + (now - then) * self.per_minute / 60, self.per_minute), 6)
         self._buckets[client] = (left - 1 if count and left >= 1 else left, now)
         if len(self._buckets) > MOST_CLIENTS:
@@ -233,7 +245,7 @@ _ASKS_FOR_KEY = {"www-authenticate": "Bearer"}
 
 
 def _client(scope: Any) -> bytes:
-    """The address that asks; of IPv6 the network, in which one machine has as many addresses as it likes."""
+    """Return the client's address; for IPv6 its /64 network, in which one machine has any number of addresses."""
     address = str((scope.get("client") or ("",))[0])
     if ":" in address and "." not in address:
         network = ipaddress.ip_network((address.partition("%")[0], 64), strict=False)
@@ -242,16 +254,18 @@ def _client(scope: Any) -> bytes:
 
 
 def _header(scope: Any, name: bytes) -> bytes | None:
+    """Return the first header of this name, None if there is none."""
     return next((value for key, value in scope["headers"] if key == name), None)
 
 
 async def _refuse(refused: Refused, receive: Any, send: Any) -> None:
+    """Send the error, and read on for a while."""
     body = orjson.dumps(refused.body)
     headers = {"content-type": "application/json", "content-length": str(len(body)), **(refused.headers or {})}
     coded = [(name.encode(), value.encode()) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": refused.status_code, "headers": coded})
     await send({"type": "http.response.body", "body": body, "more_body": True})
-    # A connection closed on a sender that is not done would take the answer with it.
+    # Closing the connection while the client still sends would discard the answer.
     total, more = 0, True
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(DISCARDED_S):

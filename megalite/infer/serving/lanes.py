@@ -1,4 +1,5 @@
-"""Work with texts beside the event loop: small texts do not wait for large ones, and no more wait than fits."""
+"""Thread pools for work on texts beside the event loop: small texts do not wait for large ones, and only a bounded
+amount waits."""
 
 from __future__ import annotations
 
@@ -11,19 +12,23 @@ from megalite.infer.serving.engine import Overloaded
 
 SMALL_BYTES = 64 << 10
 LARGE_AT_ONCE = 8
-"""Largest requests that may wait to be tokenized."""
+"""Number of largest requests that may wait to be tokenized."""
 BYTES_PER_TOKEN = 64
-"""No text has so many: one that has more than this for each token that fits is refused before it is tokenized."""
+"""More bytes per token than any text has: a text longer than this for each token that fits is refused without
+tokenizing."""
 T = TypeVar("T")
 
 
 class Lane:
+    """Runs work in a pool of threads, with a limit on the bytes that wait."""
+
     def __init__(self, name: str, num_threads: int, most_bytes: int):
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix=name)
         self._bytes, self._most_bytes = 0, most_bytes
 
     async def run(self, work: Callable[[], T], num_bytes: int) -> T:
-        """Raises Overloaded where too much waits already; a text alone is always taken."""
+        """Run `work` and return its result. Raise Overloaded if too much waits already; a single text is always
+        accepted."""
         if self._bytes and self._bytes + num_bytes > self._most_bytes:
             raise Overloaded("too many large texts wait already: try again later")
         self._bytes += num_bytes
@@ -33,20 +38,24 @@ class Lane:
             self._bytes -= num_bytes
 
     def close(self) -> None:
+        """Stop the threads, and cancel what waits."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 class Lanes:
+    """Holds a lane for small texts and one for large ones."""
+
     def __init__(self, max_bytes: int):
-        """`max_bytes`: of a request."""
+        """Create both lanes. `max_bytes` is the largest request."""
         self._small = Lane("tokenize", 2, 256 * SMALL_BYTES)
         self._large = Lane("tokenize-large", 1, LARGE_AT_ONCE * max_bytes)
 
     async def run(self, work: Callable[[], T], num_bytes: int) -> T:
-        """Return what work gives, which takes as long as a text of so many bytes needs. Raises Overloaded."""
+        """Run `work` and return its result; `num_bytes` of text decide the lane. Raise Overloaded."""
         lane = self._small if num_bytes <= SMALL_BYTES else self._large
         return await lane.run(work, num_bytes)
 
     def close(self) -> None:
+        """Close both lanes."""
         self._small.close()
         self._large.close()

@@ -1,4 +1,4 @@
-"""Log lines that nobody forges, that fail no request and that do not fill a disk."""
+"""Log lines that cannot be forged, that never fail a request, and that do not fill a disk."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ import time
 from typing import Any
 
 SAME_S = 60.0
-"""What is told often, such as that there is no more room, is told once in so many seconds."""
+"""A repeated warning, such as one that there is no more room, is logged once in this many seconds."""
 OFTEN = ("asyncio", "uvicorn.error", "megalite.serve")
-# Of what breaks a line or steers a terminal: C0, DEL, C1, the line and paragraph separators; and halves of surrogate
-# pairs, which have no bytes.
+# Characters that break a line or control a terminal: C0, DEL, C1, the line and paragraph separators; and halves of
+# surrogate pairs, which cannot be encoded.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 def escaped(text: str) -> str:
+    """Return `text` with control characters escaped."""
     return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 class OneLine(logging.Formatter):
-    """Writes a message as one line, whatever is in it. Lines of a traceback are indented, so that none looks like a
+    """Formats a message as one line, whatever it holds. Lines of a traceback are indented, so that none looks like a
     message."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
@@ -34,7 +35,8 @@ class OneLine(logging.Formatter):
 
 
 class Seldom(logging.Filter):
-    """Lets a warning through once a minute, with how often it came meanwhile. What tells of a request passes."""
+    """Passes a repeated warning once a minute, with the number of repetitions. Messages below warning level, which
+    report requests, always pass."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +46,7 @@ class Seldom(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         if record.levelno < logging.WARNING:
             return True
-        # The text before its values, of which there are few.
+        # The message before its arguments are filled in: there are only few different ones.
         key = (record.name, str(record.msg)[:80])
         with self._lock:
             last, held = self._seen.get(key, (-SAME_S, 0))
@@ -59,7 +61,7 @@ class Seldom(logging.Filter):
 
 
 class AsJson:
-    """A value as JSON, when a line of it is written: all of it can be written, also what is no JSON."""
+    """Formats a value as JSON when its log line is written. Any value can be logged, even what is no JSON."""
 
     def __init__(self, value: Any):
         self.value = value
@@ -72,7 +74,7 @@ class AsJson:
 
 
 def set_up() -> None:
-    """Write all logs of the process to stderr."""
+    """Send all logs of the process to stderr."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(OneLine("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])

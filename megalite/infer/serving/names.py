@@ -1,4 +1,4 @@
-"""Whether a request was meant for this server, as far as a browser's headers say."""
+"""Decide by a browser's headers whether a request was meant for this server."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^\s:/@\[\]]+)(:[0-9]{1,5})?", re.IGNORECA
 
 
 def is_own_name(host: str, bound: str, local: str) -> bool:
-    """Whether a Host header names the server by a name that nobody else can give to this machine.
+    """Return whether the Host header `host` names the server by a name that nobody else can point to this machine.
 
-    A page can have its own name lead to 127.0.0.1 ("DNS rebinding"), and is then of the server's origin; an address
-    cannot be led elsewhere. `bound`: what was asked to be listened on; `local`: the connection's own address."""
+    A foreign page can point its own name to 127.0.0.1 (DNS rebinding), and then has the server's origin; an IP address
+    cannot be redirected. `bound` is what the server was asked to listen on, `local` the connection's own address."""
     found = _HOST.fullmatch(host)
     if not found:
         return False
@@ -28,6 +28,6 @@ def is_own_name(host: str, bound: str, local: str) -> bool:
 
 
 def is_own_page(origin: str, host: str) -> bool:
-    """Whether an Origin header is that of a page that the server of this Host header has sent."""
+    """Return whether the header `origin` belongs to a page that this server (of the header `host`) has sent."""
     scheme, _, place = origin.partition("://")
     return scheme in ("http", "https") and place.lower() == host.lower()

@@ -1,5 +1,5 @@
-"""Bodies of requests, as OpenAI's API has them, and of its answers. What would change an answer and is not supported is
-refused by name, never passed over."""
+"""Request and response bodies of OpenAI's API. A field that would change an answer and is not supported is refused by
+name, never ignored."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ REASONS = {"stop": "stop", "length": "length"}
 
 
 def _whole(text: str) -> str:
+    """Return `text`. Raise ValueError for half of a surrogate pair, which JSON can spell."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -39,12 +40,12 @@ def _whole(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_whole)]
-"""JSON can name what no tokenizer takes."""
+"""JSON can spell texts that no tokenizer accepts."""
 Nothing = Annotated[list[Any], Field(max_length=0)] | None
 
 
 def _one_of(what: str) -> WrapValidator:
-    """For several types, of which pydantic would tell each by a name of its own."""
+    """Return a validator that describes a union as `what`; pydantic would report each of its types separately."""
 
     def check(value: Any, handler: Callable[[Any], Any]) -> Any:
         try:
@@ -55,7 +56,7 @@ def _one_of(what: str) -> WrapValidator:
     return WrapValidator(check)
 
 
-# The first mistake is told, so that a list of a million mistakes takes no longer than one.
+# Fail at the first mistake, so that a list of a million mistakes takes no longer than one.
 Texts = Annotated[list[Text], Field(fail_fast=True)]
 Tokens = Annotated[list[int], Field(fail_fast=True)]
 Prompt = Annotated[
@@ -65,7 +66,9 @@ Prompt = Annotated[
 
 
 class Body(BaseModel):
-    # Strict: what is no number in JSON is none here, such as true or "5".
+    """Base of all bodies: unknown fields are refused, and null is the same as leaving a field out."""
+
+    # Strict: only a JSON number is a number, not true or "5".
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
 
     @model_validator(mode="before")
@@ -77,12 +80,14 @@ class Body(BaseModel):
 
 
 class StreamOptions(Body):
+    """Holds the options of a streamed response."""
+
     include_usage: bool = False
     include_obfuscation: bool = False
 
 
 class Asked(Body):
-    """What both kinds of completions share."""
+    """Holds the fields that completions and chat completions share."""
 
     model: Text = ""
     n: int = Field(1, ge=1, le=MOST_CHOICES)
@@ -95,14 +100,14 @@ class Asked(Body):
     top_k: int | None = Field(None, ge=-1)
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0, le=100)
-    # What changes nothing about an answer is taken and left alone.
+    # Accepted and ignored, since these do not change an answer.
     user: Text | None = None
     metadata: dict[Text, Text] | None = None
     store: bool | None = None
     service_tier: Text | None = None
     safety_identifier: Text | None = None
     prompt_cache_key: Text | None = None
-    # What would change it has its usual value, or is refused.
+    # These would change it: only the value that means nothing is accepted.
     presence_penalty: float | None = Field(None, ge=0, le=0)
     frequency_penalty: float | None = Field(None, ge=0, le=0)
     logit_bias: dict[str, float] | None = Field(None, max_length=0)
@@ -124,7 +129,9 @@ class Asked(Body):
     def requests(
         self, prompt: Sequence[int], max_tokens: int, sampling: Sampling, num_logprobs: int | None
     ) -> list[Request]:
-        """One for each of `n` choices. Without a seed they are different every time."""
+        """Return one Request for each of `n` choices, of at most `max_tokens` tokens behind `prompt` (ids).
+        `sampling` holds the defaults, `num_logprobs` the number of logprobs per token. Without a seed, choices
+        differ every time."""
         names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
         asked = {name: value for name in names if (value := getattr(self, name)) is not None}
         if self.top_k == -1:  # as vLLM has it
@@ -136,17 +143,20 @@ class Asked(Body):
 
 
 def wrap(seed: int) -> int:
-    """As an int64 counts on."""
+    """Return `seed` wrapped to an int64, as overflow would."""
     return (seed + 2**63) % 2**64 - 2**63
 
 
 def _no_echo(value: bool) -> bool:
+    """Refuse echo: true."""
     if value:
         raise ValueError("is not supported: leave it out, or give false")
     return value
 
 
 class CompletionBody(Asked):
+    """Holds the body of /v1/completions."""
+
     prompt: Prompt
     max_tokens: int = Field(16, ge=1)
     logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
@@ -162,12 +172,15 @@ class CompletionBody(Asked):
 
     @property
     def prompts(self) -> list[str | list[int]]:
+        """Return the prompts as a list, each a text or token ids."""
         if isinstance(self.prompt, str) or not self.prompt or isinstance(self.prompt[0], int):
             return [self.prompt]  # type: ignore[list-item]
         return list(self.prompt)
 
 
 class TextPart(Body):
+    """Holds a content part of type text, the only type supported."""
+
     type: Literal["text"]
     text: Text
 
@@ -178,15 +191,18 @@ Content = Annotated[
 
 
 class Message(Body):
+    """Holds one message of a chat."""
+
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content | None = None
     name: Text | None = None
-    # An answer may be sent back as other servers give it.
+    # Fields of answers by other servers, which clients send back.
     annotations: Nothing = None
     tool_calls: Nothing = None
 
     @property
     def text(self) -> str:
+        """Return the content as one text."""
         parts = self.content or ""
         return parts if isinstance(parts, str) else "".join(part.text for part in parts)
 
@@ -195,6 +211,8 @@ Messages = Annotated[list[Message], Field(fail_fast=True)]
 
 
 class ChatBody(Asked):
+    """Holds the body of /v1/chat/completions."""
+
     messages: Messages = Field(min_length=1)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
@@ -206,27 +224,30 @@ class ChatBody(Asked):
 
 
 class Reply:
-    """Bodies of one response."""
+    """Builds the bodies of one response."""
 
     def __init__(self, kind: Literal["cmpl", "chatcmpl"], model: str, name_of: Callable[[int], str]):
-        """`name_of` gives the text of a token."""
+        """Start a response of `kind` by the model named `model`. `name_of` gives the text of a token."""
         self.chat, self.name_of = kind == "chatcmpl", name_of
         self.head = {"id": f"{kind}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
         self._offsets: Counter[int] = Counter()
-        """Characters of the tokens that each choice has told."""
+        """Characters of the tokens reported so far, by choice."""
 
     def whole(self, choices: list[dict[str, Any]], usage: dict[str, int]) -> dict[str, Any]:
+        """Return the body of a response that is not streamed."""
         kind = "chat.completion" if self.chat else "text_completion"
         return {**self.head, "object": kind, "choices": choices, "usage": usage}
 
     def piece(self, choices: list[dict[str, Any]], usage: dict[str, int] | None = None) -> dict[str, Any]:
+        """Return one event of a streamed response."""
         kind = "chat.completion.chunk" if self.chat else "text_completion"
         return {**self.head, "object": kind, "choices": choices, **({"usage": usage} if usage else {})}
 
     def choice(
         self, index: int, text: str, tokens: Sequence[Choice], finish: str | None, streamed: bool
     ) -> dict[str, Any]:
-        """Of an answer, or of what is new of it."""
+        """Return the entry of choice `index`: a whole answer, or what is new of it if `streamed`. `text` and `tokens`
+        are what it adds, `finish` why it ended."""
         reason = REASONS.get(finish) if finish else None
         logprobs = self._logprobs(index, tokens) if tokens else None
         if not self.chat:
@@ -238,10 +259,11 @@ class Reply:
         return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
 
     def opening(self, index: int) -> dict[str, Any]:
-        """The first piece of a chat's answer says who speaks."""
+        """Return the first piece of a chat's answer, which names the role."""
         return {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
 
     def _logprobs(self, index: int, tokens: Sequence[Choice]) -> dict[str, Any]:
+        """Return the logprobs in the form of chats or of completions."""
         if self.chat:
             return {"content": [self._chosen(token) for token in tokens]}
         names, offsets = [self.name_of(t.token) for t in tokens], []
@@ -256,27 +278,31 @@ class Reply:
         }
 
     def _named(self, choice: Choice) -> dict[str, float]:
-        """The likeliest, and the one that was chosen. Of those that have one name, such as parts of characters, the
-        likelier."""
+        """Return the logprobs of the likeliest tokens and the chosen one, by text. If several tokens have one text,
+        such as parts of characters, the likelier counts."""
         named: dict[str, float] = {}
         for token, logprob in (*choice.likeliest, (choice.token, choice.logprob)):
             named.setdefault(self.name_of(token), logprob)
         return named
 
     def _chosen(self, choice: Choice) -> dict[str, Any]:
+        """Return a token's entry in a chat's logprobs."""
         likeliest = [self._entry(token, logprob) for token, logprob in choice.likeliest]
         return self._entry(choice.token, choice.logprob) | {"top_logprobs": likeliest}
 
     def _entry(self, token: int, logprob: float) -> dict[str, Any]:
+        """Return a token with its logprob and bytes."""
         name = self.name_of(token)
-        # A part of a character has no name to tell its bytes from.
+        # The text of an incomplete character does not tell its bytes.
         return {"token": name, "logprob": logprob, "bytes": None if "\ufffd" in name else list(name.encode())}
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
+    """Return the body's token counts."""
     total = prompt_tokens + completion_tokens
     return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": total}
 
 
 def error(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """Return an error's body: `message`, its `kind`, the faulty field `param`, and a `code`."""
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}

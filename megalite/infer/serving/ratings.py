@@ -1,8 +1,8 @@
-"""What people think of answers, kept as finetuning reads it.
+"""Ratings of answers by users, stored in the form that finetuning reads.
 
-A folder of JSON lines: `completion.jsonl` has answers to be learned, rated well or corrected, behind what they answer,
-a text or messages: of a conversation only the answer that was rated is learned. `preference.jsonl` has pairs of a
-correction with what it corrects; `rejected.jsonl` answers rated badly, of which alone nothing can be learned."""
+A folder of JSON lines. `completion.jsonl` has answers to learn, rated well or corrected, with their prompt (a text, or
+messages, of which only the rated answer is learned). `preference.jsonl` has pairs of a correction and the answer it
+corrects. `rejected.jsonl` has answers rated badly, from which alone nothing can be learned."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ LONGEST = 1_000_000
 
 
 class RatingBody(Body):
+    """Holds the body of /v1/ratings. Raises ValueError for fields that contradict each other."""
+
     messages: Messages | None = Field(None, min_length=1, description="what was answered")
     prompt: Text | None = Field(
         None, min_length=1, max_length=LONGEST, description="of a model that goes on from a text, the text"
@@ -52,22 +54,24 @@ class RatingBody(Body):
 
     @property
     def asked(self) -> str | list[dict[str, str]]:
+        """Return what was answered: the prompt, or the messages."""
         if self.messages is None:
             return self.prompt or ""
         return [{"role": message.role, "content": message.text} for message in self.messages]
 
     @property
     def good(self) -> str | None:
-        """What is to be learned."""
+        """Return the answer to learn: the correction, or the answer if it was rated well; None otherwise."""
         return self.correction or (self.answer if self.rating == "up" else None)
 
     @property
     def kind(self) -> str:
+        """Return "up", "down" or "corrected"."""
         return "corrected" if self.correction is not None else self.rating
 
 
 class Ratings:
-    """In a folder that several servers may write to."""
+    """Stores ratings in a folder that several servers may write to. Raises ConfigError if it cannot be created."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -77,7 +81,7 @@ class Ratings:
             raise ConfigError(f"ratings cannot be kept in {folder}: {error.strerror}") from None
 
     def add(self, rating: RatingBody, model: str) -> None:
-        """On the disk when it returns. Raises OSError."""
+        """Store a rating of an answer by `model`, durably when it returns. Raise OSError."""
         asked, answer, good = rating.asked, rating.answer, rating.good
         facts = {"rating": rating.kind, "model": model, "time": int(time.time())}
         if good is None:
@@ -88,7 +92,7 @@ class Ratings:
             self._append("preference.jsonl", {"prompt": asked, "chosen": good, "rejected": answer} | facts)
 
     def _append(self, name: str, row: dict[str, Any]) -> None:
-        """A whole line or none, also behind one that a crash cut off."""
+        """Append a whole line or nothing, also behind a line that a crash cut off. Raise OSError."""
         data = orjson.dumps(row) + b"\n"
         file = os.open(self.folder / name, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         try:
@@ -107,7 +111,8 @@ class Ratings:
 
 
 def _lock(file: int) -> bool:
-    """Until it is closed. Some file systems of clusters have no locks: what fits is appended whole there, too."""
+    """Lock the file until it is closed, and return whether that worked. Some cluster file systems have no locks: there,
+    too, what fits is appended in one write."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX)
     except OSError:

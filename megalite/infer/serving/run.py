@@ -1,4 +1,4 @@
-"""`megalite serve`: from a checkpoint to a server, and its end."""
+"""`megalite serve`: from a checkpoint to a running server, and its shutdown."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ from megalite.infer.serving.engine import Engine
 
 LOG = logging.getLogger("megalite.serve")
 LAST_S = 2.0
-"""After the answers were cut off: for responses to reach their clients."""
+"""Time after answers were cut off, for responses to reach their clients."""
 BACKLOG = 2048
-"""Connections that the system makes before the server takes them on."""
+"""Connections that the system establishes before the server accepts them."""
 TICKS_PER_S = 10
-"""Of uvicorn's own loop."""
+"""Ticks of uvicorn's own loop per second."""
 
 
 class Server(uvicorn.Server):
-    """On SIGTERM and SIGINT it takes on nothing more, and gives answers under way `grace_s` to end; a second SIGINT
-    ends it at once."""
+    """Runs uvicorn with a graceful shutdown: on SIGTERM and SIGINT it accepts nothing more, and gives answers in
+    progress `grace_s` seconds to end. A second SIGINT ends it at once."""
 
     def __init__(self, config: uvicorn.Config, engine: Engine, grace_s: float):
         super().__init__(config)
@@ -50,9 +50,11 @@ class Server(uvicorn.Server):
         asyncio.get_running_loop().set_exception_handler(tell_of_failed_accept)
         await super().startup(sockets)
         for listening in sockets or []:
-            listening.listen(BACKLOG)  # which asyncio takes for what it accepts at once, too
+            # Set again: asyncio has one number for this and for how many it accepts at once.
+            listening.listen(BACKLOG)
 
     async def on_tick(self, counter: int) -> bool:
+        """Close connections that are late, once a second."""
         if counter % TICKS_PER_S == 0:
             now = time.monotonic()
             for connection in list(self.server_state.connections):
@@ -61,13 +63,15 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        # In a thread: this one may hold the lock that it takes.
+        """Begin the shutdown."""
+        # In a thread: `close` takes a lock that the interrupted thread may hold.
         threading.Thread(target=self._engine.close, args=(self._grace_s,), name="closing").start()
         super().handle_exit(sig, frame)
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """The address, before the model is read, which takes long; nobody can connect yet. Raises ConfigError."""
+    """Bind `host` and `port` and return the socket, before the model is read, which takes long; nobody can connect yet.
+    Raise ConfigError."""
     address = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     address.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -80,11 +84,12 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def serve(generator: Generator, settings: Settings, address: socket.socket, grace_s: float) -> None:
-    """On the address of `bind`, until a signal ends it."""
+    """Serve `generator` on the socket `address` of `bind` until a signal ends it; answers in progress then get
+    `grace_s` seconds."""
     logs.set_up()
     warm_up(generator)
     server = make_server(make_app(generator, settings), grace_s)
-    # As uvicorn does itself later on; and it raises the signal again when all is done, where it must not kill.
+    # uvicorn installs the same handler later; but after shutdown it raises the signal again, which must not kill then.
     signal.signal(signal.SIGTERM, server.handle_exit)
     protected = f"{len(settings.keys)} API keys" if settings.keys else "open to all: no API key is set"
     host, port = address.getsockname()[:2]
@@ -94,9 +99,10 @@ def serve(generator: Generator, settings: Settings, address: socket.socket, grac
 
 
 def make_server(app: Any, grace_s: float) -> Server:
+    """Return the server of `app` with its limits."""
     config = uvicorn.Config(
         app, http=Connection, ws="none", loop="asyncio", log_config=None, access_log=False, server_header=False,
-        # Else uvicorn believes what a client on this machine says of its address.
+        # Otherwise uvicorn trusts what a client on this machine states as its address.
         proxy_headers=False, backlog=ACCEPTED_AT_ONCE,
         timeout_graceful_shutdown=round(grace_s + LAST_S), timeout_keep_alive=IDLE_S,
     )  # fmt: skip
@@ -104,6 +110,6 @@ def make_server(app: Any, grace_s: float) -> Server:
 
 
 def warm_up(generator: Generator) -> None:
-    """Take the memory of all slots' longest sequences now, rather than fail for want of it later."""
+    """Allocate the memory of all slots' longest sequences now, rather than fail for lack of it later."""
     model = generator.model
     model.predict(*lay_out([Row(0, model.capacity - 1, [0], model.capacity)], model.device))
