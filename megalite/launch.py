@@ -88,6 +88,7 @@ PContext.close = _close  # type: ignore[assignment, method-assign]
 
 def _start(ranks: PContext) -> None:
     """Replace `PContext.start`: start the ranks, then take over the signals again."""
+    # torchrun installs signal handlers here that make its agent end the ranks: ours must come after.
     _torchruns_start(ranks)
     for number in SIGNALS:
         signal.signal(number, _pass_on)

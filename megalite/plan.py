@@ -181,6 +181,7 @@ def make_plan(config: Config, weights: Sequence[Sized], world_size: int) -> Plan
         [weight for stage in stages[rank::pipeline] for weight in stage.weights(weights)] for rank in range(pipeline)
     ]
     per_rank = [(sum(local[w.name] for w in rows), sum(local[w.name] for w in rows if not w.frozen)) for rows in held]
+    # The fullest rank decides whether a layout fits.
     params_per_rank, trained_per_rank = max(per_rank)
     return Plan(
         world_size=world_size,

@@ -83,6 +83,7 @@ def shard_bytes(files: Mapping[str, int], shard: Shard) -> tuple[int, int]:
 
 
 def _iter_blocks(files: Mapping[str, int], json_key: str, shard: Shard) -> Iterator[Block]:
+    """Yield the blocks as `iter_blocks` says."""
     (low, high), offset = shard_bytes(files, shard), 0
     others: dict[str, int] = {}  # neighbours that are not JSON lines share blocks: they may be many and small
     for path, size in files.items():

@@ -255,6 +255,7 @@ def _read_all(files: Mapping[str, int], reading: Reading, report: Report) -> Ite
                 yield Document(text, num_bytes, path, line, metadata, mended)
             else:
                 report.num_empty += 1
+        # Readers report only rough progress within a file: set the exact total at its end.
         report.bytes_read = before + size
 
 

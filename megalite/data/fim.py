@@ -54,6 +54,8 @@ class FillInTheMiddle(NamedTuple):
             random = np.random.Generator(np.random.Philox(key_of(self.seed, "fim", index)))
             borders = [0, *(np.flatnonzero(np.diff(of_row[:count])) + 1).tolist(), count]
             for start, stop in itertools.pairwise(borders):
+                # Four numbers per document in any case, so that the decisions do not depend on those for earlier
+                # documents.
                 is_turned, is_spm, *cuts = random.random(4).tolist()
                 if row[stop - 1] == self.end:
                     stop -= 1

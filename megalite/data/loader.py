@@ -156,6 +156,7 @@ class Loader:
         found = self.mixture.consumed(count)
         for span in self.skipped:
             before, until = (self.mixture.consumed(min(end, count)) for end in span)
+            # Skipped samples were never handed out: subtract what their spans hold of each source.
             found = {name: found[name] - until[name] + before[name] for name in found}
         return found
 

@@ -107,6 +107,7 @@ class Mixture:
             labels[mask[:, 1:] == 0] = IGNORE
         if (filled <= self.seq_length).any():
             labels[np.arange(1, self.seq_length + 1) >= filled[:, None]] = IGNORE
+        # A document's last token then does not predict the first of the next, unrelated one.
         if not view.border_loss:
             assert documents is not None
             labels[documents[:, 1:] != documents[:, :-1]] = IGNORE
@@ -344,6 +345,7 @@ def _phases(
         phases += [(phase.after_step * batch, [phase.weights.get(n, 0.0) for n in names]) for phase in data.phases]
     sizes = [source.num_samples if data.weights == "epochs" else 1 for source in sources]
     return [
+        # A temperature above 1 brings the shares of large and small sources closer together.
         Phase(begin, [(w * size) ** (1 / data.temperature) for w, size in zip(of_phase, sizes, strict=True)])
         for begin, of_phase in phases
     ]

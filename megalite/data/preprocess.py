@@ -298,6 +298,7 @@ def _pack(
     if packing.begin is None and packing.end is None:
         tokens = flat.astype(packing.dtype)
     else:
+        # Room for both tokens at every document, cut to size below: one pass without reallocation.
         tokens = np.empty(len(flat) + 2 * len(lengths), packing.dtype)
         borders = [-1 if token is None else token for token in (packing.begin, packing.end)]
         lengths = join_documents(flat, lengths, *borders, tokens)

@@ -126,6 +126,7 @@ class TextStream:
         if found:
             self.said, self._held, self._stopped = self.said + text[: min(found)], "", True
             return
+        # What may be the beginning of a stop string is held back until later text decides.
         keep = max((_overlap(text, stop) for stop in self._stop), default=0)
         self.said += text[: len(text) - keep]
         self._held = text[len(text) - keep :]

@@ -127,6 +127,7 @@ class Batch:
         that have a new token or an end."""
         self._admit()
         advanced = self._advance(self._prompts())
+        # One uncached token: the prompt is done, and the token chosen last is the next input.
         ready = {slot: sequence for slot, sequence in self._running.items() if sequence.fresh == 1}
         if ready:
             # Take all slots between the lowest and the highest: the cache is then a slice, read without a copy. Idle

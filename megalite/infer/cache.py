@@ -92,6 +92,7 @@ def lay_out(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, CachedPl
     slot_B, start_B, count_B, length_B = numbers.T
     step_T = torch.arange(width)
     real_BT = step_T < count_B[:, None]
+    # Padding gets position 0 here and cell 0 below, so that it is written where nothing reads.
     position_BT = torch.where(real_BT, start_B[:, None] + step_T, 0)
     tokens_BT = torch.tensor([[*row.tokens, *[0] * (width - len(row.tokens))] for row in rows])
     first = rows[0].slot

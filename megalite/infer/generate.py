@@ -279,6 +279,7 @@ class Generator:
                 likeliest_T, whole_T = logits_TV.argmax(-1), logits_TV.logsumexp(-1)
                 for number in alike[given]:
                     wanted_T = torch.tensor(rows[number][1:], device=logits_TV.device)
+                    # Equals log_softmax at the wanted tokens, without a second tensor of [T,V].
                     logprobs_T = logits_TV.gather(1, wanted_T[:, None])[:, 0] - whole_T
                     scores[number] = Score(logprobs_T, likeliest_T == wanted_T)
                 wholes.append(whole_T)

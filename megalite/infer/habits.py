@@ -104,6 +104,7 @@ def read_habits(folder: Path, tokenizer: Tokenizer) -> Habits:
     except (TypeError, ValueError, OverflowError) as error:
         raise ConfigError(f"{file}: {reading} = {shown(values.get(reading, ends))}: {error}") from None
     sampled = {name: given[name] for name in SAMPLED if name in given}
+    # transformers decodes greedily then, whatever temperature the file has.
     if given.get("do_sample") is False:
         sampled["temperature"] = 0.0
     try:

@@ -387,6 +387,7 @@ async def _unless_gone(request: Request, work: Any) -> Any:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
+    # Whichever ends first: an answer that nobody waits for must not keep its slot.
     tasks = [asyncio.ensure_future(work), asyncio.ensure_future(gone())]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

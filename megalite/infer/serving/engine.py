@@ -114,6 +114,7 @@ class Engine:
         with self._changed:
             if self._ends_at is not None:
                 raise Overloaded("the server is about to end")
+            # A request that finds a free slot does not wait: it does not count against the queue.
             free = self.generator.model.num_slots - self._batch.num_running
             if self._num_waiting + len(tickets) > self.max_waiting + free:
                 raise Overloaded(f"{self.max_waiting} requests wait already: try again later")
@@ -141,6 +142,7 @@ class Engine:
         """Compute step after step until the engine is closed. A step that fails ends only the answers in progress."""
         while self._take_in():
             self._expire()
+            # For `trouble`, which other threads call while this one is inside the step.
             self._step_began = time.monotonic()
             try:
                 answers = self._batch.step()

@@ -98,8 +98,10 @@ class Ratings:
         try:
             locked = _lock(file)
             size = os.fstat(file).st_size
+            # A line that a crash cut off must not swallow this one.
             if size and os.pread(file, 1, size - 1) != b"\n":
                 data = b"\n" + data
+            # One write to a file opened with O_APPEND, so that lines of several servers do not mix.
             written = os.write(file, data)
             if written != len(data):
                 if locked:
