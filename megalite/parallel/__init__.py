@@ -1,1 +1,1 @@
-"""What is done to a clean model so that several ranks run it as one. `apply.py` is the place to start."""
+"""Everything that is done to a clean model so that several ranks run it as one. Start with `apply.py`."""

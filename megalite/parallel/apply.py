@@ -1,4 +1,4 @@
-"""What is done to a clean model, in the order in which it is done."""
+"""Everything that is done to a clean model, in the order in which it is done."""
 
 from __future__ import annotations
 
@@ -29,10 +29,12 @@ def apply_parallelism(
     train: TrainConfig,
     later: PutOff | None = None,
 ) -> None:
-    """Turn a clean model on the meta device into this rank's part of one stage of it, in place. `weights` is the whole
-    table; `later` puts weight gradients off."""
+    """Turn a clean model on the meta device into this rank's part of one pipeline stage, in place.
+
+    `weights` is the whole table, `span` the layers of the stage. `later` defers weight-gradient GEMMs (zero-bubble
+    schedules); `train` says what is recomputed, compiled and chunked."""
     cut(model, span, tied=any(weight.place == "both" for weight in weights))
-    # A compiler sees nothing of what linear modules do beside computing: inside of layers they stay plain.
+    # torch.compile cannot see what parallel linear modules do besides computing, so those inside layers stay plain.
     parents = [model] if train.compile else list(model.modules())
     apply_rules(parents, make_layout(model, weights, plan, mesh, later))
     if train.loss_chunk and span.last:
@@ -43,26 +45,32 @@ def apply_parallelism(
 
 
 def compile_layers(model: Decoder) -> None:
+    """Compile the forward pass of every layer, in place, for fixed shapes."""
     library.tell_compiler()
     for layer in model.layers.values():
         for module in layer.modules():
             if isinstance(module, Dropout):
-                # Of products that wrap around int64 a compiler makes constants that do not fit.
+                # The compiler turns products that wrap around int64 into constants that do not fit.
                 module.drop = torch.compiler.disable(module.drop)  # type: ignore[method-assign]
         layer.forward = torch.compile(layer.forward, dynamic=False)
 
 
 def apply_chunked_loss(model: Decoder, weights: Sequence[Weight], axis: Axis, sequence: bool, rows: int) -> None:
+    """Replace head and loss by a `ChunkedHead` that never holds the logits of more than `rows` tokens, in place.
+
+    `weights` is the whole table, which tells the size of the vocabulary; `axis` is the tensor axis, and `sequence`
+    says whether sequence parallelism is on."""
     assert isinstance(model.head.weight, nn.Parameter)
     head = ChunkedHead(model.head.weight, axis, sequence, vocab_size_of(weights), rows)
-    model.head, model.loss = head, nn.Identity()  # which is not asked
+    model.head, model.loss = head, nn.Identity()  # the head computes the loss itself; nn.Identity is never called
     model.losses = lambda x_BTD, labels_BT: head(model.norm(x_BTD), labels_BT)  # type: ignore[method-assign]
 
 
 def apply_recompute(model: Decoder, train: TrainConfig) -> None:
-    """Keep less for the backward pass, and compute it again there (Chen et al. 2016). `selective` (Korthikanti et al.
-    2022) takes what is large and cheap: the element-wise part of an MLP (its `shrink`), and attention where it writes
-    its probabilities out; SDPA never does."""
+    """Recompute activations in the backward pass instead of keeping them (Chen et al. 2016).
+
+    `selective` (Korthikanti et al. 2022) recomputes what is large and cheap: the element-wise part of an MLP (its
+    `shrink`), and attention where it materialises its probabilities, which SDPA never does."""
     for layer in list(model.layers.values())[: train.recompute_layers]:
         if train.recompute == "full":
             _recompute(layer, "forward")
@@ -75,6 +83,7 @@ def apply_recompute(model: Decoder, train: TrainConfig) -> None:
 
 
 def _recompute(module: nn.Module, method: str) -> None:
-    # Dropout takes its masks from keys, so that there is no generator to be put back.
+    """Run a method of a module under activation checkpointing."""
+    # Dropout masks follow from keys, so there is no random state to restore.
     again = partial(checkpoint, getattr(module, method), use_reentrant=False, preserve_rng_state=False)
     setattr(module, method, again)

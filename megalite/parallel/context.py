@@ -31,7 +31,7 @@ aten = torch.ops.aten
 
 
 def zigzag(length: int, axis: Axis) -> Tensor:
-    """Which tokens of a sequence of `length` this rank takes: [T] int64, ascending.
+    """Return the tokens of a sequence of `length` that this rank takes: [T] int64, ascending.
 
     Raises ValueError where the sequence cannot be cut into 2 · `axis.size` equal chunks."""
     if length % (2 * axis.size):
@@ -40,21 +40,23 @@ def zigzag(length: int, axis: Axis) -> Tensor:
 
 
 def _zigzag_of(rank: int, length: int, ranks: int) -> Tensor:
+    """Return the tokens that `rank` of `ranks` takes of a sequence of `length`."""
     chunks = torch.arange(length).view(2 * ranks, -1)
     return torch.cat((chunks[rank], chunks[2 * ranks - 1 - rank]))
 
 
 class RingAttention(nn.Module):
-    """`models.layers.CausalAttention` where each rank of the axis holds the tokens that `zigzag` gives it: who attends
-    to whom follows from that, and `places.index_T` is not asked. It drops nothing and caps no scores: the plan refuses
-    both."""
+    """Replace `models.layers.CausalAttention` where each rank of the axis holds the tokens that `zigzag` gives it. Who
+    attends to whom follows from that; `places.index_T` is not read. Dropout and soft caps are not supported, and the
+    plan refuses both."""
 
     def __init__(self, axis: Axis, kind: AttentionKind = PLAIN):
         super().__init__()
         self.axis, self.kind = axis, kind
 
     def forward(self, qkv_BTNK: Tensor, num_heads: int, num_kv_heads: int, places: Places) -> Tensor:
-        """→ [B,T,H·K]"""
+        """Attend with the tokens of this rank to those of all ranks: [B,T,N,K] → [B,T,H·K]. `num_heads` and
+        `num_kv_heads` say how N splits into queries, keys and values."""
         kind = self.kind.within(qkv_BTNK.shape[1] * self.axis.size)
         return _RingAttention.apply(qkv_BTNK, num_heads, num_kv_heads, places.document_BT, self.axis, kind)
 
@@ -88,13 +90,19 @@ class _RingAttention(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         qkv_BTNK, out_BTHK, lse, document_BT = ctx.saved_tensors
         q, kv_2BTGK = _queries_and_message(qkv_BTNK, *ctx.heads)
-        grad_BTHK = grad.contiguous().view_as(out_BTHK)  # GPU kernels want a last stride of 1; of a sum it is 0
+        # GPU kernels need a last stride of 1; the gradient of a sum comes expanded, with stride 0
+        grad_BTHK = grad.contiguous().view_as(out_BTHK)
         out, grad = (x.transpose(1, 2) for x in (out_BTHK, grad_BTHK))
+        # Summed in fp32 (fp64 for fp64): each gets a term from every rank's block.
         dq_BHTK = torch.zeros_like(q, dtype=lse.dtype)
         dkv_2BTGK = torch.zeros_like(kv_2BTGK, dtype=lse.dtype)
+        # dK and dV follow their keys and values around the ring, one shift a block. After as many shifts as there are
+        # ranks they are back at the rank that owns them, with every rank's share added.
         travelling: Result | None = None
         for block in _blocks(kv_2BTGK, document_BT, ctx.kind.window, ctx.axis):
             rows = block.rows
+            # `out` and `lse` are those of the attention to all keys, so the block's probabilities come out normalised
+            # over all blocks, and gradients of blocks simply add up.
             dq, dk, dv = attend_backward(
                 grad[:, :, rows],
                 q[:, :, rows],
@@ -107,8 +115,11 @@ class _RingAttention(Function):
                 ctx.kind.scale,
             )
             dq_BHTK[:, :, rows] += dq
+            # Wait for the gradients of this block only here: they travelled while attend_backward computed.
             if travelling is not None:
                 dkv_2BTGK = travelling()
+            # Add in place only once they have arrived, and send them on only after this: the shift reads this very
+            # buffer.
             for whole_BTGK, part in zip(dkv_2BTGK, (dk, dv), strict=True):
                 whole_BTGK[:, block.keys] += part.transpose(1, 2)
             travelling = start_shift(dkv_2BTGK, ctx.axis)
@@ -118,31 +129,34 @@ class _RingAttention(Function):
 
 
 def _queries_and_message(qkv_BTNK: Tensor, num_heads: int, num_kv_heads: int) -> tuple[Tensor, Tensor]:
-    """Queries [B,H,T,K], and keys and values [2,B,T,G,K] as one message."""
+    """Split the fused projection into queries [B,H,T,K], and keys and values [2,B,T,G,K] as one message."""
     q_BTHK, k_BTGK, v_BTGK = qkv_BTNK.split((num_heads, num_kv_heads, num_kv_heads), dim=2)
     return q_BTHK.transpose(1, 2), torch.stack((k_BTGK, v_BTGK))
 
 
 class _Block(NamedTuple):
-    """Which of a rank's queries meet which of the keys that have come by."""
+    """Which of a rank's queries meet which keys of the block at hand."""
 
     step: int
     rows: slice
     keys: slice
     causal: bool
     mask: Tensor | None
-    """[B or 1,1,rows,keys] bool: where query and key are of one document and in one window."""
+    """[B or 1,1,rows,keys] bool, true where query and key are in one document and one window."""
     k: Tensor
     v: Tensor
 
 
 def _blocks(kv_2BTGK: Tensor, document_BT: Tensor | None, window: int | None, axis: Axis) -> Iterator[_Block]:
-    """The blocks of all ranks, the own first. The next one travels while the caller works on the one given."""
+    """Yield the blocks of keys and values of all ranks, this rank's own first. The next block travels while the caller
+    works on the one it was given."""
     half = kv_2BTGK.shape[2] // 2
     at_hand = [kv_2BTGK] if document_BT is None else [kv_2BTGK, document_BT.contiguous()]
     for step in range(axis.size):
         arriving = [start_shift(x, axis) for x in at_hand] if step + 1 < axis.size else []
         source = (axis.rank - step) % axis.size
+        # Zigzag: of a higher rank's keys only our second half of the queries sees any, and it sees all; of a lower
+        # rank's keys all our queries see the first half and none the second. Only our own block needs a causal mask.
         rows = slice(half if source > axis.rank else 0, None)
         keys = slice(0, half if source < axis.rank else None)
         mask = None
@@ -157,15 +171,15 @@ def _blocks(kv_2BTGK: Tensor, document_BT: Tensor | None, window: int | None, ax
 
 
 def _distances(kv_2BTGK: Tensor, axis: Axis, source: int) -> Tensor:
-    """How far back in the sequence another rank's keys lie from this rank's queries: [T,T]"""
+    """Return how far back in the sequence rank `source`'s keys lie from this rank's queries: [T,T]."""
     length = kv_2BTGK.shape[2] * axis.size
     with kv_2BTGK.device:
         return zigzag(length, axis)[:, None] - _zigzag_of(source, length, axis.size)
 
 
 def _merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> None:
-    """Take in, in place, the attention of the same queries to more keys. Each result weighs as much as the sum of
-    exponentials behind it; a difference of logarithms, which `lse` being finite makes safe, gives the share."""
+    """Merge in place the attention of the same queries to `more` keys. Each result weighs as much as the sum of
+    exponentials behind it; a difference of logarithms gives the share, and is safe because `lse` is finite."""
     out.lerp_(more.to(out.dtype), torch.sigmoid(more_lse - lse)[..., None])
     lse.copy_(torch.logaddexp(lse, more_lse))
 
@@ -173,10 +187,10 @@ def _merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> None:
 def attend(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Attention of q [B,H,T,K] to k and v [B,G,S,K], where the bool mask [B or 1,1,T,S] is true: the output [B,H,T,K]
-    and the log-sum-exp [B,H,T] (fp32, or fp64 of fp64). A query with nothing to attend to gets 0 and -inf.
+    """Attend from q [B,H,T,K] to k and v [B,G,S,K] where the bool `mask` [B or 1,1,T,S] is true. Returns the output
+    [B,H,T,K] and the log-sum-exp [B,H,T] (fp32, or fp64 for fp64). A query with nothing to attend to gets 0 and -inf.
 
-    `causal`, where T = S, leaves out the keys after a query. Scores are multiplied by `scale`; None: 1/√K."""
+    `causal`, where T = S, leaves out the keys after a query. Scores are multiplied by `scale`; None means 1/√K."""
     bias = None if mask is None else _bias(mask, q)
     if q.device.type == "cpu":
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
@@ -187,8 +201,8 @@ def attend(
     else:
         k, v = (_for_every_head(x, q) for x in (k, v))
         out, lse = aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, is_causal=causal, scale=scale)[:2]
-        lse = lse[:, :, : q.shape[2]]  # it comes padded to a multiple of 32
-    if mask is not None:  # what kernels give for empty rows differs, and none of it can be merged
+        lse = lse[:, :, : q.shape[2]]  # the kernel pads it to a multiple of 32
+    if mask is not None:  # kernels differ in what they return for empty rows, and none of it can be merged
         empty = ~mask.any(-1)
         out.masked_fill_(empty[..., None], 0.0)
         lse.masked_fill_(empty, -torch.inf)
@@ -206,20 +220,22 @@ def attend_backward(
     mask: Tensor | None,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What these keys and values add to the gradients of q, k and v. `out` and `lse` are those of the attention to ALL
-    keys: a probability is exp(score - lse), and what normalises its gradient is the sum of out · grad (Dao 2023)."""
+    """Return what these keys and values add to the gradients of q, k and v, from `grad`, that of the output. `out` and
+    `lse` are those of the attention to ALL keys: a probability is exp(score - lse), and what normalises its gradient
+    is the sum of out · grad (Dao 2023). `causal`, `mask` and `scale` are as in `attend`."""
     bias = None if mask is None else _bias(mask, q)
     if q.device.type == "cpu":
         return aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad, q, k, v, out, lse, 0.0, causal, attn_mask=bias, scale=scale
         )
-    lse = lse.contiguous()  # of the second half of the queries it is not, and these kernels do not ask
-    seed = offset = torch.zeros(2, dtype=torch.int64, device=q.device)  # of a dropout that there is not
+    lse = lse.contiguous()  # a slice of the queries is not contiguous, and these kernels do not check
+    # the kernels ask for a dropout state; there is no dropout
+    seed = offset = torch.zeros(2, dtype=torch.int64, device=q.device)
     if _flash_on_cuda(q, mask):
         return aten._scaled_dot_product_flash_attention_backward(
             grad, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, causal, seed, offset, scale=scale
         )
-    lse = nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=torch.inf)  # as the forward kernel leaves it
+    lse = nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=torch.inf)  # padded as the forward kernel leaves it
     many_k, many_v = (_for_every_head(x, q) for x in (k, v))
     wanted = [True, True, True, False]
     dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(
@@ -230,17 +246,18 @@ def attend_backward(
 
 
 def _flash_on_cuda(q: Tensor, mask: Tensor | None) -> bool:
-    """Whether the flash kernel can do it: it knows neither masks nor fp32, which the "efficient" one does."""
+    """Return whether the flash kernel can be used: it takes neither masks nor fp32, which the "efficient" one does."""
     return mask is None and q.dtype in (torch.bfloat16, torch.float16)
 
 
 def _for_every_head(x_BGSK: Tensor, q: Tensor) -> Tensor:
-    """[B,H,S,K], for the one kernel that has no grouped queries."""
+    """Repeat keys or values for every query head, [B,H,S,K]: the "efficient" kernel has no grouped queries."""
     return x_BGSK.repeat_interleave(q.shape[1] // x_BGSK.shape[1], dim=1)
 
 
 def _bias(mask: Tensor, q: Tensor) -> Tensor:
-    """What is added to the scores: [B,H,T,S], all heads one memory, rows 16 numbers apart as the CUDA kernel wants."""
+    """Return the mask as a bias to add to the scores: [B,H,T,S], all heads sharing one memory, rows a multiple of 16
+    numbers apart as the CUDA kernel requires."""
     num_keys = mask.shape[-1]
     padded = q.new_zeros(*mask.shape[:-1], num_keys + -num_keys % 16)
     bias = padded[..., :num_keys].masked_fill_(~mask, -torch.inf)

@@ -1,9 +1,8 @@
-"""Pipelines (Narayanan et al. 2021; zero bubble: Qi et al. 2023). The order of passes is torch's; here are the stages
-it runs, and the plain forward pass for validation and generation.
+"""Pipeline parallelism (Narayanan et al. 2021; zero bubble: Qi et al. 2023). torch decides the order of passes; here
+are the stages it runs, and the plain forward pass for validation and generation.
 
 torch's schedules cut tensors into micro-batches. Ours are ready-made, on every rank, so what travels through the
-schedule beside the hidden states is only their number.
-"""
+schedule beside the hidden states is only their number."""
 
 from __future__ import annotations
 
@@ -32,12 +31,12 @@ from megalite.plan import Plan
 from megalite.runtime.activity import NOW
 
 LossOf = Callable[[Tensor, Inputs], Tensor]
-"""Takes the losses [B,T] of a micro-batch to the one number to descend."""
+"""Maps the losses [B,T] of a micro-batch to the scalar to minimise."""
 SCHEDULES: dict[str, Any] = {"interleaved": ScheduleInterleaved1F1B, "zero_bubble": ScheduleInterleavedZeroBubble}
 
 
 class Pipeline:
-    """This rank's stages of the model, and what passes between them and those of other ranks."""
+    """Run this rank's stages of the model, and exchange hidden states and gradients with other ranks' stages."""
 
     def __init__(
         self,
@@ -47,7 +46,10 @@ class Pipeline:
         hidden: Tensor,
         deferred: Sequence[PutOff | None],
     ):
-        """`hidden` is a meta tensor like the hidden states of a training micro-batch; `deferred` goes with `stages`."""
+        """Build the schedule of `plan`.
+
+        `hidden` is a meta tensor shaped like the hidden states of a training micro-batch; `deferred` has the
+        weight-gradient store of each of `stages`, or None."""
         self.stages, self.mesh, self.hidden = stages, mesh, hidden
         self._sequence_cut = plan.tensor if plan.sequence else 1
         self._batch: Sequence[Inputs] = ()
@@ -65,8 +67,9 @@ class Pipeline:
             self._schedule = SCHEDULES[plan.schedule](parts, **arguments)
 
     def _part(self, stage: Stage, plan: Plan, later: PutOff | None) -> _Part:
+        """Wrap a stage as torch's schedule wants it; `later` is its weight-gradient store, if it defers any."""
         number, loss = torch.zeros(1, dtype=torch.int64), torch.zeros((), device="meta")
-        # Given as examples, so that no stage has to run once to find out what it passes on.
+        # Example inputs and outputs save torch from running every stage once to learn their shapes.
         hidden = self.hidden.detach().requires_grad_()
         part = _Part(
             _Numbered(stage, self),
@@ -82,8 +85,8 @@ class Pipeline:
         return part
 
     def forward_backward(self, batch: Sequence[Inputs], loss_of: LossOf, engine: Engine) -> None:
-        """Run the schedule over a step's micro-batches. The last stage asks `loss_of` once for what each of them is to
-        descend."""
+        """Run the schedule over a step's micro-batches, and leave their gradients in `engine`. The last stage calls
+        `loss_of` once for each micro-batch."""
         self._batch, self._loss_of = batch, loss_of
         numbers = torch.arange(len(batch))
         engine.begin(len(batch))
@@ -94,6 +97,7 @@ class Pipeline:
         engine.finish()
 
     def _run(self, stage: Stage, x: Tensor, number: int) -> Tensor:
+        """Run one stage on micro-batch `number`; the last stage returns the loss to minimise."""
         out = stage(None if stage.span.first else x, self._batch[number])
         if not stage.span.last:
             return out
@@ -102,8 +106,8 @@ class Pipeline:
 
     @torch.no_grad()
     def forward(self, batch: Sequence[Inputs]) -> list[Tensor]:
-        """What the last stage gives for each micro-batch; nothing on other ranks. Each stage takes all micro-batches
-        before the next one does."""
+        """Return the last stage's output for each micro-batch, and an empty list on other ranks. Each stage takes all
+        micro-batches before the next one does."""
         outputs: list[Tensor] = []
         sent: list[tuple[Tensor, dist.Work]] = []  # a message is kept until it has arrived
         for stage in self.stages:
@@ -127,18 +131,21 @@ class Pipeline:
 
     @property
     def _both_ways(self) -> bool:
-        """Two ranks of several stages send to each other. NCCL would keep both directions in one order, and each rank
-        could wait for the other: they take turns."""
+        """Return whether two ranks of several stages send to each other. NCCL would keep both directions in one order,
+        and each rank could wait for the other: they take turns."""
         return len(self.stages) > 1 and self.mesh.pipeline.size == 2
 
     def _send(self, stage: Stage, out: Tensor) -> tuple[Tensor, dist.Work]:
+        """Start sending a stage's output to the next stage; return it with the work, as it must be kept until it has
+        arrived."""
         to = (stage.span.index + 1) % self.mesh.pipeline.size
         work = dist.isend(out, group=self.mesh.pipeline.group, group_dst=to)
         assert work is not None
         return out, work
 
     def _receive(self, stage: Stage, inputs: Inputs) -> Tensor:
-        rows, length = inputs.tokens_BT.shape  # generation's differ from training's
+        """Receive the hidden states of a micro-batch from the stage before."""
+        rows, length = inputs.tokens_BT.shape  # generation's shapes differ from training's
         shape = (rows, length // self._sequence_cut, self.hidden.shape[-1])
         x = torch.empty(shape, dtype=self.hidden.dtype, device=self.mesh.device)
         came_from = (stage.span.index - 1) % self.mesh.pipeline.size
@@ -148,11 +155,13 @@ class Pipeline:
 
 
 def _await_neighbours() -> None:
+    """Note for the hang report that this rank waits for a pipeline message."""
     NOW.wait("message", "pipeline")
 
 
 class _Numbered(nn.Module):
-    """A stage as torch calls it: with what the stage before has given (the first: with the number), and the number."""
+    """Run a stage as torch calls it: with what the stage before returned (the first stage: with the number) and the
+    number of the micro-batch."""
 
     def __init__(self, stage: Stage, pipeline: Pipeline):
         super().__init__()
@@ -164,14 +173,16 @@ class _Numbered(nn.Module):
 
 
 class _Part(PipelineStage):
-    """torch allocates what it receives for every micro-batch of a step at once, and keeps it. Here a message has memory
+    """Bound what torch's pipeline stage holds.
+
+    torch allocates what it receives for every micro-batch of a step at once, and keeps it. Here a message has memory
     from when it is asked for until its backward pass is done, so that what a stage holds is bounded by the
-    micro-batches its schedule has under way. And what is sent is let go when it has arrived, where torch's schedules of
-    several stages hold it until the step ends."""
+    micro-batches its schedule has under way. And what is sent is let go when it has arrived, where torch's schedules
+    of several stages hold it until the step ends."""
 
     hidden: Tensor
     sends_itself: bool
-    """Not under 1F1B, which joins each message with the one that comes back, and waits for both."""
+    """False under 1F1B, which joins each message with the one that comes back, and waits for both."""
 
     def __init__(self, *arguments: Any, **options: Any):
         super().__init__(*arguments, **options)
@@ -184,7 +195,7 @@ class _Part(PipelineStage):
         return self._send(super().get_bwd_send_ops(bwd_chunk_id))
 
     def _send(self, messages: list[dist.P2POp]) -> list[dist.P2POp]:
-        """What is left for the schedule to send."""
+        """Send the messages here, and return those that are left for the schedule to send."""
         if not self.sends_itself:
             return messages
         for message in messages:
@@ -195,8 +206,8 @@ class _Part(PipelineStage):
         return []
 
     def await_sent(self, but: int) -> None:
-        """Until at most so many are on their way. It is safe to wait: schedules are laid out so that every message is
-        asked for before anything that is sent later."""
+        """Wait until at most `but` messages are on their way. It is safe to wait: schedules are laid out so that every
+        message is asked for before anything that is sent later."""
         while len(self._sent) > but:
             self._sent.popleft().wait()
 
@@ -239,12 +250,14 @@ class _Part(PipelineStage):
 
     @contextmanager
     def _passing(self, kind: str, number: int) -> Iterator[None]:
+        """Name a pass in the trace and to the hang report."""
         NOW.do(f"{kind} of stage {self.stage_index}", number)
         with record_function(f"stage {self.stage_index} {kind} {number}"):
             yield
-        _await_neighbours()  # what else a schedule does between two passes
+        _await_neighbours()  # between two passes a schedule only waits for messages
 
     def _release(self, number: int) -> None:
+        """Free what was received for micro-batch `number`."""
         nothing = torch.empty(0, dtype=self.hidden.dtype, device=self.device)
         if not self.is_first:
             self.args_recv_info[number][0].buffer = nothing

@@ -1,4 +1,4 @@
-"""What tensor, sequence and context parallelism make of a module, by its type.
+"""Rules that replace a module by its tensor-, sequence- or context-parallel counterpart, by its type.
 
 A model is written for one device. `apply_rules` walks over its modules and asks the rule of each one's type (or of the
 nearest base class that has one) for a counterpart on this rank, which takes its place. A module without a rule stays,
@@ -6,8 +6,7 @@ and every parameter that is cut becomes this rank's part of it. So a module of a
 must communicate, or must know which part it holds:
 
     @rule(MyRouter)
-    def _(router: MyRouter, layout: Layout) -> nn.Module | None: ...
-"""
+    def _(router: MyRouter, layout: Layout) -> nn.Module | None: ..."""
 
 from __future__ import annotations
 
@@ -41,7 +40,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Layout:
-    """What a rule may ask about this rank and about the weights of the module at hand."""
+    """Everything a rule may ask about this rank and about the weights of the module at hand."""
 
     tensor: Axis
     context: Axis
@@ -49,15 +48,16 @@ class Layout:
     """Sequence parallelism is on: between blocks, activations are cut along the sequence over the tensor ranks."""
     vocab_size: int
     rows: Mapping[Tensor, Weight]
-    """By the parameter of the whole model."""
+    """Row of the weight table, by the parameter of the whole model."""
     locals: Mapping[Tensor, nn.Parameter]
     """This rank's part, by the parameter of the whole model."""
     gives_products: bool
-    """The engine takes the products that are gradients of linear modules' weights."""
+    """Whether the engine takes the weight-gradient GEMMs of linear modules."""
     later: PutOff | None
-    """Puts these products off; see `PutOff`."""
+    """Store that defers these GEMMs; see `PutOff`."""
 
     def local(self, parameter: Tensor | None) -> nn.Parameter | None:
+        """Return this rank's part of `parameter`, a parameter of the whole model; None for None."""
         return None if parameter is None else self.locals[parameter]
 
     def take_locals(self, module: nn.Module) -> None:
@@ -67,7 +67,7 @@ class Layout:
 
 
 Rule = Callable[[Any, Layout], nn.Module | None]
-"""(module, layout) → what takes its place; None where it stays, perhaps changed."""
+"""(module, layout) → the module that takes its place, or None where it stays, perhaps changed."""
 
 _rules: dict[type[nn.Module], Rule] = {}
 
@@ -85,9 +85,9 @@ def rule(kind: type[Module]) -> Callable[[Callable[[Module, Layout], nn.Module |
 
 
 def apply_rules(parents: Sequence[nn.Module], layout: Layout) -> None:
-    """Exchange each child of `parents`, a model and modules in it, for its counterpart, and all their parameters for
-    this rank's part of them. Tied weights stay tied."""
-    for parent in reversed(parents):  # what is inside of a module goes first
+    """Replace each child of `parents`, a model and modules in it, by its counterpart, and all parameters by this
+    rank's part of them. Tied weights stay tied."""
+    for parent in reversed(parents):  # children before their parents
         for name, child in list(parent.named_children()):
             found = _counterpart(child, layout)
             if found is not None:
@@ -98,6 +98,7 @@ def apply_rules(parents: Sequence[nn.Module], layout: Layout) -> None:
 
 
 def _counterpart(module: nn.Module, layout: Layout) -> nn.Module | None:
+    """Return what takes the place of `module` by the rule of its nearest type; None where it stays."""
     for kind in type(module).__mro__:
         if kind in _rules:
             return _rules[kind](module, layout)
@@ -111,7 +112,8 @@ def make_layout(
     mesh: Mesh,
     later: PutOff | None,
 ) -> Layout:
-    """Describe a model with whole weights, of which this rank is to have its part. `weights` is the whole table."""
+    """Describe a model with whole weights, of which this rank is to have its part under `plan` and `mesh`. `weights`
+    is the whole table; `later` defers weight-gradient GEMMs."""
     tensor = mesh.tensor
     table = {weight.name: weight for weight in weights}
     rows: dict[Tensor, Weight] = {}
@@ -133,7 +135,7 @@ def make_layout(
 
 
 def vocab_size_of(weights: Iterable[Weight]) -> int:
-    """Return the rows of the head; where it is tied, of the embedding."""
+    """Return the number of rows of the head or, where it is tied, of the embedding."""
     return [weight.shape[0] for weight in weights if weight.shard == "vocab"][-1]
 
 
@@ -188,7 +190,7 @@ def _(dropout: Dropout, layout: Layout) -> None:
 
 @rule(AdapterDropout)
 def _(dropout: AdapterDropout, layout: Layout) -> None:
-    """Its linear module says what of its input is cut."""
+    """Leave it to the rule of its linear module, which knows how its input is cut."""
 
 
 @rule(CausalAttention)

@@ -1,4 +1,4 @@
-"""The part of a model between two hand-overs of a pipeline; without a pipeline, all of it."""
+"""A pipeline stage: the part of a model between two hand-overs; without a pipeline, all of it."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ MESSAGES_UNDER_WAY = 2
 
 @dataclass(frozen=True)
 class Pairs:
-    """Pairs of answers in each row, documents 2p and 2p + 1: P of them at most."""
+    """Preference pairs in each row, of documents 2p and 2p + 1: P of them at most."""
 
     real_BP: Tensor
-    """Whether there is one."""
+    """Whether the pair exists, bool."""
     reference_BP2: Tensor
-    """Log-probabilities to compare with, fp32."""
+    """The reference model's log-probabilities, fp32."""
     share: float
-    """Of each pair that counts on this rank: context ranks share pairs, and each knows all of them."""
+    """Share of each pair that counts on this rank: context ranks share pairs, and each knows all of them."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,13 @@ class Inputs:
     labels_BT: Tensor | None = None
     """Without them, the last stage gives logits instead of losses."""
     last_B: Tensor | None = None
-    """The one token of each row whose logits are asked for; None: of all."""
+    """The one token of each row whose logits are asked for; None: logits of all tokens."""
     pairs: Pairs | None = None
 
     @property
     def count_B(self) -> Tensor:
-        """What the sum of each row's losses is divided by: its labels, or pairs. Summed over the replicas, that of the
-        whole row."""
+        """Return the number that each row's sum of losses is divided by: its labels, or its pairs. Summed over the
+        replicas, it is that of the whole row."""
         if self.pairs is not None:
             return self.pairs.real_BP.sum(1) * self.pairs.share
         assert self.labels_BT is not None
@@ -50,15 +50,15 @@ class Inputs:
 
 
 class Stage(nn.Module):
-    """Embeds where it is first, runs its layers, and gives the loss of every token where it is last."""
+    """Embed the tokens in the first stage, run the stage's layers, and compute the loss of every token in the last."""
 
     def __init__(self, model: Decoder, span: StageSpan):
         super().__init__()
         self.model, self.span = model, span
 
     def forward(self, x_BTD: Tensor | None, inputs: Inputs) -> Tensor:
-        """`x` is what the stage before has given, None for the first. → [B,T,D] for the stage behind; from the last,
-        losses [B,T] fp32 (0 where there is no label) or logits [B,T or 1,V]."""
+        """Run the stage on `x` [B,T,D] of the stage before, None for the first. Returns [B,T,D] for the next stage;
+        the last returns losses [B,T] fp32 (0 where there is no label) or logits [B,T or 1,V]."""
         model = self.model
         if self.span.first:
             x_BTD = model.embed(inputs.tokens_BT, inputs.places)
@@ -72,7 +72,8 @@ class Stage(nn.Module):
 
 
 def cut(model: Decoder, span: StageSpan, tied: bool) -> None:
-    """Leave of a model only what a stage needs, in place. The names of what is left do not change."""
+    """Remove from a model all that the stage of `span` does not need, in place. What is left keeps its names. `tied`
+    says that the head shares the embedding's weight."""
     for number in list(model.layers):
         if not span.start <= int(number) < span.stop:
             del model.layers[number]
@@ -85,7 +86,7 @@ def cut(model: Decoder, span: StageSpan, tied: bool) -> None:
 
 
 def positions_of(document_BT: Tensor) -> Tensor:
-    """Place of each token in its own document: [B,T] int64, from numbers of documents that ascend along T."""
+    """Return each token's position in its own document: [B,T] int64, from numbers of documents that ascend along T."""
     index = torch.arange(document_BT.shape[1], device=document_BT.device).expand_as(document_BT)
     begins = torch.ones_like(document_BT, dtype=torch.bool)
     begins[:, 1:] = document_BT[:, 1:] != document_BT[:, :-1]
@@ -93,6 +94,7 @@ def positions_of(document_BT: Tensor) -> Tensor:
 
 
 def lengths_of(document_BT: Tensor) -> Tensor:
-    """Tokens of each token's own document: [B,T,1], from numbers of documents that ascend along T from 0."""
+    """Return the length of each token's own document: [B,T,1], from numbers of documents that ascend along T from
+    0."""
     counts = torch.zeros_like(document_BT).scatter_add_(1, document_BT, torch.ones_like(document_BT))
     return counts.gather(1, document_BT)[..., None]

@@ -40,9 +40,11 @@ SEQUENCE = 1
 
 
 class _Leave(Function):
+    """All-reduce in the forward pass, identity in the backward pass."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.mark_dirty(x)  # always the fresh output of a product or look-up, which nothing else needs
+        ctx.mark_dirty(x)  # x is always the fresh output of a product or look-up, which nothing else needs
         return all_reduce(x, axis)
 
     @staticmethod
@@ -51,6 +53,8 @@ class _Leave(Function):
 
 
 class _ScatterSequence(Function):
+    """Reduce-scatter along the sequence in the forward pass, all-gather in the backward pass."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
         ctx.axis = axis
@@ -62,7 +66,7 @@ class _ScatterSequence(Function):
 
 
 class _Enter(Function):
-    """The way in by itself."""
+    """Enter a tensor-parallel region apart from the linear layer that usually does it (see `_Linear`)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis, sequence: bool) -> Tensor:
@@ -81,33 +85,36 @@ def enter(x: Tensor, axis: Axis, sequence: bool) -> Tensor:
 
 
 def leave(x: Tensor, axis: Axis, sequence: bool) -> Tensor:
-    """Out of a tensor-parallel region: every rank holds a part of the sum."""
+    """Sum partial outputs `x` over the tensor ranks (Megatron's reduce-from-region; reduce-scatter under sequence
+    parallelism, where each rank keeps [B, T/n, D]). Without `sequence`, the sum overwrites `x`."""
     if axis.size == 1:
         return x
     return (_ScatterSequence if sequence else _Leave).apply(x, axis)
 
 
 Deliver = Callable[[Tensor, Tensor, Tensor, bool], None]
-"""Takes (parameter, grad [T,N], x [T,K], last): adds gradᵀ x to the parameter's gradient; `last` for the last, most
-often only, such product of a micro-batch."""
+"""Callback for a weight-gradient GEMM: takes (parameter, grad [T,N], x [T,K], last) and adds gradᵀ x to the
+parameter's gradient. `last` is true for the last, most often only, GEMM of the weight in a micro-batch."""
 
 
 class PutOff:
-    """Weight-gradient products that a zero-bubble schedule (Qi et al. 2023) puts off until a pipeline would idle.
+    """Store weight-gradient GEMMs that a zero-bubble schedule (Qi et al. 2023) defers until a pipeline would idle.
 
-    `put` is called in a backward pass; `take`, after it, gives the function that computes what was put since."""
+    `put` is called in a backward pass; `take`, after it, returns the function that computes what was put since."""
 
     def __init__(self) -> None:
         self._waiting: list[Callable[[], None]] = []
 
     def put(self, product: Callable[[], None]) -> None:
+        """Defer `product`, which computes and delivers one weight-gradient GEMM."""
         self._waiting.append(product)
 
     def take(self) -> Callable[[], None]:
+        """Return a function that computes every GEMM stored so far, in order; the store is empty from here on."""
         waiting, self._waiting = self._waiting, []
 
         def run() -> None:
-            while waiting:  # what a product has kept is free as soon as it is computed
+            while waiting:  # what a GEMM has kept is freed as soon as it is computed
                 with torch.no_grad():
                     waiting.pop(0)()
 
@@ -115,10 +122,12 @@ class PutOff:
 
 
 class _Linear(Function):
-    """The way in and the product after it in one, for three reasons: under sequence parallelism only this rank's slice
-    of the input is kept, and gathered again in the backward pass; the gradient of the input travels while that of the
-    weight is computed; and that product goes straight to the engine, which sums it in fp32. Of a frozen weight there is
-    no such product, and the input is not kept for it."""
+    """Compute a linear layer together with the collective on its way in.
+
+    They are one autograd function for three reasons. Under sequence parallelism only this rank's slice of the input is
+    kept, and gathered again in the backward pass. The gradient of the input travels while that of the weight is
+    computed. And the weight-gradient GEMM goes straight to the engine, which sums it in fp32. A frozen weight has no
+    such GEMM, and the input is not kept for it."""
 
     @staticmethod
     def forward(
@@ -136,17 +145,23 @@ class _Linear(Function):
         ctx.axis, ctx.sequence, ctx.of_bias = axis, sequence, bias is not None and of_bias
         ctx.deliver, ctx.later, ctx.parameter = deliver, later, weight
         out = F.linear(all_gather(x, axis, SEQUENCE) if sequence else x, weight, bias)
-        # With a bias it comes as a view, in which autograd would let nobody turn positions in place.
+        # With a bias, F.linear returns a view, on which autograd forbids in-place operations such as the rotation of
+        # RoPE.
         return out if bias is None else torch.ops.aten._unsafe_view(out, out.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
+        # The gradient of the input is communicated in every branch below; they differ in who computes that of the
+        # weight, and when.
         grad_rows = grad.flatten(0, -2)
         grad_bias = grad_rows.sum(0) if ctx.of_bias else None
+        # A frozen weight, as under LoRA: there is no weight-gradient GEMM to hide the communication behind.
         if x is None:
             grad_x = None if weight is None else _start_input_gradient(ctx, grad @ weight)()
             return grad_x, None, grad_bias, None, None, None, None
+        # Zero bubble: the previous stage waits for grad_x alone, so the weight-gradient GEMM is put off. Until then it
+        # holds grad_rows and this rank's slice of x; the whole x is gathered again only when the GEMM runs.
         if ctx.later:
             axis, sequence, deliver, parameter = ctx.axis, ctx.sequence, ctx.deliver, ctx.parameter
             ctx.later.put(
@@ -156,30 +171,42 @@ class _Linear(Function):
             )
             grad_x = None if weight is None else _start_input_gradient(ctx, grad @ weight)()
             return grad_x, None, grad_bias, None, None, None, None
+        # Two collectives, each behind a GEMM: x is gathered while grad @ weight is computed, and the reduction of
+        # grad_x runs while the weight-gradient GEMM is.
         whole_x = start_gather_along(x, ctx.axis, SEQUENCE) if ctx.sequence else None
         input_gradient = None if weight is None else _start_input_gradient(ctx, grad @ weight)
         rows = (whole_x() if whole_x else x).flatten(0, -2)
         if ctx.deliver:
+            # The engine adds the GEMM to its fp32 buffer and returns None, so that autograd makes no .grad in the
+            # weight's dtype.
             grad_weight = ctx.deliver(ctx.parameter, grad_rows, rows, True)
         else:
             grad_weight = grad_rows.t() @ rows
+        # input_gradient() waits for the reduction: not before this line, or nothing would have run beside it.
         return input_gradient and input_gradient(), grad_weight, grad_bias, None, None, None, None
 
 
 def _start_input_gradient(ctx: Any, grad_x: Tensor) -> Result:
+    """Start summing the input's gradient `grad_x` over the tensor ranks; under sequence parallelism each rank keeps
+    its slice. The backward pass of the way in."""
     if ctx.sequence:
         return start_scatter_along(grad_x, ctx.axis, SEQUENCE)
     return start_reduce_whole(grad_x, ctx.axis)
 
 
 class _Parallel(nn.Module):
+    """Keep what every tensor-parallel module knows: its axis, and whether sequence parallelism is on."""
+
     def __init__(self, axis: Axis, sequence: bool):
         super().__init__()
         self.axis, self.sequence = axis, sequence
 
 
 class ParallelLinear(_Parallel):
-    """An engine that takes products of weight gradients sets `deliver`; without one autograd gets the gradient."""
+    """Hold this rank's part of a linear layer's weight.
+
+    An engine that takes weight-gradient GEMMs sets `deliver`; without it, autograd computes the weight's gradient.
+    `later` defers the GEMMs for a zero-bubble schedule."""
 
     def __init__(
         self,
@@ -195,20 +222,20 @@ class ParallelLinear(_Parallel):
         self.updates: Updates | None = None
 
     def adapt(self, linear: LoraLinear, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Take over the adapters of a linear module; `parameters` are this rank's of them."""
+        """Take over the LoRA adapters of `linear`; `parameters` holds this rank's part of their weights, by name."""
         self.updates, self.dropout = linear.updates, linear.dropout
         for name, parameter in parameters.items():
             self.register_parameter(name, parameter)
 
 
 class ColumnParallelLinear(ParallelLinear):
-    """Holds some of the output rows; gives those output features of the whole sequence."""
+    """Hold some of the output rows (column-parallel); return those output features of the whole sequence."""
 
     def forward(self, x: Tensor) -> Tensor:
         out = _Linear.apply(x, self.weight, self.bias, self.axis, self.sequence, self.deliver, self.later)
         if self.updates is None:
             return out
-        # The few features in between are what travels, not the many of `x`.
+        # The low-rank features are communicated, which are few, and not those of `x`.
         return self.updates.add(self, x, out, self.axis.size, self._enter)
 
     def adapt(self, linear: LoraLinear, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -221,8 +248,8 @@ class ColumnParallelLinear(ParallelLinear):
 
 
 class RowParallelLinear(ParallelLinear):
-    """Holds some of the input columns; the products are summed over ranks, then the whole bias is added once. So is
-    what adapters add to them."""
+    """Hold some of the input columns (row-parallel). The partial outputs are summed over the tensor ranks, with what
+    adapters add to them; then the whole bias is added once."""
 
     def forward(self, x: Tensor) -> Tensor:
         alone = self.axis.size == 1
@@ -239,8 +266,8 @@ class RowParallelLinear(ParallelLinear):
 
 
 class ReplicatedLinear(ParallelLinear):
-    """Holds the whole weight, and is given whole features: of its part of the sequence, or of all of it. Nothing is
-    communicated; the row of its weight says whether the gradient is summed over the tensor ranks (a router of
+    """Hold the whole weight and take whole features, of this rank's slice of the sequence or of all of it. Nothing is
+    communicated; the row of the weight says whether its gradient is summed over the tensor ranks (a router of
     experts)."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -248,13 +275,14 @@ class ReplicatedLinear(ParallelLinear):
 
 
 class VocabParallelEmbedding(_Parallel):
-    """Holds some of the vocabulary; tokens of other ranks contribute zero."""
+    """Hold some rows of the vocabulary; tokens of other ranks contribute zero to the sum over the tensor ranks."""
 
     def __init__(self, weight: nn.Parameter, axis: Axis, sequence: bool):
         super().__init__(axis, sequence)
         self.weight = weight
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Look up tokens [B,T]. Returns [B,T,D], or [B,T/n,D] under sequence parallelism."""
         row = tokens - self.axis.rank * self.weight.shape[0]
         elsewhere = (row < 0) | (row >= self.weight.shape[0])
         found = F.embedding(row.masked_fill(elsewhere, 0), self.weight)
@@ -262,7 +290,7 @@ class VocabParallelEmbedding(_Parallel):
 
 
 class SequenceCutEmbedding(_Parallel):
-    """A replicated position embedding that looks up only the positions of this rank's slice of the sequence."""
+    """Replicated position embedding that looks up only the positions of this rank's slice of the sequence."""
 
     def __init__(self, weight: nn.Parameter, axis: Axis):
         super().__init__(axis, sequence=True)
@@ -273,7 +301,8 @@ class SequenceCutEmbedding(_Parallel):
 
 
 class _SumOverRanks(Function):
-    """What each rank adds to a sum that all of them go on to use, each for its own features."""
+    """Sum over ranks, all of which use the result for features of their own: so its gradient is summed over ranks,
+    too."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
@@ -286,8 +315,8 @@ class _SumOverRanks(Function):
 
 
 class FeatureCutRMSNorm(nn.Module):
-    """RMSNorm over features of which each rank holds some, and their weight: one number a token travels (OLMo 2's norms
-    over all heads of a token)."""
+    """Apply RMSNorm over features, and a weight, that are cut over the tensor ranks (OLMo 2 normalises all heads of a
+    token together). One number per token is communicated."""
 
     def __init__(self, weight: nn.Parameter, eps: float, axis: Axis):
         super().__init__()
@@ -301,8 +330,8 @@ class FeatureCutRMSNorm(nn.Module):
 
 
 class VocabParallelCrossEntropy(nn.Module):
-    """Loss of every token from logits of which each rank holds some columns: three numbers a token travel, no
-    logits. The backward pass overwrites the logits."""
+    """Compute every token's loss from logits of which each rank holds some columns. Three numbers per token are
+    communicated, no logits. The backward pass overwrites the logits."""
 
     def __init__(self, axis: Axis, vocab_size: int):
         super().__init__()
@@ -314,14 +343,14 @@ class VocabParallelCrossEntropy(nn.Module):
 
 
 class ChunkedHead(ParallelLinear):
-    """The head, and with labels the loss behind it, for which it never holds the logits of more than `rows` tokens."""
+    """The output head and, with labels, the loss behind it: it never holds the logits of more than `rows` tokens."""
 
     def __init__(self, weight: nn.Parameter, axis: Axis, sequence: bool, vocab_size: int, rows: int):
         super().__init__(weight, None, axis, sequence)
         self.vocab_size, self.rows = vocab_size, rows
 
     def forward(self, x: Tensor, labels_BT: Tensor | None = None) -> Tensor:
-        """Logits [B,T,V/n], or losses [B,T]."""
+        """Return logits [B,T,V/n], or with labels the losses [B,T]."""
         if labels_BT is None:
             return _Linear.apply(x, self.weight, None, self.axis, self.sequence, self.deliver, None)
         columns = _columns(self.weight.shape[0], self.axis, self.vocab_size)
@@ -331,6 +360,8 @@ class ChunkedHead(ParallelLinear):
         return linear_cross_entropy(x, self.weight, labels_BT, self.rows, *columns, combine, deliver)
 
     def _in_chunks(self, whole: Deliver, num_tokens: int) -> Callable[[Tensor, Tensor], None]:
+        """Turn the engine's callback `whole` into one for chunks, which marks the GEMM of the last of `num_tokens`
+        tokens."""
         left = num_tokens
 
         def deliver(grad: Tensor, x: Tensor) -> None:
@@ -342,12 +373,14 @@ class ChunkedHead(ParallelLinear):
 
 
 def _columns(held: int, axis: Axis, vocab_size: int) -> tuple[int, int]:
-    """(first, number that are not padding) of the columns of a vocabulary that a rank holds."""
+    """Return (first column, number that are not padding) of the `held` columns of the vocabulary on this rank."""
     first = axis.rank * held
     return first, min(max(vocab_size - first, 0), held)
 
 
 def _combine(lse: Tensor, target: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
+    # Shifted by the largest, no exponential overflows.
+    """Combine each rank's log-sum-exp and target logit into those over the whole vocabulary."""
     largest = all_reduce(lse.clone(), axis, dist.ReduceOp.MAX)
     # One message for both sums.
     total, target = all_reduce(torch.stack(((lse - largest).exp(), target)), axis).unbind()
