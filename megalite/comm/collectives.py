@@ -24,18 +24,19 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 Wait = Callable[[], object]
-"""Call it before touching the result."""
+"""Waits for a collective; call it before touching the result."""
 
 Result = Callable[[], Tensor]
-"""Waits, and gives the result."""
+"""Waits for a collective and returns its result."""
 
 
 def _done() -> None:
-    """The wait of a collective over one rank."""
+    """Wait for a collective over one rank: nothing to do."""
 
 
 def noted(kind: str, axis: Axis, wait: Wait) -> Wait:
-    """The wait of a collective that has just begun, leaving notes of it."""
+    """Return the wait of a collective that has just begun, which also notes for the hang report that this rank
+    waits."""
     number = NOW.count(axis.name)
 
     def noted_wait() -> None:
@@ -47,11 +48,12 @@ def noted(kind: str, axis: Axis, wait: Wait) -> Wait:
 
 
 def _on_gloo(x: Tensor) -> bool:
+    """Return whether gloo moves this tensor, as it does on the CPU."""
     return x.device.type == "cpu"
 
 
 def all_reduce(x: Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
-    """In place; `x` is contiguous."""
+    """Reduce `x`, which is contiguous, over the axis in place."""
     if axis.size > 1:
         NOW.enter("all_reduce", axis.name)
         dist.all_reduce(x, op, axis.group)
@@ -60,13 +62,13 @@ def all_reduce(x: Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.ReduceO
 
 
 def all_agree(yes: bool, mesh: Mesh) -> bool:
-    """Whether every rank says yes. What one rank alone has found must be told to all before they part ways."""
+    """Return whether every rank says yes. What one rank alone has found must be known to all before they part ways."""
     no = torch.tensor(int(not yes), device=mesh.device)
     return not all_reduce(no, mesh.world, dist.ReduceOp.MAX)
 
 
 def start_highest(number: int, mesh: Mesh) -> Callable[[], int]:
-    """The highest of all ranks' numbers, found out between the hosts: no device is waited for, on any rank."""
+    """Start finding the highest of all ranks' numbers, between the hosts: no device is waited for, on any rank."""
     if mesh.world.size == 1:
         return lambda: number
     highest = torch.tensor(number)
@@ -81,23 +83,24 @@ def start_highest(number: int, mesh: Mesh) -> Callable[[], int]:
 
 
 def start_sharing(number: float, mesh: Mesh) -> Result:
-    """Every rank's number, [world] float64 in rank order, found out between the hosts: no device is waited for."""
+    """Start sharing every rank's number, [world] float64 in rank order, between the hosts: no device is waited for."""
     numbers = torch.zeros(mesh.world.size, dtype=torch.float64)
     numbers[mesh.world.rank] = number
     return start_reduce_whole(numbers, mesh.world)
 
 
 def all_gather(x: Tensor, axis: Axis, dim: int) -> Tensor:
-    """Concatenate every rank's `x` along `dim` (not negative)."""
+    """Concatenate every rank's `x` along `dim` (not negative) of the axis's ranks."""
     return start_gather_along(x, axis, dim)()
 
 
 def reduce_scatter(x: Tensor, axis: Axis, dim: int) -> Tensor:
-    """Sum over ranks, of which each keeps its own slice of `dim`."""
+    """Sum `x` over the ranks of the axis, each of which keeps its own slice of `dim`."""
     return start_scatter_along(x, axis, dim)()
 
 
 def start_gather_along(x: Tensor, axis: Axis, dim: int) -> Result:
+    """Start concatenating every rank's `x` along `dim` (not negative) over the axis."""
     if axis.size == 1:
         return lambda: x
     gathered = x.new_empty(axis.size, *x.shape)
@@ -112,7 +115,7 @@ def start_gather_along(x: Tensor, axis: Axis, dim: int) -> Result:
 
 
 def start_reduce_whole(x: Tensor, axis: Axis) -> Result:
-    """The sum over ranks, computed in `x` itself."""
+    """Start summing `x` over the ranks; the result is in `x` itself."""
     wait = start_reduce(x.view(-1), axis)
 
     def result() -> Tensor:
@@ -123,6 +126,7 @@ def start_reduce_whole(x: Tensor, axis: Axis) -> Result:
 
 
 def start_scatter_along(x: Tensor, axis: Axis, dim: int) -> Result:
+    """Start summing `x` over the ranks of the axis; the result is this rank's slice of `dim`."""
     if axis.size == 1:
         return lambda: x
     pieces = torch.stack(x.chunk(axis.size, dim))
@@ -176,19 +180,19 @@ def start_all_gather(flat: Tensor, axis: Axis) -> Wait:
 
 
 def add_from_other_end(x: Tensor, axis: Axis) -> None:
-    """Add to `x`, in place, what the other end of the axis has. Its first and last rank call it, and hold the same bits
-    afterwards: of two terms, the order does not matter."""
+    """Add to `x`, in place, the tensor of the other end of the axis. Its first and last rank call it, and hold the
+    same bits afterwards: of two terms, the order does not matter."""
     other = axis.size - 1 - axis.rank
     received = torch.empty_like(x)
     works = _exchange({other: x}, {other: received}, axis)
-    NOW.wait("exchange with the other end", axis.name)  # which the ranks between do not count
+    NOW.wait("exchange with the other end", axis.name)  # without a number, since the ranks between do not count it
     _wait_for(works)
     NOW.go_on()
     x += received
 
 
 def start_shift(x: Tensor, axis: Axis) -> Result:
-    """Start passing `x`, which is contiguous and stays as it is meanwhile, to the next rank of the axis (the first
+    """Start passing `x`, which is contiguous and must not change meanwhile, to the next rank of the axis (the first
     comes after the last). The result is the previous rank's."""
     if axis.size == 1:
         return lambda: x

@@ -1,10 +1,9 @@
-"""Ranks on their way to each other, before there is a process group.
+"""How ranks meet before there is a process group.
 
 Every rank says that it is there as soon as it starts, goes on saying so while it reads its data, and then that it is
-ready. Rank 0 listens: one that is not heard of for `health.hang_timeout_s` is named, and all leave with `Exit.HUNG`, at
-which a launcher starts the run again. Else a rank that died on its way would be waited for as long as a collective may
-take.
-"""
+ready. Rank 0 listens: a rank that it has not heard of for `health.hang_timeout_s` is named, and all leave with
+`Exit.HUNG`, at which a launcher starts the run again. Without this, a rank that died on its way would be waited for as
+long as a collective may take."""
 
 from __future__ import annotations
 
@@ -25,10 +24,11 @@ READY, GO = "ready", "go"
 
 
 class Meeting:
-    """From the start of a rank until all are ready. `store` is one that all ranks see."""
+    """Bring the ranks together: from the start of this one until all are ready. `store` is one that all ranks see."""
 
     def __init__(self, store: dist.Store, rank: int, world_size: int, name: str, silence_s: float):
-        """`name`: of this rank's node; `silence_s`: after which a rank counts as missing; 0: never."""
+        """Announce this rank. `name` is that of its node; a rank not heard of for `silence_s` seconds counts as
+        missing (0: never)."""
         self.store, self._rank, self._world_size = store, rank, world_size
         self._told, self._silence_s, self._name = dist.PrefixStore("meeting", store), silence_s, name
         self._heard: dict[int, tuple[bytes, float]] = {}
@@ -38,7 +38,7 @@ class Meeting:
             threading.Thread(target=self._beat_on, name="meeting", daemon=True).start()
 
     def wait(self) -> None:
-        """Until all ranks are ready. Raises Unreachable where the rank that holds the store is gone."""
+        """Wait until all ranks are ready. Raises Unreachable where the rank that holds the store is gone."""
         try:
             self._wait()
         except dist.DistError as error:
@@ -59,7 +59,7 @@ class Meeting:
             self._leave(missing)
 
     def _missing(self) -> str:
-        """Name the ranks that were not heard of for too long; empty where there are none."""
+        """Name the ranks that have not been heard of for too long; empty where there are none."""
         now, missing = time.monotonic(), []
         for rank in range(1, self._world_size):
             key = f"rank {rank}"
@@ -72,16 +72,17 @@ class Meeting:
         return ", ".join(missing)
 
     def _leave(self, missing: str) -> None:
+        """End this process with `Exit.HUNG`; rank 0 first says which ranks are missing."""
         text = f"not heard of for {self._silence_s:.0f} s, before the ranks met: {missing} (health.hang_timeout_s)"
         if self._rank == 0:
             os.write(2, f"error: {text}\nleaving with {describe(Exit.HUNG)}\n".encode())
             error_file.leave(text)
-            time.sleep(1.0)  # others read it here, where the store may live
+            time.sleep(1.0)  # the store may live in this process, and others still read it
         end_process(Exit.HUNG)
 
     def _beat_on(self) -> None:
         number = 0
-        with contextlib.suppress(dist.DistError, RuntimeError):  # `wait` meets it as well, and says so
+        with contextlib.suppress(dist.DistError, RuntimeError):  # `wait` meets the same error, and reports it
             while not self._over.wait(self._silence_s / 20):
                 number += 1
                 self._beat(number)
@@ -91,15 +92,16 @@ class Meeting:
 
 
 def step_port() -> int:
-    """Return the port at which the processes of a Slurm step meet. It follows from the job's and the step's number: of
-    two steps that are under way in a job each has its own, and so have two jobs on a node."""
+    """Return the port at which the processes of a Slurm step meet. It follows from the numbers of the job and the
+    step: each of two steps under way in a job has its own, and so has each of two jobs on a node."""
     job, step = int(os.environ["SLURM_JOB_ID"]), int(os.environ.get("SLURM_STEP_ID", -1))
-    # Prime to the number of ports, so that steps differ; below the ports Linux hands out by itself.
+    # Coprime to the number of ports, so that steps differ; below the ports Linux hands out by itself.
     return 10_000 + (job + 7919 * (step + 1)) % 20_000
 
 
 def open_store(rank: int, world_size: int, timeout_s: float) -> dist.Store:
-    """A store that all ranks see: that of torchrun's agent, or one that rank 0 holds. Waits for rank 0 alone.
+    """Return a store that all `world_size` ranks see: that of torchrun's agent, or one that rank 0 holds. Waits for
+    rank 0 alone, up to `timeout_s` seconds; `rank` is this process's.
 
     Raises Unreachable where rank 0 does not answer in time."""
     timeout = datetime.timedelta(seconds=timeout_s)

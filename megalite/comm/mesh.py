@@ -1,14 +1,13 @@
-"""The process mesh: who shares what with whom.
+"""The process mesh: which ranks share what.
 
     pipeline   ranks that each hold some of the layers
     data       ranks that each take other sequences
     context    ranks that share every sequence
     tensor     ranks that share every matrix
 
-Ranks are numbered with the tensor axis innermost, so that a tensor group sits on neighbouring GPUs of one node, and the
-pipeline axis, which needs the least of the network, outermost. A `Mesh` is passed to whoever needs it; no module holds
-process groups.
-"""
+Ranks are numbered with the tensor axis innermost, so that a tensor group sits on neighbouring GPUs of one node, and
+the pipeline axis, which needs the least of the network, outermost. A `Mesh` is passed to whoever needs it; no module
+holds process groups."""
 
 from __future__ import annotations
 
@@ -29,7 +28,7 @@ from megalite.runtime.exit_codes import flush_output
 
 @dataclass(frozen=True)
 class Axis:
-    """One direction of the mesh as this rank sees it. A group of one has no process group: nothing is communicated."""
+    """One dimension of the mesh as this rank sees it. A group of one has no process group: nothing is communicated."""
 
     size: int = 1
     rank: int = 0
@@ -39,17 +38,20 @@ class Axis:
 
 @dataclass(frozen=True)
 class Mesh:
+    """The axes of the process mesh as this rank sees them, and its device."""
+
     pipeline: Axis
     data: Axis
     context: Axis
     tensor: Axis
     replicas: Axis
-    """data × context: the ranks that hold the same weights, and share the work of summing their gradients."""
+    """data × context, the replica group: ranks that hold the same weights, and share the work of summing their
+    gradients."""
     world: Axis
     device: torch.device
 
     def place_of(self, rank: int) -> tuple[int, int, int]:
-        """(pipeline, replica, tensor) coordinates of a global rank; see `Plan.rank_at`."""
+        """Return the (pipeline, replica, tensor) coordinates of a global rank; see `Plan.rank_at`."""
         outer, tensor = divmod(rank, self.tensor.size)
         return (*divmod(outer, self.replicas.size), tensor)
 
@@ -58,7 +60,7 @@ ALONE = Axis()
 
 
 def make_mesh(plan: Plan, device: torch.device) -> Mesh:
-    """The groups of a plan. Every rank must call it. A lone process needs no torch.distributed."""
+    """Create the process groups of a plan. Every rank must call it. A lone process needs no torch.distributed."""
     sizes = {"pipeline": plan.pipeline, "data": plan.data, "context": plan.context, "tensor": plan.tensor}
     sizes = {name: size for name, size in sizes.items() if size > 1}
     if not sizes:
@@ -85,13 +87,13 @@ def _axis(name: str, group: dist.ProcessGroup | None) -> Axis:
 
 
 def node_name() -> str:
-    """Slurm's name of this machine, which is the one to exclude it by; without Slurm its own."""
+    """Return Slurm's name of this machine, by which Slurm can exclude it; without Slurm its own name."""
     return os.environ.get("SLURMD_NODENAME") or os.uname().nodename
 
 
 @dataclass(frozen=True)
 class Launch:
-    """How this process was started: by torchrun, by srun with a task a rank, or alone."""
+    """How this process was started: by torchrun, by srun with one task per rank, or alone."""
 
     rank: int
     world_size: int
@@ -99,6 +101,7 @@ class Launch:
 
     @classmethod
     def from_environment(cls) -> Launch:
+        """Read rank and world size from the variables of torchrun or Slurm; without them, the process is alone."""
         env = os.environ
         if "RANK" in env:
             return cls(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)))
@@ -112,8 +115,8 @@ class Launch:
         return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
     def arrive(self, silence_s: float = 300.0) -> Meeting | None:
-        """Tell the other ranks that this one is there, and on its way to `join`; see meeting.py. None where there is
-        nobody to meet. Raises Unreachable where rank 0 is not there in time."""
+        """Tell the other ranks that this one is there, and on its way to `join`; see meeting.py. Returns None where
+        there is nobody to meet. Raises Unreachable where rank 0 is not there in time."""
         if self.world_size == 1 or dist.is_initialized():
             return None
         _find_first_host()
@@ -121,7 +124,8 @@ class Launch:
         return Meeting(store, self.rank, self.world_size, node_name(), silence_s)
 
     def join(self, timeout_s: float = 1800.0, meeting: Meeting | None = None) -> None:
-        """Meet the other ranks, of which `arrive` may have told already. Does nothing for a lone process."""
+        """Form the process group with the other ranks, whom `arrive` may have told already. Does nothing for a lone
+        process."""
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         meeting = meeting or self.arrive()
@@ -140,7 +144,7 @@ class Launch:
         )
 
     def meet(self, timeout_s: float = 1800.0) -> dist.Store:
-        """A store all ranks see, and no more: none waits for another one in a collective."""
+        """Return a store that all ranks see, and no more: no rank waits for another in a collective."""
         if self.world_size == 1:
             return dist.HashStore()
         _find_first_host()
@@ -148,6 +152,7 @@ class Launch:
 
 
 def _find_first_host() -> None:
+    """Set MASTER_ADDR and MASTER_PORT from Slurm where they are missing. Raises ConfigError without Slurm."""
     if "MASTER_ADDR" not in os.environ:
         if "SLURM_STEP_NODELIST" not in os.environ and "SLURM_JOB_NODELIST" not in os.environ:
             raise ConfigError("RANK is set but MASTER_ADDR is not; start the ranks with torchrun or srun")
@@ -155,18 +160,18 @@ def _find_first_host() -> None:
 
 
 def _slurm_rendezvous() -> dict[str, str]:
-    """First host of this srun, where its rank 0 is, and a port of its own."""
+    """Return the first host of this srun, where its rank 0 is, and a port of its own."""
     nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ["SLURM_JOB_NODELIST"]
     hosts = subprocess.run(["scontrol", "show", "hostnames", nodes], check=True, capture_output=True, text=True)
     return {"MASTER_ADDR": hosts.stdout.split()[0], "MASTER_PORT": str(step_port())}
 
 
 def leave(status: int = 0) -> None:
-    """The end of a process that joined others. Does nothing for a lone one, which ends as any does."""
+    """End a process that joined others. Does nothing for a lone one, which ends as any process does."""
     if not dist.is_initialized():
         return
     dist.destroy_process_group()
     flush_output()
-    # Threads of groups that sent messages from rank to rank live on, and may abort a process that takes down Python
-    # around them: one that has saved all would count as failed.
+    # Threads of groups that sent messages from rank to rank live on, and may abort a process while Python shuts down:
+    # one that has saved everything would count as failed.
     os._exit(status)

@@ -59,7 +59,8 @@ OLDEST = "0.19.8"
 
 
 def deepspeed_config(config: Config, plan: Plan) -> dict[str, Any]:
-    """What DeepSpeed is told. It ignores keys that it does not know, so nobody but this function writes them."""
+    """Return the config that DeepSpeed is given for `config` and `plan`. DeepSpeed ignores keys that it does not know,
+    so nothing but this function writes them."""
     bucket = elements_of(config.parallel.bucket_mb) // 2 * 2  # it must be even
     zero: dict[str, Any] = {"stage": plan.zero_stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
     if plan.zero_stage == 3:
@@ -75,13 +76,13 @@ def deepspeed_config(config: Config, plan: Plan) -> dict[str, Any]:
         zero["offload_param"] = _offload_to(offload.parameters, offload.nvme_path)
     if offload.parameters == "nvme":
         largest = max(prod(weight.local_shape(plan.tensor)) for weight in weight_table(config.model))
-        # A buffer holds a replica's share of one weight; on the host there is room for none besides.
+        # A buffer holds a replica's share of one weight; max_in_cpu 0 leaves no room on the host for others.
         zero["offload_param"] |= {"buffer_size": -(-largest // plan.replicas), "max_in_cpu": 0}
     return {
         "train_micro_batch_size_per_gpu": plan.micro_batch_size,
         "gradient_accumulation_steps": plan.micro_batches,
         "gradient_clipping": config.optimizer.clip,
-        # Unchecked, stage 2 takes the norm of gradients that are not finite for 1.
+        # Without the check, stage 2 takes the norm of gradients that are not finite for 1.
         "bf16": {"enabled": config.train.precision == "bf16", "check_grad_overflow": True},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
@@ -94,6 +95,7 @@ def deepspeed_config(config: Config, plan: Plan) -> dict[str, Any]:
 
 
 def _offload_to(device: str, nvme_path: Any) -> dict[str, Any]:
+    """Return DeepSpeed's section for offloading to `device`, with the folder where that is NVMe."""
     return {"device": device, "nvme_path": str(nvme_path)} if device == "nvme" else {"device": device}
 
 
@@ -106,19 +108,20 @@ class Fragment:
     group: int
     """Number of the flat partition it lies in."""
     offset: int
-    """Where it begins there."""
+    """Where it begins in that partition."""
     low: int
     high: int
 
     def of(self, flat: Tensor) -> Tensor:
+        """Return its elements of a flat partition."""
         return flat[self.offset : self.offset + self.high - self.low]
 
 
 class DeepSpeedEngine:
-    """Gives a stage on the meta device its weights, and trains it. See `Engine`."""
+    """Give a stage on the meta device its weights, and train it. See `Engine`."""
 
     def __init__(self, stage: Stage, weights: Sequence[Weight], plan: Plan, mesh: Mesh, config: Config):
-        """Takes over `stage.forward`. Raises ConfigError when DeepSpeed, or what its NVMe offload needs, is missing."""
+        """Take over `stage.forward`. Raises ConfigError when DeepSpeed, or what its NVMe offload needs, is missing."""
         deepspeed = _import_deepspeed(mesh)
         self.mesh, self.zero_stage = mesh, plan.zero_stage
         self.weights = [weight for weight in weights if not weight.frozen]
@@ -137,7 +140,7 @@ class DeepSpeedEngine:
             self.engine, *_ = deepspeed.initialize(model=inner, optimizer=self.optimizer, config=ds_config, mpu=groups)
         stage.forward = self.engine.forward  # type: ignore[method-assign]
         self._update, self._permitted = self.optimizer.step, _always
-        # DeepSpeed calls it for every flat partition, once it knows the norm. It would warn of a subclass.
+        # DeepSpeed calls it for every flat partition, once it knows the norm. It would warn about a subclass.
         self.optimizer.step = lambda: self._update() if self._permitted() else None  # type: ignore
         for weight in self.weights:
             if plan.tensor > 1 and weight.sums_over_tensor_ranks(plan.sequence):
@@ -154,7 +157,7 @@ class DeepSpeedEngine:
     def _make_parameters(
         self, model: nn.Module, weights: Sequence[Weight], groups: Groups, ds_config: dict[str, Any]
     ) -> dict[str, nn.Parameter]:
-        """Zeros for now. At stage 3 no more than one whole weight exists at a time."""
+        """Give the model parameters of zeros. At stage 3 no more than one whole weight exists at a time."""
         from deepspeed import zero
 
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
@@ -163,7 +166,7 @@ class DeepSpeedEngine:
         for weight in weights:
             zeros = torch.zeros(shapes[weight.name], dtype=self.dtype, device=self.mesh.device)
             parameter: Any = nn.Parameter(zeros, requires_grad=not weight.frozen)
-            # Others count as copies of each other, and once in the norm.
+            # DeepSpeed takes the others for copies of each other, and counts them once in the norm.
             parameter.tensor_model_parallel = weight.shard is not None and self.mesh.tensor.size > 1
             if self.zero_stage == 3 and first is None:
                 first = parameter
@@ -176,7 +179,7 @@ class DeepSpeedEngine:
         return made
 
     def _find_fragments(self, parameters: dict[str, nn.Parameter]) -> list[Fragment]:
-        """This replica's share of every weight, in the order of the table; an empty one where it has none."""
+        """Return this replica's share of every weight, in the order of the table; an empty one where it has none."""
         numbers = {parameter: number for number, parameter in enumerate(parameters.values())}
         found = [Fragment(w, p, 0, 0, 0, 0) for w, p in zip(self.weights, parameters.values(), strict=True)]
         for group, members in enumerate(self._members()):
@@ -197,18 +200,19 @@ class DeepSpeedEngine:
         return found
 
     def _members(self) -> list[list[Any]]:
-        """The parameters of each flat partition."""
+        """Return the parameters of each flat partition."""
         if self.zero_stage == 3:
             return self.zero.fp16_groups
         # Stage 1 in bf16 is an optimizer of its own.
         return self.zero.bit16_groups if hasattr(self.zero, "bit16_groups") else self.zero.bf16_groups
 
     def _share_spans(self) -> list[list[tuple[int, int]]]:
-        """[low, high) of every weight on every replica: [weight][replica]."""
+        """Return [low, high) of every weight on every replica: [weight][replica]."""
         mine = torch.tensor([[(f.low, f.high) for f in self.fragments]], device=self.mesh.device)
         return all_gather(mine, self.mesh.replicas, 0).transpose(0, 1).tolist()
 
     def _sum_over_tensor_ranks(self, grad: Tensor) -> Tensor:
+        """Sum a gradient over the tensor ranks, in fp32."""
         total = torch.empty_like(grad, dtype=torch.float32, memory_format=torch.contiguous_format).copy_(grad)
         return all_reduce(total, self.mesh.tensor).to(grad.dtype)
 
@@ -223,19 +227,19 @@ class DeepSpeedEngine:
         self.engine.backward(loss * self.mesh.replicas.size, scale_wrt_gas=False)
 
     def finish(self) -> None:
-        """The last backward pass has waited already."""
+        """Check that every micro-batch came; the last backward pass has waited for the reduction."""
         assert self._arrived == self._expected, f"{self._arrived} of {self._expected} micro-batches"
 
     def settle(self) -> None:
-        """Its steps wait for all of their messages themselves."""
+        """Do nothing: DeepSpeed's steps wait for all of their communication themselves."""
 
     def step(self, lr: float, permit: Permit | None = None) -> Tensor:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        # Waits for the device.
+        # Asking the permit waits for the device.
         self._permitted = _always if permit is None else cache(lambda: bool(permit(self._norm())))
         self.engine.step()
-        self._permitted()  # where the norm is not finite, DeepSpeed has not come to the optimizer
+        self._permitted()  # where the norm is not finite, DeepSpeed has not called the optimizer
         return self._norm()
 
     def _norm(self) -> Tensor:
@@ -251,7 +255,8 @@ class DeepSpeedEngine:
     @torch.no_grad()
     def load(self, read: ReadState, num_updates: int = 0) -> None:
         if self.zero_stage == 3:
-            self.engine.empty_partition_cache()  # whole weights would be used on as they are
+            # whole weights that are still cached would be used with their old values
+            self.engine.empty_partition_cache()
         for weight, parameter in self.frozen:
             self._fill_frozen(weight, parameter, read)
         for number in range(len(self._members())):
@@ -269,6 +274,7 @@ class DeepSpeedEngine:
             self.zero.update_lp_params()
 
     def _fill_frozen(self, weight: Weight, parameter: Any, read: ReadState) -> None:
+        """Read a frozen weight; at stage 3, this replica's share of it."""
         if self.zero_stage < 3:
             parameter.copy_(read(weight, "weight", 0, parameter.numel()).view_as(parameter))
             return
@@ -279,11 +285,13 @@ class DeepSpeedEngine:
             parameter.ds_tensor[: high - low].copy_(read(weight, "weight", low, high))
 
     def _on_disk(self, number: int) -> bool:
+        """Return whether a flat partition of the optimizer is on NVMe now."""
         return self.zero_stage == 3 and self.zero._swappable_optimizer_subgroup(number)
 
     @contextmanager
     def _resident(self, number: int, write: bool = False) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-        """A flat partition of the master weights, fp32, and the optimizer's state of it, in memory meanwhile."""
+        """Yield a flat partition of the fp32 master weights and its optimizer state, in memory for that long. `write`
+        writes changes back to NVMe."""
         if self.zero_stage < 3:
             flat = self.optimizer.param_groups[number]["params"][0]
             yield flat.data, self.optimizer.state[flat]
@@ -307,7 +315,8 @@ class DeepSpeedEngine:
 
     @torch.no_grad()
     def gather(self, kind: str, owners: Mapping[str, int], buffers: HostBuffers | None = None) -> dict[str, Tensor]:
-        """Fragments go from every replica to the owner's, then local tensors over the tensor axis to the owner."""
+        """Gather the logical tensors this rank owns: fragments go from every replica to the owner's, then local
+        tensors over the tensor axis to the owner. `kind`, `owners` and `buffers` are as in `Engine.gather`."""
         owned: dict[str, Tensor] = {}
         shares = self._shares(kind)
         for number, weight in enumerate(self.weights):
@@ -327,7 +336,7 @@ class DeepSpeedEngine:
         return lambda: gathered
 
     def _shares(self, kind: str) -> dict[int, Tensor]:
-        """Of every weight, by its number: the elements this replica answers for."""
+        """Return the elements of every weight, by its number, that this replica is responsible for."""
         if kind == "grad":
             return {number: self._gradient_of(fragment) for number, fragment in enumerate(self.fragments)}
         found: dict[int, Tensor] = {}
@@ -342,6 +351,7 @@ class DeepSpeedEngine:
         return found
 
     def _gradient_of(self, fragment: Fragment) -> Tensor:
+        """Return the reduced gradient of a fragment, flat."""
         parameter: Any = fragment.parameter
         size = fragment.high - fragment.low
         if self.zero_stage == 3:
@@ -349,7 +359,7 @@ class DeepSpeedEngine:
         if size == 0:
             return torch.empty(0)
         grad = parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group).flatten()
-        # Stage 1 in bf16 holds all of it.
+        # Stage 1 in bf16 holds the whole gradient.
         return grad[fragment.low : fragment.high] if grad.numel() == parameter.numel() else grad
 
 
@@ -358,7 +368,8 @@ def _always() -> bool:
 
 
 def _collect(share: Tensor, spans: Sequence[tuple[int, int]], axis: Axis, owner: int) -> Tensor | None:
-    """The flat tensor of which every rank holds the `share` that `spans` says, on the owner; None on the others."""
+    """Return on rank `owner` the flat tensor of which every rank holds a `share`, the elements that `spans` says; None
+    on the others."""
     if axis.rank != owner:
         messages = [dist.P2POp(dist.isend, share, group=axis.group, group_peer=owner)] if share.numel() else []
         local = None
@@ -376,7 +387,7 @@ def _collect(share: Tensor, spans: Sequence[tuple[int, int]], axis: Axis, owner:
 
 
 class Groups:
-    """Who shares what with whom, under the names of Megatron's `mpu` that DeepSpeed asks by."""
+    """Tell DeepSpeed who shares what with whom, under the names of Megatron's `mpu` that it asks by."""
 
     def __init__(self, replicas: Axis, tensor: Axis):
         self.replicas, self.tensor = replicas, tensor
@@ -408,7 +419,7 @@ class Groups:
 
 
 def _with_group(axis: Axis) -> Axis:
-    """To DeepSpeed, no group means all ranks."""
+    """Return the axis with a process group, made for a single rank too: to DeepSpeed, no group means all ranks."""
     if axis.size > 1:
         return axis
     return replace(axis, group=dist.new_group([dist.get_rank()], use_local_synchronization=True))
@@ -417,6 +428,7 @@ def _with_group(axis: Axis) -> Axis:
 def _make_optimizer(
     config: AdamWConfig, weights: Sequence[Weight], parameters: Mapping[str, nn.Parameter]
 ) -> torch.optim.Optimizer:
+    """Return torch's AdamW with a group of weights that decay, and one of those that do not."""
     groups = [
         {"params": [parameters[w.name] for w in weights if w.decay], "weight_decay": config.weight_decay},
         {"params": [parameters[w.name] for w in weights if not w.decay], "weight_decay": 0.0},
@@ -426,12 +438,13 @@ def _make_optimizer(
 
 
 def _import_deepspeed(mesh: Mesh) -> Any:
-    """The package, told by its environment variables where it runs, and quiet except for warnings."""
+    """Import the package, told by its environment variables where it runs, and quiet except for warnings. Raises
+    ConfigError where it is missing or too old."""
     kind = mesh.device.type
-    os.environ.setdefault("DS_ACCELERATOR", kind)  # it would say that it found no GPU
+    os.environ.setdefault("DS_ACCELERATOR", kind)  # else it would say that it found no GPU
     os.environ.setdefault("LOCAL_RANK", str(mesh.device.index or 0))
     if kind == "cpu":
-        os.environ.setdefault("LOCAL_SIZE", "1")  # it would run a program to count NUMA nodes, for every bucket
+        os.environ.setdefault("LOCAL_SIZE", "1")  # else it would run a program to count NUMA nodes, for every bucket
     try:
         import deepspeed
         from packaging.version import Version
@@ -449,7 +462,7 @@ def _import_deepspeed(mesh: Mesh) -> Any:
         deepspeed.logger.setLevel("ERROR")
     # It calls collectives by the names they had before torch 2.13.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
-    # Half a minute of compiling for an all-reduce that only inference uses.
+    # Saves half a minute of compiling for an all-reduce that only inference uses.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():  # a lone process
         backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
@@ -458,7 +471,7 @@ def _import_deepspeed(mesh: Mesh) -> Any:
 
 
 def _check_nvme() -> None:
-    """Build what talks to the disk: minutes, once on each machine."""
+    """Build DeepSpeed's operator for the disk: minutes, once on each machine. Raises ConfigError where that fails."""
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     if not AsyncIOBuilder().is_compatible(verbose=False):

@@ -1,4 +1,4 @@
-"""From what many ranks hold of a weight to the whole tensor, on one owner."""
+"""Gather what many ranks hold of a weight into the whole tensor, on one owner."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megalite.runtime.activity import NOW
 
 
 def gather_parts(part: Tensor, axis: Axis, owner: int) -> list[Tensor]:
-    """Everybody's `part`, in rank order, on the owner; nothing on the others."""
+    """Return every rank's `part`, in rank order, on rank `owner` of the axis; an empty list on the others."""
     if axis.size == 1:
         return [part]
     parts = [torch.empty_like(part) for _ in range(axis.size)] if axis.rank == owner else None
@@ -25,19 +25,19 @@ def gather_parts(part: Tensor, axis: Axis, owner: int) -> list[Tensor]:
 
 
 class HostBuffers:
-    """Memory for copies on the host that is used again each time the same tensors are copied in the same order: new
-    memory costs ten times the copy in page faults, and a device copies quickly to pinned memory only."""
+    """Reuse memory on the host each time the same tensors are copied in the same order. New memory costs ten times the
+    copy in page faults, and a device copies quickly to pinned memory only."""
 
     def __init__(self) -> None:
         self._buffers: list[Tensor] = []
         self._next = 0
 
     def reuse(self) -> None:
-        """What was copied before is overwritten from now on."""
+        """Start over: what was copied before is overwritten from now on."""
         self._next = 0
 
     def copy(self, part: Tensor) -> Tensor:
-        """A copy on the host, which is there once the device has come to it."""
+        """Return a copy of `part` on the host, whose content is there once the device has come to it."""
         known = self._buffers[self._next] if self._next < len(self._buffers) else None
         if known is None or (known.shape, known.dtype) != (part.shape, part.dtype):
             known = torch.empty_like(part, device="cpu", pin_memory=part.device.type == "cuda")
@@ -49,8 +49,8 @@ class HostBuffers:
 def assemble_on(
     owner: int, weight: Weight, local: Tensor, mesh: Mesh, buffers: HostBuffers | None = None
 ) -> Tensor | None:
-    """The logical tensor on the host of tensor rank `owner`, None on the others. `local` is flat, and all tensor ranks
-    call it where the weight is cut. Of an uncut weight it is in `buffers`, where they are given."""
+    """Return the logical tensor on the host of tensor rank `owner`; None on the others. `local` is flat; where the
+    `weight` is cut, all tensor ranks call this. An uncut weight is copied to `buffers`, if given."""
     cut = weight.shard is not None and mesh.tensor.size > 1
     locals_ = gather_parts(local, mesh.tensor, owner) if cut else [local]
     if owner != mesh.tensor.rank:
@@ -63,18 +63,18 @@ def assemble_on(
 
 
 class Gather(Protocol):
-    """A way for tensors to get to their owner."""
+    """A way for tensors to reach their owner."""
 
     def parts(self, part: Tensor, axis: Axis, owner: int) -> list[Tensor]:
-        """Everybody's `part`, in rank order, on the owner; nothing on the others."""
+        """Return every rank's `part`, in rank order, on rank `owner` of the axis; an empty list on the others."""
 
     def assemble(self, owner: int, weight: Weight, local: Tensor, mesh: Mesh) -> Tensor | None:
-        """The logical tensor on the host of tensor rank `owner`, None on the others. `local` is flat, and all tensor
-        ranks call it where the weight is cut."""
+        """Return the logical tensor on the host of tensor rank `owner`; None on the others. `local` is flat; where the
+        `weight` is cut, all tensor ranks of `mesh` call this."""
 
 
 class GatherOnHost:
-    """As part of the loop."""
+    """Gather with the mesh's own groups, as part of the training loop."""
 
     def __init__(self, buffers: HostBuffers | None = None):
         self._buffers = buffers
@@ -87,8 +87,8 @@ class GatherOnHost:
 
 
 class GatherAside:
-    """By messages over a group of its own, from a thread beside the loop; of tensors that are copies already. Making
-    one is a collective."""
+    """Gather by messages over a separate group, from a thread beside the loop, tensors that are copies already.
+    Creating one is a collective."""
 
     def __init__(self, mesh: Mesh):
         self._group = dist.new_group(backend="gloo") if mesh.world.size > 1 else None
@@ -116,5 +116,5 @@ class GatherAside:
 
 
 def _on_host(part: Tensor) -> Tensor:
-    """A copy that training does not change any more."""
+    """Return a copy on the host that training does not change any more."""
     return part.cpu() if part.device.type != "cpu" else part.clone()

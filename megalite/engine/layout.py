@@ -1,4 +1,4 @@
-"""Where each weight lies in the engine's flat buffers. Pure arithmetic: every rank knows the layout of every other."""
+"""Layout of the weights in the engine's flat buffers. Pure arithmetic: every rank knows the layout of every other."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from megalite.models.weights import Weight
 from megalite.plan import Plan
 
 ALIGNMENT = 32
-"""Elements. Weights start on 64 bytes even in bf16, so that vector loads stay aligned."""
+"""Elements. Every weight starts at a multiple of 64 bytes even in bf16, so that vector loads stay aligned."""
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One weight's place in its bucket."""
+    """Position of one weight in its bucket: elements [start, stop)."""
 
     weight: Weight
     start: int
@@ -25,34 +25,35 @@ class Slot:
 
 @dataclass(frozen=True)
 class Bucket:
-    """Weights that are reduced together. All of a bucket share what the optimizer and the reduction must know."""
+    """Weights that are reduced together; they agree in all that the optimizer and the reduction must know."""
 
     slots: tuple[Slot, ...]
     size: int
-    """Elements, a multiple of ALIGNMENT × replicas, so that it cuts into equal aligned shards."""
+    """Elements, a multiple of ALIGNMENT × replicas, so that it splits into equal aligned shards."""
     decay: bool
     cut: bool
-    """Cut over the tensor axis: the ranks hold different elements, and all of them count in a norm."""
+    """Cut over the tensor axis: each rank holds different elements, and a norm counts those of all."""
     partial_grad: bool
-    """Its gradient is summed over the tensor ranks, of which each has a part."""
+    """Each tensor rank has a part of the gradient, which is summed over them."""
     tied: bool
-    """Both ends of a pipeline hold a copy, and the gradient is the sum of both."""
+    """Both ends of a pipeline hold a copy, and the gradient is the sum of both ends'."""
     frozen: bool
-    """Not trained: there is no gradient and no optimizer state of it."""
+    """Not trained: no gradient and no optimizer state."""
 
     def shard(self, rank: int, ranks: int) -> tuple[int, int]:
+        """Return the range [low, high) of elements that replica `rank` of `ranks` is responsible for."""
         length = self.size // ranks
         return rank * length, (rank + 1) * length
 
 
 def elements_of(megabytes: float) -> int:
-    """fp32 elements in this many MB."""
+    """Return how many fp32 elements fit in this many MB."""
     return int(megabytes * 2**20 / 4)
 
 
 def make_buckets(weights: Sequence[Weight], plan: Plan, max_elements: int) -> tuple[Bucket, ...]:
-    """Fill buckets in the order in which a backward pass finishes the gradients: the last weight first. Tied weights,
-    whose gradient is only complete after the whole step, come last.
+    """Fill buckets in the order in which a backward pass finishes the gradients: the last of `weights` first. Tied
+    weights, whose gradient is only complete after the whole step, come last. `plan` says what is cut and summed.
 
     A weight larger than `max_elements` gets a bucket to itself."""
     open_slots: dict[_Kind, list[Slot]] = {}
@@ -74,6 +75,7 @@ def make_buckets(weights: Sequence[Weight], plan: Plan, max_elements: int) -> tu
             start = 0
         slots.append(Slot(weight, start, start + numel))
     closed += [_close(slots, kind, plan.replicas) for kind, slots in open_slots.items()]
+    # sorted is stable: apart from tied ones, buckets stay in the order in which they fill up.
     return tuple(sorted(closed, key=lambda bucket: bucket.tied))
 
 
@@ -94,8 +96,9 @@ def _round_up(value: int, multiple: int) -> int:
 
 
 def choose_owners(plan: Plan, weights: Sequence[Weight], max_elements: int) -> dict[str, int]:
-    """Global rank that writes each weight, so that all ranks of a pipeline stage write about as much. All of a bucket
-    are on one replica; of a tied weight, the first stage writes."""
+    """Return the global rank that writes each weight, so that all ranks of a pipeline stage write about as much. All
+    weights of a bucket are on one replica; a tied weight is written by the first stage. `max_elements` is that of
+    `make_buckets`."""
     owners: dict[str, int] = {}
     for pipeline_rank in range(plan.pipeline):
         load = [[0] * plan.tensor for _ in range(plan.replicas)]
