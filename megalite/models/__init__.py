@@ -1,5 +1,5 @@
-"""The families. A family is one file: its config, its modules for one device, its table of weights and its mapping to
-and from a Hugging Face config.json. To add one, write the file and name it in registry.py."""
+"""Model families. A family is one file: its config, its modules for one device, its table of weights and its mapping
+to and from a Hugging Face config.json. To add one, write the file and name it in registry.py."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from megalite.utils.outside import read_json
 from megalite.utils.resources import configs_dir, read_yaml
 
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
-"""Keys of config.json that are the tokenizer's to say."""
+"""Keys of config.json that are left to the tokenizer."""
 
 
 class Family(Protocol):
-    """What a family's file offers."""
+    """The names that a family's file defines."""
 
     @property
     def MODEL(self) -> type[Decoder]: ...
@@ -36,7 +36,7 @@ class Family(Protocol):
     def CONFIG(self) -> type[ModelConfig]: ...
     @property
     def KEYS(self) -> Keys:
-        """What it makes of the keys of config.json."""
+        """Declare how the family treats each key of config.json."""
 
     def weights(self, config: Any) -> Any: ...
     def to_hf(self, config: Any) -> dict[str, Any]: ...
@@ -44,12 +44,13 @@ class Family(Protocol):
 
 
 def family(name: str) -> Family:
-    """The module of a family. Raises ConfigError for an unknown one."""
+    """Return the module of a family. Raises ConfigError for an unknown one."""
     return families.get(name)
 
 
 def model_config(values: dict[str, Any]) -> ModelConfig:
-    """The `model:` section: a preset or the config of a Hugging Face folder, with any field overridden beside it.
+    """Return the `model:` section from its `values`: a preset or the config of a Hugging Face folder, with any field
+    overridden beside it.
 
     Raises ConfigError."""
     base: dict[str, Any] = {}
@@ -74,6 +75,7 @@ def model_config(values: dict[str, Any]) -> ModelConfig:
 
 
 def _read_preset(name: str) -> dict[str, Any]:
+    """Return the fields of a preset. Raises ConfigError for an unknown one."""
     folder = configs_dir() / "model"
     presets = sorted(path.stem for path in folder.glob("*.yaml"))
     if name not in presets:
@@ -82,7 +84,8 @@ def _read_preset(name: str) -> dict[str, Any]:
 
 
 def read_hf_config(folder: Path) -> dict[str, Any]:
-    """Of a model, or of the one that an adapter is for. Raises ConfigError."""
+    """Return the config.json of a model's folder, or of the model that an adapter's folder is for. Raises
+    ConfigError."""
     if peft.is_adapter(folder):
         folder = peft.base_of(folder)
     if not (folder / "config.json").exists():
@@ -94,10 +97,11 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
 
 
 def from_hf_config(hf: dict[str, Any]) -> dict[str, Any]:
-    """Fields of the `model:` section from a Hugging Face config.json. Unknown architectures raise ConfigError."""
+    """Return the fields of the `model:` section from a Hugging Face config.json. Raises ConfigError for an unknown
+    architecture or value."""
     kind = str(hf.get("model_type"))
     if kind not in families:
-        # No nearest spelling: a name that is nearly that of a family is that of another architecture.
+        # No nearest spelling is offered: a name close to that of a family belongs to another architecture.
         raise ConfigError(f"config.json has model_type = {kind!r}; megalite knows {', '.join(families.names())}")
     module = family(kind)
     try:
@@ -118,8 +122,8 @@ def from_hf_config(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def to_hf_config(config: ModelConfig) -> dict[str, Any]:
-    """Return what config.json says of the model. That it has no tokens with a meaning is written out, too: those that
-    transformers takes where they are left out may lie outside of the vocabulary."""
+    """Return the model's config.json. That it has no special tokens is written out, too: transformers' defaults for
+    them may lie outside of the vocabulary."""
     return family(config.family).to_hf(config) | dict.fromkeys(SPECIAL) | heads.to_hf(config)
 
 
@@ -127,27 +131,28 @@ TWICE = (
     "rope_parameters", "rope_scaling", "rope_theta", "rope_local_base_freq", "rotary_emb_base", "rotary_pct",
     "partial_rotary_factor", "dtype", "torch_dtype",
 )  # fmt: skip
-"""Keys of config.json whose fact may stand in another place, too."""
+"""Keys of config.json whose fact may stand elsewhere in it, too."""
 
 
 def copied_hf_config(hf: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
-    """Return the config.json of a copy of a model: what was read, but each fact in one place, and no names of code that
-    is not copied."""
+    """Return the config.json of a copy of a model: `hf` as it was read, but with each fact in one place, and without
+    names of code that is not copied."""
     ours = to_hf_config(config)
-    # Where both say the same, ours are of the kinds of numbers that transformers asks for.
+    # Where both agree, ours are written: they have the numeric types that transformers asks for.
     unsaid = {key for key, value in hf.items() if value is None or value == ours.get(key)}
     return ours | {key: value for key, value in hf.items() if key not in {*TWICE, "auto_map", *unsaid}}
 
 
 def weight_table(config: ModelConfig, lora: LoraConfig | None = None) -> tuple[Weight, ...]:
-    """Every weight of the model, in the order in which a forward pass meets them. With `lora`, those of its adapters
-    are among them, and the others frozen. Raises ConfigError where the model has not what `lora` asks for."""
+    """Return every weight of the model, in the order in which a forward pass uses them. With `lora`, those of its
+    adapters are among them, and the others frozen. Raises ConfigError where the model does not have what `lora` asks
+    for."""
     weights = tuple(heads.head_rows(config, family(config.family).weights(config)))
     return with_adapters(weights, lora) if lora else weights
 
 
 def set_parameters(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
-    """Give every weight of the model the parameter of its name. Tied weights stay tied."""
+    """Replace every parameter of the model by the one of its name. Tied weights stay tied."""
     names = {old: name for name, old in model.named_parameters()}
     for module in model.modules():
         for attribute, old in module.named_parameters(recurse=False, remove_duplicate=False):
@@ -155,7 +160,7 @@ def set_parameters(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> 
 
 
 def build_model(config: ModelConfig, lora: LoraConfig | None = None) -> Decoder:
-    """The clean model on the meta device: shapes without memory. An engine gives it weights."""
+    """Build the clean model on the meta device: shapes without memory. An engine gives it weights."""
     with torch.device("meta"):
         model = heads.put_on(family(config.family).MODEL(config), config)
     if lora:

@@ -1,5 +1,5 @@
-"""Gemma 2 (Gemma Team 2024): norms before and after attention and MLP, GeGLU, scores and logits bent by a tanh ("soft
-caps"), every second layer looking back over a window only, and embeddings scaled by the root of their size."""
+"""Gemma 2 (Gemma Team 2024): norms before and after attention and MLP, GeGLU, scores and logits limited by a tanh
+("soft caps"), a sliding window in every second layer, and embeddings scaled by the root of their size."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ GELU = "gelu_pytorch_tanh"
 
 
 class GemmaLike(WindowedByLayer):
-    """What Gemma 2 and 3 share."""
+    """Fields that Gemma 2 and 3 share."""
 
     tie_embeddings: bool = True
     query_pre_attn_scalar: int = Field(0, ge=0, description="scores are divided by its root; 0: the head size")
@@ -84,11 +84,13 @@ class Gemma(Llama):
         return Layer(self.config, Attention(self.config, number))
 
     def embed(self, tokens_BT: Tensor, places: Places) -> Tensor:
+        """Look up embeddings, scaled by √hidden_size: [B,T,D]."""
         x_BTD = self.embedding(tokens_BT)
         # The factor is rounded to the weights' precision, as it was when Google trained them.
         return x_BTD * torch.tensor(self.config.hidden_size**0.5, dtype=x_BTD.dtype)
 
     def predict(self, x_BTD: Tensor) -> Tensor:
+        """Return logits [B,T,V], with Gemma's soft cap."""
         logits, cap = super().predict(x_BTD), self.config.logit_softcap
         return logits if cap is None else (logits / cap).tanh() * cap
 
@@ -98,6 +100,7 @@ def weights(config: Gemma2Config) -> Iterator[Weight]:
 
 
 def layer_rows(config: GemmaLike, attention: Sequence[Weight]) -> tuple[Weight, ...]:
+    """Return the rows of one Gemma layer, given those of its `attention`."""
     return (
         norm_row(config, "attention_norm", "input_layernorm"),
         *attention,
@@ -127,6 +130,7 @@ def to_hf(config: Gemma2Config) -> dict[str, Any]:
 
 
 def gemma_to_hf(config: GemmaLike, architecture: str) -> dict[str, Any]:
+    """Return the keys of config.json that Gemma 2 and 3 share."""
     values = fields_to_hf(config, architecture, GELU) | {
         "hidden_activation": GELU,
         "query_pre_attn_scalar": config.query_pre_attn_scalar or config.head_size,
@@ -145,6 +149,7 @@ def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def gemma_from_hf(hf: dict[str, Any], config: type[GemmaLike]) -> dict[str, Any]:
+    """Return the fields of the `model:` section that Gemma 2 and 3 share."""
     return fields_from_hf(hf, config) | {
         "head_dim": hf["head_dim"],
         "query_pre_attn_scalar": hf["query_pre_attn_scalar"],

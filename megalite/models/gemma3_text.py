@@ -1,5 +1,5 @@
 """Gemma 3, the text models (Gemma Team 2025): Gemma 2 with normalised queries and keys instead of soft caps, and five
-layers that look back over a window, their positions turning faster, to one that sees all."""
+sliding-window layers, with a smaller RoPE theta, to one layer of full attention."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ class Gemma3TextConfig(GemmaLike):
         return "sliding_attention" if (layer + 1) % 6 else "full_attention"
 
     def turn(self, layer: int) -> int | None:
+        """Return 1, the cos/sin tables of local layers, for a sliding-window layer; else 0."""
         return 1 if self.types[layer] == "sliding_attention" else 0
 
 
@@ -40,6 +41,7 @@ class Gemma3Text(Gemma):
         return Layer(self.config, HeadNormAttention(self.config, number))
 
     def turns(self, places: Places) -> tuple[rope.Turn, ...]:
+        """Return two pairs of cos/sin tables: for layers of full attention, then for sliding-window layers."""
         c = self.config
         local = rope.turns(places.position_BT, c.rotary_size, c.local_rope_theta, None, places.length, c.max_positions)
         return *super().turns(places), local
@@ -81,7 +83,8 @@ def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def _layer_types(hf: dict[str, Any]) -> list[str]:
-    """Return them as they stand there, or as the older key says: one of so many layers sees all."""
+    """Return the layer types as config.json lists them, or as its older key says: one of so many layers has full
+    attention."""
     types, pattern = hf["layer_types"], hf["sliding_window_pattern"]
     layers = range(1, hf["num_hidden_layers"] + 1)
     usual = ["sliding_attention" if layer % (pattern or 6) else "full_attention" for layer in layers]

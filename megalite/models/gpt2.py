@@ -78,6 +78,7 @@ class MLP(nn.Module):
         return self.shrink(self.up(x))
 
     def shrink(self, up: Tensor) -> Tensor:
+        """Apply the activation and the down projection; recomputed as one under `train.recompute: selective`."""
         return self.down(gelu(up))
 
 
@@ -123,6 +124,7 @@ class GPT2(Decoder):
 
 def weights(config: GPT2Config) -> Iterator[Weight]:
     hidden, inner, std = config.hidden_size, config.inner_size, config.init_std
+    # Two projections a layer add to the residual stream: scaled like this, they keep its variance.
     residual_std = std / math.sqrt(2 * config.num_layers)
     thirds = (hidden, hidden, hidden)
     layer = (
@@ -159,6 +161,7 @@ def weights(config: GPT2Config) -> Iterator[Weight]:
 
 
 def _norm(name: str, hf: str, size: int, place: Place = 0) -> tuple[Weight, Weight]:
+    """Return the rows of a LayerNorm: scale and shift."""
     scale = Weight(f"{name}.weight", (size,), (f"{hf}.weight",), init="ones", decay=False, partial_grad="sequence")
     shift = Weight(f"{name}.bias", (size,), (f"{hf}.bias",), init="zeros", decay=False, partial_grad="sequence")
     return replace(scale, place=place), replace(shift, place=place)
@@ -173,7 +176,8 @@ def _linear(
     parts: tuple[int, ...] = (),
     unit: int = 1,
 ) -> tuple[Weight, Weight]:
-    """A Conv1D of Hugging Face. A row-parallel bias is added after the reduction, on the cut sequence."""
+    """Return the rows of a Hugging Face Conv1D: matrix and bias. A row-parallel bias is added after the reduction, on
+    the cut sequence, so that its gradient is partial under sequence parallelism."""
     cut = shard == "column"
     bias_shard: Literal["column"] | None = "column" if cut else None
     matrix = Weight(f"{name}.weight", shape, (f"{hf}.weight",), shard, parts, unit, transpose=True, init=std)
@@ -194,7 +198,7 @@ KEYS = Keys().but(
         "n_layer": None,
         "n_head": None,
         "n_inner": None,
-        # transformers reads these too, and takes them before those above.
+        # transformers reads these too, and prefers them to those above.
         "max_position_embeddings": None,
         "hidden_size": None,
         "num_hidden_layers": None,

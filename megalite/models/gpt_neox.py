@@ -1,5 +1,5 @@
-"""GPT-NeoX and Pythia (Black et al. 2022, Biderman et al. 2023): Llama's attention with heads that turn in part, among
-LayerNorm, GELU and biases, and attention and MLP side by side between two points of the residual stream."""
+"""GPT-NeoX and Pythia (Black et al. 2022, Biderman et al. 2023): Llama's attention with partial RoPE, LayerNorm, GELU,
+biases, and attention and MLP in parallel on one residual stream."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megalite.models.weights import Weight, layer_rows
 from megalite.plan import Place
 
 TANH = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")
-"""Names of one approximation of GELU."""
+"""Names that transformers has for GELU's tanh approximation."""
 
 
 class GPTNeoXConfig(LlamaLike):
@@ -42,6 +42,7 @@ class GPTNeoXConfig(LlamaLike):
 
     @property
     def rotary_size(self) -> int:
+        """Return how many numbers of a head are rotated."""
         return int(self.head_size * self.rotary_pct)
 
 
@@ -56,6 +57,7 @@ class MLP(nn.Module):
         return self.shrink(self.up(x))
 
     def shrink(self, up: Tensor) -> Tensor:
+        """Apply the activation and the down projection; recomputed as one under `train.recompute: selective`."""
         return self.down(self.activation(up))
 
 
@@ -105,6 +107,7 @@ def weights(config: GPTNeoXConfig) -> Iterator[Weight]:
 
 
 def _norm(name: str, hf: str, size: int, place: Place = 0) -> Iterator[Weight]:
+    """Return the rows of a LayerNorm: weight and bias."""
     for part, init in (("weight", "ones"), ("bias", "zeros")):
         yield Weight(
             f"{name}.{part}", (size,), (f"{hf}.{part}",), init=init, decay=False,  # type: ignore[arg-type]
@@ -115,7 +118,8 @@ def _norm(name: str, hf: str, size: int, place: Place = 0) -> Iterator[Weight]:
 def _column(
     name: str, hf: str, shape: tuple[int, int], std: float, parts: tuple[int, ...] = (), unit: int = 1
 ) -> Iterator[Weight]:
-    """Hugging Face has the parts of the first head before those of the second."""
+    """Return the rows of a column-parallel linear. With `parts`, Hugging Face stores those of the first head before
+    those of the second."""
     by_unit = bool(parts)
     yield Weight(f"{name}.weight", shape, (f"{hf}.weight",), "column", parts, unit, by_unit=by_unit, init=std)
     yield Weight(
@@ -124,7 +128,7 @@ def _column(
 
 
 def _row(name: str, hf: str, shape: tuple[int, int], std: float, unit: int = 1) -> Iterator[Weight]:
-    """The bias is added after the reduction, on the cut sequence."""
+    """Return the rows of a row-parallel linear. Its bias is added after the reduction, on the cut sequence."""
     yield Weight(f"{name}.weight", shape, (f"{hf}.weight",), "row", unit=unit, init=std)
     yield Weight(f"{name}.bias", shape[:1], (f"{hf}.bias",), init="zeros", decay=False, partial_grad="sequence")
 

@@ -1,6 +1,6 @@
-"""Heads that tell classes from the final hidden states, as transformers' …ForSequenceClassification and
-…ForTokenClassification have them: that of a text is told at its last token, those of tokens at each. They take the
-place of the head for the next token. transformers drops some of the hidden states before the latter; here none is."""
+"""Classification heads on the final hidden states, as in transformers' …ForSequenceClassification and
+…ForTokenClassification: a text is classified at its last token, tokens each at its own. They take the place of the
+head for the next token. transformers applies dropout before the latter; here there is none."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from megalite.models.weights import Weight
 MODELS = {
     "gpt2": "GPT2", "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "smollm3": "SmolLM3",
 }  # fmt: skip
-"""Families whose head can be such a one, as transformers calls their classes."""
+"""Families that can have such a head, with the stem of transformers' class names."""
 KINDS = {"classification": "ForSequenceClassification", "labels": "ForTokenClassification"}
 
 
 def check_head(config: ModelConfig) -> None:
-    """Raises ConfigError."""
+    """Raise ConfigError where the task, the labels and the family do not go together."""
     if config.task == "causal":
         if config.labels:
             raise ConfigError(f"model.labels = {list(config.labels)} need model.task: classification or labels")
@@ -38,10 +38,11 @@ def check_head(config: ModelConfig) -> None:
 
 
 def head_rows(config: ModelConfig, rows: Iterable[Weight]) -> tuple[Weight, ...]:
-    """The table of a model with its head in place."""
+    """Return the table of a model with its head in place: `rows`, with those of a classification head instead of the
+    usual."""
     if config.task == "causal":
         return tuple(rows)
-    # The embedding is then tied to nothing.
+    # The embedding is then not tied to the head.
     body = [
         replace(row, place="first", used=0.0) if row.place == "both" else row
         for row in rows
@@ -56,13 +57,14 @@ def head_rows(config: ModelConfig, rows: Iterable[Weight]) -> tuple[Weight, ...]
 
 
 def put_on(model: Decoder, config: ModelConfig) -> Decoder:
+    """Give the model the head that its task needs."""
     if config.task != "causal":
         model.head = nn.Linear(config.hidden_size, len(config.labels), bias=config.task == "labels")
     return model
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
-    """What config.json says of the head."""
+    """Return the keys of config.json that describe the head."""
     if config.task == "causal":
         return {}
     return {
@@ -75,7 +77,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
 
 
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
-    """Fields of the `model:` section."""
+    """Return the fields of the `model:` section that describe the head."""
     architecture = str((hf.get("architectures") or [""])[0])
     for task, kind in KINDS.items():
         if architecture.endswith(kind):
@@ -85,13 +87,14 @@ def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def _labels(hf: dict[str, Any]) -> list[str]:
-    """Return the names of the classes. What transformers leaves out are classes without names, two of them by rule."""
+    """Return the names of the classes. Classes that config.json leaves out have no names, and by rule there are
+    two."""
     given = hf.get("id2label") or {number: f"LABEL_{number}" for number in range(hf.get("num_labels") or 2)}
     names = {int(number): str(name) for number, name in given.items()}
     if hf.get("num_labels") not in (None, len(names)):
         disagree(f"id2label = {given}", f"num_labels = {hf['num_labels']}")
     numbers = hf.get("label2id")
-    # Names that transformers filled in before the classes had any say nothing.
+    # Names that transformers filled in before the classes had any carry no information.
     unnamed = {f"LABEL_{number}": number for number in names}
     if numbers and numbers not in (unnamed, {name: number for number, name in names.items()}):
         disagree(f"id2label = {given}", f"label2id = {numbers}")
@@ -99,5 +102,5 @@ def _labels(hf: dict[str, Any]) -> list[str]:
 
 
 def head_name(config: ModelConfig) -> str:
-    """What Hugging Face's tensors of the head are called."""
+    """Return what Hugging Face's tensors of the head are called."""
     return "classifier" if (config.family, config.task) == ("gpt2", "labels") else "score"

@@ -1,5 +1,5 @@
-"""What a Hugging Face config.json may say. A family declares each key as used, as computed with one value alone, or as
-neutral; any other key whose name speaks of a computation is refused, so that none is passed over that changes it."""
+"""Check what a Hugging Face config.json says. A family declares each key as used, as supported with one value only, or
+as neutral; any other key whose name suggests a computation is refused, so that none that changes it is passed over."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ REQUIRED: Any = object()
 
 
 def _each(reasons: Mapping[str, str]) -> dict[str, str]:
-    """The reason by the key, from keys by their reason."""
+    """Return the reason by key, from a mapping of reasons to their keys."""
     return {key: reason for reason, keys in reasons.items() for key in keys.split()}
 
 
@@ -44,7 +44,7 @@ NEUTRAL = _each({
     "_num_labels problem_type",
     "of training alone": "classifier_dropout neftune_noise_alpha",
 })  # fmt: skip
-"""Keys of any family that leave alone what is computed."""
+"""Keys of any family that do not change what is computed, each with the reason."""
 
 ONLY: dict[str, Any] = {
     "is_causal": True,
@@ -80,24 +80,24 @@ _COMPUTES = re.compile(
 
 
 def computes(key: str) -> bool:
-    """Whether the name of a key speaks of something that a model computes."""
+    """Return whether the name of a key suggests something that a model computes."""
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key).lower()
     return bool(_COMPUTES.search(words))
 
 
 @dataclass(frozen=True)
 class Keys:
-    """What a family makes of the keys of config.json, beside those that are common to all."""
+    """How a family treats the keys of config.json, beside those that are common to all."""
 
     used: Mapping[str, Any] = field(default_factory=dict)
-    """Keys that the family's `from_hf` reads, each with what transformers takes where it is left out."""
+    """Keys that the family's `from_hf` reads, each with transformers' default for where it is left out."""
     only: Mapping[str, Any] = field(default_factory=lambda: ONLY)
-    """Keys that may have one value alone."""
+    """Keys that are supported with one value only."""
     neutral: Mapping[str, str] = field(default_factory=lambda: NEUTRAL)
-    """Keys that leave alone what is computed, each with the reason."""
+    """Keys that do not change what is computed, each with the reason."""
 
     def but(self, used: Mapping[str, Any] | None = None, only: Mapping[str, Any] | None = None, **neutral: str) -> Keys:
-        """Return these keys with others added, or declared otherwise; `neutral` has the reason by the key."""
+        """Return these keys with others added, or declared differently; `neutral` gives the reason by key."""
         new = {**(used or {}), **(only or {}), **neutral}
 
         def merged(old: Mapping[str, Any], more: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -106,8 +106,8 @@ class Keys:
         return Keys(merged(self.used, used), merged(self.only, only), merged(self.neutral, neutral))
 
     def read(self, hf: Mapping[str, Any], family: str) -> dict[str, Any]:
-        """Return config.json with what it leaves out of the used keys. Raise ConfigError for a key that has a value
-        which the family does not compute, or that nobody declared and that may say what to compute."""
+        """Return config.json with the defaults of used keys that it leaves out. Raises ConfigError for a key with a
+        value that the `family` does not support, or that is not declared and may change what is computed."""
         for key, value in hf.items():
             if key in self.only:
                 require(hf, family, {key: self.only[key]})
@@ -121,8 +121,8 @@ class Keys:
 
 
 def require(hf: Mapping[str, Any], family: str, supported: Mapping[str, Any]) -> None:
-    """Raise ConfigError where a key has another value than the one that the family computes. What is left out stands
-    for it, and so does null, but for true: to transformers null is off."""
+    """Raise ConfigError where a key has another value than the one `supported` by the family. A key that is left out
+    has that value, and so has null, except where it is true: to transformers null is off."""
     for key, only in supported.items():
         value = hf.get(key, only)
         if value != only and (value is not None or only is True):
@@ -130,11 +130,11 @@ def require(hf: Mapping[str, Any], family: str, supported: Mapping[str, Any]) ->
 
 
 def agreed(hf: Mapping[str, Any], *places: str, default: Any = REQUIRED, copies: Sequence[str] = ()) -> Any:
-    """Return the value of a fact that config.json may give in several places ("rope_parameters.rope_theta" is one
-    inside another): that of the first place which has one, or `default`.
+    """Return the value of a fact that config.json may give in several `places` ("rope_parameters.rope_theta" is
+    nested): that of the first place that has one, or `default`.
 
-    Raise ConfigError where another place, or one of the `copies`, which transformers does not read, says otherwise.
-    Raise KeyError where no place has a value and there is no default."""
+    Raises ConfigError where another place disagrees, or one of the `copies`, which transformers does not read. Raises
+    KeyError where no place has a value and there is no default."""
     found = {place: value for place in (*places, *copies) if (value := at(hf, place)) is not None}
     first = next((place for place in places if place in found), None)
     if first is None and default is REQUIRED:
@@ -148,12 +148,12 @@ def agreed(hf: Mapping[str, Any], *places: str, default: Any = REQUIRED, copies:
 
 
 def disagree(one: str, other: str) -> None:
-    """Raise the ConfigError for a fact that stands in two places."""
+    """Raise the ConfigError for a fact that is given twice, differently."""
     raise ConfigError(f"config.json says two things of one: {one}, but {other}; leave only the right one")
 
 
 def at(hf: Mapping[str, Any], place: str) -> Any:
-    """Return the value of a place ("rope_parameters.rope_theta"), None where there is none."""
+    """Return the value at a nested place ("rope_parameters.rope_theta"); None where there is none."""
     value: Any = hf
     for key in place.split("."):
         value = None if value is None else value.get(key)
@@ -161,7 +161,8 @@ def at(hf: Mapping[str, Any], place: str) -> Any:
 
 
 def refuse_others(values: Mapping[str, Any], known: Iterable[str], place: str, whose: str) -> None:
-    """Raise ConfigError for a key inside of `place` that is not known and has a value."""
+    """Raise ConfigError for a key of `values`, at `place` in config.json, that has a value and is not `known`. `whose`
+    names the owner in the message."""
     for key, value in values.items():
         if value is not None and key not in known:
             raise ConfigError(f"config.json has {place}.{key} = {shown(value)}, which is unknown for {whose}")

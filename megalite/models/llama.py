@@ -34,8 +34,8 @@ from megalite.plan import Place
 
 
 class LlamaLike(ModelConfig):
-    """Fields of Llama and kin. Capitals, methods and properties are not the user's to choose but the family's: those of
-    Llama as they stand here."""
+    """Fields of Llama and kin. Names in capitals, methods and properties are not settings but belong to the family;
+    here they have Llama's values."""
 
     intermediate_size: int = Field(gt=0)
     num_kv_heads: int = Field(0, ge=0, description="0: as many as num_attention_heads")
@@ -49,7 +49,8 @@ class LlamaLike(ModelConfig):
     NORM: ClassVar[type[RMSNorm] | type[LayerNorm]] = RMSNorm
     ROPE: ClassVar[rope.Names] = rope.Names()
     HEADS_DIVIDE: ClassVar[bool] = False
-    """transformers opens the family only where the hidden size is a multiple of the heads, also with a head_dim."""
+    """Whether transformers opens the family only where the hidden size is a multiple of the heads, even with a
+    head_dim."""
 
     @model_validator(mode="after")
     def _opens_in_transformers(self) -> LlamaLike:
@@ -88,14 +89,15 @@ class LlamaLike(ModelConfig):
 
     @property
     def rotary_size(self) -> int:
-        """Numbers of a head that turn."""
+        """Return how many numbers of a head are rotated."""
         return self.head_size
 
     def attention(self, layer: int) -> AttentionKind:
+        """Return window, soft cap and scale of a layer's attention."""
         return AttentionKind(window=self.window(layer))
 
     def turn(self, layer: int) -> int | None:
-        """Which of the model's turns a layer takes; None: positions are not encoded in it."""
+        """Return which of the model's cos/sin tables a layer takes; None where it encodes no positions."""
         return 0
 
 
@@ -107,7 +109,7 @@ class LlamaConfig(LlamaLike):
 
 
 class Shared(NamedTuple):
-    """What all layers need."""
+    """What all layers need besides the hidden states: cos/sin tables and places."""
 
     turns: tuple[rope.Turn, ...]
     places: Places
@@ -124,7 +126,7 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD: Tensor, shared: Shared) -> Tensor:
         qkv = self.qkv(x_BTD)
-        # Head counts follow from what the projection gave: all heads, or the share of a tensor rank.
+        # Head counts follow from the projection's output: all heads, or a tensor rank's share.
         groups = qkv.shape[2] // self.head_size // (self.heads_per_group + 2)
         heads = groups * self.heads_per_group
         qkv = self.normalize(qkv, heads, groups)
@@ -135,12 +137,13 @@ class Attention(nn.Module):
         return self.out(self.core(qkv_BTNK, heads, groups, shared.places))
 
     def normalize(self, qkv: Tensor, heads: int, groups: int) -> Tensor:
-        """What becomes of queries and keys before they turn: [B,T,N·K]"""
+        """Return queries and keys as they are before RoPE, and values: [B,T,N·K]. `heads` and `groups` are those on
+        this rank."""
         return qkv
 
 
 class HeadNormAttention(Attention):
-    """Each head's queries and keys are normalised, all heads by one weight (Qwen3, Gemma 3)."""
+    """Attention that normalises each head's queries and keys, all heads by one weight (Qwen3, Gemma 3)."""
 
     def __init__(self, config: LlamaLike, layer: int):
         super().__init__(config, layer)
@@ -163,6 +166,7 @@ class MLP(nn.Module):
         return self.shrink(self.gate_up(x))
 
     def shrink(self, gate_up: Tensor) -> Tensor:
+        """Apply the activation and the down projection; recomputed as one under `train.recompute: selective`."""
         return self.down(self.gate(gate_up))
 
 
@@ -205,6 +209,7 @@ class Llama(Decoder):
         return Shared(self.turns(places), places)
 
     def turns(self, places: Places) -> tuple[rope.Turn, ...]:
+        """Return the cos/sin tables that layers choose from; see `LlamaLike.turn`."""
         c = self.config
         arguments = c.rotary_size, c.rope_theta, c.rope_scaling, places.length, c.max_positions
         return (rope.turns(places.position_BT, *arguments),)
@@ -219,7 +224,7 @@ def layer_table(
     attention: Sequence[Weight] | None = None,
     mlp: Sequence[Weight] | None = None,
 ) -> tuple[Weight, ...]:
-    """The rows of one layer as Llama has them, but for those given."""
+    """Return the rows of one layer: Llama's, except for those of `attention` and `mlp` that are given."""
     return (
         norm_row(config, "attention_norm", "input_layernorm"),
         *(attention_rows(config) if attention is None else attention),
@@ -231,7 +236,8 @@ def layer_table(
 def attention_rows(
     config: LlamaLike, qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj"), norms: Sequence[Weight] = ()
 ) -> tuple[Weight, ...]:
-    """`qkv`: the Hugging Face modules that make up the projection; `norms`: rows between it and the output."""
+    """Return the rows of attention. `qkv` names the Hugging Face modules that make up the projection; `norms` are rows
+    between it and the output."""
     q, kv = config.num_attention_heads * config.head_size, config.kv_heads * config.head_size
     parts, unit, std = (q, kv, kv), config.head_size, config.init_std
     names = {kind: tuple(f"self_attn.{module}.{kind}" for module in qkv) for kind in ("weight", "bias")}
@@ -248,7 +254,7 @@ def attention_rows(
 
 
 def head_norm_rows(config: LlamaLike) -> tuple[Weight, ...]:
-    """Of `HeadNormAttention`."""
+    """Return the rows of the norms in `HeadNormAttention`."""
     names = [f"{part}_norm.weight" for part in "qk"]
     return tuple(
         Weight(
@@ -260,7 +266,7 @@ def head_norm_rows(config: LlamaLike) -> tuple[Weight, ...]:
 
 
 def mlp_rows(config: LlamaLike, gate_up: tuple[str, ...] = ("gate_proj", "up_proj")) -> tuple[Weight, ...]:
-    """`gate_up`: the Hugging Face modules that make up the first product."""
+    """Return the rows of the MLP. `gate_up` names the Hugging Face modules that make up its first projection."""
     hidden, inner = config.hidden_size, config.intermediate_size
     names = tuple(f"mlp.{module}.weight" for module in gate_up)
     return (
@@ -270,6 +276,8 @@ def mlp_rows(config: LlamaLike, gate_up: tuple[str, ...] = ("gate_proj", "up_pro
 
 
 def norm_row(config: LlamaLike, name: str, hf: str, place: Place = 0) -> Weight:
+    """Return the row of a norm over hidden states, called `name` here and `hf` by Hugging Face. Under sequence
+    parallelism each tensor rank has a part of its gradient."""
     return Weight(
         f"{name}.weight", (config.hidden_size,), (f"{hf}.weight",), init=config.NORM.INIT, decay=False,
         partial_grad="sequence", place=place,
@@ -277,9 +285,10 @@ def norm_row(config: LlamaLike, name: str, hf: str, place: Place = 0) -> Weight:
 
 
 def table(config: LlamaLike, layer: Sequence[Weight]) -> Iterator[Weight]:
-    """The whole table, from the rows of one layer."""
+    """Yield the whole table, from the rows of one layer."""
     shape, std = (config.vocab_size, config.hidden_size), config.init_std
     ends: Place = "both" if config.tie_embeddings else "first"
+    # A look-up multiplies nothing; the head, where it is tied, does.
     used = float(config.tie_embeddings)
     yield Weight("embedding.weight", shape, ("model.embed_tokens.weight",), "vocab", used=used, init=std, place=ends)
     for i in range(config.num_layers):
@@ -290,7 +299,8 @@ def table(config: LlamaLike, layer: Sequence[Weight]) -> Iterator[Weight]:
 
 
 def residual_std(config: ModelConfig) -> float:
-    """Of what is added to the residual stream, whose variance it keeps (GPT-2, Megatron)."""
+    """Return the standard deviation of projections that add to the residual stream, which keeps its variance (GPT-2,
+    Megatron)."""
     return config.init_std / math.sqrt(2 * config.num_layers)
 
 
@@ -315,7 +325,7 @@ LIKE_LLAMA = Keys().but(
     },
     only={"attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu", "mlp_bias": False},
 )
-"""Of families that grew out of Llama."""
+"""Keys of families that grew out of Llama."""
 KEYS = LIKE_LLAMA
 
 
@@ -324,7 +334,7 @@ def to_hf(config: LlamaLike) -> dict[str, Any]:
 
 
 def fields_to_hf(config: LlamaLike, architecture: str, activation: str = "silu") -> dict[str, Any]:
-    """What the config.json of all kin says."""
+    """Return the keys of config.json that all kin share; `architecture` and `activation` are transformers' names."""
     return {
         "architectures": [architecture],
         "model_type": config.family,
@@ -351,7 +361,7 @@ def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def fields_from_hf(hf: dict[str, Any], config: type[LlamaLike]) -> dict[str, Any]:
-    """Return the fields that all kin have."""
+    """Return the fields of the `model:` section that all kin share."""
     family, vocabulary, pad = config.model_fields["family"].default, hf["vocab_size"], hf["pad_token_id"]
     if pad is not None and not -vocabulary <= pad < vocabulary:
         raise ConfigError(f"config.json has pad_token_id = {pad!r}, which is none of the {vocabulary} tokens")

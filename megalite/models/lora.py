@@ -1,14 +1,12 @@
-"""Low-rank adapters (Hu et al. 2021): a linear module W also adds scale · B A x, and of the model only A and B are
-trained.
+"""LoRA, low-rank adapters (Hu et al. 2021): a linear module W also adds scale · B A x, and only A and B are trained.
 
-An adapter belongs to one Hugging Face module, as PEFT has it. Where a linear module here is several of those in one, it
+An adapter belongs to one Hugging Face module, as in PEFT. Where a linear module here is several of those in one, it
 carries an adapter for each, which adds to its own slice of the output. Both weights of an adapter are rows of the
 table, and everything about them follows from the row of the weight they adapt:
 
                   of a column-parallel weight         of a row-parallel weight
     A [r, in]     whole on every tensor rank          cut as its input columns
-    B [out, r]    cut as its output rows              whole on every tensor rank
-"""
+    B [out, r]    cut as its output rows              whole on every tensor rank"""
 
 from __future__ import annotations
 
@@ -31,50 +29,55 @@ from megalite.models.layers import Decoder, Dropout, Places
 from megalite.models.weights import Uniform, Weight
 
 PREFIX = "base_model.model."
-"""Of PEFT's names."""
+"""What PEFT puts before the names of tensors."""
 ALL_LINEAR = "all-linear"
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """Of one Hugging Face module."""
+    """The adapter of one Hugging Face module."""
 
     module: str
     """As Hugging Face names it: model.layers.0.self_attn.q_proj"""
     base: Weight
-    """The row of the weight that the module is, or is a part of."""
+    """Row of the weight that is the module, or contains it."""
     start: int
     stop: int
     """Output features of the base that are the module's."""
 
     @property
     def owner(self) -> str:
-        """The megalite module that carries it."""
+        """Return the name of the megalite module that carries it."""
         return self.base.name.removesuffix(".weight")
 
     @property
     def short(self) -> str:
+        """Return the last part of the module's name: q_proj."""
         return self.module.rpartition(".")[2]
 
     def matches(self, target: str) -> bool:
-        """PEFT's rule."""
+        """Return whether a target of `lora.targets` means this module, by PEFT's rule."""
         return target == ALL_LINEAR or self.module == target or self.module.endswith(f".{target}")
 
     def local_rows(self, tensor: int) -> slice:
-        """Output features of one of `tensor` ranks that are the module's."""
+        """Return the module's slice of the output features on one of `tensor` ranks."""
         ranks = tensor if self.base.shard == "column" else 1
+        # Parts of a weight are cut each on its own, so a module's features keep their place among the local ones,
+        # scaled down.
         return slice(self.start // ranks, self.stop // ranks)
 
     def rows(self, rank: int) -> tuple[Weight, Weight]:
-        """Of A and B."""
+        """Return the rows of A and B for an update of this LoRA `rank`."""
         base, name, hf = self.base, f"{self.owner}.{self.short}", f"{PREFIX}{self.module}.lora"
         column, alone = base.shard == "column", len(base.hf) == 1
         a = Weight(
             f"{name}_a", (rank, base.shape[1]), (f"{hf}_A.weight",),
             shard=None if column else "row", unit=1 if column else base.unit,
-            # kaiming_uniform_ with a = √5, which is what PEFT does.
+            # kaiming_uniform_ with a = √5, as PEFT initialises A.
             init=Uniform(1 / sqrt(base.shape[1])), place=base.place, partial_grad="sequence" if column else None,
         )  # fmt: skip
+        # B of a row-parallel weight is whole on every rank, but is used on the rank's part of A x: so its gradient is
+        # partial.
         b = Weight(
             f"{name}_b", (self.stop - self.start, rank), (f"{hf}_B.weight",),
             shard="column" if column else None, unit=base.unit if column else 1,
@@ -85,7 +88,8 @@ class Adapter:
 
 
 def adapters_of(weights: Sequence[Weight], lora: LoraConfig) -> list[Adapter]:
-    """Of all modules that `lora` asks for. Raises ConfigError for a target that is no linear module of the model."""
+    """Return the adapters of all modules that `lora` targets. Raises ConfigError for a target that is no linear module
+    of the model."""
     every = [adapter for weight in weights for adapter in _of_weight(weight)]
     for target in lora.targets:
         if not any(adapter.matches(target) for adapter in every):
@@ -97,6 +101,7 @@ def adapters_of(weights: Sequence[Weight], lora: LoraConfig) -> list[Adapter]:
 
 
 def _of_weight(weight: Weight) -> Iterator[Adapter]:
+    """Yield an adapter for each Hugging Face module of a linear weight."""
     if weight.shard not in ("column", "row") or len(weight.shape) != 2:
         return
     stops = [*accumulate(weight.row_groups)] if len(weight.hf) > 1 else [weight.shape[0]]
@@ -105,7 +110,7 @@ def _of_weight(weight: Weight) -> Iterator[Adapter]:
 
 
 def with_adapters(weights: Sequence[Weight], lora: LoraConfig) -> tuple[Weight, ...]:
-    """The table of a model of which only adapters are trained: each weight frozen, and behind it the rows of its
+    """Return the table of a model whose adapters alone are trained: each weight frozen, followed by the rows of its
     adapters."""
     rows: dict[str, list[Weight]] = {}
     for adapter in adapters_of(weights, lora):
@@ -114,8 +119,8 @@ def with_adapters(weights: Sequence[Weight], lora: LoraConfig) -> tuple[Weight, 
 
 
 def merged(local: Tensor, adapters: Sequence[tuple[Adapter, Tensor, Tensor]], scale: float, tensor: int) -> Tensor:
-    """Return the local tensor of a weight on one of `tensor` ranks with what its adapters, given with that rank's A and
-    B, add to it: in fp32, which whoever takes it rounds once."""
+    """Return the local tensor of a weight on one of `tensor` ranks with its adapters' updates added, in fp32, to be
+    rounded once by the caller. `adapters` come with that rank's A and B; `scale` multiplies the updates."""
     whole = local.float() if local.dtype != torch.float32 else local.clone()
     for adapter, a, b in adapters:
         whole[adapter.local_rows(tensor)].addmm_(b.float(), a.float(), alpha=scale)
@@ -123,7 +128,7 @@ def merged(local: Tensor, adapters: Sequence[tuple[Adapter, Tensor, Tensor]], sc
 
 
 class _AddUpdates(Function):
-    """Adds scale · low Bᵀ to a slice of `out` for each B, in place: `out` is always the fresh output of a product."""
+    """Add scale · low Bᵀ to a slice of `out` for each B, in place: `out` is always the fresh output of a product."""
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, low: Tensor, scale: float, slices: Sequence[slice], *bs: Tensor) -> Tensor:
@@ -142,16 +147,18 @@ class _AddUpdates(Function):
         grads = [features[:, rows] for rows in ctx.slices]
         of_low = torch.cat([g @ b for g, b in zip(grads, bs, strict=True)], -1).mul_(ctx.scale)
         of_bs = [(g.t() @ part).mul_(ctx.scale) for g, part in zip(grads, _parts(low, bs), strict=True)]
+        # `out` was only added to, so its gradient passes through.
         return grad, of_low.view_as(low), None, None, *of_bs
 
 
 def _parts(low: Tensor, bs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Split the low-rank features of all adapters into each one's."""
     return low.flatten(0, -2).split([b.shape[1] for b in bs], -1)
 
 
 class AdapterDropout(Dropout):
-    """Of what the adapters of a linear module take. Linear modules are not told places: those are of the layer's call
-    under way."""
+    """Dropout on the input of adapters. Linear modules are not given places: they are those of the layer's current
+    call."""
 
     places: Places
 
@@ -160,7 +167,7 @@ class AdapterDropout(Dropout):
 
 
 def _tell_places(layer: nn.Module) -> None:
-    """Let every call of a layer, also one that computes it again, tell the dropouts in it whose places it is about."""
+    """Make every call of a layer, recomputation included, give its places to the dropouts inside."""
     forward, dropouts = layer.forward, [module for module in layer.modules() if isinstance(module, AdapterDropout)]
 
     def telling(x: Tensor, shared: Any) -> Tensor:
@@ -173,13 +180,14 @@ def _tell_places(layer: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Updates:
-    """What the adapters of a linear module add to its output. The module holds their weights, by the names NAME_a and
-    NAME_b, and their `dropout`."""
+    """Add the adapters' updates to the output of a linear module. The module holds their weights, by the names NAME_a
+    and NAME_b, and their `dropout`."""
 
     adapters: tuple[Adapter, ...]
     scale: float
 
     def parameters(self) -> list[str]:
+        """Return the names of the adapters' weights in their module."""
         return [f"{adapter.short}_{factor}" for adapter in self.adapters for factor in "ab"]
 
     def add(
@@ -190,18 +198,18 @@ class Updates:
         tensor: int = 1,
         enter: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """To `out` [B,T,O], in place, from the module's input `x` [B,T,I]. Of `tensor` ranks each holds a share of
-        the features; `enter` is the way from what all ranks share to what each goes on with for its own."""
+        """Add to `out` [B,T,O], in place, the updates from `module`'s input `x` [B,T,I]. Each of `tensor` ranks holds
+        a share of the features; `enter` takes the low-rank features into the tensor-parallel region."""
         of_a, of_b = ([getattr(module, f"{adapter.short}_{factor}") for adapter in self.adapters] for factor in "ab")
         if module.dropout is not None:
             x = module.dropout(x)
-        low = F.linear(x, torch.cat(of_a) if len(of_a) > 1 else of_a[0])  # one look at `x` for all of them
+        low = F.linear(x, torch.cat(of_a) if len(of_a) > 1 else of_a[0])  # one read of `x` for all of them
         slices = [adapter.local_rows(tensor) for adapter in self.adapters]
         return _AddUpdates.apply(out, enter(low) if enter else low, self.scale, slices, *of_b)
 
 
 class LoraLinear(nn.Linear):
-    """A linear module with adapters."""
+    """Linear module with adapters."""
 
     def __init__(self, base: nn.Linear, updates: Updates, rank: int, dropout: float):
         super().__init__(base.in_features, base.out_features, base.bias is not None)
@@ -213,13 +221,13 @@ class LoraLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         out = super().forward(x)
-        # With a bias it comes as a view, which autograd would let nobody change in place.
+        # With a bias, F.linear returns a view, on which autograd forbids in-place operations.
         return self.updates.add(self, x, torch.ops.aten._unsafe_view(out, out.shape))
 
 
 def adapt(model: Decoder, weights: Sequence[Weight], lora: LoraConfig) -> None:
-    """Give the linear modules of a clean model on the meta device their adapters. `weights` is the table without
-    them."""
+    """Give the linear modules of a clean model on the meta device the adapters that `lora` asks for. `weights` is the
+    table without them."""
     by_owner: dict[str, list[Adapter]] = {}
     for adapter in adapters_of(weights, lora):
         by_owner.setdefault(adapter.owner, []).append(adapter)

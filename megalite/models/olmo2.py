@@ -1,5 +1,5 @@
-"""OLMo 2 (OLMo et al. 2024): Llama that normalises what attention and MLP give instead of what they take, and all of a
-token's queries, and all of its keys, as one vector."""
+"""OLMo 2 (OLMo et al. 2024): Llama that normalises the outputs of attention and MLP instead of their inputs, and a
+token's queries of all heads, and its keys, each as one vector."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def weights(config: Olmo2Config) -> Iterator[Weight]:
 
 
 def _projection_norms(config: Olmo2Config) -> Iterator[Weight]:
-    """Cut over tensor ranks as the heads are."""
+    """Yield the rows of the norms of queries and keys, which are cut over tensor ranks as the heads are."""
     for part, heads in (("q", config.num_attention_heads), ("k", config.kv_heads)):
         name, size = f"{part}_norm.weight", heads * config.head_size
         yield Weight(

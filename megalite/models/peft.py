@@ -1,4 +1,4 @@
-"""PEFT's adapter_config.json, to `lora:` and from it."""
+"""Convert PEFT's adapter_config.json to the `lora:` section and back."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megalite.utils.outside import check_regular, read_json, reading, shown
 CONFIG, TENSORS = "adapter_config.json", "adapter_model"
 WHOLE = ("model.safetensors", "model.safetensors.index.json")
 
-# Those that say nothing about what an adapter computes, beside those that are read.
+# Keys that do not change what an adapter computes, beside those that are read.
 MEANINGLESS = (
     "peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version",
     "fan_in_fan_out", "megatron_core", "qalora_group_size", "layers_pattern",
@@ -28,11 +28,12 @@ ONLY: dict[str, tuple[Any, ...]] = {"bias": ("none",), "init_lora_weights": (Tru
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether it holds an adapter and no model."""
+    """Return whether a folder holds an adapter and no model."""
     return (folder / CONFIG).is_file() and not any((folder / name).exists() for name in WHOLE)
 
 
 def _read(folder: Path) -> dict[str, Any]:
+    """Return adapter_config.json. Raises ConfigError where it is not that of a LoRA adapter."""
     values = read_json(folder / CONFIG, ConfigError)
     if not isinstance(values, dict) or values.get("peft_type") != "LORA":
         raise ConfigError(f'{folder / CONFIG} is not that of a LoRA adapter (`peft_type`: "LORA")')
@@ -40,7 +41,8 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def base_of(folder: Path) -> Path:
-    """The folder of the model an adapter is for. Raises ConfigError where it is none on this machine."""
+    """Return the folder of the model that an adapter is for. Raises ConfigError where there is none on this
+    machine."""
     name = _read(folder).get("base_model_name_or_path")
     base = Path(str(name))
     if not name or not (base / "config.json").is_file():
@@ -52,14 +54,14 @@ def base_of(folder: Path) -> Path:
 
 
 def read_lora(folder: Path) -> dict[str, Any]:
-    """The fields of `lora:` for an adapter. Raises ConfigError for what is not supported."""
+    """Return the fields of `lora:` for an adapter. Raises ConfigError for what is not supported."""
     values = _read(folder)
     for key, value in values.items():
         plain = value in ONLY[key] if key in ONLY else not value
         if key not in (*MEANINGLESS, *READ) and not plain:
             raise ConfigError(f"{folder / CONFIG} has {key} = {shown(value)}, which is not supported")
     targets = values.get("target_modules")
-    # A string is a pattern of PEFT's; the tensors say which modules it found.
+    # A string is a regular expression of PEFT's; the tensors say which modules it matched.
     if missing := [key for key in ("r", "lora_alpha") if key not in values]:
         raise ConfigError(f"{folder / CONFIG} does not say its {missing[0]}")
     return {
@@ -72,14 +74,15 @@ def read_lora(folder: Path) -> dict[str, Any]:
 
 
 def with_adapter_fields(values: dict[str, Any]) -> dict[str, Any]:
-    """A `lora:` section, with what it leaves out as `adapter` has it. A run's own config leaves nothing out, and needs
-    that folder no more. Raises ConfigError."""
+    """Return a `lora:` section with what it leaves out taken from its `adapter`. A run's own config leaves nothing
+    out, and does not need that folder any more. Raises ConfigError."""
     if not values.get("adapter") or LoraConfig.model_fields.keys() <= values.keys():
         return values
     return read_lora(Path(str(values["adapter"]))) | values
 
 
 def _modules(folder: Path) -> list[str]:
+    """Return the names of the modules that the adapter's tensors belong to."""
     path = folder / f"{TENSORS}.safetensors"
     check_regular(path, ConfigError)
     with reading(path, ConfigError), safe_open(path, framework="pt") as file:
@@ -88,7 +91,7 @@ def _modules(folder: Path) -> list[str]:
 
 
 def to_peft(lora: LoraConfig, weights: Sequence[Weight], base: Path) -> dict[str, Any]:
-    """`weights` is the table of the base; PEFT finds it by its path."""
+    """Return adapter_config.json. `weights` is the table of the base model; PEFT finds it at the path `base`."""
     every = sorted({adapter.short for adapter in adapters_of(weights, lora)})
     return {
         "peft_type": "LORA",

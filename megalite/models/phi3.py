@@ -1,5 +1,5 @@
-"""Phi-3 and 4 (Abdin et al. 2024): Llama with a sliding window, whose heads may turn in part; Hugging Face stores its
-projections fused, as megalite holds them."""
+"""Phi-3 and 4 (Abdin et al. 2024): Llama with a sliding window and optional partial RoPE; Hugging Face stores its
+projections fused, as megalite does."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ class Phi3Config(Windowed):
 
     @property
     def rotary_size(self) -> int:
+        """Return how many numbers of a head are rotated."""
         return int(self.head_size * self.partial_rotary_factor)
 
 

@@ -1,5 +1,5 @@
-"""Rotary positions (Su et al. 2021): how fast each pair of a head turns, stretched to longer sequences than were
-trained on, and how a Hugging Face config.json says so. R in shapes: pairs of a head that turn."""
+"""RoPE, rotary positions (Su et al. 2021): the cos/sin tables, their scaling to longer sequences than were trained on,
+and how a Hugging Face config.json describes them. R in shapes: pairs of a head that are rotated."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from megalite.models.hf import agreed, at, disagree, refuse_others
 from megalite.utils.outside import shown
 
 Turn = tuple[Tensor, Tensor]
-"""Cosine and sine of each pair's angle, fp32 [B or 1,T,R]."""
+"""Cos/sin tables: cosine and sine of each pair's angle, fp32 [B or 1,T,R]."""
 
 
 class Llama3Scaling(Section):
-    """Llama 3.1's: waves that turn often within the original length are kept, slow ones are slowed by `factor`, the
-    rest is blended."""
+    """Llama 3.1's scaling: frequencies that turn often within the original length are kept, low ones are divided by
+    `factor`, those between are blended."""
 
     type: Literal["llama3"] = "llama3"
     factor: float = Field(gt=0)
@@ -39,17 +39,21 @@ class Llama3Scaling(Section):
         return self
 
     def stretch(self, frequency_R: Tensor, length: int | Tensor) -> Tensor:
+        """Return the scaled frequencies [R]; the sequence's `length` does not matter."""
         turns = self.original_max_positions * frequency_R / (2 * math.pi)
+        # 1 for a frequency that turns at least high_freq_factor times within the original length (kept), 0 for one
+        # that turns at most low_freq_factor times (divided by factor).
         smooth = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
         smooth = smooth.clamp(0, 1)
         return frequency_R * (smooth + (1 - smooth) / self.factor)
 
     def magnitude(self, max_positions: int) -> float:
+        """Return the factor of cosines and sines: 1, whatever `max_positions`."""
         return 1.0
 
 
 class LinearScaling(Section):
-    """All waves are slowed alike (Chen et al. 2023)."""
+    """Linear scaling: all frequencies are divided by `factor` (Chen et al. 2023)."""
 
     type: Literal["linear"]
     factor: float = Field(gt=0)
@@ -62,8 +66,8 @@ class LinearScaling(Section):
 
 
 class LongRope(Section):
-    """Each wave is slowed by a factor of its own, of one set up to the original length and of another in any longer
-    sequence (Ding et al. 2024)."""
+    """LongRoPE: each frequency is divided by its own factor, from `short_factor` up to the original length, and from
+    `long_factor` in any longer sequence (Ding et al. 2024)."""
 
     type: Literal["longrope"]
     short_factor: tuple[Annotated[float, Field(gt=0)], ...]
@@ -71,12 +75,14 @@ class LongRope(Section):
     original_max_positions: int = Field(gt=1)
 
     def stretch(self, frequency_R: Tensor, length: int | Tensor) -> Tensor:
+        """Return the frequencies [R] for a sequence of `length`; of the shape of `length` with R last, where that is a
+        tensor."""
         long, short = (torch.tensor(f, device=frequency_R.device) for f in (self.long_factor, self.short_factor))
         is_long = torch.as_tensor(length, device=frequency_R.device) > self.original_max_positions
         return frequency_R / torch.where(is_long, long, short)
 
     def magnitude(self, max_positions: int) -> float:
-        """What queries and keys are multiplied by."""
+        """Return the factor of cosines and sines, by which queries and keys are so multiplied."""
         factor = max_positions / self.original_max_positions
         return math.sqrt(1 + math.log(factor) / math.log(self.original_max_positions)) if factor > 1 else 1.0
 
@@ -104,8 +110,11 @@ HF_NAMES = {"original_max_positions": "original_max_position_embeddings"}
 def turns(
     position_BT: Tensor, size: int, theta: float, scaling: Scaling | None, length: int | Tensor, max_positions: int
 ) -> Turn:
-    """Of heads whose first `size` numbers turn, for tokens of a sequence of `length`, [B,1,1] where rows
-    differ, [B,T,1] where documents do."""
+    """Return the cos/sin tables for positions [B,T] and heads whose first `size` numbers are rotated with base
+    `theta`.
+
+    `scaling` depends on `length`, that of the whole sequence ([B,1,1] where rows differ, [B,T,1] where documents do),
+    and on `max_positions`, the longest that the model is meant for."""
     exponent = torch.arange(0, size, 2, device=position_BT.device).float() / size
     frequency_R = theta**-exponent
     if scaling is None:
@@ -118,23 +127,24 @@ def turns(
 
 @dataclass(frozen=True)
 class Names:
-    """How the config.json of a family says what turns how fast."""
+    """Names by which a family's config.json describes RoPE."""
 
     kinds: tuple[str, ...] = tuple(KINDS)
-    """Scalings that transformers opens the family with."""
+    """Scalings with which transformers opens the family."""
     theta_key: str = "rope_theta"
     theta: float = 10_000.0
-    """Where config.json does not say."""
+    """Default where config.json does not say."""
     share_key: str | None = None
-    """Of the share of each head that turns; None: all of it does."""
+    """Key of the share of each head that is rotated; None: all of it is."""
     share: float = 1.0
-    """Where config.json does not say."""
+    """Default where config.json does not say."""
     new: str = "rope_parameters"
     """The place that transformers 5 writes; every version reads `rope_scaling` and the keys beside it."""
 
 
 def to_hf(names: Names, theta: float, scaling: Scaling | None, share: float | None = None) -> dict[str, Any]:
-    """Return the keys of config.json. Each fact stands in one place: that which transformers 4, 5 and vLLM read."""
+    """Return the keys of config.json for `theta`, `scaling` and the `share` of each head that is rotated, under the
+    family's `names`. Each fact stands in one place: the one that transformers 4, 5 and vLLM read."""
     values: dict[str, Any] = {names.theta_key: theta, "rope_scaling": None}
     if scaling:
         fields = scaling.model_dump(mode="json")
@@ -144,7 +154,8 @@ def to_hf(names: Names, theta: float, scaling: Scaling | None, share: float | No
 
 
 def from_hf(hf: dict[str, Any], family: str, names: Names) -> dict[str, Any]:
-    """Return rope_theta and rope_scaling of the `model:` section. Raises ConfigError."""
+    """Return rope_theta and rope_scaling of the `model:` section from config.json, `hf`, of a `family` with these
+    `names`. Raises ConfigError."""
     place, copy = _places(hf, names)
     values = at(hf, place) or {}
     kind = kind_of(values, place)
@@ -169,7 +180,7 @@ def from_hf(hf: dict[str, Any], family: str, names: Names) -> dict[str, Any]:
 
 
 def rotary_share(hf: dict[str, Any], names: Names) -> float:
-    """Return the share of each head that turns. Raises ConfigError."""
+    """Return the share of each head that is rotated. Raises ConfigError."""
     place, copy = _places(hf, names)
     key = names.share_key or "partial_rotary_factor"
     copies = ("partial_rotary_factor", f"{copy}.partial_rotary_factor")
@@ -181,11 +192,11 @@ def rotary_share(hf: dict[str, Any], names: Names) -> float:
 
 def _places(hf: dict[str, Any], names: Names) -> tuple[str, str]:
     """Return the place that transformers reads, which is `rope_scaling` where that says anything, and the other one.
-    Raise ConfigError where both have something to say, and not the same."""
+    Raises ConfigError where both say something, and not the same."""
     old, new = (at(hf, place) or {} for place in ("rope_scaling", names.new))
     if not old or not new:
         return ("rope_scaling", names.new) if old else (names.new, "rope_scaling")
-    beside = {"rope_theta", "partial_rotary_factor", "type"}  # which are compared where they are read
+    beside = {"rope_theta", "partial_rotary_factor", "type"}  # these are compared where they are read
     said = [
         {key: value for key, value in values.items() if value is not None and key not in beside}
         | {"rope_type": kind_of(values, place)}

@@ -32,9 +32,11 @@ class SmolLM3Config(LlamaLike):
 
     @property
     def without_positions(self) -> tuple[int, ...]:
+        """Return the numbers of the layers that encode no positions."""
         return tuple(range(3, self.num_layers, 4)) if self.nope_layers is None else self.nope_layers
 
     def turn(self, layer: int) -> int | None:
+        """Return 0, the model's only cos/sin tables; None for a layer that encodes no positions."""
         return None if layer in self.without_positions else 0
 
 

@@ -4,9 +4,8 @@ A row says which Hugging Face tensors a weight is made of, how tensor parallelis
 whether it decays, and whether sequence parallelism leaves each tensor rank with only a part of its gradient.
 Conversion, sharding, initialisation, optimizer groups and checkpoints all read this table; there is no second mapping.
 
-Words: the *logical* tensor is the whole weight as one device would hold it, [out, in] as in torch.nn.Linear; the
-*local* tensor is what one tensor rank holds of it.
-"""
+Terms: the *logical* tensor is the whole weight as one device would hold it, [out, in] as in torch.nn.Linear; the
+*local* tensor is what one tensor rank holds of it."""
 
 from __future__ import annotations
 
@@ -25,55 +24,58 @@ from megalite.utils.counter_random import normal, uniform
 from megalite.utils.keys import key_of
 
 VOCAB_MULTIPLE = 64
-"""Rows of a vocabulary shard are padded to this, so that its matrix products stay aligned."""
+"""Rows of a vocabulary shard are padded to a multiple of this, so that its matrix products stay aligned."""
 
 Fetch = Callable[[str, tuple[slice, ...]], Tensor]
 """Reads a slice of the Hugging Face tensor of a name."""
 
 
 class Uniform(NamedTuple):
-    """Initial values between -bound and bound."""
+    """Uniform initial values between -bound and bound."""
 
     bound: float
 
 
 @dataclass(frozen=True)
 class Weight:
+    """One row of the table; see the module."""
+
     name: str
     """Parameter name in the megalite model."""
     shape: tuple[int, ...]
     """Logical shape."""
     hf: tuple[str, ...]
-    """Hugging Face tensors: one, or one for each of `row_groups`."""
+    """Names of its Hugging Face tensors: one, or one for each of `row_groups`."""
     shard: Literal["column", "row", "vocab", "expert"] | None = None
     """Which dimension tensor parallelism cuts. column: the output features (Megatron's column-parallel); row: the input
     features, which follow them; vocab: the first, padded; expert: the first of a stack; None: replicated."""
     parts: tuple[int, ...] = ()
-    """Row groups that are cut each on its own, so that a rank gets matching rows of each: (q, k, v) or (gate, up)."""
+    """Row groups that are each cut on their own, so that a rank gets matching rows of each: (q, k, v) or (gate,
+    up)."""
     unit: int = 1
     """Rows (of a column-parallel weight) or columns (of a row-parallel one) that stay together: those of a head."""
     transpose: bool = False
     """The Hugging Face tensor is stored [in, out] (GPT-2's Conv1D), or [stack, in, out]."""
     by_unit: bool = False
-    """The one Hugging Face tensor has the first unit of each part, then the second of each: q, k and v of a head side
-    by side (GPT-NeoX)."""
+    """The single Hugging Face tensor interleaves the parts by unit: q, k and v of the first head, then of the second
+    (GPT-NeoX)."""
     stack: int = 0
-    """Leading dimensions that count matrices of the same kind: 1 where the weight is [experts, out, in]."""
+    """Number of leading dimensions that index matrices of the same kind: 1 where the weight is [experts, out, in]."""
     used: float = 1.0
-    """Share of its elements that a token is multiplied with: k / n of n experts of which each token visits k; 0 of an
-    embedding, which is looked up, unless it is tied to the head."""
+    """Share of its elements that a token is multiplied with: k / n for n experts of which each token visits k; 0 for
+    an embedding, which is looked up, unless it is tied to the head."""
     init: float | Uniform | Literal["ones", "zeros"] = 0.02
     """Standard deviation of a normal distribution, a uniform one, or a constant."""
     decay: bool = True
     """Takes weight decay."""
     frozen: bool = False
-    """Is not trained: it has no gradient and no optimizer state, and is in no checkpoint."""
+    """Not trained: no gradient, no optimizer state, and in no checkpoint."""
     place: Place = "first"
     """Where it is used: in a layer, before the layers, after them, or (tied) at both ends."""
     partial_grad: Literal["sequence", "heads"] | None = None
-    """A replicated weight of whose gradient each tensor rank has a part, so that it is summed over them. sequence: used
-    on activations that sequence parallelism cuts along the sequence; heads: used on the heads, or the other features,
-    that each rank has of a token."""
+    """A replicated weight of whose gradient each tensor rank has a part, which is summed over them. sequence: used on
+    activations that sequence parallelism cuts along the sequence; heads: used on the heads, or other features, that
+    each rank has of a token."""
 
     def __post_init__(self) -> None:
         assert sum(self.parts or self.shape[self.stack : self.stack + 1]) == self.shape[self.stack], self
@@ -84,16 +86,17 @@ class Weight:
 
     @property
     def row_groups(self) -> tuple[int, ...]:
-        """Sizes of the groups of rows: the parts of each matrix, one matrix after another."""
+        """Return the sizes of the groups of rows: the parts of each matrix, one matrix after another."""
         return (self.parts or (self.shape[self.stack],)) * prod(self.shape[: self.stack])
 
     @property
     def num_rows(self) -> int:
-        """Rows of all matrices of the stack together. A row is what follows the output features."""
+        """Return the rows of all matrices of the stack together. A row is the elements of one output feature."""
         return prod(self.shape[: self.stack + 1])
 
     @property
     def row_shape(self) -> tuple[int, ...]:
+        """Return the shape of one row: the dimensions after the output features."""
         return self.shape[self.stack + 1 :]
 
     @property
@@ -101,14 +104,15 @@ class Weight:
         return prod(self.shape)
 
     def sums_over_tensor_ranks(self, sequence: bool) -> bool:
-        """Whether its gradient does; `sequence`: sequence parallelism is on."""
+        """Return whether its gradient is summed over the tensor ranks; `sequence`: sequence parallelism is on."""
         return self.partial_grad == "heads" or (self.partial_grad == "sequence" and sequence)
 
     def local_shape(self, tensor: int) -> tuple[int, ...]:
-        """Shape on each of `tensor` ranks. Raises ValueError when the weight cannot be cut evenly."""
+        """Return the shape on each of `tensor` ranks. Raises ValueError when the weight cannot be cut evenly."""
         if self.shard is None or tensor == 1:
             return self.shape
         if self.shard == "vocab":
+            # Padded alike on every rank, so that all shards have one shape.
             rows = -(-self.shape[0] // tensor)
             return (-(-rows // VOCAB_MULTIPLE) * VOCAB_MULTIPLE, *self.shape[1:])
         cut = {"expert": 0, "column": self.stack, "row": self.stack + 1}[self.shard]
@@ -120,7 +124,8 @@ class Weight:
         return (*self.shape[:cut], self.shape[cut] // tensor, *self.shape[cut + 1 :])
 
     def _row_ranges(self, rank: int, tensor: int) -> list[tuple[int, int]]:
-        """Logical row ranges that make up the local rows, in local order. Padding rows, always last, are left out."""
+        """Return the logical row ranges that make up the local rows, in local order. Padding rows, always last, are
+        left out."""
         rows = self.num_rows
         if tensor == 1 or self.shard in (None, "row"):
             return [(0, rows)]
@@ -128,6 +133,7 @@ class Weight:
             held = self.local_shape(tensor)[0]
             first = min(rank * held, rows)
             return [(first, min(first + held, rows))]
+        # Each group is cut on its own: the local rows are this rank's share of q, then of k, then of v.
         groups = (rows,) if self.shard == "expert" else self.row_groups
         starts = accumulate(groups, initial=0)
         return [
@@ -136,15 +142,17 @@ class Weight:
         ]
 
     def _columns(self, rank: int, tensor: int) -> tuple[int, int]:
-        """The range of input features that a rank holds."""
+        """Return the range of input features that a rank holds."""
         if self.shard == "row" and tensor > 1:
             width = self.row_shape[0] // tensor
             return rank * width, (rank + 1) * width
         return 0, self.row_shape[0]
 
     def read_local(self, read_rows: RowReader, rank: int, tensor: int, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of the flattened local tensor; `read_rows` gives logical rows. Padding is zero."""
+        """Return elements [start, stop) of the flattened local tensor of `rank`, one of `tensor` ranks; `read_rows`
+        gives logical rows. Padding is zero."""
         width = prod(self.local_shape(tensor)[self.stack + 1 :])
+        # Whole rows are read, and what is too much at both ends is cut off at last.
         first, last = start // width, -(-stop // width)
         columns = self._columns(rank, tensor) if self.row_shape else None
         found, offset = [], 0
@@ -153,6 +161,7 @@ class Weight:
             if a < b:
                 found.append(read_rows(self, low + a - offset, low + b - offset, columns).reshape(-1))
             offset += high - low
+        # Rows beyond the vocabulary: no logical row stands for them.
         padding = max(0, last - max(offset, first)) * width
         if padding or not found:
             found.append(found[0].new_zeros(padding) if found else torch.zeros(padding))
@@ -160,7 +169,7 @@ class Weight:
         return flat[start - first * width : stop - first * width]
 
     def assemble(self, locals_: Sequence[Tensor]) -> Tensor:
-        """The logical tensor from the local tensors of all tensor ranks (one, where it is replicated)."""
+        """Return the logical tensor from the local tensors of all tensor ranks (one, where it is replicated)."""
         tensor = len(locals_)
         if tensor == 1:
             return locals_[0]
@@ -177,6 +186,7 @@ class Weight:
     # --- as Hugging Face tensors ----------------------------------------------------------------------------------
 
     def to_hf(self, logical: Tensor) -> dict[str, Tensor]:
+        """Return the Hugging Face tensors of the logical tensor, by name."""
         if self.by_unit:
             units = logical.unflatten(0, (len(self.parts), -1, self.unit))
             return {self.hf[0]: units.transpose(0, 1).reshape(self.shape).contiguous()}
@@ -186,17 +196,20 @@ class Weight:
         return {name: self._turned(piece).contiguous() for name, piece in zip(self.hf, pieces, strict=True)}
 
     def _turned(self, matrices: Tensor) -> Tensor:
-        """Exchange the output and the input features of one matrix or of a stack, where Hugging Face does."""
+        """Exchange the output and the input features of one matrix or of a stack, where Hugging Face stores them
+        so."""
         outputs = self.stack if len(self.hf) == 1 else 0
         return matrices.transpose(outputs, outputs + 1) if self.transpose else matrices
 
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the Hugging Face tensors, by name."""
         shapes = [self.shape] if len(self.hf) == 1 else [(size, *self.row_shape) for size in self.row_groups]
         turned = [tuple(self._turned(torch.empty(shape, device="meta")).shape) for shape in shapes]
         return dict(zip(self.hf, turned, strict=True))
 
     def rows_from_hf(self, fetch: Fetch, start: int, stop: int, columns: tuple[int, int] | None) -> Tensor:
-        """Logical rows [start, stop), cut to `columns` for a matrix, read with as few bytes as possible."""
+        """Return logical rows [start, stop), cut to `columns` for a matrix, with `fetch` reading as few bytes as
+        possible."""
         if self.by_unit:
             return self._rows_by_unit(fetch, start, stop, columns)
         stacked = self.stack > 0 and len(self.hf) == 1  # one tensor holds all matrices
@@ -208,6 +221,7 @@ class Weight:
             if low >= high:
                 continue
             where = (slice(low, high),) if columns is None else (slice(low, high), slice(*columns))
+            # Stored [in, out]: exchange the ranges here, and the dimensions of what was read below.
             where = where[::-1] if self.transpose else where
             if stacked:
                 matrix = [int(at) for at in np.unravel_index(number, self.shape[: self.stack])]
@@ -218,12 +232,15 @@ class Weight:
         return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 
     def _rows_of_each(self) -> tuple[int, ...]:
-        """Rows that each Hugging Face tensor holds."""
+        """Return how many rows each Hugging Face tensor holds."""
         return self.row_groups if len(self.hf) > 1 else (self.num_rows,)
 
     def _rows_by_unit(self, fetch: Fetch, start: int, stop: int, columns: tuple[int, int] | None) -> Tensor:
+        """Return logical rows from a tensor that interleaves the parts by unit."""
         pieces, units = [], self.parts[0] // self.unit
         while start < stop:
+            # Logical rows are ordered (part, unit, row in unit), stored ones (unit, part, row in unit). At most one
+            # unit is contiguous in both.
             number, inside = divmod(start, self.unit)
             part, unit = divmod(number, units)
             count = min(self.unit - inside, stop - start)
@@ -236,9 +253,12 @@ class Weight:
     def initial_rows(
         self, seed: int, start: int, stop: int, columns: tuple[int, int] | None, device: torch.device | str = "cpu"
     ) -> Tensor:
-        """Initial logical rows: a function of (seed, name, element index), whatever the layout."""
+        """Return initial values of logical rows [start, stop), cut to `columns`, on `device`: a function of (`seed`,
+        name, element index), whatever the layout."""
         width = prod(self.row_shape)
         if isinstance(self.init, float):
+            # Whole rows are drawn, and cut to `columns` below: an element's random number goes by its place in the
+            # logical tensor.
             flat = normal(key_of(seed, self.name), start * width, stop * width, device) * self.init
         elif isinstance(self.init, Uniform):
             index = torch.arange(start * width, stop * width, device=device)
@@ -253,7 +273,7 @@ RowReader = Callable[[Weight, int, int, tuple[int, int] | None], Tensor]
 
 
 def layer_rows(index: int, hf_prefix: str, rows: Sequence[Weight]) -> Iterator[Weight]:
-    """The rows of one layer under the names of that layer."""
+    """Yield the rows of one layer, with the names of layer `index`; Hugging Face's begin with `hf_prefix`."""
     for row in rows:
         hf = tuple(f"{hf_prefix}.{index}.{name}" for name in row.hf)
         yield replace(row, name=f"layers.{index}.{row.name}", hf=hf, place=index)

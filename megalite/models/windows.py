@@ -1,4 +1,4 @@
-"""Layers that attend to a window of the sequence, all of them or some."""
+"""Sliding-window attention, in all layers or in some."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class WindowedByLayer(Windowed):
     )
 
     NEEDS_WINDOW: ClassVar[bool] = False
-    """transformers opens the family only with a window, also where no layer has it."""
+    """Whether transformers opens the family only with a window, even where no layer uses it."""
 
     @model_validator(mode="after")
     def _a_type_a_layer(self) -> WindowedByLayer:
@@ -39,9 +39,11 @@ class WindowedByLayer(Windowed):
 
     @property
     def types(self) -> tuple[LayerType, ...]:
+        """Return the type of every layer: as set, or the family's usual ones."""
         return self.layer_types or tuple(self.usual_type(layer) for layer in range(self.num_layers))
 
     def usual_type(self, layer: int) -> LayerType:
+        """Return the type that a layer has where `layer_types` is left out."""
         return "full_attention" if self.sliding_window is None else "sliding_attention"
 
     def window(self, layer: int) -> int | None:
@@ -60,8 +62,8 @@ QWEN = LIKE_LLAMA.but(
 
 
 def qwen_to_hf(config: WindowedByLayer) -> dict[str, Any]:
-    """The window as Qwen 2 and 3 spell it. Older versions of transformers know only `max_window_layers`, before which
-    layers attend to all: what it cannot say stands in `layer_types`."""
+    """Return the window as Qwen 2 and 3 spell it. Older versions of transformers know only `max_window_layers`, before
+    which layers have full attention: what that cannot say is written as `layer_types`."""
     types = list(config.types)
     first = types.index("sliding_attention") if "sliding_attention" in types else config.num_layers
     layers: dict[str, Any] = {"max_window_layers": first}
@@ -72,6 +74,7 @@ def qwen_to_hf(config: WindowedByLayer) -> dict[str, Any]:
 
 
 def qwen_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
+    """Return the window's fields from Qwen's config.json. Raises ConfigError where its keys disagree."""
     sliding = bool(hf["use_sliding_window"]) and hf["sliding_window"] is not None
     first, count = hf["max_window_layers"], hf["num_hidden_layers"]
     types = hf["layer_types"] or _types_from(first if sliding else count, count)
@@ -87,5 +90,5 @@ def qwen_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def _types_from(first: int, count: int) -> list[str]:
-    """Return the types of layers of which those from `first` on slide."""
+    """Return the types of `count` layers, of which those from `first` on have a sliding window."""
     return ["full_attention" if layer < first else "sliding_attention" for layer in range(count)]
