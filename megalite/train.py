@@ -1,4 +1,4 @@
-"""A run from its start to its end, for pretraining and finetuning, on one process or on a thousand. The steps
+"""Run training from its start to its end: pretraining and finetuning, on one process or on a thousand. The steps
 themselves are in training/loop.py, and what is done beside them in training/hooks.py."""
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ SOURCES_SHOWN = 8
 
 
 def train(config: Config) -> Exit:
-    """Train as the config says, on the ranks this process was started among. Resumes by itself. Returns DONE;
-    STOPPED after a signal, BAD_NUMBERS or CORRUPTED for what `health` looks after.
+    """Train as `config` says, on the ranks this process was started among; resumes by itself. Returns DONE; STOPPED
+    after a signal, BAD_NUMBERS or CORRUPTED for what `health` checks.
 
-    Raises ConfigError, DataError or CheckpointError, before the first step where something asked for cannot be done;
+    Raises ConfigError, DataError or CheckpointError, before the first step, where something asked for cannot be done;
     NotSaved after the last step."""
     launch = Launch.from_environment()
     meeting = launch.arrive(config.health.hang_timeout_s)
@@ -60,7 +60,7 @@ def train(config: Config) -> Exit:
     mesh = make_mesh(plan, launch.device)
     keep_freed_memory()
     with held(config.run.folder) if mesh.world.rank == 0 else nullcontext():
-        all_agree(True, mesh)  # before that no rank writes there
+        all_agree(True, mesh)  # no rank writes to the folder before rank 0 holds it
         with Watchdog(config, mesh):
             return train_on(mesh, config, plan, data, tokenizer, tasks)
 
@@ -73,8 +73,11 @@ def train_on(
     tokenizer: Tokenizer | None,
     tasks: TasksInTraining | None,
 ) -> Exit:
+    """Train on a `mesh` of ranks that have met; a run that is sent back begins again here.
+
+    `config`, `plan` and `data` are alike on all ranks; `tokenizer` and `tasks` are None where the run needs none."""
     check_same_everywhere(config, data, mesh)
-    limit, sent_back = config.health.bad_steps_limit, Counter[int]()  # how often to each step
+    limit, sent_back = config.health.bad_steps_limit, Counter[int]()  # how often the run was sent back, by step
     ended: Ending | None = None
     with StopRequests(mesh) as requests:
         parts = build(config, plan, mesh)
@@ -91,7 +94,7 @@ def train_on(
             finally:
                 if run.recorder:
                     run.recorder.close(status)
-        # A launcher that sees one rank leave unfinished ends the others: none goes before all are ready to.
+        # A launcher that sees one rank leave unfinished ends the others: no rank goes before all are ready to.
         all_agree(True, mesh)
     return ended.status
 
@@ -105,11 +108,12 @@ def open_run(
     tasks: TasksInTraining | None,
     sent_back: Ending | None,
 ) -> tuple[Run, Start]:
-    """Find what to begin from, and see that it fits; only then is anything written. `sent_back` says why the run was,
-    if it was.
+    """Find the checkpoint or model to begin from, and check that it fits `config`, `plan` and `data`; only then is
+    anything written. `sent_back` is the ending that sent the run back to a checkpoint, or None; `tokenizer` and
+    `tasks` are those of `train_on`.
 
     Raises ConfigError, CheckpointError or DataError."""
-    # Having been sent back, a run goes on from what it has saved itself, whatever it began with.
+    # A run that was sent back goes on from what it saved itself, whatever it began with.
     resume = "auto" if sent_back and config.checkpoint.resume == "never" else config.checkpoint.resume
     root, train = config.run.folder / "checkpoints", data["train"]
     assert train is not None
@@ -138,7 +142,8 @@ def open_run(
 
 
 def open_recorder(config: Config, plan: Plan, state: dict[str, Any], tokenizer: Tokenizer | None) -> Recorder:
-    """With the tokenizer in the run folder, and what it started from."""
+    """Open the recorder of a run after `state`, and put the `tokenizer` and the run's starting point into its folder.
+    `plan` gives the layout that is recorded."""
     folder = config.run.folder
     if tokenizer:
         tokenizer.save(folder / "tokenizer")
@@ -159,10 +164,13 @@ def open_recorder(config: Config, plan: Plan, state: dict[str, Any], tokenizer: 
 
 
 def train_from(run: Run, parts: Parts, data: Data, start: Start, requests: StopRequests) -> Ending:
+    """Train from `start` to the end of this run; return why it ended. `requests` tells of signals to stop.
+
+    Raises NotSaved where the last checkpoint could not be written."""
     config, folder, state = run.config, run.config.run.folder, start.state
     assert data["train"] is not None
     run.say(*(remark for mixture in data.values() if mixture for remark in mixture.remarks()))
-    if config.data.order != "megatron":  # which has as many samples as are asked for
+    if config.data.order != "megatron":  # that order has as many samples as are asked for
         epochs = data["train"].epochs(config.train.steps * config.train.global_batch_size)
         most = sorted(epochs.items(), key=lambda item: -item[1])[:SOURCES_SHOWN]
         run.say(f"epochs: {', '.join(f'{name} {count:.2f}' for name, count in most)}")
@@ -194,7 +202,7 @@ def train_from(run: Run, parts: Parts, data: Data, start: Start, requests: StopR
         run.say(*saver.news())
     if ended.status == Exit.BAD_NUMBERS and run.recorder:
         run.say(*way_back(folder / "checkpoints", config.health.bad_steps_limit))
-    # An earlier save that failed is made good by a later one, but the last one has none after it.
+    # An earlier save that failed is made up for by a later one, but none comes after the last.
     if saver.error and ended.status is not None:
         raise NotSaved(saver.error)
     return ended

@@ -1,4 +1,4 @@
-"""The schema of a config, and what is said of one that cannot be used."""
+"""The schema of a config, and the error messages for one that cannot be used."""
 
 from megalite.config.schema import (
     MOST_LAYERS,

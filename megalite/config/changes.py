@@ -1,4 +1,5 @@
-"""What differs between two sets of settings: the keys, and both values. A digest says only that something does."""
+"""Compare two sets of settings: the keys that differ, and both values. A digest would say only that something
+differs."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from pydantic_core import PydanticUndefined, to_jsonable_python
 from megalite.utils.outside import shown
 
 LONGEST = 120
-"""Characters of a value that are shown."""
+"""Most characters of a value that are shown."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Change:
 
 
 def spelled(value: Any) -> str:
-    """Return a value as a config has it, cut where it is long."""
+    """Return a value as a config spells it, cut where it is long."""
     bounded = "" if isinstance(value, str) else shown(value)
     is_long = len(bounded) > LONGEST or "a value of type" in bounded or bounded.endswith("bits")
     text = value if isinstance(value, str) else bounded if is_long else json.dumps(value, ensure_ascii=False)
@@ -37,8 +38,8 @@ def spelled(value: Any) -> str:
 
 
 def changes(was: Mapping[str, Any], now: Mapping[str, Any], at: str = "") -> list[Change]:
-    """List what differs, in the order of `now`, with sections and lists of sections by their own keys. What is left
-    out stands for null."""
+    """List what differs between `was` and `now`, in the order of `now`, with sections and lists of sections by their
+    own keys. What is left out counts as null. `at` is put before every key."""
     found: list[Change] = []
     for name in dict.fromkeys((*now, *was)):
         before, value, key = was.get(name), now.get(name), f"{at}{name}"

@@ -1,4 +1,4 @@
-"""What is wrong with a config, in the words of the config instead of pydantic's."""
+"""Describe what is wrong with a config, in the config's words instead of pydantic's."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from megalite.utils.secrecy import names_a_secret
 
 
 def describe_errors(error: ValidationError, root: type[BaseModel], values: Any = None) -> str:
-    """Return one line a mistake. `values` are what was checked: the keys of some sections follow from their `name`."""
+    """Return one line per mistake in pydantic's `error`. `root` is the class that was validated, `values` its input:
+    the keys of some sections follow from their `name`."""
     items = error.errors(include_url=False)
-    # A list of which every item is wrong is also "too short" to pydantic; the items say it better.
+    # If every item of a list is wrong, pydantic also calls the list "too short"; the items' own errors say it better.
     inner = [item["loc"] for item in items if item["type"] != "too_short"]
     told = [i for i in items if i["type"] != "too_short" or not any(loc[: len(i["loc"])] == i["loc"] for loc in inner)]
     return "\n  ".join(_describe(item, root, values) for item in told)
@@ -32,10 +33,11 @@ _PLAINLY = {
     "path_type": "must be a path",
     "string_pattern_mismatch": "must start with a letter or digit and hold only letters, digits, `.`, `_` and `-`",
 }
-"""What pydantic says in terms of Python's types."""
+"""Plain words for what pydantic says in terms of Python's types."""
 
 
 def _describe(item: Any, root: type[BaseModel], values: Any) -> str:
+    """Return the line for one of pydantic's errors: key, value, what is allowed, and the nearest right spelling."""
     path, known = _walk(item["loc"], root, values)
     key, value = ".".join(map(str, path)), item["input"]
     if item["type"] == "extra_forbidden":
@@ -63,7 +65,8 @@ def _describe(item: Any, root: type[BaseModel], values: Any) -> str:
 
 
 def _walk(loc: Sequence[str | int], model: type[BaseModel] | None, values: Any) -> tuple[list[str | int], list[str]]:
-    """The key pydantic's `loc` stands for, without its marks for unions, and the keys known beside the last one."""
+    """Return the key that pydantic's `loc` stands for, without its marks for unions, and the keys known beside the
+    last one."""
     model = _kind_of(model, values)
     path: list[str | int] = []
     known: list[str] = []
@@ -81,7 +84,7 @@ def _walk(loc: Sequence[str | int], model: type[BaseModel] | None, values: Any) 
 
 
 def _kind_of(section: type[BaseModel] | None, values: Any) -> type[BaseModel] | None:
-    """The class of a section, of a choice the one that `values` ask for."""
+    """Return the class of a section; for a choice, the class of the kind that `values` ask for."""
     if section is None or not issubclass(section, Choice):
         return section
     with contextlib.suppress(ConfigError):
@@ -90,7 +93,8 @@ def _kind_of(section: type[BaseModel] | None, values: Any) -> type[BaseModel] | 
 
 
 def _section_in(annotation: Any) -> type[BaseModel] | None:
-    """The section an annotation such as `tuple[Source, ...]` or `Section | None` is about; of several, the first."""
+    """Return the section that an annotation such as `tuple[Source, ...]` or `Section | None` contains; of several, the
+    first."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     found = (_section_in(inner) for inner in typing.get_args(annotation))

@@ -1,7 +1,6 @@
-"""Settings that a config gives and that change nothing in this run: whoever wrote them should know.
+"""Warn about settings that a config gives and that change nothing in this run: whoever wrote them should know.
 
-A start says so in a line each. It does not refuse: a run made shorter for a try keeps the rest of its config.
-"""
+A start prints one line for each. It does not refuse: a run made shorter for a try keeps the rest of its config."""
 
 from __future__ import annotations
 
@@ -34,19 +33,22 @@ IDLE: tuple[tuple[str, tuple[str, ...], str, Callable[[Config], bool]], ...] = (
     ("parallel", ("virtual",), "parallel.pipeline above 1", lambda c: c.parallel.pipeline > 1),
     ("data", ("temperature",), "several sources under data.train", lambda c: len(c.data.train) > 1),
 )  # fmt: skip
-"""A section, settings of it, what they need, and whether that is so."""
+"""A section, settings of it, what they need, and whether the config has that."""
 
 
 def has_valid(config: Config) -> bool:
+    """Return whether the config has validation data."""
     return bool(config.data.valid or (config.data.split and config.data.split[1]))
 
 
 def no_effect(config: Config, start_step: int, world_size: int) -> list[str]:
-    """Name the settings that differ from their defaults and yet do nothing in a run from `start_step` on."""
+    """List the settings that differ from their defaults and yet do nothing in a run of `config` from `start_step` on,
+    with `world_size` ranks: one warning each."""
     return [f"warning: {line}" for line in (*_idle(config), *_out_of_range(config, start_step, world_size))]
 
 
 def _idle(config: Config) -> Iterator[str]:
+    """Yield the settings that need another setting to have an effect."""
     for at, names, needs, is_met in IDLE:
         if is_met(config):
             continue
@@ -59,6 +61,7 @@ def _idle(config: Config) -> Iterator[str]:
 
 
 def _out_of_range(config: Config, start_step: int, world_size: int) -> Iterator[str]:
+    """Yield the settings that name steps or ranks which this start does not have."""
     steps, stop_at, profile = config.train.steps, config.train.stop_at, config.profile
     last = min(stop_at or steps, steps)
     if start_step >= last:

@@ -1,9 +1,8 @@
-"""What the user asked for: strict, frozen, never mutated. What follows from it on a given number of ranks is in
-`plan.py`.
+"""The user's config: strict, frozen, never mutated. What follows from it on a given number of ranks is in `plan.py`.
 
 Anything unknown or impossible raises `ConfigError`, which names the key, its value, what is allowed and the nearest
-right spelling, so that the user can mend the file without reading code. `config_file.py` reads configs from YAML.
-"""
+right spelling, so that the user can correct the file without reading code. `config_file.py` reads configs from
+YAML."""
 
 from __future__ import annotations
 
@@ -41,7 +40,8 @@ if TYPE_CHECKING:
     from megalite.training.run import Run
 
 MOST_LAYERS = 10_000
-"""Every layer has rows in the table of weights; a damaged config.json may ask for any number."""
+"""Limit on `num_layers`. Every layer has rows in the table of weights, and a damaged config.json may ask for any
+number."""
 
 
 class Section(BaseModel):
@@ -58,7 +58,7 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _no_bool_for_a_number(cls, values: Any) -> Any:
-        """pydantic takes true for 1; in a config it is a mistake."""
+        """Refuse true and false for numbers: pydantic takes true for 1, but in a config it is a mistake."""
         for name, field in cls.model_fields.items() if isinstance(values, dict) else ():
             numeric = {int, float} & {field.annotation, *typing.get_args(field.annotation)}
             if isinstance(values.get(name), bool) and numeric:
@@ -67,7 +67,7 @@ class Section(BaseModel):
 
 
 class Choice(Section):
-    """A section of which a registry has several kinds. `name` says which one is meant; each has settings of its own.
+    """Section of which a registry has several kinds. `name` says which one is meant; each has settings of its own.
 
     A direct subclass names the registry and holds what all kinds have; the kinds are subclasses of it."""
 
@@ -102,7 +102,8 @@ class Choice(Section):
 
     @classmethod
     def _without_other_kinds(cls, values: dict[str, Any], kind: type[Choice]) -> dict[str, Any]:
-        """Leave out what only other kinds have, as long as it is at its default: such configs were written once."""
+        """Drop settings that only other kinds have, as long as they are at their defaults: such configs were written
+        once."""
         kept, own = dict(values), kind.model_fields["name"].default
         for key in values.keys() - kind.model_fields.keys():
             for other in cls.KINDS.names():
@@ -116,13 +117,13 @@ class Choice(Section):
 
 
 def _error_at(key: str, value: Any, message: str) -> ValidationError:
-    # Braces would be taken for places to fill in.
+    # Braces in the message would be taken for placeholders.
     kind = PydanticCustomError("choice", "{message}", {"message": message})
     return ValidationError.from_exception_data("Choice", [InitErrorDetails(type=kind, loc=(key,), input=value)])
 
 
 def at_home(path: Any) -> Any:
-    """A path with `~` and `~user` as shells read them. Raises ValueError for a user there is not."""
+    """Return a path with `~` and `~user` expanded as in shells. Raises ValueError for a user that does not exist."""
     if not (isinstance(path, str | Path) and str(path).startswith("~")):
         return path
     found = os.path.expanduser(path)
@@ -143,7 +144,7 @@ class RunConfig(Section):
 
 
 class ModelConfig(Section):
-    """What every decoder family shares. Each file in `models/` adds the fields of its own family."""
+    """Settings that every decoder family shares. Each file in `models/` adds the fields of its own family."""
 
     family: str
     preset: str | None = Field(None, description="the file in configs/model/ the fields were taken from")
@@ -162,7 +163,7 @@ class ModelConfig(Section):
     labels: tuple[str, ...] = Field((), description="names of the classes, where it tells classes")
 
     def window(self, layer: int) -> int | None:
-        """Tokens that each token of a layer attends to at most; None: all before it."""
+        """Return how many tokens each token of a layer attends to at most; None: all before it."""
         return None
 
 
@@ -178,7 +179,7 @@ class Source(Section):
 
     @model_validator(mode="after")
     def _no_secret(self) -> Source:
-        # Of the section, since the complaint about a single value would repeat it.
+        # Checked for the whole section: an error about a single value would repeat the value.
         check_no_secret(self.path)
         return self
 
@@ -196,7 +197,7 @@ class Phase(Section):
 
 
 class FillInTheMiddleConfig(Section):
-    """Documents turned so that a model that only looks back learns to fill a gap (Bavarian et al. 2022)."""
+    """Fill-in-the-middle: reorder documents so that a causal model learns to fill a gap (Bavarian et al. 2022)."""
 
     rate: float = Field(0.5, gt=0, le=1, description="share of the documents that are turned")
     spm_rate: float = Field(0.5, ge=0, le=1, description="of those, share with the suffix before the prefix")
@@ -212,15 +213,15 @@ class ObjectiveConfig(Choice):
 
     KINDS: ClassVar[Registry[Any]] = registry.objectives
     DATA: ClassVar[Literal["text", "preference"]] = "text"
-    """What it learns from: `preference` is pairs of answers, the chosen one first, side by side in a sample."""
+    """Kind of data it trains on: `preference` is pairs of answers, the chosen one first, side by side in a sample."""
     HAS_REFERENCE: ClassVar[bool] = False
-    """It compares with the frozen model of model.hf."""
+    """Whether it compares with the frozen model of model.hf."""
 
     def check(self, config: Config) -> None:
         """Raise ValueError, naming the setting, when the rest of a config does not go with this objective."""
 
     def build(self, config: Config, mesh: Mesh) -> Objective:
-        """Return what computes it on this rank."""
+        """Return the objective on this rank of `mesh`."""
         raise NotImplementedError
 
 
@@ -295,8 +296,8 @@ class DataConfig(Section):
 
 
 def names_of(sources: Sequence[Source]) -> list[str]:
-    """What each source is called; the whole path where the last parts of two are the same. Raises ValueError where two
-    are called the same: metrics, phases and what was consumed go by these names."""
+    """Return the name of each source: its `name`, the last part of its path, or the whole path where those of two are
+    the same. Raises ValueError where two have one name: metrics, phases and what was consumed go by these names."""
     last = [source.name or source.path.rstrip("/").rpartition("/")[2] for source in sources]
     names = [
         source.name or (source.path if last.count(name) > 1 else name)
@@ -323,7 +324,7 @@ class OffloadConfig(Section):
 
 
 class ParallelConfig(Section):
-    """How the model is spread over the ranks. Data parallelism is what these leave over."""
+    """How the model is spread over the ranks. Data parallelism takes the ranks that these leave over."""
 
     tensor: int = Field(1, gt=0, description="ranks that share every matrix")
     sequence: bool = Field(True, description="also share norms and dropout along the sequence; no effect at tensor: 1")
@@ -374,7 +375,8 @@ class TrainConfig(Section):
 
 
 class KernelsConfig(Section):
-    """Who computes each fused operation. `auto`: megalite's own kernels where they are built, else plain torch."""
+    """Implementation of each fused operation. `auto`: megalite's own kernels where they are built, else plain
+    torch."""
 
     norm: str = Field("auto", description="megalite, torch or apex")
     rope: str = Field("auto", description="megalite or torch")
@@ -395,7 +397,7 @@ class KernelsConfig(Section):
 
 
 def implementations(operation: str) -> tuple[str, ...]:
-    """Return what can compute an operation without a plugin."""
+    """Return the implementations of an operation that exist without a plugin."""
     libraries = {"norm": "apex", "attention": "flash_attn"}
     return ("auto", "megalite", "torch", *filter(None, [libraries.get(operation)]))
 
@@ -410,7 +412,8 @@ class ScheduleConfig(Choice):
     KINDS: ClassVar[Registry[Any]] = registry.schedules
 
     def after_warmup(self, step: int, num_steps: int, peak: float) -> float:
-        """Return the learning rate of step `step`, counted from 1, of a run of `num_steps`: one after the warmup."""
+        """Return the learning rate of a step after the warmup: `step`, counted from 1, of a run of `num_steps`. `peak`
+        is the learning rate at the end of the warmup."""
         raise NotImplementedError
 
     def check(self, num_steps: int) -> None:
@@ -418,7 +421,7 @@ class ScheduleConfig(Choice):
 
 
 class OptimizerConfig(Choice):
-    """What every optimizer has."""
+    """Settings that every optimizer has."""
 
     name: str = "adamw"
     lr: float = Field(gt=0)
@@ -428,8 +431,8 @@ class OptimizerConfig(Choice):
 
     KINDS: ClassVar[Registry[Any]] = registry.optimizers
     STATES: ClassVar[tuple[str, ...]] = ()
-    """Names of what it keeps of each weight from step to step: fp32 tensors of the weight's shape, zero at first. A
-    checkpoint has files of each."""
+    """Names of the states it keeps for each weight: fp32 tensors of the weight's shape, zero at first. A checkpoint
+    has files of each."""
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
@@ -438,7 +441,7 @@ class OptimizerConfig(Choice):
             raise ConfigError(f"{cls.__name__}.STATES: {taken.pop()!r} is the name of something else in a checkpoint")
 
     def build(self) -> Optimizer:
-        """Return what updates weights."""
+        """Return the optimizer that updates the weights."""
         raise NotImplementedError
 
 
@@ -515,18 +518,19 @@ class HealthConfig(Section):
     )
 
     def patience_s(self, phase: str) -> float:
-        """How long a rank that waits for no other one may go without progress. Steps go on steadily; a first step may
-        compile, and loading, validating and saving may hold one long piece of work."""
+        """Return how many seconds a rank that waits for no other may go without progress. Training steps are steady; a
+        first step may compile, and loading, validating and saving may be one long piece of work."""
         return self.hang_timeout_s * (1 if phase == "training" else 4)
 
     @property
     def collective_timeout_s(self) -> float:
-        """The watchdog shall speak first: it knows more."""
+        """Return the timeout of collectives in seconds: long enough that the watchdog reports first, since it knows
+        more."""
         return max(1800.0, 6 * self.hang_timeout_s)
 
 
 class ProfileConfig(Section):
-    """A trace of some steps, for chrome://tracing or https://ui.perfetto.dev."""
+    """Traces of some steps, for chrome://tracing or https://ui.perfetto.dev."""
 
     steps: tuple[int, ...] = Field((), description="steps to record: [first, last]; empty for none")
     ranks: tuple[int, ...] = Field((0,), description="ranks that write one")
@@ -573,7 +577,7 @@ class HookConfig(Choice):
         """Raise ValueError, naming the setting, when the rest of a config does not go with this hook."""
 
     def build(self, run: Run, parts: Parts) -> Hook:
-        """Return the hook of this rank."""
+        """Return this rank's hook."""
         raise NotImplementedError
 
 

@@ -1,10 +1,9 @@
-"""Being asked to stop: SIGTERM, SIGINT or SIGUSR1 to any one rank makes all of them save after the same step and leave.
+"""Requests to stop: SIGTERM, SIGINT or SIGUSR1 to any one rank makes all of them save after the same step and leave.
 
-The first signal only leaves a note, which the ranks compare once a step (`StopRequests.compare`). A second one ends the
-process at once, for whoever does not want to wait for the save. Ranks that have stopped are about to leave, and ignore
-what Slurm and launchers send from then on: the same request may come to one node later than to another, and must not
-undo what it asked for.
-"""
+The first signal only leaves a note, which the ranks compare once a step (`StopRequests.compare`). A second one ends
+the process at once, for whoever does not want to wait for the save. Ranks that have stopped are about to leave, and
+ignore what Slurm and launchers send from then on: the same request may come to one node later than to another, and
+must not undo what it asked for."""
 
 from __future__ import annotations
 
@@ -23,12 +22,12 @@ from megalite.runtime.exit_codes import end_process, killed_by
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 ONE_REQUEST_S = 2.0
-"""Signals so close to the first are the same request: Slurm signals every process of a job, and a launcher that is one
-of them passes the signal on to its ranks, which thus get it twice."""
+"""Signals within so many seconds of the first are the same request: Slurm signals every process of a job, and a
+launcher that is one of them passes the signal on to its ranks, which thus get it twice."""
 
 
 class StopRequests:
-    """Takes note of signals between `with` and its end. Only the main thread can open one."""
+    """Record signals between `with` and its end. Only the main thread can open one."""
 
     def __init__(self, mesh: Mesh):
         self._mesh = mesh
@@ -36,8 +35,9 @@ class StopRequests:
         self._agreed = False
 
     def compare(self) -> Callable[[], signal.Signals | None]:
-        """Start telling the other ranks. Every rank calls it at the same place of every step, and the result, which it
-        asks for later in that step, is the same on all: a signal that one of them was sent, or None.
+        """Start telling the other ranks whether this one was asked to stop. Every rank calls it at the same place of
+        every step. Returns a function to call later in that step, which returns the same on all ranks: a signal that
+        one of them was sent, or None.
 
         The messages go from host to host while the devices compute, and wait for none of them."""
         result = start_highest(self._asked, self._mesh)
@@ -64,7 +64,7 @@ class StopRequests:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self._handlers.items():
-            # SIGINT is a person's, to whom the process may listen again.
+            # SIGINT comes from a person, to whom the process may listen again.
             late = self._agreed and number != signal.SIGINT
             signal.signal(number, signal.SIG_IGN if late else handler)
         signal.set_wakeup_fd(self._wakeup)
@@ -73,6 +73,7 @@ class StopRequests:
         os.close(self._read)
 
     def _watch(self) -> None:
+        """Note the first signal that comes through the pipe; end the process at a second one. Runs in a thread."""
         first = 0.0
         while byte := os.read(self._read, 1):
             number = byte[0]
@@ -85,4 +86,4 @@ class StopRequests:
 
 
 def _leave_it_to_the_pipe(number: int, frame: FrameType | None) -> None:
-    """Keeps the signal from doing what it does by default."""
+    """Keep the signal from doing what it does by default."""

@@ -1,5 +1,5 @@
-"""What a rank that fails leaves for its launcher, which shows it last: below it, the others only say that they lost
-sight of that rank. The file is torchrun's own, in its format."""
+"""The error file that a failing rank leaves for its launcher, which shows it last: below it, the other ranks only say
+that they lost that rank. The file is torchrun's own, in its format."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megalite.utils.secrecy import hide_secrets
 
 
 def leave(message: str, traceback: str = "") -> None:
-    """Without torchrun, nothing."""
+    """Write torchrun's error file. Does nothing without torchrun."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not path:
         return
@@ -27,14 +27,15 @@ def leave(message: str, traceback: str = "") -> None:
 
 
 def time_of(failure: Any) -> int:
-    """When a rank failed, in ns: torchrun counts whole seconds, within which others follow. `failure` is its record."""
+    """Return when a rank failed, in ns: torchrun counts whole seconds, within which others follow. `failure` is its
+    record."""
     message = failure.message
     extra = message.get("extraInfo", {}) if isinstance(message, Mapping) else {}
     return extra.get("time_ns", failure.timestamp * 10**9 + 10**9)
 
 
 def read(failure: Any) -> tuple[str, str]:
-    """(message, traceback), empty where the rank left none."""
+    """Return (message, traceback) from torchrun's record of a failure; empty where the rank left none."""
     if not isinstance(failure.message, Mapping):
         return "", ""
     return failure.message["message"], failure.message["extraInfo"]["py_callstack"]

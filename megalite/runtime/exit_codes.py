@@ -1,4 +1,4 @@
-"""What the exit status of a command says. `slurm/pretrain.sh` decides by it whether to start again."""
+"""Exit status of the commands. `slurm/pretrain.sh` decides by it whether to start again."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ PASSES = {
     errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNRESET, errno.ECONNREFUSED, errno.EHOSTUNREACH,
     errno.ENETUNREACH, errno.EHOSTDOWN, errno.EREMOTEIO, errno.ESHUTDOWN, errno.EAGAIN,
 }  # fmt: skip
-"""Errors of disks and networks that are gone for a while, or on one node. What they make impossible is no mistake."""
+"""Errors of disks and networks that are gone for a while, or on one node. They are not the user's mistake."""
 
 
 def passes(error: BaseException | None) -> bool:
-    """Whether such an error is what is behind this one."""
+    """Return whether a transient error of this kind caused `error`."""
     while error is not None:
         if isinstance(error, Unreachable) or (isinstance(error, OSError) and error.errno in PASSES):
             return True
@@ -62,15 +62,15 @@ def passes(error: BaseException | None) -> bool:
 
 
 def end_process(status: int) -> NoReturn:
-    """At once, from any thread, whatever the others wait for. Nothing is cleaned up."""
+    """End the process at once, from any thread, whatever the others wait for. Nothing is cleaned up."""
     if sys.stdout.isatty():
         os.write(1, b"\x1b[?25h\n")  # the live line hides the cursor
     os._exit(status)
 
 
 def flush_output() -> None:
-    """What was printed, before the process ends. What a full disk does not take is let go: Python would end with a
-    status of its own for it."""
+    """Flush what was printed, before the process ends. What a full disk does not take is dropped: Python would end
+    with a status of its own for it."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -83,7 +83,8 @@ def flush_output() -> None:
 
 def explained(tool: Callable[[], int], interrupted: str = "interrupted") -> int:
     """Run a tool's `main`, and return its exit status. A mistake of the user's is one line on stderr and status
-    MISTAKE, as of `megalite`; a full disk or a store that is gone for a while is one line and FAILED."""
+    MISTAKE, as in `megalite`; a full disk or a store that is gone for a while is one line and FAILED. `interrupted` is
+    printed on Ctrl-C."""
     try:
         return tool()
     except (ConfigError, DataError, CheckpointError, OSError) as error:
@@ -99,7 +100,7 @@ def explained(tool: Callable[[], int], interrupted: str = "interrupted") -> int:
 
 
 def at_least(smallest: int, largest: int = 2**31 - 1) -> Callable[[str], int]:
-    """Return the `type` of an option of argparse that takes such integers."""
+    """Return the `type` of an argparse option that takes integers from `smallest` to `largest`."""
 
     def integer(text: str) -> int:
         if not smallest <= (value := int(text)) <= largest:
@@ -113,12 +114,12 @@ _OF_PATHS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirector
 
 
 def killed_by(number: int) -> int:
-    """The status of a process that a signal ended, as shells count it."""
+    """Return the exit status of a process that a signal ended, as shells count it."""
     return 128 + number
 
 
 def describe(status: int) -> str:
-    """In words, for a person."""
+    """Return an exit status in words, for a person."""
     if status in _MEANINGS:
         return f"exit status {status} ({Exit(status).meaning})"
     try:

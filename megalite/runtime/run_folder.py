@@ -1,4 +1,4 @@
-"""The folder of a run, in which everything lies that the run writes."""
+"""The folder of a run, which holds everything that the run writes."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from megalite.errors import ConfigError
 
 LOCK = "lock"
 LOCK_PATIENCE_S = 100.0
-"""In which the run before has ended, and a file system that nodes share forgets the locks of a node that is lost."""
+"""Seconds to wait for the lock: time for an earlier run to end, and for a shared file system to forget the locks of a
+lost node."""
 KEPT_CONFIGS = 20
-"""Configs of earlier starts that stay; each checkpoint has its own beside its weights."""
+"""Configs of earlier starts that are kept; each checkpoint has its own beside its weights."""
 
 
 def check_run_folder(folder: Path) -> None:
-    """Before anything is written. Raises ConfigError where a link in it leads elsewhere: whoever may write to a folder
-    that others share could make the run write, and delete, in its owner's name."""
+    """Check the folder before anything is written. Raises ConfigError where a link in it leads elsewhere: whoever may
+    write to a shared folder could make the run write, and delete, in its owner's name."""
     for path in (*folder.glob("*"), *folder.glob("checkpoints/*")):
         if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
             raise ConfigError(
@@ -33,12 +34,13 @@ def check_run_folder(folder: Path) -> None:
 
 
 def write_config(folder: Path, config_yaml: str, step: int = 0) -> Path | None:
-    """Write the config of a start that goes on after `step`. Returns where another one that was there is kept.
+    """Write the config of a start that goes on after `step` to `folder`. Returns where another one that was there is
+    kept.
 
     Raises ConfigError where it cannot be written."""
     path, kept = folder / "config.yaml", None
     with _explained(folder):
-        # The one that is there is not lost where the disk is full.
+        # Written beside it first: the existing config is not lost where the disk is full.
         temporary = folder / "config.yaml.tmp"
         temporary.write_text(config_yaml)
         before = path.read_bytes() if path.exists() else config_yaml.encode()
@@ -52,15 +54,17 @@ def write_config(folder: Path, config_yaml: str, step: int = 0) -> Path | None:
 
 
 def _forget_oldest(folder: Path, newest: Path) -> None:
+    """Delete the oldest kept configs beyond `KEPT_CONFIGS`."""
     ages = {path: path.stat().st_mtime_ns for path in folder.glob("config.until-step-*.yaml") if path != newest}
     for path in sorted(ages, key=lambda path: (ages[path], path))[: max(0, len(ages) + 1 - KEPT_CONFIGS)]:
         path.unlink()
 
 
 def _place_for(config_yaml: bytes, folder: Path, step: int) -> Path:
+    """Return a free name for a kept config."""
     for number in itertools.count(1):
         path = folder / f"config.until-step-{step:08d}{f'-{number}' if number > 1 else ''}.yaml"
-        # A start that was cut short may have written a part of it.
+        # A start that was interrupted may have written a part of it.
         if not path.exists() or config_yaml.startswith(path.read_bytes()):
             return path
     raise AssertionError
@@ -68,6 +72,7 @@ def _place_for(config_yaml: bytes, folder: Path, step: int) -> Path:
 
 @contextlib.contextmanager
 def _explained(folder: Path) -> Iterator[None]:
+    """Turn an OSError into a ConfigError that names `run.dir`."""
     try:
         yield
     except OSError as error:
@@ -79,8 +84,9 @@ def _explained(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Makes the folder; no other process gets into this at the same time, where the file system has locks. A process
-    that is killed lets go of it. Raises ConfigError where another one stays in it, or it cannot be written."""
+    """Make the folder and hold its lock: no other process gets in at the same time, where the file system has locks. A
+    process that is killed releases it. Raises ConfigError where another one keeps it, or the folder cannot be
+    written."""
     with _explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
         file = FileIO(folder / LOCK, "a+")
@@ -107,15 +113,17 @@ def _take(file: FileIO, folder: Path) -> None:
 
 
 def _sign(file: FileIO) -> None:
+    """Write into the lock file who holds it."""
     job = os.environ.get("SLURM_JOB_ID")
     file.truncate(0)
     file.write(f"process {os.getpid()} on {os.uname().nodename}{f' (job {job})' if job else ''}\n".encode())
 
 
 def _is_mine(file: FileIO) -> bool:
+    """Try to take the lock; return whether this process has it."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):  # which of them, differs by system
+    except (BlockingIOError, PermissionError):  # which of the two, differs by system
         return False
     return True
 

@@ -1,11 +1,10 @@
-"""What a run does beside its steps: each duty is a hook. `run_steps` calls them; `own_hooks` writes their order down.
+"""Hooks: each duty of a run beside its steps is one. `run_steps` calls them; `own_hooks` lists them in their order.
 
 A plugin adds one:
 
     @hooks.register("samples")
     class SamplesConfig(HookConfig):              # what `hooks: [{name: samples, every: 100}]` says
-        def build(self, run, parts) -> Hook: ...
-"""
+        def build(self, run, parts) -> Hook: ..."""
 
 from __future__ import annotations
 
@@ -31,42 +30,44 @@ from megalite.training.run import Data, Run, Start, make_loader
 
 @dataclass
 class Step:
-    """A step as hooks see it."""
+    """One step, as hooks see it."""
 
     number: int
     record: Record = field(default_factory=dict)
-    """What is logged of it. Tensors in it are on the device still."""
+    """Values to log for this step. Tensors in it are still on the device."""
     samples: int = 0
     """Samples that the run has trained on when the step is done."""
     asked: Any = None
-    """The signal by which a rank was asked to stop; all ranks know it. The run leaves after this step."""
+    """Signal by which a rank was asked to stop; all ranks know it. The run leaves after this step."""
     saves: bool = False
-    """A checkpoint is written after it."""
+    """Whether a checkpoint is written after it."""
     pauses: bool = False
-    """Some hook has something to do after it that waits for the device."""
+    """Whether some hook has work after it that waits for the device."""
     valid_loss: float | None = None
     """Validation loss of the weights after the step, where it was measured and is finite; the same on all ranks."""
 
 
 class Hook:
-    """Does something beside the steps of a run. Every rank has the same hooks and calls them in one order, so that they
-    may use collectives. In a `with` block while the run trains."""
+    """Do something beside the steps of a run.
+
+    Every rank has the same hooks and calls them in one order, so that they may use collectives. A hook is open, as in
+    a `with` block, while the run trains."""
 
     def begin(self, step: Step) -> None:
-        """Called before a step."""
+        """Act before a step."""
 
     def before_update(self, step: Step) -> None:
-        """Called between the backward pass and the optimizer."""
+        """Act between the backward pass and the optimizer."""
 
     def after_update(self, step: Step) -> None:
-        """Called when a step is handed to the device. May add to `step.record`; must not wait for the device."""
+        """Act when a step has been handed to the device. May add to `step.record`; must not wait for the device."""
 
     def is_due(self, step: Step) -> bool:
-        """Return whether `act` has something to do after this step that waits for the device."""
+        """Return whether `act` has work after this step that waits for the device."""
         return False
 
     def act(self, step: Step) -> Ending | None:
-        """Called after every step. Return why the run ends here, or None: the same on all ranks.
+        """Act after every step. Return why the run ends here, or None: the same on all ranks.
 
         Hooks behind this one, of which the last saves, are not called when the run ends. To end it with a checkpoint
         of this step, return Ending(Exit.DONE, saves=(step.number, step.samples))."""
@@ -82,7 +83,7 @@ class Hook:
 
 
 class TimeRanks(Hook):
-    """Names ranks that compute more slowly than their peers."""
+    """Report stragglers: ranks that compute more slowly than their peers."""
 
     def __init__(self, run: Run):
         self._run, self._stragglers = run, Stragglers(run.config.health, run.mesh)
@@ -99,7 +100,7 @@ class TimeRanks(Hook):
 
 
 class Profile(Hook):
-    """Writes traces of the steps that `profile.steps` names."""
+    """Write traces of the steps that `profile.steps` names."""
 
     def __init__(self, run: Run, parts: Parts):
         config = run.config
@@ -116,7 +117,7 @@ class Profile(Hook):
 
 
 class ListenToSignals(Hook):
-    """Finds out whether a rank was asked to stop, and leaves after that step."""
+    """Find out whether a rank was asked to stop, and leave after that step."""
 
     def __init__(self, run: Run, requests: StopRequests):
         self._run, self._requests = run, requests
@@ -131,7 +132,7 @@ class ListenToSignals(Hook):
 
 
 class GuardNumbers(Hook):
-    """Judges losses, gradients and replicas; ends a run that should not go on."""
+    """Check losses, gradients and replicas; end a run that should not go on."""
 
     def __init__(self, run: Run, parts: Parts, loader: Loader, guard: Guard):
         self._run, self._parts, self._loader, self._guard = run, parts, loader, guard
@@ -155,7 +156,7 @@ class GuardNumbers(Hook):
 
 
 class Evaluate(Hook):
-    """Measures the validation loss every `observe.eval_every` steps, and the loss of the test split at the end."""
+    """Measure the validation loss every `observe.eval_every` steps, and the loss of the test split at the end."""
 
     def __init__(self, run: Run, parts: Parts, data: Data):
         self._run, self._parts, self._data = run, parts, data
@@ -184,7 +185,7 @@ class Evaluate(Hook):
 
 
 class MeasureTasks(Hook):
-    """Evaluates the tasks of lm-evaluation-harness every `observe.tasks.every` steps."""
+    """Evaluate the tasks of lm-evaluation-harness every `observe.tasks.every` steps."""
 
     def __init__(self, run: Run, parts: Parts):
         self._run, self._parts = run, parts
@@ -204,7 +205,7 @@ class MeasureTasks(Hook):
 
 
 class Save(Hook):
-    """Writes checkpoints every `checkpoint.every` steps, and before the run leaves."""
+    """Write checkpoints every `checkpoint.every` steps, and before the run leaves."""
 
     def __init__(self, run: Run, parts: Parts, loader: Loader, saver: Saver, guard: Guard, start: Start):
         self._run, self._parts, self._loader, self._saver = run, parts, loader, saver
@@ -225,7 +226,8 @@ class Save(Hook):
         return Ending(Exit.STOPPED)
 
     def save(self, step: int, samples: int, valid_loss: float | None = None) -> None:
-        """Begin to write the checkpoint of `step`, by which the run has trained on `samples`."""
+        """Start writing the checkpoint of `step`, by which the run has trained on `samples` samples. `valid_loss`
+        decides which checkpoints are kept as the best."""
         NOW.begin("saving", step)
         state: Mapping[str, Any] = {
             "step": step,
@@ -242,7 +244,10 @@ class Save(Hook):
 def own_hooks(
     run: Run, parts: Parts, loader: Loader, data: Data, guard: Guard, save: Save, requests: StopRequests
 ) -> Sequence[Hook]:
-    """Return the hooks of a run in the order in which each of their methods is called."""
+    """Return the hooks of a run in the order in which each of their methods is called.
+
+    `parts`, `loader`, `data`, `guard`, `save` and `requests` are those of `run` that hooks watch; hooks of plugins
+    come before `save`."""
     return (
         TimeRanks(run),
         Profile(run, parts),

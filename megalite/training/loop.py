@@ -1,4 +1,4 @@
-"""The loop of a run: one step after another, and beside each what the hooks do."""
+"""The training loop: one step after another, and beside each what the hooks do."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ from megalite.training.schedules import learning_rate
 def run_steps(
     run: Run, parts: Parts, loader: Loader, data: Data, saver: Saver, start: Start, requests: StopRequests
 ) -> Ending:
-    """Train to the last step; or to one after which all ranks agree to stop, or that cannot be gone on from."""
+    """Train to the last step, or to one after which all ranks agree to stop, or which the run cannot go on from.
+
+    `start` says where the run begins, `loader` reads its batches, and `requests` tells of signals. `parts` are
+    trained, `data` is what hooks validate on, and `saver` writes checkpoints. Returns why the run ended."""
     meter = Meter(model_flops_per_token(run.config), run.mesh.world.size, run.mesh.device, parts.dtype)
     guard = Guard(run.config, run.mesh, loader, start.state.get("numbers"))
     save = Save(run, parts, loader, saver, guard, start)
@@ -39,6 +42,8 @@ def run_steps(
             step.pauses = any(hook.is_due(step) for hook in hooks)
             if step.pauses:
                 log.wait()
+            # next() stops at the first hook that ends the run: a guard that does so keeps `save` from writing a
+            # checkpoint.
             ending = next(filter(None, (hook.act(step) for hook in hooks)), None)
             if ending:
                 parts.engine.settle()
@@ -51,7 +56,8 @@ def run_steps(
 
 
 def train_step(step: Step, run: Run, parts: Parts, loader: Loader, guard: Guard, hooks: Sequence[Hook]) -> None:
-    """Hand one optimizer step to the device, and note in `step.record` what it gives."""
+    """Hand one optimizer step on the next batch of `loader` to the device, and put its results in `step.record`.
+    `guard` decides on the device whether the weights are updated; `hooks` act around it."""
     for hook in hooks:
         hook.begin(step)
     lr = learning_rate(step.number, run.config.train.steps, run.config.optimizer)
@@ -69,7 +75,7 @@ def train_step(step: Step, run: Run, parts: Parts, loader: Loader, guard: Guard,
 
 
 def consumed_tokens(loader: Loader) -> Record:
-    """Return the tokens of each source that were trained on so far, if there are several."""
+    """Return the tokens of each source that were trained on so far, if there are several sources."""
     found = loader.consumed()
     length = loader.mixture.seq_length
     return {f"tokens/{name}": count * length for name, count in found.items()} if len(found) > 1 else {}

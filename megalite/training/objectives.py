@@ -1,5 +1,5 @@
-"""What a run descends, as sums over the rows of a micro-batch and what these are divided by: over the whole global
-batch every token, or every pair of answers, weighs the same, whatever the layout."""
+"""Objectives: the loss that training minimises, as sums over the rows of a micro-batch and the counts that divide
+them. Every token, or every pair of answers, of the whole global batch weighs the same, whatever the layout."""
 
 from __future__ import annotations
 
@@ -24,25 +24,31 @@ from megalite.parallel.stage import Inputs, Pairs
 
 
 class Objective(Protocol):
+    """Turn the losses of tokens into the loss to minimise."""
+
     metrics: tuple[str, ...]
-    """Names of what `measure` gives beside losses."""
+    """Names of the metrics that `measure` returns beside the loss."""
     needs_logits: bool
-    """`judge` takes logits, not losses."""
+    """Whether `judge` takes logits instead of losses."""
     num_judged: int
-    """What `judge` gives beside losses."""
+    """Number of values per row that `judge` returns beside the loss."""
 
     def complete(self, inputs: Inputs, micro: MicroBatch, split: Split) -> Inputs:
-        """With what it needs beside tokens and labels. `micro` is whole, `inputs` this rank's part of it."""
+        """Return `inputs` with what the objective needs beside tokens and labels. `micro` is the whole micro-batch of
+        `split`, `inputs` this rank's part of it."""
 
     def measure(self, losses_BT: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """From the loss of each token: sums of each row, [B], which summed over the replicas are those of the whole
-        row and whose gradients are to be summed over them; and of each metric, [B, metrics], likewise."""
+        """Return from each token's loss [B,T] the sums of each row, [B], and of each metric, [B, metrics]. Summed over
+        the replicas they are those of the whole row, and the gradients of the first are to be summed over the
+        replicas, too."""
 
     def judge(self, out: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """The same for validation, from losses [B,T] or the head's logits [B,T,V/n]: [B] and [B, num_judged]."""
+        """Return the same for validation, from losses [B,T] or the head's logits [B,T,V/n]: [B] and [B,
+        num_judged]."""
 
     def summary(self, loss: float, count: float, judged: Tensor) -> dict[str, float]:
-        """What validation tells beside the mean loss; `judged` is summed over all rows."""
+        """Return what validation reports beside the mean `loss`. `judged` is summed over all rows, `count` is what
+        their losses are divided by."""
 
 
 class NextToken:
@@ -62,7 +68,7 @@ class NextToken:
         return self.measure(out, inputs)
 
     def summary(self, loss: float, count: float, judged: Tensor) -> dict[str, float]:
-        return {"perplexity": math.exp(min(loss, 700.0))}  # exp overflows
+        return {"perplexity": math.exp(min(loss, 700.0))}  # beyond 700, exp overflows
 
 
 class NextTokenConfig(ObjectiveConfig):
@@ -75,8 +81,10 @@ class NextTokenConfig(ObjectiveConfig):
 
 
 class Classes(NextToken):
-    """Cross-entropy of the classes of texts or tokens. Validation counts how many of each class there are, are told and
-    are told rightly; averages over classes are of those that occur or are told, as in scikit-learn."""
+    """Cross-entropy of the classes of texts or tokens.
+
+    Validation counts for each class how often it occurs, is predicted, and is predicted rightly; averages over classes
+    are over those that occur or are predicted, as in scikit-learn."""
 
     needs_logits = True
 
@@ -86,7 +94,8 @@ class Classes(NextToken):
     def judge(self, out: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         labels_BT = inputs.labels_BT
         assert labels_BT is not None
-        logits_BTC = all_gather(out.float(), self.tensor, dim=2)[..., : self.num_classes]  # the rest is padding
+        # the rest is padding of the vocabulary shards
+        logits_BTC = all_gather(out.float(), self.tensor, dim=2)[..., : self.num_classes]
         losses_BT = F.cross_entropy(logits_BTC.transpose(1, 2), labels_BT, ignore_index=IGNORE, reduction="none")
         told_BT, is_here = logits_BTC.argmax(2), labels_BT != IGNORE
         right = is_here & (told_BT == labels_BT)
@@ -111,14 +120,14 @@ class Classes(NextToken):
 
 @dataclass(frozen=True)
 class Reference:
-    """Log-probabilities that the model a run starts from gives to the documents of a mixture."""
+    """Log-probabilities of a mixture's documents under the model that the run starts from."""
 
     mixture: Mixture
     tables: Sequence[Tensor]
-    """Of each source, [samples, documents of a sample at most] fp32, an even number."""
+    """One table for each source: [samples, most documents of a sample] fp32, with an even number of columns."""
 
     def of(self, samples: Tensor) -> Tensor:
-        """[B] numbers of samples in the run → [B, documents]."""
+        """Return the log-probabilities [B, documents] of the samples with these numbers [B] in the run."""
         source, sample = self.mixture.order.locate(samples.numpy())
         width = max(table.shape[1] for table in self.tables)
         rows = [self.tables[s][n] for s, n in zip(source.tolist(), sample.tolist(), strict=True)]
@@ -152,9 +161,11 @@ class DPOConfig(ObjectiveConfig):
 
 
 class DPO:
-    """Direct preference optimisation (Rafailov et al. 2023): of each pair of answers the preferred one, in comparison
-    with a reference, the model that the run starts from. A sample holds pairs as documents side by side, the preferred
-    one first. `label_smoothing` is the share of pairs that may be the wrong way round (Mitchell 2023)."""
+    """Direct preference optimisation (Rafailov et al. 2023): prefer the chosen of two answers, compared with a
+    reference, the model that the run starts from.
+
+    A sample holds pairs as documents side by side, the chosen one first. `label_smoothing` is the share of pairs that
+    may be the wrong way round (Mitchell 2023)."""
 
     needs_logits, num_judged = False, 4
     metrics: tuple[str, ...] = ("reward_chosen", "reward_rejected", "reward_margin", "reward_accuracy")
@@ -181,7 +192,8 @@ class DPO:
         margin_BP = rewards_BP2[..., 0] - rewards_BP2[..., 1]
         loss_BP = -(1 - smoothing) * F.logsigmoid(margin_BP) - smoothing * F.logsigmoid(-margin_BP)
         loss_B = loss_BP.masked_fill(~pairs.real_BP, 0.0).sum(1)
-        # Every context rank has the whole loss, and the gradient of its own tokens.
+        # Every context rank has the whole loss, but the gradient of its own tokens only: the value is divided among
+        # them, the gradient is not.
         loss_B = loss_B - loss_B.detach() * (1 - pairs.share)
         found = torch.stack((*rewards_BP2.unbind(-1), margin_BP, (margin_BP > 0).float()), -1).detach()
         return loss_B, found.masked_fill(~pairs.real_BP[..., None], 0.0).sum(1) * pairs.share
@@ -194,10 +206,10 @@ class DPO:
 
 
 def sum_by_document(x_BT: Tensor, document_BT: Tensor, count: int) -> Tensor:
-    """[B, count]"""
+    """Sum the values `x_BT` of each document's tokens: [B, count]."""
     return x_BT.new_zeros(len(x_BT), count).scatter_add(1, document_BT, x_BT)
 
 
 def _summed_over(x: Tensor, axis: Axis) -> Tensor:
-    """The sum of all ranks, whose gradient is that of this rank's part."""
+    """Return the sum over all ranks of `axis`, with the gradient of this rank's term only."""
     return x + (all_reduce(x.detach().clone(), axis) - x.detach())

@@ -1,4 +1,4 @@
-"""A rank's parts of the model, and the passes through them."""
+"""A rank's parts of the model, and the forward and backward passes through them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Parts:
-    """What a rank trains: its stages of the model, their engine, and the pipeline that joins them to other ranks'."""
+    """What a rank trains: its stages of the model, their engine, and the pipeline that connects them to other
+    ranks'."""
 
     stages: tuple[Stage, ...]
     engine: Engine
@@ -44,12 +45,13 @@ class Parts:
     objective: Objective
 
     def train(self, mode: bool = True) -> None:
+        """Put all stages into training mode, or into evaluation mode."""
         for stage in self.stages:
             stage.train(mode)
 
 
 def build(config: Config, plan: Plan, mesh: Mesh) -> Parts:
-    """This rank's part of the model, with its weights still zero. Chooses the process's kernels."""
+    """Build this rank's part of the model, with its weights still zero. Chooses the process's kernels."""
     library.use(config.kernels)
     table = weight_table(config.model, config.lora)
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
@@ -74,13 +76,14 @@ def build(config: Config, plan: Plan, mesh: Mesh) -> Parts:
 
 
 def forward_backward(parts: Parts, batch: list[MicroBatch], mesh: Mesh, seed: int) -> dict[str, Tensor]:
-    """All of this rank's micro-batches of one global batch. Returns the mean loss of the global batch, and what else
-    the objective measures: NaN where nothing of the batch has a label, of which the gradient is exactly 0.
+    """Run all of this rank's micro-batches of one global batch, and leave their gradients in the engine.
 
     Every token (or pair of answers) of the global batch weighs the same, however they are spread over ranks and
-    micro-batches."""
+    micro-batches. `seed` gives dropout its keys. Returns the mean loss of the global batch and the objective's
+    metrics: NaN where nothing of the `batch` has a label, in which case the gradient is exactly 0."""
     objective = parts.objective
     inputs = [objective.complete(make_inputs(micro, mesh, seed), micro, "train") for micro in batch]
+    # Known before the first backward pass: each micro-batch's loss is divided by the count of the whole global batch.
     num_labels = all_reduce(count_labels(inputs), mesh.replicas)
     count = num_labels.clamp(min=1)
     found = torch.zeros(1 + len(objective.metrics), device=mesh.device)
@@ -104,7 +107,7 @@ def forward_backward(parts: Parts, batch: list[MicroBatch], mesh: Mesh, seed: in
             parts.engine.backward(loss)
         NOW.do("summing gradients")
         parts.engine.finish()
-    # Tensor ranks have computed the same. All ranks are to know the same bits of it, as all act on it.
+    # Tensor ranks have computed the same: one of them counts. All ranks act on the result, and so need the same bits.
     found = all_reduce(found if mesh.tensor.rank == 0 else torch.zeros_like(found), mesh.world)
     found = torch.where(num_labels > 0, found, torch.nan)  # a mean of nothing is not 0, the best loss there is
     return dict(zip(("loss", *objective.metrics), found.unbind(), strict=True))
@@ -114,8 +117,8 @@ def forward_backward(parts: Parts, batch: list[MicroBatch], mesh: Mesh, seed: in
 def forward(
     parts: Parts, batch: list[MicroBatch], mesh: Mesh, logits: bool = False
 ) -> Iterator[tuple[Tensor, Inputs, MicroBatch]]:
-    """The losses [B,T] or the head's logits of each micro-batch, and what they are of; nothing before the last
-    stage."""
+    """Yield for each micro-batch the losses [B,T], or with `logits` the head's logits, with its inputs and the
+    micro-batch itself; nothing before the last stage."""
     inputs = [make_inputs(micro, mesh) for micro in batch]
     asked = [replace(micro, labels_BT=None) for micro in inputs] if logits else inputs
     if parts.pipeline:
@@ -127,29 +130,32 @@ def forward(
 
 
 def make_inputs(micro: MicroBatch, mesh: Mesh, seed: int | None = None) -> Inputs:
-    """A micro-batch on the device, cut to this rank's part of the sequence. A seed gives dropout its keys."""
+    """Return a micro-batch on the device, cut to this rank's part of the sequence. `seed` gives dropout its keys;
+    None: no dropout."""
     micro = micro.to(mesh.device)
     length = micro.tokens.shape[1]
-    with mesh.device:  # made where it is used: a copy would wait for the device
+    with mesh.device:  # made on the device: a copy would wait for it
         index = zigzag(length, mesh.context) if mesh.context.size > 1 else torch.arange(length)
     position = index[None] if micro.documents is None else positions_of(micro.documents)[:, index]
     document = None if micro.documents is None else micro.documents[:, index]
-    # A document beside others is what it is alone, also to positions that are stretched by the length.
+    # A document gives the same beside others as alone, even with RoPE that is scaled by the length.
     whole = length if micro.documents is None else lengths_of(micro.documents)[:, index]
     keys = None if seed is None else random_bits(key_of(seed, "dropout"), micro.samples)
     return Inputs(micro.tokens[:, index], Places(index, position, document, keys, whole), micro.labels[:, index])
 
 
 def count_labels(inputs: list[Inputs]) -> Tensor:
+    """Count what the losses of these micro-batches are divided by: their labels, or pairs."""
     return torch.stack([micro.count_B.sum() for micro in inputs]).sum()
 
 
 @torch.no_grad()
 def validate(parts: Parts, loader: Loader, batches: int, split: Split, mesh: Mesh) -> dict[str, float]:
-    """The mean loss over the loader's next global batches; of several sources also that of each; and what else the
-    objective measures. All of it is NaN where nothing of these batches has a label."""
+    """Return the mean loss over the loader's next `batches` global batches; with several sources also that of each,
+    and what else the objective reports. All of it is NaN where nothing of these batches has a label. `split` is the
+    one that `loader` reads."""
     mixture, objective = loader.mixture, parts.objective
-    # Of each source: the sum of the losses, what it is divided by, and what else is judged.
+    # For each source: the sum of the losses, what it is divided by, and what else is judged.
     sums = torch.zeros(len(mixture.names), 2 + objective.num_judged, dtype=torch.float64, device=mesh.device)
     parts.train(False)
     for _ in range(batches):

@@ -1,5 +1,5 @@
-"""What the model a run starts from makes of preference data: computed once, on the run's own layout, and kept in the
-run's folder, so that no second model is held."""
+"""Log-probabilities of preference data under the model a run starts from: computed once, on the run's own layout, and
+kept in the run's folder, so that no second model is held."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ Forward = Callable[[list[MicroBatch]], Iterable[tuple[Tensor, Inputs, MicroBatch
 
 
 def reference_parts(mixtures: Mapping[Split, Mixture], config: Config, base: Mapping[str, str]) -> dict[str, Any]:
-    """Name all that decides the log-probabilities: settings, the content of the starting model as far as it is there
-    (`base`, from `base_files`), and of the data."""
+    """Return all that decides the log-probabilities: settings of `config`, the content of the starting model as far as
+    it is there (`base`, from `base_files`), and that of the data in `mixtures`."""
     contents = {
         f"data.{split}": {
             name: source.fingerprint() for name, source in zip(mixture.names, mixture.sources, strict=True)
@@ -48,7 +48,7 @@ def reference_parts(mixtures: Mapping[Split, Mixture], config: Config, base: Map
 
 
 def _key_of(parts: Mapping[str, Any]) -> str:
-    """As files of older versions have it in place of the parts."""
+    """Return the digest that files of older versions have in place of the parts."""
     data = [[name.removeprefix("data."), *found.values()] for name, found in parts.items() if name.startswith("data.")]
     start = parts["model.hf"] if parts["lora.adapter"] is None else [parts["model.hf"], parts["lora.adapter"]]
     identity = json.dumps([data, start, parts["train.precision"]])
@@ -58,13 +58,14 @@ def _key_of(parts: Mapping[str, Any]) -> str:
 def compute_reference(
     mixture: Mixture, mesh: Mesh, open_loader: Callable[[Mixture], Loader], forward: Forward
 ) -> Reference:
-    """By a pass over every sample of every source. All ranks call it, and get all."""
+    """Compute the log-probabilities by a pass of `forward` over every sample of every source, which `open_loader`
+    reads. All ranks call it, and get all of them."""
     tables = []
     for name, source in zip(mixture.names, mixture.sources, strict=True):
         assert isinstance(source, RowSource)
         count = source.num_samples
         alone = Mixture([source], [name], PhasedOrder([count], [Phase(0, [1.0])], 0, "sequential"), mixture.view)
-        # What fills a sample up counts as one more document, and documents are counted in pairs.
+        # Padding counts as one more document, and documents are counted in pairs.
         table = torch.zeros(count, source.most_documents + 2)
         with open_loader(alone) as loader:
             for _ in range(-(-count // loader.global_batch_size)):
@@ -79,6 +80,8 @@ def compute_reference(
 
 
 def write_references(path: Path, parts: Mapping[str, Any], references: Mapping[Split, Reference]) -> None:
+    """Write the log-probabilities, with the `parts` that decided them, to `path`; either all of the file is new or
+    none."""
     tensors = {f"{split}.{n}": table for split, found in references.items() for n, table in enumerate(found.tables)}
     temporary = path.with_name(f"{path.name}.tmp")
     save_file(tensors, temporary, metadata={"parts": json.dumps(parts)})
@@ -88,8 +91,9 @@ def write_references(path: Path, parts: Mapping[str, Any], references: Mapping[S
 def read_references(
     path: Path, parts: Mapping[str, Any], mixtures: Mapping[Split, Mixture]
 ) -> tuple[dict[Split, Reference] | None, list[Change]]:
-    """Return what was written for these very parts; or None, and what has changed since other ones were."""
-    # As if there were none where it is damaged.
+    """Return the log-probabilities at `path` that were written for exactly these `parts`; or None, and what has
+    changed since others were written. `mixtures` are what they belong to."""
+    # A damaged file counts as none.
     damaged = (OSError, SafetensorError, ValueError, TypeError, KeyError, AttributeError, RecursionError)
     with contextlib.suppress(*damaged), safe_open(path, framework="pt") as file:
         stored = file.metadata() or {}
@@ -114,7 +118,7 @@ def read_references(
 
 
 def _is_moved(change: Change, stored: Mapping[str, str], parts: Mapping[str, Any]) -> bool:
-    """Whether the same weights lie elsewhere now, or are gone."""
+    """Return whether the same weights are elsewhere now, or are gone."""
     then = json.loads(stored["parts"])["weights"]
     if change.key == "model.hf":
         return bool(parts["weights"]) and parts["weights"] == then
@@ -122,7 +126,8 @@ def _is_moved(change: Change, stored: Mapping[str, str], parts: Mapping[str, Any
 
 
 def prepare_references(run: Run, parts: Parts, data: Data) -> None:
-    """What the starting model makes of every pair: from the run's folder, or computed on this layout and kept there."""
+    """Give the objective the starting model's log-probabilities of every pair: from the run's folder, or computed on
+    this layout and kept there."""
     assert isinstance(parts.objective, DPO)
     mixtures = {split: mixture for split, mixture in data.items() if mixture}
     path = run.config.run.folder / "reference.safetensors"

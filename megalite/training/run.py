@@ -1,4 +1,4 @@
-"""What every part of a run needs to know, and how it opens what it reads."""
+"""What every part of a run must know, and how it opens what it reads."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Data = Mapping[Split, Mixture | None]
 
 @dataclass(frozen=True)
 class Start:
-    """What a run begins with."""
+    """State that a run begins with."""
 
     state: dict[str, Any]
     """train_state.json of the checkpoint, or what stands for one at step 0."""
@@ -39,19 +39,19 @@ class Start:
 
     @property
     def step(self) -> int:
-        """Steps that are done already."""
+        """Return the number of steps that are done already."""
         return int(self.state["step"])
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run on one rank: what was asked for, and where to say what happens."""
+    """A run on one rank: what was asked for, and where to print what happens."""
 
     config: Config
     plan: Plan
     mesh: Mesh
     recorder: Recorder | None
-    """On rank 0."""
+    """Set on rank 0 only."""
     tasks: TasksInTraining | None = None
 
     def say(self, *lines: str) -> None:
@@ -65,12 +65,12 @@ class Run:
         return min(self.config.train.stop_at or self.config.train.steps, self.config.train.steps)
 
     def due(self, step: int, every: int) -> bool:
-        """Return whether something done every so many steps, and after the last one, is due after `step`. With `every`
-        0 it is due after the last one alone."""
+        """Return whether something done every `every` steps, and after the last one, is due after `step`. With `every`
+        0 it is due after the last one only."""
         return step == self.last_step or (every > 0 and step % every == 0)
 
     def give_up(self, why: str) -> Ending:
-        """Say why the run cannot go on, and how it can again; return its ending."""
+        """Print why the run cannot go on, and how it can again; return its ending."""
         self.say(f"error: {why} (health.bad_steps_limit)")
         if self.recorder:
             self.say(*way_back(self.config.run.folder / "checkpoints", self.config.health.bad_steps_limit))
@@ -78,7 +78,7 @@ class Run:
         return Ending(Exit.BAD_NUMBERS)
 
     def status(self, ended: Ending) -> str:
-        """Return how the run ended, as the recorder calls it."""
+        """Return how the run ended, in the recorder's words."""
         if ended.status is None:
             return "sent back"
         if ended.status == Exit.DONE and self.last_step == self.config.train.steps:
@@ -87,9 +87,10 @@ class Run:
 
 
 def initial_state(config: Config, mesh: Mesh, checkpoint: Path | None) -> ReadState:
-    """Return where weights and optimizer state come from: a checkpoint to resume, a model to start from, or the seed.
+    """Return where weights and optimizer state come from: a `checkpoint` to resume, a model to start from, or the
+    seed.
 
-    Raises CheckpointError or ConfigError where these do not go with the config."""
+    Raises CheckpointError or ConfigError where these do not go with `config`."""
     weights = weight_table(config.model, config.lora)
     if config.lora:
         return for_adapters(config, weights, checkpoint, mesh.tensor, mesh.device)
@@ -101,7 +102,8 @@ def initial_state(config: Config, mesh: Mesh, checkpoint: Path | None) -> ReadSt
 
 
 def make_loader(mixture: Mixture, run: Run, start_sample: int = 0, skipped: Sequence[Span] = ()) -> Loader:
-    """Open a loader of this rank's micro-batches, from sample `start_sample` of the run on, without those `skipped`."""
+    """Open a loader of this rank's micro-batches of `mixture`, from sample `start_sample` of the run on, without those
+    `skipped`."""
     train, data = run.config.train, run.mesh.data
     return Loader(
         mixture,

@@ -11,12 +11,12 @@ from megalite.config import OptimizerConfig, ScheduleConfig
 
 
 def learning_rate(step: int, num_steps: int, config: OptimizerConfig) -> float:
-    """Return the learning rate of optimizer step `step`, counted from 1, of a run of `num_steps`.
+    """Return the learning rate of optimizer step `step`, counted from 1, of a run of `num_steps`, as `config` sets it.
 
     The warmup rises linearly and reaches the peak at its last step; without a warmup step 1 has the peak. The decay
-    would come to `min_lr` one step after the last, so that no step is wasted at rate 0, not even the only one of a run.
-    Megatron-LM (OptimizerParamScheduler) and transformers end in the same way, but give the first step of a warmup rate
-    0; torchtitan has this warmup, and a virtual last step."""
+    would reach `min_lr` one step after the last, so that no step is wasted at rate 0, not even the only one of a run.
+    Megatron-LM (OptimizerParamScheduler) and transformers end in the same way, but give the first step of a warmup
+    rate 0; torchtitan has this warmup, and a virtual last step."""
     schedule = config.schedule
     if step <= schedule.warmup_steps:
         return config.lr * step / schedule.warmup_steps
@@ -30,20 +30,22 @@ def share_decayed(step: int, num_steps: int, decay_steps: int) -> float:
 
 
 class Constant(ScheduleConfig):
-    """The peak, from the end of the warmup on."""
+    """Stay at the peak from the end of the warmup on."""
 
     name: Literal["constant"] = "constant"
 
     def after_warmup(self, step: int, num_steps: int, peak: float) -> float:
+        """Return `peak`, whatever `step` and `num_steps` are."""
         return peak
 
 
 class Linear(ScheduleConfig):
-    """A straight line from the peak to `min_lr`."""
+    """Decay in a straight line from the peak to `min_lr`."""
 
     name: Literal["linear"] = "linear"
 
     def after_warmup(self, step: int, num_steps: int, peak: float) -> float:
+        """Return the learning rate of step `step` of `num_steps`, between `peak` and `min_lr`."""
         decayed = share_decayed(step, num_steps, self.steps_below_peak(num_steps))
         return self.min_lr + (peak - self.min_lr) * self.shape(decayed)
 
@@ -57,7 +59,7 @@ class Linear(ScheduleConfig):
 
 
 class Cosine(Linear):
-    """Half a cosine from the peak to `min_lr` (Loshchilov and Hutter 2017)."""
+    """Decay along half a cosine from the peak to `min_lr` (Loshchilov and Hutter 2017)."""
 
     name: Literal["cosine"] = "cosine"  # type: ignore[assignment]
 
@@ -66,7 +68,7 @@ class Cosine(Linear):
 
 
 class WarmupStableDecay(Linear):
-    """The peak, and over the last `decay_steps` a straight line to `min_lr` (Hu et al. 2024)."""
+    """Stay at the peak, and decay in a straight line to `min_lr` over the last `decay_steps` (Hu et al. 2024)."""
 
     name: Literal["wsd"] = "wsd"  # type: ignore[assignment]
     decay_steps: int | None = Field(None, gt=0, description="steps of the final decay (default: a tenth)")

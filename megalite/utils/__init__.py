@@ -1,1 +1,1 @@
-"""What all rooms use: files from outside, counter-based random numbers, progress, secrets."""
+"""Small tools that every package uses: files from outside, counter-based random numbers, progress, secrets."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def _signed(value: int) -> int:
-    """The int64 with the bits of an unsigned 64-bit number."""
+    """Return the int64 with the bits of an unsigned 64-bit number."""
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
@@ -24,13 +24,13 @@ _MIX_2 = _signed(0x94D049BB133111EB)
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Logical shift: torch's shifts of int64 copy the sign."""
+    """Shift logically: torch's shifts of int64 copy the sign."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def random_bits(key: Tensor | int, index: Tensor) -> Tensor:
-    """64 random bits for every index (int64, wrapping). `key` is from `key_of`, or an int64 tensor that broadcasts
-    against `index`."""
+    """Return 64 random bits for every index (int64, wrapping). `key` is from `key_of`, or an int64 tensor that
+    broadcasts against `index`."""
     x = index * _WEYL + (_signed(key) if isinstance(key, int) else key)
     x = (x ^ _shift_right(x, 30)) * _MIX_1
     x = (x ^ _shift_right(x, 27)) * _MIX_2
@@ -38,18 +38,21 @@ def random_bits(key: Tensor | int, index: Tensor) -> Tensor:
 
 
 def uniform(key: Tensor | int, index: Tensor) -> Tensor:
-    """float32 in [0, 1), 24 random bits each."""
+    """Return float32 in [0, 1), from 24 random bits each."""
     return _shift_right(random_bits(key, index), 40).float() * 2.0**-24
 
 
 def normal(key: int, start: int, stop: int, device: torch.device | str = "cpu") -> Tensor:
-    """float32 standard normal numbers for the indices [start, stop), by Box and Muller in float64.
+    """Return float32 standard normal numbers for the indices [start, stop) on `device`, by Box and Muller in float64.
+    `key` is from `key_of`.
 
     Works in slices, so the int64 and float64 temporaries stay small beside a large weight."""
     out = torch.empty(stop - start, device=device)
     step = 1 << 22
     for first in range(start, stop, step):
         last = min(first + step, stop)
+        # One draw of 64 bits gives both of Box and Muller's numbers: the high half the radius, the low half the angle.
+        # The half added keeps the logarithm finite.
         bits = random_bits(key, torch.arange(first, last, device=device))
         radius = ((_shift_right(bits, 32).double() + 0.5) * 2.0**-32).log_().mul_(-2.0).sqrt_()
         angle = (bits & 0xFFFFFFFF).double().mul_(2.0**-32 * 2.0 * math.pi)

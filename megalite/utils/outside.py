@@ -1,4 +1,5 @@
-"""Files that others have written, which may hold anything: reading one gives a value, or one line that says why not."""
+"""Read files that others have written, which may hold anything: reading one gives a value, or one line that says why
+not."""
 
 from __future__ import annotations
 
@@ -14,21 +15,22 @@ from typing import Any
 from megalite.errors import CheckpointError, ConfigError, DataError
 
 LARGEST_JSON = 32 << 20
-"""Bytes. The index of the largest model published has 16 million; parsed, JSON takes up to 20 times as much memory."""
+"""Limit in bytes. The index of the largest model published has 16 million; parsed, JSON takes up to 20 times as much
+memory."""
 SHOWN = 80
-"""Characters of a text that a message shows."""
+"""Most characters of a text that a message shows."""
 ALL_SHOWN = 200
-"""Characters of a list or a section."""
+"""Most characters of a list or a section that a message shows."""
 DEPTH = 3
-"""Of lists in lists, and so on, that are shown."""
+"""Levels of nested lists and sections that are shown."""
 
 
 @contextmanager
 def reading(path: Path | str, error: type[Exception]) -> Iterator[None]:
     """Turn whatever reading a file raises into one line of class `error` that names the file.
 
-    That is also what is no Exception: the panic of a library written in Rust. Interruptions and errors that are such
-    a line already go on."""
+    This includes what is no Exception, such as the panic of a library written in Rust. Interruptions, and errors that
+    are such a line already, pass through."""
     try:
         yield
     except (ConfigError, DataError, CheckpointError, KeyboardInterrupt, SystemExit, GeneratorExit):
@@ -38,6 +40,7 @@ def reading(path: Path | str, error: type[Exception]) -> Iterator[None]:
 
 
 def _plainly(error: BaseException) -> str:
+    """Return what went wrong with a file, in words that go after its path."""
     if isinstance(error, OSError):
         return f": {error.strerror or error}"
     if isinstance(error, UnicodeDecodeError):
@@ -53,7 +56,7 @@ def _plainly(error: BaseException) -> str:
 
 
 def check_regular(path: Path, error: type[Exception]) -> None:
-    """Refuse what is there but is no file: opening a FIFO waits forever, and a device may have no end."""
+    """Refuse a path that exists but is no regular file: opening a FIFO waits forever, and a device may have no end."""
     try:
         mode = path.stat().st_mode
     except OSError:
@@ -71,7 +74,8 @@ def check_apart(target: Path, sources: Iterable[Path | str], error: type[Excepti
 
 
 def read_limited(path: Path, error: type[Exception], largest: int = LARGEST_JSON) -> bytes:
-    """Return the bytes of a file of at most `largest`. Raises OSError, and `error` for what is no such file."""
+    """Return the bytes of a file of at most `largest` bytes. Raises OSError, and `error` for a longer or irregular
+    one."""
     check_regular(path, error)
     with open(path, "rb") as file:
         data = file.read(min(os.fstat(file.fileno()).st_size, largest) + 1)
@@ -81,7 +85,7 @@ def read_limited(path: Path, error: type[Exception], largest: int = LARGEST_JSON
 
 
 def read_text(path: Path, error: type[Exception], largest: int = LARGEST_JSON) -> str:
-    """Return the text of a file of at most `largest` bytes. Raises `error` where it cannot be read or is no UTF-8."""
+    """Return the text of a file of at most `largest` bytes. Raises `error` where it cannot be read or is not UTF-8."""
     with reading(path, error):
         return read_limited(path, error, largest).decode()
 
@@ -133,7 +137,7 @@ def shown(value: Any, depth: int = 0) -> str:
 
 
 def _items_shown(values: dict[Any, Any] | list[Any] | tuple[Any, ...], depth: int) -> str:
-    """As `repr` has them, up to so many characters."""
+    """Return the items as `repr` spells them, up to a limit of characters."""
     begin, end = ("{", "}") if isinstance(values, dict) else ("[", "]") if isinstance(values, list) else ("(", ")")
     text = begin
     for number, item in enumerate(values.items() if isinstance(values, dict) else values):

@@ -1,4 +1,4 @@
-"""How long work shows that it goes on."""
+"""Show that long work makes progress."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ SECONDS_PER_LINE = 5.0
 
 
 class ProgressMeter:
-    """A progress bar on a terminal; elsewhere, as in a job's log, a line every few seconds. Nothing without console."""
+    """Show a progress bar on a terminal; elsewhere, as in a job's log, a line every few seconds. Without console,
+    nothing."""
 
     def __init__(
         self, name: str, total: int, columns: Sequence[ProgressColumn], console: Console | None, **fields: Any
     ) -> None:
-        """`fields` are for the columns to show, until `show` gives newer ones."""
+        """Show progress up to `total` under `name`. `fields` are values for the `columns`, until `show` gives newer
+        ones."""
         self.total, self._console = total, console
         self._start = self._said = time.monotonic()
         self._bar: Progress | None = None
@@ -28,11 +30,12 @@ class ProgressMeter:
 
     @property
     def elapsed(self) -> float:
-        """Seconds since it was made."""
+        """Return the seconds since it was made."""
         return max(time.monotonic() - self._start, 1e-9)
 
     def show(self, completed: int, line: str, due: bool = False, **fields: Any) -> None:
-        """Of the total so far; `line` says the same where there is no bar, also before its time where it is `due`."""
+        """Show that `completed` of the total is done; `line` says the same where there is no bar, at once where it is
+        `due`. `fields` are values for the columns."""
         now = time.monotonic()
         if self._bar is not None:
             self._bar.update(self._task, completed=completed, **fields)

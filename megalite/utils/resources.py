@@ -1,4 +1,4 @@
-"""Files: those that come with megalite, YAML, and making writes last."""
+"""Files: those that come with megalite, YAML, and writes that survive a power cut."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from megalite.errors import ConfigError
 from megalite.utils.outside import reading, shown
 
 LONGEST_YAML = 1 << 19
-"""Characters of a config, which are read in some seconds."""
+"""Limit on the characters of a config; this many are read in some seconds."""
 MOST_VALUES = 100_000
-"""Values of a config, those that aliases repeat counted as often as they are repeated."""
+"""Limit on the values of a config, where those that aliases repeat count as often as they are repeated."""
 
 
 def configs_dir() -> Path:
-    """The `configs/` of the checkout the package lies in, else the one the wheel installed inside the package.
+    """Return the `configs/` of the checkout the package is in, else the one the wheel installed inside the package.
 
     Raises FileNotFoundError."""
     package = Path(__file__).resolve().parents[1]
     for folder in (package.parent / "configs", package / "configs"):
-        # Known by one of its files: beside an installed package there may be a `configs` of somebody else.
+        # Recognised by one of its files: beside an installed package there may be somebody else's `configs`.
         if (folder / "chips.yaml").is_file():
             return folder
     raise FileNotFoundError(f"no configs/ beside or inside {package}: reinstall megalite")
@@ -49,7 +49,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _check_size(root: yaml.Node) -> None:
-    """Refuse a text whose aliases (`*name`) say more than MOST_VALUES together, or stand in what they name."""
+    """Refuse a text whose aliases (`*name`) expand to more than MOST_VALUES values, or stand within what they name."""
     sizes: dict[int, int] = {}
     begun: set[int] = set()
     pending = [(root, False)]
@@ -70,7 +70,7 @@ def _check_size(root: yaml.Node) -> None:
 
 
 def parse_yaml(text: str, origin: str) -> Any:
-    """Raises ConfigError, which calls the text `origin`."""
+    """Return the value of a YAML text. Raises ConfigError, whose message calls the text `origin`."""
     if len(text) > LONGEST_YAML:
         raise ConfigError(f"{origin} is longer than {LONGEST_YAML:,} characters, which no config is")
     with reading(origin, ConfigError):  # also a date that is none, or a number that is too long
@@ -81,7 +81,7 @@ def parse_yaml(text: str, origin: str) -> Any:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A file of `key: value` lines. Raises ConfigError."""
+    """Return the sections of a file of `key: value` lines. Raises ConfigError."""
     try:
         with open(path, encoding="utf-8") as file:
             values = parse_yaml(file.read(LONGEST_YAML + 1), str(path))
@@ -100,7 +100,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def with_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """`values`, itself left alone, with overrides such as `train.steps=100` applied. Raises ConfigError."""
+    """Return a copy of `values` with overrides such as `train.steps=100` applied. Raises ConfigError."""
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not all(key.split(".")):
@@ -110,7 +110,7 @@ def with_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str
 
 
 def _with(values: dict[str, Any], keys: Sequence[str], value: Any, override: str) -> dict[str, Any]:
-    """`values` with one more value, `values` itself left alone."""
+    """Return a copy of `values` with one more value, at the place that `keys` leads to."""
     head, rest = keys[0], keys[1:]
     if not rest:
         return {**values, head: value}

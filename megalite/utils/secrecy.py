@@ -1,4 +1,4 @@
-"""Keys, tokens and passwords, which must not be written down, in whatever text they turn up."""
+"""Hide keys, tokens and passwords, which must not be written down, in whatever text they turn up."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _NAME = re.compile(
     r"(?i)(^|[_.-])(api_?key|\w*key|key_id|token|secret|password|passwd|credentials?|connection_string)$"
 )
 _SHORTEST = 6
-"""Characters. What is shorter is found in innocent words."""
+"""Least characters of a secret. Shorter ones are found in innocent words."""
 _PASSWORD = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://[^\s/@:]*):([^\s/@]+)@")
 _SIGNED = re.compile(r"(?i)\b(x-amz-\w[\w-]*|x-goog-\w[\w-]*|sig|signature|access_token|token)=[^&\s'\"<>]+")
 
@@ -27,11 +27,11 @@ _TOKEN = re.compile(
     r"|eyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}(?:\.[A-Za-z0-9_-]*)?"  # JSON web tokens
     r")|-----BEGIN [A-Z ]*PRIVATE KEY-----"
 )
-"""What services give out begins with a mark of their own, so that it is found wherever it stands."""
+"""Tokens of well-known services begin with a mark of their own, so that they are recognised anywhere."""
 
 
 def names_a_secret(name: str) -> bool:
-    """Whether a setting or an environment variable of that name holds one."""
+    """Return whether a setting or an environment variable of that name holds a secret."""
     return _NAME.search(name) is not None
 
 
@@ -44,6 +44,7 @@ def hide_secrets(text: str) -> str:
 
 
 def _secrets() -> Iterator[tuple[str, str]]:
+    """Yield the secrets of this process's environment, each with the name of its variable."""
     for name, value in os.environ.items():
         found = [match[2] for match in _PASSWORD.finditer(value)]  # of a proxy
         found += [value] if names_a_secret(name) else []

@@ -1,4 +1,4 @@
-"""Names of files that do not lie on this machine."""
+"""URLs: names of files that are not on this machine."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
 def is_url(path: str) -> bool:
-    """Whether a path names something in a store, as `s3://bucket/data/a` does."""
+    """Return whether a path names something in a store, as `s3://bucket/data/a` does."""
     return _URL.match(path) is not None
 
 
 def check_no_secret(url: str) -> None:
-    """Configs, notes and messages repeat a URL, so that none may hold a password or a signature. Raises ValueError,
+    """Refuse a URL with a password or a signature, since configs, notes and messages repeat it. Raises ValueError,
     which does not repeat it."""
     protocol, _, rest = url.partition("://")
     user, at, _ = rest.partition("/")[0].rpartition("@")
