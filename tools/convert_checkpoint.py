@@ -20,6 +20,7 @@ from megalite.runtime.exit_codes import at_least, explained
 
 
 def main() -> int:
+    """Convert one model as the command line says; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path, help="a new folder")

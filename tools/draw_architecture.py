@@ -169,12 +169,13 @@ class Drawing:
         self.elements: list[str] = []
 
     def rect(self, x: float, y: float, width: float, height: float, kind: str, radius: float = 2) -> None:
-        """Draw a rectangle whose upper left corner is (x, y)."""
+        """Draw a rectangle of `width` and `height` whose upper left corner is (x, y); `kind` is its class in STYLE."""
         size = f'x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="{radius:g}"'
         self.elements.append(f'<rect {size} class="{kind}"/>')
 
     def text(self, x: float, y: float, words: str, kind: str = "ink") -> None:
-        """Write a line of text on the base line y. It begins at x, or with `middle` in `kind` has its middle there."""
+        """Write the line `words` on the base line y. It begins at x, or with `middle` in `kind`, its class in STYLE,
+        has its middle there."""
         self.elements.append(f'<text x="{x:g}" y="{y:g}" class="{kind}">{escape(words)}</text>')
 
     def path(self, points: str, kind: str = "flow") -> None:
@@ -189,30 +190,31 @@ class Drawing:
         self.elements.append(f'<polygon points="{points}" class="tip"/>')
 
     def down(self, x: float, top: float, bottom: float) -> None:
-        """Draw an arrow straight down."""
+        """Draw an arrow straight down at x, from `top` to `bottom`."""
         self.path(f"M{x:g} {top:g}V{bottom - 7:g}")
         self.tip(x, bottom, 0, 1)
 
     def both_ways(self, left: float, right: float, y: float) -> None:
-        """Draw a level arrow with two heads."""
+        """Draw a level arrow with two heads at y, from `left` to `right`."""
         self.path(f"M{left + 7:g} {y:g}H{right - 7:g}")
         self.tip(left, y, -1, 0)
         self.tip(right, y, 1, 0)
 
     def bridge(self, left: float, right: float, y: float, depth: float) -> None:
-        """Draw an arrow with two heads that leaves y downwards by `depth` and comes back up to it."""
+        """Draw an arrow with two heads, at `left` and `right`, that leaves y downwards by `depth` and comes back up to
+        it."""
         self.path(f"M{left:g} {y + 7:g}V{y + depth:g}H{right:g}V{y + 7:g}")
         self.tip(left, y, 0, -1)
         self.tip(right, y, 0, -1)
 
     def bar(self, middle: float, y: float, parts: Sequence[str], height: float = HEIGHT) -> None:
-        """Draw a flat buffer in equal parts of these kinds."""
+        """Draw a flat buffer of this `height` around x = `middle`, in equal `parts` of these kinds."""
         width = BAR / len(parts)
         for number, kind in enumerate(parts):
             self.rect(middle - BAR / 2 + number * width + 0.5, y, width - 1, height, kind)
 
     def code(self, x: float, y: float, name: str) -> None:
-        """Write a name of the tables as FILE NAME."""
+        """Write a `name` of the tables at (x, y), as FILE NAME."""
         module, _, inside = name.partition(":")
         file = f'<tspan class="mute">{module.replace(".", "/")}.py</tspan>'
         self.elements.append(f'<text x="{x:g}" y="{y:g}" class="code name">{file} {escape(inside)}</text>')
@@ -226,12 +228,12 @@ class Drawing:
 
 
 Draw = Callable[[Drawing, float], None]
-"""Draws what happens in a step, from this y on."""
+"""Function that draws what happens in a step, from this y on."""
 
 
 def draw(title: str, steps: dict[str, Step], rows: dict[str, tuple[float, Draw]], header: Draw) -> str:
-    """Return a picture of all steps, one below the other: words and code on the left, `rows` on the right, each with
-    the least height that it needs. `header` is drawn above the first."""
+    """Return a picture of all steps under a `title`, one below the other: words and code on the left, `rows` on the
+    right, each with the least height that it needs. `header` is drawn above the first."""
     assert steps.keys() == rows.keys()
     drawing, y = Drawing(), 92.0
     drawing.text(LEFT, 36, title, "head ink")

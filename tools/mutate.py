@@ -1,4 +1,4 @@
-"""Plants bugs, one at a time, and names those that no test finds.
+"""Plant bugs, one at a time, and name those that no test finds (mutation testing).
 
 tests/mutations.yaml lists them: a piece of a file, what it becomes, and the tests that ought to fail. Each bug is
 planted in a copy of the repository, never in the checkout itself; a bug in csrc/ is compiled there. A bug is killed
@@ -6,8 +6,7 @@ when its tests fail, crash or do not end; it survives when they pass.
 
     python tools/mutate.py                       # all of them: an hour on two cores
     python tools/mutate.py engine checkpoint     # those whose name or file contains one of these words
-    python tools/mutate.py --check               # only whether every bug can still be planted
-"""
+    python tools/mutate.py --check               # only whether every bug can still be planted"""
 
 from __future__ import annotations
 
@@ -34,9 +33,9 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 LIST = ROOT / "tests" / "mutations.yaml"
 TIME_LIMIT_S = 600.0
-"""A test that takes longer hangs: the bug is found."""
+"""Seconds after which a test counts as hanging: the bug is found."""
 
-# The copy's package must be imported, also by the ranks that tests start, in place of the editable install.
+# The copy's package must be imported instead of the editable install, also by the ranks that tests start.
 SITECUSTOMIZE = """
 import sys
 sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in type(finder).__module__]
@@ -76,8 +75,8 @@ class Result:
 
 
 def read_mutations(path: Path = LIST) -> list[Mutation]:
-    """Return the bugs of a list, the names of suites replaced by what they stand for. Raises ValueError where two bugs
-    have one name."""
+    """Return the bugs of the list at `path`, with the names of suites replaced by the tests they stand for. Raises
+    ValueError where two bugs have one name."""
     listed = yaml.safe_load(path.read_text(encoding="utf-8"))
     found = []
     for entry in listed["mutations"]:
@@ -89,7 +88,7 @@ def read_mutations(path: Path = LIST) -> list[Mutation]:
 
 
 def stale(mutations: Sequence[Mutation], root: Path = ROOT) -> list[str]:
-    """Return what is wrong with bugs that cannot be planted, or whose tests do not exist."""
+    """Return what is wrong with bugs that cannot be planted in the files below `root`, or whose tests do not exist."""
     problems = []
     for mutation in mutations:
         try:
@@ -102,7 +101,7 @@ def stale(mutations: Sequence[Mutation], root: Path = ROOT) -> list[str]:
 
 
 def _exists(test: str, root: Path) -> bool:
-    """Whether there is the file of a test, and in it the function. Its parameters are known to pytest alone."""
+    """Return whether a test's file exists, and in it the function. Only pytest knows its parameters."""
     file, _, function = test.partition("[")[0].partition("::")
     return (root / file).exists() and (not function or f"def {function}(" in (root / file).read_text(encoding="utf-8"))
 
@@ -141,18 +140,19 @@ class Copy:
             outcome, said = "error", str(error)
         finally:
             file.write_text(sound, encoding="utf-8")
-            # Bytecode is known by its source's size and second: that of a bug could pass for another's.
+            # Python matches bytecode to a source by size and second only: that of a bug could pass for another's.
             Path(cache_from_source(str(file))).unlink(missing_ok=True)
             if native:
                 os.utime(file)
         return Result(mutation, outcome, time.monotonic() - began, said)
 
     def restore(self) -> None:
-        """Compile the sound sources again, after a bug in them."""
+        """Compile the original sources again, after a bug in them."""
         if self._built:
             self._build()
 
     def _build(self) -> None:
+        """Compile csrc/ in the copy. Raises ValueError where it does not compile."""
         build = self.root / "build-mutants"
         if not build.exists():
             pybind11 = subprocess.check_output([sys.executable, "-m", "pybind11", "--cmakedir"], text=True).strip()
@@ -167,6 +167,7 @@ class Copy:
             shutil.copy2(library, self.root / "megalite")
 
     def _test(self, tests: Sequence[str]) -> tuple[str, str]:
+        """Run tests on the planted bug; return the outcome, and a line of pytest's that explains it."""
         own = {"PYTHONPATH": str(self.root), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-o", "addopts=", "-p", "no:cacheprovider"]
         with subprocess.Popen(
@@ -180,18 +181,19 @@ class Copy:
             finally:
                 _end_group(process)
         lines = [line for line in said.splitlines() if line.startswith(("FAILED", "ERROR"))] or said.splitlines()[-1:]
-        crashed = process.returncode < 0  # of memory that the bug has overwritten
+        crashed = process.returncode < 0  # such as by memory that the bug has overwritten
         outcome = {0: "survived", 1: "killed"}.get(process.returncode, "killed" if crashed else "error")
         return outcome, lines[0] if lines else ""
 
 
 def _end_group(process: subprocess.Popen[str]) -> None:
-    """End what the tests of a bug may have left running."""
+    """Kill what the tests of a bug may have left running."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, 9)
 
 
 def _quietly(*command: str) -> None:
+    """Run a command; raise ValueError with its error lines where it fails."""
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     if done.returncode:
         raise ValueError(
@@ -211,7 +213,7 @@ def _built_library(name: str) -> Path:
 
 
 def run_all(mutations: Sequence[Mutation], jobs: int, folder: Path) -> list[Result]:
-    """Plant the bugs in `jobs` copies at a time, and print what becomes of each."""
+    """Plant the `mutations` in `jobs` copies below `folder` at a time, and print the outcome of each."""
     copies: SimpleQueue[Copy] = SimpleQueue()
     for number in range(jobs):
         copies.put(Copy(folder / str(number)))
@@ -248,6 +250,7 @@ def report(results: Sequence[Result]) -> str:
 
 
 def main() -> None:
+    """Try the bugs that the command line asks for; exit with 1 where one survives unexpectedly."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", help="only bugs whose name or file contains one of these")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="bugs tried side by side (default 1)")

@@ -17,15 +17,17 @@ from megalite.runtime.exit_codes import explained
 
 
 def main() -> int:
+    """Prepare the corpus as the command line says; return the exit status. Raises DataError where no document is
+    left."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", metavar="CONFIG", help="YAML, such as configs/corpus/web.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="such as language.min_score=0.5")
     args = parser.parse_args()
-    # A job that is cancelled ends as one that is interrupted.
+    # A cancelled job ends like an interrupted one.
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
     start = time.monotonic()
     try:
-        # Not before the arguments are known to be right: these bring datatrove.
+        # Imported only once the arguments are known to be right: these import datatrove.
         from megalite.corpus.config import load_corpus_config
         from megalite.corpus.run import prepare_corpus
 

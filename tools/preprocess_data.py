@@ -39,6 +39,7 @@ MOST_SHARDS = 99_999
 
 
 def main() -> int:
+    """Tokenize the inputs as the command line says; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", nargs="+", required=True, help="files, folders or quoted globs")
     parser.add_argument(
@@ -72,7 +73,7 @@ def main() -> int:
         parser.error(
             "--append-eod, --prepend-bos, --exact, --shard and --json-keys are for plain text, not for --format"
         )
-    # A job that is cancelled ends as one that is interrupted: with nothing left behind.
+    # A cancelled job ends like an interrupted one: with nothing left behind.
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
     console = Console(stderr=True)
     if args.format:
@@ -98,6 +99,7 @@ def main() -> int:
 
 
 def _shard(text: str) -> Shard:
+    """Parse I/N. Raises ArgumentTypeError unless 0 <= I < N <= MOST_SHARDS."""
     index, _, count = text.partition("/")
     if not (index.isdecimal() and count.isdecimal() and int(index) < int(count) <= MOST_SHARDS):
         raise argparse.ArgumentTypeError(

@@ -23,12 +23,14 @@ LEFT_OUT = {
 
 
 def sources(root: Path) -> Iterator[Path]:
+    """Yield the standard library's source files below `root`, without tests and large tables."""
     for path in sorted(root.rglob("*.py")):
         if not LEFT_OUT & set(path.relative_to(root).parts):
             yield path
 
 
 def main() -> None:
+    """Write both files, and print how much text is in each."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="where train.jsonl and valid.jsonl are written")
     folder = parser.parse_args().folder
@@ -39,7 +41,7 @@ def main() -> None:
         files = {"train": train, "valid": valid}
         for path in sources(root):
             name = str(path.relative_to(root))
-            # By the hash of the name: the same files are held out on every machine.
+            # Split by the hash of the name: the same files are held out on every machine.
             split = "valid" if hashlib.sha256(name.encode()).digest()[0] < 12 else "train"
             text = path.read_text(encoding="utf-8", errors="replace")
             files[split].write(json.dumps({"text": text, "path": name}) + "\n")

@@ -1,4 +1,4 @@
-"""Say what the quickstart's run has learned: its validation loss beside that of a unigram model, and both in
+"""Report what the quickstart's run has learned: its validation loss beside that of a unigram model, and both in
 loss.png."""
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from megalite.runtime.exit_codes import explained
 
 
 def main() -> int:
+    """Print both losses and draw loss.png; return 1 where the model has learned too little."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path, help="folder of the run")
     run = parser.parse_args().run

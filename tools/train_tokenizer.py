@@ -13,6 +13,7 @@ from megalite.runtime.exit_codes import at_least, explained
 
 
 def main() -> int:
+    """Train a tokenizer as the command line says; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--input", nargs="+", required=True, help="files, folders or quoted globs")
     parser.add_argument("--output", required=True, help="folder to write; AutoTokenizer.from_pretrained loads it")
@@ -26,7 +27,7 @@ def main() -> int:
         help="text to train on, from the start (default: %(default)s)",
     )  # fmt: skip
     args = parser.parse_args()
-    # The libraries that train answer to nothing until they are done, and nothing is written before.
+    # The training libraries ignore Ctrl-C until they are done, and nothing is written before: end at once.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     start = time.monotonic()
     tokenizer, report = train_tokenizer(
