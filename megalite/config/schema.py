@@ -134,7 +134,9 @@ def at_home(path: Any) -> Any:
 
 class RunConfig(Section):
     name: str = Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200, description="folder of the run below `dir`"
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        max_length=200,
+        description="Name of the run, and of its folder below `dir`.",
     )
     dir: Path = Path("runs")
 
@@ -147,20 +149,24 @@ class ModelConfig(Section):
     """Settings that every decoder family shares. Each file in `models/` adds the fields of its own family."""
 
     family: str
-    preset: str | None = Field(None, description="the file in configs/model/ the fields were taken from")
-    hf: Path | None = Field(None, description="Hugging Face folder whose weights training starts from")
+    preset: str | None = Field(
+        None, description="Preset: the file in configs/model/ that the other fields are taken from."
+    )
+    hf: Path | None = Field(None, description="Hugging Face folder whose weights training starts from.")
     vocab_size: int = Field(gt=0)
     hidden_size: int = Field(gt=0)
     num_layers: int = Field(gt=0, le=MOST_LAYERS)
     num_attention_heads: int = Field(gt=0)
-    max_positions: int = Field(gt=0, description="longest sequence the model is meant for")
+    max_positions: int = Field(gt=0, description="Longest sequence the model is meant for, in tokens.")
     norm_eps: float = Field(1e-5, gt=0)
     init_std: float = Field(0.02, gt=0)
     tie_embeddings: bool = False
     task: Literal["causal", "classification", "labels"] = Field(
-        "causal", description="what the head tells: the next token, the class of a text, or that of each token"
+        "causal",
+        description="What the head predicts. causal: the next token; classification: a text's class; labels: that "
+        "of each token.",
     )
-    labels: tuple[str, ...] = Field((), description="names of the classes, where it tells classes")
+    labels: tuple[str, ...] = Field((), description="Names of the classes, for task: classification or labels.")
 
     def window(self, layer: int) -> int | None:
         """Return how many tokens each token of a layer attends to at most; None: all before it."""
@@ -168,9 +174,13 @@ class ModelConfig(Section):
 
 
 class Source(Section):
-    path: str = Field(description="PREFIX of PREFIX.bin and PREFIX.idx: a path, or a URL such as s3://bucket/data/a")
-    name: str | None = Field(None, description="in metrics and `phases`; the last part of the path where left out")
-    weight: float = Field(1.0, gt=0, description="relative to the other sources; `data.weights` says of what")
+    path: str = Field(description="PREFIX of PREFIX.bin and PREFIX.idx: a path, or a URL such as s3://bucket/data/a.")
+    name: str | None = Field(None, description="Name in metrics and `phases`. Defaults to the last part of the path.")
+    weight: float = Field(
+        1.0,
+        gt=0,
+        description="Weight relative to the other sources; `data.weights` says whether of tokens or of epochs.",
+    )
 
     @field_validator("path", mode="before")
     @classmethod
@@ -185,8 +195,10 @@ class Source(Section):
 
 
 class Phase(Section):
-    after_step: int = Field(gt=0, description="the last step of the phase before")
-    weights: dict[str, float] = Field(min_length=1, description="of each train source by its name; 0 or left out: none")
+    after_step: int = Field(gt=0, description="Last step of the phase before.")
+    weights: dict[str, float] = Field(
+        min_length=1, description="Weight of each train source by its name. 0, or left out, takes none of it."
+    )
 
     @field_validator("weights")
     @classmethod
@@ -199,10 +211,13 @@ class Phase(Section):
 class FillInTheMiddleConfig(Section):
     """Fill-in-the-middle: reorder documents so that a causal model learns to fill a gap (Bavarian et al. 2022)."""
 
-    rate: float = Field(0.5, gt=0, le=1, description="share of the documents that are turned")
-    spm_rate: float = Field(0.5, ge=0, le=1, description="of those, share with the suffix before the prefix")
+    rate: float = Field(0.5, gt=0, le=1, description="Share of the documents that are reordered.")
+    spm_rate: float = Field(
+        0.5, ge=0, le=1, description="Share of the reordered documents whose suffix comes before the prefix."
+    )
     tokens: tuple[str, str, str] = Field(
-        ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>"), description="data.tokenizer's names of the three"
+        ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>"),
+        description="Names that data.tokenizer has for the prefix, middle and suffix tokens.",
     )
 
 
@@ -230,31 +245,36 @@ class DataConfig(Section):
     valid: tuple[Source, ...] = ()
     test: tuple[Source, ...] = ()
     split: tuple[float, float, float] | None = Field(
-        None, description="shares of each train source's documents for train, valid, test, instead of own files"
+        None,
+        description="Shares of each train source's documents for train, valid and test, instead of files of their own.",
     )
     seq_length: int = Field(gt=0)
     order: Literal["shuffle", "sequential", "megatron"] = Field(
-        "shuffle", description="of training samples; `megatron`: those of Megatron-LM's GPTDataset for this seed"
+        "shuffle", description="Order of training samples. megatron: that of Megatron-LM's GPTDataset for this seed."
     )
     packing: Literal["concat", "best_fit"] = Field(
         "concat",
-        description="concat: documents in a row, cut anywhere; best_fit: as few cut as possible, then padded; rows of "
-        "labelled data are never cut",
+        description="concat: documents one after another, cut anywhere; best_fit: as few documents cut as possible,"
+        " then padded. Rows of labelled data are never cut.",
     )
     long_rows: Literal["refuse", "drop", "cut"] = Field(
-        "refuse", description="what becomes of rows of labelled data that are longer than a sample"
+        "refuse", description="What to do with rows of labelled data that are longer than a sample."
     )
     weights: Literal["tokens", "epochs"] = Field(
-        "tokens", description="what a weight is: a share of all tokens, or how often the source itself is gone through"
+        "tokens",
+        description="What a weight is. tokens: a share of all tokens; epochs: how often the source itself is gone "
+        "through.",
     )
-    temperature: float = Field(1.0, gt=0, description="above 1 evens out the shares: each to the power 1/temperature")
-    phases: tuple[Phase, ...] = Field((), description="other weights later in training")
+    temperature: float = Field(
+        1.0, gt=0, description="Values above 1 even out the sources' shares: each is raised to the power 1/temperature."
+    )
+    phases: tuple[Phase, ...] = Field((), description="Other weights of the sources, later in training.")
     document_mask: bool = Field(
-        False, description="tokens attend only to their own document, and its positions begin at 0"
+        False, description="Tokens attend only to their own document, and its positions begin at 0."
     )
-    border_loss: bool = Field(True, description="also predict a document's first token, from the document before it")
+    border_loss: bool = Field(True, description="Also predict a document's first token, from the document before it.")
     fim: FillInTheMiddleConfig | None = None
-    tokenizer: Path | None = Field(None, description="folder copied into every checkpoint")
+    tokenizer: Path | None = Field(None, description="Folder of the tokenizer, which is copied into every checkpoint.")
 
     @field_validator("split")
     @classmethod
@@ -313,8 +333,10 @@ class OffloadConfig(Section):
     """What DeepSpeed keeps outside of the GPU's memory."""
 
     optimizer: Literal["none", "cpu", "nvme"] = "none"
-    parameters: Literal["none", "cpu", "nvme"] = Field("none", description="needs zero_stage: 3")
-    nvme_path: Path | None = Field(None, description="folder on the fast disk, for nvme")
+    parameters: Literal["none", "cpu", "nvme"] = Field(
+        "none", description="Where the weights are kept. Needs zero_stage: 3."
+    )
+    nvme_path: Path | None = Field(None, description="Folder on a fast disk of each node, for nvme.")
 
     @model_validator(mode="after")
     def _nvme_has_a_path(self) -> OffloadConfig:
@@ -326,44 +348,53 @@ class OffloadConfig(Section):
 class ParallelConfig(Section):
     """How the model is spread over the ranks. Data parallelism takes the ranks that these leave over."""
 
-    tensor: int = Field(1, gt=0, description="ranks that share every matrix")
-    sequence: bool = Field(True, description="also share norms and dropout along the sequence; no effect at tensor: 1")
-    pipeline: int = Field(1, gt=0, description="ranks that each hold some of the layers")
-    virtual: int = Field(1, gt=0, description="groups of layers on each pipeline rank; above 1 interleaves them")
+    tensor: int = Field(1, gt=0, description="Tensor-parallel ranks, which share every matrix.")
+    sequence: bool = Field(
+        True,
+        description="Sequence parallelism: also split norms and dropout along the sequence. No effect at tensor: 1.",
+    )
+    pipeline: int = Field(1, gt=0, description="Pipeline-parallel ranks, which each hold some of the layers.")
+    virtual: int = Field(1, gt=0, description="Groups of layers on each pipeline rank. Values above 1 interleave them.")
     schedule: Literal["1f1b", "interleaved", "zero_bubble"] = Field(
-        "1f1b", description="order of a pipeline's passes; `interleaved` needs virtual above 1"
+        "1f1b", description="Order of a pipeline's passes. interleaved needs virtual above 1."
     )
     stage_layers: tuple[int, ...] | None = Field(
-        None, description="layers of each of the pipeline × virtual stages; balanced by cost where left out"
+        None, description="Layers of each of the pipeline × virtual stages. Balanced by cost where left out."
     )
-    context: int = Field(1, gt=0, description="ranks that share every sequence")
+    context: int = Field(1, gt=0, description="Context-parallel ranks, which share every sequence.")
     engine: Literal["native", "deepspeed"] = "native"
     zero_stage: Literal[0, 1, 2, 3] = Field(
-        1, description="shared over data ranks: 0 nothing, 1 optimizer state, 2 also gradients, 3 also weights"
+        1, description="What the data ranks shard. 0: nothing; 1: optimizer state; 2: also gradients; 3: also weights."
     )
     offload: OffloadConfig = OffloadConfig()
-    bucket_mb: float = Field(40.0, gt=0, description="fp32 MB of gradients reduced in one go")
+    bucket_mb: float = Field(
+        40.0, gt=0, description="Size of a bucket of gradients, which are reduced at once, in MB of fp32."
+    )
     elastic: bool = Field(
-        False, description="go on with fewer nodes where some are lost; micro_batch_size is then the most, not a must"
+        False, description="Continue with fewer nodes where some are lost. micro_batch_size is then an upper limit."
     )
 
 
 class TrainConfig(Section):
-    steps: int = Field(gt=0, description="optimizer steps of the whole run; the schedule spans them")
-    stop_at: int | None = Field(None, gt=0, description="save and leave after this step, to be resumed later")
-    global_batch_size: int = Field(gt=0, description="sequences per optimizer step, over all ranks")
-    micro_batch_size: int = Field(1, gt=0, description="sequences per forward pass of one rank")
+    steps: int = Field(gt=0, description="Optimizer steps of the whole run; the schedule spans them.")
+    stop_at: int | None = Field(None, gt=0, description="Save and exit after this step, to be resumed later.")
+    global_batch_size: int = Field(gt=0, description="Sequences per optimizer step, over all ranks.")
+    micro_batch_size: int = Field(1, gt=0, description="Sequences per forward pass of one rank.")
     precision: Literal["bf16", "fp32"] = "bf16"
     recompute: Literal["none", "selective", "full"] = Field(
         "none",
-        description="activations computed again in the backward pass: none; what is large and cheap; all of a layer",
+        description="Activations to recompute in the backward pass. selective: what is large and cheap; full: all "
+        "of a layer.",
     )
-    recompute_layers: int | None = Field(None, gt=0, description="first layers of each stage to recompute; all if null")
-    compile: bool = Field(False, description="torch.compile each layer; not with tensor or context parallelism")
+    recompute_layers: int | None = Field(
+        None, gt=0, description="How many of each stage's first layers to recompute. null: all."
+    )
+    compile: bool = Field(False, description="Run torch.compile on each layer. Not with tensor or context parallelism.")
     loss_chunk: int | None = Field(
         None,
         gt=0,
-        description="tokens whose logits exist at a time, for a second product with the head; or all",
+        description="Number of tokens whose logits exist at a time, at the cost of a second GEMM with the head. "
+        "null: all.",
     )
     seed: int = Field(1234, ge=0)
 
@@ -378,13 +409,13 @@ class KernelsConfig(Section):
     """Implementation of each fused operation. `auto`: megalite's own kernels where they are built, else plain
     torch."""
 
-    norm: str = Field("auto", description="megalite, torch or apex")
-    rope: str = Field("auto", description="megalite or torch")
-    activation: str = Field("auto", description="megalite or torch")
-    attention: str = Field("auto", description="megalite, torch or flash_attn")
-    loss: str = Field("auto", description="megalite or torch")
-    weight_gradient: str = Field("auto", description="megalite or torch")
-    optimizer: str = Field("auto", description="megalite or torch")
+    norm: str = Field("auto", description="Implementation: auto, megalite, torch or apex.")
+    rope: str = Field("auto", description="Implementation: auto, megalite or torch.")
+    activation: str = Field("auto", description="Implementation: auto, megalite or torch.")
+    attention: str = Field("auto", description="Implementation: auto, megalite, torch or flash_attn.")
+    loss: str = Field("auto", description="Implementation: auto, megalite or torch.")
+    weight_gradient: str = Field("auto", description="Implementation: auto, megalite or torch.")
+    optimizer: str = Field("auto", description="Implementation: auto, megalite or torch.")
 
     @field_validator("*")
     @classmethod
@@ -426,7 +457,7 @@ class OptimizerConfig(Choice):
     name: str = "adamw"
     lr: float = Field(gt=0)
     weight_decay: float = Field(0.1, ge=0)
-    clip: float = Field(1.0, ge=0, description="largest global gradient norm; 0 turns clipping off")
+    clip: float = Field(1.0, ge=0, description="Largest global gradient norm. 0 disables clipping.")
     schedule: SerializeAsAny[ScheduleConfig] = Field(default_factory=lambda: ScheduleConfig.model_validate({}))
 
     KINDS: ClassVar[Registry[Any]] = registry.optimizers
@@ -446,16 +477,19 @@ class OptimizerConfig(Choice):
 
 
 class CheckpointConfig(Section):
-    every: int = Field(1000, ge=0, description="steps between checkpoints; 0 saves the last step only")
+    every: int = Field(1000, ge=0, description="Steps between checkpoints. 0 saves after the last step only.")
     keep: int = Field(
         3,
         gt=0,
-        description="newest valid checkpoints that are kept; one more where no step has followed any of them yet",
+        description="Number of newest valid checkpoints to keep; one more where no step has followed any of them yet.",
     )
-    keep_best: int = Field(0, ge=0, description="kept beside those: the ones of the lowest validation loss")
+    keep_best: int = Field(
+        0, ge=0, description="Number of checkpoints with the lowest validation loss to keep beside those."
+    )
     resume: Literal["auto", "never"] | Path = Field(
         "auto",
-        description="auto: newest valid one of this run; or a checkpoint's folder to begin from, or to go back to",
+        description="auto: resume from the newest valid checkpoint of this run. Or the folder of a checkpoint to "
+        "begin from, or to go back to.",
     )
 
     @field_validator("resume")
@@ -476,16 +510,16 @@ class WandbConfig(Section):
 class TasksConfig(Section):
     """Tasks of lm-evaluation-harness, evaluated by the model in training on its ranks."""
 
-    names: tuple[str, ...] = Field((), description="of tasks, groups or tags, or YAML files; empty for none")
-    every: int = Field(1000, ge=0, description="steps between two evaluations; 0 evaluates at the end only")
-    include_path: Path | None = Field(None, description="folder with more tasks")
-    limit: int | None = Field(None, gt=0, description="documents of each task; all where left out")
+    names: tuple[str, ...] = Field((), description="Names of tasks, groups or tags, or YAML files. Empty disables.")
+    every: int = Field(1000, ge=0, description="Steps between evaluations. 0 evaluates at the end only.")
+    include_path: Path | None = Field(None, description="Folder with more tasks.")
+    limit: int | None = Field(None, gt=0, description="Documents of each task to evaluate. All where left out.")
 
 
 class ObserveConfig(Section):
     log_every: int = Field(1, gt=0)
-    eval_every: int = Field(100, ge=0, description="steps between validations; 0 validates at the end only")
-    eval_batches: int = Field(20, gt=0, description="global batches of one validation, the same ones every time")
+    eval_every: int = Field(100, ge=0, description="Steps between validations. 0 validates at the end only.")
+    eval_batches: int = Field(20, gt=0, description="Global batches of one validation, the same ones every time.")
     tasks: TasksConfig = TasksConfig()
     wandb: WandbConfig = WandbConfig()
     tensorboard: bool = False
@@ -496,25 +530,32 @@ Policy = Literal["report", "skip", "rewind", "stop"]
 
 class HealthConfig(Section):
     hang_timeout_s: float = Field(
-        300.0, ge=0, description="without progress of any rank, until a run says where each rank is, and ends; 0: never"
+        300.0,
+        ge=0,
+        description="Seconds without progress after which the run writes a hang report and exits. 0 disables.",
     )
     straggler_factor: float = Field(
-        1.25, gt=1, description="times the median of a rank's peers that computing takes it, for it to be named"
+        1.25,
+        gt=1,
+        description="Report a rank as a straggler when its compute time exceeds this multiple of its peers' median.",
     )
-    straggler_every: int = Field(10, gt=0, description="steps between two comparisons of the ranks")
+    straggler_every: int = Field(10, gt=0, description="Steps between comparisons of the ranks' compute times.")
     not_finite: Literal["skip", "rewind", "stop"] = Field(
         "skip",
-        description="what follows a loss or gradient that is not finite. skip: the step updates nothing; rewind: the "
-        "run goes back to its newest checkpoint and passes over that batch; stop: it ends, saved as before that step",
+        description="What to do about a loss or gradient that is not finite. skip: the step updates nothing; "
+        "rewind: the run returns to its newest checkpoint and passes over that batch; stop: the run "
+        "exits, saved as before that step.",
     )
-    loss_spike: Policy = Field("report", description="the same of a loss far above those of the last 128 steps")
-    grad_norm_spike: Policy = Field("report", description="the same of a gradient norm")
-    spike_sigmas: float = Field(6.0, gt=0, description="standard deviations above their mean that make a spike")
+    loss_spike: Policy = Field(
+        "report", description="The same for a loss far above those of the last 128 steps. report: only report it."
+    )
+    grad_norm_spike: Policy = Field("report", description="The same for a gradient norm.")
+    spike_sigmas: float = Field(6.0, gt=0, description="Standard deviations above the mean that make a value a spike.")
     bad_steps_limit: int = Field(
-        10, gt=0, description="steps skipped in a row, or rewinds to one checkpoint, after which the run ends"
+        10, gt=0, description="Steps skipped in a row, or rewinds to one checkpoint, after which the run exits."
     )
     weights_check_every: int = Field(
-        100, ge=0, description="steps between two comparisons of what ranks must hold alike, bit by bit; 0: never"
+        100, ge=0, description="Steps between bitwise comparisons of what ranks must hold alike. 0 disables."
     )
 
     def patience_s(self, phase: str) -> float:
@@ -532,9 +573,9 @@ class HealthConfig(Section):
 class ProfileConfig(Section):
     """Traces of some steps, for chrome://tracing or https://ui.perfetto.dev."""
 
-    steps: tuple[int, ...] = Field((), description="steps to record: [first, last]; empty for none")
-    ranks: tuple[int, ...] = Field((0,), description="ranks that write one")
-    memory: bool = Field(False, description="also record every allocation")
+    steps: tuple[int, ...] = Field((), description="Steps to record: [first, last]. Empty disables.")
+    ranks: tuple[int, ...] = Field((0,), description="Ranks that write a trace.")
+    memory: bool = Field(False, description="Also record every allocation.")
 
     @field_validator("steps")
     @classmethod
@@ -548,14 +589,16 @@ class LoraConfig(Section):
     """Train low-rank adapters beside the weights of a Hugging Face model instead of the weights (Hu et al. 2021)."""
 
     rank: int = Field(16, gt=0)
-    alpha: float = Field(32.0, gt=0, description="updates are scaled by alpha / rank")
-    dropout: float = Field(0.0, ge=0, lt=1, description="of what an adapter takes")
+    alpha: float = Field(32.0, gt=0, description="Updates are scaled by alpha / rank.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the input of adapters.")
     targets: tuple[str, ...] = Field(
-        ("all-linear",), min_length=1, description="Hugging Face's names of modules, or all-linear: all but the head"
+        ("all-linear",),
+        min_length=1,
+        description="Hugging Face's names of modules. all-linear: all linear modules but the head.",
     )
-    rslora: bool = Field(False, description="scale by alpha / √rank instead (Kalajdzievski 2023)")
+    rslora: bool = Field(False, description="Scale by alpha / √rank instead (Kalajdzievski 2023).")
     adapter: Path | None = Field(
-        None, description="folder of a PEFT adapter to go on from; gives what is left out here"
+        None, description="Folder of a PEFT adapter to continue from; it gives the settings left out here."
     )
 
     @field_validator("targets", mode="before")
@@ -595,7 +638,7 @@ class Config(Section):
     health: HealthConfig = HealthConfig()
     profile: ProfileConfig = ProfileConfig()
     kernels: KernelsConfig = KernelsConfig()
-    hooks: tuple[SerializeAsAny[HookConfig], ...] = Field((), description="what plugins do beside the steps, by name")
+    hooks: tuple[SerializeAsAny[HookConfig], ...] = Field((), description="What plugins do beside the steps, by name.")
 
     @model_validator(mode="after")
     def _objective_and_hooks_fit(self) -> Config:

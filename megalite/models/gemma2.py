@@ -37,8 +37,10 @@ class GemmaLike(WindowedByLayer):
     """Fields that Gemma 2 and 3 share."""
 
     tie_embeddings: bool = True
-    query_pre_attn_scalar: int = Field(0, ge=0, description="scores are divided by its root; 0: the head size")
-    logit_softcap: float | None = Field(None, gt=0, description="c of logits c · tanh(logit / c)")
+    query_pre_attn_scalar: int = Field(
+        0, ge=0, description="Attention scores are divided by its square root. 0: the head size."
+    )
+    logit_softcap: float | None = Field(None, gt=0, description="Cap c of logits: c · tanh(logit / c).")
 
     GATE: ClassVar[Literal["silu", "gelu"]] = "gelu"
     NORM: ClassVar[type[RMSNorm] | type[LayerNorm]] = OffsetRMSNorm
@@ -52,7 +54,7 @@ class GemmaLike(WindowedByLayer):
 
 class Gemma2Config(GemmaLike):
     family: Literal["gemma2"] = "gemma2"
-    attention_softcap: float | None = Field(None, gt=0, description="c of attention scores c · tanh(score / c)")
+    attention_softcap: float | None = Field(None, gt=0, description="Cap c of attention scores: c · tanh(score / c).")
 
     def usual_type(self, layer: int) -> LayerType:
         return "full_attention" if layer % 2 else "sliding_attention"

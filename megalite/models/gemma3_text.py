@@ -21,8 +21,10 @@ from megalite.models.windows import LayerType
 
 class Gemma3TextConfig(GemmaLike):
     family: Literal["gemma3_text"] = "gemma3_text"
-    rope_theta: float = Field(1_000_000.0, gt=0, description="of the layers that see all, as is `rope_scaling`")
-    local_rope_theta: float = Field(10_000.0, gt=0, description="of the layers that look back over a window")
+    rope_theta: float = Field(
+        1_000_000.0, gt=0, description="RoPE base of full-attention layers; `rope_scaling` is for these, too."
+    )
+    local_rope_theta: float = Field(10_000.0, gt=0, description="RoPE base of sliding-window layers.")
 
     ROPE: ClassVar[rope.Names] = rope.Names(theta=1_000_000.0, new="rope_parameters.full_attention")
 

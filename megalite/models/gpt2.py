@@ -31,7 +31,7 @@ from megalite.plan import Place
 
 class GPT2Config(ModelConfig):
     family: Literal["gpt2"] = "gpt2"
-    intermediate_size: int = Field(0, ge=0, description="0: 4 × hidden_size")
+    intermediate_size: int = Field(0, ge=0, description="Width of the MLP. 0: 4 × hidden_size.")
     tie_embeddings: bool = True
     embedding_dropout: float = Field(0.0, ge=0, lt=1)
     attention_dropout: float = Field(0.0, ge=0, lt=1)

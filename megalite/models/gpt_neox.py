@@ -25,9 +25,11 @@ TANH = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")
 
 class GPTNeoXConfig(LlamaLike):
     family: Literal["gpt_neox"] = "gpt_neox"
-    rotary_pct: float = Field(0.25, gt=0, le=1, description="share of each head that turns")
-    parallel_residual: bool = Field(True, description="attention and MLP take the same input; false: one the other's")
-    tanh_gelu: bool = Field(False, description="GELU in its tanh approximation")
+    rotary_pct: float = Field(0.25, gt=0, le=1, description="Share of each head that is rotated by RoPE.")
+    parallel_residual: bool = Field(
+        True, description="Attention and MLP take the same input. false: the MLP comes after attention."
+    )
+    tanh_gelu: bool = Field(False, description="Use GELU's tanh approximation.")
 
     QKV_BIAS: ClassVar[bool] = True
     OUT_BIAS: ClassVar[bool] = True

@@ -38,8 +38,8 @@ class LlamaLike(ModelConfig):
     here they have Llama's values."""
 
     intermediate_size: int = Field(gt=0)
-    num_kv_heads: int = Field(0, ge=0, description="0: as many as num_attention_heads")
-    head_dim: int = Field(0, ge=0, description="0: hidden_size / num_attention_heads")
+    num_kv_heads: int = Field(0, ge=0, description="Key/value heads. 0: as many as num_attention_heads.")
+    head_dim: int = Field(0, ge=0, description="Size of a head. 0: hidden_size / num_attention_heads.")
     rope_theta: float = Field(10_000.0, gt=0)
     rope_scaling: rope.Scaling | None = None
 

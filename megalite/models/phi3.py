@@ -25,7 +25,7 @@ from megalite.models.windows import Windowed
 
 class Phi3Config(Windowed):
     family: Literal["phi3"] = "phi3"
-    partial_rotary_factor: float = Field(1.0, gt=0, le=1, description="share of each head that turns")
+    partial_rotary_factor: float = Field(1.0, gt=0, le=1, description="Share of each head that is rotated by RoPE.")
 
     ROPE: ClassVar[rope.Names] = rope.Names(kinds=("longrope",), share_key="partial_rotary_factor")
 

@@ -17,7 +17,7 @@ from megalite.models.llama import weights as weights
 class SmolLM3Config(LlamaLike):
     family: Literal["smollm3"] = "smollm3"
     nope_layers: tuple[int, ...] | None = Field(
-        None, description="numbers of the layers that encode no positions, from 0; left out: every fourth"
+        None, description="Numbers, from 0, of the layers that encode no positions. Every fourth where left out."
     )
 
     ROPE: ClassVar[rope.Names] = rope.Names(theta=2_000_000.0)

@@ -14,7 +14,7 @@ LayerType = Literal["sliding_attention", "full_attention"]
 
 class Windowed(LlamaLike):
     sliding_window: int | None = Field(
-        None, gt=0, description="tokens that each attends to, itself included; left out: all before it"
+        None, gt=0, description="Tokens that each token attends to, itself included. All before it where left out."
     )
 
     def window(self, layer: int) -> int | None:
@@ -23,7 +23,7 @@ class Windowed(LlamaLike):
 
 class WindowedByLayer(Windowed):
     layer_types: tuple[LayerType, ...] | None = Field(
-        None, description="sliding_attention or full_attention for each layer; left out: as the family has it"
+        None, description="sliding_attention or full_attention for each layer. The family's usual types where left out."
     )
 
     NEEDS_WINDOW: ClassVar[bool] = False

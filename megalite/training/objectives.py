@@ -138,8 +138,10 @@ class DPOConfig(ObjectiveConfig):
     """Direct preference optimisation: prefer the chosen of two answers more than the model of model.hf does."""
 
     name: Literal["dpo"] = "dpo"
-    beta: float = Field(0.1, gt=0, description="how much straying from the model of model.hf costs")
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="share of the pairs that are the wrong way round")
+    beta: float = Field(0.1, gt=0, description="Cost of straying from the model of model.hf.")
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="Share of the pairs that are assumed to be the wrong way round."
+    )
 
     DATA: ClassVar[Literal["text", "preference"]] = "preference"
     HAS_REFERENCE: ClassVar[bool] = True

@@ -71,7 +71,7 @@ class WarmupStableDecay(Linear):
     """Stay at the peak, and decay in a straight line to `min_lr` over the last `decay_steps` (Hu et al. 2024)."""
 
     name: Literal["wsd"] = "wsd"  # type: ignore[assignment]
-    decay_steps: int | None = Field(None, gt=0, description="steps of the final decay (default: a tenth)")
+    decay_steps: int | None = Field(None, gt=0, description="Steps of the final decay. Defaults to a tenth of the run.")
 
     def steps_below_peak(self, num_steps: int) -> int:
         wanted = self.decay_steps or max(1, num_steps // 10)
