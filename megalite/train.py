@@ -51,6 +51,7 @@ def train(config: Config) -> Exit:
     Raises ConfigError, DataError or CheckpointError, before the first step, where something asked for cannot be done;
     NotSaved after the last step."""
     launch = Launch.from_environment()
+    # Before the data is opened, which may take minutes: a rank that dies meanwhile is noticed.
     meeting = launch.arrive(config.health.hang_timeout_s)
     check_run_folder(config.run.folder)
     plan = make_plan(config, weight_table(config.model, config.lora), launch.world_size)

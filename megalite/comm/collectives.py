@@ -105,7 +105,7 @@ def start_gather_along(x: Tensor, axis: Axis, dim: int) -> Result:
         return lambda: x
     gathered = x.new_empty(axis.size, *x.shape)
     gathered[axis.rank] = x
-    wait = start_all_gather(gathered.view(-1), axis)
+    wait = start_all_gather(gathered.view(-1), axis)  # [ranks, *x.shape]; `result` moves the ranks into `dim`
 
     def result() -> Tensor:
         wait()
@@ -129,6 +129,7 @@ def start_scatter_along(x: Tensor, axis: Axis, dim: int) -> Result:
     """Start summing `x` over the ranks of the axis; the result is this rank's slice of `dim`."""
     if axis.size == 1:
         return lambda: x
+    # A reduce-scatter cuts flat memory, so each rank's slice of `dim` must be contiguous in it.
     pieces = torch.stack(x.chunk(axis.size, dim))
     wait = start_reduce_scatter(pieces.view(-1), axis)
 
@@ -157,6 +158,7 @@ def start_reduce_scatter(flat: Tensor, axis: Axis) -> Wait:
         return noted("reduce_scatter", axis, work.wait)
     others = [rank for rank in range(axis.size) if rank != axis.rank]
     received = {rank: torch.empty_like(shard) for rank in others}
+    # gloo: every rank sends each other rank its shard, and adds up what it receives for its own.
     works = _exchange({rank: flat.view(axis.size, -1)[rank] for rank in others}, received, axis)
 
     def finish() -> None:

@@ -49,6 +49,7 @@ class Meeting:
     def _wait(self) -> None:
         self._told.add(READY, 1)
         while not self._told.check([GO]):
+            # Adding 0 reads the counter.
             if self._rank == 0 and self._told.add(READY, 0) == self._world_size:
                 self._told.set(GO, "")
             elif self._rank == 0 and self._silence_s and (missing := self._missing()):

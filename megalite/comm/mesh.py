@@ -77,6 +77,7 @@ def make_mesh(plan: Plan, device: torch.device) -> Mesh:
     elif len(sizes) == 2:
         replicas = replace(world, name="replicas")
     else:
+        # One group over both axes, since gradients are summed over data and context ranks at once.
         replicas = _axis("replicas", grid["data", "context"]._flatten().get_group())
     pipeline, data, context, tensor = (axes.get(name, ALONE) for name in ("pipeline", "data", "context", "tensor"))
     return Mesh(pipeline, data, context, tensor, replicas, world, device)

@@ -47,6 +47,7 @@ def _describe(item: Any, root: type[BaseModel], values: Any) -> str:
         return f"unknown key {key} (value {told}); {hint}"
     if item["type"] == "missing":
         last = path[-1]
+        # A missing item of a tuple has a number in place of a key.
         if known or not isinstance(last, int):
             return f"{key} is required"
         return f"{'.'.join(map(str, path[:-1]))}: value number {last + 1} of its list is missing"
@@ -72,6 +73,7 @@ def _walk(loc: Sequence[str | int], model: type[BaseModel] | None, values: Any) 
     known: list[str] = []
     for number, part in enumerate(loc):
         known = list(model.model_fields) if model else []
+        # Other parts are pydantic's marks for the members of a union, which no config has.
         if isinstance(part, int) or part in known or number == len(loc) - 1:
             path.append(part)
         if isinstance(part, int) and isinstance(values, (list, tuple)) and part < len(values):

@@ -55,6 +55,7 @@ class Section(BaseModel):
         annotation = cls.model_fields[info.field_name or ""].annotation
         return at_home(value) if Path in (annotation, *typing.get_args(annotation)) else value
 
+    # Before conversion: afterwards, true could not be told from 1.
     @model_validator(mode="before")
     @classmethod
     def _no_bool_for_a_number(cls, values: Any) -> Any:
@@ -78,6 +79,7 @@ class Choice(Section):
     @classmethod
     def kind_of(cls, values: Any) -> type[Self]:
         """Return the class that `values` ask for. Raises ConfigError for a name that no kind has."""
+        # A kind inherits KINDS; the choice between kinds defines it. A kind must not choose again.
         if "KINDS" not in vars(cls) or not isinstance(values, dict):
             return cls
         name = values.get("name", cls.model_fields["name"].default)
@@ -95,6 +97,7 @@ class Choice(Section):
             kind = cls.kind_of(values)
         except ConfigError as error:
             name = values["name"]
+            # Raised for the key `name`: pydantic would report the whole section.
             raise _error_at("name", name, str(error).removeprefix(f"{cls.KINDS.key} = {name!r} ")) from None
         if kind is cls:
             return handler(values)

@@ -95,6 +95,7 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, places: Places) -> Tensor:
         attended = self.attention_dropout(self.attention(self.attention_norm(x), places), places)
+        # One fused operation: the sum goes on as the residual stream, its norm into the MLP.
         normed, x = self.mlp_norm(attended, x)
         return x + self.mlp_dropout(self.mlp(normed), places)
 

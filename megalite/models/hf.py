@@ -81,6 +81,7 @@ _COMPUTES = re.compile(
 
 def computes(key: str) -> bool:
     """Return whether the name of a key suggests something that a model computes."""
+    # camelCase to snake_case, so that words can be told apart.
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key).lower()
     return bool(_COMPUTES.search(words))
 

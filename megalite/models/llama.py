@@ -133,6 +133,7 @@ class Attention(nn.Module):
         if self.turn is None:
             qkv_BTNK = qkv.unflatten(-1, (-1, self.head_size))
         else:
+            # Only queries and keys are rotated: they come first, and the values behind them stay.
             qkv_BTNK = rotate(qkv, self.head_size, heads + groups, *shared.turns[self.turn])
         return self.out(self.core(qkv_BTNK, heads, groups, shared.places))
 
@@ -180,6 +181,7 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, shared: Shared) -> Tensor:
         attended = self.attention(self.attention_norm(x), shared)
+        # One fused operation: the sum goes on as the residual stream, its norm into the MLP.
         normed, x = self.mlp_norm(attended, x)
         return x + self.mlp(normed)
 

@@ -172,6 +172,7 @@ def _tell_places(layer: nn.Module) -> None:
 
     def telling(x: Tensor, shared: Any) -> Tensor:
         for dropout in dropouts:
+            # GPT-2's layers are given places themselves, Llama's a tuple that has them.
             dropout.places = getattr(shared, "places", shared)
         return forward(x, shared)
 

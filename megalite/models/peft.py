@@ -57,6 +57,7 @@ def read_lora(folder: Path) -> dict[str, Any]:
     """Return the fields of `lora:` for an adapter. Raises ConfigError for what is not supported."""
     values = _read(folder)
     for key, value in values.items():
+        # A key that is off (null, false, 0 or empty) changes nothing, whatever it is.
         plain = value in ONLY[key] if key in ONLY else not value
         if key not in (*MEANINGLESS, *READ) and not plain:
             raise ConfigError(f"{folder / CONFIG} has {key} = {shown(value)}, which is not supported")

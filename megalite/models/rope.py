@@ -116,6 +116,7 @@ def turns(
     `scaling` depends on `length`, that of the whole sequence ([B,1,1] where rows differ, [B,T,1] where documents do),
     and on `max_positions`, the longest that the model is meant for."""
     exponent = torch.arange(0, size, 2, device=position_BT.device).float() / size
+    # Pair i turns by theta^(-2i / size) radians per position.
     frequency_R = theta**-exponent
     if scaling is None:
         angle_BTR = position_BT[..., None] * frequency_R

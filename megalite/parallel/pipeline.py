@@ -119,6 +119,7 @@ class Pipeline:
                 if stage.span.last:
                     outputs.append(out)
                 elif self._both_ways:
+                    # Sent after the loop: the neighbour sends to this rank, too, and they take turns.
                     held.append(out)
                 else:
                     sent.append(self._send(stage, out))

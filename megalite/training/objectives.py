@@ -188,6 +188,7 @@ class DPO:
         assert pairs is not None
         assert document_BT is not None
         beta, smoothing = self.config.beta, self.config.label_smoothing
+        # A loss is -log p of one token: summed, an answer's log-probability, of which each context rank has a part.
         mine = -sum_by_document(losses_BT, document_BT, 2 * pairs.real_BP.shape[1])
         policy_BP2 = _summed_over(mine, self.context).unflatten(1, (-1, 2))
         rewards_BP2 = beta * (policy_BP2 - pairs.reference_BP2)

@@ -165,6 +165,8 @@ def validate(parts: Parts, loader: Loader, batches: int, split: Split, mesh: Mes
             loss_B, judged = objective.judge(out, micro)
             found = torch.cat((loss_B[:, None], micro.count_B[:, None], judged), 1)
             sums.index_add_(0, source, found.double())
+    # Only last stages have losses; the others' sums are 0, so that a sum over the pipeline gives every rank the
+    # result.
     of_source = all_reduce(all_reduce(sums, mesh.replicas), mesh.pipeline)
     total, count = of_source[:, :2].sum(0).tolist()
     loss = total / count if count else math.nan

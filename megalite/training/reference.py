@@ -74,6 +74,8 @@ def compute_reference(
                     found = -sum_by_document(losses_BT, micro.places.document_BT, table.shape[1]).cpu()
                     is_new = read.samples < count  # the last batch begins again
                     table[read.samples[is_new]] = found[is_new]
+        # A rank has the rows of its own samples, and its context rank's part of each; the rest of its table is 0. So
+        # the sum over ranks is the whole table.
         on_device = table.to(mesh.device)
         tables.append(all_reduce(all_reduce(on_device, mesh.replicas), mesh.pipeline).cpu())
     return Reference(mixture, tables)

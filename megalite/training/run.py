@@ -61,7 +61,7 @@ class Run:
 
     @property
     def last_step(self) -> int:
-        """Step after which this start ends."""
+        """Return the step after which this start ends."""
         return min(self.config.train.stop_at or self.config.train.steps, self.config.train.steps)
 
     def due(self, step: int, every: int) -> bool:
