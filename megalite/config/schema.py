@@ -136,6 +136,8 @@ def at_home(path: Any) -> Any:
 
 
 class RunConfig(Section):
+    """Name and folder of the run."""
+
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
         max_length=200,
@@ -177,6 +179,8 @@ class ModelConfig(Section):
 
 
 class Source(Section):
+    """One source of tokenized documents."""
+
     path: str = Field(description="PREFIX of PREFIX.bin and PREFIX.idx: a path, or a URL such as s3://bucket/data/a.")
     name: str | None = Field(None, description="Name in metrics and `phases`. Defaults to the last part of the path.")
     weight: float = Field(
@@ -198,6 +202,8 @@ class Source(Section):
 
 
 class Phase(Section):
+    """Other weights of the sources, from some step on."""
+
     after_step: int = Field(gt=0, description="Last step of the phase before.")
     weights: dict[str, float] = Field(
         min_length=1, description="Weight of each train source by its name. 0, or left out, takes none of it."
@@ -244,6 +250,8 @@ class ObjectiveConfig(Choice):
 
 
 class DataConfig(Section):
+    """Data to train and validate on, and how samples are made of it."""
+
     train: tuple[Source, ...] = Field(min_length=1)
     valid: tuple[Source, ...] = ()
     test: tuple[Source, ...] = ()
@@ -379,6 +387,8 @@ class ParallelConfig(Section):
 
 
 class TrainConfig(Section):
+    """Length, batch size, precision and memory of training."""
+
     steps: int = Field(gt=0, description="Optimizer steps of the whole run; the schedule spans them.")
     stop_at: int | None = Field(None, gt=0, description="Save and exit after this step, to be resumed later.")
     global_batch_size: int = Field(gt=0, description="Sequences per optimizer step, over all ranks.")
@@ -480,6 +490,8 @@ class OptimizerConfig(Choice):
 
 
 class CheckpointConfig(Section):
+    """When checkpoints are written, which are kept, and what a run resumes from."""
+
     every: int = Field(1000, ge=0, description="Steps between checkpoints. 0 saves after the last step only.")
     keep: int = Field(
         3,
@@ -504,6 +516,8 @@ class CheckpointConfig(Section):
 
 
 class WandbConfig(Section):
+    """Logging to Weights & Biases."""
+
     mode: Literal["online", "offline", "disabled"] = "disabled"
     project: str = "megalite"
     entity: str | None = None
@@ -520,6 +534,8 @@ class TasksConfig(Section):
 
 
 class ObserveConfig(Section):
+    """What is logged and evaluated in training."""
+
     log_every: int = Field(1, gt=0)
     eval_every: int = Field(100, ge=0, description="Steps between validations. 0 validates at the end only.")
     eval_batches: int = Field(20, gt=0, description="Global batches of one validation, the same ones every time.")
@@ -532,6 +548,8 @@ Policy = Literal["report", "skip", "rewind", "stop"]
 
 
 class HealthConfig(Section):
+    """How hangs, stragglers and bad numbers are found, and what follows."""
+
     hang_timeout_s: float = Field(
         300.0,
         ge=0,
@@ -628,6 +646,8 @@ class HookConfig(Choice):
 
 
 class Config(Section):
+    """A whole config: one field for each section."""
+
     run: RunConfig
     model: SerializeAsAny[ModelConfig]
     lora: LoraConfig | None = None

@@ -80,6 +80,8 @@ def make_buckets(weights: Sequence[Weight], plan: Plan, max_elements: int) -> tu
 
 
 class _Kind(NamedTuple):
+    """What all weights of a bucket must agree in; see `Bucket`."""
+
     decay: bool
     cut: bool
     partial_grad: bool

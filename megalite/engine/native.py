@@ -198,7 +198,7 @@ class NativeEngine:
             if slot.start in bucket.filled:
                 place.add_(parameter.grad)
             else:
-                # The first gradient overwrites the last step's: no pass over memory to zero it.
+                # The first gradient overwrites an older one: no pass over memory to zero it.
                 place.copy_(parameter.grad)
             bucket.filled.add(slot.start)
             parameter.grad = None

@@ -38,8 +38,11 @@ class Family(Protocol):
     def KEYS(self) -> Keys:
         """Declare how the family treats each key of config.json."""
 
+    # Yields the rows of the table of weights, in the order in which a forward pass uses them.
     def weights(self, config: Any) -> Any: ...
+    # Returns the keys of config.json that describe the model.
     def to_hf(self, config: Any) -> dict[str, Any]: ...
+    # Returns the fields of `CONFIG`; raises ConfigError for what the family does not compute.
     def from_hf(self, hf: dict[str, Any]) -> dict[str, Any]: ...
 
 

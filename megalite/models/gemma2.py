@@ -65,6 +65,8 @@ class Gemma2Config(GemmaLike):
 
 
 class Layer(nn.Module):
+    """Layer with norms before and after attention and MLP."""
+
     def __init__(self, config: GemmaLike, attention: Attention):
         super().__init__()
         size, eps = config.hidden_size, config.norm_eps

@@ -55,6 +55,8 @@ class GPT2Config(ModelConfig):
 
 
 class Attention(nn.Module):
+    """Multi-head attention on one fused projection of queries, keys and values."""
+
     def __init__(self, config: GPT2Config, site: str):
         super().__init__()
         self.head_size = config.head_size
@@ -69,6 +71,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """MLP with GELU in its tanh approximation."""
+
     def __init__(self, config: GPT2Config):
         super().__init__()
         self.up = nn.Linear(config.hidden_size, config.inner_size)
@@ -83,6 +87,8 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
+    """Pre-norm layer: attention, then MLP, each added to the residual stream."""
+
     def __init__(self, config: GPT2Config, index: int):
         super().__init__()
         site = f"layers.{index}"
@@ -124,6 +130,7 @@ class GPT2(Decoder):
 
 
 def weights(config: GPT2Config) -> Iterator[Weight]:
+    """Yield the table of weights."""
     hidden, inner, std = config.hidden_size, config.inner_size, config.init_std
     # Two projections a layer add to the residual stream: scaled like this, they keep its variance.
     residual_std = std / math.sqrt(2 * config.num_layers)

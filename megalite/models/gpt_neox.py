@@ -64,6 +64,9 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
+    """Pre-norm layer whose attention and MLP take the same input, or where `parallel_residual` is off, one after the
+    other."""
+
     def __init__(self, config: GPTNeoXConfig, number: int):
         super().__init__()
         self.parallel = config.parallel_residual
@@ -88,6 +91,7 @@ class GPTNeoX(Llama):
 
 
 def weights(config: GPTNeoXConfig) -> Iterator[Weight]:
+    """Yield the table of weights."""
     hidden, inner, std = config.hidden_size, config.intermediate_size, config.init_std
     unit, shape = config.head_size, (config.vocab_size, hidden)
     layer = (

@@ -137,6 +137,8 @@ def make_embedding(rows: int, width: int) -> nn.Embedding:
 
 
 class RMSNorm(nn.Module):
+    """RMSNorm (Zhang and Sennrich 2019), fused with the residual sum before it where one is given."""
+
     INIT: Literal["ones", "zeros"] = "ones"
     """Initial value of the weight, with which nothing is scaled."""
     UNIT = 0.0
@@ -162,6 +164,8 @@ class OffsetRMSNorm(RMSNorm):
 
 
 class LayerNorm(nn.Module):
+    """LayerNorm (Ba et al. 2016), fused with the residual sum before it where one is given."""
+
     INIT: Literal["ones"] = "ones"
 
     def __init__(self, size: int, eps: float):

@@ -116,6 +116,8 @@ class Shared(NamedTuple):
 
 
 class Attention(nn.Module):
+    """Grouped-query attention with RoPE, on one fused projection of queries, keys and values."""
+
     def __init__(self, config: LlamaLike, layer: int):
         super().__init__()
         heads, groups, self.head_size = config.num_attention_heads, config.kv_heads, config.head_size
@@ -157,6 +159,8 @@ class HeadNormAttention(Attention):
 
 
 class MLP(nn.Module):
+    """Gated MLP (SwiGLU or GeGLU), on one fused gate and up projection."""
+
     def __init__(self, config: LlamaLike):
         super().__init__()
         self.gate_up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
@@ -172,6 +176,8 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
+    """Pre-norm layer: attention, then MLP, each added to the residual stream."""
+
     def __init__(self, config: LlamaLike, attention: Attention):
         super().__init__()
         self.attention_norm = config.NORM(config.hidden_size, config.norm_eps)
@@ -187,6 +193,8 @@ class Layer(nn.Module):
 
 
 class Llama(Decoder):
+    """Decoder of Llama and kin; families override `layer` and `turns`."""
+
     INPUT, OUTPUT = ("embedding",), ("norm", "head", "loss")
     config: LlamaLike
 
@@ -218,6 +226,7 @@ class Llama(Decoder):
 
 
 def weights(config: LlamaLike) -> Iterator[Weight]:
+    """Yield the table of weights."""
     yield from table(config, layer_table(config))
 
 

@@ -21,6 +21,8 @@ class Olmo2Config(LlamaLike):
 
 
 class Attention(llama.Attention):
+    """Attention that normalises a token's queries of all heads as one vector, and so its keys."""
+
     def __init__(self, config: LlamaLike, layer: int):
         super().__init__(config, layer)
         self.q_norm = RMSNorm(config.num_attention_heads * config.head_size, config.norm_eps)
@@ -32,6 +34,8 @@ class Attention(llama.Attention):
 
 
 class Layer(nn.Module):
+    """Post-norm layer: the outputs of attention and MLP are normalised before they join the residual stream."""
+
     def __init__(self, config: LlamaLike, number: int):
         super().__init__()
         self.attention = Attention(config, number)

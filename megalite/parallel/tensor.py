@@ -152,11 +152,10 @@ class _Linear(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        # The gradient of the input is communicated in every branch below; they differ in who computes that of the
-        # weight, and when.
         grad_rows = grad.flatten(0, -2)
         grad_bias = grad_rows.sum(0) if ctx.of_bias else None
-        # A frozen weight, as under LoRA: there is no weight-gradient GEMM to hide the communication behind.
+        # Each of three ways sums the gradient of the input over the ranks; they differ in when that of the weight is
+        # computed. First, a frozen weight, as under LoRA: no weight-gradient GEMM to hide the communication behind.
         if x is None:
             grad_x = None if weight is None else _start_input_gradient(ctx, grad @ weight)()
             return grad_x, None, grad_bias, None, None, None, None

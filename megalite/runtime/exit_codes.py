@@ -16,6 +16,8 @@ from megalite.errors import CheckpointError, ConfigError, DataError, Unreachable
 
 
 class Exit(IntEnum):
+    """Exit status of a command."""
+
     DONE = 0
     FAILED = 1
     MISTAKE = 2
