@@ -17,6 +17,7 @@ from megalite.data.indexed import IndexedWriter
 from megalite.data.mixture import build_mixtures
 from megalite.errors import DataError
 from megalite.train import train
+from megalite.training.objectives import DPOConfig
 from small_runs import MODELS, make_config, metrics_of
 
 LENGTH = 8
@@ -60,7 +61,7 @@ def config_of(folder: Path, more: dict[str, Any], **data: list[dict[str, str]]) 
     if objective != "dpo":
         return parse_config(values)
     config = parse_config(values | {"objective": {}, "model": model | {"hf": None}})
-    return config.model_copy(update={"objective": config.objective.model_copy(update={"name": "dpo"})})
+    return config.model_copy(update={"objective": DPOConfig()})
 
 
 @pytest.mark.parametrize("split", ["train", "valid", "test"])

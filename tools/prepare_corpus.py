@@ -24,7 +24,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="such as language.min_score=0.5")
     args = parser.parse_args()
     # A cancelled job ends like an interrupted one.
-    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     start = time.monotonic()
     try:
         # Imported only once the arguments are known to be right: these import datatrove.

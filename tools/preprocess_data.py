@@ -74,7 +74,7 @@ def main() -> int:
             "--append-eod, --prepend-bos, --exact, --shard and --json-keys are for plain text, not for --format"
         )
     # A cancelled job ends like an interrupted one: with nothing left behind.
-    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = Console(stderr=True)
     if args.format:
         settings = Settings(args.format, args.tokenizer, args.last_only, tuple(args.labels))

@@ -62,7 +62,9 @@ def stored_config(checkpoint: Path) -> dict[str, Any] | None:
         values = read_yaml(file)
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
-    if not values or not all(isinstance(section, dict | list | None) for section in values.values()):
+    # Every section is a mapping, but for the list of hooks.
+    sections = [section for name, section in values.items() if name != "hooks"]
+    if not values or not all(isinstance(section, dict | None) for section in sections):
         raise CheckpointError(f"{file} is no config of a run, but {shown(values)}")
     return values
 

@@ -12,6 +12,7 @@ from megalite.config import Config
 from megalite.data.indexed import IndexedDataset, IndexedWriter
 from megalite.data.mixture import IGNORE, Mixture, build_mixtures
 from megalite.errors import DataError
+from megalite.training.objectives import DPOConfig
 from mixtures import config_of
 
 LENGTHS = [5, 9, 3, 7, 4, 4, 12, 3]
@@ -95,7 +96,7 @@ def test_labelled_and_plain_data_mix(tmp_path: Path) -> None:
 
 def pairs_of(prefix: Path, **data: Any) -> Mixture:
     config = config_of(train=[{"path": str(prefix)}], document_mask=True, **data)
-    return mixture(config.model_copy(update={"objective": config.objective.model_copy(update={"name": "dpo"})}))
+    return mixture(config.model_copy(update={"objective": DPOConfig()}))
 
 
 def test_each_row_of_a_pair_that_is_cut_may_take_half_of_a_sample(tmp_path: Path) -> None:

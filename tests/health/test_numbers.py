@@ -306,7 +306,8 @@ def test_weights_and_all_of_the_optimizer_state_are_compared(tmp_path: Path) -> 
 
     wanted = sums()
     for kind in ("weights", *engine.states):
-        held = getattr(engine.buckets[-1], kind)
+        bucket = engine.buckets[-1]
+        held = bucket.weights if kind == "weights" else bucket.stepped_state(kind)
         held[0] += 1.0
         assert sums() != wanted, kind
         held[0] -= 1.0
