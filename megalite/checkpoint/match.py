@@ -19,7 +19,6 @@ from pydantic import ValidationError
 
 from megalite.checkpoint.tensors import KEEPS, CheckpointError
 from megalite.config import Config, LoraConfig, OptimizerConfig
-from megalite.config.changes import Change, changes, spelled, with_defaults
 from megalite.data.mixture import Mixture
 from megalite.data.tokenizer import Tokenizer, load_tokenizer
 from megalite.data.tokenizer_files import files_in
@@ -27,6 +26,7 @@ from megalite.errors import ConfigError, DataError
 from megalite.models import model_config, peft, to_hf_config, weight_table
 from megalite.models.lora import adapters_of
 from megalite.training.schedules import learning_rate
+from megalite.utils.changes import Change, changes, spelled, with_defaults
 from megalite.utils.outside import shown
 from megalite.utils.resources import read_yaml
 

@@ -25,7 +25,6 @@ from typing import Any
 
 from rich.console import Console
 
-from megalite.config.changes import changes
 from megalite.corpus import checks, duplicates
 from megalite.corpus.config import CorpusConfig
 from megalite.corpus.execute import Phase, run_here, submit
@@ -36,6 +35,7 @@ from megalite.corpus.split import WriteSplits
 from megalite.corpus.steps import Without
 from megalite.data.documents import Report
 from megalite.errors import DataError
+from megalite.utils.changes import changes
 
 OF_THE_WORK = {"output", "workers", "slurm"}
 """Settings that change how the work is done, but not its result."""

@@ -11,13 +11,13 @@ import torch.distributed as dist
 
 from megalite.comm.mesh import Mesh
 from megalite.config import Config
-from megalite.config.changes import changes, spelled
 from megalite.data.dataset import Split
 from megalite.data.formats import FORMATS
 from megalite.data.indexed import IndexedDataset, read_note
 from megalite.data.mixture import Mixture, build_mixtures
 from megalite.data.tokenizer import Tokenizer, load_tokenizer, other_tokenizer
 from megalite.errors import DataError
+from megalite.utils.changes import changes, spelled
 from megalite.utils.keys import key_of
 from megalite.utils.outside import shown
 

@@ -11,9 +11,9 @@ from typing import Any
 
 from rich.filesize import decimal
 
-from megalite.config.changes import changes
 from megalite.data.documents import Report
 from megalite.errors import DataError
+from megalite.utils.changes import changes
 from megalite.utils.outside import check_apart, read_object
 from megalite.utils.resources import fsync
 

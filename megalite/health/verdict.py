@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from statistics import median_low
 from typing import Any
 
-from megalite.config.changes import changes, spelled
 from megalite.health.node import Facts
+from megalite.utils.changes import changes, spelled
 
 SLOW_PRODUCT, SLOW_LINK = 1.5, 2.0
 """Multiples of the median above which a matrix product or a link counts as slow."""

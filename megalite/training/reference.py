@@ -19,7 +19,6 @@ from megalite.checkpoint.match import base_files
 from megalite.comm.collectives import all_agree, all_reduce
 from megalite.comm.mesh import Mesh
 from megalite.config import Config
-from megalite.config.changes import Change, changes
 from megalite.data.dataset import RowSource, Split
 from megalite.data.loader import Loader, MicroBatch
 from megalite.data.mixture import Mixture
@@ -29,6 +28,7 @@ from megalite.runtime.activity import NOW
 from megalite.training.objectives import DPO, Reference, sum_by_document
 from megalite.training.parts import Parts, forward
 from megalite.training.run import Data, Run, initial_state, make_loader
+from megalite.utils.changes import Change, changes
 
 Forward = Callable[[list[MicroBatch]], Iterable[tuple[Tensor, Inputs, MicroBatch]]]
 

@@ -6,12 +6,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeGuard
-
-from pydantic import BaseModel
-from pydantic_core import PydanticUndefined, to_jsonable_python
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from megalite.utils.outside import shown
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 LONGEST = 120
 """Most characters of a value that are shown."""
@@ -59,6 +59,10 @@ def _are_sections(value: Any) -> TypeGuard[Sequence[Mapping[str, Any]]]:
 
 def with_defaults(values: Mapping[str, Any], section: BaseModel) -> dict[str, Any]:
     """Return values that were stored before some settings of a section existed, with the defaults of these."""
+    # Here, since tools that compare plain settings start sooner without it.
+    from pydantic import BaseModel
+    from pydantic_core import PydanticUndefined, to_jsonable_python
+
     filled = dict(values)
     for name, field in type(section).model_fields.items():
         inner = getattr(section, name)
