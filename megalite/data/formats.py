@@ -29,7 +29,7 @@ from megalite.data.messages import (
     with_system,
     without_nulls,
 )
-from megalite.data.pairs import dialogue, joined, without_repeated_prompt
+from megalite.data.pairs import dialogue, joined, repeats, without_repeated_prompt
 from megalite.data.token_values import Part, Text, token_values
 from megalite.data.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from megalite.errors import DataError, TemplateLimit
@@ -279,6 +279,9 @@ class Encoder:
         """Return the answers without the prompt, if all of them repeat it."""
         rest = without_repeated_prompt(prompt, sides)
         if rest is None:
+            # One answer of a pair may well echo its question: only a person can tell.
+            if any(repeats(prompt, side) for side in sides):
+                self.seen["pairs of which one side alone begins with the prompt, taken as they are"] += 1
             return list(sides)
         self.seen["prompts that their answers repeat, and that are taken once"] += 1
         return rest

@@ -32,7 +32,7 @@ def joined(prompt: Conversation, reply: Conversation, field: str) -> tuple[Conve
 
 def without_repeated_prompt(prompt: str, sides: Sequence[str]) -> list[str] | None:
     """Return the texts in `sides` without the prompt that all of them repeat. None if one does not repeat it."""
-    if not prompt.strip() or not all(_repeats(prompt, side) for side in sides):
+    if not all(repeats(prompt, side) for side in sides):
         return None
     return [side[len(prompt) :] for side in sides]
 
@@ -49,8 +49,10 @@ def dialogue(sides: Sequence[str]) -> tuple[str, list[str]] | None:
     return prompts.pop(), [side[cut:] for side, cut in zip(sides, cuts, strict=True)]
 
 
-def _repeats(prompt: str, side: str) -> bool:
-    """Return whether a text begins with the prompt, and not merely with a longer word."""
+def repeats(prompt: str, side: str) -> bool:
+    """Return whether a text begins with the prompt, and not merely with a longer word. No text repeats a blank one."""
+    if not prompt.strip():
+        return False
     within_word = prompt[-1].isalnum() and side[len(prompt) : len(prompt) + 1].isalnum()
     return len(side) > len(prompt) and side.startswith(prompt) and not within_word
 

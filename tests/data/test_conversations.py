@@ -176,8 +176,11 @@ TEXT_PAIRS: list[tuple[dict[str, Any], list[str] | str]] = [
 def test_texts_that_repeat_the_prompt_have_it_once(
     folders: dict[str, Path], row: dict[str, Any], wanted: list[str] | str
 ) -> None:
-    found = learned(Encoder(Settings("preference", str(folders["chatml"]))), row)
+    encoder = Encoder(Settings("preference", str(folders["chatml"])))
+    found = learned(encoder, row)
     assert found == wanted if isinstance(found, list) else str(wanted) in found
+    # One side alone may be an echo: it is learned as it stands, and said.
+    assert any("one side alone" in what for what in encoder.seen) == (row["chosen"] == "say x")
 
 
 def test_a_completion_that_repeats_the_prompt_or_ends_already(folders: dict[str, Path]) -> None:
