@@ -87,7 +87,11 @@ families: Registry[Family] = Registry(
 """Model families by Hugging Face's `model_type`. SmolLM 1 and 2, and others, call themselves llama."""
 
 optimizers: Registry[type[OptimizerConfig]] = Registry(
-    "optimizer.name", {"adamw": "megalite.engine.optimizers.adamw:AdamWConfig"}
+    "optimizer.name",
+    {
+        "adamw": "megalite.engine.optimizers.adamw:AdamWConfig",
+        "muon": "megalite.engine.optimizers.muon:MuonConfig",
+    },
 )
 schedules: Registry[type[ScheduleConfig]] = Registry(
     "optimizer.schedule.name",

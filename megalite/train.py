@@ -187,7 +187,7 @@ def train_from(run: Run, parts: Parts, data: Data, start: Start, requests: StopR
         table,
         run.mesh,
         parts.engine,
-        choose_owners(run.plan, table, elements_of(config.parallel.bucket_mb)),
+        choose_owners(run.plan, table, config.optimizer, elements_of(config.parallel.bucket_mb)),
         lambda path: write_extras(path, config, tokenizer),
         stem=TENSORS if config.lora else "model",
         keep_best=config.checkpoint.keep_best,

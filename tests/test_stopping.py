@@ -99,7 +99,7 @@ def look():
     return next(seconds)
 
 megalite.health.signals.time = types.SimpleNamespace(monotonic=look)
-with megalite.health.signals.StopRequests(Mesh(*[ALONE] * 6, device=None)):
+with megalite.health.signals.StopRequests(Mesh.alone()):
     print("ready", flush=True)
     mutex = ctypes.create_string_buffer(64)
     while True:

@@ -47,9 +47,9 @@ GRADIENT = {
             "autograd's post-accumulate hook brings their gradient.",
         ),
         (
-            "engine.native:NativeEngine._add_product",
+            "engine.gradients:Gradients._add_product",
             "kernels.weight_gradient:accumulate_weight_gradient",
-            "engine.native:NativeEngine._take_gradient",
+            "engine.gradients:Gradients._take_gradient",
         ),
     ),
     "reduce": Step(
@@ -59,8 +59,8 @@ GRADIENT = {
             "it beside the rest of the backward pass.",
         ),
         (
-            "engine.native:NativeEngine._count_event",
-            "engine.native:NativeEngine._reduce",
+            "engine.gradients:Gradients._count_event",
+            "engine.gradients:Gradients._reduce",
             "comm.collectives:start_reduce_scatter",
         ),
     ),
@@ -70,7 +70,7 @@ GRADIENT = {
             "Every rank squares its shards. Weights that the tensor",
             "ranks hold whole are counted on the first of them only.",
         ),
-        ("engine.native:NativeEngine.gradient_norm", "kernels.optimizer:sum_of_squares"),
+        ("engine.gradients:Gradients.norm", "kernels.optimizer:sum_of_squares"),
     ),
     "update": Step(
         "AdamW updates this rank's shard",
@@ -86,7 +86,7 @@ GRADIENT = {
             "It runs beside the next bucket's update and the next",
             "forward pass: a module waits for its own weights only.",
         ),
-        ("comm.collectives:start_all_gather", "engine.native:BucketState.await_weights"),
+        ("comm.collectives:start_all_gather", "engine.buckets:BucketState.await_weights"),
     ),
 }
 

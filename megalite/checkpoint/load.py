@@ -4,8 +4,9 @@ slices.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from megalite.errors import ConfigError
 from megalite.models import peft, read_hf_config
 from megalite.models.lora import Adapter, adapters_of, merged
 from megalite.models.weights import Weight
+from megalite.utils.outside import shown
+from megalite.utils.resources import read_yaml
 
 VALUES = ("weight", "master")
 """Kinds that hold a weight's value. The others are the optimizer's states, which begin at zero."""
@@ -68,7 +71,7 @@ def from_hf(
             f"{folder} holds a whole model and an adapter ({found[0]}); move one of them to a folder of its own, so "
             "that it is clear which one is meant"
         )
-    states = _masters_in(folder) if masters else ()
+    states = dict.fromkeys(_masters_in(folder) if masters else (), weights)
     return _from_folder(folder, weights, model, tensor, states, new_head=from_seed(seed, tensor))
 
 
@@ -94,16 +97,51 @@ def from_checkpoint(config: Config, weights: Sequence[Weight], folder: Path, ten
 
     `folder` is the checkpoint, `weights` the table of the config's model, `tensor` the axis that shards them. Raises
     CheckpointError if names or shapes are not those of the model."""
-    return _from_folder(folder, weights, config.model, tensor, _states_in(folder, config))
+    return _from_folder(folder, weights, config.model, tensor, _with_masters(folder, config, weights))
 
 
-def _states_in(folder: Path, config: Config) -> tuple[str, ...]:
-    return (*_masters_in(folder), *config.optimizer.STATES)
+def stored_config(checkpoint: Path) -> dict[str, Any] | None:
+    """Return the config a checkpoint was saved under, or None if it has none. Raises CheckpointError."""
+    file = checkpoint / "config.yaml"
+    if not file.exists():
+        return None
+    try:
+        values = read_yaml(file)
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
+    # Every section is a mapping, but for the list of hooks.
+    sections = [section for name, section in values.items() if name != "hooks"]
+    if not values or not all(isinstance(section, dict | None) for section in sections):
+        raise CheckpointError(f"{file} is no config of a run, but {shown(values)}")
+    return values
+
+
+def states_held(folder: Path, config: Config, trained: Sequence[Weight]) -> dict[str, Sequence[Weight]]:
+    """Return for each optimizer state of `config` the weights that a checkpoint holds it for, `trained` being all.
+
+    Those are the ones that need it, unless the optimizer is another one since: then what fits is carried over."""
+    states = config.optimizer.all_states
+    before = (stored_config(folder) or {}).get("optimizer") or {}
+    now = config.optimizer.model_dump(mode="json")
+    if any(before.get(key, now[key]) != now[key] for key in ("name", "groups")):
+        found = {state: TensorFolder(folder / "optimizer", state).files for state in _files_of(folder, states)}
+        return {state: [w for w in trained if files.keys() & set(w.hf)] for state, files in found.items()}
+    needed = {weight.name: config.optimizer.states_of(weight) for weight in trained}
+    return {state: [weight for weight in trained if state in needed[weight.name]] for state in states}
+
+
+def _with_masters(folder: Path, config: Config, trained: Sequence[Weight]) -> dict[str, Sequence[Weight]]:
+    return dict.fromkeys(_masters_in(folder), trained) | states_held(folder, config, trained)
+
+
+def _files_of(folder: Path, names: Sequence[str]) -> tuple[str, ...]:
+    """Return those of the kinds `names` of which a checkpoint has files."""
+    return tuple(name for name in names if any((folder / "optimizer").glob(f"{name}[.-]*")))
 
 
 def _masters_in(folder: Path) -> tuple[str, ...]:
     # Written in fp32, the weights are their own master copy.
-    return ("master",) if any((folder / "optimizer").glob("master*")) else ()
+    return _files_of(folder, ["master"])
 
 
 def for_adapters(
@@ -129,9 +167,10 @@ def for_adapters(
     trained = [weight for weight in weights if not weight.frozen]
     base = from_hf(config.model.hf, frozen, config.model, tensor)
     if checkpoint:
-        own = _from_folder(checkpoint, trained, config.model, tensor, _states_in(checkpoint, config), peft.TENSORS)
+        states = _with_masters(checkpoint, config, trained)
+        own = _from_folder(checkpoint, trained, config.model, tensor, states, peft.TENSORS)
     elif config.lora.adapter:
-        own = _from_folder(config.lora.adapter, trained, config.model, tensor, (), peft.TENSORS)
+        own = _from_folder(config.lora.adapter, trained, config.model, tensor, {}, peft.TENSORS)
     else:
         own = from_seed(config.train.seed, tensor, device)
 
@@ -159,7 +198,7 @@ def _with_adapter(
     for adapter in adapters:
         by_base.setdefault(adapter.base.name, []).append(adapter)
     every = [row for pair in rows.values() for row in pair]
-    states = _masters_in(folder) if masters else ()
+    states = dict.fromkeys(_masters_in(folder) if masters else (), every)
     factors = _from_folder(folder, every, model, tensor, states, peft.TENSORS)
 
     def local(read: ReadState, weight: Weight, kind: str = "weight") -> Tensor:
@@ -189,11 +228,12 @@ def _from_folder(
     weights: Sequence[Weight],
     model: ModelConfig,
     tensor: Axis,
-    states: tuple[str, ...],
+    states: Mapping[str, Sequence[Weight]],
     stem: str = "model",
     new_head: ReadState | None = None,
 ) -> ReadState:
-    """Return a reader of the files STEM.safetensors in `folder`, and of `states` in its subfolder optimizer/."""
+    """Return a reader of the files STEM.safetensors in `folder`, and of `states` in its subfolder optimizer/,
+    each with the weights that have it there; it is zero for others."""
     source = TensorFolder(folder, stem)
     sources = {"weight": source}
     new: set[str] = set()  # weights of a head that the folder lacks
@@ -210,16 +250,18 @@ def _from_folder(
         spare = unneeded(source, model, head_is_replaced=bool(new))
     # All is checked before anything is read: a mistake must not cost a start of minutes.
     source.check([weight for weight in weights if weight.name not in new], ignore=spare)
-    for state in states:
+    holders: dict[str, set[str]] = {}
+    for state, held in states.items():
         sources[state] = TensorFolder(folder / "optimizer", state)
-        sources[state].check(weights)
+        sources[state].check(held)
+        holders[state] = {weight.name for weight in held}
 
     def read(weight: Weight, kind: str, start: int, stop: int) -> Tensor:
         if new_head and weight.name in new:
             return new_head(weight, kind, start, stop)
         if kind == "master" and kind not in sources:  # the weights are their own master copy
             kind = "weight"
-        if kind not in sources:
+        if kind not in sources or weight.name not in holders.get(kind, (weight.name,)):
             return torch.zeros(stop - start)
         fetch = sources[kind].fetch
         return weight.read_local(

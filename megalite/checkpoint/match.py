@@ -10,6 +10,7 @@ import contextlib
 import filecmp
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
+from megalite.checkpoint.load import states_held, stored_config
 from megalite.checkpoint.tensors import KEEPS, CheckpointError
 from megalite.config import Config, LoraConfig, OptimizerConfig
 from megalite.data.mixture import Mixture
@@ -27,8 +29,6 @@ from megalite.models import model_config, peft, to_hf_config, weight_table
 from megalite.models.lora import adapters_of
 from megalite.training.schedules import learning_rate
 from megalite.utils.changes import Change, changes, spelled, with_defaults
-from megalite.utils.outside import shown
-from megalite.utils.resources import read_yaml
 
 NEUTRAL = {"preset", "hf", "init_std"}
 """Settings of `model` that say only where its fields and initial weights came from. (Dropout may change as well.)"""
@@ -39,7 +39,6 @@ SAME_MODEL = {
     "lora.rslora",
     "lora.targets",
     "objective.name",
-    "optimizer.name",
 }
 """Settings outside `model` that decide the meaning of weights and optimizer state."""
 SHOWN = 6
@@ -51,22 +50,6 @@ def is_of_the_model(key: str) -> bool:
     name = key.rpartition(".")[2]
     of_model = key.startswith("model.") and name not in NEUTRAL and not name.endswith("dropout")
     return of_model or key in SAME_MODEL
-
-
-def stored_config(checkpoint: Path) -> dict[str, Any] | None:
-    """Return the config a checkpoint was saved under, or None if it has none. Raises CheckpointError."""
-    file = checkpoint / "config.yaml"
-    if not file.exists():
-        return None
-    try:
-        values = read_yaml(file)
-    except ConfigError as error:
-        raise CheckpointError(str(error)) from None
-    # Every section is a mapping, but for the list of hooks.
-    sections = [section for name, section in values.items() if name != "hooks"]
-    if not values or not all(isinstance(section, dict | None) for section in sections):
-        raise CheckpointError(f"{file} is no config of a run, but {shown(values)}")
-    return values
 
 
 def check_match(
@@ -101,7 +84,18 @@ def check_match(
     told = []
     if changed:
         told = [f"changed since step {state['step']}: {'; '.join(map(str, changed))}"]
-    return told + _jump(before or {}, config, state["step"])
+    return told + _new_states(checkpoint, config) + _jump(before or {}, config, state["step"])
+
+
+def _new_states(checkpoint: Path, config: Config) -> list[str]:
+    """Say which states a changed optimizer begins at zero, since the checkpoint has none for these weights."""
+    trained = [weight for weight in weight_table(config.model, config.lora) if not weight.frozen]
+    held = states_held(checkpoint, config, trained)
+    new = Counter[str]()
+    for weight in trained:
+        new.update(state for state in config.optimizer.states_of(weight) if weight not in held.get(state, ()))
+    missing = ", no ".join(f"{state} of {count} weights" for state, count in new.items())
+    return [f"warning: {checkpoint} has no {missing}; these optimizer states begin at zero"] if missing else []
 
 
 def _check_model(

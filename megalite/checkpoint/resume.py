@@ -25,7 +25,7 @@ from megalite.checkpoint.folder import (
     step_folder,
     steps_in,
 )
-from megalite.checkpoint.match import stored_config
+from megalite.checkpoint.load import stored_config
 from megalite.comm.collectives import all_reduce, start_highest
 from megalite.comm.mesh import Mesh
 from megalite.errors import CheckpointError

@@ -9,7 +9,7 @@ are.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -181,6 +181,21 @@ def start_all_gather(flat: Tensor, axis: Axis) -> Wait:
     return noted("all_gather", axis, partial(_wait_for, works))
 
 
+def start_all_to_all(to_send: Sequence[Tensor], to_receive: Sequence[Tensor], axis: Axis) -> Wait:
+    """Start sending the flat tensor `to_send[r]` to each rank r of the axis, and receiving theirs in `to_receive`: some
+    may be empty, and those of this rank itself are left alone."""
+    if axis.size == 1:
+        return _done
+    others = [rank for rank in range(axis.size) if rank != axis.rank]
+    # Only messages with something in them: both ends know which.
+    works = _exchange(
+        {rank: to_send[rank] for rank in others if to_send[rank].numel()},
+        {rank: to_receive[rank] for rank in others if to_receive[rank].numel()},
+        axis,
+    )
+    return noted("all_to_all", axis, partial(_wait_for, works))
+
+
 def add_from_other_end(x: Tensor, axis: Axis) -> None:
     """Add to `x`, in place, the tensor of the other end of the axis. Its first and last rank call it, and hold the
     same bits afterwards: of two terms, the order does not matter."""
@@ -214,13 +229,15 @@ def start_shift(x: Tensor, axis: Axis) -> Result:
 
 
 def _exchange(to_send: dict[int, Tensor], to_receive: dict[int, Tensor], axis: Axis) -> list[dist.Work]:
-    """Start a message to and from each of some ranks of the axis."""
+    """Start a message to each rank in `to_send` and from each in `to_receive`, ranks of the axis."""
     messages = []
-    for rank, tensor in to_send.items():
+    for rank in sorted(to_send.keys() | to_receive.keys()):
         peer = dist.get_global_rank(axis.group, rank)  # type: ignore[arg-type]
-        messages.append(dist.P2POp(dist.isend, tensor, peer, axis.group))
-        messages.append(dist.P2POp(dist.irecv, to_receive[rank], peer, axis.group))
-    return dist.batch_isend_irecv(messages)
+        if rank in to_send:
+            messages.append(dist.P2POp(dist.isend, to_send[rank], peer, axis.group))
+        if rank in to_receive:
+            messages.append(dist.P2POp(dist.irecv, to_receive[rank], peer, axis.group))
+    return dist.batch_isend_irecv(messages) if messages else []
 
 
 def _wait_for(works: list[dist.Work]) -> None:

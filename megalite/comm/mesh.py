@@ -47,8 +47,16 @@ class Mesh:
     replicas: Axis
     """data × context, the replica group: ranks that hold the same weights, and share the work of summing their
     gradients."""
+    stage: Axis
+    """replicas × tensor: ranks that hold the same layers, in the order of their global ranks."""
     world: Axis
     device: torch.device
+
+    @classmethod
+    def alone(cls, device: torch.device | str = "cpu") -> Mesh:
+        """Return the mesh of a process without others."""
+        axis = Axis()
+        return cls(axis, axis, axis, axis, axis, axis, axis, torch.device(device))
 
     def place_of(self, rank: int) -> tuple[int, int, int]:
         """Return the (pipeline, replica, tensor) coordinates of a global rank; see `Plan.rank_at`."""
@@ -64,7 +72,7 @@ def make_mesh(plan: Plan, device: torch.device) -> Mesh:
     sizes = {"pipeline": plan.pipeline, "data": plan.data, "context": plan.context, "tensor": plan.tensor}
     sizes = {name: size for name, size in sizes.items() if size > 1}
     if not sizes:
-        return Mesh(ALONE, ALONE, ALONE, ALONE, ALONE, ALONE, device)
+        return Mesh.alone(device)
     world = _axis("world", dist.group.WORLD)
     # An axis of size 1 needs no group at all, and one that is the whole world none of its own.
     if len(sizes) == 1:
@@ -79,8 +87,17 @@ def make_mesh(plan: Plan, device: torch.device) -> Mesh:
     else:
         # One group over both axes, since gradients are summed over data and context ranks at once.
         replicas = _axis("replicas", grid["data", "context"]._flatten().get_group())
+    if plan.pipeline == 1:
+        stage = replace(world, name="stage")
+    elif plan.tensor == 1:
+        stage = replicas
+    elif replicas.size == 1:
+        stage = axes["tensor"]
+    else:
+        names = tuple(name for name in sizes if name != "pipeline")
+        stage = _axis("stage", grid[names]._flatten().get_group())
     pipeline, data, context, tensor = (axes.get(name, ALONE) for name in ("pipeline", "data", "context", "tensor"))
-    return Mesh(pipeline, data, context, tensor, replicas, world, device)
+    return Mesh(pipeline, data, context, tensor, replicas, stage, world, device)
 
 
 def _axis(name: str, group: dist.ProcessGroup | None) -> Axis:

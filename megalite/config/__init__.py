@@ -1,9 +1,9 @@
 """The schema of a config, and the error messages for one that cannot be used."""
 
+from megalite.config.optimizer import Member, OptimizerConfig, ParameterGroup, ScheduleConfig, Treatment
 from megalite.config.schema import (
     MOST_LAYERS,
     CheckpointConfig,
-    Choice,
     Config,
     DataConfig,
     FillInTheMiddleConfig,
@@ -15,13 +15,10 @@ from megalite.config.schema import (
     ObjectiveConfig,
     ObserveConfig,
     OffloadConfig,
-    OptimizerConfig,
     ParallelConfig,
     Policy,
     ProfileConfig,
     RunConfig,
-    ScheduleConfig,
-    Section,
     Source,
     TasksConfig,
     TrainConfig,
@@ -29,6 +26,7 @@ from megalite.config.schema import (
     implementations,
     names_of,
 )
+from megalite.config.section import Choice, Section
 
 __all__ = [
     "MOST_LAYERS",
@@ -41,12 +39,14 @@ __all__ = [
     "HookConfig",
     "KernelsConfig",
     "LoraConfig",
+    "Member",
     "ModelConfig",
     "ObjectiveConfig",
     "ObserveConfig",
     "OffloadConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "ParameterGroup",
     "Policy",
     "ProfileConfig",
     "RunConfig",
@@ -55,6 +55,7 @@ __all__ = [
     "Source",
     "TasksConfig",
     "TrainConfig",
+    "Treatment",
     "WandbConfig",
     "implementations",
     "names_of",

@@ -6,34 +6,27 @@ YAML."""
 
 from __future__ import annotations
 
-import os
-import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import yaml
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
-    ModelWrapValidatorHandler,
     SerializeAsAny,
-    ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
-from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from megalite import registry
-from megalite.errors import ConfigError
+from megalite.config.optimizer import OptimizerConfig
+from megalite.config.section import Choice, Section, at_home
 from megalite.registry import Registry
 from megalite.utils.urls import check_no_secret
 
 if TYPE_CHECKING:
     from megalite.comm.mesh import Mesh
-    from megalite.engine.optimizers import Optimizer
     from megalite.training.hooks import Hook
     from megalite.training.objectives import Objective
     from megalite.training.parts import Parts
@@ -42,97 +35,6 @@ if TYPE_CHECKING:
 MOST_LAYERS = 10_000
 """Limit on `num_layers`. Every layer has rows in the table of weights, and a damaged config.json may ask for any
 number."""
-
-
-class Section(BaseModel):
-    """A frozen part of the config that refuses keys it does not know."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _tilde_is_home(cls, value: Any, info: ValidationInfo) -> Any:
-        annotation = cls.model_fields[info.field_name or ""].annotation
-        return at_home(value) if Path in (annotation, *typing.get_args(annotation)) else value
-
-    # Before conversion: afterwards, true could not be told from 1.
-    @model_validator(mode="before")
-    @classmethod
-    def _no_bool_for_a_number(cls, values: Any) -> Any:
-        """Refuse true and false for numbers: pydantic takes true for 1, but in a config it is a mistake."""
-        for name, field in cls.model_fields.items() if isinstance(values, dict) else ():
-            numeric = {int, float} & {field.annotation, *typing.get_args(field.annotation)}
-            if isinstance(values.get(name), bool) and numeric:
-                raise ValueError(f"{name} = {values[name]}: should be a number")
-        return values
-
-
-class Choice(Section):
-    """Section of which a registry has several kinds. `name` says which one is meant; each has settings of its own.
-
-    A direct subclass names the registry and holds what all kinds have; the kinds are subclasses of it."""
-
-    name: str
-
-    KINDS: ClassVar[Registry[Any]]
-
-    @classmethod
-    def kind_of(cls, values: Any) -> type[Self]:
-        """Return the class that `values` ask for. Raises ConfigError for a name that no kind has."""
-        # A kind inherits KINDS; the choice between kinds defines it. A kind must not choose again.
-        if "KINDS" not in vars(cls) or not isinstance(values, dict):
-            return cls
-        name = values.get("name", cls.model_fields["name"].default)
-        if not isinstance(name, str):
-            return cls
-        kind = cls.KINDS.get(name)
-        if not issubclass(kind, cls):
-            raise ConfigError(f"{cls.KINDS.key} = {name!r} is registered by a class that is no {cls.__name__}")
-        return typing.cast("type[Self]", kind)
-
-    @model_validator(mode="wrap")
-    @classmethod
-    def _by_its_name(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        try:
-            kind = cls.kind_of(values)
-        except ConfigError as error:
-            name = values["name"]
-            # Raised for the key `name`: pydantic would report the whole section.
-            raise _error_at("name", name, str(error).removeprefix(f"{cls.KINDS.key} = {name!r} ")) from None
-        if kind is cls:
-            return handler(values)
-        return kind.model_validate(cls._without_other_kinds(values, kind))
-
-    @classmethod
-    def _without_other_kinds(cls, values: dict[str, Any], kind: type[Choice]) -> dict[str, Any]:
-        """Drop settings that only other kinds have, as long as they are at their defaults: such configs were written
-        once."""
-        kept, own = dict(values), kind.model_fields["name"].default
-        for key in values.keys() - kind.model_fields.keys():
-            for other in cls.KINDS.names():
-                field = cls.KINDS.get(other).model_fields.get(str(key))
-                if field is None:
-                    continue
-                if values[key] != field.get_default(call_default_factory=True):
-                    raise _error_at(key, values[key], f"is a setting of name: {other}, not of {own}")
-                kept.pop(key, None)
-        return kept
-
-
-def _error_at(key: str, value: Any, message: str) -> ValidationError:
-    # Braces in the message would be taken for placeholders.
-    kind = PydanticCustomError("choice", "{message}", {"message": message})
-    return ValidationError.from_exception_data("Choice", [InitErrorDetails(type=kind, loc=(key,), input=value)])
-
-
-def at_home(path: Any) -> Any:
-    """Return a path with `~` and `~user` expanded as in shells. Raises ValueError for a user that does not exist."""
-    if not (isinstance(path, str | Path) and str(path).startswith("~")):
-        return path
-    found = os.path.expanduser(path)
-    if str(found).startswith("~"):
-        raise ValueError(f"{path}: there is no user of that name; ./{path} is a folder that is called so")
-    return found
 
 
 class RunConfig(Section):
@@ -444,49 +346,6 @@ def implementations(operation: str) -> tuple[str, ...]:
     """Return the implementations of an operation that exist without a plugin."""
     libraries = {"norm": "apex", "attention": "flash_attn"}
     return ("auto", "megalite", "torch", *filter(None, [libraries.get(operation)]))
-
-
-class ScheduleConfig(Choice):
-    """The learning rate over the steps: a linear warmup to the peak, then a decay from it to `min_lr`."""
-
-    name: str = "cosine"
-    warmup_steps: int = Field(0, ge=0)
-    min_lr: float = Field(0.0, ge=0)
-
-    KINDS: ClassVar[Registry[Any]] = registry.schedules
-
-    def after_warmup(self, step: int, num_steps: int, peak: float) -> float:
-        """Return the learning rate of a step after the warmup: `step`, counted from 1, of a run of `num_steps`. `peak`
-        is the learning rate at the end of the warmup."""
-        raise NotImplementedError
-
-    def check(self, num_steps: int) -> None:
-        """Raise ValueError when a run of `num_steps` is too short for the schedule."""
-
-
-class OptimizerConfig(Choice):
-    """Settings that every optimizer has."""
-
-    name: str = "adamw"
-    lr: float = Field(gt=0)
-    weight_decay: float = Field(0.1, ge=0)
-    clip: float = Field(1.0, ge=0, description="Largest global gradient norm. 0 disables clipping.")
-    schedule: SerializeAsAny[ScheduleConfig] = Field(default_factory=lambda: ScheduleConfig.model_validate({}))
-
-    KINDS: ClassVar[Registry[Any]] = registry.optimizers
-    STATES: ClassVar[tuple[str, ...]] = ()
-    """Names of the states it keeps for each weight: fp32 tensors of the weight's shape, zero at first. A checkpoint
-    has files of each."""
-
-    @classmethod
-    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
-        super().__pydantic_init_subclass__(**kwargs)
-        if taken := {"weight", "master", "grad"}.intersection(cls.STATES):
-            raise ConfigError(f"{cls.__name__}.STATES: {taken.pop()!r} is the name of something else in a checkpoint")
-
-    def build(self) -> Optimizer:
-        """Return the optimizer that updates the weights."""
-        raise NotImplementedError
 
 
 class CheckpointConfig(Section):

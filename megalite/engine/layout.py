@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
 
+from megalite.config import OptimizerConfig, Treatment
 from megalite.models.weights import Weight
 from megalite.plan import Plan
 
@@ -30,7 +31,8 @@ class Bucket:
     slots: tuple[Slot, ...]
     size: int
     """Elements, a multiple of ALIGNMENT × replicas, so that it splits into equal aligned shards."""
-    decay: bool
+    treatment: Treatment
+    """How the optimizer updates them."""
     cut: bool
     """Cut over the tensor axis: each rank holds different elements, and a norm counts those of all."""
     partial_grad: bool
@@ -51,16 +53,19 @@ def elements_of(megabytes: float) -> int:
     return int(megabytes * 2**20 / 4)
 
 
-def make_buckets(weights: Sequence[Weight], plan: Plan, max_elements: int) -> tuple[Bucket, ...]:
+def make_buckets(
+    weights: Sequence[Weight], plan: Plan, optimizer: OptimizerConfig, max_elements: int
+) -> tuple[Bucket, ...]:
     """Fill buckets in the order in which a backward pass finishes the gradients: the last of `weights` first. Tied
-    weights, whose gradient is only complete after the whole step, come last. `plan` says what is cut and summed.
+    weights, whose gradient is only complete after the whole step, come last. `plan` says what is cut and summed,
+    `optimizer` how each is updated.
 
     A weight larger than `max_elements` gets a bucket to itself."""
     open_slots: dict[_Kind, list[Slot]] = {}
     closed: list[Bucket] = []
     for weight in reversed(weights):
         kind = _Kind(
-            weight.decay,
+            optimizer.treatment(weight),
             weight.shard is not None and plan.tensor > 1,
             weight.sums_over_tensor_ranks(plan.sequence),
             weight.place == "both" and plan.pipeline > 1,
@@ -82,7 +87,8 @@ def make_buckets(weights: Sequence[Weight], plan: Plan, max_elements: int) -> tu
 class _Kind(NamedTuple):
     """What all weights of a bucket must agree in; see `Bucket`."""
 
-    decay: bool
+    treatment: Treatment
+    """How the optimizer updates them."""
     cut: bool
     partial_grad: bool
     tied: bool
@@ -97,14 +103,16 @@ def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def choose_owners(plan: Plan, weights: Sequence[Weight], max_elements: int) -> dict[str, int]:
+def choose_owners(
+    plan: Plan, weights: Sequence[Weight], optimizer: OptimizerConfig, max_elements: int
+) -> dict[str, int]:
     """Return the global rank that writes each weight, so that all ranks of a pipeline stage write about as much. All
-    weights of a bucket are on one replica; a tied weight is written by the first stage. `max_elements` is that of
-    `make_buckets`."""
+    weights of a bucket are on one replica; a tied weight is written by the first stage. `optimizer` and
+    `max_elements` are those of `make_buckets`."""
     owners: dict[str, int] = {}
     for pipeline_rank in range(plan.pipeline):
         load = [[0] * plan.tensor for _ in range(plan.replicas)]
-        buckets = make_buckets(plan.weights_of(pipeline_rank, weights), plan, max_elements)
+        buckets = make_buckets(plan.weights_of(pipeline_rank, weights), plan, optimizer, max_elements)
         for bucket in sorted(buckets, key=lambda bucket: -bucket.size):
             row = min(range(plan.replicas), key=lambda rank: min(load[rank]))
             for slot in sorted(bucket.slots, key=lambda slot: slot.start - slot.stop):

@@ -100,6 +100,12 @@ class Weight:
         return self.shape[self.stack + 1 :]
 
     @property
+    def is_matrix(self) -> bool:
+        """Return whether it is a matrix of a layer, or a stack of them: what Muon is for. Embeddings, heads, norms and
+        biases are not."""
+        return isinstance(self.place, int) and len(self.shape) == self.stack + 2
+
+    @property
     def numel(self) -> int:
         return prod(self.shape)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megalite.config import Config, TrainConfig
-from megalite.engine.native import IN_FLIGHT
+from megalite.engine.gradients import IN_FLIGHT
 from megalite.parallel.stage import MESSAGES_UNDER_WAY
 from megalite.plan import Plan, StageSpan, resident_bytes
 from megalite.planner.activations import (

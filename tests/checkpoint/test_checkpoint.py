@@ -21,7 +21,7 @@ from megalite.checkpoint.load import from_checkpoint, from_hf, from_seed
 from megalite.checkpoint.resume import find_checkpoint
 from megalite.checkpoint.save import Saver
 from megalite.checkpoint.tensors import CheckpointError, TensorFolder
-from megalite.comm.mesh import ALONE, Axis, Mesh
+from megalite.comm.mesh import Axis, Mesh
 from megalite.config import Config
 from megalite.engine.gather import HostBuffers
 from megalite.engine.layout import choose_owners
@@ -31,7 +31,7 @@ from megalite.train import train
 from megalite.training.parts import build
 from small_runs import VOCAB, make_config
 
-LONE = Mesh(ALONE, ALONE, ALONE, ALONE, ALONE, ALONE, torch.device("cpu"))
+LONE = Mesh.alone()
 
 
 def checkpoints(config: Config) -> Path:
@@ -100,7 +100,7 @@ def test_owners_are_balanced(tmp_path: Path) -> None:
         tmp_path, {"preset": "llama-8b"}, "parallel.tensor=4", "train.global_batch_size=16", "data.seq_length=32"
     )
     weights = weight_table(config.model)
-    owners = choose_owners(make_plan(config, weights, 64), weights, 10 << 20)
+    owners = choose_owners(make_plan(config, weights, 64), weights, config.optimizer, 10 << 20)
     load = Counter[int]()
     for weight in weights:
         load[owners[weight.name]] += weight.numel

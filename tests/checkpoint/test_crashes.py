@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from crashes import Crash, Recorded, recorded
 from megalite.checkpoint.folder import read_manifest, step_folder
@@ -27,7 +26,7 @@ from megalite.plan import make_plan
 from megalite.training.parts import build
 from small_runs import make_config
 
-LONE = Mesh(ALONE, ALONE, ALONE, ALONE, ALONE, ALONE, torch.device("cpu"))
+LONE = Mesh.alone()
 MODEL = {
     "family": "llama", "vocab_size": 64, "hidden_size": 8, "intermediate_size": 8, "num_layers": 1,
     "num_attention_heads": 2, "max_positions": 16,
@@ -42,7 +41,7 @@ def saver(tmp_path: Path) -> Callable[[int, str], Saver]:
     plan = make_plan(config, weights, 1)
     engine = build(config, plan, LONE).engine
     engine.load(from_seed(1, ALONE))
-    owners = choose_owners(plan, weights, elements_of(config.parallel.bucket_mb))
+    owners = choose_owners(plan, weights, config.optimizer, elements_of(config.parallel.bucket_mb))
     (tmp_path / "checkpoints").mkdir()
 
     def make(keep: int, stem: str = "model") -> Saver:

@@ -25,7 +25,7 @@ from megalite.checkpoint.folder import (
 from megalite.checkpoint.load import from_checkpoint
 from megalite.checkpoint.resume import find_checkpoint, find_damage
 from megalite.checkpoint.tensors import CheckpointError, TensorFolder
-from megalite.comm.mesh import ALONE, Axis, Mesh, make_mesh
+from megalite.comm.mesh import Axis, Mesh, make_mesh
 from megalite.config import Config
 from megalite.models import weight_table
 from megalite.plan import make_plan
@@ -33,7 +33,7 @@ from megalite.runtime.activity import NOW
 from megalite.runtime.exit_codes import passes
 from ranks import run_ranks
 
-LONE = Mesh(ALONE, ALONE, ALONE, ALONE, ALONE, ALONE, torch.device("cpu"))
+LONE = Mesh.alone()
 
 
 @pytest.fixture

@@ -150,7 +150,7 @@ def make_saver(config: Config, rank: int, world_size: int, write_extras: Callabl
     mesh = make_mesh(plan, torch.device("cpu"))
     engine = build(config, plan, mesh).engine
     engine.load(from_seed(1, mesh.tensor))
-    owners = choose_owners(plan, weights, elements_of(config.parallel.bucket_mb))
+    owners = choose_owners(plan, weights, config.optimizer, elements_of(config.parallel.bucket_mb))
     return Saver(checkpoints(config), 1, weights, mesh, engine, owners, write_extras)
 
 

@@ -14,7 +14,8 @@ import torch.nn as nn
 import yaml
 from pydantic import ValidationError
 
-from megalite.checkpoint.match import check_match, stored_config
+from megalite.checkpoint.load import stored_config
+from megalite.checkpoint.match import check_match
 from megalite.checkpoint.tensors import CheckpointError
 from megalite.checkpoint.train_state import read_train_state
 from megalite.config import Config, ModelConfig

@@ -249,7 +249,7 @@ def test_print_plan_shows_the_config_without_importing_deepspeed(tmp_path: Path)
 
 
 def alone() -> Mesh:
-    return Mesh(ALONE, ALONE, ALONE, ALONE, ALONE, ALONE, CPU)
+    return Mesh.alone()
 
 
 @pytest.fixture

@@ -9,11 +9,13 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megalite.config import OptimizerConfig
 from megalite.engine.layout import ALIGNMENT, Bucket, choose_owners, make_buckets
 from megalite.models.weights import Weight
 from megalite.plan import Plan, StageSpan
 
 Kind = tuple[bool, bool, bool, bool]
+ADAMW = OptimizerConfig.model_validate({"lr": 1.0})
 
 
 def plan_of(tensor: int, data: int, pipeline: int = 1) -> Plan:
@@ -53,7 +55,7 @@ def kind_of(weight: Weight, tensor: int) -> Kind:
 
 
 def bucket_kind(bucket: Bucket) -> Kind:
-    return bucket.decay, bucket.cut, bucket.partial_grad, bucket.tied
+    return bucket.treatment.weight_decay > 0, bucket.cut, bucket.partial_grad, bucket.tied
 
 
 @given(table=tables(), tensor=TENSOR, data=DATA, most=MOST)
@@ -61,7 +63,7 @@ def bucket_kind(bucket: Bucket) -> Kind:
 def test_buckets_hold_every_weight_once_aligned_and_apart(
     table: tuple[Weight, ...], tensor: int, data: int, most: int
 ) -> None:
-    buckets = make_buckets(table, plan_of(tensor, data), most)
+    buckets = make_buckets(table, plan_of(tensor, data), ADAMW, most)
     assert sorted(s.weight.name for b in buckets for s in b.slots) == sorted(w.name for w in table)
     for bucket in buckets:
         end = 0
@@ -80,7 +82,7 @@ def test_buckets_hold_every_weight_once_aligned_and_apart(
 @given(table=tables(), tensor=TENSOR, data=DATA, most=MOST)
 @settings(max_examples=200, deadline=None)
 def test_buckets_follow_the_backward_pass(table: tuple[Weight, ...], tensor: int, data: int, most: int) -> None:
-    buckets = make_buckets(table, plan_of(tensor, data), most)
+    buckets = make_buckets(table, plan_of(tensor, data), ADAMW, most)
     for kind in {bucket_kind(b) for b in buckets}:
         found = [slot.weight.name for b in buckets if bucket_kind(b) == kind for slot in b.slots]
         assert found == [w.name for w in reversed(table) if kind_of(w, tensor) == kind]
@@ -91,7 +93,7 @@ def test_buckets_follow_the_backward_pass(table: tuple[Weight, ...], tensor: int
 def test_shards_are_equal_aligned_and_cover_the_bucket(
     table: tuple[Weight, ...], tensor: int, data: int, most: int
 ) -> None:
-    for bucket in make_buckets(table, plan_of(tensor, data), most):
+    for bucket in make_buckets(table, plan_of(tensor, data), ADAMW, most):
         shards = [bucket.shard(rank, data) for rank in range(data)]
         assert shards[0][0] == 0
         assert shards[-1][1] == bucket.size
@@ -102,8 +104,8 @@ def test_shards_are_equal_aligned_and_cover_the_bucket(
 @given(table=tables(), tensor=TENSOR, data=DATA, most=MOST)
 @settings(max_examples=200, deadline=None)
 def test_one_rank_writes_each_weight(table: tuple[Weight, ...], tensor: int, data: int, most: int) -> None:
-    buckets = make_buckets(table, plan_of(tensor, data), most)
-    owners = choose_owners(plan_of(tensor, data), table, most)
+    buckets = make_buckets(table, plan_of(tensor, data), ADAMW, most)
+    owners = choose_owners(plan_of(tensor, data), table, ADAMW, most)
     assert owners.keys() == {w.name for w in table}
     assert all(0 <= rank < data * tensor for rank in owners.values())
     for bucket in buckets:
@@ -114,12 +116,12 @@ def test_stages_of_a_pipeline_write_their_own() -> None:
     embedding = Weight("e", (8, 8), ("e",), "vocab", place="both")
     table = [embedding, *(Weight(f"layers.{i}.w", (8, 8), (f"w{i}",), place=i) for i in range(2))]
     plan = plan_of(tensor=2, data=2, pipeline=2)
-    owners = choose_owners(plan, table, 1000)
+    owners = choose_owners(plan, table, ADAMW, 1000)
     assert owners["e"] // 4 == 0, "the first stage writes a tied weight"
     assert owners["layers.0.w"] // 4 == 0
     assert owners["layers.1.w"] // 4 == 1
     for pipeline_rank in (0, 1):
-        buckets = make_buckets(plan.weights_of(pipeline_rank, table), plan, 1000)
+        buckets = make_buckets(plan.weights_of(pipeline_rank, table), plan, ADAMW, 1000)
         assert [slot.weight.name for slot in buckets[-1].slots] == ["e"], "its gradient is complete last"
         assert [bucket.tied for bucket in buckets] == [False, True]
 
@@ -127,8 +129,8 @@ def test_stages_of_a_pipeline_write_their_own() -> None:
 def test_an_example_by_hand() -> None:
     """Two data ranks, at most 100 elements: `c` and `b` (32 + 40, then padded to 128) fit together, `a` follows."""
     a, b, c = (Weight(name, (rows, 8), (name,)) for name, rows in (("a", 5), ("b", 5), ("c", 2)))
-    first, second = make_buckets([a, b, c], plan_of(1, 2), 100)
+    first, second = make_buckets([a, b, c], plan_of(1, 2), ADAMW, 100)
     assert [(slot.weight.name, slot.start, slot.stop) for slot in first.slots] == [("c", 0, 16), ("b", 32, 72)]
     assert (first.size, second.size) == (128, 64)
     assert [first.shard(rank, 2) for rank in (0, 1)] == [(0, 64), (64, 128)]
-    assert choose_owners(plan_of(1, 2), [a, b, c], 100) == {"b": 0, "c": 0, "a": 1}
+    assert choose_owners(plan_of(1, 2), [a, b, c], ADAMW, 100) == {"b": 0, "c": 0, "a": 1}

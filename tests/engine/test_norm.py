@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megalite.engine.native import sum_of_squares
+from megalite.kernels.optimizer import sum_of_squares
 
 
 @pytest.mark.parametrize("numel", [1, 255, 256, 1000, 3_000_001])

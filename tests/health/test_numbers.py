@@ -220,7 +220,7 @@ def test_numbers_are_those_of_when_they_were_added() -> None:
 def mesh_of(pipeline: int = 1, replicas: int = 1, tensor: int = 1) -> Mesh:
     sizes = {"pipeline": pipeline, "data": replicas, "tensor": tensor}
     stages, data, columns = (Axis(size, 0, None, name) for name, size in sizes.items())
-    return Mesh(stages, data, ALONE, columns, data, Axis(pipeline * replicas * tensor), CPU)
+    return Mesh(stages, data, ALONE, columns, data, ALONE, Axis(pipeline * replicas * tensor), CPU)
 
 
 def table_of(mesh: Mesh, sharing: Sharing, others: dict[int, int]) -> list[list[int]]:

@@ -60,7 +60,7 @@ def test_waiting_for_other_ranks_does_not_count() -> None:
 
 def stragglers_of(pipeline: int, data: int) -> Stragglers:
     stages, replicas = Axis(pipeline, 0, None, "pipeline"), Axis(data, 0, None, "data")
-    mesh = Mesh(stages, replicas, ALONE, ALONE, replicas, ALONE, torch.device("cpu"))
+    mesh = Mesh(stages, replicas, ALONE, ALONE, replicas, replicas, ALONE, torch.device("cpu"))
     stragglers = Stragglers(HealthConfig(), mesh)
     ranks = range(pipeline * data)
     stragglers._hosts, stragglers._times_slow = [f"n{rank}" for rank in ranks], [0 for _ in ranks]

@@ -178,7 +178,7 @@ def watchdog_of(tmp_path: Path) -> Watchdog:
     config = make_config(tmp_path, "llama", "health.hang_timeout_s=10")
     config.run.folder.mkdir(parents=True)
     (config.run.folder / "health").mkdir()
-    return Watchdog(config, Mesh(*[ALONE] * 6, torch.device("cpu")))
+    return Watchdog(config, Mesh.alone())
 
 
 def test_a_process_that_was_suspended_has_not_been_idle(tmp_path: Path) -> None:
@@ -215,7 +215,7 @@ def test_heartbeats_of_an_earlier_start_are_nobodys(tmp_path: Path) -> None:
 def test_of_ranks_that_all_wait_those_with_fewer_collectives_are_behind() -> None:
     """Four ranks, data 2 × tensor 2: rank 3 has skipped a collective of its tensor group."""
     data, tensor = Axis(2, 0, None, "data"), Axis(2, 0, None, "tensor")
-    mesh = Mesh(ALONE, data, ALONE, tensor, data, Axis(4, 0, None, "world"), torch.device("cpu"))
+    mesh = Mesh(ALONE, data, ALONE, tensor, data, ALONE, Axis(4, 0, None, "world"), torch.device("cpu"))
     counts = {"tensor": 50, "world": 7}
     beats = {rank: beat(rank, waits_in="all_reduce", over="world", number=7, collectives=counts) for rank in (0, 1)}
     beats[2] = beat(2, waits_in="all_gather", over="tensor", number=51, collectives={"tensor": 51, "world": 6})
@@ -228,7 +228,7 @@ def test_of_ranks_that_all_wait_those_with_fewer_collectives_are_behind() -> Non
 
 def test_a_report_of_many_ranks_stays_short() -> None:
     world = Axis(512, 0, None, "world")
-    mesh = Mesh(ALONE, world, ALONE, ALONE, world, world, torch.device("cpu"))
+    mesh = Mesh(ALONE, world, ALONE, ALONE, world, world, world, torch.device("cpu"))
     beats = {rank: beat(rank, waits_in="all_reduce", over="world", number=7) for rank in range(500)}
     text = describe_hang(beats, range(500), beats[0], mesh, Path("hang"))
     assert "rank 500: was never heard of" in text
@@ -260,6 +260,6 @@ def test_a_disk_that_is_gone_for_a_while_does_not_end_the_watch(
         return exists(path)
 
     monkeypatch.setattr(Path, "exists", gone)
-    with Watchdog(config, Mesh(*[ALONE] * 6, torch.device("cpu"))):
+    with Watchdog(config, Mesh.alone()):
         assert asked.wait(60)
     assert beat_of(config.run.folder, 0).phase == "ended"

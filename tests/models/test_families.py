@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megalite.checkpoint.convert import open_source, write_model
 from megalite.checkpoint.tensors import CheckpointError
-from megalite.comm.mesh import ALONE, Mesh
+from megalite.comm.mesh import Mesh
 from megalite.data.loader import MicroBatch
 from megalite.errors import ConfigError
 from megalite.infer.generate import load_model
@@ -30,7 +30,7 @@ from tiny_models import CASES, IDS, LLAMA, LLAMA3_ROPE, ON_DISK
 transformers = pytest.importorskip("transformers")
 
 LENGTH = 40
-LONE = Mesh(ALONE, ALONE, ALONE, ALONE, ALONE, ALONE, torch.device("cpu"))
+LONE = Mesh.alone()
 
 
 def their_model(case: str) -> nn.Module:

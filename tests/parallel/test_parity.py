@@ -74,6 +74,7 @@ class Layout:
     engine: str = "native"
     loss_chunk: int | None = None
     compile: bool = False
+    optimizer: str = "adamw"
 
     def __str__(self) -> str:
         data = self.ranks // (self.tensor * self.pipeline * self.context)
@@ -85,6 +86,7 @@ class Layout:
         name += f"-{self.recompute}" if self.recompute != "none" else ""
         name += f"-chunks{self.loss_chunk}" if self.loss_chunk else ""
         name += "-compiled" if self.compile else ""
+        name += f"-{self.optimizer}" if self.optimizer != "adamw" else ""
         return name + (f"-{self.engine}" if self.engine != "native" else "")
 
 
@@ -174,6 +176,11 @@ LAYOUTS = [
     Layout(2, zero=3, recompute="selective", engine="deepspeed"),
     Layout(2, tensor=2, zero=2, micro=2, engine="deepspeed"),
     Layout(4, tensor=2, sequence=True, context=2, zero=3, recompute="full", engine="deepspeed"),
+    *(Layout(ranks, zero=zero, optimizer="muon") for ranks, zero in ((1, 1), (2, 0), (2, 1), (4, 2))),
+    Layout(2, tensor=2, sequence=True, optimizer="muon"),
+    Layout(2, pipeline=2, schedule="zero_bubble", optimizer="muon"),
+    Layout(4, tensor=2, zero=2, optimizer="muon"),
+    Layout(8, tensor=2, sequence=True, pipeline=2, zero=1, optimizer="muon"),
 ]
 
 
@@ -183,6 +190,14 @@ def fits(model: str, layout: Layout) -> bool:
     if (layout.ranks >= 4 or layout.engine == "deepspeed") and model not in ("llama", "gpt2-packed"):
         return False
     return layout.context == 1 or not MODELS[model].get("attention_dropout")
+
+
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    # eps far above rounding: Adam's first steps would otherwise divide noise by noise, and no tolerance would tell a
+    # wrong gradient from a right one.
+    "adamw": {"eps": 1e-3},
+    "muon": {"name": "muon", "adamw": {"lr": 5e-3, "eps": 1e-3}},
+}
 
 
 def config_of(model: str, layout: Layout) -> Config:
@@ -202,9 +217,8 @@ def config_of(model: str, layout: Layout) -> Config:
                 "precision": "fp32", "seed": SEED, "recompute": layout.recompute, "loss_chunk": layout.loss_chunk,
                 "compile": layout.compile,
             },
-            # eps far above rounding: Adam's first steps would otherwise divide noise by noise, and no tolerance would
-            # tell a wrong gradient from a right one. Clipping at 0.5 is active in both steps.
-            "optimizer": {"lr": 1e-2, "eps": 1e-3, "weight_decay": 0.1, "clip": 0.5},
+            # Clipping at 0.5 is active in both steps.
+            "optimizer": {"lr": 1e-2, "weight_decay": 0.1, "clip": 0.5} | OPTIMIZERS[layout.optimizer],
         }
     )  # fmt: skip
 
@@ -294,18 +308,40 @@ def join(parts: list[Result]) -> Result:
     """What the stages of a pipeline have returned, as one."""
     whole: Result = {"loss": parts[0]["loss"], "norm": parts[0]["norm"]}
     whole["grads"] = [{k: v for part in parts for k, v in part["grads"][step].items()} for step in range(STEPS)]
-    for kind in ("weight", "exp_avg", "exp_avg_sq"):
+    for kind in parts[0].keys() - whole.keys():
         whole[kind] = {name: tensor for part in parts for name, tensor in part[kind].items()}
     for part in parts:
         assert (part["loss"], part["norm"]) == (whole["loss"], whole["norm"]), "every rank knows the loss and the norm"
     return whole
 
 
+class PlainMuon(torch.optim.Optimizer):
+    """Muon as its papers state it, in float64, on every one of a weight's `rows` apart."""
+
+    def __init__(self, parameters: Sequence[dict[str, Any]]):
+        super().__init__(parameters, {})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            (p,) = group["params"]
+            buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+            buffer.mul_(0.95).add_(p.grad, alpha=0.05)
+            seen = (0.05 * p.grad + 0.95 * buffer).double()
+            p.mul_(1 - group["lr"] * 0.1)
+            for part, x in zip(p.split(group["rows"]), seen.split(group["rows"]), strict=True):
+                x = x / x.norm()
+                for _ in range(5):
+                    a = x @ x.T
+                    x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+                part.sub_(x, alpha=group["lr"] * 0.2 * max(x.shape) ** 0.5)
+
+
 @cache
-def reference(model_name: str) -> Result:
-    """The clean model in one process, whole batch at once, torch.optim.AdamW and torch's clipping: no megalite
-    engine."""
-    config = config_of(model_name, Layout(1))
+def reference(model_name: str, optimizer_name: str = "adamw") -> Result:
+    """The clean model in one process, whole batch at once, optimizers and clipping of torch, or as plain statements: no
+    megalite engine."""
+    config = config_of(model_name, Layout(1, optimizer=optimizer_name))
     weights = weight_table(config.model)
     read = from_seed(SEED, Axis())
     model = family(config.model.family).MODEL(config.model)
@@ -313,25 +349,35 @@ def reference(model_name: str) -> Result:
     with torch.no_grad():
         for weight in weights:
             parameters[weight.name].copy_(read(weight, "weight", 0, weight.numel).view(weight.shape))
-    optimizer = torch.optim.AdamW(
-        [{"params": [parameters[w.name]], "weight_decay": 0.1 if w.decay else 0.0} for w in weights],
+    matrices = [w for w in weights if optimizer_name == "muon" and w.is_matrix]
+    adamw = torch.optim.AdamW(
+        [
+            {"params": [parameters[w.name]], "weight_decay": 0.1 if w.decay else 0.0}
+            for w in weights if w not in matrices
+        ],
         betas=(0.9, 0.95), eps=1e-3, fused=False, foreach=False,
     )  # fmt: skip
+    optimizers: dict[torch.optim.Optimizer, float] = {adamw: 0.5 if matrices else 1.0}
+    if matrices:
+        optimizers[PlainMuon([{"params": [parameters[w.name]], "rows": w.row_groups} for w in matrices])] = 1.0
     result: Result = {"loss": [], "norm": [], "grads": []}
     for batch in batches():
         places = reference_places(batch, packed=model_name in PACKED)
         loss = model.loss(model(batch.tokens, places), batch.labels).sum() / (batch.labels != -100).sum()
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
         result["loss"].append(loss.item())
         result["grads"].append({name: p.grad.clone() for name, p in parameters.items()})
         result["norm"].append(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5).item())
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(len(result["norm"]), STEPS, config.optimizer)
-        optimizer.step()
+        for optimizer, factor in optimizers.items():
+            for group in optimizer.param_groups:
+                group["lr"] = factor * learning_rate(len(result["norm"]), STEPS, config.optimizer)
+            optimizer.step()
     result["weight"] = {name: p.detach() for name, p in parameters.items()}
-    for state in ("exp_avg", "exp_avg_sq"):
-        result[state] = {w.name: optimizer.state[parameters[w.name]][state] for w in weights}
+    for weight in weights:
+        for optimizer in optimizers:
+            for state, tensor in optimizer.state.get(parameters[weight.name], {}).items():
+                result.setdefault(state, {})[weight.name] = tensor
     return result
 
 
@@ -374,7 +420,7 @@ def test_layout_equals_one_process(model: str, layout: Layout, chosen: frozenset
     if layout.engine == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed")
     found = results_of(layout.ranks, layout.engine, layout.compile, chosen)[model, layout]
-    check_against_one_process(found, reference(model))
+    check_against_one_process(found, reference(model, layout.optimizer))
 
 
 def check_against_one_process(found: Result, wanted: Result) -> None:
@@ -386,7 +432,8 @@ def check_against_one_process(found: Result, wanted: Result) -> None:
         for name, grad in found["grads"][step].items():
             error = relative_error(grad, wanted["grads"][step][name])
             assert error <= 1e-5, f"step {step + 1}: gradient of {name} is off by {error:.1e}"
-    for kind in ("weight", "exp_avg", "exp_avg_sq"):
+    for kind in found.keys() - {"loss", "norm", "grads"}:
+        assert found[kind].keys() == wanted[kind].keys(), kind
         for name, tensor in found[kind].items():
             error = relative_error(tensor, wanted[kind][name])
             assert error <= 1e-5, f"{kind} of {name} is off by {error:.1e} after {STEPS} steps"
@@ -420,7 +467,7 @@ def test_every_collective_is_waited_for(model: str, layout: Layout, request: pyt
     """A result that is read before its wait, or a buffer that changes while it travels, goes unseen over loopback."""
     asked = cases_asked_for(request, test_every_collective_is_waited_for)
     found = lazy_results(tuple((each["model"], each["layout"]) for each in asked))[model, layout]
-    check_against_one_process(found, reference(model))
+    check_against_one_process(found, reference(model, layout.optimizer))
 
 
 def test_reference_would_notice_a_wrong_gradient() -> None:
@@ -452,7 +499,7 @@ def whole_gradients_alive(rank: int, world_size: int, zero: int) -> tuple[int, i
     def count(_: Tensor) -> None:
         nonlocal most
         alive = sum(bucket.grads is not None for bucket in engine.buckets)
-        most = max(most, alive + (len(engine._in_flight) if zero == 2 else 0))
+        most = max(most, alive + (len(engine._gradients._in_flight) if zero == 2 else 0))
 
     for parameter in parts.stages[0].parameters():
         parameter.register_post_accumulate_grad_hook(count)

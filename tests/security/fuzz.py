@@ -36,7 +36,7 @@ from safetensors.torch import save
 
 from chats import CHATML, write_tokenizer
 from megalite.checkpoint.folder import damage_of, read_manifest
-from megalite.checkpoint.match import stored_config
+from megalite.checkpoint.load import stored_config
 from megalite.checkpoint.tensors import TensorFolder
 from megalite.checkpoint.torch_file import StoredTensor, TorchFile, load_pickle
 from megalite.checkpoint.train_state import read_train_state

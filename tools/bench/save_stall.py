@@ -67,7 +67,7 @@ def run(rank: int, ranks: int, folder: Path, arguments: argparse.Namespace) -> N
     parts = build(config, plan, mesh)
     engine, model = parts.engine, parts.stages[0].model
     engine.load(from_seed(0, mesh.tensor, device))
-    owners = choose_owners(plan, weights, elements_of(config.parallel.bucket_mb))
+    owners = choose_owners(plan, weights, config.optimizer, elements_of(config.parallel.bucket_mb))
     saver = Saver(folder / "checkpoints", 2, weights, mesh, engine, owners, lambda folder: None)
     waits = Waits(engine)
     tokens = torch.randint(config.model.vocab_size, (1, arguments.tokens + 1), device=device)

@@ -20,7 +20,7 @@ from killing import EVERY, STEPS, Aim, config_of, outcome, run_once, undisturbed
 from megalite.checkpoint import writing
 from megalite.checkpoint.folder import MANIFEST, complete_steps, parse_manifest, step_folder
 from megalite.checkpoint.resume import find_checkpoint
-from megalite.comm.mesh import ALONE, Mesh
+from megalite.comm.mesh import Mesh
 from megalite.runtime.activity import NOW
 from megalite.runtime.exit_codes import Exit
 
@@ -42,7 +42,7 @@ def bit_flips(folder: Path) -> Outcome:
     root, rng = config.run.folder / "checkpoints", random.Random(0)
     newest, before = step_folder(root, STEPS), step_folder(root, STEPS - EVERY)
     names = [MANIFEST, *sorted(parse_manifest((newest / MANIFEST).read_bytes()))]
-    alone = Mesh(ALONE, ALONE, ALONE, ALONE, ALONE, ALONE, torch.device("cpu"))
+    alone = Mesh.alone()
     missed = []
     for name in names:
         for _ in range(FLIPS):

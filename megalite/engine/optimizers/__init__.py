@@ -1,20 +1,43 @@
 """The optimizers of `native`, one file each: its settings, and how it updates weights.
 
-An optimizer is element-wise: the new value of a weight's element depends on the gradient, the master weight and the
+An `Optimizer` is element-wise: the new value of a weight's element depends on the gradient, the master weight and the
 optimizer's states of that element alone. Hence each replica updates the shard that it owns, whatever it is a shard of.
+
+A `MatrixOptimizer` is element-wise in all but one place, where it needs a whole matrix at once (Muon's
+orthogonalisation). There every matrix has an owner, one rank, which gets it from all shards and sends back what is to
+be done to each; see `engine/matrices.py`. So the bits are those of one process, whatever the layout.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from megalite.models.weights import Weight
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The part of a bucket that this rank updates: flat tensors of one shape, of weights with the same settings."""
+
+    master: Tensor
+    """Master weights, fp32."""
+    weights: Tensor | None
+    """The model's weights in bf16, which get the new `master`, rounded; None in fp32: they are their own master."""
+    grad: Tensor
+    """The reduced gradient, fp32, not clipped."""
+    states: Mapping[str, Tensor]
+    """The optimizer's states, fp32."""
+    lr: float
+    weight_decay: float
+
 
 class Optimizer(Protocol):
-    """Updates flat shards of weights in place. Nothing of it may wait for the device."""
+    """Updates shards of weights in place. Nothing of it may wait for the device."""
 
     def begin_step(self, divisor: Tensor, num_updates: Tensor) -> Tensor:
         """Return what all shards of a step have in common, on the device.
@@ -23,19 +46,8 @@ class Optimizer(Protocol):
         step is refused (its loss or gradient is not finite): nothing may change. `num_updates` is fp64 [], this one
         included."""
 
-    def update_(
-        self,
-        master: Tensor,
-        states: Mapping[str, Tensor],
-        weights: Tensor | None,
-        grad: Tensor,
-        common: Tensor,
-        *,
-        lr: float,
-        weight_decay: float,
-    ) -> None:
-        """Update a shard. `master`, `grad` and all `states` are fp32 of one shape; `weights` are bf16 and get the new
-        `master`, rounded, or None where the weights are in fp32 and so their own master."""
+    def update_(self, shard: Shard, common: Tensor) -> None:
+        """Update a shard. `common` is what `begin_step` returned."""
 
 
 class PlainOptimizer:
@@ -59,23 +71,50 @@ class PlainOptimizer:
     def begin_step(self, divisor: Tensor, num_updates: Tensor) -> Tensor:
         return torch.stack((divisor.double(), num_updates))
 
-    def update_(
-        self,
-        master: Tensor,
-        states: Mapping[str, Tensor],
-        weights: Tensor | None,
-        grad: Tensor,
-        common: Tensor,
-        *,
-        lr: float,
-        weight_decay: float,
-    ) -> None:
+    def update_(self, shard: Shard, common: Tensor) -> None:
         divisor, num_updates = common
         is_refused = divisor <= 0
-        clipped = grad / divisor.float()
-        value, new_states = self.compute(master, states, clipped, num_updates, lr=lr, weight_decay=weight_decay)
-        for name, state in states.items():
+        clipped = shard.grad / divisor.float()
+        value, new_states = self.compute(
+            shard.master, shard.states, clipped, num_updates, lr=shard.lr, weight_decay=shard.weight_decay
+        )
+        for name, state in shard.states.items():
             state.copy_(torch.where(is_refused, state, new_states[name]))
-        master.copy_(torch.where(is_refused, master, value))
-        if weights is not None:
-            weights.copy_(torch.where(is_refused, weights, value.to(weights.dtype)))
+        put_weights_(shard, value, is_refused)
+
+
+class MatrixOptimizer:
+    """Base of optimizers that look at whole matrices. A step calls the methods in the order in which they stand."""
+
+    def begin_step(self, divisor: Tensor, num_updates: Tensor) -> Tensor:
+        """Return what all shards of a step have in common; see `Optimizer`."""
+        return torch.stack((divisor.double(), num_updates))
+
+    def advance_(self, shard: Shard, common: Tensor) -> Tensor:
+        """Advance the states of a shard, and return what its owners are to see of it: fp32, of the shard's shape."""
+        raise NotImplementedError
+
+    def split(self, weight: Weight) -> tuple[int, ...]:
+        """Return the rows of each matrix that a weight consists of: the parts of a fused one are apart."""
+        return weight.row_groups
+
+    def cost(self, rows: int, columns: int) -> float:
+        """Return about how much work a matrix is, in any unit. It balances the owners."""
+        raise NotImplementedError
+
+    def solve(self, matrices: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return what is to be done to whole matrices of one shape: fp32 [N, rows, columns] → the same.
+
+        `dtype` is the precision of the model's weights. The result for a matrix must not depend on the others."""
+        raise NotImplementedError
+
+    def update_(self, shard: Shard, solved: Tensor, common: Tensor) -> None:
+        """Update a shard with the part of what `solve` returned that belongs to it."""
+        raise NotImplementedError
+
+
+def put_weights_(shard: Shard, value: Tensor, is_refused: Tensor) -> None:
+    """Give a shard its new master weights `value`, and the weights these rounded, unless the step is refused."""
+    shard.master.copy_(torch.where(is_refused, shard.master, value))
+    if shard.weights is not None:
+        shard.weights.copy_(torch.where(is_refused, shard.weights, value.to(shard.weights.dtype)))

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from megalite.config import OptimizerConfig
-from megalite.engine.optimizers import Optimizer
+from megalite.config import OptimizerConfig, Section
+from megalite.engine.optimizers import Optimizer, Shard
 from megalite.kernels.optimizer import adamw_, adamw_factors
 
 
-class AdamWConfig(OptimizerConfig):
-    name: Literal["adamw"] = "adamw"
+class AdamWSettings(Section):
+    """AdamW's own settings."""
+
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
 
@@ -28,7 +28,14 @@ class AdamWConfig(OptimizerConfig):
         return betas
 
     def build(self) -> Optimizer:
+        """Return the optimizer that updates the weights."""
         return AdamW(self.betas, self.eps)
+
+
+class AdamWConfig(AdamWSettings, OptimizerConfig):
+    """AdamW for all weights."""
+
+    name: Literal["adamw"] = "adamw"
 
 
 class AdamW:
@@ -40,18 +47,16 @@ class AdamW:
     def begin_step(self, divisor: Tensor, num_updates: Tensor) -> Tensor:
         return adamw_factors(divisor, num_updates, self.betas)
 
-    def update_(
-        self,
-        master: Tensor,
-        states: Mapping[str, Tensor],
-        weights: Tensor | None,
-        grad: Tensor,
-        common: Tensor,
-        *,
-        lr: float,
-        weight_decay: float,
-    ) -> None:
-        moments = states["exp_avg"], states["exp_avg_sq"]
+    def update_(self, shard: Shard, common: Tensor) -> None:
         adamw_(
-            master, *moments, weights, grad, common, lr=lr, betas=self.betas, eps=self.eps, weight_decay=weight_decay
+            shard.master,
+            shard.states["exp_avg"],
+            shard.states["exp_avg_sq"],
+            shard.weights,
+            shard.grad,
+            common,
+            lr=shard.lr,
+            betas=self.betas,
+            eps=self.eps,
+            weight_decay=shard.weight_decay,
         )

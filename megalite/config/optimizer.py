@@ -1,0 +1,145 @@
+"""The `optimizer:` section: what all optimizers have, which weights each of them takes, and the schedules."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
+
+from pydantic import Field, SerializeAsAny, model_validator
+
+from megalite import registry
+from megalite.config.section import Choice, Section
+from megalite.errors import ConfigError
+from megalite.registry import Registry
+
+if TYPE_CHECKING:
+    from megalite.engine.optimizers import MatrixOptimizer, Optimizer
+    from megalite.models.weights import Weight
+
+
+class ScheduleConfig(Choice):
+    """The learning rate over the steps: a linear warmup to the peak, then a decay from it to `min_lr`."""
+
+    name: str = "cosine"
+    warmup_steps: int = Field(0, ge=0)
+    min_lr: float = Field(0.0, ge=0)
+
+    KINDS: ClassVar[Registry[Any]] = registry.schedules
+
+    def after_warmup(self, step: int, num_steps: int, peak: float) -> float:
+        """Return the learning rate of a step after the warmup: `step`, counted from 1, of a run of `num_steps`. `peak`
+        is the learning rate at the end of the warmup."""
+        raise NotImplementedError
+
+    def check(self, num_steps: int) -> None:
+        """Raise ValueError when a run of `num_steps` is too short for the schedule."""
+
+
+class ParameterGroup(Section):
+    """Settings of some weights, chosen by their Hugging Face names."""
+
+    match: str = Field(
+        min_length=1, description="Pattern of Hugging Face names, with * and ?: '*.bias', 'model.embed_tokens.*'."
+    )
+    lr: float = Field(1.0, ge=0, description="Factor of their learning rate. 0 keeps them as they are.")
+    weight_decay: float | None = Field(None, ge=0, description="Their weight decay.")
+    optimizer: str | None = Field(None, description="Which of the config's optimizers updates them: muon or adamw.")
+
+    def takes(self, names: Sequence[str]) -> bool:
+        """Return whether the group is that of a weight made of the Hugging Face tensors `names`.
+
+        Raises ConfigError where it takes some of them only: they are one weight."""
+        taken = [fnmatch.fnmatchcase(name, self.match) for name in names]
+        if any(taken) and not all(taken):
+            raise ConfigError(
+                f"optimizer.groups: match = {self.match!r} takes {names[taken.index(True)]} but not "
+                f"{names[taken.index(False)]}; they are one weight here, and need the same settings"
+            )
+        return all(taken)
+
+
+class Treatment(NamedTuple):
+    """How a weight is updated. All weights of a bucket share it."""
+
+    optimizer: str
+    """Name of the member of `OptimizerConfig.members` that updates it."""
+    lr: float
+    """Factor of the learning rate that the schedule gives."""
+    weight_decay: float
+
+
+class Member(NamedTuple):
+    """One of the optimizers that a config asks for."""
+
+    build: Callable[[], Optimizer | MatrixOptimizer]
+    states: tuple[str, ...]
+    """Names of the states it keeps for each weight."""
+    lr: float
+    """Factor of the learning rate that the schedule gives."""
+    weight_decay: float
+
+
+class OptimizerConfig(Choice):
+    """Settings that every optimizer has."""
+
+    name: str = "adamw"
+    lr: float = Field(gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    clip: float = Field(1.0, ge=0, description="Largest global gradient norm. 0 disables clipping.")
+    schedule: SerializeAsAny[ScheduleConfig] = Field(default_factory=lambda: ScheduleConfig.model_validate({}))
+    groups: tuple[ParameterGroup, ...] = Field(
+        (), description="Weights with settings of their own. The first group that matches a weight is used."
+    )
+
+    KINDS: ClassVar[Registry[Any]] = registry.optimizers
+    STATES: ClassVar[tuple[str, ...]] = ()
+    """Names of the states it keeps for each weight: fp32 tensors of the weight's shape, zero at first. A checkpoint
+    has files of each."""
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        if taken := {"weight", "master", "grad"}.intersection(cls.STATES):
+            raise ConfigError(f"{cls.__name__}.STATES: {taken.pop()!r} is the name of something else in a checkpoint")
+
+    @model_validator(mode="after")
+    def _groups_name_members(self) -> Self:
+        for group in self.groups:
+            if group.optimizer is not None and group.optimizer not in self.members():
+                known = ", ".join(self.members())
+                raise ValueError(f"groups: optimizer = {group.optimizer!r} is none of this config's: {known}")
+        return self
+
+    def build(self) -> Optimizer | MatrixOptimizer:
+        """Return the optimizer that updates the weights."""
+        raise NotImplementedError
+
+    def members(self) -> Mapping[str, Member]:
+        """Return the optimizers by name: this one, and those that work beside it on other weights."""
+        return {self.name: Member(self.build, self.STATES, 1.0, self.weight_decay)}
+
+    def member_of(self, weight: Weight) -> str:
+        """Return the name of the member that updates `weight`, if no group says otherwise."""
+        return self.name
+
+    def treatment(self, weight: Weight) -> Treatment:
+        """Return how a weight is updated: as its member does, or as the first group says that matches it.
+
+        Raises ConfigError for a group that takes only a part of the weight, or whose optimizer cannot take it."""
+        group = next((group for group in self.groups if group.takes(weight.hf)), None)
+        name = (group and group.optimizer) or self.member_of(weight)
+        member = self.members()[name]
+        decay = member.weight_decay if weight.decay else 0.0
+        if group is None:
+            return Treatment(name, member.lr, decay)
+        return Treatment(name, member.lr * group.lr, decay if group.weight_decay is None else group.weight_decay)
+
+    def states_of(self, weight: Weight) -> tuple[str, ...]:
+        """Return the names of the states that are kept for `weight`."""
+        return self.members()[self.treatment(weight).optimizer].states
+
+    @property
+    def all_states(self) -> tuple[str, ...]:
+        """Return the names of the states that are kept for some weights, each once."""
+        return tuple(dict.fromkeys(state for member in self.members().values() for state in member.states))

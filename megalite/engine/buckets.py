@@ -1,0 +1,107 @@
+"""What one rank holds of a bucket: its weights, and where they are trained the gradients and the optimizer's states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from megalite.comm.collectives import Wait
+from megalite.comm.mesh import Mesh
+from megalite.engine import ReadState
+from megalite.engine.layout import Bucket
+from megalite.engine.optimizers import Shard
+
+
+class BucketWeights:
+    """Hold the weights of one bucket on one rank. A frozen bucket has nothing else."""
+
+    def __init__(self, layout: Bucket, mesh: Mesh, dtype: torch.dtype):
+        self.layout = layout
+        self.low, self.high = layout.shard(mesh.replicas.rank, mesh.replicas.size)
+        self.weights = torch.zeros(layout.size, dtype=dtype, device=mesh.device)
+
+
+class BucketState(BucketWeights):
+    """Hold the tensors of one bucket on one rank: weights, gradients, optimizer state."""
+
+    def __init__(self, layout: Bucket, mesh: Mesh, dtype: torch.dtype, zero_stage: int, states: Sequence[str]):
+        super().__init__(layout, mesh, dtype)
+        self.zero_stage = zero_stage
+        # The part that the optimizer updates: this rank's shard, or at stage 0 everything.
+        self.stepped = slice(self.low, self.high) if zero_stage else slice(0, layout.size)
+        master = self.weights[self.stepped]
+        self.master = master.float()  # for fp32 weights, .float() copies nothing: they are their own master weights
+        self.states = {name: torch.zeros_like(self.master) for name in states}
+        self.grads: Tensor | None = None  # [size] fp32; at stage 2 only while a micro-batch is under way
+        self.grad_shard: Tensor | None = None  # stage 2: [shard] fp32, summed over micro-batches
+        # Events that make up one micro-batch: for each weight its post-accumulate hook, and for each linear layer its
+        # last weight-gradient GEMM (`_adopt` adds these). `events` counts since the step began.
+        self.num_events, self.events = len(layout.slots), 0
+        self.filled: set[int] = set()  # starts of the slots that hold a gradient in `grads`
+        self.gathered: Wait | None = None  # set while the new weights travel from the other replicas
+
+    def await_weights(self) -> None:
+        """Wait until the new weights of all replicas are here."""
+        if self.gathered is not None:
+            self.gathered()
+            self.gathered = None
+
+    def whole_grads(self) -> Tensor:
+        """Return the buffer that a micro-batch's gradients are put into: [size] fp32."""
+        if self.grads is None:
+            # Zeroed once, for the padding between weights: slots are overwritten, not added to, by their first
+            # gradient.
+            self.grads = torch.zeros(self.layout.size, device=self.weights.device)
+        return self.grads
+
+    def has(self, kind: str) -> bool:
+        """Return whether `state` has something of this kind: its optimizer keeps such a state, if it is one."""
+        return kind in ("weight", "grad", "master") or kind in self.states
+
+    def state(self, kind: str) -> Tensor:
+        """Return this rank's shard of the weights, an optimizer state or the reduced gradients: [shard]."""
+        if kind == "weight":
+            return self.weights[self.low : self.high]
+        whole = self.gradient() if kind == "grad" else self.stepped_state(kind)
+        return whole if self.zero_stage else whole[self.low : self.high]
+
+    def stepped_state(self, kind: str) -> Tensor:
+        """Return the master weights or an optimizer state, for the part that the optimizer updates."""
+        return self.master if kind == "master" else self.states[kind]
+
+    def shard(self, lr: float) -> Shard:
+        """Return what the optimizer updates, in a step whose schedule says `lr`."""
+        treatment = self.layout.treatment
+        # fp32 weights share the memory of their master weights.
+        weights = None if self.weights.dtype == torch.float32 else self.weights[self.stepped]
+        return Shard(self.master, weights, self.gradient(), self.states, lr * treatment.lr, treatment.weight_decay)
+
+    def gradient(self) -> Tensor:
+        """Return the reduced gradient of the part that the optimizer updates."""
+        if self.zero_stage == 2:
+            assert self.grad_shard is not None
+            return self.grad_shard
+        assert self.grads is not None
+        return self.grads[self.stepped]
+
+
+def await_weights_of(buckets: Sequence[BucketState]) -> Callable[[nn.Module, Any], None]:
+    """Return a forward pre-hook that waits for the weights in `buckets`."""
+
+    def hook(module: nn.Module, arguments: Any) -> None:
+        for bucket in buckets:
+            bucket.await_weights()
+
+    return hook
+
+
+def fill(bucket: BucketWeights, into: Tensor, offset: int, part: slice, read: ReadState, kind: str) -> None:
+    """Read `kind` for the elements `part` of a bucket. `into` holds the bucket's elements from `offset` on."""
+    for slot in bucket.layout.slots:
+        start, stop = max(slot.start, part.start), min(slot.stop, part.stop)
+        if start < stop:
+            into[start - offset : stop - offset] = read(slot.weight, kind, start - slot.start, stop - slot.start)

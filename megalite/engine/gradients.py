@@ -1,0 +1,181 @@
+"""The gradients of `native`: they arrive one by one in a backward pass, fill buckets, and are reduced beside it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from megalite.comm.collectives import Wait, add_from_other_end, all_reduce, start_reduce, start_reduce_scatter
+from megalite.comm.mesh import Mesh
+from megalite.engine.buckets import BucketState, BucketWeights, await_weights_of
+from megalite.engine.layout import Slot
+from megalite.kernels.optimizer import sum_of_squares
+from megalite.kernels.weight_gradient import accumulate_weight_gradient
+from megalite.models import set_parameters
+from megalite.models.layers import Decoder
+from megalite.parallel.tensor import ParallelLinear
+
+IN_FLIGHT = 2
+"""Buckets whose reduction stage 2 lets run at a time: one travels while the next is filled."""
+
+
+class Gradients:
+    """Make models' parameters views into buckets, collect their gradients there, and reduce them."""
+
+    def __init__(
+        self,
+        models: Sequence[Decoder],
+        buckets: Sequence[BucketState],
+        frozen: Sequence[BucketWeights],
+        mesh: Mesh,
+        zero_stage: int,
+    ):
+        """Take over `models` on the meta device, whose weights lie in `buckets` and, where they are not trained, in
+        `frozen`. Gradients are reduced over the replicas of `mesh` as `zero_stage` asks."""
+        self.buckets, self.mesh, self.zero_stage = buckets, mesh, zero_stage
+        self._home: dict[Tensor, tuple[BucketState, Slot]] = {}
+        self._adopt(models, frozen)
+        self._micro_batches = 1
+        self._next = 0  # stages 0 and 1 reduce buckets in one order on all ranks; otherwise their collectives would mix
+        self._in_flight: deque[tuple[BucketState, Tensor, Wait]] = deque()
+
+    def _adopt(self, models: Sequence[Decoder], frozen: Sequence[BucketWeights]) -> None:
+        """Make every parameter a view into its bucket, register its post-accumulate hook, and make modules wait for
+        it."""
+        shapes = {name: parameter.shape for model in models for name, parameter in model.named_parameters()}
+        views: dict[str, nn.Parameter] = {}
+        for bucket in [*self.buckets, *frozen]:
+            for slot in bucket.layout.slots:
+                name = slot.weight.name
+                view = bucket.weights[slot.start : slot.stop].view(shapes[name])
+                views[name] = nn.Parameter(view, requires_grad=not slot.weight.frozen)
+                if isinstance(bucket, BucketState):
+                    views[name].register_post_accumulate_grad_hook(self._take_gradient)
+                    self._home[views[name]] = (bucket, slot)
+        assert views.keys() == shapes.keys(), f"table and model differ: {views.keys() ^ shapes.keys()}"
+        for model in models:
+            set_parameters(model, views)
+            # Modules wait for weights before whole layers, whose inside may be compiled, and before the modules beside
+            # the layers.
+            beside = [child for child in model.children() if child is not model.layers]
+            for unit in [*beside, *model.layers.values()]:
+                buckets = {id(b): b for p in unit.parameters() if p in self._home for b, _ in [self._home[p]]}
+                unit.register_forward_pre_hook(await_weights_of(list(buckets.values())))
+            for module in model.modules():
+                if isinstance(module, ParallelLinear) and module.weight in self._home:
+                    module.deliver = self._add_product
+                    self._home[module.weight][0].num_events += 1
+
+    def begin(self, num_micro_batches: int) -> None:
+        """Begin a step of so many micro-batches."""
+        self._micro_batches, self._next = num_micro_batches, 0
+        for bucket in self.buckets:
+            bucket.events = 0
+
+    def _take_gradient(self, parameter: Tensor) -> None:
+        """Move a gradient that autograd accumulated into the bucket (post-accumulate hook). The hook also fires for
+        weights whose gradient is delivered by a separate GEMM; then .grad is None."""
+        bucket, slot = self._home[parameter]
+        # None where the whole gradient comes as a GEMM. Both may come: a tied embedding's look-up is autograd's, the
+        # head's GEMM is not.
+        if parameter.grad is not None:
+            place = bucket.whole_grads()[slot.start : slot.stop].view_as(parameter)
+            if slot.start in bucket.filled:
+                place.add_(parameter.grad)
+            else:
+                # The first gradient overwrites an older one: no pass over memory to zero it.
+                place.copy_(parameter.grad)
+            bucket.filled.add(slot.start)
+            parameter.grad = None
+        self._count_event(bucket)
+
+    def _add_product(self, parameter: Tensor, grad: Tensor, x: Tensor, last: bool) -> None:
+        """Add the weight-gradient GEMM gradᵀ x to the parameter's slot, in fp32. The callback `deliver` of linear
+        layers; `last` marks the last GEMM of this weight in a micro-batch."""
+        bucket, slot = self._home[parameter]
+        place = bucket.whole_grads()[slot.start : slot.stop].view_as(parameter)
+        accumulate_weight_gradient(place, grad, x, add=slot.start in bucket.filled)
+        bucket.filled.add(slot.start)
+        if last:
+            self._count_event(bucket)
+
+    def _count_event(self, bucket: BucketState) -> None:
+        """Count one arrival in a bucket, and start the reductions that it completes.
+
+        A bucket is complete when every weight's hook has fired and every linear layer's GEMM has come. Neither alone
+        would do: under zero bubble a GEMM comes long after the hook, else before it."""
+        bucket.events += 1
+        if bucket.layout.tied:  # complete only with the other end's part, which `finish` adds
+            return
+        if self.zero_stage == 2:
+            # Stage 2 keeps only a shard of the gradient sum, so every micro-batch is reduced as soon as it is
+            # complete.
+            if bucket.events % bucket.num_events == 0:
+                self._reduce(bucket)
+        else:
+            # Stages 0 and 1 reduce once a step. Buckets may be completed out of order, and not in the same order on
+            # all ranks; yet collectives must start in one order everywhere. So a complete bucket waits for those
+            # before it.
+            while self._next < len(self.buckets) and self._complete(self.buckets[self._next]):
+                self._reduce(self.buckets[self._next])
+                self._next += 1
+
+    def _complete(self, bucket: BucketState) -> bool:
+        """Return whether every gradient of the step has arrived in a bucket. A tied one is left to `finish`."""
+        return bucket.events == self._micro_batches * bucket.num_events and not bucket.layout.tied
+
+    def finish(self) -> None:
+        """Reduce what is left, and wait until all of it is."""
+        for bucket in self.buckets[self._next :]:
+            # Still to reduce: tied buckets, and those with a weight that a micro-batch did not use; at stage 2 also
+            # those without any gradient, whose shard must be zeros.
+            if self.zero_stage < 2 or bucket.filled or bucket.grad_shard is None:
+                self._reduce(bucket)
+        while self._in_flight:
+            self._finish_oldest()
+
+    def _reduce(self, bucket: BucketState) -> None:
+        """Start reducing a bucket's gradients over its replicas, after summing over tensor ranks and both ends of the
+        pipeline where its weights need that."""
+        grads = bucket.whole_grads()
+        for slot in bucket.layout.slots:
+            if slot.start not in bucket.filled:  # a weight that no token used
+                grads[slot.start : slot.stop] = 0.0
+        if bucket.layout.partial_grad:
+            all_reduce(grads, self.mesh.tensor)
+        if bucket.layout.tied:
+            add_from_other_end(grads, self.mesh.pipeline)
+        start = start_reduce_scatter if self.zero_stage else start_reduce
+        self._in_flight.append((bucket, grads, start(grads, self.mesh.replicas)))
+        if self.zero_stage == 2:
+            bucket.grads, bucket.filled = None, set()  # the next micro-batch fills a new buffer
+            if len(self._in_flight) > IN_FLIGHT:
+                self._finish_oldest()
+
+    def _finish_oldest(self) -> None:
+        """Wait for the oldest reduction under way; at stage 2, add this rank's shard to the sum over micro-batches."""
+        bucket, grads, wait = self._in_flight.popleft()
+        wait()
+        if self.zero_stage == 2:
+            shard = grads[bucket.low : bucket.high]
+            bucket.grad_shard = shard.clone() if bucket.grad_shard is None else bucket.grad_shard.add_(shard)
+
+    def norm(self) -> Tensor:
+        """Return the L2 norm of the whole gradient, with each logical element counted once."""
+        counted = []
+        for bucket in self.buckets:
+            copy = bucket.layout.tied and self.mesh.pipeline.rank > 0
+            if (bucket.layout.cut or self.mesh.tensor.rank == 0) and not copy:
+                counted.append(bucket.state("grad"))
+        if not counted:
+            counted = [torch.zeros(0, device=self.mesh.device)]
+        return all_reduce(sum_of_squares(*counted), self.mesh.world).sqrt().float()
+
+    def forget(self) -> None:
+        """Forget the gradients: the next ones overwrite them."""
+        for bucket in self.buckets:
+            bucket.grad_shard, bucket.filled = None, set()

@@ -1,0 +1,226 @@
+"""Whole matrices for optimizers that need them, whatever is cut over the ranks.
+
+Every matrix has an owner among the ranks that hold its layers (replicas × tensor ranks). Twice a step, each of them
+sends each other one message:
+
+    to the owners      from each replica its shard of what the optimizer wants to see of each matrix, and from each
+                       tensor rank its part of it; the owner puts the logical tensor together and solves its matrices
+    back               to each replica what belongs to its shard
+
+An owner computes what one process would compute, from the same bits. A rank's messages are a shard long together: next
+to the reduction of whole buckets it is little (Moonlight, Liu et al. 2025, does the same over the replicas alone).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.profiler import record_function
+
+from megalite.comm.collectives import start_all_to_all
+from megalite.comm.mesh import Mesh
+from megalite.engine.buckets import BucketState
+from megalite.engine.layout import Slot
+from megalite.engine.optimizers import MatrixOptimizer
+
+STEP = "Optimizer.step"
+"""What torch's own optimizers are called in a trace."""
+
+
+class Held(NamedTuple):
+    """What one rank of the stage has of a matrix: elements [start, stop) of its bucket."""
+
+    matrix: int
+    rank: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One weight that an optimizer sees as a whole: a matrix, or several that lie in one tensor."""
+
+    bucket: int
+    slot: Slot
+    owner: int
+    """Rank of the stage that solves it."""
+
+
+class Matrices:
+    """The matrices of one optimizer on the ranks of a pipeline stage. All of these have the same plan of messages."""
+
+    def __init__(self, optimizer: MatrixOptimizer, buckets: Sequence[BucketState], mesh: Mesh):
+        """Choose owners for all weights in `buckets`, in which every rank's are laid out alike."""
+        self.optimizer, self.buckets, self.mesh = optimizer, buckets, mesh
+        self.matrices = self._choose_owners()
+        ranks = range(mesh.stage.size)
+        me = mesh.stage.rank
+        # In one order on both ends of a message: by matrix.
+        self._to_owners = [self._pieces(rank, whole=False) for rank in ranks]
+        self._to_holders = [self._pieces(rank, whole=True) for rank in ranks]
+        self._mine = [number for number, matrix in enumerate(self.matrices) if matrix.owner == me]
+
+    def _choose_owners(self) -> list[Matrix]:
+        """Give each matrix, the most costly first, to the rank with the least to do (Graham 1969)."""
+        slots = [(number, slot) for number, bucket in enumerate(self.buckets) for slot in bucket.layout.slots]
+        costs = [self._cost(slot) for _, slot in slots]
+        loads, owners = [0.0] * self.mesh.stage.size, [0] * len(slots)
+        for place in sorted(range(len(slots)), key=lambda place: -costs[place]):
+            owners[place] = loads.index(min(loads))
+            loads[owners[place]] += costs[place]
+        return [Matrix(number, slot, owner) for (number, slot), owner in zip(slots, owners, strict=True)]
+
+    def _cost(self, slot: Slot) -> float:
+        (columns,) = slot.weight.row_shape
+        return sum(self.optimizer.cost(rows, columns) for rows in self.optimizer.split(slot.weight))
+
+    def _pieces(self, rank: int, whole: bool) -> list[Held]:
+        """Return what a rank sends to the owners, or with `whole` what it gets back, in the order of the matrices.
+
+        The first is its replica's shard. What comes back is the part that it updates: at ZeRO stage 0 everything. Of a
+        matrix that all tensor ranks hold, only the one that is on the owner's side sends it."""
+        replica, tensor = divmod(rank, self.mesh.tensor.size)
+        found = []
+        for number, matrix in enumerate(self.matrices):
+            bucket = self.buckets[matrix.bucket]
+            if not whole and not bucket.layout.cut and tensor != matrix.owner % self.mesh.tensor.size:
+                continue
+            low, high = bucket.layout.shard(replica, self.mesh.replicas.size)
+            if whole and not bucket.zero_stage:
+                low, high = 0, bucket.layout.size
+            start, stop = max(low, matrix.slot.start), min(high, matrix.slot.stop)
+            if start < stop:
+                found.append(Held(number, rank, start, stop))
+        return found
+
+    # --- a step ---------------------------------------------------------------------------------------------------
+
+    def start(self, common: Tensor, lr: float) -> Callable[[], Iterator[BucketState]]:
+        """Advance the optimizer's states, and start to send what its owners are to see.
+
+        Returns a function that solves this rank's matrices, sends the results back, and yields each bucket when its
+        shard has been updated. `common` is what the optimizer's `begin_step` returned, `lr` the schedule's rate."""
+        shards = [bucket.shard(lr) for bucket in self.buckets]
+        with record_function(STEP):
+            seen = [self.optimizer.advance_(shard, common) for shard in shards]
+
+        def piece(held: Held) -> Tensor:
+            bucket = self.buckets[self.matrices[held.matrix].bucket]
+            first = bucket.stepped.start
+            return seen[self.matrices[held.matrix].bucket][held.start - first : held.stop - first]
+
+        to_owners = self._exchange(self._to_owners, piece, by_owner=True)
+
+        def solve() -> Iterator[BucketState]:
+            pieces = to_owners()
+            with record_function(STEP):
+                solved = self._solve(pieces)
+            to_holders = self._exchange(self._to_holders, partial(self._part, solved), by_owner=False)
+            for held, part in to_holders():
+                number = self.matrices[held.matrix].bucket
+                first = self.buckets[number].stepped.start
+                seen[number][held.start - first : held.stop - first] = part
+            for bucket, shard, result in zip(self.buckets, shards, seen, strict=True):
+                with record_function(STEP):
+                    self.optimizer.update_(shard, result, common)
+                yield bucket
+
+        return solve
+
+    def _exchange(
+        self, pieces: Sequence[Sequence[Held]], piece: Callable[[Held], Tensor], by_owner: bool
+    ) -> Callable[[], list[tuple[Held, Tensor]]]:
+        """Start one message from each rank to each other; return a function that waits for what came to this one.
+
+        `pieces` lists them by the rank that holds them, `piece` gives the values of one. `by_owner`: they travel from
+        the holders to the owners, else back."""
+        axis = self.mesh.stage
+
+        def ends(held: Held) -> tuple[int, int]:
+            owner = self.matrices[held.matrix].owner
+            return (held.rank, owner) if by_owner else (owner, held.rank)
+
+        every = [held for of_rank in pieces for held in of_rank]
+        out: list[list[Held]] = [[] for _ in range(axis.size)]
+        into: list[list[Held]] = [[] for _ in range(axis.size)]
+        for held in every:
+            source, target = ends(held)
+            if source == axis.rank:
+                out[target].append(held)
+            if target == axis.rank:
+                into[source].append(held)
+        device = self.mesh.device
+        to_send = [
+            torch.cat([piece(held) for held in some]) if some and rank != axis.rank else torch.empty(0, device=device)
+            for rank, some in enumerate(out)
+        ]
+        lengths = [sum(held.stop - held.start for held in some) for some in into]
+        received = [torch.empty(length, device=device) for length in lengths]
+        wait = start_all_to_all(to_send, received, axis)
+
+        def result() -> list[tuple[Held, Tensor]]:
+            wait()
+            to_send.clear()
+            found = [(held, piece(held)) for held in out[axis.rank]]
+            for rank, some in enumerate(into):
+                if rank != axis.rank:
+                    parts = received[rank].split([held.stop - held.start for held in some])
+                    found += zip(some, parts, strict=True)
+            return found
+
+        return result
+
+    def _solve(self, found: Sequence[tuple[Held, Tensor]]) -> dict[int, Tensor]:
+        """Return what is to be done to each matrix that this rank owns, as a tensor of rows, from all of its pieces."""
+        tensor = self.mesh.tensor.size
+        parts: dict[int, dict[int, list[tuple[int, Tensor]]]] = {number: {} for number in self._mine}
+        for held, value in found:
+            side = held.rank % tensor if self._is_cut(held.matrix) else 0
+            parts[held.matrix].setdefault(side, []).append((held.start, value))
+        logical = {}
+        for number, by_side in parts.items():
+            weight = self.matrices[number].slot.weight
+            shape = weight.local_shape(tensor if self._is_cut(number) else 1)
+            locals_ = [
+                torch.cat([value for _, value in sorted(pieces, key=lambda piece: piece[0])]).view(shape)
+                for _, pieces in sorted(by_side.items())
+            ]
+            logical[number] = weight.assemble(locals_).flatten(0, weight.stack)
+        return self._solve_by_shape(logical)
+
+    def _solve_by_shape(self, logical: dict[int, Tensor]) -> dict[int, Tensor]:
+        """Solve matrices of equal shapes together; `logical` holds the rows of all matrices of a weight."""
+        split = {number: self.optimizer.split(self.matrices[number].slot.weight) for number in logical}
+        by_shape: dict[tuple[int, int], list[Tensor]] = {}
+        for number, rows in logical.items():
+            for matrix in rows.split(split[number]):
+                by_shape.setdefault((matrix.shape[0], matrix.shape[1]), []).append(matrix)
+        dtype = self.buckets[0].weights.dtype
+        solved = {
+            shape: iter(self.optimizer.solve(torch.stack(matrices), dtype)) for shape, matrices in by_shape.items()
+        }
+        return {
+            number: torch.cat([next(solved[size, rows.shape[1]]) for size in split[number]])
+            for number, rows in logical.items()
+        }
+
+    def _part(self, solved: dict[int, Tensor], held: Held) -> Tensor:
+        """Return the elements of what was solved that a rank holds."""
+        slot = self.matrices[held.matrix].slot
+        rows = solved[held.matrix]
+        tensor = self.mesh.tensor.size
+        return slot.weight.read_local(
+            lambda _, low, high, columns: rows[low:high] if columns is None else rows[low:high, slice(*columns)],
+            held.rank % tensor,
+            tensor,
+            held.start - slot.start,
+            held.stop - slot.start,
+        )
+
+    def _is_cut(self, number: int) -> bool:
+        return self.buckets[self.matrices[number].bucket].layout.cut

@@ -1,0 +1,95 @@
+"""Muon: momentum, orthogonalised (Jordan et al. 2024), at scale (Moonlight, Liu et al. 2025)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import sqrt
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from megalite.config import Member, OptimizerConfig
+from megalite.engine.optimizers import MatrixOptimizer, Shard, put_weights_
+from megalite.engine.optimizers.adamw import AdamWSettings
+from megalite.kernels.newton_schulz import COEFFICIENTS, iteration_flops, orthogonalize
+from megalite.models.weights import Weight
+
+NewtonSchulz = Literal["simple", "quintic", "polar_express", "deepseek_v4"]
+Scale = Literal["moonlight", "original", "spectral"]
+
+
+class BesideMuon(AdamWSettings):
+    """AdamW for what is no matrix of a layer: embeddings, heads, norms and biases."""
+
+    lr: float | None = Field(None, gt=0, description="Its peak learning rate. That of Muon where left out.")
+    weight_decay: float | None = Field(None, ge=0, description="Its weight decay. That of Muon where left out.")
+
+
+class MuonConfig(OptimizerConfig):
+    """Muon for the matrices of layers, AdamW for all other weights."""
+
+    name: Literal["muon"] = "muon"
+    momentum: float = Field(0.95, ge=0, lt=1)
+    nesterov: bool = True
+    coefficients: NewtonSchulz = Field("simple", description="Coefficients of the Newton-Schulz iteration.")
+    scale: Scale = Field(
+        "moonlight",
+        description="Factor of an update. moonlight: 0.2·√max(out, in), as large as AdamW's, whose lr and weight_decay "
+        "carry over; original: √max(1, out/in); spectral: √max(out, in).",
+    )
+    per_head: bool = Field(False, description="Orthogonalise the rows of each head of q, k and v on their own.")
+    adamw: BesideMuon = BesideMuon()
+
+    STATES: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
+
+    def build(self) -> MatrixOptimizer:
+        return Muon(self)
+
+    def members(self) -> Mapping[str, Member]:
+        beside = self.adamw
+        decay = self.weight_decay if beside.weight_decay is None else beside.weight_decay
+        adamw = Member(beside.build, beside.STATES, (beside.lr or self.lr) / self.lr, decay)
+        return {**super().members(), "adamw": adamw}
+
+    def member_of(self, weight: Weight) -> str:
+        return self.name if weight.is_matrix else "adamw"
+
+
+class Muon(MatrixOptimizer):
+    """Momentum is kept by shard; owners orthogonalise it as whole matrices, in the precision of the weights."""
+
+    def __init__(self, config: MuonConfig):
+        self.config = config
+
+    def advance_(self, shard: Shard, common: Tensor) -> Tensor:
+        divisor = common[0]
+        grad = shard.grad / divisor.float()
+        momentum, buffer = self.config.momentum, shard.states["momentum_buffer"]
+        average = buffer.lerp(grad, 1 - momentum)
+        buffer.copy_(torch.where(divisor <= 0, buffer, average))
+        return grad.lerp_(average, momentum) if self.config.nesterov else average
+
+    def split(self, weight: Weight) -> tuple[int, ...]:
+        if self.config.per_head and weight.shard == "column" and weight.unit > 1:
+            return (weight.unit,) * (weight.num_rows // weight.unit)
+        return weight.row_groups
+
+    def cost(self, rows: int, columns: int) -> float:
+        return iteration_flops(rows, columns, COEFFICIENTS[self.config.coefficients])
+
+    def solve(self, matrices: Tensor, dtype: torch.dtype) -> Tensor:
+        _, rows, columns = matrices.shape
+        match self.config.scale:
+            case "moonlight":
+                scale = 0.2 * sqrt(max(rows, columns))
+            case "original":
+                scale = sqrt(max(1.0, rows / columns))
+            case "spectral":
+                scale = sqrt(max(rows, columns))
+        return orthogonalize(matrices.to(dtype), self.config.coefficients).float() * scale
+
+    def update_(self, shard: Shard, solved: Tensor, common: Tensor) -> None:
+        value = (shard.master * (1 - shard.lr * shard.weight_decay)).sub_(solved, alpha=shard.lr)
+        put_weights_(shard, value, common[0] <= 0)
