@@ -91,6 +91,9 @@ optimizers: Registry[type[OptimizerConfig]] = Registry(
     {
         "adamw": "megalite.engine.optimizers.adamw:AdamWConfig",
         "muon": "megalite.engine.optimizers.muon:MuonConfig",
+        "sgd": "megalite.engine.optimizers.sgd:SGDConfig",
+        "adagrad": "megalite.engine.optimizers.adagrad:AdagradConfig",
+        "lion": "megalite.engine.optimizers.lion:LionConfig",
     },
 )
 schedules: Registry[type[ScheduleConfig]] = Registry(

@@ -103,7 +103,7 @@ def test_a_plugin_that_cannot_be_imported_is_named(plugins: list[EntryPoint]) ->
     plugins.append(EntryPoint("broken", "no_such_module_anywhere", registry.PLUGINS))
     parse_config(BASE)
     with pytest.raises(ConfigError, match=r"the plugin 'broken' of .* cannot be imported: ModuleNotFoundError"):
-        parse_config(BASE, ["optimizer.name=lion"])
+        parse_config(BASE, ["optimizer.name=lamb"])
 
 
 class Watch(HookConfig):

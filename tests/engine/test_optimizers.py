@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from megalite.config import OptimizerConfig
 from megalite.engine.optimizers import MatrixOptimizer, Shard
+from megalite.errors import ConfigError
+from megalite.kernels.newton_schulz import COEFFICIENTS, orthogonalize
 from megalite.models.weights import Weight
 
 STEPS = 20
@@ -53,3 +56,107 @@ def test_muon_equals_torch(shape: tuple[int, int], nesterov: bool, scale: str, m
         reference.step()
     found = train(optimizer_of(name="muon", nesterov=nesterov, scale=scale), start, grads)
     torch.testing.assert_close(found, parameter.detach(), rtol=1e-4, atol=1e-5)
+
+
+def plain_lion(start: Tensor, grads: list[Tensor]) -> Tensor:
+    value, average = start.double(), torch.zeros_like(start).double()
+    for grad in grads:
+        value = value * (1 - 0.02 * 0.1) - 0.02 * (0.9 * average + 0.1 * grad).sign()
+        average = 0.99 * average + 0.01 * grad
+    return value.float()
+
+
+def by_torch(kind: type[torch.optim.Optimizer], **settings: Any) -> Callable[[Tensor, list[Tensor]], Tensor]:
+    def run(start: Tensor, grads: list[Tensor]) -> Tensor:
+        parameter = torch.nn.Parameter(start.double())
+        optimizer = kind([parameter], lr=0.02, weight_decay=0.1, **settings)  # type: ignore[call-arg]
+        for grad in grads:
+            parameter.grad = grad.double()
+            optimizer.step()
+        return parameter.detach().float()
+
+    return run
+
+
+REFERENCES: dict[str, tuple[dict[str, Any], Callable[[Tensor, list[Tensor]], Tensor]]] = {
+    "adamw": ({}, by_torch(torch.optim.AdamW, betas=(0.9, 0.95))),
+    "sgd": ({"momentum": 0.8}, by_torch(torch.optim.SGD, momentum=0.8)),
+    "sgd-nesterov": ({"name": "sgd", "nesterov": True}, by_torch(torch.optim.SGD, momentum=0.9, nesterov=True)),
+    "sgd-plain": ({"name": "sgd", "momentum": 0.0}, by_torch(torch.optim.SGD)),
+    "adagrad": ({}, by_torch(torch.optim.Adagrad)),
+    "lion": ({}, plain_lion),
+}
+
+
+@pytest.mark.parametrize("case", REFERENCES)
+def test_an_optimizer_equals_its_reference(case: str) -> None:
+    settings, reference = REFERENCES[case]
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(12, 20, generator=generator)
+    grads = [torch.randn(12, 20, generator=generator) for _ in range(STEPS)]
+    found = train(optimizer_of(**{"name": case, **settings}), start, grads)
+    # fp32 against float64, over 20 steps
+    torch.testing.assert_close(found, reference(start, grads), rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "sgd", "adagrad", "lion"])
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_a_refused_step_changes_nothing(name: str, precision: torch.dtype) -> None:
+    config, generator = optimizer_of(name=name), torch.Generator().manual_seed(0)
+    weights = torch.randn(64, generator=generator).to(precision)
+    master, grad = weights.float(), torch.full((64,), torch.nan)
+    states = {state: torch.rand(64, generator=generator) for state in config.STATES}
+    shard = Shard(master, None if precision == torch.float32 else weights, grad, states, config.lr, 0.1)
+    before = [x.clone() for x in (weights, master, *states.values())]
+    optimizer = config.build()
+    common = optimizer.begin_step(torch.zeros(()), torch.ones((), dtype=torch.float64))
+    if isinstance(optimizer, MatrixOptimizer):
+        seen = optimizer.advance_(shard, common)
+        optimizer.update_(shard, optimizer.solve(seen.view(1, 8, 8), precision).flatten(), common)
+    else:
+        optimizer.update_(shard, common)
+    assert all(torch.equal(a, b) for a, b in zip(before, (weights, master, *states.values()), strict=True))
+
+
+@pytest.mark.parametrize("coefficients", COEFFICIENTS)
+@pytest.mark.parametrize("shape", [(3, 48, 128), (2, 128, 48)])
+def test_singular_values_come_near_to_one(coefficients: str, shape: tuple[int, int, int]) -> None:
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    found = orthogonalize(matrices, coefficients)
+    low, high = {"deepseek_v4": (0.999, 1.001)}.get(coefficients, (0.65, 1.25))
+    values = torch.linalg.svdvals(found.double())
+    assert low <= values.min()
+    assert values.max() <= high
+    u, _, vh = torch.linalg.svd(matrices.double(), full_matrices=False)
+    assert (found.double() * (u @ vh)).sum() / found.double().norm() / (u @ vh).norm() > 0.95, (
+        "the singular vectors stay"
+    )
+    # Alone or among others, the same bits.
+    assert torch.equal(found[:1], orthogonalize(matrices[:1].clone(), coefficients))
+
+
+def test_groups_have_settings_of_their_own() -> None:
+    config = optimizer_of(
+        name="muon",
+        weight_decay=0.1,
+        adamw={"lr": 0.002, "weight_decay": 0.3},
+        groups=[
+            {"match": "model.layers.0.*", "lr": 0.5},
+            {"match": "*.weight", "weight_decay": 0.7, "optimizer": "adamw"},
+        ],
+    )
+    first = Weight("layers.0.w", (4, 4), ("model.layers.0.a.weight",), place=0)
+    second = Weight("layers.1.w", (4, 4), ("model.layers.1.a.weight",), place=1)
+    bias = Weight("layers.1.b", (4,), ("model.layers.1.a.bias",), place=1, decay=False)
+    assert config.treatment(first) == ("muon", 0.5, 0.1)
+    assert config.treatment(second) == ("adamw", 0.1, 0.7)
+    assert config.treatment(bias) == ("adamw", 0.1, 0.0)
+    assert config.states_of(first) == ("momentum_buffer",)
+    assert config.states_of(second) == ("exp_avg", "exp_avg_sq")
+    fused = Weight(
+        "layers.1.qkv", (8, 4), ("model.layers.1.q.weight", "model.layers.1.k.weight"), parts=(4, 4), place=1
+    )
+    with pytest.raises(ConfigError, match=r"takes model\.layers\.1\.k\.weight but not"):
+        optimizer_of(groups=[{"match": "*.k.weight"}]).treatment(fused)
+    with pytest.raises(ValueError, match="optimizer = 'muon' is none of this config's: adamw"):
+        optimizer_of(groups=[{"match": "*", "optimizer": "muon"}])

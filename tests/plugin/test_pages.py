@@ -136,14 +136,17 @@ def test_hook(run: tuple[Path, str]) -> None:
 def test_optimizer(run: tuple[Path, str]) -> None:
     told, line = settings("optimizer")["optimizer"], steps_of(run[0])[4]
     before, after = weights_of(run[0], 4), weights_of(run[0], 5)
-    momentum, clipped = told["momentum"], 0.0
+    clipped = 0.0
     for name in [name for name in after if name.startswith("model/")]:
-        state = name.replace("model/", "velocity/")
-        grad = after[state] - momentum * before[state]
-        clipped += float(grad.double().square().sum())
+        state = name.replace("model/", "square_avg/")
+        square = (after[state] - told["alpha"] * before[state]).clamp(min=0) / (1 - told["alpha"])
+        clipped += float(square.double().sum())
         decay = 0.0 if "norm" in name else told["weight_decay"]
-        wanted = before[name] * (1 - line["lr"] * decay) - line["lr"] * (grad + momentum * after[state])
-        torch.testing.assert_close(after[name], wanted, rtol=1e-5, atol=1e-6)  # fp32, of two formulas
+        step = (before[name] * (1 - line["lr"] * decay) - after[name]) / line["lr"]
+        # Squares of fp32 numbers and their differences: where a gradient is not tiny.
+        is_large = square > 1e-3 * square.max()
+        wanted = (square / after[state]).sqrt()
+        torch.testing.assert_close(step.abs()[is_large], wanted[is_large], rtol=1e-2, atol=1e-3)
     assert clipped**0.5 == pytest.approx(min(line["grad_norm"], 1.0), rel=1e-4)  # differences of fp32 numbers
 
 

@@ -26,7 +26,7 @@ CONFIG: dict[str, Any] = {
     "run": {"name": "one"},
     "model": MODEL,
     "train": {"steps": 6, "global_batch_size": 4, "precision": "fp32"},
-    "optimizer": {"name": "lion", "lr": 1e-3, "schedule": {"name": "rsqrt", "warmup_steps": 2}},
+    "optimizer": {"name": "signum", "lr": 1e-3, "schedule": {"name": "rsqrt", "warmup_steps": 2}},
     "objective": {"name": "focal", "gamma": 2},
     "kernels": {"norm": "demo"},
     "hooks": [{"name": "norms", "every": 4}],

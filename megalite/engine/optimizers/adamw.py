@@ -12,6 +12,13 @@ from megalite.engine.optimizers import Optimizer, Shard
 from megalite.kernels.optimizer import adamw_, adamw_factors
 
 
+def below_one(betas: tuple[float, float]) -> tuple[float, float]:
+    """Return the decay rates of two averages. Raises ValueError for one that is no such rate."""
+    if not all(0 <= beta < 1 for beta in betas):
+        raise ValueError("both betas must be at least 0 and below 1")
+    return betas
+
+
 class AdamWSettings(Section):
     """AdamW's own settings."""
 
@@ -20,12 +27,7 @@ class AdamWSettings(Section):
 
     STATES: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
 
-    @field_validator("betas")
-    @classmethod
-    def _betas_below_one(cls, betas: tuple[float, float]) -> tuple[float, float]:
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError("both betas must be at least 0 and below 1")
-        return betas
+    _below_one = field_validator("betas")(below_one)
 
     def build(self) -> Optimizer:
         """Return the optimizer that updates the weights."""

@@ -136,22 +136,22 @@ def _(experts: Experts, layout: Layout) -> nn.Module | None:
 # --- an optimizer -------------------------------------------------------------------------------------------------
 
 
-@optimizers.register("lion")
-class LionConfig(OptimizerConfig):
-    """Lion (Chen et al. 2023): the sign of a mean of gradients."""
+@optimizers.register("signum")
+class SignumConfig(OptimizerConfig):
+    """Signum (Bernstein et al. 2018): the sign of a mean of gradients."""
 
-    name: Literal["lion"] = "lion"
-    betas: tuple[float, float] = (0.9, 0.99)
+    name: Literal["signum"] = "signum"
+    beta: float = Field(0.9, ge=0, lt=1)
 
     STATES: ClassVar[tuple[str, ...]] = ("momentum",)
 
     def build(self) -> Optimizer:
-        return Lion(self.betas)
+        return Signum(self.beta)
 
 
-class Lion(PlainOptimizer):
-    def __init__(self, betas: tuple[float, float]):
-        self.betas = betas
+class Signum(PlainOptimizer):
+    def __init__(self, beta: float):
+        self.beta = beta
 
     def compute(
         self,
@@ -163,9 +163,8 @@ class Lion(PlainOptimizer):
         lr: float,
         weight_decay: float,
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        momentum = states["momentum"]
-        step = momentum.lerp(grad, 1 - self.betas[0]).sign()
-        return master * (1 - lr * weight_decay) - lr * step, {"momentum": momentum.lerp(grad, 1 - self.betas[1])}
+        momentum = states["momentum"].lerp(grad, 1 - self.beta)
+        return master * (1 - lr * weight_decay) - lr * momentum.sign(), {"momentum": momentum}
 
 
 # --- a kernel -----------------------------------------------------------------------------------------------------

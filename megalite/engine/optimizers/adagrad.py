@@ -1,0 +1,45 @@
+"""Adagrad (Duchi et al. 2011), as torch.optim.Adagrad computes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from megalite.config import OptimizerConfig
+from megalite.engine.optimizers import Optimizer, PlainOptimizer
+
+
+class AdagradConfig(OptimizerConfig):
+    """Adagrad. Its weight decay is added to the gradient, as in torch."""
+
+    name: Literal["adagrad"] = "adagrad"
+    eps: float = Field(1e-10, gt=0)
+
+    STATES: ClassVar[tuple[str, ...]] = ("sum",)
+
+    def build(self) -> Optimizer:
+        return Adagrad(self.eps)
+
+
+class Adagrad(PlainOptimizer):
+    """Divides by the root of the sum of all squared gradients."""
+
+    def __init__(self, eps: float):
+        self.eps = eps
+
+    def compute(
+        self,
+        master: Tensor,
+        states: Mapping[str, Tensor],
+        grad: Tensor,
+        num_updates: Tensor,
+        *,
+        lr: float,
+        weight_decay: float,
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        grad = grad.add(master, alpha=weight_decay)
+        total = states["sum"].addcmul(grad, grad)
+        return master.addcdiv(grad, total.sqrt().add_(self.eps), value=-lr), {"sum": total}

@@ -1,0 +1,49 @@
+"""Lion (Chen et al. 2023): the sign of an average of gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
+from pydantic import field_validator
+from torch import Tensor
+
+from megalite.config import OptimizerConfig
+from megalite.engine.optimizers import Optimizer, PlainOptimizer
+from megalite.engine.optimizers.adamw import below_one
+
+
+class LionConfig(OptimizerConfig):
+    """Lion. Its authors advise a third to a tenth of AdamW's lr, and as many times its weight decay."""
+
+    name: Literal["lion"] = "lion"
+    betas: tuple[float, float] = (0.9, 0.99)
+
+    STATES: ClassVar[tuple[str, ...]] = ("exp_avg",)
+
+    _below_one = field_validator("betas")(below_one)
+
+    def build(self) -> Optimizer:
+        return Lion(self.betas)
+
+
+class Lion(PlainOptimizer):
+    """Steps by the sign of one average of gradients, and keeps another."""
+
+    def __init__(self, betas: tuple[float, float]):
+        self.betas = betas
+
+    def compute(
+        self,
+        master: Tensor,
+        states: Mapping[str, Tensor],
+        grad: Tensor,
+        num_updates: Tensor,
+        *,
+        lr: float,
+        weight_decay: float,
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        average = states["exp_avg"]
+        step = average.lerp(grad, 1 - self.betas[0]).sign()
+        value = (master * (1 - lr * weight_decay)).sub_(step, alpha=lr)
+        return value, {"exp_avg": average.lerp(grad, 1 - self.betas[1])}
