@@ -102,6 +102,9 @@ schedules: Registry[type[ScheduleConfig]] = Registry(
         "constant": "megalite.training.schedules:Constant",
         "linear": "megalite.training.schedules:Linear",
         "cosine": "megalite.training.schedules:Cosine",
+        "polynomial": "megalite.training.schedules:Polynomial",
+        "exponential": "megalite.training.schedules:Exponential",
+        "inverse_sqrt": "megalite.training.schedules:InverseSquareRoot",
         "wsd": "megalite.training.schedules:WarmupStableDecay",
     },
 )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
-from pydantic import Field, SerializeAsAny, model_validator
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from megalite import registry
 from megalite.config.section import Choice, Section
@@ -22,10 +23,22 @@ class ScheduleConfig(Choice):
     """The learning rate over the steps: a linear warmup to the peak, then a decay from it to `min_lr`."""
 
     name: str = "cosine"
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int | float = Field(0, ge=0, description="Steps of the warmup; below 1: their share of all steps.")
     min_lr: float = Field(0.0, ge=0)
 
     KINDS: ClassVar[Registry[Any]] = registry.schedules
+
+    @field_validator("warmup_steps")
+    @classmethod
+    def _steps_or_a_share(cls, steps: float) -> int | float:
+        if steps >= 1 and steps != int(steps):
+            raise ValueError("must be a whole number of steps, or a share of them below 1")
+        return int(steps) if steps >= 1 else steps
+
+    def warmup(self, num_steps: int) -> int:
+        """Return the steps of the warmup in a run of `num_steps`."""
+        share = self.warmup_steps
+        return math.ceil(share * num_steps) if 0 < share < 1 else int(share)
 
     def after_warmup(self, step: int, num_steps: int, peak: float) -> float:
         """Return the learning rate of a step after the warmup: `step`, counted from 1, of a run of `num_steps`. `peak`

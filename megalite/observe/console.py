@@ -96,7 +96,7 @@ class Console:
         self._print(f"{self._total:,} steps of {tokens:,} tokens, {in_all} in all", "dim")
         if start_step:
             self._print(f"resumed after step {start_step:,}", "dim")
-        warmup = config.optimizer.schedule.warmup_steps
+        warmup = config.optimizer.schedule.warmup(train.steps)
         if warmup >= train.steps:
             self.message(
                 f"warning: optimizer.schedule.warmup_steps = {warmup} is not over at train.steps = {train.steps}: "

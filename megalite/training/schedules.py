@@ -18,8 +18,9 @@ def learning_rate(step: int, num_steps: int, config: OptimizerConfig) -> float:
     Megatron-LM (OptimizerParamScheduler) and transformers end in the same way, but give the first step of a warmup
     rate 0; torchtitan has this warmup, and a virtual last step."""
     schedule = config.schedule
-    if step <= schedule.warmup_steps:
-        return config.lr * step / schedule.warmup_steps
+    warmup = schedule.warmup(num_steps)
+    if step <= warmup:
+        return config.lr * step / warmup
     return schedule.after_warmup(step, num_steps, config.lr)
 
 
@@ -55,7 +56,7 @@ class Linear(ScheduleConfig):
 
     def steps_below_peak(self, num_steps: int) -> int:
         """Return how many steps follow the one that has the peak: the last of the warmup, or the first of all."""
-        return max(0, num_steps - max(self.warmup_steps, 1))
+        return max(0, num_steps - max(self.warmup(num_steps), 1))
 
 
 class Cosine(Linear):
@@ -67,18 +68,60 @@ class Cosine(Linear):
         return 0.5 * (1.0 + math.cos(math.pi * decayed))
 
 
+class Polynomial(Linear):
+    """Decay to `min_lr` along a power of the share of steps that are left."""
+
+    name: Literal["polynomial"] = "polynomial"  # type: ignore[assignment]
+    power: float = Field(1.0, gt=0, description="Above 1 the rate falls fast at first, below 1 at last.")
+
+    def shape(self, decayed: float) -> float:
+        return (1.0 - decayed) ** self.power
+
+
+class Exponential(Linear):
+    """Decay to `min_lr` by the same factor in every step."""
+
+    name: Literal["exponential"] = "exponential"  # type: ignore[assignment]
+    min_lr: float = Field(gt=0)
+
+    def after_warmup(self, step: int, num_steps: int, peak: float) -> float:
+        decayed = share_decayed(step, num_steps, self.steps_below_peak(num_steps))
+        return peak * (self.min_lr / peak) ** decayed
+
+
+class InverseSquareRoot(ScheduleConfig):
+    """Decay with the inverse square root of the step, whatever the length of the run (Vaswani et al. 2017)."""
+
+    name: Literal["inverse_sqrt"] = "inverse_sqrt"
+    timescale: int | None = Field(
+        None, gt=0, description="Steps until the rate is √½ of the peak. Those of the warmup, or 10,000 without one."
+    )
+
+    def after_warmup(self, step: int, num_steps: int, peak: float) -> float:
+        warmup = self.warmup(num_steps)
+        timescale = self.timescale or warmup or 10_000
+        # Without a warmup step 1 has the peak.
+        return max(self.min_lr, peak * math.sqrt(timescale / (timescale + step - max(warmup, 1))))
+
+
 class WarmupStableDecay(Linear):
-    """Stay at the peak, and decay in a straight line to `min_lr` over the last `decay_steps` (Hu et al. 2024)."""
+    """Stay at the peak, and decay to `min_lr` over the last `decay_steps` (Hu et al. 2024)."""
 
     name: Literal["wsd"] = "wsd"  # type: ignore[assignment]
     decay_steps: int | None = Field(None, gt=0, description="Steps of the final decay. Defaults to a tenth of the run.")
+    decay: Literal["linear", "sqrt"] = Field(
+        "linear", description="A straight line, or 1 - √ of the share of the decay that is over (Hägele et al. 2024)."
+    )
+
+    def shape(self, decayed: float) -> float:
+        return 1.0 - (math.sqrt(decayed) if self.decay == "sqrt" else decayed)
 
     def steps_below_peak(self, num_steps: int) -> int:
         wanted = self.decay_steps or max(1, num_steps // 10)
         return min(wanted, super().steps_below_peak(num_steps))
 
     def check(self, num_steps: int) -> None:
-        after_warmup = num_steps - self.warmup_steps
+        after_warmup = num_steps - self.warmup(num_steps)
         if (self.decay_steps or 0) > max(after_warmup, 0):
             raise ValueError(
                 f"optimizer.schedule.decay_steps {self.decay_steps} is more than the {after_warmup} steps that "

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
+from pydantic import ValidationError
 
 from megalite.config import ScheduleConfig
 from megalite.engine.optimizers.adamw import AdamWConfig
@@ -14,12 +15,16 @@ from megalite.training.schedules import learning_rate
 
 PEAK, LOW, WARMUP, STEPS = 0.5, 0.1, 10, 110
 HALF = (PEAK + LOW) / 2
-SCHEDULES = ("constant", "linear", "cosine", "wsd")
+SCHEDULES = ("constant", "linear", "cosine", "wsd", "polynomial", "exponential", "inverse_sqrt")
+TO_THE_END = tuple(name for name in SCHEDULES if name not in ("constant", "inverse_sqrt"))
+"""Schedules that come to `min_lr` one step after the last."""
 
 
 def make_schedule(name: str, **values: float | None) -> ScheduleConfig:
     decay_steps = values.pop("decay_steps", None)
     given = values | ({"decay_steps": decay_steps} if name == "wsd" else {})
+    if name == "exponential":  # which never comes to 0
+        given["min_lr"] = given["min_lr"] or 1e-3
     return ScheduleConfig.model_validate({"name": name, **given})
 
 
@@ -53,6 +58,9 @@ def test_warmup_is_linear_to_the_peak(name: str) -> None:
         ),
         # No decay_steps: a tenth of all 110 steps, 11.
         ("wsd", {11: PEAK, 99: PEAK, 100: PEAK - 0.4 / 12, 110: LOW + 0.4 / 12}),
+        ("exponential", {11: PEAK * 0.2 ** (1 / 101), 110: LOW * 5 ** (1 / 101)}),
+        # As transformers has it: the timescale is the warmup.
+        ("inverse_sqrt", {11: PEAK * math.sqrt(10 / 11), 40: PEAK / 2, 110: PEAK / math.sqrt(11)}),
     ],
 )
 def test_corners(name: str, corners: dict[int, float]) -> None:
@@ -65,6 +73,21 @@ def test_wsd_with_its_own_decay() -> None:
     assert {step: found[step] for step in (11, 61, 62, 86, 110)} == pytest.approx(
         {11: PEAK, 61: PEAK, 62: PEAK - 0.008, 86: HALF, 110: LOW + 0.008}, rel=1e-14
     )
+
+
+def test_shapes_of_the_decay() -> None:
+    schedule = ScheduleConfig.model_validate(
+        {"name": "wsd", "warmup_steps": WARMUP, "decay": "sqrt", "decay_steps": 24}
+    )
+    config = AdamWConfig(lr=PEAK, schedule=schedule)
+    # 24 steps and one more: a 25th after the first, √ of which is a fifth.
+    assert learning_rate(STEPS - 23, STEPS, config) == pytest.approx(PEAK * 0.8, rel=1e-14)
+    schedule = ScheduleConfig.model_validate({"name": "polynomial", "power": 2.0, "min_lr": LOW, "warmup_steps": 0.5})
+    config = AdamWConfig(lr=PEAK, schedule=schedule)
+    assert learning_rate(55, STEPS, config) == PEAK, "half of the run is warmup"
+    assert learning_rate(55 + 28, STEPS, config) == pytest.approx(LOW + 0.1, rel=1e-14), "half of the decay is over"
+    with pytest.raises(ValidationError, match="whole number of steps, or a share"):
+        ScheduleConfig.model_validate({"warmup_steps": 1.5})
 
 
 def spans() -> Iterator[tuple[int, int, int | None]]:
@@ -88,9 +111,10 @@ def test_no_step_of_any_run_is_wasted(name: str, low: float) -> None:
         assert all(0 < rate <= PEAK for rate in found), what
         assert found[:warmup] == [PEAK * step / warmup for step in range(1, min(warmup, num_steps) + 1)], what
         assert (max(found) == PEAK) == (warmup <= num_steps), what
+        low = make_schedule(name=name, min_lr=low).min_lr
         assert warmup or first == PEAK, what
         assert all(a >= b for a, b in pairwise(found[max(warmup - 1, 0) :])), what
-        if name != "constant" and warmup < num_steps and low < PEAK:
+        if name in TO_THE_END and warmup < num_steps and low < PEAK:
             assert found[-1] > low, what
             assert learning_rate(num_steps + 1, num_steps, config) == pytest.approx(low, abs=1e-15), what
         if name == "linear" and warmup <= num_steps:
@@ -99,7 +123,7 @@ def test_no_step_of_any_run_is_wasted(name: str, low: float) -> None:
         assert len(rest) == num_steps - 1
 
 
-@pytest.mark.parametrize("name", ["linear", "cosine", "wsd"])
+@pytest.mark.parametrize("name", TO_THE_END)
 def test_past_the_end_it_stays_at_the_lowest(name: str) -> None:
     config = AdamWConfig(lr=PEAK, schedule=make_schedule(name=name, min_lr=LOW))
     assert learning_rate(STEPS + 50, STEPS, config) == pytest.approx(LOW, rel=1e-14)

@@ -244,4 +244,4 @@ class InverseSquareRoot(ScheduleConfig):
     name: Literal["rsqrt"] = "rsqrt"
 
     def after_warmup(self, step: int, num_steps: int, peak: float) -> float:
-        return max(self.min_lr, peak * math.sqrt(max(self.warmup_steps, 1) / step))
+        return max(self.min_lr, peak * math.sqrt(max(self.warmup(num_steps), 1) / step))
