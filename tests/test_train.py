@@ -48,6 +48,9 @@ RESUMED = [
     pytest.param(
         2, ("parallel.context=2", "train.precision=bf16", "train.recompute=full"), "llama", id="context-2-bf16"
     ),
+    pytest.param(
+        2, ("optimizer.name=muon", "parallel.zero_stage=1", "train.precision=bf16"), "gpt2", id="data-2-bf16-muon"
+    ),
 ]
 
 
@@ -100,19 +103,26 @@ CHANGES = {
         (2, ("parallel.zero_stage=2", "train.micro_batch_size=2", "train.stop_at=11")),
         (1, ()),
     ],
+    "muon": [
+        (4, ("parallel.tensor=2", "parallel.zero_stage=1", "train.stop_at=4")),
+        (2, ("parallel.zero_stage=2", "train.stop_at=9")),
+        (2, (*PIPELINE, "train.stop_at=11")),
+        (1, ()),
+    ],
 }
 
 
-@pytest.mark.parametrize("model", CHANGES)
-def test_layout_changes_between_the_parts_of_a_run(tmp_path: Path, model: str) -> None:
+@pytest.mark.parametrize("case", CHANGES)
+def test_layout_changes_between_the_parts_of_a_run(tmp_path: Path, case: str) -> None:
     """On the curve of one unbroken process, validation included. The ranks' numbers differ in the last bits and
     training amplifies that; 1e-4 is the bound the project asks of curves."""
-    packed = ("data.document_mask=true",) if model == "llama" else ()
-    unbroken = make_config(tmp_path, model, "run.name=unbroken", *packed)
+    given = {"llama": ("data.document_mask=true",), "muon": ("optimizer.name=muon",)}.get(case, ())
+    model = case if case != "muon" else "llama"
+    unbroken = make_config(tmp_path, model, "run.name=unbroken", *given)
     train(unbroken)
-    for ranks, overrides in CHANGES[model]:
-        run_ranks(ranks, train_on_rank, [make_config(tmp_path, model, "run.name=changing", *packed, *overrides)])
-    changing = make_config(tmp_path, model, "run.name=changing", *packed)
+    for ranks, overrides in CHANGES[case]:
+        run_ranks(ranks, train_on_rank, [make_config(tmp_path, model, "run.name=changing", *given, *overrides)])
+    changing = make_config(tmp_path, model, "run.name=changing", *given)
     for mine, theirs in zip(curve_of(changing), curve_of(unbroken), strict=True):
         assert mine == pytest.approx(theirs, rel=1e-4)
     wanted = {line["step"]: line["valid_loss"] for line in metrics_of(unbroken) if "valid_loss" in line}

@@ -25,10 +25,15 @@ from rich.progress import track
 from scenarios import SCENARIOS
 
 
-def kill_trials(count: int, seed: int, work: Path, lines: TextIO) -> tuple[dict[str, Reference], list[Trial]]:
+def kill_trials(
+    count: int, seed: int, work: Path, lines: TextIO, optimizer: str
+) -> tuple[dict[str, Reference], list[Trial]]:
     """Over the layouts in turn; each trial's line is written as it ends."""
+    changes = {"optimizer": {"name": optimizer}}
     folders = {layout: work / f"undisturbed-{number}" for number, layout in enumerate(LAYOUTS)}
-    references = {layout: undisturbed(config_of(folder, layout), folder) for layout, folder in folders.items()}
+    references = {
+        layout: undisturbed(config_of(folder, layout, **changes), folder) for layout, folder in folders.items()
+    }
     trials = []
     for number in track(range(count), f"{count} trials", transient=True):
         rng = random.Random(f"{seed} {number}")
@@ -36,7 +41,7 @@ def kill_trials(count: int, seed: int, work: Path, lines: TextIO) -> tuple[dict[
         trial = Trial(layout)
         while not trial.kills and not trial.problem:  # it came too late
             shutil.rmtree(work / "trial", ignore_errors=True)
-            trial = run_trial(layout, references[layout], work / "trial", rng)
+            trial = run_trial(layout, references[layout], work / "trial", rng, **changes)
         trials.append(trial)
         print(json.dumps(asdict(trial)), file=lines, flush=True)
     return references, trials
@@ -116,6 +121,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--trials", type=int, default=102, help="in each of which one or two ranks are killed")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--optimizer", default="adamw", metavar="NAME", help="of the runs whose ranks are killed")
     parser.add_argument("--output", type=Path, default=Path("faults"), help="folder for the report and the picture")
     parser.add_argument("--scenarios", nargs="*", choices=list(SCENARIOS), default=list(SCENARIOS), metavar="NAME")
     arguments = parser.parse_args()
@@ -123,7 +129,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary, open(arguments.output / "trials.jsonl", "w") as trial_lines:
         work = Path(temporary)
         prepare(work)
-        references, trials = kill_trials(arguments.trials, arguments.seed, work, trial_lines)
+        references, trials = kill_trials(arguments.trials, arguments.seed, work, trial_lines, arguments.optimizer)
         outcomes = {}
         for name in track(arguments.scenarios, "other faults", transient=True):
             outcomes[name] = SCENARIOS[name](work / name.replace(" ", "-"))

@@ -392,10 +392,10 @@ class Trial:
     """What the ranks said, where something is wrong."""
 
 
-def run_trial(layout: str, reference: Reference, folder: Path, rng: random.Random) -> Trial:
+def run_trial(layout: str, reference: Reference, folder: Path, rng: random.Random, **changes: dict[str, Any]) -> Trial:
     """Kill a rank of a run, perhaps also one of the start after that, and start until the run ends by itself. A trial
-    whose kill came too late has none."""
-    config, trial = config_of(folder, layout), Trial(layout)
+    whose kill came too late has none. `changes` are those of `config_of`."""
+    config, trial = config_of(folder, layout, **changes), Trial(layout)
     starts: list[Start] = []
     aims: list[tuple[Aim, Start]] = []
     while not starts or starts[-1].status:
