@@ -439,6 +439,17 @@ def check_against_one_process(found: Result, wanted: Result) -> None:
             assert error <= 1e-5, f"{kind} of {name} is off by {error:.1e} after {STEPS} steps"
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_zero_stages_give_the_same_bits(optimizer: str) -> None:
+    """With one micro-batch a replica, two replicas sum the same two terms, whoever owns what."""
+    cases = [("llama", Layout(2, zero=zero, micro=2, optimizer=optimizer)) for zero in (0, 1, 2)]
+    first, *others = run_ranks(2, train_layouts, cases)[0]
+    for other in others:
+        assert other.keys() == first.keys()
+        for kind in first.keys() - {"loss", "norm", "grads"}:
+            assert all(torch.equal(other[kind][name], first[kind][name]) for name in first[kind])
+
+
 LAZILY = [
     ("llama", Layout(2, zero=0)),
     ("llama", Layout(2, zero=1)),
