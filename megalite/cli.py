@@ -86,6 +86,7 @@ def make_parser() -> argparse.ArgumentParser:
         _add_generate,
         _add_evaluate,
         _add_serve,
+        _add_average,
         _add_inspect,
         _add_ops,
     ):
@@ -362,6 +363,32 @@ def _serve(arguments: argparse.Namespace) -> None:
     address = bind(arguments.host, arguments.port)
     generator = Generator.open(find_model(arguments.model), num_slots=arguments.slots, max_length=arguments.max_length)
     serve(generator, settings, address, arguments.grace)
+
+
+def _add_average(verbs: Verbs) -> None:
+    parser = verbs.add_parser(
+        "average",
+        help="average the weights of checkpoints or models",
+        description="Checkpoints of the flat part of a wsd schedule averaged are about what a decay would end in.",
+    )
+    parser.add_argument("models", type=Path, nargs="+", metavar="MODEL", help="checkpoints, or Hugging Face folders")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="a new Hugging Face folder")
+    parser.add_argument("--shares", type=float, nargs="+", metavar="X", help="weigh the models (default: all alike)")
+    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="of the weights (default: as stored)")
+    parser.set_defaults(verb=_average)
+
+
+def _average(arguments: argparse.Namespace) -> None:
+    """Write the average of several models as a new one."""
+    from rich.console import Console
+
+    from megalite.checkpoint.average import average_of
+    from megalite.checkpoint.convert import write_model
+    from megalite.infer.generate import find_model
+
+    model = average_of([find_model(path) for path in arguments.models], arguments.shares)
+    write_model(model, arguments.output, arguments.dtype, console=Console(stderr=True))
+    print(f"{arguments.output}: the average of {len(arguments.models)} models")
 
 
 def _add_inspect(verbs: Verbs) -> None:
