@@ -253,6 +253,9 @@ def _check_engine(config: Config) -> None:
             name = next(iter(offload))
             raise ConfigError(f"parallel.offload.{name} = {offload[name]!r} needs parallel.engine: deepspeed")
         return
+    for key, value in (("ema", config.optimizer.ema), ("groups", config.optimizer.groups)):
+        if value:
+            raise ConfigError(f"optimizer.{key} needs parallel.engine: native; deepspeed has no such thing here")
     if config.optimizer.name != "adamw":
         raise ConfigError(
             f"optimizer.name = {config.optimizer.name!r} needs parallel.engine: native; deepspeed has adamw here"

@@ -27,11 +27,12 @@ def main() -> int:
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights, rounded once (default: as stored)")
     parser.add_argument("--shard-gb", type=float, default=5.0, help="largest file (default: %(default)s)")
     parser.add_argument("--vocab-size", type=at_least(1), help="of Megatron's: rows that are not padding")
+    parser.add_argument("--ema", action="store_true", help="the average of the weights (optimizer.ema), not the last")
     args = parser.parse_args()
     if not args.shard_gb >= 1e-9:
         parser.error(f"--shard-gb {args.shard_gb}: give a positive number")
     source = args.source if find_megatron(args.source) else find_model(args.source)
-    model = open_source(source, args.vocab_size)
+    model = open_source(source, args.vocab_size, args.ema)
     write_model(model, args.target, args.dtype, int(min(args.shard_gb, 10**6) * 10**9), Console(stderr=True))
     print(f"{args.target}: {sum(weight.numel for weight in model.weights):,} parameters")
     return 0

@@ -21,6 +21,7 @@ from megalite.checkpoint.load import from_hf
 from megalite.checkpoint.megatron import find_megatron, open_megatron
 from megalite.checkpoint.tensors import CheckpointError, TensorFolder
 from megalite.comm.mesh import ALONE
+from megalite.config import EMA
 from megalite.data.tokenizer_files import copy_files
 from megalite.models import (
     copied_hf_config,
@@ -52,13 +53,15 @@ class Model:
     """Folders with a tokenizer and generation_config.json, the first of them preferred."""
 
 
-def open_source(path: Path, vocab_size: int | None = None) -> Model:
+def open_source(path: Path, vocab_size: int | None = None, ema: bool = False) -> Model:
     """Open a Hugging Face folder, a checkpoint, a PEFT adapter with its model, or a checkpoint of Megatron-LM.
 
-    `vocab_size` is for the last one only: its vocabulary without padding. Names and shapes are checked. Raises
-    ConfigError or CheckpointError."""
+    `vocab_size` is for the last one only: its vocabulary without padding. With `ema`, the weights are the average that
+    a checkpoint holds beside them. Names and shapes are checked. Raises ConfigError or CheckpointError."""
     if (path / "config.json").is_file() or peft.is_adapter(path):
-        return _open_hf(path)
+        return _open_hf(path, ema)
+    if ema:
+        raise CheckpointError(f"{path} holds no average of weights; a checkpoint of a run with optimizer.ema does")
     if (megatron := find_megatron(path)) is None:
         raise CheckpointError(
             f"{path} is none of: a folder with a config.json or an adapter_config.json, a checkpoint of Megatron-LM's"
@@ -67,20 +70,23 @@ def open_source(path: Path, vocab_size: int | None = None) -> Model:
     return Model(to_hf_config(model), weights, read)
 
 
-def _open_hf(folder: Path) -> Model:
+def _open_hf(folder: Path, ema: bool) -> Model:
+    if ema and not any((folder / "optimizer").glob(f"{EMA}[.-]*")):
+        raise CheckpointError(f"{folder} holds no average of weights; a checkpoint of a run with optimizer.ema does")
     model = model_config({"hf": str(folder)})
     weights = weight_table(model)
     stored = from_hf(folder, weights, model, ALONE)
-    exact = from_hf(folder, weights, model, ALONE, masters=True)
+    exact = from_hf(folder, weights, model, ALONE, exact=EMA if ema else "master")
     extras: tuple[Path, ...] = (folder,)
     if peft.is_adapter(folder):
         extras += (peft.base_of(folder),)
 
     def read(weight: Weight) -> Tensor:
-        return stored(weight, "weight", 0, weight.numel).view(weight.shape)
+        found = stored(weight, "weight", 0, weight.numel).view(weight.shape)
+        return read_exact(weight).to(found.dtype) if ema else found
 
     def read_exact(weight: Weight) -> Tensor:
-        return exact(weight, "master", 0, weight.numel).view(weight.shape)
+        return exact(weight, EMA if ema else "master", 0, weight.numel).view(weight.shape)
 
     return Model(copied_hf_config(read_hf_config(folder), model), weights, read, read_exact, extras)
 

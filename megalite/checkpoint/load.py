@@ -14,7 +14,7 @@ from torch import Tensor
 from megalite.checkpoint.tensors import CheckpointError, TensorFolder
 from megalite.checkpoint.unneeded import ends_of, unneeded
 from megalite.comm.mesh import Axis
-from megalite.config import Config, LoraConfig, ModelConfig
+from megalite.config import EMA, Config, LoraConfig, ModelConfig
 from megalite.engine import ReadState
 from megalite.errors import ConfigError
 from megalite.models import peft, read_hf_config
@@ -23,7 +23,7 @@ from megalite.models.weights import Weight
 from megalite.utils.outside import shown
 from megalite.utils.resources import read_yaml
 
-VALUES = ("weight", "master")
+VALUES = ("weight", "master", EMA)
 """Kinds that hold a weight's value. The others are the optimizer's states, which begin at zero."""
 
 
@@ -53,25 +53,26 @@ def from_hf(
     model: ModelConfig,
     tensor: Axis,
     seed: int = 0,
-    masters: bool = False,
+    exact: str | None = None,
 ) -> ReadState:
     """Return a reader of the `weights` of a Hugging Face `folder`, which are also the master weights, and zero moments.
 
     For the folder of an adapter, it reads the weights of the model with the adapter merged in fp32: rounded to the
-    model's precision as weights, exact as master weights. With `masters`, the master weights are those that a
-    checkpoint keeps beside its rounded weights. A classification head that the folder's model lacks is initialized from
-    `seed`. `model` is the model to load into, `tensor` the axis that shards its weights.
+    model's precision as weights, exact as master weights. With `exact`, the master weights are those that a
+    checkpoint keeps beside its rounded weights: "master", or "ema", their average. A classification head that the
+    folder's model lacks is initialized from `seed`. `model` is the model to load into, `tensor` the axis that shards
+    its weights.
 
     Raises CheckpointError if names or shapes are not those of the model."""
     if peft.is_adapter(folder):
-        return _with_adapter(folder, weights, model, tensor, masters)
+        return _with_adapter(folder, weights, model, tensor, exact)
     # An adapter without its adapter_config.json beside a model: either may be what was meant.
     if found := sorted(path.name for path in folder.glob(f"{peft.TENSORS}.*")):
         raise CheckpointError(
             f"{folder} holds a whole model and an adapter ({found[0]}); move one of them to a folder of its own, so "
             "that it is clear which one is meant"
         )
-    states = dict.fromkeys(_masters_in(folder) if masters else (), weights)
+    states = dict.fromkeys(_files_of(folder, [exact]) if exact else (), weights)
     return _from_folder(folder, weights, model, tensor, states, new_head=from_seed(seed, tensor))
 
 
@@ -116,6 +117,10 @@ def stored_config(checkpoint: Path) -> dict[str, Any] | None:
     return values
 
 
+UNLESS_SET: Mapping[str, Any] = {"name": "adamw", "groups": [], EMA: None}
+"""Settings of the optimizer that decide which states are kept, and their defaults."""
+
+
 def states_held(folder: Path, config: Config, trained: Sequence[Weight]) -> dict[str, Sequence[Weight]]:
     """Return for each optimizer state of `config` the weights that a checkpoint holds it for, `trained` being all.
 
@@ -123,7 +128,7 @@ def states_held(folder: Path, config: Config, trained: Sequence[Weight]) -> dict
     states = config.optimizer.all_states
     before = (stored_config(folder) or {}).get("optimizer") or {}
     now = config.optimizer.model_dump(mode="json")
-    if any(before.get(key, now[key]) != now[key] for key in ("name", "groups")):
+    if any(before.get(key, default) != now[key] for key, default in UNLESS_SET.items()):
         found = {state: TensorFolder(folder / "optimizer", state).files for state in _files_of(folder, states)}
         return {state: [w for w in trained if files.keys() & set(w.hf)] for state, files in found.items()}
     needed = {weight.name: config.optimizer.states_of(weight) for weight in trained}
@@ -186,7 +191,7 @@ def _with_adapter(
     weights: Sequence[Weight],
     model: ModelConfig,
     tensor: Axis,
-    masters: bool,
+    exact: str | None,
 ) -> ReadState:
     """Return a reader that merges the adapter in `folder` into the weights of its model, slice by slice."""
     lora = LoraConfig.model_validate(peft.read_lora(folder))
@@ -198,7 +203,7 @@ def _with_adapter(
     for adapter in adapters:
         by_base.setdefault(adapter.base.name, []).append(adapter)
     every = [row for pair in rows.values() for row in pair]
-    states = dict.fromkeys(_masters_in(folder) if masters else (), every)
+    states = dict.fromkeys(_files_of(folder, [exact]) if exact else (), every)
     factors = _from_folder(folder, every, model, tensor, states, peft.TENSORS)
 
     def local(read: ReadState, weight: Weight, kind: str = "weight") -> Tensor:
@@ -210,15 +215,15 @@ def _with_adapter(
         own: list[tuple[Adapter, Tensor, Tensor]] = []
         for adapter in by_base.get(weight.name, ()):
             row_a, row_b = rows[adapter.module]
-            a = local(factors, row_a, "master")
-            b = local(factors, row_b, "master")
+            a = local(factors, row_a, exact or "master")
+            b = local(factors, row_b, exact or "master")
             own.append((adapter, a, b))
         if kind not in VALUES or not own:
             return base(weight, kind, start, stop)
         before = local(base, weight)
         # The whole shard is merged for a slice of it: a product of two factors has no cheaper slice.
         whole = merged(before, own, lora.scale, tensor.size).flatten()[start:stop]
-        return whole if kind == "master" else whole.to(before.dtype)
+        return whole.to(before.dtype) if kind == "weight" else whole
 
     return read
 
@@ -259,9 +264,10 @@ def _from_folder(
     def read(weight: Weight, kind: str, start: int, stop: int) -> Tensor:
         if new_head and weight.name in new:
             return new_head(weight, kind, start, stop)
-        if kind == "master" and kind not in sources:  # the weights are their own master copy
-            kind = "weight"
-        if kind not in sources or weight.name not in holders.get(kind, (weight.name,)):
+        if kind in VALUES and weight.name not in holders.get(kind, ()):
+            # An average begins as the exact weights, and weights that nothing is kept beside are exact.
+            kind = "master" if kind == EMA and weight.name in holders.get("master", ()) else "weight"
+        elif weight.name not in holders.get(kind, ()):
             return torch.zeros(stop - start)
         fetch = sources[kind].fetch
         return weight.read_local(

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from megalite.checkpoint.load import states_held, stored_config
 from megalite.checkpoint.tensors import KEEPS, CheckpointError
-from megalite.config import Config, LoraConfig, OptimizerConfig
+from megalite.config import EMA, Config, LoraConfig, OptimizerConfig
 from megalite.data.mixture import Mixture
 from megalite.data.tokenizer import Tokenizer, load_tokenizer
 from megalite.data.tokenizer_files import files_in
@@ -93,7 +93,8 @@ def _new_states(checkpoint: Path, config: Config) -> list[str]:
     held = states_held(checkpoint, config, trained)
     new = Counter[str]()
     for weight in trained:
-        new.update(state for state in config.optimizer.states_of(weight) if weight not in held.get(state, ()))
+        needed = [state for state in config.optimizer.states_of(weight) if state != EMA]  # begins as the weights
+        new.update(state for state in needed if weight not in held.get(state, ()))
     missing = ", no ".join(f"{state} of {count} weights" for state, count in new.items())
     return [f"warning: {checkpoint} has no {missing}; these optimizer states begin at zero"] if missing else []
 

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from megalite.models.weights import Weight
 
 
+EMA = "ema"
+"""Name of the average of the weights, which a checkpoint holds beside the optimizer's states."""
+
+
 class ScheduleConfig(Choice):
     """The learning rate over the steps: a linear warmup to the peak, then a decay from it to `min_lr`."""
 
@@ -101,6 +105,13 @@ class OptimizerConfig(Choice):
     weight_decay: float = Field(0.1, ge=0)
     clip: float = Field(1.0, ge=0, description="Largest global gradient norm. 0 disables clipping.")
     schedule: SerializeAsAny[ScheduleConfig] = Field(default_factory=lambda: ScheduleConfig.model_validate({}))
+    ema: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Decay of an exponential moving average of the weights, which is validated beside them and kept in "
+        "checkpoints. Lower in the first steps n: at most (1 + n)/(10 + n). null: none.",
+    )
     groups: tuple[ParameterGroup, ...] = Field(
         (), description="Weights with settings of their own. The first group that matches a weight is used."
     )
@@ -113,7 +124,7 @@ class OptimizerConfig(Choice):
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         super().__pydantic_init_subclass__(**kwargs)
-        if taken := {"weight", "master", "grad"}.intersection(cls.STATES):
+        if taken := {"weight", "master", "grad", EMA}.intersection(cls.STATES):
             raise ConfigError(f"{cls.__name__}.STATES: {taken.pop()!r} is the name of something else in a checkpoint")
 
     @model_validator(mode="after")
@@ -149,10 +160,14 @@ class OptimizerConfig(Choice):
         return Treatment(name, member.lr * group.lr, decay if group.weight_decay is None else group.weight_decay)
 
     def states_of(self, weight: Weight) -> tuple[str, ...]:
-        """Return the names of the states that are kept for `weight`."""
-        return self.members()[self.treatment(weight).optimizer].states
+        """Return the names of the states that are kept for `weight`, its average among them."""
+        return self.members()[self.treatment(weight).optimizer].states + self._average
 
     @property
     def all_states(self) -> tuple[str, ...]:
         """Return the names of the states that are kept for some weights, each once."""
-        return tuple(dict.fromkeys(state for member in self.members().values() for state in member.states))
+        return tuple(dict.fromkeys(s for member in self.members().values() for s in member.states)) + self._average
+
+    @property
+    def _average(self) -> tuple[str, ...]:
+        return (EMA,) if self.ema else ()

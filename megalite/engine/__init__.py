@@ -6,6 +6,7 @@ same tests, and read each other's checkpoints."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -68,6 +69,10 @@ class Engine(Protocol):
 
     def settle(self) -> None:
         """Wait for the communication that a step left under way."""
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Put the weights' average (`optimizer.ema`) in their place for the time of a `with` block. All ranks call
+        it."""
 
     def copies(self) -> Iterator[tuple[Sharing, Tensor]]:
         """Yield what this rank holds of weights and optimizer state, each with who must hold the same bits; in the

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megalite.comm.collectives import Wait
 from megalite.comm.mesh import Mesh
+from megalite.config import EMA
 from megalite.engine import ReadState
 from megalite.engine.layout import Bucket
 from megalite.engine.optimizers import Shard
@@ -28,7 +29,9 @@ class BucketWeights:
 class BucketState(BucketWeights):
     """Hold the tensors of one bucket on one rank: weights, gradients, optimizer state."""
 
-    def __init__(self, layout: Bucket, mesh: Mesh, dtype: torch.dtype, zero_stage: int, states: Sequence[str]):
+    def __init__(
+        self, layout: Bucket, mesh: Mesh, dtype: torch.dtype, zero_stage: int, states: Sequence[str], has_average: bool
+    ):
         super().__init__(layout, mesh, dtype)
         self.zero_stage = zero_stage
         # The part that the optimizer updates: this rank's shard, or at stage 0 everything.
@@ -36,6 +39,7 @@ class BucketState(BucketWeights):
         master = self.weights[self.stepped]
         self.master = master.float()  # for fp32 weights, .float() copies nothing: they are their own master weights
         self.states = {name: torch.zeros_like(self.master) for name in states}
+        self.average = torch.zeros_like(self.master) if has_average else None  # of the weights, fp32
         self.grads: Tensor | None = None  # [size] fp32; at stage 2 only while a micro-batch is under way
         self.grad_shard: Tensor | None = None  # stage 2: [shard] fp32, summed over micro-batches
         # Events that make up one micro-batch: for each weight its post-accumulate hook, and for each linear layer its
@@ -60,7 +64,7 @@ class BucketState(BucketWeights):
 
     def has(self, kind: str) -> bool:
         """Return whether `state` has something of this kind: its optimizer keeps such a state, if it is one."""
-        return kind in ("weight", "grad", "master") or kind in self.states
+        return kind in ("weight", "grad", "master", EMA) or kind in self.states
 
     def state(self, kind: str) -> Tensor:
         """Return this rank's shard of the weights, an optimizer state or the reduced gradients: [shard]."""
@@ -71,6 +75,9 @@ class BucketState(BucketWeights):
 
     def stepped_state(self, kind: str) -> Tensor:
         """Return the master weights or an optimizer state, for the part that the optimizer updates."""
+        if kind == EMA:
+            assert self.average is not None
+            return self.average
         return self.master if kind == "master" else self.states[kind]
 
     def shard(self, lr: float) -> Shard:
@@ -79,6 +86,14 @@ class BucketState(BucketWeights):
         # fp32 weights share the memory of their master weights.
         weights = None if self.weights.dtype == torch.float32 else self.weights[self.stepped]
         return Shard(self.master, weights, self.gradient(), self.states, lr * treatment.lr, treatment.weight_decay)
+
+    def put_average(self) -> Tensor:
+        """Put the weights' average in their place, in the part that the optimizer updates; return what was there."""
+        assert self.average is not None
+        part = self.weights[self.stepped]
+        before = part.clone()
+        part.copy_(self.average)
+        return before
 
     def gradient(self) -> Tensor:
         """Return the reduced gradient of the part that the optimizer updates."""

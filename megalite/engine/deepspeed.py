@@ -28,7 +28,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from functools import cache
 from io import StringIO
@@ -305,6 +305,9 @@ class DeepSpeedEngine:
             self.zero._optimizer_states_and_gradient_swap_out(number)
         elif swapped:
             self.zero._release_swap_buffers(number)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        raise NotImplementedError("the plan has refused optimizer.ema")
 
     def copies(self) -> Iterator[tuple[Sharing, Tensor]]:
         # At stage 3, every replica holds its own share of all weights.

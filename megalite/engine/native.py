@@ -20,6 +20,7 @@ answers for one equal shard of every bucket. A step:
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -29,7 +30,7 @@ from torch.profiler import record_function
 
 from megalite.comm.collectives import start_all_gather
 from megalite.comm.mesh import Mesh
-from megalite.config import Config
+from megalite.config import EMA, Config
 from megalite.engine import Permit, ReadState, Sharing
 from megalite.engine.buckets import BucketState, BucketWeights, fill
 from megalite.engine.gather import Gather, GatherAside, GatherOnHost, HostBuffers
@@ -54,7 +55,9 @@ class NativeEngine:
         layout = make_buckets(weights, plan, config.optimizer, elements_of(config.parallel.bucket_mb))
         members = config.optimizer.members()
         self.buckets = [
-            BucketState(b, mesh, self.dtype, plan.zero_stage, members[b.treatment.optimizer].states)
+            BucketState(
+                b, mesh, self.dtype, plan.zero_stage, members[b.treatment.optimizer].states, bool(self.config.ema)
+            )
             for b in layout
             if not b.frozen
         ]
@@ -108,6 +111,11 @@ class NativeEngine:
         self.settle()
         self.await_copies()
         self._update(common, lr)
+        if self.config.ema:
+            decay = torch.clamp((1 + num_updates) / (10 + num_updates), max=self.config.ema)
+            share = torch.where(divisor > 0, 1 - decay, 0.0).float()  # nothing of a refused step
+            for bucket in self.buckets:
+                bucket.stepped_state(EMA).lerp_(bucket.master, share)
         self._gradients.forget()
         return norm
 
@@ -136,6 +144,24 @@ class NativeEngine:
         """Wait until all of the new weights are here."""
         for bucket in self._forward_order:
             bucket.await_weights()
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        self.settle()
+        self.await_copies()
+        before = [bucket.put_average() for bucket in self._forward_order]
+        self._gather_all()
+        try:
+            yield
+        finally:
+            for bucket, weights in zip(self._forward_order, before, strict=True):
+                bucket.weights[bucket.stepped] = weights
+            self._gather_all()
+
+    def _gather_all(self) -> None:
+        for bucket in self._forward_order:
+            self._send(bucket)
+        self.settle()
 
     # --- state, in logical terms ----------------------------------------------------------------------------------
 

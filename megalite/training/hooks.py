@@ -17,6 +17,7 @@ from typing import Any
 from megalite.checkpoint.save import Saver
 from megalite.data.dataset import Split
 from megalite.data.loader import Loader
+from megalite.data.mixture import Mixture
 from megalite.health.guard import Ending, Guard
 from megalite.health.signals import StopRequests
 from megalite.health.stragglers import Stragglers
@@ -176,12 +177,21 @@ class Evaluate(Hook):
         run, mixture = self._run, self._data[split]
         if mixture is None:
             return None
+        found = self._validate(mixture, split)
+        record = {f"{split}_{name}": value for name, value in found.items()}
+        if run.config.optimizer.ema:
+            with self._parts.engine.averaged():
+                averaged = self._validate(mixture, split)
+            record |= {f"{split}_{name}_ema": value for name, value in averaged.items()}
+        if run.recorder:
+            run.recorder.evaluation({"step": step} | record)
+        return found["loss"] if math.isfinite(found["loss"]) else None
+
+    def _validate(self, mixture: Mixture, split: Split) -> dict[str, float]:
+        run = self._run
         batches = mixture.num_batches(run.config.train.global_batch_size, run.config.observe.eval_batches)
         with make_loader(mixture, run) as loader:
-            found = validate(self._parts, loader, batches, split, run.mesh)
-        if run.recorder:
-            run.recorder.evaluation({"step": step} | {f"{split}_{name}": value for name, value in found.items()})
-        return found["loss"] if math.isfinite(found["loss"]) else None
+            return validate(self._parts, loader, batches, split, run.mesh)
 
 
 class MeasureTasks(Hook):
