@@ -24,6 +24,61 @@ void check_contiguous(const Tensor& x, const char* op, const char* name) {
   TORCH_CHECK_VALUE(x.is_contiguous(), op, ": ", name, " is updated in place, and must be contiguous for that");
 }
 
+// bf16 weights that get the new `master`, rounded.
+void check_weights(const std::optional<Tensor>& weights, const Tensor& master, const char* op) {
+  if (!weights) return;
+  check_shape(*weights, master.sizes(), op, "weights");
+  check_contiguous(*weights, op, "weights");
+  TORCH_CHECK_TYPE(
+      weights->scalar_type() == at::kBFloat16, op, ": weights is ", weights->scalar_type(), ", but must be bfloat16");
+  TORCH_CHECK_VALUE(
+      weights->device() == master.device(), op, ": weights is on ", weights->device(), ", but must be on ",
+      master.device());
+}
+
+void check_divisor(const Tensor& divisor, const Tensor& like, const char* op) {
+  check_shape(divisor, {}, op, "divisor");
+  check_like(divisor, like, op, "divisor");
+}
+
+Tensor momentum_(const Tensor& buffer, const Tensor& grad_in, const Tensor& divisor, double momentum, bool nesterov) {
+  const char* op = "momentum_";
+  check_fp32(buffer, op, "buffer");
+  check_contiguous(buffer, op, "buffer");
+  const Tensor grad = grad_in.contiguous();
+  check_shape(grad, buffer.sizes(), op, "grad");
+  check_like(grad, buffer, op, "grad");
+  check_divisor(divisor, buffer, op);
+  const Tensor out = at::empty_like(buffer);
+  const megalite::Momentum a{
+      buffer.data_ptr<float>(), grad.data_ptr<float>(), divisor.data_ptr<float>(), out.data_ptr<float>(),
+      buffer.numel(), static_cast<float>(momentum), nesterov};
+  if (a.size > 0)
+    MEGALITE_LAUNCH(
+        buffer, parts_of(buffer), 1, megalite::cpu::momentum(a, begin, end), megalite::cuda::momentum(a, stream));
+  return out;
+}
+
+void decayed_step_(
+    const Tensor& master, const std::optional<Tensor>& weights, const Tensor& step_in, const Tensor& divisor,
+    double lr, double weight_decay) {
+  const char* op = "decayed_step_";
+  check_fp32(master, op, "master");
+  check_contiguous(master, op, "master");
+  check_weights(weights, master, op);
+  const Tensor step = step_in.contiguous();
+  check_shape(step, master.sizes(), op, "step");
+  check_like(step, master, op, "step");
+  check_divisor(divisor, master, op);
+  const megalite::DecayedStep a{
+      master.data_ptr<float>(), weights ? weights->data_ptr() : nullptr, step.data_ptr<float>(),
+      divisor.data_ptr<float>(), master.numel(), static_cast<float>(lr * weight_decay), static_cast<float>(lr)};
+  if (a.size > 0)
+    MEGALITE_LAUNCH(
+        master, parts_of(master), 1, megalite::cpu::decayed_step(a, begin, end),
+        megalite::cuda::decayed_step(a, stream));
+}
+
 void adamw_(
     const Tensor& master, const Tensor& exp_avg, const Tensor& exp_avg_sq, const std::optional<Tensor>& weights,
     const Tensor& grad_in, const Tensor& factors, double lr, double beta1, double beta2, double eps,
@@ -37,15 +92,7 @@ void adamw_(
     check_like(*state, master, op, name);
     check_contiguous(*state, op, name);
   }
-  if (weights) {
-    check_shape(*weights, master.sizes(), op, "weights");
-    check_contiguous(*weights, op, "weights");
-    TORCH_CHECK_TYPE(
-        weights->scalar_type() == at::kBFloat16, op, ": weights is ", weights->scalar_type(), ", but must be bfloat16");
-    TORCH_CHECK_VALUE(
-        weights->device() == master.device(), op, ": weights is on ", weights->device(), ", but must be on ",
-        master.device());
-  }
+  check_weights(weights, master, op);
   const Tensor grad = grad_in.contiguous();
   check_shape(grad, master.sizes(), op, "grad");
   check_like(grad, master, op, "grad");
@@ -95,10 +142,16 @@ TORCH_LIBRARY_FRAGMENT(megalite, m) {
   m.def(
       "adamw_(Tensor(a!) master, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!)? weights, Tensor grad, "
       "Tensor factors, float lr, float beta1, float beta2, float eps, float weight_decay) -> ()");
+  m.def("momentum_(Tensor(a!) buffer, Tensor grad, Tensor divisor, float momentum, bool nesterov) -> Tensor");
+  m.def(
+      "decayed_step_(Tensor(a!) master, Tensor(b!)? weights, Tensor step, Tensor divisor, float lr, "
+      "float weight_decay) -> ()");
   m.def("sum_of_squares(Tensor[] tensors) -> Tensor");
 }
 
 MEGALITE_REGISTER(m) {
   m.impl("adamw_", &adamw_);
+  m.impl("momentum_", &momentum_);
+  m.impl("decayed_step_", &decayed_step_);
   m.impl("sum_of_squares", &sum_of_squares);
 }

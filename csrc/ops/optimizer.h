@@ -21,6 +21,26 @@ struct AdamW {
   float lr, eps;
 };
 
+struct Momentum {
+  float* buffer;
+  const float* grad;
+  const float* divisor;  // of the gradient
+  float* out;
+  int64_t size;
+  float momentum;
+  bool nesterov;
+};
+
+struct DecayedStep {
+  float* master;
+  void* weights;  // bf16; may be null
+  const float* step;
+  const float* divisor;
+  int64_t size;
+  float decay;  // lr * weight_decay
+  float lr;
+};
+
 struct SumOfSquares {
   const float* x;
   int64_t size;
@@ -31,10 +51,14 @@ struct SumOfSquares {
 
 // Parts [begin, end).
 MEGALITE_CPU_KERNEL(adamw, (const AdamW& a, int64_t begin, int64_t end), (a, begin, end))
+MEGALITE_CPU_KERNEL(momentum, (const Momentum& a, int64_t begin, int64_t end), (a, begin, end))
+MEGALITE_CPU_KERNEL(decayed_step, (const DecayedStep& a, int64_t begin, int64_t end), (a, begin, end))
 MEGALITE_CPU_KERNEL(sum_of_squares, (const SumOfSquares& a, int64_t begin, int64_t end), (a, begin, end))
 
 namespace megalite::cuda {
 void adamw(const AdamW& a, void* stream);
+void momentum(const Momentum& a, void* stream);
+void decayed_step(const DecayedStep& a, void* stream);
 void sum_of_squares(const SumOfSquares& a, void* stream);
 // out: one number.
 void sum_parts(const double* parts, int64_t count, double* out, void* stream);

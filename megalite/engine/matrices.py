@@ -156,7 +156,7 @@ class Matrices:
                 into[source].append(held)
         device = self.mesh.device
         to_send = [
-            torch.cat([piece(held) for held in some]) if some and rank != axis.rank else torch.empty(0, device=device)
+            joined([piece(held) for held in some]) if some and rank != axis.rank else torch.empty(0, device=device)
             for rank, some in enumerate(out)
         ]
         lengths = [sum(held.stop - held.start for held in some) for some in into]
@@ -187,7 +187,7 @@ class Matrices:
             weight = self.matrices[number].slot.weight
             shape = weight.local_shape(tensor if self._is_cut(number) else 1)
             locals_ = [
-                torch.cat([value for _, value in sorted(pieces, key=lambda piece: piece[0])]).view(shape)
+                joined([value for _, value in sorted(pieces, key=lambda piece: piece[0])]).view(shape)
                 for _, pieces in sorted(by_side.items())
             ]
             logical[number] = weight.assemble(locals_).flatten(0, weight.stack)
@@ -195,19 +195,18 @@ class Matrices:
 
     def _solve_by_shape(self, logical: dict[int, Tensor]) -> dict[int, Tensor]:
         """Solve matrices of equal shapes together; `logical` holds the rows of all matrices of a weight."""
-        split = {number: self.optimizer.split(self.matrices[number].slot.weight) for number in logical}
-        by_shape: dict[tuple[int, int], list[Tensor]] = {}
+        by_shape: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
+        solved = {number: torch.empty_like(rows) for number, rows in logical.items()}
         for number, rows in logical.items():
-            for matrix in rows.split(split[number]):
-                by_shape.setdefault((matrix.shape[0], matrix.shape[1]), []).append(matrix)
+            sizes = self.optimizer.split(self.matrices[number].slot.weight)
+            for matrix, out in zip(rows.split(sizes), solved[number].split(sizes), strict=True):
+                by_shape.setdefault(tuple(matrix.shape), []).append((matrix, out))
         dtype = self.buckets[0].weights.dtype
-        solved = {
-            shape: iter(self.optimizer.solve(torch.stack(matrices), dtype)) for shape, matrices in by_shape.items()
-        }
-        return {
-            number: torch.cat([next(solved[size, rows.shape[1]]) for size in split[number]])
-            for number, rows in logical.items()
-        }
+        for pairs in by_shape.values():
+            found = self.optimizer.solve([matrix for matrix, _ in pairs], dtype)
+            for (_, out), result in zip(pairs, found, strict=True):
+                out.copy_(result)
+        return solved
 
     def _part(self, solved: dict[int, Tensor], held: Held) -> Tensor:
         """Return the elements of what was solved that a rank holds."""
@@ -224,3 +223,8 @@ class Matrices:
 
     def _is_cut(self, number: int) -> bool:
         return self.buckets[self.matrices[number].bucket].layout.cut
+
+
+def joined(pieces: Sequence[Tensor]) -> Tensor:
+    """Return flat tensors as one, without a copy where there is one only."""
+    return torch.cat(list(pieces)) if len(pieces) > 1 else pieces[0]

@@ -44,28 +44,59 @@ EPS = 1e-7
 """Lower bound of that norm."""
 
 
-def orthogonalize(matrices: Tensor, coefficients: str = "simple") -> Tensor:
-    """Return `matrices` [N, rows, columns] with singular values of about 1, in their precision.
+WORTH_CUTTING = 256
+"""Rows from which on a product with its own transpose is computed in quarters."""
+
+
+def orthogonalize(
+    matrices: Sequence[Tensor], coefficients: str = "simple", dtype: torch.dtype = torch.float32, scale: float = 1.0
+) -> list[Tensor]:
+    """Return `matrices` of one shape [rows, columns] with singular values of about `scale`, computed in `dtype`.
 
     What is computed for a matrix on the CPU depends on it alone, to the last bit. `coefficients` names a row of
     `COEFFICIENTS`."""
-    if matrices.device.type == "cpu":
-        # One by one: a batched product may be computed otherwise than a single one.
-        return torch.stack([_iterate(matrix[None], coefficients)[0] for matrix in matrices])
-    return _iterate(matrices, coefficients)
+    if matrices[0].device.type == "cpu":
+        # One by one: a batched product may be computed otherwise than a single one, and is slower here.
+        return [_iterate(matrix.to(dtype), coefficients, scale) for matrix in matrices]
+    return list(_iterate(torch.stack([matrix.to(dtype) for matrix in matrices]), coefficients, scale))
 
 
-def _iterate(x: Tensor, name: str) -> Tensor:
-    is_tall = x.shape[1] > x.shape[2]
+def _iterate(x: Tensor, name: str, scale: float) -> Tensor:
+    """Iterate on `x` [rows, columns], or [N, rows, columns]."""
+    add_product = torch.addmm if x.dim() == 2 else torch.baddbmm
+    is_tall = x.shape[-2] > x.shape[-1]
     if is_tall:  # XXᵀ is the smaller product of a wide matrix
-        x = x.mT
+        x = x.mT.contiguous()
     # Frobenius norms, which no singular value exceeds, in fp32.
-    norms = torch.linalg.vector_norm(x.float(), dim=(1, 2), keepdim=True) * MARGIN.get(name, 1.0)
+    norms = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float32) * MARGIN.get(name, 1.0)
     x = x / norms.clamp(min=EPS).to(x.dtype)
-    for a, b, c in COEFFICIENTS[name]:
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    *steps, (a, b, c) = COEFFICIENTS[name]
+    for each in (*steps, (a * scale, b * scale, c * scale)):
+        gram = symmetric_product(x)
+        polynomial = symmetric_product(gram, gram, beta=each[1], alpha=each[2])
+        x = add_product(x, polynomial, x, beta=each[0])
     return x.mT if is_tall else x
+
+
+def symmetric_product(x: Tensor, add: Tensor | None = None, beta: float = 1.0, alpha: float = 1.0) -> Tensor:
+    """Return alpha · x xᵀ, plus beta · `add`, which is symmetric, too. `x` is [rows, columns] or [N, rows, columns].
+
+    On the CPU the upper right quarter of a large one is copied from the lower left: a quarter less work."""
+    rows = x.shape[-2]
+    if x.dim() == 3 or rows < WORTH_CUTTING or rows % 2:
+        if add is None:
+            return x @ x.mT
+        return (torch.addmm if x.dim() == 2 else torch.baddbmm)(add, x, x.mT, beta=beta, alpha=alpha)
+    half = rows // 2
+    out = x.new_empty(rows, rows)
+    upper, lower = slice(None, half), slice(half, None)
+    for a, b in ((upper, upper), (lower, upper), (lower, lower)):
+        if add is None:
+            torch.mm(x[a], x[b].mT, out=out[a, b])
+        else:
+            torch.addmm(add[a, b], x[a], x[b].mT, beta=beta, alpha=alpha, out=out[a, b])
+    out[upper, lower] = out[lower, upper].mT
+    return out
 
 
 def iteration_flops(rows: int, columns: int, coefficients: Sequence[Coefficients] | int = 5) -> float:

@@ -1,4 +1,5 @@
-"""The AdamW update (Loshchilov and Hutter 2019) and the sum of squares of the gradient norm, over flat fp32 tensors."""
+"""The AdamW update (Loshchilov and Hutter 2019), momentum, and the sum of squares of the gradient norm, over flat fp32
+tensors."""
 
 from __future__ import annotations
 
@@ -48,6 +49,36 @@ def adamw_(
         weights.copy_(torch.where(refused, weights, rounded))
 
 
+def momentum_(buffer: Tensor, grad: Tensor, divisor: Tensor, momentum: float, nesterov: bool) -> Tensor:
+    """Average `grad`, divided by `divisor` (fp32 []), into `buffer` with decay `momentum`, in place.
+
+    Returns what an update takes: the buffer, or with `nesterov` its average with the gradient. A divisor that is not
+    above 0 leaves the buffer as it is, and gives zeros."""
+    if pick("optimizer", buffer) == "megalite":
+        return torch.ops.megalite.momentum_(buffer, grad, divisor, momentum, nesterov)
+    grad = grad / divisor
+    average = buffer.lerp(grad, 1 - momentum)
+    refused = divisor <= 0
+    buffer.copy_(torch.where(refused, buffer, average))
+    return torch.where(refused, 0.0, grad.lerp(average, momentum) if nesterov else average)
+
+
+def decayed_step_(
+    master: Tensor, weights: Tensor | None, step: Tensor, divisor: Tensor, lr: float, weight_decay: float
+) -> None:
+    """Subtract lr · (`step` + `weight_decay` · `master`) from `master`, in place, and give bf16 `weights` the result.
+
+    A `divisor` (fp32 []) that is not above 0 leaves everything as it is."""
+    if pick("optimizer", master) == "megalite":
+        torch.ops.megalite.decayed_step_(master, weights, step, divisor, lr, weight_decay)
+        return
+    value = (master * (1 - lr * weight_decay)).sub_(step, alpha=lr)
+    refused = divisor <= 0
+    master.copy_(torch.where(refused, master, value))
+    if weights is not None:
+        weights.copy_(torch.where(refused, weights, value.to(weights.dtype)))
+
+
 def adamw_factors(divisor: Tensor, step: Tensor, betas: tuple[float, float]) -> Tensor:
     """Return the `factors` of `adamw_`, [3] on the device: `divisor` and the two bias corrections 1 - beta^step.
 
@@ -93,6 +124,16 @@ def _register() -> None:
         beta2: float,
         eps: float,
         weight_decay: float,
+    ) -> None:
+        return None
+
+    @torch.library.register_fake("megalite::momentum_")
+    def _(buffer: Tensor, grad: Tensor, divisor: Tensor, momentum: float, nesterov: bool) -> Tensor:
+        return torch.empty_like(buffer)
+
+    @torch.library.register_fake("megalite::decayed_step_")
+    def _(
+        master: Tensor, weights: Tensor | None, step: Tensor, divisor: Tensor, lr: float, weight_decay: float
     ) -> None:
         return None
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from megalite.config import OptimizerConfig
 from megalite.engine.optimizers import MatrixOptimizer, Shard
 from megalite.errors import ConfigError
-from megalite.kernels.newton_schulz import COEFFICIENTS, orthogonalize
+from megalite.kernels.newton_schulz import COEFFICIENTS, orthogonalize, symmetric_product
 from megalite.models.weights import Weight
 
 STEPS = 20
@@ -32,7 +32,7 @@ def train(config: OptimizerConfig, start: Tensor, grads: list[Tensor]) -> Tensor
         common = optimizer.begin_step(torch.ones(()), torch.tensor(float(number), dtype=torch.float64))
         if isinstance(optimizer, MatrixOptimizer):
             seen = optimizer.advance_(shard, common).view(start.shape)
-            parts = [optimizer.solve(part[None], torch.float32)[0] for part in seen.split(optimizer.split(weight))]
+            parts = [optimizer.solve([part], torch.float32)[0] for part in seen.split(optimizer.split(weight))]
             optimizer.update_(shard, torch.cat(parts).flatten(), common)
         else:
             optimizer.update_(shard, common)
@@ -112,7 +112,7 @@ def test_a_refused_step_changes_nothing(name: str, precision: torch.dtype) -> No
     common = optimizer.begin_step(torch.zeros(()), torch.ones((), dtype=torch.float64))
     if isinstance(optimizer, MatrixOptimizer):
         seen = optimizer.advance_(shard, common)
-        optimizer.update_(shard, optimizer.solve(seen.view(1, 8, 8), precision).flatten(), common)
+        optimizer.update_(shard, optimizer.solve([seen.view(8, 8)], precision)[0].float().flatten(), common)
     else:
         optimizer.update_(shard, common)
     assert all(torch.equal(a, b) for a, b in zip(before, (weights, master, *states.values()), strict=True))
@@ -122,7 +122,7 @@ def test_a_refused_step_changes_nothing(name: str, precision: torch.dtype) -> No
 @pytest.mark.parametrize("shape", [(3, 48, 128), (2, 128, 48)])
 def test_singular_values_come_near_to_one(coefficients: str, shape: tuple[int, int, int]) -> None:
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    found = orthogonalize(matrices, coefficients)
+    found = torch.stack(orthogonalize(list(matrices), coefficients))
     low, high = {"deepseek_v4": (0.999, 1.001)}.get(coefficients, (0.65, 1.25))
     values = torch.linalg.svdvals(found.double())
     assert low <= values.min()
@@ -132,7 +132,18 @@ def test_singular_values_come_near_to_one(coefficients: str, shape: tuple[int, i
         "the singular vectors stay"
     )
     # Alone or among others, the same bits.
-    assert torch.equal(found[:1], orthogonalize(matrices[:1].clone(), coefficients))
+    assert torch.equal(found[0], orthogonalize([matrices[0].clone()], coefficients)[0])
+
+
+@pytest.mark.parametrize("shape", [(256, 300), (257, 300), (2, 256, 256)])
+def test_a_product_with_its_own_transpose(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    gram = symmetric_product(x)
+    wanted = x.double() @ x.double().mT
+    torch.testing.assert_close(gram.double(), wanted, rtol=1e-5, atol=1e-4)  # sums of 300 products in fp32
+    assert torch.equal(gram, gram.mT)
+    found = symmetric_product(gram, gram, beta=-0.5, alpha=0.25)
+    torch.testing.assert_close(found.double(), -0.5 * wanted + 0.25 * wanted @ wanted, rtol=1e-5, atol=0.1)
 
 
 def test_groups_have_settings_of_their_own() -> None:

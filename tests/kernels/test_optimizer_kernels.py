@@ -9,7 +9,7 @@ from torch import Tensor
 from exactness import BOUND, device, error, needs_kernels  # noqa: F401, device is a fixture
 from megalite.config import KernelsConfig
 from megalite.kernels import library
-from megalite.kernels.optimizer import adamw_, adamw_factors, sum_of_squares
+from megalite.kernels.optimizer import adamw_, adamw_factors, decayed_step_, momentum_, sum_of_squares
 
 SIZES = [0, 1, 5, 64, 1023, 3 * 16384, 100_003]
 OPTIONS: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
@@ -181,3 +181,40 @@ def test_operators_are_well_formed(device: torch.device) -> None:  # noqa: F811
     tensors = (x, x.clone(), x.square(), weights, x.clone(), torch.ones(3, device=device))
     torch.library.opcheck(torch.ops.megalite.adamw_, (*tensors, 1e-2, 0.9, 0.95, 1e-8, 0.1))
     torch.library.opcheck(torch.ops.megalite.sum_of_squares, ([x, x[:3]],))
+
+
+def run_momentum(
+    size: int, where: torch.device, dtype: torch.dtype, nesterov: bool, copies: bool, offset: int = 0
+) -> list[Tensor]:
+    """Master weights, momentum and, where there are `copies`, the weights after five steps, of which one is refused."""
+
+    def make(value: Tensor) -> Tensor:
+        return torch.cat((torch.zeros(offset, dtype=value.dtype), value)).to(where)[offset:]
+
+    master, buffer = make(torch.linspace(-1, 1, size).to(dtype)), make(torch.zeros(size, dtype=dtype))
+    weights = make(torch.zeros(size, dtype=torch.bfloat16)) if copies else None
+    for step, grad in enumerate(gradients(size, 5), start=1):
+        divisor = torch.tensor(0.0 if step == 3 else 1.0 + step / 3, dtype=dtype, device=where)
+        grad = make(torch.full_like(grad, torch.nan) if step == 3 else grad).to(dtype)
+        found = momentum_(buffer, grad, divisor, 0.9, nesterov)
+        assert step != 3 or not found.any(), "a refused step takes nothing"
+        decayed_step_(master, weights, make(found), divisor, 1e-2, 0.1)
+    return [master, buffer] if weights is None else [master, buffer, weights]
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize(("nesterov", "copies"), [(True, False), (False, True)])
+@pytest.mark.parametrize("size", SIZES)
+def test_momentum_against_float64(
+    size: int,
+    nesterov: bool,
+    copies: bool,
+    offset: int,
+    device: torch.device,  # noqa: F811
+) -> None:
+    wanted = run_momentum(size, torch.device("cpu"), torch.float64, nesterov, False)
+    found = run_momentum(size, device, torch.float32, nesterov, copies, offset)
+    for a, b in zip(found, wanted, strict=False):
+        assert error(a, b) <= BOUND[torch.float32]
+    if copies:
+        assert torch.equal(found[2], found[0].bfloat16())

@@ -43,6 +43,50 @@ void adamw(const AdamW& a, int64_t begin, int64_t end) {
     (a.weights ? update<true> : update<false>)(a, bound(part, a.size), bound(part + 1, a.size));
 }
 
+void momentum(const Momentum& a, int64_t begin, int64_t end) {
+  const float divisor = a.divisor[0], rest = 1.0f - a.momentum, share = a.nesterov ? a.momentum : 1.0f;
+  for (int64_t part = begin; part < end; ++part) {
+    const int64_t first = bound(part, a.size), stop = bound(part + 1, a.size);
+    if (divisor <= 0.0f) {
+      for (int64_t i = first; i < stop; ++i) a.out[i] = 0.0f;
+      continue;
+    }
+    float *const buffer = a.buffer, *const out = a.out;
+    const float* const grad = a.grad;
+#pragma omp simd
+    for (int64_t i = first; i < stop; ++i) {
+      const float g = grad[i] / divisor;
+      const float m = buffer[i] + rest * (g - buffer[i]);
+      buffer[i] = m;
+      out[i] = g + share * (m - g);
+    }
+  }
+}
+
+namespace {
+
+template <bool COPIES>
+void take_step(const DecayedStep& a, int64_t begin, int64_t end) {
+  float* const master = a.master;
+  bf16* const weights = static_cast<bf16*>(a.weights);
+  const float* const step = a.step;
+  const float decay = a.decay, lr = a.lr;
+#pragma omp simd
+  for (int64_t i = begin; i < end; ++i) {
+    const float value = master[i] - decay * master[i] - lr * step[i];
+    master[i] = value;
+    if (COPIES) weights[i] = from_float<bf16>(value);
+  }
+}
+
+}  // namespace
+
+void decayed_step(const DecayedStep& a, int64_t begin, int64_t end) {
+  if (a.divisor[0] <= 0.0f) return;
+  for (int64_t part = begin; part < end; ++part)
+    (a.weights ? take_step<true> : take_step<false>)(a, bound(part, a.size), bound(part + 1, a.size));
+}
+
 // In fp32 over short runs, then in double: in fp32 alone, the sum of millions of squares is off by up to 5e-4.
 void sum_of_squares(const SumOfSquares& a, int64_t begin, int64_t end) {
   constexpr int64_t RUN = 512;

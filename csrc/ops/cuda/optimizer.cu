@@ -32,6 +32,45 @@ __global__ void update(AdamW a) {
   if (a.weights) store(static_cast<bf16*>(a.weights) + i, weights);
 }
 
+// Reads 8 bytes an element and writes 8.
+template <int N>
+__global__ void average(Momentum a) {
+  const int64_t i = (static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x) * N;
+  if (i >= a.size) return;
+  const float divisor = a.divisor[0], rest = 1.0f - a.momentum, share = a.nesterov ? a.momentum : 1.0f;
+  Pack<float, N> out;
+  if (divisor <= 0.0f) {
+    for (int j = 0; j < N; ++j) out.at[j] = 0.0f;
+    store(a.out + i, out);
+    return;
+  }
+  const Pack<float, N> grad = load<N>(a.grad + i);
+  Pack<float, N> m = load<N>(a.buffer + i);
+  for (int j = 0; j < N; ++j) {
+    const float g = grad.at[j] / divisor;
+    m.at[j] += rest * (g - m.at[j]);
+    out.at[j] = g + share * (m.at[j] - g);
+  }
+  store(a.buffer + i, m);
+  store(a.out + i, out);
+}
+
+// Reads 8 bytes an element and writes 4, or 6 with weights.
+template <int N>
+__global__ void take_step(DecayedStep a) {
+  const int64_t i = (static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x) * N;
+  if (i >= a.size || a.divisor[0] <= 0.0f) return;
+  const Pack<float, N> step = load<N>(a.step + i);
+  Pack<float, N> master = load<N>(a.master + i);
+  Pack<bf16, N> weights;
+  for (int j = 0; j < N; ++j) {
+    master.at[j] = master.at[j] - a.decay * master.at[j] - a.lr * step.at[j];
+    weights.at[j] = from_float<bf16>(master.at[j]);
+  }
+  store(a.master + i, master);
+  if (a.weights) store(static_cast<bf16*>(a.weights) + i, weights);
+}
+
 // Given to thread 0.
 __device__ double block_sum(double x) {
   __shared__ double sums[MAX_THREADS / 32];
@@ -73,12 +112,43 @@ void launch_update(const AdamW& a, cudaStream_t stream) {
   check_launch("adamw_");
 }
 
+template <int N>
+void launch_average(const Momentum& a, cudaStream_t stream) {
+  constexpr int64_t items = THREADS * N;
+  average<N><<<(a.size + items - 1) / items, THREADS, 0, stream>>>(a);
+  check_launch("momentum_");
+}
+
+template <int N>
+void launch_step(const DecayedStep& a, cudaStream_t stream) {
+  constexpr int64_t items = THREADS * N;
+  take_step<N><<<(a.size + items - 1) / items, THREADS, 0, stream>>>(a);
+  check_launch("decayed_step_");
+}
+
+// Whether the bf16 weights may be stored in packs, as the fp32 tensors beside them.
+template <int N>
+bool aligned_weights(const void* weights) {
+  return reinterpret_cast<uintptr_t>(weights) % (N * sizeof(bf16)) == 0;
+}
+
 }  // namespace
+
+void momentum(const Momentum& a, void* stream) {
+  const bool whole = aligned<float>(a.size, a.buffer, a.grad, a.out);
+  (whole ? launch_average<PACK<float>> : launch_average<1>)(a, static_cast<cudaStream_t>(stream));
+}
+
+void decayed_step(const DecayedStep& a, void* stream) {
+  constexpr int N = PACK<float>;
+  const bool whole = aligned<float>(a.size, a.master, a.step) && aligned_weights<N>(a.weights);
+  (whole ? launch_step<N> : launch_step<1>)(a, static_cast<cudaStream_t>(stream));
+}
 
 void adamw(const AdamW& a, void* stream) {
   constexpr int N = PACK<float>;
-  const bool whole = aligned<float>(a.size, a.master, a.exp_avg, a.exp_avg_sq, a.grad) &&
-                     reinterpret_cast<uintptr_t>(a.weights) % (N * sizeof(bf16)) == 0;
+  const bool whole =
+      aligned<float>(a.size, a.master, a.exp_avg, a.exp_avg_sq, a.grad) && aligned_weights<N>(a.weights);
   (whole ? launch_update<N> : launch_update<1>)(a, static_cast<cudaStream_t>(stream));
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import sqrt
 from typing import ClassVar, Literal
 
@@ -11,9 +11,10 @@ from pydantic import Field
 from torch import Tensor
 
 from megalite.config import Member, OptimizerConfig
-from megalite.engine.optimizers import MatrixOptimizer, Shard, put_weights_
+from megalite.engine.optimizers import MatrixOptimizer, Shard
 from megalite.engine.optimizers.adamw import AdamWSettings
 from megalite.kernels.newton_schulz import COEFFICIENTS, iteration_flops, orthogonalize
+from megalite.kernels.optimizer import decayed_step_, momentum_
 from megalite.models.weights import Weight
 
 NewtonSchulz = Literal["simple", "quintic", "polar_express", "deepseek_v4"]
@@ -63,13 +64,12 @@ class Muon(MatrixOptimizer):
     def __init__(self, config: MuonConfig):
         self.config = config
 
+    def begin_step(self, divisor: Tensor, num_updates: Tensor) -> Tensor:
+        return divisor.float()
+
     def advance_(self, shard: Shard, common: Tensor) -> Tensor:
-        divisor = common[0]
-        grad = shard.grad / divisor.float()
-        momentum, buffer = self.config.momentum, shard.states["momentum_buffer"]
-        average = buffer.lerp(grad, 1 - momentum)
-        buffer.copy_(torch.where(divisor <= 0, buffer, average))
-        return grad.lerp_(average, momentum) if self.config.nesterov else average
+        buffer = shard.states["momentum_buffer"]
+        return momentum_(buffer, shard.grad, common, self.config.momentum, self.config.nesterov)
 
     def split(self, weight: Weight) -> tuple[int, ...]:
         if self.config.per_head and weight.shard == "column" and weight.unit > 1:
@@ -79,8 +79,8 @@ class Muon(MatrixOptimizer):
     def cost(self, rows: int, columns: int) -> float:
         return iteration_flops(rows, columns, COEFFICIENTS[self.config.coefficients])
 
-    def solve(self, matrices: Tensor, dtype: torch.dtype) -> Tensor:
-        _, rows, columns = matrices.shape
+    def solve(self, matrices: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
+        rows, columns = matrices[0].shape
         match self.config.scale:
             case "moonlight":
                 scale = 0.2 * sqrt(max(rows, columns))
@@ -88,8 +88,7 @@ class Muon(MatrixOptimizer):
                 scale = sqrt(max(1.0, rows / columns))
             case "spectral":
                 scale = sqrt(max(rows, columns))
-        return orthogonalize(matrices.to(dtype), self.config.coefficients).float() * scale
+        return orthogonalize(matrices, self.config.coefficients, dtype, scale)
 
     def update_(self, shard: Shard, solved: Tensor, common: Tensor) -> None:
-        value = (shard.master * (1 - shard.lr * shard.weight_decay)).sub_(solved, alpha=shard.lr)
-        put_weights_(shard, value, common[0] <= 0)
+        decayed_step_(shard.master, shard.weights, solved, common, shard.lr, shard.weight_decay)
