@@ -67,7 +67,7 @@ class Gradients:
                 unit.register_forward_pre_hook(await_weights_of(list(buckets.values())))
             for module in model.modules():
                 if isinstance(module, ParallelLinear) and module.weight in self._home:
-                    module.deliver = self._add_product
+                    module.wgrad_callback = self._add_product
                     self._home[module.weight][0].num_events += 1
 
     def begin(self, num_micro_batches: int) -> None:
@@ -94,7 +94,7 @@ class Gradients:
         self._count_event(bucket)
 
     def _add_product(self, parameter: Tensor, grad: Tensor, x: Tensor, last: bool) -> None:
-        """Add the weight-gradient GEMM gradᵀ x to the parameter's slot, in fp32. The callback `deliver` of linear
+        """Add the weight-gradient GEMM gradᵀ x to the parameter's slot, in fp32. The `wgrad_callback` of linear
         layers; `last` marks the last GEMM of this weight in a micro-batch."""
         bucket, slot = self._home[parameter]
         place = bucket.whole_grads()[slot.start : slot.stop].view_as(parameter)

@@ -55,7 +55,7 @@ def causal_attention(
 
     megalite's kernel works in tiles, as flash attention does (Dao et al. 2022), and its backward pass returns the
     gradient of the whole fused projection at once. It computes the plain kind only. torch computes the others;
-    soft-capped scores are materialized (`written_out`)."""
+    soft-capped scores are materialized (`eager_attention`)."""
     kind = kind.within(qkv_BTNK.shape[1])
     if function := added("attention", "causal_attention"):
         return function(qkv_BTNK, num_heads, num_kv_heads, document_BT, kind)
@@ -66,12 +66,12 @@ def causal_attention(
         case "flash_attn":
             return _flash_attn(*_split(qkv_BTNK, num_heads, num_kv_heads), document_BT, kind)
         case _ if kind.softcap is not None:
-            return written_out(qkv_BTNK, num_heads, num_kv_heads, document_BT, kind)
+            return eager_attention(qkv_BTNK, num_heads, num_kv_heads, document_BT, kind)
         case _:
             return _torch(*_split(qkv_BTNK, num_heads, num_kv_heads), document_BT, kind)
 
 
-def written_out(
+def eager_attention(
     qkv_BTNK: Tensor,
     num_heads: int,
     num_kv_heads: int,

@@ -56,9 +56,9 @@ class MLP(nn.Module):
         self.activation = gelu if config.tanh_gelu else F.gelu
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.shrink(self.up(x))
+        return self.activation_and_down_proj(self.up(x))
 
-    def shrink(self, up: Tensor) -> Tensor:
+    def activation_and_down_proj(self, up: Tensor) -> Tensor:
         """Apply the activation and the down projection; recomputed as one under `train.recompute: selective`."""
         return self.down(self.activation(up))
 

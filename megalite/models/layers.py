@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from megalite.kernels.attention import PLAIN, AttentionKind, causal_attention, written_out
+from megalite.kernels.attention import PLAIN, AttentionKind, causal_attention, eager_attention
 from megalite.kernels.loss import IGNORE as IGNORE
 from megalite.kernels.loss import cross_entropy
 from megalite.kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
@@ -208,5 +208,5 @@ class CausalAttention(nn.Module):
         if self.training and self.dropout is not None and self.dropout.p and places.key_B is not None:
             # The random numbers of fused kernels would depend on the layout.
             drop = partial(self.dropout, places=places)
-            return written_out(qkv_BTNK, num_heads, num_kv_heads, places.document_BT, self.kind, drop)
+            return eager_attention(qkv_BTNK, num_heads, num_kv_heads, places.document_BT, self.kind, drop)
         return causal_attention(qkv_BTNK, num_heads, num_kv_heads, places.document_BT, self.kind)

@@ -168,9 +168,9 @@ class MLP(nn.Module):
         self.gate = {"silu": swiglu, "gelu": geglu}[config.GATE]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.shrink(self.gate_up(x))
+        return self.activation_and_down_proj(self.gate_up(x))
 
-    def shrink(self, gate_up: Tensor) -> Tensor:
+    def activation_and_down_proj(self, gate_up: Tensor) -> Tensor:
         """Apply the activation and the down projection; recomputed as one under `train.recompute: selective`."""
         return self.down(self.gate(gate_up))
 

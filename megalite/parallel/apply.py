@@ -16,7 +16,7 @@ from megalite.models.layers import CausalAttention, Decoder, Dropout
 from megalite.models.weights import Weight
 from megalite.parallel.rules import apply_rules, make_layout, vocab_size_of
 from megalite.parallel.stage import cut
-from megalite.parallel.tensor import ChunkedHead, PutOff
+from megalite.parallel.tensor import ChunkedHead, WeightGradStore
 from megalite.plan import Plan, StageSpan
 
 
@@ -27,7 +27,7 @@ def apply_parallelism(
     span: StageSpan,
     mesh: Mesh,
     train: TrainConfig,
-    later: PutOff | None = None,
+    later: WeightGradStore | None = None,
 ) -> None:
     """Turn a clean model on the meta device into this rank's part of one pipeline stage, in place.
 
@@ -70,14 +70,14 @@ def apply_recompute(model: Decoder, train: TrainConfig) -> None:
     """Recompute activations in the backward pass instead of keeping them (Chen et al. 2016).
 
     `selective` (Korthikanti et al. 2022) recomputes what is large and cheap: the element-wise part of an MLP (its
-    `shrink`), and attention where it materialises its probabilities, which SDPA never does."""
+    `activation_and_down_proj`), and attention where it materialises its probabilities, which SDPA never does."""
     for layer in list(model.layers.values())[: train.recompute_layers]:
         if train.recompute == "full":
             _recompute(layer, "forward")
         elif train.recompute == "selective":
             for module in layer.modules():
-                if hasattr(module, "shrink"):
-                    _recompute(module, "shrink")
+                if hasattr(module, "activation_and_down_proj"):
+                    _recompute(module, "activation_and_down_proj")
                 if isinstance(module, CausalAttention) and module.writes_scores:
                     _recompute(module, "forward")
 

@@ -26,7 +26,7 @@ from torch.profiler import record_function
 from megalite.comm.mesh import Mesh
 from megalite.engine import Engine
 from megalite.parallel.stage import MESSAGES_UNDER_WAY, Inputs, Stage
-from megalite.parallel.tensor import PutOff
+from megalite.parallel.tensor import WeightGradStore
 from megalite.plan import Plan
 from megalite.runtime.activity import NOW
 
@@ -44,7 +44,7 @@ class Pipeline:
         plan: Plan,
         mesh: Mesh,
         hidden: Tensor,
-        deferred: Sequence[PutOff | None],
+        deferred: Sequence[WeightGradStore | None],
     ):
         """Build the schedule of `plan`.
 
@@ -66,7 +66,7 @@ class Pipeline:
         else:
             self._schedule = SCHEDULES[plan.schedule](parts, **arguments)
 
-    def _part(self, stage: Stage, plan: Plan, later: PutOff | None) -> _Part:
+    def _part(self, stage: Stage, plan: Plan, later: WeightGradStore | None) -> _Part:
         """Wrap a stage as torch's schedule wants it; `later` is its weight-gradient store, if it defers any."""
         number, loss = torch.zeros(1, dtype=torch.int64), torch.zeros((), device="meta")
         # Example inputs and outputs save torch from running every stage once to learn their shapes.

@@ -26,12 +26,12 @@ from megalite.parallel.context import RingAttention
 from megalite.parallel.tensor import (
     ColumnParallelLinear,
     FeatureCutRMSNorm,
-    PutOff,
     ReplicatedLinear,
     RowParallelLinear,
     SequenceCutEmbedding,
     VocabParallelCrossEntropy,
     VocabParallelEmbedding,
+    WeightGradStore,
 )
 from megalite.plan import Plan
 
@@ -53,8 +53,8 @@ class Layout:
     """This rank's part, by the parameter of the whole model."""
     gives_products: bool
     """Whether the engine takes the weight-gradient GEMMs of linear modules."""
-    later: PutOff | None
-    """Store that defers these GEMMs; see `PutOff`."""
+    later: WeightGradStore | None
+    """Store that defers these GEMMs; see `WeightGradStore`."""
 
     def local(self, parameter: Tensor | None) -> nn.Parameter | None:
         """Return this rank's part of `parameter`, a parameter of the whole model; None for None."""
@@ -110,7 +110,7 @@ def make_layout(
     weights: Iterable[Weight],
     plan: Plan,
     mesh: Mesh,
-    later: PutOff | None,
+    later: WeightGradStore | None,
 ) -> Layout:
     """Describe a model with whole weights, of which this rank is to have its part under `plan` and `mesh`. `weights`
     is the whole table; `later` defers weight-gradient GEMMs."""

@@ -92,12 +92,12 @@ def leave(x: Tensor, axis: Axis, sequence: bool) -> Tensor:
     return (_ScatterSequence if sequence else _Leave).apply(x, axis)
 
 
-Deliver = Callable[[Tensor, Tensor, Tensor, bool], None]
+WgradCallback = Callable[[Tensor, Tensor, Tensor, bool], None]
 """Callback for a weight-gradient GEMM: takes (parameter, grad [T,N], x [T,K], last) and adds gradᵀ x to the
 parameter's gradient. `last` is true for the last, most often only, GEMM of the weight in a micro-batch."""
 
 
-class PutOff:
+class WeightGradStore:
     """Store weight-gradient GEMMs that a zero-bubble schedule (Qi et al. 2023) defers until a pipeline would idle.
 
     `put` is called in a backward pass; `take`, after it, returns the function that computes what was put since."""
@@ -137,13 +137,13 @@ class _Linear(Function):
         bias: Tensor | None,
         axis: Axis,
         sequence: bool,
-        deliver: Deliver | None,
-        later: PutOff | None,
+        wgrad_callback: WgradCallback | None,
+        later: WeightGradStore | None,
     ) -> Tensor:
         of_input, of_weight, of_bias, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x if of_weight else None, weight if of_input else None)
         ctx.axis, ctx.sequence, ctx.of_bias = axis, sequence, bias is not None and of_bias
-        ctx.deliver, ctx.later, ctx.parameter = deliver, later, weight
+        ctx.wgrad_callback, ctx.later, ctx.parameter = wgrad_callback, later, weight
         out = F.linear(all_gather(x, axis, SEQUENCE) if sequence else x, weight, bias)
         # With a bias, F.linear returns a view, on which autograd forbids in-place operations such as the rotation of
         # RoPE.
@@ -162,9 +162,9 @@ class _Linear(Function):
         # Zero bubble: the previous stage waits for grad_x alone, so the weight-gradient GEMM is put off. Until then it
         # holds grad_rows and this rank's slice of x; the whole x is gathered again only when the GEMM runs.
         if ctx.later:
-            axis, sequence, deliver, parameter = ctx.axis, ctx.sequence, ctx.deliver, ctx.parameter
+            axis, sequence, wgrad_callback, parameter = ctx.axis, ctx.sequence, ctx.wgrad_callback, ctx.parameter
             ctx.later.put(
-                lambda: deliver(
+                lambda: wgrad_callback(
                     parameter, grad_rows, (all_gather(x, axis, SEQUENCE) if sequence else x).flatten(0, -2), True
                 )
             )
@@ -175,10 +175,10 @@ class _Linear(Function):
         whole_x = start_gather_along(x, ctx.axis, SEQUENCE) if ctx.sequence else None
         input_gradient = None if weight is None else _start_input_gradient(ctx, grad @ weight)
         rows = (whole_x() if whole_x else x).flatten(0, -2)
-        if ctx.deliver:
+        if ctx.wgrad_callback:
             # The engine adds the GEMM to its fp32 buffer and returns None, so that autograd makes no .grad in the
             # weight's dtype.
-            grad_weight = ctx.deliver(ctx.parameter, grad_rows, rows, True)
+            grad_weight = ctx.wgrad_callback(ctx.parameter, grad_rows, rows, True)
         else:
             grad_weight = grad_rows.t() @ rows
         # input_gradient() waits for the reduction: not before this line, or nothing would have run beside it.
@@ -204,7 +204,7 @@ class _Parallel(nn.Module):
 class ParallelLinear(_Parallel):
     """Hold this rank's part of a linear layer's weight.
 
-    An engine that takes weight-gradient GEMMs sets `deliver`; without it, autograd computes the weight's gradient.
+    An engine that takes weight-gradient GEMMs sets `wgrad_callback`; without it, autograd computes the gradient.
     `later` defers the GEMMs for a zero-bubble schedule."""
 
     def __init__(
@@ -213,11 +213,11 @@ class ParallelLinear(_Parallel):
         bias: nn.Parameter | None,
         axis: Axis,
         sequence: bool,
-        later: PutOff | None = None,
+        later: WeightGradStore | None = None,
     ):
         super().__init__(axis, sequence)
         self.weight, self.bias, self.later = weight, bias, later
-        self.deliver: Deliver | None = None
+        self.wgrad_callback: WgradCallback | None = None
         self.updates: Updates | None = None
 
     def adapt(self, linear: LoraLinear, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -231,7 +231,7 @@ class ColumnParallelLinear(ParallelLinear):
     """Hold some of the output rows (column-parallel); return those output features of the whole sequence."""
 
     def forward(self, x: Tensor) -> Tensor:
-        out = _Linear.apply(x, self.weight, self.bias, self.axis, self.sequence, self.deliver, self.later)
+        out = _Linear.apply(x, self.weight, self.bias, self.axis, self.sequence, self.wgrad_callback, self.later)
         if self.updates is None:
             return out
         # The low-rank features are communicated, which are few, and not those of `x`.
@@ -252,7 +252,9 @@ class RowParallelLinear(ParallelLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         alone = self.axis.size == 1
-        product = _Linear.apply(x, self.weight, self.bias if alone else None, ALONE, False, self.deliver, self.later)
+        product = _Linear.apply(
+            x, self.weight, self.bias if alone else None, ALONE, False, self.wgrad_callback, self.later
+        )
         if self.updates:
             product = self.updates.add(self, x, product)
         out = leave(product, self.axis, self.sequence)
@@ -270,7 +272,7 @@ class ReplicatedLinear(ParallelLinear):
     experts)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Linear.apply(x, self.weight, self.bias, ALONE, False, self.deliver, self.later)
+        return _Linear.apply(x, self.weight, self.bias, ALONE, False, self.wgrad_callback, self.later)
 
 
 class VocabParallelEmbedding(_Parallel):
@@ -351,24 +353,24 @@ class ChunkedHead(ParallelLinear):
     def forward(self, x: Tensor, labels_BT: Tensor | None = None) -> Tensor:
         """Return logits [B,T,V/n], or with labels the losses [B,T]."""
         if labels_BT is None:
-            return _Linear.apply(x, self.weight, None, self.axis, self.sequence, self.deliver, None)
+            return _Linear.apply(x, self.weight, None, self.axis, self.sequence, self.wgrad_callback, None)
         columns = _columns(self.weight.shape[0], self.axis, self.vocab_size)
         x = _Enter.apply(x, self.axis, self.sequence)
         combine = partial(_combine, axis=self.axis) if self.axis.size > 1 else None
-        deliver = self._in_chunks(self.deliver, labels_BT.numel()) if self.deliver else None
-        return linear_cross_entropy(x, self.weight, labels_BT, self.rows, *columns, combine, deliver)
+        wgrad_callback = self._in_chunks(self.wgrad_callback, labels_BT.numel()) if self.wgrad_callback else None
+        return linear_cross_entropy(x, self.weight, labels_BT, self.rows, *columns, combine, wgrad_callback)
 
-    def _in_chunks(self, whole: Deliver, num_tokens: int) -> Callable[[Tensor, Tensor], None]:
+    def _in_chunks(self, whole: WgradCallback, num_tokens: int) -> Callable[[Tensor, Tensor], None]:
         """Turn the engine's callback `whole` into one for chunks, which marks the GEMM of the last of `num_tokens`
         tokens."""
         left = num_tokens
 
-        def deliver(grad: Tensor, x: Tensor) -> None:
+        def wgrad_callback(grad: Tensor, x: Tensor) -> None:
             nonlocal left
             left -= len(x)
             whole(self.weight, grad, x, left == 0)
 
-        return deliver
+        return wgrad_callback
 
 
 def _columns(held: int, axis: Axis, vocab_size: int) -> tuple[int, int]:

@@ -22,7 +22,7 @@ from megalite.models.layers import Places
 from megalite.parallel.apply import apply_parallelism
 from megalite.parallel.context import zigzag
 from megalite.parallel.stage import Inputs, Stage, lengths_of, positions_of
-from megalite.parallel.tensor import PutOff
+from megalite.parallel.tensor import WeightGradStore
 from megalite.plan import Plan
 from megalite.runtime.activity import NOW
 from megalite.training.objectives import Objective
@@ -57,7 +57,7 @@ def build(config: Config, plan: Plan, mesh: Mesh) -> Parts:
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     spans = plan.stages_of(mesh.pipeline.rank)
     zero_bubble = plan.pipeline > 1 and plan.schedule == "zero_bubble"
-    deferred = [PutOff() if zero_bubble else None for _ in spans]
+    deferred = [WeightGradStore() if zero_bubble else None for _ in spans]
     stages = []
     for span, later in zip(spans, deferred, strict=True):
         model = build_model(config.model, config.lora)

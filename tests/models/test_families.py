@@ -395,7 +395,7 @@ def test_dropout_can_be_off() -> None:
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["one document", "packed"])
-def test_attention_written_out_equals_torch(packed: bool) -> None:
+def test_eager_attention_equals_torch(packed: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(2, 9, 4 + 2 + 2, 8, generator=generator)
     documents = torch.tensor([[0] * 4 + [1] + [2] * 4, [0] * 8 + [1]]) if packed else None
