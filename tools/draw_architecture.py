@@ -38,7 +38,7 @@ GRADIENT = {
     "backward": Step(
         "Backward of a column-parallel linear",
         ("The gradient of its input is summed over the tensor", "ranks while that of its weight is computed."),
-        ("parallel.tensor:_Linear.backward", "comm.collectives:start_reduce_whole"),
+        ("kernels.linear:_Linear.backward", "comm.collectives:start_reduce_whole"),
     ),
     "bucket": Step(
         "The product is added to an fp32 bucket",
@@ -48,7 +48,7 @@ GRADIENT = {
         ),
         (
             "engine.gradients:Gradients._add_product",
-            "kernels.weight_gradient:accumulate_weight_gradient",
+            "kernels.linear:accumulate_weight_gradient",
             "engine.gradients:Gradients._take_gradient",
         ),
     ),

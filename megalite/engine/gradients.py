@@ -13,8 +13,8 @@ from megalite.comm.collectives import Wait, add_from_other_end, all_reduce, star
 from megalite.comm.mesh import Mesh
 from megalite.engine.buckets import BucketState, BucketWeights, await_weights_of
 from megalite.engine.layout import Slot
+from megalite.kernels.linear import accumulate_weight_gradient
 from megalite.kernels.optimizer import sum_of_squares
-from megalite.kernels.weight_gradient import accumulate_weight_gradient
 from megalite.models import set_parameters
 from megalite.models.layers import Decoder
 from megalite.parallel.tensor import ParallelLinear

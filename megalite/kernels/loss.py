@@ -17,14 +17,13 @@ from torch.autograd import Function
 from torch.autograd.graph import increment_version
 
 from megalite.kernels.library import added, own, pick
+from megalite.kernels.linear import WgradCallback, accumulate_weight_gradient, input_gradient, product
 
 IGNORE = -100
 """Label of a token without loss."""
 
 Combine = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Reduces (lse, target) of this rank's columns, both [N], over the ranks to those of the whole vocabulary."""
-Deliver = Callable[[Tensor, Tensor], None]
-"""Receives (g [n,V], x [n,D]) of a chunk of tokens. The head's weight gradient is the sum of gᵀ x over all calls."""
 
 
 def cross_entropy_forward(
@@ -139,7 +138,7 @@ def linear_cross_entropy(
     first: int = 0,
     num_valid: int | None = None,
     combine: Combine | None = None,
-    deliver: Deliver | None = None,
+    wgrad_callback: WgradCallback | None = None,
 ) -> Tensor:
     """Compute `cross_entropy(x @ weight.T, labels, …)` over chunks of tokens: [B,T,D] and [B,T] → [B,T], or [N,D] and
     [N] → [N].
@@ -147,11 +146,11 @@ def linear_cross_entropy(
     Only the logits of `rows_per_chunk` tokens exist at a time; the backward pass computes them again. `weight_VD` holds
     this rank's rows of the head. `first`, `num_valid` and `combine` are those of `cross_entropy`.
 
-    The weight's gradient is accumulated in fp32 over the chunks. With `deliver` each chunk's operands are handed over
-    instead, and autograd gives the weight no gradient. The gradient of `x` covers this rank's columns only: the caller
-    sums it over the tensor ranks."""
+    The weight's gradient is accumulated in fp32 over the chunks. With `wgrad_callback` each chunk's operands are handed
+    over instead, and autograd gives the weight no gradient. The gradient of `x` covers this rank's columns only: the
+    caller sums it over the tensor ranks."""
     num_valid = weight_VD.shape[0] if num_valid is None else num_valid
-    return _LinearCrossEntropy.apply(x, weight_VD, labels, rows_per_chunk, first, num_valid, combine, deliver)
+    return _LinearCrossEntropy.apply(x, weight_VD, labels, rows_per_chunk, first, num_valid, combine, wgrad_callback)
 
 
 class _LinearCrossEntropy(Function):
@@ -165,7 +164,7 @@ class _LinearCrossEntropy(Function):
         first: int,
         num_valid: int,
         combine: Combine | None,
-        deliver: Deliver | None,
+        wgrad_callback: WgradCallback | None,
     ) -> Tensor:
         x_ND = x.flatten(0, -2)
         labels_N = labels.flatten()
@@ -173,14 +172,14 @@ class _LinearCrossEntropy(Function):
         target = torch.empty_like(lse)
         # Only two numbers a token are kept of its logits: what the backward pass needs beside the logits themselves.
         for rows in _chunks(labels_N, rows_per_chunk):
-            logits = x_ND[rows] @ weight.t()
+            logits = product(x_ND[rows], weight)
             lse[rows], target[rows] = cross_entropy_forward(logits, labels_N[rows], first, num_valid)
             del logits  # or two chunks of logits would be alive at once
         lse, target = _whole(lse, target, labels_N, first, num_valid, combine)
         ctx.save_for_backward(x, weight, labels_N, lse)
         ctx.rows_per_chunk = rows_per_chunk
         ctx.columns = first, num_valid
-        ctx.deliver = deliver
+        ctx.wgrad_callback, ctx.parameter = wgrad_callback, weight
         return _losses(lse, target, labels)
 
     @staticmethod
@@ -190,43 +189,35 @@ class _LinearCrossEntropy(Function):
         grad_N = _counted(grad, labels_N)
         needs_x, needs_weight, *_ = ctx.needs_input_grad
         grad_x = torch.empty_like(x_ND) if needs_x else None
-        # Who computes the weight's gradient: nobody (frozen), the caller's callback, or an accumulator here.
-        accumulator: _WeightGradAccumulator | None = None
-        deliver: Deliver | None = None
-        if needs_weight and ctx.deliver:
-            deliver = ctx.deliver
+        grad_weight: Tensor | None = None
+        wgrad_callback: WgradCallback | None = None  # stays None where the weight is frozen
+        if needs_weight and ctx.wgrad_callback:
+            wgrad_callback = ctx.wgrad_callback
         elif needs_weight:
-            accumulator = _WeightGradAccumulator(weight)
-            deliver = accumulator.add
+            grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+            wgrad_callback = _accumulate_into(grad_weight)
         for rows in _chunks(labels_N, ctx.rows_per_chunk):
-            logits = x_ND[rows] @ weight.t()
+            logits = product(x_ND[rows], weight)
             cross_entropy_backward_(logits, labels_N[rows], lse[rows], grad_N[rows], *ctx.columns)
             if grad_x is not None:
-                torch.mm(logits, weight, out=grad_x[rows])
-            if deliver:
-                deliver(logits, x_ND[rows])
+                input_gradient(logits, weight, out=grad_x[rows])
+            if wgrad_callback:
+                wgrad_callback(ctx.parameter, logits, x_ND[rows], rows.stop >= len(labels_N))
             del logits
         if grad_x is not None:
             grad_x = grad_x.view_as(x)
-        grad_weight = accumulator.result() if accumulator else None
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(weight.dtype)
         return grad_x, grad_weight, None, None, None, None, None, None
 
 
-class _WeightGradAccumulator:
-    """Sums a weight's gradient over chunks of tokens in fp32."""
+def _accumulate_into(total: Tensor) -> WgradCallback:
+    """Return a callback that adds each chunk's weight-gradient GEMM to `total`, fp32."""
 
-    def __init__(self, weight: Tensor):
-        self.dtype = weight.dtype
-        self.total = torch.zeros_like(weight, dtype=torch.float32)
+    def add(parameter: Tensor, grad: Tensor, x: Tensor, last: bool) -> None:
+        accumulate_weight_gradient(total, grad, x, add=True)
 
-    def add(self, grad_rows: Tensor, x_rows: Tensor) -> None:
-        if self.dtype == torch.float32:
-            self.total.addmm_(grad_rows.t(), x_rows)
-        else:
-            self.total += grad_rows.t() @ x_rows
-
-    def result(self) -> Tensor:
-        return self.total.to(self.dtype)
+    return add
 
 
 def _chunks(rows: Tensor, size: int) -> Iterator[slice]:

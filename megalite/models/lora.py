@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
 from megalite.config import LoraConfig
 from megalite.errors import ConfigError
+from megalite.kernels.linear import input_gradient, linear, weight_gradient
 from megalite.models.layers import Decoder, Dropout, Places
 from megalite.models.weights import Uniform, Weight
 
@@ -145,8 +145,8 @@ class _AddUpdates(Function):
         low, *bs = ctx.saved_tensors
         features = grad.flatten(0, -2)
         grads = [features[:, rows] for rows in ctx.slices]
-        of_low = torch.cat([g @ b for g, b in zip(grads, bs, strict=True)], -1).mul_(ctx.scale)
-        of_bs = [(g.t() @ part).mul_(ctx.scale) for g, part in zip(grads, _parts(low, bs), strict=True)]
+        of_low = torch.cat([input_gradient(g, b) for g, b in zip(grads, bs, strict=True)], -1).mul_(ctx.scale)
+        of_bs = [weight_gradient(g, part).mul_(ctx.scale) for g, part in zip(grads, _parts(low, bs), strict=True)]
         # `out` was only added to, so its gradient passes through.
         return grad, of_low.view_as(low), None, None, *of_bs
 
@@ -204,7 +204,7 @@ class Updates:
         of_a, of_b = ([getattr(module, f"{adapter.short}_{factor}") for adapter in self.adapters] for factor in "ab")
         if module.dropout is not None:
             x = module.dropout(x)
-        low = F.linear(x, torch.cat(of_a) if len(of_a) > 1 else of_a[0])  # one read of `x` for all of them
+        low = linear(x, torch.cat(of_a) if len(of_a) > 1 else of_a[0])  # one read of `x` for all of them
         slices = [adapter.local_rows(tensor) for adapter in self.adapters]
         return _AddUpdates.apply(out, enter(low) if enter else low, self.scale, slices, *of_b)
 
@@ -221,9 +221,7 @@ class LoraLinear(nn.Linear):
                 self.register_parameter(row.name.rpartition(".")[2], nn.Parameter(torch.empty(row.shape)))
 
     def forward(self, x: Tensor) -> Tensor:
-        out = super().forward(x)
-        # With a bias, F.linear returns a view, on which autograd forbids in-place operations.
-        return self.updates.add(self, x, torch.ops.aten._unsafe_view(out, out.shape))
+        return self.updates.add(self, x, linear(x, self.weight, self.bias))
 
 
 def adapt(model: Decoder, weights: Sequence[Weight], lora: LoraConfig) -> None:

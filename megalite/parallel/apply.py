@@ -12,11 +12,12 @@ from torch.utils.checkpoint import checkpoint
 from megalite.comm.mesh import Axis, Mesh
 from megalite.config import TrainConfig
 from megalite.kernels import library
+from megalite.kernels.linear import WeightGradStore
 from megalite.models.layers import CausalAttention, Decoder, Dropout
 from megalite.models.weights import Weight
 from megalite.parallel.rules import apply_rules, make_layout, vocab_size_of
 from megalite.parallel.stage import cut
-from megalite.parallel.tensor import ChunkedHead, WeightGradStore
+from megalite.parallel.tensor import ChunkedHead
 from megalite.plan import Plan, StageSpan
 
 

@@ -25,8 +25,8 @@ from torch.profiler import record_function
 
 from megalite.comm.mesh import Mesh
 from megalite.engine import Engine
+from megalite.kernels.linear import WeightGradStore
 from megalite.parallel.stage import MESSAGES_UNDER_WAY, Inputs, Stage
-from megalite.parallel.tensor import WeightGradStore
 from megalite.plan import Plan
 from megalite.runtime.activity import NOW
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megalite.comm.mesh import Axis, Mesh
 from megalite.errors import ConfigError
+from megalite.kernels.linear import WeightGradStore
 from megalite.models.layers import CausalAttention, CrossEntropy, Dropout, RMSNorm
 from megalite.models.lora import AdapterDropout, LoraLinear
 from megalite.models.weights import Weight
@@ -31,7 +32,6 @@ from megalite.parallel.tensor import (
     SequenceCutEmbedding,
     VocabParallelCrossEntropy,
     VocabParallelEmbedding,
-    WeightGradStore,
 )
 from megalite.plan import Plan
 

@@ -5,15 +5,15 @@ Every matrix is cut over the tensor axis: column-parallel (output rows) then row
 block communicates once on its way in and once on its way out.
 
                without sequence parallelism          with: activations between blocks are [B, T/n, D]
-    way in     forward nothing, backward all-reduce   forward all-gather, backward reduce-scatter   _Linear
+    way in     forward nothing, backward all-reduce   forward all-gather, backward reduce-scatter   RegionInput
     way out    forward all-reduce, backward nothing   forward reduce-scatter, backward all-gather   leave
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -31,7 +31,8 @@ from megalite.comm.collectives import (
     start_reduce_whole,
     start_scatter_along,
 )
-from megalite.comm.mesh import ALONE, Axis
+from megalite.comm.mesh import Axis
+from megalite.kernels.linear import ALONE, InputCollectives, WeightGradStore, WgradCallback, linear
 from megalite.kernels.loss import cross_entropy, linear_cross_entropy
 from megalite.models.lora import LoraLinear, Updates
 
@@ -65,23 +66,43 @@ class _ScatterSequence(Function):
         return all_gather(grad, ctx.axis, SEQUENCE), None
 
 
+class RegionInput(NamedTuple):
+    """The collectives on the way into a tensor-parallel region, as `kernels.linear` asks for them."""
+
+    axis: Axis
+    sequence: bool
+
+    def gather(self, x: Tensor) -> Tensor:
+        return self.start_gather(x)()
+
+    def start_gather(self, x: Tensor) -> Result:
+        return start_gather_along(x, self.axis, SEQUENCE) if self.sequence else lambda: x
+
+    def start_reduce(self, grad_x: Tensor) -> Result:
+        """Start summing the input's gradient over the tensor ranks; under sequence parallelism each rank keeps its
+        slice."""
+        if self.sequence:
+            return start_scatter_along(grad_x, self.axis, SEQUENCE)
+        return start_reduce_whole(grad_x, self.axis)
+
+
 class _Enter(Function):
-    """Enter a tensor-parallel region apart from the linear layer that usually does it (see `_Linear`)."""
+    """Enter a tensor-parallel region apart from the linear layer that usually does it (`kernels.linear`)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis, sequence: bool) -> Tensor:
-        ctx.axis, ctx.sequence = axis, sequence
-        return all_gather(x, axis, SEQUENCE) if sequence else x.view_as(x)
+    def forward(ctx: Any, x: Tensor, region: RegionInput) -> Tensor:
+        ctx.region = region
+        return region.gather(x) if region.sequence else x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _start_input_gradient(ctx, grad)(), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.region.start_reduce(grad)(), None
 
 
 def enter(x: Tensor, axis: Axis, sequence: bool) -> Tensor:
     """Enter a tensor-parallel region: return whole features of the whole sequence, whose gradient is summed over the
     tensor ranks (Megatron's copy-to-region; gather-from-sequence-region under sequence parallelism)."""
-    return x if axis.size == 1 else _Enter.apply(x, axis, sequence)
+    return x if axis.size == 1 else _Enter.apply(x, RegionInput(axis, sequence))
 
 
 def leave(x: Tensor, axis: Axis, sequence: bool) -> Tensor:
@@ -90,107 +111,6 @@ def leave(x: Tensor, axis: Axis, sequence: bool) -> Tensor:
     if axis.size == 1:
         return x
     return (_ScatterSequence if sequence else _Leave).apply(x, axis)
-
-
-WgradCallback = Callable[[Tensor, Tensor, Tensor, bool], None]
-"""Callback for a weight-gradient GEMM: takes (parameter, grad [T,N], x [T,K], last) and adds gradᵀ x to the
-parameter's gradient. `last` is true for the last, most often only, GEMM of the weight in a micro-batch."""
-
-
-class WeightGradStore:
-    """Store weight-gradient GEMMs that a zero-bubble schedule (Qi et al. 2023) defers until a pipeline would idle.
-
-    `put` is called in a backward pass; `take`, after it, returns the function that computes what was put since."""
-
-    def __init__(self) -> None:
-        self._waiting: list[Callable[[], None]] = []
-
-    def put(self, product: Callable[[], None]) -> None:
-        """Defer `product`, which computes and delivers one weight-gradient GEMM."""
-        self._waiting.append(product)
-
-    def take(self) -> Callable[[], None]:
-        """Return a function that computes every GEMM stored so far, in order; the store is empty from here on."""
-        waiting, self._waiting = self._waiting, []
-
-        def run() -> None:
-            while waiting:  # what a GEMM has kept is freed as soon as it is computed
-                with torch.no_grad():
-                    waiting.pop(0)()
-
-        return run
-
-
-class _Linear(Function):
-    """Compute a linear layer together with the collective on its way in.
-
-    They are one autograd function for three reasons. Under sequence parallelism only this rank's slice of the input is
-    kept, and gathered again in the backward pass. The gradient of the input travels while that of the weight is
-    computed. And the weight-gradient GEMM goes straight to the engine, which sums it in fp32. A frozen weight has no
-    such GEMM, and the input is not kept for it."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        axis: Axis,
-        sequence: bool,
-        wgrad_callback: WgradCallback | None,
-        later: WeightGradStore | None,
-    ) -> Tensor:
-        of_input, of_weight, of_bias, *_ = ctx.needs_input_grad
-        ctx.save_for_backward(x if of_weight else None, weight if of_input else None)
-        ctx.axis, ctx.sequence, ctx.of_bias = axis, sequence, bias is not None and of_bias
-        ctx.wgrad_callback, ctx.later, ctx.parameter = wgrad_callback, later, weight
-        out = F.linear(all_gather(x, axis, SEQUENCE) if sequence else x, weight, bias)
-        # With a bias, F.linear returns a view, on which autograd forbids in-place operations such as the rotation of
-        # RoPE.
-        return out if bias is None else torch.ops.aten._unsafe_view(out, out.shape)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        grad_rows = grad.flatten(0, -2)
-        grad_bias = grad_rows.sum(0) if ctx.of_bias else None
-        # Each of three ways sums the gradient of the input over the ranks; they differ in when that of the weight is
-        # computed. First, a frozen weight, as under LoRA: no weight-gradient GEMM to hide the communication behind.
-        if x is None:
-            grad_x = None if weight is None else _start_input_gradient(ctx, grad @ weight)()
-            return grad_x, None, grad_bias, None, None, None, None
-        # Zero bubble: the previous stage waits for grad_x alone, so the weight-gradient GEMM is put off. Until then it
-        # holds grad_rows and this rank's slice of x; the whole x is gathered again only when the GEMM runs.
-        if ctx.later:
-            axis, sequence, wgrad_callback, parameter = ctx.axis, ctx.sequence, ctx.wgrad_callback, ctx.parameter
-            ctx.later.put(
-                lambda: wgrad_callback(
-                    parameter, grad_rows, (all_gather(x, axis, SEQUENCE) if sequence else x).flatten(0, -2), True
-                )
-            )
-            grad_x = None if weight is None else _start_input_gradient(ctx, grad @ weight)()
-            return grad_x, None, grad_bias, None, None, None, None
-        # Two collectives, each behind a GEMM: x is gathered while grad @ weight is computed, and the reduction of
-        # grad_x runs while the weight-gradient GEMM is.
-        whole_x = start_gather_along(x, ctx.axis, SEQUENCE) if ctx.sequence else None
-        input_gradient = None if weight is None else _start_input_gradient(ctx, grad @ weight)
-        rows = (whole_x() if whole_x else x).flatten(0, -2)
-        if ctx.wgrad_callback:
-            # The engine adds the GEMM to its fp32 buffer and returns None, so that autograd makes no .grad in the
-            # weight's dtype.
-            grad_weight = ctx.wgrad_callback(ctx.parameter, grad_rows, rows, True)
-        else:
-            grad_weight = grad_rows.t() @ rows
-        # input_gradient() waits for the reduction: not before this line, or nothing would have run beside it.
-        return input_gradient and input_gradient(), grad_weight, grad_bias, None, None, None, None
-
-
-def _start_input_gradient(ctx: Any, grad_x: Tensor) -> Result:
-    """Start summing the input's gradient `grad_x` over the tensor ranks; under sequence parallelism each rank keeps
-    its slice. The backward pass of the way in."""
-    if ctx.sequence:
-        return start_scatter_along(grad_x, ctx.axis, SEQUENCE)
-    return start_reduce_whole(grad_x, ctx.axis)
 
 
 class _Parallel(nn.Module):
@@ -217,8 +137,13 @@ class ParallelLinear(_Parallel):
     ):
         super().__init__(axis, sequence)
         self.weight, self.bias, self.later = weight, bias, later
+        self.region = RegionInput(axis, sequence)
         self.wgrad_callback: WgradCallback | None = None
         self.updates: Updates | None = None
+
+    def multiply(self, x: Tensor, bias: Tensor | None, collectives: InputCollectives = ALONE) -> Tensor:
+        """Return x · Wᵀ + `bias`; `collectives` communicate x."""
+        return linear(x, self.weight, bias, collectives, self.wgrad_callback, self.later)
 
     def adapt(self, linear: LoraLinear, parameters: Mapping[str, nn.Parameter]) -> None:
         """Take over the LoRA adapters of `linear`; `parameters` holds this rank's part of their weights, by name."""
@@ -231,7 +156,7 @@ class ColumnParallelLinear(ParallelLinear):
     """Hold some of the output rows (column-parallel); return those output features of the whole sequence."""
 
     def forward(self, x: Tensor) -> Tensor:
-        out = _Linear.apply(x, self.weight, self.bias, self.axis, self.sequence, self.wgrad_callback, self.later)
+        out = self.multiply(x, self.bias, self.region)
         if self.updates is None:
             return out
         # The low-rank features are communicated, which are few, and not those of `x`.
@@ -243,7 +168,7 @@ class ColumnParallelLinear(ParallelLinear):
             self.dropout.shard = (self.axis.rank, self.axis.size)
 
     def _enter(self, low: Tensor) -> Tensor:
-        return _Enter.apply(low, self.axis, self.sequence)
+        return _Enter.apply(low, self.region)
 
 
 class RowParallelLinear(ParallelLinear):
@@ -252,12 +177,10 @@ class RowParallelLinear(ParallelLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         alone = self.axis.size == 1
-        product = _Linear.apply(
-            x, self.weight, self.bias if alone else None, ALONE, False, self.wgrad_callback, self.later
-        )
+        partial_out = self.multiply(x, self.bias if alone else None)
         if self.updates:
-            product = self.updates.add(self, x, product)
-        out = leave(product, self.axis, self.sequence)
+            partial_out = self.updates.add(self, x, partial_out)
+        out = leave(partial_out, self.axis, self.sequence)
         return out if alone or self.bias is None else out + self.bias
 
     def adapt(self, linear: LoraLinear, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -272,7 +195,7 @@ class ReplicatedLinear(ParallelLinear):
     experts)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Linear.apply(x, self.weight, self.bias, ALONE, False, self.wgrad_callback, self.later)
+        return self.multiply(x, self.bias)
 
 
 class VocabParallelEmbedding(_Parallel):
@@ -353,24 +276,11 @@ class ChunkedHead(ParallelLinear):
     def forward(self, x: Tensor, labels_BT: Tensor | None = None) -> Tensor:
         """Return logits [B,T,V/n], or with labels the losses [B,T]."""
         if labels_BT is None:
-            return _Linear.apply(x, self.weight, None, self.axis, self.sequence, self.wgrad_callback, None)
+            return self.multiply(x, None, self.region)
         columns = _columns(self.weight.shape[0], self.axis, self.vocab_size)
-        x = _Enter.apply(x, self.axis, self.sequence)
+        x = _Enter.apply(x, self.region)
         combine = partial(_combine, axis=self.axis) if self.axis.size > 1 else None
-        wgrad_callback = self._in_chunks(self.wgrad_callback, labels_BT.numel()) if self.wgrad_callback else None
-        return linear_cross_entropy(x, self.weight, labels_BT, self.rows, *columns, combine, wgrad_callback)
-
-    def _in_chunks(self, whole: WgradCallback, num_tokens: int) -> Callable[[Tensor, Tensor], None]:
-        """Turn the engine's callback `whole` into one for chunks, which marks the GEMM of the last of `num_tokens`
-        tokens."""
-        left = num_tokens
-
-        def wgrad_callback(grad: Tensor, x: Tensor) -> None:
-            nonlocal left
-            left -= len(x)
-            whole(self.weight, grad, x, left == 0)
-
-        return wgrad_callback
+        return linear_cross_entropy(x, self.weight, labels_BT, self.rows, *columns, combine, self.wgrad_callback)
 
 
 def _columns(held: int, axis: Axis, vocab_size: int) -> tuple[int, int]:

@@ -17,12 +17,12 @@ from megalite.data.dataset import Split
 from megalite.data.loader import Loader, MicroBatch
 from megalite.engine import Engine, make_engine
 from megalite.kernels import library
+from megalite.kernels.linear import WeightGradStore
 from megalite.models import build_model, weight_table
 from megalite.models.layers import Places
 from megalite.parallel.apply import apply_parallelism
 from megalite.parallel.context import zigzag
 from megalite.parallel.stage import Inputs, Stage, lengths_of, positions_of
-from megalite.parallel.tensor import WeightGradStore
 from megalite.plan import Plan
 from megalite.runtime.activity import NOW
 from megalite.training.objectives import Objective

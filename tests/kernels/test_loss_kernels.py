@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -241,12 +243,18 @@ def test_linear_cross_entropy(dtype: torch.dtype, rows_per_chunk: int, device: t
 
     total = torch.zeros(vocab, hidden, dtype=torch.float64)
 
-    def deliver(grad_rows: Tensor, x_rows: Tensor) -> None:
+    lasts: list[bool] = []
+
+    def callback(parameter: Tensor, grad_rows: Tensor, x_rows: Tensor, last: bool) -> None:
+        assert parameter is again[1]
         assert grad_rows.shape[0] <= rows_per_chunk
         total.add_((grad_rows.double().t() @ x_rows.double()).cpu())
+        lasts.append(last)
 
     again = [a.detach().clone().requires_grad_() for a in given]
-    linear_cross_entropy(*again, labels.to(device), rows_per_chunk, deliver=deliver).backward(grad.to(device))
+    losses = linear_cross_entropy(*again, labels.to(device), rows_per_chunk, wgrad_callback=callback)
+    losses.backward(grad.to(device))
+    assert lasts == [False] * (math.ceil(batch * length / rows_per_chunk) - 1) + [True]
     assert again[1].grad is None
     assert again[0].grad is not None
     assert given[0].grad is not None

@@ -29,11 +29,11 @@ from megalite.config import KernelsConfig
 from megalite.kernels import library
 from megalite.kernels.activation import gelu, swiglu
 from megalite.kernels.attention import causal_attention
+from megalite.kernels.linear import accumulate_weight_gradient
 from megalite.kernels.loss import cross_entropy
 from megalite.kernels.norm import add_rms_norm, layer_norm, rms_norm
 from megalite.kernels.optimizer import adamw_, sum_of_squares
 from megalite.kernels.rope import rotate
-from megalite.kernels.weight_gradient import accumulate_weight_gradient
 from megalite.runtime.host_memory import keep_freed_memory
 
 OWN = KernelsConfig()

@@ -1,0 +1,187 @@
+"""The linear layer's product x · Wᵀ and its two gradients: every linear in training computes them here.
+
+Tensor-parallel linears, the output head, the chunked loss and adapters call `linear`, or its three products by name
+(`product`, `input_gradient`, and `weight_gradient` or `accumulate_weight_gradient`). So another recipe (fp8, a
+quantised weight) is another body for these. The collectives on the way in come from outside, as `InputCollectives`.
+
+Letters in shapes: T tokens, K input features, N output features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from megalite.kernels.library import added, pick
+
+Result = Callable[[], Tensor]
+"""Waits for a collective and returns its result."""
+
+WgradCallback = Callable[[Tensor, Tensor, Tensor, bool], None]
+"""Callback for a weight-gradient GEMM: takes (parameter, grad [T,N], x [T,K], last) and adds gradᵀ x to the
+parameter's gradient. `last` is true for the last, most often only, GEMM of the weight in a micro-batch."""
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return x · Wᵀ + bias: [… ,K] and [N,K] → [… ,N]."""
+    return F.linear(x, weight, bias)
+
+
+def input_gradient(grad: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return the gradient of the input, grad · W: [… ,N] and [N,K] → [… ,K]; written to `out` where it is given."""
+    return torch.matmul(grad, weight, out=out)
+
+
+def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """Return the gradient of the weight, gradᵀ · x, in their dtype: [T,N] and [T,K] → [N,K]."""
+    return grad.t() @ x
+
+
+def accumulate_weight_gradient(into: Tensor, grad: Tensor, x: Tensor, add: bool) -> None:
+    """Write gradᵀ x to `into`, or accumulate it there with `add`.
+
+    `into` is the fp32 gradient [N,K] of a weight, `grad` [T,N] that of the layer's output and `x` [T,K] the layer's
+    input, both of one dtype."""
+    if function := added("weight_gradient", "accumulate_weight_gradient"):
+        function(into, grad, x, add)
+    elif x.is_cuda and x.dtype == torch.bfloat16:
+        # cuBLAS adds its fp32 accumulators to `into` directly; a bf16 product would be rounded first.
+        if add:
+            torch.addmm(into, grad.t(), x, torch.float32, out=into)
+        else:
+            torch.mm(grad.t(), x, torch.float32, out=into)
+    elif pick("weight_gradient", x) == "megalite":
+        torch.ops.megalite.weight_gradient_(into, grad, x, add)
+    elif x.dtype == torch.float32:
+        into.addmm_(grad.t(), x, beta=1.0 if add else 0.0)
+    else:  # the product is rounded to bf16 before it is accumulated in fp32
+        rounded = weight_gradient(grad, x)
+        into.add_(rounded) if add else into.copy_(rounded)
+
+
+class InputCollectives(Protocol):
+    """Communicate the input of a linear layer, and its gradient, with the ranks that hold the rest of the weight."""
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Return the whole input from this rank's part of it."""
+
+    def start_gather(self, x: Tensor) -> Result:
+        """Start the same for the backward pass, which needs the whole input once more."""
+
+    def start_reduce(self, grad_x: Tensor) -> Result:
+        """Start summing the gradient of the whole input over the ranks; the result is this rank's part."""
+
+
+class NoCollectives:
+    """Leave an input alone that is whole on this rank and whose gradient is, too."""
+
+    def gather(self, x: Tensor) -> Tensor:
+        return x
+
+    def start_gather(self, x: Tensor) -> Result:
+        return lambda: x
+
+    start_reduce = start_gather
+
+
+ALONE = NoCollectives()
+
+
+class WeightGradStore:
+    """Store weight-gradient GEMMs that a zero-bubble schedule (Qi et al. 2023) defers until a pipeline would idle.
+
+    `put` is called in a backward pass; `take`, after it, returns the function that computes what was put since."""
+
+    def __init__(self) -> None:
+        self._waiting: list[Callable[[], None]] = []
+
+    def put(self, gemm: Callable[[], None]) -> None:
+        """Defer `gemm`, which computes and delivers one weight-gradient GEMM."""
+        self._waiting.append(gemm)
+
+    def take(self) -> Callable[[], None]:
+        """Return a function that computes every GEMM stored so far, in order; the store is empty from here on."""
+        waiting, self._waiting = self._waiting, []
+
+        def run() -> None:
+            while waiting:  # what a GEMM has kept is freed as soon as it is computed
+                with torch.no_grad():
+                    waiting.pop(0)()
+
+        return run
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    collectives: InputCollectives = ALONE,
+    wgrad_callback: WgradCallback | None = None,
+    later: WeightGradStore | None = None,
+) -> Tensor:
+    """Compute `product` and, in the backward pass, its gradients: [… ,K] → [… ,N], whose memory is its own.
+
+    `collectives` communicate the input. With `wgrad_callback` the weight's gradient is handed over as the operands of
+    its GEMM, and autograd gives the weight none; `later` defers that to a time of its own."""
+    return _Linear.apply(x, weight, bias, collectives, wgrad_callback, later)
+
+
+class _Linear(Function):
+    """Compute a linear layer together with the collective on its way in.
+
+    They are one autograd function for three reasons. Under sequence parallelism only this rank's slice of the input is
+    kept, and gathered again in the backward pass. The gradient of the input travels while that of the weight is
+    computed. And the weight-gradient GEMM goes straight to the engine, which sums it in fp32. A frozen weight has no
+    such GEMM, and the input is not kept for it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        collectives: InputCollectives,
+        wgrad_callback: WgradCallback | None,
+        later: WeightGradStore | None,
+    ) -> Tensor:
+        of_input, of_weight, of_bias, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(x if of_weight else None, weight if of_input else None)
+        ctx.collectives, ctx.of_bias = collectives, bias is not None and of_bias
+        ctx.wgrad_callback, ctx.later, ctx.parameter = wgrad_callback, later, weight
+        out = product(collectives.gather(x), weight, bias)
+        # With a bias, F.linear returns a view, on which autograd forbids in-place operations such as the rotation of
+        # RoPE.
+        return out if bias is None else torch.ops.aten._unsafe_view(out, out.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        collectives, wgrad_callback, parameter = ctx.collectives, ctx.wgrad_callback, ctx.parameter
+        grad_rows = grad.flatten(0, -2)
+        grad_bias = grad_rows.sum(0) if ctx.of_bias else None
+        if x is not None and not ctx.later:
+            # Two collectives, each behind a GEMM: x is gathered while the input's gradient is computed, whose
+            # reduction runs while the weight-gradient GEMM is.
+            whole_x = collectives.start_gather(x)
+            grad_x = None if weight is None else collectives.start_reduce(input_gradient(grad, weight))
+            rows = whole_x().flatten(0, -2)
+            if wgrad_callback:
+                # The engine adds the GEMM to its fp32 buffer and returns None, so that autograd makes no .grad in the
+                # weight's dtype.
+                grad_weight = wgrad_callback(parameter, grad_rows, rows, True)
+            else:
+                grad_weight = weight_gradient(grad_rows, rows)
+            # grad_x() waits for the reduction: not before this line, or nothing would have run beside it.
+            return grad_x and grad_x(), grad_weight, grad_bias, None, None, None
+        if x is not None:
+            # Zero bubble: the previous stage waits for grad_x alone, so the weight-gradient GEMM is put off. Until then
+            # it holds grad_rows and this rank's slice of x; the whole x is gathered again only when the GEMM runs.
+            ctx.later.put(lambda: wgrad_callback(parameter, grad_rows, collectives.gather(x).flatten(0, -2), True))
+        # Without a GEMM to hide the communication behind: it is deferred, or the weight is frozen, as under LoRA.
+        grad_x = None if weight is None else collectives.start_reduce(input_gradient(grad, weight))
+        return grad_x and grad_x(), None, grad_bias, None, None, None
