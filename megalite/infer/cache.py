@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megalite.infer.packed import pack_linears
-from megalite.kernels.attention import AttentionKind
+from megalite.kernels.attention import AttentionKind, eager_heads
 from megalite.kernels.library import pick
-from megalite.models.layers import CausalAttention, Decoder, Places
+from megalite.models.layers import CoreAttention, Decoder, Places
 from megalite.models.rope import LongRope
 
 READ_AT_ONCE = 32
@@ -111,54 +111,52 @@ def lay_out(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, CachedPl
     return tokens_BT.to(device), places, (count_B - 1).clamp(min=0).to(device)
 
 
-class CachedAttention(CausalAttention):
-    """Computes attention that continues sequences in its own KV cache. Given other places, it behaves as the attention
-    that it replaces."""
+class KVCache:
+    """Continue sequences with the keys and values of their earlier tokens: the strategy of attention in generation."""
 
-    def __init__(self, kind: AttentionKind, num_slots: int):
-        """Create it for `num_slots` sequences. The cache itself is allocated by the first forward pass."""
-        super().__init__(kind=kind)
+    def __init__(self, num_slots: int):
+        """Create it for `num_slots` sequences. The memory is allocated by the first forward pass, from whose keys and
+        values the number of KV heads on this rank and their sizes are known."""
         self.num_slots = num_slots
-        self.cache: Tensor | None = None
-        """Keys and values, [2,S,G,1+L,K]. G is the number of KV heads that this rank holds, known only from the first
-        input."""
+        self.keys: Tensor | None = None
+        """Keys [S,G,1+L,K]."""
+        self.values: Tensor | None = None
+        """Values [S,G,1+L,V], whose heads may have another size."""
 
-    def forward(self, qkv_BTNK: Tensor, num_heads: int, num_kv_heads: int, places: Places) -> Tensor:
-        """Write the new keys and values to the cache and attend to all that the slot holds. `qkv_BTNK` has the query
-        heads first (`num_heads`), then keys and values (`num_kv_heads` each). Return [B,T,H·K]."""
+    def attend(
+        self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, places: Places, kind: AttentionKind
+    ) -> Tensor | None:
+        """Write the new keys and values to the cache and attend to all that the slot holds: [B,T,H·V]; None where that
+        is no more than what is at hand, because sequences begin here or nothing is cached."""
         if not isinstance(places, CachedPlaces):
-            return super().forward(qkv_BTNK, num_heads, num_kv_heads, places)
-        q, *kv = qkv_BTNK.split((num_heads, num_kv_heads, num_kv_heads), dim=2)
-        keys, values = self._holding(1 + places.num_cells, kv[0])
-        for cache, new in ((keys, kv[0]), (values, kv[1])):
-            cache[places.slot_B[:, None], :, places.cell_BT] = new
+            return None
+        self.keys = self._written(self.keys, k_BTGK, places)
+        self.values = self._written(self.values, v_BTGV, places)
         if places.fresh:
-            return super().forward(qkv_BTNK, num_heads, num_kv_heads, places)
-        read = places.read(keys), places.read(values)
-        if q.shape[1] == 1 and pick("attention", q) == "megalite":
-            scale, softcap = self.kind.scale or q.shape[-1] ** -0.5, self.kind.softcap or 0.0
-            ends = places.cells(self.kind.window)
-            return torch.ops.megalite.decode_attention(q[:, 0], *read, *ends, scale, softcap).flatten(1)[:, None]
-        return attend(q, *read, places.bias(self.kind.window, q.dtype), self.kind)
+            return None
+        keys, values = places.read(self.keys), places.read(self.values)
+        if q_BTHK.shape[1] == 1 and keys.shape == values.shape and pick("attention", q_BTHK) == "megalite":
+            scaling = kind.scale_of(q_BTHK.shape[-1]), kind.softcap or 0.0
+            out = torch.ops.megalite.decode_attention(q_BTHK[:, 0], keys, values, *places.cells(kind.window), *scaling)
+            return out.flatten(1)[:, None]
+        return attend(q_BTHK, keys, values, places.bias(kind.window, q_BTHK.dtype), kind)
 
-    def _holding(self, num_cells: int, like_BTGK: Tensor) -> Tensor:
-        """Return the cache, grown to at least `num_cells` cells; `like_BTGK` gives KV heads, head size, precision and
-        device."""
-        old = self.cache
-        if old is None or old.shape[3] < num_cells:
+    def _written(self, old: Tensor | None, new_BTGK: Tensor, places: CachedPlaces) -> Tensor:
+        """Return the cache of keys, or of values, with the new ones written to it, grown where it was too short."""
+        cache, num_cells = old, 1 + places.num_cells
+        if old is None or cache is None or old.shape[2] < num_cells:
             # Doubling keeps the total cost of copying linear in the length.
-            grown = max(num_cells, FEWEST_CELLS, 0 if old is None else 2 * old.shape[3])
+            grown = max(num_cells, FEWEST_CELLS, 0 if old is None else 2 * old.shape[2])
             # Zeros, not uninitialized memory: hidden cells are multiplied by 0, and 0 times NaN is NaN.
-            (*_, groups, size), slots = like_BTGK.shape, self.num_slots
-            self.cache = like_BTGK.new_zeros(2, slots, groups, grown, size)
+            cache = new_BTGK.new_zeros(self.num_slots, new_BTGK.shape[2], grown, new_BTGK.shape[3])
             if old is not None:
-                self.cache[:, :, :, : old.shape[3]] = old
-        assert self.cache is not None
-        return self.cache
+                cache[:, :, : old.shape[2]] = old
+        cache[places.slot_B[:, None], :, places.cell_BT] = new_BTGK
+        return cache
 
 
 def attend(q_BTHK: Tensor, k: Tensor, v: Tensor, bias_B1TC: Tensor, kind: AttentionKind) -> Tensor:
-    """Return attention outputs [B,T,H·K] for queries [B,T,H,K], keys `k` and values `v` [B,G,C,K], and a bias
+    """Return attention outputs [B,T,H·V] for queries [B,T,H,K], keys `k` [B,G,C,K] and values `v` [B,G,C,V], and a bias
     [B,1,T,C].
 
     The queries of all heads that share a KV head are treated as additional tokens, so that no key is read twice or
@@ -170,19 +168,17 @@ def attend(q_BTHK: Tensor, k: Tensor, v: Tensor, bias_B1TC: Tensor, kind: Attent
     if kind.softcap is None:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=kind.scale)
     else:
-        # PyTorch's fused attention has no soft cap on scores (Gemma 2), so that this case is computed step by step.
-        scores = (q @ k.transpose(-1, -2)).float() * (kind.scale or q.shape[-1] ** -0.5)
-        scores = (scores / kind.softcap).tanh() * kind.softcap + bias
-        out = scores.softmax(-1).to(v.dtype) @ v
+        # PyTorch's fused attention has no soft cap on scores (Gemma 2).
+        out = eager_heads(q, k, v, bias, kind)
     return out.unflatten(2, (shared, length)).permute(0, 3, 1, 2, 4).reshape(batch, length, -1)
 
 
 def add_cache(model: nn.Module, num_slots: int) -> None:
-    """Replace every attention of `model` by one with a KV cache of `num_slots` slots, in place."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, CausalAttention):
-                setattr(parent, name, CachedAttention(child.kind, num_slots))
+    """Give every causal attention of `model` a KV cache of `num_slots` slots, in place. Others see their whole source
+    in every forward pass."""
+    for module in model.modules():
+        if isinstance(module, CoreAttention) and module.kind.causal:
+            module.strategy = KVCache(num_slots)
 
 
 def turning_point(config: Any) -> int | None:

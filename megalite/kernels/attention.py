@@ -1,8 +1,9 @@
-"""Causal self-attention of a fused projection, with grouped queries, within documents.
+"""Attention with grouped queries, within documents: of a fused projection to itself, or of queries to keys and values
+of their own.
 
-Letters in shapes: B batch, T tokens, N = H + 2G heads of the projection: H of queries, G of keys, G of values; K head
-size. Query head h reads key/value head h // (H // G). Scores are scaled by 1/√K, unless an `AttentionKind` says
-otherwise.
+Letters in shapes: B batch, T queries, S keys and values, H heads of queries, G of keys and values, K head size of
+queries and keys, V of values; N = H + 2G heads of a fused projection, where S = T and V = K. Query head h reads
+key/value head h // (H // G).
 """
 
 from __future__ import annotations
@@ -21,133 +22,223 @@ from megalite.kernels.library import added, own, pick
 
 @dataclass(frozen=True)
 class AttentionKind:
-    """Describe a model's attention beyond being causal: sliding window, soft-capping and scale of the scores."""
+    """Describe a model's attention: sliding window, soft-capping and scale of the scores, and whether it is causal."""
 
     window: int | None = None
-    """Size of the sliding window in tokens, the attending token included. None: no window."""
+    """Size of the sliding window in tokens, the attending token included: as many before it and, where attention is not
+    causal, as many behind it. None: no window."""
     softcap: float | None = None
     """Cap c of the scores: s becomes c · tanh(s / c) (Gemma 2). None: no cap."""
     scale: float | None = None
     """Factor of the scores. None: 1/√K."""
+    causal: bool = True
+    """Tokens attend to none behind them. False: an encoder's attention, or attention to another sequence."""
 
     def within(self, length: int) -> AttentionKind:
         """Return this kind for sequences of `length` tokens, without a window that would cover them whole."""
         if self.window is None or self.window < length:
             return self
-        return AttentionKind(None, self.softcap, self.scale)
+        return AttentionKind(None, self.softcap, self.scale, self.causal)
+
+    def scale_of(self, head_size: int) -> float:
+        """Return the factor of the scores, for queries and keys of `head_size`."""
+        return self.scale or head_size**-0.5
 
 
 PLAIN = AttentionKind()
 
 
-def causal_attention(
+def self_attention(
     qkv_BTNK: Tensor,
     num_heads: int,
     num_kv_heads: int,
     document_BT: Tensor | None = None,
     kind: AttentionKind = PLAIN,
 ) -> Tensor:
-    """Attend causally within each document: [B,T,N,K] → [B,T,H·K].
+    """Compute the `attention` of a fused projection to itself: [B,T,N,K] → [B,T,H·K].
 
-    `qkv_BTNK` is the fused projection of `num_heads` query heads and `num_kv_heads` key and value heads.
-    `document_BT` (int64) numbers each token's document, ascending along T; None means one document a row. `kind`
-    adds a sliding window, soft-capping or another scale.
+    `qkv_BTNK` has `num_heads` query heads, then `num_kv_heads` key heads and as many value heads. `document_BT` and
+    `kind` are those of `attention`.
 
     megalite's kernel works in tiles, as flash attention does (Dao et al. 2022), and its backward pass returns the
-    gradient of the whole fused projection at once. It computes the plain kind only. torch computes the others;
-    soft-capped scores are materialized (`eager_attention`)."""
+    gradient of the whole fused projection at once. It computes the plain kind only; `attention` computes the others."""
     kind = kind.within(qkv_BTNK.shape[1])
-    if function := added("attention", "causal_attention"):
+    if function := added("attention", "self_attention"):
         return function(qkv_BTNK, num_heads, num_kv_heads, document_BT, kind)
-    match pick("attention", qkv_BTNK):
-        case "megalite" if kind == PLAIN:
-            # The operator also returns the log-sum-exp of the scores, which its backward pass reads.
-            return torch.ops.megalite.attention_forward(qkv_BTNK, num_heads, num_kv_heads, document_BT)[0]
-        case "flash_attn":
-            return _flash_attn(*_split(qkv_BTNK, num_heads, num_kv_heads), document_BT, kind)
-        case _ if kind.softcap is not None:
-            return eager_attention(qkv_BTNK, num_heads, num_kv_heads, document_BT, kind)
-        case _:
-            return _torch(*_split(qkv_BTNK, num_heads, num_kv_heads), document_BT, kind)
+    if kind == PLAIN and pick("attention", qkv_BTNK) == "megalite":
+        # The operator also returns the log-sum-exp of the scores, which its backward pass reads.
+        return torch.ops.megalite.attention_forward(qkv_BTNK, num_heads, num_kv_heads, document_BT)[0]
+    return attention(*split_heads(qkv_BTNK, num_heads, num_kv_heads), document_BT, kind)
+
+
+def attention(
+    q_BTHK: Tensor,
+    k_BSGK: Tensor,
+    v_BSGV: Tensor,
+    document_BT: Tensor | None = None,
+    kind: AttentionKind = PLAIN,
+    source_BS: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Attend from queries to keys and values: [B,T,H,K], [B,S,G,K] and [B,S,G,V] → [B,T,H·V].
+
+    `document_BT` (int64) numbers each query's document, ascending along T; None means one document a row. Queries
+    attend only within theirs. Keys are the queries' own tokens, unless `source_BS` numbers their documents, or their
+    number differs (cross-attention): then `kind` must be neither causal nor windowed, and a query whose document has no
+    key gets 0. `bias` [B or 1,H or 1,T,S] is added to the scores, behind their scale and cap.
+
+    torch computes it; soft-capped scores are materialized (`eager_attention`).
+
+    Raises ValueError for tensors and a kind that do not go together."""
+    kind = kind.within(q_BTHK.shape[1])
+    _check(q_BTHK, k_BSGK, v_BSGV, document_BT, kind, source_BS)
+    if function := added("attention", "attention"):
+        return function(q_BTHK, k_BSGK, v_BSGV, document_BT, kind, source_BS, bias)
+    ours = source_BS is None and bias is None and k_BSGK.shape == v_BSGV.shape and q_BTHK.shape[1] == k_BSGK.shape[1]
+    if ours and pick("attention", q_BTHK) == "flash_attn":
+        return _flash_attn(q_BTHK, k_BSGK, v_BSGV, document_BT, kind)
+    if kind.softcap is not None:
+        return eager_attention(q_BTHK, k_BSGK, v_BSGV, document_BT, kind, source_BS, bias)
+    return _torch(q_BTHK, k_BSGK, v_BSGV, document_BT, kind, source_BS, bias)
 
 
 def eager_attention(
-    qkv_BTNK: Tensor,
-    num_heads: int,
-    num_kv_heads: int,
+    q_BTHK: Tensor,
+    k_BSGK: Tensor,
+    v_BSGV: Tensor,
     document_BT: Tensor | None,
     kind: AttentionKind = PLAIN,
+    source_BS: Tensor | None = None,
+    bias: Tensor | None = None,
     drop: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Compute `causal_attention` with its scores materialized as [B,H,T,T] (eager attention).
+    """Compute `attention` with its scores materialized as [B,H,T,S]. `drop` is the attention dropout, applied to the
+    probabilities; the other arguments are those of `attention`."""
+    mask, empty = _mask(q_BTHK, k_BSGK, document_BT, kind, source_BS, bias)
+    num_heads = q_BTHK.shape[2]
+    k, v = (_repeat_kv(x.transpose(1, 2), num_heads) for x in (k_BSGK, v_BSGV))
+    return _merged(eager_heads(q_BTHK.transpose(1, 2), k, v, mask, kind, drop), empty)
 
-    `qkv_BTNK`, `num_heads`, `num_kv_heads`, `document_BT` and `kind` are those of `causal_attention`. `drop` is the
-    attention dropout, applied to the probabilities."""
-    q_BTHK, k_BTGK, v_BTGK = _split(qkv_BTNK, num_heads, num_kv_heads)
-    q = q_BTHK.transpose(1, 2)
-    k = _repeat_kv(k_BTGK.transpose(1, 2), num_heads)
-    v = _repeat_kv(v_BTGK.transpose(1, 2), num_heads)
-    scale = kind.scale or q.shape[-1] ** -0.5
-    scores = (q @ k.transpose(-1, -2)).float() * scale  # fp32 from here to the softmax
+
+def eager_heads(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    kind: AttentionKind,
+    drop: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Attend head by head: [B,H,T,K], [B,H,S,K] and [B,H,S,V] → [B,H,T,V]. `mask` is a bool tensor, true where a query
+    attends to a key, or a number to add to each score, or None."""
+    scores = (q @ k.transpose(-1, -2)).float() * kind.scale_of(q.shape[-1])  # fp32 from here to the softmax
     if kind.softcap is not None:
         scores = (scores / kind.softcap).tanh() * kind.softcap
-    if document_BT is None:
-        document_BT = _one_document(scores.shape[-1], scores.device)
-    allowed = attention_mask(document_BT, kind.window)
-    probabilities = scores.masked_fill(~allowed, -torch.inf).softmax(-1).to(v.dtype)
-    if drop:
-        probabilities = drop(probabilities)
-    return (probabilities @ v).transpose(1, 2).flatten(2)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    probabilities = scores.softmax(-1).to(v.dtype)
+    return (drop(probabilities) if drop else probabilities) @ v
 
 
-def attention_mask(document_BT: Tensor, window: int | None = None) -> Tensor:
-    """Return a mask [B,1,T,T] bool, true where a query (third dimension) may attend to a key (last one)."""
-    same = document_BT[:, None, :, None] == document_BT[:, None, None, :]
-    causal = same.tril()
-    return causal if window is None else causal.triu(1 - window)
-
-
-def _one_document(length: int, device: torch.device) -> Tensor:
-    return torch.zeros(1, length, dtype=torch.int64, device=device)
-
-
-def _split(qkv_BTNK: Tensor, num_heads: int, num_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+def split_heads(qkv_BTNK: Tensor, num_heads: int, num_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Split a fused projection into queries [B,T,H,K], and keys and values [B,T,G,K]."""
     return qkv_BTNK.split((num_heads, num_kv_heads, num_kv_heads), dim=2)
 
 
-def _repeat_kv(x_BGTK: Tensor, num_heads: int) -> Tensor:
-    """Repeat keys or values [B,G,T,K] for the query heads that share them: [B,H,T,K]."""
-    return x_BGTK.repeat_interleave(num_heads // x_BGTK.shape[1], dim=1)
+def _check(
+    q_BTHK: Tensor,
+    k_BSGK: Tensor,
+    v_BSGV: Tensor,
+    document_BT: Tensor | None,
+    kind: AttentionKind,
+    source_BS: Tensor | None,
+) -> None:
+    """Raise ValueError where queries, keys and values do not go together."""
+    (batch, length, heads, size), (sources, groups) = q_BTHK.shape, k_BSGK.shape[1:3]
+    if k_BSGK.shape != (batch, sources, groups, size) or v_BSGV.shape[:3] != k_BSGK.shape[:3] or heads % groups:
+        shapes = ", ".join(str(list(x.shape)) for x in (q_BTHK, k_BSGK, v_BSGV))
+        raise ValueError(f"attention: queries, keys and values have shapes {shapes}, which do not go together")
+    if source_BS is not None or length != sources:
+        check_cross(document_BT, source_BS, kind)
+
+
+def check_cross(document_BT: Tensor | None, source_BS: Tensor | None, kind: AttentionKind) -> None:
+    """Raise ValueError where a kind, or the documents of queries and keys, are not for keys of another sequence."""
+    if kind.causal or kind.window is not None:
+        raise ValueError(f"attention to another sequence must be neither causal nor windowed, but is {kind}")
+    if (source_BS is None) != (document_BT is None):
+        raise ValueError("attention to another sequence: give the documents of queries and of keys, or of neither")
+
+
+def attention_mask(document_BT: Tensor, source_BS: Tensor, kind: AttentionKind) -> Tensor:
+    """Return a mask [B,1,T,S] bool, true where a query (third dimension) may attend to a key (last one), from the
+    numbers of their documents."""
+    mask = document_BT[:, None, :, None] == source_BS[:, None, None, :]
+    if kind.causal:
+        mask = mask.tril()
+    if kind.window is not None:
+        mask = mask.triu(1 - kind.window)
+        if not kind.causal:
+            mask = mask.tril(kind.window - 1)
+    return mask
+
+
+def _mask(
+    q_BTHK: Tensor,
+    k_BSGK: Tensor,
+    document_BT: Tensor | None,
+    kind: AttentionKind,
+    source_BS: Tensor | None,
+    bias: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return what SDPA calls `attn_mask`, [B or 1,H or 1,T,S]: bool, or `bias` with -inf where a query does not attend;
+    None where all queries attend to all keys. Also return which queries attend to nothing, [B,1,T,1] bool, where there
+    may be such: these seem to attend to everything, since the gradient of a softmax of nothing is not a number."""
+    if document_BT is None and not kind.causal and kind.window is None:
+        return None if bias is None else bias.to(q_BTHK.dtype), None
+    if document_BT is None:
+        document_BT = torch.zeros(1, q_BTHK.shape[1], dtype=torch.int64, device=q_BTHK.device)
+    mask = attention_mask(document_BT, document_BT if source_BS is None else source_BS, kind)
+    empty = None
+    if source_BS is not None:
+        empty = ~mask.any(-1, keepdim=True)
+        mask = mask | empty
+    return mask if bias is None else bias.to(q_BTHK.dtype).masked_fill(~mask, -torch.inf), empty
+
+
+def _merged(out_BHTV: Tensor, empty: Tensor | None) -> Tensor:
+    """Return the heads' outputs beside each other, [B,T,H·V], and 0 for queries that attend to nothing."""
+    if empty is not None:
+        out_BHTV = out_BHTV.masked_fill(empty, 0.0)
+    return out_BHTV.transpose(1, 2).flatten(2)
+
+
+def _repeat_kv(x_BGSK: Tensor, num_heads: int) -> Tensor:
+    """Repeat keys or values [B,G,S,K] for the query heads that share them: [B,H,S,K]."""
+    return x_BGSK.repeat_interleave(num_heads // x_BGSK.shape[1], dim=1)
 
 
 def _torch(
     q_BTHK: Tensor,
-    k_BTGK: Tensor,
-    v_BTGK: Tensor,
+    k_BSGK: Tensor,
+    v_BSGV: Tensor,
     document_BT: Tensor | None,
     kind: AttentionKind,
+    source_BS: Tensor | None,
+    bias: Tensor | None,
 ) -> Tensor:
-    q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BTGK, v_BTGK))
-    num_heads, length = q.shape[1], q.shape[2]
-    mask = None
-    if document_BT is not None:
-        mask = attention_mask(document_BT, kind.window)
-    elif kind.window is not None:
-        mask = attention_mask(_one_document(length, q.device), kind.window)
-    if mask is not None and q.device.type == "cuda":
+    q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BSGK, v_BSGV))
+    num_heads = q.shape[1]
+    # torch's kernels leave out by themselves what lies behind a query; a mask would only be read.
+    implied = kind.causal and document_BT is None and kind.window is None and bias is None
+    mask, empty = (None, None) if implied else _mask(q_BTHK, k_BSGK, document_BT, kind, source_BS, bias)
+    if q.device.type == "cuda" and (mask is not None or q.shape[-1] != v.shape[-1]):
         # The CUDA kernel that takes a mask has no grouped-query attention; with enable_gqa torch would fall back to
         # materialized scores.
         k, v = _repeat_kv(k, num_heads), _repeat_kv(v, num_heads)
     out = F.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=mask,
-        is_causal=mask is None,
-        scale=kind.scale,
-        enable_gqa=num_heads != k.shape[1],
+        q, k, v, attn_mask=mask, is_causal=implied, scale=kind.scale, enable_gqa=num_heads != k.shape[1]
     )
-    return out.transpose(1, 2).flatten(2)
+    return _merged(out, empty)
 
 
 def _flash_attn(
@@ -160,11 +251,11 @@ def _flash_attn(
     import flash_attn
 
     # What is not asked for keeps the default of flash_attn.
-    options: dict[str, Any] = {"causal": True}
+    options: dict[str, Any] = {"causal": kind.causal}
     if kind.scale is not None:
         options["softmax_scale"] = kind.scale
     if kind.window is not None:
-        options["window_size"] = (kind.window - 1, 0)  # tokens before and after
+        options["window_size"] = (kind.window - 1, 0 if kind.causal else kind.window - 1)  # tokens before and after
     if kind.softcap is not None:
         options["softcap"] = kind.softcap
     if document_BT is None:

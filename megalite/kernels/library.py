@@ -28,7 +28,7 @@ FUNCTIONS = {
     "norm": ("rms_norm", "layer_norm"),
     "rope": ("rotate",),
     "activation": ("swiglu", "gelu"),
-    "attention": ("causal_attention",),
+    "attention": ("self_attention", "attention"),
     "loss": ("cross_entropy_forward", "cross_entropy_backward_"),
     "weight_gradient": ("accumulate_weight_gradient",),
 }

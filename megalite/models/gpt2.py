@@ -16,7 +16,7 @@ from megalite.config import ModelConfig
 from megalite.kernels.activation import gelu
 from megalite.models.hf import REQUIRED, Keys, agreed
 from megalite.models.layers import (
-    CausalAttention,
+    CoreAttention,
     CrossEntropy,
     Decoder,
     Dropout,
@@ -62,7 +62,7 @@ class Attention(nn.Module):
         self.head_size = config.head_size
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.out = nn.Linear(config.hidden_size, config.hidden_size)
-        self.core = CausalAttention(Dropout(config.attention_dropout, f"{site}.probabilities", over_heads=True))
+        self.core = CoreAttention(Dropout(config.attention_dropout, f"{site}.probabilities", over_heads=True))
 
     def forward(self, x_BTD: Tensor, places: Places) -> Tensor:
         qkv_BTNK = self.qkv(x_BTD).unflatten(-1, (-1, self.head_size))

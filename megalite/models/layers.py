@@ -6,13 +6,21 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from megalite.kernels.attention import PLAIN, AttentionKind, causal_attention, eager_attention
+from megalite.kernels.attention import (
+    PLAIN,
+    AttentionKind,
+    attention,
+    check_cross,
+    eager_attention,
+    self_attention,
+    split_heads,
+)
 from megalite.kernels.loss import IGNORE as IGNORE
 from megalite.kernels.loss import cross_entropy
 from megalite.kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
@@ -188,25 +196,85 @@ class CrossEntropy(nn.Module):
         return cross_entropy(logits, labels_BT)
 
 
-class CausalAttention(nn.Module):
-    """Attend from each token to itself and to those before it in its document, with grouped queries. Context
-    parallelism replaces this module."""
+class AttentionStrategy(Protocol):
+    """Attend where the keys at hand are not all: `RingAttention` to those of other ranks, `KVCache` to those of earlier
+    tokens."""
+
+    def attend(
+        self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, places: Places, kind: AttentionKind
+    ) -> Tensor | None:
+        """Return the attention of the tokens at `places` to themselves and to those elsewhere, [B,T,H·V]; None where
+        there are none elsewhere."""
+
+
+class CoreAttention(nn.Module):
+    """Attend from each token to tokens of its document, with grouped queries: the one mixer of all families.
+
+    In training it computes with what is at hand. Context parallelism and generation each give it a `strategy` for keys
+    and values that are elsewhere; a family does nothing for these."""
 
     def __init__(self, dropout: Dropout | None = None, kind: AttentionKind = PLAIN):
-        """Apply `dropout` to the probabilities; `kind` gives window, soft cap and scale."""
+        """Apply `dropout` to the probabilities; `kind` says whether it is causal, and gives window, soft cap and
+        scale."""
         super().__init__()
         self.dropout, self.kind = dropout, kind
+        self.strategy: AttentionStrategy | None = None
 
     @property
     def writes_scores(self) -> bool:
-        """Return whether it may materialise the scores [B,H,T,T]."""
+        """Return whether it may materialise the scores [B,H,T,S]."""
         return self.kind.softcap is not None or bool(self.dropout and self.dropout.p)
 
     def forward(self, qkv_BTNK: Tensor, num_heads: int, num_kv_heads: int, places: Places) -> Tensor:
         """Attend within the fused projection [B,T,N,K]: N = num_heads of queries + num_kv_heads of keys + as many of
         values. Returns [B,T,H·K]; `places` says which tokens are of one document."""
-        if self.training and self.dropout is not None and self.dropout.p and places.key_B is not None:
-            # The random numbers of fused kernels would depend on the layout.
-            drop = partial(self.dropout, places=places)
-            return eager_attention(qkv_BTNK, num_heads, num_kv_heads, places.document_BT, self.kind, drop)
-        return causal_attention(qkv_BTNK, num_heads, num_kv_heads, places.document_BT, self.kind)
+        if self.strategy is not None or self._drops(places):
+            out = self._by_strategy_or_eager(*split_heads(qkv_BTNK, num_heads, num_kv_heads), places)
+            if out is not None:
+                return out
+        return self_attention(qkv_BTNK, num_heads, num_kv_heads, places.document_BT, self.kind)
+
+    def attend(
+        self,
+        q_BTHK: Tensor,
+        k_BSGK: Tensor,
+        v_BSGV: Tensor,
+        places: Places,
+        source: Places | None = None,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """Attend from queries to keys and values that come apart, whose head sizes K and V may differ: [B,T,H·V].
+
+        `places` are those of the queries, and of the keys where `source` is None. `source` are those of keys of another
+        sequence (cross-attention), whole on this rank. `bias` [B or 1,H or 1,T,S] is added to the scores. Raises
+        ValueError where these, the kind and the strategy do not go together."""
+        out = self._by_strategy_or_eager(q_BTHK, k_BSGK, v_BSGV, places, source, bias)
+        if out is not None:
+            return out
+        source_BS = None if source is None else source.document_BT
+        return attention(q_BTHK, k_BSGK, v_BSGV, places.document_BT, self.kind, source_BS, bias)
+
+    def _by_strategy_or_eager(
+        self, q: Tensor, k: Tensor, v: Tensor, places: Places, source: Places | None = None, bias: Tensor | None = None
+    ) -> Tensor | None:
+        """Return what the strategy computes for a sequence's own keys, or eager attention with dropout; None where
+        neither is asked for."""
+        if source is not None:
+            check_cross(places.document_BT, source.document_BT, self.kind)
+        elif self.strategy is not None:
+            if bias is not None:
+                raise ValueError(f"{type(self.strategy).__name__} knows no bias of the scores")
+            out = self.strategy.attend(q, k, v, places, self.kind)
+            if out is not None:
+                return out
+        if not self._drops(places):
+            return None
+        assert self.dropout is not None
+        # The random numbers of fused kernels would depend on the layout.
+        drop = partial(self.dropout, places=places)
+        source_BS = None if source is None else source.document_BT
+        return eager_attention(q, k, v, places.document_BT, self.kind, source_BS, bias, drop)
+
+    def _drops(self, places: Places) -> bool:
+        """Return whether some of the probabilities are dropped."""
+        return bool(self.training and self.dropout and self.dropout.p) and places.key_B is not None

@@ -20,7 +20,7 @@ from megalite.kernels.rope import rotate
 from megalite.models import rope
 from megalite.models.hf import REQUIRED, Keys
 from megalite.models.layers import (
-    CausalAttention,
+    CoreAttention,
     CrossEntropy,
     Decoder,
     LayerNorm,
@@ -123,7 +123,7 @@ class Attention(nn.Module):
         heads, groups, self.head_size = config.num_attention_heads, config.kv_heads, config.head_size
         self.heads_per_group, self.turn = heads // groups, config.turn(layer)
         self.qkv = nn.Linear(config.hidden_size, (heads + 2 * groups) * self.head_size, bias=config.QKV_BIAS)
-        self.core = CausalAttention(kind=config.attention(layer))
+        self.core = CoreAttention(kind=config.attention(layer))
         self.out = nn.Linear(heads * self.head_size, config.hidden_size, bias=config.OUT_BIAS)
 
     def forward(self, x_BTD: Tensor, shared: Shared) -> Tensor:

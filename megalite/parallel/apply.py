@@ -13,7 +13,7 @@ from megalite.comm.mesh import Axis, Mesh
 from megalite.config import TrainConfig
 from megalite.kernels import library
 from megalite.kernels.linear import WeightGradStore
-from megalite.models.layers import CausalAttention, Decoder, Dropout
+from megalite.models.layers import CoreAttention, Decoder, Dropout
 from megalite.models.weights import Weight
 from megalite.parallel.rules import apply_rules, make_layout, vocab_size_of
 from megalite.parallel.stage import cut
@@ -79,7 +79,7 @@ def apply_recompute(model: Decoder, train: TrainConfig) -> None:
             for module in layer.modules():
                 if hasattr(module, "activation_and_down_proj"):
                     _recompute(module, "activation_and_down_proj")
-                if isinstance(module, CausalAttention) and module.writes_scores:
+                if isinstance(module, CoreAttention) and module.writes_scores:
                     _recompute(module, "forward")
 
 

@@ -8,7 +8,8 @@ The sequence is cut into twice as many chunks as there are ranks, and rank r tak
 3, Dubey et al. 2024). So all ranks have as much to do, and of another rank's keys either all queries attend to exactly
 the first half, or exactly the second half of the queries attends to all.
 
-Letters in shapes: B batch, T tokens at hand, S keys at hand, H heads, G key/value heads, K head size.
+Letters in shapes: B batch, T tokens at hand, S keys at hand, H heads, G key/value heads, K head size of queries and
+keys, V of values.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from megalite.comm.collectives import Result, start_shift
 from megalite.comm.mesh import Axis
-from megalite.kernels.attention import PLAIN, AttentionKind
+from megalite.kernels.attention import AttentionKind
 from megalite.models.layers import Places
 
 aten = torch.ops.aten
@@ -45,61 +46,60 @@ def _zigzag_of(rank: int, length: int, ranks: int) -> Tensor:
     return torch.cat((chunks[rank], chunks[2 * ranks - 1 - rank]))
 
 
-class RingAttention(nn.Module):
-    """Replace `models.layers.CausalAttention` where each rank of the axis holds the tokens that `zigzag` gives it. Who
-    attends to whom follows from that; `places.index_T` is not read. Dropout and soft caps are not supported, and the
-    plan refuses both."""
+class RingAttention:
+    """Attend from this rank's tokens to those of all ranks of the axis, each of which holds the tokens that `zigzag`
+    gives it: the strategy of attention under context parallelism. Who attends to whom follows from that;
+    `places.index_T` is not read."""
 
-    def __init__(self, axis: Axis, kind: AttentionKind = PLAIN):
-        super().__init__()
-        self.axis, self.kind = axis, kind
+    def __init__(self, axis: Axis):
+        self.axis = axis
 
-    def forward(self, qkv_BTNK: Tensor, num_heads: int, num_kv_heads: int, places: Places) -> Tensor:
-        """Attend with the tokens of this rank to those of all ranks: [B,T,N,K] → [B,T,H·K]. `num_heads` and
-        `num_kv_heads` say how N splits into queries, keys and values."""
-        kind = self.kind.within(qkv_BTNK.shape[1] * self.axis.size)
-        return _RingAttention.apply(qkv_BTNK, num_heads, num_kv_heads, places.document_BT, self.axis, kind)
+    def attend(self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, places: Places, kind: AttentionKind) -> Tensor:
+        """Attend with the tokens of this rank to those of all ranks: [B,T,H·V]. The rule that sets this strategy
+        refuses soft-capped scores and dropout."""
+        kind = kind.within(q_BTHK.shape[1] * self.axis.size)
+        return _RingAttention.apply(q_BTHK, k_BTGK, v_BTGV, places.document_BT, self.axis, kind)
 
 
 class _RingAttention(Function):
     @staticmethod
     def forward(
         ctx: Any,
-        qkv_BTNK: Tensor,
-        num_heads: int,
-        num_kv_heads: int,
+        q_BTHK: Tensor,
+        k_BTGK: Tensor,
+        v_BTGV: Tensor,
         document_BT: Tensor | None,
         axis: Axis,
         kind: AttentionKind,
     ) -> Tensor:
-        q, kv_2BTGK = _queries_and_message(qkv_BTNK, num_heads, num_kv_heads)
-        for block in _blocks(kv_2BTGK, document_BT, kind.window, axis):
+        q = q_BTHK.transpose(1, 2)
+        for block in _blocks(_Message.of(k_BTGK, v_BTGV), document_BT, kind, axis):
             out, lse = attend(q[:, :, block.rows], block.k, block.v, block.causal, block.mask, kind.scale)
             if block.step == 0:
                 # Every token attends to itself, so that this lse is finite and no row of the merges is empty.
                 merged, merged_lse = out.to(lse.dtype), lse
             else:
                 _merge(merged[:, :, block.rows], merged_lse[:, :, block.rows], out, lse)
-        out_BTHK = merged.to(q.dtype).transpose(1, 2).contiguous()
-        ctx.save_for_backward(qkv_BTNK, out_BTHK, merged_lse, document_BT)
-        ctx.axis, ctx.kind, ctx.heads = axis, kind, (num_heads, num_kv_heads)
-        return out_BTHK.flatten(2)
+        out_BTHV = merged.to(q.dtype).transpose(1, 2).contiguous()
+        ctx.save_for_backward(q_BTHK, k_BTGK, v_BTGV, out_BTHV, merged_lse, document_BT)
+        ctx.axis, ctx.kind = axis, kind
+        return out_BTHV.flatten(2)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-        qkv_BTNK, out_BTHK, lse, document_BT = ctx.saved_tensors
-        q, kv_2BTGK = _queries_and_message(qkv_BTNK, *ctx.heads)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q_BTHK, k_BTGK, v_BTGV, out_BTHV, lse, document_BT = ctx.saved_tensors
         # GPU kernels need a last stride of 1; the gradient of a sum comes expanded, with stride 0
-        grad_BTHK = grad.contiguous().view_as(out_BTHK)
-        out, grad = (x.transpose(1, 2) for x in (out_BTHK, grad_BTHK))
+        grad_BTHV = grad.contiguous().view_as(out_BTHV)
+        q, out, grad = (x.transpose(1, 2) for x in (q_BTHK, out_BTHV, grad_BTHV))
         # Summed in fp32 (fp64 for fp64): each gets a term from every rank's block.
         dq_BHTK = torch.zeros_like(q, dtype=lse.dtype)
-        dkv_2BTGK = torch.zeros_like(kv_2BTGK, dtype=lse.dtype)
+        kv = _Message.of(k_BTGK, v_BTGV)
+        dkv = kv.with_data(torch.zeros_like(kv.data, dtype=lse.dtype))
         # dK and dV follow their keys and values around the ring, one shift a block. After as many shifts as there are
         # ranks they are back at the rank that owns them, with every rank's share added.
         travelling: Result | None = None
-        for block in _blocks(kv_2BTGK, document_BT, ctx.kind.window, ctx.axis):
+        for block in _blocks(kv, document_BT, ctx.kind, ctx.axis):
             rows = block.rows
             # `out` and `lse` are those of the attention to all keys, so the block's probabilities come out normalised
             # over all blocks, and gradients of blocks simply add up.
@@ -117,21 +117,37 @@ class _RingAttention(Function):
             dq_BHTK[:, :, rows] += dq
             # Wait for the gradients of this block only here: they travelled while attend_backward computed.
             if travelling is not None:
-                dkv_2BTGK = travelling()
+                dkv = dkv.with_data(travelling())
             # Add in place only once they have arrived, and send them on only after this: the shift reads this very
             # buffer.
-            for whole_BTGK, part in zip(dkv_2BTGK, (dk, dv), strict=True):
+            for whole_BTGK, part in zip(dkv.parts(), (dk, dv), strict=True):
                 whole_BTGK[:, block.keys] += part.transpose(1, 2)
-            travelling = start_shift(dkv_2BTGK, ctx.axis)
+            travelling = start_shift(dkv.data, ctx.axis)
         assert travelling is not None
-        parts = (dq_BHTK.transpose(1, 2), *travelling())
-        return torch.cat([part.to(q.dtype) for part in parts], dim=2), None, None, None, None, None
+        grads = (dq_BHTK.transpose(1, 2), *dkv.with_data(travelling()).parts())
+        return *(x.to(q.dtype) for x in grads), None, None, None
 
 
-def _queries_and_message(qkv_BTNK: Tensor, num_heads: int, num_kv_heads: int) -> tuple[Tensor, Tensor]:
-    """Split the fused projection into queries [B,H,T,K], and keys and values [2,B,T,G,K] as one message."""
-    q_BTHK, k_BTGK, v_BTGK = qkv_BTNK.split((num_heads, num_kv_heads, num_kv_heads), dim=2)
-    return q_BTHK.transpose(1, 2), torch.stack((k_BTGK, v_BTGK))
+class _Message(NamedTuple):
+    """Keys and values as one message, which may have heads of different sizes."""
+
+    data: Tensor
+    """The numbers of both, one behind the other."""
+    k_shape: torch.Size
+    v_shape: torch.Size
+
+    @classmethod
+    def of(cls, k: Tensor, v: Tensor) -> _Message:
+        return cls(torch.cat((k.flatten(), v.flatten())), k.shape, v.shape)
+
+    def with_data(self, data: Tensor) -> _Message:
+        """Return a message of the same shapes that has arrived."""
+        return self._replace(data=data)
+
+    def parts(self) -> tuple[Tensor, Tensor]:
+        """Return keys and values as views of the message."""
+        k, v = self.data.split((self.k_shape.numel(), self.v_shape.numel()))
+        return k.view(self.k_shape), v.view(self.v_shape)
 
 
 class _Block(NamedTuple):
@@ -147,33 +163,34 @@ class _Block(NamedTuple):
     v: Tensor
 
 
-def _blocks(kv_2BTGK: Tensor, document_BT: Tensor | None, window: int | None, axis: Axis) -> Iterator[_Block]:
+def _blocks(kv: _Message, document_BT: Tensor | None, kind: AttentionKind, axis: Axis) -> Iterator[_Block]:
     """Yield the blocks of keys and values of all ranks, this rank's own first. The next block travels while the caller
     works on the one it was given."""
-    half = kv_2BTGK.shape[2] // 2
-    at_hand = [kv_2BTGK] if document_BT is None else [kv_2BTGK, document_BT.contiguous()]
+    half, window = kv.k_shape[1] // 2, kind.window
+    at_hand = [kv.data] if document_BT is None else [kv.data, document_BT.contiguous()]
     for step in range(axis.size):
         arriving = [start_shift(x, axis) for x in at_hand] if step + 1 < axis.size else []
         source = (axis.rank - step) % axis.size
         # Zigzag: of a higher rank's keys only our second half of the queries sees any, and it sees all; of a lower
         # rank's keys all our queries see the first half and none the second. Only our own block needs a causal mask.
-        rows = slice(half if source > axis.rank else 0, None)
-        keys = slice(0, half if source < axis.rank else None)
+        # Where attention is not causal, all see all.
+        rows = slice(half if kind.causal and source > axis.rank else 0, None)
+        keys = slice(0, half if kind.causal and source < axis.rank else None)
         mask = None
         if document_BT is not None:
             mask = document_BT[:, None, rows, None] == at_hand[1][:, None, None, keys]
         if window is not None:
-            near = _distances(kv_2BTGK, axis, source)[rows, keys] < window
+            near = _distances(kv, axis, source)[rows, keys].abs() < window
             mask = near[None, None] if mask is None else mask & near
-        k, v = at_hand[0][:, :, keys].transpose(2, 3)
-        yield _Block(step, rows, keys, step == 0, mask, k, v)
+        k, v = (x[:, keys].transpose(1, 2) for x in kv.with_data(at_hand[0]).parts())
+        yield _Block(step, rows, keys, kind.causal and step == 0, mask, k, v)
         at_hand = [arrived() for arrived in arriving]
 
 
-def _distances(kv_2BTGK: Tensor, axis: Axis, source: int) -> Tensor:
+def _distances(kv: _Message, axis: Axis, source: int) -> Tensor:
     """Return how far back in the sequence rank `source`'s keys lie from this rank's queries: [T,T]."""
-    length = kv_2BTGK.shape[2] * axis.size
-    with kv_2BTGK.device:
+    length = kv.k_shape[1] * axis.size
+    with kv.data.device:
         return zigzag(length, axis)[:, None] - _zigzag_of(source, length, axis.size)
 
 
@@ -187,10 +204,15 @@ def _merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> None:
 def attend(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Attend from q [B,H,T,K] to k and v [B,G,S,K] where the bool `mask` [B or 1,1,T,S] is true. Returns the output
-    [B,H,T,K] and the log-sum-exp [B,H,T] (fp32, or fp64 for fp64). A query with nothing to attend to gets 0 and -inf.
+    """Attend from q [B,H,T,K] to k [B,G,S,K] and v [B,G,S,V] where the bool `mask` [B or 1,1,T,S] is true. Returns the
+    output [B,H,T,V] and the log-sum-exp [B,H,T] (fp32, or fp64 for fp64). A query with nothing to attend to gets 0 and
+    -inf.
 
     `causal`, where T = S, leaves out the keys after a query. Scores are multiplied by `scale`; None means 1/√K."""
+    if q.shape[-1] != v.shape[-1]:
+        wide_q, wide_k, wide_v = _of_one_size(q, k, v)
+        out, lse = attend(wide_q, wide_k, wide_v, causal, mask, scale or q.shape[-1] ** -0.5)
+        return out[..., : v.shape[-1]], lse
     bias = None if mask is None else _bias(mask, q)
     if q.device.type == "cpu":
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
@@ -223,6 +245,12 @@ def attend_backward(
     """Return what these keys and values add to the gradients of q, k and v, from `grad`, that of the output. `out` and
     `lse` are those of the attention to ALL keys: a probability is exp(score - lse), and what normalises its gradient
     is the sum of out · grad (Dao 2023). `causal`, `mask` and `scale` are as in `attend`."""
+    if q.shape[-1] != v.shape[-1]:
+        wide_grad, wide_q, wide_k, wide_v, wide_out = _of_one_size(grad, q, k, v, out)
+        scale = scale or q.shape[-1] ** -0.5
+        grads = attend_backward(wide_grad, wide_q, wide_k, wide_v, wide_out, lse, causal, mask, scale)
+        dq, dk, dv = (x[..., : like.shape[-1]] for x, like in zip(grads, (q, k, v), strict=True))
+        return dq, dk, dv
     bias = None if mask is None else _bias(mask, q)
     if q.device.type == "cpu":
         return aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -243,6 +271,13 @@ def attend_backward(
     )
     dk, dv = (x.unflatten(1, (k.shape[1], -1)).sum(2) for x in (dk, dv))
     return dq, dk, dv
+
+
+def _of_one_size(*tensors: Tensor) -> list[Tensor]:
+    """Return tensors whose heads have one size, as these kernels need it: zeros behind the shorter heads change no
+    score, and give outputs and gradients of 0."""
+    size = max(x.shape[-1] for x in tensors)
+    return [nn.functional.pad(x, (0, size - x.shape[-1])) for x in tensors]
 
 
 def _flash_on_cuda(q: Tensor, mask: Tensor | None) -> bool:

@@ -20,7 +20,7 @@ from torch import Tensor
 from megalite.comm.mesh import Axis, Mesh
 from megalite.errors import ConfigError
 from megalite.kernels.linear import WeightGradStore
-from megalite.models.layers import CausalAttention, CrossEntropy, Dropout, RMSNorm
+from megalite.models.layers import CoreAttention, CrossEntropy, Dropout, RMSNorm
 from megalite.models.lora import AdapterDropout, LoraLinear
 from megalite.models.weights import Weight
 from megalite.parallel.context import RingAttention
@@ -193,6 +193,12 @@ def _(dropout: AdapterDropout, layout: Layout) -> None:
     """Leave it to the rule of its linear module, which knows how its input is cut."""
 
 
-@rule(CausalAttention)
-def _(attention: CausalAttention, layout: Layout) -> nn.Module | None:
-    return RingAttention(layout.context, attention.kind) if layout.context.size > 1 else None
+@rule(CoreAttention)
+def _(attention: CoreAttention, layout: Layout) -> None:
+    if layout.context.size > 1:
+        if attention.writes_scores:
+            raise ConfigError(
+                f"parallel.context = {layout.context.size} must be 1 for this model: ring attention has no scores to "
+                "cap or to drop"
+            )
+        attention.strategy = RingAttention(layout.context)

@@ -22,11 +22,12 @@ from megalite.comm.mesh import Launch
 from megalite.errors import ConfigError
 from megalite.infer import cache
 from megalite.infer.batch import Batch
-from megalite.infer.cache import CachedAttention, CachedModel
+from megalite.infer.cache import CachedModel
 from megalite.infer.generate import Generator, find_model, load_model
 from megalite.infer.habits import LIKELY, read_habits
 from megalite.infer.ranks import load_on_ranks
 from megalite.infer.sampling import LIKELIEST, Sampling, choose, warp
+from megalite.models.layers import CoreAttention
 from megalite.train import train
 from ranks import run_ranks
 from scripted import Bytes
@@ -148,9 +149,9 @@ def test_an_answer_given_up_makes_room(small: Path) -> None:
 
 def test_the_cache_grows_with_its_sequences(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gen = generator(small)
-    cores = [module for module in gen.model.model.modules() if isinstance(module, CachedAttention)]
+    caches = [module.strategy for module in gen.model.model.modules() if isinstance(module, CoreAttention)]
     wanted = answers(gen, SAMPLINGS)
-    assert [core.cache.shape[:4] for core in cores if core.cache is not None] == [(2, 3, 4, cache.FEWEST_CELLS)] * 2
+    assert [x.shape[:3] for it in caches for x in (it.keys, it.values)] == [(3, 4, cache.FEWEST_CELLS)] * 4
     monkeypatch.setattr(cache, "FEWEST_CELLS", 1)
     monkeypatch.setattr(cache, "READ_AT_ONCE", 3)
     assert answers(generator(small), SAMPLINGS, prompt_tokens=5) == wanted

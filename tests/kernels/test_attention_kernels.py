@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+from itertools import product
 from types import ModuleType
 from typing import Any
 
@@ -8,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from exactness import DTYPES, check_against_float64, device, needs_kernels  # noqa: F401, device is a fixture
+from exactness import DTYPES, check_against_float64, device, devices, needs_kernels  # noqa: F401, device is a fixture
 from megalite.config import KernelsConfig
 from megalite.kernels import library
-from megalite.kernels.attention import PLAIN, AttentionKind, causal_attention
+from megalite.kernels.attention import PLAIN, AttentionKind, attention, eager_attention, self_attention
 
 # (B, T, H, G, K): a token, odd sizes, lengths and heads that fill no tile, several blocks of queries and of keys, one
 # task a query head and one a key/value head, and nothing at all.
@@ -34,19 +35,39 @@ DOCUMENTS = [(600,), (1,) * 40, (5, 1, 90, 96, 1, 200), (16, 48, 64, 192, 250), 
 def plain_attention(
     qkv: Tensor, num_heads: int, num_kv_heads: int, document: Tensor | None = None, kind: AttentionKind = PLAIN
 ) -> Tensor:
+    return plain_parts(*qkv.split((num_heads, num_kv_heads, num_kv_heads), dim=2), document, kind)
+
+
+def plain_parts(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    document: Tensor | None = None,
+    kind: AttentionKind = PLAIN,
+    source: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
     """By its definition, one matrix of probabilities a head."""
-    q, k, v = (x.transpose(1, 2) for x in qkv.split((num_heads, num_kv_heads, num_kv_heads), dim=2))
-    k, v = (x.repeat_interleave(num_heads // num_kv_heads, dim=1) for x in (k, v))
-    scores = q @ k.transpose(-1, -2) * (kind.scale or qkv.shape[-1] ** -0.5)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    heads, (length, sources) = q.shape[1], (q.shape[2], k.shape[2])
+    k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
+    scores = q @ k.transpose(-1, -2) * (kind.scale or q.shape[-1] ** -0.5)
     if kind.softcap:
         scores = kind.softcap * torch.tanh(scores / kind.softcap)
+    if bias is not None:
+        scores = scores + bias
     if document is None:
-        document = torch.zeros(qkv.shape[:2], dtype=torch.int64)
-    reached = (document[:, None, :, None] == document[:, None, None, :]).tril()
+        document, source = torch.zeros(1, length), torch.zeros(1, sources)
+    source = document if source is None else source
+    reached = document[:, None, :, None] == source[:, None, None, :]
+    back = torch.arange(length)[:, None] - torch.arange(sources)
+    if kind.causal:
+        reached = reached & (back >= 0)
     if kind.window:
-        place = torch.arange(qkv.shape[1])
-        reached = reached & (place[:, None] - place < kind.window)
-    return (scores.masked_fill(~reached, -torch.inf).softmax(-1) @ v).transpose(1, 2).flatten(2)
+        reached = reached & (back.abs() < kind.window)
+    nothing = ~reached.any(-1, keepdim=True)
+    probabilities = scores.masked_fill(~reached & ~nothing, -torch.inf).softmax(-1).masked_fill(nothing, 0.0)
+    return (probabilities @ v).transpose(1, 2).flatten(2)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -59,7 +80,7 @@ def numbers(*lengths: int) -> Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_causal_attention(
+def test_self_attention(
     shape: tuple[int, int, int, int, int],
     dtype: torch.dtype,
     device: torch.device,  # noqa: F811
@@ -67,7 +88,7 @@ def test_causal_attention(
     batch, length, heads, groups, size = shape
     qkv = random(batch, length, heads + 2 * groups, size)
     check_against_float64(
-        lambda x: causal_attention(x, heads, groups), lambda x: plain_attention(x, heads, groups), [qkv], dtype, device
+        lambda x: self_attention(x, heads, groups), lambda x: plain_attention(x, heads, groups), [qkv], dtype, device
     )
 
 
@@ -78,7 +99,7 @@ def test_documents(lengths: tuple[int, ...], dtype: torch.dtype, device: torch.d
     document = torch.stack((numbers(*lengths) + 3, 2 * numbers(*reversed(lengths))))
     qkv = random(2, document.shape[1], 8, 24)
     check_against_float64(
-        lambda x: causal_attention(x, 4, 2, document.to(device)),
+        lambda x: self_attention(x, 4, 2, document.to(device)),
         lambda x: plain_attention(x, 4, 2, document),
         [qkv],
         dtype,
@@ -103,7 +124,7 @@ def test_kinds(kind: AttentionKind, packed: bool, dtype: torch.dtype, device: to
     document = torch.stack((numbers(3, 1, 36), numbers(20, 20))) if packed else None
     qkv = random(2, 40, 8, 12)
     check_against_float64(
-        lambda x: causal_attention(x, 4, 2, None if document is None else document.to(device), kind),
+        lambda x: self_attention(x, 4, 2, None if document is None else document.to(device), kind),
         lambda x: plain_attention(x, 4, 2, document, kind),
         [qkv],
         dtype,
@@ -111,11 +132,74 @@ def test_kinds(kind: AttentionKind, packed: bool, dtype: torch.dtype, device: to
     )
 
 
+BATCH, LENGTH, HEADS = 2, 24, 4
+KINDS_OF_PARTS = [
+    AttentionKind(window, softcap, scale, causal)
+    for causal, window, softcap, scale in product((True, False), (None, 5), (None, 1.5), (None, 0.5))
+]
+# Of the queries; of keys of another sequence, where the second row's first document and the last have none.
+PACKED = torch.stack((numbers(7, 1, 16), numbers(12, 12)))
+SOURCES = {"one document": None, "packed": torch.stack((numbers(3, 9, 5), 1 + numbers(17)))}
+
+
+# torch computes them, with the same instructions whatever megalite's kernels use.
+@pytest.mark.parametrize("where", ["cpu", *({"cuda"} & {*devices()})])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cross", [False, True], ids=["own keys", "another sequence"])
+@pytest.mark.parametrize("packed", list(SOURCES))
+@pytest.mark.parametrize("sizes", [(12, 12), (24, 16), (8, 20)], ids=str)
+def test_queries_keys_and_values_apart(
+    sizes: tuple[int, int], packed: str, cross: bool, dtype: torch.dtype, where: str
+) -> None:
+    """Every kind, with as many key/value heads as heads and with fewer, with and without a bias."""
+    document = PACKED if packed == "packed" else None
+    source = SOURCES[packed] if cross else None
+    keys = 17 if cross else LENGTH
+    for kind, groups, biased in product(KINDS_OF_PARTS, (4, 2), (False, True)):
+        if cross and (kind.causal or kind.window):
+            continue
+        q, k, v = (
+            random(BATCH, length, heads, size, seed=seed)
+            for seed, (length, heads, size) in enumerate(
+                ((LENGTH, HEADS, sizes[0]), (keys, groups, sizes[0]), (keys, groups, sizes[1]))
+            )
+        )
+        biases = [random(1, HEADS, LENGTH, keys, seed=3)] if biased else []
+
+        def ours(q: Tensor, k: Tensor, v: Tensor, *bias: Tensor, kind: AttentionKind = kind) -> tuple[Tensor, Tensor]:
+            there = [None if x is None else x.to(where) for x in (document, source)]
+            rest = there[0], kind, there[1], bias[0] if bias else None
+            return attention(q, k, v, *rest), eager_attention(q, k, v, *rest)
+
+        def plain(q: Tensor, k: Tensor, v: Tensor, *bias: Tensor, kind: AttentionKind = kind) -> tuple[Tensor, Tensor]:
+            wanted = plain_parts(q, k, v, document, kind, source, bias[0] if bias else None)
+            return wanted, wanted
+
+        # Eager attention rounds scores, probabilities and the gradients of both to bf16, 2⁻⁹ of each.
+        bound = 2.0**-6 if dtype == torch.bfloat16 else None
+        check_against_float64(ours, plain, [q, k, v, *biases], dtype, torch.device(where), bound)
+
+
+def test_parts_that_do_not_go_together_are_named() -> None:
+    q, k, v = random(2, 6, 4, 8), random(2, 6, 2, 8), random(2, 6, 2, 5)
+    with pytest.raises(ValueError, match=r"shapes \[2, 6, 4, 8\], \[2, 6, 3, 8\], \[2, 6, 3, 5\], which do not go"):
+        attention(q, random(2, 6, 3, 8), random(2, 6, 3, 5))
+    with pytest.raises(ValueError, match="do not go together"):
+        attention(q, k[..., :7], v)
+    with pytest.raises(ValueError, match="neither causal nor windowed"):
+        attention(q, k[:, :5], v[:, :5])
+    free = AttentionKind(causal=False)
+    with pytest.raises(ValueError, match="documents of queries and of keys, or of neither"):
+        attention(q, k[:, :5], v[:, :5], numbers(2, 4).expand(2, -1), free)
+    with pytest.raises(ValueError, match="neither causal nor windowed"):
+        attention(q, k, v, numbers(2, 4).expand(2, -1), AttentionKind(3, causal=False), numbers(6).expand(2, -1))
+
+
 @needs_kernels
 def test_a_window_that_takes_in_everything_costs_nothing() -> None:
     """megalite's own kernel takes it, as it takes no window."""
     qkv = random(2, 40, 8, 12).float()
-    assert torch.equal(causal_attention(qkv, 4, 2, kind=AttentionKind(window=40)), causal_attention(qkv, 4, 2))
+    assert torch.equal(self_attention(qkv, 4, 2, kind=AttentionKind(window=40)), self_attention(qkv, 4, 2))
     assert AttentionKind(window=40).within(40) == PLAIN
     assert AttentionKind(window=39).within(40) != PLAIN
 
@@ -125,13 +209,13 @@ def test_scores_far_apart(dtype: torch.dtype, device: torch.device) -> None:  # 
     """Scores of 100 and more, whose e^score overflows, and next to which most others vanish."""
     qkv = random(1, 130, 3, 16)
     qkv[:, :, :2] *= 5
-    check_against_float64(lambda x: causal_attention(x, 1, 1), lambda x: plain_attention(x, 1, 1), [qkv], dtype, device)
+    check_against_float64(lambda x: self_attention(x, 1, 1), lambda x: plain_attention(x, 1, 1), [qkv], dtype, device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_not_contiguous(dtype: torch.dtype, device: torch.device) -> None:  # noqa: F811
     qkv = random(2, 8, 50, 12).transpose(1, 2)
-    check_against_float64(lambda x: causal_attention(x, 4, 2), lambda x: plain_attention(x, 4, 2), [qkv], dtype, device)
+    check_against_float64(lambda x: self_attention(x, 4, 2), lambda x: plain_attention(x, 4, 2), [qkv], dtype, device)
 
 
 @needs_kernels
@@ -203,11 +287,14 @@ def test_operators_are_well_formed() -> None:
 
 
 def kind_of(
-    window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0, softmax_scale: float | None = None
+    causal: bool,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    softmax_scale: float | None = None,
 ) -> AttentionKind:
     """What these arguments of the library mean; its defaults are none of it."""
-    assert window_size[1] in (-1, 0)
-    return AttentionKind(window_size[0] + 1 or None, softcap or None, softmax_scale)
+    assert window_size[1] in ((-1, 0) if causal else (window_size[0],))
+    return AttentionKind(window_size[0] + 1 or None, softcap or None, softmax_scale, causal)
 
 
 @pytest.fixture
@@ -216,27 +303,19 @@ def flash_attn(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     calls: list[str] = []
     module = ModuleType("flash_attn")
 
-    def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, **asked: Any) -> Tensor:
-        assert causal
+    def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, **asked: Any) -> Tensor:
         calls.append("flash_attn_func")
-        qkv = torch.cat((q, k, v), dim=2)
-        return plain_attention(qkv, q.shape[2], k.shape[2], kind=kind_of(**asked)).view_as(q)
+        return plain_parts(q, k, v, kind=kind_of(**asked)).view_as(q)
 
     def flash_attn_varlen_func(
-        q: Tensor, k: Tensor, v: Tensor, q_ends: Tensor, k_ends: Tensor, q_most: int, k_most: int, *, causal: bool,
-        **asked: Any,
-    ) -> Tensor:  # fmt: skip
-        assert causal
+        q: Tensor, k: Tensor, v: Tensor, q_ends: Tensor, k_ends: Tensor, q_most: int, k_most: int, **asked: Any
+    ) -> Tensor:
         assert q_ends.dtype == torch.int32
         assert q_ends is k_ends
         assert q_most == k_most >= int(q_ends.diff().max())
         calls.append(f"flash_attn_varlen_func of {q_ends.tolist()}")
-        parts = [
-            torch.cat(x, dim=1)[None]
-            for x in zip(*(y.tensor_split(q_ends[1:-1].long()) for y in (q, k, v)), strict=True)
-        ]
-        kind = kind_of(**asked)
-        return torch.cat([plain_attention(x, q.shape[1], k.shape[1], kind=kind) for x in parts], dim=1).view_as(q)
+        kind, pieces = kind_of(**asked), ([p[None] for p in y.tensor_split(q_ends[1:-1].long())] for y in (q, k, v))
+        return torch.cat([plain_parts(*x, kind=kind) for x in zip(*pieces, strict=True)], dim=1).view_as(q)
 
     module.flash_attn_func, module.flash_attn_varlen_func = flash_attn_func, flash_attn_varlen_func  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "flash_attn", module)
@@ -246,19 +325,32 @@ def flash_attn(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_flash_attn(flash_attn: list[str]) -> None:
     qkv, document = random(2, 8, 8, 4), torch.stack((numbers(3, 5), numbers(1, 6, 1)))
-    torch.testing.assert_close(causal_attention(qkv, 4, 2), plain_attention(qkv, 4, 2))
+    torch.testing.assert_close(self_attention(qkv, 4, 2), plain_attention(qkv, 4, 2))
     for _ in range(2):
-        torch.testing.assert_close(causal_attention(qkv, 4, 2, document), plain_attention(qkv, 4, 2, document))
+        torch.testing.assert_close(self_attention(qkv, 4, 2, document), plain_attention(qkv, 4, 2, document))
     assert flash_attn == ["flash_attn_func", *["flash_attn_varlen_func of [0, 3, 8, 9, 15, 16]"] * 2]
 
 
-@pytest.mark.parametrize("kind", KINDS[1:], ids=str)
+@pytest.mark.parametrize("kind", [*KINDS[1:], *(k for k in KINDS_OF_PARTS if not k.causal)], ids=str)
 def test_flash_attn_is_told_the_kind(kind: AttentionKind, flash_attn: list[str]) -> None:
     qkv, document = random(2, 40, 8, 4), torch.stack((numbers(3, 37), numbers(20, 20)))
     for documents in (None, document):
-        found = causal_attention(qkv, 4, 2, documents, kind)
+        found = self_attention(qkv, 4, 2, documents, kind)
         torch.testing.assert_close(found, plain_attention(qkv, 4, 2, documents, kind))
     assert len(flash_attn) == 2
+
+
+def test_what_flash_attn_does_not_take_goes_to_torch(flash_attn: list[str]) -> None:
+    free, q, k, v = AttentionKind(causal=False), random(2, 8, 4, 6), random(2, 8, 2, 6), random(2, 8, 2, 6)
+    bias = random(1, 4, 8, 8)
+    for parts, rest in (
+        ((q, k, v[..., :4]), (None, free)),
+        ((q, k[:, :5], v[:, :5]), (None, free)),
+        ((q, k, v), (PACKED[:, :8], free, PACKED[:, :8])),
+        ((q, k, v), (None, free, None, bias)),
+    ):
+        torch.testing.assert_close(attention(*parts, *rest), plain_parts(*parts, *rest))  # type: ignore[arg-type]
+    assert not flash_attn
 
 
 def test_cuda_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:

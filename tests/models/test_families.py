@@ -22,7 +22,7 @@ from megalite.data.loader import MicroBatch
 from megalite.errors import ConfigError
 from megalite.infer.generate import load_model
 from megalite.models import from_hf_config, model_config, to_hf_config, weight_table
-from megalite.models.layers import IGNORE, CausalAttention, CrossEntropy, Dropout, Places
+from megalite.models.layers import IGNORE, CoreAttention, CrossEntropy, Dropout, Places
 from megalite.parallel.stage import positions_of
 from megalite.training.parts import make_inputs
 from tiny_models import CASES, IDS, LLAMA, LLAMA3_ROPE, ON_DISK
@@ -400,7 +400,7 @@ def test_eager_attention_equals_torch(packed: bool) -> None:
     qkv = torch.randn(2, 9, 4 + 2 + 2, 8, generator=generator)
     documents = torch.tensor([[0] * 4 + [1] + [2] * 4, [0] * 8 + [1]]) if packed else None
     where = places(9, KEYS[:2], documents)
-    attention, dropping = CausalAttention(), CausalAttention(Dropout(1e-9, "a", over_heads=True)).train()
+    attention, dropping = CoreAttention(), CoreAttention(Dropout(1e-9, "a", over_heads=True)).train()
     wanted = attention(qkv, 4, 2, where)
     # Both in fp32, sums of at most nine values near 1.
     torch.testing.assert_close(dropping(qkv, 4, 2, where), wanted, rtol=0, atol=2e-6)

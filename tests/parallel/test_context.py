@@ -1,4 +1,4 @@
-"""Ring attention on real ranks against `CausalAttention` on one process over the whole sequence.
+"""Ring attention on real ranks against the same mixer on one process over the whole sequence.
 
 All ranks draw the same numbers, so each works out the whole on its own, takes its tokens of it, and returns what it
 found and what it wanted by name. All cases of a number of ranks share one spawn.
@@ -9,26 +9,30 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from functools import cache
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from megalite.comm.collectives import start_shift
 from megalite.comm.mesh import Axis
+from megalite.errors import ConfigError
 from megalite.kernels.attention import PLAIN, AttentionKind
-from megalite.models.layers import CausalAttention, Places
+from megalite.models.layers import CoreAttention, Dropout, Places
 from megalite.parallel.context import RingAttention, attend, attend_backward, zigzag
+from megalite.parallel.rules import apply_rules
 from ranks import run_ranks
 
 WORLDS = (2, 4)
 BATCH, HEADS, SIZE = 2, 4, 16
 Result = dict[str, tuple[Tensor, Tensor]]
-Attend = Callable[[Tensor, Tensor, Tensor, Places], Tensor]
+Attend = Callable[..., Tensor]
 
 # 48 tokens are chunks of 12 over 2 ranks and of 6 over 4. The lengths of the documents of both samples:
 DOCUMENTS = {
@@ -47,6 +51,7 @@ class Case(NamedTuple):
     documents: str
     dtype: torch.dtype
     kind: AttentionKind = PLAIN
+    v_size: int = SIZE
 
 
 CASES = [
@@ -60,6 +65,13 @@ CASES = [
         )
     ),
     Case(48, 2, "uneven", torch.bfloat16, AttentionKind(13, scale=0.5)),
+    # Latent attention, whose values have smaller heads, or larger ones; and what is not causal.
+    *(
+        Case(48, groups, documents, torch.float64, AttentionKind(window, scale=scale, causal=causal), v_size)
+        for documents, causal in itertools.product(("one", "uneven"), (True, False))
+        for groups, window, scale, v_size in ((4, None, None, 10), (2, 13, 0.5, 24), (1, 1, None, SIZE))
+    ),
+    Case(48, 2, "uneven", torch.bfloat16, AttentionKind(causal=False), 10),
     # Longer than the blocks of 512 keys in which the CPU kernel works, at a block size that no power of 2 divides.
     *(Case(16 * 123, 2, documents, torch.float32) for documents in ("one", "uneven")),
 ]
@@ -88,30 +100,42 @@ def places_of(case: Case, index: Tensor) -> Places:
     return Places(index, index[None], None if document is None else document[:, index])
 
 
-def fused(case: Case) -> Tensor:
-    """[B,T,H+2G,K]: q, k and v are views of it, as of a projection's output, and not contiguous."""
-    return numbers(0, BATCH, case.length, HEADS + 2 * case.groups, SIZE, dtype=case.dtype)
+def inputs_of(case: Case) -> list[Tensor]:
+    """Queries, keys and values. Where their heads have one size, they are views of one projection, not contiguous."""
+    heads, sizes = (HEADS, case.groups, case.groups), (SIZE, SIZE, case.v_size)
+    if case.v_size == SIZE:
+        fused = numbers(0, BATCH, case.length, sum(heads), SIZE, dtype=case.dtype)
+        return list(fused.split(heads, dim=2))
+    shapes = enumerate(zip(heads, sizes, strict=True), 10)
+    return [numbers(seed, BATCH, case.length, *shape, dtype=case.dtype) for seed, shape in shapes]
 
 
-def run(attention: Attend, qkv: Tensor, places: Places, weights: Tensor) -> dict[str, Tensor]:
-    """Output and gradients of the loss ⟨weights, output⟩."""
-    qkv = qkv.detach().requires_grad_()
-    groups = (qkv.shape[2] - HEADS) // 2
-    out = attention(qkv, HEADS, groups, places)
+def mixer(case: Case, axis: Axis | None = None) -> CoreAttention:
+    """Attention of the case's kind on one process, or over the ranks of an axis."""
+    core = CoreAttention(kind=case.kind)
+    core.strategy = None if axis is None else RingAttention(axis)
+    return core
+
+
+def run(attention: CoreAttention | Attend, parts: list[Tensor], places: Places, weights: Tensor) -> dict[str, Tensor]:
+    """Output and gradients of the loss ⟨weights, output⟩. A mixer takes the fused projection where there can be one."""
+    parts = [x.detach().requires_grad_() for x in parts]
+    if isinstance(attention, CoreAttention) and parts[0].shape[-1] == parts[2].shape[-1]:
+        out = attention(torch.cat(parts, 2), parts[0].shape[2], parts[1].shape[2], places)
+    else:
+        out = (attention.attend if isinstance(attention, CoreAttention) else attention)(*parts, places)
     (out * weights).sum().backward()
-    assert qkv.grad is not None
-    assert out.dtype == qkv.dtype
-    parts = qkv.grad.split((HEADS, groups, groups), dim=2)
-    return {"out": out.detach()} | dict(zip(("dq", "dk", "dv"), parts, strict=True))
+    assert out.dtype == parts[0].dtype
+    return {"out": out.detach()} | {f"d{name}": x.grad for name, x in zip("qkv", parts, strict=True)}  # type: ignore[misc]
 
 
-def compare(case: Case, attention: Attend, index: Tensor) -> Result:
+def compare(case: Case, attention: CoreAttention | Attend, index: Tensor) -> Result:
     """What `attention` to the tokens `index` of the sequence gives, and what it should."""
-    qkv, weights = fused(case), numbers(1, BATCH, case.length, HEADS * SIZE, dtype=case.dtype)
+    parts, weights = inputs_of(case), numbers(1, BATCH, case.length, HEADS * case.v_size, dtype=case.dtype)
     reference = torch.float64 if case.dtype == torch.bfloat16 else case.dtype
-    whole = torch.arange(case.length)
-    wanted = run(CausalAttention(kind=case.kind), qkv.to(reference), places_of(case, whole), weights.to(reference))
-    found = run(attention, qkv[:, index], places_of(case, index), weights[:, index])
+    whole = [x.to(reference) for x in parts]
+    wanted = run(mixer(case), whole, places_of(case, torch.arange(case.length)), weights.to(reference))
+    found = run(attention, [x[:, index] for x in parts], places_of(case, index), weights[:, index])
     return {key: (found[key], wanted[key][:, index]) for key in found}
 
 
@@ -119,7 +143,7 @@ def saved_bytes(axis: Axis) -> tuple[int, int]:
     """Of the memory that tensors saved for the backward pass keep alive: found and wanted."""
     case = Case(48, 2, "uneven", torch.float32)
     index = zigzag(48, axis)
-    qkv = fused(case)[:, index].requires_grad_()
+    qkv = torch.cat(inputs_of(case), 2)[:, index].requires_grad_()
     kept: dict[int, int] = {}
 
     def keep(x: Tensor) -> Tensor:
@@ -127,7 +151,7 @@ def saved_bytes(axis: Axis) -> tuple[int, int]:
         return x
 
     with saved_tensors_hooks(keep, lambda x: x):
-        out = RingAttention(axis)(qkv, HEADS, 2, places_of(case, index))
+        out = mixer(case, axis)(qkv, HEADS, 2, places_of(case, index))
     tokens = BATCH * len(index)
     log_sum_exp, documents = 4 * tokens * HEADS, 8 * tokens
     return sum(kept.values()), sum(4 * x.numel() for x in (qkv, out)) + log_sum_exp + documents
@@ -144,20 +168,20 @@ class Found(NamedTuple):
 
 def on_rank(rank: int, world_size: int) -> Found:
     axis = Axis(world_size, rank, dist.group.WORLD)
-    ring = RingAttention(axis)
     some = Case(48, 2, "one", torch.float64)
+    ring = mixer(some, axis)
     # Where tensor ranks are neighbours, context ranks are not: their places in the group are not those in the world.
     groups = [dist.new_group(list(range(first, world_size, 2))) for first in (0, 1)]
     strided = Axis(world_size // 2, rank // 2, groups[rank % 2])
 
-    def recomputing(*arguments: object) -> Tensor:
-        return checkpoint(ring, *arguments, use_reentrant=False)
+    def recomputing(*arguments: Any) -> Tensor:
+        return checkpoint(ring.attend, *arguments, use_reentrant=False)
 
     return Found(
-        {case: compare(case, RingAttention(axis, case.kind), zigzag(case.length, axis)) for case in CASES},
+        {case: compare(case, mixer(case, axis), zigzag(case.length, axis)) for case in CASES},
         compare(some, recomputing, zigzag(48, axis)),
         compare(some, ring, torch.arange(48).chunk(world_size)[rank]),
-        compare(some, RingAttention(strided), zigzag(48, strided)),
+        compare(some, mixer(some, strided), zigzag(48, strided)),
         start_shift(torch.tensor([float(rank)]), axis)(),
         saved_bytes(axis),
     )
@@ -212,6 +236,15 @@ def test_only_local_tensors_are_saved(world_size: int) -> None:
         assert found == wanted
 
 
+@pytest.mark.parametrize(
+    "core", [CoreAttention(kind=AttentionKind(softcap=1.0)), CoreAttention(Dropout(0.1, "a", over_heads=True))]
+)
+def test_what_has_no_ring_is_refused(core: CoreAttention) -> None:
+    """Also for a family whose config the plan does not know."""
+    with pytest.raises(ConfigError, match=r"parallel.context = 2 must be 1 for this model: ring attention has no"):
+        apply_rules([nn.ModuleList([core])], SimpleNamespace(context=Axis(2, 0)))  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
 def test_zigzag_shares_tokens_and_work_evenly(size: int) -> None:
     shares = [zigzag(48, Axis(size, rank)) for rank in range(size)]
@@ -233,7 +266,7 @@ def test_zigzag_of_two_ranks() -> None:
 @pytest.mark.parametrize("documents", DOCUMENTS)
 def test_a_ring_of_one(documents: str) -> None:
     case = Case(48, 2, documents, torch.float64)
-    for found, wanted in compare(case, RingAttention(Axis()), torch.arange(48)).values():
+    for found, wanted in compare(case, mixer(case, Axis()), torch.arange(48)).values():
         assert error(found, wanted) <= TOLERANCE[torch.float64]
 
 
@@ -242,8 +275,8 @@ def test_gradient_without_strides() -> None:
     case = Case(48, 4, "one", torch.float64)
     index = torch.arange(48)
     grads = []
-    for attention in (CausalAttention(), RingAttention(Axis())):
-        qkv = fused(case).requires_grad_()
+    for attention in (mixer(case), mixer(case, Axis())):
+        qkv = torch.cat(inputs_of(case), 2).requires_grad_()
         attention(qkv, HEADS, HEADS, places_of(case, index)).sum().backward()
         grads.append(qkv.grad)
     torch.testing.assert_close(*grads)
@@ -265,15 +298,18 @@ def test_queries_with_nothing_to_attend_to() -> None:
     assert all(x.isfinite().all() for x in (dq, dk, dv))
 
 
+@pytest.mark.parametrize("v_size", [SIZE, 10])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_calls_for_a_gpu_fit_their_kernels(dtype: torch.dtype, masked: bool) -> None:
+def test_calls_for_a_gpu_fit_their_kernels(dtype: torch.dtype, masked: bool, v_size: int) -> None:
     """No numbers here, only names, arguments and shapes: what can be checked on the meta device of CUDA's path."""
-    q = torch.empty(2, 40, 4, SIZE, dtype=dtype, device="meta").transpose(1, 2)
-    k, v = torch.empty(2, 2, 40, 2, SIZE, dtype=dtype, device="meta")[:, :, :20].transpose(2, 3)
+    q, k, v = (
+        torch.empty(2, length, heads, size, dtype=dtype, device="meta").transpose(1, 2)
+        for length, heads, size in ((40, 4, SIZE), (20, 2, SIZE), (20, 2, v_size))
+    )
     mask = torch.empty(2, 1, 40, 20, dtype=torch.bool, device="meta") if masked else None
     out, lse = attend(q, k, v, False, mask)
-    assert (out.shape, out.dtype) == (q.shape, dtype)
+    assert (out.shape, out.dtype) == ((*q.shape[:3], v_size), dtype)
     assert (lse.shape, lse.dtype) == (q.shape[:3], torch.float32)
     grads = attend_backward(out, q, k, v, out, lse, False, mask)
     assert [(x.shape, x.dtype) for x in grads] == [(x.shape, dtype) for x in (q, k, v)]

@@ -28,7 +28,7 @@ from ceilings import Copy, Product, event, seconds_between
 from megalite.config import KernelsConfig
 from megalite.kernels import library
 from megalite.kernels.activation import gelu, swiglu
-from megalite.kernels.attention import causal_attention
+from megalite.kernels.attention import self_attention
 from megalite.kernels.linear import accumulate_weight_gradient
 from megalite.kernels.loss import cross_entropy
 from megalite.kernels.norm import add_rms_norm, layer_norm, rms_norm
@@ -140,7 +140,7 @@ class Cases:
         s, (batch, length, _) = self.sizes, self._qkv()
         qkv = self.random(batch, length, s.heads + 2 * s.kv_heads, s.head_size)
         product = batch * s.heads * length**2 * s.head_size  # of two, half of whose result is left out
-        function = partial(causal_attention, num_heads=s.heads, num_kv_heads=s.kv_heads)
+        function = partial(self_attention, num_heads=s.heads, num_kv_heads=s.kv_heads)
         return Case("causal_attention", function, (qkv,), (2 * product, 5 * product), "GFLOP/s")
 
     def accumulate_weight_gradient(self) -> Case:
