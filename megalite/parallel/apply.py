@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -33,16 +34,27 @@ def apply_parallelism(
     """Turn a clean model on the meta device into this rank's part of one pipeline stage, in place.
 
     `weights` is the whole table, `span` the layers of the stage. `later` defers weight-gradient GEMMs (zero-bubble
-    schedules); `train` says what is recomputed, compiled and chunked."""
+    schedules); `train` says what is recomputed, compiled and chunked.
+
+    Each step finds what those before it have made. An engine then adopts the parameters, registers its hooks with
+    modules and sets the `wgrad_callback` of linears."""
     cut(model, span, tied=any(weight.place == "both" for weight in weights))
-    # torch.compile cannot see what parallel linear modules do besides computing, so those inside layers stay plain.
+    # Modules become their parallel counterparts, whose `forward` is then another. torch.compile cannot see what linears
+    # among them do besides computing, so those inside layers stay plain.
     parents = [model] if train.compile else list(model.modules())
     apply_rules(parents, make_layout(model, weights, plan, mesh, later))
     if train.loss_chunk and span.last:
         apply_chunked_loss(model, weights, mesh.tensor, plan.sequence, train.loss_chunk)
+    # The compiler is outermost: it sees what is recomputed, and decides with it what a layer keeps.
     apply_recompute(model, train)
     if train.compile:
         compile_layers(model)
+
+
+def wrap(module: nn.Module, method: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Replace a method of one module by what `wrapper` makes of it. Recomputation and compilation change modules in
+    this way only."""
+    setattr(module, method, wrapper(getattr(module, method)))
 
 
 def compile_layers(model: Decoder) -> None:
@@ -52,8 +64,8 @@ def compile_layers(model: Decoder) -> None:
         for module in layer.modules():
             if isinstance(module, Dropout):
                 # The compiler turns products that wrap around int64 into constants that do not fit.
-                module.drop = torch.compiler.disable(module.drop)  # type: ignore[method-assign]
-        layer.forward = torch.compile(layer.forward, dynamic=False)
+                wrap(module, "drop", torch.compiler.disable)
+        wrap(layer, "forward", partial(torch.compile, dynamic=False))
 
 
 def apply_chunked_loss(model: Decoder, weights: Sequence[Weight], axis: Axis, sequence: bool, rows: int) -> None:
@@ -74,17 +86,21 @@ def apply_recompute(model: Decoder, train: TrainConfig) -> None:
     `activation_and_down_proj`), and attention where it materialises its probabilities, which SDPA never does."""
     for layer in list(model.layers.values())[: train.recompute_layers]:
         if train.recompute == "full":
-            _recompute(layer, "forward")
+            wrap(layer, "forward", _recomputed)
         elif train.recompute == "selective":
             for module in layer.modules():
-                if hasattr(module, "activation_and_down_proj"):
-                    _recompute(module, "activation_and_down_proj")
-                if isinstance(module, CoreAttention) and module.writes_scores:
-                    _recompute(module, "forward")
+                for method in _large_and_cheap(module):
+                    wrap(module, method, _recomputed)
 
 
-def _recompute(module: nn.Module, method: str) -> None:
-    """Run a method of a module under activation checkpointing."""
+def _large_and_cheap(module: nn.Module) -> tuple[str, ...]:
+    """Return the methods of a module that `selective` recomputes."""
+    if isinstance(module, CoreAttention):
+        return ("forward", "attend") if module.writes_scores else ()
+    return ("activation_and_down_proj",) if hasattr(module, "activation_and_down_proj") else ()
+
+
+def _recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that computes `function` under activation checkpointing."""
     # Dropout masks follow from keys, so there is no random state to restore.
-    again = partial(checkpoint, getattr(module, method), use_reentrant=False, preserve_rng_state=False)
-    setattr(module, method, again)
+    return partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from itertools import product
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
+from megalite.config import TrainConfig
 from megalite.infer.cache import Row, add_cache, lay_out
 from megalite.kernels.attention import AttentionKind
 from megalite.models.layers import CoreAttention, Dropout, Places
+from megalite.parallel.apply import apply_recompute
 
 CPU = torch.device("cpu")
 LENGTHS = (23, 9)
@@ -86,6 +90,30 @@ def test_attention_to_another_sequence(dropout: bool) -> None:
         scores = torch.einsum("bthk,bshk->bhts", q[:, queries], k[:, keys].repeat_interleave(2, 2)) * 8**-0.5
         wanted = torch.einsum("bhts,bshv->bthv", scores.softmax(-1), v[:, keys].repeat_interleave(2, 2)).flatten(2)
         torch.testing.assert_close(found[:, queries], wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_selective_recomputation_keeps_no_scores(fused: bool) -> None:
+    """However the mixer is called. What is kept for the backward pass is seen by the hooks, what a recomputed function
+    would keep is not."""
+    kept: list[list[torch.Size]] = []
+    for recompute in ("none", "selective"):
+        core = CoreAttention(kind=AttentionKind(softcap=1.0))
+        model: Any = SimpleNamespace(layers={"0": nn.ModuleList([core])})
+        apply_recompute(model, TrainConfig(steps=1, global_batch_size=1, recompute=recompute))  # type: ignore[arg-type]
+        shapes: list[torch.Size] = []
+        kept.append(shapes)
+
+        def keep(x: Tensor, shapes: list[torch.Size] = shapes) -> Tensor:
+            shapes.append(x.shape)
+            return x
+
+        given = [x.requires_grad_() for x in parts(13, 2, (8, 8), 0)]
+        with saved_tensors_hooks(keep, lambda x: x):
+            found = forward(core, given, Places.whole(13, CPU)) if fused else core.attend(*given, Places.whole(13, CPU))
+        found.sum().backward()
+    scores = torch.Size((1, 4, 13, 13))
+    assert [scores in shapes for shapes in kept] == [True, False]
 
 
 def test_what_does_not_go_together_is_refused() -> None:
