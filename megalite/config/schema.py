@@ -6,7 +6,8 @@ YAML."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -27,6 +28,7 @@ from megalite.utils.urls import check_no_secret
 
 if TYPE_CHECKING:
     from megalite.comm.mesh import Mesh
+    from megalite.models.architecture import Architecture
     from megalite.training.hooks import Hook
     from megalite.training.objectives import Objective
     from megalite.training.parts import Parts
@@ -78,6 +80,29 @@ class ModelConfig(Section):
     def window(self, layer: int) -> int | None:
         """Return how many tokens each token of a layer attends to at most; None: all before it."""
         return None
+
+    def describe(self) -> Architecture:
+        """Describe what each layer computes. Every family's config says it; raises ConfigError where one does not."""
+        raise ConfigError(
+            f"model.family = {self.family!r} does not describe its layers, which a plan and the count of FLOPs need: "
+            f"{type(self).__name__} must have a method `describe` (docs/extend/family.md)"
+        )
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        """What `describe` returns, made once. Raises ConfigError where it describes another number of layers."""
+        found = self.describe()
+        if len(found.layers) != self.num_layers:
+            raise ConfigError(
+                f"model.family = {self.family!r} describes {len(found.layers)} layers for "
+                f"num_layers = {self.num_layers}"
+            )
+        return found
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        copied = super().model_copy(update=update, deep=deep)
+        copied.__dict__.pop("architecture", None)  # pydantic copies it as it stands
+        return copied
 
 
 class Source(Section):

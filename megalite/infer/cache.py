@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -20,7 +20,6 @@ from megalite.infer.packed import pack_linears
 from megalite.kernels.attention import AttentionKind, eager_heads
 from megalite.kernels.library import pick
 from megalite.models.layers import CoreAttention, Decoder, Places
-from megalite.models.rope import LongRope
 
 READ_AT_ONCE = 32
 """The number of cells read is rounded up to a multiple of this: fewer shapes, since libraries prepare anew for each."""
@@ -181,13 +180,6 @@ def add_cache(model: nn.Module, num_slots: int) -> None:
             module.strategy = KVCache(num_slots)
 
 
-def turning_point(config: Any) -> int | None:
-    """Return the sequence length beyond which a model encodes all positions differently (LongRoPE), so that its cache
-    becomes useless. None if there is none."""
-    scaling = getattr(config, "rope_scaling", None)
-    return scaling.original_max_positions if isinstance(scaling, LongRope) else None
-
-
 class CachedModel:
     """Runs an unsharded model on one device with a KV cache, as a `batch.Predictor`. The model is modified in place."""
 
@@ -196,7 +188,7 @@ class CachedModel:
         together; None, or more than the model's `max_positions`, means `max_positions`."""
         self.model, self.num_slots, self.vocab_size = model, num_slots, model.config.vocab_size
         self.capacity = min(max_length or model.config.max_positions, model.config.max_positions)
-        self.turning_point = turning_point(model.config)
+        self.turning_point = model.config.architecture.turning_point
         self.device = next(model.parameters()).device
         add_cache(model, num_slots)
         pack_linears(model)

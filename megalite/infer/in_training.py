@@ -15,7 +15,7 @@ from megalite.comm.collectives import all_gather, all_reduce
 from megalite.comm.mesh import ALONE, Mesh
 from megalite.config import Config
 from megalite.data.tokenizer import Tokenizer
-from megalite.infer.cache import CachedPlaces, turning_point
+from megalite.infer.cache import CachedPlaces
 from megalite.infer.evaluate import load_harness
 from megalite.infer.generate import Generator
 from megalite.models.layers import Places
@@ -73,7 +73,7 @@ class TrainingModel:
         self._stages, self._pipeline, self._mesh = stages, pipeline, mesh
         self.vocab_size = config.model.vocab_size
         self.num_slots, self.capacity = config.train.micro_batch_size, config.model.max_positions
-        self.turning_point, self.device = turning_point(config.model), mesh.device
+        self.turning_point, self.device = config.model.architecture.turning_point, mesh.device
         # Sequence parallelism and the zigzag of context parallelism divide a row evenly only at multiples of their
         # sizes.
         self._width = math.lcm(WIDTHS, 2 * mesh.context.size * mesh.tensor.size)

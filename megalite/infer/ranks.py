@@ -15,7 +15,7 @@ from megalite.comm.collectives import all_gather
 from megalite.comm.mesh import Launch, Mesh, make_mesh
 from megalite.config_file import parse_config
 from megalite.errors import ConfigError
-from megalite.infer.cache import CachedPlaces, add_cache, turning_point
+from megalite.infer.cache import CachedPlaces, add_cache
 from megalite.models import build_model, set_parameters, weight_table
 from megalite.models.layers import Places
 from megalite.parallel.apply import apply_parallelism
@@ -36,7 +36,7 @@ class RanksModel:
         self.stage, self.mesh, self.num_slots = stage, mesh, num_slots
         self.config, self.vocab_size = stage.model.config, stage.model.config.vocab_size
         self.capacity = min(max_length or self.config.max_positions, self.config.max_positions)
-        self.turning_point, self.device = turning_point(self.config), mesh.device
+        self.turning_point, self.device = self.config.architecture.turning_point, mesh.device
         add_cache(stage.model, num_slots)
         self.pipeline = None
         if plan.pipeline > 1:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -12,6 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from megalite.kernels.attention import AttentionKind
+from megalite.models.architecture import Architecture
 from megalite.models.hf import agreed
 from megalite.models.layers import LayerNorm, OffsetRMSNorm, Places, RMSNorm
 from megalite.models.llama import (
@@ -44,12 +46,16 @@ class GemmaLike(WindowedByLayer):
 
     GATE: ClassVar[Literal["silu", "gelu"]] = "gelu"
     NORM: ClassVar[type[RMSNorm] | type[LayerNorm]] = OffsetRMSNorm
+    NUM_NORMS: ClassVar[int] = 4
     HEADS_DIVIDE: ClassVar[bool] = True
     NEEDS_WINDOW: ClassVar[bool] = True
 
     def attention(self, layer: int) -> AttentionKind:
         usual = self.query_pre_attn_scalar in (0, self.head_size)
         return AttentionKind(self.window(layer), scale=None if usual else self.query_pre_attn_scalar**-0.5)
+
+    def describe(self) -> Architecture:
+        return replace(super().describe(), logit_softcap=self.logit_softcap)
 
 
 class Gemma2Config(GemmaLike):

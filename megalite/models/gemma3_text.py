@@ -26,6 +26,7 @@ class Gemma3TextConfig(GemmaLike):
     )
     local_rope_theta: float = Field(10_000.0, gt=0, description="RoPE base of sliding-window layers.")
 
+    HEAD_NORMS: ClassVar[bool] = True
     ROPE: ClassVar[rope.Names] = rope.Names(theta=1_000_000.0, new="rope_parameters.full_attention")
 
     def usual_type(self, layer: int) -> LayerType:
@@ -33,7 +34,7 @@ class Gemma3TextConfig(GemmaLike):
 
     def turn(self, layer: int) -> int | None:
         """Return 1, the cos/sin tables of local layers, for a sliding-window layer; else 0."""
-        return 1 if self.types[layer] == "sliding_attention" else 0
+        return 1 if self.type_of(layer) == "sliding_attention" else 0
 
 
 class Gemma3Text(Gemma):

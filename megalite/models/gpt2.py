@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megalite.config import ModelConfig
 from megalite.kernels.activation import gelu
+from megalite.models.architecture import Architecture, AttentionSpec, FeedForwardSpec, LayerSpec
 from megalite.models.hf import REQUIRED, Keys, agreed
 from megalite.models.layers import (
     CoreAttention,
@@ -52,6 +53,19 @@ class GPT2Config(ModelConfig):
     @property
     def head_size(self) -> int:
         return self.hidden_size // self.num_attention_heads
+
+    def describe(self) -> Architecture:
+        attention = AttentionSpec(
+            num_heads=self.num_attention_heads,
+            num_kv_heads=self.num_attention_heads,
+            head_size=self.head_size,
+            value_size=self.head_size,
+            dropout=self.attention_dropout,
+            rope=False,
+        )
+        layer = LayerSpec(attention, FeedForwardSpec(inner=self.inner_size, gated=False, activation="gelu"))
+        layers = (layer,) * self.num_layers
+        return Architecture(layers=layers, norm="layer", hidden_dropout=self.hidden_dropout)
 
 
 class Attention(nn.Module):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megalite.kernels.activation import gelu
 from megalite.models import rope
+from megalite.models.architecture import FeedForwardSpec
 from megalite.models.hf import REQUIRED, Keys, require
 from megalite.models.layers import LayerNorm, RMSNorm
 from megalite.models.llama import Attention, Llama, LlamaLike, Shared, residual_std
@@ -46,6 +47,9 @@ class GPTNeoXConfig(LlamaLike):
     def rotary_size(self) -> int:
         """Return how many numbers of a head are rotated."""
         return int(self.head_size * self.rotary_pct)
+
+    def feed_forward(self, layer: int) -> FeedForwardSpec:
+        return FeedForwardSpec(inner=self.intermediate_size, gated=False, activation="gelu")
 
 
 class MLP(nn.Module):

@@ -18,6 +18,7 @@ from megalite.kernels.activation import geglu, swiglu
 from megalite.kernels.attention import AttentionKind
 from megalite.kernels.rope import rotate
 from megalite.models import rope
+from megalite.models.architecture import Architecture, AttentionSpec, FeedForwardSpec, LayerSpec, MixerSpec
 from megalite.models.hf import REQUIRED, Keys
 from megalite.models.layers import (
     CoreAttention,
@@ -47,6 +48,10 @@ class LlamaLike(ModelConfig):
     OUT_BIAS: ClassVar[bool] = False
     GATE: ClassVar[Literal["silu", "gelu"]] = "silu"
     NORM: ClassVar[type[RMSNorm] | type[LayerNorm]] = RMSNorm
+    NUM_NORMS: ClassVar[int] = 2
+    """Norms of hidden states in a layer."""
+    HEAD_NORMS: ClassVar[bool] = False
+    """Whether queries and keys are normalized."""
     ROPE: ClassVar[rope.Names] = rope.Names()
     HEADS_DIVIDE: ClassVar[bool] = False
     """Whether transformers opens the family only where the hidden size is a multiple of the heads, even with a
@@ -99,6 +104,36 @@ class LlamaLike(ModelConfig):
     def turn(self, layer: int) -> int | None:
         """Return which of the model's cos/sin tables a layer takes; None where it encodes no positions."""
         return 0
+
+    def mixer(self, layer: int) -> MixerSpec:
+        """Describe how a layer mixes tokens."""
+        kind = self.attention(layer)
+        return AttentionSpec(
+            num_heads=self.num_attention_heads,
+            num_kv_heads=self.kv_heads,
+            head_size=self.head_size,
+            value_size=self.head_size,
+            window=kind.window,
+            softcap=kind.softcap,
+            scale=kind.scale,
+            rope=self.turn(layer) is not None,
+            head_norms=self.HEAD_NORMS,
+        )
+
+    def feed_forward(self, layer: int) -> FeedForwardSpec:
+        """Describe the feed-forward part of a layer."""
+        return FeedForwardSpec(inner=self.intermediate_size, gated=True, activation=self.GATE)
+
+    def describe(self) -> Architecture:
+        """Describe the model by the `mixer` and the `feed_forward` of each layer."""
+        numbers = range(self.num_layers)
+        layers = tuple(LayerSpec(self.mixer(n), self.feed_forward(n), self.NUM_NORMS) for n in numbers)
+        scaling = self.rope_scaling
+        return Architecture(
+            layers=layers,
+            norm="layer" if issubclass(self.NORM, LayerNorm) else "rms",
+            turning_point=scaling.original_max_positions if isinstance(scaling, rope.LongRope) else None,
+        )
 
 
 class LlamaConfig(LlamaLike):

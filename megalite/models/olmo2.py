@@ -4,7 +4,7 @@ token's queries of all heads, and its keys, each as one vector."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn as nn
@@ -18,6 +18,7 @@ from megalite.models.weights import Weight
 
 class Olmo2Config(LlamaLike):
     family: Literal["olmo2"] = "olmo2"
+    HEAD_NORMS: ClassVar[bool] = True
 
 
 class Attention(llama.Attention):

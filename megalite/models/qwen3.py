@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch.nn as nn
 
@@ -24,6 +24,7 @@ from megalite.models.windows import QWEN, WindowedByLayer, qwen_from_hf, qwen_to
 
 class Qwen3Config(WindowedByLayer):
     family: Literal["qwen3"] = "qwen3"
+    HEAD_NORMS: ClassVar[bool] = True
 
 
 class Qwen3(Llama):

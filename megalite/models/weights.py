@@ -109,6 +109,11 @@ class Weight:
     def numel(self) -> int:
         return prod(self.shape)
 
+    @property
+    def multiplied(self) -> float:
+        """Return the number of its elements that a token is multiplied with."""
+        return self.numel * self.used
+
     def sums_over_tensor_ranks(self, sequence: bool) -> bool:
         """Return whether its gradient is summed over the tensor ranks; `sequence`: sequence parallelism is on."""
         return self.partial_grad == "heads" or (self.partial_grad == "sequence" and sequence)

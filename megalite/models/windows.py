@@ -40,14 +40,18 @@ class WindowedByLayer(Windowed):
     @property
     def types(self) -> tuple[LayerType, ...]:
         """Return the type of every layer: as set, or the family's usual ones."""
-        return self.layer_types or tuple(self.usual_type(layer) for layer in range(self.num_layers))
+        return tuple(self.type_of(layer) for layer in range(self.num_layers))
+
+    def type_of(self, layer: int) -> LayerType:
+        """Return the type of a layer: as set, or the family's usual one."""
+        return self.usual_type(layer) if self.layer_types is None else self.layer_types[layer]
 
     def usual_type(self, layer: int) -> LayerType:
         """Return the type that a layer has where `layer_types` is left out."""
         return "full_attention" if self.sliding_window is None else "sliding_attention"
 
     def window(self, layer: int) -> int | None:
-        return self.sliding_window if self.types[layer] == "sliding_attention" else None
+        return self.sliding_window if self.type_of(layer) == "sliding_attention" else None
 
 
 QWEN = LIKE_LLAMA.but(

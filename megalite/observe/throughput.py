@@ -20,19 +20,15 @@ from megalite.models import weight_table
 from megalite.utils.resources import configs_dir
 
 
-def flops_per_token(
-    num_params_without_embedding: float,
-    num_layers: int,
-    hidden_size_of_attention: int,
-    seq_length: float,
-) -> float:
-    """Return the floating-point operations of one training token: 6N + 12·L·(H·Q)·T (PaLM, appendix B).
+def flops_per_token(num_params_without_embedding: float, products: float) -> float:
+    """Return the floating-point operations of one training token: 6N + 6P, which is 6N + 12·L·(H·Q)·T for a model of L
+    layers of full attention over T positions with H heads of Q dimensions (PaLM, appendix B).
 
     N, `num_params_without_embedding`, counts the parameters each token is multiplied with (`Weight.used`): the
-    embedding, a look-up, is left out; the output head is counted even when it is tied to it. 6 = 2 operations a
-    multiply-add × (1 forward + 2 backward). The second term is the two products of full, non-causal attention in
-    `num_layers` L over T = `seq_length` positions; `hidden_size_of_attention` is H heads of Q dimensions."""
-    return 6.0 * num_params_without_embedding + 12.0 * num_layers * hidden_size_of_attention * seq_length
+    embedding, a look-up, is left out; the output head is counted even when it is tied to it. P, `products`, counts its
+    multiplications with other tokens: 2·H·Q·T in a layer of full, non-causal attention. 6 = 2 operations a multiply-add
+    × (1 forward + 2 backward)."""
+    return 6.0 * num_params_without_embedding + 6.0 * products
 
 
 def model_flops_per_token(config: Config) -> float:
@@ -40,17 +36,13 @@ def model_flops_per_token(config: Config) -> float:
 
     A layer with a sliding window attends to no more positions than the window. A frozen weight has no weight gradient
     and counts 4 instead of 6."""
-    model: Any = config.model
-    length = config.data.seq_length
-    # Positions summed over the layers, since windows may differ between layers.
-    attended = sum(min(model.window(layer) or length, length) for layer in range(model.num_layers))
-    table = weight_table(model, config.lora)
-    used = sum(weight.numel * weight.used for weight in table)
-    frozen = sum(weight.numel * weight.used for weight in table if weight.frozen)
-    attention_width = model.num_attention_heads * model.head_size
-    flops = flops_per_token(used, model.num_layers, attention_width, attended / model.num_layers)
+    table = weight_table(config.model, config.lora)
+    used = sum(weight.multiplied for weight in table)
+    frozen = sum(weight.multiplied for weight in table if weight.frozen)
+    mixers = [layer.mixer for layer in config.model.architecture.layers]
+    products = sum(mixer.products(mixer.seen(config.data.seq_length)) for mixer in mixers)
     # A frozen matrix lacks the weight-gradient GEMM: 2 of the 6.
-    return flops - 2.0 * frozen
+    return flops_per_token(used, products) - 2.0 * frozen
 
 
 @cache

@@ -8,6 +8,7 @@ import torch
 
 from megalite.config import LoraConfig
 from megalite.config_file import parse_config
+from megalite.models.architecture import AttentionSpec
 from megalite.observe import throughput
 from megalite.observe.throughput import HostEvent, Meter, chip_peak, flops_per_token, model_flops_per_token
 
@@ -15,7 +16,8 @@ from megalite.observe.throughput import HostEvent, Meter, chip_peak, flops_per_t
 def test_flops_follow_the_published_convention() -> None:
     """GPT-3 175B's own count (arXiv:2005.14165, appendix D) is 6N; at 2,048 positions attention adds 12·L·HQ·T."""
     num_params = 174_600_000_000
-    flops = flops_per_token(num_params, num_layers=96, hidden_size_of_attention=96 * 128, seq_length=2048)
+    attention = AttentionSpec(num_heads=96, num_kv_heads=96, head_size=128, value_size=128)
+    flops = flops_per_token(num_params, 96 * attention.products(2048))
     assert flops == 6 * num_params + 12 * 96 * 12288 * 2048
     assert flops / (6 * num_params) == pytest.approx(1.0277, abs=1e-4)  # attention is 2.8 % of that model's work
 

@@ -1,0 +1,147 @@
+"""What a model computes, as data: how each layer mixes tokens, what its feed-forward part is, and the few facts of the
+whole model that planning needs.
+
+A family's config gives it (`ModelConfig.describe`) beside the table of weights, whose rows have the sizes of single
+weights. The plan, the planner, the count of FLOPs and the KV cache read it, so that none of them guesses what a layer
+computes from the names of its weights. Nothing here imports torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+class MixerSpec:
+    """Base of the kinds of mixers, the part of a layer in which tokens see each other.
+
+    Attention is one. A family with another kind (latent, recurrent, …) subclasses this. FLOPs are counted by what it
+    says, while the planner refuses kinds that it does not know."""
+
+    def num_elements(self, hidden_size: int) -> int:
+        """Return the elements of its matrices, biases and norms not counted."""
+        raise NotImplementedError
+
+    def seen(self, length: int) -> int:
+        """Return to how many positions of a sequence of `length` a token attends at most."""
+        return length
+
+    def products(self, positions: int) -> int:
+        """Return how often a token's features are multiplied with those of `positions` tokens, over all heads."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSpec(MixerSpec):
+    """Describes softmax attention with (grouped) heads."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    """Features of a head's queries and keys."""
+    value_size: int
+    """Features of a head's values."""
+    window: int | None = None
+    """Size of the sliding window in tokens, the attending token included. None: no window."""
+    softcap: float | None = None
+    """Cap of the scores. None: no cap."""
+    scale: float | None = None
+    """Factor of the scores. None: 1/√head_size."""
+    causal: bool = True
+    dropout: float = 0.0
+    """Dropout of the probabilities."""
+    rope: bool = True
+    """True if queries and keys are rotated by their positions."""
+    head_norms: bool = False
+    """True if queries and keys are normalized."""
+
+    @property
+    def writes_scores(self) -> bool:
+        """Return whether attention materializes its scores (eager attention), which fused kernels avoid."""
+        return self.softcap is not None or self.dropout > 0
+
+    def num_elements(self, hidden_size: int) -> int:
+        """Return the elements of the projections of queries, keys, values and output."""
+        queries_keys = (self.num_heads + self.num_kv_heads) * self.head_size
+        values_out = (self.num_heads + self.num_kv_heads) * self.value_size
+        return (queries_keys + values_out) * hidden_size
+
+    def seen(self, length: int) -> int:
+        return length if self.window is None else min(self.window, length)
+
+    def products(self, positions: int) -> int:
+        """Return the multiplications of queries with keys, and of probabilities with values."""
+        return positions * self.num_heads * (self.head_size + self.value_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeedForwardSpec:
+    """Describes a dense feed-forward part: up (and gate), activation, down."""
+
+    inner: int
+    """Features between the matrices."""
+    gated: bool
+    """True if the activation of a gate multiplies the up projection (SwiGLU, GeGLU)."""
+    activation: str
+    """Kind of the activation, such as silu, gelu or relu2."""
+
+    @property
+    def active_inner(self) -> int:
+        """Return the inner features that a token has, over all experts it visits."""
+        return self.inner
+
+    def num_elements(self, hidden_size: int) -> int:
+        """Return the elements of its matrices, biases not counted."""
+        return self._of(self.inner, hidden_size)
+
+    def _of(self, inner: int, hidden_size: int) -> int:
+        return (3 if self.gated else 2) * inner * hidden_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertsSpec(FeedForwardSpec):
+    """Describes a mixture of experts of `inner` features each, with a router of a row for each expert."""
+
+    num_experts: int
+    experts_per_token: int
+    """How many of them a token visits."""
+    shared_inner: int = 0
+    """Inner features of the experts that every token visits besides."""
+
+    @property
+    def active_inner(self) -> int:
+        return self.experts_per_token * self.inner + self.shared_inner
+
+    def num_elements(self, hidden_size: int) -> int:
+        """Return the elements of all experts and of the router."""
+        inner = self.num_experts * self.inner + self.shared_inner
+        return self._of(inner, hidden_size) + self.num_experts * hidden_size
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """Describes one layer."""
+
+    mixer: MixerSpec
+    feed_forward: FeedForwardSpec
+    num_norms: int = 2
+    """Norms of hidden states."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """Describes a whole model."""
+
+    layers: tuple[LayerSpec, ...]
+    norm: Literal["rms", "layer"]
+    """Kind of all norms of hidden states."""
+    hidden_dropout: float = 0.0
+    """Dropout of what attention and the feed-forward part add to the residual stream."""
+    logit_softcap: float | None = None
+    """Cap of the logits. None: no cap."""
+    turning_point: int | None = None
+    """Sequence length beyond which all positions are encoded differently (LongRoPE). None if there is none."""
+
+    @property
+    def attentions(self) -> tuple[AttentionSpec, ...]:
+        """Return the mixers that are attention, in the order of the layers."""
+        return tuple(layer.mixer for layer in self.layers if isinstance(layer.mixer, AttentionSpec))

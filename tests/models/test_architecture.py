@@ -1,0 +1,97 @@
+"""What a family describes as data is what its modules compute and what its table holds."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import pytest
+import torch.nn as nn
+
+from megalite.config import ModelConfig
+from megalite.errors import ConfigError
+from megalite.models import build_model, from_hf_config, model_config, weight_table
+from megalite.models.architecture import AttentionSpec, LayerSpec
+from megalite.models.layers import CausalAttention, LayerNorm, RMSNorm
+from megalite.models.llama import Attention
+from tiny_models import CASES
+
+
+def config_of(case: str) -> ModelConfig:
+    from transformers import AutoConfig
+
+    return model_config(from_hf_config(AutoConfig.for_model(**CASES[case]).to_dict()))
+
+
+def attention_of(spec: LayerSpec) -> AttentionSpec:
+    assert isinstance(spec.mixer, AttentionSpec)
+    return spec.mixer
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_described_parameters_are_those_of_the_table(case: str) -> None:
+    config = config_of(case)
+    table, hidden = weight_table(config), config.hidden_size
+    architecture = config.architecture
+    a_norm = hidden * {"rms": 1, "layer": 2}[architecture.norm]
+    for number, layer in enumerate(architecture.layers):
+        described = layer.mixer.num_elements(hidden) + layer.feed_forward.num_elements(hidden)
+        rows = {weight.name.split(".", 2)[2]: weight.numel for weight in table if weight.place == number}
+        # Biases, and norms of queries and keys, stand inside of attention and MLP, and are not described in numbers.
+        small = {name for name in rows if name.count(".") == 2 and not name.endswith(MATRICES)}
+        assert sum(rows[name] for name in rows.keys() - small) == described + layer.num_norms * a_norm
+        assert any("q_norm" in name for name in small) == attention_of(layer).head_norms
+    assert len(architecture.layers) == config.num_layers
+
+
+MATRICES = ("qkv.weight", "out.weight", "gate_up.weight", "up.weight", "down.weight")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_described_layers_are_what_the_modules_compute(case: str) -> None:
+    config = config_of(case)
+    model, architecture = build_model(config), config.architecture
+    kinds: dict[str, tuple[type[nn.Module], ...]] = {"rms": (RMSNorm,), "layer": (LayerNorm,)}
+    assert len(model.layers) == len(architecture.layers) == 2
+    for layer, spec in zip(model.layers.values(), architecture.layers, strict=True):
+        attention: Any = layer.attention
+        mixer, core = attention_of(spec), attention.core
+        assert isinstance(core, CausalAttention)
+        assert (mixer.window, mixer.softcap, mixer.scale) == (core.kind.window, core.kind.softcap, core.kind.scale)
+        assert mixer.dropout == (core.dropout.p if core.dropout else 0.0)
+        assert mixer.rope == (isinstance(attention, Attention) and attention.turn is not None)
+        features = (mixer.num_heads + mixer.num_kv_heads) * mixer.head_size + mixer.num_kv_heads * mixer.value_size
+        assert features == attention.qkv.out_features
+        assert spec.feed_forward.inner == layer.mlp.down.in_features  # type: ignore[union-attr]
+        assert spec.feed_forward.gated == hasattr(layer.mlp, "gate_up")
+        norms = [child for child in layer.children() if isinstance(child, (RMSNorm, LayerNorm))]
+        assert len(norms) == spec.num_norms
+        assert all(isinstance(norm, kinds[architecture.norm]) for norm in (*norms, model.norm))
+
+
+def test_dropout_and_turning_point() -> None:
+    dropout = config_of("gpt2").architecture
+    assert dropout.hidden_dropout == attention_of(dropout.layers[0]).dropout == 0.1, "transformers' default"
+    assert attention_of(dropout.layers[0]).writes_scores
+    assert [config_of(case).architecture.turning_point for case in ("phi3", "phi3-long")] == [None, 16]
+    assert config_of("gemma2").architecture.logit_softcap == 6.0
+
+
+def test_a_changed_copy_describes_itself() -> None:
+    config = config_of("llama")
+    assert len(config.architecture.layers) == 2
+    assert len(config.model_copy(update={"num_layers": 5}).architecture.layers) == 5
+
+
+class Undescribed(ModelConfig):
+    family: Literal["undescribed"] = "undescribed"
+
+
+def test_a_family_that_describes_nothing_or_too_much_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = Undescribed(vocab_size=9, hidden_size=8, num_layers=1, num_attention_heads=2, max_positions=4)
+    with pytest.raises(
+        ConfigError, match=r"'undescribed' does not describe its layers.*Undescribed must have a method"
+    ):
+        _ = config.architecture
+    monkeypatch.setattr(Undescribed, "describe", lambda _: config_of("llama").architecture)
+    with pytest.raises(ConfigError, match="'undescribed' describes 2 layers for num_layers = 1"):
+        _ = config.architecture
