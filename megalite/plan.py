@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 from megalite import make_callable
 from megalite.config import Config, ParallelConfig
@@ -26,6 +26,8 @@ class Sized(Protocol):
     def name(self) -> str: ...
     @property
     def numel(self) -> int: ...
+    @property
+    def multiplied(self) -> float: ...
     @property
     def place(self) -> Place: ...
     @property
@@ -309,7 +311,7 @@ def _check_schedule(parallel: ParallelConfig, micro_batches: int) -> None:
 
 
 def _check_sequence(config: Config, sequence: bool) -> None:
-    """Raise ConfigError for a sequence length that does not divide, or dropout that ring attention cannot do."""
+    """Raise ConfigError for a sequence length that does not divide."""
     length, tensor, context = config.data.seq_length, config.parallel.tensor, config.parallel.context
     if context > 1 and length % (2 * context):
         raise ConfigError(
@@ -319,26 +321,33 @@ def _check_sequence(config: Config, sequence: bool) -> None:
     if sequence and (length // context) % tensor:
         by = f"parallel.tensor = {tensor}" if context == 1 else f"parallel.context × tensor = {context} × {tensor}"
         raise ConfigError(f"data.seq_length = {length} must be a multiple of {by} for parallel.sequence: true")
-    dropout: Any = getattr(config.model, "attention_dropout", None)
-    if context > 1 and dropout:
-        raise ConfigError(
-            f"model.attention_dropout = {dropout} needs parallel.context: 1; "
-            "attention that travels a ring never has all its probabilities in one place"
-        )
 
 
 def _check_model(config: Config) -> None:
     """Raise ConfigError for properties of a model that a setting cannot be combined with."""
-    model: Any = config.model
-    if (cap := getattr(model, "attention_softcap", None)) is not None and config.parallel.context > 1:
+    architecture, context = config.model.architecture, config.parallel.context
+    for mixer in architecture.attentions if context > 1 else ():
+        if mixer.dropout:
+            raise ConfigError(
+                f"model.attention_dropout = {mixer.dropout} needs parallel.context: 1; "
+                "attention that travels a ring never has all its probabilities in one place"
+            )
+        if mixer.softcap is not None:
+            raise ConfigError(
+                f"model.attention_softcap = {mixer.softcap} needs parallel.context: 1, not {context}; the attention "
+                "that travels a ring cannot bend its scores"
+            )
+    causal = [mixer for mixer in architecture.attentions if mixer.causal]
+    if context > 1 and len(causal) < len(architecture.layers):
         raise ConfigError(
-            f"model.attention_softcap = {cap} needs parallel.context: 1, not {config.parallel.context}; the attention "
-            "that travels a ring cannot bend its scores"
+            f"model.family = {config.model.family!r} needs parallel.context: 1, not {context}: not all of its layers "
+            "are causal attention, which alone travels a ring"
         )
-    if (cap := getattr(model, "logit_softcap", None)) is not None and config.train.loss_chunk is not None:
+    cap, chunk = architecture.logit_softcap, config.train.loss_chunk
+    if cap is not None and chunk is not None:
         raise ConfigError(
-            f"model.logit_softcap = {cap} needs train.loss_chunk: null, not {config.train.loss_chunk}; the loss in "
-            "chunks takes the head's logits as they are"
+            f"model.logit_softcap = {cap} needs train.loss_chunk: null, not {chunk}; the loss in chunks takes the "
+            "head's logits as they are"
         )
 
 
@@ -420,14 +429,13 @@ def balance(num_layers: int, num_stages: int, head_cost: float) -> list[int]:
 
 
 def _head_cost(config: Config, weights: Sequence[Sized]) -> float:
-    """Return the multiplications of the output head in units of a layer's, with attention over half the sequence
-    included."""
+    """Return the multiplications of the output head in units of an average layer's, with attention over half the
+    sequence included."""
     model = config.model
     # A matrix multiplies as often per token as it has parameters, so that sizes stand for time.
-    layer = sum(weight.numel for weight in weights if weight.place == 0)
-    head_size: Any = getattr(model, "head_size", None)
-    width = model.num_attention_heads * (head_size or model.hidden_size // model.num_attention_heads)
-    return model.vocab_size * model.hidden_size / (layer + config.data.seq_length * width)
+    layers = sum(weight.multiplied for weight in weights if isinstance(weight.place, int))
+    attention = sum(layer.mixer.products(config.data.seq_length) for layer in model.architecture.layers) / 2
+    return model.vocab_size * model.hidden_size / ((layers + attention) / model.num_layers)
 
 
 def resident_bytes(config: Config, params: int, trained: int, replicas: int, zero_stage: int) -> dict[str, int]:

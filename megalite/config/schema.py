@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import yaml
 from pydantic import (
@@ -23,6 +23,7 @@ from pydantic import (
 from megalite import registry
 from megalite.config.optimizer import OptimizerConfig
 from megalite.config.section import Choice, Section, at_home
+from megalite.errors import ConfigError
 from megalite.registry import Registry
 from megalite.utils.urls import check_no_secret
 
@@ -76,10 +77,6 @@ class ModelConfig(Section):
         "of each token.",
     )
     labels: tuple[str, ...] = Field((), description="Names of the classes, for task: classification or labels.")
-
-    def window(self, layer: int) -> int | None:
-        """Return how many tokens each token of a layer attends to at most; None: all before it."""
-        return None
 
     def describe(self) -> Architecture:
         """Describe what each layer computes. Every family's config says it; raises ConfigError where one does not."""

@@ -97,6 +97,10 @@ class LlamaLike(ModelConfig):
         """Return how many numbers of a head are rotated."""
         return self.head_size
 
+    def window(self, layer: int) -> int | None:
+        """Return how many tokens each token of a layer attends to at most; None: all before it."""
+        return None
+
     def attention(self, layer: int) -> AttentionKind:
         """Return window, soft cap and scale of a layer's attention."""
         return AttentionKind(window=self.window(layer))

@@ -114,6 +114,11 @@ class Weight:
         """Return the number of its elements that a token is multiplied with."""
         return self.numel * self.used
 
+    @property
+    def is_looked_up(self) -> bool:
+        """Return whether tokens or positions pick rows of it, which are no product's operand: an embedding."""
+        return self.used == 0.0 or self.place == "both"
+
     def sums_over_tensor_ranks(self, sequence: bool) -> bool:
         """Return whether its gradient is summed over the tensor ranks; `sequence`: sequence parallelism is on."""
         return self.partial_grad == "heads" or (self.partial_grad == "sequence" and sequence)

@@ -2,7 +2,7 @@
 
     hardware.py     chips and interconnects, read from configs/
     network.py      time of collectives over groups of ranks (α–β model)
-    shapes.py       what one tensor rank holds of a layer, read from the weight table
+    shapes.py       what one tensor rank holds and computes of each layer, by the weight table and the architecture
     kernels.py      time of single kernels
     cost.py         time of one layer, the embedding and the head, forward and backward
     activations.py  bytes kept for the backward pass

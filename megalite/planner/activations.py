@@ -9,9 +9,10 @@ D are per tensor rank. The MLP's first product has 2·I output features if it is
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil
 from typing import Literal
 
-from megalite.planner.shapes import Shapes
+from megalite.planner.shapes import LayerShapes, Shapes
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -37,7 +38,7 @@ class PartBytes:
     """Both operands of each product, kept from that pass to the weight-gradient pass."""
 
 
-def layer_bytes(shapes: Shapes, recompute: Recompute, on_gloo: bool = False) -> PartBytes:
+def layer_bytes(shapes: LayerShapes, recompute: Recompute, on_gloo: bool = False) -> PartBytes:
     """Return the bytes of one layer of these `shapes`. `on_gloo`: collectives are the CPU's, which need buffers.
 
     `recompute` is the setting train.recompute."""
@@ -52,7 +53,7 @@ def layer_bytes(shapes: Shapes, recompute: Recompute, on_gloo: bool = False) -> 
         backward=max(of_mlp, of_attention),
         # Without weight gradients, the input of the MLP's second product stays alive; and all operands of the MLP do
         # until attention's backward pass.
-        backward_input=max(of_mlp + layer.inner, of_attention + sum(operands[2:])),
+        backward_input=max(of_mlp + layer.inner, of_attention + sum(operands[shapes.num_mixer_matrices :])),
         for_weights=sum(operands),
     )
 
@@ -60,7 +61,7 @@ def layer_bytes(shapes: Shapes, recompute: Recompute, on_gloo: bool = False) -> 
 class _Layer:
     """Counts the tensors of a layer, and what is alive at each moment of its passes that may be the peak."""
 
-    def __init__(self, shapes: Shapes, recompute: Recompute, on_gloo: bool):
+    def __init__(self, shapes: LayerShapes, recompute: Recompute, on_gloo: bool):
         self.shapes = shapes
         self.recompute = recompute
         self.on_gloo = on_gloo
@@ -151,27 +152,33 @@ def _norm(shapes: Shapes) -> int:
     return 2 * shapes.hidden_bytes + _tokens_here(shapes) * statistics * FP32
 
 
-def _more_norms(shapes: Shapes) -> int:
+def _more_norms(shapes: LayerShapes) -> int:
     """Count the norms after attention and MLP, which some families have beside the usual two: input and statistics."""
     return (shapes.norms - 2) * (shapes.hidden_bytes + _tokens_here(shapes) * FP32)
 
 
-def _projection(shapes: Shapes) -> int:
+def _projection(shapes: LayerShapes) -> int:
     """Count queries, keys and values as one tensor, in which RoPE works in place."""
-    return shapes.tokens * (shapes.q + 2 * shapes.kv) * shapes.element
+    return shapes.tokens * (shapes.q + shapes.kv) * shapes.element
 
 
-def _attended(shapes: Shapes) -> int:
+def _attended(shapes: LayerShapes) -> int:
     """Count the output of attention."""
-    return shapes.tokens * shapes.q * shapes.element
+    return shapes.tokens * shapes.attended * shapes.element
 
 
-def _scores(shapes: Shapes) -> int:
+def _copied(shapes: LayerShapes) -> int:
+    """Count the copies of queries, keys and values for the products of attention that materializes its scores, in which
+    every query head has keys and values of its own."""
+    return shapes.tokens * (2 * shapes.q + shapes.attended) * shapes.element
+
+
+def _scores(shapes: LayerShapes) -> int:
     """Return the number (not bytes) of attention scores, for attention that materializes them."""
     return shapes.tokens * shapes.heads * shapes.seq_length
 
 
-def _attention(shapes: Shapes) -> int:
+def _attention(shapes: LayerShapes) -> int:
     """Count what attention keeps for its backward pass."""
     if not shapes.writes_scores:
         # The projection, the output and its log-sum-exp; torch's kernel for windows also keeps the mask.
@@ -184,22 +191,22 @@ def _attention(shapes: Shapes) -> int:
         scores += _scores(shapes) * shapes.element  # the dropout's mask beside its output
     if shapes.attention_softcap:
         scores += _scores(shapes) * FP32  # the output of tanh
-    return 4 * _attended(shapes) + scores + _before_head_norms(shapes)
+    return _copied(shapes) + _attended(shapes) + scores + _before_head_norms(shapes)
 
 
-def _lean_attention(shapes: Shapes) -> int:
+def _lean_attention(shapes: LayerShapes) -> int:
     """Count the input and the output of attention alone."""
     return _projection(shapes) + _attended(shapes) + _before_head_norms(shapes)
 
 
-def _before_head_norms(shapes: Shapes) -> int:
+def _before_head_norms(shapes: LayerShapes) -> int:
     """Count the input of the norms of queries and keys, and their statistics."""
     if not shapes.head_norms:
         return 0
     return _projection(shapes) + shapes.tokens * (shapes.heads + shapes.kv_heads) * FP32
 
 
-def _attention_forward(shapes: Shapes) -> int:
+def _attention_forward(shapes: LayerShapes) -> int:
     """Count what is alive at the peak of attention's forward pass."""
     size = _projection(shapes)
     scores = _scores(shapes)
@@ -208,19 +215,19 @@ def _attention_forward(shapes: Shapes) -> int:
         # indices, which all samples share.
         bytes_each = 2 * FP32 + shapes.element + RANDOM_BYTES
         indices = scores // shapes.micro_batch_size * INT64
-        size += 3 * _attended(shapes) + scores * bytes_each + indices
+        size += _copied(shapes) + scores * bytes_each + indices
     elif shapes.attention_softcap:
         # In fp32: the scores, capped, masked, and their softmax.
-        size += 3 * _attended(shapes) + scores * 4 * FP32
+        size += _copied(shapes) + scores * 4 * FP32
     if shapes.context > 1:
         # Keys and values twice, own and arriving; a block's output, in fp32 as well, and the sum of all blocks.
-        keys_values = 4 * shapes.kv * shapes.element
-        outputs = shapes.q * (shapes.element + 2 * FP32)
+        keys_values = 2 * shapes.kv * shapes.element
+        outputs = shapes.attended * (shapes.element + 2 * FP32)
         size += shapes.tokens * (keys_values + outputs)
     return size
 
 
-def _attention_backward(shapes: Shapes) -> int:
+def _attention_backward(shapes: LayerShapes) -> int:
     """Count what is alive at the peak of attention's backward pass: what it has kept, and its gradients."""
     size = _attention(shapes) + _projection(shapes)
     if shapes.writes_scores:
@@ -229,10 +236,10 @@ def _attention_backward(shapes: Shapes) -> int:
         # Keys and values twice, own and arriving. In fp32 the gradients of queries, and of keys and values twice. The
         # gradients of the last block, which has half of the queries or half of the keys. And the projection's
         # gradient in pieces before it is whole.
-        keys_values = 4 * shapes.kv * shapes.element
-        fp32 = (shapes.q + 4 * shapes.kv) * FP32
-        half_queries = shapes.q // 2 + 2 * shapes.kv
-        half_keys = shapes.q + shapes.kv
+        keys_values = 2 * shapes.kv * shapes.element
+        fp32 = (shapes.q + 2 * shapes.kv) * FP32
+        half_queries = shapes.q // 2 + shapes.kv
+        half_keys = shapes.q + shapes.kv // 2
         block = max(half_queries, half_keys) * shapes.element
         size += shapes.tokens * (keys_values + fp32 + block) + _projection(shapes)
     return size
@@ -271,14 +278,15 @@ def _scatter(shapes: Shapes, on_gloo: bool) -> int:
     return whole + received
 
 
-def _product_features(shapes: Shapes) -> list[int]:
+def _product_features(shapes: LayerShapes) -> list[int]:
     """Return the features per token of both operands of each product's weight-gradient GEMM."""
     features = []
     for matrix in shapes.matrices:
         # Sequence parallelism keeps a slice of the input, and gathers it again.
-        gathers = matrix.column_parallel and shapes.sequence
+        gathers = matrix.gathers and shapes.sequence
         of_input = shapes.norm_hidden if gathers else matrix.columns
-        features.append(of_input + matrix.rows)
+        # Of a stack, a token has the operands of those that it is multiplied with.
+        features.append(ceil(matrix.count * matrix.used * (of_input + matrix.rows)))
     return features
 
 
@@ -294,9 +302,7 @@ def embedding_bytes(shapes: Shapes, largest_gradient: int) -> PartBytes:
 
 def rope_bytes(shapes: Shapes) -> int:
     """Return the bytes of the cos/sin tables, fp32, which all layers and all samples share."""
-    if not shapes.rope:
-        return 0
-    return shapes.tokens // shapes.micro_batch_size * shapes.head_size * FP32
+    return shapes.tokens // shapes.micro_batch_size * shapes.rope_size * FP32
 
 
 def head_bytes(shapes: Shapes, by_autograd: bool, on_gloo: bool = False) -> PartBytes:

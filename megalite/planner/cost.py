@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from megalite.planner.kernels import Kernels
 from megalite.planner.network import Network
-from megalite.planner.shapes import Matrix, Shapes
+from megalite.planner.shapes import LayerShapes, Matrix, Shapes
 
 ACCUMULATE_BYTES, FUSED_ACCUMULATE_BYTES = 10, 8
 """Bytes per element to add a weight's bf16 gradient to its fp32 sum: read 2 + 4, write 4. In the weight-gradient GEMM's
@@ -63,17 +63,17 @@ class Costs:
         self._whole = shapes.tokens * shapes.hidden * shapes.element
         """Bytes of the hidden states of all of this rank's tokens, not split by sequence parallelism."""
 
-    def layer(self, recompute: str) -> PassTimes:
+    def layer(self, layer: LayerShapes, recompute: str) -> PassTimes:
         """Return the times of one layer. `recompute` is the setting train.recompute."""
         total = NOTHING
-        for matrix in self.shapes.matrices:
+        for matrix in layer.matrices:
             total += self._product(matrix)
-        size = sum(matrix.rows * matrix.columns for matrix in self.shapes.matrices)
+        size = sum(matrix.elements for matrix in layer.matrices)
         accumulation = self._accumulation(size, self._product_add_bytes)
-        total += self._attention() + self._elementwise() + accumulation
-        activation, _ = self._activation()
+        total += self._attention(layer) + self._elementwise(layer) + accumulation
+        activation, _ = self._activation(layer)
         again = {"none": 0.0, "selective": activation, "full": total.forward}[recompute]
-        sent_again = self._forward_tensor_bytes() if recompute == "full" else 0.0
+        sent_again = self._forward_tensor_bytes(layer) if recompute == "full" else 0.0
         return total + PassTimes(0.0, again, again, 0.0, sent_again)
 
     def embedding(self) -> PassTimes:
@@ -111,7 +111,7 @@ class Costs:
         elements = shapes.vocab * shapes.hidden
         if shapes.loss_chunk is not None:
             return around + self._chunked_product(shapes.loss_chunk, chunks)
-        matrix = Matrix(shapes.vocab, shapes.hidden, column_parallel=True)
+        matrix = Matrix(shapes.vocab, shapes.hidden, gathers=True, reduces=False)
         return around + self._product(matrix) + self._accumulation(elements, self._product_add_bytes)
 
     def _chunked_product(self, chunk: int, chunks: int) -> PassTimes:
@@ -137,28 +137,30 @@ class Costs:
     def _product(self, matrix: Matrix) -> PassTimes:
         """Return the times of a matrix product in all passes, with the collectives around it."""
         shapes = self.shapes
-        product = self.kernels.product
-        tokens, rows, columns = shapes.tokens, matrix.rows, matrix.columns
-        forward = product(tokens, rows, columns)
-        for_input = product(tokens, columns, rows)
-        for_weight = 0.0 if shapes.frozen else product(rows, columns, tokens)
-        if shapes.tensor == 1:
+        product, count = self.kernels.product, matrix.count
+        # A replicated matrix takes the tokens of the residual stream, which sequence parallelism cuts.
+        here = shapes.tokens // shapes.tensor if matrix.replicated and shapes.sequence else shapes.tokens
+        tokens, rows, columns = matrix.tokens_of_each(here), matrix.rows, matrix.columns
+        forward = count * product(tokens, rows, columns)
+        for_input = count * product(tokens, columns, rows)
+        for_weight = 0.0 if shapes.frozen else count * product(rows, columns, tokens)
+        if shapes.tensor == 1 or not (matrix.gathers or matrix.reduces):
             return PassTimes(forward, for_input + for_weight, for_input, for_weight, 0.0)
         if not shapes.sequence:
             message = self.network.all_reduce(self._whole, self.network.tensor)
             bytes_sent = 2 * self._sent(self._whole)
-            if matrix.column_parallel:
+            if matrix.gathers:
                 # The input's gradient is reduced beside the weight-gradient GEMM.
                 backward = for_input + max(message, for_weight)
                 return PassTimes(forward, backward, for_input + message, for_weight, bytes_sent)
             return PassTimes(forward + message, for_input + for_weight, for_input, for_weight, bytes_sent)
         # The input of a column-parallel product is gathered again for its weight gradient.
-        times = 3 if matrix.column_parallel and not shapes.frozen else 2
+        times = 3 if matrix.gathers and not shapes.frozen else 2
         bytes_sent = times * self._sent(self._whole)
         message = self.network.gather(self._whole, self.network.tensor)
         beside = self._beside if self.kernels.software.hides_tensor else lambda work: work + message
-        copies = self._cut_copies(matrix.column_parallel)
-        if matrix.column_parallel:
+        copies = self._cut_copies(matrix.gathers)
+        if matrix.gathers:
             backward = max(message, for_input) + max(message, for_weight)
             apart = PassTimes(beside(forward), backward, for_input + message, for_weight + message, bytes_sent)
             if shapes.frozen:
@@ -176,31 +178,32 @@ class Costs:
         pieces = self.shapes.tensor
         return max(work, message) + min(work, message) / pieces
 
-    def _cut_copies(self, column_parallel: bool) -> float:
+    def _cut_copies(self, gathers: bool) -> float:
         """Return the time of the copies that put slices of a sequence together, or take them apart."""
         if self.kernels.software.sequence_first:
             return 0.0
-        if column_parallel and self.shapes.micro_batch_size == 1:  # the slices of one sequence arrive in order
+        if gathers and self.shapes.micro_batch_size == 1:  # the slices of one sequence arrive in order
             return 0.0
         return self.kernels.memory(2.0 * self._whole, 1)
 
-    def _attention(self) -> PassTimes:
+    def _attention(self, layer: LayerShapes) -> PassTimes:
         """Return the times of attention.
 
         Two products forward, five backward (the scores are computed again). In the context ring, keys and values travel
         beside the work on the block before."""
         shapes = self.shapes
-        # 2 products × 2 operations, over half of the sequence on average: attention is causal.
-        operations = 2.0 * shapes.tokens * shapes.seq_length * shapes.q
+        # 2 operations for a feature of the queries and of the output, over half of the sequence on average if causal.
+        seen = shapes.seq_length / 2 if layer.causal else shapes.seq_length
+        operations = 2.0 * shapes.tokens * seen * (layer.q + layer.attended)
         forward = self.kernels.attention(operations)
         backward = self.kernels.attention(2.5 * operations)
-        if shapes.writes_scores:
-            scores = shapes.tokens * shapes.seq_length * shapes.heads
+        if layer.writes_scores:
+            scores = shapes.tokens * shapes.seq_length * layer.heads
             forward += self.kernels.memory(scores * 30.0, 8)
             backward += self.kernels.memory(scores * 40.0, 8)
         if shapes.context == 1:
             return PassTimes(forward, backward, backward, 0.0, 0.0)
-        kv = 2.0 * shapes.tokens * shapes.kv
+        kv = float(shapes.tokens * layer.kv)
         steps = shapes.context - 1
 
         def around(work: float, num_bytes: float) -> float:
@@ -216,11 +219,11 @@ class Costs:
         sent = steps * kv * shapes.element * 2 + (steps + 1) * kv * 4
         return PassTimes(forward, backward, backward, 0.0, 0.0, sent)
 
-    def _elementwise(self) -> PassTimes:
+    def _elementwise(self, layer: LayerShapes) -> PassTimes:
         """Return the times of norms, RoPE, activation, dropout and residual sums, from the bytes they move."""
         shapes = self.shapes
         hidden = shapes.tokens * shapes.norm_hidden * shapes.element
-        heads = shapes.tokens * (shapes.q + shapes.kv) * shapes.element
+        heads = shapes.tokens * (layer.heads + layer.kv_heads) * layer.head_size * shapes.element
         # A norm moves 2 hidden states forward; backward it reads the gradient and its input and writes: 3. Where the
         # residual stream forks, two gradients are added.
         if self.kernels.software.norm_adds:
@@ -232,16 +235,16 @@ class Costs:
             forward = 2 * (2 + 3) * hidden
             backward = 2 * (3 + 3) * hidden
         kernels = 4
-        if shapes.norms > 2:  # after attention and MLP
-            more = shapes.norms - 2
+        if layer.norms > 2:  # after attention and MLP
+            more = layer.norms - 2
             forward += 2 * more * hidden
             backward += 3 * more * hidden
             kernels += more
-        if shapes.rope:  # in place: read and written
+        if layer.rope:  # in place: read and written
             forward += 2 * heads
             backward += 2 * heads
             kernels += 1
-        if shapes.head_norms:
+        if layer.head_norms:
             forward += 2 * heads
             backward += 3 * heads
             kernels += 2
@@ -249,18 +252,17 @@ class Costs:
             forward += 2 * 12 * hidden
             backward += 2 * 3 * hidden
             kernels += 16
-        activation, activation_back = self._activation()
+        activation, activation_back = self._activation(layer)
         ahead = self.kernels.memory(forward, kernels) + activation
         back = self.kernels.memory(backward, kernels) + activation_back
         return PassTimes(ahead, back, back, 0.0, 0.0)
 
-    def _activation(self) -> tuple[float, float]:
+    def _activation(self, layer: LayerShapes) -> tuple[float, float]:
         """Return (forward, backward) seconds of the MLP's activation."""
-        shapes = self.shapes
-        one = shapes.tokens * shapes.inner * shapes.element
+        one = layer.tokens * layer.inner * layer.element
         # Passes over I features: silu(gate) · up, or gelu.
-        forward, backward = (3, 5) if shapes.gated else (2, 3)
-        if shapes.gelu_gate:  # gelu(gate) and · up are two kernels
+        forward, backward = (3, 5) if layer.gated else (2, 3)
+        if layer.gelu_gate:  # gelu(gate) and · up are two kernels
             forward += 2
             backward += 3
         memory = self.kernels.memory
@@ -291,8 +293,9 @@ class Costs:
         """Return the bytes that each rank of a ring sends for a collective over `num_bytes`."""
         return num_bytes * (self.shapes.tensor - 1) / self.shapes.tensor
 
-    def _forward_tensor_bytes(self) -> float:
+    def _forward_tensor_bytes(self, layer: LayerShapes) -> float:
         """Return the bytes a layer sends within the tensor group in its forward pass."""
         if self.shapes.tensor == 1:
             return 0.0
-        return len(self.shapes.matrices) * self._sent(self._whole)
+        collectives = sum(matrix.gathers + matrix.reduces for matrix in layer.matrices)
+        return collectives * self._sent(self._whole)

@@ -8,8 +8,6 @@ from functools import cached_property
 from typing import Literal
 
 from megalite.config import Config
-from megalite.models import weight_table
-from megalite.models.weights import Weight
 from megalite.observe.throughput import model_flops_per_token
 from megalite.plan import Plan, StageSpan
 from megalite.planner.cost import NOTHING, Costs, PassTimes, optimizer_bytes
@@ -18,7 +16,7 @@ from megalite.planner.kernels import MEGALITE, Kernels, Software
 from megalite.planner.memory import Memory, rank_memories
 from megalite.planner.network import Network, place
 from megalite.planner.schedule import Order, order_of
-from megalite.planner.shapes import LocalSizes, Shapes, StageSizes, shapes_of
+from megalite.planner.shapes import LayerShapes, ModelTable, Shapes, StageSizes, each, runs, shapes_of
 from megalite.planner.simulate import Links, Piece, StageWork, Timeline, simulate
 
 HEADROOM_GB = 2.0
@@ -79,8 +77,7 @@ def estimate(
 
     `software` is the trainer to predict. `record` keeps every event of the step, for a picture. Raises ConfigError for
     a model the planner does not know and a precision without a known peak."""
-    weights = weight_table(config.model, config.lora)
-    return Outlook(config, plan, hardware, weights, software).estimate(record)
+    return Outlook(config, plan, hardware, ModelTable(config), software).estimate(record)
 
 
 def memory_of(
@@ -92,12 +89,11 @@ def memory_of(
     """Predict the memory of each pipeline rank for `config` under `plan`, on GPUs or with gloo on the CPU (`device`).
 
     Raises ConfigError for a model the planner does not know."""
-    weights = weight_table(config.model, config.lora)
-    shapes = shapes_of(config, plan, weights)
+    table = ModelTable(config)
+    shapes, layers = shapes_of(config, plan, table)
     order = order_of(plan.schedule, plan.pipeline, plan.virtual, plan.micro_batches)
-    local = LocalSizes(weights, plan.tensor)
-    sizes = [local.of(stage) for stage in plan.stages]
-    return rank_memories(plan, config, shapes, sizes, order, device)
+    sizes = [table.sizes(plan.tensor).of(stage) for stage in plan.stages]
+    return rank_memories(plan, config, shapes, layers, sizes, order, device)
 
 
 class Outlook:
@@ -108,20 +104,18 @@ class Outlook:
         config: Config,
         plan: Plan,
         hardware: Hardware,
-        weights: Sequence[Weight],
+        table: ModelTable,
         software: Software = MEGALITE,
-        local: LocalSizes | None = None,
     ):
-        """Take the inputs of `estimate`. `weights` is the model's table.
-
-        `local`: sizes of `weights` at the plan's tensor parallelism, if they are known already."""
+        """Take the inputs of `estimate`. `table` is that of the config's model."""
         self.config = config
         self.plan = plan
         self.hardware = hardware
         self.software = software
-        self.shapes: Shapes = shapes_of(config, plan, weights)
-        local = local or LocalSizes(weights, plan.tensor)
-        self.sizes: tuple[StageSizes, ...] = tuple(local.of(stage) for stage in plan.stages)
+        self.shapes: Shapes
+        self.layers: tuple[LayerShapes, ...]
+        self.shapes, self.layers = shapes_of(config, plan, table)
+        self.sizes: tuple[StageSizes, ...] = tuple(table.sizes(plan.tensor).of(stage) for stage in plan.stages)
         self.network: Network = place(plan, hardware)
         self.kernels = Kernels(hardware.chip, software, self.shapes.element)
         self.costs = Costs(self.shapes, self.kernels, self.network, products_add=plan.engine == "native")
@@ -134,17 +128,22 @@ class Outlook:
     @cached_property
     def memory(self) -> tuple[Memory, ...]:
         """Memory of each pipeline rank."""
-        return rank_memories(self.plan, self.config, self.shapes, self.sizes, self.order, "cuda")
+        return rank_memories(self.plan, self.config, self.shapes, self.layers, self.sizes, self.order, "cuda")
 
     @cached_property
     def work(self) -> tuple[StageWork, ...]:
         """Pass times of every stage."""
-        plain = self.costs.layer("none")
-        lean = self.costs.layer(self.config.train.recompute)
-        return tuple(self._stage_work(span, plain, lean) for span in self.plan.stages)
+        plain = each(self.layers, lambda layer: self.costs.layer(layer, "none"))
+        return tuple(self._stage_work(span, plain, self.lean) for span in self.plan.stages)
 
-    def _stage_work(self, span: StageSpan, plain: PassTimes, lean: PassTimes) -> StageWork:
-        """Compute the pass times of a stage from those of a layer without (`plain`) and with recomputation (`lean`)."""
+    @cached_property
+    def lean(self) -> list[PassTimes]:
+        """Pass times of every layer with the config's recomputation."""
+        return each(self.layers, lambda layer: self.costs.layer(layer, self.config.train.recompute))
+
+    def _stage_work(self, span: StageSpan, plain: Sequence[PassTimes], lean: Sequence[PassTimes]) -> StageWork:
+        """Compute the pass times of a stage from those of each layer without (`plain`) and with recomputation
+        (`lean`)."""
         sizes = self.sizes[span.index]
         num_lean = self.config.train.recompute_layers or len(sizes.layers)
         trained = sizes.trained
@@ -153,7 +152,8 @@ class Outlook:
         if span.first:
             parts.append((self.costs.embedding(), sizes.before, trained.before))
         for number, (size, size_trained) in enumerate(zip(sizes.layers, trained.layers, strict=True)):
-            parts.append((lean if number < num_lean else plain, size, size_trained))
+            times = (lean if number < num_lean else plain)[span.start + number]
+            parts.append((times, size, size_trained))
         if span.last:
             parts.append((self.costs.head(), sizes.after, trained.after))
         total = sum((times for times, _, _ in parts), NOTHING)
@@ -320,7 +320,7 @@ class Outlook:
 
     def _parts_of(self, span: StageSpan) -> PassTimes:
         """Add up the times and messages of a stage's parts."""
-        total = self.costs.layer(self.config.train.recompute) * (span.stop - span.start)
+        total = sum((times * count for count, times in runs(self.lean[span.start : span.stop])), NOTHING)
         if span.first:
             total += self.costs.embedding()
         if span.last:

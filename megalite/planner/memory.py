@@ -22,7 +22,7 @@ from megalite.planner.activations import (
     rope_bytes,
 )
 from megalite.planner.schedule import Order
-from megalite.planner.shapes import Shapes, StageSizes
+from megalite.planner.shapes import LayerShapes, Shapes, StageSizes, each, runs
 
 
 @dataclass(frozen=True)
@@ -52,16 +52,17 @@ def rank_memories(
     plan: Plan,
     config: Config,
     shapes: Shapes,
+    layers: Sequence[LayerShapes],
     sizes: Sequence[StageSizes],
     order: Order,
     device: Literal["cuda", "cpu"],
 ) -> tuple[Memory, ...]:
     """Return the memory of each pipeline rank of `plan`.
 
-    `config` gives the training settings, `shapes` one layer on a tensor rank, `sizes` the elements of each stage,
-    `order` the passes of each rank. On the `device` cpu, gloo's collectives need memory of their own."""
+    `config` gives the training settings, `shapes` and `layers` the model on a tensor rank, `sizes` the elements of each
+    stage, `order` the passes of each rank. On the `device` cpu, gloo's collectives need memory of their own."""
     on_gloo = device == "cpu"
-    counts = _Counts(plan, config.train, shapes, on_gloo)
+    counts = _Counts(plan, config.train, shapes, layers, on_gloo)
     stages = [counts.stage(stage, sizes[stage.index]) for stage in plan.stages]
     memories = []
     for rank in range(plan.pipeline):
@@ -85,13 +86,13 @@ def rank_memories(
 class _Counts:
     """Counts the bytes of stages for one micro-batch."""
 
-    def __init__(self, plan: Plan, train: TrainConfig, shapes: Shapes, on_gloo: bool):
+    def __init__(self, plan: Plan, train: TrainConfig, shapes: Shapes, layers: Sequence[LayerShapes], on_gloo: bool):
         self.train = train
         self.shapes = shapes
         # The native engine's weight-gradient GEMMs accumulate in place. Only gradients of look-ups come from autograd.
         self.by_autograd = plan.engine != "native"
-        self.plain = layer_bytes(shapes, "none", on_gloo)
-        self.lean = layer_bytes(shapes, train.recompute, on_gloo)
+        self.plain = each(layers, lambda layer: layer_bytes(layer, "none", on_gloo))
+        self.lean = each(layers, lambda layer: layer_bytes(layer, train.recompute, on_gloo))
         self.head = head_bytes(shapes, self.by_autograd, on_gloo)
 
     def stage(self, stage: StageSpan, sizes: StageSizes) -> PartBytes:
@@ -123,14 +124,14 @@ class _Counts:
     def _parts(self, stage: StageSpan, sizes: StageSizes) -> list[tuple[int, PartBytes]]:
         """Return the parts in the order of the forward pass, each with how many of it follow one another."""
         count = stage.stop - stage.start
-        num_lean = min(count, self.train.recompute_layers or count)
-        parts = [(num_lean, self.lean), (count - num_lean, self.plain)]
+        first_plain = stage.start + min(count, self.train.recompute_layers or count)
+        parts = [*runs(self.lean[stage.start : first_plain]), *runs(self.plain[first_plain : stage.stop])]
         if stage.first:
             largest = sizes.trained.largest if self.by_autograd else sizes.trained.largest_looked_up
             parts.insert(0, (1, embedding_bytes(self.shapes, largest * self.shapes.element)))
         if stage.last:
             parts.append((1, self.head))
-        return [part for part in parts if part[0]]
+        return parts
 
 
 def _fullest(held: int, parts: Sequence[tuple[int, int, int]]) -> int:

@@ -12,12 +12,10 @@ from typing import Any, Literal
 
 from megalite.config import Config
 from megalite.errors import ConfigError
-from megalite.models import weight_table
-from megalite.models.weights import Weight
 from megalite.plan import Plan, make_plan, resident_bytes
 from megalite.planner.estimate import Estimate, Outlook, usable_bytes
 from megalite.planner.hardware import Hardware
-from megalite.planner.shapes import LocalSizes, Together, together
+from megalite.planner.shapes import ModelTable, Together, together
 
 MOST_STAGES_A_RANK = 16
 """Largest number of virtual stages to try."""
@@ -45,29 +43,17 @@ class Found:
     """Layouts looked at closely that do not fit, whatever is recomputed and sharded."""
 
 
-class _Local(dict[int, LocalSizes]):
-    """Computes the local sizes at each degree of tensor parallelism once."""
-
-    def __init__(self, table: tuple[Weight, ...]):
-        self._table = table
-
-    def __missing__(self, tensor: int) -> LocalSizes:
-        self[tensor] = LocalSizes(self._table, tensor)
-        return self[tensor]
-
-
 def search(config: Config, world_size: int, hardware: Hardware, keep: int = 10) -> Found:
     """Return the `keep` quickest layouts of `config` on `world_size` GPUs of this `hardware`.
 
     Raises ConfigError when no layout fits."""
-    table = weight_table(config.model, config.lora)
-    rows = together(table)
-    local = _Local(table)
+    table = ModelTable(config)
+    rows = together(table.weights)
     candidates: list[tuple[float, int, Outlook]] = []
     refused = 0
     for number, parallel in enumerate(_layouts(config, world_size, hardware.gpus_per_node)):
         try:
-            outlook = _outlook(config, parallel, world_size, hardware, table, rows, local)
+            outlook = _outlook(config, parallel, world_size, hardware, table, rows)
         except ConfigError:
             refused += 1
             continue
@@ -78,7 +64,7 @@ def search(config: Config, world_size: int, hardware: Hardware, keep: int = 10) 
     for bound, _, outlook in sorted(candidates, key=lambda candidate: candidate[:2]):
         if len(best) == keep and bound > best[-1].step_time_s:
             break
-        fitting = list(_fitting(outlook, table, local))
+        fitting = list(_fitting(outlook, table))
         too_large += not fitting
         for one in fitting:
             simulated += 1
@@ -134,9 +120,8 @@ def _outlook(
     settings: dict[str, Any],
     world_size: int,
     hardware: Hardware,
-    table: tuple[Weight, ...],
+    table: ModelTable,
     rows: list[Together],
-    local: _Local,
 ) -> Outlook:
     """Make the outlook of a layout in its quickest form: no recomputation, and ZeRO stage 1.
 
@@ -150,10 +135,10 @@ def _outlook(
     parallel |= {"zero_stage": 1, "engine": "native", "stage_layers": None}
     config = _updated(config, parallel, train)
     plan = make_plan(config, rows, world_size)
-    return Outlook(config, plan, hardware, table, local=local[plan.tensor])
+    return Outlook(config, plan, hardware, table)
 
 
-def _fitting(outlook: Outlook, table: tuple[Weight, ...], local: _Local) -> Iterator[Outlook]:
+def _fitting(outlook: Outlook, table: ModelTable) -> Iterator[Outlook]:
     """Yield the quickest form of a layout that fits, at each ZeRO stage that may be the best."""
     limit = usable_bytes(outlook.hardware)
     stages = (1, 2) if outlook.plan.replicas > 1 else (1,)
@@ -163,7 +148,7 @@ def _fitting(outlook: Outlook, table: tuple[Weight, ...], local: _Local) -> Iter
             continue
         for recompute in RECOMPUTE:
             config = _updated(outlook.config, {"zero_stage": zero_stage}, {"recompute": recompute})
-            one = Outlook(config, plan, outlook.hardware, table, local=local[plan.tensor])
+            one = Outlook(config, plan, outlook.hardware, table)
             if max(memory.total for memory in one.memory) <= limit:
                 yield one
                 if recompute == "none":

@@ -1,33 +1,52 @@
-"""Reads from the weight table what one tensor rank holds and computes. A new family needs no line here as long as it is
-made of the parts below; otherwise it is refused by name.
+"""Says what one tensor rank holds and computes: the sizes of its weights from the rows of the table, and what each
+layer does from the model's architecture. Layers need not be alike; equal ones are described once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from math import prod
-from typing import Any
+from functools import cached_property
+from itertools import groupby
+from math import ceil, prod
+from typing import TypeVar
 
 from megalite.config import Config
 from megalite.errors import ConfigError
+from megalite.models import weight_table
+from megalite.models.architecture import AttentionSpec, LayerSpec
 from megalite.models.weights import Weight
 from megalite.plan import Place, Plan, StageSpan
 
-LOOKED_UP = ("embedding.weight", "positions.weight")
-"""Weights that are looked up in instead of multiplied with."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """Describes a matrix of a layer as one tensor rank holds it."""
+    """Describes a matrix of a layer as one tensor rank holds it, or a stack of equal ones (experts)."""
 
     rows: int
     """Output features."""
     columns: int
     """Input features."""
-    column_parallel: bool
-    """True if split by output features: its input is gathered. Otherwise (row-parallel) its output is reduced."""
+    gathers: bool
+    """True at the way into a tensor-parallel region: its input is gathered. Column-parallel matrices are there."""
+    reduces: bool
+    """True at the way out of it: its output is reduced. Row-parallel matrices are there; replicated ones are at neither
+    way, and take the tokens that this rank has."""
+    replicated: bool = False
+    count: int = 1
+    """Number of matrices in the stack."""
+    used: float = 1.0
+    """Share of them that a token is multiplied with."""
+
+    @property
+    def elements(self) -> int:
+        return self.count * self.rows * self.columns
+
+    def tokens_of_each(self, tokens: int) -> int:
+        """Return how many of `tokens` each matrix of the stack has to multiply, on average."""
+        return ceil(tokens * self.used)
 
 
 @dataclass(frozen=True)
@@ -42,31 +61,14 @@ class Shapes:
     hidden: int
     norm_hidden: int
     """Hidden features per token here: all of them, or under sequence parallelism this rank's share on average."""
-    heads: int
-    kv_heads: int
-    head_size: int
-    inner: int
-    """Features of the MLP."""
     vocab: int
     loss_chunk: int | None
     """Tokens whose logits exist at a time, and are computed again in the backward pass. None: all, computed once."""
-    gated: bool
-    gelu_gate: bool
-    """True for GeGLU, whose gate is a kernel of its own (Gemma)."""
-    rope: bool
+    rope_size: int
+    """Features of a head that have cos/sin tables; 0 where no layer rotates any."""
     rms_norm: bool
-    norms: int
-    """Norms of hidden states in a layer."""
-    head_norms: bool
-    """True if queries and keys are normalized (Qwen3)."""
-    window: bool
-    """True if some layer attends to a part of the sequence, which takes a mask."""
-    attention_softcap: bool
     logit_softcap: bool
     hidden_dropout: bool
-    attention_dropout: bool
-    matrices: tuple[Matrix, ...]
-    """Matrices of one layer in the order of the forward pass. Those of adapters, which are small, are left out."""
     frozen: bool
     """True if only adapters of the layers' matrices are trained."""
     element: int
@@ -76,93 +78,225 @@ class Shapes:
     context: int
 
     @property
-    def q(self) -> int:
-        """Features of the queries."""
-        return self.heads * self.head_size
-
-    @property
-    def writes_scores(self) -> bool:
-        """True if attention materializes its scores (eager attention)."""
-        return self.attention_dropout or self.attention_softcap
-
-    @property
-    def kv(self) -> int:
-        """Features of the keys, and of the values."""
-        return self.kv_heads * self.head_size
-
-    @property
     def hidden_bytes(self) -> int:
         """Bytes of a micro-batch's hidden states between two layers."""
         return self.tokens * self.norm_hidden * self.element
 
 
-def shapes_of(config: Config, plan: Plan, weights: Sequence[Weight]) -> Shapes:
-    """Read the shapes of a model under `plan` from its table of `weights` and its `config`.
+@dataclass(frozen=True)
+class LayerShapes(Shapes):
+    """Holds the sizes of one layer on one tensor rank, beside those of the model."""
 
-    Raises ConfigError for a model with weights the planner does not know."""
-    model: Any = config.model
-    # The weights of the first layer, without the prefix "layers.0.": all layers are alike.
-    layer = {}
-    for weight in weights:
-        if weight.place == 0:
-            layer[weight.name.split(".", 2)[2]] = weight
-    for weight in layer.values():
-        if len(weight.shape) > 2:  # an estimate that ignores what it does not know would be worse than none
-            raise ConfigError(f"the planner does not know what {weight.name} of shape {list(weight.shape)} computes")
-    matrices = []
-    for weight in layer.values():
-        is_adapter = config.lora and not weight.frozen
-        if len(weight.shape) == 2 and not is_adapter:
-            rows, columns = weight.local_shape(plan.tensor)
-            matrices.append(Matrix(rows, columns, column_parallel=weight.shard == "column"))
-    # Families differ in their settings: what one lacks, it does without.
-    heads = model.num_attention_heads
-    head_size = model.head_size
-    kv_heads = getattr(model, "kv_heads", heads)
-    train = config.train
+    heads: int
+    kv_heads: int
+    head_size: int
+    """Features of a head's queries and keys."""
+    value_size: int
+    """Features of a head's values."""
+    inner: int
+    """Features that a token has within the MLP, over all experts it visits."""
+    gated: bool
+    gelu_gate: bool
+    """True for GeGLU, whose gate is a kernel of its own (Gemma)."""
+    rope: bool
+    norms: int
+    """Norms of hidden states in the layer."""
+    head_norms: bool
+    """True if queries and keys are normalized (Qwen3)."""
+    window: bool
+    """True if it attends to a part of the sequence, which takes a mask."""
+    causal: bool
+    attention_softcap: bool
+    attention_dropout: bool
+    writes_scores: bool
+    """True if attention materializes its scores (eager attention)."""
+    matrices: tuple[Matrix, ...]
+    """Matrices in the order of the forward pass. Those of adapters, which are small, are left out."""
+    num_mixer_matrices: int
+    """How many of them, the first ones, are attention's."""
+
+    @property
+    def q(self) -> int:
+        """Features of the queries."""
+        return self.heads * self.head_size
+
+    @property
+    def kv(self) -> int:
+        """Features of the keys and of the values, together."""
+        return self.kv_heads * (self.head_size + self.value_size)
+
+    @property
+    def attended(self) -> int:
+        """Features of attention's output."""
+        return self.heads * self.value_size
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """Describes the layers of a model that are equal, by their spec and their rows."""
+
+    spec: LayerSpec
+    attention: AttentionSpec
+    matrices: tuple[Weight, ...]
+    """Rows of the matrices of its first layer, in the order of the forward pass."""
+    num_mixer_matrices: int
+
+
+class ModelTable:
+    """Holds the rows of a model, its layers grouped by kind, and its sizes at each degree of tensor parallelism.
+
+    A search makes thousands of plans; what does not depend on the plan is found here, once."""
+
+    def __init__(self, config: Config):
+        """Make the table of the `config`'s model, adapters included."""
+        self.config = config
+        self.weights = weight_table(config.model, config.lora)
+        self._sizes: dict[int, LocalSizes] = {}
+
+    def sizes(self, tensor: int) -> LocalSizes:
+        """Return the sizes at a degree of `tensor` parallelism. Raises ValueError where a weight cannot be split."""
+        if tensor not in self._sizes:
+            self._sizes[tensor] = LocalSizes(self.weights, tensor)
+        return self._sizes[tensor]
+
+    @cached_property
+    def vocab(self) -> Weight:
+        """Row of the embedding."""
+        return next(weight for weight in self.weights if weight.shard == "vocab")
+
+    @cached_property
+    def kinds(self) -> tuple[LayerKind, ...]:
+        """Kind of every layer, by its number; the same object for equal layers.
+
+        Raises ConfigError for a layer that the planner does not know, or that its family describes wrongly."""
+        specs = self.config.model.architecture.layers
+        rows: list[list[Weight]] = [[] for _ in specs]
+        for weight in self.weights:
+            # The adapters of LoRA are all that is not frozen beside them.
+            is_adapter = self.config.lora is not None and not weight.frozen
+            if isinstance(weight.place, int) and weight.row_shape and weight.used and not is_adapter:
+                rows[weight.place].append(weight)
+        found: dict[tuple[object, ...], LayerKind] = {}
+        kinds = []
+        for number, (spec, matrices) in enumerate(zip(specs, rows, strict=True)):
+            key = (spec, *((w.shape, w.stack, w.shard, w.parts, w.unit, w.used) for w in matrices))
+            if key not in found:
+                found[key] = self._kind(number, spec, tuple(matrices))
+            kinds.append(found[key])
+        return tuple(kinds)
+
+    def _kind(self, number: int, spec: LayerSpec, matrices: tuple[Weight, ...]) -> LayerKind:
+        """Return the kind of a layer with this `number`, after comparing its `spec` with the rows of its `matrices`."""
+        model = self.config.model
+        if not isinstance(spec.mixer, AttentionSpec):
+            raise ConfigError(
+                f"the planner does not know what layer {number} of model.family = {model.family!r} computes: its mixer "
+                f"is {type(spec.mixer).__name__}, and the planner knows attention"
+            )
+        described = [part.num_elements(model.hidden_size) for part in (spec.mixer, spec.feed_forward)]
+        sums = [sum(weight.numel for weight in matrices[:count]) for count in range(len(matrices) + 1)]
+        if sums[-1] != sum(described) or described[0] not in sums:
+            raise ConfigError(
+                f"model.family = {model.family!r} describes layer {number} as matrices of {described[0]:,} elements of "
+                f"its mixer, then {described[1]:,} of its feed-forward part; its rows have "
+                f"{', '.join(f'{weight.name} {weight.numel:,}' for weight in matrices)}"
+            )
+        return LayerKind(spec, spec.mixer, matrices, sums.index(described[0]))
+
+
+def _matrices(kind: LayerKind, tensor: int) -> tuple[Matrix, ...]:
+    """Return the matrices of a layer on one of `tensor` ranks."""
+    experts = [weight for weight in kind.matrices if weight.shard == "expert"]
+    found = []
+    for weight in kind.matrices:
+        shape = weight.local_shape(tensor)
+        found.append(
+            Matrix(
+                rows=shape[weight.stack],
+                columns=prod(shape[weight.stack + 1 :]),
+                # Whole experts on a rank: tokens enter before the first matrix of theirs, and leave behind the last.
+                gathers=weight.shard == "column" or weight in experts[:1],
+                reduces=weight.shard == "row" or weight in experts[-1:],
+                replicated=weight.shard is None,
+                count=prod(shape[: weight.stack]),
+                used=weight.used,
+            )
+        )
+    return tuple(found)
+
+
+def shapes_of(config: Config, plan: Plan, table: ModelTable) -> tuple[Shapes, tuple[LayerShapes, ...]]:
+    """Return the shapes of a model under `plan`, and those of each of its layers; equal layers share an object.
+
+    Raises ConfigError for a model the planner does not know."""
+    architecture, train = config.model.architecture, config.train
     length = config.data.seq_length
-    windows = [model.window(number) or length for number in range(model.num_layers)]
     tokens = plan.micro_batch_size * length // plan.context
-    return Shapes(
+    hidden = config.model.hidden_size
+    rotated = [mixer.head_size for mixer in architecture.attentions if mixer.rope]
+    model = Shapes(
         tokens=tokens,
         micro_batch_size=plan.micro_batch_size,
         seq_length=length,
-        hidden=model.hidden_size,
-        norm_hidden=model.hidden_size // plan.tensor if plan.sequence else model.hidden_size,
-        heads=heads // plan.tensor,
-        kv_heads=kv_heads // plan.tensor,
-        head_size=head_size,
-        inner=_inner(layer, plan.tensor),
-        vocab=_vocab(weights).local_shape(plan.tensor)[0],
+        hidden=hidden,
+        norm_hidden=hidden // plan.tensor if plan.sequence else hidden,
+        vocab=table.vocab.local_shape(plan.tensor)[0],
         loss_chunk=None if train.loss_chunk is None else min(train.loss_chunk, tokens),
-        gated="mlp.gate_up.weight" in layer,
-        gelu_gate=getattr(model, "GATE", None) == "gelu",
-        rope=not any(weight.name == "positions.weight" for weight in weights),
-        rms_norm="attention_norm.bias" not in layer,
-        norms=sum(name.endswith("norm.weight") and "." not in name[:-7] for name in layer),
-        head_norms=any("q_norm" in name for name in layer),
-        window=any(window < length for window in windows),
-        attention_softcap=getattr(model, "attention_softcap", None) is not None,
-        logit_softcap=getattr(model, "logit_softcap", None) is not None,
-        hidden_dropout=bool(getattr(model, "hidden_dropout", 0.0)),
-        attention_dropout=bool(getattr(model, "attention_dropout", 0.0)),
-        matrices=tuple(matrices),
+        rope_size=max(rotated, default=0),
+        rms_norm=architecture.norm == "rms",
+        logit_softcap=architecture.logit_softcap is not None,
+        hidden_dropout=architecture.hidden_dropout > 0,
         frozen=config.lora is not None,
         element=2 if train.precision == "bf16" else 4,
         tensor=plan.tensor,
         sequence=plan.sequence,
         context=plan.context,
     )
+    return model, tuple(each(table.kinds, lambda kind: _layer_shapes(model, kind)))
 
 
-def _inner(layer: dict[str, Weight], tensor: int) -> int:
-    if "mlp.down.weight" not in layer:
-        raise ConfigError(f"the planner does not know a layer without mlp.down.weight; it has {', '.join(layer)}")
-    return layer["mlp.down.weight"].local_shape(tensor)[1]
+def _layer_shapes(model: Shapes, kind: LayerKind) -> LayerShapes:
+    mixer, feed_forward = kind.attention, kind.spec.feed_forward
+    heads, kv_heads = mixer.num_heads, mixer.num_kv_heads
+    return LayerShapes(
+        **vars(model),
+        heads=heads // model.tensor,
+        kv_heads=kv_heads // model.tensor,
+        head_size=mixer.head_size,
+        value_size=mixer.value_size,
+        inner=feed_forward.active_inner // model.tensor,
+        gated=feed_forward.gated,
+        gelu_gate=feed_forward.gated and feed_forward.activation == "gelu",
+        rope=mixer.rope,
+        norms=kind.spec.num_norms,
+        head_norms=mixer.head_norms,
+        window=mixer.seen(model.seq_length) < model.seq_length,
+        causal=mixer.causal,
+        attention_softcap=mixer.softcap is not None,
+        attention_dropout=mixer.dropout > 0,
+        writes_scores=mixer.writes_scores,
+        matrices=_matrices(kind, model.tensor),
+        num_mixer_matrices=kind.num_mixer_matrices,
+    )
 
 
-def _vocab(weights: Sequence[Weight]) -> Weight:
-    return next(weight for weight in weights if weight.shard == "vocab")
+K = TypeVar("K")
+
+
+def each(layers: Sequence[K], function: Callable[[K], T]) -> list[T]:
+    """Return what `function` makes of each layer. It is called once for all layers that are the same object."""
+    found: dict[int, T] = {}
+    for layer in layers:
+        if id(layer) not in found:
+            found[id(layer)] = function(layer)
+    return [found[id(layer)] for layer in layers]
+
+
+def runs(parts: Sequence[T]) -> Iterator[tuple[int, T]]:
+    """Yield the parts that are different objects, each with how many times it follows itself."""
+    for _, equal in groupby(parts, key=id):
+        same = list(equal)
+        yield len(same), same[0]
 
 
 @dataclass(frozen=True)
@@ -202,7 +336,7 @@ class LocalSizes:
         self.largest_looked_up = 0
         for weight in weights:
             size = prod(weight.local_shape(tensor))
-            if weight.name in LOOKED_UP:
+            if weight.is_looked_up:
                 self.largest_looked_up = max(self.largest_looked_up, size)
             self.total[weight.place] = self.total.get(weight.place, 0) + size
             self.largest[weight.place] = max(self.largest.get(weight.place, 0), size)
@@ -243,6 +377,7 @@ class Together:
         self.frozen = frozen
         self.name = f"{place} frozen" if frozen else f"{place}"
         self.numel = sum(weight.numel for weight in weights)
+        self.multiplied = sum(weight.multiplied for weight in weights)
         self._weights = weights
         self._local: dict[int, tuple[int]] = {}
 

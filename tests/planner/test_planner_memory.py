@@ -26,6 +26,7 @@ GPT2 = {
     "max_positions": 256,
 }  # fmt: skip
 GEMMA = LLAMA | {"family": "gemma2", "sliding_window": 64, "attention_softcap": 50.0, "logit_softcap": 30.0}
+QWEN = LLAMA | {"family": "qwen2", "sliding_window": 64, "layer_types": ["sliding_attention", *["full_attention"] * 3]}
 WITHIN = 0.05  # nearly all are within 1%; when a pipeline's messages arrive is chance, and one of them is up to 3%
 RESIDENT_WITHIN = 0.02  # known exactly but for the padding of buckets and the batch itself
 
@@ -77,6 +78,7 @@ ALONE = {
     "olmo2": (LLAMA | {"family": "olmo2"},),
     "gemma2": (GEMMA,),
     "gemma2 large vocabulary": (GEMMA, "model.vocab_size=8000", "data.seq_length=64"),
+    "qwen2, a layer with a window": (QWEN,),
     "gemma3": (LLAMA | {"family": "gemma3_text", "sliding_window": 64}, SMALL_HEAD),
     "llama chunked loss": (LLAMA, "model.vocab_size=8000", "train.loss_chunk=200"),
 }

@@ -19,6 +19,7 @@ from megalite.plan import make_plan
 from megalite.planner.estimate import Estimate, Outlook, estimate
 from megalite.planner.hardware import find_hardware
 from megalite.planner.kernels import MEGATRON
+from megalite.planner.shapes import ModelTable
 
 ROWS: list[dict[str, Any]] = yaml.safe_load((Path(__file__).parent / "megatron_h100.yaml").read_text())
 
@@ -69,9 +70,9 @@ def choices(row: dict[str, Any]) -> Iterator[Estimate]:
         for micro_batch_size in (1, 2, 4) if layers % virtual == 0 else ():
             for recompute in ("none", "selective", "full"):
                 config = config_of(row, micro_batch_size, virtual, recompute)
-                table = weight_table(config.model)
+                table = ModelTable(config)
                 try:
-                    plan = make_plan(config, table, row["gpus"])
+                    plan = make_plan(config, table.weights, row["gpus"])
                 except ConfigError:
                     continue
                 outlook = Outlook(config, plan, find_hardware("h100"), table, MEGATRON)

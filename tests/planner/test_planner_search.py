@@ -15,8 +15,8 @@ from megalite.models import weight_table
 from megalite.plan import make_plan
 from megalite.planner.estimate import Outlook, estimate, usable_bytes
 from megalite.planner.hardware import find_hardware
-from megalite.planner.search import _layouts, _Local, _outlook, search
-from megalite.planner.shapes import together
+from megalite.planner.search import _layouts, _outlook, search
+from megalite.planner.shapes import ModelTable, together
 
 H100 = find_hardware("h100")
 
@@ -56,12 +56,12 @@ def test_written_config_is_the_same_layout(found: Any, tmp_path: Path) -> None:
 
 def test_nothing_better_was_left_out(found: Any) -> None:
     """Every layout is simulated here; the search left most of them out by their bound."""
-    config, table = config_of("llama-8b"), weight_table(config_of("llama-8b").model)
-    rows, local = together(table), _Local(table)
+    config, table = config_of("llama-8b"), ModelTable(config_of("llama-8b"))
+    rows = together(table.weights)
     quickest = float("inf")
     for parallel in _layouts(config, 16, 8):
         try:
-            outlook = _outlook(config, parallel, 16, H100, table, rows, local)
+            outlook = _outlook(config, parallel, 16, H100, table, rows)
         except ConfigError:
             continue
         one = outlook.estimate()
@@ -107,7 +107,7 @@ def test_estimate_by_hand_for_a_rank_alone() -> None:
     config = config_of("llama-1b", "train.global_batch_size=4")
     plan = make_plan(config, weight_table(config.model), 1)
     one = estimate(config, plan, H100)
-    outlook = Outlook(config, plan, H100, weight_table(config.model))
+    outlook = Outlook(config, plan, H100, ModelTable(config))
     passes = sum(outlook.work[0].times[kind] for kind in "FB")
     assert one.step_time_s == pytest.approx(4 * passes + outlook.optimizer_s)
     assert one.volume == dict.fromkeys(("tensor", "context", "data", "pipeline"), 0.0)
@@ -155,15 +155,16 @@ def test_volume_of_a_ring_by_hand() -> None:
 
 def outlook_of(preset: str, *overrides: str, world_size: int = 1) -> Outlook:
     config = config_of(preset, *overrides)
-    table = weight_table(config.model)
-    return Outlook(config, make_plan(config, table, world_size), H100, table)
+    table = ModelTable(config)
+    return Outlook(config, make_plan(config, table.weights, world_size), H100, table)
 
 
 def test_passes_by_hand() -> None:
     outlook = outlook_of("llama-1b")
-    attention = outlook.costs._attention()
+    layer = outlook.layers[0]
+    attention = outlook.costs._attention(layer)
     assert attention.backward == pytest.approx(2.5 * attention.forward), "five products for two (Dao 2023)"
-    none, full = (outlook.costs.layer(recompute) for recompute in ("none", "full"))
+    none, full = (outlook.costs.layer(layer, recompute) for recompute in ("none", "full"))
     assert full.backward == pytest.approx(none.backward + none.forward)
     # Of each weight the norm reads the gradient; AdamW reads it, the master weight and two moments, writes these
     # three, and the weight in bf16.
@@ -173,10 +174,10 @@ def test_passes_by_hand() -> None:
 
 def test_what_is_frozen_has_no_gradients_to_compute() -> None:
     config = config_of("llama-1b").model_copy(update={"lora": LoraConfig(rank=8)})
-    table = weight_table(config.model, config.lora)
-    costs = Outlook(config, make_plan(config, table, 1), H100, table).costs
-    assert costs.layer("none").backward_weight == 0.0
-    assert costs.head().backward_weight == 0.0
+    table = ModelTable(config)
+    outlook = Outlook(config, make_plan(config, table.weights, 1), H100, table)
+    assert outlook.costs.layer(outlook.layers[0], "none").backward_weight == 0.0
+    assert outlook.costs.head().backward_weight == 0.0
 
 
 def test_both_ends_of_a_pipeline_hold_a_tied_embedding() -> None:

@@ -176,6 +176,7 @@ assert torch.autograd.gradcheck(kernel.SwiGLU.apply, x)
 calls, swiglu = [], kernel.LeanActivation.swiglu
 kernel.LeanActivation.swiglu = staticmethod(lambda gate_up: calls.append(gate_up.shape) or swiglu(gate_up))
 assert main(["train", "kernel.yaml"]) == 0
+assert main(["plan", "one.yaml", "--gpus", "2", "--gpu", "h100", "train.precision=bf16"]) == 0
 print(json.dumps({"losses": losses.tolist(), "calls": calls}))
 """
 

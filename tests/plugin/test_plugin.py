@@ -95,6 +95,15 @@ def test_every_layout_trains_the_same_model(runs: dict[str, Path], layout: str) 
         assert ((one - other).abs() > 1e-5 * one.abs().max()).float().mean() < 2e-3, name
 
 
+def test_the_planner_counts_the_experts(runs: dict[str, Path]) -> None:
+    done = megalite(runs["one"].parents[3], 1, "plan", "config.yaml", "--gpus=1", "--gpu=h100", "train.precision=bf16")
+    assert done.returncode == 0, done.stderr
+    hidden, inner, experts = (MODEL[name] for name in ("hidden_size", "intermediate_size", "num_experts"))
+    layer = 4 * hidden**2 + 2 * hidden + experts * (hidden + 2 * hidden * inner) + inner
+    size = MODEL["num_layers"] * layer + hidden * (2 * MODEL["vocab_size"] + 1)
+    assert f"blend, {size:,} parameters" in done.stdout, done.stdout
+
+
 def test_a_kernel_stands_for_the_function_of_its_name(tmp_path: Path) -> None:
     code = (
         "from megalite.config import KernelsConfig; from megalite.kernels import library;"

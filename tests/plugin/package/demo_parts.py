@@ -20,6 +20,7 @@ from torch import Tensor
 from megalite.comm.mesh import Mesh
 from megalite.config import Config, HookConfig, ObjectiveConfig, OptimizerConfig, ScheduleConfig
 from megalite.engine.optimizers import Optimizer, PlainOptimizer
+from megalite.models.architecture import ExpertsSpec
 from megalite.models.hf import REQUIRED
 from megalite.models.llama import (
     LIKE_LLAMA,
@@ -49,6 +50,12 @@ from megalite.training.run import Run
 class BlendConfig(LlamaLike):
     family: Literal["blend"] = "blend"
     num_experts: int = Field(4, gt=0)
+
+    def feed_forward(self, layer: int) -> ExpertsSpec:
+        return ExpertsSpec(
+            inner=self.intermediate_size, gated=False, activation="silu", num_experts=self.num_experts,
+            experts_per_token=self.num_experts,
+        )  # fmt: skip
 
 
 class Experts(nn.Module):
