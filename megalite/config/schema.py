@@ -87,7 +87,7 @@ class ModelConfig(Section):
 
     @cached_property
     def architecture(self) -> Architecture:
-        """What `describe` returns, made once. Raises ConfigError where it describes another number of layers."""
+        """Return the description, made once. Raises ConfigError where it has another number of layers."""
         found = self.describe()
         if len(found.layers) != self.num_layers:
             raise ConfigError(

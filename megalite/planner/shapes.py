@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import groupby
 from math import ceil, prod
 from typing import TypeVar
@@ -148,9 +147,15 @@ class ModelTable:
     A search makes thousands of plans; what does not depend on the plan is found here, once."""
 
     def __init__(self, config: Config):
-        """Make the table of the `config`'s model, adapters included."""
+        """Make the table of the `config`'s model, adapters included.
+
+        Raises ConfigError for a layer that the planner does not know, or that its family describes wrongly."""
         self.config = config
         self.weights = weight_table(config.model, config.lora)
+        self.vocab = next(weight for weight in self.weights if weight.shard == "vocab")
+        """Row of the embedding."""
+        self.kinds = self._kinds()
+        """Kind of every layer, by its number; the same object for equal layers."""
         self._sizes: dict[int, LocalSizes] = {}
 
     def sizes(self, tensor: int) -> LocalSizes:
@@ -159,16 +164,8 @@ class ModelTable:
             self._sizes[tensor] = LocalSizes(self.weights, tensor)
         return self._sizes[tensor]
 
-    @cached_property
-    def vocab(self) -> Weight:
-        """Row of the embedding."""
-        return next(weight for weight in self.weights if weight.shard == "vocab")
-
-    @cached_property
-    def kinds(self) -> tuple[LayerKind, ...]:
-        """Kind of every layer, by its number; the same object for equal layers.
-
-        Raises ConfigError for a layer that the planner does not know, or that its family describes wrongly."""
+    def _kinds(self) -> tuple[LayerKind, ...]:
+        """Return the kind of every layer."""
         specs = self.config.model.architecture.layers
         rows: list[list[Weight]] = [[] for _ in specs]
         for weight in self.weights:

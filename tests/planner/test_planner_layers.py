@@ -14,10 +14,11 @@ from megalite.models.architecture import ExpertsSpec, FeedForwardSpec, MixerSpec
 from megalite.models.llama import LlamaLike, layer_table, table
 from megalite.models.weights import Weight
 from megalite.observe.throughput import model_flops_per_token
-from megalite.plan import make_plan
+from megalite.plan import make_plan, plan
 from megalite.planner.activations import layer_bytes
 from megalite.planner.estimate import Outlook
 from megalite.planner.hardware import find_hardware
+from megalite.planner.search import search
 from megalite.planner.shapes import Matrix, ModelTable, together
 from megalite.registry import families
 
@@ -92,8 +93,7 @@ def config_of(family: str, *overrides: str, **model: Any) -> Config:
 
 
 def outlook_of(config: Config, ranks: int = 1) -> Outlook:
-    known = ModelTable(config)
-    return Outlook(config, make_plan(config, known.weights, ranks), find_hardware("h100"), known)
+    return Outlook(config, plan(config, ranks), find_hardware("h100"), ModelTable(config))
 
 
 def test_a_token_is_multiplied_with_the_experts_it_visits() -> None:
@@ -177,8 +177,11 @@ def test_a_layer_that_rotates_nothing_takes_no_time_for_it() -> None:
 
 def test_what_a_family_describes_wrongly_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SparseConfig, "SHARED", 0)
-    with pytest.raises(ConfigError, match=r"'sparse' describes layer 1 as matrices of 262,144 .*mlp\.shared_up"):
+    told = r"'sparse' describes layer 1 as matrices of 262,144 .*mlp\.shared_up"
+    with pytest.raises(ConfigError, match=told):
         outlook_of(config_of("sparse"))
+    with pytest.raises(ConfigError, match=told):  # and not that no layout comes out even
+        search(config_of("sparse"), 2, find_hardware("h100"))
 
 
 class Recurrence(MixerSpec):
@@ -198,4 +201,4 @@ def test_a_mixer_of_another_kind_has_flops_and_no_estimate(monkeypatch: pytest.M
     with pytest.raises(ConfigError, match=r"layer 2 of model\.family = 'sparse' computes: its mixer is Recurrence"):
         outlook_of(config)
     with pytest.raises(ConfigError, match=r"'sparse' needs parallel\.context: 1, not 2"):
-        outlook_of(config_of("sparse", "parallel.context=2"), 2)
+        plan(config_of("sparse", "parallel.context=2"), 2)
