@@ -10,7 +10,7 @@ from math import prod
 from typing import Literal, Protocol, TypeVar
 
 from megalite import make_callable
-from megalite.config import Config, ParallelConfig
+from megalite.config import Config, OptimizerConfig, ParallelConfig
 from megalite.errors import ConfigError
 
 make_callable(__name__)  # as `plan`, below
@@ -33,6 +33,7 @@ class Sized(Protocol):
     @property
     def frozen(self) -> bool: ...
     def local_shape(self, tensor: int) -> tuple[int, ...]: ...
+    def num_states(self, optimizer: OptimizerConfig) -> int: ...
 
 
 W = TypeVar("W", bound=Sized)
@@ -182,9 +183,14 @@ def make_plan(config: Config, weights: Sequence[Sized], world_size: int) -> Plan
     held = [
         [weight for stage in stages[rank::pipeline] for weight in stage.weights(weights)] for rank in range(pipeline)
     ]
-    per_rank = [(sum(local[w.name] for w in rows), sum(local[w.name] for w in rows if not w.frozen)) for rows in held]
+    kept = {weight.name: local[weight.name] * weight.num_states(config.optimizer) for weight in weights}
+    per_rank = []
+    for rows in held:
+        trained = [weight.name for weight in rows if not weight.frozen]
+        params = sum(local[weight.name] for weight in rows)
+        per_rank.append((params, sum(map(local.__getitem__, trained)), sum(map(kept.__getitem__, trained))))
     # The fullest rank decides whether a layout fits.
-    params_per_rank, trained_per_rank = max(per_rank)
+    params_per_rank, trained_per_rank, states_per_rank = max(per_rank)
     return Plan(
         world_size=world_size,
         pipeline=pipeline,
@@ -204,7 +210,9 @@ def make_plan(config: Config, weights: Sequence[Sized], world_size: int) -> Plan
         num_params=sum(weight.numel for weight in weights),
         params_per_rank=params_per_rank,
         num_trained=sum(weight.numel for weight in weights if not weight.frozen),
-        memory_bytes=resident_bytes(config, params_per_rank, trained_per_rank, data * context, parallel.zero_stage),
+        memory_bytes=resident_bytes(
+            config, params_per_rank, trained_per_rank, states_per_rank, data * context, parallel.zero_stage
+        ),
     )
 
 
@@ -438,20 +446,21 @@ def _head_cost(config: Config, weights: Sequence[Sized]) -> float:
     return model.vocab_size * model.hidden_size / ((layers + attention) / model.num_layers)
 
 
-def resident_bytes(config: Config, params: int, trained: int, replicas: int, zero_stage: int) -> dict[str, int]:
+def resident_bytes(
+    config: Config, params: int, trained: int, states: int, replicas: int, zero_stage: int
+) -> dict[str, int]:
     """Return the bytes that a rank holds through the whole step: weights, fp32 gradients and optimizer state.
 
-    The rank has `params` elements of weights, `trained` of them not frozen; `replicas` ranks share what the ZeRO stage
-    shards."""
+    The rank has `params` elements of weights, `trained` of them not frozen, and `states` elements of optimizer states
+    beside these; `replicas` ranks share what the ZeRO stage shards."""
     shard = -(-trained // replicas)
     weights = -(-params // replicas) if zero_stage == 3 else params
     gradients = shard if zero_stage >= 2 else trained
-    updated = shard if zero_stage >= 1 else trained
     is_bf16 = config.train.precision == "bf16"
     # The optimizer's fp32 states, and an fp32 master copy; in fp32 the weights are their own.
-    num_states = len(config.optimizer.STATES) + is_bf16
+    kept = states + trained * is_bf16
     return {
         "weights": weights * (2 if is_bf16 else 4),
         "gradients": gradients * 4,
-        "optimizer": updated * num_states * 4,
+        "optimizer": (-(-kept // replicas) if zero_stage >= 1 else kept) * 4,
     }

@@ -159,6 +159,10 @@ class OptimizerConfig(Choice):
             return Treatment(name, member.lr, decay)
         return Treatment(name, member.lr * group.lr, decay if group.weight_decay is None else group.weight_decay)
 
+    def products(self, weight: Weight) -> Sequence[tuple[int, int, int]]:
+        """Return the matrix products [m, k] × [k, n] that an update of the whole `weight` takes, as (m, n, k)."""
+        return ()
+
     def states_of(self, weight: Weight) -> tuple[str, ...]:
         """Return the names of the states that are kept for `weight`, its average among them."""
         return self.members()[self.treatment(weight).optimizer].states + self._average

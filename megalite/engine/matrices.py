@@ -13,7 +13,7 @@ to the reduction of whole buckets it is little (Moonlight, Liu et al. 2025, does
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -114,12 +114,12 @@ class Matrices:
             first = bucket.stepped.start
             return seen[self.matrices[held.matrix].bucket][held.start - first : held.stop - first]
 
-        to_owners = self._exchange(self._to_owners, piece, by_owner=True)
+        # Taken out where it is used: what it holds are the messages.
+        to_owners = [self._exchange(self._to_owners, piece, by_owner=True)]
 
         def solve() -> Iterator[BucketState]:
-            pieces = to_owners()
-            with record_function(STEP):
-                solved = self._solve(pieces)
+            solved = self._assemble(to_owners.pop()())
+            self._solve_in_place(solved)
             to_holders = self._exchange(self._to_holders, partial(self._part, solved), by_owner=False)
             for held, part in to_holders():
                 number = self.matrices[held.matrix].bucket
@@ -134,8 +134,9 @@ class Matrices:
 
     def _exchange(
         self, pieces: Sequence[Sequence[Held]], piece: Callable[[Held], Tensor], by_owner: bool
-    ) -> Callable[[], list[tuple[Held, Tensor]]]:
-        """Start one message from each rank to each other; return a function that waits for what came to this one.
+    ) -> Callable[[], Iterator[tuple[Held, Tensor]]]:
+        """Start one message from each rank to each other; return a function that waits, and yields what came to this
+        one.
 
         `pieces` lists them by the rank that holds them, `piece` gives the values of one. `by_owner`: they travel from
         the holders to the owners, else back."""
@@ -155,28 +156,33 @@ class Matrices:
             if target == axis.rank:
                 into[source].append(held)
         device = self.mesh.device
-        to_send = [
-            joined([piece(held) for held in some]) if some and rank != axis.rank else torch.empty(0, device=device)
-            for rank, some in enumerate(out)
-        ]
-        lengths = [sum(held.stop - held.start for held in some) for some in into]
-        received = [torch.empty(length, device=device) for length in lengths]
+
+        def message(some: list[Held], rank: int) -> Tensor:
+            length = sum(held.stop - held.start for held in some) if rank != axis.rank else 0
+            return torch.empty(length, device=device)
+
+        to_send = [message(some, rank) for rank, some in enumerate(out)]
+        for flat, some in zip(to_send, out, strict=True):
+            place = 0
+            for held in some if len(flat) else ():
+                flat[place : (place := place + held.stop - held.start)] = piece(held)
+        received = [message(some, rank) for rank, some in enumerate(into)]
         wait = start_all_to_all(to_send, received, axis)
 
-        def result() -> list[tuple[Held, Tensor]]:
+        def result() -> Iterator[tuple[Held, Tensor]]:
             wait()
             to_send.clear()
-            found = [(held, piece(held)) for held in out[axis.rank]]
+            yield from ((held, piece(held)) for held in out[axis.rank])
             for rank, some in enumerate(into):
                 if rank != axis.rank:
                     parts = received[rank].split([held.stop - held.start for held in some])
-                    found += zip(some, parts, strict=True)
-            return found
+                    yield from zip(some, parts, strict=True)
+            received.clear()
 
         return result
 
-    def _solve(self, found: Sequence[tuple[Held, Tensor]]) -> dict[int, Tensor]:
-        """Return what is to be done to each matrix that this rank owns, as a tensor of rows, from all of its pieces."""
+    def _assemble(self, found: Iterable[tuple[Held, Tensor]]) -> dict[int, Tensor]:
+        """Return the logical tensor of each matrix that this rank owns, as rows, from all of its pieces."""
         tensor = self.mesh.tensor.size
         parts: dict[int, dict[int, list[tuple[int, Tensor]]]] = {number: {} for number in self._mine}
         for held, value in found:
@@ -191,22 +197,19 @@ class Matrices:
                 for _, pieces in sorted(by_side.items())
             ]
             logical[number] = weight.assemble(locals_).flatten(0, weight.stack)
-        return self._solve_by_shape(logical)
+        return logical
 
-    def _solve_by_shape(self, logical: dict[int, Tensor]) -> dict[int, Tensor]:
+    @record_function(STEP)
+    def _solve_in_place(self, logical: dict[int, Tensor]) -> None:
         """Solve matrices of equal shapes together; `logical` holds the rows of all matrices of a weight."""
-        by_shape: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
-        solved = {number: torch.empty_like(rows) for number, rows in logical.items()}
+        by_shape: dict[tuple[int, ...], list[Tensor]] = {}
         for number, rows in logical.items():
-            sizes = self.optimizer.split(self.matrices[number].slot.weight)
-            for matrix, out in zip(rows.split(sizes), solved[number].split(sizes), strict=True):
-                by_shape.setdefault(tuple(matrix.shape), []).append((matrix, out))
-        dtype = self.buckets[0].weights.dtype
-        for pairs in by_shape.values():
-            found = self.optimizer.solve([matrix for matrix, _ in pairs], dtype)
-            for (_, out), result in zip(pairs, found, strict=True):
-                out.copy_(result)
-        return solved
+            for matrix in rows.split(self.optimizer.split(self.matrices[number].slot.weight)):
+                by_shape.setdefault(tuple(matrix.shape), []).append(matrix)
+        for matrices in by_shape.values():
+            solved = self.optimizer.solve(matrices, self.buckets[0].weights.dtype)
+            for matrix, result in zip(matrices, solved, strict=True):
+                matrix.copy_(result)
 
     def _part(self, solved: dict[int, Tensor], held: Held) -> Tensor:
         """Return the elements of what was solved that a rank holds."""

@@ -6,7 +6,7 @@ values end between 0.68 and 1.13 with the `simple` ones."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -50,15 +50,17 @@ WORTH_CUTTING = 256
 
 def orthogonalize(
     matrices: Sequence[Tensor], coefficients: str = "simple", dtype: torch.dtype = torch.float32, scale: float = 1.0
-) -> list[Tensor]:
-    """Return `matrices` of one shape [rows, columns] with singular values of about `scale`, computed in `dtype`.
+) -> Iterator[Tensor]:
+    """Yield `matrices` of one shape [rows, columns] with singular values of about `scale`, computed in `dtype`.
 
     What is computed for a matrix on the CPU depends on it alone, to the last bit. `coefficients` names a row of
     `COEFFICIENTS`."""
     if matrices[0].device.type == "cpu":
         # One by one: a batched product may be computed otherwise than a single one, and is slower here.
-        return [_iterate(matrix.to(dtype), coefficients, scale) for matrix in matrices]
-    return list(_iterate(torch.stack([matrix.to(dtype) for matrix in matrices]), coefficients, scale))
+        for matrix in matrices:
+            yield _iterate(matrix.to(dtype), coefficients, scale)
+    else:
+        yield from _iterate(torch.stack([matrix.to(dtype) for matrix in matrices]), coefficients, scale)
 
 
 def _iterate(x: Tensor, name: str, scale: float) -> Tensor:
@@ -99,8 +101,7 @@ def symmetric_product(x: Tensor, add: Tensor | None = None, beta: float = 1.0, a
     return out
 
 
-def iteration_flops(rows: int, columns: int, coefficients: Sequence[Coefficients] | int = 5) -> float:
-    """Return the floating-point operations of orthogonalising a matrix in so many steps."""
-    steps = coefficients if isinstance(coefficients, int) else len(coefficients)
+def iteration_products(rows: int, columns: int) -> tuple[tuple[int, int, int], ...]:
+    """Return the matrix products [m, k] × [k, n] of one step for a matrix, as (m, n, k)."""
     few, many = sorted((rows, columns))
-    return 2.0 * steps * few * few * (2 * many + few)
+    return (few, few, many), (few, few, few), (few, many, few)

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megalite.config import OptimizerConfig
 from megalite.plan import Place
 from megalite.utils.counter_random import normal, uniform
 from megalite.utils.keys import key_of
@@ -118,6 +119,10 @@ class Weight:
     def is_looked_up(self) -> bool:
         """Return whether tokens or positions pick rows of it, which are no product's operand: an embedding."""
         return self.used == 0.0 or self.place == "both"
+
+    def num_states(self, optimizer: OptimizerConfig) -> int:
+        """Return how many states `optimizer` keeps for each of its elements."""
+        return len(optimizer.states_of(self))
 
     def sums_over_tensor_ranks(self, sequence: bool) -> bool:
         """Return whether its gradient is summed over the tensor ranks; `sequence`: sequence parallelism is on."""

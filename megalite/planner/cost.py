@@ -13,12 +13,12 @@ ACCUMULATE_BYTES, FUSED_ACCUMULATE_BYTES = 10, 8
 own epilogue: read 4, write 4."""
 
 
-def optimizer_bytes(num_states: int) -> int:
-    """Return the bytes moved per updated element by an optimizer of `num_states` fp32 states.
+def optimizer_bytes(params: float, states: float) -> float:
+    """Return the bytes that an optimizer moves to update `params` elements with `states` elements of fp32 states.
 
     The norm reads the gradient. The update, in one pass, reads gradient, master and states, and writes master, states
     and the bf16 weight."""
-    norm, read, written = 4, 4 * (2 + num_states), 4 * (1 + num_states) + 2
+    norm, read, written = 4 * params, 4 * (2 * params + states), 4 * (params + states) + 2 * params
     return norm + read + written
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -111,6 +112,7 @@ class Outlook:
         self.config = config
         self.plan = plan
         self.hardware = hardware
+        self.table = table
         self.software = software
         self.shapes: Shapes
         self.layers: tuple[LayerShapes, ...]
@@ -203,15 +205,34 @@ class Outlook:
     @property
     def optimizer_s(self) -> float:
         """Seconds of the gradient norm and of the update of the fullest rank: of its shard, at ZeRO stage 0 of all."""
-        params = self.most_trained / (self.plan.replicas if self.plan.zero_stage else 1)
+        owners = self.plan.replicas if self.plan.zero_stage else 1
+        params = self.most_trained / owners
         norm = tied = 0.0
         if self.plan.world_size > 1:
             norm = self.network.all_reduce(4.0, self.network.replicas)
         if self._tied_over_pipeline:
             tied = self.network.hand_over(4.0 * self.sizes[-1].after)
-        moved = optimizer_bytes(len(self.config.optimizer.STATES))
+        moved = optimizer_bytes(params, self.most_states / owners)
         # Tied embeddings exchange their gradients in both directions.
-        return norm + 2 * tied + self.kernels.memory(params * moved)
+        return norm + 2 * tied + self.kernels.memory(moved) + self._whole_matrices_s
+
+    @cached_property
+    def _whole_matrices_s(self) -> float:
+        """Seconds that an optimizer takes for whole matrices: their owners' products, and the messages to and from
+        them, a shard long each."""
+        plan, busiest = self.plan, 0.0
+        for rank in range(plan.pipeline):
+            products = Counter[tuple[int, int, int]]()
+            for span in plan.stages_of(rank):
+                for layer in range(span.start, span.stop):
+                    products.update(self.table.products[layer])
+            solving = sum(count * self.kernels.product(*product) for product, count in products.items())
+            # Owners are all ranks of a stage.
+            busiest = max(busiest, solving / (plan.replicas * plan.tensor))
+        if not busiest:
+            return 0.0
+        shard = 4.0 * self.most_trained / plan.replicas
+        return busiest + 2 * self.network.gather(shard, self.network.replicas)
 
     @property
     def _tied_over_pipeline(self) -> bool:
@@ -227,6 +248,11 @@ class Outlook:
     def most_trained(self) -> int:
         """Largest number of trained (not frozen) elements on a rank."""
         return self._most([size.trained.total for size in self.sizes])
+
+    @cached_property
+    def most_states(self) -> int:
+        """Largest number of elements of optimizer states of a rank's weights."""
+        return self._most([size.states for size in self.sizes])
 
     def _most(self, sizes: Sequence[int]) -> int:
         """Return the largest sum over the stages of a rank. `sizes` are those of all stages."""

@@ -71,8 +71,12 @@ def rank_memories(
         own = [sizes[span.index] for span in spans]
         params = sum(size.total for size in own)
         trained = sum(size.trained.total for size in own)
-        held = resident_bytes(config, params, trained, plan.replicas, plan.zero_stage)
+        states = sum(size.states for size in own)
+        held = resident_bytes(config, params, trained, states, plan.replicas, plan.zero_stage)
         activations, transient = _in_passes(order[rank], stages)
+        updating = _whole_matrices(plan, sum(size.solved for size in own), own[0].largest_solved)
+        if updating > activations + transient:
+            activations, transient = 0, updating
         buffers = (
             _tokens(plan, shapes)
             + _messages(plan, spans) * shapes.hidden_bytes
@@ -167,6 +171,20 @@ def _in_passes(actions: Sequence[tuple[str, int, int]], stages: Sequence[PartByt
             held -= stage.for_weights
         most = max(most, now, key=sum)
     return most
+
+
+def _whole_matrices(plan: Plan, solved: int, largest: int) -> int:
+    """Count what an update of `solved` elements as whole matrices holds, of which the `largest` has so many here.
+
+    It is what owners are to see of this rank's part; with other ranks also the matrices that it owns, as far as they
+    are not that very memory, and the messages that go back and come."""
+    updated = -(-solved // plan.replicas) if plan.zero_stage else solved
+    owned, ranks = -(-solved // plan.replicas), plan.replicas * plan.tensor
+    if ranks == 1:
+        return updated * FP32
+    # Of a weight that is cut over tensor ranks, the parts are put together, and cut out again one by one.
+    whole = owned + largest if plan.tensor > 1 else owned * (ranks - 1) // ranks
+    return (updated + whole + 2 * updated * (ranks - 1) // ranks) * FP32
 
 
 def _tokens(plan: Plan, shapes: Shapes) -> int:

@@ -48,7 +48,7 @@ def search(config: Config, world_size: int, hardware: Hardware, keep: int = 10) 
 
     Raises ConfigError when no layout fits."""
     table = ModelTable(config)
-    rows = together(table.weights)
+    rows = together(table.weights, config.optimizer)
     candidates: list[tuple[float, int, Outlook]] = []
     refused = 0
     for number, parallel in enumerate(_layouts(config, world_size, hardware.gpus_per_node)):
@@ -158,7 +158,7 @@ def _fitting(outlook: Outlook, table: ModelTable) -> Iterator[Outlook]:
 
 def _resident(plan: Plan, outlook: Outlook) -> int:
     """Return the bytes that the fullest rank holds through the whole step."""
-    sizes = outlook.most_params, outlook.most_trained, plan.replicas, plan.zero_stage
+    sizes = outlook.most_params, outlook.most_trained, outlook.most_states, plan.replicas, plan.zero_stage
     return sum(resident_bytes(outlook.config, *sizes).values())
 
 

@@ -4,13 +4,14 @@ layer does from the model's architecture. Layers need not be alike; equal ones a
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from math import ceil, prod
 from typing import TypeVar
 
-from megalite.config import Config
+from megalite.config import Config, OptimizerConfig
 from megalite.errors import ConfigError
 from megalite.models import weight_table
 from megalite.models.architecture import AttentionSpec, LayerSpec
@@ -156,12 +157,21 @@ class ModelTable:
         """Row of the embedding."""
         self.kinds = self._kinds()
         """Kind of every layer, by its number; the same object for equal layers."""
+        self.products = self._products()
+        """Products of an optimizer that looks at whole matrices, for every layer, each with how often it is made."""
         self._sizes: dict[int, LocalSizes] = {}
+
+    def _products(self) -> tuple[Counter[tuple[int, int, int]], ...]:
+        found: list[Counter[tuple[int, int, int]]] = [Counter() for _ in self.kinds]
+        for weight in self.weights:
+            if isinstance(weight.place, int) and not weight.frozen:
+                found[weight.place].update(self.config.optimizer.products(weight))
+        return tuple(found)
 
     def sizes(self, tensor: int) -> LocalSizes:
         """Return the sizes at a degree of `tensor` parallelism. Raises ValueError where a weight cannot be split."""
         if tensor not in self._sizes:
-            self._sizes[tensor] = LocalSizes(self.weights, tensor)
+            self._sizes[tensor] = LocalSizes(self.weights, tensor, self.config.optimizer)
         return self._sizes[tensor]
 
     def _kinds(self) -> tuple[LayerKind, ...]:
@@ -310,6 +320,13 @@ class StageSizes:
     largest_looked_up: int
     """The largest embedding, or 0 if the stage has none."""
 
+    states: int
+    """Elements of optimizer states beside the trained ones of these."""
+    solved: int
+    """Elements of weights that the optimizer looks at as whole matrices."""
+    largest_solved: int
+    """The largest of these, in the whole model."""
+
     unfrozen: StageSizes | None = None
     """The same for the trained weights only, if some are frozen."""
 
@@ -326,8 +343,13 @@ class StageSizes:
 class LocalSizes:
     """Adds up the elements of all weights on one tensor rank, by the place of the weight in the model."""
 
-    def __init__(self, weights: Sequence[Weight], tensor: int):
-        """Add up `weights` at a degree of `tensor` parallelism. Raises ValueError where one cannot be split."""
+    def __init__(self, weights: Sequence[Weight], tensor: int, optimizer: OptimizerConfig):
+        """Add up `weights` at a degree of `tensor` parallelism, with the states that `optimizer` keeps.
+
+        Raises ValueError where a weight cannot be split."""
+        self.states: dict[Place, int] = {}
+        self.solved: dict[Place, int] = {}
+        self.largest_solved = 0
         self.total: dict[Place, int] = {}
         self.largest: dict[Place, int] = {}
         self.largest_looked_up = 0
@@ -337,10 +359,15 @@ class LocalSizes:
                 self.largest_looked_up = max(self.largest_looked_up, size)
             self.total[weight.place] = self.total.get(weight.place, 0) + size
             self.largest[weight.place] = max(self.largest.get(weight.place, 0), size)
+            kept = 0 if weight.frozen else size * weight.num_states(optimizer)
+            self.states[weight.place] = self.states.get(weight.place, 0) + kept
+            solved = size if optimizer.products(weight) and not weight.frozen else 0
+            self.solved[weight.place] = self.solved.get(weight.place, 0) + solved
+            self.largest_solved = max(self.largest_solved, solved)
         unfrozen = [weight for weight in weights if not weight.frozen]
         self.unfrozen: LocalSizes | None = None
         if len(unfrozen) < len(weights):
-            self.unfrozen = LocalSizes(unfrozen, tensor)
+            self.unfrozen = LocalSizes(unfrozen, tensor, optimizer)
 
     def of(self, stage: StageSpan) -> StageSizes:
         """Return the sizes of a pipeline stage."""
@@ -355,6 +382,9 @@ class LocalSizes:
             after=last + (0 if stage.first else both) if stage.last else 0,
             largest=max((self.largest.get(place, 0) for place in places), default=0),
             largest_looked_up=self.largest_looked_up if stage.first else 0,
+            states=sum(self.states.get(place, 0) for place in places),
+            solved=sum(self.solved.get(place, 0) for place in places),
+            largest_solved=self.largest_solved,
             unfrozen=self.unfrozen.of(stage) if self.unfrozen else None,
         )
 
@@ -368,15 +398,20 @@ class Together:
 
     A search makes thousands of plans, and a plan asks only for sums of weights."""
 
-    def __init__(self, place: Place, frozen: bool, weights: Sequence[Weight]):
-        """Sum up `weights`, all of this `place` and all `frozen` or not."""
+    def __init__(self, place: Place, frozen: bool, num_states: int, weights: Sequence[Weight]):
+        """Sum up `weights`, all of this `place`, all `frozen` or not, with so many states of the optimizer."""
+        self._num_states = num_states
         self.place = place
         self.frozen = frozen
-        self.name = f"{place} frozen" if frozen else f"{place}"
+        self.name = f"{place} frozen" if frozen else f"{place} {num_states}"
         self.numel = sum(weight.numel for weight in weights)
         self.multiplied = sum(weight.multiplied for weight in weights)
         self._weights = weights
         self._local: dict[int, tuple[int]] = {}
+
+    def num_states(self, optimizer: OptimizerConfig) -> int:
+        """Return how many states the optimizer keeps for each element, whatever `optimizer` is: known already."""
+        return self._num_states
 
     def local_shape(self, tensor: int) -> tuple[int, ...]:
         """Return the number of elements on one of `tensor` ranks, as a shape of one dimension.
@@ -388,9 +423,10 @@ class Together:
         return self._local[tensor]
 
 
-def together(weights: Sequence[Weight]) -> list[Together]:
-    """Group weights by place and by whether they are frozen."""
-    places: dict[tuple[Place, bool], list[Weight]] = {}
+def together(weights: Sequence[Weight], optimizer: OptimizerConfig) -> list[Together]:
+    """Group weights by place, by whether they are frozen, and by how many states `optimizer` keeps for them."""
+    places: dict[tuple[Place, bool, int], list[Weight]] = {}
     for weight in weights:
-        places.setdefault((weight.place, weight.frozen), []).append(weight)
+        kind = weight.place, weight.frozen, weight.num_states(optimizer)
+        places.setdefault(kind, []).append(weight)
     return [Together(*kind, rows) for kind, rows in places.items()]

@@ -32,7 +32,7 @@ def train(config: OptimizerConfig, start: Tensor, grads: list[Tensor]) -> Tensor
         common = optimizer.begin_step(torch.ones(()), torch.tensor(float(number), dtype=torch.float64))
         if isinstance(optimizer, MatrixOptimizer):
             seen = optimizer.advance_(shard, common).view(start.shape)
-            parts = [optimizer.solve([part], torch.float32)[0] for part in seen.split(optimizer.split(weight))]
+            parts = [next(iter(optimizer.solve([part], torch.float32))) for part in seen.split(optimizer.split(weight))]
             optimizer.update_(shard, torch.cat(parts).flatten(), common)
         else:
             optimizer.update_(shard, common)
@@ -112,7 +112,8 @@ def test_a_refused_step_changes_nothing(name: str, precision: torch.dtype) -> No
     common = optimizer.begin_step(torch.zeros(()), torch.ones((), dtype=torch.float64))
     if isinstance(optimizer, MatrixOptimizer):
         seen = optimizer.advance_(shard, common)
-        optimizer.update_(shard, optimizer.solve([seen.view(8, 8)], precision)[0].float().flatten(), common)
+        (solved,) = optimizer.solve([seen.view(8, 8)], precision)
+        optimizer.update_(shard, solved.float().flatten(), common)
     else:
         optimizer.update_(shard, common)
     assert all(torch.equal(a, b) for a, b in zip(before, (weights, master, *states.values()), strict=True))
@@ -122,7 +123,7 @@ def test_a_refused_step_changes_nothing(name: str, precision: torch.dtype) -> No
 @pytest.mark.parametrize("shape", [(3, 48, 128), (2, 128, 48)])
 def test_singular_values_come_near_to_one(coefficients: str, shape: tuple[int, int, int]) -> None:
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    found = torch.stack(orthogonalize(list(matrices), coefficients))
+    found = torch.stack(list(orthogonalize(list(matrices), coefficients)))
     low, high = {"deepseek_v4": (0.999, 1.001)}.get(coefficients, (0.65, 1.25))
     values = torch.linalg.svdvals(found.double())
     assert low <= values.min()
@@ -132,7 +133,7 @@ def test_singular_values_come_near_to_one(coefficients: str, shape: tuple[int, i
         "the singular vectors stay"
     )
     # Alone or among others, the same bits.
-    assert torch.equal(found[0], orthogonalize([matrices[0].clone()], coefficients)[0])
+    assert torch.equal(found[0], next(orthogonalize([matrices[0].clone()], coefficients)))
 
 
 @pytest.mark.parametrize("shape", [(256, 300), (257, 300), (2, 256, 256)])

@@ -152,7 +152,7 @@ def test_a_head_is_weighed_against_the_work_of_a_layer() -> None:
         config = config_of("sparse", "parallel.pipeline=2", vocab_size=12_000, num_experts=count)
         table = ModelTable(config).weights
         assert [span.stop for span in make_plan(config, table, 2).stages] == [3, 4]
-        assert make_plan(config, together(table), 2) == make_plan(config, table, 2)
+        assert make_plan(config, together(table, config.optimizer), 2) == make_plan(config, table, 2)
 
 
 def test_every_other_layer_has_a_window() -> None:

@@ -74,6 +74,7 @@ ALONE = {
     "llama full": (LLAMA, SMALL_HEAD, "train.recompute=full"),
     "llama half full": (LLAMA, "train.recompute=full", "train.recompute_layers=2"),
     "llama large vocabulary": (LLAMA, "model.vocab_size=8000"),
+    "llama muon with an average": (LLAMA, "optimizer.name=muon", "optimizer.ema=0.99"),
     "mistral": (LLAMA | {"family": "mistral", "sliding_window": 64},),
     "olmo2": (LLAMA | {"family": "olmo2"},),
     "gemma2": (GEMMA,),
@@ -108,6 +109,8 @@ PAIRS = {
     "zero bubble": (LLAMA, PIPELINE, "parallel.virtual=2", ZERO_BUBBLE),
     "zero bubble, full": (LLAMA, PIPELINE, "parallel.virtual=2", ZERO_BUBBLE, "train.recompute=full"),
     "zero": (LLAMA, "parallel.zero_stage=2", "train.global_batch_size=16"),
+    "muon": (LLAMA, "parallel.zero_stage=1", "optimizer.name=muon", "data.seq_length=64"),
+    "muon, tensor": (LLAMA, "parallel.tensor=2", "optimizer.name=muon", "data.seq_length=64"),
 }
 
 

@@ -57,7 +57,7 @@ def test_written_config_is_the_same_layout(found: Any, tmp_path: Path) -> None:
 def test_nothing_better_was_left_out(found: Any) -> None:
     """Every layout is simulated here; the search left most of them out by their bound."""
     config, table = config_of("llama-8b"), ModelTable(config_of("llama-8b"))
-    rows = together(table.weights)
+    rows = together(table.weights, table.config.optimizer)
     quickest = float("inf")
     for parallel in _layouts(config, 16, 8):
         try:
@@ -75,9 +75,9 @@ def test_nothing_better_was_left_out(found: Any) -> None:
 def test_rows_put_together_make_the_same_plan() -> None:
     config = config_of("llama-8b", "parallel.tensor=4", "parallel.pipeline=2")
     table = weight_table(config.model)
-    assert make_plan(config, together(table), 16) == make_plan(config, table, 16)
+    assert make_plan(config, together(table, config.optimizer), 16) == make_plan(config, table, 16)
     with pytest.raises(ConfigError, match=r"parallel\.tensor = 16"):
-        make_plan(config_of("llama-8b", "parallel.tensor=16"), together(table), 16)
+        make_plan(config_of("llama-8b", "parallel.tensor=16"), together(table, config.optimizer), 16)
 
 
 def test_what_fits_nowhere_is_said() -> None:

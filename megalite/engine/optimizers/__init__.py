@@ -10,7 +10,7 @@ be done to each; see `engine/matrices.py`. So the bits are those of one process,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -102,10 +102,11 @@ class MatrixOptimizer:
         """Return about how much work a matrix is, in any unit. It balances the owners."""
         raise NotImplementedError
 
-    def solve(self, matrices: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
-        """Return what is to be done to whole matrices of one shape, fp32 [rows, columns] each; the same in any dtype.
+    def solve(self, matrices: Sequence[Tensor], dtype: torch.dtype) -> Iterable[Tensor]:
+        """Yield what is to be done to whole matrices of one shape, fp32 [rows, columns] each; the same in any dtype.
 
-        `dtype` is the precision of the model's weights. The result for a matrix must not depend on the others."""
+        `dtype` is the precision of the model's weights. The result for a matrix must not depend on the others, and it
+        overwrites the matrix before the next is asked for."""
         raise NotImplementedError
 
     def update_(self, shard: Shard, solved: Tensor, common: Tensor) -> None:

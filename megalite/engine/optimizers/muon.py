@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import sqrt
 from typing import ClassVar, Literal
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from megalite.config import Member, OptimizerConfig
 from megalite.engine.optimizers import MatrixOptimizer, Shard
 from megalite.engine.optimizers.adamw import AdamWSettings
-from megalite.kernels.newton_schulz import COEFFICIENTS, iteration_flops, orthogonalize
+from megalite.kernels.newton_schulz import COEFFICIENTS, iteration_products, orthogonalize
 from megalite.kernels.optimizer import decayed_step_, momentum_
 from megalite.models.weights import Weight
 
@@ -54,6 +54,19 @@ class MuonConfig(OptimizerConfig):
         adamw = Member(beside.build, beside.STATES, (beside.lr or self.lr) / self.lr, decay)
         return {**super().members(), "adamw": adamw}
 
+    def products(self, weight: Weight) -> Sequence[tuple[int, int, int]]:
+        if self.treatment(weight).optimizer != self.name:
+            return ()
+        (columns,) = weight.row_shape
+        steps = len(COEFFICIENTS[self.coefficients])
+        return [product for rows in self.split(weight) for product in iteration_products(rows, columns)] * steps
+
+    def split(self, weight: Weight) -> tuple[int, ...]:
+        """Return the rows of each matrix of a weight that is orthogonalised on its own."""
+        if self.per_head and weight.shard == "column" and weight.unit > 1:
+            return (weight.unit,) * (weight.num_rows // weight.unit)
+        return weight.row_groups
+
     def member_of(self, weight: Weight) -> str:
         return self.name if weight.is_matrix else "adamw"
 
@@ -72,14 +85,12 @@ class Muon(MatrixOptimizer):
         return momentum_(buffer, shard.grad, common, self.config.momentum, self.config.nesterov)
 
     def split(self, weight: Weight) -> tuple[int, ...]:
-        if self.config.per_head and weight.shard == "column" and weight.unit > 1:
-            return (weight.unit,) * (weight.num_rows // weight.unit)
-        return weight.row_groups
+        return self.config.split(weight)
 
     def cost(self, rows: int, columns: int) -> float:
-        return iteration_flops(rows, columns, COEFFICIENTS[self.config.coefficients])
+        return float(sum(m * n * k for m, n, k in iteration_products(rows, columns)))
 
-    def solve(self, matrices: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
+    def solve(self, matrices: Sequence[Tensor], dtype: torch.dtype) -> Iterable[Tensor]:
         rows, columns = matrices[0].shape
         match self.config.scale:
             case "moonlight":
