@@ -116,7 +116,7 @@ def test_a_step_without_labels_has_no_loss(tmp_path: Path, capsys: pytest.Captur
     assert all(line["loss"] > 1 for line in found if line["step"] not in unlabelled)
     assert not any(line.get("skipped") or line.get("not_finite") for line in found)
     state = json.loads((config.run.folder / "checkpoints" / "step-00000008" / "train_state.json").read_text())
-    assert (len(state["numbers"]["losses"]), state["numbers"]["in_a_row"]) == (4, 0)
+    assert (len(state["hooks"]["guard"]["losses"]), state["hooks"]["guard"]["in_a_row"]) == (4, 0)
     said = capsys.readouterr().out
     assert said.count("has a label: nothing was learned") == 1
     assert f"warning: step {unlabelled[0]}: no token of its batch has a label" in said

@@ -123,7 +123,9 @@ def test_a_run_whose_weights_blew_up_goes_on_from_before(
 def write(root: Path, step: int, refused: int, valid_loss: float | None) -> None:
     folder = step_folder(root, step)
     folder.mkdir(parents=True)
-    state = json.dumps({"step": step, "numbers": {"in_a_row": refused}, "valid_loss": valid_loss})
+    # Every other one as version 0.1 wrote it.
+    noted = {"refused": refused} if step % 2 else {"numbers": {"in_a_row": refused}}
+    state = json.dumps({"step": step, "valid_loss": valid_loss} | noted)
     (folder / "train_state.json").write_text(state)
     (folder / "manifest.json").write_text(json.dumps({"files": {"train_state.json": {"size": len(state)}}}))
 

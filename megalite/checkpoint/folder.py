@@ -185,9 +185,9 @@ def read_worth(folder: Path, step: int) -> Worth:
     try:
         state = read_object(path, CheckpointError)
         with reading(path, CheckpointError):
-            numbers = state.get("numbers") or {}
+            numbers = state.get("numbers") or {}  # as version 0.1 wrote it
             loss = math.inf if state.get("valid_loss") is None else float(state["valid_loss"])
-            return Worth(step, int(numbers.get("in_a_row", 0)), loss)
+            return Worth(step, int(state.get("refused", numbers.get("in_a_row", 0))), loss)
     except CheckpointError:
         return Worth(step)
 

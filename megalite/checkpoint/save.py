@@ -136,8 +136,8 @@ class Saver:
     def _write(self, folder: Path, collect: Collect, train_state: dict[str, Any]) -> None:
         """Write one checkpoint, in the thread."""
         board = Board(self.mesh, self._number, self._abandoned)
-        numbers = train_state.get("numbers")
-        worth = Worth(train_state["step"], numbers["in_a_row"]) if numbers else None
+        refused = train_state.get("refused")
+        worth = None if refused is None else Worth(train_state["step"], refused)
         writing = Writing(self.target, folder, collect, train_state, worth, board, self._hurry, self._news.append)
         try:
             reason = writing.run()

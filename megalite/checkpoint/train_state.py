@@ -27,6 +27,14 @@ class _Numbers(_State):
     in_a_row: Count
 
 
+class _Hooks(BaseModel):
+    # Those of plugins judge their states themselves.
+    model_config = ConfigDict(strict=True, extra="allow")
+    __pydantic_extra__: dict[str, dict[str, Any]]
+
+    guard: _Numbers | None = None
+
+
 class _Data(_State):
     samples: Count
     fingerprint: str
@@ -39,7 +47,10 @@ class _TrainState(_State):
     data: _Data
     updates: Count = 0
     valid_loss: float | None = None
+    refused: Count = 0
+    hooks: _Hooks = _Hooks()
     numbers: _Numbers | None = None
+    """State of the guard, as version 0.1 wrote it."""
     base: dict[str, str] | None = None
     wandb_id: str | None = None
 
@@ -54,4 +65,6 @@ def read_train_state(folder: Path) -> dict[str, Any]:
         _TrainState.model_validate(state)
     except ValidationError as error:
         raise CheckpointError(f"{path}: {describe_errors(error, _TrainState).partition(chr(10))[0]}") from None
+    if numbers := state.pop("numbers", None):
+        state.setdefault("hooks", {}).setdefault("guard", numbers)
     return state

@@ -49,19 +49,24 @@ class Guard:
 
     Every rank has one and calls the same methods at the same places of the same steps: some are collectives."""
 
-    def __init__(self, config: Config, mesh: Mesh, loader: Loader, state: dict[str, Any] | None):
-        """Continue from `state`, what `state()` returned when the checkpoint was saved (None: a new run).
-
-        `config.health` holds the policies; `mesh` the ranks to compare; `loader` knows the samples of each step."""
+    def __init__(self, config: Config, mesh: Mesh, loader: Loader):
+        """Watch a run. `config.health` holds the policies; `mesh` the ranks to compare; `loader` knows the samples of
+        each step."""
         self._health = config.health
         self._mesh = mesh
         self._loader = loader
         self._folder = config.run.folder / "bad_batches"
-        self._numbers = Numbers(config.health, mesh.device, state)
+        self._numbers = Numbers(config.health, mesh.device)
         self._replicas = ReplicaCheck(mesh)
         self._news: list[str] = []
         self.permit: Callable[[Tensor], Callable[[Tensor], Tensor]] = self._numbers.permit
         self.state: Callable[[], dict[str, Any]] = self._numbers.state
+        self.load_state: Callable[[dict[str, Any]], None] = self._numbers.load_state
+
+    @property
+    def refused(self) -> int:
+        """Return how many steps in a row were refused, up to the last one that `look` judged."""
+        return self._numbers.in_a_row
 
     def compare(self, step: int, engine: Engine, saves: bool = False) -> None:
         """Begin to compare the replicas' weights and optimizer state if `step` is due or the run `saves`.

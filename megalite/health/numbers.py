@@ -69,31 +69,21 @@ class BadStep:
 class Numbers:
     """Judges every step of a run. Every rank has one, and all come to the same judgements."""
 
-    def __init__(
-        self,
-        health: HealthConfig,
-        device: torch.device,
-        state: dict[str, Any] | None = None,
-    ):
-        """Keep the window on `device`. `state` is what `state()` returned at the checkpoint (None: a new run).
-
-        `health` gives a policy for each kind, and `spike_sigmas`."""
+    def __init__(self, health: HealthConfig, device: torch.device):
+        """Keep the window on `device`. `health` gives a policy for each kind, and `spike_sigmas`."""
         self._policies: dict[str, Policy] = {kind: getattr(health, kind) for kind in KINDS}
         severity = [SEVERITY.index(policy) for policy in self._policies.values()]
-        state = state or {"losses": [], "grad_norms": [], "entered": 0, "in_a_row": 0}
-        # [2, WINDOW]: losses and gradient norms, a ring buffer in which step i stands at i % WINDOW.
-        window = torch.zeros(2, WINDOW, dtype=torch.float64)
-        for row, values in enumerate((state["losses"], state["grad_norms"])):
-            window[row, : len(values)] = torch.tensor(values, dtype=torch.float64)
         self._sigmas = health.spike_sigmas
-        self._window = window.to(device)
-        self._entered = torch.tensor(state["entered"], device=device)
+        # [2, WINDOW]: losses and gradient norms, a ring buffer in which step i stands at i % WINDOW.
+        self._window = torch.zeros(2, WINDOW, dtype=torch.float64, device=device)
+        self._entered = torch.tensor(0, device=device)
         self._places = torch.arange(WINDOW, device=device)
         self._severity = torch.tensor(severity, device=device)
         self._ended = torch.tensor(False, device=device)
         self._late: Late[tuple[int, int]] = Late(device)
         # Of the host, which judges the same steps again from the numbers it reads later.
-        self._in_a_row = int(state["in_a_row"])
+        self.in_a_row = 0
+        """Steps in a row that were skipped, up to the last one that `look` has judged."""
         self._over = False
         self._num_unlabelled = 0
 
@@ -158,7 +148,7 @@ class Numbers:
             policy = max(policies, key=SEVERITY.index, default=SEVERITY[0])
             self._over = self._over or SEVERITY.index(policy) >= SEVERITY.index("rewind")
             if not self._over:  # steps after the end of the run do not count
-                self._in_a_row = self._in_a_row + 1 if policy == "skip" else 0
+                self.in_a_row = self.in_a_row + 1 if policy == "skip" else 0
             if kinds:
                 texts = {
                     "not_finite": f"loss {loss:.4g} and gradient norm {norm:.4g}, not both finite",
@@ -166,19 +156,26 @@ class Numbers:
                     "grad_norm_spike": f"gradient-norm spike: {norm:.4g}, recent mean {mean_norm:.4g}",
                 }
                 text = ", ".join(texts[kind] for kind in kinds)
-                found.append(BadStep(number, samples, kinds, policy, self._in_a_row, text))
+                found.append(BadStep(number, samples, kinds, policy, self.in_a_row, text))
             elif unlabelled:
                 if self._num_unlabelled % STEPS_PER_WORD == 0:
                     text = f"no token of its batch has a label: nothing was learned{self._so_far()}"
-                    found.append(BadStep(number, samples, (NO_LABELS,), policy, self._in_a_row, text))
+                    found.append(BadStep(number, samples, (NO_LABELS,), policy, self.in_a_row, text))
                 self._num_unlabelled += 1
         return found
 
     def _so_far(self) -> str:
         return f", as in {self._num_unlabelled} steps before" if self._num_unlabelled else ""
 
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from `state`, what `state()` returned at the checkpoint."""
+        for row, values in enumerate((state["losses"], state["grad_norms"])):
+            self._window[row, : len(values)] = torch.tensor(values, dtype=torch.float64)
+        self._entered.fill_(state["entered"])
+        self.in_a_row = int(state["in_a_row"])
+
     def state(self) -> dict[str, Any]:
         """Return the window and counters for a checkpoint, as JSON can hold them. Waits for the device."""
         entered = int(self._entered)
         losses, norms = self._window[:, : min(entered, WINDOW)].tolist()
-        return {"losses": losses, "grad_norms": norms, "entered": entered, "in_a_row": self._in_a_row}
+        return {"losses": losses, "grad_norms": norms, "entered": entered, "in_a_row": self.in_a_row}

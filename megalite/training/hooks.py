@@ -1,4 +1,4 @@
-"""Hooks: each duty of a run beside its steps is one. `run_steps` calls them; `own_hooks` lists them in their order.
+"""Hooks: each duty of a run beside its steps is one. `run_steps` calls them; `make_hooks` lists them in their order.
 
 A plugin adds one:
 
@@ -8,6 +8,7 @@ A plugin adds one:
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from megalite.checkpoint.save import Saver
 from megalite.data.dataset import Split
 from megalite.data.loader import Loader
 from megalite.data.mixture import Mixture
+from megalite.errors import CheckpointError
 from megalite.health.guard import Ending, Guard
 from megalite.health.signals import StopRequests
 from megalite.health.stragglers import Stragglers
@@ -27,6 +29,7 @@ from megalite.runtime.activity import NOW
 from megalite.runtime.exit_codes import Exit
 from megalite.training.parts import Parts, validate
 from megalite.training.run import Data, Run, Start, make_loader
+from megalite.utils.outside import shown
 
 
 @dataclass
@@ -42,8 +45,10 @@ class Step:
     """Signal by which a rank was asked to stop; all ranks know it. The run leaves after this step."""
     saves: bool = False
     """Whether a checkpoint is written after it."""
-    pauses: bool = False
-    """Whether some hook has work after it that waits for the device."""
+    due: Sequence[Hook] = ()
+    """Hooks that have work after it that waits for the device."""
+    refused: int = 0
+    """Steps in a row, up to this one, whose update was refused, as far as the host knows."""
     valid_loss: float | None = None
     """Validation loss of the weights after the step, where it was measured and is finite; the same on all ranks."""
 
@@ -64,7 +69,8 @@ class Hook:
         """Act when a step has been handed to the device. May add to `step.record`; must not wait for the device."""
 
     def is_due(self, step: Step) -> bool:
-        """Return whether `act` has work after this step that waits for the device."""
+        """Return whether `act` has work after this step that waits for the device. Asked once; `step.due` has the
+        answers."""
         return False
 
     def act(self, step: Step) -> Ending | None:
@@ -73,6 +79,15 @@ class Hook:
         Hooks behind this one, of which the last saves, are not called when the run ends. To end it with a checkpoint
         of this step, return Ending(Exit.DONE, saves=(step.number, step.samples))."""
         return None
+
+    def state(self) -> dict[str, Any]:
+        """Return what the hook must know after a resume, as JSON can hold it; empty for nothing. All ranks are asked
+        when a checkpoint is saved, and it keeps that of rank 0."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` returned when the checkpoint was saved. Called on every rank before the first step,
+        where the checkpoint has a state of this hook."""
 
     def __enter__(self) -> Hook:
         return self
@@ -151,9 +166,16 @@ class GuardNumbers(Hook):
     def act(self, step: Step) -> Ending | None:
         if step.saves:
             self._guard.compare(step.number, self._parts.engine, saves=True)
-        ending = self._guard.look(step.number, step.pauses)
+        ending = self._guard.look(step.number, bool(step.due))
+        step.refused = self._guard.refused
         self._run.say(*self._guard.news())
         return ending
+
+    def state(self) -> dict[str, Any]:
+        return self._guard.state()
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self._guard.load_state(state)
 
 
 class Evaluate(Hook):
@@ -166,7 +188,7 @@ class Evaluate(Hook):
         return self._run.due(step.number, self._run.config.observe.eval_every) and not step.asked
 
     def act(self, step: Step) -> None:
-        if self.is_due(step):
+        if self in step.due:
             NOW.begin("validating", step.number)
             step.valid_loss = self._evaluate("valid", step.number)
         if step.number == self._run.config.train.steps:
@@ -205,7 +227,7 @@ class MeasureTasks(Hook):
 
     def act(self, step: Step) -> None:
         run, parts = self._run, self._parts
-        if run.tasks is None or not self.is_due(step):
+        if run.tasks is None or self not in step.due:
             return
         NOW.begin("evaluating tasks", step.number)
         parts.train(False)
@@ -217,16 +239,19 @@ class MeasureTasks(Hook):
 class Save(Hook):
     """Write checkpoints every `checkpoint.every` steps, and before the run leaves."""
 
-    def __init__(self, run: Run, parts: Parts, loader: Loader, saver: Saver, guard: Guard, start: Start):
+    def __init__(
+        self, run: Run, parts: Parts, loader: Loader, saver: Saver, base: Mapping[str, str], others: Mapping[str, Hook]
+    ):
+        """Save with the states of `others`, the hooks by their names; `base` is that of `Start`."""
         self._run, self._parts, self._loader, self._saver = run, parts, loader, saver
-        self._guard, self._base = guard, start.base
+        self._base, self._others = base, others
 
     def is_due(self, step: Step) -> bool:
         return bool(step.asked) or self._run.due(step.number, self._run.config.checkpoint.every)
 
     def act(self, step: Step) -> Ending | None:
         if step.saves:
-            self.save(step.number, step.samples, step.valid_loss)
+            self.save(step.number, step.samples, step)
         self._run.say(*self._saver.news())
         if not step.asked:
             return None
@@ -235,36 +260,74 @@ class Save(Hook):
         )
         return Ending(Exit.STOPPED)
 
-    def save(self, step: int, samples: int, valid_loss: float | None = None) -> None:
-        """Start writing the checkpoint of `step`, by which the run has trained on `samples` samples. `valid_loss`
-        decides which checkpoints are kept as the best."""
-        NOW.begin("saving", step)
+    def save(self, number: int, samples: int, step: Step) -> None:
+        """Start writing the checkpoint of step `number`, by which the run has trained on `samples` samples. `step` is
+        the one that the run is at, which may be a later one: what it knows decides which checkpoints are kept."""
+        NOW.begin("saving", number)
         state: Mapping[str, Any] = {
-            "step": step,
+            "step": number,
             "updates": self._parts.engine.num_updates,
             "data": self._loader.state(samples),
-            "valid_loss": valid_loss,
+            "valid_loss": step.valid_loss,
+            "refused": step.refused,
             "base": self._base,
-            "numbers": self._guard.state(),
+            "hooks": states_of(self._others),
             "wandb_id": self._run.recorder.wandb_id if self._run.recorder else None,
         }
-        self._saver.save(step, dict(state))
+        self._saver.save(number, dict(state))
 
 
-def own_hooks(
-    run: Run, parts: Parts, loader: Loader, data: Data, guard: Guard, save: Save, requests: StopRequests
-) -> Sequence[Hook]:
-    """Return the hooks of a run in the order in which each of their methods is called.
+def make_hooks(
+    run: Run,
+    parts: Parts,
+    loader: Loader,
+    data: Data,
+    saver: Saver,
+    guard: Guard,
+    start: Start,
+    requests: StopRequests,
+) -> tuple[Sequence[Hook], Save]:
+    """Return the hooks of a run, in the order in which each of their methods is called, and the last of them, which
+    saves. They go on from their states at `start`.
 
-    `parts`, `loader`, `data`, `guard`, `save` and `requests` are those of `run` that hooks watch; hooks of plugins
-    come before `save`."""
-    return (
-        TimeRanks(run),
-        Profile(run, parts),
-        ListenToSignals(run, requests),
-        GuardNumbers(run, parts, loader, guard),
-        Evaluate(run, parts, data),
-        *([MeasureTasks(run, parts)] if run.tasks else []),
-        *(hook.build(run, parts) for hook in run.config.hooks),
-        save,
-    )
+    The other arguments are those of `run` that hooks watch. Raises CheckpointError for a state that its hook does not
+    take."""
+    hooks: dict[str, Hook] = {
+        "stragglers": TimeRanks(run),
+        "profile": Profile(run, parts),
+        "signals": ListenToSignals(run, requests),
+        "guard": GuardNumbers(run, parts, loader, guard),
+        "evaluation": Evaluate(run, parts, data),
+        **({"tasks": MeasureTasks(run, parts)} if run.tasks else {}),
+    }
+    for config in run.config.hooks:
+        same = sum(name.partition("#")[0] == config.name for name in hooks)
+        hooks[f"{config.name}#{same + 1}" if same else config.name] = config.build(run, parts)
+    load_states(hooks, run, start)
+    save = Save(run, parts, loader, saver, start.base, hooks)
+    return (*hooks.values(), save), save
+
+
+def states_of(hooks: Mapping[str, Hook]) -> dict[str, Any]:
+    """Return the states of those hooks that have one, by their names. Raises TypeError for one that is not JSON."""
+    states = {name: hook.state() for name, hook in hooks.items()}
+    # A copy: a hook may change what it gave while the checkpoint is still being written.
+    return {name: json.loads(json.dumps(state)) for name, state in states.items() if state}
+
+
+def load_states(hooks: Mapping[str, Hook], run: Run, start: Start) -> None:
+    """Give hooks their states at `start`, and say which of them begin afresh and which states nobody takes."""
+    kept = start.state.get("hooks", {})
+    for name, hook in hooks.items():
+        if name in kept:
+            try:
+                hook.load_state(kept[name])
+            except Exception as error:  # code of others can raise anything
+                raise CheckpointError(
+                    f"the checkpoint of step {start.step}: train_state.json: hooks.{name} = {shown(kept[name])} is no "
+                    f"state that the hook goes on from: {type(error).__name__}: {error}"
+                ) from error
+        elif start.step and hook.state():
+            run.say(f"the checkpoint of step {start.step} has no state of the hook {name}, which begins afresh")
+    for name in sorted(kept.keys() - hooks.keys()):
+        run.say(f"warning: the run has no hook {name} any more; its state at step {start.step} is dropped")

@@ -13,7 +13,7 @@ from megalite.observe.steps import Record, StepLog
 from megalite.observe.throughput import Meter, model_flops_per_token
 from megalite.runtime.activity import NOW
 from megalite.runtime.exit_codes import Exit
-from megalite.training.hooks import Hook, Save, Step, own_hooks
+from megalite.training.hooks import Hook, Step, make_hooks
 from megalite.training.parts import Parts, forward_backward
 from megalite.training.run import Data, Run, Start
 from megalite.training.schedules import learning_rate
@@ -27,9 +27,8 @@ def run_steps(
     `start` says where the run begins, `loader` reads its batches, and `requests` tells of signals. `parts` are
     trained, `data` is what hooks validate on, and `saver` writes checkpoints. Returns why the run ended."""
     meter = Meter(model_flops_per_token(run.config), run.mesh.world.size, run.mesh.device, parts.dtype)
-    guard = Guard(run.config, run.mesh, loader, start.state.get("numbers"))
-    save = Save(run, parts, loader, saver, guard, start)
-    hooks = own_hooks(run, parts, loader, data, guard, save, requests)
+    guard = Guard(run.config, run.mesh, loader)
+    hooks, save = make_hooks(run, parts, loader, data, saver, guard, start, requests)
     with ExitStack() as stack, StepLog(run.recorder, meter) as log:
         for hook in hooks:
             stack.enter_context(hook)
@@ -38,9 +37,9 @@ def run_steps(
             step = Step(number)
             train_step(step, run, parts, loader, guard, hooks)
             log.add(step.record, run.plan.tokens_per_step)
-            step.saves = save.is_due(step)
-            step.pauses = any(hook.is_due(step) for hook in hooks)
-            if step.pauses:
+            step.due = [hook for hook in hooks if hook.is_due(step)]
+            step.saves = save in step.due
+            if step.due:
                 log.wait()
             # next() stops at the first hook that ends the run: a guard that does so keeps `save` from writing a
             # checkpoint.
@@ -49,7 +48,7 @@ def run_steps(
                 parts.engine.settle()
                 if ending.saves and ending.saves[0] > start.step:
                     log.wait()
-                    save.save(*ending.saves, step.valid_loss)
+                    save.save(*ending.saves, step)
                 return ending
             meter.start()
     return Ending(Exit.DONE)

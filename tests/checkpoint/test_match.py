@@ -199,9 +199,10 @@ def test_a_stored_config_that_cannot_be_read_is_no_match(tmp_path: Path, content
         match(checkpoint, make_config(tmp_path))
 
 
+NUMBERS = {"losses": [1.0, float("nan")], "grad_norms": [2, 3.0], "entered": 2, "in_a_row": 1}
 STATE = {
     "step": 3, "data": {"samples": 12, "fingerprint": "x", "skipped": [[1, 2]]}, "updates": 3, "wandb_id": None,
-    "numbers": {"losses": [1.0, float("nan")], "grad_norms": [2, 3.0], "entered": 2, "in_a_row": 1},
+    "refused": 1, "hooks": {"guard": copy.deepcopy(NUMBERS), "of a plugin": {"count": 3}}, "numbers": NUMBERS,
 }  # fmt: skip
 
 
@@ -210,8 +211,9 @@ STATE = {
     [
         ("", [1]), ("step", "3"), ("step", -1), ("step", 10**30), ("step", 1.5), ("data", None), ("data", []),
         ("data.samples", True), ("data.samples", 0.5), ("data.fingerprint", 5), ("data.skipped", [[1]]),
-        ("data.skipped", [[1, 2, 3]]), ("data.skipped", ["ab"]), ("numbers", []), ("numbers.losses", [[1]]),
-        ("numbers.losses", [0.0] * 10_000), ("numbers.in_a_row", "x"), ("updates", None), ("base", [1]),
+        ("data.skipped", [[1, 2, 3]]), ("data.skipped", ["ab"]), ("numbers", []), ("numbers.in_a_row", "x"),
+        ("hooks", []), ("hooks.guard", 3), ("hooks.guard.losses", [[1]]), ("hooks.guard.losses", [0.0] * 10_000),
+        ("hooks.guard.in_a_row", "x"), ("hooks.of a plugin", [3]), ("refused", "x"), ("updates", None), ("base", [1]),
         ("wandb_id", 5), ("valid_loss", "low"),
     ],
 )  # fmt: skip
@@ -220,11 +222,21 @@ def test_the_state_of_a_run_is_what_a_run_writes_or_refused_by_name(tmp_path: Pa
     assert read_train_state(tmp_path)["step"] == 3
     state: Any = copy.deepcopy(STATE)
     *within, key = place.split(".")
-    section = state[within[0]] if within else state
+    section = state
+    for name in within:
+        section = section[name]
     section[key] = value
     (tmp_path / "train_state.json").write_text(json.dumps(state if place else value))
     with pytest.raises(CheckpointError, match=rf"train_state\.json.*{place}"):
         read_train_state(tmp_path)
+
+
+def test_the_state_that_version_0_1_wrote_is_read(tmp_path: Path) -> None:
+    data = {"samples": 12, "fingerprint": "x"}
+    (tmp_path / "train_state.json").write_text(
+        json.dumps({"step": 3, "data": data, "numbers": NUMBERS | {"losses": []}})
+    )
+    assert read_train_state(tmp_path) == {"step": 3, "data": data, "hooks": {"guard": NUMBERS | {"losses": []}}}
 
 
 OTHER_DATA = {

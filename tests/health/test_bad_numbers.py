@@ -201,7 +201,7 @@ def test_a_nan_in_a_gradient_of_one_rank_changes_nothing_on_any(on_two_ranks: di
     assert steps[8]["tokens"] == 8 * BATCH * LENGTH  # of the step that was skipped as well
     assert found.saved == [8]
     state = read_train_state(found.config.run.folder / "checkpoints" / "step-00000008")
-    assert (state["updates"], state["numbers"]["entered"]) == (7, 7)
+    assert (state["updates"], state["hooks"]["guard"]["entered"]) == (7, 7)
     bad = found.config.run.folder / "bad_batches" / "step-00000006-sample-20.jsonl"
     assert f"warning: step 6: loss {steps[6]['loss']:.4g} and gradient norm nan" in found.said
     assert str(bad) in found.said

@@ -35,6 +35,12 @@ from small_runs import make_config
 CPU = torch.device("cpu")
 
 
+def going_on_from(state: dict[str, Any], health: HealthConfig) -> Numbers:
+    numbers = Numbers(health, CPU)
+    numbers.load_state(state)
+    return numbers
+
+
 def judge(numbers: Numbers, loss: float, norm: float = 1.0) -> bool:
     return bool(numbers.permit(torch.tensor(loss))(torch.tensor(norm)))
 
@@ -108,7 +114,7 @@ def test_going_on_from_its_state_is_bitwise_the_same() -> None:
         before = whole.state()
         permitted = judge(whole, loss)
         if place % 7 == 0 or place == 200:
-            again = Numbers(HealthConfig(loss_spike="skip"), CPU, before)
+            again = going_on_from(before, HealthConfig(loss_spike="skip"))
             assert judge(again, loss) == permitted
             assert again.state() == whole.state()
 
@@ -129,7 +135,7 @@ def test_the_host_is_told_two_steps_later() -> None:
     (bad,) = numbers.look(6, True)  # or at once
     assert bad.step == 6
     assert numbers.look(7, True) == []
-    resumed = Numbers(HealthConfig(), CPU, numbers.state())
+    resumed = going_on_from(numbers.state(), HealthConfig())
     judge(resumed, math.nan)
     resumed.note(7, 24)
     assert [bad.in_a_row for bad in resumed.look(7, True)] == [2]
@@ -321,7 +327,7 @@ def guarded(tmp_path: Path, norms: list[float], *overrides: str) -> tuple[list[b
     data = build_mixtures(config)["train"]
     assert data is not None
     with Loader(data, 4, 2, 0, 1) as loader:
-        guard = Guard(config, mesh, loader, None)
+        guard = Guard(config, mesh, loader)
         permitted, endings = [], []
         for step, norm in enumerate(norms, 1):
             before = loader.samples
@@ -351,7 +357,7 @@ def test_as_many_in_a_row_as_the_limit_end_the_run(tmp_path: Path) -> None:
 
 def test_ranks_are_compared_now_and_then_and_before_every_save(tmp_path: Path) -> None:
     config, engine, begun = make_config(tmp_path, "llama", "health.weights_check_every=4"), Mock(), Mock()
-    guard = Guard(config, mesh_of(replicas=2), Mock(), None)
+    guard = Guard(config, mesh_of(replicas=2), Mock())
     guard._replicas = begun
     for step in range(1, 9):
         guard.compare(step, engine, saves=step == 6)

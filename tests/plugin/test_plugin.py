@@ -69,7 +69,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG | {"data": data}))
     done = megalite(folder, 1, "train", "config.yaml", "run.name=broken", "train.stop_at=3")
     assert done.returncode == 0, done.stderr
-    assert "largest gradient norm by step 3: " in done.stdout
+    assert "largest gradient norm of 3 steps: " in done.stdout
     found = {}
     for number, (name, (ranks, overrides)) in enumerate(LAYOUTS.items()):
         done = megalite(folder, ranks, "train", "config.yaml", f"run.name=run{number}", *overrides)
@@ -118,6 +118,8 @@ def test_a_broken_run_goes_on_bitwise(runs: dict[str, Path]) -> None:
     folder = runs["one"].parents[3]
     done = megalite(folder, 1, "train", "config.yaml", "run.name=broken")
     assert done.returncode == 0, done.stderr
+    assert "largest gradient norm of 6 steps: " in done.stdout
+    assert metrics_of(folder / "runs" / "broken" / "checkpoints" / runs["one"].name) == metrics_of(runs["one"])
     resumed = tensors_of(folder / "runs" / "broken" / "checkpoints" / runs["one"].name)
     unbroken = tensors_of(runs["one"])
     assert resumed.keys() == unbroken.keys()

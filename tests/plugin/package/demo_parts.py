@@ -194,7 +194,7 @@ kernels.register("norm.demo", Norm)
 
 @hooks.register("norms")
 class NormsConfig(HookConfig):
-    """Logs the largest gradient norm so far, and says it every so many steps."""
+    """Logs the largest gradient norm of all steps so far, and says it every so many steps."""
 
     name: Literal["norms"] = "norms"
     every: int = Field(10, gt=0)
@@ -205,20 +205,27 @@ class NormsConfig(HookConfig):
 
 class Norms(Hook):
     def __init__(self, run: Run, every: int):
-        self.run, self.every, self.largest = run, every, torch.zeros((), device=run.mesh.device)
+        self.run, self.every, self.steps, self.largest = run, every, 0, torch.zeros((), device=run.mesh.device)
 
     def after_update(self, step: Step) -> None:
         norm = step.record["grad_norm"]
         assert isinstance(norm, Tensor)
-        self.largest = torch.maximum(self.largest, norm)
+        self.steps, self.largest = self.steps + 1, torch.maximum(self.largest, norm)
         step.record["largest_grad_norm"] = self.largest
 
     def is_due(self, step: Step) -> bool:
         return self.run.due(step.number, self.every)
 
     def act(self, step: Step) -> None:
-        if self.is_due(step):
-            self.run.say(f"largest gradient norm by step {step.number}: {self.largest.item():.3f}")
+        if self in step.due:
+            self.run.say(f"largest gradient norm of {self.steps} steps: {self.largest.item():.3f}")
+
+    def state(self) -> dict[str, Any]:
+        return {"steps": self.steps, "largest": self.largest.item()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.steps = int(state["steps"])
+        self.largest.fill_(state["largest"])
 
 
 # --- an objective and a schedule ----------------------------------------------------------------------------------
