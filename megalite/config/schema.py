@@ -165,6 +165,10 @@ class ObjectiveConfig(Choice):
     HAS_REFERENCE: ClassVar[bool] = False
     """Whether it compares with the frozen model of model.hf."""
 
+    NEEDS: ClassVar[Literal["losses", "logits", "hidden_states"]] = "losses"
+    """What it needs of the last stage in training: each token's loss, the logits in vocabulary shards, or the hidden
+    states that the head takes."""
+
     def check(self, config: Config) -> None:
         """Raise ValueError, naming the setting, when the rest of a config does not go with this objective."""
 
@@ -554,6 +558,11 @@ class Config(Section):
         if task != "causal" and self.train.loss_chunk is not None:
             raise ValueError(
                 f"model.task: {task} needs train.loss_chunk: null; there are too few classes for chunks to save memory"
+            )
+        if self.objective.NEEDS != "losses" and self.train.loss_chunk is not None:
+            raise ValueError(
+                f"objective.name: {self.objective.name} needs train.loss_chunk: null, not {self.train.loss_chunk}; it "
+                f"takes the {self.objective.NEEDS.replace('_', ' ')} of all tokens at a time"
             )
         self.objective.check(self)
         for hook in self.hooks:

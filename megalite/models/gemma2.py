@@ -99,9 +99,9 @@ class Gemma(Llama):
         # The factor is rounded to the weights' precision, as it was when Google trained them.
         return x_BTD * torch.tensor(self.config.hidden_size**0.5, dtype=x_BTD.dtype)
 
-    def predict(self, x_BTD: Tensor) -> Tensor:
+    def project(self, x_BTD: Tensor) -> Tensor:
         """Return logits [B,T,V], with Gemma's soft cap."""
-        logits, cap = super().predict(x_BTD), self.config.logit_softcap
+        logits, cap = super().project(x_BTD), self.config.logit_softcap
         return logits if cap is None else (logits / cap).tanh() * cap
 
 

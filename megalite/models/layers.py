@@ -80,7 +80,11 @@ class Decoder(nn.Module):
 
     def predict(self, x_BTD: Tensor) -> Tensor:
         """Return logits [B,T,V]."""
-        return self.head(self.norm(x_BTD))
+        return self.project(self.norm(x_BTD))
+
+    def project(self, x_BTD: Tensor) -> Tensor:
+        """Return logits [B,T,V] of hidden states behind the last norm."""
+        return self.head(x_BTD)
 
     def losses(self, x_BTD: Tensor, labels_BT: Tensor) -> Tensor:
         """Return the loss of every token, fp32 [B,T]; 0 where the label is `IGNORE`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn as nn
@@ -13,6 +14,9 @@ from megalite.plan import StageSpan
 
 MESSAGES_UNDER_WAY = 2
 """Hidden states and gradients a stage may have on their way to its neighbours at a time."""
+
+Output = Literal["losses", "logits", "hidden_states"]
+"""What the last stage returns of each token: its loss; the head's logits; what the head takes."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,8 @@ class Inputs:
     tokens_BT: Tensor
     places: Places
     labels_BT: Tensor | None = None
-    """Without them, the last stage gives logits instead of losses."""
+    output: Output = "logits"
+    """What the last stage returns; losses need labels."""
     last_B: Tensor | None = None
     """The one token of each row whose logits are asked for; None: logits of all tokens."""
     pairs: Pairs | None = None
@@ -58,7 +63,8 @@ class Stage(nn.Module):
 
     def forward(self, x_BTD: Tensor | None, inputs: Inputs) -> Tensor:
         """Run the stage on `x` [B,T,D] of the stage before, None for the first. Returns [B,T,D] for the next stage;
-        the last returns losses [B,T] fp32 (0 where there is no label) or logits [B,T or 1,V]."""
+        the last returns `inputs.output`: losses [B,T] fp32 (0 where there is no label), logits [B,T or 1,V/n], or
+        hidden states [B,T,D] behind the last norm."""
         model = self.model
         if self.span.first:
             x_BTD = model.embed(inputs.tokens_BT, inputs.places)
@@ -68,7 +74,12 @@ class Stage(nn.Module):
             return x_BTD
         if inputs.last_B is not None:
             x_BTD = x_BTD[torch.arange(len(x_BTD), device=x_BTD.device), inputs.last_B][:, None]
-        return model.predict(x_BTD) if inputs.labels_BT is None else model.losses(x_BTD, inputs.labels_BT)
+        if inputs.output == "hidden_states":
+            return model.norm(x_BTD)
+        if inputs.output == "logits":
+            return model.predict(x_BTD)
+        assert inputs.labels_BT is not None
+        return model.losses(x_BTD, inputs.labels_BT)
 
 
 def cut(model: Decoder, span: StageSpan, tied: bool) -> None:

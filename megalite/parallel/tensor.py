@@ -262,7 +262,7 @@ class VocabParallelCrossEntropy(nn.Module):
         self.axis, self.vocab_size = axis, vocab_size
 
     def forward(self, logits: Tensor, labels_BT: Tensor) -> Tensor:
-        columns = _columns(logits.shape[-1], self.axis, self.vocab_size)
+        columns = vocab_columns(logits.shape[-1], self.axis, self.vocab_size)
         return cross_entropy(logits, labels_BT, *columns, partial(_combine, axis=self.axis))
 
 
@@ -277,13 +277,13 @@ class ChunkedHead(ParallelLinear):
         """Return logits [B,T,V/n], or with labels the losses [B,T]."""
         if labels_BT is None:
             return self.multiply(x, None, self.region)
-        columns = _columns(self.weight.shape[0], self.axis, self.vocab_size)
+        columns = vocab_columns(self.weight.shape[0], self.axis, self.vocab_size)
         x = _Enter.apply(x, self.region)
         combine = partial(_combine, axis=self.axis) if self.axis.size > 1 else None
         return linear_cross_entropy(x, self.weight, labels_BT, self.rows, *columns, combine, self.wgrad_callback)
 
 
-def _columns(held: int, axis: Axis, vocab_size: int) -> tuple[int, int]:
+def vocab_columns(held: int, axis: Axis, vocab_size: int) -> tuple[int, int]:
     """Return (first column, number that are not padding) of the `held` columns of the vocabulary on this rank."""
     first = axis.rank * held
     return first, min(max(vocab_size - first, 0), held)

@@ -6,30 +6,32 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from megalite.comm.collectives import all_gather, all_reduce
+from megalite.comm.collectives import all_reduce
 from megalite.comm.mesh import Axis, Mesh
 from megalite.config import Config, ObjectiveConfig
 from megalite.data.dataset import Split
 from megalite.data.loader import MicroBatch
 from megalite.data.mixture import Mixture
 from megalite.models.layers import IGNORE
-from megalite.parallel.stage import Inputs, Pairs
+from megalite.parallel.outputs import VocabShards
+from megalite.parallel.stage import Inputs, Output, Pairs
 
 
 class Objective(Protocol):
-    """Turn the losses of tokens into the loss to minimise."""
+    """Turn what the last stage computes of each token into the loss to minimise."""
 
+    judges: Output
+    """What `judge` takes; ObjectiveConfig.NEEDS says the same of `measure`. Losses are [B,T] fp32, logits
+    `VocabShards`, hidden states `HiddenStates`."""
     metrics: tuple[str, ...]
     """Names of the metrics that `measure` returns beside the loss."""
-    needs_logits: bool
-    """Whether `judge` takes logits instead of losses."""
     num_judged: int
     """Number of values per row that `judge` returns beside the loss."""
 
@@ -37,14 +39,13 @@ class Objective(Protocol):
         """Return `inputs` with what the objective needs beside tokens and labels. `micro` is the whole micro-batch of
         `split`, `inputs` this rank's part of it."""
 
-    def measure(self, losses_BT: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """Return from each token's loss [B,T] the sums of each row, [B], and of each metric, [B, metrics]. Summed over
-        the replicas they are those of the whole row, and the gradients of the first are to be summed over the
-        replicas, too."""
+    def measure(self, out: Any, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """Return from what is needed of each token the sums of the losses of each row, [B], and of each metric, [B,
+        metrics]. Summed over the replicas they are those of the whole row, and the gradients of the first are to be
+        summed over the replicas, too. Tensor ranks all return the same."""
 
-    def judge(self, out: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """Return the same for validation, from losses [B,T] or the head's logits [B,T,V/n]: [B] and [B,
-        num_judged]."""
+    def judge(self, out: Any, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """Return the same for validation, from `judges`: [B] and [B, num_judged]."""
 
     def summary(self, loss: float, count: float, judged: Tensor) -> dict[str, float]:
         """Return what validation reports beside the mean `loss`. `judged` is summed over all rows, `count` is what
@@ -54,17 +55,17 @@ class Objective(Protocol):
 class NextToken:
     """Cross-entropy of every token that has a label."""
 
+    judges: Output = "losses"
     metrics: tuple[str, ...] = ()
-    needs_logits = False
     num_judged = 0
 
     def complete(self, inputs: Inputs, micro: MicroBatch, split: Split) -> Inputs:
         return inputs
 
-    def measure(self, losses_BT: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        return losses_BT.sum(1), losses_BT.new_empty(len(losses_BT), 0)
+    def measure(self, out: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        return out.sum(1), out.new_empty(len(out), 0)
 
-    def judge(self, out: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    def judge(self, out: Any, inputs: Inputs) -> tuple[Tensor, Tensor]:
         return self.measure(out, inputs)
 
     def summary(self, loss: float, count: float, judged: Tensor) -> dict[str, float]:
@@ -77,7 +78,7 @@ class NextTokenConfig(ObjectiveConfig):
     name: Literal["next_token"] = "next_token"
 
     def build(self, config: Config, mesh: Mesh) -> Objective:
-        return NextToken() if config.model.task == "causal" else Classes(len(config.model.labels), mesh)
+        return NextToken() if config.model.task == "causal" else Classes(len(config.model.labels))
 
 
 class Classes(NextToken):
@@ -86,16 +87,15 @@ class Classes(NextToken):
     Validation counts for each class how often it occurs, is predicted, and is predicted rightly; averages over classes
     are over those that occur or are predicted, as in scikit-learn."""
 
-    needs_logits = True
+    judges: Output = "logits"
 
-    def __init__(self, num_classes: int, mesh: Mesh):
-        self.num_classes, self.num_judged, self.tensor = num_classes, 3 * num_classes, mesh.tensor
+    def __init__(self, num_classes: int):
+        self.num_classes, self.num_judged = num_classes, 3 * num_classes
 
-    def judge(self, out: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    def judge(self, out: VocabShards, inputs: Inputs) -> tuple[Tensor, Tensor]:
         labels_BT = inputs.labels_BT
         assert labels_BT is not None
-        # the rest is padding of the vocabulary shards
-        logits_BTC = all_gather(out.float(), self.tensor, dim=2)[..., : self.num_classes]
+        logits_BTC = out.whole()
         losses_BT = F.cross_entropy(logits_BTC.transpose(1, 2), labels_BT, ignore_index=IGNORE, reduction="none")
         told_BT, is_here = logits_BTC.argmax(2), labels_BT != IGNORE
         right = is_here & (told_BT == labels_BT)
@@ -169,7 +169,8 @@ class DPO:
     A sample holds pairs as documents side by side, the chosen one first. `label_smoothing` is the share of pairs that
     may be the wrong way round (Mitchell 2023)."""
 
-    needs_logits, num_judged = False, 4
+    judges: Output = "losses"
+    num_judged = 4
     metrics: tuple[str, ...] = ("reward_chosen", "reward_rejected", "reward_margin", "reward_accuracy")
 
     def __init__(self, config: DPOConfig, mesh: Mesh):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,7 +22,9 @@ from megalite.models import build_model, weight_table
 from megalite.models.layers import Places
 from megalite.parallel.apply import apply_parallelism
 from megalite.parallel.context import zigzag
-from megalite.parallel.stage import Inputs, Stage, lengths_of, positions_of
+from megalite.parallel.outputs import LastStage
+from megalite.parallel.rules import vocab_size_of
+from megalite.parallel.stage import Inputs, Output, Stage, lengths_of, positions_of
 from megalite.plan import Plan
 from megalite.runtime.activity import NOW
 from megalite.training.objectives import Objective
@@ -43,6 +45,10 @@ class Parts:
     pipeline: Pipeline | None
     dtype: torch.dtype
     objective: Objective
+    last_stage: LastStage
+    """The last of `stages`; asked only on ranks that have the pipeline's last."""
+    needs: Output = "losses"
+    """What the objective needs of the last stage in training."""
 
     def train(self, mode: bool = True) -> None:
         """Put all stages into training mode, or into evaluation mode."""
@@ -72,7 +78,9 @@ def build(config: Config, plan: Plan, mesh: Mesh) -> Parts:
         length = config.data.seq_length // plan.context // (plan.tensor if plan.sequence else 1)
         shape = (plan.micro_batch_size, length, config.model.hidden_size)
         pipeline = Pipeline(stages, plan, mesh, torch.empty(shape, dtype=dtype, device="meta"), deferred)
-    return Parts(tuple(stages), engine, pipeline, dtype, config.objective.build(config, mesh))
+    last_stage = LastStage(stages[-1].model, mesh.tensor, plan.sequence, vocab_size_of(table))
+    objective = config.objective.build(config, mesh)
+    return Parts(tuple(stages), engine, pipeline, dtype, objective, last_stage, config.objective.NEEDS)
 
 
 def forward_backward(parts: Parts, batch: list[MicroBatch], mesh: Mesh, seed: int) -> dict[str, Tensor]:
@@ -82,14 +90,14 @@ def forward_backward(parts: Parts, batch: list[MicroBatch], mesh: Mesh, seed: in
     micro-batches. `seed` gives dropout its keys. Returns the mean loss of the global batch and the objective's
     metrics: NaN where nothing of the `batch` has a label, in which case the gradient is exactly 0."""
     objective = parts.objective
-    inputs = [objective.complete(make_inputs(micro, mesh, seed), micro, "train") for micro in batch]
+    inputs = [objective.complete(make_inputs(micro, mesh, seed, output=parts.needs), micro, "train") for micro in batch]
     # Known before the first backward pass: each micro-batch's loss is divided by the count of the whole global batch.
     num_labels = all_reduce(count_labels(inputs), mesh.replicas)
     count = num_labels.clamp(min=1)
     found = torch.zeros(1 + len(objective.metrics), device=mesh.device)
 
-    def loss_of(losses_BT: Tensor, micro: Inputs) -> Tensor:
-        loss_B, metrics_BM = objective.measure(losses_BT, micro)
+    def loss_of(out: Tensor, micro: Inputs) -> Tensor:
+        loss_B, metrics_BM = objective.measure(parts.last_stage.read(out, parts.needs), micro)
         loss = loss_B.sum() / count
         found.add_(torch.cat((loss.detach()[None], metrics_BM.sum(0) / count)))
         return loss
@@ -115,23 +123,22 @@ def forward_backward(parts: Parts, batch: list[MicroBatch], mesh: Mesh, seed: in
 
 @torch.no_grad()
 def forward(
-    parts: Parts, batch: list[MicroBatch], mesh: Mesh, logits: bool = False
-) -> Iterator[tuple[Tensor, Inputs, MicroBatch]]:
-    """Yield for each micro-batch the losses [B,T], or with `logits` the head's logits, with its inputs and the
+    parts: Parts, batch: list[MicroBatch], mesh: Mesh, output: Output = "losses"
+) -> Iterator[tuple[Any, Inputs, MicroBatch]]:
+    """Yield for each micro-batch its losses [B,T], or another `output` of the last stage, with its inputs and the
     micro-batch itself; nothing before the last stage."""
-    inputs = [make_inputs(micro, mesh) for micro in batch]
-    asked = [replace(micro, labels_BT=None) for micro in inputs] if logits else inputs
+    inputs = [make_inputs(micro, mesh, output=output) for micro in batch]
     if parts.pipeline:
-        found = parts.pipeline.forward(asked)
+        found = parts.pipeline.forward(inputs)
     else:
         NOW.do("forward")
-        found = [parts.stages[0](None, micro) for micro in asked]
-    yield from zip(found, inputs, batch, strict=False)
+        found = [parts.stages[0](None, micro) for micro in inputs]
+    yield from zip((parts.last_stage.read(out, output) for out in found), inputs, batch, strict=False)
 
 
-def make_inputs(micro: MicroBatch, mesh: Mesh, seed: int | None = None) -> Inputs:
-    """Return a micro-batch on the device, cut to this rank's part of the sequence. `seed` gives dropout its keys;
-    None: no dropout."""
+def make_inputs(micro: MicroBatch, mesh: Mesh, seed: int | None = None, output: Output = "losses") -> Inputs:
+    """Return a micro-batch on the device, cut to this rank's part of the sequence. `seed` gives dropout its keys, None:
+    no dropout; `output` is what is asked of the last stage."""
     micro = micro.to(mesh.device)
     length = micro.tokens.shape[1]
     with mesh.device:  # made on the device: a copy would wait for it
@@ -141,7 +148,8 @@ def make_inputs(micro: MicroBatch, mesh: Mesh, seed: int | None = None) -> Input
     # A document gives the same beside others as alone, even with RoPE that is scaled by the length.
     whole = length if micro.documents is None else lengths_of(micro.documents)[:, index]
     keys = None if seed is None else random_bits(key_of(seed, "dropout"), micro.samples)
-    return Inputs(micro.tokens[:, index], Places(index, position, document, keys, whole), micro.labels[:, index])
+    places = Places(index, position, document, keys, whole)
+    return Inputs(micro.tokens[:, index], places, micro.labels[:, index], output)
 
 
 def count_labels(inputs: list[Inputs]) -> Tensor:
@@ -159,7 +167,7 @@ def validate(parts: Parts, loader: Loader, batches: int, split: Split, mesh: Mes
     sums = torch.zeros(len(mixture.names), 2 + objective.num_judged, dtype=torch.float64, device=mesh.device)
     parts.train(False)
     for _ in range(batches):
-        for out, micro, read in forward(parts, next(loader), mesh, objective.needs_logits):
+        for out, micro, read in forward(parts, next(loader), mesh, objective.judges):
             source = torch.from_numpy(mixture.order.locate(read.samples.numpy())[0]).to(mesh.device)
             micro = objective.complete(micro, read, split)
             loss_B, judged = objective.judge(out, micro)
