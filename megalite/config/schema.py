@@ -172,6 +172,11 @@ class ObjectiveConfig(Choice):
     def check(self, config: Config) -> None:
         """Raise ValueError, naming the setting, when the rest of a config does not go with this objective."""
 
+    def frozen_model(self, config: Config) -> Path | None:
+        """Return the Hugging Face folder of a frozen model that runs beside the trained one, or None; `Inputs.frozen`
+        gives the objective what it computes."""
+        return None
+
     def build(self, config: Config, mesh: Mesh) -> Objective:
         """Return the objective on this rank of `mesh`."""
         raise NotImplementedError

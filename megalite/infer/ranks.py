@@ -13,6 +13,7 @@ from torch import Tensor
 from megalite.checkpoint.load import dtype_of, from_hf
 from megalite.comm.collectives import all_gather
 from megalite.comm.mesh import Launch, Mesh, make_mesh
+from megalite.config import ModelConfig, TrainConfig
 from megalite.config_file import parse_config
 from megalite.errors import ConfigError
 from megalite.infer.cache import CachedPlaces, add_cache
@@ -20,7 +21,7 @@ from megalite.models import build_model, set_parameters, weight_table
 from megalite.models.layers import Places
 from megalite.parallel.apply import apply_parallelism
 from megalite.parallel.stage import Inputs, Stage
-from megalite.plan import Plan, make_plan
+from megalite.plan import Plan, StageSpan, make_plan
 
 
 class RanksModel:
@@ -94,14 +95,29 @@ def load_on_ranks(
     launch.join()
     mesh = make_mesh(plan, launch.device)
     (span,) = plan.stages_of(mesh.pipeline.rank)
-    model = build_model(config.model)
-    apply_parallelism(model, table, plan, span, mesh, config.train)
-    read = from_hf(folder, table, config.model, mesh.tensor)
+    stage, stored = load_stage(folder, config.model, plan, span, mesh, config.train)
+    return RanksModel(stage, plan, mesh, stored, num_slots, max_length)
+
+
+def load_stage(
+    folder: Path,
+    config: ModelConfig,
+    plan: Plan,
+    span: StageSpan,
+    mesh: Mesh,
+    train: TrainConfig,
+    dtype: torch.dtype | None = None,
+) -> tuple[Stage, torch.dtype]:
+    """Load the part `span` of the Hugging Face model in `folder`, frozen, as this rank of `mesh` has it under `plan`.
+    Return it with its precision: `dtype`, by default the stored one. Raise CheckpointError."""
+    table, model = weight_table(config), build_model(config)
+    apply_parallelism(model, table, plan, span, mesh, train)
+    read = from_hf(folder, table, config, mesh.tensor)
     tensors = {}
     for weight in span.weights(table):
-        shape = torch.Size(weight.local_shape(tensor))
+        shape = torch.Size(weight.local_shape(mesh.tensor.size))
         tensors[weight.name] = read(weight, "weight", 0, shape.numel()).view(shape)
-    stored = dtype_of(tensors.values(), folder)
-    set_parameters(model, {name: nn.Parameter(local.to(mesh.device, stored)) for name, local in tensors.items()})
+    dtype = dtype or dtype_of(tensors.values(), folder)
+    set_parameters(model, {name: nn.Parameter(local.to(mesh.device, dtype)) for name, local in tensors.items()})
     model.eval().requires_grad_(False)
-    return RanksModel(Stage(model, span), plan, mesh, stored, num_slots, max_length)
+    return Stage(model, span), dtype

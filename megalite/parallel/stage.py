@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn as nn
@@ -11,6 +12,9 @@ from torch import Tensor
 
 from megalite.models.layers import IGNORE, Decoder, Places
 from megalite.plan import StageSpan
+
+if TYPE_CHECKING:
+    from megalite.parallel.outputs import HiddenStates
 
 MESSAGES_UNDER_WAY = 2
 """Hidden states and gradients a stage may have on their way to its neighbours at a time."""
@@ -43,6 +47,8 @@ class Inputs:
     last_B: Tensor | None = None
     """The one token of each row whose logits are asked for; None: logits of all tokens."""
     pairs: Pairs | None = None
+    frozen: Callable[[], HiddenStates] | None = None
+    """Gives what the objective's frozen model makes of these tokens; only on ranks of the last stage."""
 
     @property
     def count_B(self) -> Tensor:

@@ -27,6 +27,7 @@ from megalite.parallel.rules import vocab_size_of
 from megalite.parallel.stage import Inputs, Output, Stage, lengths_of, positions_of
 from megalite.plan import Plan
 from megalite.runtime.activity import NOW
+from megalite.training.frozen import FrozenModel, load_frozen
 from megalite.training.objectives import Objective
 from megalite.utils.counter_random import random_bits
 from megalite.utils.keys import key_of
@@ -49,6 +50,8 @@ class Parts:
     """The last of `stages`; asked only on ranks that have the pipeline's last."""
     needs: Output = "losses"
     """What the objective needs of the last stage in training."""
+    frozen: FrozenModel | None = None
+    """The frozen model that the objective compares with."""
 
     def train(self, mode: bool = True) -> None:
         """Put all stages into training mode, or into evaluation mode."""
@@ -79,8 +82,9 @@ def build(config: Config, plan: Plan, mesh: Mesh) -> Parts:
         shape = (plan.micro_batch_size, length, config.model.hidden_size)
         pipeline = Pipeline(stages, plan, mesh, torch.empty(shape, dtype=dtype, device="meta"), deferred)
     last_stage = LastStage(stages[-1].model, mesh.tensor, plan.sequence, vocab_size_of(table))
-    objective = config.objective.build(config, mesh)
-    return Parts(tuple(stages), engine, pipeline, dtype, objective, last_stage, config.objective.NEEDS)
+    objective, folder = config.objective.build(config, mesh), config.objective.frozen_model(config)
+    frozen = None if folder is None else load_frozen(folder, config, mesh, dtype)
+    return Parts(tuple(stages), engine, pipeline, dtype, objective, last_stage, config.objective.NEEDS, frozen)
 
 
 def forward_backward(parts: Parts, batch: list[MicroBatch], mesh: Mesh, seed: int) -> dict[str, Tensor]:
@@ -91,6 +95,7 @@ def forward_backward(parts: Parts, batch: list[MicroBatch], mesh: Mesh, seed: in
     metrics: NaN where nothing of the `batch` has a label, in which case the gradient is exactly 0."""
     objective = parts.objective
     inputs = [objective.complete(make_inputs(micro, mesh, seed, output=parts.needs), micro, "train") for micro in batch]
+    inputs = parts.frozen.beside(inputs) if parts.frozen else inputs
     # Known before the first backward pass: each micro-batch's loss is divided by the count of the whole global batch.
     num_labels = all_reduce(count_labels(inputs), mesh.replicas)
     count = num_labels.clamp(min=1)
@@ -128,6 +133,7 @@ def forward(
     """Yield for each micro-batch its losses [B,T], or another `output` of the last stage, with its inputs and the
     micro-batch itself; nothing before the last stage."""
     inputs = [make_inputs(micro, mesh, output=output) for micro in batch]
+    inputs = parts.frozen.beside(inputs) if parts.frozen else inputs
     if parts.pipeline:
         found = parts.pipeline.forward(inputs)
     else:

@@ -1,14 +1,18 @@
-"""Objectives that need more than each token's loss: logits in vocabulary shards, or hidden states. Loss, metrics,
-validation and every gradient of a step on each layout, against a plain statement on the clean model."""
+"""Objectives that need more than each token's loss: logits in vocabulary shards, hidden states, or a frozen teacher.
+Loss, metrics, validation and every gradient of a step on each layout, against a plain statement on the clean model."""
 
 from __future__ import annotations
 
+import json
 from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor
 
 from megalite.checkpoint.load import from_seed
@@ -18,8 +22,8 @@ from megalite.config import Config, ObjectiveConfig
 from megalite.config_file import parse_config
 from megalite.data.loader import MicroBatch
 from megalite.errors import ConfigError
-from megalite.models import family, weight_table
-from megalite.models.layers import IGNORE
+from megalite.models import family, model_config, to_hf_config, weight_table
+from megalite.models.layers import IGNORE, Decoder
 from megalite.parallel.outputs import HiddenStates, VocabShards
 from megalite.parallel.stage import Inputs, Output
 from megalite.plan import make_plan
@@ -102,13 +106,57 @@ class SmallConfig(ObjectiveConfig):
         return Small()
 
 
-def config_of(objective: str, model: dict[str, Any], parallel: dict[str, Any], **train: Any) -> Config:
+class Distill(NextToken):
+    judges: Output = "logits"
+
+    def measure(self, out: Any, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """Kullback-Leibler divergence of the model's distribution from the teacher's."""
+        assert inputs.frozen is not None
+        assert inputs.labels_BT is not None
+        hidden = inputs.frozen()
+        teacher_BTV, student_BTV = hidden.head(hidden.states_BTD).log_softmax(), out.log_softmax()
+        loss_BT = out.sum(teacher_BTV.exp() * (teacher_BTV - student_BTV)) * (inputs.labels_BT != IGNORE)
+        return loss_BT.sum(1), loss_BT.new_empty(len(loss_BT), 0)
+
+
+@objectives.register("distill")
+class DistillConfig(ObjectiveConfig):
+    """Distillation from a frozen teacher, from logits."""
+
+    name: Literal["distill"] = "distill"
+    teacher: Path
+    NEEDS: ClassVar[Output] = "logits"
+
+    def frozen_model(self, config: Config) -> Path:
+        return self.teacher
+
+    def build(self, config: Config, mesh: Mesh) -> Objective:
+        return Distill()
+
+
+TEACHER = MODEL | {"hidden_size": 32, "intermediate_size": 40, "tie_embeddings": True}
+"""Another model than the one that learns, of as many layers at least as there are stages."""
+
+
+def write_teacher(folder: Path) -> Path:
+    config = model_config(TEACHER)
+    read, tensors = from_seed(SEED + 1, Axis()), {}
+    for weight in weight_table(config):
+        tensors |= weight.to_hf(read(weight, "weight", 0, weight.numel).view(weight.shape))
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(to_hf_config(config)))
+    return folder
+
+
+def config_of(
+    objective: str, model: dict[str, Any], parallel: dict[str, Any], folder: Path | None = None, **train: Any
+) -> Config:
     return parse_config(
         {
             "run": {"name": "needs"},
             "model": model,
             "data": {"train": [{"path": "unused"}], "seq_length": LENGTH},
-            "objective": {"name": objective},
+            "objective": {"name": objective} | ({"teacher": str(folder)} if objective == "distill" else {}),
             "parallel": {"bucket_mb": 0.05, **parallel},
             "train": {"steps": 2, "global_batch_size": BATCH, "micro_batch_size": 1, "precision": "fp32", **train},
             "optimizer": {"lr": 1e-2},
@@ -125,14 +173,14 @@ def whole_batch() -> MicroBatch:
     return MicroBatch(tokens[:, :-1], labels, torch.arange(BATCH))
 
 
-def step_on_rank(rank: int, world_size: int, cases: list[tuple[str, str]]) -> list[dict[str, Any]]:
-    return [step(objective, layout) for objective, layout in cases]
+def step_on_rank(rank: int, world_size: int, folder: Path, cases: list[tuple[str, str]]) -> list[dict[str, Any]]:
+    return [step(folder, objective, layout) for objective, layout in cases]
 
 
-def step(objective: str, layout: str) -> dict[str, Any]:
+def step(folder: Path, objective: str, layout: str) -> dict[str, Any]:
     """A training step's results and, before it, the sum of the losses of a validation."""
     ranks, model, parallel = LAYOUTS[layout]
-    config = config_of(objective, model, parallel)
+    config = config_of(objective, model, parallel, folder)
     table = weight_table(config.model)
     plan = make_plan(config, table, ranks)
     mesh = make_mesh(plan, torch.device("cpu"))
@@ -154,14 +202,19 @@ def step(objective: str, layout: str) -> dict[str, Any]:
     return {"metrics": metrics, "grads": parts.engine.gather("grad", owners)}
 
 
+def clean_model(values: dict[str, Any], seed: int) -> Decoder:
+    config = model_config(values)
+    model = family(config.family).MODEL(config)
+    parameters, read = dict(model.named_parameters()), from_seed(seed, Axis())
+    with torch.no_grad():
+        for weight in weight_table(config):
+            parameters[weight.name].copy_(read(weight, "weight", 0, weight.numel).view(weight.shape))
+    return model
+
+
 def plain(objective: str, model_values: dict[str, Any]) -> dict[str, Any]:
     """The same from whole logits, the whole batch at once, with torch alone."""
-    config = config_of(objective, model_values, {})
-    model = family(config.model.family).MODEL(config.model)
-    parameters, read = dict(model.named_parameters()), from_seed(SEED, Axis())
-    with torch.no_grad():
-        for weight in weight_table(config.model):
-            parameters[weight.name].copy_(read(weight, "weight", 0, weight.numel).view(weight.shape))
+    model = clean_model(model_values, SEED)
     batch = whole_batch()
     states: list[Tensor] = []
     model.norm.register_forward_hook(lambda module, arguments, out: states.append(out))
@@ -172,21 +225,27 @@ def plain(objective: str, model_values: dict[str, Any]) -> dict[str, Any]:
     loss = losses + Z * lse.square().sum()
     if objective == "small":
         loss = loss + SIZE * states[0][is_here].square().mean(1).sum()
+    if objective == "distill":
+        with torch.no_grad():
+            target = clean_model(TEACHER, SEED + 1)(batch.tokens)[is_here].log_softmax(-1)
+        loss = F.kl_div(logits[is_here].log_softmax(-1), target, log_target=True, reduction="sum")
     (loss / count).backward()
-    metrics = {"loss": loss / count, "square": lse.square().mean(), "judged": loss}
+    metrics = {"loss": loss / count, "judged": loss}
+    metrics |= {} if objective == "distill" else {"square": lse.square().mean()}
     return {
         "metrics": {name: x.item() for name, x in metrics.items()},
-        "grads": {name: parameter.grad for name, parameter in parameters.items()},
+        "grads": {name: parameter.grad for name, parameter in model.named_parameters()},
     }
 
 
-CASES = [(objective, layout) for objective in ("smooth", "small") for layout in LAYOUTS]
+CASES = [(objective, layout) for objective in ("smooth", "small", "distill") for layout in LAYOUTS]
 
 
 @cache
 def results(ranks: int) -> dict[tuple[str, str], list[dict[str, Any]]]:
     cases = [case for case in CASES if LAYOUTS[case[1]][0] == ranks]
-    of_ranks = run_ranks(ranks, step_on_rank, cases)
+    with TemporaryDirectory() as folder:
+        of_ranks = run_ranks(ranks, step_on_rank, write_teacher(Path(folder)), cases)
     return {case: [found[number] for found in of_ranks] for number, case in enumerate(cases)}
 
 
@@ -208,6 +267,14 @@ def test_chunks_of_the_loss_are_refused_where_all_logits_are_needed() -> None:
         config_of("smooth", MODEL, {}, loss_chunk=8)
     with pytest.raises(ConfigError, match=r"small needs train\.loss_chunk: null, not 8; it takes the hidden states"):
         config_of("small", MODEL, {}, loss_chunk=8)
+
+
+def test_a_frozen_model_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    config = config_of("distill", MODEL | {"max_positions": 64}, {}, write_teacher(tmp_path))
+    config = config.model_copy(update={"data": config.data.model_copy(update={"seq_length": 64})})
+    plan = make_plan(config, weight_table(config.model), 1)
+    with pytest.raises(ConfigError, match=r"data\.seq_length = 64 is longer than the 32 positions of the model in "):
+        build(config, plan, make_mesh(plan, torch.device("cpu")))
 
 
 def test_a_second_product_with_the_head_is_refused() -> None:

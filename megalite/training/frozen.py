@@ -1,0 +1,82 @@
+"""A second, frozen model beside the trained one: the teacher of a distillation, or a reference that is asked anew in
+every step. It is built by the same code, on the same ranks and layout, and has no gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from megalite.comm.mesh import Mesh
+from megalite.config import Config
+from megalite.errors import ConfigError
+from megalite.infer.ranks import load_stage
+from megalite.models import model_config, weight_table
+from megalite.parallel.outputs import HiddenStates, LastStage
+from megalite.parallel.rules import vocab_size_of
+from megalite.parallel.stage import Inputs, Stage
+from megalite.plan import make_plan
+
+if TYPE_CHECKING:
+    from megalite.parallel.pipeline import Pipeline
+
+
+class FrozenModel:
+    """This rank's stages of a frozen model, which computes hidden states of the trained model's inputs."""
+
+    def __init__(self, stages: Sequence[Stage], last_stage: LastStage, pipeline: Pipeline | None):
+        self._stages, self._last_stage, self._pipeline = stages, last_stage, pipeline
+
+    def beside(self, inputs: Sequence[Inputs]) -> list[Inputs]:
+        """Return micro-batches with what the frozen model makes of each, which `Inputs.frozen` gives. With a pipeline
+        it is computed here, and kept as hidden states; otherwise when it is asked for. A collective."""
+        asked = [replace(micro, output="hidden_states", places=replace(micro.places, key_B=None)) for micro in inputs]
+        if self._pipeline is None:
+            return [replace(micro, frozen=partial(self._run, each)) for micro, each in zip(inputs, asked, strict=True)]
+        found = self._pipeline.forward(asked)
+        if not found:  # before the last stage
+            return list(inputs)
+        return [replace(micro, frozen=partial(self._read, out)) for micro, out in zip(inputs, found, strict=True)]
+
+    @torch.no_grad()
+    def _run(self, inputs: Inputs) -> HiddenStates:
+        return self._read(self._stages[0](None, inputs))
+
+    @torch.no_grad()
+    def _read(self, out: torch.Tensor) -> HiddenStates:
+        found = self._last_stage.read(out, "hidden_states")
+        assert isinstance(found, HiddenStates)
+        return found
+
+
+def load_frozen(folder: Path, config: Config, mesh: Mesh, dtype: torch.dtype) -> FrozenModel:
+    """Load the Hugging Face model in `folder`, in the precision `dtype`, on the layout of `config` over `mesh`.
+
+    Raises ConfigError where it does not fit the layout, and CheckpointError where it cannot be read."""
+    model = model_config({"hf": folder})
+    if config.data.seq_length > model.max_positions:
+        raise ConfigError(
+            f"data.seq_length = {config.data.seq_length} is longer than the {model.max_positions} positions of the "
+            f"model in {folder}"
+        )
+    train = config.train.model_copy(update={"loss_chunk": None, "recompute": "none", "compile": False})
+    config = config.model_copy(update={"model": model, "lora": None, "train": train})
+    table = weight_table(model)
+    try:
+        plan = make_plan(config, table, mesh.world.size)
+    except ConfigError as error:
+        raise ConfigError(f"the model in {folder}: {error}") from None
+    stages = [
+        load_stage(folder, model, plan, span, mesh, train, dtype)[0] for span in plan.stages_of(mesh.pipeline.rank)
+    ]
+    pipeline = None
+    if plan.pipeline > 1:
+        from megalite.parallel.pipeline import Pipeline  # torch's schedules import its compiler
+
+        hidden = torch.empty((1, 1, model.hidden_size), dtype=dtype, device="meta")
+        pipeline = Pipeline(stages, plan, mesh, hidden, [None] * len(stages))
+    return FrozenModel(stages, LastStage(stages[-1].model, mesh.tensor, plan.sequence, vocab_size_of(table)), pipeline)
