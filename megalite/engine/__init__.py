@@ -39,6 +39,9 @@ class Engine(Protocol):
     """Train weights. Call `load` once; for every global batch `begin`, `backward` for each micro-batch, `finish`,
     `step`."""
 
+    loss_scale: float
+    """Factor by which `backward` multiplies a loss."""
+
     @property
     def states(self) -> tuple[str, ...]:
         """Name what is kept of every weight beside itself: "master", an fp32 copy of a bf16 weight, and the

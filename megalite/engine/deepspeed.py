@@ -123,7 +123,7 @@ class DeepSpeedEngine:
     def __init__(self, stage: Stage, weights: Sequence[Weight], plan: Plan, mesh: Mesh, config: Config):
         """Take over `stage.forward`. Raises ConfigError when DeepSpeed, or what its NVMe offload needs, is missing."""
         deepspeed = _import_deepspeed(mesh)
-        self.mesh, self.zero_stage = mesh, plan.zero_stage
+        self.mesh, self.zero_stage, self.loss_scale = mesh, plan.zero_stage, float(mesh.replicas.size)
         self.weights = [weight for weight in weights if not weight.frozen]
         self.dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         if "nvme" in (config.parallel.offload.optimizer, config.parallel.offload.parameters):
@@ -224,7 +224,7 @@ class DeepSpeedEngine:
     def backward(self, loss: Tensor) -> None:
         self._arrived += 1
         self.engine.set_gradient_accumulation_boundary(self._arrived == self._expected)
-        self.engine.backward(loss * self.mesh.replicas.size, scale_wrt_gas=False)
+        self.engine.backward(loss * self.loss_scale, scale_wrt_gas=False)
 
     def finish(self) -> None:
         """Check that every micro-batch came; the last backward pass has waited for the reduction."""

@@ -47,6 +47,8 @@ from megalite.runtime.activity import NOW
 class NativeEngine:
     """Give models on the meta device, parallelised or not, their weights, and train them. See `Engine`."""
 
+    loss_scale = 1.0
+
     def __init__(self, models: Sequence[Decoder], weights: Sequence[Weight], plan: Plan, mesh: Mesh, config: Config):
         self.mesh, self.config, self.zero_stage = mesh, config.optimizer, plan.zero_stage
         # Counted on the device: whether a step updates anything is decided there.

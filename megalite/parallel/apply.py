@@ -14,6 +14,7 @@ from megalite.comm.mesh import Axis, Mesh
 from megalite.config import TrainConfig
 from megalite.kernels import library
 from megalite.kernels.linear import WeightGradStore
+from megalite.models.layer_loss import LayerLoss
 from megalite.models.layers import CoreAttention, Decoder, Dropout
 from megalite.models.weights import Weight
 from megalite.parallel.rules import apply_rules, make_layout, vocab_size_of
@@ -65,6 +66,8 @@ def compile_layers(model: Decoder) -> None:
             if isinstance(module, Dropout):
                 # The compiler turns products that wrap around int64 into constants that do not fit.
                 wrap(module, "drop", torch.compiler.disable)
+            if isinstance(module, LayerLoss):  # its backward pass takes note of the loss
+                wrap(module, "forward", torch.compiler.disable)
         wrap(layer, "forward", partial(torch.compile, dynamic=False))
 
 

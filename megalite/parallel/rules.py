@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any, TypeVar
 
 import torch.nn as nn
@@ -20,6 +21,7 @@ from torch import Tensor
 from megalite.comm.mesh import Axis, Mesh
 from megalite.errors import ConfigError
 from megalite.kernels.linear import WeightGradStore
+from megalite.models.layer_loss import LayerLoss
 from megalite.models.layers import CoreAttention, CrossEntropy, Dropout, RMSNorm
 from megalite.models.lora import AdapterDropout, LoraLinear
 from megalite.models.weights import Weight
@@ -32,6 +34,7 @@ from megalite.parallel.tensor import (
     SequenceCutEmbedding,
     VocabParallelCrossEntropy,
     VocabParallelEmbedding,
+    leave,
 )
 from megalite.plan import Plan
 
@@ -186,6 +189,20 @@ def _(dropout: Dropout, layout: Layout) -> None:
     # Attention probabilities are cut by heads in any case, hidden states only along a cut sequence.
     if layout.sequence or dropout.over_heads:
         dropout.shard = (layout.tensor.rank, layout.tensor.size)
+
+
+@rule(LayerLoss)
+def _(loss: LayerLoss, layout: Layout) -> None:
+    tensor = [layout.tensor] if layout.sequence else []
+    axes = [axis for axis in (layout.context, *tensor) if axis.size > 1]
+
+    def over_row(x: Tensor) -> Tensor:
+        for axis in axes:
+            x = leave(x, axis, sequence=False)
+        return x
+
+    loss.over_row, loss.row_share = over_row, 1 / prod(axis.size for axis in axes)
+    loss.counts = layout.sequence or layout.tensor.rank == 0
 
 
 @rule(AdapterDropout)

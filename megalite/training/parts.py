@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from megalite.engine import Engine, make_engine
 from megalite.kernels import library
 from megalite.kernels.linear import WeightGradStore
 from megalite.models import build_model, weight_table
+from megalite.models.layer_loss import LayerLoss, LayerLosses
 from megalite.models.layers import Places
 from megalite.parallel.apply import apply_parallelism
 from megalite.parallel.context import zigzag
@@ -48,10 +50,12 @@ class Parts:
     objective: Objective
     last_stage: LastStage
     """The last of `stages`; asked only on ranks that have the pipeline's last."""
-    needs: Output = "losses"
+    needs: Output
     """What the objective needs of the last stage in training."""
-    frozen: FrozenModel | None = None
+    frozen: FrozenModel | None
     """The frozen model that the objective compares with."""
+    layer_losses: LayerLosses
+    """What layers add to the objective."""
 
     def train(self, mode: bool = True) -> None:
         """Put all stages into training mode, or into evaluation mode."""
@@ -67,9 +71,10 @@ def build(config: Config, plan: Plan, mesh: Mesh) -> Parts:
     spans = plan.stages_of(mesh.pipeline.rank)
     zero_bubble = plan.pipeline > 1 and plan.schedule == "zero_bubble"
     deferred = [WeightGradStore() if zero_bubble else None for _ in spans]
-    stages = []
+    stages, num_losses = [], Counter[str]()
     for span, later in zip(spans, deferred, strict=True):
         model = build_model(config.model, config.lora)
+        num_losses = Counter(module.name for module in model.modules() if isinstance(module, LayerLoss))
         apply_parallelism(model, table, plan, span, mesh, config.train, later)
         stages.append(Stage(model, span))
     rows = plan.weights_of(mesh.pipeline.rank, table)
@@ -84,16 +89,19 @@ def build(config: Config, plan: Plan, mesh: Mesh) -> Parts:
     last_stage = LastStage(stages[-1].model, mesh.tensor, plan.sequence, vocab_size_of(table))
     objective, folder = config.objective.build(config, mesh), config.objective.frozen_model(config)
     frozen = None if folder is None else load_frozen(folder, config, mesh, dtype)
-    return Parts(tuple(stages), engine, pipeline, dtype, objective, last_stage, config.objective.NEEDS, frozen)
+    here = [module for stage in stages for module in stage.modules() if isinstance(module, LayerLoss)]
+    losses = LayerLosses(here, num_losses)
+    return Parts(tuple(stages), engine, pipeline, dtype, objective, last_stage, config.objective.NEEDS, frozen, losses)
 
 
 def forward_backward(parts: Parts, batch: list[MicroBatch], mesh: Mesh, seed: int) -> dict[str, Tensor]:
     """Run all of this rank's micro-batches of one global batch, and leave their gradients in the engine.
 
     Every token (or pair of answers) of the global batch weighs the same, however they are spread over ranks and
-    micro-batches. `seed` gives dropout its keys. Returns the mean loss of the global batch and the objective's
-    metrics: NaN where nothing of the `batch` has a label, in which case the gradient is exactly 0."""
-    objective = parts.objective
+    micro-batches. `seed` gives dropout its keys. Returns the mean loss of the global batch, the objective's metrics and
+    the means of layers' own losses: NaN where nothing of the `batch` has a label, in which case the gradient is exactly
+    0."""
+    objective, layers = parts.objective, parts.layer_losses
     inputs = [objective.complete(make_inputs(micro, mesh, seed, output=parts.needs), micro, "train") for micro in batch]
     inputs = parts.frozen.beside(inputs) if parts.frozen else inputs
     # Known before the first backward pass: each micro-batch's loss is divided by the count of the whole global batch.
@@ -107,6 +115,9 @@ def forward_backward(parts: Parts, batch: list[MicroBatch], mesh: Mesh, seed: in
         found.add_(torch.cat((loss.detach()[None], metrics_BM.sum(0) / count)))
         return loss
 
+    num_rows = sum(len(micro.tokens) for micro in batch) * mesh.data.size
+    for each in layers.here:
+        each.begin(num_rows * batch[0].tokens.shape[1], num_rows, parts.engine.loss_scale * (num_labels > 0).float())
     parts.train()
     if parts.pipeline:
         parts.pipeline.forward_backward(inputs, loss_of, parts.engine)
@@ -121,9 +132,10 @@ def forward_backward(parts: Parts, batch: list[MicroBatch], mesh: Mesh, seed: in
         NOW.do("summing gradients")
         parts.engine.finish()
     # Tensor ranks have computed the same: one of them counts. All ranks act on the result, and so need the same bits.
-    found = all_reduce(found if mesh.tensor.rank == 0 else torch.zeros_like(found), mesh.world)
+    found = found if mesh.tensor.rank == 0 else torch.zeros_like(found)
+    found = all_reduce(torch.cat((found, layers.means(mesh.device))) if layers.names else found, mesh.world)
     found = torch.where(num_labels > 0, found, torch.nan)  # a mean of nothing is not 0, the best loss there is
-    return dict(zip(("loss", *objective.metrics), found.unbind(), strict=True))
+    return dict(zip(("loss", *objective.metrics, *layers.names), found.unbind(), strict=True))
 
 
 @torch.no_grad()

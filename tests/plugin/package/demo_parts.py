@@ -22,6 +22,7 @@ from megalite.config import Config, HookConfig, ObjectiveConfig, OptimizerConfig
 from megalite.engine.optimizers import Optimizer, PlainOptimizer
 from megalite.models.architecture import ExpertsSpec
 from megalite.models.hf import REQUIRED
+from megalite.models.layer_loss import LayerLoss
 from megalite.models.llama import (
     LIKE_LLAMA,
     Attention,
@@ -50,6 +51,8 @@ from megalite.training.run import Run
 class BlendConfig(LlamaLike):
     family: Literal["blend"] = "blend"
     num_experts: int = Field(4, gt=0)
+    balance: float = Field(0.01, description="Weight of the loss that has each row visit all experts alike.")
+    router_z: float = Field(0.001, description="Weight of the loss that keeps the router's scores small.")
 
     def feed_forward(self, layer: int) -> ExpertsSpec:
         return ExpertsSpec(
@@ -68,9 +71,21 @@ class Experts(nn.Module):
         self.up = nn.Parameter(torch.empty(experts, inner, hidden))
         self.down = nn.Parameter(torch.empty(experts, hidden, inner))
         self.scale = nn.Parameter(torch.empty(inner))
+        self.balance = LayerLoss("balance", config.balance)
+        self.router_z = LayerLoss("router_z", config.router_z)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.blend(x, self.router(x).softmax(-1))
+        return self.blend(*self.route(x))
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return `x`, with the router's losses attached, and each expert's share of each token, [B,T,E]."""
+        scores_BTE = self.router(x)
+        weight_BTE = scores_BTE.softmax(-1)
+        first_BTE = F.one_hot(weight_BTE.argmax(-1), weight_BTE.shape[-1])
+        length_B = self.balance.row_sum(torch.ones_like(x[..., 0]))
+        product_BE = self.balance.row_sum(first_BTE) * self.balance.row_sum(weight_BTE)
+        x = self.balance(x, weight_BTE.shape[-1] * product_BE.sum(-1) / length_B.square())
+        return self.router_z(x, scores_BTE.logsumexp(-1).square()), weight_BTE
 
     def blend(self, x: Tensor, weight_BTE: Tensor) -> Tensor:
         inner = F.silu(torch.einsum("btd,eid->btei", x, self.up)) * self.scale
@@ -83,12 +98,12 @@ class ParallelExperts(Experts):
     def __init__(self, experts: Experts, layout: Layout):
         nn.Module.__init__(self)
         self.axis, self.sequence, self.router = layout.tensor, layout.sequence, experts.router
+        self.balance, self.router_z = experts.balance, experts.router_z
         for name in ("up", "down", "scale"):
             setattr(self, name, layout.locals[getattr(experts, name)])
 
     def forward(self, x: Tensor) -> Tensor:
-        weight_BTE = self.router(x).softmax(-1)
-        whole_x, whole_weight = (enter(part, self.axis, self.sequence) for part in (x, weight_BTE))
+        whole_x, whole_weight = (enter(part, self.axis, self.sequence) for part in self.route(x))
         return leave(self.blend(whole_x, whole_weight), self.axis, self.sequence)
 
 
