@@ -29,6 +29,7 @@ from megalite.utils.urls import check_no_secret
 
 if TYPE_CHECKING:
     from megalite.comm.mesh import Mesh
+    from megalite.data.loader import Batches
     from megalite.models.architecture import Architecture
     from megalite.training.hooks import Hook
     from megalite.training.objectives import Objective
@@ -176,6 +177,10 @@ class ObjectiveConfig(Choice):
         """Return the Hugging Face folder of a frozen model that runs beside the trained one, or None; `Inputs.frozen`
         gives the objective what it computes."""
         return None
+
+    def batches(self, source: Batches, run: Run, parts: Parts) -> Batches:
+        """Return the batches to train on: those that `source` reads, or others that are made of them."""
+        return source
 
     def build(self, config: Config, mesh: Mesh) -> Objective:
         """Return the objective on this rank of `mesh`."""

@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -61,6 +61,60 @@ def add_spans(skipped: Sequence[Span], samples: Int64s) -> tuple[Span, ...]:
     numbers = np.unique(np.concatenate([samples, *(np.arange(first, last) for first, last in skipped)]))
     runs = np.split(numbers, np.flatnonzero(np.diff(numbers) > 1) + 1)
     return tuple((int(run[0]), int(run[-1]) + 1) for run in runs)
+
+
+class Batches(Protocol):
+    """A source of batches, as training takes them: `Loader` reads them, and others may be made of what it reads.
+
+    All ranks ask for the same steps. What a source does not have in `state`, a resume must not need."""
+
+    @property
+    def mixture(self) -> Mixture:
+        """Return the mixture whose samples the numbers in micro-batches are of."""
+
+    @property
+    def samples(self) -> int:
+        """Return how many samples of the run all ranks together have received."""
+
+    @property
+    def skipped(self) -> tuple[Span, ...]:
+        """Return the samples that the run passes over."""
+
+    def __next__(self) -> list[MicroBatch]:
+        """Return this data rank's micro-batches of the next global batch."""
+
+    def samples_of_step(self, before: int) -> Int64s:
+        """Return the samples of the global batch, [G], that follows the first `before` samples."""
+
+    def consumed(self, samples: int | None = None) -> dict[str, int]:
+        """Return how many samples of each source all ranks together received, among the first `samples` or all."""
+
+    def state(self, samples: int | None = None) -> dict[str, Any]:
+        """Return the data's part of a checkpoint, so far or after the first `samples`."""
+
+    def close(self) -> None:
+        """End what reads ahead."""
+
+
+class MadeBatches:
+    """Batches that are made of another source's, such as answers of the model to its prompts. Their place in the data
+    is that of the source."""
+
+    def __init__(self, source: Batches, make: Callable[[list[MicroBatch]], list[MicroBatch]]):
+        """`make` returns what is trained on instead of a step's micro-batches: as many, of the same sizes."""
+        self._source, self._make = source, make
+        self.mixture, self.skipped = source.mixture, source.skipped
+        self.samples_of_step, self.consumed, self.state, self.close = (
+            source.samples_of_step, source.consumed, source.state, source.close,
+        )  # fmt: skip
+
+    @property
+    def samples(self) -> int:
+        """Return how many samples of the run all ranks together have received."""
+        return self._source.samples
+
+    def __next__(self) -> list[MicroBatch]:
+        return self._make(next(self._source))
 
 
 class Loader:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megalite.comm.mesh import Mesh, node_name
 from megalite.config import Config
-from megalite.data.loader import Loader, Span, add_spans
+from megalite.data.loader import Batches, Span, add_spans
 from megalite.engine import Engine
 from megalite.errors import DataError
 from megalite.health.bad_batches import write_batch
@@ -49,7 +49,7 @@ class Guard:
 
     Every rank has one and calls the same methods at the same places of the same steps: some are collectives."""
 
-    def __init__(self, config: Config, mesh: Mesh, loader: Loader):
+    def __init__(self, config: Config, mesh: Mesh, loader: Batches):
         """Watch a run. `config.health` holds the policies; `mesh` the ranks to compare; `loader` knows the samples of
         each step."""
         self._health = config.health

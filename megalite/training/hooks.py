@@ -17,7 +17,7 @@ from typing import Any
 
 from megalite.checkpoint.save import Saver
 from megalite.data.dataset import Split
-from megalite.data.loader import Loader
+from megalite.data.loader import Batches
 from megalite.data.mixture import Mixture
 from megalite.errors import CheckpointError
 from megalite.health.guard import Ending, Guard
@@ -150,7 +150,7 @@ class ListenToSignals(Hook):
 class GuardNumbers(Hook):
     """Check losses, gradients and replicas; end a run that should not go on."""
 
-    def __init__(self, run: Run, parts: Parts, loader: Loader, guard: Guard):
+    def __init__(self, run: Run, parts: Parts, loader: Batches, guard: Guard):
         self._run, self._parts, self._loader, self._guard = run, parts, loader, guard
 
     def begin(self, step: Step) -> None:
@@ -240,7 +240,7 @@ class Save(Hook):
     """Write checkpoints every `checkpoint.every` steps, and before the run leaves."""
 
     def __init__(
-        self, run: Run, parts: Parts, loader: Loader, saver: Saver, base: Mapping[str, str], others: Mapping[str, Hook]
+        self, run: Run, parts: Parts, loader: Batches, saver: Saver, base: Mapping[str, str], others: Mapping[str, Hook]
     ):
         """Save with the states of `others`, the hooks by their names; `base` is that of `Start`."""
         self._run, self._parts, self._loader, self._saver = run, parts, loader, saver
@@ -280,7 +280,7 @@ class Save(Hook):
 def make_hooks(
     run: Run,
     parts: Parts,
-    loader: Loader,
+    loader: Batches,
     data: Data,
     saver: Saver,
     guard: Guard,

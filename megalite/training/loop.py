@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 from megalite.checkpoint.save import Saver
-from megalite.data.loader import Loader
+from megalite.data.loader import Batches
 from megalite.health.guard import Ending, Guard
 from megalite.health.signals import StopRequests
 from megalite.observe.steps import Record, StepLog
@@ -20,7 +20,7 @@ from megalite.training.schedules import learning_rate
 
 
 def run_steps(
-    run: Run, parts: Parts, loader: Loader, data: Data, saver: Saver, start: Start, requests: StopRequests
+    run: Run, parts: Parts, loader: Batches, data: Data, saver: Saver, start: Start, requests: StopRequests
 ) -> Ending:
     """Train to the last step, or to one after which all ranks agree to stop, or which the run cannot go on from.
 
@@ -54,7 +54,7 @@ def run_steps(
     return Ending(Exit.DONE)
 
 
-def train_step(step: Step, run: Run, parts: Parts, loader: Loader, guard: Guard, hooks: Sequence[Hook]) -> None:
+def train_step(step: Step, run: Run, parts: Parts, loader: Batches, guard: Guard, hooks: Sequence[Hook]) -> None:
     """Hand one optimizer step on the next batch of `loader` to the device, and put its results in `step.record`.
     `guard` decides on the device whether the weights are updated; `hooks` act around it."""
     for hook in hooks:
@@ -73,7 +73,7 @@ def train_step(step: Step, run: Run, parts: Parts, loader: Loader, guard: Guard,
         hook.after_update(step)
 
 
-def consumed_tokens(loader: Loader) -> Record:
+def consumed_tokens(loader: Batches) -> Record:
     """Return the tokens of each source that were trained on so far, if there are several sources."""
     found = loader.consumed()
     length = loader.mixture.seq_length

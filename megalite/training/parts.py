@@ -15,7 +15,7 @@ from megalite.comm.collectives import all_reduce
 from megalite.comm.mesh import Mesh
 from megalite.config import Config
 from megalite.data.dataset import Split
-from megalite.data.loader import Loader, MicroBatch
+from megalite.data.loader import Batches, MicroBatch
 from megalite.engine import Engine, make_engine
 from megalite.kernels import library
 from megalite.kernels.linear import WeightGradStore
@@ -176,7 +176,7 @@ def count_labels(inputs: list[Inputs]) -> Tensor:
 
 
 @torch.no_grad()
-def validate(parts: Parts, loader: Loader, batches: int, split: Split, mesh: Mesh) -> dict[str, float]:
+def validate(parts: Parts, loader: Batches, batches: int, split: Split, mesh: Mesh) -> dict[str, float]:
     """Return the mean loss over the loader's next `batches` global batches; with several sources also that of each,
     and what else the objective reports. All of it is NaN where nothing of these batches has a label. `split` is the
     one that `loader` reads."""
