@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ class VocabShards:
         first, count = vocab_columns(self.padded_BTV.shape[-1], self.axis, self.vocab_size)
         return slice(first, first + count)
 
-    @property
+    @cached_property
     def logits_BTV(self) -> Tensor:
         """Return the logits of this rank's columns in fp32, without padding."""
         columns = self.columns
@@ -54,7 +55,8 @@ class VocabShards:
         summed over the ranks, each of which has that of its own columns."""
         return enter(x_BT[..., None], self.axis, sequence=False)
 
-    def log_sum_exp(self) -> Tensor:
+    @cached_property
+    def log_sum_exp_BT(self) -> Tensor:
         """Return the log-sum-exp over the whole vocabulary, [B,T]: the normaliser whose square a z-loss keeps small."""
         lse = self.logits_BTV.logsumexp(-1)
         if self.axis.size == 1:
@@ -65,7 +67,7 @@ class VocabShards:
 
     def log_softmax(self) -> Tensor:
         """Return the log-probabilities of this rank's columns, [B,T,V/n] fp32."""
-        return self.logits_BTV - self.spread(self.log_sum_exp())
+        return self.logits_BTV - self.spread(self.log_sum_exp_BT)
 
     def target(self, labels_BT: Tensor) -> Tensor:
         """Return the logit of each label, [B,T]; 0 where it is `IGNORE`."""
@@ -78,7 +80,7 @@ class VocabShards:
 
     def cross_entropy(self, labels_BT: Tensor) -> Tensor:
         """Return each token's cross-entropy, [B,T]; 0 where the label is `IGNORE`."""
-        return (self.log_sum_exp() - self.target(labels_BT)).masked_fill(labels_BT == IGNORE, 0.0)
+        return (self.log_sum_exp_BT - self.target(labels_BT)).masked_fill(labels_BT == IGNORE, 0.0)
 
     @torch.no_grad()
     def whole(self) -> Tensor:

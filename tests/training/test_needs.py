@@ -57,7 +57,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
 
 def smooth_loss(logits: VocabShards, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
     """Return label smoothing with a z-loss, and the square of the normaliser alone, [B,T] each."""
-    lse_BT = logits.log_sum_exp()
+    lse_BT = logits.log_sum_exp_BT
     mean_BT = logits.sum(logits.logits_BTV) / logits.vocab_size
     wrong_BT = (1 - SMOOTHING) * logits.cross_entropy(labels_BT) + SMOOTHING * (lse_BT - mean_BT)
     has_label = labels_BT != IGNORE
