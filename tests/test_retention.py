@@ -120,6 +120,21 @@ def test_a_run_whose_weights_blew_up_goes_on_from_before(
     assert curve_of(config) == curve_of(never)
 
 
+def test_a_model_is_not_taken_from_just_before_the_step_that_stopped_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = make_config(tmp_path, "llama", *RUN, "health.not_finite=stop")
+    rate = megalite.training.loop.learning_rate
+    monkeypatch.setattr(megalite.training.loop, "learning_rate", lambda n, *more: 1e38 if n == 5 else rate(n, *more))
+    assert train(config) == Exit.BAD_NUMBERS
+    root = config.run.folder / "checkpoints"
+    assert complete_steps(root)[-1] == 5, "which step 6 finds blown"
+    assert find_model(config.run.folder) == step_folder(root, 4)
+    said = capsys.readouterr().err
+    assert f"{step_folder(root, 5)} was saved before a step with bad numbers, which ended the run" in said
+    assert f"{step_folder(root, 4)}, the newest that is known to be good, is taken" in said
+
+
 def write(root: Path, step: int, refused: int, valid_loss: float | None) -> None:
     folder = step_folder(root, step)
     folder.mkdir(parents=True)

@@ -172,6 +172,8 @@ class Worth:
     refused: int = 0
     """Number of steps in a row, up to this one, whose update was refused."""
     valid_loss: float = math.inf
+    doubted: bool = False
+    """Whether a step with bad numbers followed, which ended the run."""
 
     @property
     def updated(self) -> int:
@@ -187,7 +189,8 @@ def read_worth(folder: Path, step: int) -> Worth:
         with reading(path, CheckpointError):
             numbers = state.get("numbers") or {}  # as version 0.1 wrote it
             loss = math.inf if state.get("valid_loss") is None else float(state["valid_loss"])
-            return Worth(step, int(state.get("refused", numbers.get("in_a_row", 0))), loss)
+            refused = int(state.get("refused", numbers.get("in_a_row", 0)))
+            return Worth(step, refused, loss, bool(state.get("doubted")))
     except CheckpointError:
         return Worth(step)
 

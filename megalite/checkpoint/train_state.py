@@ -48,6 +48,7 @@ class _TrainState(_State):
     updates: Count = 0
     valid_loss: float | None = None
     refused: Count = 0
+    doubted: bool = False
     hooks: _Hooks = _Hooks()
     numbers: _Numbers | None = None
     """State of the guard, as version 0.1 wrote it."""

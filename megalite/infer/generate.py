@@ -42,9 +42,9 @@ def find_model(path: Path) -> Path:
     """Return the Hugging Face folder, or the adapter folder, that `path` refers to: a run, a checkpoint, or such a
     folder.
 
-    For a run it is the newest checkpoint. If that was saved after steps whose updates were refused for bad numbers, it
-    is the newest checkpoint known to be good, and a line on stderr says so. Raise ConfigError if there is no complete
-    model."""
+    For a run it is the newest checkpoint. If that was saved after steps whose updates were refused for bad numbers, or
+    before one that ended the run, it is the newest checkpoint known to be good, and a line on stderr says so. Raise
+    ConfigError if there is no complete model."""
     if (path / "config.json").exists() or is_adapter(path):
         return path
     root = path / "checkpoints"
@@ -55,14 +55,15 @@ def find_model(path: Path) -> Path:
         raise ConfigError(f"{path} is neither a run with a checkpoint nor a Hugging Face folder with a config.json")
     newest = step_folder(root, steps[-1])
     worth = read_worth(newest, steps[-1])
-    if not worth.refused:
+    if not (worth.refused or worth.doubted):
         return newest
     sound = sound_steps(steps, worth)
     taken = step_folder(root, sound[-1]) if sound else newest
     follows = f"{taken}, the newest that is known to be good, is taken" if sound else "there is none from before them"
     if Launch.from_environment().rank == 0:
-        in_a_row = f"{worth.refused} step{'s' if worth.refused > 1 else ''} in a row with bad numbers"
-        print(f"warning: {newest} was saved after {in_a_row}; {follows}", file=sys.stderr, flush=True)
+        when = f"after {worth.refused} step{'s' if worth.refused > 1 else ''} in a row with bad numbers"
+        when = when if worth.refused else "before a step with bad numbers, which ended the run"
+        print(f"warning: {newest} was saved {when}; {follows}", file=sys.stderr, flush=True)
     return taken
 
 

@@ -270,6 +270,8 @@ class Save(Hook):
             "data": self._loader.state(samples),
             "valid_loss": step.valid_loss,
             "refused": step.refused,
+            # Saved for the sake of a later step that ended the run: what made that bad may be in these weights.
+            "doubted": number < step.number,
             "base": self._base,
             "hooks": states_of(self._others),
             "wandb_id": self._run.recorder.wandb_id if self._run.recorder else None,
