@@ -15,7 +15,6 @@ have an example of each.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib
 import importlib.metadata
@@ -23,6 +22,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from megalite.errors import ConfigError
+from megalite.utils.spelling import did_you_mean
 
 if TYPE_CHECKING:
     from megalite.config import HookConfig, ObjectiveConfig, OptimizerConfig, ScheduleConfig
@@ -138,8 +138,7 @@ def import_plugins() -> None:
 def hint(name: object, known: Iterable[str]) -> str:
     """Return the end of an error message: the known name nearest to `name`, or all of them."""
     known = list(known)
-    close = difflib.get_close_matches(str(name), known, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+    return did_you_mean(name, known, f"known: {', '.join(known)}")
 
 
 def _import(place: str) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import typing
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +13,7 @@ from megalite.config import Choice
 from megalite.errors import ConfigError
 from megalite.utils.outside import shown
 from megalite.utils.secrecy import names_a_secret
+from megalite.utils.spelling import did_you_mean, nearest
 
 
 def describe_errors(error: ValidationError, root: type[BaseModel], values: Any = None) -> str:
@@ -41,8 +41,7 @@ def _describe(item: Any, root: type[BaseModel], values: Any) -> str:
     path, known = _walk(item["loc"], root, values)
     key, value = ".".join(map(str, path)), item["input"]
     if item["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(str(path[-1]).replace("-", "_"), known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(sorted(known))}"
+        hint = did_you_mean(path[-1], known, f"known keys: {', '.join(sorted(known))}")
         told = "not shown" if names_a_secret(str(path[-1])) else shown(value)
         return f"unknown key {key} (value {told}); {hint}"
     if item["type"] == "missing":
@@ -57,11 +56,11 @@ def _describe(item: Any, root: type[BaseModel], values: Any) -> str:
     message = _PLAINLY.get(item["type"], message)
     if item["type"] == "literal_error":
         allowed = [word.strip("'") for word in item["ctx"]["expected"].replace(" or ", ", ").split(", ")]
-        close = difflib.get_close_matches(str(value), allowed, n=1)
+        close = nearest(value, allowed)
         if isinstance(value, bool):
             message += "; YAML reads a bare yes, no, on or off as true or false"
-        elif close and close[0] != value:
-            message += f"; did you mean {close[0]!r}?"
+        elif close and close != value:
+            message += f"; did you mean {close!r}?"
     return f"{key}: {message}" if isinstance(value, dict) else f"{key} = {shown(value)}: {message}"
 
 

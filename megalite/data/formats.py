@@ -20,9 +20,9 @@ from megalite.data.chat import ChatTemplate
 from megalite.data.contents import ContentEncoder
 from megalite.data.messages import (
     MEDIA,
+    MISSPELT,
     NEUTRAL,
     Conversation,
-    is_near,
     read_messages,
     read_tools,
     with_arguments,
@@ -34,6 +34,7 @@ from megalite.data.token_values import Part, Text, token_values
 from megalite.data.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from megalite.errors import DataError, TemplateLimit
 from megalite.utils.outside import is_unicode, shown
+from megalite.utils.spelling import nearest
 
 Format = Literal["chat", "completion", "preference", "classification", "labels"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -157,7 +158,7 @@ class Encoder:
                 continue
             if name in REFUSED:
                 raise ValueError(f"the row has {name!r}: {REFUSED[name]}")
-            if near := is_near(name, used):
+            if near := nearest(name, used, MISSPELT):
                 raise ValueError(f"unknown field {name!r}; did you mean {near!r}?")
             self.seen[f"field {name!r}"] += 1
         if self._settings.format not in CLASSES and row.get("label") in (False, 0, "0", "false"):

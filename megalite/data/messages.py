@@ -6,16 +6,16 @@ Every key is used, counted by its name, or refused."""
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from megalite.data.answers import REASONING
 from megalite.data.chat import ChatTemplate, Message
 from megalite.errors import TemplateLimit
+from megalite.utils.spelling import nearest
 
 ROLES = {
     "human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "bard": "assistant",
@@ -32,6 +32,8 @@ NEUTRAL = frozenset((
     "tool_call_id", "turn_identifier", "url", "uuid",
 ))  # fmt: skip
 """Facts about a row or message that do not affect what is learned."""
+MISSPELT = 0.82
+"""Likeness (see `utils.spelling`) from which an unknown key is taken for a misspelt one: most are facts of the row."""
 LEARNING = ("train", "training", "trainable", "learn", "loss", "mask", "masked", "loss_weight", "weights")
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 
@@ -136,12 +138,6 @@ def is_missing(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
-def is_near(name: str, known: Iterable[str]) -> str | None:
-    """Return the known name that `name` may be a misspelling of, None if there is none."""
-    close = difflib.get_close_matches(name.lower().replace("-", "_"), sorted(known), 1, 0.82)
-    return close[0] if close else None
-
-
 def _read_message(message: Message, where: str, template: ChatTemplate, seen: Counter[str]) -> dict[str, Any]:
     """Return one message in the keys that templates know. `where` names it in errors. Raise ValueError."""
     given, content = _either(message, "role", "from", where), _either(message, "content", "value", where)
@@ -193,7 +189,7 @@ def _check_keys(message: Message, where: str, template: ChatTemplate, seen: Coun
             raise ValueError(f"{where} has {key!r}: only text can be learned")
         if key in LEARNING:
             raise ValueError(f"{where} has {key!r}; what is learned of a conversation is said by 'weight', 0 or 1")
-        if near := is_near(key, USED):
+        if near := nearest(key, USED, MISSPELT):
             raise ValueError(f"{where} has an unknown key {key!r}; did you mean {near!r}?")
         if key not in NEUTRAL:
             seen[f"key {key!r} of messages, which the chat template does not use"] += 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import random
 import time
@@ -35,6 +34,7 @@ from megalite.infer.answer import Answer
 from megalite.infer.batch import Batch
 from megalite.infer.generate import Generator, Score
 from megalite.infer.sampling import Sampling
+from megalite.utils.spelling import did_you_mean
 
 ROWS_AT_ONCE = 64
 """Number of texts scored between two updates of the progress."""
@@ -321,8 +321,7 @@ def _index_tasks(names: Sequence[str | dict[str, Any]], include_path: str | None
 def _load_task(manager: TaskManager, name: str | dict[str, Any]) -> dict[str, Any]:
     """Load one task or group. Raise ConfigError for an unknown name and DataError if loading fails."""
     if isinstance(name, str) and name not in manager.all_tasks and not Path(name).is_file():
-        close = difflib.get_close_matches(name, manager.all_tasks, n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else "`lm-eval ls tasks` lists those of the harness"
+        hint = did_you_mean(name, manager.all_tasks, "`lm-eval ls tasks` lists those of the harness")
         raise ConfigError(f"no task is named {name!r}; {hint}; a task of your own is found by --include-path FOLDER")
     try:
         return manager.load([name])

@@ -10,7 +10,6 @@ table, and everything about them follows from the row of the weight they adapt:
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -27,6 +26,7 @@ from megalite.errors import ConfigError
 from megalite.kernels.linear import input_gradient, linear, weight_gradient
 from megalite.models.layers import Decoder, Dropout, Places
 from megalite.models.weights import Uniform, Weight
+from megalite.utils.spelling import did_you_mean
 
 PREFIX = "base_model.model."
 """What PEFT puts before the names of tensors."""
@@ -94,8 +94,7 @@ def adapters_of(weights: Sequence[Weight], lora: LoraConfig) -> list[Adapter]:
     for target in lora.targets:
         if not any(adapter.matches(target) for adapter in every):
             known = sorted({adapter.short for adapter in every})
-            close = difflib.get_close_matches(target, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"those of this model are {', '.join(known)}"
+            hint = did_you_mean(target, known, f"those of this model are {', '.join(known)}")
             raise ConfigError(f"lora.targets: no linear module is called {target!r}; {hint}, or all: {ALL_LINEAR}")
     return [adapter for adapter in every if any(adapter.matches(target) for target in lora.targets)]
 

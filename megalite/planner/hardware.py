@@ -5,7 +5,6 @@ Unknown hardware is an error that asks for a description; its peak is never gues
 
 from __future__ import annotations
 
-import difflib
 import re
 from dataclasses import dataclass
 from functools import cache
@@ -19,6 +18,7 @@ from megalite.config.errors import describe_errors
 from megalite.errors import ConfigError
 from megalite.utils.outside import read_text
 from megalite.utils.resources import configs_dir, parse_yaml
+from megalite.utils.spelling import nearest
 
 TYPICAL_MATMUL = 0.75
 """Share of the peak for chips without a measured `matmul`: between MI-class 0.6 and A100's 0.87."""
@@ -137,8 +137,8 @@ def _find(wanted: str, key: str, file: str, option: str, section: type[S]) -> S:
         return _checked(names[_plain(wanted)], f"{file}: {wanted}", section)
     # The message tells how to describe other hardware, which the tables cannot all hold.
     known = [str(row[key]) for row in rows]
-    close = difflib.get_close_matches(_plain(wanted), names, n=1)
-    hint = f"did you mean {names[close[0]][key]!r}? " if close else ""
+    close = nearest(_plain(wanted), names)
+    hint = f"did you mean {names[close][key]!r}? " if close else ""
     fields = ", ".join(name for name, field in section.model_fields.items() if field.is_required())
     if section is Interconnect:
         fields += ", and gpu_gb_s or node_gb_s"
