@@ -18,7 +18,8 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from megalite.errors import ConfigError
@@ -26,6 +27,7 @@ from megalite.utils.spelling import did_you_mean
 
 if TYPE_CHECKING:
     from megalite.config import HookConfig, ObjectiveConfig, OptimizerConfig, ScheduleConfig
+    from megalite.data.tokenizer import Tokenizer
     from megalite.models import Family
 
 PLUGINS = "megalite.plugins"
@@ -118,6 +120,14 @@ objectives: Registry[type[ObjectiveConfig]] = Registry(
 
 
 hooks: Registry[type[HookConfig]] = Registry("hooks", {})
+tokenizer_readers: Registry[Callable[[Path], Tokenizer]] = Registry(
+    "data.tokenizer",
+    {
+        "tokenizer.json": "megalite.data.tokenizer:HuggingFaceTokenizer",
+        "tokenizer.model": "megalite.data.tokenizer:SentencePieceTokenizer",
+    },
+)
+"""Readers of tokenizers by the names of their files."""
 kernels: Registry[object] = Registry("kernels", {})
 """Kernels by operation and name, such as "activation.mine": a module, or another object, with functions that replace
 those of the same names in `megalite.kernels`. Plain torch computes what it does not have."""

@@ -37,7 +37,7 @@ def test_every_own_part_is_where_the_registry_says(name: str) -> None:
 MISTAKES = {
     "optimizer.name=adam": "optimizer.name = 'adam': is not known; did you mean 'adamw'?",
     "optimizer.beta=0.9": "unknown key optimizer.beta (value 0.9); did you mean 'betas'?",
-    "optimizer.schedule.decay=3": "unknown key optimizer.schedule.decay (value 3); known keys: min_lr, name, warm",
+    "optimizer.schedule.halves=3": "unknown key optimizer.schedule.halves (value 3); known keys: min_lr, name, warm",
     "optimizer.schedule={name: wsd, decay_step: 4}": "unknown key optimizer.schedule.decay_step (value 4); did you",
     "optimizer.schedule.decay_steps=3": "optimizer.schedule.decay_steps = 3: is a setting of name: wsd, not of cosine",
     "objective.beta=0.3": "objective.beta = 0.3: is a setting of name: dpo, not of next_token",

@@ -25,10 +25,13 @@ from megalite.data.tokenizer_files import (
     special_tokens,
 )
 from megalite.errors import DataError
+from megalite.registry import tokenizer_readers
 from megalite.utils.outside import check_regular, reading
 
 # Names of the end-of-document token in models without a tokenizer_config.json.
 END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
+SUFFIXES = {".json": "tokenizer.json", ".model": "tokenizer.model"}
+"""By the suffix of a file that may have any name: the usual name of its kind."""
 FINGERPRINT = "2-"  # prefix of fingerprints in the present scheme
 PROBE = "def f(x):\n\treturn  {'a': 12345, \"é\": '日本語'}  # it's 😀 naïve…\r\n\n    <|endoftext|>"
 
@@ -116,17 +119,25 @@ def other_tokenizer(note: Mapping[str, Any], tokenizer: Tokenizer) -> str:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Open a folder with tokenizer.json or tokenizer.model, a tokenizer.json, or a SentencePiece .model file. Raise
-    DataError."""
+    """Open a folder with tokenizer.json or tokenizer.model, a tokenizer.json, a SentencePiece .model file, or what a
+    plugin reads. Raise DataError."""
     path = Path(path)
-    candidates = [path / "tokenizer.json", path / "tokenizer.model"] if path.is_dir() else [path]
-    file = next((file for file in candidates if file.is_file()), None)
-    if file is None or file.suffix not in (".json", ".model"):
-        raise DataError(
-            f"{path} holds no tokenizer; accepted are a folder with tokenizer.json (any Hugging Face model that has a "
-            "fast tokenizer) or tokenizer.model, a tokenizer.json file, or a SentencePiece .model file"
-        )
-    return HuggingFaceTokenizer(file) if file.suffix == ".json" else SentencePieceTokenizer(file)
+    file = (
+        path
+        if path.is_file()
+        else next((path / name for name in tokenizer_readers.own if (path / name).is_file()), path)
+    )
+    if file.suffix in SUFFIXES and file.is_file():
+        return tokenizer_readers.get(SUFFIXES[file.suffix])(file)
+    for name in tokenizer_readers.names():
+        found = path / name if path.is_dir() else path
+        if found.name == name and found.is_file():
+            return tokenizer_readers.get(name)(found)
+    raise DataError(
+        f"{path} holds no tokenizer; accepted are a folder with tokenizer.json (any Hugging Face model that has a fast "
+        "tokenizer) or tokenizer.model, a tokenizer.json file, or a SentencePiece .model file"
+        + "".join(f", or {name} of a plugin" for name in tokenizer_readers.names() if name not in tokenizer_readers.own)
+    )
 
 
 class HuggingFaceTokenizer(Tokenizer):

@@ -10,6 +10,7 @@ from typing import Any
 import tokenizers
 
 from megalite.errors import DataError
+from megalite.registry import tokenizer_readers
 from megalite.utils import outside
 from megalite.utils.outside import shown
 
@@ -33,9 +34,10 @@ FILES = (
 
 
 def files_in(folder: Path) -> list[str]:
-    """Return the files of a tokenizer's folder that AutoTokenizer reads, as relative paths."""
+    """Return the files of a tokenizer's folder that AutoTokenizer or a plugin reads, as relative paths."""
     named = sorted(path for path in (folder / TEMPLATES).glob("*.jinja") if path.is_file())
-    return [*(name for name in FILES if (folder / name).is_file()), *(f"{TEMPLATES}/{path.name}" for path in named)]
+    known = dict.fromkeys((*FILES, *tokenizer_readers.names()))
+    return [*(name for name in known if (folder / name).is_file()), *(f"{TEMPLATES}/{path.name}" for path in named)]
 
 
 def copy_files(sources: Sequence[Path], target: Path, *more: str) -> None:

@@ -33,6 +33,7 @@ from megalite.models import build_model, model_config, set_parameters, weight_ta
 from megalite.models.heads import KINDS
 from megalite.models.layers import Decoder, Places
 from megalite.models.peft import is_adapter
+from megalite.registry import tokenizer_readers
 
 SCORED_TOKENS = 4096
 """Most tokens of a batch whose rows are scored, padding included."""
@@ -77,7 +78,7 @@ def check_speaks(folder: Path) -> None:
             f"{folder} holds a model of model.task: {config.task}, which tells classes ({labels}) and says no text; "
             f"ask it through transformers' AutoModel{KINDS[config.task]}, and give here one of model.task: causal"
         )
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+    if not any((folder / name).is_file() for name in tokenizer_readers.names()):
         raise DataError(
             f"{folder} has no tokenizer, without which it can neither read nor say a text; copy there the files of the "
             "one that its data was made with, which data.tokenizer has a run put into its checkpoints"

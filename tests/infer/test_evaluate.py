@@ -173,7 +173,7 @@ def test_unknown_names_and_missing_data_are_explained(
 ) -> None:
     # Without the harness's own thousands, whose reading takes its time.
     monkeypatch.setattr(harness, "TaskManager", lambda include_path, **_: TaskManager(None, include_path, False))
-    with pytest.raises(ConfigError, match="no task is named 'storey'; did you mean story"):
+    with pytest.raises(ConfigError, match="no task is named 'storey'; did you mean 'story'"):
         load_tasks(["storey"], tasks)
     with pytest.raises(ConfigError, match="nowhere, where tasks should be, is not a folder"):
         load_tasks(["story"], tmp_path / "nowhere")

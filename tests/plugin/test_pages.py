@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import string
 import subprocess
 import sys
 import tomllib
@@ -40,8 +41,8 @@ def block(page: str, language: str) -> str:
 
 
 def merged(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """Return a section with the settings of another; those inside of `optimizer` are of two pages."""
-    same = {key for key in one.keys() & other.keys() if key == "optimizer"}
+    """Return a section with the settings of another; those inside of `optimizer` and `data` are of two pages."""
+    same = {key for key in one.keys() & other.keys() if key in ("optimizer", "data")}
     return one | other | {key: one[key] | other[key] for key in same}
 
 
@@ -57,6 +58,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a corpus, and the package of the pages as pip would install it."""
     folder = tmp_path_factory.mktemp("pages")
     write_corpus(folder / "corpus")
+    (folder / "letters").mkdir()
+    (folder / "letters" / "tokenizer.chars").write_text(string.ascii_lowercase + string.digits + " .")
     project = tomllib.loads(block("README", "toml"))["project"]
     (folder / "my_parts").mkdir()
     for page in NAMES:
@@ -224,3 +227,12 @@ def test_two_tensor_ranks_train_the_same(folder: Path, run: tuple[Path, str]) ->
     wanted, found = (weights_of(path, len(lines[0])) for path in (run[0], other))
     for name, value in wanted.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_tokenizer(folder: Path, run: tuple[Path, str]) -> None:
+    checkpoint = sorted((run[0] / "checkpoints").iterdir())[-1]
+    wanted = (folder / "letters" / "tokenizer.chars").read_text()
+    assert (checkpoint / "tokenizer.chars").read_text() == wanted
+    answered = python(folder, "-m", "megalite", "generate", str(run[0]), "--prompt", "abc", "--max-tokens", "5")
+    assert answered.startswith("abc")
+    assert set(answered.strip()) <= set(wanted)
