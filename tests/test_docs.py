@@ -8,6 +8,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import yaml
+
+from megalite.config import OptimizerConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -46,3 +49,13 @@ def test_links_and_paths_of_a_page_exist(page: Path) -> None:
     assert [path for path in paths if not (ROOT / path).exists()] == []
     headings = {re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-") for line in text.splitlines()}
     assert [anchor for anchor in re.findall(r"\]\(#([^)]*)\)", text) if anchor not in headings] == []
+
+
+SETTINGS = re.findall(r"^```yaml\n(.*?)^```$", (ROOT / "docs/optimizers.md").read_text(encoding="utf-8"), re.M | re.S)
+
+
+@pytest.mark.parametrize("block", SETTINGS)
+def test_settings_on_the_page_of_optimizers_are_settings(block: str) -> None:
+    optimizer = yaml.safe_load(block)["optimizer"]
+    name = "muon" if "groups" in optimizer else optimizer["name"]
+    OptimizerConfig.model_validate({"lr": 1e-3, "name": name, **optimizer})

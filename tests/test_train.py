@@ -210,6 +210,32 @@ def test_other_model_is_refused_on_resume(tmp_path: Path) -> None:
         train(make_config(tmp_path, "llama", "model.hidden_size=64"))
 
 
+def test_another_optimizer_takes_over_what_fits(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    first = make_config(tmp_path, "llama", "train.stop_at=4", "train.precision=bf16")
+    rest = make_config(
+        tmp_path, "llama", "train.stop_at=5", "train.precision=bf16", "optimizer.name=muon", "optimizer.ema=0.9"
+    )
+    train(first)
+    before = tensors_of(first, 4)
+    capfd.readouterr()
+    train(rest)
+    said = capfd.readouterr().out
+    assert "optimizer.name adamw → muon" in said
+    assert re.search(r"has no momentum_buffer of \d+ weights; these optimizer states begin at zero", said)
+    after = tensors_of(rest, 5)
+    embedding, matrix = "model.embed_tokens.weight", "model.layers.0.mlp.down_proj.weight"
+    # The embedding's moments went on; the matrix has momentum alone, of one gradient.
+    grad = (after[f"exp_avg.safetensors/{embedding}"] - 0.9 * before[f"exp_avg.safetensors/{embedding}"]) / 0.1
+    wanted = 0.95 * before[f"exp_avg_sq.safetensors/{embedding}"] + 0.05 * grad * grad
+    torch.testing.assert_close(after[f"exp_avg_sq.safetensors/{embedding}"], wanted, rtol=1e-3, atol=1e-9)
+    assert f"exp_avg.safetensors/{matrix}" not in after
+    assert after[f"momentum_buffer.safetensors/{matrix}"].any()
+    # The average began as the exact weights: at step 5 its decay is 6/15.
+    begun = before[f"master.safetensors/{matrix}"]
+    wanted = 0.4 * begun + 0.6 * after[f"master.safetensors/{matrix}"]
+    torch.testing.assert_close(after[f"ema.safetensors/{matrix}"], wanted, rtol=1e-5, atol=1e-7)
+
+
 def test_never_resume_refuses_to_mix_runs(tmp_path: Path) -> None:
     train(make_config(tmp_path, "llama", "train.stop_at=2"))
     with pytest.raises(CheckpointError, match=r"choose another run.name"):
