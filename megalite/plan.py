@@ -175,22 +175,7 @@ def make_plan(config: Config, weights: Sequence[Sized], world_size: int) -> Plan
     _check_model(config)
     stages = _stages(config, weights)
     _check_lora(config, stages)
-    try:
-        sizes = [prod(weight.local_shape(tensor)) for weight in weights]
-    except ValueError as error:
-        raise ConfigError(f"parallel.tensor = {tensor}: {error}") from None
-    local = {weight.name: size for weight, size in zip(weights, sizes, strict=True)}
-    held = [
-        [weight for stage in stages[rank::pipeline] for weight in stage.weights(weights)] for rank in range(pipeline)
-    ]
-    kept = {weight.name: local[weight.name] * weight.num_states(config.optimizer) for weight in weights}
-    per_rank = []
-    for rows in held:
-        trained = [weight.name for weight in rows if not weight.frozen]
-        params = sum(local[weight.name] for weight in rows)
-        per_rank.append((params, sum(map(local.__getitem__, trained)), sum(map(kept.__getitem__, trained))))
-    # The fullest rank decides whether a layout fits.
-    params_per_rank, trained_per_rank, states_per_rank = max(per_rank)
+    params_per_rank, trained_per_rank, states_per_rank = _fullest_rank(config, weights, stages)
     return Plan(
         world_size=world_size,
         pipeline=pipeline,
@@ -214,6 +199,24 @@ def make_plan(config: Config, weights: Sequence[Sized], world_size: int) -> Plan
             config, params_per_rank, trained_per_rank, states_per_rank, data * context, parallel.zero_stage
         ),
     )
+
+
+def _fullest_rank(config: Config, weights: Sequence[Sized], stages: Sequence[StageSpan]) -> tuple[int, int, int]:
+    """Return the numbers of elements of weights, of trained ones and of their optimizer states on the rank that holds
+    most, which decides whether a layout fits. Raise ConfigError where a weight cannot be cut."""
+    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
+    try:
+        local = {weight.name: prod(weight.local_shape(tensor)) for weight in weights}
+    except ValueError as error:
+        raise ConfigError(f"parallel.tensor = {tensor}: {error}") from None
+    kept = {weight.name: local[weight.name] * weight.num_states(config.optimizer) for weight in weights}
+    per_rank = []
+    for rank in range(pipeline):
+        rows = [weight for stage in stages[rank::pipeline] for weight in stage.weights(weights)]
+        trained = [weight.name for weight in rows if not weight.frozen]
+        params = sum(local[weight.name] for weight in rows)
+        per_rank.append((params, sum(map(local.__getitem__, trained)), sum(map(kept.__getitem__, trained))))
+    return max(per_rank)
 
 
 def nodes_that_fit(config: Config, weights: Sequence[Sized], nodes: int, ranks_per_node: int) -> int:

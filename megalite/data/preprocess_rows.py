@@ -24,6 +24,7 @@ from megalite.data.indexed import IndexedWriter, token_dtype
 from megalite.data.metadata import Preprocessed, check_inputs
 from megalite.data.preprocess import Meter, in_order, start_tokenizing
 from megalite.data.rows import Row, class_names, excerpt, list_rows, read_rows
+from megalite.data.tokenizer import Tokenizer
 from megalite.errors import DataError
 from megalite.runtime.processes import worker_pool
 
@@ -93,25 +94,27 @@ def preprocess_rows(
             raise DataError(f"no row came out of {', '.join(inputs)}; nothing was written\n{report}".rstrip())
     for row, why in bad:
         report.bad(row.path, row.line, why)
-    facts = {
-        "dtype": dtype.name,
-        "vocab_size": tokenizer.vocab_size,
-        "eod_id": tokenizer.eod_id,
-        "tokenizer": settings.tokenizer,
-        "tokenizer_fingerprint": tokenizer.fingerprint(),
-        "inputs": list(inputs),
-        "format": settings.format,
-        "last_only": settings.last_only,
-        "labels": list(settings.labels),
-        "num_learned": num_learned,
-        "passed_over": dict(sorted(seen.items())),
-    }
+    facts = {"dtype": dtype.name, "inputs": list(inputs), **_facts_of(settings, tokenizer)}
+    facts |= {"num_learned": num_learned, "passed_over": dict(sorted(seen.items()))}
     result = Preprocessed(prefix, facts, "tokenizers", writer.num_documents, writer.num_tokens, text_bytes, 0, report)
     result.write()
     result.seconds = time.monotonic() - start
     passed = [f"passed over: {what} ({count:,})" for what, count in sorted(seen.items())]
     result.remark = "\n".join([f"learned from {num_learned:,} of {writer.num_tokens:,} tokens", *passed])
     return result
+
+
+def _facts_of(settings: Settings, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return what a note beside token files says of how rows were encoded."""
+    return {
+        "vocab_size": tokenizer.vocab_size,
+        "eod_id": tokenizer.eod_id,
+        "tokenizer": settings.tokenizer,
+        "tokenizer_fingerprint": tokenizer.fingerprint(),
+        "format": settings.format,
+        "last_only": settings.last_only,
+        "labels": list(settings.labels),
+    }
 
 
 def _blocks(files: Mapping[str, int], report: Report) -> Iterator[list[Row]]:

@@ -117,6 +117,13 @@ def make_app(generator: Generator, settings: Settings) -> FastAPI:
     )  # fmt: skip
     app.add_middleware(Noted, metrics=metrics)
     _explain_errors(app)
+    _add_api(app, service, ratings)
+    _add_pages(app, service)
+    return app
+
+
+def _add_api(app: FastAPI, service: Service, ratings: Ratings) -> None:
+    """Add the addresses that OpenAI's API has, and that of ratings."""
 
     @app.post("/v1/completions")
     async def completions(body: CompletionBody, request: Request) -> Response:
@@ -139,12 +146,17 @@ def make_app(generator: Generator, settings: Settings) -> FastAPI:
     async def rate(body: RatingBody) -> dict[str, str]:
         await service.check_rating(body)
         try:
-            await run_in_threadpool(ratings.add, body, settings.name)
+            await run_in_threadpool(ratings.add, body, service.settings.name)
         except OSError as problem:
             LOG.error("a rating could not be kept in %s: %s", ratings.folder, problem)
             raise Trouble(500, "the rating could not be kept; the server's log says why", "server_error") from None
-        metrics.ratings.labels(body.kind).inc()
+        service.engine.metrics.ratings.labels(body.kind).inc()
         return {"object": "rating", "rating": body.kind}
+
+
+def _add_pages(app: FastAPI, service: Service) -> None:
+    """Add what people and their monitoring look at."""
+    engine, settings = service.engine, service.settings
 
     @app.get("/v1/about")
     async def about() -> dict[str, Any]:
@@ -158,14 +170,12 @@ def make_app(generator: Generator, settings: Settings) -> FastAPI:
 
     @app.get("/metrics")
     async def prometheus() -> Response:
-        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(generate_latest(engine.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/")
     async def page() -> Response:
         headers = {"content-security-policy": POLICY, "x-content-type-options": "nosniff", "cache-control": "no-cache"}
         return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=headers)
-
-    return app
 
 
 class Service:
