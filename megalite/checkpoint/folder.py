@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import re
 import shutil
 import stat
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megalite.errors import CheckpointError
+from megalite.utils.files import replacing
 from megalite.utils.outside import read_limited, read_object, reading
 
 MANIFEST = "manifest.json"
@@ -54,12 +54,8 @@ def step_folder(root: Path, step: int) -> Path:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file durably: a crash leaves the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with replacing(path, durable=True) as temporary:
+        temporary.write_text(json.dumps(value, indent=1))
 
 
 def digest(path: Path) -> dict[str, Any]:

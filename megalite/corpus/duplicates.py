@@ -21,7 +21,7 @@ from datatrove.utils.hashing import HashConfig
 from datatrove.utils.text import TextNormConfig
 
 from megalite.corpus.config import NearConfig
-from megalite.corpus.files import replacing
+from megalite.corpus.files import whole_file
 from megalite.corpus.tokenizing import Words
 
 DIGEST = np.dtype([("high", ">u8"), ("low", ">u8")])
@@ -46,7 +46,7 @@ class WriteDigests(PipelineStep):
         rank: int = 0,
         world_size: int = 1,
     ) -> Iterator[Document]:
-        with replacing(self._folder / f"{rank:05d}.digests") as file:
+        with whole_file(self._folder / f"{rank:05d}.digests") as file:
             for document in data:
                 digest = hashlib.blake2b(document.text.encode(), digest_size=DIGEST.itemsize)
                 file.write(digest.digest())
@@ -80,7 +80,7 @@ class FindExact(PipelineStep):
         ordered = all_digests[order]
         repeats = ordered[1:] == ordered[:-1]
         again = all_places[order[1:][repeats]]
-        with replacing(self._output / f"{rank:05d}.places") as file:
+        with whole_file(self._output / f"{rank:05d}.places") as file:
             file.write(np.sort(again, order=("shard", "document")).tobytes())
 
 

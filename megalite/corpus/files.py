@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,7 @@ from datatrove.pipeline.base import PipelineStep
 
 from megalite.data.documents import Reading, Report, read_files
 from megalite.errors import DataError
-from megalite.utils.resources import fsync
+from megalite.utils.files import replacing
 
 Compression = Literal["zst", "gz", "none"]
 
@@ -27,20 +26,11 @@ def suffix_of(compression: Compression) -> str:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def whole_file(path: Path) -> Iterator[BinaryIO]:
     """Open a file for writing that takes the name `path` once it is complete and on disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The process id keeps apart a process that was thought dead and still writes.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        fsync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path, durable=True) as temporary, open(temporary, "wb") as file:
+        yield file
 
 
 @contextmanager
@@ -67,7 +57,7 @@ def packing(file: BinaryIO, compression: Compression) -> Iterator[Any]:
 def write_json(path: Path, values: Any) -> None:
     """Write `values` to a JSON file, durably and atomically."""
     text = json.dumps(values, indent=1, ensure_ascii=False)
-    with replacing(path) as file:
+    with whole_file(path) as file:
         file.write(text.encode("utf-8", "backslashreplace") + b"\n")
 
 
@@ -119,7 +109,7 @@ class WriteShard(PipelineStep):
         world_size: int = 1,
     ) -> Iterator[Document]:
         with (
-            replacing(self._folder / f"{rank:05d}.jsonl.zst") as file,
+            whole_file(self._folder / f"{rank:05d}.jsonl.zst") as file,
             packing(file, "zst") as packed,
         ):
             for document in data:

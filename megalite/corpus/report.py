@@ -11,7 +11,7 @@ from typing import Any
 from datatrove.pipeline.base import PipelineStep
 
 from megalite.corpus.config import CorpusConfig
-from megalite.corpus.files import replacing, write_json
+from megalite.corpus.files import whole_file, write_json
 from megalite.corpus.page import page_of
 from megalite.corpus.split import SPLITS
 from megalite.corpus.tally import Count, Dropped, Tally
@@ -33,7 +33,7 @@ class WriteReport(PipelineStep):
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
         report = make_report(self._output / "work", self._config, self._num_shards)
         write_json(self._output / "report.json", report)
-        with replacing(self._output / "report.html") as file:
+        with whole_file(self._output / "report.html") as file:
             file.write(page_of(report).encode("utf-8", "replace"))
 
 

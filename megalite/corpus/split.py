@@ -17,7 +17,7 @@ from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
 from megalite.corpus.config import SplitConfig
-from megalite.corpus.files import Compression, line_of, packing, replacing, suffix_of, write_json
+from megalite.corpus.files import Compression, line_of, packing, suffix_of, whole_file, write_json
 from megalite.corpus.tally import Count, num_bytes_of
 
 SPLITS = ("train", "valid", "test")
@@ -73,7 +73,7 @@ class WriteSplits(PipelineStep):
                 if split not in opened:  # a split without a document gets no file
                     suffix = suffix_of(self._compression)
                     path = self._output / split / f"{rank:05d}{suffix}"
-                    file = files.enter_context(replacing(path))
+                    file = files.enter_context(whole_file(path))
                     opened[split] = files.enter_context(packing(file, self._compression))
                 opened[split].write(line_of(document))
                 size = num_bytes_of(document.text)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,8 @@ from rich.filesize import decimal
 from megalite.data.documents import Report
 from megalite.errors import DataError
 from megalite.utils.changes import changes
+from megalite.utils.files import replacing
 from megalite.utils.outside import check_apart, read_object
-from megalite.utils.resources import fsync
 
 SHOWN = 4
 """Most settings that a message names."""
@@ -61,10 +60,8 @@ class Preprocessed:
             "text_bytes": self.text_bytes,
             **{name: getattr(self.report, name) for name in LEFT_OUT},
         }
-        final, temporary = Path(f"{self.prefix}.json"), Path(f"{self.prefix}.json.tmp")
-        temporary.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(temporary, final)
-        fsync(final.parent)
+        with replacing(Path(f"{self.prefix}.json"), durable=True) as temporary:
+            temporary.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def check_inputs(prefix: str, files: Iterable[str]) -> None:

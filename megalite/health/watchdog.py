@@ -33,6 +33,7 @@ from megalite.health.report import describe_hang, first_behind, what, who
 from megalite.runtime import error_file
 from megalite.runtime.activity import NOW
 from megalite.runtime.exit_codes import Exit, end_process
+from megalite.utils.files import replacing
 
 JUDGES = 16
 """About how many ranks read all heartbeats as soon as they see no progress. The others step in only much later, in case
@@ -206,9 +207,8 @@ class Watchdog:
                 text = describe_hang(beats, dumped, mine, self._mesh, self._hang_folder)
                 error_file.leave(first_behind(text))
                 os.write(2, text.encode())  # not through sys.stderr, whose lock a hanging thread may hold
-                temporary = report.with_suffix(".tmp")
-                temporary.write_text(text)
-                temporary.replace(report)
+                with replacing(report) as temporary:
+                    temporary.write_text(text)
             else:  # a launcher ends all ranks when the first one leaves
                 self._wait_until(report.exists)
         except Exception as error:

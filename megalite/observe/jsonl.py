@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 from io import FileIO
 from pathlib import Path
 
+from megalite.utils.files import replacing
+
 REPLACED = "metrics.replaced.jsonl"
 """File beside metrics.jsonl for the lines of steps that a resumed run did again."""
 
@@ -107,10 +109,9 @@ def _line(record: Mapping[str, float | None]) -> str:
 
 def _rewind(path: Path, start_step: int) -> tuple[int, int] | None:
     """Move the lines of steps after `start_step` to REPLACED. Returns the first and last of these steps, or None."""
-    temporary = path.with_name(path.name + ".tmp")
     steps: list[int] = []
     lines: list[str] = []
-    try:
+    with replacing(path, durable=True) as temporary:
         with temporary.open("w", encoding="utf-8") as file:
             for record in read_metrics(path):
                 step = int(record["step"] or 0)
@@ -119,16 +120,9 @@ def _rewind(path: Path, start_step: int) -> tuple[int, int] | None:
                 else:
                     steps.append(step)
                     lines.append(_line(record))
-            file.flush()
-            os.fsync(file.fileno())
         # The moved lines are on disk before the file without them takes its name: a crash between loses none.
         if lines:
             _append(path.with_name(REPLACED), "".join(lines).encode())
-        temporary.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
     return (min(steps), max(steps)) if steps else None
 
 

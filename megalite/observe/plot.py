@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megalite.observe.jsonl import read_metrics
+from megalite.utils.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -88,9 +89,8 @@ def plot_loss(
         axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
         axes.set_axisbelow(True)
 
-    temporary = out_path.with_name(out_path.name + ".tmp")
-    figure.savefig(temporary, format="png", facecolor="white")
-    temporary.replace(out_path)
+    with replacing(out_path) as temporary:
+        figure.savefig(temporary, format="png", facecolor="white")
 
 
 def _draw_losses(

@@ -8,6 +8,7 @@ from typing import Any
 
 from megalite.planner.estimate import Estimate
 from megalite.planner.simulate import Event
+from megalite.utils.files import replacing
 
 COLOURS = {
     "F": "#2a6fbb",
@@ -75,9 +76,8 @@ def draw_timeline(estimate: Estimate, path: Path) -> None:
         axes.barh(rank, estimate.optimizer_s * scale, left=end, height=HEIGHT, color=OPTIMIZER, zorder=3)
     _number(axes, events, scale, estimate.step_time_s)
     _dress(figure, axes, estimate, unit)
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, format="png", facecolor="white")
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", facecolor="white")
 
 
 def _unit(seconds: float) -> tuple[float, str]:

@@ -29,6 +29,7 @@ from megalite.training.objectives import DPO, Reference, sum_by_document
 from megalite.training.parts import Parts, forward
 from megalite.training.run import Data, Run, initial_state, make_loader
 from megalite.utils.changes import Change, changes
+from megalite.utils.files import replacing
 
 Forward = Callable[[list[MicroBatch]], Iterable[tuple[Tensor, Inputs, MicroBatch]]]
 
@@ -85,9 +86,8 @@ def write_references(path: Path, parts: Mapping[str, Any], references: Mapping[S
     """Write the log-probabilities, with the `parts` that decided them, to `path`; either all of the file is new or
     none."""
     tensors = {f"{split}.{n}": table for split, found in references.items() for n, table in enumerate(found.tables)}
-    temporary = path.with_name(f"{path.name}.tmp")
-    save_file(tensors, temporary, metadata={"parts": json.dumps(parts)})
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata={"parts": json.dumps(parts)})
 
 
 def read_references(
