@@ -11,7 +11,7 @@ from megalite.config import ModelConfig
 from megalite.errors import ConfigError
 from megalite.models import build_model, from_hf_config, model_config, weight_table
 from megalite.models.architecture import AttentionSpec, LayerSpec
-from megalite.models.layers import CausalAttention, LayerNorm, RMSNorm
+from megalite.models.layers import CoreAttention, LayerNorm, RMSNorm
 from megalite.models.llama import Attention
 from tiny_models import CASES
 
@@ -55,7 +55,7 @@ def test_described_layers_are_what_the_modules_compute(case: str) -> None:
     for layer, spec in zip(model.layers.values(), architecture.layers, strict=True):
         attention: Any = layer.attention
         mixer, core = attention_of(spec), attention.core
-        assert isinstance(core, CausalAttention)
+        assert isinstance(core, CoreAttention)
         assert (mixer.window, mixer.softcap, mixer.scale) == (core.kind.window, core.kind.softcap, core.kind.scale)
         assert mixer.dropout == (core.dropout.p if core.dropout else 0.0)
         assert mixer.rope == (isinstance(attention, Attention) and attention.turn is not None)
