@@ -11,7 +11,7 @@ be done to each; see `engine/matrices.py`. So the bits are those of one process,
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -55,17 +55,10 @@ class PlainOptimizer:
 
     It refuses steps, rounds weights and clips gradients; `compute` says how one update goes."""
 
-    def compute(
-        self,
-        master: Tensor,
-        states: Mapping[str, Tensor],
-        grad: Tensor,
-        num_updates: Tensor,
-        *,
-        lr: float,
-        weight_decay: float,
-    ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """Return the new master weights and states. Must not change its arguments; `grad` is clipped already."""
+    def compute(self, shard: Shard, num_updates: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Return the new master weights and states. Must not change the shard, whose `grad` is clipped already.
+
+        `num_updates` is fp64 [], the number of updates with this one."""
         raise NotImplementedError
 
     def begin_step(self, divisor: Tensor, num_updates: Tensor) -> Tensor:
@@ -74,10 +67,8 @@ class PlainOptimizer:
     def update_(self, shard: Shard, common: Tensor) -> None:
         divisor, num_updates = common
         is_refused = divisor <= 0
-        clipped = shard.grad / divisor.float()
-        value, new_states = self.compute(
-            shard.master, shard.states, clipped, num_updates, lr=shard.lr, weight_decay=shard.weight_decay
-        )
+        clipped = replace(shard, grad=shard.grad / divisor.float())
+        value, new_states = self.compute(clipped, num_updates)
         for name, state in shard.states.items():
             state.copy_(torch.where(is_refused, state, new_states[name]))
         put_weights_(shard, value, is_refused)

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from megalite.config import OptimizerConfig
-from megalite.engine.optimizers import Optimizer, PlainOptimizer
+from megalite.engine.optimizers import Optimizer, PlainOptimizer, Shard
 
 
 class AdagradConfig(OptimizerConfig):
@@ -30,16 +30,7 @@ class Adagrad(PlainOptimizer):
     def __init__(self, eps: float):
         self.eps = eps
 
-    def compute(
-        self,
-        master: Tensor,
-        states: Mapping[str, Tensor],
-        grad: Tensor,
-        num_updates: Tensor,
-        *,
-        lr: float,
-        weight_decay: float,
-    ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        grad = grad.add(master, alpha=weight_decay)
-        total = states["sum"].addcmul(grad, grad)
-        return master.addcdiv(grad, total.sqrt().add_(self.eps), value=-lr), {"sum": total}
+    def compute(self, shard: Shard, num_updates: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
+        grad = shard.grad.add(shard.master, alpha=shard.weight_decay)
+        total = shard.states["sum"].addcmul(grad, grad)
+        return shard.master.addcdiv(grad, total.sqrt().add_(self.eps), value=-shard.lr), {"sum": total}

@@ -9,7 +9,7 @@ from pydantic import field_validator
 from torch import Tensor
 
 from megalite.config import OptimizerConfig
-from megalite.engine.optimizers import Optimizer, PlainOptimizer
+from megalite.engine.optimizers import Optimizer, PlainOptimizer, Shard
 from megalite.engine.optimizers.adamw import below_one
 
 
@@ -33,17 +33,8 @@ class Lion(PlainOptimizer):
     def __init__(self, betas: tuple[float, float]):
         self.betas = betas
 
-    def compute(
-        self,
-        master: Tensor,
-        states: Mapping[str, Tensor],
-        grad: Tensor,
-        num_updates: Tensor,
-        *,
-        lr: float,
-        weight_decay: float,
-    ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        average = states["exp_avg"]
-        step = average.lerp(grad, 1 - self.betas[0]).sign()
-        value = (master * (1 - lr * weight_decay)).sub_(step, alpha=lr)
-        return value, {"exp_avg": average.lerp(grad, 1 - self.betas[1])}
+    def compute(self, shard: Shard, num_updates: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
+        average = shard.states["exp_avg"]
+        step = average.lerp(shard.grad, 1 - self.betas[0]).sign()
+        value = (shard.master * (1 - shard.lr * shard.weight_decay)).sub_(step, alpha=shard.lr)
+        return value, {"exp_avg": average.lerp(shard.grad, 1 - self.betas[1])}

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from megalite.config import OptimizerConfig
-from megalite.engine.optimizers import Optimizer, PlainOptimizer
+from megalite.engine.optimizers import Optimizer, PlainOptimizer, Shard
 
 
 class SGDConfig(OptimizerConfig):
@@ -37,17 +37,8 @@ class SGD(PlainOptimizer):
     def __init__(self, momentum: float, nesterov: bool):
         self.momentum, self.nesterov = momentum, nesterov
 
-    def compute(
-        self,
-        master: Tensor,
-        states: Mapping[str, Tensor],
-        grad: Tensor,
-        num_updates: Tensor,
-        *,
-        lr: float,
-        weight_decay: float,
-    ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        grad = grad.add(master, alpha=weight_decay)
-        buffer = grad.add(states["momentum_buffer"], alpha=self.momentum)
+    def compute(self, shard: Shard, num_updates: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
+        grad = shard.grad.add(shard.master, alpha=shard.weight_decay)
+        buffer = grad.add(shard.states["momentum_buffer"], alpha=self.momentum)
         step = grad.add(buffer, alpha=self.momentum) if self.nesterov else buffer
-        return master.sub(step, alpha=lr), {"momentum_buffer": buffer}
+        return shard.master.sub(step, alpha=shard.lr), {"momentum_buffer": buffer}

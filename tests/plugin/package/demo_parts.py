@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megalite.comm.mesh import Mesh
 from megalite.config import Config, HookConfig, ObjectiveConfig, OptimizerConfig, ScheduleConfig
-from megalite.engine.optimizers import Optimizer, PlainOptimizer
+from megalite.engine.optimizers import Optimizer, PlainOptimizer, Shard
 from megalite.models.architecture import ExpertsSpec
 from megalite.models.hf import REQUIRED
 from megalite.models.layer_loss import LayerLoss
@@ -175,18 +175,10 @@ class Signum(PlainOptimizer):
     def __init__(self, beta: float):
         self.beta = beta
 
-    def compute(
-        self,
-        master: Tensor,
-        states: Mapping[str, Tensor],
-        grad: Tensor,
-        num_updates: Tensor,
-        *,
-        lr: float,
-        weight_decay: float,
-    ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        momentum = states["momentum"].lerp(grad, 1 - self.beta)
-        return master * (1 - lr * weight_decay) - lr * momentum.sign(), {"momentum": momentum}
+    def compute(self, shard: Shard, num_updates: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
+        momentum = shard.states["momentum"].lerp(shard.grad, 1 - self.beta)
+        value = shard.master * (1 - shard.lr * shard.weight_decay) - shard.lr * momentum.sign()
+        return value, {"momentum": momentum}
 
 
 # --- a kernel -----------------------------------------------------------------------------------------------------
