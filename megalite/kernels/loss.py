@@ -1,5 +1,6 @@
 """Vocabulary-parallel cross-entropy (Shoeybi et al. 2019) without a second tensor of the logits' size: the gradient
-overwrites the logits. `linear_cross_entropy` fuses the output head and never holds all logits at once.
+overwrites the logits. `linear_cross_entropy` fuses the output head and never holds all logits at once. Label smoothing
+and a z-loss (`LossTerms`) need no further tensor of that size.
 
 Letters in shapes: N tokens, V vocabulary columns of this rank, D hidden size. The columns are first..first+V of the
 vocabulary. The first `num_valid` of them are real; the rest is padding, which takes no probability. A label outside the
@@ -9,7 +10,7 @@ real columns is `IGNORE` or another rank's.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +24,19 @@ IGNORE = -100
 """Label of a token without loss."""
 
 Combine = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Reduces (lse, target) of this rank's columns, both [N], over the ranks to those of the whole vocabulary."""
+"""Reduces (lse, target) of this rank's columns, [N] and [N] or [2,N], over the ranks to those of the whole
+vocabulary."""
+
+
+class LossTerms(NamedTuple):
+    """What training minimises beside the cross-entropy, by weights: (1 - s) · cross-entropy + s · its mean over all
+    classes as the label + z · lse², with s = `label_smoothing` (Szegedy et al. 2016), z = `z_loss` (Chowdhery et al.
+    2022) and lse the log-sum-exp of a token's logits."""
+
+    z_loss: float
+    label_smoothing: float
+    num_classes: int
+    """Columns of the whole vocabulary, without padding."""
 
 
 def cross_entropy_forward(
@@ -90,8 +103,10 @@ def cross_entropy(
     first: int = 0,
     num_valid: int | None = None,
     combine: Combine | None = None,
+    terms: LossTerms | None = None,
 ) -> Tensor:
-    """Return the fp32 loss of every token, 0 where the label is `IGNORE`: [B,T,V] and [B,T] → [B,T].
+    """Return the fp32 loss of every token, 0 where the label is `IGNORE`: [B,T,V] and [B,T] → [B,T]; with `terms`
+    [B,T,2], the loss to minimise and the cross-entropy in it, which has no gradient of its own.
 
     `logits` are the columns from `first` of the vocabulary, `num_valid` of them real (default: all). `combine` reduces
     over the ranks that hold the others; without it these columns are the whole vocabulary and `labels` must lie in
@@ -100,7 +115,7 @@ def cross_entropy(
     The backward pass overwrites `logits` with their gradient: they must be the fresh output of a product that nothing
     else reads after the forward pass. A second backward pass is refused."""
     num_valid = logits.shape[-1] if num_valid is None else num_valid
-    return _CrossEntropy.apply(logits, labels, first, num_valid, combine)
+    return _CrossEntropy.apply(logits, labels, first, num_valid, combine, terms)
 
 
 class _CrossEntropy(Function):
@@ -112,22 +127,23 @@ class _CrossEntropy(Function):
         first: int,
         num_valid: int,
         combine: Combine | None,
+        terms: LossTerms | None,
     ) -> Tensor:
         logits = logits.contiguous()  # `flatten` below must be a view, for the backward pass to write into it
         labels_N = labels.flatten()
-        lse, target = cross_entropy_forward(logits.flatten(0, -2), labels_N, first, num_valid)
+        lse, target = _forward(logits.flatten(0, -2), labels_N, first, num_valid, terms)
         lse, target = _whole(lse, target, labels_N, first, num_valid, combine)
         ctx.save_for_backward(logits, labels_N, lse)
-        ctx.columns = first, num_valid
-        return _losses(lse, target, labels)
+        ctx.columns, ctx.terms = (first, num_valid), terms
+        return _losses(lse, target, labels, terms)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         logits, labels_N, lse = ctx.saved_tensors
         logits = logits.detach()  # the same memory, which becomes the gradient
-        grad_N = _counted(grad, labels_N)
-        cross_entropy_backward_(logits.flatten(0, -2), labels_N, lse, grad_N, *ctx.columns)
-        return logits, None, None, None, None
+        grad_N = _counted(grad, labels_N, ctx.terms)
+        _backward_(logits.flatten(0, -2), labels_N, lse, grad_N, ctx.columns, ctx.terms)
+        return logits, None, None, None, None, None
 
 
 def linear_cross_entropy(
@@ -139,18 +155,21 @@ def linear_cross_entropy(
     num_valid: int | None = None,
     combine: Combine | None = None,
     wgrad_callback: WgradCallback | None = None,
+    terms: LossTerms | None = None,
 ) -> Tensor:
     """Compute `cross_entropy(x @ weight.T, labels, …)` over chunks of tokens: [B,T,D] and [B,T] → [B,T], or [N,D] and
-    [N] → [N].
+    [N] → [N]; with `terms`, a last dimension of 2.
 
     Only the logits of `rows_per_chunk` tokens exist at a time; the backward pass computes them again. `weight_VD` holds
-    this rank's rows of the head. `first`, `num_valid` and `combine` are those of `cross_entropy`.
+    this rank's rows of the head. `first`, `num_valid`, `combine` and `terms` are those of `cross_entropy`.
 
     The weight's gradient is accumulated in fp32 over the chunks. With `wgrad_callback` each chunk's operands are handed
     over instead, and autograd gives the weight no gradient. The gradient of `x` covers this rank's columns only: the
     caller sums it over the tensor ranks."""
     num_valid = weight_VD.shape[0] if num_valid is None else num_valid
-    return _LinearCrossEntropy.apply(x, weight_VD, labels, rows_per_chunk, first, num_valid, combine, wgrad_callback)
+    return _LinearCrossEntropy.apply(
+        x, weight_VD, labels, rows_per_chunk, first, num_valid, combine, wgrad_callback, terms
+    )
 
 
 class _LinearCrossEntropy(Function):
@@ -165,28 +184,29 @@ class _LinearCrossEntropy(Function):
         num_valid: int,
         combine: Combine | None,
         wgrad_callback: WgradCallback | None,
+        terms: LossTerms | None,
     ) -> Tensor:
         x_ND = x.flatten(0, -2)
         labels_N = labels.flatten()
         lse = x.new_empty(labels_N.shape, dtype=torch.float32)
-        target = torch.empty_like(lse)
-        # Only two numbers a token are kept of its logits: what the backward pass needs beside the logits themselves.
+        target = lse.new_empty((2, len(lse)) if terms and terms.label_smoothing else lse.shape)
+        # Only a few numbers a token are kept of its logits: what the backward pass needs beside the logits themselves.
         for rows in _chunks(labels_N, rows_per_chunk):
             logits = product(x_ND[rows], weight)
-            lse[rows], target[rows] = cross_entropy_forward(logits, labels_N[rows], first, num_valid)
+            lse[rows], target[..., rows] = _forward(logits, labels_N[rows], first, num_valid, terms)
             del logits  # or two chunks of logits would be alive at once
         lse, target = _whole(lse, target, labels_N, first, num_valid, combine)
         ctx.save_for_backward(x, weight, labels_N, lse)
         ctx.rows_per_chunk = rows_per_chunk
-        ctx.columns = first, num_valid
+        ctx.columns, ctx.terms = (first, num_valid), terms
         ctx.wgrad_callback, ctx.parameter = wgrad_callback, weight
-        return _losses(lse, target, labels)
+        return _losses(lse, target, labels, terms)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, labels_N, lse = ctx.saved_tensors
         x_ND = x.flatten(0, -2)
-        grad_N = _counted(grad, labels_N)
+        grad_N = _counted(grad, labels_N, ctx.terms)
         needs_x, needs_weight, *_ = ctx.needs_input_grad
         grad_x = torch.empty_like(x_ND) if needs_x else None
         grad_weight: Tensor | None = None
@@ -198,7 +218,7 @@ class _LinearCrossEntropy(Function):
             wgrad_callback = _accumulate_into(grad_weight)
         for rows in _chunks(labels_N, ctx.rows_per_chunk):
             logits = product(x_ND[rows], weight)
-            cross_entropy_backward_(logits, labels_N[rows], lse[rows], grad_N[rows], *ctx.columns)
+            _backward_(logits, labels_N[rows], lse[rows], grad_N[rows], ctx.columns, ctx.terms)
             if grad_x is not None:
                 input_gradient(logits, weight, out=grad_x[rows])
             if wgrad_callback:
@@ -208,7 +228,7 @@ class _LinearCrossEntropy(Function):
             grad_x = grad_x.view_as(x)
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
-        return grad_x, grad_weight, None, None, None, None, None, None
+        return grad_x, grad_weight, None, None, None, None, None, None, None
 
 
 def _accumulate_into(total: Tensor) -> WgradCallback:
@@ -224,6 +244,43 @@ def _chunks(rows: Tensor, size: int) -> Iterator[slice]:
     return (slice(begin, begin + size) for begin in range(0, len(rows), size))
 
 
+def _forward(
+    logits_NV: Tensor, labels_N: Tensor, first: int, num_valid: int, terms: LossTerms | None
+) -> tuple[Tensor, Tensor]:
+    """Return what `cross_entropy_forward` does. With label smoothing the targets are [2,N]: those of the labels, and
+    the mean logits under the smoothed labels."""
+    lse, target = cross_entropy_forward(logits_NV, labels_N, first, num_valid)
+    if not terms or not terms.label_smoothing:
+        return lse, target
+    mean = logits_NV[:, :num_valid].sum(1, dtype=torch.float32) / terms.num_classes
+    return lse, torch.stack((target, (1 - terms.label_smoothing) * target + terms.label_smoothing * mean))
+
+
+def _backward_(
+    logits_NV: Tensor,
+    labels_N: Tensor,
+    lse_N: Tensor,
+    grad_N: Tensor,
+    columns: tuple[int, int],
+    terms: LossTerms | None,
+) -> None:
+    """Overwrite `logits_NV` with their gradient, as `cross_entropy_backward_` does, that of `terms` included. `columns`
+    are its `first` and `num_valid`."""
+    first, num_valid = columns
+    if not terms:
+        cross_entropy_backward_(logits_NV, labels_N, lse_N, grad_N, first, num_valid)
+        return
+    # d(lse)/d(logits) = softmax, and so d(z · lse²) = 2 · z · lse · softmax. The fill: 0 · inf would be NaN.
+    of_softmax = (grad_N * (1 + 2 * terms.z_loss * lse_N)).masked_fill(grad_N == 0, 0.0)
+    cross_entropy_backward_(logits_NV, labels_N, lse_N, of_softmax, first, num_valid)
+    # That took as much of the label's logit as it gave of the softmax, where the loss takes 1 - label_smoothing.
+    column, here = _column(labels_N, first, num_valid)
+    excess = (of_softmax - (1 - terms.label_smoothing) * grad_N).masked_fill(~here, 0.0)
+    logits_NV.scatter_add_(1, column[:, None], excess[:, None].to(logits_NV.dtype))
+    if terms.label_smoothing:
+        logits_NV[:, :num_valid] -= (terms.label_smoothing / terms.num_classes) * grad_N[:, None]
+
+
 def _whole(
     lse: Tensor,
     target: Tensor,
@@ -232,7 +289,7 @@ def _whole(
     num_valid: int,
     combine: Combine | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return (lse, target) [N] of the whole vocabulary. Without `combine`, assert that all labels are in it."""
+    """Return (lse, target) of the whole vocabulary. Without `combine`, assert that all labels are in it."""
     if combine:
         return combine(lse, target)
     end = first + num_valid
@@ -242,13 +299,18 @@ def _whole(
     return lse, target
 
 
-def _losses(lse_N: Tensor, target_N: Tensor, labels: Tensor) -> Tensor:
-    losses = (lse_N - target_N).view_as(labels)
-    return losses.masked_fill(labels == IGNORE, 0.0)
+def _losses(lse_N: Tensor, target: Tensor, labels: Tensor, terms: LossTerms | None) -> Tensor:
+    losses = lse_N - target
+    if not terms:
+        return losses.view_as(labels).masked_fill(labels == IGNORE, 0.0)
+    plain, smoothed = losses.view(-1, len(lse_N))[[0, -1]]
+    both = torch.stack((smoothed + terms.z_loss * lse_N.square(), plain), -1).view(*labels.shape, 2)
+    return both.masked_fill((labels == IGNORE)[..., None], 0.0)
 
 
-def _counted(grad: Tensor, labels_N: Tensor) -> Tensor:
-    """Return the gradient [N] of the losses, 0 for tokens without a label."""
+def _counted(grad: Tensor, labels_N: Tensor, terms: LossTerms | None) -> Tensor:
+    """Return the gradient [N] of the losses to minimise, 0 for tokens without a label."""
+    grad = grad[..., 0] if terms else grad
     return grad.flatten().masked_fill(labels_N == IGNORE, 0.0)
 
 

@@ -22,7 +22,7 @@ from megalite.kernels.attention import (
     split_heads,
 )
 from megalite.kernels.loss import IGNORE as IGNORE
-from megalite.kernels.loss import cross_entropy
+from megalite.kernels.loss import LossTerms, cross_entropy
 from megalite.kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from megalite.utils.counter_random import random_bits, uniform
 from megalite.utils.keys import key_of
@@ -86,9 +86,10 @@ class Decoder(nn.Module):
         """Return logits [B,T,V] of hidden states behind the last norm."""
         return self.head(x_BTD)
 
-    def losses(self, x_BTD: Tensor, labels_BT: Tensor) -> Tensor:
-        """Return the loss of every token, fp32 [B,T]; 0 where the label is `IGNORE`."""
-        return self.loss(self.predict(x_BTD), labels_BT)
+    def losses(self, x_BTD: Tensor, labels_BT: Tensor, terms: LossTerms | None = None) -> Tensor:
+        """Return the loss of every token, fp32 [B,T]; with `terms` [B,T,2], as `cross_entropy` does. 0 where the label
+        is `IGNORE`."""
+        return self.loss(self.predict(x_BTD), labels_BT, terms)
 
     def run_layers(self, x_BTD: Tensor, places: Places) -> Tensor:
         """Run the layers that are here, one after another: [B,T,D] → [B,T,D]."""
@@ -196,8 +197,8 @@ class CrossEntropy(nn.Module):
     """Compute the loss of every token in fp32; 0 where the label is `IGNORE`. The backward pass overwrites the
     logits."""
 
-    def forward(self, logits: Tensor, labels_BT: Tensor) -> Tensor:
-        return cross_entropy(logits, labels_BT)
+    def forward(self, logits: Tensor, labels_BT: Tensor, terms: LossTerms | None = None) -> Tensor:
+        return cross_entropy(logits, labels_BT, terms=terms)
 
 
 class AttentionStrategy(Protocol):

@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from megalite.comm.mesh import Axis, Mesh
 from megalite.config import TrainConfig
 from megalite.kernels import library
 from megalite.kernels.linear import WeightGradStore
+from megalite.kernels.loss import LossTerms
 from megalite.models.layer_loss import LayerLoss
 from megalite.models.layers import CoreAttention, Decoder, Dropout
 from megalite.models.weights import Weight
@@ -79,7 +81,11 @@ def apply_chunked_loss(model: Decoder, weights: Sequence[Weight], axis: Axis, se
     assert isinstance(model.head.weight, nn.Parameter)
     head = ChunkedHead(model.head.weight, axis, sequence, vocab_size_of(weights), rows)
     model.head, model.loss = head, nn.Identity()  # the head computes the loss itself; nn.Identity is never called
-    model.losses = lambda x_BTD, labels_BT: head(model.norm(x_BTD), labels_BT)  # type: ignore[method-assign]
+
+    def losses(x_BTD: Tensor, labels_BT: Tensor, terms: LossTerms | None = None) -> Tensor:
+        return head(model.norm(x_BTD), labels_BT, terms)
+
+    model.losses = losses  # type: ignore[method-assign]
 
 
 def apply_recompute(model: Decoder, train: TrainConfig) -> None:

@@ -10,6 +10,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from megalite.kernels.loss import LossTerms
 from megalite.models.layers import IGNORE, Decoder, Places
 from megalite.plan import StageSpan
 
@@ -44,6 +45,8 @@ class Inputs:
     labels_BT: Tensor | None = None
     output: Output = "logits"
     """What the last stage returns; losses need labels."""
+    terms: LossTerms | None = None
+    """What losses have beside the cross-entropy."""
     last_B: Tensor | None = None
     """The one token of each row whose logits are asked for; None: logits of all tokens."""
     pairs: Pairs | None = None
@@ -69,8 +72,8 @@ class Stage(nn.Module):
 
     def forward(self, x_BTD: Tensor | None, inputs: Inputs) -> Tensor:
         """Run the stage on `x` [B,T,D] of the stage before, None for the first. Returns [B,T,D] for the next stage;
-        the last returns `inputs.output`: losses [B,T] fp32 (0 where there is no label), logits [B,T or 1,V/n], or
-        hidden states [B,T,D] behind the last norm."""
+        the last returns `inputs.output`: losses [B,T], with `terms` [B,T,2], fp32 (0 where there is no label), logits
+        [B,T or 1,V/n], or hidden states [B,T,D] behind the last norm."""
         model = self.model
         if self.span.first:
             x_BTD = model.embed(inputs.tokens_BT, inputs.places)
@@ -85,7 +88,7 @@ class Stage(nn.Module):
         if inputs.output == "logits":
             return model.predict(x_BTD)
         assert inputs.labels_BT is not None
-        return model.losses(x_BTD, inputs.labels_BT)
+        return model.losses(x_BTD, inputs.labels_BT, inputs.terms)
 
 
 def cut(model: Decoder, span: StageSpan, tied: bool) -> None:

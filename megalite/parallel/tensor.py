@@ -33,7 +33,7 @@ from megalite.comm.collectives import (
 )
 from megalite.comm.mesh import Axis
 from megalite.kernels.linear import ALONE, InputCollectives, WeightGradStore, WgradCallback, linear
-from megalite.kernels.loss import cross_entropy, linear_cross_entropy
+from megalite.kernels.loss import LossTerms, cross_entropy, linear_cross_entropy
 from megalite.models.lora import LoraLinear, Updates
 
 SEQUENCE = 1
@@ -261,9 +261,9 @@ class VocabParallelCrossEntropy(nn.Module):
         super().__init__()
         self.axis, self.vocab_size = axis, vocab_size
 
-    def forward(self, logits: Tensor, labels_BT: Tensor) -> Tensor:
+    def forward(self, logits: Tensor, labels_BT: Tensor, terms: LossTerms | None = None) -> Tensor:
         columns = vocab_columns(logits.shape[-1], self.axis, self.vocab_size)
-        return cross_entropy(logits, labels_BT, *columns, partial(_combine, axis=self.axis))
+        return cross_entropy(logits, labels_BT, *columns, partial(_combine, axis=self.axis), terms)
 
 
 class ChunkedHead(ParallelLinear):
@@ -273,14 +273,14 @@ class ChunkedHead(ParallelLinear):
         super().__init__(weight, None, axis, sequence)
         self.vocab_size, self.rows = vocab_size, rows
 
-    def forward(self, x: Tensor, labels_BT: Tensor | None = None) -> Tensor:
-        """Return logits [B,T,V/n], or with labels the losses [B,T]."""
+    def forward(self, x: Tensor, labels_BT: Tensor | None = None, terms: LossTerms | None = None) -> Tensor:
+        """Return logits [B,T,V/n], or with labels the losses [B,T]; with `terms` as well [B,T,2]."""
         if labels_BT is None:
             return self.multiply(x, None, self.region)
         columns = vocab_columns(self.weight.shape[0], self.axis, self.vocab_size)
         x = _Enter.apply(x, self.region)
         combine = partial(_combine, axis=self.axis) if self.axis.size > 1 else None
-        return linear_cross_entropy(x, self.weight, labels_BT, self.rows, *columns, combine, self.wgrad_callback)
+        return linear_cross_entropy(x, self.weight, labels_BT, self.rows, *columns, combine, self.wgrad_callback, terms)
 
 
 def vocab_columns(held: int, axis: Axis, vocab_size: int) -> tuple[int, int]:
@@ -293,6 +293,6 @@ def _combine(lse: Tensor, target: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
     # Shifted by the largest, no exponential overflows.
     """Combine each rank's log-sum-exp and target logit into those over the whole vocabulary."""
     largest = all_reduce(lse.clone(), axis, dist.ReduceOp.MAX)
-    # One message for both sums.
-    total, target = all_reduce(torch.stack(((lse - largest).exp(), target)), axis).unbind()
-    return largest + total.log(), target
+    # One message for all sums.
+    sums = all_reduce(torch.cat(((lse - largest).exp()[None], target.view(-1, len(lse)))), axis)
+    return largest + sums[0].log(), sums[1:].view_as(target)

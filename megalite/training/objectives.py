@@ -19,6 +19,7 @@ from megalite.config import Config, ObjectiveConfig
 from megalite.data.dataset import Split
 from megalite.data.loader import MicroBatch
 from megalite.data.mixture import Mixture
+from megalite.kernels.loss import LossTerms
 from megalite.models.layers import IGNORE
 from megalite.parallel.outputs import VocabShards
 from megalite.parallel.stage import Inputs, Output, Pairs
@@ -53,17 +54,25 @@ class Objective(Protocol):
 
 
 class NextToken:
-    """Cross-entropy of every token that has a label."""
+    """Cross-entropy of every token that has a label, in training with `terms` beside it; validation is without."""
 
     judges: Output = "losses"
     metrics: tuple[str, ...] = ()
     num_judged = 0
+    terms: LossTerms | None = None
+
+    def __init__(self, terms: LossTerms | None = None):
+        if terms:
+            self.terms, self.metrics = terms, ("cross_entropy",)
 
     def complete(self, inputs: Inputs, micro: MicroBatch, split: Split) -> Inputs:
-        return inputs
+        return replace(inputs, terms=self.terms) if self.terms and split == "train" else inputs
 
     def measure(self, out: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        return out.sum(1), out.new_empty(len(out), 0)
+        if not inputs.terms:
+            return out.sum(1), out.new_empty(len(out), 0)
+        loss_B, cross_entropy_B = out.sum(1).unbind(-1)
+        return loss_B, cross_entropy_B.detach()[:, None]
 
     def judge(self, out: Any, inputs: Inputs) -> tuple[Tensor, Tensor]:
         return self.measure(out, inputs)
@@ -76,9 +85,19 @@ class NextTokenConfig(ObjectiveConfig):
     """Cross-entropy of the next token, or of the classes of a model that has a head for these."""
 
     name: Literal["next_token"] = "next_token"
+    z_loss: float = Field(
+        0.0, ge=0, description="Weight of the squared log-sum-exp of the logits, which it keeps small."
+    )
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="Share of each label that is spread evenly over the whole vocabulary."
+    )
 
     def build(self, config: Config, mesh: Mesh) -> Objective:
-        return NextToken() if config.model.task == "causal" else Classes(len(config.model.labels))
+        labels = config.model.labels
+        terms = None
+        if self.z_loss or self.label_smoothing:
+            terms = LossTerms(self.z_loss, self.label_smoothing, len(labels) or config.model.vocab_size)
+        return NextToken(terms) if config.model.task == "causal" else Classes(len(labels), terms)
 
 
 class Classes(NextToken):
@@ -89,7 +108,8 @@ class Classes(NextToken):
 
     judges: Output = "logits"
 
-    def __init__(self, num_classes: int):
+    def __init__(self, num_classes: int, terms: LossTerms | None = None):
+        super().__init__(terms)
         self.num_classes, self.num_judged = num_classes, 3 * num_classes
 
     def judge(self, out: VocabShards, inputs: Inputs) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from megalite.config import KernelsConfig
 from megalite.kernels import library
 from megalite.kernels.loss import (
     IGNORE,
+    LossTerms,
     cross_entropy,
     cross_entropy_backward_,
     cross_entropy_forward,
@@ -168,6 +169,30 @@ def test_cross_entropy(dtype: torch.dtype, scale: float, device: torch.device) -
     assert losses.shape == labels.shape
     assert (losses[(labels == IGNORE).to(device)] == 0).all()
     close(losses, plain(exact, labels), torch.float32, "losses")
+    assert logits.grad is not None
+    assert exact.grad is not None
+    close(logits.grad, exact.grad, dtype, "gradient")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("terms", [LossTerms(0.01, 0.0, 777), LossTerms(0.0, 0.2, 777), LossTerms(0.01, 0.2, 777)])
+def test_terms_beside_it(terms: LossTerms, dtype: torch.dtype, device: torch.device) -> None:  # noqa: F811
+    """Label smoothing and a z-loss, beside rows without a label that are not finite. The cross-entropy alone is told,
+    and its own gradient counts for nothing."""
+    given, labels = (random(3, 11, 777) * 3).to(dtype), random_labels(3, 11, vocab=777)
+    given[labels == IGNORE] = torch.inf
+    grad, has_label = random(3, 11, 2, seed=4).float(), labels != IGNORE
+    exact = given.double().requires_grad_()
+    found = exact[has_label]
+    wanted = F.cross_entropy(found, labels[has_label], reduction="none", label_smoothing=terms.label_smoothing)
+    wanted = wanted + terms.z_loss * found.logsumexp(1).square()
+    wanted.backward(grad[has_label][:, 0].double())
+    logits = given.to(device).requires_grad_()
+    losses = cross_entropy(logits.clone(), labels.to(device), terms=terms)
+    losses.backward(grad.to(device))
+    assert (losses[~has_label.to(device)] == 0).all()
+    close(losses[has_label.to(device)][:, 0], wanted, torch.float32, "losses")
+    close(losses[..., 1], cross_entropy(given.to(device), labels.to(device)), torch.float32, "cross-entropy")
     assert logits.grad is not None
     assert exact.grad is not None
     close(logits.grad, exact.grad, dtype, "gradient")

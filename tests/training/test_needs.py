@@ -1,5 +1,6 @@
 """Objectives that need more than each token's loss: logits in vocabulary shards, hidden states, or a frozen teacher.
-Loss, metrics, validation and every gradient of a step on each layout, against a plain statement on the clean model."""
+Loss, metrics, validation and every gradient of a step on each layout, against a plain statement on the clean model.
+So does next_token with a z-loss and smoothed labels, which is content with losses."""
 
 from __future__ import annotations
 
@@ -134,6 +135,7 @@ class DistillConfig(ObjectiveConfig):
         return Distill()
 
 
+SETTINGS = {"next_token": {"z_loss": Z, "label_smoothing": SMOOTHING}}
 TEACHER = MODEL | {"hidden_size": 32, "intermediate_size": 40, "tie_embeddings": True}
 """Another model than the one that learns, of as many layers at least as there are stages."""
 
@@ -151,12 +153,13 @@ def write_teacher(folder: Path) -> Path:
 def config_of(
     objective: str, model: dict[str, Any], parallel: dict[str, Any], folder: Path | None = None, **train: Any
 ) -> Config:
+    teacher = {"teacher": str(folder)} if objective == "distill" else {}
     return parse_config(
         {
             "run": {"name": "needs"},
             "model": model,
             "data": {"train": [{"path": "unused"}], "seq_length": LENGTH},
-            "objective": {"name": objective} | ({"teacher": str(folder)} if objective == "distill" else {}),
+            "objective": {"name": objective} | SETTINGS.get(objective, {}) | teacher,
             "parallel": {"bucket_mb": 0.05, **parallel},
             "train": {"steps": 2, "global_batch_size": BATCH, "micro_batch_size": 1, "precision": "fp32", **train},
             "optimizer": {"lr": 1e-2},
@@ -180,7 +183,8 @@ def step_on_rank(rank: int, world_size: int, folder: Path, cases: list[tuple[str
 def step(folder: Path, objective: str, layout: str) -> dict[str, Any]:
     """A training step's results and, before it, the sum of the losses of a validation."""
     ranks, model, parallel = LAYOUTS[layout]
-    config = config_of(objective, model, parallel, folder)
+    name, _, chunk = objective.partition(" in chunks of ")
+    config = config_of(name, model, parallel, folder, loss_chunk=int(chunk) if chunk else None)
     table = weight_table(config.model)
     plan = make_plan(config, table, ranks)
     mesh = make_mesh(plan, torch.device("cpu"))
@@ -213,7 +217,8 @@ def clean_model(values: dict[str, Any], seed: int) -> Decoder:
 
 
 def plain(objective: str, model_values: dict[str, Any]) -> dict[str, Any]:
-    """The same from whole logits, the whole batch at once, with torch alone."""
+    """The same from whole logits, the whole batch at once, with torch alone. Validation of next_token is without what
+    training adds to it."""
     model = clean_model(model_values, SEED)
     batch = whole_batch()
     states: list[Tensor] = []
@@ -231,14 +236,22 @@ def plain(objective: str, model_values: dict[str, Any]) -> dict[str, Any]:
         loss = F.kl_div(logits[is_here].log_softmax(-1), target, log_target=True, reduction="sum")
     (loss / count).backward()
     metrics = {"loss": loss / count, "judged": loss}
-    metrics |= {} if objective == "distill" else {"square": lse.square().mean()}
+    if objective.startswith("next_token"):
+        alone = F.cross_entropy(logits[is_here], batch.labels[is_here], reduction="sum")
+        metrics |= {"cross_entropy": alone / count, "judged": alone}
+    elif objective != "distill":
+        metrics["square"] = lse.square().mean()
     return {
         "metrics": {name: x.item() for name, x in metrics.items()},
         "grads": {name: parameter.grad for name, parameter in model.named_parameters()},
     }
 
 
-CASES = [(objective, layout) for objective in ("smooth", "small", "distill") for layout in LAYOUTS]
+CASES = [(objective, layout) for objective in ("smooth", "small", "distill", "next_token") for layout in LAYOUTS]
+CASES += [
+    ("next_token in chunks of 5", layout)
+    for layout in ("one process", "tensor 2", "pipeline 2, zero bubble", "context 2", "tensor 4")
+]
 
 
 @cache
