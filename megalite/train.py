@@ -24,7 +24,7 @@ from megalite.engine.layout import choose_owners, elements_of
 from megalite.health.guard import Ending
 from megalite.health.signals import StopRequests
 from megalite.health.watchdog import Watchdog
-from megalite.infer.in_training import TasksInTraining
+from megalite.infer.in_training import SamplesInTraining, TasksInTraining
 from megalite.models import weight_table
 from megalite.models.peft import TENSORS
 from megalite.observe.recorder import Recorder
@@ -129,6 +129,7 @@ def open_run(
         state["data"]["skipped"] = sent_back.skipped
     else:
         told += no_effect(config, int(state["step"]), mesh.world.size)
+    samples = SamplesInTraining(config, tokenizer) if config.observe.samples.prompts and tokenizer else None
     start = Start(state, initial_state(config, mesh, checkpoint), base)
     all_agree(True, mesh)  # a start that any rank refuses has written nothing
     recorder = None
@@ -137,7 +138,7 @@ def open_run(
         kept = write_config(config.run.folder, config.to_yaml(), start.step)
         told += [f"the config before is kept as {kept}"] if kept else []
         recorder = open_recorder(config, plan, state, tokenizer)
-    run = Run(config, plan, mesh, recorder, tasks)
+    run = Run(config, plan, mesh, recorder, tasks, samples)
     run.say(*told)
     return run, start
 

@@ -20,6 +20,10 @@ IDLE: tuple[tuple[str, tuple[str, ...], str, Callable[[Config], bool]], ...] = (
         "observe.tasks", ("every", "include_path", "limit"), "observe.tasks.names",
         lambda c: bool(c.observe.tasks.names),
     ),
+    (
+        "observe.samples", ("every", "max_tokens"), "observe.samples.prompts",
+        lambda c: bool(c.observe.samples.prompts),
+    ),
     ("observe", ("eval_every", "eval_batches"), "data.valid or data.split", lambda c: has_valid(c)),
     ("profile", ("ranks", "memory"), "profile.steps", lambda c: bool(c.profile.steps)),
     (

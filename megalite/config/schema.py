@@ -428,6 +428,14 @@ class TasksConfig(Section):
     limit: int | None = Field(None, gt=0, description="Documents of each task to evaluate. All where left out.")
 
 
+class SamplesConfig(Section):
+    """Answers of the model in training to fixed prompts, by its likeliest tokens."""
+
+    prompts: tuple[str, ...] = Field((), description="Texts to go on with. Empty disables.")
+    every: int = Field(100, ge=0, description="Steps between answers. 0 answers at the end only.")
+    max_tokens: int = Field(64, gt=0, description="Length limit of an answer, in tokens.")
+
+
 class ObserveConfig(Section):
     """What is logged and evaluated in training."""
 
@@ -435,6 +443,7 @@ class ObserveConfig(Section):
     eval_every: int = Field(100, ge=0, description="Steps between validations. 0 validates at the end only.")
     eval_batches: int = Field(20, gt=0, description="Global batches of one validation, the same ones every time.")
     tasks: TasksConfig = TasksConfig()
+    samples: SamplesConfig = SamplesConfig()
     wandb: WandbConfig = WandbConfig()
     tensorboard: bool = False
 
@@ -591,10 +600,11 @@ class Config(Section):
                 f"data.seq_length {self.data.seq_length} is longer than model.max_positions {self.model.max_positions}"
                 ", the most that it can be"
             )
-        if self.observe.tasks.names and not self.data.tokenizer:
-            raise ValueError("observe.tasks needs data.tokenizer, to read the texts of tasks")
-        if self.observe.tasks.names and self.model.task != "causal":
-            raise ValueError(f"observe.tasks needs a model that answers, not model.task: {self.model.task}")
+        for name, asked in (("tasks", self.observe.tasks.names), ("samples", self.observe.samples.prompts)):
+            if asked and not self.data.tokenizer:
+                raise ValueError(f"observe.{name} needs data.tokenizer, to read the texts of {name}")
+            if asked and self.model.task != "causal":
+                raise ValueError(f"observe.{name} needs a model that answers, not model.task: {self.model.task}")
         if schedule.min_lr > lr:
             raise ValueError(f"optimizer.schedule.min_lr {schedule.min_lr} is above optimizer.lr {lr}")
         schedule.check(self.train.steps)

@@ -1,4 +1,5 @@
-"""Evaluation of tasks during training: on the training ranks, by the model that is being trained."""
+"""Evaluation of tasks and answers to prompts during training: on the training ranks, by the model that is being
+trained."""
 
 from __future__ import annotations
 
@@ -15,13 +16,18 @@ from megalite.comm.collectives import all_gather, all_reduce
 from megalite.comm.mesh import ALONE, Mesh
 from megalite.config import Config
 from megalite.data.tokenizer import Tokenizer
+from megalite.errors import ConfigError
+from megalite.infer.answer import Answer
+from megalite.infer.batch import Batch
 from megalite.infer.cache import CachedPlaces
 from megalite.infer.evaluate import load_harness
 from megalite.infer.generate import Generator
+from megalite.infer.sampling import Sampling
 from megalite.models.layers import Places
 from megalite.parallel.context import zigzag
 from megalite.parallel.stage import Inputs, Stage
 from megalite.runtime.activity import NOW
+from megalite.utils.outside import shown
 
 if TYPE_CHECKING:
     from megalite.parallel.pipeline import Pipeline
@@ -39,26 +45,62 @@ class TasksInTraining:
         asked, self._config, self._tokenizer = config.observe.tasks, config, tokenizer
         self._harness = load_harness()
         self._tasks = self._harness.load_tasks(asked.names, asked.include_path, asked.limit)
-        model: Any = SimpleNamespace(
-            capacity=config.model.max_positions, vocab_size=config.model.vocab_size, device=torch.device("cpu")
-        )
-        self._tasks.rehearse(self._generator(model))
+        self._tasks.rehearse(_generator(_no_model(config), tokenizer))
         self._fewest = self._tasks.fewest
 
     def measure(self, stages: Sequence[Stage], pipeline: Pipeline | None, mesh: Mesh) -> dict[str, float]:
         """Evaluate the model of `stages` (and `pipeline`) and return the metrics, as `numbers_of` names them, on the
         first data rank; empty elsewhere. All ranks of `mesh` call it."""
-        generator = self._generator(TrainingModel(stages, pipeline, mesh, self._config))
+        generator = _generator(TrainingModel(stages, pipeline, mesh, self._config), self._tokenizer)
         # Under ZeRO-3, data ranks gather each other's weights in every layer: they must run the same forward passes.
         apart = self._config.parallel.zero_stage < 3 and self._fewest >= mesh.data.size
         model = self._harness.HarnessModel(generator, mesh.data if apart else ALONE)
         results = self._tasks.run(model, uncertainty=0)
         return self._harness.numbers_of(results) if results else {}
 
-    def _generator(self, model: Any) -> Generator:
-        """Return a Generator for `model` that ends answers at the end-of-document token."""
-        end = self._tokenizer.eod_id
-        return Generator(model, self._tokenizer, frozenset() if end is None else frozenset({end}))
+
+class SamplesInTraining:
+    """Answers the prompts of `observe.samples` between training steps, by the likeliest tokens: what changes is the
+    model."""
+
+    def __init__(self, config: Config, tokenizer: Tokenizer):
+        """Read the prompts of `config`. Raise ConfigError for one that leaves no room for an answer."""
+        self.prompts, self._config, self._tokenizer = config.observe.samples.prompts, config, tokenizer
+        for number, prompt in enumerate(self.prompts):
+            try:
+                self._ask(_no_model(config), [prompt])
+            except ConfigError as error:
+                raise ConfigError(f"observe.samples.prompts[{number}] = {shown(prompt)}: {error}") from None
+
+    def answer(self, stages: Sequence[Stage], pipeline: Pipeline | None, mesh: Mesh) -> list[str]:
+        """Return the answer of the model of `stages` (and `pipeline`) to each prompt, the same on all ranks of `mesh`,
+        which all call it. An answer ends where logits are not finite."""
+        batch, answers = self._ask(TrainingModel(stages, pipeline, mesh, self._config), self.prompts)
+        while batch.busy:
+            batch.step()
+        return [answer.text for answer in answers]
+
+    def _ask(self, model: Any, prompts: Sequence[str]) -> tuple[Batch, list[Answer]]:
+        """Return a batch of `model` with an answer to each of `prompts`, still to be generated. Raise ConfigError."""
+        generator, most = _generator(model, self._tokenizer), self._config.observe.samples.max_tokens
+        batch, answers = Batch(model, generator.ends), list[Answer]()
+        for prompt in prompts:
+            answers.append(generator.start(generator.request(prompt, most, Sampling(temperature=0.0))))
+            batch.add(answers[-1])
+        return batch, answers
+
+
+def _no_model(config: Config) -> Any:
+    """Return what stands for the model of `config` where only its sizes are asked for."""
+    return SimpleNamespace(
+        capacity=config.model.max_positions, vocab_size=config.model.vocab_size, device=torch.device("cpu")
+    )
+
+
+def _generator(model: Any, tokenizer: Tokenizer) -> Generator:
+    """Return a Generator for `model` that ends answers at the end-of-document token."""
+    end = tokenizer.eod_id
+    return Generator(model, tokenizer, frozenset() if end is None else frozenset({end}))
 
 
 class TrainingModel:

@@ -7,7 +7,7 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import rich.console
@@ -186,6 +186,11 @@ class Console:
                 found.append(f"{key.removeprefix('tasks/')} {x:.4f}")
         label = self._at("tasks", record["step"])
         self._print(f"{label}  {', '.join(found)}", "bold green")
+
+    def samples(self, step: int, prompts: Sequence[str], answers: Sequence[str]) -> None:
+        """Print an answer a line, quoted: what else it holds may not reach a terminal."""
+        for prompt, answer in zip(prompts, answers, strict=True):
+            self._print(f"{self._at('sample', step)}  {prompt!r} → {answer!r}", "cyan")
 
     def message(self, text: str) -> None:
         """Print a message of another part of the run."""

@@ -1,4 +1,5 @@
-"""metrics.jsonl: one JSON object a line, one line a step, with evaluations in between. Other tools read this record."""
+"""metrics.jsonl: one JSON object a line, one line a step, with evaluations in between. Other tools read this record.
+samples.jsonl likewise: one line an answer to a prompt."""
 
 from __future__ import annotations
 
@@ -6,20 +7,23 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
+from typing import Any
 
 from megalite.utils.files import replacing
-
-REPLACED = "metrics.replaced.jsonl"
-"""File beside metrics.jsonl for the lines of steps that a resumed run did again."""
 
 MOST_PENDING = 32 << 20
 """Bytes of lines that may wait in memory for a disk. Beyond it the oldest are lost."""
 
 
-def read_metrics(path: Path) -> Iterator[dict[str, float | None]]:
+def replaced(path: Path) -> Path:
+    """Return the file beside a metrics.jsonl for the lines of steps that a resumed run did again."""
+    return path.with_suffix(".replaced.jsonl")
+
+
+def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the records of a metrics.jsonl, in order. Lines that are not records, as after a crash, are skipped."""
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
@@ -34,8 +38,8 @@ def read_metrics(path: Path) -> Iterator[dict[str, float | None]]:
 class JsonlSink:
     """Sink that appends records to metrics.jsonl.
 
-    After a resume from step `start_step` the lines of later steps are first moved to metrics.replaced.jsonl beside
-    `path`: the file reads as if the run had never stopped, and nothing is lost.
+    After a resume from step `start_step` the lines of later steps are first moved to `replaced(path)`: the file reads
+    as if the run had never stopped, and nothing is lost.
 
     No line is lost to a disk that is full or gone: lines wait in memory until one can be written again. `say` prints a
     line for the user when that begins."""
@@ -52,12 +56,15 @@ class JsonlSink:
         self._error: OSError | None = None
         self._flush()
 
-    def step(self, record: dict[str, float]) -> None:
+    def step(self, record: dict[str, Any]) -> None:
         """Append a record."""
         self._pending += _line(record).encode()
         self._flush()
 
     evaluation = tasks = step
+
+    def samples(self, step: int, prompts: Sequence[str], answers: Sequence[str]) -> None:
+        """Leave samples to `SamplesSink`."""
 
     def close(self, status: str) -> None:
         """Write what is pending and close the file. Raises OSError if lines are lost."""
@@ -75,7 +82,9 @@ class JsonlSink:
                 self._rewound = True
                 if moved:
                     first, last = moved
-                    self._say(f"{self._path}: lines of steps {first} to {last}, done again, go to {REPLACED}")
+                    self._say(
+                        f"{self._path}: lines of steps {first} to {last}, done again, go to {replaced(self._path).name}"
+                    )
             if self._file is None:
                 self._file = FileIO(self._path, "a")
             while self._pending:
@@ -98,7 +107,23 @@ class JsonlSink:
             self._file = None
 
 
-def _line(record: Mapping[str, float | None]) -> str:
+class SamplesSink(JsonlSink):
+    """Sink that appends answers to prompts to samples.jsonl."""
+
+    name = "samples.jsonl"
+
+    def step(self, record: dict[str, float]) -> None:
+        """Leave records to metrics.jsonl."""
+
+    evaluation = tasks = step
+
+    def samples(self, step: int, prompts: Sequence[str], answers: Sequence[str]) -> None:
+        """Append a line for each answer."""
+        for prompt, answer in zip(prompts, answers, strict=True):
+            super().step({"step": step, "prompt": prompt, "answer": answer})
+
+
+def _line(record: Mapping[str, Any]) -> str:
     finite = dict(record)
     for key, x in record.items():
         # JSON has no NaN or infinity; null keeps every reader working.
@@ -108,7 +133,7 @@ def _line(record: Mapping[str, float | None]) -> str:
 
 
 def _rewind(path: Path, start_step: int) -> tuple[int, int] | None:
-    """Move the lines of steps after `start_step` to REPLACED. Returns the first and last of these steps, or None."""
+    """Move the lines of steps after `start_step` to `replaced(path)`. Returns the first and last of these, or None."""
     steps: list[int] = []
     lines: list[str] = []
     with replacing(path, durable=True) as temporary:
@@ -122,7 +147,7 @@ def _rewind(path: Path, start_step: int) -> tuple[int, int] | None:
                     lines.append(_line(record))
         # The moved lines are on disk before the file without them takes its name: a crash between loses none.
         if lines:
-            _append(path.with_name(REPLACED), "".join(lines).encode())
+            _append(replaced(path), "".join(lines).encode())
     return (min(steps), max(steps)) if steps else None
 
 

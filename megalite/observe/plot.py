@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,6 +41,9 @@ class PlotSink:
             self._draw()
 
     def tasks(self, record: dict[str, float]) -> None:
+        pass
+
+    def samples(self, step: int, prompts: Sequence[str], answers: Sequence[str]) -> None:
         pass
 
     def close(self, status: str) -> None:

@@ -1,4 +1,5 @@
-"""Hands the records of a run to its sinks: console, metrics.jsonl, TensorBoard, W&B, loss.png. Rank 0 only.
+"""Hands the records of a run to its sinks: console, metrics.jsonl, samples.jsonl, TensorBoard, W&B, loss.png. Rank 0
+only.
 
 A sink that fails is dropped with one warning: training never ends because something could not be recorded.
 """
@@ -6,13 +7,13 @@ A sink that fails is dropped with one warning: training never ends because somet
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 from megalite.config import Config
 from megalite.observe.console import Console
-from megalite.observe.jsonl import JsonlSink
+from megalite.observe.jsonl import JsonlSink, SamplesSink
 from megalite.observe.plot import PlotSink
 from megalite.observe.tensorboard import TensorboardSink
 from megalite.observe.wandb import WandbSink
@@ -32,6 +33,9 @@ class Sink(Protocol):
 
     def tasks(self, record: dict[str, float]) -> None:
         """Receive the results of downstream tasks."""
+
+    def samples(self, step: int, prompts: Sequence[str], answers: Sequence[str]) -> None:
+        """Receive the answers to prompts after a step."""
 
     def close(self, status: str) -> None:
         """Write what is pending and end. No other call follows."""
@@ -66,6 +70,8 @@ class Recorder:
         shown = layout or {}
         self._console = self._add(lambda: Console(config, folder, num_params, start_step, shown), "console")
         self._add(lambda: JsonlSink(metrics, start_step, self.message), JsonlSink.name)
+        if config.observe.samples.prompts:
+            self._add(lambda: SamplesSink(folder / "samples.jsonl", start_step, self.message), SamplesSink.name)
         if config.observe.tensorboard:
             self._add(lambda: TensorboardSink(folder / "tensorboard", start_step), TensorboardSink.name)
         if config.observe.wandb.mode != "disabled":
@@ -92,6 +98,10 @@ class Recorder:
     def tasks(self, record: dict[str, float]) -> None:
         """Record the results of downstream tasks. `record` has step and tasks/NAME/METRIC of each."""
         self._each(lambda sink: sink.tasks(record))
+
+    def samples(self, step: int, prompts: Sequence[str], answers: Sequence[str]) -> None:
+        """Record the model's answers to prompts, after a step."""
+        self._each(lambda sink: sink.samples(step, prompts, answers))
 
     def message(self, text: str) -> None:
         """Print a line on the console, or on stderr if there is none."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 
 class TensorboardSink:
-    """Sink that writes `train/*`, `valid/*` and `tasks/*` scalars. Raises ImportError without tensorboard."""
+    """Sink that writes `train/*`, `valid/*` and `tasks/*` scalars, and samples as texts. Raises ImportError without
+    tensorboard."""
 
     name = "TensorBoard"
 
@@ -26,6 +28,13 @@ class TensorboardSink:
     def tasks(self, record: dict[str, float]) -> None:
         named = {key.removeprefix("tasks/"): value for key, value in record.items()}
         self._write("tasks", named)
+        self._writer.flush()
+
+    def samples(self, step: int, prompts: Sequence[str], answers: Sequence[str]) -> None:
+        for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+            # Indented, the text is no Markdown.
+            text = "".join(f"    {line}\n" for line in (prompt + answer).split("\n"))
+            self._writer.add_text(f"samples/{number}", text, step)
         self._writer.flush()
 
     def close(self, status: str) -> None:

@@ -11,7 +11,7 @@ import os
 import queue
 import secrets
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -47,7 +47,7 @@ class WandbSink:
         self._folder = folder
         self._say = say
         # Records, and at the end the exit code.
-        self._queue: queue.Queue[dict[str, float] | int] = queue.Queue(QUEUED_RECORDS)
+        self._queue: queue.Queue[dict[str, Any] | int] = queue.Queue(QUEUED_RECORDS)
         # A daemon, so that an upload that hangs does not keep the process alive.
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
         self._thread.start()
@@ -63,6 +63,9 @@ class WandbSink:
         """Record the results of tasks. Without a `step` they come after what the run has recorded so far."""
         self._put(record)
 
+    def samples(self, step: int, prompts: Sequence[str], answers: Sequence[str]) -> None:
+        self._put({"step": step, "samples": list(map(list, zip(prompts, answers, strict=True)))})
+
     def close(self, status: str) -> None:
         """Finish the run and wait for the upload, CLOSE_SECONDS at most. Raises TimeoutError."""
         self._put(1 if status == "failed" else 0)
@@ -70,7 +73,7 @@ class WandbSink:
         if self._thread.is_alive():
             raise TimeoutError(f"no answer in {CLOSE_SECONDS} s; `wandb sync` can upload what is on disk later")
 
-    def _put(self, item: dict[str, float] | int) -> None:
+    def _put(self, item: dict[str, Any] | int) -> None:
         """Queue a record or the exit code. Raises TimeoutError if the thread has fallen too far behind."""
         if not self._thread.is_alive():
             return  # turned off; _work has said why
@@ -86,6 +89,8 @@ class WandbSink:
             while isinstance(item := self._queue.get(), dict):
                 record = dict(item)
                 step = record.pop("step", None)
+                if "samples" in record:
+                    record["samples"] = _table(record["samples"])
                 run.log(record, step=None if step is None else int(step))
             run.finish(exit_code=item)
         except Exception as error:  # no error of wandb may end the training
@@ -141,6 +146,13 @@ class WandbSink:
     def _warn(self, what: str, error: Exception) -> None:
         reason = " ".join(str(error).split()) or type(error).__name__
         self._say(f"warning: W&B {what}: {hide_secrets(reason)}")
+
+
+def _table(rows: list[list[str]]) -> Any:
+    """Return answers to prompts as a table of W&B."""
+    import wandb
+
+    return wandb.Table(columns=["prompt", "answer"], data=rows)
 
 
 def _has_credentials(base_url: str) -> bool:

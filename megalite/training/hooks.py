@@ -236,6 +236,26 @@ class MeasureTasks(Hook):
             run.recorder.tasks({"step": step.number} | {f"tasks/{name}": value for name, value in found.items()})
 
 
+class AnswerPrompts(Hook):
+    """Answer the prompts of `observe.samples` every `observe.samples.every` steps."""
+
+    def __init__(self, run: Run, parts: Parts):
+        self._run, self._parts = run, parts
+
+    def is_due(self, step: Step) -> bool:
+        return self._run.due(step.number, self._run.config.observe.samples.every) and not step.asked
+
+    def act(self, step: Step) -> None:
+        run, parts = self._run, self._parts
+        if run.samples is None or self not in step.due:
+            return
+        NOW.begin("answering prompts", step.number)
+        parts.train(False)
+        answers = run.samples.answer(parts.stages, parts.pipeline, run.mesh)
+        if run.recorder:
+            run.recorder.samples(step.number, run.samples.prompts, answers)
+
+
 class Save(Hook):
     """Write checkpoints every `checkpoint.every` steps, and before the run leaves."""
 
@@ -301,6 +321,7 @@ def make_hooks(
         "guard": GuardNumbers(run, parts, loader, guard),
         "evaluation": Evaluate(run, parts, data),
         **({"tasks": MeasureTasks(run, parts)} if run.tasks else {}),
+        **({"prompts": AnswerPrompts(run, parts)} if run.samples else {}),
     }
     for config in run.config.hooks:
         same = sum(name.partition("#")[0] == config.name for name in hooks)
