@@ -87,6 +87,9 @@ class Plan:
     """Forward passes of each rank per optimizer step."""
     tokens_per_step: int
     steps: int
+    """0 where `train.epochs` gives the length, which is known once the data is open."""
+    tokens: int
+    """Tokens of the whole run, or 0."""
     num_params: int
     params_per_rank: int
     """Parameters on the fullest rank."""
@@ -127,7 +130,8 @@ class Plan:
             ("micro-batches per step", f"{self.micro_batches} of {self.micro_batch_size}"),
             (
                 "tokens",
-                f"{self.tokens_per_step:,} a step, {self.tokens_per_step * self.steps:,} in {self.steps:,} steps",
+                f"{self.tokens_per_step:,} a step, "
+                + (f"{self.tokens:,} in {self.steps:,} steps" if self.steps else "in train.epochs of the data"),
             ),
             *((f"memory: {name}", f"{size / 2**20:,.1f} MiB a rank") for name, size in self.memory_bytes.items()),
         ]
@@ -192,6 +196,7 @@ def make_plan(config: Config, weights: Sequence[Sized], world_size: int) -> Plan
         micro_batches=micro_batches,
         tokens_per_step=train.global_batch_size * config.data.seq_length,
         steps=train.steps,
+        tokens=config.num_tokens,
         num_params=sum(weight.numel for weight in weights),
         params_per_rank=params_per_rank,
         num_trained=sum(weight.numel for weight in weights if not weight.frozen),

@@ -4,7 +4,9 @@ themselves are in training/loop.py, and what is done beside them in training/hoo
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 from megalite import make_callable
@@ -19,6 +21,8 @@ from megalite.comm.mesh import Launch, Mesh, make_mesh
 from megalite.config import Config
 from megalite.config.no_effect import no_effect
 from megalite.data.checks import check_same_everywhere, open_data
+from megalite.data.dataset import RowSource
+from megalite.data.mixture import Mixture
 from megalite.data.tokenizer import Tokenizer, load_tokenizer
 from megalite.engine.layout import choose_owners, elements_of
 from megalite.health.guard import Ending
@@ -42,6 +46,8 @@ from megalite.training.run import Data, Run, Start, initial_state, make_loader
 make_callable(__name__)  # as `train`, below
 
 SOURCES_SHOWN = 8
+MOST_EPOCHS = 10
+"""Times through labelled rows above which a run warns."""
 
 
 def train(config: Config) -> Exit:
@@ -55,7 +61,8 @@ def train(config: Config) -> Exit:
     meeting = launch.arrive(config.health.hang_timeout_s)
     check_run_folder(config.run.folder)
     plan = make_plan(config, weight_table(config.model, config.lora), launch.world_size)
-    tokenizer, data = open_data(config)
+    config, tokenizer, data = open_data(config)
+    plan = replace(plan, steps=config.train.steps, tokens=config.num_tokens)
     tasks = TasksInTraining(config, tokenizer) if config.observe.tasks.names and tokenizer else None
     launch.join(config.health.collective_timeout_s, meeting)
     mesh = make_mesh(plan, launch.device)
@@ -165,6 +172,24 @@ def open_recorder(config: Config, plan: Plan, state: dict[str, Any], tokenizer: 
     )
 
 
+def _epochs(config: Config, train: Mixture) -> Iterator[str]:
+    """Yield lines for the console: how often the run goes through its sources, and what a step is of that."""
+    epochs = train.epochs(config.train.samples_after(config.train.steps))
+    most = sorted(epochs.items(), key=lambda item: -item[1])[:SOURCES_SHOWN]
+    share = config.train.global_batch_size / train.num_samples
+    rows = sum(source.num_rows for source in train.sources if isinstance(source, RowSource))
+    is_labelled = all(isinstance(source, RowSource) for source in train.sources)
+    a_step = f"{rows * share:,.1f} of {rows:,} rows, " if is_labelled else ""
+    shown = ", ".join(f"{name} {count:.2f}" for name, count in most)
+    yield f"epochs: {shown}; a step is {a_step}{share:.3g} of an epoch"
+    for name, source in zip(train.names, train.sources, strict=True):
+        if isinstance(source, RowSource) and epochs[name] > MOST_EPOCHS:
+            yield (
+                f"warning: the run goes {epochs[name]:.1f} times through the labelled rows of {name}; models learn "
+                f"them by heart long before: {MOST_EPOCHS} times are many"
+            )
+
+
 def train_from(run: Run, parts: Parts, data: Data, start: Start, requests: StopRequests) -> Ending:
     """Train from `start` to the end of this run; return why it ended. `requests` tells of signals to stop.
 
@@ -173,9 +198,7 @@ def train_from(run: Run, parts: Parts, data: Data, start: Start, requests: StopR
     assert data["train"] is not None
     run.say(*(remark for mixture in data.values() if mixture for remark in mixture.remarks()))
     if config.data.order != "megatron":  # that order has as many samples as are asked for
-        epochs = data["train"].epochs(config.train.steps * config.train.global_batch_size)
-        most = sorted(epochs.items(), key=lambda item: -item[1])[:SOURCES_SHOWN]
-        run.say(f"epochs: {', '.join(f'{name} {count:.2f}' for name, count in most)}")
+        run.say(*_epochs(config, data["train"]))
     if isinstance(parts.objective, DPO):
         prepare_references(run, parts, data)
     parts.engine.load(start.weights, state.get("updates", state["step"]))

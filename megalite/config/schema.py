@@ -16,6 +16,7 @@ from pydantic import (
     Field,
     SerializeAsAny,
     ValidationInfo,
+    field_serializer,
     field_validator,
     model_validator,
 )
@@ -25,6 +26,7 @@ from megalite.config.optimizer import OptimizerConfig
 from megalite.config.section import Choice, Section, at_home
 from megalite.errors import ConfigError
 from megalite.registry import Registry
+from megalite.utils.counts import parse_count
 from megalite.utils.urls import check_no_secret
 
 if TYPE_CHECKING:
@@ -327,7 +329,21 @@ class ParallelConfig(Section):
 class TrainConfig(Section):
     """Length, batch size, precision and memory of training."""
 
-    steps: int = Field(gt=0, description="Optimizer steps of the whole run; the schedule spans them.")
+    steps: int = Field(
+        0,
+        gt=0,
+        description="Optimizer steps of the whole run; the schedule spans them. They follow from `tokens` or `epochs` "
+        "where one of these is given.",
+    )
+    tokens: int | None = Field(
+        None, gt=0, description="Length of the run in tokens, such as 300B, rounded up to whole steps."
+    )
+    epochs: float | None = Field(
+        None,
+        gt=0,
+        description="Length of the run in times that all samples of the train sources are as many as it takes, rounded "
+        "up to whole steps.",
+    )
     stop_at: int | None = Field(None, gt=0, description="Save and exit after this step, to be resumed later.")
     global_batch_size: int = Field(gt=0, description="Sequences per optimizer step, over all ranks.")
     micro_batch_size: int = Field(1, gt=0, description="Sequences per forward pass of one rank.")
@@ -348,6 +364,39 @@ class TrainConfig(Section):
         "null: all.",
     )
     seed: int = Field(1234, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_steps_yet(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("steps", 0) is None:
+            return {name: value for name, value in values.items() if name != "steps"}
+        return values
+
+    @field_validator("tokens", mode="before")
+    @classmethod
+    def _with_a_unit(cls, tokens: Any) -> Any:
+        return int(parse_count(tokens)) if isinstance(tokens, str) else tokens
+
+    @field_serializer("steps")
+    def _steps_that_are_known(self, steps: int) -> int | None:
+        return steps or None
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainConfig:
+        given = [name for name in ("steps", "tokens", "epochs") if getattr(self, name)]
+        if not given:
+            raise ValueError("give the length of the run: steps, tokens or epochs")
+        if given[-2:] == ["tokens", "epochs"]:
+            raise ValueError(f"tokens {self.tokens} and epochs {self.epochs} are two lengths of the run; give one")
+        return self
+
+    def samples_after(self, steps: int) -> int:
+        """Return how many samples the run has trained on after `steps` steps."""
+        return steps * self.global_batch_size
+
+    def steps_for(self, samples: int) -> int:
+        """Return the fewest steps that train on `samples` samples."""
+        return -(-samples // self.global_batch_size)
 
     @model_validator(mode="after")
     def _layers_of_something(self) -> TrainConfig:
@@ -568,6 +617,23 @@ class Config(Section):
     hooks: tuple[SerializeAsAny[HookConfig], ...] = Field((), description="What plugins do beside the steps, by name.")
 
     @model_validator(mode="after")
+    def _tokens_are_steps(self) -> Config:
+        tokens = self.train.tokens
+        return self if tokens is None else self.of_samples(-(-tokens // self.data.seq_length), f"train.tokens {tokens}")
+
+    def of_samples(self, count: int, why: str) -> Config:
+        """Return the config with `train.steps` for `count` samples, which `why` asks for. Raises ValueError where other
+        steps are given, or do not go with the schedule."""
+        train, steps = self.train, self.train.steps_for(count)
+        if train.steps not in (0, steps):
+            raise ValueError(
+                f"train.steps {train.steps} and {why}, which is {steps} steps, are two lengths of the run; give one, "
+                "and null for the other"
+            )
+        self.optimizer.schedule.check(steps)
+        return self.model_copy(update={"train": train.model_copy(update={"steps": steps})})
+
+    @model_validator(mode="after")
     def _objective_and_hooks_fit(self) -> Config:
         task = self.model.task
         if task != "causal" and not self.data.document_mask:
@@ -607,9 +673,12 @@ class Config(Section):
                 raise ValueError(f"observe.{name} needs a model that answers, not model.task: {self.model.task}")
         if schedule.min_lr > lr:
             raise ValueError(f"optimizer.schedule.min_lr {schedule.min_lr} is above optimizer.lr {lr}")
-        schedule.check(self.train.steps)
+        if self.train.steps:
+            schedule.check(self.train.steps)
         self._best_can_be_told()
         health = self.health
+        if self.train.epochs and self.data.order == "megatron":
+            raise ValueError("data.order: megatron has as many samples as are asked for; give train.steps or .tokens")
         if "rewind" in (health.not_finite, health.loss_spike, health.grad_norm_spike) and self.data.order == "megatron":
             raise ValueError(
                 "data.order: megatron has no more samples than train.steps need, and so none in place of those that a "
@@ -628,6 +697,11 @@ class Config(Section):
                 f"checkpoint.keep_best needs a validation at each checkpoint, but checkpoint.every {every} is no "
                 f"multiple of observe.eval_every {eval_every}"
             )
+
+    @property
+    def num_tokens(self) -> int:
+        """Return the tokens of the whole run; 0 where its steps are not known yet."""
+        return self.train.samples_after(self.train.steps) * self.data.seq_length
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,20 +17,32 @@ from megalite.data.formats import FORMATS
 from megalite.data.indexed import IndexedDataset, read_note
 from megalite.data.mixture import Mixture, build_mixtures
 from megalite.data.tokenizer import Tokenizer, load_tokenizer, other_tokenizer
-from megalite.errors import DataError
+from megalite.errors import ConfigError, DataError
 from megalite.utils.changes import changes, spelled
 from megalite.utils.keys import key_of
 from megalite.utils.outside import shown
 
 
-def open_data(config: Config) -> tuple[Tokenizer | None, dict[Split, Mixture | None]]:
-    """Return the tokenizer and the mixtures of `config`, fully checked, for training as well as for inspection. Raise
-    DataError."""
+def open_data(config: Config) -> tuple[Config, Tokenizer | None, dict[Split, Mixture | None]]:
+    """Return `config` with its length in steps, its tokenizer and its mixtures, fully checked, for training as well as
+    for inspection. Raise DataError or ConfigError."""
     tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
     data = build_mixtures(config, tokenizer)
     check_vocabulary(config, tokenizer)
     check_labelled(config)
-    return tokenizer, data
+    return with_steps(config, data["train"]), tokenizer, data
+
+
+def with_steps(config: Config, train: Mixture | None) -> Config:
+    """Return `config` with the steps of its `train.epochs`, if it has these. Raise ConfigError."""
+    epochs = config.train.epochs
+    if epochs is None:
+        return config
+    assert train is not None
+    try:
+        return config.of_samples(math.ceil(round(epochs * train.num_samples, 6)), f"train.epochs {epochs} of this data")
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def check_vocabulary(config: Config, tokenizer: Tokenizer | None) -> None:

@@ -236,6 +236,11 @@ class RowSource:
         return learned
 
     @property
+    def num_rows(self) -> int:
+        """Return the number of rows that are learned from; of pairs, where `together` is 2."""
+        return len(self._kept)
+
+    @property
     def most_documents(self) -> int:
         """Return the largest number of documents in a sample."""
         return int(np.diff(self._packing.first_piece).max()) * self.together

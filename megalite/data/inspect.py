@@ -116,7 +116,7 @@ def _print_lengths(lengths: Int64s, num_documents: int, console: Console) -> Non
 def inspect_samples(config: Config, split: Split, count: int, start: int, console: Console) -> None:
     """Print where the tokens of a run's `split` come from, and `count` samples from number `start` on, exactly as the
     model sees them. Raise DataError."""
-    tokenizer, data = open_data(config)
+    config, tokenizer, data = open_data(config)
     mixture = data[split]
     if mixture is None:
         raise DataError(f"the config has no data for {split}")
@@ -144,7 +144,7 @@ def inspect_samples(config: Config, split: Split, count: int, start: int, consol
 
 def _print_sources(config: Config, mixture: Mixture, split: Split, console: Console) -> None:
     """Print a table of the sources with their samples, and for training their share of the run and epochs."""
-    num_samples = config.train.steps * config.train.global_batch_size
+    num_samples = config.train.samples_after(config.train.steps)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("source", "samples", "tokens", *(["share of the run", "epochs"] if split == "train" else [])):
         table.add_column(name, justify="left" if name == "source" else "right")

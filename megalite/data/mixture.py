@@ -86,6 +86,11 @@ class Mixture:
         if any(source.seq_length != self.seq_length for source in sources):
             raise DataError(f"sources of one mixture are cut by lengths of {[s.seq_length for s in sources]}")
 
+    @property
+    def num_samples(self) -> int:
+        """Return how many samples all sources together have: an epoch."""
+        return sum(source.num_samples for source in self.sources)
+
     def read(self, indices: npt.ArrayLike) -> Samples:
         """Return what the model sees of the global sample `indices`, [n]. Raise ValueError for an index outside the
         run."""
@@ -159,7 +164,7 @@ class Mixture:
     def num_batches(self, global_batch_size: int, most: int) -> int:
         """Return how many batches an evaluation reads, at most `most`. A split smaller than one batch of
         `global_batch_size` is read more than once."""
-        return max(1, min(most, sum(source.num_samples for source in self.sources) // global_batch_size))
+        return max(1, min(most, self.num_samples // global_batch_size))
 
     def fingerprint(self) -> str:
         """Return a hexadecimal digest of everything that decides which tokens sample i has. The files are read for it
@@ -244,7 +249,7 @@ def _build_mixture(
     wanted: tuple[SourceConfig, ...] = getattr(data, which) if shares is None else data.train
     if not wanted or (shares is not None and shares[SPLITS.index(which)] == 0):
         return None
-    num_samples = config.train.steps * config.train.global_batch_size
+    num_samples = config.train.samples_after(config.train.steps)
     is_megatron = data.order == "megatron" and which == "train"
     weights = [item.weight for item in wanted]
     sizes: list[int | None] = [None] * len(wanted)
@@ -339,10 +344,10 @@ def _phases(
     config: Config, which: Split, weights: Sequence[float], sources: Sequence[SampleSource], names: Sequence[str]
 ) -> list[Phase]:
     """Return the sources' shares of the samples in each phase. Validation uses the sources' own weights."""
-    data, batch = config.data, config.train.global_batch_size
+    data, train = config.data, config.train
     phases = [(0, weights)]
-    if which == "train":
-        phases += [(phase.after_step * batch, [phase.weights.get(n, 0.0) for n in names]) for phase in data.phases]
+    for phase in data.phases if which == "train" else ():
+        phases.append((train.samples_after(phase.after_step), [phase.weights.get(n, 0.0) for n in names]))
     sizes = [source.num_samples if data.weights == "epochs" else 1 for source in sources]
     return [
         # A temperature above 1 brings the shares of large and small sources closer together.

@@ -92,7 +92,7 @@ class Console:
         if layout:
             axes = "  ".join(f"{key} {value}" for key, value in layout.items())
             self._print(axes, "dim")
-        in_all = compact(self._total * tokens)
+        in_all = compact(config.num_tokens)
         self._print(f"{self._total:,} steps of {tokens:,} tokens, {in_all} in all", "dim")
         if start_step:
             self._print(f"resumed after step {start_step:,}", "dim")

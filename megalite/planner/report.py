@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import re
-
 from megalite.errors import ConfigError
 from megalite.planner.estimate import Estimate, usable_bytes
 from megalite.planner.kernels import SUSTAINED
 from megalite.planner.network import Network, place
 from megalite.planner.search import Found
+from megalite.utils.counts import parse_count
 
 MOST_ROWS = 16
 """Largest number of pipeline ranks in the memory table. Of more, the first, the fullest and the last few are shown."""
@@ -230,7 +228,9 @@ def _links(estimate: Estimate, network: Network) -> list[tuple[str, int, str, fl
 
 def _duration(estimate: Estimate, tokens: float | None) -> list[str]:
     """Say how long a training of so many tokens takes."""
-    total = tokens or float(estimate.plan.tokens_per_step * estimate.plan.steps)
+    total = tokens or float(estimate.plan.tokens)
+    if not total:
+        return ["How long the training takes, --tokens says: train.epochs are known in steps once the data is open."]
     seconds = total / estimate.tokens_per_s
     gpu_hours = seconds * estimate.plan.world_size / 3600
     return [
@@ -250,19 +250,12 @@ def _assumptions(estimate: Estimate) -> list[str]:
     return lines
 
 
-TOKEN_UNITS = {"": 1, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
-
-
 def parse_tokens(text: str) -> float:
     """Parse a number of tokens such as 1e12, 300B or 15T. Raises ConfigError."""
-    found = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*([KMBT]?)", text.strip(), re.IGNORECASE)
-    count = 0.0
-    if found:
-        with contextlib.suppress(ValueError):  # "1.2.3" matches, but is not a number
-            count = float(found[1]) * TOKEN_UNITS[found[2].upper()]
-    if count <= 0:
-        raise ConfigError(f"--tokens {text!r}: give a number of tokens such as 1e12, 300B or 15T")
-    return count
+    try:
+        return parse_count(text)
+    except ValueError as error:
+        raise ConfigError(f"--tokens {text!r}: {error}") from None
 
 
 def _count(number: float) -> str:

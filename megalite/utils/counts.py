@@ -1,0 +1,20 @@
+"""Numbers as people write them: 1e12, 300B, 15T."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+
+UNITS = {"": 1, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
+
+
+def parse_count(text: str) -> float:
+    """Return the number that `text` stands for. Raises ValueError for one that is not above 0."""
+    found = re.fullmatch(r"([0-9.]+(?:e\+?[0-9]+)?)\s*([KMBT]?)", text.strip(), re.IGNORECASE)
+    count = 0.0
+    if found:
+        with contextlib.suppress(ValueError):  # "1.2.3" matches, but is not a number
+            count = float(found[1]) * UNITS[found[2].upper()]
+    if not 0 < count < float("inf"):
+        raise ValueError("give a number such as 1e12, 300B or 15T")
+    return count
