@@ -344,6 +344,11 @@ class TrainConfig(Section):
         description="Length of the run in times that all samples of the train sources are as many as it takes, rounded "
         "up to whole steps.",
     )
+    patience: int | None = Field(
+        None,
+        gt=0,
+        description="Validations without a new lowest loss after which the run ends early. null: it does not.",
+    )
     stop_at: int | None = Field(None, gt=0, description="Save and exit after this step, to be resumed later.")
     global_batch_size: int = Field(gt=0, description="Sequences per optimizer step, over all ranks.")
     micro_batch_size: int = Field(1, gt=0, description="Sequences per forward pass of one rank.")
@@ -676,6 +681,10 @@ class Config(Section):
         if self.train.steps:
             schedule.check(self.train.steps)
         self._best_can_be_told()
+        if self.train.patience and not (self._is_validated and self.observe.eval_every):
+            raise ValueError(
+                "train.patience counts validations, which need data.valid or data.split, and observe.eval_every above 0"
+            )
         health = self.health
         if self.train.epochs and self.data.order == "megatron":
             raise ValueError("data.order: megatron has as many samples as are asked for; give train.steps or .tokens")
@@ -686,11 +695,15 @@ class Config(Section):
             )
         return self
 
+    @property
+    def _is_validated(self) -> bool:
+        return bool(self.data.valid or (self.data.split and self.data.split[1]))
+
     def _best_can_be_told(self) -> None:
         every, eval_every = self.checkpoint.every, self.observe.eval_every
         if self.checkpoint.keep_best == 0:
             return
-        if not self.data.valid and not (self.data.split and self.data.split[1]):
+        if not self._is_validated:
             raise ValueError("checkpoint.keep_best goes by the validation loss, which needs data.valid or data.split")
         if every and (not eval_every or every % eval_every):
             raise ValueError(

@@ -59,6 +59,11 @@ class Hook:
     Every rank has the same hooks and calls them in one order, so that they may use collectives. A hook is open, as in
     a `with` block, while the run trains."""
 
+    def before_first(self) -> Ending | None:
+        """Return why there is nothing to train from here, or None: the same on all ranks. Asked before the first
+        step."""
+        return None
+
     def begin(self, step: Step) -> None:
         """Act before a step."""
 
@@ -179,20 +184,62 @@ class GuardNumbers(Hook):
 
 
 class Evaluate(Hook):
-    """Measure the validation loss every `observe.eval_every` steps, and the loss of the test split at the end."""
+    """Measure the validation loss every `observe.eval_every` steps, and the loss of the test split at the end. End the
+    run where `train.patience` says that the former has not come down for long enough."""
 
     def __init__(self, run: Run, parts: Parts, data: Data):
         self._run, self._parts, self._data = run, parts, data
+        self._patience = run.config.train.patience
+        self._lowest: tuple[float, int] = (math.inf, 0)
+        """Lowest validation loss so far, and its step."""
+        self._since = 0
+        """Validations since then."""
+
+    def before_first(self) -> Ending | None:
+        if not self._is_out_of_patience:
+            return None
+        self._run.say(f"the run has ended early: {self._why}; a higher train.patience goes on with it")
+        return Ending(Exit.DONE)
 
     def is_due(self, step: Step) -> bool:
         return self._run.due(step.number, self._run.config.observe.eval_every) and not step.asked
 
-    def act(self, step: Step) -> None:
+    def act(self, step: Step) -> Ending | None:
+        ends = False
         if self in step.due:
             NOW.begin("validating", step.number)
             step.valid_loss = self._evaluate("valid", step.number)
-        if step.number == self._run.config.train.steps:
+            loss = math.inf if step.valid_loss is None else step.valid_loss
+            self._since += 1
+            if loss < self._lowest[0]:
+                self._lowest, self._since = (loss, step.number), 0
+            ends = self._is_out_of_patience and step.number < self._run.last_step
+        if ends or step.number == self._run.config.train.steps:
             self._evaluate("test", step.number)
+        if not ends:
+            return None
+        self._run.say(f"the run ends early, after step {step.number}: {self._why}")
+        return Ending(Exit.DONE, saves=(step.number, step.samples))
+
+    @property
+    def _is_out_of_patience(self) -> bool:
+        return self._patience is not None and self._since >= self._patience
+
+    @property
+    def _why(self) -> str:
+        loss, step = self._lowest
+        return f"{self._since} validations have not been below the {loss:.4f} of step {step} (train.patience)"
+
+    def state(self) -> dict[str, Any]:
+        if self._patience is None:
+            return {}
+        loss, step = self._lowest
+        return {"lowest": None if math.isinf(loss) else loss, "step": step, "since": self._since}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        lowest = state["lowest"]
+        self._lowest = (math.inf if lowest is None else float(lowest), int(state["step"]))
+        self._since = int(state["since"])
 
     def _evaluate(self, split: Split, step: int) -> float | None:
         """Record what `validate` finds in a split, if there is one. Return its loss; None where it is not finite."""

@@ -32,6 +32,8 @@ def run_steps(
     with ExitStack() as stack, StepLog(run.recorder, meter) as log:
         for hook in hooks:
             stack.enter_context(hook)
+        if ending := next(filter(None, (hook.before_first() for hook in hooks)), None):
+            return ending
         for number in range(start.step + 1, run.last_step + 1):
             NOW.begin("first step" if number == start.step + 1 else "training", number)
             step = Step(number)

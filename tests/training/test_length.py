@@ -14,8 +14,9 @@ from megalite.errors import ConfigError
 from megalite.models import weight_table
 from megalite.plan import make_plan
 from megalite.planner.run import run_plan
+from megalite.runtime.exit_codes import Exit
 from megalite.train import train
-from small_runs import curve_of, make_config, write_corpus
+from small_runs import curve_of, make_config, metrics_of, write_corpus
 
 BY_EPOCHS = ("train.steps=null", "train.epochs=1.9")
 
@@ -62,6 +63,42 @@ def test_many_epochs_of_labelled_rows_are_warned_of(tmp_path: Path, capsys: pyte
     assert "24 steps of 64 tokens" in out
     assert "epochs: rows 10.67; a step is 8.0 of 18 rows, 0.444 of an epoch" in out
     assert out.count("warning: the run goes 10.7 times through the labelled rows of rows") == 1
+
+
+def test_a_run_ends_when_its_validation_loss_no_longer_comes_down(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where it is stopped and goes on between, and once it has ended it stays so."""
+    write_corpus(tmp_path / "other", seed=9)
+    asked = (
+        "train.patience=3", "train.steps=40", "observe.eval_every=3", "optimizer.lr=0.2",
+        "optimizer.schedule.name=constant", f"data.valid=[{{path: {tmp_path}/other}}]",
+        f"data.test=[{{path: {tmp_path}/other}}]", "checkpoint.every=0",
+    )  # fmt: skip
+    unbroken = make_config(tmp_path, "llama", "run.name=unbroken", *asked)
+    assert train(unbroken) == Exit.DONE
+    losses = {line["step"]: line["valid_loss"] for line in metrics_of(unbroken) if "valid_loss" in line}
+    lowest = min(losses, key=lambda step: losses[step])
+    last = lowest + 3 * 3
+    assert max(losses) == last < 40
+    assert metrics_of(unbroken)[-1].keys() >= {"test_loss"}
+    why = f"3 validations have not been below the {losses[lowest]:.4f} of step {lowest} (train.patience)"
+    assert f"the run ends early, after step {last}: {why}" in capsys.readouterr().out
+    assert [path.name for path in (unbroken.run.folder / "checkpoints").iterdir()] == [f"step-{last:08}"]
+
+    broken = make_config(tmp_path, "llama", "run.name=broken", *asked)
+    for stop_at in (lowest + 3, lowest + 6):
+        train(make_config(tmp_path, "llama", "run.name=broken", *asked, f"train.stop_at={stop_at}"))
+    train(broken)
+    assert curve_of(broken) == curve_of(unbroken)
+    capsys.readouterr()
+    assert train(broken) == Exit.DONE
+    assert f"the run has ended early: {why}; a higher train.patience goes on with it" in capsys.readouterr().out
+    assert curve_of(broken) == curve_of(unbroken)
+    train(make_config(tmp_path, "llama", "run.name=broken", *asked, "train.patience=4"))
+    assert curve_of(broken)[-1][0] == last + 3
+    with pytest.raises(ConfigError, match=r"train\.patience counts validations, which need data\.valid"):
+        make_config(tmp_path, "llama", *asked, "observe.eval_every=0")
 
 
 def test_two_lengths_are_refused(tmp_path: Path) -> None:
