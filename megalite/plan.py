@@ -173,7 +173,8 @@ def make_plan(config: Config, weights: Sequence[Sized], world_size: int) -> Plan
     micro_batches = train.global_batch_size // (micro_batch_size * data)
     sequence = parallel.sequence and tensor > 1
     _check_engine(config)
-    _check_schedule(parallel, micro_batches)
+    for size, _ in train.batch_sizes:
+        _check_schedule(parallel, size // (micro_batch_size * data))
     _check_sequence(config, sequence)
     _check_compile(config)
     _check_model(config)
@@ -246,14 +247,16 @@ def nodes_that_fit(config: Config, weights: Sequence[Sized], nodes: int, ranks_p
 def _micro_batch_size(config: Config, data: int) -> int:
     """Return the micro-batch size: the config's, or with `parallel.elastic` the largest smaller one that divides the
     global batch. Raise ConfigError."""
-    size, whole = config.train.micro_batch_size, config.train.global_batch_size
-    fitting = [fewer for fewer in range(1, size + 1) if whole % (fewer * data) == 0]
+    size, sizes = config.train.micro_batch_size, [size for size, _ in config.train.batch_sizes]
+    fitting = [fewer for fewer in range(1, size + 1) if all(whole % (fewer * data) == 0 for whole in sizes)]
     if size in fitting or (fitting and config.parallel.elastic):
         return fitting[-1]
     advice = f"micro_batch_size = {fitting[-1]} would fit" if fitting else "choose another global_batch_size"
+    whole = next(whole for whole in reversed(sizes) if whole % (size * data))
+    key = "global_batch_size" if whole == sizes[-1] else "batch_ramp: a batch"
     raise ConfigError(
-        f"train.global_batch_size = {whole} must be a multiple of micro_batch_size × data ranks = "
-        f"{size} × {data} = {size * data}; {advice}"
+        f"train.{key} = {whole} must be a multiple of micro_batch_size × data ranks = {size} × {data} = {size * data}; "
+        f"{advice}"
     )
 
 
@@ -271,9 +274,12 @@ def _check_engine(config: Config) -> None:
             name = next(iter(offload))
             raise ConfigError(f"parallel.offload.{name} = {offload[name]!r} needs parallel.engine: deepspeed")
         return
-    for key, value in (("ema", config.optimizer.ema), ("groups", config.optimizer.groups)):
+    for key, value in (
+        ("optimizer.ema", config.optimizer.ema), ("optimizer.groups", config.optimizer.groups),
+        ("train.batch_ramp", config.train.batch_ramp),
+    ):  # fmt: skip
         if value:
-            raise ConfigError(f"optimizer.{key} needs parallel.engine: native; deepspeed has no such thing here")
+            raise ConfigError(f"{key} needs parallel.engine: native; deepspeed has no such thing here")
     if config.optimizer.name != "adamw":
         raise ConfigError(
             f"optimizer.name = {config.optimizer.name!r} needs parallel.engine: native; deepspeed has adamw here"

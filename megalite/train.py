@@ -202,7 +202,7 @@ def train_from(run: Run, parts: Parts, data: Data, start: Start, requests: StopR
     if isinstance(parts.objective, DPO):
         prepare_references(run, parts, data)
     parts.engine.load(start.weights, state.get("updates", state["step"]))
-    read = make_loader(data["train"], run, state["data"]["samples"], state["data"].get("skipped", ()))
+    read = make_loader(data["train"], run, state["data"]["samples"], state["data"].get("skipped", ()), ramps=True)
     loader = config.objective.batches(read, run, parts)
     tokenizer = load_tokenizer(folder / "tokenizer") if config.data.tokenizer and run.recorder else None
     table = [weight for weight in weight_table(config.model, config.lora) if not weight.frozen]

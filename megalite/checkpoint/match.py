@@ -233,7 +233,7 @@ def _decides_samples(key: str, config: Config) -> bool:
             return True
     # Megatron's order depends on how many samples a run has; phases begin at a step, and so at a batch.
     is_megatron = config.data.order == "megatron"
-    if key == "train.global_batch_size":
+    if key == "train.global_batch_size" or key.startswith("train.batch_ramp"):
         return bool(config.data.phases) or is_megatron
     if key == "train.steps":
         return is_megatron

@@ -3,6 +3,7 @@
 from megalite.config.optimizer import EMA, Member, OptimizerConfig, ParameterGroup, ScheduleConfig, Treatment
 from megalite.config.schema import (
     MOST_LAYERS,
+    BatchRampConfig,
     CheckpointConfig,
     Config,
     DataConfig,
@@ -31,6 +32,7 @@ from megalite.config.section import Choice, Section
 __all__ = [
     "EMA",
     "MOST_LAYERS",
+    "BatchRampConfig",
     "CheckpointConfig",
     "Choice",
     "Config",

@@ -326,6 +326,16 @@ class ParallelConfig(Section):
     )
 
 
+class BatchRampConfig(Section):
+    """A global batch size that grows over the first samples (as Megatron-LM's --rampup-batch-size)."""
+
+    start: int = Field(gt=0, description="Sequences per optimizer step at first.")
+    increment: int = Field(gt=0, description="Sequences by which it grows at a time.")
+    samples: int = Field(
+        gt=0, description="Samples after which it is train.global_batch_size; it grows evenly up to it."
+    )
+
+
 class TrainConfig(Section):
     """Length, batch size, precision and memory of training."""
 
@@ -351,6 +361,7 @@ class TrainConfig(Section):
     )
     stop_at: int | None = Field(None, gt=0, description="Save and exit after this step, to be resumed later.")
     global_batch_size: int = Field(gt=0, description="Sequences per optimizer step, over all ranks.")
+    batch_ramp: BatchRampConfig | None = None
     micro_batch_size: int = Field(1, gt=0, description="Sequences per forward pass of one rank.")
     precision: Literal["bf16", "fp32"] = "bf16"
     recompute: Literal["none", "selective", "full"] = Field(
@@ -395,13 +406,49 @@ class TrainConfig(Section):
             raise ValueError(f"tokens {self.tokens} and epochs {self.epochs} are two lengths of the run; give one")
         return self
 
+    @model_validator(mode="after")
+    def _ramp_ends(self) -> TrainConfig:
+        ramp, whole = self.batch_ramp, self.global_batch_size
+        if ramp and (ramp.start >= whole or (whole - ramp.start) % ramp.increment):
+            raise ValueError(
+                f"batch_ramp grows from {ramp.start} by {ramp.increment} at a time, which never makes "
+                f"global_batch_size {whole}"
+            )
+        return self
+
+    @property
+    def batch_sizes(self) -> list[tuple[int, int]]:
+        """Return the global batch sizes that a run has one after another, each with the samples from which on it is:
+        those of the run before the step."""
+        ramp, whole = self.batch_ramp, self.global_batch_size
+        if ramp is None:
+            return [(whole, 0)]
+        sizes = range(ramp.start, whole + 1, ramp.increment)
+        return [(size, -(-number * ramp.samples // (len(sizes) - 1))) for number, size in enumerate(sizes)]
+
+    def batch_size(self, samples: int) -> int:
+        """Return the global batch size of the step that follows the first `samples` samples."""
+        return max(size for size, since in self.batch_sizes if since <= samples)
+
     def samples_after(self, steps: int) -> int:
         """Return how many samples the run has trained on after `steps` steps."""
-        return steps * self.global_batch_size
+        return self._walk(steps, None)[1]
 
     def steps_for(self, samples: int) -> int:
         """Return the fewest steps that train on `samples` samples."""
-        return -(-samples // self.global_batch_size)
+        return self._walk(None, samples)[0]
+
+    def _walk(self, most_steps: int | None, until: int | None) -> tuple[int, int]:
+        """Return the steps and samples of a run of `most_steps` steps, or until it has at least `until` samples."""
+        sizes, steps, samples = self.batch_sizes, 0, 0
+        for (size, _), (_, end) in zip(sizes, [*sizes[1:], (0, None)], strict=True):
+            goal = end if until is None else until if end is None else min(end, until)
+            count = None if goal is None else max(0, -(-(goal - samples) // size))
+            if most_steps is not None:
+                count = most_steps - steps if count is None else min(count, most_steps - steps)
+            assert count is not None
+            steps, samples = steps + count, samples + count * size
+        return steps, samples
 
     @model_validator(mode="after")
     def _layers_of_something(self) -> TrainConfig:

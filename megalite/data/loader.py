@@ -125,7 +125,8 @@ class Loader:
     error in it is raised here.
 
     Close the loader, or use it in a `with`, to end the thread. Raises DataError for sizes that do not divide, and for a
-    token id not below `vocab_size`, if that is given. `pin` copies batches to pinned memory for a GPU."""
+    token id not below `vocab_size`, if that is given. `pin` copies batches to pinned memory for a GPU. `batch_size`
+    gives G after so many samples; without it, it is `global_batch_size`."""
 
     def __init__(
         self,
@@ -139,6 +140,7 @@ class Loader:
         vocab_size: int | None = None,
         pin: bool = False,
         skipped: Sequence[Span] = (),
+        batch_size: Callable[[int], int] | None = None,
     ) -> None:
         if min(global_batch_size, micro_batch_size, data_size, prefetch) < 1 or start_sample < 0:
             raise DataError("batch sizes, data_size and prefetch must be at least 1, and start_sample at least 0")
@@ -150,8 +152,13 @@ class Loader:
                 f"* {data_size} data ranks = {micro_batch_size * data_size}"
             )
         self.mixture, self.global_batch_size = mixture, global_batch_size
+        self._batch_size = batch_size or (lambda samples: global_batch_size)
         self._samples, self.skipped = start_sample, tuple(skipped)
-        rows = np.arange(global_batch_size).reshape(-1, data_size, micro_batch_size)[:, data_rank]  # [micro-batches, B]
+
+        def rows(size: int) -> Int64s:
+            """Return the offsets of this rank's samples in a step of `size`: [micro-batches, B]."""
+            return np.arange(size).reshape(-1, data_size, micro_batch_size)[:, data_rank]
+
         self._steps: queue.Queue[list[MicroBatch] | BaseException] = queue.Queue(prefetch)
         self._stop = threading.Event()
         # The thread must not refer to the loader, or one dropped unclosed would never be garbage-collected.
@@ -164,7 +171,7 @@ class Loader:
                 self.skipped,
                 rows,
                 start_sample,
-                global_batch_size,
+                self._batch_size,
                 vocab_size,
                 pin,
             ),
@@ -191,7 +198,7 @@ class Loader:
         if isinstance(item, BaseException):
             self._failure = item
             raise item
-        self._samples += self.global_batch_size
+        self._samples += self._batch_size(self._samples)
         return item
 
     @property
@@ -201,7 +208,7 @@ class Loader:
 
     def samples_of_step(self, before: int) -> Int64s:
         """Return the samples of the global batch, [G], that follows the first `before` samples."""
-        return number_samples(np.arange(before, before + self.global_batch_size), self.skipped)
+        return number_samples(np.arange(before, before + self._batch_size(before)), self.skipped)
 
     def consumed(self, samples: int | None = None) -> dict[str, int]:
         """Return how many samples of each source all ranks together received, among the first `samples` or all so
@@ -248,17 +255,18 @@ def _read_ahead(
     stop: threading.Event,
     mixture: Mixture,
     skipped: Sequence[Span],
-    rows: Int64s,
+    rows: Callable[[int], Int64s],
     first: int,
-    stride: int,
+    batch_size: Callable[[int], int],
     vocab_size: int | None,
     pin: bool,
 ) -> None:
-    """Read step after step into the queue until `stop` is set or an error occurs. `rows` are the offsets of this rank's
-    samples in a step, `first` the first sample, `stride` the samples per step."""
+    """Read step after step into the queue until `stop` is set or an error occurs. `rows` gives the offsets of this
+    rank's samples in a step of some size, `first` is the first sample, `batch_size` gives the size of each step."""
     while not stop.is_set():
+        size = batch_size(first)
         try:
-            step: Any = _read_step(mixture, number_samples(first + rows, skipped), vocab_size)
+            step: Any = _read_step(mixture, number_samples(first + rows(size), skipped), vocab_size)
             step = [micro.pinned() for micro in step] if pin else step
         except BaseException as error:
             # Every error goes to the consumer, who would otherwise wait forever.
@@ -266,7 +274,7 @@ def _read_ahead(
         steps.put(step)
         if isinstance(step, BaseException):
             return
-        first += stride
+        first += size
 
 
 def _read_step(mixture: Mixture, indices: Int64s, vocab_size: int | None) -> list[MicroBatch]:

@@ -93,7 +93,8 @@ class Console:
             axes = "  ".join(f"{key} {value}" for key, value in layout.items())
             self._print(axes, "dim")
         in_all = compact(config.num_tokens)
-        self._print(f"{self._total:,} steps of {tokens:,} tokens, {in_all} in all", "dim")
+        first = f"{train.batch_size(0) * config.data.seq_length:,} to " if train.batch_ramp else ""
+        self._print(f"{self._total:,} steps of {first}{tokens:,} tokens, {in_all} in all", "dim")
         if start_step:
             self._print(f"resumed after step {start_step:,}", "dim")
         warmup = config.optimizer.schedule.warmup(train.steps)

@@ -54,10 +54,16 @@ class Pipeline:
         self._sequence_cut = plan.tensor if plan.sequence else 1
         self._batch: Sequence[Inputs] = ()
         self._loss_of: LossOf | None = None
-        parts = [self._part(stage, plan, later) for stage, later in zip(stages, deferred, strict=True)]
-        self._parts = parts
+        self._plan, self._deferred = plan, deferred
+        self._make_schedule(plan.micro_batches)
+
+    def _make_schedule(self, micro_batches: int) -> None:
+        """Build torch's schedule, which is of one number of micro-batches a step."""
+        plan = self._plan
+        parts = [self._part(stage, plan, later) for stage, later in zip(self.stages, self._deferred, strict=True)]
+        self._parts, self._micro_batches = parts, micro_batches
         arguments: dict[str, Any] = {
-            "n_microbatches": plan.micro_batches,
+            "n_microbatches": micro_batches,
             "loss_fn": lambda loss, number: loss,
             "scale_grads": False,
         }
@@ -87,6 +93,8 @@ class Pipeline:
     def forward_backward(self, batch: Sequence[Inputs], loss_of: LossOf, engine: Engine) -> None:
         """Run the schedule over a step's micro-batches, and leave their gradients in `engine`. The last stage calls
         `loss_of` once for each micro-batch."""
+        if len(batch) != self._micro_batches:  # the global batch grows
+            self._make_schedule(len(batch))
         self._batch, self._loss_of = batch, loss_of
         numbers = torch.arange(len(batch))
         engine.begin(len(batch))

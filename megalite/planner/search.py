@@ -89,7 +89,7 @@ def _layouts(config: Config, world_size: int, gpus_per_node: int) -> Iterator[di
                     continue
                 data = world_size // (tensor * pipeline * context)
                 for micro_batch_size in MICRO_BATCHES:
-                    if config.train.global_batch_size % (micro_batch_size * data):
+                    if any(size % (micro_batch_size * data) for size, _ in config.train.batch_sizes):
                         continue
                     for virtual, schedule in _schedules(pipeline, num_layers):
                         yield {

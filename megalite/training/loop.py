@@ -36,9 +36,9 @@ def run_steps(
             return ending
         for number in range(start.step + 1, run.last_step + 1):
             NOW.begin("first step" if number == start.step + 1 else "training", number)
-            step = Step(number)
+            step, before = Step(number), loader.samples
             train_step(step, run, parts, loader, guard, hooks)
-            log.add(step.record, run.plan.tokens_per_step)
+            log.add(step.record, (step.samples - before) * run.config.data.seq_length)
             step.due = [hook for hook in hooks if hook.is_due(step)]
             step.saves = save in step.due
             if step.due:

@@ -102,9 +102,11 @@ def initial_state(config: Config, mesh: Mesh, checkpoint: Path | None) -> ReadSt
     return from_seed(config.train.seed, mesh.tensor, mesh.device)
 
 
-def make_loader(mixture: Mixture, run: Run, start_sample: int = 0, skipped: Sequence[Span] = ()) -> Loader:
+def make_loader(
+    mixture: Mixture, run: Run, start_sample: int = 0, skipped: Sequence[Span] = (), ramps: bool = False
+) -> Loader:
     """Open a loader of this rank's micro-batches of `mixture`, from sample `start_sample` of the run on, without those
-    `skipped`."""
+    `skipped`. Where it `ramps`, the batches grow as `train.batch_ramp` says."""
     train, data = run.config.train, run.mesh.data
     return Loader(
         mixture,
@@ -116,4 +118,5 @@ def make_loader(mixture: Mixture, run: Run, start_sample: int = 0, skipped: Sequ
         vocab_size=run.config.model.vocab_size,
         pin=run.mesh.device.type == "cuda",
         skipped=skipped,
+        batch_size=train.batch_size if ramps else None,
     )
