@@ -277,6 +277,8 @@ def test_presets_have_the_size_they_are_named_for(preset: str) -> None:
 # Vocabulary, hidden size, intermediate size, layers, heads, key/value heads, and head size where it is its own.
 OF_FAMILIES = {
     "mistral": ((32000, 4096, 14336, 32, 32, 8), 7_241_732_096),  # 7B
+    "mixtral": ((32000, 4096, 14336, 32, 32, 8), 46_702_792_704),  # 8x7B
+    "qwen3_moe": ((151936, 2048, 6144, 48, 32, 4, 128), 30_532_122_624),  # 30B-A3B
     "qwen2": ((151936, 896, 4864, 24, 14, 2), 494_032_768),  # 0.5B
     "qwen3": ((151936, 1024, 3072, 28, 16, 8, 128), 596_049_920),  # 0.6B
     "smollm3": ((128256, 2048, 11008, 36, 16, 4), 3_075_098_624),  # 3B
@@ -294,7 +296,11 @@ def test_families_have_the_sizes_their_models_were_published_with(family: str) -
     values = dict(zip((*names, "head_dim"), sizes, strict=False)) | {"family": family, "max_positions": 2048}
     tied = family in ("qwen2", "qwen3", "smollm3", "gemma2", "gemma3_text")
     window = {"sliding_window": 1024} if "gemma" in family else {}
-    config = config_of(values | {"tie_embeddings": tied} | window, "parallel.tensor=1")
+    experts = {
+        "mixtral": {"num_experts": 8, "experts_per_token": 2},
+        "qwen3_moe": {"num_experts": 128, "experts_per_token": 8, "moe_intermediate_size": 768},
+    }
+    config = config_of(values | {"tie_embeddings": tied} | window | experts.get(family, {}), "parallel.tensor=1")
     assert make_plan(config, weight_table(config.model), 1).num_params == wanted
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-ON_DISK = {"gpt_neox": {"lm_head.weight": "embed_out.weight"}}
-"""Tensors that lie in files under other names than in transformers' modules, by family."""
+from torch import Tensor
+
+PROJECTIONS = {"mixtral": ("w1", "w3", "w2"), "qwen3_moe": ("gate_proj", "up_proj", "down_proj")}
+"""What an expert's gate, up and down are called in files, by family."""
 IDS: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 LLAMA: dict[str, Any] = {
     "model_type": "llama", "vocab_size": 99, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2,
@@ -21,6 +24,14 @@ NEOX: dict[str, Any] = {
 GROUPED = LLAMA | {"num_key_value_heads": 2}
 QWEN2 = GROUPED | {"model_type": "qwen2"}
 QWEN3 = GROUPED | {"model_type": "qwen3", "head_dim": 12}
+# Without the balance loss, which transformers adds in another form and only where it is asked for.
+MIXTRAL = GROUPED | {
+    "model_type": "mixtral", "num_local_experts": 5, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.0,
+}  # fmt: skip
+QWEN3_MOE = QWEN3 | {
+    "model_type": "qwen3_moe", "moe_intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 3,
+    "router_aux_loss_coef": 0.0,
+}  # fmt: skip
 GEMMA2 = GROUPED | {
     "model_type": "gemma2", "head_dim": 12, "query_pre_attn_scalar": 12, "sliding_window": 7,
     "attn_logit_softcapping": 3.0, "final_logit_softcapping": 6.0,
@@ -53,6 +64,17 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "qwen3": QWEN3,
     "qwen3-window": QWEN3 | {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0},
+    "mixtral": MIXTRAL,
+    "mixtral-window": MIXTRAL | {
+        "router_aux_loss_coef": 0.02,
+        "sliding_window": 7, "head_dim": 12, "num_local_experts": 3, "num_experts_per_tok": 3,
+        "tie_word_embeddings": True,
+    },
+    "qwen3_moe": QWEN3_MOE,
+    "qwen3_moe-dense-among": QWEN3_MOE | {
+        "norm_topk_prob": True, "mlp_only_layers": [0], "num_experts_per_tok": 2, "use_sliding_window": True,
+        "sliding_window": 7,
+    },
     "smollm3": GROUPED | {"model_type": "smollm3", "no_rope_layers": [1, 0]},
     "phi3": GROUPED | {"model_type": "phi3", "sliding_window": 7},
     "phi3-short": LLAMA | {
@@ -76,3 +98,23 @@ CASES: dict[str, dict[str, Any]] = {
         },
     },
 }  # fmt: skip
+
+
+def as_stored(family: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by the names, and in the pieces, that lie in files, from those of transformers' modules: each expert's
+    apart."""
+    found = {}
+    for name, tensor in tensors.items():
+        if family == "gpt_neox" and name == "lm_head.weight":
+            name = "embed_out.weight"
+        if family == "mixtral":
+            name = name.replace(".mlp.", ".block_sparse_moe.")
+        block, experts, which = name.partition(".experts.")
+        if not experts:
+            found[name] = tensor
+            continue
+        gate, up, down = PROJECTIONS[family]
+        for number, matrix in enumerate(tensor):
+            parts = {gate: matrix.chunk(2)[0], up: matrix.chunk(2)[1]} if which == "gate_up_proj" else {down: matrix}
+            found |= {f"{block}.experts.{number}.{part}.weight": rows for part, rows in parts.items()}
+    return found

@@ -13,10 +13,12 @@ from megalite.comm.collectives import Wait, add_from_other_end, all_reduce, star
 from megalite.comm.mesh import Mesh
 from megalite.engine.buckets import BucketState, BucketWeights, await_weights_of
 from megalite.engine.layout import Slot
+from megalite.kernels.experts import accumulate_grouped_weight_gradient
 from megalite.kernels.linear import accumulate_weight_gradient
 from megalite.kernels.optimizer import sum_of_squares
 from megalite.models import set_parameters
 from megalite.models.layers import Decoder
+from megalite.parallel.expert import ParallelGroupedLinear
 from megalite.parallel.tensor import ParallelLinear
 
 IN_FLIGHT = 2
@@ -68,7 +70,11 @@ class Gradients:
             for module in model.modules():
                 if isinstance(module, ParallelLinear) and module.weight in self._home:
                     module.wgrad_callback = self._add_product
-                    self._home[module.weight][0].num_events += 1
+                elif isinstance(module, ParallelGroupedLinear) and module.weight in self._home:
+                    module.wgrad_callback = self._add_grouped_product
+                else:
+                    continue
+                self._home[module.weight][0].num_events += 1
 
     def begin(self, num_micro_batches: int) -> None:
         """Begin a step of so many micro-batches."""
@@ -102,6 +108,14 @@ class Gradients:
         bucket.filled.add(slot.start)
         if last:
             self._count_event(bucket)
+
+    def _add_grouped_product(self, parameter: Tensor, grad: Tensor, rows: Tensor, counts: Sequence[int]) -> None:
+        """Add the weight-gradient GEMMs of a stack of matrices likewise, each of which has `counts` of the rows."""
+        bucket, slot = self._home[parameter]
+        place = bucket.whole_grads()[slot.start : slot.stop].view_as(parameter)
+        accumulate_grouped_weight_gradient(place, grad, rows, counts, add=slot.start in bucket.filled)
+        bucket.filled.add(slot.start)
+        self._count_event(bucket)
 
     def _count_event(self, bucket: BucketState) -> None:
         """Count one arrival in a bucket, and start the reductions that it completes.

@@ -43,6 +43,11 @@ class LayerLoss(nn.Module):
         """This rank's part of the loss's mean over the global batch, without `weight`, fp32 []: 0 where it does not
         count."""
 
+    @property
+    def is_on(self) -> bool:
+        """Return whether a loss that is attached now counts."""
+        return self._gradient is not None and self.training
+
     def row_sum(self, x_BT: Tensor) -> Tensor:
         """Sum over the whole sequence of each row, of which this rank may hold a part: [B,T,…] → [B,…] fp32."""
         return self.over_row(x_BT.float().sum(1))
@@ -50,7 +55,7 @@ class LayerLoss(nn.Module):
     def forward(self, x: Tensor, loss: Tensor) -> Tensor:
         """Return `x` with a loss attached: [B,T] of each token that is here, or [B] of each whole row, computed by way
         of `row_sum`."""
-        if self._gradient is None or not self.training:
+        if not self.is_on:
             return x
         of_rows = loss.dim() == 1
         mean = loss.float().sum() / (self._num_rows if of_rows else self._num_tokens)

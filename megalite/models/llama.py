@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -334,15 +334,15 @@ def norm_row(config: LlamaLike, name: str, hf: str, place: Place = 0) -> Weight:
     )  # fmt: skip
 
 
-def table(config: LlamaLike, layer: Sequence[Weight]) -> Iterator[Weight]:
-    """Yield the whole table, from the rows of one layer."""
+def table(config: LlamaLike, layer: Sequence[Weight] | Callable[[int], Sequence[Weight]]) -> Iterator[Weight]:
+    """Yield the whole table, from the rows of one layer, or from a function that gives those of each."""
     shape, std = (config.vocab_size, config.hidden_size), config.init_std
     ends: Place = "both" if config.tie_embeddings else "first"
     # A look-up multiplies nothing; the head, where it is tied, does.
     used = float(config.tie_embeddings)
     yield Weight("embedding.weight", shape, ("model.embed_tokens.weight",), "vocab", used=used, init=std, place=ends)
     for i in range(config.num_layers):
-        yield from layer_rows(i, "model.layers", layer)
+        yield from layer_rows(i, "model.layers", layer(i) if callable(layer) else layer)
     yield norm_row(config, "norm", "model.norm", "last")
     if not config.tie_embeddings:
         yield Weight("head.weight", shape, ("lm_head.weight",), "vocab", init=std, place="last")

@@ -16,6 +16,7 @@ from megalite.config import TrainConfig
 from megalite.kernels import library
 from megalite.kernels.linear import WeightGradStore
 from megalite.kernels.loss import LossTerms
+from megalite.models.experts import Experts
 from megalite.models.layer_loss import LayerLoss
 from megalite.models.layers import CoreAttention, Decoder, Dropout
 from megalite.models.weights import Weight
@@ -68,7 +69,8 @@ def compile_layers(model: Decoder) -> None:
             if isinstance(module, Dropout):
                 # The compiler turns products that wrap around int64 into constants that do not fit.
                 wrap(module, "drop", torch.compiler.disable)
-            if isinstance(module, LayerLoss):  # its backward pass takes note of the loss
+            if isinstance(module, LayerLoss | Experts):
+                # The backward pass of a loss takes note of it; an expert's rows are other ones in every pass.
                 wrap(module, "forward", torch.compiler.disable)
         wrap(layer, "forward", partial(torch.compile, dynamic=False))
 

@@ -21,11 +21,13 @@ from torch import Tensor
 from megalite.comm.mesh import Axis, Mesh
 from megalite.errors import ConfigError
 from megalite.kernels.linear import WeightGradStore
+from megalite.models.experts import Experts, GroupedLinear
 from megalite.models.layer_loss import LayerLoss
 from megalite.models.layers import CoreAttention, CrossEntropy, Dropout, RMSNorm
 from megalite.models.lora import AdapterDropout, LoraLinear
 from megalite.models.weights import Weight
 from megalite.parallel.context import RingAttention
+from megalite.parallel.expert import ParallelGroupedLinear, TensorParallelExperts
 from megalite.parallel.tensor import (
     ColumnParallelLinear,
     FeatureCutRMSNorm,
@@ -160,6 +162,18 @@ def _(linear: nn.Linear, layout: Layout) -> nn.Module | None:
 LINEAR = {
     "column": ColumnParallelLinear, "vocab": ColumnParallelLinear, "row": RowParallelLinear, None: ReplicatedLinear
 }  # fmt: skip
+
+
+@rule(GroupedLinear)
+def _(linear: GroupedLinear, layout: Layout) -> nn.Module | None:
+    if layout.tensor.size == 1 and not layout.gives_products:
+        return None
+    return ParallelGroupedLinear(layout.locals[linear.weight], layout.later)
+
+
+@rule(Experts)
+def _(experts: Experts, layout: Layout) -> nn.Module | None:
+    return TensorParallelExperts(experts, layout.tensor, layout.sequence) if layout.tensor.size > 1 else None
 
 
 @rule(nn.Embedding)

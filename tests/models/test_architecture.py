@@ -10,7 +10,8 @@ import torch.nn as nn
 from megalite.config import ModelConfig
 from megalite.errors import ConfigError
 from megalite.models import build_model, from_hf_config, model_config, weight_table
-from megalite.models.architecture import AttentionSpec, LayerSpec
+from megalite.models.architecture import AttentionSpec, ExpertsSpec, LayerSpec
+from megalite.models.experts import SparseMLP
 from megalite.models.layers import CoreAttention, LayerNorm, RMSNorm
 from megalite.models.llama import Attention
 from tiny_models import CASES
@@ -43,7 +44,7 @@ def test_described_parameters_are_those_of_the_table(case: str) -> None:
     assert len(architecture.layers) == config.num_layers
 
 
-MATRICES = ("qkv.weight", "out.weight", "gate_up.weight", "up.weight", "down.weight")
+MATRICES = ("qkv.weight", "out.weight", "gate_up.weight", "up.weight", "down.weight", "router.weight")
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -61,8 +62,14 @@ def test_described_layers_are_what_the_modules_compute(case: str) -> None:
         assert mixer.rope == (isinstance(attention, Attention) and attention.turn is not None)
         features = (mixer.num_heads + mixer.num_kv_heads) * mixer.head_size + mixer.num_kv_heads * mixer.value_size
         assert features == attention.qkv.out_features
-        assert spec.feed_forward.inner == layer.mlp.down.in_features  # type: ignore[union-attr]
-        assert spec.feed_forward.gated == hasattr(layer.mlp, "gate_up")
+        mlp, feed_forward = layer.mlp, spec.feed_forward
+        assert isinstance(mlp, SparseMLP) == isinstance(feed_forward, ExpertsSpec)
+        if isinstance(mlp, SparseMLP) and isinstance(feed_forward, ExpertsSpec):
+            assert feed_forward.num_experts == len(mlp.router.weight) == len(mlp.experts.down.weight)
+            assert feed_forward.experts_per_token == mlp.router.experts_per_token
+            mlp = mlp.experts
+        assert feed_forward.inner == mlp.down.weight.shape[-1]  # type: ignore[union-attr]
+        assert feed_forward.gated == hasattr(mlp, "gate_up")
         norms = [child for child in layer.children() if isinstance(child, (RMSNorm, LayerNorm))]
         assert len(norms) == spec.num_norms
         assert all(isinstance(norm, kinds[architecture.norm]) for norm in (*norms, model.norm))

@@ -30,7 +30,7 @@ def expected_std(weight: Weight, num_layers: int) -> float | None:
     scaled by 1/√(2 · layers) (Radford et al. 2019, section 2.3)."""
     if len(weight.shape) == 1:
         return None
-    ends_in_the_stream = weight.name.endswith(("attention.out.weight", "mlp.down.weight"))
+    ends_in_the_stream = weight.name.endswith(("attention.out.weight", "mlp.down.weight", "experts.down.weight"))
     return STD / math.sqrt(2 * num_layers) if ends_in_the_stream else STD
 
 
@@ -42,7 +42,7 @@ def test_every_family_has_a_case() -> None:
 def test_initial_values(case: str) -> None:
     family = CASES[case]["model_type"]
     for weight in table_of(case):
-        values = weight.initial_rows(0, 0, weight.shape[0], None).double()
+        values = weight.initial_rows(0, 0, weight.num_rows, None).double()
         std = expected_std(weight, 2)
         if std is None:
             is_scale = weight.name.endswith("norm.weight") and family not in ONES_BY_ZERO
@@ -57,4 +57,4 @@ def test_initial_values(case: str) -> None:
 def test_matrices_decay_and_nothing_else(case: str) -> None:
     """As in Megatron-LM and nanoGPT: no decay of biases and of norms."""
     for weight in table_of(case):
-        assert weight.decay == (len(weight.shape) == 2), weight.name
+        assert weight.decay == (len(weight.shape) >= 2), weight.name

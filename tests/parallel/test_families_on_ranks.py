@@ -26,12 +26,12 @@ from megalite.parallel.stage import positions_of
 from megalite.plan import make_plan
 from megalite.training.parts import build, forward_backward
 from ranks import cases_asked_for, run_ranks
-from tiny_models import CASES, ON_DISK
+from tiny_models import CASES, as_stored
 
 BATCH, LENGTH = 2, 32
 FAMILIES = [
-    "mistral", "qwen2-window", "qwen3", "smollm3", "phi3", "phi3-short", "olmo2", "gpt_neox",
-    "gpt_neox-serial", "gemma2", "gemma2-uncapped", "gemma3_text",
+    "mistral", "mixtral", "qwen2-window", "qwen3", "qwen3_moe-dense-among", "smollm3", "phi3", "phi3-short", "olmo2",
+    "gpt_neox", "gpt_neox-serial", "gemma2", "gemma2-uncapped", "gemma3_text",
 ]  # fmt: skip
 
 
@@ -70,7 +70,7 @@ def fits(case: str, layout: Layout) -> bool:
     layouts play no part, and a schedule that only norms could disturb, are run once."""
     if case in ("phi3-short", "gpt_neox-serial") and layout not in (LAYOUTS[0], Layout(tensor=2)):
         return False
-    if layout.schedule == "zero_bubble" and case not in ("qwen3", "olmo2", "gpt_neox"):
+    if layout.schedule == "zero_bubble" and case not in ("qwen3", "qwen3_moe-dense-among", "olmo2", "gpt_neox"):
         return False
     return layout.context == 1 or CASES[case].get("attn_logit_softcapping") is None
 
@@ -192,8 +192,7 @@ def reference(folder: Path, documents: bool) -> tuple[float, dict[str, Tensor]]:
     logits = model(whole.tokens, position_ids=positions, use_cache=False).logits
     loss = F.cross_entropy(logits.flatten(0, 1), whole.labels.flatten())
     loss.backward()
-    on_disk = ON_DISK.get(model.config.model_type, {})
-    return loss.item(), {on_disk.get(name, name): p.grad for name, p in model.named_parameters()}
+    return loss.item(), as_stored(model.config.model_type, {name: p.grad for name, p in model.named_parameters()})
 
 
 @pytest.mark.parametrize(("case", "layout"), RUNS, ids=str)

@@ -1,0 +1,196 @@
+"""What a mixture of experts computes beside products: which experts a token visits, tokens brought together by expert
+and back, and a product for each expert. This is the reference, in plain torch, with one host synchronisation.
+
+All sums have a fixed order, that of the experts: a token's result does not depend on which tokens it is grouped with,
+nor on where its experts are. Letters in shapes: T tokens (or B,T), D hidden, E experts, K experts that a token visits,
+N = T·K rows, each a token at one of its experts, sorted by expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from megalite.kernels.linear import (
+    WeightGradStore,
+    accumulate_weight_gradient,
+    input_gradient,
+    product,
+    weight_gradient,
+)
+
+GroupedWgradCallback = Callable[[Tensor, Tensor, Tensor, Sequence[int]], None]
+"""Callback for the weight-gradient GEMMs of a stack of matrices: takes (parameter, grad [N,O], rows [N,I], counts) and
+adds each matrix's gradᵀ rows to the parameter's gradient. See `kernels.linear.WgradCallback`."""
+
+FEWEST_ROWS = 16
+"""Rows of a product, below which BLAS adds up in another order: a lone token would be routed by other bits."""
+
+
+def router_logits(x: Tensor, weight_ED: Tensor) -> Tensor:
+    """Return the router's logits in fp32: [… ,D] → [… ,E]."""
+    rows = x.flatten(0, -2).float()
+    few = max(0, FEWEST_ROWS - len(rows))
+    logits = product(F.pad(rows, (0, 0, 0, few)), weight_ED.float())
+    return logits[: len(rows)].view(*x.shape[:-1], len(weight_ED))
+
+
+def top_k(scores: Tensor, k: int) -> Tensor:
+    """Return the experts of the `k` largest scores of each token, int64 in ascending order: [… ,E] → [… ,K]. Among
+    equal scores the lower index is chosen, which torch.topk does not promise."""
+    largest = scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    return largest.sort(dim=-1).values
+
+
+class Groups(NamedTuple):
+    """Rows of tokens sorted by expert, and by token within an expert."""
+
+    token_N: Tensor
+    """Token of each row, int64."""
+    row_TK: Tensor
+    """Row of each token at each of its experts, int64."""
+    counts: list[int]
+    """Rows of each expert. Some may have none, one may have all."""
+
+
+def group_by_expert(index: Tensor, num_experts: int) -> Groups:
+    """Group tokens by the experts `index` [… ,K] that they visit."""
+    slots = index.flatten()
+    order = slots.argsort(stable=True)
+    row = torch.empty_like(order)
+    row[order] = torch.arange(len(order), device=order.device)
+    counts = slots.bincount(minlength=num_experts).tolist()
+    return Groups(order // index.shape[-1], row.view(-1, index.shape[-1]), counts)
+
+
+def permute(x: Tensor, groups: Groups) -> Tensor:
+    """Return a row for each token at each of its experts: [… ,D] → [N,D]."""
+    return _Permute.apply(x, groups)
+
+
+def unpermute(rows_ND: Tensor, weight: Tensor, groups: Groups) -> Tensor:
+    """Return each token's sum of its experts' rows, weighted by `weight` [… ,K]: [N,D] → [… ,D]. It is computed in fp32
+    in the order of the experts."""
+    return _Unpermute.apply(rows_ND, weight, groups)
+
+
+def _sum_rows(rows_ND: Tensor, row_TK: Tensor, weight_TK: Tensor | None, shape: Sequence[int]) -> Tensor:
+    """Return the (weighted) sum of each token's rows, one expert after another, as [*shape,D] in the dtype of the
+    rows."""
+    total = torch.zeros(*shape, rows_ND.shape[1], device=rows_ND.device)
+    total_TD = total.flatten(0, -2)
+    for slot, row_T in enumerate(row_TK.unbind(1)):
+        part = rows_ND[row_T].float()
+        total_TD += part if weight_TK is None else part * weight_TK[:, slot, None]
+    return total.to(rows_ND.dtype)
+
+
+class _Permute(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, groups: Groups) -> Tensor:
+        ctx.shape, ctx.row_TK = x.shape, groups.row_TK
+        return x.flatten(0, -2)[groups.token_N]
+
+    @staticmethod
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None]:
+        return _sum_rows(grad_ND, ctx.row_TK, None, ctx.shape[:-1]), None
+
+
+class _Unpermute(Function):
+    @staticmethod
+    def forward(ctx: Any, rows_ND: Tensor, weight: Tensor, groups: Groups) -> Tensor:
+        ctx.save_for_backward(rows_ND, weight)
+        ctx.groups = groups
+        return _sum_rows(rows_ND, groups.row_TK, weight.flatten(0, -2), weight.shape[:-1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        rows_ND, weight = ctx.saved_tensors
+        token_N, row_TK, _ = ctx.groups
+        grad_ND = grad.flatten(0, -2)[token_N].float()
+        weight_N = torch.empty_like(weight.flatten())
+        weight_N[row_TK.flatten()] = weight.flatten()
+        grad_weight = (grad_ND * rows_ND.float()).sum(-1)[row_TK].view(weight.shape)
+        return (grad_ND * weight_N[:, None]).to(rows_ND.dtype), grad_weight, None
+
+
+def grouped_linear(
+    rows: Tensor,
+    weight: Tensor,
+    counts: Sequence[int],
+    wgrad_callback: GroupedWgradCallback | None = None,
+    later: WeightGradStore | None = None,
+) -> Tensor:
+    """Return each expert's product of its rows, of which it has `counts`: [N,I] and [E,O,I] → [N,O].
+
+    `wgrad_callback` and `later` do what they do in `kernels.linear.linear`."""
+    return _GroupedLinear.apply(rows, weight, counts, wgrad_callback, later)
+
+
+def _spans(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:
+    """Yield each expert that has rows, with these rows."""
+    stops = [*accumulate(counts)]
+    for expert, (count, stop) in enumerate(zip(counts, stops, strict=True)):
+        if count:
+            yield expert, slice(stop - count, stop)
+
+
+class _GroupedLinear(Function):
+    """Compute one product an expert, as `kernels.linear` computes one."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        weight: Tensor,
+        counts: Sequence[int],
+        wgrad_callback: GroupedWgradCallback | None,
+        later: WeightGradStore | None,
+    ) -> Tensor:
+        of_rows, of_weight, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(rows if of_weight else None, weight if of_rows else None)
+        ctx.counts, ctx.wgrad_callback, ctx.later, ctx.parameter = counts, wgrad_callback, later, weight
+        out = rows.new_empty(len(rows), weight.shape[1])
+        for expert, span in _spans(counts):
+            out[span] = product(rows[span], weight[expert])
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight = ctx.saved_tensors
+        counts, callback, parameter = ctx.counts, ctx.wgrad_callback, ctx.parameter
+        grad = grad.contiguous()
+        grad_rows = None
+        if weight is not None:
+            grad_rows = grad.new_empty(len(grad), weight.shape[2])
+            for expert, span in _spans(counts):
+                input_gradient(grad[span], weight[expert], out=grad_rows[span])
+        grad_weight = None
+        if rows is not None and ctx.later:
+            ctx.later.put(lambda: callback(parameter, grad, rows, counts))
+        elif rows is not None and callback:
+            callback(parameter, grad, rows, counts)
+        elif rows is not None:
+            grad_weight = torch.zeros_like(parameter)
+            for expert, span in _spans(counts):
+                grad_weight[expert] = weight_gradient(grad[span], rows[span])
+        return grad_rows, grad_weight, None, None, None
+
+
+def accumulate_grouped_weight_gradient(
+    into: Tensor, grad: Tensor, rows: Tensor, counts: Sequence[int], add: bool
+) -> None:
+    """Write each expert's gradᵀ rows to `into`, the fp32 gradient [E,O,I], or accumulate it there with `add`. An expert
+    without rows has a gradient of 0."""
+    if not add:
+        for expert, count in enumerate(counts):
+            if not count:
+                into[expert] = 0.0
+    for expert, span in _spans(counts):
+        accumulate_weight_gradient(into[expert], grad[span], rows[span], add)

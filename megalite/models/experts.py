@@ -1,0 +1,218 @@
+"""Mixture of experts (Shazeer et al. 2017): a router sends each token to a few of a layer's MLPs. Dropless: no expert
+has a capacity, so that what becomes of a token does not depend on the others.
+
+Letters in shapes: B batch, T sequence, D hidden, E experts, K experts that a token visits, N = B·T·K rows."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn as nn
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor
+
+from megalite.kernels.activation import swiglu
+from megalite.kernels.experts import group_by_expert, grouped_linear, permute, router_logits, top_k, unpermute
+from megalite.models.architecture import ExpertsSpec, FeedForwardSpec
+from megalite.models.hf import Keys, agreed
+from megalite.models.layer_loss import LayerLoss
+from megalite.models.llama import LIKE_LLAMA, Attention, Layer, residual_std
+from megalite.models.weights import Weight
+from megalite.models.windows import Windowed
+
+
+class RoutedConfig(Windowed):
+    """Fields of families with a mixture of experts."""
+
+    num_experts: int = Field(gt=1)  # transformers opens no model with one
+    experts_per_token: int = Field(gt=0, description="How many experts each token visits.")
+    router_aux_loss_coef: float = Field(
+        0.001, ge=0, description="Weight of each layer's load-balancing loss, which is 1 in balance. 0: none."
+    )
+    load_balancing: Literal["sequence"] = Field(
+        "sequence",
+        description="What the load-balancing loss takes the mean of before it multiplies load and probability. "
+        "sequence: each row of the batch (DeepSeek-V3).",
+    )
+
+    @field_validator("load_balancing", mode="before")
+    @classmethod
+    def _is_the_same_on_every_layout(cls, value: Any) -> Any:
+        if value in ("micro_batch", "batch"):
+            raise ValueError(
+                f"{value!r} would depend on how many micro-batches and ranks share a batch, so that another layout "
+                "would train another model; 'sequence' does not"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _visits_no_more_than_there_are(self) -> RoutedConfig:
+        if self.experts_per_token > self.num_experts:
+            raise ValueError(
+                f"experts_per_token {self.experts_per_token} must not be more than num_experts {self.num_experts}"
+            )
+        return self
+
+    @property
+    def expert_inner(self) -> int:
+        """Return the inner features of one expert."""
+        return self.intermediate_size
+
+    @property
+    def renormalizes(self) -> bool:
+        """Return whether the weights of a token's experts add up to 1."""
+        return True
+
+    def is_routed(self, layer: int) -> bool:
+        """Return whether a layer has experts; others have a dense MLP."""
+        return True
+
+    def feed_forward(self, layer: int) -> FeedForwardSpec:
+        if not self.is_routed(layer):
+            return super().feed_forward(layer)
+        return ExpertsSpec(
+            inner=self.expert_inner, gated=True, activation=self.GATE, num_experts=self.num_experts,
+            experts_per_token=self.experts_per_token,
+        )  # fmt: skip
+
+
+class Router(nn.Module):
+    """Choose the experts of each token by the softmax of its logits, in fp32."""
+
+    def __init__(self, config: RoutedConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        self.experts_per_token, self.renormalizes = config.experts_per_token, config.renormalizes
+        coefficient = config.router_aux_loss_coef
+        self.load_balance = LayerLoss("load_balance", coefficient) if coefficient else None
+
+    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return `x`, with the load-balancing loss attached, and for each token its experts in ascending order: their
+        weights [B,T,K], fp32, and indices [B,T,K]."""
+        probability_BTE = router_logits(x_BTD, self.weight).softmax(-1)
+        index_BTK = top_k(probability_BTE.detach(), self.experts_per_token)
+        weight_BTK = probability_BTE.gather(-1, index_BTK)
+        if self.renormalizes:
+            weight_BTK = weight_BTK / weight_BTK.sum(-1, keepdim=True)
+        if self.load_balance is not None and self.load_balance.is_on:
+            x_BTD = self.load_balance(x_BTD, self.imbalance(self.load_balance, probability_BTE, index_BTK))
+        return x_BTD, weight_BTK, index_BTK
+
+    @staticmethod
+    def imbalance(loss: LayerLoss, probability_BTE: Tensor, index_BTK: Tensor) -> Tensor:
+        """Return the sequence-wise load-balancing loss of each row [B] (DeepSeek-V3, section 2.1.2): E·Σₑ fₑ·Pₑ, with
+        fₑ the share of visits that expert e has and Pₑ its mean probability. 1 in balance."""
+        num_experts, k = probability_BTE.shape[-1], index_BTK.shape[-1]
+        visits_BTE = torch.zeros_like(probability_BTE).scatter_(-1, index_BTK, 1.0)
+        # Both sums go over the whole row before they are multiplied, whatever part of it is here: one message.
+        visits_BE, total_BE = loss.row_sum(torch.cat((visits_BTE, probability_BTE), -1)).chunk(2, -1)
+        num_visits_B = visits_BE.sum(-1)
+        return num_experts * k * (visits_BE * total_BE).sum(-1) / num_visits_B.square()
+
+
+class GroupedLinear(nn.Module):
+    """A stack of matrices [E, out, in], each multiplied with the rows of one expert."""
+
+    def __init__(self, num_experts: int, in_features: int, out_features: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features))
+
+    def forward(self, rows_NI: Tensor, counts: list[int]) -> Tensor:
+        """Return [N,O]; `counts` has the rows of each expert, which are sorted by expert."""
+        return grouped_linear(rows_NI, self.weight, counts)
+
+
+class Experts(nn.Module):
+    """Gated MLPs (SwiGLU), each on a fused gate and up projection, of which a token visits those that are chosen for
+    it."""
+
+    def __init__(self, config: RoutedConfig):
+        super().__init__()
+        experts, hidden, inner = config.num_experts, config.hidden_size, config.expert_inner
+        self.gate_up = GroupedLinear(experts, hidden, 2 * inner)
+        self.down = GroupedLinear(experts, inner, hidden)
+
+    def forward(self, x_BTD: Tensor, weight_BTK: Tensor, index_BTK: Tensor) -> Tensor:
+        """Return each token's sum of its experts `index`, weighted by `weight`: [B,T,D]."""
+        groups = group_by_expert(index_BTK, self.down.weight.shape[0])
+        gate_up_NI = self.gate_up(permute(x_BTD, groups), groups.counts)
+        return unpermute(self.activation_and_down_proj(gate_up_NI, groups.counts), weight_BTK, groups)
+
+    def activation_and_down_proj(self, gate_up_NI: Tensor, counts: list[int]) -> Tensor:
+        """Apply the activation and the down projection; recomputed as one under `train.recompute: selective`."""
+        return self.down(swiglu(gate_up_NI), counts)
+
+
+class SparseMLP(nn.Module):
+    """A router and its experts, in the place of a dense MLP."""
+
+    def __init__(self, config: RoutedConfig):
+        super().__init__()
+        self.router, self.experts = Router(config), Experts(config)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.experts(*self.router(x_BTD))
+
+
+class RoutedLayer(Layer):
+    """Pre-norm layer with experts in the place of the MLP."""
+
+    def __init__(self, config: RoutedConfig, attention: Attention):
+        super().__init__(config, attention)
+        self.mlp = SparseMLP(config)
+
+
+def expert_rows(config: RoutedConfig, block: str, gate: str, up: str, down: str) -> tuple[Weight, ...]:
+    """Return the rows of a router and its experts. `block` is what Hugging Face calls both, `gate`, `up` and `down` the
+    projections of an expert."""
+    experts, hidden, inner = config.num_experts, config.hidden_size, config.expert_inner
+    used = config.experts_per_token / experts
+
+    def names(*modules: str) -> tuple[str, ...]:
+        return tuple(f"{block}.experts.{e}.{module}.weight" for e in range(experts) for module in modules)
+
+    return (
+        # Replicated, and used on the tokens that a rank has between blocks.
+        Weight(
+            "mlp.router.weight", (experts, hidden), (f"{block}.gate.weight",), init=config.init_std,
+            partial_grad="sequence",
+        ),
+        Weight(
+            "mlp.experts.gate_up.weight", (experts, 2 * inner, hidden), names(gate, up), "column", (inner, inner),
+            stack=1, used=used, init=config.init_std,
+        ),
+        Weight(
+            "mlp.experts.down.weight", (experts, hidden, inner), names(down), "row", stack=1, used=used,
+            init=residual_std(config),
+        ),
+    )  # fmt: skip
+
+
+ROUTED: Keys = LIKE_LLAMA.but(
+    used={
+        "num_local_experts": None,
+        "num_experts": None,
+        "router_aux_loss_coef": 0.001,
+    },
+    output_router_logits="what transformers returns beside the logits, and adds to its own loss",
+)
+"""Keys of families with a mixture of experts."""
+
+
+def routed_to_hf(config: RoutedConfig) -> dict[str, Any]:
+    """Return the keys of config.json that all families with experts share, but for the name of their number."""
+    return {
+        "num_experts_per_tok": config.experts_per_token,
+        "router_aux_loss_coef": config.router_aux_loss_coef,
+    }
+
+
+def routed_from_hf(hf: dict[str, Any], *names: str, usual: int) -> dict[str, Any]:
+    """Return the fields of the `model:` section that all families with experts share. `names` are those of the number
+    of experts, `usual` is transformers' default for it."""
+    return {
+        "num_experts": agreed(hf, *names, default=usual),
+        "experts_per_token": hf["num_experts_per_tok"],
+        "router_aux_loss_coef": hf["router_aux_loss_coef"],
+    }
