@@ -57,7 +57,7 @@ class Adapter:
 
     def matches(self, target: str) -> bool:
         """Return whether a target of `lora.targets` means this module, by PEFT's rule."""
-        return target == ALL_LINEAR or self.module == target or self.module.endswith(f".{target}")
+        return target == ALL_LINEAR or _is_called(self.module, target)
 
     def local_rows(self, tensor: int) -> slice:
         """Return the module's slice of the output features on one of `tensor` ranks."""
@@ -87,11 +87,23 @@ class Adapter:
         return a, b
 
 
+def _is_called(module: str, target: str) -> bool:
+    """Return whether a target names a Hugging Face module, by the end of its name."""
+    return module == target or module.endswith(f".{target}")
+
+
 def adapters_of(weights: Sequence[Weight], lora: LoraConfig) -> list[Adapter]:
     """Return the adapters of all modules that `lora` targets. Raises ConfigError for a target that is no linear module
     of the model."""
     every = [adapter for weight in weights for adapter in _of_weight(weight)]
+    experts = [name.removesuffix(".weight") for weight in weights if weight.stack for name in weight.hf]
     for target in lora.targets:
+        # PEFT would adapt experts by these names, too.
+        if experts and (target == ALL_LINEAR or any(_is_called(module, target) for module in experts)):
+            raise ConfigError(
+                f"lora.targets: {target!r} means experts, too, which cannot be adapted; name modules of attention, "
+                "such as q_proj and v_proj"
+            )
         if not any(adapter.matches(target) for adapter in every):
             known = sorted({adapter.short for adapter in every})
             hint = did_you_mean(target, known, f"those of this model are {', '.join(known)}")

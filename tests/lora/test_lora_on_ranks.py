@@ -35,9 +35,14 @@ MODELS: dict[str, dict[str, Any]] = {
     "gpt2": CASES["gpt2"] | STILL,
     "gpt_neox": CASES["gpt_neox"],
     "phi3": CASES["phi3"],
+    "qwen3_moe": CASES["qwen3_moe"],
 }
 # Which modules have adapters; "all-linear" where a model is not named.
-TARGETS = {"llama": ["q_proj", "v_proj", "up_proj", "down_proj"], "gpt2": ["c_attn", "c_proj"]}
+TARGETS = {
+    "llama": ["q_proj", "v_proj", "up_proj", "down_proj"],
+    "gpt2": ["c_attn", "c_proj"],
+    "qwen3_moe": ["q_proj", "k_proj", "v_proj", "o_proj"],
+}
 PEFT = {"r": 5, "lora_alpha": 7}
 
 

@@ -11,6 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from megalite.config import LoraConfig
 from megalite.errors import ConfigError
 from megalite.kernels.experts import (
     accumulate_grouped_weight_gradient,
@@ -21,8 +22,9 @@ from megalite.kernels.experts import (
     top_k,
     unpermute,
 )
-from megalite.models import model_config
+from megalite.models import model_config, weight_table
 from megalite.models.experts import RoutedConfig, Router, SparseMLP
+from megalite.models.lora import adapters_of
 
 MOE: dict[str, Any] = {
     "family": "qwen3_moe", "vocab_size": 99, "hidden_size": 32, "intermediate_size": 40, "num_layers": 3,
@@ -209,3 +211,12 @@ def test_which_layers_have_experts() -> None:
     assert routed() == [0, 1, 2, 3, 4, 5]
     assert routed(decoder_sparse_step=2) == [1, 3, 5]
     assert routed(decoder_sparse_step=2, mlp_only_layers=[3, 0]) == [1, 5]
+
+
+@pytest.mark.parametrize("target", ["all-linear", "gate_proj", "mlp.experts.1.down_proj"])
+def test_adapters_of_experts_are_refused(target: str) -> None:
+    """PEFT adapts experts by names that a dense layer among them has, too."""
+    weights = weight_table(config_of(mlp_only_layers=[0]))
+    with pytest.raises(ConfigError, match=f"lora.targets: '{target}' means experts, too"):
+        adapters_of(weights, LoraConfig(rank=2, targets=("q_proj", target)))
+    assert len(adapters_of(weights, LoraConfig(rank=2, targets=("q_proj", "o_proj")))) == 6
