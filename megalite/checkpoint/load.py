@@ -254,7 +254,8 @@ def _from_folder(
         source.add_base_prefix(prefix, {*apart, head})
         spare = unneeded(source, model, head_is_replaced=bool(new))
     # All is checked before anything is read: a mistake must not cost a start of minutes.
-    source.check([weight for weight in weights if weight.name not in new], ignore=spare)
+    stored = {weight.name: weight.as_stored(source.files) for weight in weights if weight.name not in new}
+    source.check([*stored.values()], ignore=spare)
     holders: dict[str, set[str]] = {}
     for state, held in states.items():
         sources[state] = TensorFolder(folder / "optimizer", state)
@@ -270,6 +271,8 @@ def _from_folder(
         elif weight.name not in holders.get(kind, ()):
             return torch.zeros(stop - start)
         fetch = sources[kind].fetch
+        if kind == "weight":  # states are megalite's own, by the names that it writes
+            weight = stored[weight.name]
         return weight.read_local(
             lambda w, low, high, columns: w.rows_from_hf(fetch, low, high, columns),
             tensor.rank,

@@ -172,19 +172,21 @@ def expert_rows(config: RoutedConfig, block: str, gate: str, up: str, down: str)
     def names(*modules: str) -> tuple[str, ...]:
         return tuple(f"{block}.experts.{e}.{module}.weight" for e in range(experts) for module in modules)
 
+    # Files of the hub have a tensor for each expert, and so does what transformers 5 saves. In its modules, and where
+    # it is told to save these as they are, one tensor holds all.
     return (
         # Replicated, and used on the tokens that a rank has between blocks.
         Weight(
             "mlp.router.weight", (experts, hidden), (f"{block}.gate.weight",), init=config.init_std,
-            partial_grad="sequence",
+            partial_grad="sequence", one_hf="mlp.gate.weight",
         ),
         Weight(
             "mlp.experts.gate_up.weight", (experts, 2 * inner, hidden), names(gate, up), "column", (inner, inner),
-            stack=1, used=used, init=config.init_std,
+            stack=1, used=used, init=config.init_std, one_hf="mlp.experts.gate_up_proj",
         ),
         Weight(
             "mlp.experts.down.weight", (experts, hidden, inner), names(down), "row", stack=1, used=used,
-            init=residual_std(config),
+            init=residual_std(config), one_hf="mlp.experts.down_proj",
         ),
     )  # fmt: skip
 

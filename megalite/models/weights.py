@@ -9,7 +9,7 @@ Terms: the *logical* tensor is the whole weight as one device would hold it, [ou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import prod
@@ -77,6 +77,8 @@ class Weight:
     """A replicated weight of whose gradient each tensor rank has a part, which is summed over them. sequence: used on
     activations that sequence parallelism cuts along the sequence; heads: used on the heads, or other features, that
     each rank has of a token."""
+    one_hf: str | None = None
+    """Name of a single Hugging Face tensor that holds all of it in some files instead: it is read, not written."""
 
     def __post_init__(self) -> None:
         assert sum(self.parts or self.shape[self.stack : self.stack + 1]) == self.shape[self.stack], self
@@ -216,6 +218,10 @@ class Weight:
         pieces = logical.flatten(0, self.stack).split(self.row_groups)
         return {name: self._turned(piece).contiguous() for name, piece in zip(self.hf, pieces, strict=True)}
 
+    def as_stored(self, names: Container[str]) -> Weight:
+        """Return the row as it is in files that hold tensors of these names."""
+        return self if self.one_hf is None or self.one_hf not in names else replace(self, hf=(self.one_hf,))
+
     def _turned(self, matrices: Tensor) -> Tensor:
         """Exchange the output and the input features of one matrix or of a stack, where Hugging Face stores them
         so."""
@@ -297,4 +303,5 @@ def layer_rows(index: int, hf_prefix: str, rows: Sequence[Weight]) -> Iterator[W
     """Yield the rows of one layer, with the names of layer `index`; Hugging Face's begin with `hf_prefix`."""
     for row in rows:
         hf = tuple(f"{hf_prefix}.{index}.{name}" for name in row.hf)
-        yield replace(row, name=f"layers.{index}.{row.name}", hf=hf, place=index)
+        one_hf = row.one_hf and f"{hf_prefix}.{index}.{row.one_hf}"
+        yield replace(row, name=f"layers.{index}.{row.name}", hf=hf, one_hf=one_hf, place=index)

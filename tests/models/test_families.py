@@ -305,6 +305,24 @@ def test_a_tied_head_may_be_stored_a_second_time(tmp_path: Path) -> None:
     assert model.head.weight is model.embedding.weight
 
 
+@pytest.mark.parametrize("case", ["mixtral", "qwen3_moe-dense-among"])
+def test_experts_in_one_tensor_are_those_in_many(case: str, tmp_path: Path) -> None:
+    """As transformers 5 has them in its modules; what is written is as the hub has them."""
+    theirs = their_model(case)
+    theirs.save_pretrained(tmp_path / "many")
+    theirs.save_pretrained(tmp_path / "one", save_original_format=False)
+    stored = load_file(tmp_path / "many" / "model.safetensors")
+    assert stored.keys() != load_file(tmp_path / "one" / "model.safetensors").keys()
+    write_model(open_source(tmp_path / "one"), tmp_path / "copy")
+    copied = load_file(tmp_path / "copy" / "model.safetensors")
+    assert copied.keys() == stored.keys()
+    assert all(torch.equal(copied[name], tensor) for name, tensor in stored.items())
+    cut("model.layers.1.mlp.experts.down_proj", tensors := load_file(tmp_path / "one" / "model.safetensors"))
+    save_file(tensors, tmp_path / "one" / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"layers.1.mlp.experts.down_proj has shape"):
+        load_model(tmp_path / "one")
+
+
 def test_gpt2_as_openai_community_stores_it(tmp_path: Path) -> None:
     theirs = their_model("gpt2")
     theirs.transformer.save_pretrained(tmp_path)
