@@ -1,0 +1,5 @@
+#pragma once
+
+#include <cmath>
+
+#define CUDART_INF_F INFINITY
