@@ -37,7 +37,7 @@ class Bytes(Tokenizer):
 class Scripted:
     """A `Predictor` that says the tokens of a script, one after the other, whatever it is given."""
 
-    num_slots, capacity, turning_point, device = 2, 10_000, None, torch.device("cpu")
+    num_slots, capacity, turning_points, device = 2, 10_000, range(0), torch.device("cpu")
 
     def __init__(self, script: Sequence[int], prompt: int = 1, vocab_size: int = 512):
         self.script, self.prompt, self.vocab_size = script, prompt, vocab_size

@@ -49,11 +49,26 @@ LONG = {
     "rope_type": "longrope", "rope_theta": 500.0, "partial_rotary_factor": 0.75, "short_factor": [1.0, 1.5, 2.0],
     "long_factor": [1.0, 3.0, 5.0],
 }  # fmt: skip
+YARN_ROPE = {
+    "rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 2.0,
+    "beta_slow": 0.25, "truncate": True,
+}  # fmt: skip
+DYNAMIC_ROPE = {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 4.0}
 CASES: dict[str, dict[str, Any]] = {
     "llama": LLAMA,
     "llama-grouped-queries": GROUPED | {"rms_norm_eps": 1e-3},
     "llama-tied": LLAMA | {"num_key_value_heads": 1, "tie_word_embeddings": True},
     "llama-3": LLAMA | {"head_dim": 12, "rope_parameters": LLAMA3_ROPE},
+    "llama-yarn": LLAMA | {"head_dim": 12, "rope_parameters": YARN_ROPE},
+    "llama-dynamic": LLAMA | {"rope_parameters": DYNAMIC_ROPE, "max_position_embeddings": 16},
+    "mistral-yarn": GROUPED | {"model_type": "mistral", "rope_parameters": YARN_ROPE | {"truncate": False}},
+    "mistral-dynamic": GROUPED | {
+        "model_type": "mistral", "rope_parameters": DYNAMIC_ROPE, "max_position_embeddings": 16
+    },
+    "qwen2-yarn": QWEN2 | {"rope_parameters": YARN_ROPE | {"attention_factor": 1.5}},
+    "qwen2-dynamic": QWEN2 | {"rope_parameters": DYNAMIC_ROPE, "max_position_embeddings": 16},
+    "qwen3-yarn": QWEN3 | {"rope_parameters": YARN_ROPE | {"mscale": 1.5, "mscale_all_dim": 0.5}},
+    "qwen3-dynamic": QWEN3 | {"rope_parameters": DYNAMIC_ROPE, "max_position_embeddings": 16},
     "gpt2": GPT2,
     "gpt2-untied": GPT2 | {"tie_word_embeddings": False, "n_inner": 40, "layer_norm_epsilon": 1e-3},
     "mistral": GROUPED | {"model_type": "mistral", "sliding_window": 7},

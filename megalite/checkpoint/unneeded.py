@@ -99,7 +99,7 @@ def _check_frequencies(source: TensorFolder, name: str, model: ModelConfig) -> N
     allowed = [plain_R]
     if scaling:
         # Long sequences may have frequencies of their own.
-        allowed += [scaling.stretch(plain_R, length) for length in (1, model.max_positions)]
+        allowed += [scaling.stretch(plain_R, length, theta) for length in (1, model.max_positions)]
     stored_R = _whole(source, name).float()
     for R in allowed:
         # Many were rounded to 16 bits; those of another theta differ by far more.

@@ -36,9 +36,9 @@ class Predictor(Protocol):
     vocab_size: int
     capacity: int
     """Most tokens of a sequence, prompt and answer together."""
-    turning_point: int | None
-    """Sequence length beyond which positions are encoded differently (LongRoPE), so that cached keys become useless.
-    None if there is no such length."""
+    turning_points: range
+    """Sequence lengths after which one token more has all positions encoded differently (LongRoPE, dynamic NTK), so
+    that cached keys become useless."""
     device: torch.device
 
     def predict(self, tokens_BT: Tensor, places: CachedPlaces, last_B: Tensor) -> Tensor:
@@ -211,8 +211,8 @@ class Batch:
             sequence.ids.append(token)
             if answer.finish is not None:
                 del self._running[sequence.slot]
-            elif len(sequence.ids) - 1 == self.model.turning_point:
-                # Cached keys were rotated for the short encoding of positions: compute the whole sequence again.
+            elif len(sequence.ids) - 1 in self.model.turning_points:
+                # Cached keys were rotated for another encoding of positions: compute the whole sequence again.
                 sequence.cached = 0
 
 

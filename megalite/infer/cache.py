@@ -188,7 +188,7 @@ class CachedModel:
         together; None, or more than the model's `max_positions`, means `max_positions`."""
         self.model, self.num_slots, self.vocab_size = model, num_slots, model.config.vocab_size
         self.capacity = min(max_length or model.config.max_positions, model.config.max_positions)
-        self.turning_point = model.config.architecture.turning_point
+        self.turning_points = model.config.architecture.turning_points
         self.device = next(model.parameters()).device
         add_cache(model, num_slots)
         pack_linears(model)

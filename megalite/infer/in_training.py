@@ -115,7 +115,7 @@ class TrainingModel:
         self._stages, self._pipeline, self._mesh = stages, pipeline, mesh
         self.vocab_size = config.model.vocab_size
         self.num_slots, self.capacity = config.train.micro_batch_size, config.model.max_positions
-        self.turning_point, self.device = config.model.architecture.turning_point, mesh.device
+        self.turning_points, self.device = config.model.architecture.turning_points, mesh.device
         # Sequence parallelism and the zigzag of context parallelism divide a row evenly only at multiples of their
         # sizes.
         self._width = math.lcm(WIDTHS, 2 * mesh.context.size * mesh.tensor.size)

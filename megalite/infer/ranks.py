@@ -37,7 +37,7 @@ class RanksModel:
         self.stage, self.mesh, self.num_slots = stage, mesh, num_slots
         self.config, self.vocab_size = stage.model.config, stage.model.config.vocab_size
         self.capacity = min(max_length or self.config.max_positions, self.config.max_positions)
-        self.turning_point, self.device = self.config.architecture.turning_point, mesh.device
+        self.turning_points, self.device = self.config.architecture.turning_points, mesh.device
         add_cache(stage.model, num_slots)
         self.pipeline = None
         if plan.pipeline > 1:

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from megalite.config import LoraConfig, ModelConfig
 from megalite.config.errors import describe_errors
 from megalite.errors import ConfigError
-from megalite.models import heads, peft
+from megalite.models import heads, peft, rope
 from megalite.models.hf import Keys
 from megalite.models.layers import Decoder
 from megalite.models.lora import adapt, with_adapters
@@ -65,6 +65,8 @@ def model_config(values: dict[str, Any]) -> ModelConfig:
         base = from_hf_config(read_hf_config(Path(values["hf"])))
     if base and values.get("family") not in (None, base["family"]):
         raise ConfigError(f"model.family = {values['family']!r}, but preset {values['preset']} is {base['family']!r}")
+    if base and values.get("hf"):
+        values = rope.lengthened(values, base)
     merged = base | values
     if "family" not in merged:
         raise ConfigError("model needs a `preset`, an `hf` folder, or a `family` with its fields")

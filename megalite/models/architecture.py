@@ -138,8 +138,8 @@ class Architecture:
     """Dropout of what attention and the feed-forward part add to the residual stream."""
     logit_softcap: float | None = None
     """Cap of the logits. None: no cap."""
-    turning_point: int | None = None
-    """Sequence length beyond which all positions are encoded differently (LongRoPE). None if there is none."""
+    turning_points: range = range(0)
+    """Sequence lengths after which one token more has all positions encoded differently (LongRoPE, dynamic NTK)."""
 
     @property
     def attentions(self) -> tuple[AttentionSpec, ...]:

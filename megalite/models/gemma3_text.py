@@ -27,7 +27,9 @@ class Gemma3TextConfig(GemmaLike):
     local_rope_theta: float = Field(10_000.0, gt=0, description="RoPE base of sliding-window layers.")
 
     HEAD_NORMS: ClassVar[bool] = True
-    ROPE: ClassVar[rope.Names] = rope.Names(theta=1_000_000.0, new="rope_parameters.full_attention")
+    ROPE: ClassVar[rope.Names] = rope.Names(
+        kinds=("llama3", "linear", "longrope"), theta=1_000_000.0, new="rope_parameters.full_attention"
+    )
 
     def usual_type(self, layer: int) -> LayerType:
         return "sliding_attention" if (layer + 1) % 6 else "full_attention"

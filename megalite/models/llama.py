@@ -64,6 +64,18 @@ class LlamaLike(ModelConfig):
             raise ValueError(
                 f"rope_scaling.type {self.rope_scaling.type}: transformers opens {self.family} with {allowed}"
             )
+        scaling = self.rope_scaling
+        if isinstance(scaling, rope.YarnScaling) and self.rope_theta <= 1:
+            raise ValueError(f"rope_scaling.type yarn needs a rope_theta above 1, not {self.rope_theta}")
+        if isinstance(scaling, rope.DynamicScaling):
+            # config.json has no place for another length.
+            longest = rope.longest(scaling.original_max_positions, scaling.factor)
+            if self.max_positions != longest:
+                raise ValueError(
+                    f"max_positions {self.max_positions} must be {longest}: rope_scaling.factor × its original ones"
+                )
+            if self.rotary_size < 4:
+                raise ValueError(f"rope_scaling.type dynamic needs more than the {self.rotary_size} rotated numbers")
         return self
 
     @model_validator(mode="after")
@@ -136,7 +148,7 @@ class LlamaLike(ModelConfig):
         return Architecture(
             layers=layers,
             norm="layer" if issubclass(self.NORM, LayerNorm) else "rms",
-            turning_point=scaling.original_max_positions if isinstance(scaling, rope.LongRope) else None,
+            turning_points=rope.turning_points(scaling, self.max_positions),
         )
 
 

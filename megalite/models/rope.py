@@ -38,7 +38,7 @@ class Llama3Scaling(Section):
             )
         return self
 
-    def stretch(self, frequency_R: Tensor, length: int | Tensor) -> Tensor:
+    def stretch(self, frequency_R: Tensor, length: int | Tensor, theta: float) -> Tensor:
         """Return the scaled frequencies [R]; the sequence's `length` does not matter."""
         turns = self.original_max_positions * frequency_R / (2 * math.pi)
         # 1 for a frequency that turns at least high_freq_factor times within the original length (kept), 0 for one
@@ -58,7 +58,7 @@ class LinearScaling(Section):
     type: Literal["linear"]
     factor: float = Field(gt=0)
 
-    def stretch(self, frequency_R: Tensor, length: int | Tensor) -> Tensor:
+    def stretch(self, frequency_R: Tensor, length: int | Tensor, theta: float) -> Tensor:
         return frequency_R / self.factor
 
     def magnitude(self, max_positions: int) -> float:
@@ -74,7 +74,7 @@ class LongRope(Section):
     long_factor: tuple[Annotated[float, Field(gt=0)], ...]
     original_max_positions: int = Field(gt=1)
 
-    def stretch(self, frequency_R: Tensor, length: int | Tensor) -> Tensor:
+    def stretch(self, frequency_R: Tensor, length: int | Tensor, theta: float) -> Tensor:
         """Return the frequencies [R] for a sequence of `length`; of the shape of `length` with R last, where that is a
         tensor."""
         long, short = (torch.tensor(f, device=frequency_R.device) for f in (self.long_factor, self.short_factor))
@@ -87,10 +87,86 @@ class LongRope(Section):
         return math.sqrt(1 + math.log(factor) / math.log(self.original_max_positions)) if factor > 1 else 1.0
 
 
-KINDS: dict[str, type[Llama3Scaling] | type[LinearScaling] | type[LongRope]] = {
+class YarnScaling(Section):
+    """YaRN: pairs that turn more than `beta_fast` times within the original length keep their frequency, those that
+    turn less than `beta_slow` times have it divided by `factor`, those between are blended, and queries and keys are
+    scaled (Peng et al. 2023)."""
+
+    type: Literal["yarn"]
+    factor: float = Field(ge=1)
+    original_max_positions: int = Field(gt=0)
+    beta_fast: float = Field(32.0, gt=0)
+    beta_slow: float = Field(1.0, gt=0)
+    attention_factor: float | None = Field(
+        None, gt=0, description="Factor of queries and keys. By default 0.1 · log(factor) + 1, or what `mscale` says."
+    )
+    mscale: float | None = Field(None, gt=0)
+    mscale_all_dim: float | None = Field(None, gt=0)
+    truncate: bool = Field(True, description="Whether the blend begins and ends at whole pairs.")
+
+    @model_validator(mode="after")
+    def _a_band(self) -> YarnScaling:
+        if self.beta_fast < self.beta_slow:
+            raise ValueError(f"beta_fast {self.beta_fast} must not be below beta_slow {self.beta_slow}")
+        return self
+
+    def stretch(self, frequency_R: Tensor, length: int | Tensor, theta: float) -> Tensor:
+        """Return the scaled frequencies [R]; the sequence's `length` does not matter."""
+        count = len(frequency_R)
+
+        def pair(turns: float) -> float:
+            """Return the number of the pair that turns so often within the original length."""
+            return count * math.log(self.original_max_positions / (turns * 2 * math.pi)) / math.log(theta)
+
+        low, high = pair(self.beta_fast), pair(self.beta_slow)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, 2 * count - 1)
+        high += 0.001 if low == high else 0.0  # as in transformers
+        divided_R = ((torch.arange(count, device=frequency_R.device) - low) / (high - low)).clamp(0, 1)
+        return frequency_R / self.factor * divided_R + frequency_R * (1 - divided_R)
+
+    def magnitude(self, max_positions: int) -> float:
+        """Return the factor of cosines and sines, by which queries and keys are so multiplied."""
+        if self.attention_factor is not None:
+            return self.attention_factor
+
+        def scale(share: float) -> float:
+            return 0.1 * share * math.log(self.factor) + 1.0
+
+        if self.mscale and self.mscale_all_dim:
+            return scale(self.mscale) / scale(self.mscale_all_dim)
+        return scale(1.0)
+
+
+class DynamicScaling(Section):
+    """Dynamic NTK: a sequence longer than the original length has the base that its own length asks for, up to
+    `factor` times that length."""
+
+    type: Literal["dynamic"]
+    factor: float = Field(ge=1)
+    original_max_positions: int = Field(
+        gt=0, description="max_position_embeddings of config.json; model.max_positions is `factor` times as many."
+    )
+
+    def stretch(self, frequency_R: Tensor, length: int | Tensor, theta: float) -> Tensor:
+        """Return the frequencies [R] for a sequence of `length`; of the shape of `length` with R last, where that is a
+        tensor."""
+        count, original = len(frequency_R), self.original_max_positions
+        longer = torch.as_tensor(length, device=frequency_R.device).clamp(min=original)
+        base = theta * (self.factor * longer / original - (self.factor - 1)) ** (count / (count - 1))
+        return base ** -(torch.arange(count, device=frequency_R.device).float() / count)
+
+    def magnitude(self, max_positions: int) -> float:
+        return 1.0
+
+
+KINDS: dict[str, type[Section]] = {
     "llama3": Llama3Scaling,
     "linear": LinearScaling,
     "longrope": LongRope,
+    "yarn": YarnScaling,
+    "dynamic": DynamicScaling,
 }
 
 
@@ -101,7 +177,9 @@ def _kind(values: Any) -> str:
 Scaling = Annotated[
     Annotated[Llama3Scaling, Tag("llama3")]
     | Annotated[LinearScaling, Tag("linear")]
-    | Annotated[LongRope, Tag("longrope")],
+    | Annotated[LongRope, Tag("longrope")]
+    | Annotated[YarnScaling, Tag("yarn")]
+    | Annotated[DynamicScaling, Tag("dynamic")],
     Discriminator(_kind, "unknown_rope", f"type must be {', '.join(KINDS)}"),
 ]
 HF_NAMES = {"original_max_positions": "original_max_position_embeddings"}
@@ -121,9 +199,17 @@ def turns(
     if scaling is None:
         angle_BTR = position_BT[..., None] * frequency_R
         return angle_BTR.cos(), angle_BTR.sin()
-    angle_BTR = position_BT[..., None] * scaling.stretch(frequency_R, length)
+    angle_BTR = position_BT[..., None] * scaling.stretch(frequency_R, length, theta)
     magnitude = scaling.magnitude(max_positions)
     return angle_BTR.cos() * magnitude, angle_BTR.sin() * magnitude
+
+
+def turning_points(scaling: Scaling | None, max_positions: int) -> range:
+    """Return the lengths of a sequence of up to `max_positions` tokens after which one token more turns all positions
+    otherwise."""
+    if isinstance(scaling, LongRope):
+        return range(scaling.original_max_positions, scaling.original_max_positions + 1)
+    return range(scaling.original_max_positions, max_positions) if isinstance(scaling, DynamicScaling) else range(0)
 
 
 @dataclass(frozen=True)
@@ -148,15 +234,17 @@ def to_hf(names: Names, theta: float, scaling: Scaling | None, share: float | No
     family's `names`. Each fact stands in one place: the one that transformers 4, 5 and vLLM read."""
     values: dict[str, Any] = {names.theta_key: theta, "rope_scaling": None}
     if scaling:
-        fields = scaling.model_dump(mode="json")
+        fields = scaling.model_dump(mode="json", exclude_none=True)
         kind = fields.pop("type")
+        if isinstance(scaling, DynamicScaling):  # transformers takes it for the original length
+            values["max_position_embeddings"] = fields.pop("original_max_positions")
         values["rope_scaling"] = {"rope_type": kind} | {HF_NAMES.get(key, key): fields[key] for key in fields}
     return values if share is None else values | {str(names.share_key): share}
 
 
 def from_hf(hf: dict[str, Any], family: str, names: Names) -> dict[str, Any]:
     """Return rope_theta and rope_scaling of the `model:` section from config.json, `hf`, of a `family` with these
-    `names`. Raises ConfigError."""
+    `names`; and max_positions where the scaling decides them. Raises ConfigError."""
     place, copy = _places(hf, names)
     values = at(hf, place) or {}
     kind = kind_of(values, place)
@@ -164,6 +252,8 @@ def from_hf(hf: dict[str, Any], family: str, names: Names) -> dict[str, Any]:
         known = ", ".join(repr(name) for name in ("default", *names.kinds))
         raise ConfigError(f"config.json has rope_type = {kind!r}; the {family} family supports {known}")
     fields = {} if kind == "default" else {HF_NAMES.get(name, name): name for name in KINDS[kind].model_fields}
+    if kind == "dynamic":
+        del fields["original_max_position_embeddings"]
     known_keys = {"type", "rope_type", "rope_theta", "partial_rotary_factor", *fields}
     refuse_others(values, known_keys, place, f"rope_type {kind!r} of the {family} family")
     rotary_share(hf, names)
@@ -177,7 +267,35 @@ def from_hf(hf: dict[str, Any], family: str, names: Names) -> dict[str, Any]:
     theta = agreed(
         hf, f"{place}.rope_theta", names.theta_key, default=names.theta, copies=("rope_theta", f"{copy}.rope_theta")
     )
-    return {"rope_theta": theta, "rope_scaling": None if kind == "default" else scaling | {"type": kind}}
+    found: dict[str, Any] = {
+        "rope_theta": theta,
+        "rope_scaling": None if kind == "default" else scaling | {"type": kind},
+    }
+    if kind == "dynamic":
+        found["rope_scaling"]["original_max_positions"] = hf["max_position_embeddings"]
+        found["max_positions"] = longest(hf["max_position_embeddings"], scaling.get("factor", 1.0))
+    return found
+
+
+def longest(original: int, factor: float) -> int:
+    """Return the longest sequence of a model for `original` positions that is scaled by `factor`."""
+    return int(round(original * factor, 6))
+
+
+def lengthened(values: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
+    """Return the `values` of a `model:` section with what its `rope_scaling` leaves to a pretrained model without one,
+    whose fields are `base`: the original length is the model's, and max_positions are `factor` times as many."""
+    scaling = values.get("rope_scaling")
+    if not isinstance(scaling, dict) or base.get("rope_scaling") or _kind(scaling) not in KINDS:
+        return values
+    original, factor = base.get("max_positions"), scaling.get("factor")
+    if "original_max_positions" in KINDS[_kind(scaling)].model_fields:
+        scaling = {"original_max_positions": original} | scaling
+        original = scaling["original_max_positions"]
+    longer = {}
+    if isinstance(original, int) and isinstance(factor, int | float) and factor > 1:
+        longer = {"max_positions": longest(original, factor)}
+    return longer | values | {"rope_scaling": scaling}
 
 
 def rotary_share(hf: dict[str, Any], names: Names) -> float:

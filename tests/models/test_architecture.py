@@ -75,11 +75,11 @@ def test_described_layers_are_what_the_modules_compute(case: str) -> None:
         assert all(isinstance(norm, kinds[architecture.norm]) for norm in (*norms, model.norm))
 
 
-def test_dropout_and_turning_point() -> None:
+def test_dropout_and_turning_points() -> None:
     dropout = config_of("gpt2").architecture
     assert dropout.hidden_dropout == attention_of(dropout.layers[0]).dropout == 0.1, "transformers' default"
     assert attention_of(dropout.layers[0]).writes_scores
-    assert [config_of(case).architecture.turning_point for case in ("phi3", "phi3-long")] == [None, 16]
+    assert [config_of(case).architecture.turning_points for case in ("phi3", "phi3-long")] == [range(0), range(16, 17)]
     assert config_of("gemma2").architecture.logit_softcap == 6.0
 
 

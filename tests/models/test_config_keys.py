@@ -258,6 +258,10 @@ FIELDS: dict[str, list[Any]] = {
         {"factor": 4, "low_freq_factor": 4, "high_freq_factor": 4},
         {"type": "longrope", "original_max_positions": 16},
         {"type": "longrope", "original_max_positions": 16},
+        {"type": "yarn", "factor": 4, "original_max_positions": 16, "beta_fast": 2, "beta_slow": 0.5},
+        {"type": "yarn", "factor": 1.5, "original_max_positions": 6, "attention_factor": 2, "truncate": False},
+        {"type": "dynamic", "factor": 4, "original_max_positions": 16},
+        {"type": "dynamic", "factor": 2.5, "original_max_positions": 8},
     ],
     "sliding_window": [None, 1, 7, 7, 100],
     "layer_types": [None, [FULL], [SLIDING], [FULL, SLIDING]],
@@ -525,8 +529,13 @@ def test_what_is_written_says_each_fact_once(name: str) -> None:
     written = to_hf_config(opens(name))
     if "rope_scaling" in written:
         assert "rope_parameters" not in written
-        with pytest.raises(ConfigError, match="rope_type = 'yarn'"):
-            from_hf_config(written | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}})
+        added = written | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}
+        if name in ("phi3", "gemma3_text"):
+            with pytest.raises(ConfigError, match="rope_type = 'yarn'"):
+                from_hf_config(added)
+        else:
+            original = {"original_max_positions": written["max_position_embeddings"]}
+            assert from_hf_config(added)["rope_scaling"] == {"type": "yarn", "factor": 4.0} | original
     else:
         assert name == "gpt2"
 
