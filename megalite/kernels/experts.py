@@ -34,11 +34,29 @@ FEWEST_ROWS = 16
 
 
 def router_logits(x: Tensor, weight_ED: Tensor) -> Tensor:
-    """Return the router's logits in fp32: [… ,D] → [… ,E]."""
-    rows = x.flatten(0, -2).float()
-    few = max(0, FEWEST_ROWS - len(rows))
-    logits = product(F.pad(rows, (0, 0, 0, few)), weight_ED.float())
-    return logits[: len(rows)].view(*x.shape[:-1], len(weight_ED))
+    """Return the router's logits in fp32, whatever the dtypes: [… ,D] → [… ,E]."""
+    return _RouterLogits.apply(x, weight_ED)
+
+
+class _RouterLogits(Function):
+    """Keep the input as it is, not in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_ED: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight_ED)
+        rows = x.flatten(0, -2).float()
+        few = FEWEST_ROWS - len(rows)
+        logits = product(F.pad(rows, (0, 0, 0, few)) if few > 0 else rows, weight_ED.float())
+        return logits[: x.shape[:-1].numel()].reshape(*x.shape[:-1], len(weight_ED))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight_ED = ctx.saved_tensors
+        of_x, of_weight = ctx.needs_input_grad
+        grad_x = input_gradient(grad, weight_ED.float()).to(x.dtype) if of_x else None
+        if not of_weight:
+            return grad_x, None
+        return grad_x, weight_gradient(grad.flatten(0, -2), x.flatten(0, -2).float()).to(weight_ED.dtype)
 
 
 def top_k(scores: Tensor, k: int) -> Tensor:
@@ -69,9 +87,79 @@ def group_by_expert(index: Tensor, num_experts: int) -> Groups:
     return Groups(order // index.shape[-1], row.view(-1, index.shape[-1]), counts)
 
 
-def permute(x: Tensor, groups: Groups) -> Tensor:
-    """Return a row for each token at each of its experts: [… ,D] → [N,D]."""
-    return _Permute.apply(x, groups)
+def grouped_linear(
+    x: Tensor,
+    weight: Tensor,
+    groups: Groups,
+    gather: bool = False,
+    wgrad_callback: GroupedWgradCallback | None = None,
+    later: WeightGradStore | None = None,
+) -> Tensor:
+    """Return each expert's product of its rows: [N,I] and [E,O,I] → [N,O]. With `gather`, `x` has tokens [… ,I], whose
+    rows are gathered (permuted) here, and once more in the backward pass: they are K times as many.
+
+    `wgrad_callback` and `later` do what they do in `kernels.linear.linear`."""
+    return _GroupedLinear.apply(x, weight, groups, gather, wgrad_callback, later)
+
+
+def _spans(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:
+    """Yield each expert that has rows, with these rows."""
+    stops = [*accumulate(counts)]
+    for expert, (count, stop) in enumerate(zip(counts, stops, strict=True)):
+        if count:
+            yield expert, slice(stop - count, stop)
+
+
+class _GroupedLinear(Function):
+    """Compute one product an expert, as `kernels.linear` computes one."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        groups: Groups,
+        gather: bool,
+        wgrad_callback: GroupedWgradCallback | None,
+        later: WeightGradStore | None,
+    ) -> Tensor:
+        of_x, of_weight, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
+        ctx.groups, ctx.gather, ctx.shape = groups, gather, x.shape
+        ctx.wgrad_callback, ctx.later, ctx.parameter = wgrad_callback, later, weight
+        rows = _rows(x, groups, gather)
+        out = rows.new_empty(len(rows), weight.shape[1])
+        for expert, span in _spans(groups.counts):
+            out[span] = product(rows[span], weight[expert])
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        groups, gather, callback, parameter = ctx.groups, ctx.gather, ctx.wgrad_callback, ctx.parameter
+        grad = grad.contiguous()
+        grad_weight = None
+        if x is not None and ctx.later:
+            ctx.later.put(lambda: callback(parameter, grad, _rows(x, groups, gather), groups.counts))
+        elif x is not None and callback:
+            callback(parameter, grad, _rows(x, groups, gather), groups.counts)
+        elif x is not None:
+            rows, grad_weight = _rows(x, groups, gather), torch.zeros_like(parameter)
+            for expert, span in _spans(groups.counts):
+                grad_weight[expert] = weight_gradient(grad[span], rows[span])
+            del rows
+        if weight is None:
+            return None, grad_weight, None, None, None, None
+        grad_x = grad.new_empty(len(grad), weight.shape[2])
+        for expert, span in _spans(groups.counts):
+            input_gradient(grad[span], weight[expert], out=grad_x[span])
+        if gather:
+            grad_x = _sum_rows(grad_x, groups.row_TK, None, ctx.shape[:-1])
+        return grad_x, grad_weight, None, None, None, None
+
+
+def _rows(x: Tensor, groups: Groups, gather: bool) -> Tensor:
+    return x.flatten(0, -2)[groups.token_N] if gather else x
 
 
 def unpermute(rows_ND: Tensor, weight: Tensor, groups: Groups) -> Tensor:
@@ -91,96 +179,22 @@ def _sum_rows(rows_ND: Tensor, row_TK: Tensor, weight_TK: Tensor | None, shape: 
     return total.to(rows_ND.dtype)
 
 
-class _Permute(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, groups: Groups) -> Tensor:
-        ctx.shape, ctx.row_TK = x.shape, groups.row_TK
-        return x.flatten(0, -2)[groups.token_N]
-
-    @staticmethod
-    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None]:
-        return _sum_rows(grad_ND, ctx.row_TK, None, ctx.shape[:-1]), None
-
-
 class _Unpermute(Function):
     @staticmethod
     def forward(ctx: Any, rows_ND: Tensor, weight: Tensor, groups: Groups) -> Tensor:
         ctx.save_for_backward(rows_ND, weight)
-        ctx.groups = groups
+        ctx.row_TK = groups.row_TK
         return _sum_rows(rows_ND, groups.row_TK, weight.flatten(0, -2), weight.shape[:-1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         rows_ND, weight = ctx.saved_tensors
-        token_N, row_TK, _ = ctx.groups
-        grad_ND = grad.flatten(0, -2)[token_N].float()
-        weight_N = torch.empty_like(weight.flatten())
-        weight_N[row_TK.flatten()] = weight.flatten()
-        grad_weight = (grad_ND * rows_ND.float()).sum(-1)[row_TK].view(weight.shape)
-        return (grad_ND * weight_N[:, None]).to(rows_ND.dtype), grad_weight, None
-
-
-def grouped_linear(
-    rows: Tensor,
-    weight: Tensor,
-    counts: Sequence[int],
-    wgrad_callback: GroupedWgradCallback | None = None,
-    later: WeightGradStore | None = None,
-) -> Tensor:
-    """Return each expert's product of its rows, of which it has `counts`: [N,I] and [E,O,I] → [N,O].
-
-    `wgrad_callback` and `later` do what they do in `kernels.linear.linear`."""
-    return _GroupedLinear.apply(rows, weight, counts, wgrad_callback, later)
-
-
-def _spans(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:
-    """Yield each expert that has rows, with these rows."""
-    stops = [*accumulate(counts)]
-    for expert, (count, stop) in enumerate(zip(counts, stops, strict=True)):
-        if count:
-            yield expert, slice(stop - count, stop)
-
-
-class _GroupedLinear(Function):
-    """Compute one product an expert, as `kernels.linear` computes one."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        rows: Tensor,
-        weight: Tensor,
-        counts: Sequence[int],
-        wgrad_callback: GroupedWgradCallback | None,
-        later: WeightGradStore | None,
-    ) -> Tensor:
-        of_rows, of_weight, *_ = ctx.needs_input_grad
-        ctx.save_for_backward(rows if of_weight else None, weight if of_rows else None)
-        ctx.counts, ctx.wgrad_callback, ctx.later, ctx.parameter = counts, wgrad_callback, later, weight
-        out = rows.new_empty(len(rows), weight.shape[1])
-        for expert, span in _spans(counts):
-            out[span] = product(rows[span], weight[expert])
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight = ctx.saved_tensors
-        counts, callback, parameter = ctx.counts, ctx.wgrad_callback, ctx.parameter
-        grad = grad.contiguous()
-        grad_rows = None
-        if weight is not None:
-            grad_rows = grad.new_empty(len(grad), weight.shape[2])
-            for expert, span in _spans(counts):
-                input_gradient(grad[span], weight[expert], out=grad_rows[span])
-        grad_weight = None
-        if rows is not None and ctx.later:
-            ctx.later.put(lambda: callback(parameter, grad, rows, counts))
-        elif rows is not None and callback:
-            callback(parameter, grad, rows, counts)
-        elif rows is not None:
-            grad_weight = torch.zeros_like(parameter)
-            for expert, span in _spans(counts):
-                grad_weight[expert] = weight_gradient(grad[span], rows[span])
-        return grad_rows, grad_weight, None, None, None
+        grad_TD, weight_TK = grad.flatten(0, -2).float(), weight.flatten(0, -2)
+        grad_rows, grad_weight = torch.empty_like(rows_ND), torch.empty_like(weight_TK)
+        for slot, row_T in enumerate(ctx.row_TK.unbind(1)):
+            grad_weight[:, slot] = (grad_TD * rows_ND[row_T]).sum(-1)
+            grad_rows[row_T] = (grad_TD * weight_TK[:, slot, None]).to(rows_ND.dtype)
+        return grad_rows, grad_weight.view(weight.shape), None
 
 
 def accumulate_grouped_weight_gradient(

@@ -13,7 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from megalite.kernels.activation import swiglu
-from megalite.kernels.experts import group_by_expert, grouped_linear, permute, router_logits, top_k, unpermute
+from megalite.kernels.experts import Groups, group_by_expert, grouped_linear, router_logits, top_k, unpermute
 from megalite.models.architecture import ExpertsSpec, FeedForwardSpec
 from megalite.models.hf import Keys, agreed
 from megalite.models.layer_loss import LayerLoss
@@ -118,9 +118,10 @@ class GroupedLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features))
 
-    def forward(self, rows_NI: Tensor, counts: list[int]) -> Tensor:
-        """Return [N,O]; `counts` has the rows of each expert, which are sorted by expert."""
-        return grouped_linear(rows_NI, self.weight, counts)
+    def forward(self, x: Tensor, groups: Groups, gather: bool = False) -> Tensor:
+        """Return [N,O]. `x` are rows sorted by expert [N,I]; with `gather`, tokens [B,T,I], each of which has a row at
+        each of its experts."""
+        return grouped_linear(x, self.weight, groups, gather)
 
 
 class Experts(nn.Module):
@@ -136,12 +137,12 @@ class Experts(nn.Module):
     def forward(self, x_BTD: Tensor, weight_BTK: Tensor, index_BTK: Tensor) -> Tensor:
         """Return each token's sum of its experts `index`, weighted by `weight`: [B,T,D]."""
         groups = group_by_expert(index_BTK, self.down.weight.shape[0])
-        gate_up_NI = self.gate_up(permute(x_BTD, groups), groups.counts)
-        return unpermute(self.activation_and_down_proj(gate_up_NI, groups.counts), weight_BTK, groups)
+        gate_up_NI = self.gate_up(x_BTD, groups, gather=True)
+        return unpermute(self.activation_and_down_proj(gate_up_NI, groups), weight_BTK, groups)
 
-    def activation_and_down_proj(self, gate_up_NI: Tensor, counts: list[int]) -> Tensor:
+    def activation_and_down_proj(self, gate_up_NI: Tensor, groups: Groups) -> Tensor:
         """Apply the activation and the down projection; recomputed as one under `train.recompute: selective`."""
-        return self.down(swiglu(gate_up_NI), counts)
+        return self.down(swiglu(gate_up_NI), groups)
 
 
 class SparseMLP(nn.Module):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megalite.comm.collectives import all_gather
 from megalite.comm.mesh import Axis
-from megalite.kernels.experts import GroupedWgradCallback, grouped_linear
+from megalite.kernels.experts import GroupedWgradCallback, Groups, grouped_linear
 from megalite.kernels.linear import WeightGradStore
 from megalite.models.experts import Experts, GroupedLinear
 from megalite.parallel.tensor import SEQUENCE, enter, leave
@@ -27,8 +27,8 @@ class ParallelGroupedLinear(GroupedLinear):
         self.weight, self.later = weight, later
         self.wgrad_callback: GroupedWgradCallback | None = None
 
-    def forward(self, rows_NI: Tensor, counts: list[int]) -> Tensor:
-        return grouped_linear(rows_NI, self.weight, counts, self.wgrad_callback, self.later)
+    def forward(self, x: Tensor, groups: Groups, gather: bool = False) -> Tensor:
+        return grouped_linear(x, self.weight, groups, gather, self.wgrad_callback, self.later)
 
 
 class TensorParallelExperts(Experts):

@@ -80,7 +80,8 @@ class _Layer:
         norms = 2 * self.norm + _more_norms(shapes)
         gate = self.inner if shapes.gelu_gate else 0  # gelu(gate) is a tensor of its own
         mlp = self.first + gate + self.inner
-        self.plain = norms + self.attention + mlp + 2 * self.masks
+        self.routed = _routed(shapes)
+        self.plain = norms + self.attention + mlp + self.routed + 2 * self.masks
         """All that a layer keeps for its backward pass without recomputation, or holds after it has recomputed."""
         self.kept = self.plain
         if recompute == "selective":
@@ -116,6 +117,10 @@ class _Layer:
         before = self.hidden + self.plain - self.masks
         # Gradients of the second product's input, which is freed by then, and of the first one's output.
         moments = [before + self.first]
+        if self.shapes.visited:
+            # Gradients of the rows of each expert; and in fp32 that of their sum, one expert's rows, and their product.
+            rows = self.shapes.visited * whole
+            moments.append(before + rows + 3 * self.shapes.tokens * self.shapes.hidden * FP32)
         if self.shapes.sequence:
             moments.append(before + max(_gathered(self.shapes), whole + self.inner))
             # The first product's input, gathered again, and its gradient; its output is freed by then.
@@ -137,6 +142,18 @@ class _Layer:
 
     def _scatter(self) -> int:
         return _scatter(self.shapes, self.on_gloo)
+
+
+def _routed(shapes: LayerShapes) -> int:
+    """Count what a mixture of experts keeps beside the input and the output of its activation: each expert's output
+    for each of its tokens, the router's probabilities, which token is where, and under sequence parallelism the tokens
+    of all ranks."""
+    if not shapes.visited:
+        return 0
+    gathered = _whole(shapes) if shapes.sequence else 0
+    probabilities = _tokens_here(shapes) * shapes.num_experts * FP32
+    places = shapes.tokens * shapes.visited * (2 * INT64 + FP32)
+    return gathered + shapes.visited * _whole(shapes) + probabilities + places
 
 
 def _tokens_here(shapes: Shapes) -> int:

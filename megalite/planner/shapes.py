@@ -14,7 +14,7 @@ from typing import TypeVar
 from megalite.config import Config, OptimizerConfig
 from megalite.errors import ConfigError
 from megalite.models import weight_table
-from megalite.models.architecture import AttentionSpec, LayerSpec
+from megalite.models.architecture import AttentionSpec, ExpertsSpec, LayerSpec
 from megalite.models.weights import Weight
 from megalite.plan import Place, Plan, StageSpan
 
@@ -95,6 +95,10 @@ class LayerShapes(Shapes):
     """Features of a head's values."""
     inner: int
     """Features that a token has within the MLP, over all experts it visits."""
+    num_experts: int
+    """Experts of the layer; 0 where it has none."""
+    visited: int
+    """Experts that a token visits."""
     gated: bool
     gelu_gate: bool
     """True for GeGLU, whose gate is a kernel of its own (Gemma)."""
@@ -272,6 +276,8 @@ def _layer_shapes(model: Shapes, kind: LayerKind) -> LayerShapes:
         head_size=mixer.head_size,
         value_size=mixer.value_size,
         inner=feed_forward.active_inner // model.tensor,
+        num_experts=feed_forward.num_experts if isinstance(feed_forward, ExpertsSpec) else 0,
+        visited=feed_forward.experts_per_token if isinstance(feed_forward, ExpertsSpec) else 0,
         gated=feed_forward.gated,
         gelu_gate=feed_forward.gated and feed_forward.activation == "gelu",
         rope=mixer.rope,

@@ -115,9 +115,11 @@ def test_a_rank_holds_all_experts_and_computes_some() -> None:
     stack = Matrix(2 * INNER, HIDDEN, gathers=True, reduces=False, count=EXPERTS, used=VISITED / EXPERTS)
     assert stack in sparse.matrices
     assert sparse.inner == VISITED * INNER + SHARED
-    # What a layer keeps: the MLP's first product is of gate and up, its second one's input half of that.
+    # What a layer keeps: the MLP's first product is of gate and up, its second one's input half of that. Beside them
+    # the output of each expert, the fp32 probabilities of all, and of each visit two places and a weight.
     kept = [layer_bytes(layer, "none").kept for layer in (dense, sparse)]
-    assert kept[1] - kept[0] == 3 * 2 * LENGTH * (sparse.inner - INNER)
+    routed = LENGTH * (VISITED * 2 * HIDDEN + EXPERTS * 4 + VISITED * (8 + 8 + 4))
+    assert kept[1] - kept[0] == 3 * 2 * LENGTH * (sparse.inner - INNER) + routed
     # Each of eight experts multiplies a quarter of the tokens.
     product = outlook.kernels.product
     times = outlook.costs._product(stack)

@@ -27,6 +27,7 @@ GPT2 = {
 }  # fmt: skip
 GEMMA = LLAMA | {"family": "gemma2", "sliding_window": 64, "attention_softcap": 50.0, "logit_softcap": 30.0}
 QWEN = LLAMA | {"family": "qwen2", "sliding_window": 64, "layer_types": ["sliding_attention", *["full_attention"] * 3]}
+MIXTRAL = LLAMA | {"family": "mixtral", "intermediate_size": 96, "num_experts": 8, "experts_per_token": 2}
 WITHIN = 0.05  # nearly all are within 1%; when a pipeline's messages arrive is chance, and one of them is up to 3%
 RESIDENT_WITHIN = 0.02  # known exactly but for the padding of buckets and the batch itself
 
@@ -82,6 +83,9 @@ ALONE = {
     "qwen2, a layer with a window": (QWEN,),
     "gemma3": (LLAMA | {"family": "gemma3_text", "sliding_window": 64}, SMALL_HEAD),
     "llama chunked loss": (LLAMA, "model.vocab_size=8000", "train.loss_chunk=200"),
+    "experts": (MIXTRAL, SMALL_HEAD),
+    "experts fp32, selective": (MIXTRAL, SMALL_HEAD, "train.precision=fp32", "train.recompute=selective"),
+    "experts full": (MIXTRAL, SMALL_HEAD, "model.experts_per_token=4", "train.recompute=full"),
 }
 
 
@@ -101,6 +105,7 @@ PAIRS = {
     "tensor": (LLAMA, "parallel.tensor=2"),
     "tensor, whole sequence": (GPT2, "parallel.tensor=2", "parallel.sequence=false"),
     "tensor, small MLP": (LLAMA, "parallel.tensor=2", SMALL_HEAD, "model.intermediate_size=64"),
+    "tensor, experts": (MIXTRAL, "parallel.tensor=2", SMALL_HEAD),
     "tensor, chunked loss": (LLAMA, "parallel.tensor=2", "model.vocab_size=8000", "train.loss_chunk=200"),
     "context": (LLAMA, "parallel.context=2"),
     "context, many keys": (LLAMA, "parallel.context=2", SMALL_HEAD, "model.num_kv_heads=8"),
