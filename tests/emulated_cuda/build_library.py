@@ -1,7 +1,7 @@
 """Build csrc/ops/cuda and the wrappers of its kernels for the emulated CUDA device, and print the library's path.
 
 An object is compiled again only where the content of what it is made from has changed: build/emulated-cuda keeps
-them."""
+them. Paths are relative to the checkout, so that another one's objects serve, too."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ import sysconfig
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 OPS = ROOT / "csrc" / "ops"
+FAKE = HERE / "include"
 CACHE = ROOT / "build" / "emulated-cuda"
 COMPILER = os.environ.get("CXX", "g++")
 
@@ -34,7 +36,8 @@ WRAPPER_FLAGS = ["-std=c++20", "-O0", "-fPIC", "-fopenmp", "-DAT_PARALLEL_OPENMP
 
 
 def translate(text: str) -> str:
-    """Return CUDA's own syntax in `text` as calls of include/cuda_runtime.h, with every line where it was."""
+    """Return CUDA's own syntax in `text` as calls of include/cuda_runtime.h, with every line where it was. What it does
+    not know, such as two shared variables in one declaration, stays, and does not compile."""
     text = _launches(text)
     text = re.sub(
         r"(__global__\s+void\s+)__launch_bounds__\(([^)]*)\)(\s+\w+\([^)]*\)\s*\{)",
@@ -47,8 +50,8 @@ def translate(text: str) -> str:
         text,
     )
     text = re.sub(
-        r"__shared__\s+([^;=]*?)(\w+)((?:\[[^;]*\])*);",
-        r"alignas(16) static \1 \2\3; emulated::share(&\2, sizeof(\2));",
+        r"__shared__\s+((?:[\w:\s]|<[^;>]*>)*?)(\w+)((?:\[[^\];]*\])*);",
+        r"alignas(16) static \1\2\3; emulated::share(&\2, sizeof(\2));",
         text,
     )
     return text
@@ -87,13 +90,13 @@ def _torch_options() -> tuple[list[str], list[str]]:
 
 
 def _run(command: Sequence[str | Path]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"emulated CUDA: it does not compile: {' '.join(map(str, command))}\n{done.stderr}")
 
 
 def _key(options: Sequence[str | Path], files: Sequence[Path]) -> str:
-    found = hashlib.sha256(repr([COMPILER, *map(str, options)]).encode())
+    found = hashlib.sha256(repr([COMPILER, version("torch"), *map(str, options)]).encode())
     for file in files:
         found.update(repr((file.name, file.read_bytes())).encode())
     return found.hexdigest()[:16]
@@ -119,27 +122,29 @@ def _translated(folder: Path) -> Path:
     (folder / "cpu").symlink_to(OPS / "cpu")
     for file in [*(OPS / "cuda").iterdir(), HERE / "faulty.cu"]:
         name = f"{file.name}.cpp" if file.suffix == ".cu" else file.name
-        (cuda / name).write_text(f'#line 1 "{file}"\n{translate(file.read_text(encoding="utf-8"))}', encoding="utf-8")
+        translated = translate(file.read_text(encoding="utf-8"))
+        (cuda / name).write_text(f'#line 1 "{file.relative_to(ROOT)}"\n{translated}', encoding="utf-8")
     return cuda
 
 
 def build() -> Path:
     """Return the library, built where it is not in the cache."""
     CACHE.mkdir(parents=True, exist_ok=True)
-    fake, headers = sorted((HERE / "include").glob("*.h")), sorted([*OPS.glob("*.h"), *OPS.glob("cpu/isa.h")])
-    include = f"-I{HERE / 'include'}"
+    own = sorted(HERE.rglob("*.h"))
+    fake, headers = sorted(FAKE.glob("*.h")), sorted([*OPS.glob("*.h"), *OPS.glob("cpu/isa.h")])
+    include = f"-I{FAKE.relative_to(ROOT)}"
     compiling, linking = _torch_options()
-    torch_options = [*WRAPPER_FLAGS, f"-I{OPS}", *compiling, "-include", HERE / "include" / "wrappers.h"]
+    torch_options = [*WRAPPER_FLAGS, f"-I{OPS.relative_to(ROOT)}", *compiling, "-include", "wrappers.h", include]
     with tempfile.TemporaryDirectory(dir=CACHE) as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
         cuda = _translated(Path(folder))
         kernels = [*fake, *headers, *sorted(cuda.glob("*.cuh"))]
         jobs = [
-            pool.submit(_compile, HERE / "runtime.cpp", [*RUNTIME_FLAGS, include], fake),
+            *(pool.submit(_compile, file, [*RUNTIME_FLAGS, include], own) for file in sorted(HERE.glob("*.cpp"))),
             *(pool.submit(_compile, file, [*KERNEL_FLAGS, include], kernels) for file in sorted(cuda.glob("*.cpp"))),
             *(pool.submit(_compile, file, torch_options, [*fake, *headers]) for file in wrapper_sources()),
         ]
         objects = [job.result() for job in jobs]
-    library = CACHE / f"library-{_key([*objects, *linking], [])}.so"
+    library = CACHE / f"library-{_key([*linking], objects)}.so"
     if not library.exists():
         _run([COMPILER, "-shared", "-Wl,-Bsymbolic", *objects, *linking, "-o", f"{library}.{os.getpid()}"])
         os.rename(f"{library}.{os.getpid()}", library)

@@ -5,14 +5,13 @@
 //
 // What it finds ends the launch with an exception that names kernel, block, thread and line.
 #include "cuda_runtime.h"
+#include "memory.h"
 
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
-#include <memory>
 #include <stdexcept>
 #include <string>
-#include <unordered_map>
 #include <vector>
 
 #include <dlfcn.h>
@@ -27,8 +26,7 @@ Indices here;
 
 namespace {
 
-constexpr int WARP = 32, MOST_THREADS = 1024;
-constexpr size_t STACK = 64 << 10, MOST_SHARED = 48 << 10;
+constexpr size_t STACK = 64 << 10;
 
 // Of EMULATED_CUDA_ORDER. forward: threads one after another, each to its next stop, and blocks too. backward: both from
 // the last. warps: the same, but each warp goes on through its shuffles until it stands at a barrier.
@@ -150,88 +148,9 @@ void fail(const std::string& what) {
   jump_to(scheduler);
 }
 
-// Memory: for each byte, who wrote and who read it last. Time is counted in ticks, of which each barrier takes one.
-
-constexpr uint16_t OTHER_BLOCKS = 0xffff, SEVERAL_WARPS = 0xfffe, SEVERAL_OF_WARP = 0x8000;
-
-struct Byte {
-  uint32_t written = 0, read = 0;  // ticks
-  uint16_t writer = 0, reader = 0;  // a thread; a reader also one of the above, SEVERAL_OF_WARP with the warp added
-};
-constexpr uintptr_t PAGE = 4096;
-struct Page {
-  Byte bytes[PAGE];
-};
-
-uint32_t tick = 1, launch_began, block_began, last_barrier, warp_barriers[MOST_THREADS / WARP];
-std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages;
-struct Recent {
-  uintptr_t number = ~uintptr_t{0};
-  Page* page = nullptr;
-} recent[1024];
-
-Byte& byte_at(uintptr_t address) {
-  const uintptr_t number = address / PAGE;
-  Recent& found = recent[number % 1024];
-  if (found.number != number) {
-    std::unique_ptr<Page>& page = pages[number];
-    if (!page) page = std::make_unique<Page>();
-    found = {number, page.get()};
-  }
-  return found.page->bytes[address % PAGE];
-}
-
-struct Shared {
-  char* begin;
-  size_t bytes;
-};
-std::vector<Shared> shared;  // of the block that runs
+Memory memory;
 alignas(16) char dynamic[MOST_SHARED];
 size_t dynamic_bytes;
-
-bool is_shared(uintptr_t address) {
-  for (const Shared& each : shared)
-    if (address - reinterpret_cast<uintptr_t>(each.begin) < each.bytes) return true;
-  return false;
-}
-
-// Whether a barrier lies between what another thread of the warp did at `then` and now.
-bool after_warp_barrier(uint32_t then, int warp, int own_warp) {
-  return warp == own_warp && then < warp_barriers[own_warp];
-}
-
-// Whether nothing orders the write to a byte before what `thread` does now.
-bool races_with_write(const Byte& byte, int thread, bool in_shared) {
-  if (byte.written < block_began) return !in_shared && byte.written >= launch_began;
-  if (byte.writer == thread || byte.written < last_barrier) return false;
-  return !after_warp_barrier(byte.written, byte.writer / WARP, thread / WARP);
-}
-
-bool races_with_reads(const Byte& byte, int thread, bool in_shared) {
-  if (byte.read < launch_began) return false;
-  if (byte.reader == OTHER_BLOCKS || byte.read < block_began) return !in_shared;
-  if (byte.read < last_barrier || byte.reader == thread) return false;
-  if (byte.reader == SEVERAL_WARPS) return true;
-  const int warp = byte.reader >= SEVERAL_OF_WARP ? byte.reader - SEVERAL_OF_WARP : byte.reader / WARP;
-  return !after_warp_barrier(byte.read, warp, thread / WARP);
-}
-
-void note_read(Byte& byte, int thread, bool in_shared) {
-  const int own_warp = thread / WARP;
-  if (!in_shared && byte.read >= launch_began && (byte.reader == OTHER_BLOCKS || byte.read < block_began)) {
-    byte.reader = OTHER_BLOCKS;
-  } else if (byte.read < last_barrier || byte.reader == thread) {
-    byte.reader = static_cast<uint16_t>(thread);
-  } else if (byte.reader != SEVERAL_WARPS) {
-    const int warp = byte.reader >= SEVERAL_OF_WARP ? byte.reader - SEVERAL_OF_WARP : byte.reader / WARP;
-    if (warp != own_warp)
-      byte.reader = SEVERAL_WARPS;
-    else
-      byte.reader = static_cast<uint16_t>(
-          byte.read < warp_barriers[own_warp] ? thread : SEVERAL_OF_WARP + own_warp);
-  }
-  byte.read = tick;
-}
 
 void access(void* pointer, size_t bytes, bool write, void* caller) {
   const uintptr_t address = reinterpret_cast<uintptr_t>(pointer);
@@ -241,26 +160,10 @@ void access(void* pointer, size_t bytes, bool write, void* caller) {
   const std::string verb = write ? "writes " : "reads ";
   if (__asan_region_is_poisoned && __asan_region_is_poisoned(pointer, bytes))
     fail(verb + std::to_string(bytes) + " bytes outside of any tensor, at " + lines_of(caller));
-  const bool in_shared = is_shared(address);
-  if (!in_shared && address - reinterpret_cast<uintptr_t>(dynamic) < MOST_SHARED)
+  if (address - reinterpret_cast<uintptr_t>(dynamic) < MOST_SHARED && !memory.is_shared(address))
     fail(verb + std::to_string(bytes) + " bytes outside of the block's shared memory, at " + lines_of(caller));
-  const int thread = number_of(running);
-  for (size_t i = 0; i < bytes; ++i) {
-    Byte& byte = byte_at(address + i);
-    if (in_shared && !write && byte.written < block_began)
-      fail("reads shared memory that its block has not written, at " + lines_of(caller));
-    const bool with_write = races_with_write(byte, thread, in_shared);
-    if (with_write || (write && races_with_reads(byte, thread, in_shared)))
-      fail(
-          verb + (in_shared ? "shared" : "global") + " memory that another thread has " +
-          (with_write ? "written" : "read") + " without a barrier between, at " + lines_of(caller));
-    if (write) {
-      byte.written = tick;
-      byte.writer = static_cast<uint16_t>(thread);
-    } else {
-      note_read(byte, thread, in_shared);
-    }
-  }
+  if (const char* fault = memory.access(address, bytes, write, number_of(running)))
+    fail(verb + fault + ", at " + lines_of(caller));
 }
 
 // Blocks.
@@ -289,7 +192,7 @@ bool release(int first, int count, int leader) {
     warp[i].value = values[from];
     warp[i].state = ready;
   }
-  if (warp[leader].warp_barrier) warp_barriers[first / WARP] = ++tick;
+  if (warp[leader].warp_barrier) memory.pass_warp_barrier(first / WARP);
   return true;
 }
 
@@ -348,13 +251,12 @@ bool ended(int threads, bool moved) {
     fail("the barrier at " + std::string(line) + " lacks " + std::to_string(threads - left) + " threads that have ended");
   if (other) fail("threads are at the barriers of " + std::string(line) + " and of " + other);
   for (int i = 0; i < threads; ++i) fibers[i].state = ready;
-  last_barrier = ++tick;
+  memory.pass_barrier();
   return false;
 }
 
 void run_block(int threads) {
-  shared.clear();
-  block_began = last_barrier = ++tick;
+  memory.begin_block();
   for (int i = 0; i < threads; ++i) fibers[i].state = ready;
   while (!ended(threads, run_to_stops(threads))) {
   }
@@ -400,12 +302,7 @@ void run(
   here.grid_size = sizes(grid);
   thread_function = &thread;
   dynamic_bytes = shared_bytes;
-  if (tick > 1u << 31) {
-    pages.clear();
-    for (Recent& each : recent) each = {};
-    tick = 1;
-  }
-  launch_began = ++tick;
+  memory.begin_launch();
   const int64_t blocks = grid.x * grid.y * grid.z;
   try {
     for (int64_t i = 0; i < blocks; ++i) {
@@ -423,13 +320,7 @@ void run(
 }
 
 void share(void* variable, size_t bytes) {
-  for (const Shared& each : shared)
-    if (each.begin == variable) return;
-  size_t used = bytes;
-  for (const Shared& each : shared) used += each.bytes;
-  if (used > MOST_SHARED) fail("more than 48 KB of shared memory");
-  std::memset(variable, 0xff, bytes);
-  shared.push_back({static_cast<char*>(variable), bytes});
+  if (!memory.share(variable, bytes)) fail("more than 48 KB of shared memory");
 }
 
 void* dynamic_shared() {
