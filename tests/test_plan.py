@@ -271,7 +271,8 @@ def test_presets_have_the_size_they_are_named_for(preset: str) -> None:
     named = preset.split("-")[1]
     # Names are rounded by custom: the widest are 799,584 as "1m", 1.24e9 as "1b" and 109.5e6 as "125m" (vocabulary).
     assert size == pytest.approx(float(named[:-1]) * UNITS[named[-1]], rel=0.25)
-    assert config.family == {"smollm2": "llama", "pythia": "gpt_neox", "moe": "mixtral"}.get(name := preset.split("-")[0], name)
+    name = preset.split("-")[0]
+    assert config.family == {"smollm2": "llama", "pythia": "gpt_neox", "moe": "mixtral"}.get(name, name)
 
 
 # Vocabulary, hidden size, intermediate size, layers, heads, key/value heads, and head size where it is its own.

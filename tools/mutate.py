@@ -1,8 +1,9 @@
 """Plant bugs, one at a time, and name those that no test finds (mutation testing).
 
 tests/mutations.yaml lists them: a piece of a file, what it becomes, and the tests that ought to fail. Each bug is
-planted in a copy of the repository, never in the checkout itself; a bug in csrc/ is compiled there. A bug is killed
-when its tests fail, crash or do not end; it survives when they pass.
+planted in a copy of the repository, never in the checkout itself; a bug in csrc/ is compiled there, one in a CUDA
+kernel for the emulated device of tests/emulated_cuda. A bug is killed when its tests fail, crash or do not end; it
+survives when they pass.
 
     python tools/mutate.py                       # all of them: an hour on two cores
     python tools/mutate.py engine checkpoint     # those whose name or file contains one of these words
@@ -32,6 +33,8 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 LIST = ROOT / "tests" / "mutations.yaml"
+EMULATED_CUDA = Path("build") / "emulated-cuda"
+"""Objects of which a bug in a CUDA kernel compiles only its own again."""
 TIME_LIMIT_S = 600.0
 """Seconds after which a test counts as hanging: the bug is found."""
 
@@ -122,12 +125,14 @@ class Copy:
         (folder / "sitecustomize.py").write_text(SITECUSTOMIZE)
         for library in ("_ops", "_data"):
             shutil.copy2(_built_library(library), folder / "megalite")
+        if (ROOT / EMULATED_CUDA).exists():
+            shutil.copytree(ROOT / EMULATED_CUDA, folder / EMULATED_CUDA)
 
     def run(self, mutation: Mutation) -> Result:
         """Plant a bug, run its tests, and take it out again."""
         began, file = time.monotonic(), self.root / mutation.file
         sound = file.read_text(encoding="utf-8")
-        native = mutation.file.startswith("csrc/")
+        native = _is_native(mutation)
         try:
             if native and not self._built:
                 self._build()  # everything once, so that a bug compiles its own file alone
@@ -167,8 +172,9 @@ class Copy:
             shutil.copy2(library, self.root / "megalite")
 
     def _test(self, tests: Sequence[str]) -> tuple[str, str]:
-        """Run tests on the planted bug; return the outcome, and a line of pytest's that explains it."""
-        own = {"PYTHONPATH": str(self.root), "OMP_NUM_THREADS": "1"}
+        """Run tests on the planted bug; return the outcome, and a line of pytest's that explains it. Raises ValueError
+        where they could not compile it."""
+        own = {"PYTHONPATH": str(self.root), "OMP_NUM_THREADS": "1", "COLUMNS": "250"}
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-o", "addopts=", "-p", "no:cacheprovider"]
         with subprocess.Popen(
             [*command, *tests], cwd=self.root, env=os.environ | own, text=True, start_new_session=True,
@@ -180,10 +186,17 @@ class Copy:
                 return "killed", "its tests did not end"
             finally:
                 _end_group(process)
+        if (uncompiled := "it does not compile: ") in said:
+            raise ValueError(uncompiled + said.partition(uncompiled)[2][:1000])
         lines = [line for line in said.splitlines() if line.startswith(("FAILED", "ERROR"))] or said.splitlines()[-1:]
         crashed = process.returncode < 0  # such as by memory that the bug has overwritten
         outcome = {0: "survived", 1: "killed"}.get(process.returncode, "killed" if crashed else "error")
         return outcome, lines[0] if lines else ""
+
+
+def _is_native(mutation: Mutation) -> bool:
+    """Return whether its file is compiled into the package. CUDA kernels are compiled by the test that runs them."""
+    return mutation.file.startswith("csrc/") and not mutation.file.startswith("csrc/ops/cuda/")
 
 
 def _end_group(process: subprocess.Popen[str]) -> None:
@@ -224,7 +237,7 @@ def run_all(mutations: Sequence[Mutation], jobs: int, folder: Path) -> list[Resu
         copy = copies.get()
         try:
             result = copy.run(mutation)
-            if mutation.file.startswith("csrc/"):
+            if _is_native(mutation):
                 copy.restore()
         finally:
             copies.put(copy)
