@@ -39,7 +39,7 @@ from megalite.runtime.host_memory import keep_freed_memory
 from megalite.runtime.run_folder import check_run_folder, held, write_config
 from megalite.training.loop import run_steps
 from megalite.training.objectives import DPO
-from megalite.training.parts import Parts, build
+from megalite.training.parts import RankModel, build
 from megalite.training.reference import prepare_references
 from megalite.training.run import Data, Run, Start, initial_state, make_loader
 
@@ -190,7 +190,7 @@ def _epochs(config: Config, train: Mixture) -> Iterator[str]:
             )
 
 
-def train_from(run: Run, parts: Parts, data: Data, start: Start, requests: StopRequests) -> Ending:
+def train_from(run: Run, parts: RankModel, data: Data, start: Start, requests: StopRequests) -> Ending:
     """Train from `start` to the end of this run; return why it ended. `requests` tells of signals to stop.
 
     Raises NotSaved where the last checkpoint could not be written."""

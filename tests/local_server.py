@@ -16,7 +16,7 @@ import httpx
 import openai
 from torch import Tensor
 
-from megalite.infer.cache import CachedPlaces
+from megalite.infer.cache import CachedSequenceInfo
 from megalite.infer.generate import Generator
 from megalite.infer.sampling import Sampling
 from megalite.infer.serving.app import Settings, make_app
@@ -53,7 +53,7 @@ class Gated(Scripted):
         self._free = True
         self._steps.release()
 
-    def predict(self, tokens_BT: Tensor, places: CachedPlaces, last_B: Tensor) -> Tensor:
+    def predict(self, tokens_BT: Tensor, places: CachedSequenceInfo, last_B: Tensor) -> Tensor:
         assert self._free or self._steps.acquire(timeout=PATIENCE_S)
         return super().predict(tokens_BT, places, last_B)
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from megalite.data.tokenizer import Tokenizer
-from megalite.infer.cache import CachedPlaces
-from megalite.models.layers import Places
+from megalite.infer.cache import CachedSequenceInfo
+from megalite.models.layers import SequenceInfo
 
 MORE = {256: b"", 257: "né".encode()[:2], 258: "é".encode()[1:] + b"!", 259: "🙂".encode()[:3]}
 
@@ -42,12 +42,12 @@ class Scripted:
     def __init__(self, script: Sequence[int], prompt: int = 1, vocab_size: int = 512):
         self.script, self.prompt, self.vocab_size = script, prompt, vocab_size
 
-    def predict(self, tokens_BT: Tensor, places: CachedPlaces, last_B: Tensor) -> Tensor:
+    def predict(self, tokens_BT: Tensor, places: CachedSequenceInfo, last_B: Tensor) -> Tensor:
         logits_BV = torch.zeros(len(tokens_BT), self.vocab_size)
         for row, last in enumerate(last_B.tolist()):
             place = int(places.position_BT[row, last]) + 1 - self.prompt
             logits_BV[row, self.script[place % len(self.script)]] = 1.0
         return logits_BV
 
-    def logits(self, tokens_BT: Tensor, places: Places) -> Tensor:
+    def logits(self, tokens_BT: Tensor, places: SequenceInfo) -> Tensor:
         raise NotImplementedError

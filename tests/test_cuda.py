@@ -20,7 +20,7 @@ from megalite.health.numbers import Numbers
 from megalite.health.replicas import ReplicaCheck
 from megalite.models import weight_table
 from megalite.plan import make_plan
-from megalite.training.parts import Parts, build, forward_backward
+from megalite.training.parts import RankModel, build, forward_backward
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU, or pytest runs without --cuda")
 
@@ -82,7 +82,7 @@ def batch_of(step: int, config: Config, device: torch.device) -> list[MicroBatch
     return [micro.pinned() for micro in found] if device.type == "cuda" else found
 
 
-def start(config: Config, device: torch.device) -> tuple[Parts, Mesh]:
+def start(config: Config, device: torch.device) -> tuple[RankModel, Mesh]:
     plan = make_plan(config, weight_table(config.model), 1)
     mesh = make_mesh(plan, device)
     parts = build(config, plan, mesh)
@@ -91,13 +91,13 @@ def start(config: Config, device: torch.device) -> tuple[Parts, Mesh]:
 
 
 def take_step(
-    parts: Parts, mesh: Mesh, batch: Sequence[MicroBatch], numbers: Numbers | None = None
+    parts: RankModel, mesh: Mesh, batch: Sequence[MicroBatch], numbers: Numbers | None = None
 ) -> tuple[Tensor, Tensor]:
     """(loss, gradient norm), for which nobody has waited."""
     loss = forward_backward(parts, list(batch), mesh, SEED)["loss"]
     if numbers is None:
         return loss, parts.engine.step(1e-2)
-    norm = parts.engine.step(1e-2, numbers.permit(loss))
+    norm = parts.engine.step(1e-2, numbers.update_gate(loss))
     numbers.note(1, 0)
     return loss, norm
 

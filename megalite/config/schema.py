@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from megalite.models.architecture import Architecture
     from megalite.training.hooks import Hook
     from megalite.training.objectives import Objective
-    from megalite.training.parts import Parts
+    from megalite.training.parts import RankModel
     from megalite.training.run import Run
 
 MOST_LAYERS = 10_000
@@ -180,7 +180,7 @@ class ObjectiveConfig(Choice):
         gives the objective what it computes."""
         return None
 
-    def batches(self, source: Batches, run: Run, parts: Parts) -> Batches:
+    def batches(self, source: Batches, run: Run, parts: RankModel) -> Batches:
         """Return the batches to train on: those that `source` reads, or others that are made of them."""
         return source
 
@@ -645,7 +645,7 @@ class HookConfig(Choice):
     def check(self, config: Config) -> None:
         """Raise ValueError, naming the setting, when the rest of a config does not go with this hook."""
 
-    def build(self, run: Run, parts: Parts) -> Hook:
+    def build(self, run: Run, parts: RankModel) -> Hook:
         """Return this rank's hook."""
         raise NotImplementedError
 

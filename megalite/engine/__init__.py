@@ -22,7 +22,7 @@ ReadState = Callable[[Weight, str, int, int], Tensor]
 """(weight, kind, start, stop) → elements [start, stop) of the flattened local tensor. `kind` is "weight", "master" or
 one of the optimizer's states."""
 
-Permit = Callable[[Tensor], Tensor]
+UpdateGate = Callable[[Tensor], Tensor]
 """Gradient norm, fp32 [] → whether the weights may be updated, bool [] on the device. Called once a step."""
 
 
@@ -65,12 +65,12 @@ class Engine(Protocol):
     def finish(self) -> None:
         """Wait until the gradients are summed over the replicas."""
 
-    def step(self, lr: float, permit: Permit | None = None) -> Tensor:
-        """Clip the gradients, update the weights with learning rate `lr`, and forget the gradients. Where `permit`
+    def step(self, lr: float, update_gate: UpdateGate | None = None) -> Tensor:
+        """Clip the gradients, update the weights with learning rate `lr`, and forget the gradients. Where `update_gate`
         says no, weights and optimizer state stay as they are. Returns the global gradient norm before clipping, fp32
         []."""
 
-    def settle(self) -> None:
+    def wait_for_params(self) -> None:
         """Wait for the communication that a step left under way."""
 
     def averaged(self) -> AbstractContextManager[None]:

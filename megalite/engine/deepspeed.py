@@ -43,7 +43,7 @@ from torch import Tensor
 from megalite.comm.collectives import all_gather, all_reduce
 from megalite.comm.mesh import Axis, Mesh
 from megalite.config import Config
-from megalite.engine import Permit, ReadState, Sharing
+from megalite.engine import ReadState, Sharing, UpdateGate
 from megalite.engine.gather import HostBuffers, assemble_on
 from megalite.engine.layout import elements_of
 from megalite.engine.optimizers.adamw import AdamWConfig
@@ -230,14 +230,14 @@ class DeepSpeedEngine:
         """Check that every micro-batch came; the last backward pass has waited for the reduction."""
         assert self._arrived == self._expected, f"{self._arrived} of {self._expected} micro-batches"
 
-    def settle(self) -> None:
+    def wait_for_params(self) -> None:
         """Do nothing: DeepSpeed's steps wait for all of their communication themselves."""
 
-    def step(self, lr: float, permit: Permit | None = None) -> Tensor:
+    def step(self, lr: float, update_gate: UpdateGate | None = None) -> Tensor:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        # Asking the permit waits for the device.
-        self._permitted = _always if permit is None else cache(lambda: bool(permit(self._norm())))
+        # Asking the gate waits for the device.
+        self._permitted = _always if update_gate is None else cache(lambda: bool(update_gate(self._norm())))
         self.engine.step()
         self._permitted()  # where the norm is not finite, DeepSpeed has not called the optimizer
         return self._norm()

@@ -31,7 +31,7 @@ from torch.profiler import record_function
 from megalite.comm.collectives import start_all_gather
 from megalite.comm.mesh import Mesh
 from megalite.config import EMA, Config
-from megalite.engine import Permit, ReadState, Sharing
+from megalite.engine import ReadState, Sharing, UpdateGate
 from megalite.engine.buckets import BucketState, BucketWeights, fill
 from megalite.engine.gather import Gather, GatherAside, GatherOnHost, HostBuffers
 from megalite.engine.gradients import Gradients
@@ -96,21 +96,21 @@ class NativeEngine:
     def finish(self) -> None:
         self._gradients.finish()
 
-    def step(self, lr: float, permit: Permit | None = None) -> Tensor:
+    def step(self, lr: float, update_gate: UpdateGate | None = None) -> Tensor:
         norm = self._gradients.norm()
         # The optimizer divides by it as it reads the gradients; nothing waits for the device.
         divisor = (norm / self.config.clip).clamp(min=1.0) if self.config.clip else torch.ones_like(norm)
-        if permit is None:
+        if update_gate is None:
             self._num_updates += 1
         else:
-            permitted = permit(norm)
+            permitted = update_gate(norm)
             self._num_updates += permitted
             # To the optimizer's update, a divisor of 0 means: change nothing.
             divisor = torch.where(permitted, divisor, 0.0)
         # Before the first update, where there is nothing to correct yet, a refused step must not divide by 0.
         num_updates = self._num_updates.clamp(min=1)
         common = {name: each.begin_step(divisor, num_updates) for name, each in self.optimizers.items()}
-        self.settle()
+        self.wait_for_params()
         self.await_copies()
         self._update(common, lr)
         if self.config.ema:
@@ -142,14 +142,14 @@ class NativeEngine:
         if self.zero_stage:
             bucket.gathered = start_all_gather(bucket.weights, self.mesh.replicas)
 
-    def settle(self) -> None:
+    def wait_for_params(self) -> None:
         """Wait until all of the new weights are here."""
         for bucket in self._forward_order:
             bucket.await_weights()
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
-        self.settle()
+        self.wait_for_params()
         self.await_copies()
         before = [bucket.put_average() for bucket in self._forward_order]
         self._gather_all()
@@ -163,7 +163,7 @@ class NativeEngine:
     def _gather_all(self) -> None:
         for bucket in self._forward_order:
             self._send(bucket)
-        self.settle()
+        self.wait_for_params()
 
     # --- state, in logical terms ----------------------------------------------------------------------------------
 
@@ -184,7 +184,7 @@ class NativeEngine:
             wait()
 
     def copies(self) -> Iterator[tuple[Sharing, Tensor]]:
-        self.settle()
+        self.wait_for_params()
         for bucket in self.buckets:
             whole = not bucket.layout.cut
             yield Sharing(True, whole, bucket.layout.tied), bucket.weights
@@ -197,7 +197,7 @@ class NativeEngine:
         """Gather the logical tensors this rank owns. Shards travel over the replicas to the owner of their bucket,
         then local tensors over the tensor axis to the owner of the weight: the groups that training uses anyway, and
         memory for one bucket. `kind`, `owners` and `buffers` are as in `Engine.gather`."""
-        self.settle()
+        self.wait_for_params()
         return self._assemble(self._shards(kind), owners, GatherOnHost(buffers))
 
     def _shards(self, kind: str) -> list[tuple[BucketState, Tensor]]:
@@ -231,7 +231,7 @@ class NativeEngine:
         if self.mesh.device.type != "cpu":  # a device keeps the order of its stream, and NCCL is fast
             gathered = {kind: self.gather(kind, owners, buffers) for kind in kinds}
             return lambda: gathered
-        self.settle()
+        self.wait_for_params()
         if self._aside is None:
             self._aside = GatherAside(self.mesh)
         way = self._aside

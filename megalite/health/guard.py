@@ -59,7 +59,7 @@ class Guard:
         self._numbers = Numbers(config.health, mesh.device)
         self._replicas = ReplicaCheck(mesh)
         self._news: list[str] = []
-        self.permit: Callable[[Tensor], Callable[[Tensor], Tensor]] = self._numbers.permit
+        self.update_gate: Callable[[Tensor], Callable[[Tensor], Tensor]] = self._numbers.update_gate
         self.state: Callable[[], dict[str, Any]] = self._numbers.state
         self.load_state: Callable[[dict[str, Any]], None] = self._numbers.load_state
 

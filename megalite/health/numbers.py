@@ -89,7 +89,7 @@ class Numbers:
 
     # --- on the device --------------------------------------------------------------------------------------------
 
-    def permit(self, loss: Tensor) -> Callable[[Tensor], Tensor]:
+    def update_gate(self, loss: Tensor) -> Callable[[Tensor], Tensor]:
         """Return the update gate of a step with this `loss` (fp32 []), for `Engine.step`.
 
         The gate takes the gradient norm (fp32 []) and returns whether the step may update the weights (bool []). It is

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from megalite.errors import ConfigError, NotFinite
 from megalite.infer.answer import Answer, Choice, Request
-from megalite.infer.cache import CachedPlaces, Row, lay_out
+from megalite.infer.cache import CachedSequenceInfo, Row, lay_out
 from megalite.infer.sampling import choose
-from megalite.models.layers import Places
+from megalite.models.layers import SequenceInfo
 
 NOT_FINITE = (
     "the model's logits are not finite (NaN or infinite): its weights are damaged, or too large for their precision; "
@@ -41,14 +41,14 @@ class Predictor(Protocol):
     that cached keys become useless."""
     device: torch.device
 
-    def predict(self, tokens_BT: Tensor, places: CachedPlaces, last_B: Tensor) -> Tensor:
+    def predict(self, tokens_BT: Tensor, places: CachedSequenceInfo, last_B: Tensor) -> Tensor:
         """Return the next-token logits of each row, fp32 [B,V], and write the tokens' keys and values to the cache.
 
         `tokens_BT` are the new tokens, `places` says where they stand in the cache, and `last_B` is the index in its
         row of the token that the logits follow."""
         ...
 
-    def logits(self, tokens_BT: Tensor, places: Places) -> Tensor:
+    def logits(self, tokens_BT: Tensor, places: SequenceInfo) -> Tensor:
         """Return the next-token logits behind every token of `tokens_BT`: [B,T,V]. The cache is neither read nor
         written."""
         ...

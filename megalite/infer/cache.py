@@ -19,7 +19,7 @@ from torch import Tensor
 from megalite.infer.packed import pack_linears
 from megalite.kernels.attention import AttentionKind, eager_heads
 from megalite.kernels.library import pick
-from megalite.models.layers import CoreAttention, Decoder, Places
+from megalite.models.layers import CoreAttention, Decoder, SequenceInfo
 
 READ_AT_ONCE = 32
 """The number of cells read is rounded up to a multiple of this: fewer shapes, since libraries prepare anew for each."""
@@ -40,7 +40,7 @@ class Row(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CachedPlaces(Places):
+class CachedSequenceInfo(SequenceInfo):
     """Holds the positions of tokens that continue sequences in the cache."""
 
     slot_B: Tensor
@@ -81,7 +81,7 @@ class CachedPlaces(Places):
         return self.biases[window, dtype]
 
 
-def lay_out(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, CachedPlaces, Tensor]:
+def lay_out(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, CachedSequenceInfo, Tensor]:
     """Pad `rows` to a batch on `device`. Return the tokens [B,T], their places, and the index of each row's last token,
     [B].
 
@@ -97,7 +97,7 @@ def lay_out(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, CachedPl
     first = rows[0].slot
     neighbours = [row.slot for row in rows] == list(range(first, first + len(rows)))
     highest = max(row.start + len(row.tokens) for row in rows)
-    places = CachedPlaces(
+    places = CachedSequenceInfo(
         step_T.to(device),
         position_BT.to(device),
         whole_length=length_B[:, None, None].to(device),
@@ -123,11 +123,11 @@ class KVCache:
         """Values [S,G,1+L,V], whose heads may have another size."""
 
     def attend(
-        self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, places: Places, kind: AttentionKind
+        self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, places: SequenceInfo, kind: AttentionKind
     ) -> Tensor | None:
         """Write the new keys and values to the cache and attend to all that the slot holds: [B,T,H·V]; None where that
         is no more than what is at hand, because sequences begin here or nothing is cached."""
-        if not isinstance(places, CachedPlaces):
+        if not isinstance(places, CachedSequenceInfo):
             return None
         self.keys = self._written(self.keys, k_BTGK, places)
         self.values = self._written(self.values, v_BTGV, places)
@@ -140,7 +140,7 @@ class KVCache:
             return out.flatten(1)[:, None]
         return attend(q_BTHK, keys, values, places.bias(kind.window, q_BTHK.dtype), kind)
 
-    def _written(self, old: Tensor | None, new_BTGK: Tensor, places: CachedPlaces) -> Tensor:
+    def _written(self, old: Tensor | None, new_BTGK: Tensor, places: CachedSequenceInfo) -> Tensor:
         """Return the cache of keys, or of values, with the new ones written to it, grown where it was too short."""
         cache, num_cells = old, 1 + places.num_cells
         if old is None or cache is None or old.shape[2] < num_cells:
@@ -194,7 +194,7 @@ class CachedModel:
         pack_linears(model)
 
     @torch.inference_mode()
-    def predict(self, tokens_BT: Tensor, places: CachedPlaces, last_B: Tensor) -> Tensor:
+    def predict(self, tokens_BT: Tensor, places: CachedSequenceInfo, last_B: Tensor) -> Tensor:
         """Return the next-token logits behind the token `last_B` of each row of `tokens_BT`, fp32 [B,V], and cache keys
         and values at `places`."""
         x_BTD = self.model.run_layers(self.model.embed(tokens_BT, places), places)
@@ -204,6 +204,6 @@ class CachedModel:
         return self.model.predict(x_B1D)[:, 0].float()
 
     @torch.inference_mode()
-    def logits(self, tokens_BT: Tensor, places: Places) -> Tensor:
+    def logits(self, tokens_BT: Tensor, places: SequenceInfo) -> Tensor:
         """Return the next-token logits behind every token, [B,T,V]. The cache is left alone."""
         return self.model(tokens_BT, places)

@@ -31,7 +31,7 @@ from megalite.infer.ranks import load_on_ranks
 from megalite.infer.sampling import Sampling
 from megalite.models import build_model, model_config, set_parameters, weight_table
 from megalite.models.heads import KINDS
-from megalite.models.layers import Decoder, Places
+from megalite.models.layers import Decoder, SequenceInfo
 from megalite.models.peft import is_adapter
 from megalite.registry import tokenizer_readers
 
@@ -296,7 +296,7 @@ class Generator:
         tokens_BT = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
         index_T = torch.arange(width, device=device)
         lengths = torch.tensor([len(row) for row in rows], device=device)[:, None, None]
-        logits_BTV = self.model.logits(tokens_BT, Places(index_T, index_T[None], whole_length=lengths))
+        logits_BTV = self.model.logits(tokens_BT, SequenceInfo(index_T, index_T[None], whole_length=lengths))
         for row, logits_TV in zip(rows, logits_BTV, strict=True):
             yield logits_TV[: len(row)].float()
 

@@ -19,11 +19,11 @@ from megalite.data.tokenizer import Tokenizer
 from megalite.errors import ConfigError
 from megalite.infer.answer import Answer
 from megalite.infer.batch import Batch
-from megalite.infer.cache import CachedPlaces
+from megalite.infer.cache import CachedSequenceInfo
 from megalite.infer.evaluate import load_harness
 from megalite.infer.generate import Generator
 from megalite.infer.sampling import Sampling
-from megalite.models.layers import Places
+from megalite.models.layers import SequenceInfo
 from megalite.parallel.context import zigzag
 from megalite.parallel.stage import Inputs, Stage
 from megalite.runtime.activity import NOW
@@ -122,7 +122,7 @@ class TrainingModel:
         self._tokens_SL = torch.zeros(self.num_slots, 1 + self.capacity, dtype=torch.int64, device=mesh.device)
         """Token ids of each slot, written as a cache is: the first cell is never read."""
 
-    def predict(self, tokens_BT: Tensor, places: CachedPlaces, last_B: Tensor) -> Tensor:
+    def predict(self, tokens_BT: Tensor, places: CachedSequenceInfo, last_B: Tensor) -> Tensor:
         """Return the next-token logits behind the token `last_B` of each row of `tokens_BT`, fp32 [B,V]. `places` says
         which slots the rows continue, and where."""
         self._tokens_SL[places.slot_B[:, None], places.cell_BT] = tokens_BT
@@ -130,7 +130,7 @@ class TrainingModel:
         rows_BT = self._tokens_SL[places.slot_B, 1 : 2 + int(place_B.max())]
         return self._run(rows_BT, places.whole_length, place_B)[:, 0]
 
-    def logits(self, tokens_BT: Tensor, places: Places) -> Tensor:
+    def logits(self, tokens_BT: Tensor, places: SequenceInfo) -> Tensor:
         """Return the next-token logits behind every token, fp32 [B,T,V]."""
         return self._run(tokens_BT, places.whole_length)[:, : tokens_BT.shape[1]]
 
@@ -144,7 +144,7 @@ class TrainingModel:
         if mesh.context.size > 1:
             index_T = zigzag(width, mesh.context).to(self.device)
         # Padding may lie beyond the model's last position.
-        places = Places(index_T, index_T[None].clamp(max=self.capacity - 1), whole_length=whole_length)
+        places = SequenceInfo(index_T, index_T[None].clamp(max=self.capacity - 1), whole_length=whole_length)
         inputs = Inputs(tokens_BT[:, index_T], places)
         # Eager, because torch.compile would recompile for each of many shapes.
         with torch.compiler.set_stance("force_eager"):

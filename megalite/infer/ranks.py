@@ -16,9 +16,9 @@ from megalite.comm.mesh import Launch, Mesh, make_mesh
 from megalite.config import ModelConfig, TrainConfig
 from megalite.config_file import parse_config
 from megalite.errors import ConfigError
-from megalite.infer.cache import CachedPlaces, add_cache
+from megalite.infer.cache import CachedSequenceInfo, add_cache
 from megalite.models import build_model, set_parameters, weight_table
-from megalite.models.layers import Places
+from megalite.models.layers import SequenceInfo
 from megalite.parallel.apply import apply_parallelism
 from megalite.parallel.stage import Inputs, Stage
 from megalite.plan import Plan, StageSpan, make_plan
@@ -46,12 +46,12 @@ class RanksModel:
             hidden = torch.empty((1, 1, self.config.hidden_size), dtype=dtype, device="meta")
             self.pipeline = Pipeline([stage], plan, mesh, hidden, [None])
 
-    def predict(self, tokens_BT: Tensor, places: CachedPlaces, last_B: Tensor) -> Tensor:
+    def predict(self, tokens_BT: Tensor, places: CachedSequenceInfo, last_B: Tensor) -> Tensor:
         """Return the next-token logits behind the token `last_B` of each row of `tokens_BT`, fp32 [B,V]; cache keys and
         values at `places`."""
         return self._run(Inputs(tokens_BT, places, last_B=last_B))[:, 0]
 
-    def logits(self, tokens_BT: Tensor, places: Places) -> Tensor:
+    def logits(self, tokens_BT: Tensor, places: SequenceInfo) -> Tensor:
         """Return the next-token logits behind every token, fp32 [B,T,V]. The cache is left alone."""
         return self._run(Inputs(tokens_BT, places))
 

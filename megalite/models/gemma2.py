@@ -15,7 +15,7 @@ from torch import Tensor
 from megalite.kernels.attention import AttentionKind
 from megalite.models.architecture import Architecture
 from megalite.models.hf import agreed
-from megalite.models.layers import LayerNorm, OffsetRMSNorm, Places, RMSNorm
+from megalite.models.layers import LayerNorm, OffsetRMSNorm, RMSNorm, SequenceInfo
 from megalite.models.llama import (
     LIKE_LLAMA,
     MLP,
@@ -93,7 +93,7 @@ class Gemma(Llama):
     def layer(self, number: int) -> nn.Module:
         return Layer(self.config, Attention(self.config, number))
 
-    def embed(self, tokens_BT: Tensor, places: Places) -> Tensor:
+    def embed(self, tokens_BT: Tensor, places: SequenceInfo) -> Tensor:
         """Look up embeddings, scaled by √hidden_size: [B,T,D]."""
         x_BTD = self.embedding(tokens_BT)
         # The factor is rounded to the weights' precision, as it was when Google trained them.

@@ -13,7 +13,7 @@ from megalite.errors import ConfigError
 from megalite.models import rope
 from megalite.models.gemma2 import GEMMA, Gemma, GemmaLike, Layer, gemma_from_hf, gemma_to_hf, layer_rows
 from megalite.models.hf import agreed, at, disagree, refuse_others
-from megalite.models.layers import Places
+from megalite.models.layers import SequenceInfo
 from megalite.models.llama import HeadNormAttention, attention_rows, head_norm_rows, table
 from megalite.models.weights import Weight
 from megalite.models.windows import LayerType
@@ -45,11 +45,13 @@ class Gemma3Text(Gemma):
     def layer(self, number: int) -> nn.Module:
         return Layer(self.config, HeadNormAttention(self.config, number))
 
-    def turns(self, places: Places) -> tuple[rope.Turn, ...]:
+    def rope_cos_sin(self, places: SequenceInfo) -> tuple[rope.CosSin, ...]:
         """Return two pairs of cos/sin tables: for layers of full attention, then for sliding-window layers."""
         c = self.config
-        local = rope.turns(places.position_BT, c.rotary_size, c.local_rope_theta, None, places.length, c.max_positions)
-        return *super().turns(places), local
+        local = rope.rope_cos_sin(
+            places.position_BT, c.rotary_size, c.local_rope_theta, None, places.length, c.max_positions
+        )
+        return *super().rope_cos_sin(places), local
 
 
 def weights(config: Gemma3TextConfig) -> Iterator[Weight]:

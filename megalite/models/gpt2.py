@@ -22,7 +22,7 @@ from megalite.models.layers import (
     Decoder,
     Dropout,
     LayerNorm,
-    Places,
+    SequenceInfo,
     make_embedding,
     numbered,
 )
@@ -78,7 +78,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.hidden_size, config.hidden_size)
         self.core = CoreAttention(Dropout(config.attention_dropout, f"{site}.probabilities", over_heads=True))
 
-    def forward(self, x_BTD: Tensor, places: Places) -> Tensor:
+    def forward(self, x_BTD: Tensor, places: SequenceInfo) -> Tensor:
         qkv_BTNK = self.qkv(x_BTD).unflatten(-1, (-1, self.head_size))
         heads = qkv_BTNK.shape[2] // 3  # all, or the share of a tensor rank
         return self.out(self.core(qkv_BTNK, heads, heads, places))
@@ -113,7 +113,7 @@ class Layer(nn.Module):
         self.mlp = MLP(config)
         self.mlp_dropout = Dropout(config.hidden_dropout, f"{site}.mlp")
 
-    def forward(self, x: Tensor, places: Places) -> Tensor:
+    def forward(self, x: Tensor, places: SequenceInfo) -> Tensor:
         attended = self.attention_dropout(self.attention(self.attention_norm(x), places), places)
         # One fused operation: the sum goes on as the residual stream, its norm into the MLP.
         normed, x = self.mlp_norm(attended, x)
@@ -136,10 +136,10 @@ class GPT2(Decoder):
             self.head.weight = self.embedding.weight
         self.loss = CrossEntropy()
 
-    def embed(self, tokens_BT: Tensor, places: Places) -> Tensor:
+    def embed(self, tokens_BT: Tensor, places: SequenceInfo) -> Tensor:
         return self.dropout(self.embedding(tokens_BT) + self.positions(places.position_BT), places)
 
-    def shared(self, places: Places, dtype: torch.dtype) -> Places:
+    def shared(self, places: SequenceInfo, dtype: torch.dtype) -> SequenceInfo:
         return places
 
 

@@ -29,7 +29,7 @@ from megalite.utils.keys import key_of
 
 
 @dataclass(frozen=True)
-class Places:
+class SequenceInfo:
     """Positions of a micro-batch's tokens. T counts the tokens at hand: a whole sequence, or a context rank's part."""
 
     index_T: Tensor
@@ -50,7 +50,7 @@ class Places:
         return len(self.index_T) if self.whole_length is None else self.whole_length
 
     @classmethod
-    def whole(cls, length: int, device: torch.device) -> Places:
+    def whole(cls, length: int, device: torch.device) -> SequenceInfo:
         """Return the places of a whole sequence that is one document."""
         index = torch.arange(length, device=device)
         return cls(index, index[None])
@@ -70,11 +70,11 @@ class Decoder(nn.Module):
     head: nn.Module
     loss: nn.Module
 
-    def embed(self, tokens_BT: Tensor, places: Places) -> Tensor:
+    def embed(self, tokens_BT: Tensor, places: SequenceInfo) -> Tensor:
         """Return the hidden states [B,T,D] that the first layer takes."""
         raise NotImplementedError
 
-    def shared(self, places: Places, dtype: torch.dtype) -> Any:
+    def shared(self, places: SequenceInfo, dtype: torch.dtype) -> Any:
         """Return what all layers need besides the hidden states, computed once."""
         raise NotImplementedError
 
@@ -91,16 +91,16 @@ class Decoder(nn.Module):
         is `IGNORE`."""
         return self.loss(self.predict(x_BTD), labels_BT, terms)
 
-    def run_layers(self, x_BTD: Tensor, places: Places) -> Tensor:
+    def run_layers(self, x_BTD: Tensor, places: SequenceInfo) -> Tensor:
         """Run the layers that are here, one after another: [B,T,D] → [B,T,D]."""
         shared = self.shared(places, x_BTD.dtype)
         for layer in self.layers.values():
             x_BTD = layer(x_BTD, shared)
         return x_BTD
 
-    def forward(self, tokens_BT: Tensor, places: Places | None = None) -> Tensor:
+    def forward(self, tokens_BT: Tensor, places: SequenceInfo | None = None) -> Tensor:
         """Return logits [B,T,V]. Without `places`, each row is a whole sequence of one document."""
-        places = places or Places.whole(tokens_BT.shape[1], tokens_BT.device)
+        places = places or SequenceInfo.whole(tokens_BT.shape[1], tokens_BT.device)
         return self.predict(self.run_layers(self.embed(tokens_BT, places), places))
 
 
@@ -120,14 +120,14 @@ class Dropout(nn.Module):
         self.p, self.site, self.over_heads, self.shard = p, key_of(site), over_heads, (0, 1)
         self.features = (0, 1)
 
-    def forward(self, x: Tensor, places: Places) -> Tensor:
+    def forward(self, x: Tensor, places: SequenceInfo) -> Tensor:
         """Drop elements of `x` [B,T,D], or [B,H,T,T] where `over_heads`. Without keys, or in evaluation, it is
         returned as it is."""
         if self.p == 0.0 or places.key_B is None or not self.training:
             return x
         return self.drop(x, places, places.key_B)
 
-    def drop(self, x: Tensor, places: Places, key_B: Tensor) -> Tensor:
+    def drop(self, x: Tensor, places: SequenceInfo, key_B: Tensor) -> Tensor:
         """Drop elements of `x`; `key_B` has the key of each sample."""
         rank, ranks = self.shard
         if self.over_heads:
@@ -206,7 +206,7 @@ class AttentionStrategy(Protocol):
     tokens."""
 
     def attend(
-        self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, places: Places, kind: AttentionKind
+        self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, places: SequenceInfo, kind: AttentionKind
     ) -> Tensor | None:
         """Return the attention of the tokens at `places` to themselves and to those elsewhere, [B,T,H·V]; None where
         there are none elsewhere."""
@@ -230,7 +230,7 @@ class CoreAttention(nn.Module):
         """Return whether it may materialise the scores [B,H,T,S]."""
         return self.kind.softcap is not None or bool(self.dropout and self.dropout.p)
 
-    def forward(self, qkv_BTNK: Tensor, num_heads: int, num_kv_heads: int, places: Places) -> Tensor:
+    def forward(self, qkv_BTNK: Tensor, num_heads: int, num_kv_heads: int, places: SequenceInfo) -> Tensor:
         """Attend within the fused projection [B,T,N,K]: N = num_heads of queries + num_kv_heads of keys + as many of
         values. Returns [B,T,H·K]; `places` says which tokens are of one document."""
         if self.strategy is not None or self._drops(places):
@@ -244,8 +244,8 @@ class CoreAttention(nn.Module):
         q_BTHK: Tensor,
         k_BSGK: Tensor,
         v_BSGV: Tensor,
-        places: Places,
-        source: Places | None = None,
+        places: SequenceInfo,
+        source: SequenceInfo | None = None,
         bias: Tensor | None = None,
     ) -> Tensor:
         """Attend from queries to keys and values that come apart, whose head sizes K and V may differ: [B,T,H·V].
@@ -260,7 +260,13 @@ class CoreAttention(nn.Module):
         return attention(q_BTHK, k_BSGK, v_BSGV, places.document_BT, self.kind, source_BS, bias)
 
     def _by_strategy_or_eager(
-        self, q: Tensor, k: Tensor, v: Tensor, places: Places, source: Places | None = None, bias: Tensor | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        places: SequenceInfo,
+        source: SequenceInfo | None = None,
+        bias: Tensor | None = None,
     ) -> Tensor | None:
         """Return what the strategy computes for a sequence's own keys, or eager attention with dropout; None where
         neither is asked for."""
@@ -280,6 +286,6 @@ class CoreAttention(nn.Module):
         source_BS = None if source is None else source.document_BT
         return eager_attention(q, k, v, places.document_BT, self.kind, source_BS, bias, drop)
 
-    def _drops(self, places: Places) -> bool:
+    def _drops(self, places: SequenceInfo) -> bool:
         """Return whether some of the probabilities are dropped."""
         return bool(self.training and self.dropout and self.dropout.p) and places.key_B is not None

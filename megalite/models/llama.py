@@ -25,8 +25,8 @@ from megalite.models.layers import (
     CrossEntropy,
     Decoder,
     LayerNorm,
-    Places,
     RMSNorm,
+    SequenceInfo,
     make_embedding,
     numbered,
 )
@@ -162,8 +162,8 @@ class LlamaConfig(LlamaLike):
 class Shared(NamedTuple):
     """What all layers need besides the hidden states: cos/sin tables and places."""
 
-    turns: tuple[rope.Turn, ...]
-    places: Places
+    rope_cos_sin: tuple[rope.CosSin, ...]
+    places: SequenceInfo
 
 
 class Attention(nn.Module):
@@ -187,7 +187,7 @@ class Attention(nn.Module):
             qkv_BTNK = qkv.unflatten(-1, (-1, self.head_size))
         else:
             # Only queries and keys are rotated: they come first, and the values behind them stay.
-            qkv_BTNK = rotate(qkv, self.head_size, heads + groups, *shared.turns[self.turn])
+            qkv_BTNK = rotate(qkv, self.head_size, heads + groups, *shared.rope_cos_sin[self.turn])
         return self.out(self.core(qkv_BTNK, heads, groups, shared.places))
 
     def normalize(self, qkv: Tensor, heads: int, groups: int) -> Tensor:
@@ -244,7 +244,7 @@ class Layer(nn.Module):
 
 
 class Llama(Decoder):
-    """Decoder of Llama and kin; families override `layer` and `turns`."""
+    """Decoder of Llama and kin; families override `layer` and `rope_cos_sin`."""
 
     INPUT, OUTPUT = ("embedding",), ("norm", "head", "loss")
     config: LlamaLike
@@ -263,17 +263,17 @@ class Llama(Decoder):
     def layer(self, number: int) -> nn.Module:
         return Layer(self.config, Attention(self.config, number))
 
-    def embed(self, tokens_BT: Tensor, places: Places) -> Tensor:
+    def embed(self, tokens_BT: Tensor, places: SequenceInfo) -> Tensor:
         return self.embedding(tokens_BT)
 
-    def shared(self, places: Places, dtype: torch.dtype) -> Shared:
-        return Shared(self.turns(places), places)
+    def shared(self, places: SequenceInfo, dtype: torch.dtype) -> Shared:
+        return Shared(self.rope_cos_sin(places), places)
 
-    def turns(self, places: Places) -> tuple[rope.Turn, ...]:
+    def rope_cos_sin(self, places: SequenceInfo) -> tuple[rope.CosSin, ...]:
         """Return the cos/sin tables that layers choose from; see `LlamaLike.turn`."""
         c = self.config
         arguments = c.rotary_size, c.rope_theta, c.rope_scaling, places.length, c.max_positions
-        return (rope.turns(places.position_BT, *arguments),)
+        return (rope.rope_cos_sin(places.position_BT, *arguments),)
 
 
 def weights(config: LlamaLike) -> Iterator[Weight]:

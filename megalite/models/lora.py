@@ -24,7 +24,7 @@ from torch.autograd import Function
 from megalite.config import LoraConfig
 from megalite.errors import ConfigError
 from megalite.kernels.linear import input_gradient, linear, weight_gradient
-from megalite.models.layers import Decoder, Dropout, Places
+from megalite.models.layers import Decoder, Dropout, SequenceInfo
 from megalite.models.weights import Uniform, Weight
 from megalite.utils.spelling import did_you_mean
 
@@ -171,7 +171,7 @@ class AdapterDropout(Dropout):
     """Dropout on the input of adapters. Linear modules are not given places: they are those of the layer's current
     call."""
 
-    places: Places
+    places: SequenceInfo
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         return super().forward(x, self.places)

@@ -16,7 +16,7 @@ from megalite.errors import ConfigError
 from megalite.models.hf import agreed, at, disagree, refuse_others
 from megalite.utils.outside import shown
 
-Turn = tuple[Tensor, Tensor]
+CosSin = tuple[Tensor, Tensor]
 """Cos/sin tables: cosine and sine of each pair's angle, fp32 [B or 1,T,R]."""
 
 
@@ -185,9 +185,9 @@ Scaling = Annotated[
 HF_NAMES = {"original_max_positions": "original_max_position_embeddings"}
 
 
-def turns(
+def rope_cos_sin(
     position_BT: Tensor, size: int, theta: float, scaling: Scaling | None, length: int | Tensor, max_positions: int
-) -> Turn:
+) -> CosSin:
     """Return the cos/sin tables for positions [B,T] and heads whose first `size` numbers are rotated with base
     `theta`.
 

@@ -17,13 +17,14 @@ from megalite.config import ProfileConfig
 class Profiler:
     """Writes RUN/trace/steps-A-B-rank-R.json.gz on the ranks in `config.ranks`; does nothing on others."""
 
-    def __init__(self, config: ProfileConfig, folder: Path, rank: int, settle: Callable[[], None]):
+    def __init__(self, config: ProfileConfig, folder: Path, rank: int, wait_for_params: Callable[[], None]):
         """Write to `folder`, the run's, as `rank`.
 
-        `settle` waits for all messages in flight: torch crashes if one that began under the profiler outlives it."""
+        `wait_for_params` waits for all messages in flight: torch crashes if one that began under the profiler
+        outlives it."""
         self.config = config
         self.rank = rank
-        self.settle = settle
+        self.wait_for_params = wait_for_params
         self.folder = folder / "trace"
         self.active = bool(config.steps) and rank in config.ranks
         self._profile: profile | None = None
@@ -50,7 +51,7 @@ class Profiler:
         profiled = self._profile
         self._profile = None  # also where the export fails: there is no second try
         self.active = False
-        self.settle()
+        self.wait_for_params()
         profiled.stop()
         first, last = self.config.steps
         path = self.folder / f"steps-{first}-{last}-rank-{self.rank}.json.gz"

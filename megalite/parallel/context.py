@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from megalite.comm.collectives import Result, start_shift
 from megalite.comm.mesh import Axis
 from megalite.kernels.attention import AttentionKind
-from megalite.models.layers import Places
+from megalite.models.layers import SequenceInfo
 
 aten = torch.ops.aten
 
@@ -54,7 +54,9 @@ class RingAttention:
     def __init__(self, axis: Axis):
         self.axis = axis
 
-    def attend(self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, places: Places, kind: AttentionKind) -> Tensor:
+    def attend(
+        self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, places: SequenceInfo, kind: AttentionKind
+    ) -> Tensor:
         """Attend with the tokens of this rank to those of all ranks: [B,T,H·V]. The rule that sets this strategy
         refuses soft-capped scores and dropout."""
         kind = kind.within(q_BTHK.shape[1] * self.axis.size)

@@ -11,7 +11,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from megalite.kernels.loss import LossTerms
-from megalite.models.layers import IGNORE, Decoder, Places
+from megalite.models.layers import IGNORE, Decoder, SequenceInfo
 from megalite.plan import StageSpan
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class Inputs:
     """A micro-batch on the device, cut to this rank's part of the sequence."""
 
     tokens_BT: Tensor
-    places: Places
+    places: SequenceInfo
     labels_BT: Tensor | None = None
     output: Output = "logits"
     """What the last stage returns; losses need labels."""

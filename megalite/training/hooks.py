@@ -27,7 +27,7 @@ from megalite.observe.profiler import Profiler
 from megalite.observe.steps import Record
 from megalite.runtime.activity import NOW
 from megalite.runtime.exit_codes import Exit
-from megalite.training.parts import Parts, validate
+from megalite.training.parts import RankModel, validate
 from megalite.training.run import Data, Run, Start, make_loader
 from megalite.utils.outside import shown
 
@@ -123,9 +123,9 @@ class TimeRanks(Hook):
 class Profile(Hook):
     """Write traces of the steps that `profile.steps` names."""
 
-    def __init__(self, run: Run, parts: Parts):
+    def __init__(self, run: Run, parts: RankModel):
         config = run.config
-        self._profiler = Profiler(config.profile, config.run.folder, run.mesh.world.rank, parts.engine.settle)
+        self._profiler = Profiler(config.profile, config.run.folder, run.mesh.world.rank, parts.engine.wait_for_params)
 
     def begin(self, step: Step) -> None:
         self._profiler.begin(step.number)
@@ -155,7 +155,7 @@ class ListenToSignals(Hook):
 class GuardNumbers(Hook):
     """Check losses, gradients and replicas; end a run that should not go on."""
 
-    def __init__(self, run: Run, parts: Parts, loader: Batches, guard: Guard):
+    def __init__(self, run: Run, parts: RankModel, loader: Batches, guard: Guard):
         self._run, self._parts, self._loader, self._guard = run, parts, loader, guard
 
     def begin(self, step: Step) -> None:
@@ -187,7 +187,7 @@ class Evaluate(Hook):
     """Measure the validation loss every `observe.eval_every` steps, and the loss of the test split at the end. End the
     run where `train.patience` says that the former has not come down for long enough."""
 
-    def __init__(self, run: Run, parts: Parts, data: Data):
+    def __init__(self, run: Run, parts: RankModel, data: Data):
         self._run, self._parts, self._data = run, parts, data
         self._patience = run.config.train.patience
         self._lowest: tuple[float, int] = (math.inf, 0)
@@ -266,7 +266,7 @@ class Evaluate(Hook):
 class MeasureTasks(Hook):
     """Evaluate the tasks of lm-evaluation-harness every `observe.tasks.every` steps."""
 
-    def __init__(self, run: Run, parts: Parts):
+    def __init__(self, run: Run, parts: RankModel):
         self._run, self._parts = run, parts
 
     def is_due(self, step: Step) -> bool:
@@ -286,7 +286,7 @@ class MeasureTasks(Hook):
 class AnswerPrompts(Hook):
     """Answer the prompts of `observe.samples` every `observe.samples.every` steps."""
 
-    def __init__(self, run: Run, parts: Parts):
+    def __init__(self, run: Run, parts: RankModel):
         self._run, self._parts = run, parts
 
     def is_due(self, step: Step) -> bool:
@@ -307,7 +307,13 @@ class Save(Hook):
     """Write checkpoints every `checkpoint.every` steps, and before the run leaves."""
 
     def __init__(
-        self, run: Run, parts: Parts, loader: Batches, saver: Saver, base: Mapping[str, str], others: Mapping[str, Hook]
+        self,
+        run: Run,
+        parts: RankModel,
+        loader: Batches,
+        saver: Saver,
+        base: Mapping[str, str],
+        others: Mapping[str, Hook],
     ):
         """Save with the states of `others`, the hooks by their names; `base` is that of `Start`."""
         self._run, self._parts, self._loader, self._saver = run, parts, loader, saver
@@ -348,7 +354,7 @@ class Save(Hook):
 
 def make_hooks(
     run: Run,
-    parts: Parts,
+    parts: RankModel,
     loader: Batches,
     data: Data,
     saver: Saver,

@@ -14,13 +14,13 @@ from megalite.observe.throughput import Meter, model_flops_per_token
 from megalite.runtime.activity import NOW
 from megalite.runtime.exit_codes import Exit
 from megalite.training.hooks import Hook, Step, make_hooks
-from megalite.training.parts import Parts, forward_backward
+from megalite.training.parts import RankModel, forward_backward
 from megalite.training.run import Data, Run, Start
 from megalite.training.schedules import learning_rate
 
 
 def run_steps(
-    run: Run, parts: Parts, loader: Batches, data: Data, saver: Saver, start: Start, requests: StopRequests
+    run: Run, parts: RankModel, loader: Batches, data: Data, saver: Saver, start: Start, requests: StopRequests
 ) -> Ending:
     """Train to the last step, or to one after which all ranks agree to stop, or which the run cannot go on from.
 
@@ -47,7 +47,7 @@ def run_steps(
             # checkpoint.
             ending = next(filter(None, (hook.act(step) for hook in hooks)), None)
             if ending:
-                parts.engine.settle()
+                parts.engine.wait_for_params()
                 if ending.saves and ending.saves[0] > start.step:
                     log.wait()
                     save.save(*ending.saves, step)
@@ -56,7 +56,7 @@ def run_steps(
     return Ending(Exit.DONE)
 
 
-def train_step(step: Step, run: Run, parts: Parts, loader: Batches, guard: Guard, hooks: Sequence[Hook]) -> None:
+def train_step(step: Step, run: Run, parts: RankModel, loader: Batches, guard: Guard, hooks: Sequence[Hook]) -> None:
     """Hand one optimizer step on the next batch of `loader` to the device, and put its results in `step.record`.
     `guard` decides on the device whether the weights are updated; `hooks` act around it."""
     for hook in hooks:
@@ -66,7 +66,7 @@ def train_step(step: Step, run: Run, parts: Parts, loader: Batches, guard: Guard
     for hook in hooks:
         hook.before_update(step)
     NOW.do("optimizer")
-    grad_norm = parts.engine.step(lr, guard.permit(found["loss"]))
+    grad_norm = parts.engine.step(lr, guard.update_gate(found["loss"]))
     step.samples = loader.samples
     tokens = step.samples * run.config.data.seq_length
     step.record = {"step": step.number, **found, "lr": lr, "grad_norm": grad_norm, "tokens": tokens}

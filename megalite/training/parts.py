@@ -21,7 +21,7 @@ from megalite.kernels import library
 from megalite.kernels.linear import WeightGradStore
 from megalite.models import build_model, weight_table
 from megalite.models.layer_loss import LayerLoss, LayerLosses
-from megalite.models.layers import Places
+from megalite.models.layers import SequenceInfo
 from megalite.parallel.apply import apply_parallelism
 from megalite.parallel.context import zigzag
 from megalite.parallel.outputs import LastStage
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Parts:
+class RankModel:
     """What a rank trains: its stages of the model, their engine, and the pipeline that connects them to other
     ranks'."""
 
@@ -63,7 +63,7 @@ class Parts:
             stage.train(mode)
 
 
-def build(config: Config, plan: Plan, mesh: Mesh) -> Parts:
+def build(config: Config, plan: Plan, mesh: Mesh) -> RankModel:
     """Build this rank's part of the model, with its weights still zero. Chooses the process's kernels."""
     library.use(config.kernels)
     table = weight_table(config.model, config.lora)
@@ -91,10 +91,12 @@ def build(config: Config, plan: Plan, mesh: Mesh) -> Parts:
     frozen = None if folder is None else load_frozen(folder, config, mesh, dtype)
     here = [module for stage in stages for module in stage.modules() if isinstance(module, LayerLoss)]
     losses = LayerLosses(here, num_losses)
-    return Parts(tuple(stages), engine, pipeline, dtype, objective, last_stage, config.objective.NEEDS, frozen, losses)
+    return RankModel(
+        tuple(stages), engine, pipeline, dtype, objective, last_stage, config.objective.NEEDS, frozen, losses
+    )
 
 
-def forward_backward(parts: Parts, batch: list[MicroBatch], mesh: Mesh, seed: int) -> dict[str, Tensor]:
+def forward_backward(parts: RankModel, batch: list[MicroBatch], mesh: Mesh, seed: int) -> dict[str, Tensor]:
     """Run all of this rank's micro-batches of one global batch, and leave their gradients in the engine.
 
     Every token (or pair of answers) of the global batch weighs the same, however they are spread over ranks and
@@ -140,7 +142,7 @@ def forward_backward(parts: Parts, batch: list[MicroBatch], mesh: Mesh, seed: in
 
 @torch.no_grad()
 def forward(
-    parts: Parts, batch: list[MicroBatch], mesh: Mesh, output: Output = "losses"
+    parts: RankModel, batch: list[MicroBatch], mesh: Mesh, output: Output = "losses"
 ) -> Iterator[tuple[Any, Inputs, MicroBatch]]:
     """Yield for each micro-batch its losses [B,T], or another `output` of the last stage, with its inputs and the
     micro-batch itself; nothing before the last stage."""
@@ -166,7 +168,7 @@ def make_inputs(micro: MicroBatch, mesh: Mesh, seed: int | None = None, output: 
     # A document gives the same beside others as alone, even with RoPE that is scaled by the length.
     whole = length if micro.documents is None else lengths_of(micro.documents)[:, index]
     keys = None if seed is None else random_bits(key_of(seed, "dropout"), micro.samples)
-    places = Places(index, position, document, keys, whole)
+    places = SequenceInfo(index, position, document, keys, whole)
     return Inputs(micro.tokens[:, index], places, micro.labels[:, index], output)
 
 
@@ -176,7 +178,7 @@ def count_labels(inputs: list[Inputs]) -> Tensor:
 
 
 @torch.no_grad()
-def validate(parts: Parts, loader: Batches, batches: int, split: Split, mesh: Mesh) -> dict[str, float]:
+def validate(parts: RankModel, loader: Batches, batches: int, split: Split, mesh: Mesh) -> dict[str, float]:
     """Return the mean loss over the loader's next `batches` global batches; with several sources also that of each,
     and what else the objective reports. All of it is NaN where nothing of these batches has a label. `split` is the
     one that `loader` reads."""

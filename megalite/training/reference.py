@@ -26,7 +26,7 @@ from megalite.data.order import Phase, PhasedOrder
 from megalite.parallel.stage import Inputs
 from megalite.runtime.activity import NOW
 from megalite.training.objectives import DPO, Reference, sum_by_document
-from megalite.training.parts import Parts, forward
+from megalite.training.parts import RankModel, forward
 from megalite.training.run import Data, Run, initial_state, make_loader
 from megalite.utils.changes import Change, changes
 from megalite.utils.files import replacing
@@ -127,7 +127,7 @@ def _is_moved(change: Change, stored: Mapping[str, str], parts: Mapping[str, Any
     return change.key.startswith("weights") and not parts["weights"]
 
 
-def prepare_references(run: Run, parts: Parts, data: Data) -> None:
+def prepare_references(run: Run, parts: RankModel, data: Data) -> None:
     """Give the objective the starting model's log-probabilities of every pair: from the run's folder, or computed on
     this layout and kept there."""
     assert isinstance(parts.objective, DPO)

@@ -28,7 +28,7 @@ from megalite.errors import ConfigError
 from megalite.models import weight_table
 from megalite.models.weights import Weight
 from megalite.plan import make_plan
-from megalite.training.parts import Parts, build, forward_backward
+from megalite.training.parts import RankModel, build, forward_backward
 from ranks import run_ranks
 from small_runs import VOCAB, curve_of, make_config, metrics_of, train_on_rank
 
@@ -52,7 +52,7 @@ def batch_of(step: int, mesh: Mesh, count: int) -> list[MicroBatch]:
     return [MicroBatch(x[:, :-1], x[:, 1:], torch.tensor([number]), None) for number, x in mine]
 
 
-def run_steps(parts: Parts, mesh: Mesh, steps: range, count: int, owners: dict[str, int]) -> Result:
+def run_steps(parts: RankModel, mesh: Mesh, steps: range, count: int, owners: dict[str, int]) -> Result:
     """What these steps give; on rank 0, also every gradient and the state after them."""
     found: Result = {}
     for step in steps:
@@ -62,7 +62,7 @@ def run_steps(parts: Parts, mesh: Mesh, steps: range, count: int, owners: dict[s
     return found | states_of(parts, owners)
 
 
-def states_of(parts: Parts, owners: dict[str, int]) -> Result:
+def states_of(parts: RankModel, owners: dict[str, int]) -> Result:
     kinds = ("weight", *parts.engine.states)
     return {f"{kind} {name}": x for kind in kinds for name, x in parts.engine.gather(kind, owners).items()}
 

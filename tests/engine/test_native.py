@@ -13,11 +13,11 @@ from megalite.comm.mesh import ALONE, make_mesh
 from megalite.engine import Engine
 from megalite.models import weight_table
 from megalite.plan import make_plan
-from megalite.training.parts import Parts, build
+from megalite.training.parts import RankModel, build
 from small_runs import make_config
 
 
-def parts_of(tmp_path: Path, *overrides: str) -> Parts:
+def parts_of(tmp_path: Path, *overrides: str) -> RankModel:
     config = make_config(tmp_path, "llama", *overrides)
     plan = make_plan(config, weight_table(config.model), 1)
     parts = build(config, plan, make_mesh(plan, torch.device("cpu")))
@@ -25,7 +25,7 @@ def parts_of(tmp_path: Path, *overrides: str) -> Parts:
     return parts
 
 
-def pass_back(parts: Parts, unused: str = "", micro_batches: int = 1) -> None:
+def pass_back(parts: RankModel, unused: str = "", micro_batches: int = 1) -> None:
     """Backward passes whose gradients are all 1."""
     parts.engine.begin(micro_batches)
     for _ in range(micro_batches):
@@ -35,7 +35,7 @@ def pass_back(parts: Parts, unused: str = "", micro_batches: int = 1) -> None:
     parts.engine.finish()
 
 
-def gathered(engine: Engine, kind: str, parts: Parts) -> dict[str, Tensor]:
+def gathered(engine: Engine, kind: str, parts: RankModel) -> dict[str, Tensor]:
     names = [name for name, _ in parts.stages[0].model.named_parameters()]
     return engine.gather(kind, dict.fromkeys(names, 0))
 

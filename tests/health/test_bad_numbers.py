@@ -27,7 +27,7 @@ from megalite.errors import ConfigError
 from megalite.health import numbers
 from megalite.runtime.exit_codes import Exit
 from megalite.train import train
-from megalite.training.parts import Parts
+from megalite.training.parts import RankModel
 from small_runs import curve_of, make_config, metrics_of, write_corpus
 
 BATCH, LENGTH = 4, 16
@@ -74,7 +74,7 @@ def planted(plant: Plant, rank: int) -> Iterator[list[bool]]:
     """Whether each step of the rank changed its state."""
     original, changed = megalite.training.loop.forward_backward, list[bool]()
 
-    def tampered(parts: Parts, batch: Any, mesh: Mesh, seed: int) -> dict[str, Tensor]:
+    def tampered(parts: RankModel, batch: Any, mesh: Mesh, seed: int) -> dict[str, Tensor]:
         engine: Any = parts.engine
         if not isinstance(engine.step, Watched):
             engine.step = Watched(engine)
@@ -94,7 +94,7 @@ def planted(plant: Plant, rank: int) -> Iterator[list[bool]]:
         for hook in hooks:
             hook.remove()
         if mine and plant.what == "flip":
-            engine.settle()
+            engine.wait_for_params()
             weights = next(bucket.weights for bucket in engine.buckets if not bucket.layout.cut)
             weights.view(torch.int32)[plant.weight] ^= 1 << 12
         return found | {"loss": found["loss"] * 100} if hit and plant.what == "loss" else found

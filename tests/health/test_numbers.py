@@ -42,7 +42,7 @@ def going_on_from(state: dict[str, Any], health: HealthConfig) -> Numbers:
 
 
 def judge(numbers: Numbers, loss: float, norm: float = 1.0) -> bool:
-    return bool(numbers.permit(torch.tensor(loss))(torch.tensor(norm)))
+    return bool(numbers.update_gate(torch.tensor(loss))(torch.tensor(norm)))
 
 
 def feed(numbers: Numbers, losses: list[float]) -> list[bool]:
@@ -190,22 +190,22 @@ def test_no_step_waits_for_the_device(tmp_path: Any, monkeypatch: pytest.MonkeyP
     numbers = Numbers(config.health, CPU)
     check = ReplicaCheck(mesh)
 
-    def step(number: int, permit: Any) -> None:
+    def step(number: int, update_gate: Any) -> None:
         parts.engine.begin(1)
         for parameter in parts.stages[0].parameters():
             parameter.sum().backward()
         parts.engine.finish()
         check.begin(number, parts.engine.copies())
-        parts.engine.step(1e-3, permit)
+        parts.engine.step(1e-3, update_gate)
         numbers.note(number, 0)
         numbers.record()
 
     def and_wait(norm: Tensor) -> Tensor:
-        return torch.tensor(bool(numbers.permit(norm)(norm)))
+        return torch.tensor(bool(numbers.update_gate(norm)(norm)))
 
     with Waits() as waits:
         for number in range(3):
-            step(number, numbers.permit(torch.tensor(1.0)))
+            step(number, numbers.update_gate(torch.tensor(1.0)))
     assert waits.count == 0
     with Waits() as waits:
         step(3, and_wait)
@@ -332,7 +332,7 @@ def guarded(tmp_path: Path, norms: list[float], *overrides: str) -> tuple[list[b
         for step, norm in enumerate(norms, 1):
             before = loader.samples
             next(loader)
-            permitted.append(bool(guard.permit(torch.tensor(1.0))(torch.tensor(norm))))
+            permitted.append(bool(guard.update_gate(torch.tensor(1.0))(torch.tensor(norm))))
             guard.note(step, before)
             endings.append(guard.look(step, False))
     return permitted, endings

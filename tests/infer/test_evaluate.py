@@ -26,7 +26,7 @@ from megalite.infer.generate import Generator
 from megalite.infer.harness import HarnessModel, load_tasks, numbers_of
 from megalite.infer.references import compare, references_task
 from megalite.infer.sampling import Sampling
-from megalite.models.layers import Places
+from megalite.models.layers import SequenceInfo
 from ranks import run_ranks
 
 
@@ -154,7 +154,7 @@ def test_the_choices_of_a_question_are_computed_once(tmp_path: Path, monkeypatch
     generator, computed = Generator.open(random_model(tmp_path / "model", "gpt2")), []
     logits = generator.model.logits
 
-    def counted(tokens_BT: Tensor, places: Places) -> Tensor:
+    def counted(tokens_BT: Tensor, places: SequenceInfo) -> Tensor:
         computed.extend(tokens_BT.tolist())
         return logits(tokens_BT, places)
 

@@ -20,11 +20,11 @@ from local_server import Gated, serving
 from local_tasks import write_tokenizer
 from megalite.cli import main
 from megalite.errors import ConfigError, NotFinite
-from megalite.infer.cache import CachedPlaces
+from megalite.infer.cache import CachedSequenceInfo
 from megalite.infer.evaluate import Asked, evaluate_model
 from megalite.infer.generate import Generator
 from megalite.infer.sampling import Sampling
-from megalite.models.layers import Places
+from megalite.models.layers import SequenceInfo
 from scripted import Bytes, Scripted
 
 WAYS = {
@@ -45,7 +45,7 @@ class Broken(Gated):
         self.broken = [False] * self.num_slots
         self.run()
 
-    def predict(self, tokens_BT: Tensor, places: CachedPlaces, last_B: Tensor) -> Tensor:
+    def predict(self, tokens_BT: Tensor, places: CachedSequenceInfo, last_B: Tensor) -> Tensor:
         logits_BV = super().predict(tokens_BT, places, last_B)
         for row, (slot, last) in enumerate(zip(places.slot_B.tolist(), last_B.tolist(), strict=True)):
             if places.position_BT[row, 0] == 0:
@@ -54,7 +54,7 @@ class Broken(Gated):
                 logits_BV[row, 7] = self.number
         return logits_BV
 
-    def logits(self, tokens_BT: Tensor, places: Places) -> Tensor:
+    def logits(self, tokens_BT: Tensor, places: SequenceInfo) -> Tensor:
         logits_BTV = torch.zeros(*tokens_BT.shape, self.vocab_size)
         logits_BTV[tokens_BT[:, 0] == self.first, -1, 7] = self.number
         return logits_BTV

@@ -23,7 +23,7 @@ from megalite.errors import ConfigError
 from megalite.infer.generate import find_model, load_model
 from megalite.infer.ranks import load_on_ranks
 from megalite.models import model_config, weight_table
-from megalite.models.layers import Places
+from megalite.models.layers import SequenceInfo
 from megalite.models.peft import with_adapter_fields
 from megalite.plan import make_plan
 from megalite.planner.estimate import memory_of
@@ -69,7 +69,7 @@ def train_and_open(rank: int, world_size: int, configs: list[Config]) -> Tensor:
     train_on_rank(rank, world_size, configs)
     folder = find_model(configs[0].run.folder)
     model = load_on_ranks(folder, Launch(rank, world_size, rank), world_size, 1, num_slots=1)
-    return model.logits(TOKENS, Places.whole(TOKENS.shape[1], TOKENS.device))
+    return model.logits(TOKENS, SequenceInfo.whole(TOKENS.shape[1], TOKENS.device))
 
 
 LOGITS: list[Tensor] = []

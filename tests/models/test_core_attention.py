@@ -15,7 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from megalite.config import TrainConfig
 from megalite.infer.cache import Row, add_cache, lay_out
 from megalite.kernels.attention import AttentionKind
-from megalite.models.layers import CoreAttention, Dropout, Places
+from megalite.models.layers import CoreAttention, Dropout, SequenceInfo
 from megalite.parallel.apply import apply_recompute
 
 CPU = torch.device("cpu")
@@ -41,7 +41,7 @@ def test_a_cache_gives_what_the_whole_sequences_give(kind: AttentionKind, sizes:
         core, cached = CoreAttention(kind=kind), nn.ModuleList([CoreAttention(kind=kind)])
         add_cache(cached, 3)
         whole = [parts(length, groups, sizes, seed) for seed, length in enumerate(LENGTHS)]
-        wanted = [core.attend(*x, Places.whole(x[0].shape[1], CPU)) for x in whole]
+        wanted = [core.attend(*x, SequenceInfo.whole(x[0].shape[1], CPU)) for x in whole]
         done = [0, 0]
         for counts in ((11, 0), (6, 0), (1, 5), *((1, 1),) * 4, (1, 0)):
             rows = [Row(2 * s, done[s], [0] * n, LENGTHS[s]) for s, n in enumerate(counts) if n]
@@ -64,7 +64,7 @@ def test_a_cache_gives_what_the_whole_sequences_give(kind: AttentionKind, sizes:
         assert done == [23, 9]
 
 
-def forward(core: Any, given: list[Tensor], places: Places) -> Tensor:
+def forward(core: Any, given: list[Tensor], places: SequenceInfo) -> Tensor:
     """By the fused projection where there can be one, as families call it."""
     q, k, v = given
     if k.shape == v.shape:
@@ -82,7 +82,7 @@ def test_attention_to_another_sequence(dropout: bool) -> None:
     q, (_, k, v) = random(1, 9, 4, 8, seed=7), parts(12, 2, (8, 6), 3)
     of_queries, of_keys = torch.tensor([[0] * 4 + [1] * 5]), torch.tensor([[0] * 7 + [1] * 5])
     places, source = (
-        Places(torch.arange(x.shape[1]), torch.arange(x.shape[1])[None], x, torch.tensor([5]))
+        SequenceInfo(torch.arange(x.shape[1]), torch.arange(x.shape[1])[None], x, torch.tensor([5]))
         for x in (of_queries, of_keys)
     )
     found = core.attend(q, k, v, places, source)
@@ -110,7 +110,11 @@ def test_selective_recomputation_keeps_no_scores(fused: bool) -> None:
 
         given = [x.requires_grad_() for x in parts(13, 2, (8, 8), 0)]
         with saved_tensors_hooks(keep, lambda x: x):
-            found = forward(core, given, Places.whole(13, CPU)) if fused else core.attend(*given, Places.whole(13, CPU))
+            found = (
+                forward(core, given, SequenceInfo.whole(13, CPU))
+                if fused
+                else core.attend(*given, SequenceInfo.whole(13, CPU))
+            )
         found.sum().backward()
     scores = torch.Size((1, 4, 13, 13))
     assert [scores in shapes for shapes in kept] == [True, False]
@@ -118,11 +122,11 @@ def test_selective_recomputation_keeps_no_scores(fused: bool) -> None:
 
 def test_what_does_not_go_together_is_refused() -> None:
     q, k, v = parts(6, 2, (8, 8), 0)
-    places = Places.whole(6, CPU)
+    places = SequenceInfo.whole(6, CPU)
     # As many keys as queries, so that no shape gives the mistake away.
     with pytest.raises(ValueError, match="to another sequence must be neither causal nor windowed"):
-        CoreAttention().attend(q, k, v, places, Places.whole(6, CPU))
-    packed = Places(places.index_T, places.position_BT, torch.zeros(1, 6, dtype=torch.int64))
+        CoreAttention().attend(q, k, v, places, SequenceInfo.whole(6, CPU))
+    packed = SequenceInfo(places.index_T, places.position_BT, torch.zeros(1, 6, dtype=torch.int64))
     with pytest.raises(ValueError, match="give the documents of queries and of keys, or of neither"):
         CoreAttention(kind=AttentionKind(causal=False)).attend(q, k, v, packed, places)
     core = CoreAttention()

@@ -22,7 +22,7 @@ from megalite.data.loader import MicroBatch
 from megalite.errors import ConfigError
 from megalite.infer.generate import load_model
 from megalite.models import from_hf_config, model_config, to_hf_config, weight_table
-from megalite.models.layers import IGNORE, CoreAttention, CrossEntropy, Dropout, Places
+from megalite.models.layers import IGNORE, CoreAttention, CrossEntropy, Dropout, SequenceInfo
 from megalite.parallel.stage import positions_of
 from megalite.training.parts import make_inputs
 from tiny_models import CASES, IDS, LLAMA, LLAMA3_ROPE, as_stored
@@ -150,7 +150,7 @@ def test_logits_of_classes_are_those_of_transformers(tmp_path: Path, case: str, 
     with torch.no_grad():
         wanted = theirs(tokens, attention_mask=mask).logits
         document = torch.repeat_interleave(torch.tensor([len(text) for text in texts]))[None]
-        places = Places(torch.arange(document.shape[1]), positions_of(document), document)
+        places = SequenceInfo(torch.arange(document.shape[1]), positions_of(document), document)
         found = load_model(tmp_path / "ours")(torch.cat(texts)[None], places)[0].split([len(text) for text in texts])
     for row, logits in enumerate(found):
         same = wanted[row] if kind == "SequenceClassification" else wanted[row, : len(logits)]
@@ -358,9 +358,9 @@ def test_bf16_is_as_close_to_fp32_as_transformers(tmp_path: Path) -> None:
 KEYS = torch.arange(11, 15) * 7919
 
 
-def places(length: int, keys: Tensor | None = None, documents: Tensor | None = None) -> Places:
+def places(length: int, keys: Tensor | None = None, documents: Tensor | None = None) -> SequenceInfo:
     index = torch.arange(length)
-    return Places(index, index[None], documents, keys)
+    return SequenceInfo(index, index[None], documents, keys)
 
 
 def dropped(module: Dropout, x: Tensor, keys: Tensor | None = KEYS, ranks: int = 1) -> Tensor:

@@ -24,7 +24,7 @@ from megalite.comm.collectives import start_shift
 from megalite.comm.mesh import Axis
 from megalite.errors import ConfigError
 from megalite.kernels.attention import PLAIN, AttentionKind
-from megalite.models.layers import CoreAttention, Dropout, Places
+from megalite.models.layers import CoreAttention, Dropout, SequenceInfo
 from megalite.parallel.context import RingAttention, attend, attend_backward, zigzag
 from megalite.parallel.rules import apply_rules
 from ranks import run_ranks
@@ -95,9 +95,9 @@ def document_numbers(case: Case) -> Tensor | None:
     return torch.stack([torch.arange(len(row)).repeat_interleave(torch.tensor(row) * scale) for row in lengths])
 
 
-def places_of(case: Case, index: Tensor) -> Places:
+def places_of(case: Case, index: Tensor) -> SequenceInfo:
     document = document_numbers(case)
-    return Places(index, index[None], None if document is None else document[:, index])
+    return SequenceInfo(index, index[None], None if document is None else document[:, index])
 
 
 def inputs_of(case: Case) -> list[Tensor]:
@@ -117,7 +117,9 @@ def mixer(case: Case, axis: Axis | None = None) -> CoreAttention:
     return core
 
 
-def run(attention: CoreAttention | Attend, parts: list[Tensor], places: Places, weights: Tensor) -> dict[str, Tensor]:
+def run(
+    attention: CoreAttention | Attend, parts: list[Tensor], places: SequenceInfo, weights: Tensor
+) -> dict[str, Tensor]:
     """Output and gradients of the loss ⟨weights, output⟩. A mixer takes the fused projection where there can be one."""
     parts = [x.detach().requires_grad_() for x in parts]
     if isinstance(attention, CoreAttention) and parts[0].shape[-1] == parts[2].shape[-1]:

@@ -26,7 +26,7 @@ from megalite.errors import ConfigError
 from megalite.kernels import experts
 from megalite.models import family, weight_table
 from megalite.models.layer_loss import LayerLoss
-from megalite.models.layers import Places
+from megalite.models.layers import SequenceInfo
 from megalite.models.weights import Weight
 from megalite.plan import Plan, make_plan
 from megalite.training.parts import build, forward_backward
@@ -414,17 +414,17 @@ def reference(model_name: str, optimizer_name: str = "adamw") -> Result:
     return result
 
 
-def reference_places(batch: MicroBatch, packed: bool) -> Places:
+def reference_places(batch: MicroBatch, packed: bool) -> SequenceInfo:
     keys = random_bits(key_of(SEED, "dropout"), batch.samples)
     index = torch.arange(LENGTH)
     if not packed:
-        return Places(index, index[None], None, keys)
+        return SequenceInfo(index, index[None], None, keys)
     assert batch.documents is not None
     position = torch.zeros_like(batch.documents)
     for row, documents in enumerate(batch.documents.tolist()):
         for place in range(LENGTH):
             position[row, place] = documents[:place].count(documents[place])
-    return Places(index, position, batch.documents, keys)
+    return SequenceInfo(index, position, batch.documents, keys)
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from megalite.data.loader import Batches, MadeBatches, MicroBatch
 from megalite.registry import objectives
 from megalite.train import train
 from megalite.training.objectives import NextToken, Objective
-from megalite.training.parts import Parts, forward
+from megalite.training.parts import RankModel, forward
 from megalite.training.run import Run
 from ranks import run_ranks
 from small_runs import curve_of, make_config, train_on_rank
@@ -26,7 +26,7 @@ class OwnWordsConfig(ObjectiveConfig):
 
     name: Literal["own_words"] = "own_words"
 
-    def batches(self, source: Batches, run: Run, parts: Parts) -> Batches:
+    def batches(self, source: Batches, run: Run, parts: RankModel) -> Batches:
         def make(batch: list[MicroBatch]) -> list[MicroBatch]:
             parts.train(False)
             found = forward(parts, batch, run.mesh, "logits")

@@ -14,7 +14,7 @@ from megalite.errors import CheckpointError
 from megalite.registry import hooks
 from megalite.train import train
 from megalite.training.hooks import Hook, Step
-from megalite.training.parts import Parts
+from megalite.training.parts import RankModel
 from megalite.training.run import Run
 from small_runs import make_config
 
@@ -28,7 +28,7 @@ class AddsConfig(HookConfig):
     name: Literal["adds"] = "adds"
     factor: float = 1.0
 
-    def build(self, run: Run, parts: Parts) -> Hook:
+    def build(self, run: Run, parts: RankModel) -> Hook:
         return Adds(self.factor)
 
 

@@ -145,7 +145,7 @@ def flipped_bit(folder: Path) -> Outcome:
         def planted(parts: Any, *arguments: Any) -> dict[str, torch.Tensor]:
             found = forward_backward(parts, *arguments)
             if rank == 1 and NOW.step == HIT:
-                parts.engine.settle()
+                parts.engine.wait_for_params()
                 parts.engine.buckets[0].weights.view(torch.int32)[0] ^= 1 << 12
             return found
 

@@ -42,7 +42,7 @@ from megalite.parallel.tensor import enter, leave
 from megalite.registry import families, hooks, kernels, objectives, optimizers, schedules
 from megalite.training.hooks import Hook, Step
 from megalite.training.objectives import NextToken, Objective
-from megalite.training.parts import Parts
+from megalite.training.parts import RankModel
 from megalite.training.run import Run
 
 # --- a family -----------------------------------------------------------------------------------------------------
@@ -206,7 +206,7 @@ class NormsConfig(HookConfig):
     name: Literal["norms"] = "norms"
     every: int = Field(10, gt=0)
 
-    def build(self, run: Run, parts: Parts) -> Hook:
+    def build(self, run: Run, parts: RankModel) -> Hook:
         return Norms(run, self.every)
 
 
