@@ -194,8 +194,8 @@ def step(folder: Path, objective: str, layout: str) -> dict[str, Any]:
     batch = [MicroBatch(whole.tokens[row], whole.labels[row], whole.samples[row]) for row in rows]
     parts.train(False)
     judged = torch.zeros(())
-    for out, inputs, _ in forward(parts, batch, mesh, parts.objective.judges):
-        judged += parts.objective.judge(out, inputs)[0].sum()
+    for out, inputs, micro in forward(parts, batch, mesh, parts.objective.judges):
+        judged += parts.objective.judge(out, parts.objective.complete(inputs, micro, "valid"))[0].sum()
     judged = all_reduce(all_reduce(judged, mesh.replicas), mesh.pipeline)
     found = forward_backward(parts, batch, mesh, SEED)
     owners = {
