@@ -17,6 +17,7 @@ CASES = [
     ((2, 5, 6, 8), 1, 4, 4),
     ((2, 5, 6, 8), 2, 4, 6),
     ((1, 7, 3, 10), 1, 3, 2),  # partial: the last 4 of a head are left alone
+    ((1, 7, 3, 18), 1, 8, 2),  # partial: packs of 16 bytes fit into the pairs, but not into the heads
     ((3, 9, 5, 128), 3, 64, 3),
     ((2, 33, 4, 64), 1, 32, 0),
     ((2, 3, 4, 6), 1, 0, 4),
