@@ -218,3 +218,13 @@ def test_momentum_against_float64(
         assert error(a, b) <= BOUND[torch.float32]
     if copies:
         assert torch.equal(found[2], found[0].bfloat16())
+
+
+def test_weights_may_lie_off_the_alignment_of_their_master(device: torch.device) -> None:  # noqa: F811
+    master, exp_avg, exp_avg_sq = (torch.linspace(0, 1, 64, device=device) for _ in range(3))
+    weights = torch.zeros(65, dtype=torch.bfloat16, device=device)[1:]
+    divisor = torch.ones((), device=device)
+    adamw_(master, exp_avg, exp_avg_sq, weights, master.clone(), factors_of(1, divisor), **OPTIONS)
+    assert torch.equal(weights, master.bfloat16())
+    decayed_step_(master, weights, master.clone(), divisor, 1e-2, 0.1)
+    assert torch.equal(weights, master.bfloat16())
