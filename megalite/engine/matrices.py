@@ -41,6 +41,13 @@ class Held(NamedTuple):
     stop: int
 
 
+class Route(NamedTuple):
+    """What this rank sends to each rank of the stage, and gets from each, in one order on both ends."""
+
+    out: list[list[Held]]
+    into: list[list[Held]]
+
+
 @dataclass(frozen=True)
 class Matrix:
     """One weight that an optimizer sees as a whole: a matrix, or several that lie in one tensor."""
@@ -58,12 +65,8 @@ class Matrices:
         """Choose owners for all weights in `buckets`, in which every rank's are laid out alike."""
         self.optimizer, self.buckets, self.mesh = optimizer, buckets, mesh
         self.matrices = self._choose_owners()
-        ranks = range(mesh.stage.size)
-        me = mesh.stage.rank
-        # In one order on both ends of a message: by matrix.
-        self._to_owners = [self._pieces(rank, whole=False) for rank in ranks]
-        self._to_holders = [self._pieces(rank, whole=True) for rank in ranks]
-        self._mine = [number for number, matrix in enumerate(self.matrices) if matrix.owner == me]
+        self._to_owners, self._to_holders = self._route(whole=False), self._route(whole=True)
+        self._mine = [number for number, matrix in enumerate(self.matrices) if matrix.owner == mesh.stage.rank]
 
     def _choose_owners(self) -> list[Matrix]:
         """Give each matrix, the most costly first, to the rank with the least to do (Graham 1969)."""
@@ -78,6 +81,20 @@ class Matrices:
     def _cost(self, slot: Slot) -> float:
         (columns,) = slot.weight.row_shape
         return sum(self.optimizer.cost(rows, columns) for rows in self.optimizer.split(slot.weight))
+
+    def _route(self, whole: bool) -> Route:
+        """Return what of `_pieces` travels from or to this rank: to the owners, or with `whole` from them."""
+        me, ranks = self.mesh.stage.rank, range(self.mesh.stage.size)
+        route = Route([[] for _ in ranks], [[] for _ in ranks])
+        for rank in ranks:
+            for held in self._pieces(rank, whole):
+                owner = self.matrices[held.matrix].owner
+                source, target = (owner, rank) if whole else (rank, owner)
+                if source == me:
+                    route.out[target].append(held)
+                if target == me:
+                    route.into[source].append(held)
+        return route
 
     def _pieces(self, rank: int, whole: bool) -> list[Held]:
         """Return what a rank sends to the owners, or with `whole` what it gets back, in the order of the matrices.
@@ -115,12 +132,12 @@ class Matrices:
             return seen[self.matrices[held.matrix].bucket][held.start - first : held.stop - first]
 
         # Taken out where it is used: what it holds are the messages.
-        to_owners = [self._exchange(self._to_owners, piece, by_owner=True)]
+        to_owners = [self._exchange(self._to_owners, piece)]
 
         def solve() -> Iterator[BucketState]:
             solved = self._assemble(to_owners.pop()())
             self._solve_in_place(solved)
-            to_holders = self._exchange(self._to_holders, partial(self._part, solved), by_owner=False)
+            to_holders = self._exchange(self._to_holders, partial(self._part, solved))
             for held, part in to_holders():
                 number = self.matrices[held.matrix].bucket
                 first = self.buckets[number].stepped.start
@@ -132,29 +149,10 @@ class Matrices:
 
         return solve
 
-    def _exchange(
-        self, pieces: Sequence[Sequence[Held]], piece: Callable[[Held], Tensor], by_owner: bool
-    ) -> Callable[[], Iterator[tuple[Held, Tensor]]]:
+    def _exchange(self, route: Route, piece: Callable[[Held], Tensor]) -> Callable[[], Iterator[tuple[Held, Tensor]]]:
         """Start one message from each rank to each other; return a function that waits, and yields what came to this
-        one.
-
-        `pieces` lists them by the rank that holds them, `piece` gives the values of one. `by_owner`: they travel from
-        the holders to the owners, else back."""
-        axis = self.mesh.stage
-
-        def ends(held: Held) -> tuple[int, int]:
-            owner = self.matrices[held.matrix].owner
-            return (held.rank, owner) if by_owner else (owner, held.rank)
-
-        every = [held for of_rank in pieces for held in of_rank]
-        out: list[list[Held]] = [[] for _ in range(axis.size)]
-        into: list[list[Held]] = [[] for _ in range(axis.size)]
-        for held in every:
-            source, target = ends(held)
-            if source == axis.rank:
-                out[target].append(held)
-            if target == axis.rank:
-                into[source].append(held)
+        one. `piece` gives the values of what a message holds."""
+        axis, (out, into) = self.mesh.stage, route
         device = self.mesh.device
 
         def message(some: list[Held], rank: int) -> Tensor:

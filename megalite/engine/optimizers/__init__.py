@@ -71,7 +71,9 @@ class PlainOptimizer:
         value, new_states = self.compute(clipped, num_updates)
         for name, state in shard.states.items():
             state.copy_(torch.where(is_refused, state, new_states[name]))
-        put_weights_(shard, value, is_refused)
+        shard.master.copy_(torch.where(is_refused, shard.master, value))
+        if shard.weights is not None:
+            shard.weights.copy_(torch.where(is_refused, shard.weights, value.to(shard.weights.dtype)))
 
 
 class MatrixOptimizer:
@@ -103,10 +105,3 @@ class MatrixOptimizer:
     def update_(self, shard: Shard, solved: Tensor, common: Tensor) -> None:
         """Update a shard with the part of what `solve` returned that belongs to it."""
         raise NotImplementedError
-
-
-def put_weights_(shard: Shard, value: Tensor, is_refused: Tensor) -> None:
-    """Give a shard its new master weights `value`, and the weights these rounded, unless the step is refused."""
-    shard.master.copy_(torch.where(is_refused, shard.master, value))
-    if shard.weights is not None:
-        shard.weights.copy_(torch.where(is_refused, shard.weights, value.to(shard.weights.dtype)))
