@@ -23,11 +23,10 @@ from megalite.checkpoint.tensors import KEEPS, CheckpointError
 from megalite.config import EMA, Config, LoraConfig, OptimizerConfig
 from megalite.data.mixture import Mixture
 from megalite.data.tokenizer import Tokenizer, load_tokenizer
-from megalite.data.tokenizer_files import files_in
+from megalite.data.tokenizer_files import files_in, tokenizer_file
 from megalite.errors import ConfigError, DataError
 from megalite.models import model_config, peft, to_hf_config, weight_table
 from megalite.models.lora import adapters_of
-from megalite.registry import tokenizer_readers
 from megalite.training.schedules import learning_rate
 from megalite.utils.changes import Change, changes, spelled, with_defaults
 
@@ -135,7 +134,7 @@ def _says_the_same(change: Change, before: Mapping[str, Any], config: Config) ->
 
 def _check_tokenizer(checkpoint: Path, path: Path, tokenizer: Tokenizer) -> None:
     """Raise CheckpointError if the checkpoint's tokenizer is another one than that of `path`."""
-    if not any((checkpoint / name).is_file() for name in tokenizer_readers.names()):
+    if tokenizer_file(checkpoint) is None:
         return
     # Equal files need not be loaded; files that differ may still hold one tokenizer.
     if all(_same_file(checkpoint / name, path / name) for name in files_in(checkpoint)):

@@ -23,6 +23,7 @@ from megalite.data.tokenizer_files import (
     read_object,
     settings_of,
     special_tokens,
+    tokenizer_file,
 )
 from megalite.errors import DataError
 from megalite.registry import tokenizer_readers
@@ -122,17 +123,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """Open a folder with tokenizer.json or tokenizer.model, a tokenizer.json, a SentencePiece .model file, or what a
     plugin reads. Raise DataError."""
     path = Path(path)
-    file = (
-        path
-        if path.is_file()
-        else next((path / name for name in tokenizer_readers.own if (path / name).is_file()), path)
-    )
-    if file.suffix in SUFFIXES and file.is_file():
-        return tokenizer_readers.get(SUFFIXES[file.suffix])(file)
-    for name in tokenizer_readers.names():
-        found = path / name if path.is_dir() else path
-        if found.name == name and found.is_file():
-            return tokenizer_readers.get(name)(found)
+    file = tokenizer_file(path) if path.is_dir() else path
+    if file is not None and file.is_file():
+        name = file.name if file.name in tokenizer_readers else SUFFIXES.get(file.suffix)
+        if name is not None:
+            return tokenizer_readers.get(name)(file)
     raise DataError(
         f"{path} holds no tokenizer; accepted are a folder with tokenizer.json (any Hugging Face model that has a fast "
         "tokenizer) or tokenizer.model, a tokenizer.json file, or a SentencePiece .model file"

@@ -33,10 +33,18 @@ FILES = (
 )
 
 
+def tokenizer_file(folder: Path) -> Path | None:
+    """Return the file in a folder that a reader of tokenizers opens. Plugins are imported only where there is none of
+    megalite's own."""
+    own = next(filter(Path.is_file, (folder / name for name in tokenizer_readers.own)), None)
+    return own or next(filter(Path.is_file, (folder / name for name in tokenizer_readers.names())), None)
+
+
 def files_in(folder: Path) -> list[str]:
     """Return the files of a tokenizer's folder that AutoTokenizer or a plugin reads, as relative paths."""
     named = sorted(path for path in (folder / TEMPLATES).glob("*.jinja") if path.is_file())
-    known = dict.fromkeys((*FILES, *tokenizer_readers.names()))
+    file = tokenizer_file(folder)
+    known = FILES if file is None else dict.fromkeys((*FILES, file.name))
     return [*(name for name in known if (folder / name).is_file()), *(f"{TEMPLATES}/{path.name}" for path in named)]
 
 

@@ -21,6 +21,7 @@ from megalite.data.answers import find_answers
 from megalite.data.chat import ChatTemplate, Message
 from megalite.data.contents import ContentEncoder
 from megalite.data.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
+from megalite.data.tokenizer_files import tokenizer_file
 from megalite.data.turn_end import TurnEndIds
 from megalite.errors import ConfigError, DataError, NotFinite, TemplateLimit
 from megalite.infer.answer import Answer, Request, TextStream
@@ -33,7 +34,6 @@ from megalite.models import build_model, model_config, set_parameters, weight_ta
 from megalite.models.heads import KINDS
 from megalite.models.layers import Decoder, SequenceInfo
 from megalite.models.peft import is_adapter
-from megalite.registry import tokenizer_readers
 
 SCORED_TOKENS = 4096
 """Most tokens of a batch whose rows are scored, padding included."""
@@ -78,7 +78,7 @@ def check_speaks(folder: Path) -> None:
             f"{folder} holds a model of model.task: {config.task}, which tells classes ({labels}) and says no text; "
             f"ask it through transformers' AutoModel{KINDS[config.task]}, and give here one of model.task: causal"
         )
-    if not any((folder / name).is_file() for name in tokenizer_readers.names()):
+    if tokenizer_file(folder) is None:
         raise DataError(
             f"{folder} has no tokenizer, without which it can neither read nor say a text; copy there the files of the "
             "one that its data was made with, which data.tokenizer has a run put into its checkpoints"
