@@ -6,8 +6,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
-from typing import Literal, Protocol, TypeVar
+from math import lcm, prod
+from typing import Literal, NamedTuple, Protocol, TypeVar
 
 from megalite import make_callable
 from megalite.config import Config, OptimizerConfig, ParallelConfig
@@ -17,6 +17,20 @@ make_callable(__name__)  # as `plan`, below
 
 Place = int | Literal["first", "last", "both"]
 """Where a weight is used: in a layer (its number), before the first one, after the last one, or tied at both ends."""
+
+
+class Cut(NamedTuple):
+    """Over how many ranks weights are cut."""
+
+    tensor: int
+    """Ranks that share every matrix."""
+    expert: int = 1
+    """Ranks that each hold some of the experts; 1 for weights that are not of experts."""
+
+    @property
+    def holders(self) -> int:
+        """Return how many ranks hold different parts of a weight."""
+        return self.expert * self.tensor
 
 
 class Sized(Protocol):
@@ -32,7 +46,9 @@ class Sized(Protocol):
     def place(self) -> Place: ...
     @property
     def frozen(self) -> bool: ...
-    def local_shape(self, tensor: int) -> tuple[int, ...]: ...
+    @property
+    def is_expert(self) -> bool: ...
+    def local_shape(self, tensor: int, expert: int = 1) -> tuple[int, ...]: ...
     def num_states(self, optimizer: OptimizerConfig) -> int: ...
 
 
@@ -73,6 +89,8 @@ class Plan:
     data: int
     context: int
     tensor: int
+    experts: Cut
+    """How experts are cut. Dense weights are cut over the tensor ranks."""
     sequence: bool
     """Whether sequence parallelism is on: requested, and more than one tensor rank."""
     engine: Literal["native", "deepspeed"]
@@ -104,10 +122,24 @@ class Plan:
         """Return the number of ranks that hold the same part of the weights and share its gradient: data × context."""
         return self.data * self.context
 
-    def rank_at(self, pipeline: int, replica: int, tensor: int) -> int:
-        """Return the global rank at these coordinates: `tensor` innermost, then `replica` (data and context),
-        `pipeline` outermost."""
-        return (pipeline * self.replicas + replica) * self.tensor + tensor
+    @property
+    def folds_experts(self) -> bool:
+        """Return whether experts are cut over other ranks than dense weights are."""
+        return self.experts != Cut(self.tensor)
+
+    def cut_of(self, weight: Sized) -> Cut:
+        """Return how a weight is cut."""
+        return self.experts if weight.is_expert else Cut(self.tensor)
+
+    def replicas_of(self, cut: Cut) -> int:
+        """Return the number of ranks that hold the same part of what is cut so, and share its gradient."""
+        return self.replicas * self.tensor // cut.holders
+
+    def rank_at(self, pipeline: int, replica: int, holder: int, cut: Cut | None = None) -> int:
+        """Return the global rank at these coordinates: `holder`, the tensor rank or of experts the holder under their
+        `cut`, innermost, then `replica`, and `pipeline` outermost."""
+        stage = self.replicas * self.tensor
+        return pipeline * stage + replica * (cut or Cut(self.tensor)).holders + holder
 
     def stages_of(self, pipeline_rank: int) -> tuple[StageSpan, ...]:
         """Return the stages of one pipeline rank."""
@@ -121,8 +153,11 @@ class Plan:
         """Return the plan as lines of text for the console."""
         axes = {"pipeline": self.pipeline, "data": self.data, "context": self.context, "tensor": self.tensor}
         product = " × ".join(f"{name} {size}" for name, size in axes.items() if size > 1 or name == "data")
+        tensor, expert = self.experts
+        folded = f"expert {expert} × expert tensor {tensor}, on {self.replicas_of(self.experts)} replicas"
         lines = [
             ("ranks", f"{self.world_size} = {product}"),
+            *([("experts", folded)] if self.folds_experts else []),
             ("sequence parallel", "on" if self.sequence else "off"),
             ("engine", f"{self.engine}, ZeRO stage {self.zero_stage}"),
             ("parameters", f"{self.num_params:,}, of which {self.params_per_rank:,} on the fullest rank"),
@@ -143,7 +178,13 @@ class Plan:
 
 def smallest_world(config: Config) -> int:
     """Return the smallest number of ranks that the layout can run on."""
-    return config.parallel.tensor * config.parallel.pipeline * config.parallel.context
+    parallel = config.parallel
+    return parallel.pipeline * lcm(parallel.tensor * parallel.context, expert_cut(parallel).holders)
+
+
+def expert_cut(parallel: ParallelConfig) -> Cut:
+    """Return how experts are cut."""
+    return Cut(parallel.expert_tensor or parallel.tensor, parallel.expert)
 
 
 def plan(config: Config, ranks: int) -> Plan:
@@ -162,13 +203,14 @@ def make_plan(config: Config, weights: Sequence[Sized], world_size: int) -> Plan
     tensor, pipeline, context = parallel.tensor, parallel.pipeline, parallel.context
     unit = smallest_world(config)
     if world_size % unit:
-        asked = {"tensor": tensor, "pipeline": pipeline, "context": context}
+        experts = {"expert": parallel.expert, "expert_tensor": parallel.expert_tensor or 1}
+        asked = {"tensor": tensor, "pipeline": pipeline, "context": context} | experts
         name = " × ".join(f"parallel.{name} = {size}" for name, size in asked.items() if size > 1)
         raise ConfigError(
             f"{name} does not divide the {world_size} rank(s); start a multiple of {unit} ranks"
             + (f", as `RANKS={unit} bash slurm/pretrain.sh CONFIG` does" if world_size == 1 else "")
         )
-    data = world_size // unit
+    data = world_size // (tensor * pipeline * context)
     micro_batch_size = _micro_batch_size(config, data)
     micro_batches = train.global_batch_size // (micro_batch_size * data)
     sequence = parallel.sequence and tensor > 1
@@ -178,15 +220,17 @@ def make_plan(config: Config, weights: Sequence[Sized], world_size: int) -> Plan
     _check_sequence(config, sequence)
     _check_compile(config)
     _check_model(config)
+    _check_experts(config, weights, sequence)
     stages = _stages(config, weights)
     _check_lora(config, stages)
-    params_per_rank, trained_per_rank, states_per_rank = _fullest_rank(config, weights, stages)
+    fullest = _fullest_rank(config, weights, stages, world_size // pipeline)
     return Plan(
         world_size=world_size,
         pipeline=pipeline,
         data=data,
         context=context,
         tensor=tensor,
+        experts=expert_cut(parallel),
         sequence=sequence,
         engine=parallel.engine,
         zero_stage=parallel.zero_stage,
@@ -199,30 +243,58 @@ def make_plan(config: Config, weights: Sequence[Sized], world_size: int) -> Plan
         steps=train.steps,
         tokens=config.num_tokens,
         num_params=sum(weight.numel for weight in weights),
-        params_per_rank=params_per_rank,
+        params_per_rank=sum(held.params for held in fullest),
         num_trained=sum(weight.numel for weight in weights if not weight.frozen),
-        memory_bytes=resident_bytes(
-            config, params_per_rank, trained_per_rank, states_per_rank, data * context, parallel.zero_stage
-        ),
+        memory_bytes=resident_bytes(config, fullest, parallel.zero_stage),
     )
 
 
-def _fullest_rank(config: Config, weights: Sequence[Sized], stages: Sequence[StageSpan]) -> tuple[int, int, int]:
-    """Return the numbers of elements of weights, of trained ones and of their optimizer states on the rank that holds
-    most, which decides whether a layout fits. Raise ConfigError where a weight cannot be cut."""
-    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
-    try:
-        local = {weight.name: prod(weight.local_shape(tensor)) for weight in weights}
-    except ValueError as error:
-        raise ConfigError(f"parallel.tensor = {tensor}: {error}") from None
+class Held(NamedTuple):
+    """Numbers of elements that a rank holds of weights with the same number of replicas."""
+
+    params: int
+    trained: int
+    """Of these, not frozen."""
+    states: int
+    """Of the optimizer's states beside the trained ones."""
+    replicas: int
+    """Ranks that share what the ZeRO stage shards."""
+
+
+def _fullest_rank(
+    config: Config, weights: Sequence[Sized], stages: Sequence[StageSpan], ranks: int
+) -> tuple[Held, ...]:
+    """Return what the rank holds that holds most, which decides whether a layout fits: of dense weights, and of
+    experts. A pipeline stage has so many `ranks`. Raise ConfigError where a weight cannot be cut."""
+    pipeline, experts = config.parallel.pipeline, expert_cut(config.parallel)
+    dense = Cut(config.parallel.tensor)
+    local: dict[str, int] = {}
+    for weight in weights:
+        cut = experts if weight.is_expert else dense
+        try:
+            local[weight.name] = prod(weight.local_shape(*cut))
+        except ValueError as error:
+            names = {"expert": "expert", "tensor": "expert_tensor"} if cut != dense else {"tensor": "tensor"}
+            asked = ", ".join(f"parallel.{name} = {getattr(cut, axis)}" for axis, name in names.items())
+            raise ConfigError(f"{asked}: {error}") from None
     kept = {weight.name: local[weight.name] * weight.num_states(config.optimizer) for weight in weights}
     per_rank = []
     for rank in range(pipeline):
         rows = [weight for stage in stages[rank::pipeline] for weight in stage.weights(weights)]
-        trained = [weight.name for weight in rows if not weight.frozen]
-        params = sum(local[weight.name] for weight in rows)
-        per_rank.append((params, sum(map(local.__getitem__, trained)), sum(map(kept.__getitem__, trained))))
-    return max(per_rank)
+        held = []
+        for cut in dict.fromkeys((dense, experts)):
+            own = [weight for weight in rows if (experts if weight.is_expert else dense) == cut]
+            trained = [weight.name for weight in own if not weight.frozen]
+            held.append(
+                Held(
+                    sum(local[weight.name] for weight in own),
+                    sum(local[name] for name in trained),
+                    sum(kept[name] for name in trained),
+                    ranks // cut.holders,
+                )
+            )
+        per_rank.append(tuple(held))
+    return max(per_rank, key=lambda held: [sum(numbers) for numbers in zip(*held, strict=True)])
 
 
 def nodes_that_fit(config: Config, weights: Sequence[Sized], nodes: int, ranks_per_node: int) -> int:
@@ -373,6 +445,23 @@ def _check_model(config: Config) -> None:
         )
 
 
+def _check_experts(config: Config, weights: Sequence[Sized], sequence: bool) -> None:
+    """Raise ConfigError for settings that cannot be combined with ranks of their own for experts."""
+    parallel, cut = config.parallel, expert_cut(config.parallel)
+    if cut == Cut(parallel.tensor):
+        return
+    key = f"parallel.expert = {cut.expert}" if cut.expert > 1 else f"parallel.expert_tensor = {cut.tensor}"
+    if not any(weight.is_expert for weight in weights):
+        raise ConfigError(f"{key} needs a model with experts; model.family = {config.model.family!r} has none")
+    if parallel.engine != "native":
+        raise ConfigError(f"{key} needs parallel.engine: native, not {parallel.engine}")
+    if cut.tensor != parallel.tensor and parallel.tensor > 1 and not sequence:
+        raise ConfigError(
+            f"{key} with parallel.expert_tensor = {cut.tensor} beside parallel.tensor = {parallel.tensor} needs "
+            "parallel.sequence: true: without it tensor ranks hold the same tokens, and would send each twice"
+        )
+
+
 def _check_lora(config: Config, stages: Sequence[StageSpan]) -> None:
     """Raise ConfigError for settings that cannot be combined with lora."""
     if config.lora is None:
@@ -397,7 +486,8 @@ def _check_compile(config: Config) -> None:
     """Raise ConfigError for settings that cannot be combined with train.compile."""
     parallel = config.parallel
     for name, value, only in (
-        ("tensor", parallel.tensor, 1), ("context", parallel.context, 1), ("engine", parallel.engine, "native")
+        ("tensor", parallel.tensor, 1), ("context", parallel.context, 1), ("expert", parallel.expert, 1),
+        ("expert_tensor", parallel.expert_tensor or 1, 1), ("engine", parallel.engine, "native"),
     ):  # fmt: skip
         if config.train.compile and value != only:
             raise ConfigError(
@@ -460,21 +550,15 @@ def _head_cost(config: Config, weights: Sequence[Sized]) -> float:
     return model.vocab_size * model.hidden_size / ((layers + attention) / model.num_layers)
 
 
-def resident_bytes(
-    config: Config, params: int, trained: int, states: int, replicas: int, zero_stage: int
-) -> dict[str, int]:
-    """Return the bytes that a rank holds through the whole step: weights, fp32 gradients and optimizer state.
-
-    The rank has `params` elements of weights, `trained` of them not frozen, and `states` elements of optimizer states
-    beside these; `replicas` ranks share what the ZeRO stage shards."""
-    shard = -(-trained // replicas)
-    weights = -(-params // replicas) if zero_stage == 3 else params
-    gradients = shard if zero_stage >= 2 else trained
+def resident_bytes(config: Config, held: Sequence[Held], zero_stage: int) -> dict[str, int]:
+    """Return the bytes that a rank holds through the whole step: weights, fp32 gradients and optimizer state, of all
+    that is `held`."""
     is_bf16 = config.train.precision == "bf16"
-    # The optimizer's fp32 states, and an fp32 master copy; in fp32 the weights are their own.
-    kept = states + trained * is_bf16
-    return {
-        "weights": weights * (2 if is_bf16 else 4),
-        "gradients": gradients * 4,
-        "optimizer": (-(-kept // replicas) if zero_stage >= 1 else kept) * 4,
-    }
+    weights = gradients = optimizer = 0
+    for params, trained, states, replicas in held:
+        weights += -(-params // replicas) if zero_stage == 3 else params
+        gradients += -(-trained // replicas) if zero_stage >= 2 else trained
+        # The optimizer's fp32 states, and an fp32 master copy; in fp32 the weights are their own.
+        kept = states + trained * is_bf16
+        optimizer += -(-kept // replicas) if zero_stage >= 1 else kept
+    return {"weights": weights * (2 if is_bf16 else 4), "gradients": gradients * 4, "optimizer": optimizer * 4}

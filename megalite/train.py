@@ -160,6 +160,7 @@ def open_recorder(config: Config, plan: Plan, state: dict[str, Any], tokenizer: 
     axes = {"data": plan.data, "pipeline": plan.pipeline, "context": plan.context, "tensor": plan.tensor}
     layout: dict[str, object] = {name: size for name, size in axes.items() if size > 1 or name == "data"}
     layout |= {"sequence": plan.sequence} if plan.tensor > 1 else {}
+    layout |= {"expert": plan.experts.expert, "expert_tensor": plan.experts.tensor} if plan.folds_experts else {}
     layout |= {"schedule": plan.schedule, "virtual": plan.virtual} if plan.pipeline > 1 else {}
     layout |= {"engine": plan.engine, "zero": plan.zero_stage}
     return Recorder(

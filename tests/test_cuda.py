@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megalite.checkpoint.load import from_seed
-from megalite.comm.mesh import ALONE, Mesh, make_mesh
+from megalite.comm.mesh import Mesh, make_mesh
 from megalite.config import Config
 from megalite.config_file import parse_config
 from megalite.data.loader import MicroBatch
@@ -86,7 +86,7 @@ def start(config: Config, device: torch.device) -> tuple[RankModel, Mesh]:
     plan = make_plan(config, weight_table(config.model), 1)
     mesh = make_mesh(plan, device)
     parts = build(config, plan, mesh)
-    parts.engine.load(from_seed(SEED, ALONE))
+    parts.engine.load(from_seed(SEED, Mesh.alone()))
     return parts, mesh
 
 

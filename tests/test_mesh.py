@@ -15,7 +15,7 @@ from megalite.errors import ConfigError
 from megalite.models import weight_table
 from megalite.plan import make_plan
 from ranks import run_ranks
-from small_runs import make_config
+from small_runs import MODELS, make_config
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -108,6 +108,34 @@ def coordinates(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     torch.distributed.all_reduce(peers[:1], group=mesh.tensor.group)
     torch.distributed.all_reduce(peers[1:], group=mesh.data.group)
     return {"tensor": (mesh.tensor.rank, int(peers[0])), "data": (mesh.data.rank, int(peers[1]))}
+
+
+def folded(rank: int, world_size: int, folder: Path) -> dict[str, tuple[int, int]]:
+    """Places and sums of ranks in the groups of experts, of pipeline 2 × (tensor 2 × data 2 = expert 2 × ...)."""
+    model = MODELS["llama"] | {"family": "mixtral", "num_experts": 4, "experts_per_token": 2}
+    config = make_config(
+        folder, model, "parallel.tensor=2", "parallel.pipeline=2", "parallel.expert=2", "parallel.expert_tensor=1"
+    )
+    experts = make_mesh(make_plan(config, weight_table(config.model), world_size), torch.device("cpu")).experts
+    found = {}
+    for name in ("holders", "replicas", "expert", "tensor"):
+        axis, sum_ = getattr(experts, name), torch.tensor(rank)
+        if axis.size > 1:
+            torch.distributed.all_reduce(sum_, group=axis.group)
+        found[name] = (axis.rank, int(sum_))
+    return found
+
+
+def test_experts_are_folded_over_the_ranks_of_a_stage(tmp_path: Path) -> None:
+    make_config(tmp_path)  # writes the corpus once
+    found = run_ranks(8, folded, tmp_path)
+    for rank, places in enumerate(found):
+        first, inside = rank - rank % 4, rank % 4
+        neighbours, replicas = 2 * (rank - rank % 2) + 1, 2 * first + 2 * (inside % 2) + 2
+        assert places == {
+            "holders": (inside % 2, neighbours), "expert": (inside % 2, neighbours),
+            "replicas": (inside // 2, replicas), "tensor": (0, rank),
+        }  # fmt: skip
 
 
 def test_tensor_groups_are_neighbours(tmp_path: Path) -> None:

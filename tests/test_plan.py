@@ -13,7 +13,7 @@ from megalite.config import Config
 from megalite.config_file import parse_config
 from megalite.errors import ConfigError
 from megalite.models import model_config, weight_table
-from megalite.plan import Plan, balance, make_plan, smallest_world
+from megalite.plan import Cut, Plan, balance, make_plan, smallest_world
 from megalite.utils.resources import configs_dir
 
 # Embedding 100·8 = 800, twice (untied); a layer 8 + (8+4+4)·8 + 8·8 + 8 + 2·12·8 + 8·12 = 496; last norm 8.
@@ -222,6 +222,46 @@ def test_refuses_what_does_not_go_together(overrides: list[str], words: list[str
     found = refusal(world, *(f"parallel.{o}" for o in overrides), "train.micro_batch_size=1", model=EIGHT)
     for word in words:
         assert word in found
+
+
+ROUTED = {"family": "mixtral", "num_experts": 6, "experts_per_token": 2}
+
+
+def test_experts_have_ranks_of_their_own() -> None:
+    """Of pipeline 2 × tensor 2 × data 2: whole experts, a third of them on each rank, would need three ranks."""
+    layout = ("parallel.pipeline=2", "parallel.tensor=2", "parallel.expert_tensor=1", "train.micro_batch_size=1")
+    plan = plan_of(8, *layout, "parallel.expert=2", model=TINY | ROUTED)
+    assert (plan.experts, plan.replicas_of(plan.experts), plan.data) == (Cut(1, 2), 2, 2)
+    assert plan.rank_at(1, 1, 1, plan.experts) == 7
+    assert "expert 2 × expert tensor 1, on 2 replicas" in plan.describe()
+    assert "multiple of 12" in refusal(8, *layout, "parallel.expert=3", model=TINY | ROUTED)
+    config = config_of(TINY | ROUTED, *layout, "parallel.expert=3")
+    assert smallest_world(config) == 12
+    assert plan_of(12, *layout, "parallel.expert=3", model=TINY | ROUTED).data == 3
+    # Twelve features in three matrices of eight columns a expert, two layers: on one stage, one layer's.
+    dense = plan_of(2, "parallel.pipeline=2", "train.micro_batch_size=1", model=TINY | ROUTED)
+    whole = 2 * 12 * 3 * 8 * 3  # three of six experts
+    halves = plan_of(4, "parallel.pipeline=2", "parallel.expert=2", "train.micro_batch_size=1", model=TINY | ROUTED)
+    assert dense.params_per_rank - halves.params_per_rank == whole // 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["expert=4"], ["parallel.expert = 4", "6 experts, which do not divide by 4"]),
+        (["expert=2", "engine=deepspeed"], ["parallel.expert = 2", "engine: native, not deepspeed"]),
+        (["expert=2", "expert_tensor=1", "tensor=2", "sequence=false"], ["sequence: true", "would send each twice"]),
+        (["expert_tensor=8"], ["12 features, which do not divide by 8"]),
+    ],
+)
+def test_refuses_what_experts_cannot_do(overrides: list[str], words: list[str]) -> None:
+    found = refusal(
+        8, *(f"parallel.{o}" for o in overrides), "train.global_batch_size=8", "train.micro_batch_size=1",
+        model=TINY | ROUTED,
+    )  # fmt: skip
+    for word in words:
+        assert word in found
+    assert "model.family = 'llama' has none" in refusal(8, "parallel.expert=2", "train.micro_batch_size=1")
 
 
 def test_refuses_too_few_micro_batches_for_a_pipeline() -> None:

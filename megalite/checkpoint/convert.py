@@ -20,7 +20,7 @@ from megalite.checkpoint.folder import write_json
 from megalite.checkpoint.load import from_hf
 from megalite.checkpoint.megatron import find_megatron, open_megatron
 from megalite.checkpoint.tensors import CheckpointError, TensorFolder
-from megalite.comm.mesh import ALONE
+from megalite.comm.mesh import Mesh
 from megalite.config import EMA
 from megalite.data.tokenizer_files import copy_files
 from megalite.models import (
@@ -75,8 +75,8 @@ def _open_hf(folder: Path, ema: bool) -> Model:
         raise CheckpointError(f"{folder} holds no average of weights; a checkpoint of a run with optimizer.ema does")
     model = model_config({"hf": str(folder)})
     weights = weight_table(model)
-    stored = from_hf(folder, weights, model, ALONE)
-    exact = from_hf(folder, weights, model, ALONE, exact=EMA if ema else "master")
+    stored = from_hf(folder, weights, model, Mesh.alone())
+    exact = from_hf(folder, weights, model, Mesh.alone(), exact=EMA if ema else "master")
     extras: tuple[Path, ...] = (folder,)
     if peft.is_adapter(folder):
         extras += (peft.base_of(folder),)

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from megalite.checkpoint.tensors import CheckpointError, TensorFolder
 from megalite.checkpoint.unneeded import ends_of, unneeded
-from megalite.comm.mesh import Axis
+from megalite.comm.mesh import Mesh
 from megalite.config import EMA, Config, LoraConfig, ModelConfig
 from megalite.engine import ReadState
 from megalite.errors import ConfigError
 from megalite.models import peft, read_hf_config
 from megalite.models.lora import Adapter, adapters_of, merged
-from megalite.models.weights import Weight
+from megalite.models.weights import RowReader, Weight
 from megalite.utils.outside import shown
 from megalite.utils.resources import read_yaml
 
@@ -27,22 +27,16 @@ VALUES = ("weight", "master", EMA)
 """Kinds that hold a weight's value. The others are the optimizer's states, which begin at zero."""
 
 
-def from_seed(seed: int, tensor: Axis, device: torch.device | str = "cpu") -> ReadState:
+def from_seed(seed: int, mesh: Mesh, device: torch.device | str = "cpu") -> ReadState:
     """Return a reader of initial weights from `seed`, the same on every layout, and of zero moments.
 
-    `tensor` is the axis that shards weights; `device` is where they are computed."""
+    `mesh` says which part of each a rank holds; `device` is where they are computed."""
 
-    # A reader takes (weight, kind, start, stop): elements start..stop of this tensor rank's shard, flattened.
+    # A reader takes (weight, kind, start, stop): elements start..stop of this rank's part of it, flattened.
     def read(weight: Weight, kind: str, start: int, stop: int) -> Tensor:
         if kind not in VALUES:
             return torch.zeros(stop - start)
-        return weight.read_local(
-            lambda w, low, high, columns: w.initial_rows(seed, low, high, columns, device),
-            tensor.rank,
-            tensor.size,
-            start,
-            stop,
-        )
+        return _local(weight, lambda w, *rows: w.initial_rows(seed, *rows, device), mesh, start, stop)
 
     return read
 
@@ -51,7 +45,7 @@ def from_hf(
     folder: Path,
     weights: Sequence[Weight],
     model: ModelConfig,
-    tensor: Axis,
+    mesh: Mesh,
     seed: int = 0,
     exact: str | None = None,
 ) -> ReadState:
@@ -60,12 +54,12 @@ def from_hf(
     For the folder of an adapter, it reads the weights of the model with the adapter merged in fp32: rounded to the
     model's precision as weights, exact as master weights. With `exact`, the master weights are those that a
     checkpoint keeps beside its rounded weights: "master", or "ema", their average. A classification head that the
-    folder's model lacks is initialized from `seed`. `model` is the model to load into, `tensor` the axis that shards
-    its weights.
+    folder's model lacks is initialized from `seed`. `model` is the model to load into, `mesh` says which part of
+    each weight a rank holds.
 
     Raises CheckpointError if names or shapes are not those of the model."""
     if peft.is_adapter(folder):
-        return _with_adapter(folder, weights, model, tensor, exact)
+        return _with_adapter(folder, weights, model, mesh, exact)
     # An adapter without its adapter_config.json beside a model: either may be what was meant.
     if found := sorted(path.name for path in folder.glob(f"{peft.TENSORS}.*")):
         raise CheckpointError(
@@ -73,7 +67,7 @@ def from_hf(
             "that it is clear which one is meant"
         )
     states = dict.fromkeys(_files_of(folder, [exact]) if exact else (), weights)
-    return _from_folder(folder, weights, model, tensor, states, new_head=from_seed(seed, tensor))
+    return _from_folder(folder, weights, model, mesh, states, new_head=from_seed(seed, mesh))
 
 
 def dtype_of(tensors: Collection[Tensor], folder: Path) -> torch.dtype:
@@ -92,13 +86,13 @@ def dtype_of(tensors: Collection[Tensor], folder: Path) -> torch.dtype:
     return max(sizes, key=lambda kind: sizes[kind])
 
 
-def from_checkpoint(config: Config, weights: Sequence[Weight], folder: Path, tensor: Axis) -> ReadState:
+def from_checkpoint(config: Config, weights: Sequence[Weight], folder: Path, mesh: Mesh) -> ReadState:
     """Return a reader of the weights, master weights and optimizer states of a checkpoint, whatever layout it was
     written on.
 
-    `folder` is the checkpoint, `weights` the table of the config's model, `tensor` the axis that shards them. Raises
-    CheckpointError if names or shapes are not those of the model."""
-    return _from_folder(folder, weights, config.model, tensor, _with_masters(folder, config, weights))
+    `folder` is the checkpoint, `weights` the table of the config's model, `mesh` says which part of each a rank holds.
+    Raises CheckpointError if names or shapes are not those of the model."""
+    return _from_folder(folder, weights, config.model, mesh, _with_masters(folder, config, weights))
 
 
 def stored_config(checkpoint: Path) -> dict[str, Any] | None:
@@ -153,13 +147,13 @@ def for_adapters(
     config: Config,
     weights: Sequence[Weight],
     checkpoint: Path | None,
-    tensor: Axis,
+    mesh: Mesh,
     device: torch.device | str,
 ) -> ReadState:
     """Return a reader for a LoRA run: frozen weights from the model it started from, adapters from elsewhere.
 
     Adapters and their moments come from `checkpoint`; without one, from `config.lora.adapter` or the seed. `weights` is
-    the table with the adapters, `tensor` the axis that shards them; `device` computes initial weights. Raises
+    the table with the adapters, `mesh` says which part of each a rank holds; `device` computes initial weights. Raises
     CheckpointError if names or shapes are not those of the model, ConfigError if that is an adapter itself."""
     assert config.lora is not None
     assert config.model.hf is not None
@@ -170,14 +164,14 @@ def for_adapters(
         )
     frozen = [weight for weight in weights if weight.frozen]
     trained = [weight for weight in weights if not weight.frozen]
-    base = from_hf(config.model.hf, frozen, config.model, tensor)
+    base = from_hf(config.model.hf, frozen, config.model, mesh)
     if checkpoint:
         states = _with_masters(checkpoint, config, trained)
-        own = _from_folder(checkpoint, trained, config.model, tensor, states, peft.TENSORS)
+        own = _from_folder(checkpoint, trained, config.model, mesh, states, peft.TENSORS)
     elif config.lora.adapter:
-        own = _from_folder(config.lora.adapter, trained, config.model, tensor, {}, peft.TENSORS)
+        own = _from_folder(config.lora.adapter, trained, config.model, mesh, {}, peft.TENSORS)
     else:
-        own = from_seed(config.train.seed, tensor, device)
+        own = from_seed(config.train.seed, mesh, device)
 
     def read(weight: Weight, kind: str, start: int, stop: int) -> Tensor:
         source = base if weight.frozen else own
@@ -190,12 +184,12 @@ def _with_adapter(
     folder: Path,
     weights: Sequence[Weight],
     model: ModelConfig,
-    tensor: Axis,
+    mesh: Mesh,
     exact: str | None,
 ) -> ReadState:
     """Return a reader that merges the adapter in `folder` into the weights of its model, slice by slice."""
     lora = LoraConfig.model_validate(peft.read_lora(folder))
-    base = from_hf(peft.base_of(folder), weights, model, tensor)
+    base = from_hf(peft.base_of(folder), weights, model, mesh)
     # A fused weight may have several adapters, one for each of the Hugging Face modules in it.
     adapters = adapters_of(weights, lora)
     rows = {adapter.module: adapter.rows(lora.rank) for adapter in adapters}
@@ -204,11 +198,11 @@ def _with_adapter(
         by_base.setdefault(adapter.base.name, []).append(adapter)
     every = [row for pair in rows.values() for row in pair]
     states = dict.fromkeys(_files_of(folder, [exact]) if exact else (), every)
-    factors = _from_folder(folder, every, model, tensor, states, peft.TENSORS)
+    factors = _from_folder(folder, every, model, mesh, states, peft.TENSORS)
 
     def local(read: ReadState, weight: Weight, kind: str = "weight") -> Tensor:
-        """Read this tensor rank's shard of a weight, in its shape."""
-        shape = weight.local_shape(tensor.size)
+        """Read this rank's part of a weight, in its shape."""
+        shape = weight.local_shape(*mesh.fold_of(weight).cut)
         return read(weight, kind, 0, torch.Size(shape).numel()).view(shape)
 
     def read(weight: Weight, kind: str, start: int, stop: int) -> Tensor:
@@ -222,7 +216,7 @@ def _with_adapter(
             return base(weight, kind, start, stop)
         before = local(base, weight)
         # The whole shard is merged for a slice of it: a product of two factors has no cheaper slice.
-        whole = merged(before, own, lora.scale, tensor.size).flatten()[start:stop]
+        whole = merged(before, own, lora.scale, mesh.tensor.size).flatten()[start:stop]
         return whole.to(before.dtype) if kind == "weight" else whole
 
     return read
@@ -232,7 +226,7 @@ def _from_folder(
     folder: Path,
     weights: Sequence[Weight],
     model: ModelConfig,
-    tensor: Axis,
+    mesh: Mesh,
     states: Mapping[str, Sequence[Weight]],
     stem: str = "model",
     new_head: ReadState | None = None,
@@ -273,12 +267,12 @@ def _from_folder(
         fetch = sources[kind].fetch
         if kind == "weight":  # states are megalite's own, by the names that it writes
             weight = stored[weight.name]
-        return weight.read_local(
-            lambda w, low, high, columns: w.rows_from_hf(fetch, low, high, columns),
-            tensor.rank,
-            tensor.size,
-            start,
-            stop,
-        )
+        return _local(weight, lambda w, *rows: w.rows_from_hf(fetch, *rows), mesh, start, stop)
 
     return read
+
+
+def _local(weight: Weight, read_rows: RowReader, mesh: Mesh, start: int, stop: int) -> Tensor:
+    """Return elements [start, stop) of this rank's part of a weight."""
+    fold = mesh.fold_of(weight)
+    return weight.read_local(read_rows, fold.holders.rank, fold.tensor.size, start, stop, fold.expert.size)

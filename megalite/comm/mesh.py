@@ -5,6 +5,12 @@
     context    ranks that share every sequence
     tensor     ranks that share every matrix
 
+The ranks of a pipeline stage are folded once more for experts (Megatron's parallel folding, Liu et al. 2025):
+
+    expert replicas   ranks that hold the same experts
+    expert            ranks that each hold some of the experts
+    expert tensor     ranks that share every matrix of an expert
+
 Ranks are numbered with the tensor axis innermost, so that a tensor group sits on neighbouring GPUs of one node, and
 the pipeline axis, which needs the least of the network, outermost. A `Mesh` is passed to whoever needs it; no module
 holds process groups."""
@@ -22,7 +28,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from megalite.comm.meeting import Meeting, open_store, step_port
 from megalite.errors import ConfigError
-from megalite.plan import Plan
+from megalite.plan import Cut, Plan, Sized
 from megalite.runtime.exit_codes import flush_output
 
 
@@ -34,6 +40,22 @@ class Axis:
     rank: int = 0
     group: dist.ProcessGroup | None = None
     name: str = ""
+
+
+@dataclass(frozen=True)
+class Fold:
+    """One of the two ways in which the ranks of a pipeline stage share its weights, as this rank sees it."""
+
+    holders: Axis
+    """Ranks that hold different parts of the same weights, in the order of `Weight.local_shape`: expert × tensor."""
+    replicas: Axis
+    """Ranks that hold the same parts, and share the work of summing their gradients."""
+    tensor: Axis
+    expert: Axis = Axis()
+
+    @property
+    def cut(self) -> Cut:
+        return Cut(self.tensor.size, self.expert.size)
 
 
 @dataclass(frozen=True)
@@ -51,6 +73,8 @@ class Mesh:
     """replicas × tensor: ranks that hold the same layers, in the order of their global ranks."""
     world: Axis
     device: torch.device
+    expert_fold: Fold | None = None
+    """How experts are shared, where it is not as dense weights are."""
 
     @classmethod
     def alone(cls, device: torch.device | str = "cpu") -> Mesh:
@@ -58,10 +82,31 @@ class Mesh:
         axis = Axis()
         return cls(axis, axis, axis, axis, axis, axis, axis, torch.device(device))
 
-    def place_of(self, rank: int) -> tuple[int, int, int]:
-        """Return the (pipeline, replica, tensor) coordinates of a global rank; see `Plan.rank_at`."""
-        outer, tensor = divmod(rank, self.tensor.size)
-        return (*divmod(outer, self.replicas.size), tensor)
+    @property
+    def dense(self) -> Fold:
+        """Return how dense weights are shared."""
+        return Fold(self.tensor, self.replicas, self.tensor)
+
+    @property
+    def experts(self) -> Fold:
+        """Return how experts are shared."""
+        return self.expert_fold or self.dense
+
+    @property
+    def data_shares_experts(self) -> bool:
+        """Return whether data ranks hold parts of the same experts."""
+        return (self.tensor.size * self.context.size) % self.experts.holders.size > 0
+
+    def fold_of(self, weight: Sized) -> Fold:
+        """Return how a weight is shared."""
+        return self.experts if weight.is_expert else self.dense
+
+    def place_of(self, rank: int, fold: Fold | None = None) -> tuple[int, int, int]:
+        """Return the (pipeline, replica, holder) coordinates of a global rank in a fold, of dense weights by default,
+        whose holders are the tensor ranks; see `Plan.rank_at`."""
+        fold = fold or self.dense
+        outer, holder = divmod(rank, fold.holders.size)
+        return (*divmod(outer, fold.replicas.size), holder)
 
 
 ALONE = Axis()
@@ -97,7 +142,25 @@ def make_mesh(plan: Plan, device: torch.device) -> Mesh:
         names = tuple(name for name in sizes if name != "pipeline")
         stage = _axis("stage", grid[names]._flatten().get_group())
     pipeline, data, context, tensor = (axes.get(name, ALONE) for name in ("pipeline", "data", "context", "tensor"))
-    return Mesh(pipeline, data, context, tensor, replicas, stage, world, device)
+    mesh = Mesh(pipeline, data, context, tensor, replicas, stage, world, device)
+    return replace(mesh, expert_fold=_fold_experts(plan, mesh)) if plan.folds_experts else mesh
+
+
+def _fold_experts(plan: Plan, mesh: Mesh) -> Fold:
+    """Create the groups of experts: the ranks of every pipeline stage as replicas × expert × tensor."""
+    tensor, expert = plan.experts
+    sizes = {
+        "pipeline": plan.pipeline, "expert_replicas": plan.replicas_of(plan.experts), "expert": expert,
+        "expert_tensor": tensor,
+    }  # fmt: skip
+    sizes = {name: size for name, size in sizes.items() if size > 1}
+    grid = init_device_mesh(mesh.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    axes = {name: _axis(name, grid.get_group(name)) for name in sizes}
+    axes["experts"] = axes.get("expert_tensor", axes.get("expert", ALONE))
+    if expert > 1 and tensor > 1:
+        axes["experts"] = _axis("experts", grid["expert", "expert_tensor"]._flatten().get_group())
+    names = ("experts", "expert_replicas", "expert_tensor", "expert")
+    return Fold(*(axes.get(name, ALONE) for name in names))
 
 
 def _axis(name: str, group: dist.ProcessGroup | None) -> Axis:

@@ -313,6 +313,15 @@ class ParallelConfig(Section):
         None, description="Layers of each of the pipeline × virtual stages. Balanced by cost where left out."
     )
     context: int = Field(1, gt=0, description="Context-parallel ranks, which share every sequence.")
+    expert: int = Field(
+        1,
+        gt=0,
+        description="Expert-parallel ranks, which each hold some of the experts. They are the tensor, context and data "
+        "ranks of a pipeline stage once more.",
+    )
+    expert_tensor: int | None = Field(
+        None, gt=0, description="Ranks that share every matrix of an expert. null: as many as tensor ranks."
+    )
     engine: Literal["native", "deepspeed"] = "native"
     zero_stage: Literal[0, 1, 2, 3] = Field(
         1, description="What the data ranks shard. 0: nothing; 1: optimizer state; 2: also gradients; 3: also weights."

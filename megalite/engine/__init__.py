@@ -30,9 +30,12 @@ class Sharing(NamedTuple):
     """The axes of the mesh over which ranks hold the same bits."""
 
     replicas: bool
-    tensor: bool
+    holders: bool
+    """Ranks that hold parts of other weights, which are cut, hold all of this one: tensor ranks, for dense weights."""
     ends: bool
     """Both ends of the pipeline hold the same bits."""
+    of_experts: bool = False
+    """Replicas and holders are those of experts."""
 
 
 class Engine(Protocol):

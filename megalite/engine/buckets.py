@@ -22,7 +22,9 @@ class BucketWeights:
 
     def __init__(self, layout: Bucket, mesh: Mesh, dtype: torch.dtype):
         self.layout = layout
-        self.low, self.high = layout.shard(mesh.replicas.rank, mesh.replicas.size)
+        self.fold = mesh.experts if layout.of_experts else mesh.dense
+        replicas = self.fold.replicas
+        self.low, self.high = layout.shard(replicas.rank, replicas.size)
         self.weights = torch.zeros(layout.size, dtype=dtype, device=mesh.device)
 
 

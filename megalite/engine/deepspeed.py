@@ -327,7 +327,7 @@ class DeepSpeedEngine:
             share = shares.pop(number).to(self.mesh.device)
             local = _collect(share, self._spans[number], self.mesh.replicas, replica)
             if local is not None:
-                whole = assemble_on(tensor_rank, weight, local, self.mesh, buffers)
+                whole = assemble_on(tensor_rank, weight, local, self.mesh.dense, buffers)
                 if whole is not None:
                     owned[weight.name] = whole
         return owned

@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megalite.comm.mesh import Axis, Mesh
+from megalite.comm.mesh import Axis, Fold, Mesh
+from megalite.engine.layout import is_cut
 from megalite.models.weights import Weight
 from megalite.runtime.activity import NOW
 
@@ -47,19 +48,19 @@ class HostBuffers:
 
 
 def assemble_on(
-    owner: int, weight: Weight, local: Tensor, mesh: Mesh, buffers: HostBuffers | None = None
+    owner: int, weight: Weight, local: Tensor, fold: Fold, buffers: HostBuffers | None = None
 ) -> Tensor | None:
-    """Return the logical tensor on the host of tensor rank `owner`; None on the others. `local` is flat; where the
-    `weight` is cut, all tensor ranks call this. An uncut weight is copied to `buffers`, if given."""
-    cut = weight.shard is not None and mesh.tensor.size > 1
-    locals_ = gather_parts(local, mesh.tensor, owner) if cut else [local]
-    if owner != mesh.tensor.rank:
+    """Return the logical tensor on the host of rank `owner` among the weight's holders; None on the others. `local` is
+    flat; where the `weight` is cut, all holders call this. An uncut weight is copied to `buffers`, if given."""
+    cut = is_cut(weight, fold.cut)
+    locals_ = gather_parts(local, fold.holders, owner) if cut else [local]
+    if owner != fold.holders.rank:
         return None
-    shape = weight.local_shape(mesh.tensor.size)
+    shape = weight.local_shape(*fold.cut)
     if buffers is not None and not cut:
         return buffers.copy(local).view(shape)
     # Assembled on the host: the largest weights must not be on the device twice.
-    return weight.assemble([_on_host(part).view(shape) for part in locals_])
+    return weight.assemble([_on_host(part).view(shape) for part in locals_], fold.expert.size)
 
 
 class Gather(Protocol):
@@ -68,9 +69,9 @@ class Gather(Protocol):
     def parts(self, part: Tensor, axis: Axis, owner: int) -> list[Tensor]:
         """Return every rank's `part`, in rank order, on rank `owner` of the axis; an empty list on the others."""
 
-    def assemble(self, owner: int, weight: Weight, local: Tensor, mesh: Mesh) -> Tensor | None:
-        """Return the logical tensor on the host of tensor rank `owner`; None on the others. `local` is flat; where the
-        `weight` is cut, all tensor ranks of `mesh` call this."""
+    def assemble(self, owner: int, weight: Weight, local: Tensor, fold: Fold) -> Tensor | None:
+        """Return the logical tensor on the host of rank `owner` among the weight's holders; None on the others. `local`
+        is flat; where the `weight` is cut, all holders call this."""
 
 
 class GatherOnHost:
@@ -82,8 +83,8 @@ class GatherOnHost:
     def parts(self, part: Tensor, axis: Axis, owner: int) -> list[Tensor]:
         return gather_parts(part, axis, owner)
 
-    def assemble(self, owner: int, weight: Weight, local: Tensor, mesh: Mesh) -> Tensor | None:
-        return assemble_on(owner, weight, local, mesh, self._buffers)
+    def assemble(self, owner: int, weight: Weight, local: Tensor, fold: Fold) -> Tensor | None:
+        return assemble_on(owner, weight, local, fold, self._buffers)
 
 
 class GatherAside:
@@ -106,13 +107,12 @@ class GatherAside:
                 dist.recv(received, ranks[rank], self._group)
         return parts
 
-    def assemble(self, owner: int, weight: Weight, local: Tensor, mesh: Mesh) -> Tensor | None:
-        cut = weight.shard is not None and mesh.tensor.size > 1
-        locals_ = self.parts(local, mesh.tensor, owner) if cut else [local]
-        if owner != mesh.tensor.rank:
+    def assemble(self, owner: int, weight: Weight, local: Tensor, fold: Fold) -> Tensor | None:
+        locals_ = self.parts(local, fold.holders, owner) if is_cut(weight, fold.cut) else [local]
+        if owner != fold.holders.rank:
             return None
-        shape = weight.local_shape(mesh.tensor.size)
-        return weight.assemble([part.view(shape) for part in locals_])
+        shape = weight.local_shape(*fold.cut)
+        return weight.assemble([part.view(shape) for part in locals_], fold.expert.size)
 
 
 def _on_host(part: Tensor) -> Tensor:

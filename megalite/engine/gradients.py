@@ -164,7 +164,7 @@ class Gradients:
         if bucket.layout.tied:
             add_from_other_end(grads, self.mesh.pipeline)
         start = start_reduce_scatter if self.zero_stage else start_reduce
-        self._in_flight.append((bucket, grads, start(grads, self.mesh.replicas)))
+        self._in_flight.append((bucket, grads, start(grads, bucket.fold.replicas)))
         if self.zero_stage == 2:
             bucket.grads, bucket.filled = None, set()  # the next micro-batch fills a new buffer
             if len(self._in_flight) > IN_FLIGHT:
@@ -183,7 +183,7 @@ class Gradients:
         counted = []
         for bucket in self.buckets:
             copy = bucket.layout.tied and self.mesh.pipeline.rank > 0
-            if (bucket.layout.cut or self.mesh.tensor.rank == 0) and not copy:
+            if (bucket.layout.cut or bucket.fold.holders.rank == 0) and not copy:
                 counted.append(bucket.state("grad"))
         if not counted:
             counted = [torch.zeros(0, device=self.mesh.device)]

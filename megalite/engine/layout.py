@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from megalite.config import OptimizerConfig, Treatment
 from megalite.models.weights import Weight
-from megalite.plan import Plan
+from megalite.plan import Cut, Plan
 
 ALIGNMENT = 32
 """Elements. Every weight starts at a multiple of 64 bytes even in bf16, so that vector loads stay aligned."""
@@ -41,6 +41,8 @@ class Bucket:
     """Both ends of a pipeline hold a copy, and the gradient is the sum of both ends'."""
     frozen: bool
     """Not trained: no gradient and no optimizer state."""
+    of_experts: bool
+    """Of experts that are cut over other ranks than dense weights, and have other replicas."""
 
     def shard(self, rank: int, ranks: int) -> tuple[int, int]:
         """Return the range [low, high) of elements that replica `rank` of `ranks` is responsible for."""
@@ -66,20 +68,21 @@ def make_buckets(
     for weight in reversed(weights):
         kind = _Kind(
             optimizer.treatment(weight),
-            weight.shard is not None and plan.tensor > 1,
+            is_cut(weight, plan.cut_of(weight)),
             weight.sums_over_tensor_ranks(plan.sequence),
             weight.place == "both" and plan.pipeline > 1,
             weight.frozen,
+            weight.is_expert and plan.folds_experts,
         )
         slots = open_slots.setdefault(kind, [])
-        numel = prod(weight.local_shape(plan.tensor))
+        numel = prod(weight.local_shape(*plan.cut_of(weight)))
         start = _round_up(slots[-1].stop, ALIGNMENT) if slots else 0
         if slots and start + numel > max_elements:
-            closed.append(_close(slots, kind, plan.replicas))
+            closed.append(_close(slots, kind, plan))
             slots.clear()
             start = 0
         slots.append(Slot(weight, start, start + numel))
-    closed += [_close(slots, kind, plan.replicas) for kind, slots in open_slots.items()]
+    closed += [_close(slots, kind, plan) for kind, slots in open_slots.items()]
     # sorted is stable: apart from tied ones, buckets stay in the order in which they fill up.
     return tuple(sorted(closed, key=lambda bucket: bucket.tied))
 
@@ -93,9 +96,16 @@ class _Kind(NamedTuple):
     partial_grad: bool
     tied: bool
     frozen: bool
+    of_experts: bool
 
 
-def _close(slots: list[Slot], kind: _Kind, replicas: int) -> Bucket:
+def is_cut(weight: Weight, cut: Cut) -> bool:
+    """Return whether the holders of a weight each have another part of it."""
+    return cut.holders > 1 and (weight.shard is not None or cut.expert > 1)
+
+
+def _close(slots: list[Slot], kind: _Kind, plan: Plan) -> Bucket:
+    replicas = plan.replicas_of(plan.cut_of(slots[0].weight))
     return Bucket(tuple(slots), _round_up(slots[-1].stop, ALIGNMENT * replicas), **kind._asdict())
 
 
@@ -111,13 +121,16 @@ def choose_owners(
     `max_elements` are those of `make_buckets`."""
     owners: dict[str, int] = {}
     for pipeline_rank in range(plan.pipeline):
-        load = [[0] * plan.tensor for _ in range(plan.replicas)]
+        load = [0] * (plan.replicas * plan.tensor)
         buckets = make_buckets(plan.weights_of(pipeline_rank, weights), plan, optimizer, max_elements)
         for bucket in sorted(buckets, key=lambda bucket: -bucket.size):
-            row = min(range(plan.replicas), key=lambda rank: min(load[rank]))
+            cut = plan.cut_of(bucket.slots[0].weight)
+            # The ranks of a replica follow one another.
+            ranks_of = [range(len(load))[first : first + cut.holders] for first in range(0, len(load), cut.holders)]
+            ranks = min(ranks_of, key=lambda ranks: min(load[rank] for rank in ranks))
             for slot in sorted(bucket.slots, key=lambda slot: slot.start - slot.stop):
                 if slot.weight.name not in owners:
-                    column = load[row].index(min(load[row]))
-                    load[row][column] += slot.weight.numel
-                    owners[slot.weight.name] = plan.rank_at(pipeline_rank, row, column)
+                    rank = min(ranks, key=load.__getitem__)
+                    load[rank] += slot.weight.numel
+                    owners[slot.weight.name] = pipeline_rank * len(load) + rank
     return owners

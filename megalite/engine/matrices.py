@@ -27,6 +27,7 @@ from megalite.comm.mesh import Mesh
 from megalite.engine.buckets import BucketState
 from megalite.engine.layout import Slot
 from megalite.engine.optimizers import MatrixOptimizer
+from megalite.plan import Cut
 
 STEP = "Optimizer.step"
 """What torch's own optimizers are called in a trace."""
@@ -101,13 +102,14 @@ class Matrices:
 
         The first is its replica's shard. What comes back is the part that it updates: at ZeRO stage 0 everything. Of a
         matrix that all tensor ranks hold, only the one that is on the owner's side sends it."""
-        replica, tensor = divmod(rank, self.mesh.tensor.size)
         found = []
         for number, matrix in enumerate(self.matrices):
             bucket = self.buckets[matrix.bucket]
-            if not whole and not bucket.layout.cut and tensor != matrix.owner % self.mesh.tensor.size:
+            holders = bucket.fold.holders.size
+            replica, holder = divmod(rank, holders)
+            if not whole and not bucket.layout.cut and holder != matrix.owner % holders:
                 continue
-            low, high = bucket.layout.shard(replica, self.mesh.replicas.size)
+            low, high = bucket.layout.shard(replica, bucket.fold.replicas.size)
             if whole and not bucket.zero_stage:
                 low, high = 0, bucket.layout.size
             start, stop = max(low, matrix.slot.start), min(high, matrix.slot.stop)
@@ -181,20 +183,22 @@ class Matrices:
 
     def _assemble(self, found: Iterable[tuple[Held, Tensor]]) -> dict[int, Tensor]:
         """Return the logical tensor of each matrix that this rank owns, as rows, from all of its pieces."""
-        tensor = self.mesh.tensor.size
         parts: dict[int, dict[int, list[tuple[int, Tensor]]]] = {number: {} for number in self._mine}
         for held, value in found:
-            side = held.rank % tensor if self._is_cut(held.matrix) else 0
+            bucket = self._bucket_of(held.matrix)
+            side = held.rank % bucket.fold.holders.size if bucket.layout.cut else 0
             parts[held.matrix].setdefault(side, []).append((held.start, value))
         logical = {}
         for number, by_side in parts.items():
             weight = self.matrices[number].slot.weight
-            shape = weight.local_shape(tensor if self._is_cut(number) else 1)
+            bucket = self._bucket_of(number)
+            cut = bucket.fold.cut if bucket.layout.cut else Cut(1)
+            shape = weight.local_shape(*cut)
             locals_ = [
                 joined([value for _, value in sorted(pieces, key=lambda piece: piece[0])]).view(shape)
                 for _, pieces in sorted(by_side.items())
             ]
-            logical[number] = weight.assemble(locals_).flatten(0, weight.stack)
+            logical[number] = weight.assemble(locals_, cut.expert).flatten(0, weight.stack)
         return logical
 
     @record_function(STEP)
@@ -213,17 +217,18 @@ class Matrices:
         """Return the elements of what was solved that a rank holds."""
         slot = self.matrices[held.matrix].slot
         rows = solved[held.matrix]
-        tensor = self.mesh.tensor.size
+        fold = self._bucket_of(held.matrix).fold
         return slot.weight.read_local(
             lambda _, low, high, columns: rows[low:high] if columns is None else rows[low:high, slice(*columns)],
-            held.rank % tensor,
-            tensor,
+            held.rank % fold.holders.size,
+            fold.tensor.size,
             held.start - slot.start,
             held.stop - slot.start,
+            fold.expert.size,
         )
 
-    def _is_cut(self, number: int) -> bool:
-        return self.buckets[self.matrices[number].bucket].layout.cut
+    def _bucket_of(self, number: int) -> BucketState:
+        return self.buckets[self.matrices[number].bucket]
 
 
 def joined(pieces: Sequence[Tensor]) -> Tensor:

@@ -140,7 +140,7 @@ class NativeEngine:
     def _send(self, bucket: BucketState) -> None:
         """Start to gather a bucket's new weights from all replicas."""
         if self.zero_stage:
-            bucket.gathered = start_all_gather(bucket.weights, self.mesh.replicas)
+            bucket.gathered = start_all_gather(bucket.weights, bucket.fold.replicas)
 
     def wait_for_params(self) -> None:
         """Wait until all of the new weights are here."""
@@ -180,22 +180,22 @@ class NativeEngine:
             fill(held, held.weights, 0, slice(held.low, held.high), read, "weight")
         # Each replica has read its shard alone, so that the weights are read once in all, and not once by each
         # replica.
-        for wait in [start_all_gather(b.weights, self.mesh.replicas) for b in [*self.buckets, *self.frozen]]:
+        for wait in [start_all_gather(b.weights, b.fold.replicas) for b in [*self.buckets, *self.frozen]]:
             wait()
 
     def copies(self) -> Iterator[tuple[Sharing, Tensor]]:
         self.wait_for_params()
         for bucket in self.buckets:
-            whole = not bucket.layout.cut
-            yield Sharing(True, whole, bucket.layout.tied), bucket.weights
+            sharing = Sharing(True, not bucket.layout.cut, bucket.layout.tied, bucket.layout.of_experts)
+            yield sharing, bucket.weights
             for state in filter(bucket.has, self.states):
-                yield Sharing(self.zero_stage == 0, whole, bucket.layout.tied), bucket.stepped_state(state)
+                yield sharing._replace(replicas=self.zero_stage == 0), bucket.stepped_state(state)
         for held in self.frozen:
-            yield Sharing(True, not held.layout.cut, held.layout.tied), held.weights
+            yield Sharing(True, not held.layout.cut, held.layout.tied, held.layout.of_experts), held.weights
 
     def gather(self, kind: str, owners: Mapping[str, int], buffers: HostBuffers | None = None) -> dict[str, Tensor]:
         """Gather the logical tensors this rank owns. Shards travel over the replicas to the owner of their bucket,
-        then local tensors over the tensor axis to the owner of the weight: the groups that training uses anyway, and
+        then local tensors over the holders to the owner of the weight: the groups that training uses anyway, and
         memory for one bucket. `kind`, `owners` and `buffers` are as in `Engine.gather`."""
         self.wait_for_params()
         return self._assemble(self._shards(kind), owners, GatherOnHost(buffers))
@@ -211,16 +211,16 @@ class NativeEngine:
         owned: dict[str, Tensor] = {}
         for bucket, shard in shards:
             slots = bucket.layout.slots
-            pipeline_rank, replica, _ = self.mesh.place_of(owners[slots[0].weight.name])
+            pipeline_rank, replica, _ = self.mesh.place_of(owners[slots[0].weight.name], bucket.fold)
             if pipeline_rank != self.mesh.pipeline.rank:  # the copy of a tied weight at the other end
                 continue
-            parts = way.parts(shard, self.mesh.replicas, replica)
-            if replica != self.mesh.replicas.rank:
+            parts = way.parts(shard, bucket.fold.replicas, replica)
+            if replica != bucket.fold.replicas.rank:
                 continue
             flat = torch.cat(parts) if len(parts) > 1 else parts[0]
             for slot in slots:
-                tensor_rank = self.mesh.place_of(owners[slot.weight.name])[2]
-                whole = way.assemble(tensor_rank, slot.weight, flat[slot.start : slot.stop], self.mesh)
+                holder = self.mesh.place_of(owners[slot.weight.name], bucket.fold)[2]
+                whole = way.assemble(holder, slot.weight, flat[slot.start : slot.stop], bucket.fold)
                 if whole is not None:
                     owned[slot.weight.name] = whole
         return owned

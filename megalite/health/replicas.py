@@ -28,8 +28,12 @@ from megalite.health.late import Late
 NAMED = 8
 """Number of ranks that a message names."""
 
-KINDS = tuple(Sharing(*flags) for flags in product((False, True), repeat=3))[1:]
-"""All ways in which ranks can share a tensor. The first, which is left out, is not shared at all."""
+KINDS = tuple(
+    Sharing(replicas, holders, ends, of_experts)
+    for of_experts, replicas, holders, ends in product((False, True), repeat=4)
+    if replicas or holders or ends
+)
+"""All ways in which ranks can share a tensor."""
 
 
 @dataclass(frozen=True)
@@ -131,12 +135,12 @@ def describe(step: int, found: Sequence[Disagreement], hosts: Sequence[str]) -> 
 
 def _group_of(rank: int, sharing: Sharing, mesh: Mesh) -> tuple[int, int, int]:
     """Return the same key for all ranks that hold a tensor of this `sharing` alike."""
-    pipeline, replica, tensor = mesh.place_of(rank)
+    pipeline, replica, holder = mesh.place_of(rank, mesh.experts if sharing.of_experts else mesh.dense)
     # Tied embeddings live on the first and the last stage.
     if sharing.ends and pipeline == mesh.pipeline.size - 1:
         pipeline = 0
     if sharing.replicas:
         replica = 0
-    if sharing.tensor:
-        tensor = 0
-    return pipeline, replica, tensor
+    if sharing.holders:
+        holder = 0
+    return pipeline, replica, holder

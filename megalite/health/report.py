@@ -146,6 +146,15 @@ def _group(rank: int, axis: str, mesh: Mesh) -> tuple[int, ...]:
         "data": (pipeline, context, tensor),
         "context": (pipeline, data, tensor),
         "tensor": (pipeline, replica),
+        "stage": (pipeline,),
+    }
+    _, expert_replica, holder = mesh.place_of(rank, mesh.experts)
+    expert, expert_tensor = divmod(holder, mesh.experts.tensor.size)
+    others |= {
+        "experts": (pipeline, expert_replica),
+        "expert_replicas": (pipeline, holder),
+        "expert": (pipeline, expert_replica, expert_tensor),
+        "expert_tensor": (pipeline, expert_replica, expert),
     }
     return others.get(axis, ())
 

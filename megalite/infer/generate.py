@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megalite.checkpoint.folder import complete_steps, read_worth, sound_steps, step_folder
 from megalite.checkpoint.load import dtype_of, from_hf
-from megalite.comm.mesh import ALONE, Launch
+from megalite.comm.mesh import Launch, Mesh
 from megalite.data.answers import find_answers
 from megalite.data.chat import ChatTemplate, Message
 from megalite.data.contents import ContentEncoder
@@ -91,7 +91,7 @@ def load_model(folder: Path, dtype: torch.dtype | None = None, device: torch.dev
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = model_config({"hf": str(folder)})
     weights, model = weight_table(config), build_model(config)
-    read = from_hf(folder, weights, config, ALONE)
+    read = from_hf(folder, weights, config, Mesh.alone())
     kind = "master" if dtype else "weight"  # an adapter is merged in fp32, and rounded only where it must be
     tensors = {weight.name: read(weight, kind, 0, weight.numel).view(weight.shape) for weight in weights}
     dtype = dtype or dtype_of(tensors.values(), folder)

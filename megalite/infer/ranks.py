@@ -112,10 +112,10 @@ def load_stage(
     Return it with its precision: `dtype`, by default the stored one. Raise CheckpointError."""
     table, model = weight_table(config), build_model(config)
     apply_parallelism(model, table, plan, span, mesh, train)
-    read = from_hf(folder, table, config, mesh.tensor)
+    read = from_hf(folder, table, config, mesh)
     tensors = {}
     for weight in span.weights(table):
-        shape = torch.Size(weight.local_shape(mesh.tensor.size))
+        shape = torch.Size(weight.local_shape(*mesh.fold_of(weight).cut))
         tensors[weight.name] = read(weight, "weight", 0, shape.numel()).view(shape)
     dtype = dtype or dtype_of(tensors.values(), folder)
     set_parameters(model, {name: nn.Parameter(local.to(mesh.device, dtype)) for name, local in tensors.items()})

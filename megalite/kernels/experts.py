@@ -30,7 +30,8 @@ GroupedWgradCallback = Callable[[Tensor, Tensor, Tensor, Sequence[int]], None]
 adds each matrix's gradᵀ rows to the parameter's gradient. See `kernels.linear.WgradCallback`."""
 
 FEWEST_ROWS = 16
-"""Rows of a product, below which BLAS adds up in another order: a lone token would be routed by other bits."""
+"""Rows of a product, below which BLAS adds up in another order: a lone token would be routed by other bits, and have
+other results at an expert than among many."""
 
 
 def router_logits(x: Tensor, weight_ED: Tensor) -> Tensor:
@@ -45,9 +46,7 @@ class _RouterLogits(Function):
     def forward(ctx: Any, x: Tensor, weight_ED: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight_ED)
         rows = x.flatten(0, -2).float()
-        few = FEWEST_ROWS - len(rows)
-        logits = product(F.pad(rows, (0, 0, 0, few)) if few > 0 else rows, weight_ED.float())
-        return logits[: x.shape[:-1].numel()].reshape(*x.shape[:-1], len(weight_ED))
+        return product(_enough(rows), weight_ED.float())[: len(rows)].reshape(*x.shape[:-1], len(weight_ED))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -57,6 +56,12 @@ class _RouterLogits(Function):
         if not of_weight:
             return grad_x, None
         return grad_x, weight_gradient(grad.flatten(0, -2), x.flatten(0, -2).float()).to(weight_ED.dtype)
+
+
+def _enough(rows: Tensor) -> Tensor:
+    """Return `rows` with zeros below where they are fewer than FEWEST_ROWS."""
+    few = FEWEST_ROWS - len(rows)
+    return F.pad(rows, (0, 0, 0, few)) if few > 0 else rows
 
 
 def top_k(scores: Tensor, k: int) -> Tensor:
@@ -79,12 +84,20 @@ class Groups(NamedTuple):
 
 def group_by_expert(index: Tensor, num_experts: int) -> Groups:
     """Group tokens by the experts `index` [… ,K] that they visit."""
-    slots = index.flatten()
-    order = slots.argsort(stable=True)
+    return Groups(*sort_by_expert(index), count_rows(index, num_experts).tolist())
+
+
+def sort_by_expert(index: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the first two fields of `Groups` for the experts `index` [… ,K] of each token."""
+    order = index.flatten().argsort(stable=True)
     row = torch.empty_like(order)
     row[order] = torch.arange(len(order), device=order.device)
-    counts = slots.bincount(minlength=num_experts).tolist()
-    return Groups(order // index.shape[-1], row.view(-1, index.shape[-1]), counts)
+    return order // index.shape[-1], row.view(-1, index.shape[-1])
+
+
+def count_rows(index: Tensor, num_experts: int) -> Tensor:
+    """Return how many of the visits `index` each expert has: [num_experts] int64."""
+    return index.flatten().bincount(minlength=num_experts)
 
 
 def grouped_linear(
@@ -130,7 +143,7 @@ class _GroupedLinear(Function):
         rows = _rows(x, groups, gather)
         out = rows.new_empty(len(rows), weight.shape[1])
         for expert, span in _spans(groups.counts):
-            out[span] = product(rows[span], weight[expert])
+            out[span] = product(_enough(rows[span]), weight[expert])[: span.stop - span.start]
         return out
 
     @staticmethod
@@ -152,7 +165,11 @@ class _GroupedLinear(Function):
             return None, grad_weight, None, None, None, None
         grad_x = grad.new_empty(len(grad), weight.shape[2])
         for expert, span in _spans(groups.counts):
-            input_gradient(grad[span], weight[expert], out=grad_x[span])
+            if span.stop - span.start < FEWEST_ROWS:
+                few = _enough(grad[span])
+                grad_x[span] = input_gradient(few, weight[expert])[: span.stop - span.start]
+            else:
+                input_gradient(grad[span], weight[expert], out=grad_x[span])
         if gather:
             grad_x = _sum_rows(grad_x, groups.row_TK, None, ctx.shape[:-1])
         return grad_x, grad_weight, None, None, None, None
@@ -160,6 +177,22 @@ class _GroupedLinear(Function):
 
 def _rows(x: Tensor, groups: Groups, gather: bool) -> Tensor:
     return x.flatten(0, -2)[groups.token_N] if gather else x
+
+
+def permute(x: Tensor, groups: Groups) -> Tensor:
+    """Return a row for each token at each of its experts: [… ,D] → [N,D]."""
+    return _Permute.apply(x, groups)
+
+
+class _Permute(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, groups: Groups) -> Tensor:
+        ctx.row_TK, ctx.shape = groups.row_TK, x.shape
+        return _rows(x, groups, gather=True)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _sum_rows(grad, ctx.row_TK, None, ctx.shape[:-1]), None
 
 
 def unpermute(rows_ND: Tensor, weight: Tensor, groups: Groups) -> Tensor:
@@ -171,6 +204,8 @@ def unpermute(rows_ND: Tensor, weight: Tensor, groups: Groups) -> Tensor:
 def _sum_rows(rows_ND: Tensor, row_TK: Tensor, weight_TK: Tensor | None, shape: Sequence[int]) -> Tensor:
     """Return the (weighted) sum of each token's rows, one expert after another, as [*shape,D] in the dtype of the
     rows."""
+    if weight_TK is None and row_TK.shape[1] == 1:
+        return rows_ND[row_TK[:, 0]].view(*shape, -1)
     total = torch.zeros(*shape, rows_ND.shape[1], device=rows_ND.device)
     total_TD = total.flatten(0, -2)
     for slot, row_T in enumerate(row_TK.unbind(1)):

@@ -5,7 +5,8 @@ whether it decays, and whether sequence parallelism leaves each tensor rank with
 Conversion, sharding, initialisation, optimizer groups and checkpoints all read this table; there is no second mapping.
 
 Terms: the *logical* tensor is the whole weight as one device would hold it, [out, in] as in torch.nn.Linear; the
-*local* tensor is what one tensor rank holds of it."""
+*local* tensor is what one of its *holders* has of it: of the tensor ranks, or for a stack of experts of expert ×
+expert-tensor ranks, in this order (see `Cut`)."""
 
 from __future__ import annotations
 
@@ -103,6 +104,11 @@ class Weight:
         return self.shape[self.stack + 1 :]
 
     @property
+    def is_expert(self) -> bool:
+        """Return whether it is of experts, which have ranks of their own to be cut over."""
+        return self.stack > 0
+
+    @property
     def is_matrix(self) -> bool:
         """Return whether it is a matrix of a layer, or a stack of them: what Muon is for. Embeddings, heads, norms and
         biases are not."""
@@ -130,8 +136,11 @@ class Weight:
         """Return whether its gradient is summed over the tensor ranks; `sequence`: sequence parallelism is on."""
         return self.partial_grad == "heads" or (self.partial_grad == "sequence" and sequence)
 
-    def local_shape(self, tensor: int) -> tuple[int, ...]:
-        """Return the shape on each of `tensor` ranks. Raises ValueError when the weight cannot be cut evenly."""
+    def local_shape(self, tensor: int, expert: int = 1) -> tuple[int, ...]:
+        """Return the shape on each of `expert` × `tensor` ranks, of which `expert` share the experts. Raises ValueError
+        when the weight cannot be cut evenly."""
+        if expert > 1:
+            return self._experts_of_one(expert, tensor).local_shape(tensor)
         if self.shard is None or tensor == 1:
             return self.shape
         if self.shard == "vocab":
@@ -146,9 +155,23 @@ class Weight:
                 raise ValueError(f"{self.name} has {what}, which do not divide by {tensor}")
         return (*self.shape[:cut], self.shape[cut] // tensor, *self.shape[cut + 1 :])
 
-    def _row_ranges(self, rank: int, tensor: int) -> list[tuple[int, int]]:
+    def _experts_of_one(self, expert: int, tensor: int) -> Weight:
+        """Return the row as if the model had only those experts that one of `expert` ranks has."""
+        num_experts = self.shape[0]
+        if num_experts % expert:
+            raise ValueError(f"{self.name} has {num_experts} experts, which do not divide by {expert}")
+        if self.shard is None and tensor > 1:
+            raise ValueError(f"{self.name}, which tensor ranks do not share, cannot be on {tensor} of them")
+        return replace(self, shape=(num_experts // expert, *self.shape[1:]), hf=("",))
+
+    def _row_ranges(self, rank: int, tensor: int, expert: int = 1) -> list[tuple[int, int]]:
         """Return the logical row ranges that make up the local rows, in local order. Padding rows, always last, are
         left out."""
+        if expert > 1:
+            number, rank = divmod(rank, tensor)
+            own = self._experts_of_one(expert, tensor)
+            before = number * own.num_rows
+            return [(before + low, before + high) for low, high in own._row_ranges(rank, tensor)]
         rows = self.num_rows
         if tensor == 1 or self.shard in (None, "row"):
             return [(0, rows)]
@@ -171,15 +194,17 @@ class Weight:
             return rank * width, (rank + 1) * width
         return 0, self.row_shape[0]
 
-    def read_local(self, read_rows: RowReader, rank: int, tensor: int, start: int, stop: int) -> Tensor:
-        """Return elements [start, stop) of the flattened local tensor of `rank`, one of `tensor` ranks; `read_rows`
-        gives logical rows. Padding is zero."""
-        width = prod(self.local_shape(tensor)[self.stack + 1 :])
+    def read_local(
+        self, read_rows: RowReader, rank: int, tensor: int, start: int, stop: int, expert: int = 1
+    ) -> Tensor:
+        """Return elements [start, stop) of the flattened local tensor of `rank`, one of `expert` × `tensor` ranks;
+        `read_rows` gives logical rows. Padding is zero."""
+        width = prod(self.local_shape(tensor, expert)[self.stack + 1 :])
         # Whole rows are read, and what is too much at both ends is cut off at last.
         first, last = start // width, -(-stop // width)
-        columns = self._columns(rank, tensor) if self.row_shape else None
+        columns = self._columns(rank % tensor, tensor) if self.row_shape else None
         found, offset = [], 0
-        for low, high in self._row_ranges(rank, tensor):
+        for low, high in self._row_ranges(rank, tensor, expert):
             a, b = max(first, offset), min(last, offset + high - low)
             if a < b:
                 found.append(read_rows(self, low + a - offset, low + b - offset, columns).reshape(-1))
@@ -191,17 +216,18 @@ class Weight:
         flat = torch.cat(found) if len(found) > 1 else found[0]
         return flat[start - first * width : stop - first * width]
 
-    def assemble(self, locals_: Sequence[Tensor]) -> Tensor:
-        """Return the logical tensor from the local tensors of all tensor ranks (one, where it is replicated)."""
-        tensor = len(locals_)
-        if tensor == 1:
+    def assemble(self, locals_: Sequence[Tensor], expert: int = 1) -> Tensor:
+        """Return the logical tensor from the local tensors of all ranks that hold it (one, where it is replicated), of
+        which `expert` share the experts."""
+        if len(locals_) == 1:
             return locals_[0]
+        tensor = len(locals_) // expert
         full = locals_[0].new_empty(self.num_rows, *self.row_shape)
         for rank, local in enumerate(locals_):
             rows = local.flatten(0, self.stack)
-            columns = (slice(*self._columns(rank, tensor)),) if self.row_shape else ()
+            columns = (slice(*self._columns(rank % tensor, tensor)),) if self.row_shape else ()
             offset = 0
-            for low, high in self._row_ranges(rank, tensor):
+            for low, high in self._row_ranges(rank, tensor, expert):
                 full[(slice(low, high), *columns)] = rows[offset : offset + high - low]
                 offset += high - low
         return full.view(self.shape)

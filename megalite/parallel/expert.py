@@ -1,17 +1,34 @@
-"""A mixture of experts on tensor ranks: each rank holds some inner features of every expert, so that experts are cut
-as a dense MLP is, and the same tokens visit them on all ranks.
+"""A mixture of experts on several ranks, which share the experts, or the inner features of each, or both.
 
-Each rank routes the tokens that it has between blocks (its slice of the sequence under sequence parallelism). Then the
-tokens enter the tensor-parallel region together with the weights of their experts, whose gradient is partial, too."""
+Expert-tensor ranks hold some inner features of every expert, so that experts are cut as a dense MLP is. Tokens enter
+their region together with the weights of their experts, whose gradient is partial, too.
+
+Expert ranks hold some of the experts. Rows of tokens travel to the ranks of their experts and back (all-to-all: how
+many, the rows, and their results). What an expert rank computes is no partial sum, and its gradients are whole.
+
+Each rank routes the tokens that it has between blocks (its slice of the sequence under sequence parallelism)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.autograd import Function
 
-from megalite.comm.collectives import all_gather
-from megalite.comm.mesh import Axis
-from megalite.kernels.experts import GroupedWgradCallback, Groups, grouped_linear
+from megalite.comm.collectives import all_gather, start_all_to_all
+from megalite.comm.mesh import Axis, Fold
+from megalite.kernels.experts import (
+    GroupedWgradCallback,
+    Groups,
+    count_rows,
+    grouped_linear,
+    permute,
+    sort_by_expert,
+    unpermute,
+)
 from megalite.kernels.linear import WeightGradStore
 from megalite.models.experts import Experts, GroupedLinear
 from megalite.parallel.tensor import SEQUENCE, enter, leave
@@ -31,16 +48,77 @@ class ParallelGroupedLinear(GroupedLinear):
         return grouped_linear(x, self.weight, groups, gather, self.wgrad_callback, self.later)
 
 
-class TensorParallelExperts(Experts):
-    """Hold some inner features of every expert. The partial outputs are summed over the tensor ranks."""
+class ParallelExperts(Experts):
+    """Hold some of the experts, or some inner features of each, or both."""
 
-    def __init__(self, experts: Experts, axis: Axis, sequence: bool):
+    def __init__(self, experts: Experts, fold: Fold, own_tokens: bool):
+        """Take the place of `experts`, shared as `fold` says. `own_tokens`: each rank has tokens of its own between
+        blocks, and not those of its tensor ranks."""
         nn.Module.__init__(self)
         self.gate_up, self.down = experts.gate_up, experts.down
-        self.axis, self.sequence = axis, sequence
+        self.fold, self.own_tokens = fold, own_tokens
 
     def forward(self, x_BTD: Tensor, weight_BTK: Tensor, index_BTK: Tensor) -> Tensor:
-        if self.sequence:
-            index_BTK = all_gather(index_BTK, self.axis, SEQUENCE)
-        x_BTD, weight_BTK = (enter(part, self.axis, self.sequence) for part in (x_BTD, weight_BTK))
-        return leave(super().forward(x_BTD, weight_BTK, index_BTK), self.axis, self.sequence)
+        tensor, own_tokens = self.fold.tensor, self.own_tokens
+        if own_tokens:
+            index_BTK = all_gather(index_BTK, tensor, SEQUENCE)
+        x_BTD, weight_BTK = (enter(part, tensor, own_tokens) for part in (x_BTD, weight_BTK))
+        if self.fold.expert.size == 1:
+            out_BTD = super().forward(x_BTD, weight_BTK, index_BTK)
+        else:
+            out_BTD = self._dispatch(x_BTD, weight_BTK, index_BTK)
+        return leave(out_BTD, tensor, own_tokens)
+
+    def _dispatch(self, x_BTD: Tensor, weight_BTK: Tensor, index_BTK: Tensor) -> Tensor:
+        """Return each token's weighted sum of its experts, wherever they are.
+
+        Rows travel to the ranks of their experts and back, where they are added up in the order of the experts, as on
+        one rank."""
+        axis, here = self.fold.expert, len(self.down.weight)
+        counts = count_rows(index_BTK, axis.size * here).view(axis.size, here)
+        arriving = torch.empty_like(counts)
+        start_all_to_all(counts.unbind(), arriving.unbind(), axis)()
+        arriving[axis.rank] = counts[axis.rank]
+        # The only host synchronisation: how many rows each rank sends to each other.
+        leaves, arrives = torch.stack((counts, arriving)).tolist()
+        sent, received = ([sum(by_expert) for by_expert in rows] for rows in (leaves, arrives))
+        groups = Groups(*sort_by_expert(index_BTK), counts=[])
+        arrived_ND = exchange(permute(x_BTD, groups), sent, received, axis)
+        # Rows arrive sorted by rank, then by expert. To this rank's experts each is a token that visits one of them.
+        experts = torch.arange(here, device=counts.device).repeat(axis.size)
+        expert_N = experts.repeat_interleave(arriving.flatten(), output_size=len(arrived_ND))
+        order_N, row_N1 = sort_by_expert(expert_N[:, None])
+        by_expert = Groups(order_N, row_N1, [sum(column) for column in zip(*arrives, strict=True)])
+        gate_up_NI = self.gate_up(arrived_ND, by_expert, gather=True)
+        as_arrived = Groups(row_N1[:, 0], order_N[:, None], counts=[])
+        # No name for what is only on its way: a name would keep it alive.
+        back_ND = exchange(
+            permute(self.activation_and_down_proj(gate_up_NI, by_expert), as_arrived), received, sent, axis
+        )
+        return unpermute(back_ND, weight_BTK, groups)
+
+
+def exchange(rows_ND: Tensor, sent: Sequence[int], received: Sequence[int], axis: Axis) -> Tensor:
+    """Send the first `sent[0]` rows to rank 0 of the axis, the next `sent[1]` to rank 1, and so on; return the
+    `received[r]` rows of each rank r one after another: [N,D] → [M,D]. Gradients go the same way back."""
+    return _Exchange.apply(rows_ND, sent, received, axis)
+
+
+class _Exchange(Function):
+    @staticmethod
+    def forward(ctx: Any, rows_ND: Tensor, sent: Sequence[int], received: Sequence[int], axis: Axis) -> Tensor:
+        ctx.sent, ctx.received, ctx.axis = sent, received, axis
+        return _exchange(rows_ND, sent, received, axis)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _exchange(grad, ctx.received, ctx.sent, ctx.axis), None, None, None
+
+
+def _exchange(rows_ND: Tensor, sent: Sequence[int], received: Sequence[int], axis: Axis) -> Tensor:
+    arrived = rows_ND.new_empty(sum(received), rows_ND.shape[1])
+    parts, places = rows_ND.contiguous().split(list(sent)), arrived.split(list(received))
+    wait = start_all_to_all(parts, places, axis)
+    places[axis.rank].copy_(parts[axis.rank])
+    wait()
+    return arrived

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch.nn as nn
 from torch import Tensor
 
-from megalite.comm.mesh import Axis, Mesh
+from megalite.comm.mesh import Axis, Fold, Mesh
 from megalite.errors import ConfigError
 from megalite.kernels.linear import WeightGradStore
 from megalite.models.experts import Experts, GroupedLinear
@@ -27,7 +27,7 @@ from megalite.models.layers import CoreAttention, CrossEntropy, Dropout, RMSNorm
 from megalite.models.lora import AdapterDropout, LoraLinear
 from megalite.models.weights import Weight
 from megalite.parallel.context import RingAttention
-from megalite.parallel.expert import ParallelGroupedLinear, TensorParallelExperts
+from megalite.parallel.expert import ParallelExperts, ParallelGroupedLinear
 from megalite.parallel.tensor import (
     ColumnParallelLinear,
     FeatureCutRMSNorm,
@@ -49,6 +49,8 @@ class Layout:
 
     tensor: Axis
     context: Axis
+    experts: Fold
+    """How experts are shared."""
     sequence: bool
     """Sequence parallelism is on: between blocks, activations are cut along the sequence over the tensor ranks."""
     vocab_size: int
@@ -119,17 +121,18 @@ def make_layout(
 ) -> Layout:
     """Describe a model with whole weights, of which this rank is to have its part under `plan` and `mesh`. `weights`
     is the whole table; `later` defers weight-gradient GEMMs."""
-    tensor = mesh.tensor
     table = {weight.name: weight for weight in weights}
     rows: dict[Tensor, Weight] = {}
     locals_: dict[Tensor, nn.Parameter] = {}
     for name, parameter in model.named_parameters():
         rows[parameter] = table[name]
-        local = parameter.new_empty(table[name].local_shape(tensor.size))
-        locals_[parameter] = nn.Parameter(local) if tensor.size > 1 else parameter
+        cut = mesh.fold_of(table[name]).cut
+        local = parameter.new_empty(table[name].local_shape(*cut))
+        locals_[parameter] = nn.Parameter(local) if cut.holders > 1 else parameter
     return Layout(
-        tensor,
+        mesh.tensor,
         mesh.context,
+        mesh.experts,
         plan.sequence,
         vocab_size_of(table.values()),
         rows,
@@ -166,14 +169,18 @@ LINEAR = {
 
 @rule(GroupedLinear)
 def _(linear: GroupedLinear, layout: Layout) -> nn.Module | None:
-    if layout.tensor.size == 1 and not layout.gives_products:
+    if layout.experts.holders.size == 1 and not layout.gives_products:
         return None
     return ParallelGroupedLinear(layout.locals[linear.weight], layout.later)
 
 
 @rule(Experts)
 def _(experts: Experts, layout: Layout) -> nn.Module | None:
-    return TensorParallelExperts(experts, layout.tensor, layout.sequence) if layout.tensor.size > 1 else None
+    if layout.experts.holders.size == 1:
+        return None
+    # Only tensor ranks can have the same tokens. All others have their own, as slices of a sequence are.
+    same_tokens = layout.experts.tensor.size == layout.tensor.size and not layout.sequence
+    return ParallelExperts(experts, layout.experts, own_tokens=not same_tokens)
 
 
 @rule(nn.Embedding)

@@ -119,8 +119,10 @@ class _Layer:
         moments = [before + self.first]
         if self.shapes.visited:
             # Gradients of the rows of each expert; and in fp32 that of their sum, one expert's rows, and their product.
-            rows = self.shapes.visited * whole
-            moments.append(before + rows + 3 * self.shapes.tokens * self.shapes.hidden * FP32)
+            rows = self.shapes.visited * _routed_whole(self.shapes)
+            moments.append(before + rows + 3 * self.shapes.routed_tokens * self.shapes.hidden * FP32)
+            if self.shapes.expert > 1:  # on their way: those that go, and those that come
+                moments.append(before + 2 * rows)
         if self.shapes.sequence:
             moments.append(before + max(_gathered(self.shapes), whole + self.inner))
             # The first product's input, gathered again, and its gradient; its output is freed by then.
@@ -147,13 +149,20 @@ class _Layer:
 def _routed(shapes: LayerShapes) -> int:
     """Count what a mixture of experts keeps beside the input and the output of its activation: each expert's output
     for each of its tokens, the router's probabilities, which token is where, and under sequence parallelism the tokens
-    of all ranks."""
+    of all ranks. Where tokens travel to experts of other ranks, also those that arrive."""
     if not shapes.visited:
         return 0
-    gathered = _whole(shapes) if shapes.sequence else 0
+    gathered = _routed_whole(shapes) if shapes.routed_tokens > _tokens_here(shapes) else 0
     probabilities = _tokens_here(shapes) * shapes.num_experts * FP32
-    places = shapes.tokens * shapes.visited * (2 * INT64 + FP32)
-    return gathered + shapes.visited * _whole(shapes) + probabilities + places
+    rows = shapes.routed_tokens * shapes.visited
+    if shapes.expert == 1:
+        return gathered + shapes.visited * _routed_whole(shapes) + probabilities + rows * (2 * INT64 + FP32)
+    return 2 * shapes.visited * _routed_whole(shapes) + probabilities + rows * (4 * INT64 + FP32)
+
+
+def _routed_whole(shapes: LayerShapes) -> int:
+    """Count the hidden states of the tokens that this rank sends to experts."""
+    return shapes.routed_tokens * shapes.hidden * shapes.element
 
 
 def _tokens_here(shapes: Shapes) -> int:

@@ -36,6 +36,8 @@ class PassTimes:
     """Bytes sent by this rank within its tensor group, in a forward and a backward pass."""
     context_bytes: float = 0.0
     """The same within its context group."""
+    expert_bytes: float = 0.0
+    """The same to experts of other ranks, and between the ranks that share an expert."""
 
     def __add__(self, other: PassTimes) -> PassTimes:
         names = self.__dataclass_fields__
@@ -70,11 +72,12 @@ class Costs:
             total += self._product(matrix)
         size = sum(matrix.elements for matrix in layer.matrices)
         accumulation = self._accumulation(size, self._product_add_bytes)
-        total += self._attention(layer) + self._elementwise(layer) + accumulation
+        total += self._attention(layer) + self._elementwise(layer) + accumulation + self._dispatch(layer)
         activation, _ = self._activation(layer)
         again = {"none": 0.0, "selective": activation, "full": total.forward}[recompute]
         sent_again = self._forward_tensor_bytes(layer) if recompute == "full" else 0.0
-        return total + PassTimes(0.0, again, again, 0.0, sent_again)
+        to_experts = total.expert_bytes / 2 if recompute == "full" else 0.0
+        return total + PassTimes(0.0, again, again, 0.0, sent_again, expert_bytes=to_experts)
 
     def embedding(self) -> PassTimes:
         """Return the times of the embedding, its reduction over the tensor ranks included."""
@@ -169,6 +172,20 @@ class Costs:
             backward = beside(for_input) + for_weight
             apart = PassTimes(beside(forward), backward, beside(for_input), for_weight, bytes_sent)
         return apart + PassTimes(copies, copies, copies, 0.0, 0.0)
+
+    def _dispatch(self, layer: LayerShapes) -> PassTimes:
+        """Return the times of bringing tokens to experts on other ranks and back, which nothing runs beside."""
+        if not layer.visited or (layer.expert == 1 and layer.expert_tensor == 1):
+            return NOTHING
+        network = self.network
+        tokens = float(layer.routed_tokens * layer.hidden * layer.element)
+        rows = tokens * layer.visited
+        shared = network.gather(tokens, network.expert_tensor) if layer.expert_tensor > 1 else 0.0
+        # Rows are copied together for their way, and sorted by expert behind it.
+        time = shared + network.all_to_all(rows, network.expert) + self.kernels.memory(4 * rows, 2)
+        sent = rows * (layer.expert - 1) / layer.expert + tokens * (layer.expert_tensor - 1) / layer.expert_tensor
+        # There and back, in the forward pass and in the backward pass.
+        return PassTimes(2 * time, 2 * time, 2 * time, 0.0, 0.0, expert_bytes=4 * sent)
 
     def _beside(self, work: float) -> float:
         """Return the time of a product that is overlapped with its collective.

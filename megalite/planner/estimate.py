@@ -10,7 +10,7 @@ from typing import Literal
 
 from megalite.config import Config
 from megalite.observe.throughput import model_flops_per_token
-from megalite.plan import Plan, StageSpan
+from megalite.plan import Held, Plan, StageSpan
 from megalite.planner.cost import NOTHING, Costs, PassTimes, optimizer_bytes
 from megalite.planner.hardware import Hardware
 from megalite.planner.kernels import MEGALITE, Kernels, Software
@@ -61,6 +61,12 @@ class Estimate:
         return self.fullest.total <= usable_bytes(self.hardware)
 
 
+def _added(held: Sequence[Held]) -> Held:
+    """Add up what a rank holds of several stages."""
+    params, trained, states, replicas = zip(*held, strict=True)
+    return Held(sum(params), sum(trained), sum(states), replicas[0])
+
+
 def usable_bytes(hardware: Hardware) -> float:
     """Return the bytes of a GPU that tensors may take."""
     return (hardware.chip.memory_gb - HEADROOM_GB) * (1 - FRAGMENTATION) * 2**30
@@ -93,7 +99,7 @@ def memory_of(
     table = ModelTable(config)
     shapes, layers = shapes_of(config, plan, table)
     order = order_of(plan.schedule, plan.pipeline, plan.virtual, plan.micro_batches)
-    sizes = [table.sizes(plan.tensor).of(stage) for stage in plan.stages]
+    sizes = [table.sizes(plan).of(stage) for stage in plan.stages]
     return rank_memories(plan, config, shapes, layers, sizes, order, device)
 
 
@@ -117,7 +123,7 @@ class Outlook:
         self.shapes: Shapes
         self.layers: tuple[LayerShapes, ...]
         self.shapes, self.layers = shapes_of(config, plan, table)
-        self.sizes: tuple[StageSizes, ...] = tuple(table.sizes(plan.tensor).of(stage) for stage in plan.stages)
+        self.sizes: tuple[StageSizes, ...] = tuple(table.sizes(plan).of(stage) for stage in plan.stages)
         self.network: Network = place(plan, hardware)
         self.kernels = Kernels(hardware.chip, software, self.shapes.element)
         self.costs = Costs(self.shapes, self.kernels, self.network, products_add=plan.engine == "native")
@@ -149,48 +155,54 @@ class Outlook:
         sizes = self.sizes[span.index]
         num_lean = self.config.train.recompute_layers or len(sizes.layers)
         trained = sizes.trained
-        # Each part's times, its elements and those of them that are trained, in the order of the forward pass.
-        parts: list[tuple[PassTimes, int, int]] = []
+        # Each part's times, its elements, those of them that are trained, and of these those of experts with other
+        # replicas, in the order of the forward pass.
+        parts: list[tuple[PassTimes, int, int, int]] = []
         if span.first:
-            parts.append((self.costs.embedding(), sizes.before, trained.before))
-        for number, (size, size_trained) in enumerate(zip(sizes.layers, trained.layers, strict=True)):
+            parts.append((self.costs.embedding(), sizes.before, trained.before, 0))
+        for number, of_layer in enumerate(zip(sizes.layers, trained.layers, trained.experts.layers, strict=True)):
             times = (lean if number < num_lean else plain)[span.start + number]
-            parts.append((times, size, size_trained))
+            parts.append((times, *of_layer))
         if span.last:
-            parts.append((self.costs.head(), sizes.after, trained.after))
-        total = sum((times for times, _, _ in parts), NOTHING)
+            parts.append((self.costs.head(), sizes.after, trained.after, 0))
+        total = sum((times for times, *_ in parts), NOTHING)
         pieces = []
-        for times, _, size_trained in parts:
+        for times, _, size_trained, of_experts in parts:
             pieces.append(
                 Piece(
                     forward=times.forward,
                     backward=times.backward_weight if self._separate else times.backward,
-                    gather=self._gather_time(size_trained),
-                    reduce=self._reduce_time(size_trained) if self.plan.zero_stage < 3 else 0.0,
+                    gather=self._gather_time(size_trained, of_experts),
+                    reduce=self._reduce_time(size_trained, of_experts) if self.plan.zero_stage < 3 else 0.0,
                 )
             )
         forward, backward = total.forward, total.backward
         if self.plan.zero_stage == 3:
             # Weights are gathered and gradients reduced in every pass, beside the work on the layer before.
             forward = backward = 0.0
-            for times, size, size_trained in parts:
+            for times, size, size_trained, of_experts in parts:
                 gather = self._whole_time(size)
                 forward += max(times.forward, gather)
-                backward += max(times.backward, gather + self._reduce_time(size_trained))
+                backward += max(times.backward, gather + self._reduce_time(size_trained, of_experts))
         return StageWork(forward, backward, total.backward_input, total.backward_weight, tuple(pieces))
 
-    def _whole_time(self, size: int) -> float:
-        """Return the seconds to all-gather weights of `size` elements over the replicas."""
-        return self.network.gather(size * self.shapes.element, self.network.replicas)
+    def _whole_time(self, size: int, of_experts: int = 0) -> float:
+        """Return the seconds to all-gather weights of `size` elements over the replicas, `of_experts` of them over
+        theirs."""
+        network, element = self.network, self.shapes.element
+        dense = network.gather((size - of_experts) * element, network.replicas)
+        return dense + network.gather(of_experts * element, network.expert_replicas)
 
-    def _gather_time(self, size: int) -> float:
+    def _gather_time(self, size: int, of_experts: int) -> float:
         """Return the seconds of the all-gather after the optimizer step, at ZeRO stages that have one."""
-        return self._whole_time(size) if self.plan.zero_stage in (1, 2) else 0.0
+        return self._whole_time(size, of_experts) if self.plan.zero_stage in (1, 2) else 0.0
 
-    def _reduce_time(self, size: int) -> float:
+    def _reduce_time(self, size: int, of_experts: int) -> float:
         """Return the seconds to reduce fp32 gradients over the replicas: a reduce-scatter under ZeRO."""
-        collective = self.network.gather if self.plan.zero_stage else self.network.all_reduce
-        return collective(4.0 * size, self.network.replicas)
+        network = self.network
+        collective = network.gather if self.plan.zero_stage else network.all_reduce
+        dense = collective(4.0 * (size - of_experts), network.replicas)
+        return dense + (collective(4.0 * of_experts, network.expert_replicas) if of_experts else 0.0)
 
     @property
     def links(self) -> Links:
@@ -205,14 +217,16 @@ class Outlook:
     @property
     def optimizer_s(self) -> float:
         """Seconds of the gradient norm and of the update of the fullest rank: of its shard, at ZeRO stage 0 of all."""
-        owners = self.plan.replicas if self.plan.zero_stage else 1
-        params = self.most_trained / owners
+        params = states = 0.0
+        for held in self.held:
+            owners = held.replicas if self.plan.zero_stage else 1
+            params, states = params + held.trained / owners, states + held.states / owners
         norm = tied = 0.0
         if self.plan.world_size > 1:
             norm = self.network.all_reduce(4.0, self.network.replicas)
         if self._tied_over_pipeline:
             tied = self.network.hand_over(4.0 * self.sizes[-1].after)
-        moved = optimizer_bytes(params, self.most_states / owners)
+        moved = optimizer_bytes(params, states)
         # Tied embeddings exchange their gradients in both directions.
         return norm + 2 * tied + self.kernels.memory(moved) + self._whole_matrices_s
 
@@ -231,7 +245,7 @@ class Outlook:
             busiest = max(busiest, solving / (plan.replicas * plan.tensor))
         if not busiest:
             return 0.0
-        shard = 4.0 * self.most_trained / plan.replicas
+        shard = 4.0 * sum(held.trained / held.replicas for held in self.held)
         return busiest + 2 * self.network.gather(shard, self.network.replicas)
 
     @property
@@ -240,27 +254,13 @@ class Outlook:
         return self.plan.pipeline > 1 and self.config.model.tie_embeddings and not self.shapes.frozen
 
     @cached_property
-    def most_params(self) -> int:
-        """Number of weight elements on the fullest rank."""
-        return self._most([size.total for size in self.sizes])
-
-    @cached_property
-    def most_trained(self) -> int:
-        """Largest number of trained (not frozen) elements on a rank."""
-        return self._most([size.trained.total for size in self.sizes])
-
-    @cached_property
-    def most_states(self) -> int:
-        """Largest number of elements of optimizer states of a rank's weights."""
-        return self._most([size.states for size in self.sizes])
-
-    def _most(self, sizes: Sequence[int]) -> int:
-        """Return the largest sum over the stages of a rank. `sizes` are those of all stages."""
-        most = 0
+    def held(self) -> tuple[Held, ...]:
+        """What the rank holds that holds most: dense weights, and experts."""
+        per_rank = []
         for rank in range(self.plan.pipeline):
-            held = sum(sizes[span.index] for span in self.plan.stages_of(rank))
-            most = max(most, held)
-        return most
+            stages = [self.sizes[span.index].held(self.plan) for span in self.plan.stages_of(rank)]
+            per_rank.append(tuple(map(_added, zip(*stages, strict=True))))
+        return max(per_rank, key=lambda held: sum(each.params for each in held))
 
     @property
     def shortest_step_s(self) -> float:
@@ -318,27 +318,31 @@ class Outlook:
         """Return (bytes a rank sends in a step, seconds that takes at the links' speed), by axis."""
         plan = self.plan
         network = self.network
-        volume = dict.fromkeys(("tensor", "context", "data", "pipeline"), 0.0)
+        volume = dict.fromkeys(("tensor", "context", "expert", "data", "pipeline"), 0.0)
         for rank in range(plan.pipeline):
             parts = [self._parts_of(span) for span in plan.stages_of(rank)]
             tensor = plan.micro_batches * sum(part.tensor_bytes for part in parts)
             context = plan.micro_batches * sum(part.context_bytes for part in parts)
             volume["tensor"] = max(volume["tensor"], tensor)
             volume["context"] = max(volume["context"], context)
-        # A ring sends this share of the whole tensor; an all-reduce (no ZeRO) sends it twice.
-        share = (plan.replicas - 1) / plan.replicas
+            expert = plan.micro_batches * sum(part.expert_bytes for part in parts)
+            volume["expert"] = max(volume["expert"], expert)
         reductions = plan.micro_batches if plan.zero_stage >= 2 else 1
         gathers = {0: 0, 1: 1, 2: 1, 3: 2 * plan.micro_batches}[plan.zero_stage]
-        reduced = self.most_trained * 4 * reductions * (1 if plan.zero_stage else 2)
-        # ZeRO 3 gathers frozen weights too; below it only what the optimizer has changed.
-        size = self.most_params if plan.zero_stage == 3 else self.most_trained
-        gathered = size * self.shapes.element * gathers
-        volume["data"] = share * (reduced + gathered)
+        for held in self.held:
+            # A ring sends this share of the whole tensor; an all-reduce (no ZeRO) sends it twice.
+            share = (held.replicas - 1) / held.replicas
+            reduced = held.trained * 4 * reductions * (1 if plan.zero_stage else 2)
+            # ZeRO 3 gathers frozen weights too; below it only what the optimizer has changed.
+            size = held.params if plan.zero_stage == 3 else held.trained
+            gathered = size * self.shapes.element * gathers
+            volume["data"] += share * (reduced + gathered)
         if plan.pipeline > 1:  # hidden states forward, and as many gradients back
             volume["pipeline"] = 2.0 * plan.virtual * plan.micro_batches * self.shapes.hidden_bytes
         speed = {
             "tensor": network.bandwidth(network.tensor),
             "context": network.message_bandwidth(network.context.nodes > 1),
+            "expert": network.message_bandwidth(network.expert.nodes > 1),
             "data": network.bandwidth(network.replicas),
             "pipeline": network.message_bandwidth(network.pipeline_crosses_nodes),
         }

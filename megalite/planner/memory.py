@@ -69,12 +69,9 @@ def rank_memories(
         # Weights, gradients and optimizer state stay all step long; the rest is counted at the peak of the passes.
         spans = plan.stages_of(rank)
         own = [sizes[span.index] for span in spans]
-        params = sum(size.total for size in own)
-        trained = sum(size.trained.total for size in own)
-        states = sum(size.states for size in own)
-        held = resident_bytes(config, params, trained, states, plan.replicas, plan.zero_stage)
+        held = resident_bytes(config, [held for size in own for held in size.held(plan)], plan.zero_stage)
         activations, transient = _in_passes(order[rank], stages)
-        updating = _whole_matrices(plan, sum(size.solved for size in own), own[0].largest_solved)
+        updating = _whole_matrices(plan, own)
         if updating > activations + transient:
             activations, transient = 0, updating
         buffers = (
@@ -173,17 +170,20 @@ def _in_passes(actions: Sequence[tuple[str, int, int]], stages: Sequence[PartByt
     return most
 
 
-def _whole_matrices(plan: Plan, solved: int, largest: int) -> int:
-    """Count what an update of `solved` elements as whole matrices holds, of which the `largest` has so many here.
+def _whole_matrices(plan: Plan, sizes: Sequence[StageSizes]) -> int:
+    """Count what an update of whole matrices holds, of stages of these `sizes`.
 
     It is what owners are to see of this rank's part; with other ranks also the matrices that it owns, as far as they
     are not that very memory, and the messages that go back and come."""
-    updated = -(-solved // plan.replicas) if plan.zero_stage else solved
-    owned, ranks = -(-solved // plan.replicas), plan.replicas * plan.tensor
+    of_experts = sum(size.experts.solved for size in sizes)
+    dense = sum(size.solved for size in sizes) - of_experts
+    owned = -(-dense // plan.replicas) - (-of_experts // plan.replicas_of(plan.experts))
+    updated, ranks = owned if plan.zero_stage else dense + of_experts, plan.replicas * plan.tensor
     if ranks == 1:
         return updated * FP32
-    # Of a weight that is cut over tensor ranks, the parts are put together, and cut out again one by one.
-    whole = owned + largest if plan.tensor > 1 else owned * (ranks - 1) // ranks
+    # Of a weight that is cut, the parts are put together, and cut out again one by one.
+    is_cut = max(plan.tensor, plan.experts.holders) > 1
+    whole = owned + sizes[0].largest_solved if is_cut else owned * (ranks - 1) // ranks
     return (updated + whole + 2 * updated * (ranks - 1) // ranks) * FP32
 
 

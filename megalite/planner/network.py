@@ -47,6 +47,9 @@ class Network:
     tensor: Group
     context: Group
     replicas: Group
+    expert: Group
+    expert_tensor: Group
+    expert_replicas: Group
     pipeline_crosses_nodes: bool
 
     def gather(self, num_bytes: float, group: Group) -> float:
@@ -61,6 +64,16 @@ class Network:
     def all_reduce(self, num_bytes: float, group: Group) -> float:
         """Return the seconds of a ring all-reduce, which is a reduce-scatter and an all-gather in one launch."""
         return max(0.0, 2 * self.gather(num_bytes, group) - BASE_US * 1e-6)
+
+    def all_to_all(self, num_bytes: float, group: Group) -> float:
+        """Return the seconds in which every rank sends `num_bytes`, as much to each rank of the group, itself
+        included."""
+        if group.ranks == 1 or num_bytes == 0:
+            return 0.0
+        near = (group.per_node - 1) / group.ranks
+        far = 1 - group.per_node / group.ranks
+        latency = BASE_US + (self.hardware.interconnect.latency_us if far else LINK_US)
+        return latency * 1e-6 + num_bytes * max(near / self._near, far / self._far)
 
     def hand_over(self, num_bytes: float) -> float:
         """Return the seconds of a message from one pipeline rank to the next."""
@@ -106,10 +119,14 @@ def place(plan: Plan, hardware: Hardware) -> Network:
         return Group(ranks, per_node)
 
     stride = plan.replicas * plan.tensor
+    experts = plan.experts
     return Network(
         hardware,
         tensor=group(plan.tensor, 1),
         context=group(plan.context, plan.tensor),
         replicas=group(plan.replicas, plan.tensor),
+        expert=group(experts.expert, experts.tensor),
+        expert_tensor=group(experts.tensor, 1),
+        expert_replicas=group(plan.replicas_of(experts), experts.holders),
         pipeline_crosses_nodes=plan.pipeline * stride > node,
     )

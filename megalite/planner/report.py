@@ -49,6 +49,7 @@ def describe_search(found: Found) -> str:
             plan.pipeline,
             plan.context,
             plan.data,
+            " × ".join(map(str, plan.experts[::-1])) if plan.folds_experts else "-",
             plan.virtual,
             plan.schedule if plan.pipeline > 1 else "-",
             train.micro_batch_size,
@@ -69,6 +70,7 @@ LAYOUT_COLUMNS = {
     "pipe": 5,
     "ctx": 4,
     "data": 5,
+    "experts": 8,
     "virt": 5,
     "schedule": -13,
     "micro": 5,
@@ -102,6 +104,8 @@ def _header(estimate: Estimate) -> list[str]:
         "context": plan.context,
         "tensor": plan.tensor,
     }
+    if plan.folds_experts:
+        axes |= {"expert": plan.experts.expert, "expert tensor": plan.experts.tensor}
     model = config.model.preset or config.model.family
     used = [f"{name} {size}" for name, size in axes.items() if size > 1]
     layout = " × ".join(used) or "one rank"

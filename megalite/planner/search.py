@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
+from math import gcd
 from typing import Any, Literal
 
 from megalite.config import Config
 from megalite.errors import ConfigError
+from megalite.models.architecture import ExpertsSpec
 from megalite.plan import Plan, make_plan, resident_bytes
 from megalite.planner.estimate import Estimate, Outlook, usable_bytes
 from megalite.planner.hardware import Hardware
@@ -91,7 +94,9 @@ def _layouts(config: Config, world_size: int, gpus_per_node: int) -> Iterator[di
                 for micro_batch_size in MICRO_BATCHES:
                     if any(size % (micro_batch_size * data) for size, _ in config.train.batch_sizes):
                         continue
-                    for virtual, schedule in _schedules(pipeline, num_layers):
+                    for (virtual, schedule), (expert, expert_tensor) in product(
+                        _schedules(pipeline, num_layers), _expert_cuts(config, tensor, world_size // pipeline)
+                    ):
                         yield {
                             "tensor": tensor,
                             "sequence": True,
@@ -99,8 +104,21 @@ def _layouts(config: Config, world_size: int, gpus_per_node: int) -> Iterator[di
                             "virtual": virtual,
                             "schedule": schedule,
                             "context": context,
+                            "expert": expert,
+                            "expert_tensor": expert_tensor,
                             "micro_batch_size": micro_batch_size,
                         }
+
+
+def _expert_cuts(config: Config, tensor: int, ranks: int) -> Iterator[tuple[int, int]]:
+    """Yield the (expert, expert-tensor) ranks to try in a pipeline stage of so many `ranks`: experts cut as dense
+    weights are, or whole, on any number of them."""
+    feed_forwards = (layer.feed_forward for layer in config.model.architecture.layers)
+    counts = [each.num_experts for each in feed_forwards if isinstance(each, ExpertsSpec)]
+    for expert in _divisors(gcd(*counts)) if counts else (1,):
+        for expert_tensor in dict.fromkeys((tensor, 1)) if counts else (tensor,):
+            if ranks % (expert * expert_tensor) == 0:
+                yield expert, expert_tensor
 
 
 def _schedules(pipeline: int, num_layers: int) -> Iterator[tuple[int, str]]:
@@ -158,8 +176,7 @@ def _fitting(outlook: Outlook, table: ModelTable) -> Iterator[Outlook]:
 
 def _resident(plan: Plan, outlook: Outlook) -> int:
     """Return the bytes that the fullest rank holds through the whole step."""
-    sizes = outlook.most_params, outlook.most_trained, outlook.most_states, plan.replicas, plan.zero_stage
-    return sum(resident_bytes(outlook.config, *sizes).values())
+    return sum(resident_bytes(outlook.config, outlook.held, plan.zero_stage).values())
 
 
 def _updated(config: Config, parallel: dict[str, Any], train: dict[str, Any]) -> Config:

@@ -16,7 +16,7 @@ from megalite.errors import ConfigError
 from megalite.models import weight_table
 from megalite.models.architecture import AttentionSpec, ExpertsSpec, LayerSpec
 from megalite.models.weights import Weight
-from megalite.plan import Place, Plan, StageSpan
+from megalite.plan import Cut, Held, Place, Plan, StageSpan
 
 T = TypeVar("T")
 
@@ -38,7 +38,7 @@ class Matrix:
     count: int = 1
     """Number of matrices in the stack."""
     used: float = 1.0
-    """Share of them that a token is multiplied with."""
+    """Share of them that a token of this rank is multiplied with, on average; more where tokens of others come."""
 
     @property
     def elements(self) -> int:
@@ -95,6 +95,12 @@ class LayerShapes(Shapes):
     """Features of a head's values."""
     inner: int
     """Features that a token has within the MLP, over all experts it visits."""
+    routed_tokens: int
+    """Tokens that this rank sends to experts. With expert-tensor ranks that have other tokens, also theirs."""
+    expert: int
+    """Ranks that share the layer's experts."""
+    expert_tensor: int
+    """Ranks that share every expert, where they are other ones than the tensor ranks; otherwise 1."""
     num_experts: int
     """Experts of the layer; 0 where it has none."""
     visited: int
@@ -163,7 +169,7 @@ class ModelTable:
         """Kind of every layer, by its number; the same object for equal layers."""
         self.products = self._products()
         """Products of an optimizer that looks at whole matrices, for every layer, each with how often it is made."""
-        self._sizes: dict[int, LocalSizes] = {}
+        self._sizes: dict[tuple[int, Cut], LocalSizes] = {}
 
     def _products(self) -> tuple[Counter[tuple[int, int, int]], ...]:
         found: list[Counter[tuple[int, int, int]]] = [Counter() for _ in self.kinds]
@@ -172,11 +178,13 @@ class ModelTable:
                 found[weight.place].update(self.config.optimizer.products(weight))
         return tuple(found)
 
-    def sizes(self, tensor: int) -> LocalSizes:
-        """Return the sizes at a degree of `tensor` parallelism. Raises ValueError where a weight cannot be split."""
-        if tensor not in self._sizes:
-            self._sizes[tensor] = LocalSizes(self.weights, tensor, self.config.optimizer)
-        return self._sizes[tensor]
+    def sizes(self, plan: Plan) -> LocalSizes:
+        """Return the sizes under a plan's degrees of tensor and expert parallelism. Raises ValueError where a weight
+        cannot be split."""
+        cuts = plan.tensor, plan.experts
+        if cuts not in self._sizes:
+            self._sizes[cuts] = LocalSizes(self.weights, plan, self.config.optimizer)
+        return self._sizes[cuts]
 
     def _kinds(self) -> tuple[LayerKind, ...]:
         """Return the kind of every layer."""
@@ -215,22 +223,24 @@ class ModelTable:
         return LayerKind(spec, spec.mixer, matrices, sums.index(described[0]))
 
 
-def _matrices(kind: LayerKind, tensor: int) -> tuple[Matrix, ...]:
-    """Return the matrices of a layer on one of `tensor` ranks."""
+def _matrices(kind: LayerKind, plan: Plan, routed: float) -> tuple[Matrix, ...]:
+    """Return the matrices of a layer on one rank. It sends a share `routed` of its tokens to experts."""
     experts = [weight for weight in kind.matrices if weight.shard == "expert"]
     found = []
     for weight in kind.matrices:
-        shape = weight.local_shape(tensor)
+        shape = weight.local_shape(*plan.cut_of(weight))
+        folded = weight.is_expert and plan.folds_experts
         found.append(
             Matrix(
                 rows=shape[weight.stack],
                 columns=prod(shape[weight.stack + 1 :]),
                 # Whole experts on a rank: tokens enter before the first matrix of theirs, and leave behind the last.
-                gathers=weight.shard == "column" or weight in experts[:1],
-                reduces=weight.shard == "row" or weight in experts[-1:],
+                # Experts that are folded over other ranks have collectives of their own (`Costs.dispatch`).
+                gathers=not folded and (weight.shard == "column" or weight in experts[:1]),
+                reduces=not folded and (weight.shard == "row" or weight in experts[-1:]),
                 replicated=weight.shard is None,
                 count=prod(shape[: weight.stack]),
-                used=weight.used,
+                used=weight.used * plan.experts.expert * routed if folded else weight.used,
             )
         )
     return tuple(found)
@@ -263,11 +273,15 @@ def shapes_of(config: Config, plan: Plan, table: ModelTable) -> tuple[Shapes, tu
         sequence=plan.sequence,
         context=plan.context,
     )
-    return model, tuple(each(table.kinds, lambda kind: _layer_shapes(model, kind)))
+    return model, tuple(each(table.kinds, lambda kind: _layer_shapes(model, plan, kind)))
 
 
-def _layer_shapes(model: Shapes, kind: LayerKind) -> LayerShapes:
+def _layer_shapes(model: Shapes, plan: Plan, kind: LayerKind) -> LayerShapes:
     mixer, feed_forward = kind.attention, kind.spec.feed_forward
+    routed, expert_tensor = model.tokens, 1
+    if plan.folds_experts and (plan.sequence or plan.experts.tensor != plan.tensor):
+        expert_tensor = plan.experts.tensor
+        routed = model.tokens // (plan.tensor if plan.sequence else 1) * expert_tensor
     heads, kv_heads = mixer.num_heads, mixer.num_kv_heads
     return LayerShapes(
         **vars(model),
@@ -276,6 +290,9 @@ def _layer_shapes(model: Shapes, kind: LayerKind) -> LayerShapes:
         head_size=mixer.head_size,
         value_size=mixer.value_size,
         inner=feed_forward.active_inner // model.tensor,
+        routed_tokens=routed,
+        expert=plan.experts.expert,
+        expert_tensor=expert_tensor,
         num_experts=feed_forward.num_experts if isinstance(feed_forward, ExpertsSpec) else 0,
         visited=feed_forward.experts_per_token if isinstance(feed_forward, ExpertsSpec) else 0,
         gated=feed_forward.gated,
@@ -288,7 +305,7 @@ def _layer_shapes(model: Shapes, kind: LayerKind) -> LayerShapes:
         attention_softcap=mixer.softcap is not None,
         attention_dropout=mixer.dropout > 0,
         writes_scores=mixer.writes_scores,
-        matrices=_matrices(kind, model.tensor),
+        matrices=_matrices(kind, plan, routed / model.tokens),
         num_mixer_matrices=kind.num_mixer_matrices,
     )
 
@@ -313,6 +330,15 @@ def runs(parts: Sequence[T]) -> Iterator[tuple[int, T]]:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """Holds the numbers of elements that a rank has of a stage's experts."""
+
+    layers: tuple[int, ...]
+    states: int
+    solved: int
+
+
+@dataclass(frozen=True)
 class StageSizes:
     """Holds the numbers of elements that one tensor rank has of a stage's weights."""
 
@@ -332,6 +358,8 @@ class StageSizes:
     """Elements of weights that the optimizer looks at as whole matrices."""
     largest_solved: int
     """The largest of these, in the whole model."""
+    experts: Experts
+    """What of all this is of experts that have other replicas than dense weights."""
 
     unfrozen: StageSizes | None = None
     """The same for the trained weights only, if some are frozen."""
@@ -345,14 +373,28 @@ class StageSizes:
         """Sizes of the weights that are trained."""
         return self.unfrozen or self
 
+    def held(self, plan: Plan) -> tuple[Held, Held]:
+        """Return what a rank holds of dense weights, and of experts."""
+        trained, experts = self.trained, self.experts
+        of_experts = Held(
+            sum(experts.layers), sum(trained.experts.layers), experts.states, plan.replicas_of(plan.experts)
+        )
+        dense = Held(
+            self.total - of_experts.params, trained.total - of_experts.trained, self.states - experts.states,
+            plan.replicas,
+        )  # fmt: skip
+        return dense, of_experts
+
 
 class LocalSizes:
     """Adds up the elements of all weights on one tensor rank, by the place of the weight in the model."""
 
-    def __init__(self, weights: Sequence[Weight], tensor: int, optimizer: OptimizerConfig):
-        """Add up `weights` at a degree of `tensor` parallelism, with the states that `optimizer` keeps.
+    def __init__(self, weights: Sequence[Weight], plan: Plan, optimizer: OptimizerConfig):
+        """Add up `weights` as `plan` cuts them, with the states that `optimizer` keeps.
 
         Raises ValueError where a weight cannot be split."""
+        folded = [weight for weight in weights if weight.is_expert and plan.folds_experts]
+        self.experts = LocalSizes(folded, plan, optimizer) if folded and len(folded) < len(weights) else None
         self.states: dict[Place, int] = {}
         self.solved: dict[Place, int] = {}
         self.largest_solved = 0
@@ -360,7 +402,7 @@ class LocalSizes:
         self.largest: dict[Place, int] = {}
         self.largest_looked_up = 0
         for weight in weights:
-            size = prod(weight.local_shape(tensor))
+            size = prod(weight.local_shape(*plan.cut_of(weight)))
             if weight.is_looked_up:
                 self.largest_looked_up = max(self.largest_looked_up, size)
             self.total[weight.place] = self.total.get(weight.place, 0) + size
@@ -373,7 +415,7 @@ class LocalSizes:
         unfrozen = [weight for weight in weights if not weight.frozen]
         self.unfrozen: LocalSizes | None = None
         if len(unfrozen) < len(weights):
-            self.unfrozen = LocalSizes(unfrozen, tensor, optimizer)
+            self.unfrozen = LocalSizes(unfrozen, plan, optimizer)
 
     def of(self, stage: StageSpan) -> StageSizes:
         """Return the sizes of a pipeline stage."""
@@ -391,8 +433,18 @@ class LocalSizes:
             states=sum(self.states.get(place, 0) for place in places),
             solved=sum(self.solved.get(place, 0) for place in places),
             largest_solved=self.largest_solved,
+            experts=self._experts(layers),
             unfrozen=self.unfrozen.of(stage) if self.unfrozen else None,
         )
+
+    def _experts(self, layers: Sequence[int]) -> Experts:
+        if self.experts is None:
+            return Experts((0,) * len(layers), 0, 0)
+        of_layers, states, solved = (
+            [of.get(number, 0) for number in layers]
+            for of in (self.experts.total, self.experts.states, self.experts.solved)
+        )
+        return Experts(tuple(of_layers), sum(states), sum(solved))
 
 
 ENDS: tuple[Place, ...] = ("first", "last", "both")
@@ -404,35 +456,39 @@ class Together:
 
     A search makes thousands of plans, and a plan asks only for sums of weights."""
 
-    def __init__(self, place: Place, frozen: bool, num_states: int, weights: Sequence[Weight]):
-        """Sum up `weights`, all of this `place`, all `frozen` or not, with so many states of the optimizer."""
+    def __init__(self, place: Place, frozen: bool, is_expert: bool, num_states: int, weights: Sequence[Weight]):
+        """Sum up `weights`, all of this `place`, all `frozen` or not and of experts or not, with so many states of the
+        optimizer."""
         self._num_states = num_states
         self.place = place
         self.frozen = frozen
-        self.name = f"{place} frozen" if frozen else f"{place} {num_states}"
+        self.is_expert = is_expert
+        self.name = f"{place} {frozen} {is_expert} {num_states}"
         self.numel = sum(weight.numel for weight in weights)
         self.multiplied = sum(weight.multiplied for weight in weights)
         self._weights = weights
-        self._local: dict[int, tuple[int]] = {}
+        self._local: dict[Cut, tuple[int]] = {}
 
     def num_states(self, optimizer: OptimizerConfig) -> int:
         """Return how many states the optimizer keeps for each element, whatever `optimizer` is: known already."""
         return self._num_states
 
-    def local_shape(self, tensor: int) -> tuple[int, ...]:
-        """Return the number of elements on one of `tensor` ranks, as a shape of one dimension.
+    def local_shape(self, tensor: int, expert: int = 1) -> tuple[int, ...]:
+        """Return the number of elements on one of `expert` × `tensor` ranks, as a shape of one dimension.
 
         Raises ValueError where a weight cannot be split."""
-        if tensor not in self._local:
-            elements = sum(prod(weight.local_shape(tensor)) for weight in self._weights)
-            self._local[tensor] = (elements,)
-        return self._local[tensor]
+        cut = Cut(tensor, expert)
+        if cut not in self._local:
+            elements = sum(prod(weight.local_shape(*cut)) for weight in self._weights)
+            self._local[cut] = (elements,)
+        return self._local[cut]
 
 
 def together(weights: Sequence[Weight], optimizer: OptimizerConfig) -> list[Together]:
-    """Group weights by place, by whether they are frozen, and by how many states `optimizer` keeps for them."""
-    places: dict[tuple[Place, bool, int], list[Weight]] = {}
+    """Group weights by place, by whether they are frozen and of experts, and by how many states `optimizer` keeps for
+    them."""
+    places: dict[tuple[Place, bool, bool, int], list[Weight]] = {}
     for weight in weights:
-        kind = weight.place, weight.frozen, weight.num_states(optimizer)
+        kind = weight.place, weight.frozen, weight.is_expert, weight.num_states(optimizer)
         places.setdefault(kind, []).append(weight)
     return [Together(*kind, rows) for kind, rows in places.items()]

@@ -94,12 +94,12 @@ def initial_state(config: Config, mesh: Mesh, checkpoint: Path | None) -> ReadSt
     Raises CheckpointError or ConfigError where these do not go with `config`."""
     weights = weight_table(config.model, config.lora)
     if config.lora:
-        return for_adapters(config, weights, checkpoint, mesh.tensor, mesh.device)
+        return for_adapters(config, weights, checkpoint, mesh, mesh.device)
     if checkpoint:
-        return from_checkpoint(config, weights, checkpoint, mesh.tensor)
+        return from_checkpoint(config, weights, checkpoint, mesh)
     if config.model.hf:
-        return from_hf(config.model.hf, weights, config.model, mesh.tensor, config.train.seed)
-    return from_seed(config.train.seed, mesh.tensor, mesh.device)
+        return from_hf(config.model.hf, weights, config.model, mesh, config.train.seed)
+    return from_seed(config.train.seed, mesh, mesh.device)
 
 
 def make_loader(

@@ -21,7 +21,7 @@ from megalite.checkpoint.load import from_checkpoint, from_hf, from_seed
 from megalite.checkpoint.resume import find_checkpoint
 from megalite.checkpoint.save import Saver
 from megalite.checkpoint.tensors import CheckpointError, TensorFolder
-from megalite.comm.mesh import Axis, Mesh
+from megalite.comm.mesh import Mesh
 from megalite.config import Config
 from megalite.engine.gather import HostBuffers
 from megalite.engine.layout import choose_owners
@@ -156,7 +156,7 @@ def test_saving_takes_the_state_of_that_moment(tmp_path: Path, monkeypatch: pyte
     parts = build(config, make_plan(config, weights, 1), LONE)
     engine = parts.engine
     alone = dict.fromkeys((weight.name for weight in weights), 0)
-    engine.load(from_seed(1, Axis()), num_updates=5)
+    engine.load(from_seed(1, Mesh.alone()), num_updates=5)
     may_write = threading.Event()
     saver = Saver(tmp_path / "saved", 3, weights, LONE, engine, alone, lambda folder: may_write.wait() and None)
 
@@ -178,7 +178,7 @@ def test_saving_takes_the_state_of_that_moment(tmp_path: Path, monkeypatch: pyte
     engine.finish()
     saver.save(5, {"step": 5})
     if change == "load":
-        engine.load(from_seed(2, Axis()))
+        engine.load(from_seed(2, Mesh.alone()))
     else:
         engine.step(1.0)
     assert complete_steps(tmp_path / "saved") == []  # not before it is complete
@@ -186,8 +186,8 @@ def test_saving_takes_the_state_of_that_moment(tmp_path: Path, monkeypatch: pyte
     saver.wait()
     assert "saved" in saver.news()[0]
     folder = step_folder(tmp_path / "saved", 5)
-    found = from_checkpoint(config, weights, folder, Axis())
-    wanted = from_seed(1, Axis())
+    found = from_checkpoint(config, weights, folder, Mesh.alone())
+    wanted = from_seed(1, Mesh.alone())
     for weight in weights:
         assert torch.equal(found(weight, "weight", 0, weight.numel), wanted(weight, "weight", 0, weight.numel))
 
@@ -203,7 +203,7 @@ def test_plain_hugging_face_folder_starts_with_fresh_moments(tmp_path: Path) -> 
     ).save_pretrained(tmp_path / "hf")  # fmt: skip
     config = make_config(tmp_path, {}, f"model.hf={tmp_path / 'hf'}", "train.steps=1")
     weights = weight_table(config.model)
-    read = from_hf(tmp_path / "hf", weights, config.model, Axis())
+    read = from_hf(tmp_path / "hf", weights, config.model, Mesh.alone())
     assert all(read(weight, "exp_avg", 0, weight.numel).abs().sum() == 0 for weight in weights)
     stored = load_file(tmp_path / "hf" / "model.safetensors")
     assert torch.equal(read(weights[0], "master", 0, VOCAB * 32), stored["model.embed_tokens.weight"].flatten())

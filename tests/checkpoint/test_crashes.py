@@ -18,7 +18,7 @@ from megalite.checkpoint.folder import read_manifest, step_folder
 from megalite.checkpoint.load import from_seed
 from megalite.checkpoint.resume import find_checkpoint
 from megalite.checkpoint.save import Saver
-from megalite.comm.mesh import ALONE, Mesh
+from megalite.comm.mesh import Mesh
 from megalite.engine.layout import choose_owners, elements_of
 from megalite.models import weight_table
 from megalite.models.peft import TENSORS
@@ -40,7 +40,7 @@ def saver(tmp_path: Path) -> Callable[[int, str], Saver]:
     weights = weight_table(config.model)
     plan = make_plan(config, weights, 1)
     engine = build(config, plan, LONE).engine
-    engine.load(from_seed(1, ALONE))
+    engine.load(from_seed(1, Mesh.alone()))
     owners = choose_owners(plan, weights, config.optimizer, elements_of(config.parallel.bucket_mb))
     (tmp_path / "checkpoints").mkdir()
 

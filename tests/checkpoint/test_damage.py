@@ -25,7 +25,7 @@ from megalite.checkpoint.folder import (
 from megalite.checkpoint.load import from_checkpoint
 from megalite.checkpoint.resume import find_checkpoint, find_damage
 from megalite.checkpoint.tensors import CheckpointError, TensorFolder
-from megalite.comm.mesh import Axis, Mesh, make_mesh
+from megalite.comm.mesh import Mesh, make_mesh
 from megalite.config import Config
 from megalite.models import weight_table
 from megalite.plan import make_plan
@@ -203,10 +203,10 @@ def test_what_is_damaged_after_it_was_checked_is_said_in_words(trained: Config, 
     (part,) = folder.glob("model-00002-*")
     part.write_bytes(part.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match=part.name):
-        from_checkpoint(trained, weights, folder, Axis())
+        from_checkpoint(trained, weights, folder, Mesh.alone())
     part.unlink()
     with pytest.raises(CheckpointError, match=part.name):
-        from_checkpoint(trained, weights, folder, Axis())
+        from_checkpoint(trained, weights, folder, Mesh.alone())
 
 
 def test_an_index_cannot_lead_out_of_its_folder(root: Path) -> None:
@@ -233,7 +233,7 @@ def test_checking_and_reading_are_seen_to_go_on(trained: Config, root: Path) -> 
     before = NOW.beats
     assert not find_damage(folder, LONE)
     assert NOW.beats - before == len(files)
-    read, before = from_checkpoint(trained, weights, folder, Axis()), NOW.beats
+    read, before = from_checkpoint(trained, weights, folder, Mesh.alone()), NOW.beats
     for weight in weights:
         read(weight, "exp_avg", 0, weight.numel)
     assert NOW.beats - before >= len(weights)

@@ -149,7 +149,7 @@ def make_saver(config: Config, rank: int, world_size: int, write_extras: Callabl
     plan = make_plan(config, weights, world_size)
     mesh = make_mesh(plan, torch.device("cpu"))
     engine = build(config, plan, mesh).engine
-    engine.load(from_seed(1, mesh.tensor))
+    engine.load(from_seed(1, mesh))
     owners = choose_owners(plan, weights, config.optimizer, elements_of(config.parallel.bucket_mb))
     return Saver(checkpoints(config), 1, weights, mesh, engine, owners, write_extras)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from megalite.checkpoint.convert import DTYPES, open_source, write_model
 from megalite.checkpoint.folder import step_folder
 from megalite.checkpoint.load import from_hf
-from megalite.comm.mesh import ALONE
+from megalite.comm.mesh import Mesh
 from megalite.config import LoraConfig
 from megalite.infer.generate import load_model
 from megalite.models import model_config, weight_table
@@ -94,7 +94,7 @@ def test_a_run_that_starts_from_an_adapter_starts_from_the_exact_sum(tmp_path: P
     wanted = save_adapter(tmp_path / "adapter", tmp_path / "base", torch.float32)
     model = model_config({"hf": str(tmp_path / "adapter")})
     weights = weight_table(model)
-    read, found = from_hf(tmp_path / "adapter", weights, model, ALONE), {}
+    read, found = from_hf(tmp_path / "adapter", weights, model, Mesh.alone()), {}
     for weight in weights:
         found |= weight.to_hf(read(weight, "master", 0, weight.numel).view(weight.shape))
     for name, exact in wanted.items():

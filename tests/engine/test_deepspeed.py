@@ -19,7 +19,7 @@ from torch import Tensor
 
 import megalite.engine.deepspeed as module
 from megalite.checkpoint.load import from_seed
-from megalite.comm.mesh import ALONE, Mesh, make_mesh
+from megalite.comm.mesh import Mesh, make_mesh
 from megalite.config import Config
 from megalite.data.loader import MicroBatch
 from megalite.engine import ReadState
@@ -85,7 +85,7 @@ def two_steps(rank: int, world_size: int, configs: list[Config]) -> list[Result]
         plan = make_plan(config, table, world_size)
         mesh = make_mesh(plan, CPU)
         parts = build(config, plan, mesh)
-        parts.engine.load(from_seed(3, mesh.tensor))
+        parts.engine.load(from_seed(3, mesh))
         results.append(run_steps(parts, mesh, range(2), plan.micro_batches, {w.name: 0 for w in table}))
         if plan.zero_stage == 3:
             results[-1]["released"] = all(p.ds_status.name == "NOT_AVAILABLE" for p in parts.stages[0].parameters())
@@ -152,7 +152,7 @@ def hand_over(rank: int, world_size: int, native: Config, others: list[Config]) 
         plan = make_plan(native, table, world_size)
         mesh = make_mesh(plan, CPU)
         parts = build(native, plan, mesh)
-        parts.engine.load(from_seed(3, ALONE))
+        parts.engine.load(from_seed(3, Mesh.alone()))
         run_steps(parts, mesh, range(1), plan.micro_batches, owners)
         # Every rank reads from it.
         state = states_of(parts, owners)

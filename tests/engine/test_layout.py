@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from megalite.config import OptimizerConfig
 from megalite.engine.layout import ALIGNMENT, Bucket, choose_owners, make_buckets
 from megalite.models.weights import Weight
-from megalite.plan import Plan, StageSpan
+from megalite.plan import Cut, Plan, StageSpan
 
 Kind = tuple[bool, bool, bool, bool]
 ADAMW = OptimizerConfig.model_validate({"lr": 1.0})
@@ -21,9 +21,10 @@ ADAMW = OptimizerConfig.model_validate({"lr": 1.0})
 def plan_of(tensor: int, data: int, pipeline: int = 1) -> Plan:
     stages = tuple(StageSpan(i, i, i + 1, i == 0, i == pipeline - 1) for i in range(pipeline))
     return Plan(
-        world_size=pipeline * tensor * data, pipeline=pipeline, data=data, context=1, tensor=tensor, sequence=False,
-        engine="native", zero_stage=1, schedule="1f1b", virtual=1, stages=stages, micro_batch_size=1, micro_batches=1,
-        tokens_per_step=1, steps=1, tokens=1, num_params=1, params_per_rank=1, num_trained=1, memory_bytes={},
+        world_size=pipeline * tensor * data, pipeline=pipeline, data=data, context=1, tensor=tensor,
+        experts=Cut(tensor), sequence=False, engine="native", zero_stage=1, schedule="1f1b", virtual=1, stages=stages,
+        micro_batch_size=1, micro_batches=1, tokens_per_step=1, steps=1, tokens=1, num_params=1, params_per_rank=1,
+        num_trained=1, memory_bytes={},
     )  # fmt: skip
 
 

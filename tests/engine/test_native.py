@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megalite.checkpoint.load import from_seed
-from megalite.comm.mesh import ALONE, make_mesh
+from megalite.comm.mesh import Mesh, make_mesh
 from megalite.engine import Engine
 from megalite.models import weight_table
 from megalite.plan import make_plan
@@ -21,7 +21,7 @@ def parts_of(tmp_path: Path, *overrides: str) -> RankModel:
     config = make_config(tmp_path, "llama", *overrides)
     plan = make_plan(config, weight_table(config.model), 1)
     parts = build(config, plan, make_mesh(plan, torch.device("cpu")))
-    parts.engine.load(from_seed(3, ALONE))
+    parts.engine.load(from_seed(3, Mesh.alone()))
     return parts
 
 

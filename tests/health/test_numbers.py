@@ -4,6 +4,7 @@ those who should hold the same."""
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megalite.checkpoint.load import from_seed
-from megalite.comm.mesh import ALONE, Axis, Mesh, make_mesh
+from megalite.comm.mesh import ALONE, Axis, Fold, Mesh, make_mesh
 from megalite.config import HealthConfig
 from megalite.data.loader import Loader
 from megalite.data.mixture import build_mixtures
@@ -186,7 +187,7 @@ def test_no_step_waits_for_the_device(tmp_path: Any, monkeypatch: pytest.MonkeyP
     plan = make_plan(config, table, 1)
     mesh = make_mesh(plan, CPU)
     parts = build(config, plan, mesh)
-    parts.engine.load(from_seed(3, ALONE))
+    parts.engine.load(from_seed(3, Mesh.alone()))
     numbers = Numbers(config.health, CPU)
     check = ReplicaCheck(mesh)
 
@@ -238,6 +239,13 @@ def table_of(mesh: Mesh, sharing: Sharing, others: dict[int, int]) -> list[list[
     ]
 
 
+def folded_mesh() -> Mesh:
+    """Two stages of tensor 2 × replicas 2, whose experts are whole: two of each."""
+    two, mesh = Axis(2, 0, None, "two"), mesh_of(pipeline=2, replicas=2, tensor=2)
+    return replace(mesh, expert_fold=Fold(two, two, ALONE, two))
+
+
+OF_EXPERTS = Sharing(True, False, False, of_experts=True)
 REPLICAS, TENSOR, ALL = Sharing(True, False, False), Sharing(False, True, False), Sharing(True, True, False)
 
 
@@ -253,6 +261,13 @@ REPLICAS, TENSOR, ALL = Sharing(True, False, False), Sharing(False, True, False)
         (mesh_of(pipeline=2, replicas=3), REPLICAS, {5: 1}, [((3, 4, 5), (5,))]),
         (mesh_of(pipeline=2, replicas=2), Sharing(True, False, True), {2: 1}, [((0, 1, 2, 3), (2,))]),
         (mesh_of(replicas=4), REPLICAS, {0: 1, 1: 1}, [((0, 1, 2, 3), (0, 1, 2, 3))]),
+        (folded_mesh(), OF_EXPERTS, {5: 6}, [((5, 7), (5, 7))]),
+        (
+            replace(mesh_of(replicas=8), expert_fold=Fold(Axis(2), Axis(4), ALONE, Axis(2))),
+            OF_EXPERTS,
+            {3: 1},
+            [((1, 3, 5, 7), (3,))],
+        ),
         (mesh_of(replicas=5), REPLICAS, {0: 1, 1: 2}, [((0, 1, 2, 3, 4), (0, 1))]),
     ],
 )
@@ -302,7 +317,7 @@ def test_weights_and_all_of_the_optimizer_state_are_compared(tmp_path: Path) -> 
     table = weight_table(config.model)
     engine = build(config, make_plan(config, table, 1), mesh_of()).engine
     assert isinstance(engine, NativeEngine)
-    engine.load(from_seed(3, ALONE))
+    engine.load(from_seed(3, Mesh.alone()))
     check = ReplicaCheck(mesh_of())
 
     def sums() -> list[int]:

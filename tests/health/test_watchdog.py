@@ -20,7 +20,7 @@ from tampered_ranks import Ranks, training
 
 import megalite.training.parts
 from megalite.checkpoint.folder import complete_steps
-from megalite.comm.mesh import ALONE, Axis, Mesh, node_name
+from megalite.comm.mesh import ALONE, Axis, Fold, Mesh, node_name
 from megalite.engine.native import NativeEngine
 from megalite.health.heartbeat import Heartbeat, read_all, write
 from megalite.health.report import describe_hang, state_of
@@ -224,6 +224,19 @@ def test_of_ranks_that_all_wait_those_with_fewer_collectives_are_behind() -> Non
     behind, waiting = text.split("behind:")[1].split("waiting for others:")
     assert re.findall(r"rank \d", behind) == ["rank 2", "rank 3"]  # of the world's, and of the tensor group's
     assert "ranks 0-1, 3: step 7; in all_reduce 7 over world for 301 s" in waiting
+
+
+def test_groups_of_experts_are_those_of_their_fold() -> None:
+    """Of data 4 × tensor 2, experts 2 × 2 on two replicas: rank 6 waits for the rank of the other expert, 4."""
+    data, tensor, world = (Axis(size, 0, None, name) for size, name in ((4, "data"), (2, "tensor"), (8, "world")))
+    fold = Fold(Axis(4), Axis(2), Axis(2), Axis(2))
+    mesh = Mesh(ALONE, data, ALONE, tensor, data, ALONE, world, torch.device("cpu"), fold)
+    counts = {"world": 7, "expert": 8}
+    beats = {rank: beat(rank, waits_in="all_reduce", over="world", number=7, collectives=counts) for rank in range(8)}
+    beats[6] = beat(6, waits_in="all_to_all", over="expert", number=9, collectives={"world": 6, "expert": 9})
+    text = describe_hang(beats, range(8), beats[0], mesh, Path("hang"))
+    behind, _ = text.split("behind:")[1].split("waiting for others:")
+    assert re.findall(r"rank \d", behind) == ["rank 4", "rank 6"]  # of the experts', and of the world's
 
 
 def test_a_report_of_many_ranks_stays_short() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from live_bytes import measure_step
 from megalite.checkpoint.folder import read_manifest, step_folder
 from megalite.checkpoint.load import from_seed
 from megalite.checkpoint.tensors import CheckpointError
-from megalite.comm.mesh import ALONE, Axis, Launch
+from megalite.comm.mesh import Axis, Launch, Mesh
 from megalite.config import Config, LoraConfig
 from megalite.errors import ConfigError
 from megalite.infer.generate import find_model, load_model
@@ -131,7 +132,7 @@ def test_a_run_goes_on_from_the_adapter_of_another(root: Path, runs: dict[str, C
     assert config.lora == earlier.model_copy(update={"adapter": folder, "targets": tuple(sorted(earlier.targets))})
     table = weight_table(config.model, config.lora)
     stored = load_file(folder / "adapter_model.safetensors")
-    read = initial_state(config, type("Lone", (), {"tensor": ALONE, "device": "cpu"}), None)  # type: ignore[arg-type]
+    read = initial_state(config, Mesh.alone(), None)
     for weight in (weight for weight in table if not weight.frozen):
         assert torch.equal(read(weight, "weight", 0, weight.numel).view(weight.shape), stored.pop(weight.hf[0]))
     assert not stored
@@ -143,13 +144,14 @@ def test_adapters_begin_as_peft_has_them() -> None:
     rows = {row.name: row for row in weight_table(model, LoraConfig(rank=8))}
     for name in ("layers.0.attention.qkv.q_proj", "layers.1.mlp.down.down_proj"):
         a, b = rows[f"{name}_a"], rows[f"{name}_b"]
-        values = from_seed(3, ALONE)(a, "weight", 0, a.numel)
+        values = from_seed(3, Mesh.alone())(a, "weight", 0, a.numel)
         bound = a.shape[1] ** -0.5
         assert 0.98 * bound < values.abs().max() <= bound
         assert values.var().item() == pytest.approx(bound**2 / 3, rel=0.1)
         assert abs(values.mean().item()) < 0.1 * bound
-        assert not from_seed(3, ALONE)(b, "weight", 0, b.numel).any()
-        locals_ = [from_seed(3, Axis(2, r))(a, "weight", 0, a.numel // 2) for r in range(2)]
+        assert not from_seed(3, Mesh.alone())(b, "weight", 0, b.numel).any()
+        meshes = [replace(Mesh.alone(), tensor=Axis(2, rank)) for rank in range(2)]
+        locals_ = [from_seed(3, mesh)(a, "weight", 0, a.numel // 2) for mesh in meshes]
         if a.shard == "row":
             whole = a.assemble([x.view(a.local_shape(2)) for x in locals_])
             assert torch.equal(whole, values.view(a.shape))

@@ -15,20 +15,23 @@ from torch import Tensor
 from megalite.config import ModelConfig
 from megalite.models import build_model, from_hf_config, model_config, to_hf_config, weight_table
 from megalite.models.weights import VOCAB_MULTIPLE, Weight, layer_rows
+from megalite.plan import Cut
 from tiny_models import CASES, IDS, as_stored
 
 TENSOR = (1, 2, 3, 4)
 
 
 @st.composite
-def weights(draw: st.DrawFn) -> tuple[Weight, int]:
-    """Any row a family could declare, and a number of tensor ranks it can be cut over."""
+def weights(draw: st.DrawFn) -> tuple[Weight, Cut]:
+    """Any row a family could declare, and the ranks it can be cut over."""
     tensor, unit = draw(st.sampled_from(TENSOR)), draw(st.sampled_from([1, 3]))
     shard = draw(st.sampled_from(["column", "row", "vocab", "expert", None]))
     matrix = shard in ("row", "vocab") or draw(st.booleans())
     leading: tuple[int, ...] = ()
+    expert = 1
     if shard != "vocab" and (shard == "expert" or draw(st.booleans())):
-        first = draw(st.integers(1, 2)) * (tensor * unit if shard == "expert" else 1)
+        expert = draw(st.sampled_from([1, 2, 3])) if shard or tensor == 1 else 1
+        first = draw(st.integers(1, 2)) * (tensor * unit if shard == "expert" else 1) * expert
         leading = (first, *draw(st.lists(st.integers(1, 2), max_size=1)))
     if shard == "vocab":
         parts: tuple[int, ...] = ()
@@ -48,16 +51,19 @@ def weights(draw: st.DrawFn) -> tuple[Weight, int]:
     )
     behind = draw(st.lists(st.integers(1, 3), max_size=1)) if matrix and not transpose else []
     shape = (*leading, rows, columns, *behind) if matrix else (*leading, rows)
-    return Weight("w", shape, names, shard, parts, unit, transpose, by_unit, stack=len(leading)), tensor
+    return Weight("w", shape, names, shard, parts, unit, transpose, by_unit, stack=len(leading)), Cut(tensor, expert)
 
 
 def logical_of(weight: Weight) -> Tensor:
     return torch.arange(1.0, weight.numel + 1).view(weight.shape)
 
 
-def local_of(weight: Weight, rank: int, tensor: int) -> Tensor:
+def local_of(weight: Weight, rank: int, cut: Cut) -> Tensor:
     """What a rank holds, by whole-tensor operations."""
-    logical, outputs = logical_of(weight), weight.stack
+    logical, outputs, tensor = logical_of(weight), weight.stack, cut.tensor
+    if cut.expert > 1:
+        logical = logical.chunk(cut.expert)[rank // tensor]
+    rank %= tensor
     if weight.shard == "column":
         parts = logical.split(weight.parts or (weight.shape[outputs],), outputs)
         return torch.cat([part.chunk(tensor, outputs)[rank] for part in parts], outputs)
@@ -75,9 +81,9 @@ def local_of(weight: Weight, rank: int, tensor: int) -> Tensor:
 @given(case=weights(), data=st.data())
 @settings(max_examples=150, deadline=None)
 def test_every_range_of_a_local_tensor_is_read_from_hugging_face_tensors(
-    case: tuple[Weight, int], data: st.DataObject
+    case: tuple[Weight, Cut], data: st.DataObject
 ) -> None:
-    weight, tensor = case
+    weight, cut = case
     stored, fetched = weight.to_hf(logical_of(weight)), 0
 
     def fetch(name: str, where: tuple[slice, ...]) -> Tensor:
@@ -85,11 +91,13 @@ def test_every_range_of_a_local_tensor_is_read_from_hugging_face_tensors(
         fetched += stored[name][where].numel()
         return stored[name][where]
 
-    rank = data.draw(st.integers(0, tensor - 1))
-    local = local_of(weight, rank, tensor)
-    assert local.shape == weight.local_shape(tensor)
+    rank = data.draw(st.integers(0, cut.holders - 1))
+    local = local_of(weight, rank, cut)
+    assert local.shape == weight.local_shape(*cut)
     start, stop = sorted(data.draw(st.tuples(*[st.integers(0, local.numel())] * 2)))
-    found = weight.read_local(lambda w, *where: w.rows_from_hf(fetch, *where), rank, tensor, start, stop)
+    found = weight.read_local(
+        lambda w, *where: w.rows_from_hf(fetch, *where), rank, cut.tensor, start, stop, cut.expert
+    )
     assert torch.equal(found, local.flatten()[start:stop])
     width = local.flatten(0, weight.stack)[0].numel()
     assert fetched <= (stop - start) + 2 * (width - 1), "whole rows at the ends, nothing else"
@@ -97,15 +105,15 @@ def test_every_range_of_a_local_tensor_is_read_from_hugging_face_tensors(
 
 @given(case=weights())
 @settings(max_examples=150, deadline=None)
-def test_the_parts_of_all_ranks_make_the_whole(case: tuple[Weight, int]) -> None:
-    weight, tensor = case
-    locals_ = [local_of(weight, rank, tensor) for rank in range(tensor)]
-    assert torch.equal(weight.assemble(locals_), logical_of(weight))
+def test_the_parts_of_all_ranks_make_the_whole(case: tuple[Weight, Cut]) -> None:
+    weight, cut = case
+    locals_ = [local_of(weight, rank, cut) for rank in range(cut.holders)]
+    assert torch.equal(weight.assemble(locals_, cut.expert), logical_of(weight))
 
 
 @given(case=weights(), data=st.data())
 @settings(max_examples=150, deadline=None)
-def test_hugging_face_and_back(case: tuple[Weight, int], data: st.DataObject) -> None:
+def test_hugging_face_and_back(case: tuple[Weight, Cut], data: st.DataObject) -> None:
     weight, logical = case[0], logical_of(case[0])
     stored = weight.to_hf(logical)
     assert {name: tuple(tensor.shape) for name, tensor in stored.items()} == weight.hf_shapes()
@@ -136,15 +144,17 @@ def test_experts_are_one_tensor_or_many() -> None:
 
 @given(case=weights(), seed=st.integers(0, 3))
 @settings(max_examples=50, deadline=None)
-def test_initial_values_do_not_depend_on_the_layout(case: tuple[Weight, int], seed: int) -> None:
-    weight, tensor = case
+def test_initial_values_do_not_depend_on_the_layout(case: tuple[Weight, Cut], seed: int) -> None:
+    weight, cut = case
     whole = weight.initial_rows(seed, 0, weight.num_rows, None).view(weight.shape)
-    numel = torch.Size(weight.local_shape(tensor)).numel()
+    shape = torch.Size(weight.local_shape(*cut))
     locals_ = [
-        weight.read_local(lambda w, *where: w.initial_rows(seed, *where), rank, tensor, 0, numel)
-        for rank in range(tensor)
+        weight.read_local(
+            lambda w, *where: w.initial_rows(seed, *where), rank, cut.tensor, 0, shape.numel(), cut.expert
+        ).view(shape)
+        for rank in range(cut.holders)
     ]
-    assert torch.equal(weight.assemble([local.view(weight.local_shape(tensor)) for local in locals_]), whole)
+    assert torch.equal(weight.assemble(locals_, cut.expert), whole)
 
 
 def test_initial_values_are_those_of_the_row() -> None:

@@ -124,7 +124,7 @@ def run(folder: Path, layout: Layout) -> Result:
     key = Layout(layout.tensor, False, layout.pipeline, layout.context)
     mesh = MESHES.setdefault(key, MESHES.get(key) or make_mesh(plan, torch.device("cpu")))
     parts = build(config, plan, mesh)
-    parts.engine.load(from_hf(folder, table, config.model, mesh.tensor))
+    parts.engine.load(from_hf(folder, table, config.model, mesh))
     owners = {
         weight.name: plan.rank_at(next(s.index for s in plan.stages if s.holds(weight.place)) % plan.pipeline, 0, 0)
         for weight in table

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lazy_collectives import lazy_collectives
 from megalite.checkpoint.load import from_seed
-from megalite.comm.mesh import Axis, Launch, Mesh, make_mesh
+from megalite.comm.mesh import Launch, Mesh, make_mesh
 from megalite.config import Config
 from megalite.config_file import parse_config
 from megalite.data.loader import MicroBatch
@@ -61,7 +61,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "moe-packed": {
         "family": "qwen3_moe", "vocab_size": 193, "hidden_size": 48, "intermediate_size": 80, "num_layers": 4,
         "num_attention_heads": 4, "num_kv_heads": 2, "max_positions": LENGTH, "init_std": 0.1,
-        "moe_intermediate_size": 24, "num_experts": 6, "experts_per_token": 2, "norm_topk_prob": True,
+        "moe_intermediate_size": 32, "num_experts": 8, "experts_per_token": 2, "norm_topk_prob": True,
         "mlp_only_layers": [1], "router_aux_loss_coef": 0.1,
     },
 }  # fmt: skip
@@ -77,6 +77,8 @@ class Layout:
     schedule: str = "1f1b"
     virtual: int = 1
     context: int = 1
+    expert: int = 1
+    expert_tensor: int | None = None
     zero: int = 1
     micro: int = 1
     recompute: str = "none"
@@ -92,6 +94,8 @@ class Layout:
             name += f"-pp{self.pipeline}-{self.schedule}{self.virtual}"
         if self.context > 1:
             name += f"-cp{self.context}"
+        name += f"-ep{self.expert}" if self.expert > 1 else ""
+        name += f"-etp{self.expert_tensor}" if self.expert_tensor else ""
         name += f"-{self.recompute}" if self.recompute != "none" else ""
         name += f"-chunks{self.loss_chunk}" if self.loss_chunk else ""
         name += "-compiled" if self.compile else ""
@@ -110,7 +114,7 @@ def layouts(ranks: int) -> Iterator[Layout]:
         )
         for (schedule, virtual), sequence, zero in itertools.product(passes, (False, True), (0, 1, 2)):
             if pipeline * virtual <= 4 and (tensor > 1 or not sequence) and (shared or zero == 1):
-                yield Layout(ranks, tensor, sequence, pipeline, schedule or "1f1b", virtual, context, zero)
+                yield Layout(ranks, tensor, sequence, pipeline, schedule or "1f1b", virtual, context, zero=zero)
 
 
 def with_options(layout: Layout) -> Iterator[Layout]:
@@ -207,6 +211,22 @@ WITH_EXPERTS = [
     Layout(2, zero=2, optimizer="muon"),
     Layout(4, tensor=2, sequence=True, pipeline=2, recompute="selective"),
     Layout(8, tensor=2, sequence=True, pipeline=2, schedule="1f1b", context=2),
+    Layout(2, expert=2),
+    Layout(2, expert=2, zero=2, micro=2, recompute="full"),
+    Layout(2, expert=2, optimizer="muon", recompute="selective"),
+    Layout(2, context=2, expert=2, zero=0, micro=2),
+    Layout(2, tensor=2, sequence=True, expert=2, expert_tensor=1),
+    Layout(2, expert_tensor=2, zero=2),
+    Layout(4, expert=4),
+    Layout(4, tensor=2, sequence=True, expert=2, zero=2, optimizer="muon"),
+    Layout(4, tensor=2, expert=2),
+    Layout(4, tensor=2, sequence=True, expert=4, expert_tensor=1, recompute="full"),
+    Layout(4, expert=2, zero=1, optimizer="muon"),
+    Layout(4, pipeline=2, schedule="zero_bubble", expert=2, zero=1),
+    Layout(4, pipeline=2, schedule="interleaved", virtual=2, tensor=2, sequence=True, expert=2, expert_tensor=1),
+    Layout(4, context=2, expert=2, expert_tensor=2, zero=2),
+    Layout(8, tensor=2, sequence=True, context=2, expert=2, expert_tensor=1, zero=2),
+    Layout(8, tensor=2, sequence=True, pipeline=2, expert=4, expert_tensor=1, schedule="zero_bubble", virtual=2),
 ]
 
 
@@ -238,6 +258,7 @@ def config_of(model: str, layout: Layout) -> Config:
                 "tensor": layout.tensor, "sequence": layout.sequence, "zero_stage": layout.zero,
                 "pipeline": layout.pipeline, "schedule": layout.schedule, "virtual": layout.virtual,
                 "context": layout.context, "engine": layout.engine,
+                "expert": layout.expert, "expert_tensor": layout.expert_tensor,
                 "bucket_mb": 0.05,  # several buckets even in so small a model
             },
             "train": {
@@ -304,7 +325,7 @@ def train_layout(model_name: str, layout: Layout) -> Result:
     mesh = mesh_of(plan)
     parts = build(config, plan, mesh)
     engine = parts.engine
-    engine.load(from_seed(SEED, mesh.tensor))
+    engine.load(from_seed(SEED, mesh))
     to_first = {w.name: plan.rank_at(place_of(w, plan), 0, 0) for w in weights}
     result: Result = {"loss": [], "norm": [], "grads": []}
     for step in range(STEPS):
@@ -322,7 +343,7 @@ MESHES: dict[tuple[int, ...], Mesh] = {}
 
 
 def mesh_of(plan: Plan) -> Mesh:
-    shape = (plan.pipeline, plan.data, plan.context, plan.tensor)
+    shape = (plan.pipeline, plan.data, plan.context, plan.tensor, *plan.experts)
     if shape not in MESHES:
         MESHES[shape] = make_mesh(plan, torch.device("cpu"))
     return MESHES[shape]
@@ -373,7 +394,7 @@ def reference(model_name: str, optimizer_name: str = "adamw") -> Result:
     megalite engine."""
     config = config_of(model_name, Layout(1, optimizer=optimizer_name))
     weights = weight_table(config.model)
-    read = from_seed(SEED, Axis())
+    read = from_seed(SEED, Mesh.alone())
     model = family(config.model.family).MODEL(config.model)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
@@ -500,6 +521,17 @@ def test_zero_stages_give_the_same_bits(optimizer: str) -> None:
             assert all(torch.equal(other[kind][name], first[kind][name]) for name in first[kind])
 
 
+def test_sums_of_experts_do_not_depend_on_where_they_are() -> None:
+    """With two replicas of dense weights. Of an expert's own gradient, the sum over tokens of other ranks is another
+    one: a product here, a reduction there."""
+    cases = [("moe-packed", Layout(4, tensor=2, sequence=True, expert=n, expert_tensor=1)) for n in (1, 2, 4)]
+    first, *others = run_ranks(4, train_layouts, cases)[0]
+    for other in others:
+        assert other["loss"] == first["loss"]
+        for name, grad in first["grads"][0].items():
+            assert ".experts." in name or torch.equal(other["grads"][0][name], grad), name
+
+
 LAZILY = [
     ("llama", Layout(2, zero=0)),
     ("llama", Layout(2, zero=1)),
@@ -509,6 +541,7 @@ LAZILY = [
     ("llama-packed", Layout(2, tensor=2, sequence=True, zero=2, micro=2)),
     ("llama-packed", Layout(2, context=2, zero=1, recompute="full")),
     ("llama-packed", Layout(2, pipeline=2, schedule="zero_bubble", zero=1)),
+    ("moe-packed", Layout(2, expert=2, zero=2)),
 ]  # fmt: skip
 
 
@@ -539,7 +572,7 @@ def test_reference_would_notice_a_wrong_gradient() -> None:
     plan = make_plan(config, weight_table(config.model), 1)
     mesh = make_mesh(plan, torch.device("cpu"))
     parts = build(config, plan, mesh)
-    parts.engine.load(from_seed(SEED, Axis()))
+    parts.engine.load(from_seed(SEED, Mesh.alone()))
     forward_backward(parts, micro_batches("llama", 0, layout, 0, 1)[1:], mesh, SEED)
     grads = parts.engine.gather("grad", dict.fromkeys(wanted, 0))
     assert min(relative_error(grads[name], wanted[name]) for name in wanted) > 1e-2
@@ -553,7 +586,7 @@ def whole_gradients_alive(rank: int, world_size: int, zero: int) -> tuple[int, i
     mesh = make_mesh(plan, Launch.from_environment().device)
     parts = build(config, plan, mesh)
     engine = parts.engine
-    engine.load(from_seed(SEED, mesh.tensor))
+    engine.load(from_seed(SEED, mesh))
     assert isinstance(engine, NativeEngine)
     most = 0
 

@@ -110,7 +110,7 @@ def test_estimate_by_hand_for_a_rank_alone() -> None:
     outlook = Outlook(config, plan, H100, ModelTable(config))
     passes = sum(outlook.work[0].times[kind] for kind in "FB")
     assert one.step_time_s == pytest.approx(4 * passes + outlook.optimizer_s)
-    assert one.volume == dict.fromkeys(("tensor", "context", "data", "pipeline"), 0.0)
+    assert one.volume == dict.fromkeys(("tensor", "context", "expert", "data", "pipeline"), 0.0)
     assert one.bubble == pytest.approx(0.0, abs=1e-9)
     assert 0.2 < one.mfu < 0.7
     assert one.tokens_per_s == pytest.approx(4 * 4096 / one.step_time_s)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megalite.checkpoint.load import from_seed
-from megalite.comm.mesh import Axis, make_mesh
+from megalite.comm.mesh import Mesh, make_mesh
 from megalite.config import Config
 from megalite.config_file import parse_config
 from megalite.data.loader import MicroBatch
@@ -85,7 +85,7 @@ def step(layout: str) -> dict[str, Any]:
     plan = make_plan(config, table, ranks)
     mesh = make_mesh(plan, torch.device("cpu"))
     parts = build(config, plan, mesh)
-    parts.engine.load(from_seed(SEED, mesh.tensor))
+    parts.engine.load(from_seed(SEED, mesh))
     whole = whole_batch()
     rows = torch.arange(BATCH).view(-1, mesh.data.size, plan.micro_batch_size)[:, mesh.data.rank]
     batch = [MicroBatch(whole.tokens[row], whole.labels[row], whole.samples[row]) for row in rows]
@@ -105,7 +105,7 @@ def plain() -> dict[str, Any]:
     """The same on whole rows, with the losses written out and torch alone."""
     config = config_of({}, {})
     model = family("blend").MODEL(config.model)
-    parameters, read = dict(model.named_parameters()), from_seed(SEED, Axis())
+    parameters, read = dict(model.named_parameters()), from_seed(SEED, Mesh.alone())
     with torch.no_grad():
         for weight in weight_table(config.model):
             parameters[weight.name].copy_(read(weight, "weight", 0, weight.numel).view(weight.shape))
@@ -165,7 +165,7 @@ def step_without_labels() -> tuple[dict[str, float], float]:
     plan = make_plan(config, weight_table(config.model), 1)
     mesh = make_mesh(plan, torch.device("cpu"))
     parts = build(config, plan, mesh)
-    parts.engine.load(from_seed(SEED, mesh.tensor))
+    parts.engine.load(from_seed(SEED, mesh))
     whole = whole_batch()
     found = forward_backward(parts, [MicroBatch(whole.tokens, whole.labels * 0 + IGNORE, whole.samples)], mesh, SEED)
     return {name: x.item() for name, x in found.items()}, parts.engine.step(1.0).item()

@@ -142,7 +142,7 @@ TEACHER = MODEL | {"hidden_size": 32, "intermediate_size": 40, "tie_embeddings":
 
 def write_teacher(folder: Path) -> Path:
     config = model_config(TEACHER)
-    read, tensors = from_seed(SEED + 1, Axis()), {}
+    read, tensors = from_seed(SEED + 1, Mesh.alone()), {}
     for weight in weight_table(config):
         tensors |= weight.to_hf(read(weight, "weight", 0, weight.numel).view(weight.shape))
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
@@ -189,7 +189,7 @@ def step(folder: Path, objective: str, layout: str) -> dict[str, Any]:
     plan = make_plan(config, table, ranks)
     mesh = make_mesh(plan, torch.device("cpu"))
     parts = build(config, plan, mesh)
-    parts.engine.load(from_seed(SEED, mesh.tensor))
+    parts.engine.load(from_seed(SEED, mesh))
     whole, rows = whole_batch(), torch.arange(BATCH).view(-1, mesh.data.size, 1)[:, mesh.data.rank]
     batch = [MicroBatch(whole.tokens[row], whole.labels[row], whole.samples[row]) for row in rows]
     parts.train(False)
@@ -209,7 +209,7 @@ def step(folder: Path, objective: str, layout: str) -> dict[str, Any]:
 def clean_model(values: dict[str, Any], seed: int) -> Decoder:
     config = model_config(values)
     model = family(config.family).MODEL(config)
-    parameters, read = dict(model.named_parameters()), from_seed(seed, Axis())
+    parameters, read = dict(model.named_parameters()), from_seed(seed, Mesh.alone())
     with torch.no_grad():
         for weight in weight_table(config):
             parameters[weight.name].copy_(read(weight, "weight", 0, weight.numel).view(weight.shape))

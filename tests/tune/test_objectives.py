@@ -101,7 +101,7 @@ def step(root: Path, objective: str, layout: str, mesh: Mesh) -> dict[str, Any]:
     run = Run(config, plan, mesh, None)
     if objective == "dpo":
         prepare_references(run, parts, data)
-    parts.engine.load(from_hf(root / f"{objective}-later", table, config.model, mesh.tensor))
+    parts.engine.load(from_hf(root / f"{objective}-later", table, config.model, mesh))
     with make_loader(data["train"], run) as loader:
         found = forward_backward(parts, next(loader), mesh, seed=0)
     owners = {

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megalite.checkpoint.load import from_seed
-from megalite.comm.mesh import ALONE, make_mesh
+from megalite.comm.mesh import Mesh, make_mesh
 from megalite.config import Config
 from megalite.config_file import parse_config
 from megalite.data.loader import MicroBatch
@@ -45,7 +45,7 @@ def megalite_step(config: Config, device: torch.device) -> Step:
     plan = make_plan(config, weight_table(config.model), 1)
     mesh = make_mesh(plan, device)
     parts = build(config, plan, mesh)
-    parts.engine.load(from_seed(0, ALONE, device))
+    parts.engine.load(from_seed(0, Mesh.alone(), device))
 
     def step(tokens: Tensor) -> Tensor:
         samples = torch.arange(len(tokens), device=device)

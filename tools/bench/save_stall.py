@@ -66,7 +66,7 @@ def run(rank: int, ranks: int, folder: Path, arguments: argparse.Namespace) -> N
     mesh = make_mesh(plan, device)
     parts = build(config, plan, mesh)
     engine, model = parts.engine, parts.stages[0].model
-    engine.load(from_seed(0, mesh.tensor, device))
+    engine.load(from_seed(0, mesh, device))
     owners = choose_owners(plan, weights, config.optimizer, elements_of(config.parallel.bucket_mb))
     saver = Saver(folder / "checkpoints", 2, weights, mesh, engine, owners, lambda folder: None)
     waits = Waits(engine)

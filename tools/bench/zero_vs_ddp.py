@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from megalite.checkpoint.load import from_seed
-from megalite.comm.mesh import Axis, make_mesh
+from megalite.comm.mesh import Mesh, make_mesh
 from megalite.config_file import parse_config
 from megalite.engine.optimizers.adamw import AdamWConfig
 from megalite.models import family, model_config, weight_table
@@ -37,7 +37,7 @@ def ddp_step(preset: str) -> Step:
     config = model_config({"preset": preset})
     weights = weight_table(config)
     model = family(config.family).MODEL(config)
-    read = from_seed(0, Axis())
+    read = from_seed(0, Mesh.alone())
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for weight in weights:
@@ -70,7 +70,7 @@ def native_step(preset: str, zero_stage: int, ranks: int) -> Step:
     plan = make_plan(config, weight_table(config.model), ranks)
     parts = build(config, plan, make_mesh(plan, torch.device("cpu")))
     model, engine = parts.stages[0].model, parts.engine
-    engine.load(from_seed(0, Axis()))
+    engine.load(from_seed(0, Mesh.alone()))
 
     def step(tokens: Tensor) -> float:
         loss = model.loss(model(tokens[:, :-1]), tokens[:, 1:]).mean()
