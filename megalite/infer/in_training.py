@@ -52,8 +52,8 @@ class TasksInTraining:
         """Evaluate the model of `stages` (and `pipeline`) and return the metrics, as `numbers_of` names them, on the
         first data rank; empty elsewhere. All ranks of `mesh` call it."""
         generator = _generator(TrainingModel(stages, pipeline, mesh, self._config), self._tokenizer)
-        # Under ZeRO-3, data ranks gather each other's weights in every layer, and they send each other tokens where they
-        # share experts: they must run the same forward passes.
+        # Under ZeRO-3, data ranks gather each other's weights in every layer; where they share experts, they send each
+        # other tokens. Then they must run the same forward passes.
         together = self._config.parallel.zero_stage == 3 or mesh.data_shares_experts
         apart = not together and self._fewest >= mesh.data.size
         model = self._harness.HarnessModel(generator, mesh.data if apart else ALONE)
