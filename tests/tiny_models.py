@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-PROJECTIONS = {"mixtral": ("w1", "w3", "w2"), "qwen3_moe": ("gate_proj", "up_proj", "down_proj")}
-"""What an expert's gate, up and down are called in files, by family."""
+PROJECTIONS = {"mixtral": ("w1", "w3", "w2")}
+"""What an expert's gate, up and down are called in files, by family; elsewhere they are these."""
+GATE_UP_DOWN = ("gate_proj", "up_proj", "down_proj")
 IDS: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 LLAMA: dict[str, Any] = {
     "model_type": "llama", "vocab_size": 99, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2,
@@ -31,6 +32,13 @@ MIXTRAL = GROUPED | {
 QWEN3_MOE = QWEN3 | {
     "model_type": "qwen3_moe", "moe_intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 3,
     "router_aux_loss_coef": 0.0,
+}  # fmt: skip
+QWEN2_MOE = GROUPED | {
+    "model_type": "qwen2_moe", "moe_intermediate_size": 24, "shared_expert_intermediate_size": 20, "num_experts": 5,
+    "num_experts_per_tok": 2, "router_aux_loss_coef": 0.0,
+}  # fmt: skip
+OLMOE = LLAMA | {
+    "model_type": "olmoe", "num_experts": 6, "num_experts_per_tok": 3, "router_aux_loss_coef": 0.0,
 }  # fmt: skip
 GEMMA2 = GROUPED | {
     "model_type": "gemma2", "head_dim": 12, "query_pre_attn_scalar": 12, "sliding_window": 7,
@@ -90,6 +98,10 @@ CASES: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True, "mlp_only_layers": [0], "num_experts_per_tok": 2, "use_sliding_window": True,
         "sliding_window": 7,
     },
+    "qwen2_moe": QWEN2_MOE,
+    "qwen2_moe-dense-among": QWEN2_MOE | {"norm_topk_prob": True, "decoder_sparse_step": 2},
+    "olmoe": OLMOE,
+    "olmoe-renormalized": OLMOE | {"num_key_value_heads": 2, "norm_topk_prob": True, "rms_norm_eps": 1e-3},
     "smollm3": GROUPED | {"model_type": "smollm3", "no_rope_layers": [1, 0]},
     "phi3": GROUPED | {"model_type": "phi3", "sliding_window": 7},
     "phi3-short": LLAMA | {
@@ -128,7 +140,7 @@ def as_stored(family: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if not experts:
             found[name] = tensor
             continue
-        gate, up, down = PROJECTIONS[family]
+        gate, up, down = PROJECTIONS.get(family, GATE_UP_DOWN)
         for number, matrix in enumerate(tensor):
             parts = {gate: matrix.chunk(2)[0], up: matrix.chunk(2)[1]} if which == "gate_up_proj" else {down: matrix}
             found |= {f"{block}.experts.{number}.{part}.weight": rows for part, rows in parts.items()}

@@ -106,6 +106,8 @@ class ExpertsSpec(FeedForwardSpec):
     """How many of them a token visits."""
     shared_inner: int = 0
     """Inner features of the experts that every token visits besides."""
+    shared_gate: bool = False
+    """True if a gate, of one output feature, weighs what these return."""
 
     @property
     def active_inner(self) -> int:
@@ -114,7 +116,7 @@ class ExpertsSpec(FeedForwardSpec):
     def num_elements(self, hidden_size: int) -> int:
         """Return the elements of all experts and of the router."""
         inner = self.num_experts * self.inner + self.shared_inner
-        return self._of(inner, hidden_size) + self.num_experts * hidden_size
+        return self._of(inner, hidden_size) + (self.num_experts + self.shared_gate) * hidden_size
 
 
 @dataclass(frozen=True)

@@ -15,20 +15,24 @@ from torch import Tensor
 from megalite.kernels.activation import swiglu
 from megalite.kernels.experts import Groups, group_by_expert, grouped_linear, router_logits, top_k, unpermute
 from megalite.models.architecture import ExpertsSpec, FeedForwardSpec
-from megalite.models.hf import Keys, agreed
+from megalite.models.hf import REQUIRED, Keys, agreed
 from megalite.models.layer_loss import LayerLoss
-from megalite.models.llama import LIKE_LLAMA, Attention, Layer, residual_std
+from megalite.models.llama import LIKE_LLAMA, MLP, Attention, Layer, LlamaLike, mlp_rows, residual_std
 from megalite.models.weights import Weight
-from megalite.models.windows import Windowed
 
 
-class RoutedConfig(Windowed):
+class RoutedConfig(LlamaLike):
     """Fields of families with a mixture of experts."""
 
     num_experts: int = Field(gt=1)  # transformers opens no model with one
     experts_per_token: int = Field(gt=0, description="How many experts each token visits.")
     router_aux_loss_coef: float = Field(
         0.001, ge=0, description="Weight of each layer's load-balancing loss, which is 1 in balance. 0: none."
+    )
+    router_z_loss_coef: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of each layer's router z-loss, the mean square of the log-sum-exp of its logits. 0: none.",
     )
     load_balancing: Literal["sequence"] = Field(
         "sequence",
@@ -64,6 +68,16 @@ class RoutedConfig(Windowed):
         """Return whether the weights of a token's experts add up to 1."""
         return True
 
+    @property
+    def shared_inner(self) -> int:
+        """Return the inner features of the experts that every token visits beside those chosen for it; 0: none."""
+        return 0
+
+    @property
+    def gates_shared(self) -> bool:
+        """Return whether a gate weighs what these experts return."""
+        return False
+
     def is_routed(self, layer: int) -> bool:
         """Return whether a layer has experts; others have a dense MLP."""
         return True
@@ -73,8 +87,38 @@ class RoutedConfig(Windowed):
             return super().feed_forward(layer)
         return ExpertsSpec(
             inner=self.expert_inner, gated=True, activation=self.GATE, num_experts=self.num_experts,
-            experts_per_token=self.experts_per_token,
+            experts_per_token=self.experts_per_token, shared_inner=self.shared_inner, shared_gate=self.gates_shared,
         )  # fmt: skip
+
+
+class Among(RoutedConfig):
+    """Fields of families whose layers with experts may be among dense ones."""
+
+    moe_intermediate_size: int = Field(gt=0, description="Inner features of an expert; intermediate_size is dense.")
+    norm_topk_prob: bool = Field(False, description="Have the weights of a token's experts add up to 1.")
+    decoder_sparse_step: int = Field(1, gt=0, description="Every so many layers one has experts, the others are dense.")
+    mlp_only_layers: tuple[int, ...] = Field((), description="Numbers of layers, from 0, that are dense in any case.")
+
+    @model_validator(mode="after")
+    def _dense_layers_exist(self) -> Among:
+        for layer in self.mlp_only_layers:
+            if not 0 <= layer < self.num_layers:
+                last = self.num_layers - 1
+                raise ValueError(
+                    f"mlp_only_layers names layer {layer}; the {self.num_layers} layers have the numbers 0 to {last}"
+                )
+        return self
+
+    @property
+    def expert_inner(self) -> int:
+        return self.moe_intermediate_size
+
+    @property
+    def renormalizes(self) -> bool:
+        return self.norm_topk_prob
+
+    def is_routed(self, layer: int) -> bool:
+        return layer not in self.mlp_only_layers and (layer + 1) % self.decoder_sparse_step == 0
 
 
 class Router(nn.Module):
@@ -84,19 +128,23 @@ class Router(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
         self.experts_per_token, self.renormalizes = config.experts_per_token, config.renormalizes
-        coefficient = config.router_aux_loss_coef
-        self.load_balance = LayerLoss("load_balance", coefficient) if coefficient else None
+        balance, z_loss = config.router_aux_loss_coef, config.router_z_loss_coef
+        self.load_balance = LayerLoss("load_balance", balance) if balance else None
+        self.z_loss = LayerLoss("router_z", z_loss) if z_loss else None
 
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return `x`, with the load-balancing loss attached, and for each token its experts in ascending order: their
+        """Return `x`, with the router's losses attached, and for each token its experts in ascending order: their
         weights [B,T,K], fp32, and indices [B,T,K]."""
-        probability_BTE = router_logits(x_BTD, self.weight).softmax(-1)
+        logits_BTE = router_logits(x_BTD, self.weight)
+        probability_BTE = logits_BTE.softmax(-1)
         index_BTK = top_k(probability_BTE.detach(), self.experts_per_token)
         weight_BTK = probability_BTE.gather(-1, index_BTK)
         if self.renormalizes:
             weight_BTK = weight_BTK / weight_BTK.sum(-1, keepdim=True)
         if self.load_balance is not None and self.load_balance.is_on:
             x_BTD = self.load_balance(x_BTD, self.imbalance(self.load_balance, probability_BTE, index_BTK))
+        if self.z_loss is not None and self.z_loss.is_on:
+            x_BTD = self.z_loss(x_BTD, logits_BTE.logsumexp(-1).square())  # Zoph et al. 2022
         return x_BTD, weight_BTK, index_BTK
 
     @staticmethod
@@ -146,14 +194,23 @@ class Experts(nn.Module):
 
 
 class SparseMLP(nn.Module):
-    """A router and its experts, in the place of a dense MLP."""
+    """A router and its experts, in the place of a dense MLP, and in some families experts beside them that every token
+    visits."""
 
     def __init__(self, config: RoutedConfig):
         super().__init__()
         self.router, self.experts = Router(config), Experts(config)
+        self.shared = MLP(config, config.shared_inner) if config.shared_inner else None
+        self.shared_gate = nn.Linear(config.hidden_size, 1, bias=False) if config.gates_shared else None
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.experts(*self.router(x_BTD))
+        out_BTD = self.experts(*self.router(x_BTD))
+        if self.shared is None:
+            return out_BTD
+        shared_BTD = self.shared(x_BTD)
+        if self.shared_gate is not None:
+            shared_BTD = self.shared_gate(x_BTD).sigmoid() * shared_BTD
+        return out_BTD + shared_BTD
 
 
 class RoutedLayer(Layer):
@@ -164,7 +221,19 @@ class RoutedLayer(Layer):
         self.mlp = SparseMLP(config)
 
 
-def expert_rows(config: RoutedConfig, block: str, gate: str, up: str, down: str) -> tuple[Weight, ...]:
+def shared_rows(config: RoutedConfig, hf: str) -> tuple[Weight, ...]:
+    """Return the rows of the experts that every token visits, which Hugging Face calls `hf`."""
+    gate = Weight(
+        "mlp.shared_gate.weight", (1, config.hidden_size), (f"{hf}_gate.weight",), init=config.init_std,
+        partial_grad="sequence",
+    )  # fmt: skip
+    rows = mlp_rows(config, inner=config.shared_inner, name="mlp.shared", hf=hf)
+    return (*rows, gate) if config.gates_shared else rows
+
+
+def expert_rows(
+    config: RoutedConfig, block: str = "mlp", gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj"
+) -> tuple[Weight, ...]:
     """Return the rows of a router and its experts. `block` is what Hugging Face calls both, `gate`, `up` and `down` the
     projections of an expert."""
     experts, hidden, inner = config.num_experts, config.hidden_size, config.expert_inner
@@ -201,6 +270,39 @@ ROUTED: Keys = LIKE_LLAMA.but(
     output_router_logits="what transformers returns beside the logits, and adds to its own loss",
 )
 """Keys of families with a mixture of experts."""
+
+
+AMONG: Keys = ROUTED.but(
+    used={
+        "moe_intermediate_size": REQUIRED,
+        "norm_topk_prob": False,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": None,
+    },
+)
+"""Keys of families whose layers with experts may be among dense ones."""
+
+
+def among_to_hf(config: Among) -> dict[str, Any]:
+    """Return the keys of config.json that families with dense layers among those with experts share."""
+    return routed_to_hf(config) | {
+        "num_experts": config.num_experts,
+        "moe_intermediate_size": config.moe_intermediate_size,
+        "norm_topk_prob": config.norm_topk_prob,
+        "decoder_sparse_step": config.decoder_sparse_step,
+        "mlp_only_layers": list(config.mlp_only_layers),
+    }
+
+
+def among_from_hf(hf: dict[str, Any], usual: int) -> dict[str, Any]:
+    """Return the fields that families with dense layers among those with experts share. `usual` is transformers'
+    default for the number of experts."""
+    return routed_from_hf(hf, "num_experts", "num_local_experts", usual=usual) | {
+        "moe_intermediate_size": hf["moe_intermediate_size"],
+        "norm_topk_prob": hf["norm_topk_prob"],
+        "decoder_sparse_step": hf["decoder_sparse_step"],
+        "mlp_only_layers": hf["mlp_only_layers"] or (),
+    }
 
 
 def routed_to_hf(config: RoutedConfig) -> dict[str, Any]:

@@ -212,10 +212,12 @@ class HeadNormAttention(Attention):
 class MLP(nn.Module):
     """Gated MLP (SwiGLU or GeGLU), on one fused gate and up projection."""
 
-    def __init__(self, config: LlamaLike):
+    def __init__(self, config: LlamaLike, inner: int | None = None):
+        """`inner`: its inner features, where they are not `config.intermediate_size`."""
         super().__init__()
-        self.gate_up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        inner = inner or config.intermediate_size
+        self.gate_up = nn.Linear(config.hidden_size, 2 * inner, bias=False)
+        self.down = nn.Linear(inner, config.hidden_size, bias=False)
         self.gate = {"silu": swiglu, "gelu": geglu}[config.GATE]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -327,13 +329,20 @@ def head_norm_rows(config: LlamaLike) -> tuple[Weight, ...]:
     )  # fmt: skip
 
 
-def mlp_rows(config: LlamaLike, gate_up: tuple[str, ...] = ("gate_proj", "up_proj")) -> tuple[Weight, ...]:
-    """Return the rows of the MLP. `gate_up` names the Hugging Face modules that make up its first projection."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    names = tuple(f"mlp.{module}.weight" for module in gate_up)
+def mlp_rows(
+    config: LlamaLike,
+    gate_up: tuple[str, ...] = ("gate_proj", "up_proj"),
+    inner: int | None = None,
+    name: str = "mlp",
+    hf: str = "mlp",
+) -> tuple[Weight, ...]:
+    """Return the rows of an MLP. `gate_up` names the Hugging Face modules that make up its first projection; `inner` is
+    as in `MLP`; the module is called `name` here and `hf` by Hugging Face."""
+    hidden, inner = config.hidden_size, inner or config.intermediate_size
+    names = tuple(f"{hf}.{module}.weight" for module in gate_up)
     return (
-        Weight("mlp.gate_up.weight", (2 * inner, hidden), names, "column", (inner, inner), init=config.init_std),
-        Weight("mlp.down.weight", (hidden, inner), ("mlp.down_proj.weight",), "row", init=residual_std(config)),
+        Weight(f"{name}.gate_up.weight", (2 * inner, hidden), names, "column", (inner, inner), init=config.init_std),
+        Weight(f"{name}.down.weight", (hidden, inner), (f"{hf}.down_proj.weight",), "row", init=residual_std(config)),
     )
 
 

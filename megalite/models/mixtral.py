@@ -11,9 +11,10 @@ from megalite.models import rope
 from megalite.models.experts import ROUTED, RoutedConfig, RoutedLayer, expert_rows, routed_from_hf, routed_to_hf
 from megalite.models.llama import Attention, Llama, fields_from_hf, fields_to_hf, layer_table, table
 from megalite.models.weights import Weight
+from megalite.models.windows import Windowed
 
 
-class MixtralConfig(RoutedConfig):
+class MixtralConfig(RoutedConfig, Windowed):
     family: Literal["mixtral"] = "mixtral"
 
     ROPE: ClassVar[rope.Names] = rope.Names(theta=1e6)

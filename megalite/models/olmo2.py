@@ -56,7 +56,7 @@ class Olmo2(Llama):
 
 def weights(config: Olmo2Config) -> Iterator[Weight]:
     layer = (
-        *attention_rows(config, norms=tuple(_projection_norms(config))),
+        *attention_rows(config, norms=tuple(projection_norms(config))),
         norm_row(config, "attention_norm", "post_attention_layernorm"),
         *mlp_rows(config),
         norm_row(config, "mlp_norm", "post_feedforward_layernorm"),
@@ -64,7 +64,7 @@ def weights(config: Olmo2Config) -> Iterator[Weight]:
     yield from table(config, layer)
 
 
-def _projection_norms(config: Olmo2Config) -> Iterator[Weight]:
+def projection_norms(config: LlamaLike) -> Iterator[Weight]:
     """Yield the rows of the norms of queries and keys, which are cut over tensor ranks as the heads are."""
     for part, heads in (("q", config.num_attention_heads), ("k", config.kv_heads)):
         name, size = f"{part}_norm.weight", heads * config.head_size

@@ -44,7 +44,7 @@ def test_described_parameters_are_those_of_the_table(case: str) -> None:
     assert len(architecture.layers) == config.num_layers
 
 
-MATRICES = ("qkv.weight", "out.weight", "gate_up.weight", "up.weight", "down.weight", "router.weight")
+MATRICES = ("qkv.weight", "out.weight", "gate_up.weight", "up.weight", "down.weight", "router.weight", "_gate.weight")
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -229,7 +229,9 @@ def test_every_key_is_computed_as_transformers_does_or_refused(pytestconfig: pyt
     wrong = {case: said for case, said in found.items() if said.startswith("off")}
     assert not wrong
     kinds = Counter(said.partition(":")[0] for said in found.values())
-    assert kinds["not legal"] < 0.06 * len(found) < 0.2 * kinds["equal"], "the sweep tries something"
+    # Of all, 4 in 100 are not legal; of the 75 that are drawn, chance can make it 7.
+    assert kinds["not legal"] < 0.1 * len(found), "the sweep tries something"
+    assert kinds["equal"] > 0.3 * len(found), "the sweep tries something"
     for (name, what), said in found.items():
         if what.partition(" = ")[0] in family(name).KEYS.neutral:
             assert not said.startswith("refused"), (name, what, said)
@@ -277,6 +279,7 @@ FIELDS: dict[str, list[Any]] = {
     "experts_per_token": [1, 2, 2, 3],
     "router_aux_loss_coef": [0, 0.01],
     "moe_intermediate_size": [8, 12],
+    "shared_expert_intermediate_size": [8, 20],
     "norm_topk_prob": [False, True],
     "decoder_sparse_step": [1, 2],
     "mlp_only_layers": [[], [0], [1]],
@@ -296,6 +299,7 @@ NEEDED = (
     "num_experts",
     "experts_per_token",
     "moe_intermediate_size",
+    "shared_expert_intermediate_size",
 )
 
 
@@ -417,6 +421,14 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "attention_bias": False, "max_window_layers": 48, "num_experts": 6, "output_router_logits": False,
         "rope_scaling": None, "sliding_window": None, "use_sliding_window": False, "head_dim": 12,
     },
+    "qwen2_moe": {
+        "max_window_layers": 21, "num_experts": 5, "output_router_logits": False, "sliding_window": 32768,
+        "use_sliding_window": False, "decoder_sparse_step": 1,
+    },
+    "olmoe": {
+        "attention_bias": False, "clip_qkv": None, "output_router_logits": False, "rope_scaling": None,
+        "router_aux_loss_coef": 0.01, "eos_token_id": 97, "pad_token_id": 1,
+    },
     "smollm3": {"max_window_layers": 28, "pretraining_tp": 2, "sliding_window": None, "use_sliding_window": False},
     "phi3": {
         "auto_map": {"AutoConfig": "configuration_phi3.Phi3Config"}, "attention_bias": False, "full_attn_mod": 1,
@@ -516,7 +528,7 @@ def test_gemma_3_reads_all_of_what_turns_windowed_layers(rope: dict[str, Any]) -
         opens("gemma3_text", rope_parameters=ropes | {SLIDING: ropes[SLIDING] | rope})
 
 
-@pytest.mark.parametrize("kind", ["ministral", "olmo3", "gpt_oss", "qwen2_moe", "gemma3", "lama"])
+@pytest.mark.parametrize("kind", ["ministral", "olmo3", "gpt_oss", "deepseek_v2", "gemma3", "lama"])
 def test_no_other_architecture_is_named_for_one_that_is_unknown(kind: str) -> None:
     with pytest.raises(ConfigError, match=f"model_type = '{kind}'; megalite knows gemma2") as found:
         from_hf_config({"model_type": kind})

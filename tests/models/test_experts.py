@@ -173,6 +173,18 @@ def test_the_balance_loss_is_that_of_each_sequence() -> None:
     torch.testing.assert_close(router.weight.grad, grad, rtol=1e-4, atol=1e-6)
 
 
+def test_the_z_loss_is_that_of_each_token() -> None:
+    router = randomized(Router(config_of(router_aux_loss_coef=0, router_z_loss_coef=0.5)))
+    x = draw(3, 9, 32)
+    router.z_loss.begin(27, 3, torch.tensor(2.0))
+    out = router(x.requires_grad_())[0]
+    out.backward(torch.zeros_like(out))
+    wanted = torch.logsumexp(F.linear(x, router.weight).double(), -1).square().mean()
+    assert router.z_loss.mean.item() == pytest.approx(wanted.item(), rel=1e-6)
+    (grad,) = torch.autograd.grad(wanted, router.weight)
+    torch.testing.assert_close(router.weight.grad, grad, rtol=1e-4, atol=1e-6)
+
+
 def test_the_balance_loss_is_1_in_balance_and_off_in_evaluation() -> None:
     router = Router(config_of())
     loss, probability = router.load_balance, torch.full((2, 5, 5), 0.2)

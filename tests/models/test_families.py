@@ -311,7 +311,7 @@ def test_a_tied_head_may_be_stored_a_second_time(tmp_path: Path) -> None:
     assert model.head.weight is model.embedding.weight
 
 
-@pytest.mark.parametrize("case", ["mixtral", "qwen3_moe-dense-among"])
+@pytest.mark.parametrize("case", ["mixtral", "qwen2_moe-dense-among", "qwen3_moe-dense-among"])
 def test_experts_in_one_tensor_are_those_in_many(case: str, tmp_path: Path) -> None:
     """As transformers 5 has them in its modules; what is written is as the hub has them."""
     theirs = their_model(case)

@@ -30,7 +30,9 @@ def expected_std(weight: Weight, num_layers: int) -> float | None:
     scaled by 1/√(2 · layers) (Radford et al. 2019, section 2.3)."""
     if len(weight.shape) == 1:
         return None
-    ends_in_the_stream = weight.name.endswith(("attention.out.weight", "mlp.down.weight", "experts.down.weight"))
+    ends_in_the_stream = weight.name.endswith(
+        ("attention.out.weight", "mlp.down.weight", "experts.down.weight", "shared.down.weight")
+    )
     return STD / math.sqrt(2 * num_layers) if ends_in_the_stream else STD
 
 

@@ -30,8 +30,8 @@ from tiny_models import CASES, as_stored
 
 BATCH, LENGTH = 2, 32
 FAMILIES = [
-    "mistral", "mixtral", "qwen2-window", "qwen3", "qwen3_moe-dense-among", "smollm3", "phi3", "phi3-short", "olmo2",
-    "gpt_neox", "gpt_neox-serial", "gemma2", "gemma2-uncapped", "gemma3_text",
+    "mistral", "mixtral", "qwen2-window", "qwen2_moe-dense-among", "qwen3", "qwen3_moe-dense-among", "smollm3", "phi3",
+    "phi3-short", "olmo2", "olmoe", "gpt_neox", "gpt_neox-serial", "gemma2", "gemma2-uncapped", "gemma3_text",
 ]  # fmt: skip
 
 

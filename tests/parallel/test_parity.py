@@ -62,7 +62,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "family": "qwen3_moe", "vocab_size": 193, "hidden_size": 48, "intermediate_size": 80, "num_layers": 4,
         "num_attention_heads": 4, "num_kv_heads": 2, "max_positions": LENGTH, "init_std": 0.1,
         "moe_intermediate_size": 32, "num_experts": 8, "experts_per_token": 2, "norm_topk_prob": True,
-        "mlp_only_layers": [1], "router_aux_loss_coef": 0.1,
+        "mlp_only_layers": [1], "router_aux_loss_coef": 0.1, "router_z_loss_coef": 0.1,
     },
 }  # fmt: skip
 PACKED = ("llama-packed", "gpt2-packed", "moe-packed")
