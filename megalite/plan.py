@@ -349,6 +349,7 @@ def _check_engine(config: Config) -> None:
     for key, value in (
         ("optimizer.ema", config.optimizer.ema), ("optimizer.groups", config.optimizer.groups),
         ("train.batch_ramp", config.train.batch_ramp),
+        ("the selection bias of routers", config.model.bias_rate if config.lora is None else None),
     ):  # fmt: skip
         if value:
             raise ConfigError(f"{key} needs parallel.engine: native; deepspeed has no such thing here")

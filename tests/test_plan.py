@@ -298,7 +298,7 @@ PUBLISHED = {
     "llama-1b": 1_235_814_400, "llama-3b": 3_212_749_824, "gpt2-124m": 124_439_808, "gpt2-355m": 354_823_168,
     "gpt2-774m": 774_030_080, "gpt2-1.5b": 1_557_611_200, "qwen3-0.6b": 596_049_920, "gemma2-2.6b": 2_614_341_888,
     "smollm2-135m": 134_515_008, "pythia-160m": 162_322_944, "olmoe-1b-7b": 6_919_161_856,
-    "qwen3-30b-a3b": 30_532_122_624,
+    "qwen3-30b-a3b": 30_532_122_624, "deepseek-v3": 671_026_419_200,
 }  # fmt: skip
 UNITS = {"m": 1e6, "b": 1e9}
 
@@ -309,11 +309,14 @@ def test_presets_have_the_size_they_are_named_for(preset: str) -> None:
     size = sum(weight.numel for weight in weight_table(config))
     if preset in PUBLISHED:
         assert size == PUBLISHED[preset]
-    named = {"olmoe-1b-7b": "7b"}.get(preset, preset.split("-")[1])  # OLMo's authors name what a token uses first
+    named = {"olmoe-1b-7b": "7b", "deepseek-v3": "671b"}.get(
+        preset, preset.split("-")[1]
+    )  # OLMo's authors name what a token uses first
     # Names are rounded by custom: the widest are 799,584 as "1m", 1.24e9 as "1b" and 109.5e6 as "125m" (vocabulary).
     assert size == pytest.approx(float(named[:-1]) * UNITS[named[-1]], rel=0.25)
     name = preset.split("-")[0]
-    families = {"smollm2": "llama", "pythia": "gpt_neox", "moe": "mixtral", "qwen3-30b-a3b": "qwen3_moe"}
+    families = {"smollm2": "llama", "pythia": "gpt_neox", "moe": "mixtral", "qwen3-30b-a3b": "qwen3_moe",
+                "deepseek": "deepseek_v3"}  # fmt: skip
     assert config.family == families.get(preset, families.get(name, name))
 
 

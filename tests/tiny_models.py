@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 PROJECTIONS = {"mixtral": ("w1", "w3", "w2")}
 """What an expert's gate, up and down are called in files, by family; elsewhere they are these."""
@@ -39,6 +39,11 @@ QWEN2_MOE = GROUPED | {
 }  # fmt: skip
 OLMOE = LLAMA | {
     "model_type": "olmoe", "num_experts": 6, "num_experts_per_tok": 3, "router_aux_loss_coef": 0.0,
+}  # fmt: skip
+DEEPSEEK = LLAMA | {
+    "model_type": "deepseek_v3", "moe_intermediate_size": 24, "n_routed_experts": 8, "num_experts_per_tok": 3,
+    "n_group": 4, "topk_group": 2, "n_shared_experts": 2, "first_k_dense_replace": 1, "q_lora_rank": 20,
+    "kv_lora_rank": 12, "qk_nope_head_dim": 10, "qk_rope_head_dim": 6, "v_head_dim": 8,
 }  # fmt: skip
 GEMMA2 = GROUPED | {
     "model_type": "gemma2", "head_dim": 12, "query_pre_attn_scalar": 12, "sliding_window": 7,
@@ -102,6 +107,12 @@ CASES: dict[str, dict[str, Any]] = {
     "qwen2_moe-dense-among": QWEN2_MOE | {"norm_topk_prob": True, "decoder_sparse_step": 2},
     "olmoe": OLMOE,
     "olmoe-renormalized": OLMOE | {"num_key_value_heads": 2, "norm_topk_prob": True, "rms_norm_eps": 1e-3},
+    "deepseek_v3": DEEPSEEK,
+    "deepseek_v3-ungrouped": DEEPSEEK | {
+        "q_lora_rank": None, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0, "norm_topk_prob": False,
+        "rope_interleave": False, "rms_norm_eps": 1e-3, "tie_word_embeddings": True,
+        "rope_parameters": YARN_ROPE | {"mscale": 1.0, "mscale_all_dim": 0.7},
+    },
     "smollm3": GROUPED | {"model_type": "smollm3", "no_rope_layers": [1, 0]},
     "phi3": GROUPED | {"model_type": "phi3", "sliding_window": 7},
     "phi3-short": LLAMA | {
@@ -125,6 +136,13 @@ CASES: dict[str, dict[str, Any]] = {
         },
     },
 }  # fmt: skip
+
+
+def draw_selection_biases(model: nn.Module) -> None:
+    """Draw the biases by which routers choose experts, which transformers holds as buffers."""
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.normal_(std=0.05)
 
 
 def as_stored(family: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -169,7 +169,7 @@ def _shards(
     read = model.read_exact if dtype and model.read_exact else model.read
     for weight in track(model.weights, "weights", console=console, disable=not shown):
         logical = read(weight)
-        written = logical.to(dtype or logical.dtype)
+        written = logical.to(weight.dtype_in(dtype) if dtype else logical.dtype)
         if dtype == torch.float16 and not torch.equal(written.isinf(), logical.isinf()):
             largest = logical.abs().max().item()
             raise CheckpointError(f"{weight.name} goes up to {largest:.3g}, which fp16 cannot hold; take bf16 or fp32")

@@ -1,6 +1,6 @@
 """The schema of a config, and the error messages for one that cannot be used."""
 
-from megalite.config.optimizer import EMA, Member, OptimizerConfig, ParameterGroup, ScheduleConfig, Treatment
+from megalite.config.optimizer import BY_COUNTS, EMA, Member, OptimizerConfig, ParameterGroup, ScheduleConfig, Treatment
 from megalite.config.schema import (
     MOST_LAYERS,
     BatchRampConfig,
@@ -30,6 +30,7 @@ from megalite.config.schema import (
 from megalite.config.section import Choice, Section
 
 __all__ = [
+    "BY_COUNTS",
     "EMA",
     "MOST_LAYERS",
     "BatchRampConfig",

@@ -23,6 +23,10 @@ EMA = "ema"
 """Name of the average of the weights, which a checkpoint holds beside the optimizer's states."""
 
 
+BY_COUNTS = "by_counts"
+"""What updates a router's selection bias, whichever optimizer a config asks for."""
+
+
 class ScheduleConfig(Choice):
     """The learning rate over the steps: a linear warmup to the peak, then a decay from it to `min_lr`."""
 
@@ -151,6 +155,8 @@ class OptimizerConfig(Choice):
         """Return how a weight is updated: as its member does, or as the first group says that matches it.
 
         Raises ConfigError for a group that takes only a part of the weight, or whose optimizer cannot take it."""
+        if weight.by_counts:
+            return Treatment(BY_COUNTS, 1.0, 0.0)
         group = next((group for group in self.groups if group.takes(weight.hf)), None)
         name = (group and group.optimizer) or self.member_of(weight)
         member = self.members()[name]
@@ -165,6 +171,8 @@ class OptimizerConfig(Choice):
 
     def states_of(self, weight: Weight) -> tuple[str, ...]:
         """Return the names of the states that are kept for `weight`, its average among them."""
+        if weight.by_counts:
+            return self._average
         return self.members()[self.treatment(weight).optimizer].states + self._average
 
     @property

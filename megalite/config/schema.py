@@ -81,6 +81,11 @@ class ModelConfig(Section):
     )
     labels: tuple[str, ...] = Field((), description="Names of the classes, for task: classification or labels.")
 
+    @property
+    def bias_rate(self) -> float | None:
+        """Return how much a step moves the selection biases of routers (`Weight.by_counts`). None: there are none."""
+        return None
+
     def describe(self) -> Architecture:
         """Describe what each layer computes. Every family's config says it; raises ConfigError where one does not."""
         raise ConfigError(

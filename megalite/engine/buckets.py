@@ -25,6 +25,8 @@ class BucketWeights:
         self.fold = mesh.experts if layout.of_experts else mesh.dense
         replicas = self.fold.replicas
         self.low, self.high = layout.shard(replicas.rank, replicas.size)
+        # All of a bucket are of one kind: their dtype is that of the first.
+        dtype = layout.slots[0].weight.dtype_in(dtype)
         self.weights = torch.zeros(layout.size, dtype=dtype, device=mesh.device)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megalite.comm.collectives import Wait, add_from_other_end, all_reduce, start_reduce, start_reduce_scatter
 from megalite.comm.mesh import Mesh
+from megalite.config import BY_COUNTS
 from megalite.engine.buckets import BucketState, BucketWeights, await_weights_of
 from megalite.engine.layout import Slot
 from megalite.kernels.experts import accumulate_grouped_weight_gradient
@@ -179,9 +180,12 @@ class Gradients:
             bucket.grad_shard = shard.clone() if bucket.grad_shard is None else bucket.grad_shard.add_(shard)
 
     def norm(self) -> Tensor:
-        """Return the L2 norm of the whole gradient, with each logical element counted once."""
+        """Return the L2 norm of the whole gradient, with each logical element counted once. Counts of tokens are no
+        gradient."""
         counted = []
         for bucket in self.buckets:
+            if bucket.layout.treatment.optimizer == BY_COUNTS:
+                continue
             copy = bucket.layout.tied and self.mesh.pipeline.rank > 0
             if (bucket.layout.cut or bucket.fold.holders.rank == 0) and not copy:
                 counted.append(bucket.state("grad"))

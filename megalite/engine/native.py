@@ -23,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ from torch.profiler import record_function
 
 from megalite.comm.collectives import start_all_gather
 from megalite.comm.mesh import Mesh
-from megalite.config import EMA, Config
+from megalite.config import BY_COUNTS, EMA, Config, Member
 from megalite.engine import ReadState, Sharing, UpdateGate
 from megalite.engine.buckets import BucketState, BucketWeights, fill
 from megalite.engine.gather import Gather, GatherAside, GatherOnHost, HostBuffers
@@ -38,6 +39,7 @@ from megalite.engine.gradients import Gradients
 from megalite.engine.layout import Slot, elements_of, make_buckets
 from megalite.engine.matrices import STEP, Matrices
 from megalite.engine.optimizers import MatrixOptimizer
+from megalite.engine.optimizers.by_counts import ByCounts
 from megalite.models.layers import Decoder
 from megalite.models.weights import Weight
 from megalite.plan import Plan
@@ -55,7 +57,9 @@ class NativeEngine:
         self._num_updates = torch.zeros((), dtype=torch.float64, device=mesh.device)
         self.dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         layout = make_buckets(weights, plan, config.optimizer, elements_of(config.parallel.bucket_mb))
-        members = config.optimizer.members()
+        members = dict(config.optimizer.members())
+        if config.model.bias_rate is not None:
+            members[BY_COUNTS] = Member(partial(ByCounts, config.model.bias_rate), (), 1.0, 0.0)
         self.buckets = [
             BucketState(
                 b, mesh, self.dtype, plan.zero_stage, members[b.treatment.optimizer].states, bool(self.config.ema)
@@ -168,11 +172,11 @@ class NativeEngine:
     # --- state, in logical terms ----------------------------------------------------------------------------------
 
     def load(self, read: ReadState, num_updates: int = 0) -> None:
-        # In fp32 the weights are the master weights, and begin as them.
-        kind = "master" if self.dtype == torch.float32 else "weight"
         self.await_copies()
         self._num_updates.fill_(num_updates)
         for bucket in self.buckets:
+            # In fp32 the weights are the master weights, and begin as them.
+            kind = "master" if bucket.weights.dtype == torch.float32 else "weight"
             fill(bucket, bucket.weights, 0, slice(bucket.low, bucket.high), read, kind)
             for state in filter(bucket.has, self.states):
                 fill(bucket, bucket.stepped_state(state), bucket.stepped.start, bucket.stepped, read, state)

@@ -95,7 +95,8 @@ def load_model(folder: Path, dtype: torch.dtype | None = None, device: torch.dev
     kind = "master" if dtype else "weight"  # an adapter is merged in fp32, and rounded only where it must be
     tensors = {weight.name: read(weight, kind, 0, weight.numel).view(weight.shape) for weight in weights}
     dtype = dtype or dtype_of(tensors.values(), folder)
-    set_parameters(model, {name: nn.Parameter(tensor.to(device, dtype)) for name, tensor in tensors.items()})
+    kept = {weight.name: weight.dtype_in(dtype) for weight in weights}
+    set_parameters(model, {name: nn.Parameter(tensor.to(device, kept[name])) for name, tensor in tensors.items()})
     return model.eval().requires_grad_(False)
 
 

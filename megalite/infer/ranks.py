@@ -118,6 +118,7 @@ def load_stage(
         shape = torch.Size(weight.local_shape(*mesh.fold_of(weight).cut))
         tensors[weight.name] = read(weight, "weight", 0, shape.numel()).view(shape)
     dtype = dtype or dtype_of(tensors.values(), folder)
-    set_parameters(model, {name: nn.Parameter(local.to(mesh.device, dtype)) for name, local in tensors.items()})
+    kept = {weight.name: weight.dtype_in(dtype) for weight in table}
+    set_parameters(model, {name: nn.Parameter(local.to(mesh.device, kept[name])) for name, local in tensors.items()})
     model.eval().requires_grad_(False)
     return Stage(model, span), dtype

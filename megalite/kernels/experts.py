@@ -205,7 +205,7 @@ def _sum_rows(rows_ND: Tensor, row_TK: Tensor, weight_TK: Tensor | None, shape: 
     """Return the (weighted) sum of each token's rows, one expert after another, as [*shape,D] in the dtype of the
     rows."""
     if weight_TK is None and row_TK.shape[1] == 1:
-        return rows_ND[row_TK[:, 0]].view(*shape, -1)
+        return rows_ND[row_TK[:, 0]].view(*shape, rows_ND.shape[1])
     total = torch.zeros(*shape, rows_ND.shape[1], device=rows_ND.device)
     total_TD = total.flatten(0, -2)
     for slot, row_T in enumerate(row_TK.unbind(1)):

@@ -74,6 +74,26 @@ class AttentionSpec(MixerSpec):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LatentSpec(AttentionSpec):
+    """Describes latent attention, in which each head has keys and values made from one latent of a token."""
+
+    kv_rank: int
+    """Features of that latent."""
+    q_rank: int | None
+    """Features of the latent that queries are made from. None: they are made from the hidden states."""
+    rope_size: int
+    """Features of a head's queries and keys that have positions; all heads share those of the keys."""
+
+    def num_elements(self, hidden_size: int) -> int:
+        """Return the elements of what makes latents, of what makes heads from them, and of the output."""
+        heads, plain = self.num_heads, self.head_size - self.rope_size
+        queries = heads * self.head_size
+        q = hidden_size * queries if self.q_rank is None else self.q_rank * (hidden_size + queries)
+        kv = hidden_size * (self.kv_rank + self.rope_size) + self.kv_rank * heads * (plain + self.value_size)
+        return q + kv + heads * self.value_size * hidden_size
+
+
+@dataclass(frozen=True, kw_only=True)
 class FeedForwardSpec:
     """Describes a dense feed-forward part: up (and gate), activation, down."""
 

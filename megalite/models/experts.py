@@ -11,13 +11,22 @@ import torch
 import torch.nn as nn
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
+from torch.autograd import Function
 
 from megalite.kernels.activation import swiglu
-from megalite.kernels.experts import Groups, group_by_expert, grouped_linear, router_logits, top_k, unpermute
+from megalite.kernels.experts import (
+    Groups,
+    count_rows,
+    group_by_expert,
+    grouped_linear,
+    router_logits,
+    top_k,
+    unpermute,
+)
 from megalite.models.architecture import ExpertsSpec, FeedForwardSpec
 from megalite.models.hf import REQUIRED, Keys, agreed
 from megalite.models.layer_loss import LayerLoss
-from megalite.models.llama import LIKE_LLAMA, MLP, Attention, Layer, LlamaLike, mlp_rows, residual_std
+from megalite.models.llama import LIKE_LLAMA, MLP, Layer, LlamaLike, mlp_rows, residual_std
 from megalite.models.weights import Weight
 
 
@@ -67,6 +76,21 @@ class RoutedConfig(LlamaLike):
     def renormalizes(self) -> bool:
         """Return whether the weights of a token's experts add up to 1."""
         return True
+
+    @property
+    def scores_by(self) -> Literal["softmax", "sigmoid"]:
+        """Return what makes an expert's score of its logit."""
+        return "softmax"
+
+    @property
+    def groups(self) -> tuple[int, int]:
+        """Return into how many groups the experts fall, and of how many of these a token may visit experts."""
+        return 1, 1
+
+    @property
+    def routed_scale(self) -> float:
+        """Return the factor of the weights of a token's experts."""
+        return 1.0
 
     @property
     def shared_inner(self) -> int:
@@ -122,12 +146,15 @@ class Among(RoutedConfig):
 
 
 class Router(nn.Module):
-    """Choose the experts of each token by the softmax of its logits, in fp32."""
+    """Choose the experts of each token by their scores, in fp32. The weights of those chosen are their scores, too, or
+    shares of these; a bias and a limit of groups only choose."""
 
     def __init__(self, config: RoutedConfig):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        self.bias = None if config.bias_rate is None else nn.Parameter(torch.empty(config.num_experts))
         self.experts_per_token, self.renormalizes = config.experts_per_token, config.renormalizes
+        self.scores_by, self.groups, self.scale = config.scores_by, config.groups, config.routed_scale
         balance, z_loss = config.router_aux_loss_coef, config.router_z_loss_coef
         self.load_balance = LayerLoss("load_balance", balance) if balance else None
         self.z_loss = LayerLoss("router_z", z_loss) if z_loss else None
@@ -136,16 +163,40 @@ class Router(nn.Module):
         """Return `x`, with the router's losses attached, and for each token its experts in ascending order: their
         weights [B,T,K], fp32, and indices [B,T,K]."""
         logits_BTE = router_logits(x_BTD, self.weight)
-        probability_BTE = logits_BTE.softmax(-1)
-        index_BTK = top_k(probability_BTE.detach(), self.experts_per_token)
-        weight_BTK = probability_BTE.gather(-1, index_BTK)
+        score_BTE = logits_BTE.softmax(-1) if self.scores_by == "softmax" else logits_BTE.sigmoid()
+        index_BTK = self.choose(score_BTE.detach())
+        weight_BTK = score_BTE.gather(-1, index_BTK)
         if self.renormalizes:
-            weight_BTK = weight_BTK / weight_BTK.sum(-1, keepdim=True)
+            total_BT1 = weight_BTK.sum(-1, keepdim=True)
+            # Scores of a softmax add up to something; sigmoids might all be 0.
+            weight_BTK = weight_BTK / (total_BT1 if self.scores_by == "softmax" else total_BT1 + 1e-20)
+        if self.scale != 1.0:
+            weight_BTK = weight_BTK * self.scale
+        if self.bias is not None:
+            x_BTD = _Count.apply(x_BTD, self.bias, index_BTK)
         if self.load_balance is not None and self.load_balance.is_on:
+            probability_BTE = score_BTE
+            if self.scores_by == "sigmoid":
+                probability_BTE = score_BTE / score_BTE.sum(-1, keepdim=True)
             x_BTD = self.load_balance(x_BTD, self.imbalance(self.load_balance, probability_BTE, index_BTK))
         if self.z_loss is not None and self.z_loss.is_on:
             x_BTD = self.z_loss(x_BTD, logits_BTE.logsumexp(-1).square())  # Zoph et al. 2022
         return x_BTD, weight_BTK, index_BTK
+
+    def choose(self, score_BTE: Tensor) -> Tensor:
+        """Return the experts of each token, in ascending order [B,T,K], by the sum of score and bias, among those of
+        the groups whose two best have the largest sums (DeepSeek-V3, section 2.1.2)."""
+        if self.bias is not None:
+            score_BTE = score_BTE + self.bias.detach()
+        num_groups, allowed = self.groups
+        if allowed < num_groups:
+            score_BTGM = score_BTE.unflatten(-1, (num_groups, -1))
+            best = min(2, score_BTGM.shape[-1])
+            chosen = top_k(score_BTGM.sort(-1, descending=True).values[..., :best].sum(-1), allowed)
+            is_allowed = torch.zeros(score_BTGM.shape[:-1], dtype=torch.bool, device=chosen.device)
+            is_allowed.scatter_(-1, chosen, True)
+            score_BTE = score_BTGM.masked_fill(~is_allowed[..., None], -torch.inf).flatten(-2)
+        return top_k(score_BTE, self.experts_per_token)
 
     @staticmethod
     def imbalance(loss: LayerLoss, probability_BTE: Tensor, index_BTK: Tensor) -> Tensor:
@@ -157,6 +208,26 @@ class Router(nn.Module):
         visits_BE, total_BE = loss.row_sum(torch.cat((visits_BTE, probability_BTE), -1)).chunk(2, -1)
         num_visits_B = visits_BE.sum(-1)
         return num_experts * k * (visits_BE * total_BE).sum(-1) / num_visits_B.square()
+
+
+class _Count(Function):
+    """Pass hidden states on. In the backward pass, which a step has once for every token, the bias gets as its gradient
+    how many more tokens each expert has than the mean, times the number of experts."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BTD: Tensor, bias_E: Tensor, index_BTK: Tensor) -> Tensor:
+        ctx.save_for_backward(index_BTK)
+        ctx.num_experts = len(bias_E)
+        return x_BTD.view_as(x_BTD)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        if not ctx.needs_input_grad[1]:
+            return grad, None, None
+        (index_BTK,) = ctx.saved_tensors
+        # Times the number of experts, so that all of it are whole numbers.
+        beyond_E = count_rows(index_BTK, ctx.num_experts) * ctx.num_experts - index_BTK.numel()
+        return grad, beyond_E.float(), None
 
 
 class GroupedLinear(nn.Module):
@@ -216,7 +287,7 @@ class SparseMLP(nn.Module):
 class RoutedLayer(Layer):
     """Pre-norm layer with experts in the place of the MLP."""
 
-    def __init__(self, config: RoutedConfig, attention: Attention):
+    def __init__(self, config: RoutedConfig, attention: nn.Module):
         super().__init__(config, attention)
         self.mlp = SparseMLP(config)
 
@@ -244,12 +315,17 @@ def expert_rows(
 
     # Files of the hub have a tensor for each expert, and so does what transformers 5 saves. In its modules, and where
     # it is told to save these as they are, one tensor holds all.
+    bias = Weight(
+        "mlp.router.bias", (experts,), (f"{block}.gate.e_score_correction_bias",), init="zeros", decay=False,
+        by_counts=True, partial_grad="sequence",
+    )  # fmt: skip
     return (
         # Replicated, and used on the tokens that a rank has between blocks.
         Weight(
             "mlp.router.weight", (experts, hidden), (f"{block}.gate.weight",), init=config.init_std,
             partial_grad="sequence", one_hf="mlp.gate.weight",
         ),
+        *([] if config.bias_rate is None else [bias]),
         Weight(
             "mlp.experts.gate_up.weight", (experts, 2 * inner, hidden), names(gate, up), "column", (inner, inner),
             stack=1, used=used, init=config.init_std, one_hf="mlp.experts.gate_up_proj",

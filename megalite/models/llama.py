@@ -231,7 +231,7 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     """Pre-norm layer: attention, then MLP, each added to the residual stream."""
 
-    def __init__(self, config: LlamaLike, attention: Attention):
+    def __init__(self, config: LlamaLike, attention: nn.Module):
         super().__init__()
         self.attention_norm = config.NORM(config.hidden_size, config.norm_eps)
         self.attention = attention

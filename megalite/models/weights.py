@@ -70,6 +70,9 @@ class Weight:
     """Standard deviation of a normal distribution, a uniform one, or a constant."""
     decay: bool = True
     """Takes weight decay."""
+    by_counts: bool = False
+    """A router's selection bias: no gradient trains it, but each step moves it by how many tokens its experts had. fp32
+    in every precision."""
     frozen: bool = False
     """Not trained: no gradient, no optimizer state, and in no checkpoint."""
     place: Place = "first"
@@ -122,6 +125,10 @@ class Weight:
     def multiplied(self) -> float:
         """Return the number of its elements that a token is multiplied with."""
         return self.numel * self.used
+
+    def dtype_in(self, dtype: torch.dtype) -> torch.dtype:
+        """Return its dtype in a model of `dtype`."""
+        return torch.float32 if self.by_counts else dtype
 
     @property
     def is_looked_up(self) -> bool:

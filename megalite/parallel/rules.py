@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any, TypeVar
 
@@ -22,6 +23,7 @@ from megalite.comm.mesh import Axis, Fold, Mesh
 from megalite.errors import ConfigError
 from megalite.kernels.linear import WeightGradStore
 from megalite.models.experts import Experts, GroupedLinear
+from megalite.models.latent import LatentAttention
 from megalite.models.layer_loss import LayerLoss
 from megalite.models.layers import CoreAttention, CrossEntropy, Dropout, RMSNorm
 from megalite.models.lora import AdapterDropout, LoraLinear
@@ -36,6 +38,7 @@ from megalite.parallel.tensor import (
     SequenceCutEmbedding,
     VocabParallelCrossEntropy,
     VocabParallelEmbedding,
+    enter,
     leave,
 )
 from megalite.plan import Plan
@@ -181,6 +184,11 @@ def _(experts: Experts, layout: Layout) -> nn.Module | None:
     # Only tensor ranks can have the same tokens. All others have their own, as slices of a sequence are.
     same_tokens = layout.experts.tensor.size == layout.tensor.size and not layout.sequence
     return ParallelExperts(experts, layout.experts, own_tokens=not same_tokens)
+
+
+@rule(LatentAttention)
+def _(attention: LatentAttention, layout: Layout) -> None:
+    attention.enter = partial(enter, axis=layout.tensor, sequence=layout.sequence)
 
 
 @rule(nn.Embedding)

@@ -81,7 +81,7 @@ class _Layer:
         gate = self.inner if shapes.gelu_gate else 0  # gelu(gate) is a tensor of its own
         mlp = self.first + gate + self.inner
         self.routed = _routed(shapes)
-        self.plain = norms + self.attention + mlp + self.routed + 2 * self.masks
+        self.plain = norms + self.attention + _latents(shapes) + mlp + self.routed + 2 * self.masks
         """All that a layer keeps for its backward pass without recomputation, or holds after it has recomputed."""
         self.kept = self.plain
         if recompute == "selective":
@@ -188,6 +188,13 @@ def _projection(shapes: LayerShapes) -> int:
     return shapes.tokens * (shapes.q + shapes.kv) * shapes.element
 
 
+def _latents(shapes: LayerShapes) -> int:
+    """Count what latent attention keeps beside: latents and their norms, and the output without what values were filled
+    up with."""
+    of_values = shapes.tokens * shapes.heads * shapes.latent_value
+    return (of_values + 2 * _tokens_here(shapes) * shapes.latents) * shapes.element
+
+
 def _attended(shapes: LayerShapes) -> int:
     """Count the output of attention."""
     return shapes.tokens * shapes.attended * shapes.element
@@ -256,6 +263,8 @@ def _attention_forward(shapes: LayerShapes) -> int:
 def _attention_backward(shapes: LayerShapes) -> int:
     """Count what is alive at the peak of attention's backward pass: what it has kept, and its gradients."""
     size = _attention(shapes) + _projection(shapes)
+    if shapes.latents:  # gradients of the queries, and of what keys and values are made from
+        size += _latents(shapes) + _projection(shapes)
     if shapes.writes_scores:
         size += _scores(shapes) * 2 * FP32  # gradients of the probabilities and of the scores
     if shapes.context > 1:

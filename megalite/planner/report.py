@@ -224,6 +224,7 @@ def _links(estimate: Estimate, network: Network) -> list[tuple[str, int, str, fl
         rows.append((axis, group.ranks, link, network.bandwidth(group)))
     for axis, ranks, far in (
         ("context", plan.context, network.context.nodes > 1),
+        ("expert", plan.experts.holders if plan.folds_experts else 1, network.expert.nodes > 1),
         ("pipeline", plan.pipeline, network.pipeline_crosses_nodes),
     ):
         rows.append((axis, ranks, name(far), network.message_bandwidth(far)))

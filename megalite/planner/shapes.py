@@ -14,7 +14,7 @@ from typing import TypeVar
 from megalite.config import Config, OptimizerConfig
 from megalite.errors import ConfigError
 from megalite.models import weight_table
-from megalite.models.architecture import AttentionSpec, ExpertsSpec, LayerSpec
+from megalite.models.architecture import AttentionSpec, ExpertsSpec, LatentSpec, LayerSpec
 from megalite.models.weights import Weight
 from megalite.plan import Cut, Held, Place, Plan, StageSpan
 
@@ -92,7 +92,11 @@ class LayerShapes(Shapes):
     head_size: int
     """Features of a head's queries and keys."""
     value_size: int
-    """Features of a head's values."""
+    """Features of a head's values, filled up to those of its keys where they come from latents."""
+    latent_value: int
+    """Features of a head's values that come from latents, as they are; 0 where they do not."""
+    latents: int
+    """Features of a token's latents."""
     inner: int
     """Features that a token has within the MLP, over all experts it visits."""
     routed_tokens: int
@@ -288,7 +292,9 @@ def _layer_shapes(model: Shapes, plan: Plan, kind: LayerKind) -> LayerShapes:
         heads=heads // model.tensor,
         kv_heads=kv_heads // model.tensor,
         head_size=mixer.head_size,
-        value_size=mixer.value_size,
+        value_size=max(mixer.value_size, mixer.head_size) if isinstance(mixer, LatentSpec) else mixer.value_size,
+        latent_value=mixer.value_size if isinstance(mixer, LatentSpec) else 0,
+        latents=mixer.kv_rank + (mixer.q_rank or 0) if isinstance(mixer, LatentSpec) else 0,
         inner=feed_forward.active_inner // model.tensor,
         routed_tokens=routed,
         expert=plan.experts.expert,

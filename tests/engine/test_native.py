@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,14 +12,15 @@ from torch import Tensor
 from megalite.checkpoint.load import from_seed
 from megalite.comm.mesh import Mesh, make_mesh
 from megalite.engine import Engine
-from megalite.models import weight_table
+from megalite.models import from_hf_config, weight_table
 from megalite.plan import make_plan
 from megalite.training.parts import RankModel, build
 from small_runs import make_config
+from tiny_models import CASES
 
 
-def parts_of(tmp_path: Path, *overrides: str) -> RankModel:
-    config = make_config(tmp_path, "llama", *overrides)
+def parts_of(tmp_path: Path, *overrides: str, model: str | dict[str, Any] = "llama") -> RankModel:
+    config = make_config(tmp_path, model, *overrides)
     plan = make_plan(config, weight_table(config.model), 1)
     parts = build(config, plan, make_mesh(plan, torch.device("cpu")))
     parts.engine.load(from_seed(3, Mesh.alone()))
@@ -49,6 +51,23 @@ def test_a_weight_that_no_token_used_has_a_gradient_of_0(tmp_path: Path, zero_st
     pass_back(parts, unused, micro_batches=2)
     for name, grad in gathered(parts.engine, "grad", parts).items():
         assert torch.equal(grad, torch.full_like(grad, 2.0 * (name != unused))), name
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+def test_selection_biases_stay_in_fp32(tmp_path: Path, zero_stage: int) -> None:
+    """In a bf16 model: moves of 0.0005 would be lost beside 0.25."""
+    model = CASES["deepseek_v3"] | {"architectures": ["DeepseekV3ForCausalLM"], "rms_norm_eps": 1e-6}
+    fields = from_hf_config(model) | {"router_bias_rate": 0.0005}
+    parts = parts_of(tmp_path, "train.precision=bf16", f"parallel.zero_stage={zero_stage}", model=fields)
+    name = "layers.1.mlp.router.bias"
+    bias = dict(parts.stages[0].model.named_parameters())[name]
+    with torch.no_grad():
+        bias.fill_(0.25)
+    pass_back(parts)
+    norm = parts.engine.step(1e-3).item()
+    others = [p.numel() for other, p in parts.stages[0].model.named_parameters() if other != name]
+    assert norm == pytest.approx(sum(others) ** 0.5), "counts are no gradient"
+    assert gathered(parts.engine, "weight", parts)[name].tolist() == pytest.approx([0.2495] * 8, rel=1e-6)
 
 
 @pytest.mark.parametrize("clip", [0.5, 1e6])

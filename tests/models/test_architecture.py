@@ -10,8 +10,9 @@ import torch.nn as nn
 from megalite.config import ModelConfig
 from megalite.errors import ConfigError
 from megalite.models import build_model, from_hf_config, model_config, weight_table
-from megalite.models.architecture import AttentionSpec, ExpertsSpec, LayerSpec
+from megalite.models.architecture import AttentionSpec, ExpertsSpec, LatentSpec, LayerSpec
 from megalite.models.experts import SparseMLP
+from megalite.models.latent import LatentAttention
 from megalite.models.layers import CoreAttention, LayerNorm, RMSNorm
 from megalite.models.llama import Attention
 from tiny_models import CASES
@@ -40,11 +41,15 @@ def test_described_parameters_are_those_of_the_table(case: str) -> None:
         # Biases, and norms of queries and keys, stand inside of attention and MLP, and are not described in numbers.
         small = {name for name in rows if name.count(".") == 2 and not name.endswith(MATRICES)}
         assert sum(rows[name] for name in rows.keys() - small) == described + layer.num_norms * a_norm
-        assert any("q_norm" in name for name in small) == attention_of(layer).head_norms
+        of_latents = isinstance(layer.mixer, LatentSpec)
+        assert any("q_norm" in name for name in small) == attention_of(layer).head_norms or of_latents
     assert len(architecture.layers) == config.num_layers
 
 
-MATRICES = ("qkv.weight", "out.weight", "gate_up.weight", "up.weight", "down.weight", "router.weight", "_gate.weight")
+MATRICES = (
+    "qkv.weight", "out.weight", "gate_up.weight", "up.weight", "down.weight", "router.weight", "_gate.weight",
+    "q.weight", "q_a.weight", "kv.weight", "kv_a.weight",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -59,9 +64,13 @@ def test_described_layers_are_what_the_modules_compute(case: str) -> None:
         assert isinstance(core, CoreAttention)
         assert (mixer.window, mixer.softcap, mixer.scale) == (core.kind.window, core.kind.softcap, core.kind.scale)
         assert mixer.dropout == (core.dropout.p if core.dropout else 0.0)
-        assert mixer.rope == (isinstance(attention, Attention) and attention.turn is not None)
-        features = (mixer.num_heads + mixer.num_kv_heads) * mixer.head_size + mixer.num_kv_heads * mixer.value_size
-        assert features == attention.qkv.out_features
+        if isinstance(attention, LatentAttention):
+            assert attention.q.out_features == mixer.num_heads * mixer.head_size
+            assert attention.out.in_features == mixer.num_heads * mixer.value_size
+        else:
+            assert mixer.rope == (isinstance(attention, Attention) and attention.turn is not None)
+            features = (mixer.num_heads + mixer.num_kv_heads) * mixer.head_size + mixer.num_kv_heads * mixer.value_size
+            assert features == attention.qkv.out_features
         mlp, feed_forward = layer.mlp, spec.feed_forward
         assert isinstance(mlp, SparseMLP) == isinstance(feed_forward, ExpertsSpec)
         if isinstance(mlp, SparseMLP) and isinstance(feed_forward, ExpertsSpec):

@@ -280,6 +280,17 @@ FIELDS: dict[str, list[Any]] = {
     "router_aux_loss_coef": [0, 0.01],
     "moe_intermediate_size": [8, 12],
     "shared_expert_intermediate_size": [8, 20],
+    "n_shared_experts": [1, 2],
+    "n_group": [1, 1, 2],
+    "topk_group": [1, 1, 1, 2],
+    "routed_scaling_factor": [1, 2.5],
+    "first_k_dense_replace": [0, 1],
+    "kv_lora_rank": [6, 12],
+    "q_lora_rank": [None, 8],
+    "qk_nope_head_dim": [4, 10],
+    "qk_rope_head_dim": [2, 2, 4, 6, 6, 5],
+    "v_head_dim": [4, 8],
+    "rope_interleave": [False, True],
     "norm_topk_prob": [False, True],
     "decoder_sparse_step": [1, 2],
     "mlp_only_layers": [[], [0], [1]],
@@ -300,6 +311,10 @@ NEEDED = (
     "experts_per_token",
     "moe_intermediate_size",
     "shared_expert_intermediate_size",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
 )
 
 
@@ -312,6 +327,8 @@ def random_models(count: int) -> Iterator[dict[str, Any]]:
         chosen = {
             key: copy.copy(draw.choice(FIELDS[key])) for key in sorted(known) if key in NEEDED or draw.random() < 0.4
         }
+        if "kv_lora_rank" in chosen and draw.random() < 0.9:  # otherwise nearly all are refused
+            chosen |= {"num_kv_heads": 0, "head_dim": 0}
         if chosen.get("layer_types"):
             chosen["layer_types"] = [draw.choice(chosen["layer_types"]) for _ in range(chosen["num_layers"])]
         if (chosen.get("rope_scaling") or {}).get("type") == "longrope":
@@ -355,7 +372,7 @@ def test_whatever_megalite_builds_opens_in_transformers_and_is_the_same(
 ) -> None:
     """A shape or a setting that is found to be unknown to transformers only when the trained model is to be opened."""
     accepted = Counter[str]()
-    for number, values in enumerate(random_models(2200 if pytestconfig.getoption("--whole") else 91)):
+    for number, values in enumerate(random_models(2200 if pytestconfig.getoption("--whole") else 112)):
         try:
             config = model_config(copy.deepcopy(values))
         except ConfigError:
@@ -428,6 +445,11 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "olmoe": {
         "attention_bias": False, "clip_qkv": None, "output_router_logits": False, "rope_scaling": None,
         "router_aux_loss_coef": 0.01, "eos_token_id": 97, "pad_token_id": 1,
+    },
+    "deepseek_v3": {
+        "attention_bias": False, "aux_loss_alpha": 0.001, "ep_size": 1, "moe_layer_freq": 1, "pretraining_tp": 1,
+        "num_nextn_predict_layers": 1, "scoring_func": "sigmoid", "seq_aux": True, "topk_method": "noaux_tc",
+        "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"},
     },
     "smollm3": {"max_window_layers": 28, "pretraining_tp": 2, "sliding_window": None, "use_sliding_window": False},
     "phi3": {
@@ -530,7 +552,7 @@ def test_gemma_3_reads_all_of_what_turns_windowed_layers(rope: dict[str, Any]) -
 
 @pytest.mark.parametrize("kind", ["ministral", "olmo3", "gpt_oss", "deepseek_v2", "gemma3", "lama"])
 def test_no_other_architecture_is_named_for_one_that_is_unknown(kind: str) -> None:
-    with pytest.raises(ConfigError, match=f"model_type = '{kind}'; megalite knows gemma2") as found:
+    with pytest.raises(ConfigError, match=f"model_type = '{kind}'; megalite knows deepseek_v3") as found:
         from_hf_config({"model_type": kind})
     assert "did you mean" not in str(found.value)
 

@@ -10,8 +10,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from megalite.config import LoraConfig
+from megalite.engine.optimizers import Shard
+from megalite.engine.optimizers.by_counts import ByCounts
 from megalite.errors import ConfigError
 from megalite.kernels.experts import (
     accumulate_grouped_weight_gradient,
@@ -33,7 +36,7 @@ MOE: dict[str, Any] = {
 
 
 def config_of(**fields: Any) -> RoutedConfig:
-    config = model_config(MOE | fields)
+    config = model_config(fields if "family" in fields else MOE | fields)
     assert isinstance(config, RoutedConfig)
     return config
 
@@ -171,6 +174,56 @@ def test_the_balance_loss_is_that_of_each_sequence() -> None:
     (grad,) = torch.autograd.grad(wanted.mean(), router.weight)
     # The engine's gradient times the coefficient is 1; fp32 sums over 27 tokens.
     torch.testing.assert_close(router.weight.grad, grad, rtol=1e-4, atol=1e-6)
+
+
+DEEPSEEK: dict[str, Any] = {
+    "family": "deepseek_v3", "vocab_size": 99, "hidden_size": 32, "intermediate_size": 40, "num_layers": 2,
+    "num_attention_heads": 4, "max_positions": 64, "moe_intermediate_size": 24, "num_experts": 6,
+    "experts_per_token": 2, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8,
+}  # fmt: skip
+
+
+def test_a_selection_bias_counts_each_token_once() -> None:
+    """Also where the forward pass is computed twice, and in no evaluation."""
+    router = randomized(Router(config_of(**DEEPSEEK)))
+    assert router.bias is not None
+    x = draw(3, 9, 32).requires_grad_()
+    for _ in range(2):
+        out, _, index = checkpoint(router, x, use_reentrant=False)
+        out.sum().backward()
+    counts = torch.stack([(index == expert).sum() for expert in range(6)])
+    assert torch.equal(router.bias.grad, 2 * (6 * counts - 3 * 9 * 2).float())
+    with torch.no_grad():
+        router(x)
+    biased = x.detach() @ router.weight.T
+    _, weight, index = router(x)
+    assert torch.equal(index, (biased.sigmoid() + router.bias).topk(2).indices.sort(-1).values)
+    scores = biased.sigmoid().gather(-1, index)
+    torch.testing.assert_close(weight, scores / scores.sum(-1, keepdim=True), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_a_step_moves_biases_towards_balance(refused: bool) -> None:
+    bias, beyond = torch.tensor([0.5, 0.0, -0.5]), torch.tensor([7.0, 0.0, -3.0])
+    by_counts = ByCounts(0.01)
+    common = by_counts.begin_step(torch.tensor(0.0 if refused else 3.0), torch.ones(()))
+    by_counts.update_(Shard(bias, None, beyond, {}, lr=9.0, weight_decay=9.0), common)
+    assert bias.tolist() == pytest.approx([0.5, 0.0, -0.5] if refused else [0.49, 0.0, -0.49])
+
+
+def test_groups_limit_where_a_token_goes() -> None:
+    """Its experts are in the groups whose two best have the largest sums, also where all scores are negative."""
+    router = Router(config_of(**DEEPSEEK | {"num_experts": 8, "n_group": 4, "topk_group": 2, "experts_per_token": 3}))
+    with torch.no_grad():
+        router.bias.zero_()
+    score = draw(5, 7, 8) - 5
+    index = router.choose(score)
+    for token in range(35):
+        values = score.view(35, 4, 2)[token]
+        groups = values.sum(-1).topk(2).indices
+        allowed = torch.full((4, 2), -torch.inf)
+        allowed[groups] = values[groups]
+        assert index.view(35, 3)[token].tolist() == sorted(allowed.flatten().topk(3).indices.tolist())
 
 
 def test_the_z_loss_is_that_of_each_token() -> None:

@@ -28,6 +28,12 @@ GPT2 = {
 GEMMA = LLAMA | {"family": "gemma2", "sliding_window": 64, "attention_softcap": 50.0, "logit_softcap": 30.0}
 QWEN = LLAMA | {"family": "qwen2", "sliding_window": 64, "layer_types": ["sliding_attention", *["full_attention"] * 3]}
 MIXTRAL = LLAMA | {"family": "mixtral", "intermediate_size": 96, "num_experts": 8, "experts_per_token": 2}
+DEEPSEEK = {
+    "family": "deepseek_v3", "vocab_size": 1000, "hidden_size": 128, "intermediate_size": 352, "num_layers": 4,
+    "num_attention_heads": 4, "max_positions": 256, "moe_intermediate_size": 48, "num_experts": 8,
+    "experts_per_token": 2, "first_k_dense_replace": 1, "kv_lora_rank": 32, "q_lora_rank": 48, "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16, "v_head_dim": 32,
+}  # fmt: skip
 WITHIN = 0.05  # nearly all are within 1%; when a pipeline's messages arrive is chance, and one of them is up to 3%
 RESIDENT_WITHIN = 0.02  # known exactly but for the padding of buckets and the batch itself
 
@@ -85,6 +91,9 @@ ALONE = {
     "llama chunked loss": (LLAMA, "model.vocab_size=8000", "train.loss_chunk=200"),
     "experts": (MIXTRAL, SMALL_HEAD),
     "experts fp32, selective": (MIXTRAL, SMALL_HEAD, "train.precision=fp32", "train.recompute=selective"),
+    "latents": (DEEPSEEK, SMALL_HEAD),
+    "latents full": (DEEPSEEK, SMALL_HEAD, "train.recompute=full"),
+    "latents, no experts": (DEEPSEEK, SMALL_HEAD, "model.first_k_dense_replace=4", "model.q_lora_rank=null"),
     "experts full": (MIXTRAL, SMALL_HEAD, "model.experts_per_token=4", "train.recompute=full"),
 }
 

@@ -1,0 +1,166 @@
+"""Multi-head latent attention (DeepSeek-V2, 2024): keys and values of all heads are made from one small vector of each
+token, its latent, and positions are in a part of the queries and keys of their own, which all heads share for keys.
+
+Letters in shapes, beside those of layers.py: L latent, P features of a head without positions, R features with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from megalite.kernels.attention import AttentionKind
+from megalite.kernels.rope import rotate
+from megalite.models import rope
+from megalite.models.architecture import LatentSpec
+from megalite.models.layers import CoreAttention, RMSNorm, SequenceInfo
+from megalite.models.llama import LlamaLike, Shared, residual_std
+from megalite.models.weights import Weight
+
+LATENT_EPS = 1e-6
+"""Epsilon of the norms of latents, whatever the model's is, as in transformers."""
+
+
+class LatentConfig(LlamaLike):
+    """Fields of families with latent attention."""
+
+    kv_lora_rank: int = Field(gt=0, description="Features of the latent of keys and values.")
+    q_lora_rank: int | None = Field(None, gt=0, description="Features of the latent of queries. null: they have none.")
+    qk_nope_head_dim: int = Field(gt=0, description="Features of a head's queries and keys without positions.")
+    qk_rope_head_dim: int = Field(gt=0, description="Features of a head's queries and keys with positions.")
+    v_head_dim: int = Field(gt=0, description="Features of a head's values.")
+    rope_interleave: bool = Field(True, description="Rotate neighbouring features as pairs, not those of two halves.")
+
+    ROPE: ClassVar[rope.Names] = rope.Names(kinds=("yarn",))
+
+    @model_validator(mode="after")
+    def _every_head_has_its_keys(self) -> LatentConfig:
+        if self.num_kv_heads not in (0, self.num_attention_heads):
+            raise ValueError(f"num_kv_heads {self.num_kv_heads} must be num_attention_heads {self.num_attention_heads}")
+        if self.head_dim not in (0, self.qk_rope_head_dim):
+            raise ValueError(f"head_dim {self.head_dim} must be qk_rope_head_dim {self.qk_rope_head_dim}, or left out")
+        return self
+
+    @property
+    def head_size(self) -> int:
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def rotary_size(self) -> int:
+        return self.qk_rope_head_dim
+
+    def attention(self, layer: int) -> AttentionKind:
+        scaling = self.rope_scaling
+        if not isinstance(scaling, rope.YarnScaling) or not scaling.mscale_all_dim or scaling.factor == 1:
+            return AttentionKind()
+        # Not in the cosines and sines, which keys and queries without positions do not meet.
+        factor = 0.1 * scaling.mscale_all_dim * math.log(scaling.factor) + 1.0
+        return AttentionKind(scale=self.head_size**-0.5 * factor**2)
+
+    def mixer(self, layer: int) -> LatentSpec:
+        return LatentSpec(
+            num_heads=self.num_attention_heads, num_kv_heads=self.num_attention_heads, head_size=self.head_size,
+            value_size=self.v_head_dim, scale=self.attention(layer).scale, kv_rank=self.kv_lora_rank,
+            q_rank=self.q_lora_rank, rope_size=self.qk_rope_head_dim,
+        )  # fmt: skip
+
+
+class LatentAttention(nn.Module):
+    """Attention whose keys and values come from latents."""
+
+    def __init__(self, config: LatentConfig, layer: int):
+        super().__init__()
+        heads, hidden, latent = config.num_attention_heads, config.hidden_size, config.kv_lora_rank
+        self.plain, self.turned, self.value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+        self.interleaved = config.rope_interleave
+        queries = config.q_lora_rank
+        self.q_a = nn.Linear(hidden, queries, bias=False) if queries else None
+        self.q_norm = RMSNorm(queries, LATENT_EPS) if queries else None
+        self.q = nn.Linear(queries or hidden, heads * (self.plain + self.turned), bias=False)
+        self.kv_a = nn.Linear(hidden, latent + self.turned, bias=False)
+        self.kv_norm = RMSNorm(latent, LATENT_EPS)
+        self.kv = nn.Linear(latent, heads * (self.plain + self.value), bias=False)
+        self.core = CoreAttention(kind=config.attention(layer))
+        self.out = nn.Linear(heads * self.value, hidden, bias=False)
+        # Parallelism sets this: all heads share the keys' part with positions, which enters their region on its own.
+        self.enter: Callable[[Tensor], Tensor] = lambda x: x
+
+    def forward(self, x_BTD: Tensor, shared: Shared) -> Tensor:
+        # In a function of their own, so that what heads are put together from is freed before they attend.
+        return self.out(self.attend(*self.heads(x_BTD, shared), shared.places))
+
+    def heads(self, x_BTD: Tensor, shared: Shared) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries and keys [B,T,H,K] and values [B,T,H,V] of the heads on this rank."""
+        from_BTL = x_BTD if self.q_a is None or self.q_norm is None else self.q_norm(self.q_a(x_BTD))
+        q_BTHK = self.q(from_BTL)
+        latent_BTL, k_BTR = self.kv_a(x_BTD).split((self.kv_norm.weight.numel(), self.turned), -1)
+        kv_BTHK = self.kv(self.kv_norm(latent_BTL.contiguous())).unflatten(-1, (-1, self.plain + self.value))
+        k_BTHP, v_BTHV = kv_BTHK.split((self.plain, self.value), -1)
+        q_BTHP, q_BTHR = q_BTHK.unflatten(-1, (-1, self.plain + self.turned)).split((self.plain, self.turned), -1)
+        cos_sin = shared.rope_cos_sin[0]
+        k_BT1R = self.rotate(self.enter(k_BTR.contiguous())[:, :, None], cos_sin)
+        q_BTHK = torch.cat((q_BTHP, self.rotate(q_BTHR, cos_sin)), -1)
+        k_BTHK = torch.cat((k_BTHP, k_BT1R.expand(-1, -1, k_BTHP.shape[2], -1)), -1)
+        return q_BTHK, k_BTHK, v_BTHV
+
+    def attend(self, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, places: SequenceInfo) -> Tensor:
+        """Attend to values of another size: [B,T,H·V]. Smaller ones are filled up to the size of keys, with which
+        attention is fused, and writes no scores, on every device."""
+        heads, size, value = *q_BTHK.shape[2:], v_BTHV.shape[-1]
+        if value > size:
+            return self.core.attend(q_BTHK, k_BTHK, v_BTHV, places)
+        qkv_BTNK = torch.cat((q_BTHK, k_BTHK, F.pad(v_BTHV, (0, size - value))), 2)
+        out_BTHK = self.core(qkv_BTNK, heads, heads, places).unflatten(-1, (heads, size))
+        return out_BTHK[..., :value].flatten(2)
+
+    def rotate(self, x_BTNR: Tensor, cos_sin: rope.CosSin) -> Tensor:
+        """Rotate the part of heads that has positions."""
+        heads = x_BTNR.shape[2]
+        if self.interleaved:  # neighbours to where `rotate` looks for pairs
+            x_BTNR = x_BTNR.unflatten(-1, (-1, 2)).transpose(-1, -2)
+        # A copy, since it is rotated in place.
+        copy = x_BTNR.reshape(*x_BTNR.shape[:2], -1) if self.interleaved else x_BTNR.flatten(2).clone()
+        return rotate(copy, self.turned, heads, *cos_sin)
+
+
+def latent_rows(config: LatentConfig) -> tuple[Weight, ...]:
+    """Return the rows of latent attention. What makes latents is replicated, and used on the tokens that a rank has
+    between blocks."""
+    hidden, std, latent, queries = config.hidden_size, config.init_std, config.kv_lora_rank, config.q_lora_rank
+    heads, rotated = config.num_attention_heads, config.qk_rope_head_dim
+    key, pair = config.head_size, config.qk_nope_head_dim + config.v_head_dim
+
+    def norm(name: str, hf: str, size: int) -> Weight:
+        return Weight(
+            f"attention.{name}.weight", (size,), (f"self_attn.{hf}.weight",), init="ones", decay=False,
+            partial_grad="sequence",
+        )  # fmt: skip
+
+    def down(name: str, hf: str, size: int) -> Weight:
+        return Weight(
+            f"attention.{name}.weight", (size, hidden), (f"self_attn.{hf}.weight",), init=std, partial_grad="sequence"
+        )
+
+    def up(name: str, hf: str, unit: int, size: int) -> Weight:
+        shape, names = (heads * unit, size), (f"self_attn.{hf}.weight",)
+        return Weight(f"attention.{name}.weight", shape, names, "column", unit=unit, init=std)
+
+    from_latent = [] if queries is None else [
+        down("q_a", "q_a_proj", queries), norm("q_norm", "q_a_layernorm", queries), up("q", "q_b_proj", key, queries)
+    ]  # fmt: skip
+    return (
+        *(from_latent or [up("q", "q_proj", key, hidden)]),
+        down("kv_a", "kv_a_proj_with_mqa", latent + rotated),
+        norm("kv_norm", "kv_a_layernorm", latent),
+        up("kv", "kv_b_proj", pair, latent),
+        Weight(
+            "attention.out.weight", (hidden, heads * config.v_head_dim), ("self_attn.o_proj.weight",), "row",
+            unit=config.v_head_dim, init=residual_std(config),
+        ),
+    )  # fmt: skip

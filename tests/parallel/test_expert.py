@@ -1,0 +1,69 @@
+"""Experts on several ranks, for visits that training seldom has: the rest is in test_parity.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from megalite.comm.mesh import ALONE, Axis, Fold
+from megalite.models import model_config
+from megalite.models.experts import Experts, RoutedConfig
+from megalite.parallel.expert import ParallelExperts
+from ranks import run_ranks
+
+NUM_EXPERTS, HIDDEN, TOKENS = 4, 12, 5
+# Experts of the tokens of each rank: none of one rank's is visited; one has all tokens; a rank has no token.
+VISITS = {"one rank's": [[[0, 1]] * TOKENS] * 2, "one": [[[3]] * TOKENS] * 2, "no token": [[], [[1, 2]] * TOKENS]}
+
+
+def experts() -> Experts:
+    config = model_config({
+        "family": "mixtral", "vocab_size": 9, "hidden_size": HIDDEN, "intermediate_size": 8, "num_layers": 1,
+        "num_attention_heads": 1, "max_positions": 8, "num_experts": NUM_EXPERTS, "experts_per_token": 1,
+    })  # fmt: skip
+    assert isinstance(config, RoutedConfig)
+    module = Experts(config)
+    with torch.no_grad():
+        for number, parameter in enumerate(module.parameters()):
+            parameter.normal_(generator=torch.Generator().manual_seed(number))
+    return module
+
+
+def inputs(visits: str, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states of the tokens of a rank, and the weights and numbers of their experts."""
+    index = torch.tensor(VISITS[visits][rank], dtype=torch.int64).view(1, -1, len(VISITS[visits][1][0]))
+    generator = torch.Generator().manual_seed(10 + rank)
+    x = torch.randn(1, index.shape[1], HIDDEN, generator=generator)
+    return x.requires_grad_(), torch.rand(index.shape, generator=generator).requires_grad_(), index
+
+
+def of_rank(rank: int, world_size: int, visits: str) -> list[Tensor]:
+    """The output, and gradients of inputs and of this rank's experts."""
+    whole, axis = experts(), Axis(2, rank, torch.distributed.group.WORLD, "expert")
+    mine = ParallelExperts(whole, Fold(axis, ALONE, ALONE, axis), own_tokens=True)
+    for linear in (mine.gate_up, mine.down):
+        linear.weight = nn.Parameter(linear.weight.detach().chunk(2)[rank].clone())
+    x, weight, index = inputs(visits, rank)
+    out = mine(x, weight, index)
+    out.square().sum().backward()
+    found = [out.detach(), x.grad, weight.grad, mine.gate_up.weight.grad, mine.down.weight.grad]
+    assert all(each is not None for each in found)
+    return found  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("visits", VISITS)
+def test_ranks_and_experts_may_have_no_rows(visits: str) -> None:
+    found = run_ranks(2, of_rank, visits)
+    whole = experts()
+    both = [inputs(visits, rank) for rank in range(2)]
+    outs = [whole(*each) for each in both]
+    sum(out.square().sum() for out in outs).backward()  # type: ignore[union-attr]
+    for rank, (out, x, weight, gate_up, down) in enumerate(found):
+        wanted = (
+            outs[rank].detach(), both[rank][0].grad, both[rank][1].grad,
+            whole.gate_up.weight.grad.chunk(2)[rank], whole.down.weight.grad.chunk(2)[rank],
+        )  # fmt: skip
+        for mine, theirs in zip((out, x, weight, gate_up, down), wanted, strict=True):
+            # fp32 sums of at most ten rows, in another order.
+            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
