@@ -88,6 +88,7 @@ def make_parser() -> argparse.ArgumentParser:
         _add_serve,
         _add_average,
         _add_inspect,
+        _add_parity,
         _add_ops,
     ):
         add(verbs)
@@ -417,6 +418,31 @@ def _inspect(arguments: argparse.Namespace) -> None:
         inspect_samples(config, arguments.split, count, start, console)
     else:
         inspect_file(arguments.what, arguments.tokenizer, count, start, console)
+
+
+def _add_parity(verbs: Verbs) -> None:
+    parser = verbs.add_parser(
+        "parity",
+        help="say whether two runs differ by more than rounding, and where first",
+        description="Compare the weights, losses and gradients that two runs recorded under `profile: {tensors: [1, "
+        "3]}`. The exit status is 0 where they agree, and 1 where they do not.",
+    )
+    parser.add_argument("a", type=Path, metavar="A", help="folder of a run")
+    parser.add_argument("b", type=Path, metavar="B", help="folder of another")
+    parser.add_argument("--step", type=int, action="append", default=[], help="compare this step (default: all)")
+    parser.add_argument(
+        "--tolerance", type=float, default=1e-5, help="largest relative difference (default: %(default)s, for fp32)"
+    )
+    parser.set_defaults(verb=_parity)
+
+
+def _parity(arguments: argparse.Namespace) -> int:
+    """Compare two runs; return 1 where they differ."""
+    from megalite.observe.parity import compare_runs
+
+    lines, agree = compare_runs(arguments.a, arguments.b, arguments.tolerance, arguments.step)
+    print(*lines, sep="\n")
+    return 0 if agree else 1
 
 
 def _add_ops(verbs: Verbs) -> None:

@@ -616,6 +616,9 @@ class ProfileConfig(Section):
     steps: tuple[int, ...] = Field((), description="Steps to record: [first, last]. Empty disables.")
     ranks: tuple[int, ...] = Field((0,), description="Ranks that write a trace.")
     memory: bool = Field(False, description="Also record every allocation.")
+    tensors: tuple[int, ...] = Field(
+        (), description="Steps whose weights and gradients are written to RUN/tensors, for `megalite parity`."
+    )
 
     @field_validator("steps")
     @classmethod

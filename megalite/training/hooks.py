@@ -23,8 +23,10 @@ from megalite.errors import CheckpointError
 from megalite.health.guard import Ending, Guard
 from megalite.health.signals import StopRequests
 from megalite.health.stragglers import Stragglers
+from megalite.models.weights import Weight
 from megalite.observe.profiler import Profiler
 from megalite.observe.steps import Record
+from megalite.observe.tensors import KINDS, folder_of, write_numbers, write_tensors
 from megalite.runtime.activity import NOW
 from megalite.runtime.exit_codes import Exit
 from megalite.training.parts import RankModel, validate
@@ -135,6 +137,32 @@ class Profile(Hook):
 
     def __exit__(self, *error: Any) -> None:
         self._profiler.__exit__(*error)
+
+
+class RecordTensors(Hook):
+    """Write the weights and gradients of the steps that `profile.tensors` names."""
+
+    def __init__(self, run: Run, parts: RankModel, table: Mapping[str, Weight], owners: Mapping[str, int]):
+        """`owners` says which rank writes each weight of the `table`."""
+        self._run, self._parts, self._table, self._owners = run, parts, table, owners
+
+    def before_update(self, step: Step) -> None:
+        if not self.is_due(step):
+            return
+        found = {}
+        for kind in KINDS:
+            owned = self._parts.engine.gather(kind, self._owners)
+            found[kind] = {hf: x for name in owned for hf, x in self._table[name].to_hf(owned[name]).items()}
+        write_tensors(folder_of(self._run.config.run.folder, step.number), self._run.mesh.world.rank, found)
+
+    def is_due(self, step: Step) -> bool:
+        return step.number in self._run.config.profile.tensors
+
+    def act(self, step: Step) -> None:
+        if self in step.due and self._run.recorder:
+            names = [name for weight in self._table.values() if not weight.frozen for name in weight.hf]
+            folder = folder_of(self._run.config.run.folder, step.number)
+            write_numbers(folder, float(step.record["loss"]), float(step.record["grad_norm"]), names)
 
 
 class ListenToSignals(Hook):
@@ -370,6 +398,7 @@ def make_hooks(
     hooks: dict[str, Hook] = {
         "stragglers": TimeRanks(run),
         "profile": Profile(run, parts),
+        **({"tensors": RecordTensors(run, parts, *saver.table_and_owners)} if run.config.profile.tensors else {}),
         "signals": ListenToSignals(run, requests),
         "guard": GuardNumbers(run, parts, loader, guard),
         "evaluation": Evaluate(run, parts, data),

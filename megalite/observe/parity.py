@@ -1,0 +1,121 @@
+"""Settles whether two runs differ by more than rounding: their recorded weights, losses and gradients, step by step
+(`megalite parity`). What comes first is the cause: the weights before a step, the loss, and the gradients in the order
+of the backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megalite.errors import DataError
+from megalite.observe.tensors import RecordedStep, read_steps
+
+SHOWN = 8
+"""Number of tensors of a step that are named."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How two tensors of one name differ."""
+
+    name: str
+    shape: tuple[int, ...]
+    error: float
+    """Norm of the difference, relative to the norm of the first."""
+    where: str
+    """The part that differs, where it is a part."""
+
+    def __str__(self) -> str:
+        return f"{self.name} {list(self.shape)}: off by {self.error:.1e}{f', {self.where}' if self.where else ''}"
+
+
+def compare_runs(a: Path, b: Path, tolerance: float, steps: Sequence[int] = ()) -> tuple[list[str], bool]:
+    """Return what a person is told about two runs, and whether they agree.
+
+    `tolerance` bounds the relative difference of losses and of each tensor; `steps` are those to compare, by default
+    all that both have recorded. Raises DataError where there are none."""
+    ours, theirs = read_steps(a), read_steps(b)
+    common = [step for step in ours if step in theirs and (not steps or step in steps)]
+    if not common:
+        raise DataError(
+            f"no step was recorded by both: {a} has {', '.join(map(str, ours))}, {b} has {', '.join(map(str, theirs))}"
+        )
+    lines: list[str] = []
+    agree = True
+    for step in common:
+        said, equal = _compare_step(ours[step], theirs[step], tolerance)
+        lines += [f"step {step}", *(f"  {line}" for line in said)]
+        agree &= equal
+    verdict = "no difference beyond rounding" if agree else "the runs differ; the first of what is named is the cause"
+    return [*lines, f"{verdict} (tolerance {tolerance:g})"], agree
+
+
+def _compare_step(ours: RecordedStep, theirs: RecordedStep, tolerance: float) -> tuple[list[str], bool]:
+    lines, agree = [], True
+    off = abs(ours.loss - theirs.loss) / max(abs(ours.loss), 1e-12)
+    numbers = [("loss", ours.loss, theirs.loss, off)]
+    if ours.grad_norm is not None and theirs.grad_norm is not None:
+        off = abs(ours.grad_norm - theirs.grad_norm) / max(abs(ours.grad_norm), 1e-12)
+        numbers.append(("norm", ours.grad_norm, theirs.grad_norm, off))
+    for kind, title, names in (
+        ("weight", "weights before", ours.names), ("grad", "gradients", tuple(reversed(ours.names))),
+    ):  # fmt: skip
+        said, equal = _compare_tensors(kind, names, ours, theirs, tolerance)
+        lines += [f"{title:<16}{said[0]}", *(f"{'':16}{line}" for line in said[1:])]
+        agree &= equal
+        if kind == "weight":
+            for name, mine, other, error in numbers:
+                lines.append(f"{name:<16}{mine:.7g} and {other:.7g}: off by {error:.1e}")
+                agree &= error <= tolerance
+    return lines, agree
+
+
+def _compare_tensors(
+    kind: str, names: Sequence[str], ours: RecordedStep, theirs: RecordedStep, tolerance: float
+) -> tuple[list[str], bool]:
+    mine = {name for name in names if f"{kind}/{name}" in ours.files}
+    others = {key.partition("/")[2] for key in theirs.files if key.startswith(f"{kind}/")}
+    found = list(_differences(kind, [name for name in names if name in mine & others], ours, theirs))
+    beyond = [each for each in found if not each.error <= tolerance]
+    worst = max(found, key=lambda each: each.error, default=None)
+    if worst is None:
+        lines = ["no tensor of one name"]
+    elif beyond:
+        lines = [f"{len(beyond)} of {len(found)} tensors differ:", *map(str, beyond[:SHOWN])]
+        lines += [f"and {len(beyond) - SHOWN} more"] if len(beyond) > SHOWN else []
+    elif worst.error == 0:
+        lines = [f"{len(found)} tensors, equal bit for bit"]
+    else:
+        lines = [f"{len(found)} tensors; the largest difference is {worst.error:.1e}, of {worst.name}"]
+    alone = [(name, "first") for name in sorted(mine - others)] + [(name, "second") for name in sorted(others - mine)]
+    lines += [f"{name} is in the {side} alone" for name, side in alone[:SHOWN]]
+    lines += [f"and {len(alone) - SHOWN} more in one alone"] if len(alone) > SHOWN else []
+    return lines, not beyond and not alone
+
+
+def _differences(kind: str, names: Sequence[str], ours: RecordedStep, theirs: RecordedStep) -> Iterator[Difference]:
+    for name in names:
+        a, b = (each.read(f"{kind}/{name}").double() for each in (ours, theirs))
+        if a.shape != b.shape:
+            yield Difference(name, tuple(a.shape), torch.inf, f"and not {list(b.shape)}")
+            continue
+        off = (a - b).nan_to_num(torch.inf, torch.inf, torch.inf)
+        error = (off.norm() / a.norm().clamp(min=1e-30)).item() if off.any() else 0.0
+        yield Difference(name, tuple(a.shape), error, _where(off))
+
+
+def _where(off: Tensor) -> str:
+    """Say in which part of a tensor nearly all of a difference is, if it is one range of an axis."""
+    total = off.square().sum()
+    for axis in range(off.dim() if off.numel() > 1 and total > 0 and total.isfinite() else 0):
+        squares = off.movedim(axis, 0).flatten(1).square().sum(1) if off.dim() > 1 else off.square()
+        # An even share of the rest would be rounding.
+        high = (squares > 1e-4 * total / len(squares)).nonzero().flatten()
+        first, last = int(high[0]), int(high[-1])
+        if last - first + 1 <= 0.75 * len(squares):
+            return f"only in {first} to {last} of the {len(squares)} along axis {axis}"
+    return ""
