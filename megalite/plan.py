@@ -221,6 +221,7 @@ def make_plan(config: Config, weights: Sequence[Sized], world_size: int) -> Plan
     _check_compile(config)
     _check_model(config)
     _check_experts(config, weights, sequence)
+    _check_qk_clip(config)
     stages = _stages(config, weights)
     _check_lora(config, stages)
     fullest = _fullest_rank(config, weights, stages, world_size // pipeline)
@@ -348,6 +349,7 @@ def _check_engine(config: Config) -> None:
         return
     for key, value in (
         ("optimizer.ema", config.optimizer.ema), ("optimizer.groups", config.optimizer.groups),
+        ("optimizer.qk_clip", config.optimizer.qk_clip),
         ("train.batch_ramp", config.train.batch_ramp),
         ("the selection bias of routers", config.model.bias_rate if config.lora is None else None),
     ):  # fmt: skip
@@ -461,6 +463,20 @@ def _check_experts(config: Config, weights: Sequence[Sized], sequence: bool) -> 
             f"{key} with parallel.expert_tensor = {cut.tensor} beside parallel.tensor = {parallel.tensor} needs "
             "parallel.sequence: true: without it tensor ranks hold the same tokens, and would send each twice"
         )
+
+
+def _check_qk_clip(config: Config) -> None:
+    """Raise ConfigError where scaling the projections of queries and keys cannot bound the attention logits."""
+    if config.optimizer.qk_clip is None:
+        return
+    architecture = config.model.architecture
+    if any(mixer.head_norms for mixer in architecture.attentions):
+        raise ConfigError(
+            f"optimizer.qk_clip must be null for model.family = {config.model.family!r}: it normalizes queries and "
+            "keys, so that scaling their projections changes no attention logit"
+        )
+    if config.lora is not None:
+        raise ConfigError("optimizer.qk_clip must be null with lora, which keeps the projections as they are")
 
 
 def _check_lora(config: Config, stages: Sequence[StageSpan]) -> None:

@@ -1,6 +1,15 @@
 """The schema of a config, and the error messages for one that cannot be used."""
 
-from megalite.config.optimizer import BY_COUNTS, EMA, Member, OptimizerConfig, ParameterGroup, ScheduleConfig, Treatment
+from megalite.config.optimizer import (
+    BY_COUNTS,
+    EMA,
+    Member,
+    OptimizerConfig,
+    ParameterGroup,
+    QKClipConfig,
+    ScheduleConfig,
+    Treatment,
+)
 from megalite.config.schema import (
     MOST_LAYERS,
     BatchRampConfig,
@@ -53,6 +62,7 @@ __all__ = [
     "ParameterGroup",
     "Policy",
     "ProfileConfig",
+    "QKClipConfig",
     "RunConfig",
     "ScheduleConfig",
     "Section",

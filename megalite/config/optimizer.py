@@ -90,6 +90,15 @@ class Treatment(NamedTuple):
     weight_decay: float
 
 
+class QKClipConfig(Section):
+    """Bound the attention logits by scaling the projections of queries and keys (MuonClip, Kimi K2)."""
+
+    threshold: float = Field(100.0, gt=0, description="Largest logit that the heads may have had in a step.")
+    alpha: float = Field(
+        0.5, ge=0, le=1, description="Share of the queries in the scaling, as an exponent; the keys take the rest."
+    )
+
+
 class Member(NamedTuple):
     """One of the optimizers that a config asks for."""
 
@@ -115,6 +124,11 @@ class OptimizerConfig(Choice):
         lt=1,
         description="Decay of an exponential moving average of the weights, which is validated beside them and kept in "
         "checkpoints. Lower in the first steps n: at most (1 + n)/(10 + n). null: none.",
+    )
+    qk_clip: QKClipConfig | None = Field(
+        None,
+        description="After each step, scale down the queries and keys of heads whose attention logits were above a "
+        "threshold. null: no head is.",
     )
     groups: tuple[ParameterGroup, ...] = Field(
         (), description="Weights with settings of their own. The first group that matches a weight is used."

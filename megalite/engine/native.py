@@ -40,6 +40,7 @@ from megalite.engine.layout import Slot, elements_of, make_buckets
 from megalite.engine.matrices import STEP, Matrices
 from megalite.engine.optimizers import MatrixOptimizer
 from megalite.engine.optimizers.by_counts import ByCounts
+from megalite.engine.qk_clip import QKClip
 from megalite.models.layers import Decoder
 from megalite.models.weights import Weight
 from megalite.plan import Plan
@@ -77,6 +78,8 @@ class NativeEngine:
             for name, optimizer in self.optimizers.items()
             if isinstance(optimizer, MatrixOptimizer)
         }
+        clip = config.optimizer.qk_clip
+        self._qk_clip = QKClip(clip, models, self.buckets, mesh) if clip else None
         self._unchanging = threading.Event()  # set when no copy of the state is pending
         self._unchanging.set()
         self._aside: GatherAside | None = None
@@ -93,6 +96,8 @@ class NativeEngine:
 
     def begin(self, num_micro_batches: int) -> None:
         self._gradients.begin(num_micro_batches)
+        if self._qk_clip:
+            self._qk_clip.begin()
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
@@ -114,6 +119,8 @@ class NativeEngine:
         # Before the first update, where there is nothing to correct yet, a refused step must not divide by 0.
         num_updates = self._num_updates.clamp(min=1)
         common = {name: each.begin_step(divisor, num_updates) for name, each in self.optimizers.items()}
+        if self._qk_clip:
+            self._qk_clip.find_scales(divisor > 0)
         self.wait_for_params()
         self.await_copies()
         self._update(common, lr)
@@ -136,10 +143,15 @@ class NativeEngine:
             if not isinstance(optimizer, MatrixOptimizer):
                 with record_function(STEP):
                     optimizer.update_(bucket.shard(lr), common[name])
-                self._send(bucket)
+                self._clip_and_send(bucket)
         for solve in solving.values():
             for bucket in solve():
-                self._send(bucket)
+                self._clip_and_send(bucket)
+
+    def _clip_and_send(self, bucket: BucketState) -> None:
+        if self._qk_clip:
+            self._qk_clip.scale_(bucket)
+        self._send(bucket)
 
     def _send(self, bucket: BucketState) -> None:
         """Start to gather a bucket's new weights from all replicas."""

@@ -3,7 +3,7 @@ key/value heads, K head size, V vocabulary."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Protocol
@@ -18,6 +18,7 @@ from megalite.kernels.attention import (
     attention,
     check_cross,
     eager_attention,
+    largest_logits,
     self_attention,
     split_heads,
 )
@@ -224,6 +225,11 @@ class CoreAttention(nn.Module):
         super().__init__()
         self.dropout, self.kind = dropout, kind
         self.strategy: AttentionStrategy | None = None
+        self.logits_of: Callable[..., Tensor] = largest_logits
+        """Finds the largest logits of what is at hand; its arguments are those of `kernels.attention.largest_logits`.
+        Context parallelism sets another, which finds those of this rank's queries or heads."""
+        self.largest_logits: Tensor | None = None
+        """Where set, fp32 [H]: each forward pass in training raises it to the largest logit of each head."""
 
     @property
     def writes_scores(self) -> bool:
@@ -233,6 +239,8 @@ class CoreAttention(nn.Module):
     def forward(self, qkv_BTNK: Tensor, num_heads: int, num_kv_heads: int, places: SequenceInfo) -> Tensor:
         """Attend within the fused projection [B,T,N,K]: N = num_heads of queries + num_kv_heads of keys + as many of
         values. Returns [B,T,H·K]; `places` says which tokens are of one document."""
+        if self.largest_logits is not None:
+            self.note_logits(*split_heads(qkv_BTNK, num_heads, num_kv_heads)[:2], places)
         if self.strategy is not None or self._drops(places):
             out = self._by_strategy_or_eager(*split_heads(qkv_BTNK, num_heads, num_kv_heads), places)
             if out is not None:
@@ -253,11 +261,22 @@ class CoreAttention(nn.Module):
         `places` are those of the queries, and of the keys where `source` is None. `source` are those of keys of another
         sequence (cross-attention), whole on this rank. `bias` [B or 1,H or 1,T,S] is added to the scores. Raises
         ValueError where these, the kind and the strategy do not go together."""
+        if self.largest_logits is not None:
+            self.note_logits(q_BTHK, k_BSGK, places, source)
         out = self._by_strategy_or_eager(q_BTHK, k_BSGK, v_BSGV, places, source, bias)
         if out is not None:
             return out
         source_BS = None if source is None else source.document_BT
         return attention(q_BTHK, k_BSGK, v_BSGV, places.document_BT, self.kind, source_BS, bias)
+
+    def note_logits(
+        self, q_BTHK: Tensor, k_BSGK: Tensor, places: SequenceInfo, source: SequenceInfo | None = None
+    ) -> None:
+        """Raise `largest_logits` to those of these queries and keys. In evaluation it does nothing."""
+        if self.training and self.largest_logits is not None:
+            source_BS = None if source is None else source.document_BT
+            found = self.logits_of(q_BTHK.detach(), k_BSGK.detach(), places.document_BT, self.kind, source_BS)
+            torch.maximum(self.largest_logits, found, out=self.largest_logits)
 
     def _by_strategy_or_eager(
         self,

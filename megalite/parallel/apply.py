@@ -69,6 +69,8 @@ def compile_layers(model: Decoder) -> None:
             if isinstance(module, Dropout):
                 # The compiler turns products that wrap around int64 into constants that do not fit.
                 wrap(module, "drop", torch.compiler.disable)
+            if isinstance(module, CoreAttention):
+                wrap(module, "note_logits", torch.compiler.disable)  # it writes beside the layer's own values
             if isinstance(module, LayerLoss | Experts):
                 # The backward pass of a loss takes note of it; an expert's rows are other ones in every pass.
                 wrap(module, "forward", torch.compiler.disable)

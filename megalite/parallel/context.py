@@ -15,6 +15,7 @@ keys, V of values.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from megalite.comm.collectives import Result, start_shift
 from megalite.comm.mesh import Axis
-from megalite.kernels.attention import AttentionKind
+from megalite.kernels.attention import AttentionKind, largest_of
 from megalite.models.layers import SequenceInfo
 
 aten = torch.ops.aten
@@ -61,6 +62,36 @@ class RingAttention:
         refuses soft-capped scores and dropout."""
         kind = kind.within(q_BTHK.shape[1] * self.axis.size)
         return _RingAttention.apply(q_BTHK, k_BTGK, v_BTGV, places.document_BT, self.axis, kind)
+
+    @torch.no_grad()
+    def largest_logits(
+        self,
+        q_BTHK: Tensor,
+        k_BTGK: Tensor,
+        document_BT: Tensor | None,
+        kind: AttentionKind,
+        source_BS: Tensor | None = None,
+    ) -> Tensor:
+        """Return the largest logit of each head over this rank's queries and the keys of all ranks, fp32 [H]; see
+        `kernels.attention.largest_logits`. The keys travel the ring for it once more."""
+        kind, q = kind.within(q_BTHK.shape[1] * self.axis.size), q_BTHK.transpose(1, 2)
+        largest = torch.full((q.shape[1],), -torch.inf, device=q.device)
+        for block in _blocks(_Message.of(k_BTGK, k_BTGK[..., :0]), document_BT, kind, self.axis):
+            attended = partial(_attended, block)
+            found = largest_of(q[:, :, block.rows], block.k, attended, kind.scale_of(q.shape[-1]))
+            largest = torch.maximum(largest, found)
+        return largest
+
+
+def _attended(block: _Block, rows: slice) -> tuple[slice, Tensor | None]:
+    """Return the keys that a range of a block's queries attends to, and the mask for them, as `largest_of` asks."""
+    keys = slice(0, rows.stop if block.causal else block.k.shape[2])
+    mask = None if block.mask is None else block.mask[:, :, rows, keys]
+    if block.causal:
+        ones = torch.ones(rows.stop - rows.start, keys.stop, dtype=torch.bool, device=block.k.device)
+        before = ones.tril(rows.start)
+        mask = before if mask is None else mask & before
+    return keys, mask
 
 
 class _RingAttention(Function):

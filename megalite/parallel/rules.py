@@ -247,4 +247,5 @@ def _(attention: CoreAttention, layout: Layout) -> None:
                 f"parallel.context = {layout.context.size} must be 1 for this model: ring attention has no scores to "
                 "cap or to drop"
             )
-        attention.strategy = RingAttention(layout.context)
+        ring = RingAttention(layout.context)
+        attention.strategy, attention.logits_of = ring, ring.largest_logits

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Literal
 
+from megalite.kernels.attention import LOGITS_AT_ONCE
 from megalite.planner.shapes import LayerShapes, Shapes
 
 Recompute = Literal["none", "selective", "full"]
@@ -252,6 +253,12 @@ def _attention_forward(shapes: LayerShapes) -> int:
     elif shapes.attention_softcap:
         # In fp32: the scores, capped, masked, and their softmax.
         size += _copied(shapes) + scores * 4 * FP32
+    if shapes.finds_logits:
+        # Some of the logits, and as many masked ones; their queries; and for all heads a mask.
+        at_once = min(LOGITS_AT_ONCE, scores)
+        queries = at_once // shapes.seq_length * shapes.head_size * shapes.element
+        mask = at_once // (shapes.micro_batch_size * shapes.heads)
+        size = max(size, _projection(shapes) + at_once * 2 * shapes.element + queries + mask)
     if shapes.context > 1:
         # Keys and values twice, own and arriving; a block's output, in fp32 as well, and the sum of all blocks.
         keys_values = 2 * shapes.kv * shapes.element
