@@ -94,6 +94,7 @@ optimizers: Registry[type[OptimizerConfig]] = Registry(
         "adamw": "megalite.engine.optimizers.adamw:AdamWConfig",
         "muon": "megalite.engine.optimizers.muon:MuonConfig",
         "sgd": "megalite.engine.optimizers.sgd:SGDConfig",
+        "adafactor": "megalite.engine.optimizers.adafactor:AdafactorConfig",
         "adagrad": "megalite.engine.optimizers.adagrad:AdagradConfig",
         "lion": "megalite.engine.optimizers.lion:LionConfig",
     },

@@ -217,6 +217,7 @@ def train_from(run: Run, parts: RankModel, data: Data, start: Start, requests: S
         lambda path: write_extras(path, config, tokenizer),
         stem=TENSORS if config.lora else "model",
         keep_best=config.checkpoint.keep_best,
+        state_row=config.optimizer.state_row,
     )
     done = False
     try:

@@ -51,7 +51,11 @@ RESUMED = [
     pytest.param(
         2, ("optimizer.name=muon", "parallel.zero_stage=1", "train.precision=bf16"), "gpt2", id="data-2-bf16-muon"
     ),
-]
+    pytest.param(
+        2, ("optimizer.name=adafactor", "parallel.tensor=2", "train.precision=bf16"), "gpt2",
+        id="tensor-2-bf16-adafactor",
+    ),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("ranks", "layout", "model"), RESUMED)
@@ -109,6 +113,11 @@ CHANGES = {
         (2, (*PIPELINE, "train.stop_at=11")),
         (1, ()),
     ],
+    "adafactor": [
+        (4, ("parallel.tensor=2", "parallel.zero_stage=2", "train.stop_at=4")),
+        (2, (*PIPELINE, "train.stop_at=9")),
+        (1, ()),
+    ],
 }
 
 
@@ -116,8 +125,8 @@ CHANGES = {
 def test_layout_changes_between_the_parts_of_a_run(tmp_path: Path, case: str) -> None:
     """On the curve of one unbroken process, validation included. The ranks' numbers differ in the last bits and
     training amplifies that; 1e-4 is the bound the project asks of curves."""
-    given = {"llama": ("data.document_mask=true",), "muon": ("optimizer.name=muon",)}.get(case, ())
-    model = case if case != "muon" else "llama"
+    given = {"llama": ("data.document_mask=true",), "gpt2": ()}.get(case, (f"optimizer.name={case}",))
+    model = case if case == "gpt2" else "llama"
     unbroken = make_config(tmp_path, model, "run.name=unbroken", *given)
     train(unbroken)
     for ranks, overrides in CHANGES[case]:

@@ -116,7 +116,8 @@ UNLESS_SET: Mapping[str, Any] = {"name": "adamw", "groups": [], EMA: None}
 
 
 def states_held(folder: Path, config: Config, trained: Sequence[Weight]) -> dict[str, Sequence[Weight]]:
-    """Return for each optimizer state of `config` the weights that a checkpoint holds it for, `trained` being all.
+    """Return for each optimizer state of `config` the weights that a checkpoint holds it for, `trained` being all; as
+    rows of the state, whose shape may be another.
 
     Those are the ones that need it, unless the optimizer is another one since: then what fits is carried over."""
     states = config.optimizer.all_states
@@ -124,9 +125,12 @@ def states_held(folder: Path, config: Config, trained: Sequence[Weight]) -> dict
     now = config.optimizer.model_dump(mode="json")
     if any(before.get(key, default) != now[key] for key, default in UNLESS_SET.items()):
         found = {state: TensorFolder(folder / "optimizer", state).files for state in _files_of(folder, states)}
-        return {state: [w for w in trained if files.keys() & set(w.hf)] for state, files in found.items()}
-    needed = {weight.name: config.optimizer.states_of(weight) for weight in trained}
-    return {state: [weight for weight in trained if state in needed[weight.name]] for state in states}
+        held = {state: [w for w in trained if files.keys() & set(w.hf)] for state, files in found.items()}
+    else:
+        needed = {weight.name: config.optimizer.states_of(weight) for weight in trained}
+        held = {state: [weight for weight in trained if state in needed[weight.name]] for state in states}
+    row = config.optimizer.state_row
+    return {state: [row(weight, state) for weight in some] for state, some in held.items()}
 
 
 def _with_masters(folder: Path, config: Config, trained: Sequence[Weight]) -> dict[str, Sequence[Weight]]:

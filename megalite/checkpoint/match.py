@@ -90,11 +90,11 @@ def check_match(
 def _new_states(checkpoint: Path, config: Config) -> list[str]:
     """Say which states a changed optimizer begins at zero, since the checkpoint has none for these weights."""
     trained = [weight for weight in weight_table(config.model, config.lora) if not weight.frozen]
-    held = states_held(checkpoint, config, trained)
+    held = {state: {row.name for row in rows} for state, rows in states_held(checkpoint, config, trained).items()}
     new = Counter[str]()
     for weight in trained:
         needed = [state for state in config.optimizer.states_of(weight) if state != EMA]  # begins as the weights
-        new.update(state for state in needed if weight not in held.get(state, ()))
+        new.update(state for state in needed if weight.name not in held.get(state, ()))
     missing = ", no ".join(f"{state} of {count} weights" for state, count in new.items())
     return [f"warning: {checkpoint} has no {missing}; these optimizer states begin at zero"] if missing else []
 

@@ -49,14 +49,19 @@ class Saver:
         write_extras: Callable[[Path], None],
         stem: str = "model",
         keep_best: int = 0,
+        state_row: Callable[[Weight, str], Weight] = lambda weight, kind: weight,
     ):
         """Write below `root`, which no other run uses. A collective.
 
         `keep` newest and `keep_best` best checkpoints stay. `owners` says which rank writes each of `weights`, from the
         state of `engine`. `write_extras`, called by rank 0, writes everything but tensors (config.json, tokenizer) to a
-        folder. Files of weights begin with `stem`."""
+        folder. Files of weights begin with `stem`. `state_row` is that of the optimizer's config."""
         table = {weight.name: weight for weight in weights}
-        self.target = Target(root, keep, table, owners, mesh, write_extras, stem, keep_best)
+
+        def row(name: str, kind: str) -> Weight:
+            return state_row(table[name], kind)
+
+        self.target = Target(root, keep, row, owners, mesh, write_extras, stem, keep_best)
         self.mesh = mesh
         self.engine = engine
         self.error: str | None = None

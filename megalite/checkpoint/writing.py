@@ -52,7 +52,8 @@ class Target:
     root: Path
     keep: int
     """Number of newest checkpoints to keep."""
-    table: Mapping[str, Weight]
+    row: Callable[[str, str], Weight]
+    """Gives the row by which a kind of tensors of a weight, both by their names, is written."""
     owners: Mapping[str, int]
     """The rank that writes each weight."""
     mesh: Mesh
@@ -167,7 +168,7 @@ class Writing:
                     continue
                 stem = self.target.stem if kind == "weight" else f"optimizer/{kind}"
                 name = stem + self._suffix()
-                sizes[name] = self._write_tensors(self.temporary / name, logical)
+                sizes[name] = self._write_tensors(self.temporary / name, kind, logical)
                 # Read back from the file: the manifest vouches for what is on the disk.
                 files[name] = digest(self.temporary / name)
                 NOW.beats += 1
@@ -189,11 +190,11 @@ class Writing:
         number = writers.index(self.rank) + 1
         return f"-{number:05d}-of-{len(writers):05d}.safetensors"
 
-    def _write_tensors(self, path: Path, logical: Mapping[str, Tensor]) -> dict[str, int]:
+    def _write_tensors(self, path: Path, kind: str, logical: Mapping[str, Tensor]) -> dict[str, int]:
         """Write one file of Hugging Face tensors. Returns their sizes in bytes."""
         named: dict[str, Tensor] = {}
         for name, whole in logical.items():
-            named |= self.target.table[name].to_hf(whole)
+            named |= self.target.row(name, kind).to_hf(whole)
         save_file(named, path, metadata={"format": "pt"})
         fsync(path)
         return {name: tensor.nbytes for name, tensor in named.items()}

@@ -15,7 +15,7 @@ from megalite.errors import ConfigError
 from megalite.registry import Registry
 
 if TYPE_CHECKING:
-    from megalite.engine.optimizers import MatrixOptimizer, Optimizer
+    from megalite.engine.optimizers import MatrixOptimizer, Optimizer, SummingOptimizer
     from megalite.models.weights import Weight
 
 
@@ -102,7 +102,7 @@ class QKClipConfig(Section):
 class Member(NamedTuple):
     """One of the optimizers that a config asks for."""
 
-    build: Callable[[], Optimizer | MatrixOptimizer]
+    build: Callable[[], Optimizer | MatrixOptimizer | SummingOptimizer]
     states: tuple[str, ...]
     """Names of the states it keeps for each weight."""
     lr: float
@@ -153,7 +153,7 @@ class OptimizerConfig(Choice):
                 raise ValueError(f"groups: optimizer = {group.optimizer!r} is none of this config's: {known}")
         return self
 
-    def build(self) -> Optimizer | MatrixOptimizer:
+    def build(self) -> Optimizer | MatrixOptimizer | SummingOptimizer:
         """Return the optimizer that updates the weights."""
         raise NotImplementedError
 
@@ -165,6 +165,10 @@ class OptimizerConfig(Choice):
         """Return the name of the member that updates `weight`, if no group says otherwise."""
         return self.name
 
+    def takes(self, member: str, weight: Weight) -> bool:
+        """Return whether a member can update `weight`."""
+        return True
+
     def treatment(self, weight: Weight) -> Treatment:
         """Return how a weight is updated: as its member does, or as the first group says that matches it.
 
@@ -173,11 +177,21 @@ class OptimizerConfig(Choice):
             return Treatment(BY_COUNTS, 1.0, 0.0)
         group = next((group for group in self.groups if group.takes(weight.hf)), None)
         name = (group and group.optimizer) or self.member_of(weight)
+        if group and not self.takes(name, weight):
+            raise ConfigError(
+                f"optimizer.groups: match = {group.match!r} gives {weight.hf[0]} to optimizer {name!r}, which is for "
+                "matrices only"
+            )
         member = self.members()[name]
         decay = member.weight_decay if weight.decay else 0.0
         if group is None:
             return Treatment(name, member.lr, decay)
         return Treatment(name, member.lr * group.lr, decay if group.weight_decay is None else group.weight_decay)
+
+    def state_row(self, weight: Weight, state: str) -> Weight:
+        """Return the row by which a checkpoint holds a state of `weight`: the weight's own, or of another shape that
+        follows from it. Of these, which are to be small, every rank of the weight's pipeline stage has the whole."""
+        return weight
 
     def products(self, weight: Weight) -> Sequence[tuple[int, int, int]]:
         """Return the matrix products [m, k] × [k, n] that an update of the whole `weight` takes, as (m, n, k)."""

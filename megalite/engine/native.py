@@ -31,16 +31,17 @@ from torch.profiler import record_function
 
 from megalite.comm.collectives import start_all_gather
 from megalite.comm.mesh import Mesh
-from megalite.config import BY_COUNTS, EMA, Config, Member
+from megalite.config import BY_COUNTS, EMA, Config, Member, OptimizerConfig
 from megalite.engine import ReadState, Sharing, UpdateGate
 from megalite.engine.buckets import BucketState, BucketWeights, fill
 from megalite.engine.gather import Gather, GatherAside, GatherOnHost, HostBuffers
 from megalite.engine.gradients import Gradients
-from megalite.engine.layout import Slot, elements_of, make_buckets
+from megalite.engine.layout import Bucket, Slot, elements_of, make_buckets
 from megalite.engine.matrices import STEP, Matrices
-from megalite.engine.optimizers import MatrixOptimizer
+from megalite.engine.optimizers import MatrixOptimizer, SummingOptimizer
 from megalite.engine.optimizers.by_counts import ByCounts
 from megalite.engine.qk_clip import QKClip
+from megalite.engine.sums import Sums
 from megalite.models.layers import Decoder
 from megalite.models.weights import Weight
 from megalite.plan import Plan
@@ -57,14 +58,13 @@ class NativeEngine:
         # Counted on the device: whether a step updates anything is decided there.
         self._num_updates = torch.zeros((), dtype=torch.float64, device=mesh.device)
         self.dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+        optimizer = config.optimizer
         layout = make_buckets(weights, plan, config.optimizer, elements_of(config.parallel.bucket_mb))
         members = dict(config.optimizer.members())
         if config.model.bias_rate is not None:
             members[BY_COUNTS] = Member(partial(ByCounts, config.model.bias_rate), (), 1.0, 0.0)
         self.buckets = [
-            BucketState(
-                b, mesh, self.dtype, plan.zero_stage, members[b.treatment.optimizer].states, bool(self.config.ema)
-            )
+            BucketState(b, mesh, self.dtype, plan.zero_stage, _sharded_states(b, optimizer), bool(optimizer.ema))
             for b in layout
             if not b.frozen
         ]
@@ -73,12 +73,15 @@ class NativeEngine:
         # The next forward pass needs first what the backward pass finished last.
         self._forward_order = sorted(self.buckets, key=lambda b: min(map(_number_in(weights), b.layout.slots)))
         self.optimizers = {name: member.build() for name, member in members.items()}
-        self._matrices = {
-            name: Matrices(optimizer, [b for b in self._forward_order if b.layout.treatment.optimizer == name], mesh)
-            for name, optimizer in self.optimizers.items()
-            if isinstance(optimizer, MatrixOptimizer)
-        }
-        clip = config.optimizer.qk_clip
+        self._matrices: dict[str, Matrices] = {}
+        self._sums: dict[str, Sums] = {}
+        for name, each in self.optimizers.items():
+            its_buckets = [b for b in self._forward_order if b.layout.treatment.optimizer == name]
+            if isinstance(each, MatrixOptimizer):
+                self._matrices[name] = Matrices(each, its_buckets, mesh)
+            elif isinstance(each, SummingOptimizer):
+                self._sums[name] = Sums(each, optimizer, its_buckets, mesh)
+        clip = optimizer.qk_clip
         self._qk_clip = QKClip(clip, models, self.buckets, mesh) if clip else None
         self._unchanging = threading.Event()  # set when no copy of the state is pending
         self._unchanging.set()
@@ -137,13 +140,17 @@ class NativeEngine:
         once for the step."""
         # Whole matrices travel to their owners while the other buckets are updated.
         solving = {name: each.start(common[name], lr) for name, each in self._matrices.items()}
+        for name, sums in self._sums.items():
+            sums.update(common[name], lr)
         for bucket in self._forward_order:
             name = bucket.layout.treatment.optimizer
             optimizer = self.optimizers[name]
-            if not isinstance(optimizer, MatrixOptimizer):
+            if isinstance(optimizer, MatrixOptimizer):
+                continue
+            if not isinstance(optimizer, SummingOptimizer):
                 with record_function(STEP):
                     optimizer.update_(bucket.shard(lr), common[name])
-                self._clip_and_send(bucket)
+            self._clip_and_send(bucket)
         for solve in solving.values():
             for bucket in solve():
                 self._clip_and_send(bucket)
@@ -192,6 +199,8 @@ class NativeEngine:
             fill(bucket, bucket.weights, 0, slice(bucket.low, bucket.high), read, kind)
             for state in filter(bucket.has, self.states):
                 fill(bucket, bucket.stepped_state(state), bucket.stepped.start, bucket.stepped, read, state)
+        for sums in self._sums.values():
+            sums.load(read)
         for held in self.frozen:
             fill(held, held.weights, 0, slice(held.low, held.high), read, "weight")
         # Each replica has read its shard alone, so that the weights are read once in all, and not once by each
@@ -206,6 +215,9 @@ class NativeEngine:
             yield sharing, bucket.weights
             for state in filter(bucket.has, self.states):
                 yield sharing._replace(replicas=self.zero_stage == 0), bucket.stepped_state(state)
+        for sums in self._sums.values():
+            for kept in sums.states.values():
+                yield Sharing(True, True, False), kept
         for held in self.frozen:
             yield Sharing(True, not held.layout.cut, held.layout.tied, held.layout.of_experts), held.weights
 
@@ -214,7 +226,14 @@ class NativeEngine:
         then local tensors over the holders to the owner of the weight: the groups that training uses anyway, and
         memory for one bucket. `kind`, `owners` and `buffers` are as in `Engine.gather`."""
         self.wait_for_params()
-        return self._assemble(self._shards(kind), owners, GatherOnHost(buffers))
+        return self._assemble(self._shards(kind), owners, GatherOnHost(buffers)) | self._whole(kind, owners, buffers)
+
+    def _whole(self, kind: str, owners: Mapping[str, int], buffers: HostBuffers | None) -> dict[str, Tensor]:
+        """Return a state that every rank has the whole of, for the weights that this rank owns, on the host."""
+        states = [sums.logical(kind) for sums in self._sums.values() if kind in sums.states]
+        copy = buffers.copy if buffers else Tensor.cpu
+        rank = self.mesh.world.rank
+        return {name: copy(x) for state in states for name, x in state.items() if owners[name] == rank}
 
     def _shards(self, kind: str) -> list[tuple[BucketState, Tensor]]:
         """Return this rank's shard of every bucket that has something of this kind."""
@@ -257,9 +276,10 @@ class NativeEngine:
             assert not self._unchanging.is_set(), "the state of that moment is gone"
             try:
                 shards = {kind: [(b, buffers.copy(shard)) for b, shard in self._shards(kind)] for kind in kinds}
+                whole = {kind: self._whole(kind, owners, buffers) for kind in kinds}
             finally:
                 self._unchanging.set()
-            return {kind: self._assemble(shards[kind], owners, way) for kind in kinds}
+            return {kind: self._assemble(shards[kind], owners, way) | whole[kind] for kind in kinds}
 
         return copy
 
@@ -275,3 +295,12 @@ def _number_in(weights: Sequence[Weight]) -> Callable[[Slot], int]:
     """Return a function that gives a slot's place in the table of `weights`."""
     number = {weight.name: place for place, weight in enumerate(weights)}
     return lambda slot: number[slot.weight.name]
+
+
+def _sharded_states(bucket: Bucket, optimizer: OptimizerConfig) -> list[str]:
+    """Return the names of the states in a bucket that are sharded as its weights are."""
+    weight = bucket.slots[0].weight
+    if weight.by_counts:
+        return []
+    states = optimizer.members()[bucket.treatment.optimizer].states
+    return [state for state in states if optimizer.state_row(weight, state) is weight]

@@ -10,6 +10,7 @@ expert-tensor ranks, in this order (see `Cut`)."""
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -36,6 +37,21 @@ class Uniform(NamedTuple):
     """Uniform initial values between -bound and bound."""
 
     bound: float
+
+
+class Rectangle(NamedTuple):
+    """A part of one of a weight's matrices that lies in one piece in a flattened local tensor: whole rows, or a part
+    of a single row."""
+
+    start: int
+    """First of its elements in the local tensor."""
+    stop: int
+    matrix: int
+    """Number of the matrix among the `row_groups`."""
+    rows: tuple[int, int]
+    """Range of logical rows."""
+    columns: tuple[int, int]
+    """Range of logical columns; (0, 1) where the weight has no columns."""
 
 
 @dataclass(frozen=True)
@@ -136,8 +152,9 @@ class Weight:
         return self.used == 0.0 or self.place == "both"
 
     def num_states(self, optimizer: OptimizerConfig) -> int:
-        """Return how many states `optimizer` keeps for each of its elements."""
-        return len(optimizer.states_of(self))
+        """Return how many states `optimizer` keeps for each of its elements. Those of another shape, which are small
+        beside it, do not count."""
+        return sum(optimizer.state_row(self, state) is self for state in optimizer.states_of(self))
 
     def sums_over_tensor_ranks(self, sequence: bool) -> bool:
         """Return whether its gradient is summed over the tensor ranks; `sequence`: sequence parallelism is on."""
@@ -222,6 +239,27 @@ class Weight:
             found.append(found[0].new_zeros(padding) if found else torch.zeros(padding))
         flat = torch.cat(found) if len(found) > 1 else found[0]
         return flat[start - first * width : stop - first * width]
+
+    def rectangles(self, rank: int, tensor: int, start: int, stop: int, expert: int = 1) -> Iterator[Rectangle]:
+        """Yield what elements [start, stop) of the flattened local tensor of `rank`, one of `expert` × `tensor` ranks,
+        are of the weight's matrices. Padding is left out."""
+        left, right = self._columns(rank % tensor, tensor) if self.row_shape else (0, 1)
+        width, offset = right - left, 0
+        ends = list(accumulate(self.row_groups))
+        for low, high in self._row_ranges(rank, tensor, expert):
+            while low < high:
+                matrix = bisect_right(ends, low)
+                last = min(high, ends[matrix])
+                begin, end = max(start, offset), min(stop, offset + (last - low) * width)
+                while begin < end:
+                    row, inside = divmod(begin - offset, width)
+                    rows = (end - begin) // width if inside == 0 else 0
+                    size = rows * width or min(width - inside, end - begin)
+                    within = (left, right) if rows else (left + inside, left + inside + size)
+                    yield Rectangle(begin, begin + size, matrix, (low + row, low + row + max(rows, 1)), within)
+                    begin += size
+                offset += (last - low) * width
+                low = last
 
     def assemble(self, locals_: Sequence[Tensor], expert: int = 1) -> Tensor:
         """Return the logical tensor from the local tensors of all ranks that hold it (one, where it is replicated), of

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megalite.config import OptimizerConfig
-from megalite.engine.optimizers import MatrixOptimizer, Shard
+from megalite.engine.optimizers import AllMatrices, MatrixOptimizer, Piece, Shard, SummingOptimizer
 from megalite.errors import ConfigError
 from megalite.kernels.newton_schulz import COEFFICIENTS, orthogonalize, symmetric_product
 from megalite.models.weights import Weight
@@ -99,6 +99,60 @@ def test_an_optimizer_equals_its_reference(case: str) -> None:
     torch.testing.assert_close(found, reference(start, grads), rtol=1e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("shape", [(12, 20), (240,)])
+def test_adafactor_equals_torch(shape: tuple[int, ...]) -> None:
+    """A matrix that two ranks hold, cut within a row; from an embedding of zeros; its rate falls from step 4 on."""
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(shape, generator=generator)
+    start[:3] = 0.0
+    grads = [torch.randn(shape, generator=generator) * (step + 1) for step in range(STEPS)]
+    parameter = torch.nn.Parameter(start.double())
+    reference = torch.optim.Adafactor([parameter], lr=0.5, weight_decay=0.1)
+    config = optimizer_of(name="adafactor", lr=0.5)
+    weight = Weight("layers.0.w", shape, ("w",), place=0)
+    optimizer = config.members()[config.member_of(weight)].build()
+    assert isinstance(optimizer, SummingOptimizer)
+    master, variance = start.clone().flatten(), torch.zeros(240)
+    matrices = all_matrices(optimizer, weight)
+    for number, grad in enumerate(grads, 1):
+        pieces = pieces_of(optimizer, weight, master, variance, grad.clone().flatten(), config)
+        common = optimizer.begin_step(torch.ones(()), torch.tensor(float(number), dtype=torch.float64))
+        optimizer.update_(pieces, matrices, common, lambda flat: flat)
+        parameter.grad = grad.double()
+        reference.step()
+    found = master.view(shape)
+    # fp32 against float64, over 20 steps
+    torch.testing.assert_close(found, parameter.detach().float(), rtol=1e-5, atol=2e-6)
+    before = [x.clone() for x in (master, variance, *matrices.states.values())]
+    pieces = pieces_of(optimizer, weight, master, variance, torch.full((240,), torch.nan), config)
+    refused = optimizer.begin_step(torch.zeros(()), torch.ones((), dtype=torch.float64))
+    optimizer.update_(pieces, matrices, refused, lambda flat: flat)
+    assert all(torch.equal(a, b) for a, b in zip(before, (master, variance, *matrices.states.values()), strict=True))
+
+
+def all_matrices(optimizer: SummingOptimizer, weight: Weight) -> AllMatrices:
+    rows, columns = weight.shape[0], weight.row_shape[0] if weight.row_shape else 1
+    kept = {optimizer.ROW_STATE: torch.zeros(rows), optimizer.COLUMN_STATE: torch.zeros(columns)}
+    states = {name: state for name, state in kept.items() if name}
+    return AllMatrices(torch.tensor([rows]), torch.tensor([columns]), rows, columns, states)
+
+
+def pieces_of(
+    optimizer: SummingOptimizer, weight: Weight, master: Tensor, variance: Tensor, grad: Tensor, config: OptimizerConfig
+) -> list[Piece]:
+    pieces = []
+    for low, high in ((0, 107), (107, 240)):
+        for found in weight.rectangles(0, 1, low, high):
+            master_, variance_, grad_ = (
+                x[found.start : found.stop].view(found.rows[1] - found.rows[0], -1) for x in (master, variance, grad)
+            )
+            states = {} if optimizer.ROW_STATE else {"variance": variance_}
+            pieces.append(
+                Piece(0, slice(*found.rows), slice(*found.columns), master_, None, grad_, states, config.lr, 0.1, True)
+            )
+    return pieces
+
+
 @pytest.mark.parametrize("name", ["adamw", "muon", "sgd", "adagrad", "lion"])
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_a_refused_step_changes_nothing(name: str, precision: torch.dtype) -> None:
@@ -170,5 +224,11 @@ def test_groups_have_settings_of_their_own() -> None:
     )
     with pytest.raises(ConfigError, match=r"takes model\.layers\.1\.k\.weight but not"):
         optimizer_of(groups=[{"match": "*.k.weight"}]).treatment(fused)
+    for name in ("muon", "adafactor"):
+        config = optimizer_of(name=name, groups=[{"match": "*.bias", "optimizer": name}])
+        with pytest.raises(
+            ConfigError, match=rf"gives model\.layers\.1\.a\.bias to optimizer '{name}', which is for mat"
+        ):
+            config.treatment(bias)
     with pytest.raises(ValueError, match="optimizer = 'muon' is none of this config's: adamw"):
         optimizer_of(groups=[{"match": "*", "optimizer": "muon"}])

@@ -208,6 +208,11 @@ LAYOUTS = [
     Layout(2, pipeline=2, schedule="zero_bubble", optimizer="qk-clip"),
     Layout(2, context=2, optimizer="qk-clip"),
     Layout(4, tensor=2, context=2, zero=2, recompute="full", optimizer="qk-clip"),
+    *(Layout(ranks, zero=zero, optimizer="adafactor") for ranks, zero in ((1, 1), (2, 0), (2, 1), (4, 2))),
+    Layout(2, tensor=2, sequence=True, optimizer="adafactor"),
+    Layout(2, pipeline=2, optimizer="adafactor"),
+    Layout(4, tensor=2, zero=0, optimizer="adafactor"),
+    Layout(8, tensor=2, sequence=True, pipeline=2, zero=1, optimizer="adafactor"),
 ]
 
 
@@ -223,6 +228,7 @@ WITH_EXPERTS = [
     Layout(2, tensor=2, sequence=True, zero=1, engine="deepspeed"),
     Layout(2, tensor=2, sequence=True, optimizer="muon"),
     Layout(2, zero=2, optimizer="muon"),
+    Layout(4, tensor=2, zero=2, optimizer="adafactor"),
     Layout(4, tensor=2, sequence=True, pipeline=2, recompute="selective"),
     Layout(8, tensor=2, sequence=True, pipeline=2, schedule="1f1b", context=2),
     Layout(2, expert=2),
@@ -278,6 +284,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "qk-clip": {
         "name": "muon", "adamw": {"lr": 5e-3, "eps": 1e-3}, "qk_clip": {"threshold": 1.9, "alpha": 0.25}
     },
+    "adafactor": {"name": "adafactor", "eps": 1e-3},
 }  # fmt: skip
 
 
@@ -464,6 +471,35 @@ def plain_qk_clip(largest: dict[str, Tensor], parameters: dict[str, Tensor], gro
     assert min(ratios) < 0.95 < 1.0 in ratios, "the threshold tells heads apart"
 
 
+class PlainAdafactor(torch.optim.Optimizer):
+    """torch's Adafactor on every one of a weight's `rows` apart, whose states it keeps beside each other."""
+
+    def __init__(self, parameters: Sequence[dict[str, Any]]):
+        super().__init__(parameters, {})
+        self.apart = []
+        for group in self.param_groups:
+            (p,) = group["params"]
+            rows = p.data.flatten(0, -2) if p.dim() > 1 else p.data
+            parts = [torch.nn.Parameter(part) for part in rows.split(group["rows"])]
+            decay = group["weight_decay"]
+            self.apart.append(torch.optim.Adafactor(parts, lr=1.0, eps=(1e-3, 1e-3), weight_decay=decay))
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group, each in zip(self.param_groups, self.apart, strict=True):
+            (p,) = group["params"]
+            parts = each.param_groups[0]["params"]
+            grads = (p.grad.flatten(0, -2) if p.dim() > 1 else p.grad).split(group["rows"])
+            for part, grad in zip(parts, grads, strict=True):
+                part.grad = grad
+            each.param_groups[0]["lr"] = group["lr"]
+            each.step()
+            shape = p.shape[:-2] if p.dim() > 1 else ()
+            for name in ("row_var", "col_var") if p.dim() > 1 else ("variance",):
+                whole = torch.cat([each.state[part][name] for part in parts])
+                self.state[p][name] = whole.view(*shape, -1, whole.shape[-1]) if p.dim() > 1 else whole
+
+
 @cache
 def reference(model_name: str, optimizer_name: str = "adamw") -> Result:
     """The clean model in one process, whole batch at once, optimizers and clipping of torch, or as plain statements: no
@@ -487,6 +523,9 @@ def reference(model_name: str, optimizer_name: str = "adamw") -> Result:
         betas=(0.9, 0.95), eps=1e-3, fused=False, foreach=False,
     )  # fmt: skip
     optimizers: dict[torch.optim.Optimizer, float] = {adamw: 0.5 if matrices else 1.0}
+    if config.optimizer.name == "adafactor":
+        each = [(w, parameters[w.name], 0.1 if w.decay else 0.0) for w in weights]
+        optimizers = {PlainAdafactor([{"params": [p], "rows": w.row_groups, "weight_decay": d} for w, p, d in each]): 1}
     if matrices:
         optimizers[PlainMuon([{"params": [parameters[w.name]], "rows": w.row_groups} for w in matrices])] = 1.0
     result: Result = {"loss": [], "norm": [], "grads": []}

@@ -82,6 +82,7 @@ ALONE = {
     "llama half full": (LLAMA, "train.recompute=full", "train.recompute_layers=2"),
     "llama large vocabulary": (LLAMA, "model.vocab_size=8000"),
     "llama muon with an average": (LLAMA, "optimizer.name=muon", "optimizer.ema=0.99"),
+    "llama adafactor": (LLAMA, "optimizer.name=adafactor"),
     "llama qk-clip": (LLAMA, SMALL_HEAD, "train.recompute=full", "optimizer.qk_clip={}"),
     "mistral": (LLAMA | {"family": "mistral", "sliding_window": 64},),
     "olmo2": (LLAMA | {"family": "olmo2"},),

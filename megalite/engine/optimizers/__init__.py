@@ -6,11 +6,14 @@ optimizer's states of that element alone. Hence each replica updates the shard t
 A `MatrixOptimizer` is element-wise in all but one place, where it needs a whole matrix at once (Muon's
 orthogonalisation). There every matrix has an owner, one rank, which gets it from all shards and sends back what is to
 be done to each; see `engine/matrices.py`. So the bits are those of one process, whatever the layout.
+
+A `SummingOptimizer` needs sums over matrices, their rows and their columns (Adafactor). Each rank adds up what it has,
+and the sums travel instead of the matrices; see `engine/sums.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -104,4 +107,67 @@ class MatrixOptimizer:
 
     def update_(self, shard: Shard, solved: Tensor, common: Tensor) -> None:
         """Update a shard with the part of what `solve` returned that belongs to it."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class AllMatrices:
+    """All matrices of a `SummingOptimizer` on the ranks of a pipeline stage, one after another: their rows R, and their
+    columns C. What has no columns is a matrix of one column."""
+
+    rows_M: Tensor
+    """Number of rows of each matrix, int64."""
+    columns_M: Tensor
+    num_rows: int
+    """R."""
+    num_columns: int
+    """C."""
+    states: Mapping[str, Tensor]
+    """States that every rank has the whole of, fp32: [R] for `ROW_STATE`, [C] for `COLUMN_STATE`."""
+
+    def for_rows(self, values_M: Tensor) -> Tensor:
+        """Repeat a value of each matrix for its rows: [M] → [R]."""
+        return values_M.repeat_interleave(self.rows_M, output_size=self.num_rows)
+
+    def for_columns(self, values_M: Tensor) -> Tensor:
+        """Repeat a value of each matrix for its columns: [M] → [C]."""
+        return values_M.repeat_interleave(self.columns_M, output_size=self.num_columns)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A rectangle of a matrix that this rank updates: tensors [rows, columns] as in `Shard`."""
+
+    matrix: int
+    rows: slice
+    """Of all rows R."""
+    columns: slice
+    """Of all columns C."""
+    master: Tensor
+    weights: Tensor | None
+    grad: Tensor
+    """Belongs to the optimizer: nobody reads it behind the update."""
+    states: Mapping[str, Tensor]
+    lr: float
+    weight_decay: float
+    counts: bool
+    """Whether this rank counts it in sums: of equal copies one does."""
+
+
+class SummingOptimizer:
+    """Base of optimizers that need sums over whole matrices."""
+
+    ROW_STATE: str | None = None
+    """Name of a state of one number for each row of a matrix."""
+    COLUMN_STATE: str | None = None
+
+    def begin_step(self, divisor: Tensor, num_updates: Tensor) -> Tensor:
+        """Return what all pieces of a step have in common; see `Optimizer`."""
+        return torch.stack((divisor.double(), num_updates))
+
+    def update_(
+        self, pieces: Sequence[Piece], matrices: AllMatrices, common: Tensor, add_up: Callable[[Tensor], Tensor]
+    ) -> None:
+        """Update this rank's pieces, and the states of `matrices`. `add_up` adds a flat fp64 tensor over the ranks, in
+        place; all of them call it."""
         raise NotImplementedError

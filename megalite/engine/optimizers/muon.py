@@ -70,6 +70,9 @@ class MuonConfig(OptimizerConfig):
     def member_of(self, weight: Weight) -> str:
         return self.name if weight.is_matrix else "adamw"
 
+    def takes(self, member: str, weight: Weight) -> bool:
+        return member != self.name or bool(weight.row_shape)
+
 
 class Muon(MatrixOptimizer):
     """Momentum is kept by shard; owners orthogonalise it as whole matrices, in the precision of the weights."""
