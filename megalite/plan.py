@@ -222,6 +222,7 @@ def make_plan(config: Config, weights: Sequence[Sized], world_size: int) -> Plan
     _check_model(config)
     _check_experts(config, weights, sequence)
     _check_qk_clip(config)
+    _check_noise_scale(config, data, micro_batches)
     stages = _stages(config, weights)
     _check_lora(config, stages)
     fullest = _fullest_rank(config, weights, stages, world_size // pipeline)
@@ -350,7 +351,8 @@ def _check_engine(config: Config) -> None:
     for key, value in (
         ("optimizer.ema", config.optimizer.ema), ("optimizer.groups", config.optimizer.groups),
         ("optimizer.qk_clip", config.optimizer.qk_clip),
-        ("train.batch_ramp", config.train.batch_ramp),
+        ("train.batch_ramp", config.train.batch_ramp), ("observe.layers_every", config.observe.layers_every),
+        ("observe.noise_scale_every", config.observe.noise_scale_every),
         ("the selection bias of routers", config.model.bias_rate if config.lora is None else None),
     ):  # fmt: skip
         if value:
@@ -477,6 +479,21 @@ def _check_qk_clip(config: Config) -> None:
         )
     if config.lora is not None:
         raise ConfigError("optimizer.qk_clip must be null with lora, which keeps the projections as they are")
+
+
+def _check_noise_scale(config: Config, data: int, micro_batches: int) -> None:
+    """Raise ConfigError where a step has no gradients of smaller batches, on `data` data ranks."""
+    every, parallel = config.observe.noise_scale_every, config.parallel
+    if every and parallel.context > 1:
+        raise ConfigError(
+            f"observe.noise_scale_every = {every} needs parallel.context: 1, not {parallel.context}: it compares "
+            "gradients of whole sequences"
+        )
+    if every and data * (micro_batches if parallel.zero_stage == 2 else 1) == 1:
+        raise ConfigError(
+            f"observe.noise_scale_every = {every} needs several data ranks, or several micro-batches with "
+            "parallel.zero_stage: 2: it compares the step's gradient with those of smaller batches"
+        )
 
 
 def _check_lora(config: Config, stages: Sequence[StageSpan]) -> None:

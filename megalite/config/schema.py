@@ -557,6 +557,15 @@ class ObserveConfig(Section):
     log_every: int = Field(1, gt=0)
     eval_every: int = Field(100, ge=0, description="Steps between validations. 0 validates at the end only.")
     eval_batches: int = Field(20, gt=0, description="Global batches of one validation, the same ones every time.")
+    layers_every: int = Field(
+        0,
+        ge=0,
+        description="Steps between measurements of each layer: the norm of its gradients, the root mean square of its "
+        "output, its largest attention logit. 0 disables.",
+    )
+    noise_scale_every: int = Field(
+        0, ge=0, description="Steps between measurements of the gradient noise scale. 0 disables."
+    )
     tasks: TasksConfig = TasksConfig()
     samples: SamplesConfig = SamplesConfig()
     wandb: WandbConfig = WandbConfig()

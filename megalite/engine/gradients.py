@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn as nn
@@ -19,6 +19,7 @@ from megalite.kernels.linear import accumulate_weight_gradient
 from megalite.kernels.optimizer import sum_of_squares
 from megalite.models import set_parameters
 from megalite.models.layers import Decoder
+from megalite.models.weights import Weight
 from megalite.parallel.expert import ParallelGroupedLinear
 from megalite.parallel.tensor import ParallelLinear
 
@@ -42,6 +43,8 @@ class Gradients:
         self.buckets, self.mesh, self.zero_stage = buckets, mesh, zero_stage
         self._home: dict[Tensor, tuple[BucketState, Slot]] = {}
         self._adopt(models, frozen)
+        self.observer: Callable[[BucketState, Tensor], None] | None = None
+        """Called with each bucket's whole gradient on this replica, right before it is reduced over them."""
         self._micro_batches = 1
         self._next = 0  # stages 0 and 1 reduce buckets in one order on all ranks; otherwise their collectives would mix
         self._in_flight: deque[tuple[BucketState, Tensor, Wait]] = deque()
@@ -164,6 +167,8 @@ class Gradients:
             all_reduce(grads, self.mesh.tensor)
         if bucket.layout.tied:
             add_from_other_end(grads, self.mesh.pipeline)
+        if self.observer:
+            self.observer(bucket, grads)
         start = start_reduce_scatter if self.zero_stage else start_reduce
         self._in_flight.append((bucket, grads, start(grads, bucket.fold.replicas)))
         if self.zero_stage == 2:
@@ -180,18 +185,29 @@ class Gradients:
             bucket.grad_shard = shard.clone() if bucket.grad_shard is None else bucket.grad_shard.add_(shard)
 
     def norm(self) -> Tensor:
-        """Return the L2 norm of the whole gradient, with each logical element counted once. Counts of tokens are no
-        gradient."""
-        counted = []
-        for bucket in self.buckets:
-            if bucket.layout.treatment.optimizer == BY_COUNTS:
-                continue
-            copy = bucket.layout.tied and self.mesh.pipeline.rank > 0
-            if (bucket.layout.cut or bucket.fold.holders.rank == 0) and not copy:
-                counted.append(bucket.state("grad"))
+        """Return the L2 norm of the whole gradient, with each logical element counted once."""
+        counted = [bucket.state("grad") for bucket in self.buckets if self.counts(bucket)]
         if not counted:
             counted = [torch.zeros(0, device=self.mesh.device)]
         return all_reduce(sum_of_squares(*counted), self.mesh.world).sqrt().float()
+
+    def counts(self, bucket: BucketState) -> bool:
+        """Return whether this rank counts a bucket in sums over all ranks, to which each logical element goes once.
+        Numbers of tokens are no gradient."""
+        if bucket.layout.treatment.optimizer == BY_COUNTS:
+            return False
+        copy = bucket.layout.tied and self.mesh.pipeline.rank > 0
+        return (bucket.layout.cut or bucket.fold.holders.rank == 0) and not copy
+
+    def squares(self) -> Iterator[tuple[Weight, Tensor]]:
+        """Yield this rank's part of the sum of squares, fp64 [], of the reduced gradient of each weight of which it
+        counts any."""
+        for bucket in filter(self.counts, self.buckets):
+            shard = bucket.state("grad")
+            for slot in bucket.layout.slots:
+                start, stop = max(slot.start, bucket.low), min(slot.stop, bucket.high)
+                if start < stop:
+                    yield slot.weight, sum_of_squares(shard[start - bucket.low : stop - bucket.low])
 
     def forget(self) -> None:
         """Forget the gradients: the next ones overwrite them."""

@@ -69,7 +69,7 @@ class NativeEngine:
             if not b.frozen
         ]
         self.frozen = [BucketWeights(b, mesh, self.dtype) for b in layout if b.frozen]
-        self._gradients = Gradients(models, self.buckets, self.frozen, mesh, plan.zero_stage)
+        self.gradients = Gradients(models, self.buckets, self.frozen, mesh, plan.zero_stage)
         # The next forward pass needs first what the backward pass finished last.
         self._forward_order = sorted(self.buckets, key=lambda b: min(map(_number_in(weights), b.layout.slots)))
         self.optimizers = {name: member.build() for name, member in members.items()}
@@ -98,7 +98,7 @@ class NativeEngine:
     # --- a step ---------------------------------------------------------------------------------------------------
 
     def begin(self, num_micro_batches: int) -> None:
-        self._gradients.begin(num_micro_batches)
+        self.gradients.begin(num_micro_batches)
         if self._qk_clip:
             self._qk_clip.begin()
 
@@ -106,10 +106,10 @@ class NativeEngine:
         loss.backward()
 
     def finish(self) -> None:
-        self._gradients.finish()
+        self.gradients.finish()
 
     def step(self, lr: float, update_gate: UpdateGate | None = None) -> Tensor:
-        norm = self._gradients.norm()
+        norm = self.gradients.norm()
         # The optimizer divides by it as it reads the gradients; nothing waits for the device.
         divisor = (norm / self.config.clip).clamp(min=1.0) if self.config.clip else torch.ones_like(norm)
         if update_gate is None:
@@ -132,7 +132,7 @@ class NativeEngine:
             share = torch.where(divisor > 0, 1 - decay, 0.0).float()  # nothing of a refused step
             for bucket in self.buckets:
                 bucket.stepped_state(EMA).lerp_(bucket.master, share)
-        self._gradients.forget()
+        self.gradients.forget()
         return norm
 
     def _update(self, common: Mapping[str, Tensor], lr: float) -> None:

@@ -229,7 +229,7 @@ class CoreAttention(nn.Module):
         """Finds the largest logits of what is at hand; its arguments are those of `kernels.attention.largest_logits`.
         Context parallelism sets another, which finds those of this rank's queries or heads."""
         self.largest_logits: Tensor | None = None
-        """Where set, fp32 [H]: each forward pass in training raises it to the largest logit of each head."""
+        """Where set, fp32 [H] or [1]: each forward pass in training raises it to the largest logit of each head."""
 
     @property
     def writes_scores(self) -> bool:
@@ -276,7 +276,7 @@ class CoreAttention(nn.Module):
         if self.training and self.largest_logits is not None:
             source_BS = None if source is None else source.document_BT
             found = self.logits_of(q_BTHK.detach(), k_BSGK.detach(), places.document_BT, self.kind, source_BS)
-            torch.maximum(self.largest_logits, found, out=self.largest_logits)
+            self.largest_logits = torch.maximum(self.largest_logits, found)
 
     def _by_strategy_or_eager(
         self,

@@ -253,7 +253,7 @@ def _attention_forward(shapes: LayerShapes) -> int:
     elif shapes.attention_softcap:
         # In fp32: the scores, capped, masked, and their softmax.
         size += _copied(shapes) + scores * 4 * FP32
-    if shapes.finds_logits:
+    if shapes.logits_every:
         # Some of the logits, and as many masked ones; their queries; and for all heads a mask.
         at_once = min(LOGITS_AT_ONCE, scores)
         queries = at_once // shapes.seq_length * shapes.head_size * shapes.element

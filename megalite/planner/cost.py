@@ -214,10 +214,11 @@ class Costs:
         operations = 2.0 * shapes.tokens * seen * (layer.q + layer.attended)
         forward = self.kernels.attention(operations)
         backward = self.kernels.attention(2.5 * operations)
-        if shapes.finds_logits:
+        if shapes.logits_every:
             # One of the two products again, whose result is written, masked and read.
             logits = 2.0 * shapes.tokens * seen * layer.heads * shapes.element
-            forward += self.kernels.attention(operations / 2) + self.kernels.memory(2 * logits, 3)
+            found = self.kernels.attention(operations / 2) + self.kernels.memory(2 * logits, 3)
+            forward += found / shapes.logits_every
         if layer.writes_scores:
             scores = shapes.tokens * shapes.seq_length * layer.heads
             forward += self.kernels.memory(scores * 30.0, 8)

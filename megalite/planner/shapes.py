@@ -71,8 +71,8 @@ class Shapes:
     hidden_dropout: bool
     frozen: bool
     """True if only adapters of the layers' matrices are trained."""
-    finds_logits: bool
-    """True if the largest attention logits of each step are found (QK-clip)."""
+    logits_every: int
+    """Steps between those that find the largest attention logits; 0: none does."""
     element: int
     """Bytes per element of an activation."""
     tensor: int
@@ -274,7 +274,7 @@ def shapes_of(config: Config, plan: Plan, table: ModelTable) -> tuple[Shapes, tu
         logit_softcap=architecture.logit_softcap is not None,
         hidden_dropout=architecture.hidden_dropout > 0,
         frozen=config.lora is not None,
-        finds_logits=config.optimizer.qk_clip is not None,
+        logits_every=1 if config.optimizer.qk_clip else config.observe.layers_every,
         element=2 if train.precision == "bf16" else 4,
         tensor=plan.tensor,
         sequence=plan.sequence,

@@ -19,11 +19,14 @@ from megalite.checkpoint.save import Saver
 from megalite.data.dataset import Split
 from megalite.data.loader import Batches
 from megalite.data.mixture import Mixture
+from megalite.engine.native import NativeEngine
 from megalite.errors import CheckpointError
 from megalite.health.guard import Ending, Guard
 from megalite.health.signals import StopRequests
 from megalite.health.stragglers import Stragglers
 from megalite.models.weights import Weight
+from megalite.observe.layers import LayerMeasures
+from megalite.observe.noise import NoiseScale
 from megalite.observe.profiler import Profiler
 from megalite.observe.steps import Record
 from megalite.observe.tensors import KINDS, folder_of, write_numbers, write_tensors
@@ -311,6 +314,61 @@ class MeasureTasks(Hook):
             run.recorder.tasks({"step": step.number} | {f"tasks/{name}": value for name, value in found.items()})
 
 
+class MeasureLayers(Hook):
+    """Record measures of each layer every `observe.layers_every` steps."""
+
+    def __init__(self, run: Run, parts: RankModel):
+        assert isinstance(parts.engine, NativeEngine)
+        num_layers = run.config.model.num_layers
+        self._run = run
+        self._measures = LayerMeasures(parts.stages, parts.engine, run.mesh, num_layers, run.plan.sequence)
+        self._found: Record = {}
+
+    def begin(self, step: Step) -> None:
+        if self._run.due(step.number, self._run.config.observe.layers_every):
+            self._measures.begin()
+
+    def before_update(self, step: Step) -> None:
+        if self._run.due(step.number, self._run.config.observe.layers_every):
+            self._found = self._measures.end()
+
+    def after_update(self, step: Step) -> None:
+        step.record |= self._found
+        self._found = {}
+
+
+class MeasureNoise(Hook):
+    """Record the gradient noise scale every `observe.noise_scale_every` steps."""
+
+    def __init__(self, run: Run, parts: RankModel, loader: Batches):
+        assert isinstance(parts.engine, NativeEngine)
+        self._run, self._loader = run, loader
+        self._noise = NoiseScale(parts.engine, run.mesh)
+        self._found: Record = {}
+
+    def begin(self, step: Step) -> None:
+        self._samples = self._loader.samples
+        if self._run.due(step.number, self._run.config.observe.noise_scale_every):
+            self._noise.begin()
+
+    def before_update(self, step: Step) -> None:
+        if not self._run.due(step.number, self._run.config.observe.noise_scale_every):
+            return
+        batch_size, plan = self._loader.samples - self._samples, self._run.plan
+        num_small = batch_size // plan.micro_batch_size if plan.zero_stage == 2 else plan.data
+        self._found = {"noise_scale": self._noise.end(batch_size, num_small)}
+
+    def after_update(self, step: Step) -> None:
+        step.record |= self._found
+        self._found = {}
+
+    def state(self) -> dict[str, Any]:
+        return self._noise.state()
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self._noise.load_state(state)
+
+
 class AnswerPrompts(Hook):
     """Answer the prompts of `observe.samples` every `observe.samples.every` steps."""
 
@@ -401,6 +459,8 @@ def make_hooks(
         **({"tensors": RecordTensors(run, parts, *saver.table_and_owners)} if run.config.profile.tensors else {}),
         "signals": ListenToSignals(run, requests),
         "guard": GuardNumbers(run, parts, loader, guard),
+        **({"layers": MeasureLayers(run, parts)} if run.config.observe.layers_every else {}),
+        **({"noise_scale": MeasureNoise(run, parts, loader)} if run.config.observe.noise_scale_every else {}),
         "evaluation": Evaluate(run, parts, data),
         **({"tasks": MeasureTasks(run, parts)} if run.tasks else {}),
         **({"prompts": AnswerPrompts(run, parts)} if run.samples else {}),

@@ -721,7 +721,7 @@ def whole_gradients_alive(rank: int, world_size: int, zero: int) -> tuple[int, i
     def count(_: Tensor) -> None:
         nonlocal most
         alive = sum(bucket.grads is not None for bucket in engine.buckets)
-        most = max(most, alive + (len(engine._gradients._in_flight) if zero == 2 else 0))
+        most = max(most, alive + (len(engine.gradients._in_flight) if zero == 2 else 0))
 
     for parameter in parts.stages[0].parameters():
         parameter.register_post_accumulate_grad_hook(count)

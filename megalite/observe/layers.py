@@ -1,0 +1,89 @@
+"""Measures of each layer in one step, over the whole global batch and so the same on every layout: the norm of its
+gradients, the root mean square of its output, and its largest attention logit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from megalite.comm.collectives import all_reduce
+from megalite.comm.mesh import Mesh
+from megalite.engine.native import NativeEngine
+from megalite.kernels.optimizer import sum_of_squares
+from megalite.models.layers import CoreAttention
+from megalite.observe.steps import Record
+from megalite.parallel.stage import Stage
+
+ENDS = {"first": "embeddings", "both": "embeddings", "last": "head"}
+"""Names of the places of weights outside of layers."""
+
+
+class LayerMeasures:
+    """Measures the layers of this rank's stages from `begin` on, in training, until `end`."""
+
+    def __init__(self, stages: Sequence[Stage], engine: NativeEngine, mesh: Mesh, num_layers: int, sequence: bool):
+        """`num_layers` are those of the whole model. `sequence`: sequence parallelism is on."""
+        self._engine, self._mesh, self._num_layers = engine, mesh, num_layers
+        self._layers = {int(name): layer for stage in stages for name, layer in stage.model.layers.items()}
+        self._cores = {
+            number: [module for module in layer.modules() if isinstance(module, CoreAttention)]
+            for number, layer in self._layers.items()
+        }
+        # Without sequence parallelism all tensor ranks have the same output.
+        self._counts = sequence or mesh.tensor.rank == 0
+        self._handles: list[RemovableHandle] = []
+        self._lent: list[CoreAttention] = []
+
+    def begin(self) -> None:
+        """Begin to measure a step. It costs each layer a pass over its output, and one of attention's products."""
+        self._outputs = torch.zeros(2, self._num_layers, dtype=torch.float64, device=self._mesh.device)
+        for number, layer in self._layers.items():
+            self._handles.append(layer.register_forward_hook(self._note(number)))
+            for core in self._cores[number]:
+                if core.largest_logits is None:  # else QK-clip finds them in any case
+                    core.largest_logits = torch.full((1,), -torch.inf, device=self._mesh.device)
+                    self._lent.append(core)
+
+    def _note(self, number: int) -> Any:
+        def note(layer: nn.Module, arguments: Any, out: Tensor) -> None:
+            if layer.training and self._counts:
+                found = out.detach()
+                self._outputs[0, number] += sum_of_squares(found.float().flatten())
+                self._outputs[1, number] += found.numel()
+
+        return note
+
+    def end(self) -> Record:
+        """Return the measures by name, when the gradients are reduced and not yet forgotten. All ranks call it."""
+        for handle in self._handles:
+            handle.remove()
+        logits = torch.full((self._num_layers,), -torch.inf, device=self._mesh.device)
+        for number, cores in self._cores.items():
+            for core in cores:
+                assert core.largest_logits is not None
+                logits[number] = torch.maximum(logits[number], core.largest_logits.max())
+        for core in self._lent:
+            core.largest_logits = None
+        self._handles, self._lent = [], []
+        all_reduce(logits, self._mesh.world, dist.ReduceOp.MAX)
+        squares, numbers = all_reduce(self._outputs, self._mesh.world)
+        gradients = self._gradients()
+        record: Record = {f"grad_norm/{name}": norm for name, norm in gradients.items()}
+        for number in range(self._num_layers):
+            record[f"activation_rms/{number}"] = (squares[number] / numbers[number]).sqrt()
+            record[f"attention_logit/{number}"] = logits[number]
+        return {name: value.float() if isinstance(value, Tensor) else value for name, value in record.items()}
+
+    def _gradients(self) -> dict[str, Tensor]:
+        """Return the gradient norm of each layer, of embeddings and of the head."""
+        names = [*map(str, range(self._num_layers)), *dict.fromkeys(ENDS.values())]
+        sums = torch.zeros(len(names), dtype=torch.float64, device=self._mesh.device)
+        for weight, square in self._engine.gradients.squares():
+            sums[names.index(ENDS.get(str(weight.place), str(weight.place)))] += square
+        return dict(zip(names, all_reduce(sums, self._mesh.world).sqrt().unbind(), strict=True))
