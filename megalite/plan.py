@@ -410,16 +410,23 @@ def _check_schedule(parallel: ParallelConfig, micro_batches: int) -> None:
 
 
 def _check_sequence(config: Config, sequence: bool) -> None:
-    """Raise ConfigError for a sequence length that does not divide."""
-    length, tensor, context = config.data.seq_length, config.parallel.tensor, config.parallel.context
+    """Raise ConfigError for a length of sequences that does not divide."""
+    for length in config.data.seq_lengths:
+        key = "data.seq_length" if length == config.data.seq_length else "data.seq_length_warmup: seq_length"
+        _check_length(key, length, config, sequence)
+
+
+def _check_length(key: str, length: int, config: Config, sequence: bool) -> None:
+    """Raise ConfigError where sequences of `length`, which `key` gives, do not divide."""
+    tensor, context = config.parallel.tensor, config.parallel.context
     if context > 1 and length % (2 * context):
         raise ConfigError(
-            f"data.seq_length = {length} must be a multiple of 2 × parallel.context = {2 * context}: each rank takes "
+            f"{key} = {length} must be a multiple of 2 × parallel.context = {2 * context}: each rank takes "
             "one piece from the front and one from the back"
         )
     if sequence and (length // context) % tensor:
         by = f"parallel.tensor = {tensor}" if context == 1 else f"parallel.context × tensor = {context} × {tensor}"
-        raise ConfigError(f"data.seq_length = {length} must be a multiple of {by} for parallel.sequence: true")
+        raise ConfigError(f"{key} = {length} must be a multiple of {by} for parallel.sequence: true")
 
 
 def _check_model(config: Config) -> None:

@@ -149,6 +149,13 @@ class Phase(Section):
         return weights
 
 
+class ShortPhase(Section):
+    """Shorter sequences, up to some step."""
+
+    seq_length: int = Field(gt=0, description="Tokens of a sequence, which divide data.seq_length.")
+    until_step: int = Field(gt=0, description="Last step with sequences of this length.")
+
+
 class FillInTheMiddleConfig(Section):
     """Fill-in-the-middle: reorder documents so that a causal model learns to fill a gap (Bavarian et al. 2022)."""
 
@@ -205,6 +212,11 @@ class DataConfig(Section):
         description="Shares of each train source's documents for train, valid and test, instead of files of their own.",
     )
     seq_length: int = Field(gt=0)
+    seq_length_warmup: tuple[ShortPhase, ...] = Field(
+        (),
+        description="Shorter sequences at first, ever longer ones: each sample is cut into as many as make seq_length. "
+        "Samples, tokens a step and memory stay as they are.",
+    )
     order: Literal["shuffle", "sequential", "megatron"] = Field(
         "shuffle", description="Order of training samples. megatron: that of Megatron-LM's GPTDataset for this seed."
     )
@@ -258,6 +270,33 @@ class DataConfig(Section):
         if self.fim and not self.tokenizer:
             raise ValueError("fim needs `tokenizer`, which knows the ids of its tokens")
         return self
+
+    @model_validator(mode="after")
+    def _sequences_grow(self) -> DataConfig:
+        phases = self.seq_length_warmup
+        for phase, after in zip(phases, [*phases[1:], None], strict=False):
+            if self.seq_length % phase.seq_length or phase.seq_length == self.seq_length:
+                raise ValueError(
+                    f"seq_length_warmup: seq_length {phase.seq_length} must divide data.seq_length {self.seq_length}, "
+                    "and be less"
+                )
+            if after and (after.seq_length <= phase.seq_length or after.until_step <= phase.until_step):
+                raise ValueError(
+                    f"seq_length_warmup: each phase must be longer and end later than the one before, but {after} "
+                    f"follows {phase}"
+                )
+        if phases and self.fim:
+            raise ValueError("seq_length_warmup would cut documents that fim has reordered; leave one of them out")
+        return self
+
+    def length_of(self, step: int) -> int:
+        """Return the tokens of a sequence in a step, counted from 1."""
+        return next((phase.seq_length for phase in self.seq_length_warmup if step <= phase.until_step), self.seq_length)
+
+    @property
+    def seq_lengths(self) -> tuple[int, ...]:
+        """Return the lengths that sequences have one after another."""
+        return (*(phase.seq_length for phase in self.seq_length_warmup), self.seq_length)
 
     @model_validator(mode="after")
     def _names_are_known(self) -> DataConfig:
@@ -722,6 +761,9 @@ class Config(Section):
             raise ValueError(
                 f"model.task: {task} needs train.loss_chunk: null; there are too few classes for chunks to save memory"
             )
+        if self.data.seq_length_warmup and (task != "causal" or self.objective.DATA != "text"):
+            what = f"model.task: {task}" if task != "causal" else f"objective.name: {self.objective.name}"
+            raise ValueError(f"data.seq_length_warmup would cut what {what} needs whole; leave it out")
         if self.objective.NEEDS != "losses" and self.train.loss_chunk is not None:
             raise ValueError(
                 f"objective.name: {self.objective.name} needs train.loss_chunk: null, not {self.train.loss_chunk}; it "

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megalite.comm.mesh import Mesh
 from megalite.config import Config
-from megalite.data.dataset import Split
+from megalite.data.dataset import RowSource, Split
 from megalite.data.formats import FORMATS
 from megalite.data.indexed import IndexedDataset, read_note
 from megalite.data.mixture import Mixture, build_mixtures
@@ -30,6 +30,12 @@ def open_data(config: Config) -> tuple[Config, Tokenizer | None, dict[Split, Mix
     data = build_mixtures(config, tokenizer)
     check_vocabulary(config, tokenizer)
     check_labelled(config)
+    for source in data["train"].sources if config.data.seq_length_warmup and data["train"] else ():
+        if isinstance(source, RowSource):
+            raise DataError(
+                f"{source.dataset.prefix} holds rows of labelled data, which data.seq_length_warmup would cut; leave "
+                "it out"
+            )
     return with_steps(config, data["train"]), tokenizer, data
 
 

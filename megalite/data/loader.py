@@ -38,6 +38,20 @@ class MicroBatch:
         """Copy into pinned host memory, which a GPU copies from asynchronously."""
         return self._each(torch.Tensor.pin_memory)
 
+    def cut(self, length: int) -> MicroBatch:
+        """Return the same tokens as rows of `length`, which divides T; each row is a sequence of its own."""
+        rows = self.tokens.shape[1] // length
+        if rows == 1:
+            return self
+        documents = None if self.documents is None else self.documents.reshape(-1, length)
+        return MicroBatch(
+            self.tokens.reshape(-1, length),
+            self.labels.reshape(-1, length),
+            # Rows of one batch have numbers of their own, by which their dropout differs.
+            (self.samples[:, None] * rows + torch.arange(rows)).flatten(),
+            None if documents is None else documents - documents[:, :1],
+        )
+
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
         """Apply `change` to every tensor."""
         documents = None if self.documents is None else change(self.documents)

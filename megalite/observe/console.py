@@ -95,6 +95,9 @@ class Console:
         in_all = compact(config.num_tokens)
         first = f"{train.batch_size(0) * config.data.seq_length:,} to " if train.batch_ramp else ""
         self._print(f"{self._total:,} steps of {first}{tokens:,} tokens, {in_all} in all", "dim")
+        if phases := config.data.seq_length_warmup:
+            short = ", ".join(f"{phase.seq_length:,} tokens up to step {phase.until_step:,}" for phase in phases)
+            self._print(f"sequences of {short}, then of {config.data.seq_length:,}", "dim")
         if start_step:
             self._print(f"resumed after step {start_step:,}", "dim")
         warmup = config.optimizer.schedule.warmup(train.steps)

@@ -31,8 +31,8 @@ def flops_per_token(num_params_without_embedding: float, products: float) -> flo
     return 6.0 * num_params_without_embedding + 6.0 * products
 
 
-def model_flops_per_token(config: Config) -> float:
-    """Return `flops_per_token` of the model and sequence length of a config.
+def model_flops_per_token(config: Config, seq_length: int | None = None) -> float:
+    """Return `flops_per_token` of the model of a config, for sequences of `seq_length`; None: of `data.seq_length`.
 
     A layer with a sliding window attends to no more positions than the window. A frozen weight has no weight gradient
     and counts 4 instead of 6."""
@@ -40,7 +40,8 @@ def model_flops_per_token(config: Config) -> float:
     used = sum(weight.multiplied for weight in table)
     frozen = sum(weight.multiplied for weight in table if weight.frozen)
     mixers = [layer.mixer for layer in config.model.architecture.layers]
-    products = sum(mixer.products(mixer.seen(config.data.seq_length)) for mixer in mixers)
+    length = seq_length or config.data.seq_length
+    products = sum(mixer.products(mixer.seen(length)) for mixer in mixers)
     # A frozen matrix lacks the weight-gradient GEMM: 2 of the 6.
     return flops_per_token(used, products) - 2.0 * frozen
 
@@ -98,7 +99,8 @@ class Meter:
         """Take `flops_per_token` of the whole model, which `world_size` chips share.
 
         `device` and `dtype` give the chip's peak."""
-        self._flops_per_token = flops_per_token
+        self.flops_per_token = flops_per_token
+        """May change between steps."""
         self._world_size = world_size
         self._cuda = device if device.type == "cuda" else None
         self._peak = chip_peak(torch.cuda.get_device_name(device), dtype) if self._cuda else None
@@ -115,7 +117,7 @@ class Meter:
         if self._cuda:
             # A number the allocator keeps on the host: asking for it does not wait for the GPU.
             memory = torch.cuda.max_memory_allocated(self._cuda) / 2**30
-        flops = self._flops_per_token * tokens / self._world_size
+        flops = self.flops_per_token * tokens / self._world_size
         return Tick(since, self._since, tokens, flops, self._peak, memory)
 
     def _now(self) -> Any:

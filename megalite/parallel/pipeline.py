@@ -93,7 +93,10 @@ class Pipeline:
     def forward_backward(self, batch: Sequence[Inputs], loss_of: LossOf, engine: Engine) -> None:
         """Run the schedule over a step's micro-batches, and leave their gradients in `engine`. The last stage calls
         `loss_of` once for each micro-batch."""
-        if len(batch) != self._micro_batches:  # the global batch grows
+        rows, length = batch[0].tokens_BT.shape
+        shape = (rows, length // self._sequence_cut, self.hidden.shape[-1])
+        if len(batch) != self._micro_batches or shape != self.hidden.shape:  # the global batch or its sequences grow
+            self.hidden = self.hidden.new_empty(shape)
             self._make_schedule(len(batch))
         self._batch, self._loss_of = batch, loss_of
         numbers = torch.arange(len(batch))

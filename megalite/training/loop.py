@@ -26,7 +26,8 @@ def run_steps(
 
     `start` says where the run begins, `loader` reads its batches, and `requests` tells of signals. `parts` are
     trained, `data` is what hooks validate on, and `saver` writes checkpoints. Returns why the run ended."""
-    meter = Meter(model_flops_per_token(run.config), run.mesh.world.size, run.mesh.device, parts.dtype)
+    flops = {length: model_flops_per_token(run.config, length) for length in run.config.data.seq_lengths}
+    meter = Meter(flops[run.config.data.seq_length], run.mesh.world.size, run.mesh.device, parts.dtype)
     guard = Guard(run.config, run.mesh, loader)
     hooks, save = make_hooks(run, parts, loader, data, saver, guard, start, requests)
     with ExitStack() as stack, StepLog(run.recorder, meter) as log:
@@ -37,6 +38,7 @@ def run_steps(
         for number in range(start.step + 1, run.last_step + 1):
             NOW.begin("first step" if number == start.step + 1 else "training", number)
             step, before = Step(number), loader.samples
+            meter.flops_per_token = flops[run.config.data.length_of(number)]
             train_step(step, run, parts, loader, guard, hooks)
             log.add(step.record, (step.samples - before) * run.config.data.seq_length)
             step.due = [hook for hook in hooks if hook.is_due(step)]
@@ -62,7 +64,8 @@ def train_step(step: Step, run: Run, parts: RankModel, loader: Batches, guard: G
     for hook in hooks:
         hook.begin(step)
     lr = learning_rate(step.number, run.config.train.steps, run.config.optimizer)
-    found = forward_backward(parts, next(loader), run.mesh, run.config.train.seed)
+    batch = [micro.cut(run.config.data.length_of(step.number)) for micro in next(loader)]
+    found = forward_backward(parts, batch, run.mesh, run.config.train.seed)
     for hook in hooks:
         hook.before_update(step)
     NOW.do("optimizer")
