@@ -88,6 +88,7 @@ class Plan:
     pipeline: int
     data: int
     context: int
+    context_method: Literal["ring", "ulysses"]
     tensor: int
     experts: Cut
     """How experts are cut. Dense weights are cut over the tensor ranks."""
@@ -231,6 +232,7 @@ def make_plan(config: Config, weights: Sequence[Sized], world_size: int) -> Plan
         pipeline=pipeline,
         data=data,
         context=context,
+        context_method=parallel.context_method,
         tensor=tensor,
         experts=expert_cut(parallel),
         sequence=sequence,
@@ -436,12 +438,19 @@ def _check_model(config: Config) -> None:
         if mixer.dropout:
             raise ConfigError(
                 f"model.attention_dropout = {mixer.dropout} needs parallel.context: 1; "
-                "attention that travels a ring never has all its probabilities in one place"
+                "attention over several ranks knows no dropout"
             )
-        if mixer.softcap is not None:
+        if mixer.softcap is not None and config.parallel.context_method == "ring":
             raise ConfigError(
-                f"model.attention_softcap = {mixer.softcap} needs parallel.context: 1, not {context}; the attention "
-                "that travels a ring cannot bend its scores"
+                f"model.attention_softcap = {mixer.softcap} needs parallel.context: 1, not {context}, or "
+                "context_method: ulysses; the attention that travels a ring cannot bend its scores"
+            )
+        ranks = config.parallel.tensor * context
+        if config.parallel.context_method == "ulysses" and (mixer.num_heads % ranks or mixer.num_kv_heads % ranks):
+            raise ConfigError(
+                f"parallel.context_method: ulysses gives each of tensor × context = {config.parallel.tensor} × "
+                f"{context} ranks whole heads, but the model has {mixer.num_heads} of them and {mixer.num_kv_heads} "
+                "key/value heads, which do not divide; use ring"
             )
     causal = [mixer for mixer in architecture.attentions if mixer.causal]
     if context > 1 and len(causal) < len(architecture.layers):

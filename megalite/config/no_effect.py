@@ -35,6 +35,7 @@ IDLE: tuple[tuple[str, tuple[str, ...], str, Callable[[Config], bool]], ...] = (
         lambda c: "nvme" in (c.parallel.offload.optimizer, c.parallel.offload.parameters),
     ),
     ("parallel", ("virtual",), "parallel.pipeline above 1", lambda c: c.parallel.pipeline > 1),
+    ("parallel", ("context_method",), "parallel.context above 1", lambda c: c.parallel.context > 1),
     ("data", ("temperature",), "several sources under data.train", lambda c: len(c.data.train) > 1),
 )  # fmt: skip
 """A section, settings of it, what they need, and whether the config has that."""

@@ -357,6 +357,11 @@ class ParallelConfig(Section):
         None, description="Layers of each of the pipeline × virtual stages. Balanced by cost where left out."
     )
     context: int = Field(1, gt=0, description="Context-parallel ranks, which share every sequence.")
+    context_method: Literal["ring", "ulysses"] = Field(
+        "ring",
+        description="How they attend. ring: keys and values travel around; ulysses: each rank gets all tokens of some "
+        "heads, which context × tensor must divide.",
+    )
     expert: int = Field(
         1,
         gt=0,

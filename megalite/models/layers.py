@@ -45,6 +45,9 @@ class SequenceInfo:
     """Length of the whole sequence, where only a part of it is at hand; [B,1,1] where rows differ, [B,T,1] where
     documents do; None: T."""
 
+    whole_document_BT: Tensor | None = None
+    """`document_BT` of the whole sequence, where only a part of it is at hand."""
+
     @property
     def length(self) -> int | Tensor:
         """Return the length of the whole sequence."""
@@ -213,6 +216,13 @@ class AttentionStrategy(Protocol):
         there are none elsewhere."""
 
 
+def _largest_logits(
+    q_BTHK: Tensor, k_BSGK: Tensor, places: SequenceInfo, kind: AttentionKind, source: SequenceInfo | None
+) -> Tensor:
+    source_BS = None if source is None else source.document_BT
+    return largest_logits(q_BTHK, k_BSGK, places.document_BT, kind, source_BS)
+
+
 class CoreAttention(nn.Module):
     """Attend from each token to tokens of its document, with grouped queries: the one mixer of all families.
 
@@ -225,9 +235,9 @@ class CoreAttention(nn.Module):
         super().__init__()
         self.dropout, self.kind = dropout, kind
         self.strategy: AttentionStrategy | None = None
-        self.logits_of: Callable[..., Tensor] = largest_logits
-        """Finds the largest logits of what is at hand; its arguments are those of `kernels.attention.largest_logits`.
-        Context parallelism sets another, which finds those of this rank's queries or heads."""
+        self.logits_of: Callable[..., Tensor] = _largest_logits
+        """(queries, keys, places, kind, places of the keys of another sequence or None) → the largest logit of each
+        head. Context parallelism sets another function, which finds those of this rank's queries, or of its heads."""
         self.largest_logits: Tensor | None = None
         """Where set, fp32 [H] or [1]: each forward pass in training raises it to the largest logit of each head."""
 
@@ -274,8 +284,7 @@ class CoreAttention(nn.Module):
     ) -> None:
         """Raise `largest_logits` to those of these queries and keys. In evaluation it does nothing."""
         if self.training and self.largest_logits is not None:
-            source_BS = None if source is None else source.document_BT
-            found = self.logits_of(q_BTHK.detach(), k_BSGK.detach(), places.document_BT, self.kind, source_BS)
+            found = self.logits_of(q_BTHK.detach(), k_BSGK.detach(), places, self.kind, source)
             self.largest_logits = torch.maximum(self.largest_logits, found)
 
     def _by_strategy_or_eager(

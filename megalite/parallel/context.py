@@ -47,6 +47,11 @@ def _zigzag_of(rank: int, length: int, ranks: int) -> Tensor:
     return torch.cat((chunks[rank], chunks[2 * ranks - 1 - rank]))
 
 
+def zigzag_order(length: int, ranks: int) -> Tensor:
+    """Return the tokens of a sequence of `length` that rank 0 takes, then those of rank 1, and so on: [length]."""
+    return torch.cat([_zigzag_of(rank, length, ranks) for rank in range(ranks)])
+
+
 class RingAttention:
     """Attend from this rank's tokens to those of all ranks of the axis, each of which holds the tokens that `zigzag`
     gives it: the strategy of attention under context parallelism. Who attends to whom follows from that;
@@ -68,15 +73,15 @@ class RingAttention:
         self,
         q_BTHK: Tensor,
         k_BTGK: Tensor,
-        document_BT: Tensor | None,
+        places: SequenceInfo,
         kind: AttentionKind,
-        source_BS: Tensor | None = None,
+        source: SequenceInfo | None = None,
     ) -> Tensor:
         """Return the largest logit of each head over this rank's queries and the keys of all ranks, fp32 [H]; see
         `kernels.attention.largest_logits`. The keys travel the ring for it once more."""
         kind, q = kind.within(q_BTHK.shape[1] * self.axis.size), q_BTHK.transpose(1, 2)
         largest = torch.full((q.shape[1],), -torch.inf, device=q.device)
-        for block in _blocks(_Message.of(k_BTGK, k_BTGK[..., :0]), document_BT, kind, self.axis):
+        for block in _blocks(_Message.of(k_BTGK, k_BTGK[..., :0]), places.document_BT, kind, self.axis):
             attended = partial(_attended, block)
             found = largest_of(q[:, :, block.rows], block.k, attended, kind.scale_of(q.shape[-1]))
             largest = torch.maximum(largest, found)

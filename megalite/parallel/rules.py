@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch.nn as nn
 from torch import Tensor
@@ -41,6 +41,7 @@ from megalite.parallel.tensor import (
     enter,
     leave,
 )
+from megalite.parallel.ulysses import UlyssesAttention
 from megalite.plan import Plan
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -52,6 +53,7 @@ class Layout:
 
     tensor: Axis
     context: Axis
+    context_method: Literal["ring", "ulysses"]
     experts: Fold
     """How experts are shared."""
     sequence: bool
@@ -135,6 +137,7 @@ def make_layout(
     return Layout(
         mesh.tensor,
         mesh.context,
+        plan.context_method,
         mesh.experts,
         plan.sequence,
         vocab_size_of(table.values()),
@@ -241,11 +244,13 @@ def _(dropout: AdapterDropout, layout: Layout) -> None:
 
 @rule(CoreAttention)
 def _(attention: CoreAttention, layout: Layout) -> None:
-    if layout.context.size > 1:
-        if attention.writes_scores:
-            raise ConfigError(
-                f"parallel.context = {layout.context.size} must be 1 for this model: ring attention has no scores to "
-                "cap or to drop"
-            )
-        ring = RingAttention(layout.context)
-        attention.strategy, attention.logits_of = ring, ring.largest_logits
+    if layout.context.size == 1:
+        return
+    by_heads = layout.context_method == "ulysses"
+    if attention.writes_scores and not (by_heads and attention.dropout is None):
+        raise ConfigError(
+            f"parallel.context = {layout.context.size} must be 1 for this model: "
+            + ("Ulysses attention drops nothing" if by_heads else "ring attention has no scores to cap or to drop")
+        )
+    strategy = UlyssesAttention(layout.context) if by_heads else RingAttention(layout.context)
+    attention.strategy, attention.logits_of = strategy, strategy.largest_logits

@@ -217,6 +217,8 @@ def _attention(shapes: LayerShapes) -> int:
     if not shapes.writes_scores:
         # The projection, the output and its log-sum-exp; torch's kernel for windows also keeps the mask.
         mask = shapes.seq_length**2 * (shapes.element + 1) if shapes.window else 0
+        if shapes.by_heads:  # the output of all tokens for some heads, and of some tokens for all
+            mask += _attended(shapes)
         return _lean_attention(shapes) + shapes.tokens * shapes.heads * FP32 + mask
     # Materialized: probabilities in fp32 and rounded, and the mask. Queries, keys and values are copied for their
     # products, after which the projection is freed.
@@ -259,7 +261,10 @@ def _attention_forward(shapes: LayerShapes) -> int:
         queries = at_once // shapes.seq_length * shapes.head_size * shapes.element
         mask = at_once // (shapes.micro_batch_size * shapes.heads)
         size = max(size, _projection(shapes) + at_once * 2 * shapes.element + queries + mask)
-    if shapes.context > 1:
+    if shapes.by_heads:
+        # Its features by rank; as they arrive, behind each other, and in the order of tokens.
+        size = max(size, 5 * _projection(shapes))
+    elif shapes.context > 1:
         # Keys and values twice, own and arriving; a block's output, in fp32 as well, and the sum of all blocks.
         keys_values = 2 * shapes.kv * shapes.element
         outputs = shapes.attended * (shapes.element + 2 * FP32)
@@ -274,7 +279,10 @@ def _attention_backward(shapes: LayerShapes) -> int:
         size += _latents(shapes) + _projection(shapes)
     if shapes.writes_scores:
         size += _scores(shapes) * 2 * FP32  # gradients of the probabilities and of the scores
-    if shapes.context > 1:
+    if shapes.by_heads:
+        # Then the gradient as it is, in the order of ranks, as messages and as they arrive.
+        size = max(size + _attended(shapes), 4 * _projection(shapes))
+    elif shapes.context > 1:
         # Keys and values twice, own and arriving. In fp32 the gradients of queries, and of keys and values twice. The
         # gradients of the last block, which has half of the queries or half of the keys. And the projection's
         # gradient in pieces before it is whole.

@@ -225,6 +225,8 @@ class Costs:
             backward += self.kernels.memory(scores * 40.0, 8)
         if shapes.context == 1:
             return PassTimes(forward, backward, backward, 0.0, 0.0)
+        if shapes.by_heads:
+            return self._attention_by_heads(layer, forward, backward)
         kv = float(shapes.tokens * layer.kv)
         steps = shapes.context - 1
 
@@ -239,6 +241,20 @@ class Costs:
         home = self.network.ring_step(kv * 4)
         backward = around(backward, kv * (shapes.element + 4)) + home
         sent = steps * kv * shapes.element * 2 + (steps + 1) * kv * 4
+        return PassTimes(forward, backward, backward, 0.0, 0.0, sent)
+
+    def _attention_by_heads(self, layer: LayerShapes, forward: float, backward: float) -> PassTimes:
+        """Return the times of attention by heads over context ranks, from those of its products on one of them.
+
+        An all-to-all of queries, keys and values and one of the output; the same of gradients. Nothing is beside them.
+        Each is written into messages, and from them, which reads and writes it twice."""
+        shapes = self.shapes
+        there = float(shapes.tokens * (layer.q + layer.kv) * shapes.element)
+        back = float(shapes.tokens * layer.attended * shapes.element)
+        messages = self.network.gather(there, self.network.context) + self.network.gather(back, self.network.context)
+        messages += self.kernels.memory(4 * (there + back), 8)
+        forward, backward = forward + messages, backward + messages
+        sent = 2 * (there + back) * (shapes.context - 1) / shapes.context
         return PassTimes(forward, backward, backward, 0.0, 0.0, sent)
 
     def _elementwise(self, layer: LayerShapes) -> PassTimes:

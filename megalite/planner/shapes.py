@@ -78,6 +78,8 @@ class Shapes:
     tensor: int
     sequence: bool
     context: int
+    by_heads: bool
+    """True if context ranks attend with some heads each (Ulysses), not in a ring."""
 
     @property
     def hidden_bytes(self) -> int:
@@ -279,6 +281,7 @@ def shapes_of(config: Config, plan: Plan, table: ModelTable) -> tuple[Shapes, tu
         tensor=plan.tensor,
         sequence=plan.sequence,
         context=plan.context,
+        by_heads=plan.context > 1 and plan.context_method == "ulysses",
     )
     return model, tuple(each(table.kinds, lambda kind: _layer_shapes(model, plan, kind)))
 

@@ -168,7 +168,8 @@ def make_inputs(micro: MicroBatch, mesh: Mesh, seed: int | None = None, output: 
     # A document gives the same beside others as alone, even with RoPE that is scaled by the length.
     whole = length if micro.documents is None else lengths_of(micro.documents)[:, index]
     keys = None if seed is None else random_bits(key_of(seed, "dropout"), micro.samples)
-    places = SequenceInfo(index, position, document, keys, whole)
+    whole_document = micro.documents if mesh.context.size > 1 else None
+    places = SequenceInfo(index, position, document, keys, whole, whole_document)
     return Inputs(micro.tokens[:, index], places, micro.labels[:, index], output)
 
 

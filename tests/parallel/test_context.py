@@ -1,4 +1,4 @@
-"""Ring attention on real ranks against the same mixer on one process over the whole sequence.
+"""Ring and Ulysses attention on real ranks against the same mixer on one process over the whole sequence.
 
 All ranks draw the same numbers, so each works out the whole on its own, takes its tokens of it, and returns what it
 found and what it wanted by name. All cases of a number of ranks share one spawn.
@@ -27,6 +27,7 @@ from megalite.kernels.attention import PLAIN, AttentionKind
 from megalite.models.layers import CoreAttention, Dropout, SequenceInfo
 from megalite.parallel.context import RingAttention, attend, attend_backward, zigzag
 from megalite.parallel.rules import apply_rules
+from megalite.parallel.ulysses import UlyssesAttention
 from ranks import run_ranks
 
 WORLDS = (2, 4)
@@ -97,7 +98,8 @@ def document_numbers(case: Case) -> Tensor | None:
 
 def places_of(case: Case, index: Tensor) -> SequenceInfo:
     document = document_numbers(case)
-    return SequenceInfo(index, index[None], None if document is None else document[:, index])
+    here = None if document is None else document[:, index]
+    return SequenceInfo(index, index[None], here, whole_document_BT=document)
 
 
 def inputs_of(case: Case) -> list[Tensor]:
@@ -110,10 +112,12 @@ def inputs_of(case: Case) -> list[Tensor]:
     return [numbers(seed, BATCH, case.length, *shape, dtype=case.dtype) for seed, shape in shapes]
 
 
-def mixer(case: Case, axis: Axis | None = None) -> CoreAttention:
+def mixer(
+    case: Case, axis: Axis | None = None, method: type[RingAttention] | type[UlyssesAttention] = RingAttention
+) -> CoreAttention:
     """Attention of the case's kind on one process, or over the ranks of an axis."""
     core = CoreAttention(kind=case.kind)
-    core.strategy = None if axis is None else RingAttention(axis)
+    core.strategy = None if axis is None else method(axis)
     return core
 
 
@@ -159,8 +163,17 @@ def saved_bytes(axis: Axis) -> tuple[int, int]:
     return sum(kept.values()), sum(4 * x.numel() for x in (qkv, out)) + log_sum_exp + documents
 
 
+SOFTCAPPED = Case(48, 4, "uneven", torch.float64, AttentionKind(13, 1.5))
+
+
+def cases_by_heads(world_size: int) -> list[Case]:
+    """Those whose key/value heads the ranks divide; and one that no ring can compute."""
+    return [*(case for case in CASES if case.groups % world_size == 0), SOFTCAPPED]
+
+
 class Found(NamedTuple):
     cases: dict[Case, Result]
+    by_heads: dict[Case, Result]
     recomputed: Result
     wrong_order: Result
     strided: Result
@@ -181,6 +194,10 @@ def on_rank(rank: int, world_size: int) -> Found:
 
     return Found(
         {case: compare(case, mixer(case, axis), zigzag(case.length, axis)) for case in CASES},
+        {
+            case: compare(case, mixer(case, axis, UlyssesAttention), zigzag(case.length, axis))
+            for case in cases_by_heads(world_size)
+        },
         compare(some, recomputing, zigzag(48, axis)),
         compare(some, ring, torch.arange(48).chunk(world_size)[rank]),
         compare(some, mixer(some, strided), zigzag(48, strided)),
@@ -207,6 +224,16 @@ def test_equals_one_process(case: Case, world_size: int) -> None:
             assert found.shape == wanted.shape
             off = error(found, wanted)
             assert off <= TOLERANCE[case.dtype], f"{key} on rank {rank} is off by {off:.1e}"  # fails for NaN too
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_heads_over_ranks_equal_one_process(world_size: int) -> None:
+    for rank, results in enumerate(results_of(world_size)):
+        assert len(results.by_heads) == len(cases_by_heads(world_size))
+        for case, result in results.by_heads.items():
+            for key, (found, wanted) in result.items():
+                off = error(found, wanted)
+                assert off <= TOLERANCE[case.dtype], f"{case}: {key} on rank {rank} is off by {off:.1e}"
 
 
 @pytest.mark.parametrize("world_size", WORLDS)
@@ -243,8 +270,22 @@ def test_only_local_tensors_are_saved(world_size: int) -> None:
 )
 def test_what_has_no_ring_is_refused(core: CoreAttention) -> None:
     """Also for a family whose config the plan does not know."""
+    layout = SimpleNamespace(context=Axis(2, 0), context_method="ring", take_locals=lambda module: None)
     with pytest.raises(ConfigError, match=r"parallel.context = 2 must be 1 for this model: ring attention has no"):
-        apply_rules([nn.ModuleList([core])], SimpleNamespace(context=Axis(2, 0)))  # type: ignore[arg-type]
+        apply_rules([nn.ModuleList([core])], layout)  # type: ignore[arg-type]
+    layout.context_method = "ulysses"
+    if core.dropout:
+        with pytest.raises(ConfigError, match="for this model: Ulysses attention drops nothing"):
+            apply_rules([nn.ModuleList([core])], layout)  # type: ignore[arg-type]
+    else:
+        apply_rules([nn.ModuleList([core])], layout)  # type: ignore[arg-type]
+        assert isinstance(core.strategy, UlyssesAttention)
+
+
+def test_heads_that_ranks_do_not_divide_are_refused() -> None:
+    q, k = torch.zeros(1, 4, 4, 8), torch.zeros(1, 4, 1, 8)
+    with pytest.raises(ValueError, match="4 and 1 heads of queries and keys do not divide by 2 ranks"):
+        UlyssesAttention(Axis(2, 0)).attend(q, k, k, SequenceInfo.whole(4, q.device), PLAIN)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])

@@ -85,6 +85,7 @@ class Layout:
     schedule: str = "1f1b"
     virtual: int = 1
     context: int = 1
+    context_method: str = "ring"
     expert: int = 1
     expert_tensor: int | None = None
     zero: int = 1
@@ -101,7 +102,7 @@ class Layout:
         if self.pipeline > 1:
             name += f"-pp{self.pipeline}-{self.schedule}{self.virtual}"
         if self.context > 1:
-            name += f"-cp{self.context}"
+            name += f"-cp{self.context}{'-ulysses' * (self.context_method == 'ulysses')}"
         name += f"-ep{self.expert}" if self.expert > 1 else ""
         name += f"-etp{self.expert_tensor}" if self.expert_tensor else ""
         name += f"-{self.recompute}" if self.recompute != "none" else ""
@@ -190,6 +191,9 @@ LAYOUTS = [
     Layout(8, tensor=2, sequence=True, pipeline=2, schedule="zero_bubble", virtual=2, zero=2),
     Layout(8, tensor=2, sequence=True, context=2, zero=2),
     Layout(8, pipeline=2, schedule="interleaved", virtual=2, context=2, zero=1),
+    Layout(2, context=2, context_method="ulysses"),
+    Layout(4, tensor=2, sequence=True, context=2, context_method="ulysses", zero=2, recompute="full", micro=2),
+    Layout(4, pipeline=2, context=2, context_method="ulysses", optimizer="qk-clip"),
     *(Layout(2, zero=zero, engine="deepspeed") for zero in (1, 2, 3)),
     *(Layout(2, context=2, zero=zero, engine="deepspeed") for zero in (1, 3)),
     *(Layout(4, tensor=2, sequence=True, zero=zero, engine="deepspeed") for zero in (1, 2, 3)),
@@ -297,7 +301,7 @@ def config_of(model: str, layout: Layout) -> Config:
             "parallel": {
                 "tensor": layout.tensor, "sequence": layout.sequence, "zero_stage": layout.zero,
                 "pipeline": layout.pipeline, "schedule": layout.schedule, "virtual": layout.virtual,
-                "context": layout.context, "engine": layout.engine,
+                "context": layout.context, "context_method": layout.context_method, "engine": layout.engine,
                 "expert": layout.expert, "expert_tensor": layout.expert_tensor,
                 "bucket_mb": 0.05,  # several buckets even in so small a model
             },

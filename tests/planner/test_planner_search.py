@@ -131,6 +131,24 @@ def test_volume_by_hand() -> None:
     assert one.volume["pipeline"] == one.volume["context"] == 0.0
 
 
+def test_volume_of_context_ranks_by_hand() -> None:
+    """Of 4 ranks, each with 1,024 tokens of 32 heads and 8 key/value heads of 128: in a ring keys and values go on
+    three times in both passes, and their gradients in fp32 four times; by heads, three quarters of all go there and
+    back."""
+    q, kv, tokens = 32 * 128, 2 * 8 * 128, 1024
+    wanted = {
+        "ring": 32 * tokens * kv * (2 * 3 * 2 + 4 * 4),
+        "ulysses": 32 * tokens * (2 * q + kv) * 2 * 2 * 3 / 4,
+    }
+    for method, volume in wanted.items():
+        config = config_of("llama-8b", "parallel.context=4", f"parallel.context_method={method}")
+        plan = make_plan(config, weight_table(config.model), 64)
+        assert estimate(config, plan, H100).volume["context"] == pytest.approx(volume * plan.micro_batches), method
+    config = config_of("llama-8b", "parallel.context=4", "parallel.tensor=4", "parallel.context_method=ulysses")
+    with pytest.raises(ConfigError, match=r"tensor × context = 4 × 4 ranks whole heads, .* 32 of them and 8 key/value"):
+        make_plan(config, weight_table(config.model), 64)
+
+
 # Of 8 micro-batches: an all-reduce is twice a reduction; ZeRO 1 reduces and gathers once a step, 2 reduces every time,
 # and 3 gathers for both passes as well.
 @pytest.mark.parametrize(("zero", "bytes_each"), [(0, 4 * 2), (1, 4 + 2), (2, 8 * 4 + 2), (3, 8 * (4 + 2 * 2))])
