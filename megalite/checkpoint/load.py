@@ -130,7 +130,8 @@ def states_held(folder: Path, config: Config, trained: Sequence[Weight]) -> dict
         needed = {weight.name: config.optimizer.states_of(weight) for weight in trained}
         held = {state: [weight for weight in trained if state in needed[weight.name]] for state in states}
     row = config.optimizer.state_row
-    return {state: [row(weight, state) for weight in some] for state, some in held.items()}
+    # There are no files of a state that no weight has, such as AdamW's beside Muon in a LoRA run.
+    return {state: [row(weight, state) for weight in some] for state, some in held.items() if some}
 
 
 def _with_masters(folder: Path, config: Config, trained: Sequence[Weight]) -> dict[str, Sequence[Weight]]:

@@ -100,6 +100,18 @@ def test_a_resumed_run_is_bitwise_the_unbroken_one(runs: dict[str, Config]) -> N
     assert all(torch.equal(x, broken[file][name]) for file, found in whole.items() for name, x in found.items())
 
 
+@pytest.mark.parametrize("optimizer", ["muon", "adafactor"])
+def test_a_run_goes_on_without_states_that_no_adapter_has(root: Path, optimizer: str) -> None:
+    """Both keep other states of embeddings, norms and biases, of which adapters have none."""
+    settings = (f"optimizer.name={optimizer}", "observe.eval_every=0")
+    unbroken = run_of(root, f"{optimizer}-unbroken", *settings)
+    train(unbroken)
+    for stop_at in (3, 6):
+        broken = run_of(root, f"{optimizer}-broken", *settings, f"train.stop_at={stop_at}")
+        train(broken)
+    assert curve_of(broken) == curve_of(unbroken)
+
+
 @pytest.mark.parametrize("name", ["pipeline", "whole"])
 def test_peft_opens_a_checkpoint(root: Path, runs: dict[str, Config], name: str) -> None:
     """Over a pipeline two ranks write, and PEFT reads one file."""
