@@ -14,9 +14,12 @@ from torch.utils.hooks import RemovableHandle
 
 from megalite.comm.collectives import all_reduce
 from megalite.comm.mesh import Mesh
+from megalite.config import Config
 from megalite.engine.native import NativeEngine
 from megalite.kernels.optimizer import sum_of_squares
+from megalite.models import weight_table
 from megalite.models.layers import CoreAttention
+from megalite.models.weights import Weight
 from megalite.observe.steps import Record
 from megalite.parallel.stage import Stage
 
@@ -27,9 +30,11 @@ ENDS = {"first": "embeddings", "both": "embeddings", "last": "head"}
 class LayerMeasures:
     """Measures the layers of this rank's stages from `begin` on, in training, until `end`."""
 
-    def __init__(self, stages: Sequence[Stage], engine: NativeEngine, mesh: Mesh, num_layers: int, sequence: bool):
-        """`num_layers` are those of the whole model. `sequence`: sequence parallelism is on."""
-        self._engine, self._mesh, self._num_layers = engine, mesh, num_layers
+    def __init__(self, stages: Sequence[Stage], engine: NativeEngine, mesh: Mesh, config: Config, sequence: bool):
+        """`config` gives the whole model. `sequence`: sequence parallelism is on."""
+        self._engine, self._mesh, self._num_layers = engine, mesh, config.model.num_layers
+        trained = [weight for weight in weight_table(config.model, config.lora) if not weight.frozen]
+        self._places = [*dict.fromkeys(_name_of(weight) for weight in trained)]
         self._layers = {int(name): layer for stage in stages for name, layer in stage.model.layers.items()}
         self._cores = {
             number: [module for module in layer.modules() if isinstance(module, CoreAttention)]
@@ -81,9 +86,13 @@ class LayerMeasures:
         return {name: value.float() if isinstance(value, Tensor) else value for name, value in record.items()}
 
     def _gradients(self) -> dict[str, Tensor]:
-        """Return the gradient norm of each layer, of embeddings and of the head."""
-        names = [*map(str, range(self._num_layers)), *dict.fromkeys(ENDS.values())]
-        sums = torch.zeros(len(names), dtype=torch.float64, device=self._mesh.device)
+        """Return the gradient norm of each layer, of embeddings and of the head, as far as they are trained."""
+        sums = torch.zeros(len(self._places), dtype=torch.float64, device=self._mesh.device)
         for weight, square in self._engine.gradients.squares():
-            sums[names.index(ENDS.get(str(weight.place), str(weight.place)))] += square
-        return dict(zip(names, all_reduce(sums, self._mesh.world).sqrt().unbind(), strict=True))
+            sums[self._places.index(_name_of(weight))] += square
+        return dict(zip(self._places, all_reduce(sums, self._mesh.world).sqrt().unbind(), strict=True))
+
+
+def _name_of(weight: Weight) -> str:
+    """Return the name of the place that a weight is at."""
+    return ENDS.get(str(weight.place), str(weight.place))

@@ -319,9 +319,8 @@ class MeasureLayers(Hook):
 
     def __init__(self, run: Run, parts: RankModel):
         assert isinstance(parts.engine, NativeEngine)
-        num_layers = run.config.model.num_layers
         self._run = run
-        self._measures = LayerMeasures(parts.stages, parts.engine, run.mesh, num_layers, run.plan.sequence)
+        self._measures = LayerMeasures(parts.stages, parts.engine, run.mesh, run.config, run.plan.sequence)
         self._found: Record = {}
 
     def begin(self, step: Step) -> None:
