@@ -139,6 +139,10 @@ class OptimizerConfig(Choice):
     """Names of the states it keeps for each weight: fp32 tensors of the weight's shape, zero at first. A checkpoint
     has files of each."""
 
+    PASSES: ClassVar[int] = 0
+    """Times that an update reads or writes each fp32 element of a weight beside one pass over weight, gradient and
+    states."""
+
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         super().__pydantic_init_subclass__(**kwargs)

@@ -27,6 +27,17 @@ ENDS = {"first": "embeddings", "both": "embeddings", "last": "head"}
 """Names of the places of weights outside of layers."""
 
 
+def largest_logit(stages: Sequence[Stage], mesh: Mesh) -> Tensor:
+    """Return the largest attention logit of the step, over all layers, heads and ranks, fp32 []. All ranks call it,
+    where QK-clip has the models note them."""
+    largest = torch.full((), -torch.inf, device=mesh.device)
+    for stage in stages:
+        for module in stage.modules():
+            if isinstance(module, CoreAttention) and module.largest_logits is not None:
+                largest = torch.maximum(largest, module.largest_logits.max())
+    return all_reduce(largest, mesh.world, dist.ReduceOp.MAX)
+
+
 class LayerMeasures:
     """Measures the layers of this rank's stages from `begin` on, in training, until `end`."""
 

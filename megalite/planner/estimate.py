@@ -226,7 +226,7 @@ class Outlook:
             norm = self.network.all_reduce(4.0, self.network.replicas)
         if self._tied_over_pipeline:
             tied = self.network.hand_over(4.0 * self.sizes[-1].after)
-        moved = optimizer_bytes(params, states)
+        moved = optimizer_bytes(params, states) + 4 * self.config.optimizer.PASSES * params
         # Tied embeddings exchange their gradients in both directions.
         return norm + 2 * tied + self.kernels.memory(moved) + self._whole_matrices_s
 

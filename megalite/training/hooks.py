@@ -25,7 +25,7 @@ from megalite.health.guard import Ending, Guard
 from megalite.health.signals import StopRequests
 from megalite.health.stragglers import Stragglers
 from megalite.models.weights import Weight
-from megalite.observe.layers import LayerMeasures
+from megalite.observe.layers import LayerMeasures, largest_logit
 from megalite.observe.noise import NoiseScale
 from megalite.observe.profiler import Profiler
 from megalite.observe.steps import Record
@@ -336,6 +336,16 @@ class MeasureLayers(Hook):
         self._found = {}
 
 
+class RecordLogits(Hook):
+    """Record the largest attention logit of every step, which QK-clip finds in any case."""
+
+    def __init__(self, run: Run, parts: RankModel):
+        self._run, self._parts = run, parts
+
+    def after_update(self, step: Step) -> None:
+        step.record["attention_logit"] = largest_logit(self._parts.stages, self._run.mesh)
+
+
 class MeasureNoise(Hook):
     """Record the gradient noise scale every `observe.noise_scale_every` steps."""
 
@@ -458,6 +468,7 @@ def make_hooks(
         **({"tensors": RecordTensors(run, parts, *saver.table_and_owners)} if run.config.profile.tensors else {}),
         "signals": ListenToSignals(run, requests),
         "guard": GuardNumbers(run, parts, loader, guard),
+        **({"logits": RecordLogits(run, parts)} if run.config.optimizer.qk_clip else {}),
         **({"layers": MeasureLayers(run, parts)} if run.config.observe.layers_every else {}),
         **({"noise_scale": MeasureNoise(run, parts, loader)} if run.config.observe.noise_scale_every else {}),
         "evaluation": Evaluate(run, parts, data),

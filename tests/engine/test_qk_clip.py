@@ -16,7 +16,8 @@ from megalite.kernels.attention import AttentionKind, attention_mask, largest_lo
 from megalite.models import weight_table
 from megalite.plan import make_plan
 from megalite.train import train
-from small_runs import make_config
+from ranks import run_ranks
+from small_runs import make_config, metrics_of, train_on_rank
 
 KINDS = {
     "plain": AttentionKind(),
@@ -70,6 +71,21 @@ def test_bf16_weights_are_the_scaled_master_weights_rounded(tmp_path: Path) -> N
     ratios = {part: (weights[name.format(part)].norm() / larger[name.format(part)].norm()).item() for part in "qkv"}
     assert max(ratios["q"], ratios["k"]) < 0.5
     assert ratios["v"] == pytest.approx(1.0, abs=0.1)
+
+
+def test_every_layout_records_the_largest_logit_of_each_step(tmp_path: Path) -> None:
+    settings = ("train.steps=4", "optimizer.qk_clip={threshold: 0.5}", "observe.eval_every=0", "checkpoint.every=0")
+    alone = make_config(tmp_path, "llama", *settings, "observe.layers_every=1", "run.name=alone")
+    train(alone)
+    wanted = [line for line in metrics_of(alone) if "loss" in line]
+    for line in wanted:
+        assert line["attention_logit"] == max(line["attention_logit/0"], line["attention_logit/1"])
+    layouts = {"tensor": "parallel.tensor=2", "pipeline": "parallel.pipeline=2", "context": "parallel.context=2"}
+    configs = [make_config(tmp_path, "llama", *settings, f"run.name={name}", each) for name, each in layouts.items()]
+    run_ranks(2, train_on_rank, configs)
+    for config in configs:
+        found = [line["attention_logit"] for line in metrics_of(config) if "loss" in line]
+        assert found == pytest.approx([line["attention_logit"] for line in wanted], rel=1e-4), config.run.name
 
 
 def test_what_cannot_be_clipped_is_refused(tmp_path: Path) -> None:

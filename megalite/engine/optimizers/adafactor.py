@@ -33,6 +33,7 @@ class AdafactorConfig(OptimizerConfig):
     clip_threshold: float = Field(1.0, gt=0, description="Largest root mean square of a matrix's update.")
 
     STATES: ClassVar[tuple[str, ...]] = (ROW, COLUMN)
+    PASSES = 39  # in torch: 15 for three sums of squares in fp64, 15 for the update and its sum, 9 more to apply it
 
     def build(self) -> SummingOptimizer:
         return Adafactor(self, factored=True)
