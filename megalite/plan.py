@@ -160,6 +160,7 @@ class Plan:
             ("ranks", f"{self.world_size} = {product}"),
             *([("experts", folded)] if self.folds_experts else []),
             ("sequence parallel", "on" if self.sequence else "off"),
+            *([("context parallel", self.context_method)] if self.context > 1 else []),
             ("engine", f"{self.engine}, ZeRO stage {self.zero_stage}"),
             ("parameters", f"{self.num_params:,}, of which {self.params_per_rank:,} on the fullest rank"),
             *([("trained", f"{self.num_trained:,}")] if self.num_trained < self.num_params else []),

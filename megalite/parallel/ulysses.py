@@ -5,7 +5,8 @@ all tokens of some heads. One all-to-all before attention changes the first into
 changes back, and each is the backward pass of the other. Attention itself is that of one process.
 
 Of the keys and values, a rank sends and receives its own share only, where a ring passes on those of all ranks; but
-nothing is computed beside the messages, and there must be as many key/value heads as ranks.
+nothing is computed beside the messages, and the ranks must divide the key/value heads. All ranks have as much to do,
+whatever documents are packed.
 
 Letters in shapes: B batch, T tokens at hand, S tokens of the whole sequence, H heads, G key/value heads, K and V sizes
 of heads, R ranks, F features of a token that go to one rank."""

@@ -272,7 +272,7 @@ def fits(model: str, layout: Layout) -> bool:
     outnumber cores, or an engine is not ours, two models show what four would."""
     if model in ("moe-packed", "latent-packed"):  # WITH_EXPERTS, WITH_LATENTS
         return False
-    if layout.optimizer == "qk-clip" and model not in ("llama", "gpt2-packed"):
+    if layout.optimizer in ("qk-clip", "adafactor") and model not in ("llama", "gpt2-packed"):
         return False
     if (layout.ranks >= 4 or layout.engine == "deepspeed") and model not in ("llama", "gpt2-packed"):
         return False
