@@ -47,6 +47,9 @@ class SequenceInfo:
 
     whole_document_BT: Tensor | None = None
     """`document_BT` of the whole sequence, where only a part of it is at hand."""
+    overlaps: tuple[tuple[bool, bool], ...] | None = None
+    """For each rank that has a part of the sequence, whether a document goes on from one of its parts to one of this
+    rank's: in the front half of the sequence, and in the back half. None: not known."""
 
     @property
     def length(self) -> int | Tensor:

@@ -4,6 +4,8 @@ Every rank keeps its queries. Keys and values travel around the ring of ranks, e
 before it is computed (ring attention, Liu et al. 2023), and the results of the blocks are merged by their
 log-sum-exp. In the backward pass the blocks travel again and their gradients with them, home after a whole round.
 
+Blocks in which no query attends to any key, because of documents or a window, travel on uncomputed.
+
 The sequence is cut into twice as many chunks as there are ranks, and rank r takes chunks r and 2n-1-r, "zigzag" (Llama
 3, Dubey et al. 2024). So all ranks have as much to do, and of another rank's keys either all queries attend to exactly
 the first half, or exactly the second half of the queries attends to all.
@@ -52,6 +54,24 @@ def zigzag_order(length: int, ranks: int) -> Tensor:
     return torch.cat([_zigzag_of(rank, length, ranks) for rank in range(ranks)])
 
 
+def document_overlaps(document_BS: Tensor, axis: Axis) -> tuple[tuple[bool, bool], ...]:
+    """Return `SequenceInfo.overlaps` of this rank: from the documents of whole sequences, on the host, which ascend."""
+    ranks = axis.size
+    chunks_BNC = document_BS.unflatten(1, (2 * ranks, -1))
+    first_BN, last_BN = chunks_BNC[..., 0], chunks_BNC[..., -1]
+
+    def goes_on(before: int, behind: int) -> bool:
+        """Return whether a document of one chunk is in a later one, too; then it is in all between them."""
+        return bool((last_BN[:, before] == first_BN[:, behind]).any())
+
+    found = []
+    for rank in range(ranks):
+        low, high = sorted((rank, axis.rank))
+        is_own = low == high
+        found.append((is_own or goes_on(low, high), is_own or goes_on(2 * ranks - 1 - high, 2 * ranks - 1 - low)))
+    return tuple(found)
+
+
 class RingAttention:
     """Attend from this rank's tokens to those of all ranks of the axis, each of which holds the tokens that `zigzag`
     gives it: the strategy of attention under context parallelism. Who attends to whom follows from that;
@@ -66,7 +86,7 @@ class RingAttention:
         """Attend with the tokens of this rank to those of all ranks: [B,T,H·V]. The rule that sets this strategy
         refuses soft-capped scores and dropout."""
         kind = kind.within(q_BTHK.shape[1] * self.axis.size)
-        return _RingAttention.apply(q_BTHK, k_BTGK, v_BTGV, places.document_BT, self.axis, kind)
+        return _RingAttention.apply(q_BTHK, k_BTGK, v_BTGV, places.document_BT, self.axis, kind, places.overlaps)
 
     @torch.no_grad()
     def largest_logits(
@@ -81,7 +101,10 @@ class RingAttention:
         `kernels.attention.largest_logits`. The keys travel the ring for it once more."""
         kind, q = kind.within(q_BTHK.shape[1] * self.axis.size), q_BTHK.transpose(1, 2)
         largest = torch.full((q.shape[1],), -torch.inf, device=q.device)
-        for block in _blocks(_Message.of(k_BTGK, k_BTGK[..., :0]), places.document_BT, kind, self.axis):
+        kv = _Message.of(k_BTGK, k_BTGK[..., :0])
+        for block in _blocks(kv, places.document_BT, kind, self.axis, places.overlaps):
+            if not block.has_any:
+                continue
             attended = partial(_attended, block)
             found = largest_of(q[:, :, block.rows], block.k, attended, kind.scale_of(q.shape[-1]))
             largest = torch.maximum(largest, found)
@@ -109,9 +132,12 @@ class _RingAttention(Function):
         document_BT: Tensor | None,
         axis: Axis,
         kind: AttentionKind,
+        overlaps: tuple[tuple[bool, bool], ...] | None,
     ) -> Tensor:
         q = q_BTHK.transpose(1, 2)
-        for block in _blocks(_Message.of(k_BTGK, v_BTGV), document_BT, kind, axis):
+        for block in _blocks(_Message.of(k_BTGK, v_BTGV), document_BT, kind, axis, overlaps):
+            if not block.has_any:
+                continue
             out, lse = attend(q[:, :, block.rows], block.k, block.v, block.causal, block.mask, kind.scale)
             if block.step == 0:
                 # Every token attends to itself, so that this lse is finite and no row of the merges is empty.
@@ -120,7 +146,7 @@ class _RingAttention(Function):
                 _merge(merged[:, :, block.rows], merged_lse[:, :, block.rows], out, lse)
         out_BTHV = merged.to(q.dtype).transpose(1, 2).contiguous()
         ctx.save_for_backward(q_BTHK, k_BTGK, v_BTGV, out_BTHV, merged_lse, document_BT)
-        ctx.axis, ctx.kind = axis, kind
+        ctx.axis, ctx.kind, ctx.overlaps = axis, kind, overlaps
         return out_BTHV.flatten(2)
 
     @staticmethod
@@ -137,33 +163,35 @@ class _RingAttention(Function):
         # dK and dV follow their keys and values around the ring, one shift a block. After as many shifts as there are
         # ranks they are back at the rank that owns them, with every rank's share added.
         travelling: Result | None = None
-        for block in _blocks(kv, document_BT, ctx.kind, ctx.axis):
+        for block in _blocks(kv, document_BT, ctx.kind, ctx.axis, ctx.overlaps):
             rows = block.rows
             # `out` and `lse` are those of the attention to all keys, so the block's probabilities come out normalised
             # over all blocks, and gradients of blocks simply add up.
-            dq, dk, dv = attend_backward(
-                grad[:, :, rows],
-                q[:, :, rows],
-                block.k,
-                block.v,
-                out[:, :, rows],
-                lse[:, :, rows],
-                block.causal,
-                block.mask,
-                ctx.kind.scale,
-            )
-            dq_BHTK[:, :, rows] += dq
+            parts: list[Tensor] = []
+            if block.has_any:
+                dq, *parts = attend_backward(
+                    grad[:, :, rows],
+                    q[:, :, rows],
+                    block.k,
+                    block.v,
+                    out[:, :, rows],
+                    lse[:, :, rows],
+                    block.causal,
+                    block.mask,
+                    ctx.kind.scale,
+                )
+                dq_BHTK[:, :, rows] += dq
             # Wait for the gradients of this block only here: they travelled while attend_backward computed.
             if travelling is not None:
                 dkv = dkv.with_data(travelling())
             # Add in place only once they have arrived, and send them on only after this: the shift reads this very
             # buffer.
-            for whole_BTGK, part in zip(dkv.parts(), (dk, dv), strict=True):
+            for whole_BTGK, part in zip(dkv.parts(), parts, strict=False):
                 whole_BTGK[:, block.keys] += part.transpose(1, 2)
             travelling = start_shift(dkv.data, ctx.axis)
         assert travelling is not None
         grads = (dq_BHTK.transpose(1, 2), *dkv.with_data(travelling()).parts())
-        return *(x.to(q.dtype) for x in grads), None, None, None
+        return *(x.to(q.dtype) for x in grads), None, None, None, None
 
 
 class _Message(NamedTuple):
@@ -192,6 +220,8 @@ class _Block(NamedTuple):
     """Which of a rank's queries meet which keys of the block at hand."""
 
     step: int
+    has_any: bool
+    """False where no query attends to any key; then only `step` is of use, and nothing is to be computed."""
     rows: slice
     keys: slice
     causal: bool
@@ -201,7 +231,13 @@ class _Block(NamedTuple):
     v: Tensor
 
 
-def _blocks(kv: _Message, document_BT: Tensor | None, kind: AttentionKind, axis: Axis) -> Iterator[_Block]:
+def _blocks(
+    kv: _Message,
+    document_BT: Tensor | None,
+    kind: AttentionKind,
+    axis: Axis,
+    overlaps: tuple[tuple[bool, bool], ...] | None = None,
+) -> Iterator[_Block]:
     """Yield the blocks of keys and values of all ranks, this rank's own first. The next block travels while the caller
     works on the one it was given."""
     half, window = kv.k_shape[1] // 2, kind.window
@@ -214,15 +250,30 @@ def _blocks(kv: _Message, document_BT: Tensor | None, kind: AttentionKind, axis:
         # Where attention is not causal, all see all.
         rows = slice(half if kind.causal and source > axis.rank else 0, None)
         keys = slice(0, half if kind.causal and source < axis.rank else None)
+        has_any = _has_any(kind, axis.rank, source, half, None if overlaps is None else overlaps[source])
         mask = None
-        if document_BT is not None:
+        if document_BT is not None and has_any:
             mask = document_BT[:, None, rows, None] == at_hand[1][:, None, None, keys]
-        if window is not None:
+        if window is not None and has_any:
             near = _distances(kv, axis, source)[rows, keys].abs() < window
             mask = near[None, None] if mask is None else mask & near
         k, v = (x[:, keys].transpose(1, 2) for x in kv.with_data(at_hand[0]).parts())
-        yield _Block(step, rows, keys, kind.causal and step == 0, mask, k, v)
+        yield _Block(step, has_any, rows, keys, kind.causal and step == 0, mask, k, v)
         at_hand = [arrived() for arrived in arriving]
+
+
+def _has_any(kind: AttentionKind, rank: int, source: int, half: int, overlap: tuple[bool, bool] | None) -> bool:
+    """Return whether any query of a rank may attend to a key of the rank `source`, by what is known on the host. `half`
+    is the length of a chunk, `overlap` the entry of `source` in `SequenceInfo.overlaps`."""
+    # Chunks are as far apart in the front half of the sequence as in the back half.
+    if kind.window is not None and (abs(rank - source) - 1) * half + 1 >= kind.window:
+        return False
+    if overlap is None:
+        return True
+    if not kind.causal or source == rank:
+        return any(overlap)
+    # Keys of a lower rank are seen in front, and those of a higher one at the back.
+    return overlap[source > rank]
 
 
 def _distances(kv: _Message, axis: Axis, source: int) -> Tensor:

@@ -23,7 +23,7 @@ from megalite.models import build_model, weight_table
 from megalite.models.layer_loss import LayerLoss, LayerLosses
 from megalite.models.layers import SequenceInfo
 from megalite.parallel.apply import apply_parallelism
-from megalite.parallel.context import zigzag
+from megalite.parallel.context import document_overlaps, zigzag
 from megalite.parallel.outputs import LastStage
 from megalite.parallel.rules import vocab_size_of
 from megalite.parallel.stage import Inputs, Output, Stage, lengths_of, positions_of
@@ -159,17 +159,22 @@ def forward(
 def make_inputs(micro: MicroBatch, mesh: Mesh, seed: int | None = None, output: Output = "losses") -> Inputs:
     """Return a micro-batch on the device, cut to this rank's part of the sequence. `seed` gives dropout its keys, None:
     no dropout; `output` is what is asked of the last stage."""
+    context, overlaps = mesh.context, None
+    if context.size > 1 and micro.documents is not None:
+        overlaps = document_overlaps(
+            micro.documents, context
+        )  # on the host: what is not to be computed must be known there
     micro = micro.to(mesh.device)
     length = micro.tokens.shape[1]
     with mesh.device:  # made on the device: a copy would wait for it
-        index = zigzag(length, mesh.context) if mesh.context.size > 1 else torch.arange(length)
+        index = zigzag(length, context) if context.size > 1 else torch.arange(length)
     position = index[None] if micro.documents is None else positions_of(micro.documents)[:, index]
     document = None if micro.documents is None else micro.documents[:, index]
     # A document gives the same beside others as alone, even with RoPE that is scaled by the length.
     whole = length if micro.documents is None else lengths_of(micro.documents)[:, index]
     keys = None if seed is None else random_bits(key_of(seed, "dropout"), micro.samples)
-    whole_document = micro.documents if mesh.context.size > 1 else None
-    places = SequenceInfo(index, position, document, keys, whole, whole_document)
+    whole_document = micro.documents if context.size > 1 else None
+    places = SequenceInfo(index, position, document, keys, whole, whole_document, overlaps)
     return Inputs(micro.tokens[:, index], places, micro.labels[:, index], output)
 
 

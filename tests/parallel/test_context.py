@@ -23,9 +23,9 @@ from torch.utils.checkpoint import checkpoint
 from megalite.comm.collectives import start_shift
 from megalite.comm.mesh import Axis
 from megalite.errors import ConfigError
-from megalite.kernels.attention import PLAIN, AttentionKind
+from megalite.kernels.attention import PLAIN, AttentionKind, attention_mask
 from megalite.models.layers import CoreAttention, Dropout, SequenceInfo
-from megalite.parallel.context import RingAttention, attend, attend_backward, zigzag
+from megalite.parallel.context import RingAttention, _has_any, attend, attend_backward, document_overlaps, zigzag
 from megalite.parallel.rules import apply_rules
 from megalite.parallel.ulysses import UlyssesAttention
 from ranks import run_ranks
@@ -96,10 +96,11 @@ def document_numbers(case: Case) -> Tensor | None:
     return torch.stack([torch.arange(len(row)).repeat_interleave(torch.tensor(row) * scale) for row in lengths])
 
 
-def places_of(case: Case, index: Tensor) -> SequenceInfo:
+def places_of(case: Case, index: Tensor, axis: Axis | None = None) -> SequenceInfo:
     document = document_numbers(case)
     here = None if document is None else document[:, index]
-    return SequenceInfo(index, index[None], here, whole_document_BT=document)
+    overlaps = None if axis is None or document is None else document_overlaps(document, axis)
+    return SequenceInfo(index, index[None], here, whole_document_BT=document, overlaps=overlaps)
 
 
 def inputs_of(case: Case) -> list[Tensor]:
@@ -135,13 +136,14 @@ def run(
     return {"out": out.detach()} | {f"d{name}": x.grad for name, x in zip("qkv", parts, strict=True)}  # type: ignore[misc]
 
 
-def compare(case: Case, attention: CoreAttention | Attend, index: Tensor) -> Result:
-    """What `attention` to the tokens `index` of the sequence gives, and what it should."""
+def compare(case: Case, attention: CoreAttention | Attend, index: Tensor, axis: Axis | None = None) -> Result:
+    """What `attention` to the tokens `index` of the sequence gives, and what it should. With `axis` it knows where
+    documents overlap."""
     parts, weights = inputs_of(case), numbers(1, BATCH, case.length, HEADS * case.v_size, dtype=case.dtype)
     reference = torch.float64 if case.dtype == torch.bfloat16 else case.dtype
     whole = [x.to(reference) for x in parts]
     wanted = run(mixer(case), whole, places_of(case, torch.arange(case.length)), weights.to(reference))
-    found = run(attention, [x[:, index] for x in parts], places_of(case, index), weights[:, index])
+    found = run(attention, [x[:, index] for x in parts], places_of(case, index, axis), weights[:, index])
     return {key: (found[key], wanted[key][:, index]) for key in found}
 
 
@@ -193,7 +195,7 @@ def on_rank(rank: int, world_size: int) -> Found:
         return checkpoint(ring.attend, *arguments, use_reentrant=False)
 
     return Found(
-        {case: compare(case, mixer(case, axis), zigzag(case.length, axis)) for case in CASES},
+        {case: compare(case, mixer(case, axis), zigzag(case.length, axis), axis) for case in CASES},
         {
             case: compare(case, mixer(case, axis, UlyssesAttention), zigzag(case.length, axis))
             for case in cases_by_heads(world_size)
@@ -297,6 +299,26 @@ def test_zigzag_shares_tokens_and_work_evenly(size: int) -> None:
         assert len(share) == 48 // size
         # A token at place i attends to i + 1 tokens.
         assert int((share + 1).sum()) * size == 48 * 49 // 2
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [None, 1, 5, 13, 40])
+@pytest.mark.parametrize("documents", DOCUMENTS)
+def test_blocks_without_any_key_are_known(documents: str, window: int | None, causal: bool) -> None:
+    """Exactly those, where either documents or a window leave them out."""
+    kind, skipped = AttentionKind(window, causal=causal), 0
+    case = Case(48, 2, documents, torch.float32)
+    whole = document_numbers(case)
+    whole = torch.zeros(1, 48, dtype=torch.int64) if whole is None else whole
+    mask = attention_mask(whole, whole, kind)
+    for ranks, rank, source in ((n, r, s) for n in (2, 3, 4) for r in range(n) for s in range(n)):
+        overlaps = document_overlaps(whole, Axis(ranks, rank))
+        found = _has_any(kind, rank, source, 48 // (2 * ranks), overlaps[source])
+        wanted = mask[:, :, zigzag(48, Axis(ranks, rank))][..., zigzag(48, Axis(ranks, source))].any().item()
+        skipped += not found
+        assert found >= wanted
+        assert found == wanted or (window and documents != "one")
+    assert skipped or (documents in ("one", "uneven", "single tokens") and window in (None, 13, 40))
 
 
 def test_zigzag_of_two_ranks() -> None:
