@@ -79,11 +79,6 @@ class Saver:
             with contextlib.suppress(OSError):  # what cannot be deleted now is deleted at a later start
                 remove_unfinished(root)
 
-    @property
-    def table_and_owners(self) -> tuple[Mapping[str, Weight], Mapping[str, int]]:
-        """Return the weights by name, and which rank writes each."""
-        return self.target.table, self.target.owners
-
     def save(self, step: int, train_state: dict[str, Any]) -> None:
         """Start to write the checkpoint of `step`, with the state of this moment and `train_state`.
 

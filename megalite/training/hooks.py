@@ -24,7 +24,7 @@ from megalite.errors import CheckpointError
 from megalite.health.guard import Ending, Guard
 from megalite.health.signals import StopRequests
 from megalite.health.stragglers import Stragglers
-from megalite.models.weights import Weight
+from megalite.models import weight_table
 from megalite.observe.layers import LayerMeasures, largest_logit
 from megalite.observe.noise import NoiseScale
 from megalite.observe.profiler import Profiler
@@ -145,9 +145,10 @@ class Profile(Hook):
 class RecordTensors(Hook):
     """Write the weights and gradients of the steps that `profile.tensors` names."""
 
-    def __init__(self, run: Run, parts: RankModel, table: Mapping[str, Weight], owners: Mapping[str, int]):
-        """`owners` says which rank writes each weight of the `table`."""
-        self._run, self._parts, self._table, self._owners = run, parts, table, owners
+    def __init__(self, run: Run, parts: RankModel, owners: Mapping[str, int]):
+        """`owners` says which rank writes each weight."""
+        self._run, self._parts, self._owners = run, parts, owners
+        self._table = {weight.name: weight for weight in weight_table(run.config.model, run.config.lora)}
 
     def before_update(self, step: Step) -> None:
         if not self.is_due(step):
@@ -465,7 +466,7 @@ def make_hooks(
     hooks: dict[str, Hook] = {
         "stragglers": TimeRanks(run),
         "profile": Profile(run, parts),
-        **({"tensors": RecordTensors(run, parts, *saver.table_and_owners)} if run.config.profile.tensors else {}),
+        **({"tensors": RecordTensors(run, parts, saver.target.owners)} if run.config.profile.tensors else {}),
         "signals": ListenToSignals(run, requests),
         "guard": GuardNumbers(run, parts, loader, guard),
         **({"logits": RecordLogits(run, parts)} if run.config.optimizer.qk_clip else {}),
