@@ -488,7 +488,14 @@ def _check_qk_clip(config: Config) -> None:
     """Raise ConfigError where scaling the projections of queries and keys cannot bound the attention logits."""
     if config.optimizer.qk_clip is None:
         return
+    from megalite.models.architecture import LatentSpec  # here: models import this module
+
     architecture = config.model.architecture
+    if any(isinstance(mixer, LatentSpec) for mixer in architecture.attentions):
+        raise ConfigError(
+            f"optimizer.qk_clip must be null for model.family = {config.model.family!r}: queries and keys come from "
+            "latents, whose projections it does not know"
+        )
     if any(mixer.head_norms for mixer in architecture.attentions):
         raise ConfigError(
             f"optimizer.qk_clip must be null for model.family = {config.model.family!r}: it normalizes queries and "

@@ -70,7 +70,7 @@ LAYOUT_COLUMNS = {
     "pipe": 5,
     "ctx": 4,
     "data": 5,
-    "experts": 8,
+    "expert": 7,
     "virt": 5,
     "schedule": -13,
     "micro": 5,

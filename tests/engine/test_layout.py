@@ -23,8 +23,8 @@ def plan_of(tensor: int, data: int, pipeline: int = 1) -> Plan:
     return Plan(
         world_size=pipeline * tensor * data, pipeline=pipeline, data=data, context=1, tensor=tensor,
         context_method="ring", experts=Cut(tensor), sequence=False, engine="native", zero_stage=1, schedule="1f1b",
-        virtual=1, stages=stages, micro_batch_size=1, micro_batches=1, tokens_per_step=1, steps=1, tokens=1, num_params=1, params_per_rank=1,
-        num_trained=1, memory_bytes={},
+        virtual=1, stages=stages, micro_batch_size=1, micro_batches=1, tokens_per_step=1, steps=1, tokens=1,
+        num_params=1, params_per_rank=1, num_trained=1, memory_bytes={},
     )  # fmt: skip
 
 

@@ -261,6 +261,8 @@ WITH_LATENTS = [
     Layout(2, tensor=2, sequence=True, zero=2, recompute="full"),
     Layout(2, context=2, micro=2),
     Layout(2, expert=2, micro=2, optimizer="muon"),
+    Layout(2, context=2, context_method="ulysses", expert=2, optimizer="adafactor"),
+    Layout(4, tensor=2, sequence=True, expert=2, zero=0, optimizer="adafactor"),
     Layout(4, tensor=2, sequence=True, expert=4, expert_tensor=1, recompute="full"),
     Layout(4, pipeline=2, schedule="zero_bubble", expert=2),
     Layout(8, tensor=2, sequence=True, pipeline=2, schedule="interleaved", virtual=2, context=2, expert=2),
@@ -528,7 +530,7 @@ def reference(model_name: str, optimizer_name: str = "adamw") -> Result:
     )  # fmt: skip
     optimizers: dict[torch.optim.Optimizer, float] = {adamw: 0.5 if matrices else 1.0}
     if config.optimizer.name == "adafactor":
-        each = [(w, parameters[w.name], 0.1 if w.decay else 0.0) for w in weights]
+        each = [(w, parameters[w.name], 0.1 if w.decay else 0.0) for w in weights if not w.by_counts]
         optimizers = {PlainAdafactor([{"params": [p], "rows": w.row_groups, "weight_decay": d} for w, p, d in each]): 1}
     if matrices:
         optimizers[PlainMuon([{"params": [parameters[w.name]], "rows": w.row_groups} for w in matrices])] = 1.0

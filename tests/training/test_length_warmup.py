@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from megalite.checkpoint.load import from_seed
-from megalite.comm.mesh import Axis
+from megalite.comm.mesh import Mesh
 from megalite.config import Config
 from megalite.data.indexed import IndexedWriter
 from megalite.data.loader import MicroBatch
@@ -41,7 +41,7 @@ def plain_losses(config: Config) -> list[float]:
     mixture, table = build_mixtures(config)["train"], weight_table(config.model)
     assert mixture is not None
     model = family(config.model.family).MODEL(config.model)
-    parameters, read = dict(model.named_parameters()), from_seed(config.train.seed, Axis())
+    parameters, read = dict(model.named_parameters()), from_seed(config.train.seed, Mesh.alone())
     for weight in table:
         parameters[weight.name].data.copy_(read(weight, "weight", 0, weight.numel).view(weight.shape))
     decay = {weight.name: 0.1 if weight.decay else 0.0 for weight in table}

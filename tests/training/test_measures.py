@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megalite.checkpoint.load import from_seed
-from megalite.comm.mesh import Axis
+from megalite.comm.mesh import Mesh
 from megalite.config import Config
 from megalite.data.mixture import build_mixtures
 from megalite.errors import ConfigError
@@ -36,7 +36,7 @@ LAYOUTS = {
 
 def plain_model(config: Config) -> torch.nn.Module:
     model = family(config.model.family).MODEL(config.model)
-    parameters, read = dict(model.named_parameters()), from_seed(config.train.seed, Axis())
+    parameters, read = dict(model.named_parameters()), from_seed(config.train.seed, Mesh.alone())
     for weight in weight_table(config.model):
         parameters[weight.name].data.copy_(read(weight, "weight", 0, weight.numel).view(weight.shape))
     return model
