@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megalite.runtime import error_file
-from megalite.runtime.exit_codes import Exit, end_process, flush_output, killed_by, passes
+from megalite.runtime.exit_codes import Exit, at_least, end_process, flush_output, killed_by, passes
 from megalite.utils.secrecy import hide_secrets
 
 if TYPE_CHECKING:
@@ -83,6 +83,7 @@ def make_parser() -> argparse.ArgumentParser:
         _add_job,
         _add_preflight,
         _add_plan,
+        _add_dryrun,
         _add_generate,
         _add_evaluate,
         _add_serve,
@@ -233,6 +234,35 @@ def _plan(arguments: argparse.Namespace) -> None:
         with_search=arguments.search,
         output=arguments.output,
         picture=arguments.picture,
+    )
+
+
+def _add_dryrun(verbs: Verbs) -> None:
+    parser = verbs.add_parser(
+        "dryrun", help="run the training program as ranks of a cluster that is not there: memory, messages, waits"
+    )
+    _add_config(parser)
+    parser.add_argument("--gpus", type=at_least(1), required=True, help="how many, all together")
+    parser.add_argument("--gpu", required=True, help="a name from configs/chips.yaml, or a YAML file as for `plan`")
+    parser.add_argument("--nodes-of", type=int, default=8, metavar="N", help="GPUs of a node (default: 8)")
+    parser.add_argument(
+        "--ranks", default="roles", help="roles: those that differ; all; or numbers such as 0,384 (default: roles)"
+    )
+    parser.add_argument("--steps", type=at_least(2), default=3, help="steps that each rank makes (default: 3)")
+    parser.set_defaults(verb=_dryrun)
+
+
+def _dryrun(arguments: argparse.Namespace) -> Exit:
+    from megalite.config_file import load_config
+    from megalite.dryrun.run import run_dryrun
+
+    return run_dryrun(
+        load_config(arguments.config, arguments.overrides),
+        num_gpus=arguments.gpus,
+        gpu=arguments.gpu,
+        gpus_per_node=arguments.nodes_of,
+        ranks=arguments.ranks,
+        steps=arguments.steps,
     )
 
 

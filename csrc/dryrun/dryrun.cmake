@@ -1,0 +1,13 @@
+# The module _dryrun: a CUDA device that is not there, for `megalite dryrun`. Only torch's CPU build has room for one.
+if(NOT TARGET _ops OR torch_cuda)
+  message(STATUS "No torch without CUDA: installing megalite without `megalite dryrun`")
+  return()
+endif()
+file(GLOB dryrun_sources CONFIGURE_DEPENDS ${CMAKE_CURRENT_LIST_DIR}/*.cpp)
+pybind11_add_module(_dryrun ${dryrun_sources})
+target_compile_features(_dryrun PRIVATE cxx_std_20)
+target_include_directories(_dryrun SYSTEM PRIVATE ${torch_includes})
+target_compile_definitions(_dryrun PRIVATE _GLIBCXX_USE_CXX11_ABI=${torch_cxx11_abi})
+target_link_directories(_dryrun PRIVATE ${torch_lib})
+target_link_libraries(_dryrun PRIVATE torch torch_cpu c10)
+install(TARGETS _dryrun DESTINATION megalite)

@@ -1,0 +1,141 @@
+"""The verb `megalite dryrun`: runs the ranks that differ, and says whether the config would run on the cluster."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from megalite.config import Config
+from megalite.dryrun.data import dry_config
+from megalite.dryrun.match import compare, play
+from megalite.dryrun.rank import Job, Record
+from megalite.dryrun.report import Outcome, describe
+from megalite.errors import ConfigError
+from megalite.models import weight_table
+from megalite.plan import Plan, make_plan
+from megalite.planner.estimate import estimate, usable_bytes
+from megalite.planner.hardware import Hardware, find_hardware
+from megalite.runtime.exit_codes import Exit
+
+AT_ONCE = 2
+"""Ranks that run at a time."""
+
+
+def run_dryrun(config: Config, *, num_gpus: int, gpu: str, gpus_per_node: int, ranks: str, steps: int) -> Exit:
+    """Run `config` dry on `num_gpus` GPUs of the kind `gpu` (see `find_hardware`), `gpus_per_node` to a node, for
+    `steps` steps, and print what was found. `ranks` is "roles", "all", or numbers such as "0,384".
+
+    Returns MISTAKE where the config would not run, FAILED where the program itself failed. Raises ConfigError."""
+    outcome = dry_run(config, num_gpus, find_hardware(gpu, gpus_per_node), ranks, steps)
+    print(describe(outcome))
+    if any(record.error and not record.mistake for record in outcome.records):
+        return Exit.FAILED
+    return Exit.MISTAKE if outcome.refusals else Exit.DONE
+
+
+def dry_run(config: Config, num_gpus: int, hardware: Hardware, ranks: str, steps: int) -> Outcome:
+    """Return what was found; the arguments are those of `run_dryrun`. Raises ConfigError."""
+    check_possible(config)
+    plan = make_plan(config, weight_table(config.model, config.lora), num_gpus)
+    wanted = wanted_ranks(ranks, plan)
+    records = run_ranks(config, plan, wanted, hardware, steps)
+    planned = estimate(config, plan, hardware) if config.model.task == "causal" else None
+    refusals = _refusals(records, hardware)
+    traffics = {record.rank: record.traffic for record in records if record.traffic}
+    if not any(record.error for record in records):
+        refusals += compare(traffics) or play(traffics)
+    return Outcome(config, plan, hardware, records, planned, refusals, ranks, steps)
+
+
+def check_possible(config: Config) -> None:
+    """Raise ConfigError where a dry run cannot be made here, or of this config."""
+    if not any(Path(__file__).parents[1].glob("_dryrun.*")):
+        import torch
+
+        why = (
+            f"this torch is a build with CUDA {torch.version.cuda}; a dry run needs torch's CPU build, in an "
+            "environment of its own"
+            if torch.version.cuda
+            else "megalite/_dryrun is not built: install a C++ compiler, then megalite again"
+        )
+        raise ConfigError(f"megalite dryrun: {why}")
+    if config.parallel.engine != "native":
+        raise ConfigError(
+            f"parallel.engine: {config.parallel.engine} cannot be run dry: DeepSpeed builds and loads CUDA code of its "
+            "own; `megalite plan` estimates it"
+        )
+    if config.kernels.attention == "flash_attn":
+        raise ConfigError("kernels.attention: flash_attn cannot be run dry: it is CUDA code of another package")
+
+
+def wanted_ranks(ranks: str, plan: Plan) -> list[int]:
+    """Return the ranks that `ranks` names: "all", "roles" or numbers. Raises ConfigError.
+
+    Roles are the ranks that differ: each pipeline rank at both ends of the tensor axis, in the first replica."""
+    if ranks == "all":
+        return list(range(plan.world_size))
+    if ranks == "roles":
+        ends = sorted({0, plan.tensor - 1})
+        return [plan.rank_at(pipeline, 0, tensor) for pipeline in range(plan.pipeline) for tensor in ends]
+    try:
+        numbers = sorted({int(number) for number in ranks.split(",")})
+    except ValueError:
+        raise ConfigError(f"--ranks {ranks!r}: `roles`, `all`, or numbers such as 0,384") from None
+    if not 0 <= numbers[0] <= numbers[-1] < plan.world_size:
+        raise ConfigError(f"--ranks {ranks}: the ranks are 0 to {plan.world_size - 1}")
+    return numbers
+
+
+def run_ranks(config: Config, plan: Plan, ranks: Sequence[int], hardware: Hardware, steps: int) -> list[Record]:
+    """Run ranks of `plan` in processes of their own, and return their records."""
+    with tempfile.TemporaryDirectory(prefix="megalite-dryrun-") as folder:
+        return run_jobs(make_jobs(config, plan, ranks, hardware, steps, Path(folder)), Path(folder))
+
+
+def make_jobs(
+    config: Config, plan: Plan, ranks: Sequence[int], hardware: Hardware, steps: int, folder: Path
+) -> list[Job]:
+    """Write what these ranks need into `folder`, and return their jobs."""
+    path = folder / "config.yaml"
+    path.write_text(dry_config(config, folder, steps).to_yaml(), encoding="utf-8")
+    chip = f"NVIDIA {hardware.chip.chip.removesuffix(' SXM')}"
+    return [Job(str(path), rank, plan.world_size, hardware.gpus_per_node, chip) for rank in ranks]
+
+
+def run_jobs(jobs: Sequence[Job], folder: Path) -> list[Record]:
+    """Run jobs of one kind of GPU, and return their records in order. `folder` is for what they write."""
+    (folder / "jobs").write_text("\n".join(json.dumps(asdict(job)) for job in jobs), encoding="utf-8")
+    command = [sys.executable, "-m", "megalite.dryrun.server", str(folder / "jobs"), str(folder), str(AT_ONCE)]
+    with open(folder / "output", "wb") as output:
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=env, check=False)
+    return [_read(folder, number, job.rank) for number, job in enumerate(jobs)]
+
+
+def _read(folder: Path, number: int, rank: int) -> Record:
+    path = folder / f"{number}.json"
+    if not path.exists():
+        last = (folder / "output").read_text(errors="replace").strip().rpartition("\n")[2]
+        return Record(rank, error=f"its process ended without a word; the last was: {last}")
+    return Record(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def _refusals(records: Sequence[Record], hardware: Hardware) -> list[str]:
+    """Return why ranks would not run on the chip."""
+    found = [f"rank {each.rank}: {each.error}" for each in records if each.mistake]
+    room = usable_bytes(hardware)
+    for each in records:
+        phase, peak = max(each.peaks.items(), key=lambda item: item[1], default=("", 0))
+        if peak > room:
+            found.append(
+                f"rank {each.rank} runs out of memory in `{phase}`: {peak / 2**30:.2f} GiB of tensors, and a "
+                f"{hardware.chip.chip} has room for {room / 2**30:.2f}; the most is held at {each.fullest}; "
+                "`megalite plan … --search` finds layouts that fit"
+            )
+    return found
