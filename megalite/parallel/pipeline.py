@@ -7,7 +7,7 @@ schedule beside the hidden states is only their number."""
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -118,19 +118,28 @@ class Pipeline:
     @torch.no_grad()
     def forward(self, batch: Sequence[Inputs]) -> list[Tensor]:
         """Return the last stage's output for each micro-batch, and an empty list on other ranks. Each stage takes all
-        micro-batches before the next one does."""
+        micro-batches before the next one does.
+
+        NCCL keeps the messages of a rank in one order, in which a send waits for its receive. Where ranks have several
+        stages, their messages go round in a ring, and all ranks could wait for one another. So the ring is open at one
+        place: the last rank sends to the first when it has received all of a stage's micro-batches, and the first rank
+        receives all of them before it sends any on."""
         outputs: list[Tensor] = []
         sent: list[tuple[Tensor, dist.Work]] = []  # a message is kept until it has arrived
+        ring = self.mesh.pipeline
         for stage in self.stages:
             held = []
-            for number, inputs in enumerate(batch):
-                x = None if stage.span.first else self._receive(stage, inputs)
+            arriving: Iterable[Tensor | None] = (
+                None if stage.span.first else self._receive(stage, inputs) for inputs in batch
+            )
+            if ring.rank == 0:
+                arriving = list(arriving)
+            for number, (inputs, x) in enumerate(zip(batch, arriving, strict=True)):
                 NOW.do(f"forward of stage {stage.span.index}", number)
                 out = stage(x, inputs)
                 if stage.span.last:
                     outputs.append(out)
-                elif self._both_ways:
-                    # Sent after the loop: the neighbour sends to this rank, too, and they take turns.
+                elif ring.rank == ring.size - 1:
                     held.append(out)
                 else:
                     sent.append(self._send(stage, out))
@@ -140,12 +149,6 @@ class Pipeline:
             work.wait()
         NOW.go_on()
         return outputs
-
-    @property
-    def _both_ways(self) -> bool:
-        """Return whether two ranks of several stages send to each other. NCCL would keep both directions in one order,
-        and each rank could wait for the other: they take turns."""
-        return len(self.stages) > 1 and self.mesh.pipeline.size == 2
 
     def _send(self, stage: Stage, out: Tensor) -> tuple[Tensor, dist.Work]:
         """Start sending a stage's output to the next stage; return it with the work, as it must be kept until it has
