@@ -141,6 +141,14 @@ void compute(const c10::OperatorHandle& op, Stack* stack) {
   for (IValue& value : results) stack->push_back(std::move(value));
 }
 
+// Of structured operations, torch has found out the result's shape and made it before it asks a device to compute. The
+// last argument is the result.
+void computed(const c10::OperatorHandle& op, Stack* stack) {
+  IValue out = torch::jit::peek(*stack, op.schema().arguments().size() - 1, op.schema().arguments().size());
+  torch::jit::drop(*stack, op.schema().arguments().size());
+  stack->push_back(std::move(out));
+}
+
 at::Tensor empty(c10::IntArrayRef size, std::optional<at::ScalarType> dtype, std::optional<at::Layout>,
                  std::optional<at::Device>, std::optional<bool>, std::optional<at::MemoryFormat> format) {
   return at::detail::empty_generic(size, allocator(), c10::DispatchKeySet(c10::DispatchKey::CUDA),
@@ -256,6 +264,15 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("_cummax_helper", &cummax);
   m.impl("mm.dtype_out", &mm_out);
   m.impl("addmm.dtype_out", &addmm_out);
+  for (const char* structured :
+       {"add.out", "sub.out", "mul.out", "div.out", "cat.out", "sum.IntList_out", "pow.Tensor_Scalar_out", "rsqrt.out",
+        "sqrt.out", "exp.out", "log.out", "neg.out", "lerp.Scalar_out", "lerp.Tensor_out", "maximum.out", "mm.out",
+        "addmm.out", "bmm.out", "index.Tensor_out", "gather.out", "eq.Scalar_out", "eq.Tensor_out", "ne.Scalar_out",
+        "ne.Tensor_out", "lt.Scalar_out", "lt.Tensor_out", "gt.Scalar_out", "gt.Tensor_out", "ge.Scalar_out",
+        "ge.Tensor_out", "le.Scalar_out", "le.Tensor_out", "bitwise_and.Tensor_out", "bitwise_or.Tensor_out",
+        "bitwise_xor.Tensor_out"}) {
+    m.impl(structured, torch::CppFunction::makeFromBoxedFunction<&computed>());
+  }
 }
 
 }  // namespace megalite::dryrun

@@ -156,7 +156,6 @@ def stand_in(record: Record, log: Any, phases: Phases, places: Places) -> None:
     """Put stand-ins in the place of what a rank alone, without data and without a GPU, cannot do."""
     from megalite.checkpoint.save import Saver
     from megalite.engine import gather
-    from megalite.engine.gather import HostBuffers
     from megalite.kernels import library
     from megalite.runtime.activity import Activity
 
@@ -180,17 +179,14 @@ def stand_in(record: Record, log: Any, phases: Phases, places: Places) -> None:
     library._takes = lambda operation, device, dtype: device == "cpu" or operation not in library.CPU_ONLY
 
     # What a save puts together on the host has no memory: it could be the whole model.
-    def on_host(part: Any) -> Any:
-        places.ask("waits: copy to the host")
-        record.gathered += part.nbytes
-        return part.to("meta")
+    def host_memory(like: Any, *shape: int, pinned: bool = False) -> Any:
+        if not pinned:
+            places.ask("waits: copies to the host")
+        found = like.new_empty(shape, device="meta")
+        record.gathered += found.nbytes
+        return found
 
-    def copy(self: HostBuffers, part: Any) -> Any:
-        record.gathered += part.nbytes
-        return part.to("meta")
-
-    gather._on_host = on_host
-    HostBuffers.copy = copy  # type: ignore[method-assign]
+    gather.host_memory = host_memory
     Saver._write = lambda self, folder, collect, train_state: None  # type: ignore[method-assign]
     _without_weights(train)
     if log:

@@ -13,16 +13,38 @@ from megalite.engine.layout import is_cut
 from megalite.models.weights import Weight
 from megalite.runtime.activity import NOW
 
+PIECE = 2**24
+"""Elements that a gather to the host brings together on the device at a time. Whole, the largest weights would need
+more memory than a step does."""
 
-def gather_parts(part: Tensor, axis: Axis, owner: int) -> list[Tensor]:
-    """Return every rank's `part`, in rank order, on rank `owner` of the axis; an empty list on the others."""
+
+def gather_parts(part: Tensor, axis: Axis, owner: int) -> Tensor | None:
+    """Return every rank's flat `part`, [ranks, numel], on rank `owner` of the axis; None on the others."""
     if axis.size == 1:
-        return [part]
-    parts = [torch.empty_like(part) for _ in range(axis.size)] if axis.rank == owner else None
+        return part[None]
+    parts = part.new_empty(axis.size, part.numel()) if axis.rank == owner else None
     NOW.enter("gather", axis.name)
-    dist.gather(part.contiguous(), parts, group=axis.group, group_dst=owner)
+    dist.gather(part.contiguous(), None if parts is None else [*parts], group=axis.group, group_dst=owner)
     NOW.go_on()
-    return parts or []
+    return parts
+
+
+def gather_to_host(part: Tensor, axis: Axis, owner: int, whole: Tensor | None) -> None:
+    """Fill `whole` [ranks, numel], which is on the host, with every rank's flat `part`, on rank `owner` of the axis;
+    the others give None. Where `whole` is pinned, its content is there once the device has come to it."""
+    step = max(1, PIECE // axis.size)
+    for start in range(0, part.numel(), step):
+        piece = gather_parts(part[start : start + step], axis, owner)
+        if whole is not None and piece is not None:
+            for row, arrived in zip(whole, piece, strict=True):
+                row[start : start + step].copy_(arrived, non_blocking=row.is_pinned())
+            del arrived
+        del piece  # before the next one is made
+
+
+def host_memory(like: Tensor, *shape: int, pinned: bool = False) -> Tensor:
+    """Return new memory on the host of this `shape`, in the dtype of `like`."""
+    return torch.empty(shape, dtype=like.dtype, pin_memory=pinned)
 
 
 class HostBuffers:
@@ -37,14 +59,18 @@ class HostBuffers:
         """Start over: what was copied before is overwritten from now on."""
         self._next = 0
 
-    def copy(self, part: Tensor) -> Tensor:
-        """Return a copy of `part` on the host, whose content is there once the device has come to it."""
+    def take(self, like: Tensor, *shape: int) -> Tensor:
+        """Return memory of this `shape` in the dtype of `like`, pinned where `like` is on a device."""
         known = self._buffers[self._next] if self._next < len(self._buffers) else None
-        if known is None or (known.shape, known.dtype) != (part.shape, part.dtype):
-            known = torch.empty_like(part, device="cpu", pin_memory=part.device.type == "cuda")
+        if known is None or (known.shape, known.dtype) != (shape, like.dtype):
+            known = host_memory(like, *shape, pinned=like.device.type == "cuda")
             self._buffers[self._next :] = [known]
         self._next += 1
-        return known.copy_(part, non_blocking=True)
+        return known
+
+    def copy(self, part: Tensor) -> Tensor:
+        """Return a copy of `part` on the host, whose content is there once the device has come to it."""
+        return self.take(part, *part.shape).copy_(part, non_blocking=True)
 
 
 def assemble_on(
@@ -52,22 +78,23 @@ def assemble_on(
 ) -> Tensor | None:
     """Return the logical tensor on the host of rank `owner` among the weight's holders; None on the others. `local` is
     flat; where the `weight` is cut, all holders call this. An uncut weight is copied to `buffers`, if given."""
-    cut = is_cut(weight, fold.cut)
-    locals_ = gather_parts(local, fold.holders, owner) if cut else [local]
-    if owner != fold.holders.rank:
-        return None
-    shape = weight.local_shape(*fold.cut)
-    if buffers is not None and not cut:
-        return buffers.copy(local).view(shape)
-    # Assembled on the host: the largest weights must not be on the device twice.
-    return weight.assemble([_on_host(part).view(shape) for part in locals_], fold.expert.size)
+    shape, is_owner = weight.local_shape(*fold.cut), owner == fold.holders.rank
+    if not is_cut(weight, fold.cut):
+        if not is_owner:
+            return None
+        whole = buffers.copy(local) if buffers else host_memory(local, local.numel()).copy_(local)
+        return whole.view(shape)
+    parts = host_memory(local, fold.holders.size, local.numel()) if is_owner else None
+    gather_to_host(local, fold.holders, owner, parts)
+    return None if parts is None else weight.assemble([part.view(shape) for part in parts], fold.expert.size)
 
 
 class Gather(Protocol):
     """A way for tensors to reach their owner."""
 
-    def parts(self, part: Tensor, axis: Axis, owner: int) -> list[Tensor]:
-        """Return every rank's `part`, in rank order, on rank `owner` of the axis; an empty list on the others."""
+    def parts(self, part: Tensor, axis: Axis, owner: int, is_cut: bool) -> Tensor | None:
+        """Return every rank's flat `part`, one behind the other, on rank `owner` of the axis; None on the others.
+        `is_cut` says that what they are parts of is cut over tensor ranks, and is assembled from here."""
 
     def assemble(self, owner: int, weight: Weight, local: Tensor, fold: Fold) -> Tensor | None:
         """Return the logical tensor on the host of rank `owner` among the weight's holders; None on the others. `local`
@@ -77,13 +104,22 @@ class Gather(Protocol):
 class GatherOnHost:
     """Gather with the mesh's own groups, as part of the training loop."""
 
-    def __init__(self, buffers: HostBuffers | None = None):
-        self._buffers = buffers
+    def __init__(self, device: torch.device, buffers: HostBuffers | None = None):
+        """Gather what is on `device`, to memory of `buffers`, if given."""
+        self._device, self._buffers = device, buffers
 
-    def parts(self, part: Tensor, axis: Axis, owner: int) -> list[Tensor]:
-        return gather_parts(part, axis, owner)
+    def parts(self, part: Tensor, axis: Axis, owner: int, is_cut: bool) -> Tensor | None:
+        if is_cut or axis.size == 1 or part.device.type == "cpu":
+            gathered = gather_parts(part, axis, owner)
+            return None if gathered is None else gathered.view(-1)
+        take = self._buffers.take if self._buffers else host_memory
+        whole = take(part, axis.size, part.numel()) if axis.rank == owner else None
+        gather_to_host(part, axis, owner, whole)
+        return None if whole is None else whole.view(-1)
 
     def assemble(self, owner: int, weight: Weight, local: Tensor, fold: Fold) -> Tensor | None:
+        if local.device.type != self._device.type:  # on the host already
+            return local.view(weight.local_shape(*fold.cut)) if owner == fold.holders.rank else None
         return assemble_on(owner, weight, local, fold, self._buffers)
 
 
@@ -94,27 +130,27 @@ class GatherAside:
     def __init__(self, mesh: Mesh):
         self._group = dist.new_group(backend="gloo") if mesh.world.size > 1 else None
 
-    def parts(self, part: Tensor, axis: Axis, owner: int) -> list[Tensor]:
+    def parts(self, part: Tensor, axis: Axis, owner: int, is_cut: bool) -> Tensor | None:
         if axis.size == 1:
-            return [part]
+            return part
         ranks = dist.get_process_group_ranks(axis.group)
         if axis.rank != owner:
             dist.send(part.contiguous(), ranks[owner], self._group)
-            return []
-        parts = [part if rank == owner else torch.empty_like(part) for rank in range(axis.size)]
+            return None
+        parts = part.new_empty(axis.size, part.numel())
         for rank, received in enumerate(parts):
-            if rank != owner:
+            if rank == owner:
+                received.copy_(part)
+            else:
                 dist.recv(received, ranks[rank], self._group)
-        return parts
+        return parts.view(-1)
 
     def assemble(self, owner: int, weight: Weight, local: Tensor, fold: Fold) -> Tensor | None:
-        locals_ = self.parts(local, fold.holders, owner) if is_cut(weight, fold.cut) else [local]
+        cut = is_cut(weight, fold.cut)
+        parts = self.parts(local, fold.holders, owner, cut) if cut else local
         if owner != fold.holders.rank:
             return None
+        assert parts is not None
         shape = weight.local_shape(*fold.cut)
-        return weight.assemble([part.view(shape) for part in locals_], fold.expert.size)
-
-
-def _on_host(part: Tensor) -> Tensor:
-    """Return a copy on the host that training does not change any more."""
-    return part.cpu() if part.device.type != "cpu" else part.clone()
+        pieces = parts.chunk(fold.holders.size if cut else 1)
+        return weight.assemble([part.view(shape) for part in pieces], fold.expert.size)

@@ -226,7 +226,9 @@ class NativeEngine:
         then local tensors over the holders to the owner of the weight: the groups that training uses anyway, and
         memory for one bucket. `kind`, `owners` and `buffers` are as in `Engine.gather`."""
         self.wait_for_params()
-        return self._assemble(self._shards(kind), owners, GatherOnHost(buffers)) | self._whole(kind, owners, buffers)
+        return self._assemble(self._shards(kind), owners, GatherOnHost(self.mesh.device, buffers)) | self._whole(
+            kind, owners, buffers
+        )
 
     def _whole(self, kind: str, owners: Mapping[str, int], buffers: HostBuffers | None) -> dict[str, Tensor]:
         """Return a state that every rank has the whole of, for the weights that this rank owns, on the host."""
@@ -249,15 +251,16 @@ class NativeEngine:
             pipeline_rank, replica, _ = self.mesh.place_of(owners[slots[0].weight.name], bucket.fold)
             if pipeline_rank != self.mesh.pipeline.rank:  # the copy of a tied weight at the other end
                 continue
-            parts = way.parts(shard, bucket.fold.replicas, replica)
+            flat = way.parts(shard, bucket.fold.replicas, replica, bucket.layout.cut)
             if replica != bucket.fold.replicas.rank:
                 continue
-            flat = torch.cat(parts) if len(parts) > 1 else parts[0]
+            assert flat is not None
             for slot in slots:
                 holder = self.mesh.place_of(owners[slot.weight.name], bucket.fold)[2]
                 whole = way.assemble(holder, slot.weight, flat[slot.start : slot.stop], bucket.fold)
                 if whole is not None:
                     owned[slot.weight.name] = whole
+            del flat  # before the next bucket is gathered
         return owned
 
     def gather_later(
