@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megalite.config import Config, TrainConfig
+from megalite.engine.gather import PIECE
 from megalite.engine.gradients import IN_FLIGHT
+from megalite.engine.layout import elements_of
 from megalite.parallel.stage import MESSAGES_UNDER_WAY
 from megalite.plan import Plan, StageSpan, resident_bytes
 from megalite.planner.activations import (
@@ -38,10 +40,23 @@ class Memory:
     """Held on top by the pass that runs at the peak: gradients of one layer or of an embedding, gathered tensors."""
     buffers: int
     """The step's tokens, and messages in flight beside the passes: pipeline hand-overs and gradient buckets."""
+    checkpoint: int
+    """Held beside weights and optimizer state while a checkpoint is gathered, on the rank that gathers most."""
+
+    @property
+    def step(self) -> int:
+        """Bytes at the peak of a step."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.transient + self.buffers
+
+    @property
+    def save(self) -> int:
+        """Bytes at the peak of a save."""
+        return self.weights + self.optimizer + self.checkpoint
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.transient + self.buffers
+        """Bytes at the highest peak."""
+        return max(self.step, self.save)
 
     def named(self) -> dict[str, int]:
         """Return the bytes by name."""
@@ -80,7 +95,10 @@ def rank_memories(
             + _buckets(plan, config, own, on_gloo)
             + _gathered_weights(plan, own, shapes.element)
         )
-        memories.append(Memory(**held, activations=activations, transient=transient, buffers=buffers))
+        checkpoint = 0 if on_gloo else _checkpoint(plan, config, own, held["gradients"])
+        memories.append(
+            Memory(**held, activations=activations, transient=transient, buffers=buffers, checkpoint=checkpoint)
+        )
     return tuple(memories)
 
 
@@ -222,6 +240,20 @@ def _buckets(plan: Plan, config: Config, sizes: Sequence[StageSizes], on_gloo: b
     travelling = IN_FLIGHT if config.train.recompute == "full" and everything > 2 * bucket else 1
     received = bucket * (plan.replicas - 1) // plan.replicas if on_gloo else 0
     return bucket + travelling * (bucket + received)
+
+
+def _checkpoint(plan: Plan, config: Config, sizes: Sequence[StageSizes], gradients: int) -> int:
+    """Count what a rank holds while it gathers optimizer states: the gradients, which ZeRO 2 has freed by then; the
+    largest bucket, where tensor ranks assemble weights from it; and the pieces that are on their way to the host."""
+    trained = sum(size.trained.total for size in sizes)
+    largest = max(size.trained.largest for size in sizes)
+    bucket = max(min(trained, elements_of(config.parallel.bucket_mb)), largest)
+    gathered = 0
+    if plan.tensor > 1:
+        gathered = min(PIECE, plan.tensor * largest) + (bucket if plan.replicas > 1 else 0)
+    elif plan.replicas > 1:
+        gathered = min(PIECE, bucket)
+    return gathered * FP32 + (gradients if plan.zero_stage < 2 else 0)
 
 
 def _gathered_weights(plan: Plan, sizes: Sequence[StageSizes], element: int) -> int:
