@@ -113,11 +113,10 @@ class Log:
             self.groups.append({"name": name, "ranks": dist.get_process_group_ranks(group), "axis": ""})
         return self._group_numbers[name]
 
-    def name_axes(self, axes: dict[str, Any]) -> None:
-        """Name the groups after the axes of the mesh that they are."""
-        for axis, group in axes.items():
-            if group is not None:
-                self.groups[self._number_of(group)]["axis"] = axis
+    def name_axis(self, axis: str, group: Any) -> None:
+        """Name a group, if it is one, after the axis of the mesh that it is."""
+        if group is not None:
+            self.groups[self._number_of(group)]["axis"] = axis
 
     def batch(self, operations: list[dist.P2POp]) -> list[Work]:
         """Start messages at once, in the place of torch's `batch_isend_irecv`."""

@@ -170,7 +170,8 @@ def stand_in(record: Record, log: Any, phases: Phases, places: Places) -> None:
         mesh = make_mesh(*arguments)
         if log:
             axes = ("world", "stage", "replicas", "pipeline", "context", "tensor")  # the last name of a group counts
-            log.name_axes({"data" if name == "replicas" else name: getattr(mesh, name).group for name in axes})
+            for name in axes:
+                log.name_axis("data" if name in ("stage", "replicas") else name, getattr(mesh, name).group)
         return mesh
 
     Activity.begin = noted_begin  # type: ignore[method-assign]

@@ -75,7 +75,9 @@ class Costs:
         total += self._attention(layer) + self._elementwise(layer) + accumulation + self._dispatch(layer)
         activation, _ = self._activation(layer)
         again = {"none": 0.0, "selective": activation, "full": total.forward}[recompute]
-        sent_again = self._forward_tensor_bytes(layer) if recompute == "full" else 0.0
+        # What is computed again ends with what the last product is computed from.
+        last = self._leave_bytes if layer.matrices[-1].reduces else 0.0
+        sent_again = self._forward_tensor_bytes(layer) - last if recompute == "full" else 0.0
         to_experts = total.expert_bytes / 2 if recompute == "full" else 0.0
         return total + PassTimes(0.0, again, again, 0.0, sent_again, expert_bytes=to_experts)
 
@@ -110,7 +112,7 @@ class Costs:
         norm_backward = memory(3 * shapes.hidden_bytes, 2)
         forward = memory(loss_forward, 7 + chunks) + norm_forward + agree
         backward = memory(loss_backward, 2 + chunks) + norm_backward
-        around = PassTimes(forward, backward, backward, 0.0, 0.0)
+        around = PassTimes(forward, backward, backward, 0.0, 2 * self._sent(12.0 * shapes.tokens))
         elements = shapes.vocab * shapes.hidden
         if shapes.loss_chunk is not None:
             return around + self._chunked_product(shapes.loss_chunk, chunks)
@@ -157,8 +159,8 @@ class Costs:
                 backward = for_input + max(message, for_weight)
                 return PassTimes(forward, backward, for_input + message, for_weight, bytes_sent)
             return PassTimes(forward + message, for_input + for_weight, for_input, for_weight, bytes_sent)
-        # The input of a column-parallel product is gathered again for its weight gradient.
-        times = 3 if matrix.gathers and not shapes.frozen else 2
+        # The input of a column-parallel product is gathered again for its weight gradient; experts keep theirs.
+        times = 3 if matrix.gathers and not shapes.frozen and matrix.count == 1 else 2
         bytes_sent = times * self._sent(self._whole)
         message = self.network.gather(self._whole, self.network.tensor)
         beside = self._beside if self.kernels.software.hides_tensor else lambda work: work + message
@@ -333,7 +335,13 @@ class Costs:
 
     def _forward_tensor_bytes(self, layer: LayerShapes) -> float:
         """Return the bytes a layer sends within the tensor group in its forward pass."""
-        if self.shapes.tensor == 1:
-            return 0.0
+        if not self.shapes.sequence:
+            return sum(matrix.reduces for matrix in layer.matrices) * self._leave_bytes
         collectives = sum(matrix.gathers + matrix.reduces for matrix in layer.matrices)
         return collectives * self._sent(self._whole)
+
+    @property
+    def _leave_bytes(self) -> float:
+        """Bytes that a rank sends to leave a tensor-parallel region: an all-reduce sends twice what a reduce-scatter
+        does."""
+        return (1 if self.shapes.sequence else 2) * self._sent(self._whole)

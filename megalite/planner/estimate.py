@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from typing import Literal
 
 from megalite.config import Config
@@ -322,11 +323,18 @@ class Outlook:
         for rank in range(plan.pipeline):
             parts = [self._parts_of(span) for span in plan.stages_of(rank)]
             tensor = plan.micro_batches * sum(part.tensor_bytes for part in parts)
+            tensor += self._partial_bytes(rank)
             context = plan.micro_batches * sum(part.context_bytes for part in parts)
             volume["tensor"] = max(volume["tensor"], tensor)
             volume["context"] = max(volume["context"], context)
             expert = plan.micro_batches * sum(part.expert_bytes for part in parts)
             volume["expert"] = max(volume["expert"], expert)
+            # Hidden states forward, and gradients back.
+            messages = sum((not span.last) + (not span.first) for span in plan.stages_of(rank))
+            if plan.pipeline > 1:
+                volume["pipeline"] = max(
+                    volume["pipeline"], float(messages * plan.micro_batches * self.shapes.hidden_bytes)
+                )
         reductions = plan.micro_batches if plan.zero_stage >= 2 else 1
         gathers = {0: 0, 1: 1, 2: 1, 3: 2 * plan.micro_batches}[plan.zero_stage]
         for held in self.held:
@@ -337,8 +345,7 @@ class Outlook:
             size = held.params if plan.zero_stage == 3 else held.trained
             gathered = size * self.shapes.element * gathers
             volume["data"] += share * (reduced + gathered)
-        if plan.pipeline > 1:  # hidden states forward, and as many gradients back
-            volume["pipeline"] = 2.0 * plan.virtual * plan.micro_batches * self.shapes.hidden_bytes
+        volume["data"] += self._solved_bytes
         speed = {
             "tensor": network.bandwidth(network.tensor),
             "context": network.message_bandwidth(network.context.nodes > 1),
@@ -347,6 +354,22 @@ class Outlook:
             "pipeline": network.message_bandwidth(network.pipeline_crosses_nodes),
         }
         return volume, {axis: sent / speed[axis] for axis, sent in volume.items()}
+
+    @property
+    def _solved_bytes(self) -> float:
+        """Bytes that a rank sends for updates of whole matrices: its parts to their owners, and what they own back."""
+        plan, ranks = self.plan, self.plan.replicas * self.plan.tensor
+        updated = self._most([size.solved for size in self.sizes]) / (plan.replicas if plan.zero_stage else ranks)
+        ways = 2 if plan.zero_stage or plan.tensor > 1 else 1
+        return ways * 4.0 * updated * (ranks - 1) / ranks
+
+    def _partial_bytes(self, rank: int) -> float:
+        """Return the bytes that a pipeline rank sends to sum gradients of which each tensor rank has a part."""
+        plan = self.plan
+        held = [w for w in plan.weights_of(rank, self.table.weights) if not w.frozen]
+        elements = sum(prod(w.local_shape(plan.tensor)) for w in held if w.sums_over_tensor_ranks(plan.sequence))
+        reductions = plan.micro_batches if plan.zero_stage >= 2 else 1
+        return 2 * 4.0 * elements * reductions * (plan.tensor - 1) / plan.tensor
 
     def _parts_of(self, span: StageSpan) -> PassTimes:
         """Add up the times and messages of a stage's parts."""
