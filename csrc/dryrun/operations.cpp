@@ -230,12 +230,14 @@ at::Tensor& addmm_out(const at::Tensor&, const at::Tensor& a, const at::Tensor& 
 }
 
 // What torch's choice comes to on a GPU of today: flash attention without a mask and in half precision, otherwise the
-// memory-efficient kernel.
-int64_t attention_backend(const at::Tensor& q, const at::Tensor&, const at::Tensor& v, const std::optional<at::Tensor>& mask,
+// memory-efficient kernel, which has no grouped queries: these end in scores that are written out.
+int64_t attention_backend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const std::optional<at::Tensor>& mask,
                           double, bool, std::optional<double>, bool) {
+  const bool grouped = q.size(1) != k.size(1);
   const bool half = q.scalar_type() == at::kBFloat16 || q.scalar_type() == at::kHalf;
   const bool flash = half && !(mask && mask->defined()) && q.size(-1) == v.size(-1) && q.size(-1) <= 256;
-  return static_cast<int64_t>(flash ? at::SDPBackend::flash_attention : at::SDPBackend::efficient_attention);
+  if (flash) return static_cast<int64_t>(at::SDPBackend::flash_attention);
+  return static_cast<int64_t>(grouped ? at::SDPBackend::math : at::SDPBackend::efficient_attention);
 }
 
 }  // namespace

@@ -288,9 +288,10 @@ def _torch(
     # torch's kernels leave out by themselves what lies behind a query; a mask would only be read.
     implied = kind.causal and document_BT is None and kind.window is None and bias is None
     mask, empty = (None, None) if implied else _mask(q_BTHK, k_BSGK, document_BT, kind, source_BS, bias)
-    if q.device.type == "cuda" and (mask is not None or q.shape[-1] != v.shape[-1]):
-        # The CUDA kernel that takes a mask has no grouped-query attention; with enable_gqa torch would fall back to
-        # materialized scores.
+    flash = mask is None and q.shape[-1] == v.shape[-1] and q.dtype in (torch.bfloat16, torch.float16)
+    if q.device.type == "cuda" and not flash:
+        # The CUDA kernel that takes a mask and fp32 has no grouped-query attention; with enable_gqa torch would fall
+        # back to materialized scores.
         k, v = _repeat_kv(k, num_heads), _repeat_kv(v, num_heads)
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=implied, scale=kind.scale, enable_gqa=num_heads != k.shape[1]

@@ -143,8 +143,8 @@ def test_whole_experts_or_parts_of_each_on_a_tensor_rank(by_expert: bool) -> Non
     # The router is whole on either rank, and under sequence parallelism takes half of the tokens.
     assert outlook.costs._product(router).forward == outlook.kernels.product(LENGTH // 2, EXPERTS, HIDDEN)
     assert outlook.costs._product(router).tensor_bytes == 0.0
-    # Three ways in, gathered in both passes and, but for the experts, once more for the weight gradients; and three ways
-    # out.
+    # Three ways in, gathered in both passes and once more for the weight gradients, but for those of the experts, which
+    # keep their input; and three ways out.
     one = LENGTH * HIDDEN * 2 / 2
     assert outlook.costs.layer(sparse, "none").tensor_bytes == (3 * (3 + 2) - 1) * one
 
