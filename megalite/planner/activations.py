@@ -73,7 +73,7 @@ class _Layer:
         if recompute == "selective" and shapes.writes_scores:
             self.attention = _lean_attention(shapes)
         else:
-            self.attention = _attention(shapes)
+            self.attention = _attention(shapes, on_gloo)
         self.inner = shapes.tokens * shapes.inner * shapes.element
         """Input of the MLP's second product."""
         self.first = 2 * self.inner if shapes.gated else self.inner
@@ -138,7 +138,7 @@ class _Layer:
     def attention_backward(self) -> list[int]:
         """Return the bytes at the moments of attention's backward pass that may be its peak. The MLP is freed."""
         beside = self.hidden + self.norm + _attended(self.shapes)
-        moments = [beside + _attention_backward(self.shapes)]
+        moments = [beside + _attention_backward(self.shapes, self.on_gloo)]
         if self.recompute == "full" or (self.recompute == "selective" and self.shapes.writes_scores):
             moments.append(beside + _attention_forward(self.shapes))
         return moments
@@ -212,14 +212,33 @@ def _scores(shapes: LayerShapes) -> int:
     return shapes.tokens * shapes.heads * shapes.seq_length
 
 
-def _attention(shapes: LayerShapes) -> int:
+def _mask(shapes: LayerShapes, on_gloo: bool) -> int:
+    """Count the mask that attention keeps, in numbers to add to the scores, where torch's kernel takes one: on the CPU
+    for windows, with the bool mask beside it; on a GPU for documents as well, which differ from row to row."""
+    if on_gloo:
+        return shapes.seq_length**2 * (shapes.element + 1) if shapes.window else 0
+    rows = shapes.tokens if shapes.document_mask else shapes.seq_length
+    is_masked = (shapes.window or shapes.document_mask) and shapes.context == 1
+    return rows * shapes.seq_length * shapes.element if is_masked else 0
+
+
+def _repeated(shapes: LayerShapes, on_gloo: bool) -> int:
+    """Count the keys and values of every query head, which the GPU's kernel for masks and for fp32 takes."""
+    if on_gloo or shapes.context > 1 or shapes.heads == shapes.kv_heads:
+        return 0
+    if shapes.element == FP32 or _mask(shapes, on_gloo):
+        return shapes.tokens * (shapes.q + shapes.attended) * shapes.element
+    return 0
+
+
+def _attention(shapes: LayerShapes, on_gloo: bool) -> int:
     """Count what attention keeps for its backward pass."""
     if not shapes.writes_scores:
-        # The projection, the output and its log-sum-exp; torch's kernel for windows also keeps the mask.
-        mask = shapes.seq_length**2 * (shapes.element + 1) if shapes.window else 0
+        # The projection, the output and its log-sum-exp.
+        kept = _lean_attention(shapes) + shapes.tokens * shapes.heads * FP32
         if shapes.by_heads:  # the output of all tokens for some heads, and of some tokens for all
-            mask += _attended(shapes)
-        return _lean_attention(shapes) + shapes.tokens * shapes.heads * FP32 + mask
+            kept += _attended(shapes)
+        return kept + _mask(shapes, on_gloo) + _repeated(shapes, on_gloo)
     # Materialized: probabilities in fp32 and rounded, and the mask. Queries, keys and values are copied for their
     # products, after which the projection is freed.
     scores = _scores(shapes) * (FP32 + shapes.element) + shapes.seq_length**2
@@ -272,9 +291,11 @@ def _attention_forward(shapes: LayerShapes) -> int:
     return size
 
 
-def _attention_backward(shapes: LayerShapes) -> int:
+def _attention_backward(shapes: LayerShapes, on_gloo: bool) -> int:
     """Count what is alive at the peak of attention's backward pass: what it has kept, and its gradients."""
-    size = _attention(shapes) + _projection(shapes)
+    size = _attention(shapes, on_gloo) + _projection(shapes)
+    if not shapes.writes_scores:
+        size += _repeated(shapes, on_gloo)
     if shapes.latents:  # gradients of the queries, and of what keys and values are made from
         size += _latents(shapes) + _projection(shapes)
     if shapes.writes_scores:

@@ -359,8 +359,15 @@ class Outlook:
     def _solved_bytes(self) -> float:
         """Bytes that a rank sends for updates of whole matrices: its parts to their owners, and what they own back."""
         plan, ranks = self.plan, self.plan.replicas * self.plan.tensor
-        updated = self._most([size.solved for size in self.sizes]) / (plan.replicas if plan.zero_stage else ranks)
-        ways = 2 if plan.zero_stage or plan.tensor > 1 else 1
+        replicas = [plan.replicas, plan.replicas_of(plan.experts)] if plan.zero_stage else [ranks, ranks]
+        updated = 0.0
+        for rank in range(plan.pipeline):
+            sizes = [self.sizes[span.index] for span in plan.stages_of(rank)]
+            of_experts = sum(size.experts.solved for size in sizes)
+            dense = sum(size.solved for size in sizes) - of_experts
+            updated = max(updated, dense / replicas[0] + of_experts / replicas[1])
+        is_cut = max(plan.tensor, plan.experts.holders) > 1
+        ways = 2 if plan.zero_stage or is_cut else 1
         return ways * 4.0 * updated * (ranks - 1) / ranks
 
     def _partial_bytes(self, rank: int) -> float:

@@ -80,6 +80,7 @@ class Shapes:
     context: int
     by_heads: bool
     """True if context ranks attend with some heads each (Ulysses), not in a ring."""
+    document_mask: bool
 
     @property
     def hidden_bytes(self) -> int:
@@ -282,6 +283,7 @@ def shapes_of(config: Config, plan: Plan, table: ModelTable) -> tuple[Shapes, tu
         sequence=plan.sequence,
         context=plan.context,
         by_heads=plan.context > 1 and plan.context_method == "ulysses",
+        document_mask=config.data.document_mask,
     )
     return model, tuple(each(table.kinds, lambda kind: _layer_shapes(model, plan, kind)))
 
