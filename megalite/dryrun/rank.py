@@ -200,13 +200,15 @@ def _without_weights(train: Any) -> None:
     import torch
 
     from megalite.infer import ranks
+    from megalite.training import reference
 
     def read(weight: Any, kind: str, start: int, stop: int) -> Any:
         return torch.empty(stop - start)
 
     initial = train.initial_state
     train.initial_state = lambda config, *rest: read if config.model.hf else initial(config, *rest)
-    train.base_files = lambda config: {}
+    reference.initial_state = train.initial_state
+    train.base_files = reference.base_files = lambda config: {}  # type: ignore[assignment]
     ranks.from_hf = lambda *arguments: read
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megalite.config import Config
 from megalite.dryrun.match import bytes_by_axis
 from megalite.dryrun.rank import STEADY, Record
 from megalite.plan import Plan
-from megalite.planner.estimate import Estimate, usable_bytes
+from megalite.planner.estimate import usable_bytes
 from megalite.planner.hardware import Hardware
+from megalite.planner.memory import Memory
 
 GIB = 2**30
 USES = ("weights", "gradients", "optimizer", "activations", "logits", "update")
@@ -32,8 +33,10 @@ class Outcome:
     plan: Plan
     hardware: Hardware
     records: Sequence[Record]
-    planned: Estimate | None
-    """None for a model that the planner does not know."""
+    memory: Sequence[Memory]
+    """Planned, of each pipeline rank; empty for a model that the planner does not know."""
+    volume: Mapping[str, float]
+    """Planned bytes that a rank sends, by axis; empty where they are not known."""
     refusals: Sequence[str]
     """Why the config would not run."""
     ranks: str
@@ -78,17 +81,17 @@ def _place(plan: Plan, rank: int) -> str:
 
 def _memory(outcome: Outcome, records: Sequence[Record]) -> list[str]:
     plan = outcome.plan
-    heads = "".join(f"{name:>12}" for name in (*USES, "step peak", "planned", "save peak"))
+    heads = "".join(f"{name:>12}" for name in (*USES, "step peak", "planned", "save peak", "planned"))
     lines = [f"{'GiB':<34}{heads}"]
     for record in records:
         uses, peak = record.at_peak.get(STEADY, {}), record.peaks.get(STEADY, 0)
         values = [f"{uses.get(name, 0) / GIB:.2f}" for name in USES] + [f"{peak / GIB:.2f}"]
-        planned = "-"
-        if outcome.planned:
-            (pipeline, *_) = divmod(record.rank, plan.replicas * plan.tensor)
-            total = outcome.planned.memory[pipeline].total
-            planned = f"{total / GIB:.2f}{100 * (total / peak - 1) if peak else 0:+.1f}%"
-        values += [planned, f"{record.peaks.get('saving', 0) / GIB:.2f}"]
+        planned = save = "-"
+        if outcome.memory:
+            memory = outcome.memory[record.rank // (plan.replicas * plan.tensor)]
+            planned = f"{memory.step / GIB:.2f}{100 * (memory.step / peak - 1) if peak else 0:+.1f}%"
+            save = f"{memory.save / GIB:.2f}"
+        values += [planned, f"{record.peaks.get('saving', 0) / GIB:.2f}", save]
         name = f"rank {record.rank}  {_place(plan, record.rank)}"
         lines.append(f"{name:<34}" + "".join(f"{value:>12}" for value in values))
     room = usable_bytes(outcome.hardware) / GIB
@@ -129,7 +132,7 @@ def _traffic(outcome: Outcome, records: Sequence[Record]) -> list[str]:
         return []
     lines = [f"{'axis':<12}{'GB a step':>12}{'planned':>12}"]
     for axis, size in sent.items():
-        planned = outcome.planned.volume.get(axis) if outcome.planned else None
+        planned = outcome.volume.get(axis)
         shown = "-" if planned is None else f"{planned / 1e9:.3f}"
         lines.append(f"{axis:<12}{size / 1e9:>12.3f}{shown:>12}")
     lines.append("sent by the rank that sends most, as a ring sends it")

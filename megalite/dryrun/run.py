@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,8 +20,9 @@ from megalite.dryrun.report import Outcome, describe
 from megalite.errors import ConfigError
 from megalite.models import weight_table
 from megalite.plan import Plan, make_plan
-from megalite.planner.estimate import estimate, usable_bytes
+from megalite.planner.estimate import estimate, memory_of, usable_bytes
 from megalite.planner.hardware import Hardware, find_hardware
+from megalite.planner.memory import Memory
 from megalite.runtime.exit_codes import Exit
 
 AT_ONCE = 2
@@ -45,12 +47,17 @@ def dry_run(config: Config, num_gpus: int, hardware: Hardware, ranks: str, steps
     plan = make_plan(config, weight_table(config.model, config.lora), num_gpus)
     wanted = wanted_ranks(ranks, plan)
     records = run_ranks(config, plan, wanted, hardware, steps)
-    planned = estimate(config, plan, hardware) if config.model.task == "causal" else None
+    memory: Sequence[Memory] = ()
+    volume: Mapping[str, float] = {}
+    with contextlib.suppress(ConfigError):  # a model or a precision that the planner does not know
+        if config.model.task == "causal":
+            memory = memory_of(config, plan)
+            volume = estimate(config, plan, hardware).volume
     refusals = _refusals(records, hardware)
     traffics = {record.rank: record.traffic for record in records if record.traffic}
     if not any(record.error for record in records):
         refusals += compare(traffics) or play(traffics)
-    return Outcome(config, plan, hardware, records, planned, refusals, ranks, steps)
+    return Outcome(config, plan, hardware, records, memory, volume, refusals, ranks, steps)
 
 
 def check_possible(config: Config) -> None:

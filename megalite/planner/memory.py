@@ -236,8 +236,11 @@ def _buckets(plan: Plan, config: Config, sizes: Sequence[StageSizes], on_gloo: b
     largest = max(size.trained.largest for size in sizes) * FP32
     bucket = min(everything, max(int(config.parallel.bucket_mb * 2**20), largest))
     # One bucket is being filled. The peak is at the begin of a backward pass, when only the last bucket of the pass
-    # before is still being reduced. Under full recomputation little is kept, and any moment may be the peak.
-    travelling = IN_FLIGHT if config.train.recompute == "full" and everything > 2 * bucket else 1
+    # before is still being reduced, if there is one. Under full recomputation little is kept, and any moment may be the
+    # peak.
+    travelling = min(plan.micro_batches - 1, 1)
+    if config.train.recompute == "full" and everything > 2 * bucket:
+        travelling = IN_FLIGHT
     received = bucket * (plan.replicas - 1) // plan.replicas if on_gloo else 0
     return bucket + travelling * (bucket + received)
 

@@ -41,8 +41,40 @@ def dryrun(config: Path, capsys: pytest.CaptureFixture[str], *options: str, gpus
 def test_ranks_of_a_cluster_need_what_the_plan_says(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, said = dryrun(config, capsys)
     assert status == 0, said
-    ranks = re.findall(r"^rank (\d+) .* ([\d.]+) +([\d.]+)[+-][\d.]+% +[\d.]+$", said, re.M)
+    ranks = re.findall(r"^rank (\d+) .* ([\d.]+) +([\d.]+)[+-][\d.]+% +[\d.]+ +[\d.]+$", said, re.M)
     assert [int(rank) for rank, *_ in ranks] == [0, 3, 8, 11], "both pipeline ranks, at both ends of the tensor axis"
     for _, peak, planned in ranks:
         assert float(planned) == pytest.approx(float(peak), rel=WITHIN)
     assert not (config.parent / "runs").exists(), "nothing is written where the run would be"
+
+
+@built
+def test_a_config_that_runs_out_of_memory_is_refused(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, said = dryrun(
+        config, capsys, "--ranks", "0", "parallel.tensor=1", "parallel.pipeline=1", "train.micro_batch_size=8",
+        "data.seq_length=8192", "--gpu", "a100-40gb", gpus=2,
+    )  # fmt: skip
+    assert status == 2
+    (refused,) = re.findall(r"^rank 0 runs out of memory in `(?:first step|training)`: .*$", said, re.M)
+    assert "a A100 has room for 36.10" in refused
+    assert "the most is held at megalite/" in refused
+    assert "--search" in refused
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--ranks", "0,16"), "--ranks 0,16: the ranks are 0 to 15"),
+        (("--ranks", "some"), "--ranks 'some': `roles`, `all`, or numbers"),
+        (("parallel.pipeline=1", "parallel.engine=deepspeed"), "parallel.engine: deepspeed cannot be run dry"),
+        (("kernels.attention=flash_attn",), "kernels.attention: flash_attn cannot be run dry"),
+        (("parallel.tensor=3",), "does not divide the 16 rank(s)"),
+    ],
+)
+@built
+def test_what_cannot_be_run_dry_is_refused(
+    options: tuple[str, ...], said: str, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, found = dryrun(config, capsys, *options)
+    assert status == 2
+    assert said in found
