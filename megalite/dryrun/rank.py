@@ -157,6 +157,7 @@ def stand_in(record: Record, log: Any, phases: Phases, places: Places) -> None:
     from megalite.checkpoint.save import Saver
     from megalite.engine import gather
     from megalite.kernels import library
+    from megalite.parallel import expert
     from megalite.runtime.activity import Activity
 
     train: Any = importlib.import_module("megalite.train")  # which is also its function
@@ -169,6 +170,9 @@ def stand_in(record: Record, log: Any, phases: Phases, places: Places) -> None:
     def named_mesh(*arguments: Any) -> Any:
         mesh = make_mesh(*arguments)
         if log:
+            fold = mesh.expert_fold
+            for axis in (fold.replicas, fold.holders, fold.tensor, fold.expert) if fold else ():
+                log.name_axis("data" if axis is fold.replicas else "expert", axis.group)
             axes = ("world", "stage", "replicas", "pipeline", "context", "tensor")  # the last name of a group counts
             for name in axes:
                 log.name_axis("data" if name in ("stage", "replicas") else name, getattr(mesh, name).group)
@@ -188,6 +192,15 @@ def stand_in(record: Record, log: Any, phases: Phases, places: Places) -> None:
         return found
 
     gather.host_memory = host_memory
+
+    def in_balance(leaving: Any, arriving: Any, rank: int, num_rows: int) -> Any:
+        places.ask("waits: a number is read")
+        ranks, here = leaving.shape
+        even, more = divmod(num_rows, ranks * here)
+        leaves = [[even + (number * here + expert < more) for expert in range(here)] for number in range(ranks)]
+        return leaves, [leaves[rank]] * ranks
+
+    expert.read_counts = in_balance
     Saver._write = lambda self, folder, collect, train_state: None  # type: ignore[method-assign]
     _without_weights(train)
     if log:

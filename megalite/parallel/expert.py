@@ -80,7 +80,7 @@ class ParallelExperts(Experts):
         start_all_to_all(counts.unbind(), arriving.unbind(), axis)()
         arriving[axis.rank] = counts[axis.rank]
         # The only host synchronisation: how many rows each rank sends to each other.
-        leaves, arrives = torch.stack((counts, arriving)).tolist()
+        leaves, arrives = read_counts(counts, arriving, axis.rank, index_BTK.numel())
         sent, received = ([sum(by_expert) for by_expert in rows] for rows in (leaves, arrives))
         groups = Groups(*sort_by_expert(index_BTK), counts=[])
         arrived_ND = exchange(permute(x_BTD, groups), sent, received, axis)
@@ -96,6 +96,13 @@ class ParallelExperts(Experts):
             permute(self.activation_and_down_proj(gate_up_NI, by_expert), as_arrived), received, sent, axis
         )
         return unpermute(back_ND, weight_BTK, groups)
+
+
+def read_counts(leaving: Tensor, arriving: Tensor, rank: int, num_rows: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Return on the host how many rows leave to each rank, and arrive from it, for each expert there, and here. A dry
+    run, whose device knows no numbers, sets this aside: it has `num_rows` leave this `rank` in balance."""
+    leaves, arrives = torch.stack((leaving, arriving)).tolist()
+    return leaves, arrives
 
 
 def exchange(rows_ND: Tensor, sent: Sequence[int], received: Sequence[int], axis: Axis) -> Tensor:
