@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from pathlib import Path
 
 import pytest
 import yaml
 
+from dry_runs import built
 from megalite.cli import main
 
-built = pytest.mark.skipif(importlib.util.find_spec("megalite._dryrun") is None, reason="megalite._dryrun is not built")
 WITHIN = 0.02  # of the plan: what a GPU's allocator adds comes on top of both
 
 
