@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -123,7 +124,8 @@ class Copy:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(ROOT / name, folder / name)
         (folder / "sitecustomize.py").write_text(SITECUSTOMIZE)
-        for library in ("_ops", "_data"):
+        built = ["_dryrun"] if importlib.util.find_spec("megalite._dryrun") else []  # torch's CPU build only
+        for library in ("_ops", "_data", *built):
             shutil.copy2(_built_library(library), folder / "megalite")
         if (ROOT / EMULATED_CUDA).exists():
             shutil.copytree(ROOT / EMULATED_CUDA, folder / EMULATED_CUDA)
