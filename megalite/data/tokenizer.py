@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import orjson
@@ -39,11 +40,12 @@ PROBE = "def f(x):\n\treturn  {'a': 12345, \"é\": '日本語'}  # it's 😀 na�
 
 class Tokenizer(ABC):
     """Converts text to ids and back. `vocab_size` is the largest id + 1, `eod_id` ends a document (None if unknown),
-    `begin_id` begins a text (None if there is no such token)."""
+    `begin_id` begins a text and `mask_id` stands for a token to predict (None if there is no such token)."""
 
     vocab_size: int
     eod_id: int | None
     begin_id: int | None = None
+    mask_id: int | None = None
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -85,6 +87,11 @@ class Tokenizer(ABC):
     def begin_ids(self) -> list[int]:
         """Return the ids that the tokenizer begins every text with."""
         return []
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Return the ids of special tokens, which stand for no text."""
+        return frozenset()
 
     def fingerprint(self) -> str:
         """Return a name for everything that the ids of a text, and the end of a document, depend on. A SentencePiece
@@ -156,9 +163,11 @@ class HuggingFaceTokenizer(Tokenizer):
             raise DataError(f"{file} has no tokens")
         self.vocab_size = max(vocabulary.values()) + 1
         named = special_tokens(settings)
-        ends = (named["eos_token"],) if "eos_token" in named else END_OF_DOCUMENT
+        # BERT's have no EOS and BOS tokens, but [SEP] and [CLS].
+        end, begin = named.get("eos_token", named.get("sep_token")), named.get("bos_token", named.get("cls_token"))
+        ends = END_OF_DOCUMENT if end is None else (end,)
         self.eod_id = next((vocabulary[name] for name in ends if name in vocabulary), None)
-        self.begin_id = vocabulary.get(named.get("bos_token", ""))
+        self.begin_id, self.mask_id = (vocabulary.get(name or "") for name in (begin, named.get("mask_token")))
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         # The "fast" variant skips character offsets, which are not needed here.
@@ -206,6 +215,12 @@ class HuggingFaceTokenizer(Tokenizer):
     def control_tokens(self) -> list[str]:
         """Return the special tokens, which never occur in ordinary text."""
         return [token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special]
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Return the ids of special tokens, which stand for no text."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        return frozenset(number for number, token in added.items() if token.special)
 
     def added_tokens(self) -> list[str]:
         """Return the tokens that are matched whole in a text before anything else: special tokens, and others."""
@@ -331,10 +346,18 @@ class SentencePieceTokenizer(Tokenizer):
         write_tokenizer_config(folder, end, begin, template)
 
 
-def write_tokenizer_config(folder: Path, end: str | None, begin: str | None = None, template: Any = None) -> None:
+def write_tokenizer_config(
+    folder: Path,
+    end: str | None,
+    begin: str | None = None,
+    template: Any = None,
+    more: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
     """Write a tokenizer_config.json to `folder` that makes transformers use tokenizer.json as it is, and clean up
-    nothing on decoding. `end` and `begin` are the EOS and BOS tokens, `template` the chat template."""
+    nothing on decoding. `end` and `begin` are the EOS and BOS tokens, `template` the chat template; `more` are other
+    settings."""
     values = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, "eos_token": end}
+    values |= more
     values |= {"bos_token": begin} if begin is not None else {}
     values |= {"chat_template": template} if template is not None else {}
     (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -1,8 +1,9 @@
-"""Train a tokenizer: byte-level BPE, or SentencePiece BPE or unigram with byte fallback.
+"""Train a tokenizer: byte-level BPE, SentencePiece BPE or unigram with byte fallback, or BERT's WordPiece.
 
 The result is a folder that `transformers.AutoTokenizer.from_pretrained` and `load_tokenizer` open, with the same ids,
 and from which every text comes back unchanged, including spaces and unknown scripts. (One exception: U+2581 is
-SentencePiece's own mark for a space, and comes back from its tokenizers as one.)"""
+SentencePiece's own mark for a space, and comes back from its tokenizers as one.) WordPiece alone keeps neither white
+space nor characters that it has not seen: it is for models that read."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import tokenizers
-from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from megalite.data.documents import Document, Report, iter_documents
 from megalite.data.sentencepiece_json import GRID
@@ -22,7 +23,13 @@ from megalite.data.tokenizer import SentencePieceTokenizer, Tokenizer, load_toke
 from megalite.errors import DataError
 
 END = "<|endoftext|>"
-Kind = Literal["bpe", "sp-bpe", "sp-unigram"]
+BERT = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
+"""Special tokens of WordPiece by role, in the order of their ids."""
+BERT_SETTINGS = {
+    **{f"{role}_token": token for role, token in BERT.items()},
+    "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
+}
+Kind = Literal["bpe", "sp-bpe", "sp-unigram", "wordpiece"]
 # Qwen2's pattern: contractions, words with one preceding sign, single digits, runs of punctuation with the line ends
 # behind them, and indentation that leaves its last space to the following word.
 PATTERN = (
@@ -53,12 +60,13 @@ def train_tokenizer(
         raise DataError(f"vocabulary size {vocab_size} is too small for type {kind}; the least is {smallest}")
     report, folder = Report(), Path(output)
     documents = _first_bytes(iter_documents(inputs, json_key, report), max_bytes)
-    if kind == "bpe":
-        tokenizer = _train_byte_bpe(documents, vocab_size)
+    if kind in ("bpe", "wordpiece"):
+        train, end = (_train_byte_bpe, END) if kind == "bpe" else (_train_wordpiece, None)
+        tokenizer = train(documents, vocab_size)
         _some_text(report)
         folder.mkdir(parents=True, exist_ok=True)
         tokenizer.save(str(folder / "tokenizer.json"))
-        write_tokenizer_config(folder, END)
+        write_tokenizer_config(folder, end, more=BERT_SETTINGS if kind == "wordpiece" else {})
     else:
         model = _train_sentencepiece(documents, vocab_size, kind.removeprefix("sp-"), report)
         with tempfile.TemporaryDirectory() as scratch:
@@ -101,6 +109,25 @@ def _train_byte_bpe(texts: Iterator[str], vocab_size: int) -> tokenizers.Tokeniz
         show_progress=sys.stderr.isatty(),
     )
     tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def _train_wordpiece(texts: Iterator[str], vocab_size: int) -> tokenizers.Tokenizer:
+    """Return a WordPiece tokenizer that keeps upper and lower case, trained on the texts."""
+    tokenizer = tokenizers.Tokenizer(models.WordPiece(unk_token=BERT["unk"]))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=False, strip_accents=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size, special_tokens=[*BERT.values()], show_progress=sys.stderr.isatty()
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    cls, sep = BERT["cls"], BERT["sep"]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{cls} $A {sep}",
+        pair=f"{cls} $A {sep} $B:1 {sep}:1",
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in (cls, sep)],
+    )
     return tokenizer
 
 

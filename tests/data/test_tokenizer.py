@@ -63,6 +63,24 @@ def test_same_ids_as_transformers_and_back(folders, library_lines, kind):
     assert ids[-1].count(ours.eod_id) == 1
 
 
+def test_wordpiece_makes_of_texts_what_bert_reads(tmp_path):
+    from transformers import AutoTokenizer
+
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": Path(json.__file__).read_text()}) + "\n")
+    train_tokenizer([str(tmp_path / "a.jsonl")], tmp_path / "wp", 400, "wordpiece")
+    ours, theirs = load_tokenizer(tmp_path / "wp"), AutoTokenizer.from_pretrained(tmp_path / "wp")
+    text = "Return the decoded JSONObject, 日本 [MASK]"
+    ids = ours.encode(text)
+    assert theirs(text)["input_ids"] == [ours.begin_id, *ids, ours.eod_id]
+    assert theirs.convert_tokens_to_string(theirs.convert_ids_to_tokens(ids[:-3])) == "Return the decoded JSONObject,"
+    assert theirs(text, text)["token_type_ids"] == [0] * (len(ids) + 2) + [1] * (len(ids) + 1)
+    assert ids[-1] == ours.mask_id == theirs.mask_token_id
+    assert ours.special_ids == set(theirs.all_special_ids) == set(range(5))
+    result = preprocess([str(tmp_path / "a.jsonl")], tmp_path / "out", tmp_path / "wp", append_eod=True)
+    tokens = IndexedDataset(result.prefix).read(0, result.num_tokens)
+    assert (tokens[0], tokens[-1]) == (ours.begin_id, ours.eod_id)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_text_survives(folders, kind):
     tokenizer = load_tokenizer(folders / kind)
