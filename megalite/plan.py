@@ -453,11 +453,10 @@ def _check_model(config: Config) -> None:
                 f"{context} ranks whole heads, but the model has {mixer.num_heads} of them and {mixer.num_kv_heads} "
                 "key/value heads, which do not divide; use ring"
             )
-    causal = [mixer for mixer in architecture.attentions if mixer.causal]
-    if context > 1 and len(causal) < len(architecture.layers):
+    if context > 1 and len(architecture.attentions) < len(architecture.layers):
         raise ConfigError(
             f"model.family = {config.model.family!r} needs parallel.context: 1, not {context}: not all of its layers "
-            "are causal attention, which alone travels a ring"
+            "are attention, which alone travels a ring"
         )
     cap, chunk = architecture.logit_softcap, config.train.loss_chunk
     if cap is not None and chunk is not None:

@@ -81,7 +81,7 @@ families: Registry[Family] = Registry(
     {
         name: f"megalite.models.{name}"
         for name in (
-            "deepseek_v3", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "llama", "mistral", "mixtral", "olmo2",
+            "bert", "deepseek_v3", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "llama", "mistral", "mixtral", "olmo2",
             "olmoe", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3",
         )
     },
@@ -115,6 +115,7 @@ objectives: Registry[type[ObjectiveConfig]] = Registry(
     "objective.name",
     {
         "next_token": "megalite.training.objectives:NextTokenConfig",
+        "masked_lm": "megalite.training.masked_lm:MaskedLMConfig",
         "dpo": "megalite.training.objectives:DPOConfig",
     },
 )

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+import torch.nn as nn
+from torch import Tensor
 
 PROJECTIONS = {"mixtral": ("w1", "w3", "w2")}
 """What an expert's gate, up and down are called in files, by family; elsewhere they are these."""
@@ -67,6 +69,11 @@ YARN_ROPE = {
     "beta_slow": 0.25, "truncate": True,
 }  # fmt: skip
 DYNAMIC_ROPE = {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 4.0}
+BERT: dict[str, Any] = {
+    "model_type": "bert", "vocab_size": 99, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "max_position_embeddings": 64, **IDS,
+}  # fmt: skip
+STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 CASES: dict[str, dict[str, Any]] = {
     "llama": LLAMA,
     "llama-grouped-queries": GROUPED | {"rms_norm_eps": 1e-3},
@@ -135,14 +142,38 @@ CASES: dict[str, dict[str, Any]] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
         },
     },
+    "bert": BERT,
+    "bert-tanh": BERT | STILL | {"hidden_act": "gelu_new", "layer_norm_eps": 1e-3, "type_vocab_size": 1},
 }  # fmt: skip
 
 
-def draw_selection_biases(model: nn.Module) -> None:
-    """Draw the biases by which routers choose experts, which transformers holds as buffers."""
-    for name, buffer in model.named_buffers():
-        if name.endswith("e_score_correction_bias"):
-            buffer.normal_(std=0.05)
+MASKED = ("bert",)
+"""Families of encoders, which tell masked tokens."""
+
+
+def auto_class(family: str) -> Any:
+    """transformers' class that builds a model of a family, with the head that predicts tokens."""
+    import transformers
+
+    return transformers.AutoModelForMaskedLM if family in MASKED else transformers.AutoModelForCausalLM
+
+
+def randomize(model: nn.Module) -> None:
+    """Draw all weights, norms and biases too: left at 1 and 0 they could be swapped unseen."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # A bias that all features share would drown what distinguishes tokens behind a post-norm.
+            parameter.normal_(mean=0.5 * (parameter.dim() == 1 and not name.endswith("bias")), std=0.25)
+        # By which routers choose experts.
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(std=0.05)
+
+
+def size_of(name: str, grads: Mapping[str, Tensor]) -> Tensor:
+    """The norm that an error in the gradient `name` is compared with: its own. That of a bias of keys is exactly 0
+    without RoPE, as a softmax does not see what all scores have in common; there it is that of the queries'."""
+    return grads[name.replace(".key.bias", ".query.bias")].norm()
 
 
 def as_stored(family: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from megalite.config import EMA, Config, LoraConfig, ModelConfig
 from megalite.engine import ReadState
 from megalite.errors import ConfigError
 from megalite.models import peft, read_hf_config
+from megalite.models.heads import lacking_head
 from megalite.models.lora import Adapter, adapters_of, merged
 from megalite.models.weights import RowReader, Weight
 from megalite.utils.outside import shown
@@ -46,16 +47,16 @@ def from_hf(
     weights: Sequence[Weight],
     model: ModelConfig,
     mesh: Mesh,
-    seed: int = 0,
+    seed: int | None = None,
     exact: str | None = None,
 ) -> ReadState:
     """Return a reader of the `weights` of a Hugging Face `folder`, which are also the master weights, and zero moments.
 
     For the folder of an adapter, it reads the weights of the model with the adapter merged in fp32: rounded to the
     model's precision as weights, exact as master weights. With `exact`, the master weights are those that a
-    checkpoint keeps beside its rounded weights: "master", or "ema", their average. A classification head that the
-    folder's model lacks is initialized from `seed`. `model` is the model to load into, `mesh` says which part of
-    each weight a rank holds.
+    checkpoint keeps beside its rounded weights: "master", or "ema", their average. A head for classes, or for masked
+    tokens, that the folder's model lacks is initialized from `seed`; without one it is an error. `model` is the model
+    to load into, `mesh` says which part of each weight a rank holds.
 
     Raises CheckpointError if names or shapes are not those of the model."""
     if peft.is_adapter(folder):
@@ -67,7 +68,8 @@ def from_hf(
             "that it is clear which one is meant"
         )
     states = dict.fromkeys(_files_of(folder, [exact]) if exact else (), weights)
-    return _from_folder(folder, weights, model, mesh, states, new_head=from_seed(seed, mesh))
+    new_head = None if seed is None else from_seed(seed, mesh)
+    return _from_folder(folder, weights, model, mesh, states, new_head=new_head)
 
 
 def dtype_of(tensors: Collection[Tensor], folder: Path) -> torch.dtype:
@@ -241,16 +243,14 @@ def _from_folder(
     source = TensorFolder(folder, stem)
     sources = {"weight": source}
     new: set[str] = set()  # weights of a head that the folder lacks
-    if new_head and model.task != "causal":
-        for weight in weights:
-            if weight.name.startswith("head.") and not source.files.keys() & set(weight.hf):
-                new.add(weight.name)
     spare: set[str] = set()
     if stem == "model":
+        source.end_names(model.OLD_ENDS)
         prefix = weights[0].hf[0].partition(".")[0] + "."
         apart = {name for weight in weights for name in weight.hf if not name.startswith(prefix)}
         _, head = ends_of(model)
         source.add_base_prefix(prefix, {*apart, head})
+        new = lacking_head(model, weights, source.files) if new_head else new
         spare = unneeded(source, model, head_is_replaced=bool(new))
     # All is checked before anything is read: a mistake must not cost a start of minutes.
     stored = {weight.name: weight.as_stored(source.files) for weight in weights if weight.name not in new}

@@ -236,7 +236,7 @@ def _decides_samples(key: str, config: Config) -> bool:
         return bool(config.data.phases) or is_megatron
     if key == "train.steps":
         return is_megatron
-    return key in ("train.seed", "objective.name", "model.task")
+    return key in ("train.seed", "model.task") or key.startswith("objective.")
 
 
 def _jump(before: Mapping[str, Any], config: Config, step: int) -> list[str]:

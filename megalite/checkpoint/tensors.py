@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,8 @@ class TensorFolder:
         self.folder = folder
         self.stem = stem
         self._open: dict[str, Any] = {}
-        self._prefix = ""
+        self._stored: dict[str, str] = {}
+        """Stored names of tensors that are known under others."""
         index = folder / f"{stem}.safetensors.index.json"
         single = f"{stem}.safetensors"
         try:
@@ -67,7 +68,7 @@ class TensorFolder:
     def _slices(self, name: str) -> Any:
         file = self.files[name]
         with reading(self.folder / file, CheckpointError):
-            return self._file(file).get_slice(name.removeprefix(self._prefix))
+            return self._file(file).get_slice(self._stored.get(name, name))
 
     def fetch(self, name: str, where: tuple[slice, ...]) -> Tensor:
         """Read the slice `where` of the tensor `name`, and no other bytes of it."""
@@ -82,11 +83,18 @@ class TensorFolder:
         """Accept names with a `prefix` ("transformer.") if the files lack it: models stored without a head, such as the
         hub's gpt2, have none. Names in `apart` never have it."""
         if not any(name.startswith(prefix) for name in self.files):
-            self._prefix = prefix
-            files = {}
-            for name, file in self.files.items():
-                files[name if name in apart else prefix + name] = file
-            self.files = files
+            self._rename({name: prefix + name for name in self.files if name not in apart})
+
+    def end_names(self, ends: Mapping[str, str]) -> None:
+        """Accept names with an older end ("LayerNorm.gamma") as those with a newer one; `ends` has the newer by the
+        older."""
+        old = [(name, end) for name in self.files for end in ends if name.endswith(end)]
+        self._rename({name: name.removesuffix(end) + ends[end] for name, end in old})
+
+    def _rename(self, names: Mapping[str, str]) -> None:
+        """Know tensors by new `names`, given by those until now."""
+        self._stored |= {new: self._stored.get(old, old) for old, new in names.items()}
+        self.files = {names.get(name, name): file for name, file in self.files.items()}
 
     def check(self, weights: Sequence[Weight], ignore: Collection[str] = ()) -> None:
         """Raise CheckpointError unless names and shapes are exactly those of `weights`, and all have a known dtype.

@@ -12,14 +12,16 @@ from torch import Tensor
 from megalite.checkpoint.tensors import CheckpointError, TensorFolder
 from megalite.config import ModelConfig
 from megalite.models import weight_table
+from megalite.models.heads import names_of, own_table
 
 BLOCK_BYTES = 2**24
 """Bytes of a tensor that a comparison reads at a time."""
 MASK = re.compile(r"\.(attn|attention)\.bias$")
 MASKED = re.compile(r"\.(attn|attention)\.masked_bias$")
 FREQUENCIES = re.compile(r"\.rotary_emb\.inv_freq$")
+POSITIONS = re.compile(r"\.embeddings\.position_ids$")
 """Buffers that older versions of transformers stored: causal masks and what they fill with (GPT-2, GPT-NeoX), rotary
-frequencies."""
+frequencies, numbers of positions (BERT)."""
 
 
 def unneeded(source: TensorFolder, model: ModelConfig, head_is_replaced: bool) -> set[str]:
@@ -32,19 +34,21 @@ def unneeded(source: TensorFolder, model: ModelConfig, head_is_replaced: bool) -
     embedding, head = ends_of(model)
     if head in source.files and (head_is_replaced or model.tie_embeddings):
         if not head_is_replaced:
-            _check_copy(source, embedding, head)
+            _check_copy(source, embedding, head, model)
         found.add(head)
-    return found
+    if head_is_replaced:
+        found |= names_of(own_table(model)) - names_of(weight_table(model))
+    return found | source.files.keys() & set(model.SPARE)
 
 
 def ends_of(model: ModelConfig) -> tuple[str, str]:
-    """Return Hugging Face's names of the embedding and of the head for the next token, tied or not."""
-    untied = model.model_copy(update={"tie_embeddings": False, "task": "causal", "labels": ()})
-    names = {weight.name: weight.hf[0] for weight in weight_table(untied)}
+    """Return Hugging Face's names of the embedding and of the head that predicts tokens, tied or not."""
+    untied = own_table(model.model_copy(update={"tie_embeddings": False}))
+    names = {weight.name: weight.hf[0] for weight in untied}
     return names["embedding.weight"], names["head.weight"]
 
 
-def _check_copy(source: TensorFolder, embedding: str, head: str) -> None:
+def _check_copy(source: TensorFolder, embedding: str, head: str, model: ModelConfig) -> None:
     """Raise CheckpointError unless the stored head is a copy of the embedding."""
     if embedding not in source.files:
         return  # which `TensorFolder.check` says
@@ -55,10 +59,11 @@ def _check_copy(source: TensorFolder, embedding: str, head: str) -> None:
         why = f"row {row} is the first that differs"
     else:
         return
+    may_be_untied = type(model).model_fields["tie_embeddings"].annotation is bool
+    use = f"To use the stored {head}, write tie_word_embeddings = false into config.json; to" if may_be_untied else "To"
     raise CheckpointError(
         f"{source.folder}: with tie_word_embeddings = true (in config.json, or by default) {head} is {embedding}, but "
-        f"both are stored and {why}. To use the stored {head}, write tie_word_embeddings = false into config.json; to "
-        f"do without it, remove {head} from the file"
+        f"both are stored and {why}. {use} do without it, remove {head} from the file"
     )
 
 
@@ -86,6 +91,9 @@ def _is_computed(source: TensorFolder, name: str, model: ModelConfig) -> bool:
         return torch.equal(mask != 0, causal)
     if MASKED.search(name) and torch.Size(source.shape(name)).numel() == 1:
         return float(_whole(source, name)) < -9000  # -10,000 in bf16 is -9,984
+    if POSITIONS.search(name):
+        numbers = _whole(source, name).flatten()
+        return torch.equal(numbers, torch.arange(len(numbers)))
     if FREQUENCIES.search(name) and hasattr(model, "rope_theta"):
         _check_frequencies(source, name, model)
         return True

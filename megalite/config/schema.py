@@ -31,7 +31,10 @@ from megalite.utils.urls import check_no_secret
 
 if TYPE_CHECKING:
     from megalite.comm.mesh import Mesh
+    from megalite.data.dataset import Split
     from megalite.data.loader import Batches
+    from megalite.data.mixture import Corruption
+    from megalite.data.tokenizer import Tokenizer
     from megalite.models.architecture import Architecture
     from megalite.training.hooks import Hook
     from megalite.training.objectives import Objective
@@ -59,7 +62,8 @@ class RunConfig(Section):
 
 
 class ModelConfig(Section):
-    """Settings that every decoder family shares. Each file in `models/` adds the fields of its own family."""
+    """Settings that every family shares. Each file in `models/` adds the fields of its own family. Names in capitals
+    and properties are not settings but belong to the family."""
 
     family: str
     preset: str | None = Field(
@@ -74,12 +78,27 @@ class ModelConfig(Section):
     norm_eps: float = Field(1e-5, gt=0)
     init_std: float = Field(0.02, gt=0)
     tie_embeddings: bool = False
-    task: Literal["causal", "classification", "labels"] = Field(
+    task: Literal["causal", "masked", "classification", "labels"] = Field(
         "causal",
-        description="What the head predicts. causal: the next token; classification: a text's class; labels: that "
-        "of each token.",
+        description="What the head predicts. causal: the next token; masked: the token that was masked (encoders); "
+        "classification: a text's class; labels: that of each token.",
     )
     labels: tuple[str, ...] = Field((), description="Names of the classes, for task: classification or labels.")
+
+    PREDICTS: ClassVar[Literal["causal", "masked"]] = "causal"
+    """The task of the family's own head, which predicts tokens."""
+    CLASS_AT: ClassVar[Literal["first", "last"]] = "last"
+    """Token of a text at which its class is told: where all of it has been seen."""
+
+    SPARE: ClassVar[tuple[str, ...]] = ()
+    """Hugging Face's names of tensors that files may have for other tasks, and that are not read."""
+    OLD_ENDS: ClassVar[Mapping[str, str]] = {}
+    """Ends of tensors' names in older files, with what they are today."""
+
+    @property
+    def has_classes(self) -> bool:
+        """Return whether the head predicts classes, and no tokens."""
+        return self.task in ("classification", "labels")
 
     @property
     def bias_rate(self) -> float | None:
@@ -190,6 +209,11 @@ class ObjectiveConfig(Choice):
     def frozen_model(self, config: Config) -> Path | None:
         """Return the Hugging Face folder of a frozen model that runs beside the trained one, or None; `Inputs.frozen`
         gives the objective what it computes."""
+        return None
+
+    def corruption(self, config: Config, tokenizer: Tokenizer | None, split: Split) -> Corruption | None:
+        """Return what makes inputs and labels of the tokens that are read for `split`; None: each token's label is the
+        one that follows, or a class. `tokenizer` is the config's. Raise DataError where it lacks a token."""
         return None
 
     def batches(self, source: Batches, run: Run, parts: RankModel) -> Batches:
@@ -757,12 +781,12 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _objective_and_hooks_fit(self) -> Config:
-        task = self.model.task
-        if task != "causal" and not self.data.document_mask:
+        task, has_classes = self.model.task, self.model.has_classes
+        if has_classes and not self.data.document_mask:
             raise ValueError(
                 f"model.task: {task} needs data.document_mask: true, which keeps the rows of a sample apart"
             )
-        if task != "causal" and self.train.loss_chunk is not None:
+        if has_classes and self.train.loss_chunk is not None:
             raise ValueError(
                 f"model.task: {task} needs train.loss_chunk: null; there are too few classes for chunks to save memory"
             )
@@ -784,7 +808,7 @@ class Config(Section):
         schedule, lr = self.optimizer.schedule, self.optimizer.lr
         if self.lora and self.model.hf is None:
             raise ValueError("lora needs model.hf, the Hugging Face folder of the model that is adapted")
-        if self.lora and self.model.task != "causal":
+        if self.lora and self.model.has_classes:
             raise ValueError(f"lora would leave the head of model.task: {self.model.task} as it is; train without it")
         if self.data.seq_length > self.model.max_positions:
             raise ValueError(

@@ -94,9 +94,9 @@ def _mend(num_ids: int) -> str:
 def check_labelled(config: Config) -> None:
     """Refuse labelled data of another kind than the run learns from, as far as the notes beside token files say. Raise
     DataError."""
-    is_causal = config.model.task == "causal"
-    asked = f"objective.name: {config.objective.name}" if is_causal else f"model.task: {config.model.task}"
-    kind = config.objective.DATA if is_causal else config.model.task
+    has_classes, task = config.model.has_classes, config.model.task
+    asked = f"model.task: {task}" if has_classes else f"objective.name: {config.objective.name}"
+    kind = task if has_classes else config.objective.DATA
     for source in (*config.data.train, *config.data.valid, *config.data.test):
         note = read_note(source.path)
         found = note.get("format", "")
@@ -123,7 +123,7 @@ def check_mask(dataset: IndexedDataset, note: Mapping[str, Any]) -> None:
 
 
 GOES_WITH = {
-    "text": "objective.name: next_token",
+    "text": "objective.name: next_token, or masked_lm",
     "preference": "objective.name: dpo",
     "classification": "model.task: classification",
     "labels": "model.task: labels",

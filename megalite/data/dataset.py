@@ -148,16 +148,17 @@ class TokenSource:
 class PackedSource:
     """Packs documents [first, last) of a dataset such that as few as possible are cut.
 
-    A document longer than L + 1 tokens is cut; what fits together best then makes a sample of at most L + 1 tokens.
+    A document longer than `capacity` tokens is cut; what fits together best then makes a sample of at most as many.
     It needs all lengths at the start: about 30 bytes of memory per document. Raises DataError if there are no
     documents."""
 
-    def __init__(self, dataset: IndexedDataset, first: int, last: int, seq_length: int) -> None:
+    def __init__(self, dataset: IndexedDataset, first: int, last: int, seq_length: int, capacity: int) -> None:
         if not 0 <= first < last <= dataset.num_documents:
             raise DataError(f"documents [{first}, {last}) are none of the {dataset.num_documents} there are")
         self.dataset, self.seq_length, self._documents = dataset, seq_length, (first, last)
         self._starts = dataset.starts_of_documents(first, last)
-        self._packing = best_fit(np.diff(self._starts), seq_length + 1)
+        self._packing = best_fit(np.diff(self._starts), capacity)
+        self._cut = f"{seq_length}" if capacity == seq_length + 1 else f"{seq_length}/{capacity}"
         self.num_samples = len(self._packing.first_piece) - 1
 
     def pieces(self, samples: Int64s, by_document: bool) -> Pieces:
@@ -171,7 +172,7 @@ class PackedSource:
 
     def fingerprint(self) -> str:
         first, last = self._documents
-        return f"{self.dataset.fingerprint()}best_fit[{first}:{last}]/{self.seq_length}"
+        return f"{self.dataset.fingerprint()}best_fit[{first}:{last}]/{self._cut}"
 
 
 class RowSource:

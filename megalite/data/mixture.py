@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -38,9 +38,9 @@ IGNORE = -100
 """The label of a token after which nothing is predicted, as everywhere in torch."""
 
 LABELS: dict[str, Literal["next", "token", "document"]] = {
-    "causal": "next", "labels": "token", "classification": "document"
+    "causal": "next", "masked": "next", "labels": "token", "classification": "document"
 }  # fmt: skip
-"""Kind of labels for each `model.task`."""
+"""Kind of labels for each `model.task`, where the objective makes no others."""
 
 # Part of every fingerprint: changes whenever a change in megalite/data gives other samples for the same config.
 _SCHEME = "megalite-samples-2"
@@ -48,6 +48,17 @@ _SCHEME = "megalite-samples-2"
 
 LOOKED_AT = 1 << 20
 """Tokens read at a time in the search for one with a label."""
+
+
+class Corruption(Protocol):
+    """Makes inputs and labels of n samples, as the objective has them: what is hidden, and is to be predicted."""
+
+    def apply(self, tokens: Int64s, learned: npt.NDArray[np.bool_], index: Int64s) -> tuple[Int64s, Int64s]:
+        """Return inputs and labels, both [n, L], of `tokens` [n, L]. Only where `learned` [n, L] may a label be.
+        `index` [n] are the numbers of the samples, which alone decide what is done to them."""
+
+    def identity(self) -> list[Any]:
+        """Return what decides what it does, for a fingerprint."""
 
 
 class View(NamedTuple):
@@ -58,7 +69,11 @@ class View(NamedTuple):
     fim: FillInTheMiddle | None = None
     labels: Literal["next", "token", "document"] = "next"
     """`next`: each token's label is the token that follows. `token`: its own class. `document`: the class of the
-    document, at its last token."""
+    document, at one of its tokens."""
+    class_at: Literal["first", "last"] = "last"
+    """At which token."""
+    corruption: Corruption | None = None
+    """Makes inputs and labels instead."""
 
 
 PLAIN = View()
@@ -102,6 +117,10 @@ class Mixture:
         tokens, filled, documents, mask = windows
         view = self.view
         kept = documents[:, :-1].copy() if documents is not None and view.document_mask else None
+        if view.corruption:
+            learned = np.ones_like(tokens[:, :-1], bool) if mask is None else mask[:, :-1] > 0
+            learned &= np.arange(self.seq_length) < filled[:, None]
+            return Samples(*view.corruption.apply(tokens[:, :-1].copy(), learned, index), kept)
         if view.labels != "next":
             return Samples(tokens[:, :-1].copy(), _classes(view, documents, filled, mask), kept)
         if view.fim:
@@ -131,7 +150,7 @@ class Mixture:
         """Return whether source `number` has a label in any of its samples; for pairs, in both answers of one pair. It
         reads samples until one has."""
         source = self.sources[number]
-        if isinstance(source, TokenSource) and self.view.border_loss and self.view.labels == "next":
+        if isinstance(source, TokenSource) and self.view._replace(document_mask=False) == PLAIN:
             return True  # every token but the first
         for samples in self._pieces_of(source.num_samples):
             windows = empty_windows(len(samples), self.seq_length, self.view != PLAIN, self._masked)
@@ -172,7 +191,8 @@ class Mixture:
         if not self._fingerprint:
             parts = [source.fingerprint() for source in self.sources]
             fim = list(self.view.fim) if self.view.fim else None
-            identity = json.dumps([_SCHEME, parts, self.order.identity(), fim])
+            corruption = [self.view.corruption.identity()] if self.view.corruption else []
+            identity = json.dumps([_SCHEME, parts, self.order.identity(), fim, *corruption])
             self._fingerprint = hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
         return self._fingerprint
 
@@ -221,13 +241,16 @@ def _has_label(samples: Samples, source: SampleSource) -> bool:
 
 
 def _classes(view: View, documents: Int64s | None, filled: Int64s, mask: Int64s | None) -> Int64s:
-    """Return the class of each token, or of each document at its last token: [n, L]."""
+    """Return the class of each token, or of each document at one of its tokens: [n, L]."""
     assert documents is not None
     assert mask is not None
     has_class = mask[:, :-1] > 0
     has_class &= np.arange(mask.shape[1] - 1) < filled[:, None]
     if view.labels == "document":
-        has_class &= documents[:, 1:] != documents[:, :-1]
+        borders = documents[:, 1:] != documents[:, :-1]
+        if view.class_at == "first":
+            borders = np.concatenate([np.ones_like(borders[:, :1]), borders[:, :-1]], 1)
+        has_class &= borders
     return np.where(has_class, mask[:, :-1] - 1, IGNORE)
 
 
@@ -278,7 +301,8 @@ def _build_mixture(
     fim = FillInTheMiddle.of(data.fim, tokenizer, config.train.seed) if data.fim and which == "train" else None
     if fim and any(source.dataset.mask is not None for source in sources):
         raise DataError("data.fim turns texts around, which labelled data cannot be; leave one of them out")
-    view = View(data.document_mask, data.border_loss, fim, LABELS[config.model.task])
+    model, corruption = config.model, config.objective.corruption(config, tokenizer, which)
+    view = View(data.document_mask, data.border_loss, fim, LABELS[model.task], model.CLASS_AT, corruption)
     mixture = Mixture(sources, names, order, view)
     _check_learned(mixture, config, which)
     return mixture
@@ -315,14 +339,14 @@ def _cut(dataset: IndexedDataset, config: Config, which: Split, megatron_samples
     shares, length = config.data.split, config.data.seq_length
     if dataset.mask is not None:
         return _cut_rows(dataset, config, which)
-    if config.model.task != "causal":
+    if config.model.has_classes:
         raise DataError(f"model.task: {config.model.task} needs labelled data, but there is no {dataset.prefix}.mask")
     if megatron_samples is not None:  # Megatron splits by sequences, not documents
         first, last = split_range(dataset.num_sequences, shares or (1, 0, 0), which)
         return MegatronSource(dataset, first, last, length, megatron_samples, config.train.seed)
     first, last = split_range(dataset.num_documents, shares, which) if shares else (0, dataset.num_documents)
     if config.data.packing == "best_fit":
-        return PackedSource(dataset, first, last, length)
+        return PackedSource(dataset, first, last, length, _capacity(config))
     return TokenSource(dataset, dataset.document_start(first), dataset.document_start(last), length)
 
 
@@ -334,10 +358,14 @@ def _cut_rows(dataset: IndexedDataset, config: Config, which: Split) -> RowSourc
     together = 2 if config.objective.DATA == "preference" else 1
     groups = dataset.num_documents // together
     first, last = split_range(groups, shares, which) if shares else (0, groups)
-    # A causal model needs one token more, the label of the last; a class is predicted at the last token itself.
-    capacity = data.seq_length + (config.model.task == "causal")
     first, last = first * together, last * together
-    return RowSource(dataset, first, last, data.seq_length, capacity, together, data.long_rows)
+    return RowSource(dataset, first, last, data.seq_length, _capacity(config), together, data.long_rows)
+
+
+def _capacity(config: Config) -> int:
+    """Return how many tokens fit into a sample. A causal model needs one more than it sees, the label of the last; all
+    else is predicted at tokens themselves."""
+    return config.data.seq_length + (config.model.task == "causal")
 
 
 def _phases(

@@ -72,6 +72,11 @@ def check_speaks(folder: Path) -> None:
     """Raise ConfigError for a model that classifies instead of generating text, and DataError for one without a
     tokenizer."""
     config = model_config({"hf": str(folder)})
+    if config.task == "masked":
+        raise ConfigError(
+            f"{folder} holds an encoder (model.task: masked), which fills gaps and says no text; `megalite fill` and "
+            "`megalite embed` ask it"
+        )
     if config.task != "causal":
         labels = ", ".join(config.labels[:8]) + (" …" if len(config.labels) > 8 else "")
         raise ConfigError(

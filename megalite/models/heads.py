@@ -1,12 +1,12 @@
 """Classification heads on the final hidden states, as in transformers' …ForSequenceClassification and
-…ForTokenClassification: a text is classified at its last token, tokens each at its own. They take the place of the
-head for the next token. transformers applies dropout before the latter; here there is none."""
+…ForTokenClassification: a text is classified at its last token, by encoders at its first; tokens each at its own. They
+take the place of the head that predicts tokens. transformers applies dropout before some; here there is none."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.nn as nn
 
@@ -15,23 +15,49 @@ from megalite.errors import ConfigError
 from megalite.models.hf import disagree, require
 from megalite.models.layers import Decoder
 from megalite.models.weights import Weight
+from megalite.registry import families
 
-MODELS = {
-    "gpt2": "GPT2", "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "smollm3": "SmolLM3",
+
+class HeadNames(NamedTuple):
+    """What transformers calls a family's classification heads."""
+
+    stem: str
+    """Stem of the class names."""
+    classification: str = "score"
+    labels: str = "score"
+    biased: tuple[str, ...] = ("labels",)
+    """Tasks whose head has a bias."""
+
+
+BOTH = ("classification", "labels")
+NAMES = {
+    "bert": HeadNames("Bert", "classifier", "classifier", BOTH),
+    "gpt2": HeadNames("GPT2", labels="classifier"),
+    **{
+        family: HeadNames(stem)
+        for family, stem in {
+            "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "smollm3": "SmolLM3",
+        }.items()
+    },
 }  # fmt: skip
-"""Families that can have such a head, with the stem of transformers' class names."""
+"""By family, those that can have such a head."""
 KINDS = {"classification": "ForSequenceClassification", "labels": "ForTokenClassification"}
 
 
 def check_head(config: ModelConfig) -> None:
     """Raise ConfigError where the task, the labels and the family do not go together."""
-    if config.task == "causal":
+    if config.task == config.PREDICTS:
         if config.labels:
             raise ConfigError(f"model.labels = {list(config.labels)} need model.task: classification or labels")
         return
-    if config.family not in MODELS:
+    if not config.has_classes:
         raise ConfigError(
-            f"model.task = {config.task!r} is not known for the {config.family} family; it is for {', '.join(MODELS)}"
+            f"model.task = {config.task!r} is not known for the {config.family} family, whose own task is "
+            f"{config.PREDICTS}"
+        )
+    if config.family not in NAMES:
+        raise ConfigError(
+            f"model.task = {config.task!r} is not known for the {config.family} family; it is for {', '.join(NAMES)}"
         )
     if len(set(config.labels)) != len(config.labels) or len(config.labels) < 2:
         raise ConfigError(f"model.labels = {list(config.labels)}: give two or more different names of classes")
@@ -40,7 +66,7 @@ def check_head(config: ModelConfig) -> None:
 def head_rows(config: ModelConfig, rows: Iterable[Weight]) -> tuple[Weight, ...]:
     """Return the table of a model with its head in place: `rows`, with those of a classification head instead of the
     usual."""
-    if config.task == "causal":
+    if not config.has_classes:
         return tuple(rows)
     # The embedding is then not tied to the head.
     body = [
@@ -51,24 +77,47 @@ def head_rows(config: ModelConfig, rows: Iterable[Weight]) -> tuple[Weight, ...]
     count = len(config.labels)
     shape, name = (count, config.hidden_size), head_name(config)
     head = [Weight("head.weight", shape, (f"{name}.weight",), "vocab", init=config.init_std, place="last")]
-    if config.task == "labels":
+    if has_bias(config):
         head.append(Weight("head.bias", shape[:1], (f"{name}.bias",), "vocab", init="zeros", decay=False, place="last"))
     return (*body, *head)
 
 
 def put_on(model: Decoder, config: ModelConfig) -> Decoder:
     """Give the model the head that its task needs."""
-    if config.task != "causal":
-        model.head = nn.Linear(config.hidden_size, len(config.labels), bias=config.task == "labels")
+    if config.has_classes:
+        model.head = nn.Linear(config.hidden_size, len(config.labels), bias=has_bias(config))
     return model
+
+
+def own_table(config: ModelConfig) -> tuple[Weight, ...]:
+    """Return the rows of the model with its family's own head, which predicts tokens."""
+    own = config.model_copy(update={"task": config.PREDICTS, "labels": ()})
+    return tuple(families.get(config.family).weights(own))
+
+
+def names_of(rows: Iterable[Weight]) -> set[str]:
+    """Return the names of the Hugging Face tensors of `rows`."""
+    return {name for row in rows for name in row.hf}
+
+
+def lacking_head(config: ModelConfig, rows: Iterable[Weight], files: Container[str]) -> set[str]:
+    """Return the names of those `rows` of a head that files with the tensors `files` lack, and that a new head may
+    stand for: one for classes, or an encoder's for masked tokens where nothing of it is there."""
+    head = [row for row in rows if row.place == "last"]
+    if config.has_classes:
+        own = names_of(own_table(config))
+        head = [row for row in head if not own & set(row.hf)]
+    lacking = {row.name for row in head if not any(name in files for name in row.hf)}
+    may_be_new = config.has_classes or (config.task == "masked" and len(lacking) == len(head))
+    return lacking if may_be_new else set()
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
     """Return the keys of config.json that describe the head."""
-    if config.task == "causal":
+    if not config.has_classes:
         return {}
     return {
-        "architectures": [MODELS[config.family] + KINDS[config.task]],
+        "architectures": [NAMES[config.family].stem + KINDS[config.task]],
         "id2label": {str(number): name for number, name in enumerate(config.labels)},
         "label2id": {name: number for number, name in enumerate(config.labels)},
         "problem_type": "single_label_classification" if config.task == "classification" else None,
@@ -103,4 +152,10 @@ def _labels(hf: dict[str, Any]) -> list[str]:
 
 def head_name(config: ModelConfig) -> str:
     """Return what Hugging Face's tensors of the head are called."""
-    return "classifier" if (config.family, config.task) == ("gpt2", "labels") else "score"
+    names = NAMES[config.family]
+    return names.classification if config.task == "classification" else names.labels
+
+
+def has_bias(config: ModelConfig) -> bool:
+    """Return whether the classification head has a bias."""
+    return config.task in NAMES[config.family].biased

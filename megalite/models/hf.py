@@ -130,6 +130,13 @@ def require(hf: Mapping[str, Any], family: str, supported: Mapping[str, Any]) ->
             raise ConfigError(f"config.json has {key} = {shown(value)}; the {family} family supports {only!r}")
 
 
+def check_padding(hf: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a padding token outside of the vocabulary, with which transformers builds no embedding."""
+    pad, vocabulary = hf["pad_token_id"], hf["vocab_size"]
+    if pad is not None and not -vocabulary <= pad < vocabulary:
+        raise ConfigError(f"config.json has pad_token_id = {pad!r}, which is none of the {vocabulary} tokens")
+
+
 def agreed(hf: Mapping[str, Any], *places: str, default: Any = REQUIRED, copies: Sequence[str] = ()) -> Any:
     """Return the value of a fact that config.json may give in several `places` ("rope_parameters.rope_theta" is
     nested): that of the first place that has one, or `default`.

@@ -87,10 +87,14 @@ class Decoder(nn.Module):
 
     def predict(self, x_BTD: Tensor) -> Tensor:
         """Return logits [B,T,V]."""
-        return self.project(self.norm(x_BTD))
+        return self.project(self.finish(x_BTD))
+
+    def finish(self, x_BTD: Tensor) -> Tensor:
+        """Return the hidden states [B,T,D] that the head takes, from those of the last layer."""
+        return self.norm(x_BTD)
 
     def project(self, x_BTD: Tensor) -> Tensor:
-        """Return logits [B,T,V] of hidden states behind the last norm."""
+        """Return logits [B,T,V] of hidden states that are finished."""
         return self.head(x_BTD)
 
     def losses(self, x_BTD: Tensor, labels_BT: Tensor, terms: LossTerms | None = None) -> Tensor:

@@ -13,13 +13,12 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from megalite.config import ModelConfig
-from megalite.errors import ConfigError
 from megalite.kernels.activation import geglu, swiglu
 from megalite.kernels.attention import AttentionKind
 from megalite.kernels.rope import rotate
 from megalite.models import rope
 from megalite.models.architecture import Architecture, AttentionSpec, FeedForwardSpec, LayerSpec, MixerSpec
-from megalite.models.hf import REQUIRED, Keys
+from megalite.models.hf import REQUIRED, Keys, check_padding
 from megalite.models.layers import (
     CoreAttention,
     CrossEntropy,
@@ -433,12 +432,11 @@ def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
 
 def fields_from_hf(hf: dict[str, Any], config: type[LlamaLike]) -> dict[str, Any]:
     """Return the fields of the `model:` section that all kin share."""
-    family, vocabulary, pad = config.model_fields["family"].default, hf["vocab_size"], hf["pad_token_id"]
-    if pad is not None and not -vocabulary <= pad < vocabulary:
-        raise ConfigError(f"config.json has pad_token_id = {pad!r}, which is none of the {vocabulary} tokens")
+    check_padding(hf)
+    family = config.model_fields["family"].default
     return {
         "family": family,
-        "vocab_size": vocabulary,
+        "vocab_size": hf["vocab_size"],
         "hidden_size": hf["hidden_size"],
         "intermediate_size": hf["intermediate_size"],
         "num_layers": hf["num_hidden_layers"],

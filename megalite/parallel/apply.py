@@ -87,7 +87,7 @@ def apply_chunked_loss(model: Decoder, weights: Sequence[Weight], axis: Axis, se
     model.head, model.loss = head, nn.Identity()  # the head computes the loss itself; nn.Identity is never called
 
     def losses(x_BTD: Tensor, labels_BT: Tensor, terms: LossTerms | None = None) -> Tensor:
-        return head(model.norm(x_BTD), labels_BT, terms)
+        return head(model.finish(x_BTD), labels_BT, terms)
 
     model.losses = losses  # type: ignore[method-assign]
 

@@ -65,6 +65,13 @@ class VocabShards:
         largest = all_reduce(lse.detach().clone(), self.axis, dist.ReduceOp.MAX)
         return largest + self.sum((lse - largest).exp()[..., None]).log()
 
+    @property
+    def largest_BT(self) -> Tensor:
+        """Return the largest logit of each token, [B,T]; without a gradient."""
+        logits_BTV = self.logits_BTV.detach()
+        none = logits_BTV.new_full((*logits_BTV.shape[:2], 1), -torch.inf)  # a rank of padding alone has no columns
+        return all_reduce(torch.cat((logits_BTV, none), 2).amax(2), self.axis, dist.ReduceOp.MAX)
+
     def log_softmax(self) -> Tensor:
         """Return the log-probabilities of this rank's columns, [B,T,V/n] fp32."""
         return self.logits_BTV - self.spread(self.log_sum_exp_BT)

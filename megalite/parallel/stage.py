@@ -84,7 +84,7 @@ class Stage(nn.Module):
         if inputs.last_B is not None:
             x_BTD = x_BTD[torch.arange(len(x_BTD), device=x_BTD.device), inputs.last_B][:, None]
         if inputs.output == "hidden_states":
-            return model.norm(x_BTD)
+            return model.finish(x_BTD)
         if inputs.output == "logits":
             return model.predict(x_BTD)
         assert inputs.labels_BT is not None

@@ -92,12 +92,16 @@ class NextTokenConfig(ObjectiveConfig):
         0.0, ge=0, lt=1, description="Share of each label that is spread evenly over the whole vocabulary."
     )
 
+    def check(self, config: Config) -> None:
+        if config.model.task == "masked":
+            raise ValueError("objective.name: next_token needs a causal model; model.task: masked learns by masked_lm")
+
     def build(self, config: Config, mesh: Mesh) -> Objective:
         labels = config.model.labels
         terms = None
         if self.z_loss or self.label_smoothing:
             terms = LossTerms(self.z_loss, self.label_smoothing, len(labels) or config.model.vocab_size)
-        return NextToken(terms) if config.model.task == "causal" else Classes(len(labels), terms)
+        return Classes(len(labels), terms) if config.model.has_classes else NextToken(terms)
 
 
 class Classes(NextToken):

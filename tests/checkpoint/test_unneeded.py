@@ -20,7 +20,7 @@ from megalite.models import model_config
 from megalite.registry import families
 from megalite.train import train
 from small_runs import make_config
-from tiny_models import CASES
+from tiny_models import CASES, MASKED, auto_class
 
 transformers = pytest.importorskip("transformers")
 FAMILY = {CASES[case]["model_type"]: case for case in reversed(CASES)}
@@ -30,7 +30,7 @@ FAMILY = {CASES[case]["model_type"]: case for case in reversed(CASES)}
 def save_model(folder: Path, case: str, **fields: object) -> dict[str, Tensor]:
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(**CASES[case] | {"initializer_range": 0.2, **fields})
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    auto_class(config.model_type).from_config(config).save_pretrained(folder)
     return load_file(folder / "model.safetensors")
 
 
@@ -56,6 +56,8 @@ def test_a_tied_head_that_is_stored_is_a_copy_or_is_refused(tmp_path: Path, fami
         store(tmp_path, tensors | {head: stored})
         with pytest.raises(CheckpointError, match=f"tie_word_embeddings = true .* {head} is {embedding}, but .*{why}"):
             load_model(tmp_path)
+    if family in MASKED:  # whose heads are tied in any case
+        return
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
     store(tmp_path, tensors | {head: other})

@@ -37,7 +37,7 @@ def dataset(tmp_path: Path) -> IndexedDataset:
 
 
 def test_packed_samples_hold_every_document_once_and_whole(dataset: IndexedDataset) -> None:
-    source = PackedSource(dataset, 1, len(LENGTHS), seq_length=16)
+    source = PackedSource(dataset, 1, len(LENGTHS), seq_length=16, capacity=17)
     mixture = mixture_of([source], order="sequential", view=View(document_mask=True, border_loss=False))
     tokens, labels, documents = mixture.read(np.arange(source.num_samples))
     assert documents is not None
@@ -65,14 +65,14 @@ def test_packed_samples_hold_every_document_once_and_whole(dataset: IndexedDatas
 def test_packing_cuts_only_what_is_longer_than_a_sample(tmp_path: Path) -> None:
     lengths = np.random.default_rng(0).integers(2, 18, 300).tolist()
     dataset = write(tmp_path / "short", lengths)
-    source = PackedSource(dataset, 0, 300, seq_length=16)
+    source = PackedSource(dataset, 0, 300, seq_length=16, capacity=17)
     pieces = source.pieces(np.arange(source.num_samples), by_document=True)
     assert sorted(pieces.start.tolist()) == [0, *np.cumsum(lengths)[:-1].tolist()]
     assert source.num_samples <= np.ceil(sum(lengths) / 17) * 1.05
 
 
 def test_padding_is_not_predicted_and_is_no_documents(tmp_path: Path) -> None:
-    mixture = mixture_of([PackedSource(write(tmp_path / "one", [6]), 0, 1, 16)], view=View(document_mask=True))
+    mixture = mixture_of([PackedSource(write(tmp_path / "one", [6]), 0, 1, 16, 17)], view=View(document_mask=True))
     tokens, labels, documents = mixture.read([0])
     assert documents is not None
     assert tokens[0].tolist() == [0, 1, 2, 3, 4, END, *[0] * 10]
@@ -81,7 +81,7 @@ def test_padding_is_not_predicted_and_is_no_documents(tmp_path: Path) -> None:
 
 
 def test_a_sample_filled_to_the_last_label(tmp_path: Path) -> None:
-    mixture = mixture_of([PackedSource(write(tmp_path / "one", [17]), 0, 1, 16)])
+    mixture = mixture_of([PackedSource(write(tmp_path / "one", [17]), 0, 1, 16, 17)])
     tokens, labels, documents = mixture.read([0])
     assert documents is None
     assert tokens[0].tolist() == list(range(16))

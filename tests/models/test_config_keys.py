@@ -37,7 +37,7 @@ from megalite.models.hf import REQUIRED
 from megalite.models.layers import Decoder
 from megalite.models.weights import Weight
 from megalite.registry import families
-from tiny_models import CASES, LLAMA3_ROPE, LONG, as_stored
+from tiny_models import CASES, LLAMA3_ROPE, LONG, MASKED, as_stored, auto_class, randomize
 
 transformers = pytest.importorskip("transformers")
 
@@ -168,12 +168,6 @@ def changes() -> Iterator[tuple[str, str, dict[str, Any]]]:
                     yield name, f"{key} = {value}, without rope_parameters", older | {key: value}
 
 
-def randomize(model: nn.Module) -> None:
-    with torch.no_grad():
-        for parameter in model.parameters():  # norms and biases too: left at 1 and 0 they could be swapped unseen
-            parameter.normal_(mean=0.5 * (parameter.dim() == 1), std=0.25)
-
-
 def ours_with(weights: dict[str, Tensor], config: ModelConfig) -> Decoder:
     """Our model with the weights of transformers'."""
     found = as_stored(config.family, weights)
@@ -205,9 +199,9 @@ def verdict(values: dict[str, Any]) -> str:
     torch.manual_seed(0)
     try:
         their_config = transformers.CONFIG_MAPPING[config.family].from_dict(copy.deepcopy(values))
-        theirs = transformers.AutoModelForCausalLM.from_config(
-            their_config, attn_implementation="eager", dtype=torch.float32
-        ).eval()
+        theirs = (
+            auto_class(config.family).from_config(their_config, attn_implementation="eager", dtype=torch.float32).eval()
+        )
         randomize(theirs)
         with torch.no_grad():
             wanted = theirs(tokens).logits
@@ -274,6 +268,7 @@ FIELDS: dict[str, list[Any]] = {
     "partial_rotary_factor": [0.5, 0.75, 1],
     "parallel_residual": [False, True],
     "tanh_gelu": [False, True],
+    "token_types": [1, 2],
     "nope_layers": [None, [], [0], [0, 1], [2]],
     "num_experts": [2, 3, 5],
     "experts_per_token": [1, 2, 2, 3],
@@ -338,11 +333,18 @@ def random_models(count: int) -> Iterator[dict[str, Any]]:
             size = chosen.get("head_dim") or chosen["hidden_size"] // chosen["num_attention_heads"]
             pairs = range(1, int(size * share) // 2 + 1)
             chosen["rope_scaling"] |= {"short_factor": [1.5] * len(pairs), "long_factor": [2.0 * n for n in pairs]}
-        labels = ["a", "b", "c"] if chosen.get("task", "causal") != "causal" else []
+        if chosen.get("task") == "causal":
+            del chosen["task"]  # an encoder's own is another
+        labels = ["a", "b", "c"] if "task" in chosen else []
         yield {"family": name, "labels": labels, **chosen}
 
 
-AUTO = {"causal": "CausalLM", "classification": "SequenceClassification", "labels": "TokenClassification"}
+AUTO = {
+    "causal": "CausalLM",
+    "masked": "MaskedLM",
+    "classification": "SequenceClassification",
+    "labels": "TokenClassification",
+}
 
 
 def export_of(config: ModelConfig, model: nn.Module, folder: Path) -> nn.Module:
@@ -386,8 +388,8 @@ def test_whatever_megalite_builds_opens_in_transformers_and_is_the_same(
         with torch.no_grad():
             found = model(tokens)
             wanted = theirs(tokens[:1]).logits, theirs(tokens[1:]).logits
-        if config.task == "classification":  # which transformers tells at the last token alone
-            found = found[:, -1]
+        if config.task == "classification":  # which transformers tells at one token alone
+            found = found[:, 0 if config.CLASS_AT == "first" else -1]
         assert (found - torch.cat(wanted)).abs().max().item() <= 1e-4, values  # the project's bound
         again = model_config(from_hf_config(json.loads((tmp_path / str(number) / "config.json").read_text())))
         assert to_hf_config(again) == to_hf_config(config), values
@@ -470,6 +472,12 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
         "id2label": {"0": "LABEL_0"}, "gradient_checkpointing": False, "n_special": 0, "predict_special_tokens": True,
     },
+    "bert": {
+        "architectures": ["BertForMaskedLM"], "gradient_checkpointing": False, "position_embedding_type": "absolute",
+        "classifier_dropout": None, "use_cache": True, "directionality": "bidi", "pooler_fc_size": 768,
+        "pooler_num_attention_heads": 12, "pooler_num_fc_layers": 3, "pooler_size_per_head": 128,
+        "pooler_type": "first_token_transform",
+    },
     "gpt_neox": {
         "attention_probs_dropout_prob": 0, "hidden_dropout_prob": 0, "classifier_dropout": 0.1,
         "rotary_emb_base": 500, "rotary_pct": 0.5, "rope_scaling": None,
@@ -531,7 +539,8 @@ def test_one_fact_in_two_places_is_refused_with_both(name: str, keys: dict[str, 
     ("name", "key", "value"),
     [
         ("mistral", "layer_types", [FULL, SLIDING, FULL]),
-        *((name, "is_causal", value) for name in families.own for value in (False, None)),
+        *((name, "is_causal", value) for name in families.own if name not in MASKED for value in (False, None)),
+        *((name, key, True) for name in MASKED for key in ("is_causal", "is_decoder")),
         *(("llama", key, 2) for key in ("qk_norm", "embedding_multiplier", "clipQkv", "num_experts", "logits_scaling")),
         ("qwen2", "dual_chunk_attention_config", {"chunk_size": 8}),
         ("llama", "per_layer_config", {"1": {"intermediate_size": 24}}),
@@ -552,7 +561,7 @@ def test_gemma_3_reads_all_of_what_turns_windowed_layers(rope: dict[str, Any]) -
 
 @pytest.mark.parametrize("kind", ["ministral", "olmo3", "gpt_oss", "deepseek_v2", "gemma3", "lama"])
 def test_no_other_architecture_is_named_for_one_that_is_unknown(kind: str) -> None:
-    with pytest.raises(ConfigError, match=f"model_type = '{kind}'; megalite knows deepseek_v3") as found:
+    with pytest.raises(ConfigError, match=f"model_type = '{kind}'; megalite knows bert") as found:
         from_hf_config({"model_type": kind})
     assert "did you mean" not in str(found.value)
 
@@ -571,7 +580,7 @@ def test_what_is_written_says_each_fact_once(name: str) -> None:
             original = {"original_max_positions": written["max_position_embeddings"]}
             assert from_hf_config(added)["rope_scaling"] == {"type": "yarn", "factor": 4.0} | original
     else:
-        assert name == "gpt2"
+        assert name in ("gpt2", "bert")
 
 
 @pytest.mark.parametrize("name", ["qwen2", "phi3", "gpt2", "gemma3_text"])

@@ -16,7 +16,7 @@ from megalite.config import ModelConfig
 from megalite.models import build_model, from_hf_config, model_config, to_hf_config, weight_table
 from megalite.models.weights import VOCAB_MULTIPLE, Weight, layer_rows
 from megalite.plan import Cut
-from tiny_models import CASES, IDS, as_stored
+from tiny_models import CASES, IDS, as_stored, auto_class
 
 TENSOR = (1, 2, 3, 4)
 
@@ -207,6 +207,13 @@ def test_parts_side_by_side_in_each_unit() -> None:
     assert stored.flatten().tolist() == [0, 1, 4, 5, 8, 9, 2, 3, 6, 7, 10, 11]
 
 
+TIED = {
+    "gpt_neox": ("embed_out.weight",),
+    "bert": ("cls.predictions.decoder.weight", "cls.predictions.decoder.bias"),
+}
+"""Tensors that are another's, by family."""
+
+
 def config_of(case: str) -> tuple[Any, ModelConfig]:
     """transformers' config of a tiny model, and megalite's."""
     transformers = pytest.importorskip("transformers")
@@ -234,11 +241,12 @@ def test_table_names_every_tensor_of_transformers(case: str) -> None:
     config = config_of(case)[1]
     with torch.device("meta"):
         again = transformers.AutoConfig.for_model(**to_hf_config(config) | IDS)
-        theirs = transformers.AutoModelForCausalLM.from_config(again)
+        theirs = auto_class(again.model_type).from_config(again)
     stored = as_stored(config.family, theirs.state_dict())
     state = {name: tuple(tensor.shape) for name, tensor in stored.items()}
     if config.tie_embeddings:
-        del state["embed_out.weight" if config.family == "gpt_neox" else "lm_head.weight"]
+        for name in TIED.get(config.family, ("lm_head.weight",)):
+            del state[name]
     ours = [item for weight in weight_table(config) for item in weight.hf_shapes().items()]
     assert dict(ours) == state
     assert len(ours) == len(state), "each tensor belongs to one weight"

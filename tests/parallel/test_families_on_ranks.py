@@ -26,11 +26,11 @@ from megalite.parallel.stage import positions_of
 from megalite.plan import make_plan
 from megalite.training.parts import build, forward_backward
 from ranks import cases_asked_for, run_ranks
-from tiny_models import CASES, as_stored, draw_selection_biases
+from tiny_models import CASES, MASKED, as_stored, auto_class, randomize, size_of
 
 BATCH, LENGTH = 2, 32
 FAMILIES = [
-    "deepseek_v3", "deepseek_v3-ungrouped", "mistral", "mixtral", "qwen2-window", "qwen2_moe-dense-among", "qwen3",
+    "bert-tanh", "deepseek_v3", "deepseek_v3-ungrouped", "mistral", "mixtral", "qwen2-window", "qwen2_moe-dense-among", "qwen3",
     "qwen3_moe-dense-among", "smollm3", "phi3", "phi3-short", "olmo2", "olmoe", "gpt_neox", "gpt_neox-serial", "gemma2",
     "gemma2-uncapped", "gemma3_text",
 ]  # fmt: skip
@@ -71,7 +71,13 @@ def fits(case: str, layout: Layout) -> bool:
     layouts play no part, and a schedule that only norms could disturb, are run once."""
     if case in ("phi3-short", "gpt_neox-serial") and layout not in (LAYOUTS[0], Layout(tensor=2)):
         return False
-    if layout.schedule == "zero_bubble" and case not in ("qwen3", "qwen3_moe-dense-among", "olmo2", "gpt_neox"):
+    if layout.schedule == "zero_bubble" and case not in (
+        "qwen3",
+        "qwen3_moe-dense-among",
+        "olmo2",
+        "gpt_neox",
+        "bert-tanh",
+    ):
         return False
     return layout.context == 1 or CASES[case].get("attn_logit_softcapping") is None
 
@@ -91,11 +97,16 @@ def batch() -> MicroBatch:
 
 
 def config_of(folder: Path, layout: Layout) -> Config:
+    learns = {"objective": {"name": "masked_lm"}} if folder.name.startswith(MASKED) else {}
     return parse_config(
         {
             "run": {"name": "families", "dir": str(folder / "runs")},
             "model": {"hf": str(folder)},
-            "data": {"train": [{"path": "unused"}], "seq_length": LENGTH, "document_mask": layout.documents},
+            "data": {
+                "train": [{"path": "unused"}], "seq_length": LENGTH, "document_mask": layout.documents,
+                "tokenizer": "unused",
+            },
+            **learns,
             "parallel": {
                 "tensor": layout.tensor, "sequence": layout.sequence, "pipeline": layout.pipeline,
                 "context": layout.context, "schedule": layout.schedule, "bucket_mb": 0.01,
@@ -156,11 +167,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for case in FAMILIES:
         torch.manual_seed(0)
         config = transformers.AutoConfig.for_model(**CASES[case])
-        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.normal_(mean=0.5 * (parameter.dim() == 1), std=0.25)
-            draw_selection_biases(model)
+        model = auto_class(config.model_type).from_config(config, attn_implementation="eager")
+        randomize(model)
         model.save_pretrained(root / case)
     return root
 
@@ -185,14 +193,18 @@ def results(root: Path, request: pytest.FixtureRequest) -> dict[tuple[str, Layou
 
 @cache
 def reference(folder: Path, documents: bool) -> tuple[float, dict[str, Tensor]]:
-    """transformers' loss and gradients. From positions that begin again it sees where documents do."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    """transformers' loss and gradients. From positions that begin again decoders see where documents do; encoders are
+    given a mask."""
+    model_type = json.loads((folder / "config.json").read_text())["model_type"]
+    model = auto_class(model_type).from_pretrained(folder, attn_implementation="eager").eval()
     whole = batch()
     assert whole.documents is not None
     positions = positions_of(whole.documents) if documents else None
-    logits = model(whole.tokens, position_ids=positions, use_cache=False).logits
+    kept = {"use_cache": False}
+    if model_type in MASKED:
+        apart = whole.documents[:, None, :, None] != whole.documents[:, None, None]
+        kept = {"attention_mask": torch.zeros(apart.shape).masked_fill(apart, -torch.inf)} if documents else {}
+    logits = model(whole.tokens, position_ids=positions, **kept).logits
     loss = F.cross_entropy(logits.flatten(0, 1), whole.labels.flatten())
     loss.backward()
     return loss.item(), as_stored(model.config.model_type, {name: p.grad for name, p in model.named_parameters()})
@@ -212,7 +224,7 @@ def test_a_step_is_that_of_transformers(
     for name, grad in grads.items():
         # The project's bound for every layout; fp32 sums in another order, about 1e-7 an operation, give up to 3e-6.
         # 0 for an expert that no token visits.
-        error = ((found["grads"][name] - grad).norm() / grad.norm().clamp(min=1e-12)).item()
+        error = ((found["grads"][name] - grad).norm() / size_of(name, grads).clamp(min=1e-12)).item()
         assert error <= 1e-5, f"gradient of {name} is off by {error:.1e}"
 
 
@@ -220,9 +232,7 @@ def test_a_step_is_that_of_transformers(
 def test_transformers_opens_what_is_written_back(
     case: str, tmp_path: Path, root: Path, results: dict[tuple[str, Layout], Result]
 ) -> None:
-    from transformers import AutoModelForCausalLM
-
-    layout, load = Layout(tensor=2), AutoModelForCausalLM.from_pretrained
+    layout, load = Layout(tensor=2), auto_class(CASES[case]["model_type"]).from_pretrained
     save_file(results[case, layout]["weights"], tmp_path / "model.safetensors", metadata={"format": "pt"})
     write_extras(tmp_path, config_of(root / case, layout), None)
     ours, info = load(tmp_path, attn_implementation="eager", output_loading_info=True)

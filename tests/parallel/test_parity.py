@@ -72,8 +72,16 @@ MODELS: dict[str, dict[str, Any]] = {
         "q_lora_rank": 20, "kv_lora_rank": 12, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 16,
         "router_aux_loss_coef": 0.1, "router_bias_rate": 0.05, "routed_scaling_factor": 1.5,
     },
+    "bert-packed": {
+        "family": "bert", "vocab_size": 193, "hidden_size": 48, "num_layers": 4, "num_attention_heads": 4,
+        "max_positions": LENGTH, "init_std": 0.1, "hidden_dropout": 0.1,
+    },
+    "bert": {
+        "family": "bert", "vocab_size": 193, "hidden_size": 48, "num_layers": 4, "num_attention_heads": 4,
+        "max_positions": LENGTH, "init_std": 0.1, "hidden_dropout": 0.1, "attention_dropout": 0.2, "tanh_gelu": True,
+    },
 }  # fmt: skip
-PACKED = ("llama-packed", "gpt2-packed", "moe-packed", "latent-packed")
+PACKED = ("llama-packed", "gpt2-packed", "moe-packed", "latent-packed", "bert-packed")
 
 
 @dataclass(frozen=True)
@@ -220,7 +228,23 @@ LAYOUTS = [
 ]
 
 
-# For experts, each axis and what could be in its way; the rest of a layout is that of dense layers.
+# Each axis and what could be in its way; the rest of a layout is that of a decoder's dense layers.
+ENCODERS = [
+    *(("bert-packed", layout) for layout in (
+        Layout(1, micro=2, recompute="selective"),
+        Layout(2, zero=2, recompute="full"),
+        Layout(2, tensor=2),
+        Layout(2, tensor=2, sequence=True, micro=2),
+        Layout(2, pipeline=2, schedule="zero_bubble", virtual=2, micro=2),
+        Layout(2, context=2, zero=1, micro=2),
+        Layout(2, tensor=2, sequence=True, zero=1, engine="deepspeed"),
+        Layout(2, tensor=2, sequence=True, optimizer="muon"),
+        Layout(4, tensor=2, sequence=True, pipeline=2, recompute="selective"),
+        Layout(8, tensor=2, sequence=True, pipeline=2, schedule="1f1b", context=2),
+    )),
+    ("bert", Layout(1, recompute="selective")),
+    ("bert", Layout(2, tensor=2, sequence=True)),
+]  # fmt: skip
 WITH_EXPERTS = [
     Layout(1, micro=2, recompute="selective"),
     Layout(2, zero=2, recompute="full"),
@@ -272,7 +296,7 @@ WITH_LATENTS = [
 def fits(model: str, layout: Layout) -> bool:
     """Whether it is run. A ring of attention never has its probabilities in one place to drop from; and where ranks
     outnumber cores, or an engine is not ours, two models show what four would."""
-    if model in ("moe-packed", "latent-packed"):  # WITH_EXPERTS, WITH_LATENTS
+    if model in ("moe-packed", "latent-packed", "bert-packed", "bert"):  # WITH_EXPERTS, WITH_LATENTS, ENCODERS
         return False
     if layout.optimizer in ("qk-clip", "adafactor") and model not in ("llama", "gpt2-packed"):
         return False
@@ -299,7 +323,11 @@ def config_of(model: str, layout: Layout) -> Config:
         {
             "run": {"name": "parity"},
             "model": MODELS[model],
-            "data": {"train": [{"path": "unused"}], "seq_length": LENGTH, "document_mask": model in PACKED},
+            "objective": {"name": "masked_lm" if MODELS[model]["family"] == "bert" else "next_token"},
+            "data": {
+                "train": [{"path": "unused"}], "seq_length": LENGTH, "document_mask": model in PACKED,
+                "tokenizer": "unused",
+            },
             "parallel": {
                 "tensor": layout.tensor, "sequence": layout.sequence, "zero_stage": layout.zero,
                 "pipeline": layout.pipeline, "schedule": layout.schedule, "virtual": layout.virtual,
@@ -322,6 +350,7 @@ CASES = [
     *((model, layout) for layout in LAYOUTS for model in MODELS if fits(model, layout)),
     *(("moe-packed", layout) for layout in WITH_EXPERTS),
     *(("latent-packed", layout) for layout in WITH_LATENTS),
+    *ENCODERS,
     *every_pair([
         (model, full) for layout in layouts(4) for full in with_options(layout) for model in MODELS if fits(model, full)
     ]),

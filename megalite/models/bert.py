@@ -1,0 +1,354 @@
+"""BERT (Devlin et al. 2019): an encoder of post-norm layers, with learned positions, GELU, biases, dropout, and a head
+that tells what stands behind a [MASK]. RoBERTa shares its modules and rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from megalite.config import ModelConfig
+from megalite.kernels.activation import gelu
+from megalite.kernels.attention import AttentionKind
+from megalite.models.architecture import Architecture, AttentionSpec, FeedForwardSpec, LayerSpec
+from megalite.models.gpt_neox import TANH
+from megalite.models.hf import REQUIRED, Keys, check_padding, require
+from megalite.models.layers import (
+    CoreAttention,
+    CrossEntropy,
+    Decoder,
+    Dropout,
+    LayerNorm,
+    SequenceInfo,
+    make_embedding,
+    numbered,
+)
+from megalite.models.weights import Weight, layer_rows
+from megalite.plan import Place
+
+
+class HeadNames(NamedTuple):
+    """Hugging Face's names of what stands behind the layers."""
+
+    transform: str
+    norm: str
+    bias: str
+    decoder: str
+    pooler: str
+
+
+class BertConfig(ModelConfig):
+    family: Literal["bert"] = "bert"
+    intermediate_size: int = Field(0, ge=0, description="Width of the MLP. 0: 4 × hidden_size.")
+    token_types: int = Field(2, gt=0, description="Rows of the embedding of a token's type; all tokens are of type 0.")
+    norm_eps: float = Field(1e-12, gt=0)
+    tie_embeddings: Literal[True] = True
+    tanh_gelu: bool = Field(False, description="Use GELU's tanh approximation.")
+    attention_dropout: float = Field(0.0, ge=0, lt=1)
+    hidden_dropout: float = Field(0.0, ge=0, lt=1)
+    task: Literal["masked", "classification", "labels"] = "masked"
+
+    PREDICTS: ClassVar[Literal["causal", "masked"]] = "masked"
+    CLASS_AT: ClassVar[Literal["first", "last"]] = "first"
+    PREFIX: ClassVar[str] = "bert"
+    HEAD: ClassVar[HeadNames] = HeadNames(
+        transform="cls.predictions.transform.dense",
+        norm="cls.predictions.transform.LayerNorm",
+        bias="cls.predictions.bias",
+        decoder="cls.predictions.decoder",
+        pooler="bert.pooler.dense",
+    )
+    SPARE: ClassVar[tuple[str, ...]] = (
+        *(f"bert.pooler.dense.{part}" for part in ("weight", "bias")),
+        *(f"cls.seq_relationship.{part}" for part in ("weight", "bias")),
+        "cls.predictions.decoder.bias",
+    )
+    OLD_ENDS: ClassVar[Mapping[str, str]] = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+    OFFSET: ClassVar[int] = 0
+    """Rows of the embedding of positions before that of the first position."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> BertConfig:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads {self.num_attention_heads}"
+            )
+        return self
+
+    @property
+    def inner_size(self) -> int:
+        return self.intermediate_size or 4 * self.hidden_size
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    def describe(self) -> Architecture:
+        attention = AttentionSpec(
+            num_heads=self.num_attention_heads,
+            num_kv_heads=self.num_attention_heads,
+            head_size=self.head_size,
+            value_size=self.head_size,
+            causal=False,
+            dropout=self.attention_dropout,
+            rope=False,
+        )
+        layer = LayerSpec(attention, FeedForwardSpec(inner=self.inner_size, gated=False, activation="gelu"))
+        layers = (layer,) * self.num_layers
+        return Architecture(layers=layers, norm="layer", hidden_dropout=self.hidden_dropout)
+
+
+class Attention(nn.Module):
+    """Attention to all tokens of a document, on one fused projection of queries, keys and values."""
+
+    def __init__(self, config: BertConfig, site: str):
+        super().__init__()
+        self.head_size = config.head_size
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.out = nn.Linear(config.hidden_size, config.hidden_size)
+        dropout = Dropout(config.attention_dropout, f"{site}.probabilities", over_heads=True)
+        self.core = CoreAttention(dropout, AttentionKind(causal=False))
+
+    def forward(self, x_BTD: Tensor, places: SequenceInfo) -> Tensor:
+        qkv_BTNK = self.qkv(x_BTD).unflatten(-1, (-1, self.head_size))
+        heads = qkv_BTNK.shape[2] // 3  # all, or the share of a tensor rank
+        return self.out(self.core(qkv_BTNK, heads, heads, places))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        self.up = nn.Linear(config.hidden_size, config.inner_size)
+        self.down = nn.Linear(config.inner_size, config.hidden_size)
+        self.activation = gelu if config.tanh_gelu else F.gelu
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation_and_down_proj(self.up(x))
+
+    def activation_and_down_proj(self, up: Tensor) -> Tensor:
+        """Apply the activation and the down projection; recomputed as one under `train.recompute: selective`."""
+        return self.down(self.activation(up))
+
+
+class Layer(nn.Module):
+    """Post-norm layer: attention, then MLP; what each adds to its input is normalized together with it."""
+
+    def __init__(self, config: BertConfig, index: int):
+        super().__init__()
+        site = f"layers.{index}"
+        self.attention = Attention(config, f"{site}.attention")
+        self.attention_dropout = Dropout(config.hidden_dropout, f"{site}.attention")
+        self.attention_norm = LayerNorm(config.hidden_size, config.norm_eps)
+        self.mlp = MLP(config)
+        self.mlp_dropout = Dropout(config.hidden_dropout, f"{site}.mlp")
+        self.mlp_norm = LayerNorm(config.hidden_size, config.norm_eps)
+
+    def forward(self, x: Tensor, places: SequenceInfo) -> Tensor:
+        # The fused operation also returns the sum, which goes no further here.
+        x, _ = self.attention_norm(self.attention_dropout(self.attention(x, places), places), x)
+        x, _ = self.mlp_norm(self.mlp_dropout(self.mlp(x), places), x)
+        return x
+
+
+class Bert(Decoder):
+    INPUT: tuple[str, ...] = ("embedding", "positions", "token_types", "embedding_norm", "dropout")
+    OUTPUT: tuple[str, ...] = ("transform", "norm", "head", "loss")
+    config: BertConfig
+
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        self.config = config
+        hidden = config.hidden_size
+        self.embedding = make_embedding(config.vocab_size, hidden)
+        self.positions = make_embedding(config.OFFSET + config.max_positions, hidden)
+        self.token_types = make_embedding(config.token_types, hidden)
+        self.embedding_norm = LayerNorm(hidden, config.norm_eps)
+        self.dropout = Dropout(config.hidden_dropout, "embedding")
+        self.layers = numbered(Layer(config, i) for i in range(config.num_layers))
+        if config.task != "labels":
+            self.transform = nn.Linear(hidden, hidden)
+        if config.task == "masked":
+            self.norm = LayerNorm(hidden, config.norm_eps)
+            self.head = nn.Linear(hidden, config.vocab_size)
+            self.head.weight = self.embedding.weight
+        self.activation = gelu if config.tanh_gelu else F.gelu
+        self.loss = CrossEntropy()
+
+    def embed(self, tokens_BT: Tensor, places: SequenceInfo) -> Tensor:
+        position_BT = places.position_BT + self.config.OFFSET
+        x_BTD = self.embedding(tokens_BT) + self.positions(position_BT) + self.token_types(position_BT * 0)
+        return self.dropout(self.embedding_norm(x_BTD), places)
+
+    def shared(self, places: SequenceInfo, dtype: torch.dtype) -> SequenceInfo:
+        return places
+
+    def finish(self, x_BTD: Tensor) -> Tensor:
+        if self.config.task == "masked":
+            return self.norm(self.activation(self.transform(x_BTD)))
+        # The pooler, of which only a text's first token is asked.
+        return self.transform(x_BTD).tanh() if self.config.task == "classification" else x_BTD
+
+
+def weights(config: BertConfig) -> Iterator[Weight]:
+    """Yield the table of weights."""
+    hidden, inner, std, prefix = config.hidden_size, config.inner_size, config.init_std, config.PREFIX
+    # Two projections a layer add to the residual stream: scaled like this, as in Megatron-LM, they keep its variance.
+    residual_std = std / math.sqrt(2 * config.num_layers)
+    thirds, head = (hidden, hidden, hidden), config.head_size
+    qkv = tuple(f"attention.self.{name}" for name in ("query", "key", "value"))
+    layer = (
+        *_linear("attention.qkv", qkv, (3 * hidden, hidden), "column", std, thirds, head),
+        *_linear("attention.out", ("attention.output.dense",), (hidden, hidden), "row", residual_std, unit=head),
+        *_norm("attention_norm", "attention.output.LayerNorm", hidden, 0),
+        *_linear("mlp.up", ("intermediate.dense",), (inner, hidden), "column", std),
+        *_linear("mlp.down", ("output.dense",), (hidden, inner), "row", residual_std),
+        *_norm("mlp_norm", "output.LayerNorm", hidden, 0),
+    )
+    table = (config.vocab_size, hidden)
+    ends: Place = "both" if config.tie_embeddings else "first"
+    yield Weight(
+        "embedding.weight", table, (f"{prefix}.embeddings.word_embeddings.weight",), "vocab",
+        used=float(config.tie_embeddings), init=std, place=ends,
+    )  # fmt: skip
+    rows = {"positions": config.OFFSET + config.max_positions, "token_types": config.token_types}
+    for name, hf in (("positions", "position"), ("token_types", "token_type")):
+        yield Weight(
+            f"{name}.weight", (rows[name], hidden), (f"{prefix}.embeddings.{hf}_embeddings.weight",),
+            used=0.0, init=std, partial_grad="sequence",
+        )  # fmt: skip
+    yield from _norm("embedding_norm", f"{prefix}.embeddings.LayerNorm", hidden, "first")
+    for i in range(config.num_layers):
+        yield from layer_rows(i, f"{prefix}.encoder.layer", layer)
+    names = config.HEAD
+    if config.task != "labels":
+        hf = names.transform if config.task == "masked" else names.pooler
+        yield from _linear("transform", (hf,), (hidden, hidden), None, std, place="last")
+    if config.task == "masked":
+        yield from _norm("norm", names.norm, hidden, "last")
+        if not config.tie_embeddings:
+            yield Weight("head.weight", table, (f"{names.decoder}.weight",), "vocab", init=std, place="last")
+        yield Weight("head.bias", table[:1], (names.bias,), "vocab", init="zeros", decay=False, place="last")
+
+
+def _norm(name: str, hf: str, size: int, place: Place) -> Iterator[Weight]:
+    """Yield the rows of a LayerNorm: scale and shift."""
+    for part, init in (("weight", "ones"), ("bias", "zeros")):
+        yield Weight(
+            f"{name}.{part}", (size,), (f"{hf}.{part}",), init=init, decay=False,  # type: ignore[arg-type]
+            partial_grad="sequence", place=place,
+        )  # fmt: skip
+
+
+def _linear(
+    name: str,
+    hf: tuple[str, ...],
+    shape: tuple[int, int],
+    shard: Literal["column", "row"] | None,
+    std: float,
+    parts: tuple[int, ...] = (),
+    unit: int = 1,
+    place: Place = 0,
+) -> Iterator[Weight]:
+    """Yield the rows of a linear module: matrix and bias. What is not cut by output features sees a cut sequence under
+    sequence parallelism: there its gradient is partial."""
+    cut = shard == "column"
+    matrix, bias = (tuple(f"{module}.{part}" for module in hf) for part in ("weight", "bias"))
+    partial: Literal["sequence"] | None = None if shard else "sequence"
+    yield Weight(f"{name}.weight", shape, matrix, shard, parts, unit, init=std, place=place, partial_grad=partial)
+    yield Weight(
+        f"{name}.bias", shape[:1], bias, "column" if cut else None, parts, unit if cut else 1,
+        init="zeros", decay=False, place=place, partial_grad=None if cut else "sequence",
+    )  # fmt: skip
+
+
+_POOLER = "of a pooler in Google's own code, which transformers does not read"
+KEYS = Keys().but(
+    used={
+        "vocab_size": REQUIRED,
+        "hidden_size": REQUIRED,
+        "intermediate_size": REQUIRED,
+        "num_hidden_layers": REQUIRED,
+        "num_attention_heads": REQUIRED,
+        "max_position_embeddings": REQUIRED,
+        "type_vocab_size": 2,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-12,
+        "initializer_range": 0.02,
+        "hidden_dropout_prob": 0.1,
+        "attention_probs_dropout_prob": 0.1,
+        "pad_token_id": None,
+    },
+    only={
+        "tie_word_embeddings": True,
+        "is_decoder": False,
+        "is_causal": False,
+        "position_embedding_type": "absolute",
+    },
+    directionality="said to be of both directions, as all are",
+    **dict.fromkeys(
+        ("pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers", "pooler_size_per_head", "pooler_type"),
+        _POOLER,
+    ),
+)
+
+
+def to_hf(config: BertConfig) -> dict[str, Any]:
+    return fields_to_hf(config, "BertForMaskedLM")
+
+
+def fields_to_hf(config: BertConfig, architecture: str) -> dict[str, Any]:
+    """Return the keys of config.json that BERT and RoBERTa share; `architecture` is transformers' name."""
+    return {
+        "architectures": [architecture],
+        "model_type": config.family,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.inner_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "max_position_embeddings": config.OFFSET + config.max_positions,
+        "type_vocab_size": config.token_types,
+        "hidden_act": TANH[0] if config.tanh_gelu else "gelu",
+        "layer_norm_eps": config.norm_eps,
+        "initializer_range": config.init_std,
+        "hidden_dropout_prob": config.hidden_dropout,
+        "attention_probs_dropout_prob": config.attention_dropout,
+        "tie_word_embeddings": True,
+        "is_decoder": False,
+    }
+
+
+def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
+    return fields_from_hf(hf, BertConfig)
+
+
+def fields_from_hf(hf: dict[str, Any], config: type[BertConfig]) -> dict[str, Any]:
+    """Return the fields of the `model:` section that BERT and RoBERTa share."""
+    check_padding(hf)
+    family, activation = config.model_fields["family"].default, hf["hidden_act"]
+    if activation not in ("gelu", *TANH):
+        require(hf, family, {"hidden_act": "gelu"})
+    return {
+        "family": family,
+        "vocab_size": hf["vocab_size"],
+        "hidden_size": hf["hidden_size"],
+        "intermediate_size": hf["intermediate_size"],
+        "num_layers": hf["num_hidden_layers"],
+        "num_attention_heads": hf["num_attention_heads"],
+        "max_positions": hf["max_position_embeddings"] - config.OFFSET,
+        "token_types": hf["type_vocab_size"],
+        "norm_eps": hf["layer_norm_eps"],
+        "init_std": hf["initializer_range"],
+        "tanh_gelu": activation in TANH,
+        "hidden_dropout": hf["hidden_dropout_prob"],
+        "attention_dropout": hf["attention_probs_dropout_prob"],
+    }
+
+
+MODEL, CONFIG = Bert, BertConfig

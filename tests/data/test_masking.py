@@ -1,0 +1,111 @@
+"""What is masked of a sample, against plain statements of Devlin et al. 2019, section 3.1."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from encoders import masked_config, write_words
+from megalite.data.checks import open_data
+from megalite.data.masking import Masking
+from megalite.data.mixture import IGNORE, Mixture
+from megalite.data.tokenizer import load_tokenizer
+from megalite.errors import DataError
+from small_runs import VOCAB
+
+LENGTH, MASK = 64, 4
+
+
+@pytest.fixture
+def masking(tmp_path: Path) -> Masking:
+    return Masking(0.15, load_tokenizer(write_words(tmp_path)), 7)
+
+
+def applied(masking: Masking, index: Any, low: int = 5) -> tuple[np.ndarray, ...]:
+    """Tokens, inputs and labels of these samples."""
+    index = np.asarray(index)
+    tokens = np.random.default_rng(0).integers(low, VOCAB, (4000, LENGTH))[index]
+    return (tokens, *masking.apply(tokens, np.ones(tokens.shape, bool), index))
+
+
+def test_shares_are_those_of_bert(masking: Masking) -> None:
+    tokens, inputs, labels = applied(masking, range(4000))
+    chosen = labels != IGNORE
+    assert np.array_equal(labels[chosen], tokens[chosen])
+    assert np.array_equal(inputs[~chosen], tokens[~chosen])
+    before, after = tokens[chosen], inputs[chosen]
+    random = (after != MASK) & (after != before)
+    # Four standard deviations √(p·q/n) of each share; one of the 92 random tokens is the one that stood there.
+    for found, share in (
+        (chosen, 0.15), (after == MASK, 0.8), (after == before, 0.1 + 0.1 / 92), (random, 0.1 * 91 / 92)
+    ):  # fmt: skip
+        assert found.mean() == pytest.approx(share, abs=4 * (share * (1 - share) / found.size) ** 0.5)
+    counts = np.bincount(after[random], minlength=VOCAB)
+    assert not counts[:5].any(), "no special token is drawn"
+    expected = random.sum() / 92
+    assert abs(counts[5:] - expected).max() < 5 * expected**0.5  # of Poisson counts, 92 of them
+
+
+def test_special_tokens_and_those_not_learned_are_left_alone(masking: Masking) -> None:
+    tokens, _, labels = applied(masking, range(500), low=0)
+    assert not (tokens[labels != IGNORE] < 5).any()
+    learned = np.zeros(tokens.shape, bool)
+    learned[:, 3] = True
+    inputs, labels = masking.apply(tokens, learned, np.arange(500))
+    assert (labels[:, 3] != IGNORE).any()
+    labels[:, 3] = IGNORE
+    assert (labels == IGNORE).all()
+    assert np.array_equal(np.delete(inputs, 3, 1), np.delete(tokens, 3, 1))
+
+
+def test_a_sample_is_masked_alike_beside_any_others(masking: Masking) -> None:
+    _, inputs, labels = applied(masking, range(40))
+    _, few_inputs, few_labels = applied(masking, [39, 7])
+    assert np.array_equal(few_inputs, inputs[[39, 7]])
+    assert np.array_equal(few_labels, labels[[39, 7]])
+    agree = (labels[:-1] != IGNORE) == (labels[1:] != IGNORE)
+    assert agree.mean() == pytest.approx(0.15**2 + 0.85**2, abs=0.03), "each sample is masked in places of its own"
+
+
+def train_of(folder: Path, *overrides: str, split: Any = "train") -> Mixture:
+    mixture = open_data(masked_config(folder, *overrides))[2][split]
+    assert mixture is not None
+    return mixture
+
+
+def test_an_epoch_masks_others_than_the_one_before_and_validation_the_same(tmp_path: Path) -> None:
+    mixture = train_of(tmp_path, "data.order=sequential")
+    size = mixture.num_samples
+    first, again = mixture.read([0]), mixture.read([size])  # one sample, twice
+    whole = [np.where(samples.labels != IGNORE, samples.labels, samples.tokens) for samples in (first, again)]
+    same = (first.labels == IGNORE) & (again.labels == IGNORE)
+    assert np.array_equal(whole[0][same], whole[1][same])
+    assert not np.array_equal(first.labels, again.labels)
+    valid = train_of(tmp_path, "data.order=sequential", split="valid").read([0])
+    assert not np.array_equal(valid.labels, first.labels), "what is judged was not masked alike in training"
+
+
+@pytest.mark.parametrize("override", ["objective.share=0.3", "train.seed=4"])
+def test_what_is_masked_is_part_of_the_fingerprint(override: str, tmp_path: Path) -> None:
+    plain = train_of(tmp_path, "data.order=sequential").fingerprint()
+    assert train_of(tmp_path, "data.order=sequential", override).fingerprint() != plain
+
+
+def test_a_packed_sample_is_seen_to_its_last_token(tmp_path: Path) -> None:
+    """A decoder's has one more, which is the last label."""
+    mixture = train_of(tmp_path, "data.packing=best_fit")
+    (source,) = mixture.sources
+    lengths = source.pieces(np.arange(mixture.num_samples), False).length
+    assert lengths.sum() == source.dataset.num_tokens
+    assert lengths.max() == 16
+
+
+def test_a_tokenizer_without_a_mask_token_is_refused(tmp_path: Path) -> None:
+    config = masked_config(tmp_path)
+    settings = tmp_path / "tokenizer" / "tokenizer_config.json"
+    settings.write_text('{"sep_token": "[SEP]"}')
+    with pytest.raises(DataError, match=r"needs a data\.tokenizer with a mask token: give tokenizer_config\.json a"):
+        open_data(config)

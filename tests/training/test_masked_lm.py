@@ -1,0 +1,114 @@
+"""Runs of an encoder that learns masked tokens, on several layouts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from encoders import masked_config
+from megalite.data.checks import open_data
+from megalite.errors import ConfigError
+from megalite.infer.generate import Generator, find_model, load_model
+from megalite.train import train
+from ranks import run_ranks
+from small_runs import curve_of, make_config, metrics_of, train_on_rank
+
+LAYOUTS = {
+    "alone": ("train.micro_batch_size=2",),
+    "data": ("parallel.zero_stage=1",),
+    "tensor": ("parallel.tensor=2",),
+    "pipeline": ("parallel.pipeline=2",),
+    "context": ("parallel.context=2",),
+}
+OVERRIDES = ("data.document_mask=true", "data.packing=best_fit", "train.steps=4", "observe.eval_every=2")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("masked")
+    configs = {name: masked_config(folder, *OVERRIDES, f"run.name={name}", *more) for name, more in LAYOUTS.items()}
+    train(configs.pop("alone"))
+    run_ranks(2, train_on_rank, [*configs.values()])
+    return folder
+
+
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "alone"])
+def test_layouts_learn_and_judge_alike(name: str, runs: Path) -> None:
+    alone, other = (masked_config(runs, *OVERRIDES, f"run.name={each}") for each in ("alone", name))
+    # fp32 sums in another order; 1e-5 is the project's bound for every layout.
+    np.testing.assert_allclose(curve_of(other), curve_of(alone), rtol=1e-5)
+    judged = [[line for line in metrics_of(config) if "valid_accuracy" in line] for config in (alone, other)]
+    assert len(judged[0]) == 2
+    for mine, wanted in zip(*judged, strict=True):
+        assert mine["valid_accuracy"] == wanted["valid_accuracy"]
+        assert mine["valid_loss"] == pytest.approx(wanted["valid_loss"], rel=1e-5)
+
+
+def test_validation_is_a_plain_statement(runs: Path) -> None:
+    """Cross-entropy and accuracy of the masked tokens, of all of them alike."""
+    config = masked_config(runs, *OVERRIDES, "run.name=alone")
+    model = load_model(find_model(config.run.folder))
+    mixture = open_data(config)[2]["valid"]
+    assert mixture is not None
+    losses, right = [], []
+    for number in range(mixture.num_batches(4, 3) * 4):
+        samples = mixture.read([number])
+        assert samples.documents is not None
+        for document in np.unique(samples.documents):
+            here = samples.documents[0] == document
+            tokens, labels = (torch.from_numpy(x[0, here]) for x in (samples.tokens, samples.labels))
+            logits = model(tokens[None])[0]  # each document by itself
+            losses += F.cross_entropy(logits, labels, reduction="none")[labels >= 0].tolist()
+            right += (logits.argmax(-1) == labels)[labels >= 0].tolist()
+    line = [line for line in metrics_of(config) if "valid_loss" in line][-1]
+    assert line["valid_loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+    assert line["valid_accuracy"] == pytest.approx(np.mean(right), rel=1e-6)
+
+
+def test_a_checkpoint_opens_in_transformers(runs: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    folder = find_model(runs / "runs" / "tensor")
+    theirs, report = transformers.AutoModelForMaskedLM.from_pretrained(folder, output_loading_info=True)
+    assert type(theirs).__name__ == "BertForMaskedLM"
+    assert not any(report.values()), report
+    tokens = torch.randint(5, 97, (2, 16))
+    with torch.no_grad():
+        # The project's bound.
+        assert (theirs.eval()(tokens).logits - load_model(folder)(tokens)).abs().max().item() <= 1e-4
+    assert transformers.AutoTokenizer.from_pretrained(folder).mask_token == "[MASK]"
+
+
+def test_an_encoder_says_no_text(runs: Path) -> None:
+    with pytest.raises(ConfigError, match=r"holds an encoder \(model\.task: masked\).*`megalite fill`"):
+        Generator.open(runs / "runs" / "alone")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("objective.name=next_token", "next_token needs a causal model; model.task: masked learns by masked_lm"),
+        ("data.tokenizer=null", "masked_lm needs data.tokenizer"),
+        ("data.border_loss=false", r"leave data\.fim and \.border_loss out"),
+        ("train.loss_chunk=8", "masked_lm needs train.loss_chunk: null, not 8"),
+        ("model.task=causal", "model: task = 'causal': should be 'masked', 'classification' or 'labels'"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(override: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=words):
+        masked_config(tmp_path, override)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("objective.name=masked_lm",), "masked_lm needs an encoder, not model.task: causal"),
+        (("model.task=masked",), "'masked' is not known for the llama family, whose own task is causal"),
+    ],
+)
+def test_a_decoder_fills_no_gaps(overrides: tuple[str, ...], words: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=words):
+        make_config(tmp_path, "llama", *overrides)
