@@ -144,10 +144,14 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "bert": BERT,
     "bert-tanh": BERT | STILL | {"hidden_act": "gelu_new", "layer_norm_eps": 1e-3, "type_vocab_size": 1},
+    "roberta": BERT | STILL | {
+        "model_type": "roberta", "layer_norm_eps": 1e-5, "type_vocab_size": 1, "max_position_embeddings": 66,
+        "pad_token_id": 1,
+    },
 }  # fmt: skip
 
 
-MASKED = ("bert",)
+MASKED = ("bert", "roberta")
 """Families of encoders, which tell masked tokens."""
 
 

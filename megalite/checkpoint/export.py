@@ -47,7 +47,8 @@ def write_extras(folder: Path, config: Config, tokenizer: Tokenizer | None) -> N
     source = config.run.folder / SOURCE
     (folder / "config.yaml").write_text(config.to_yaml())
     # All ids are written, also as null: for missing ones transformers takes those of the family's first model.
-    ids: dict[str, Any] = dict.fromkeys(SPECIAL)
+    model = to_hf_config(config.model)
+    ids: dict[str, Any] = {name: model[name] for name in SPECIAL}
     ids["eos_token_id"] = tokenizer.eod_id if tokenizer else None
     if (source / "config.json").is_file():
         stored = read_hf_config(source)
@@ -73,7 +74,7 @@ def write_extras(folder: Path, config: Config, tokenizer: Tokenizer | None) -> N
         return
     # "torch_dtype" is the key that every version of transformers and vLLM reads.
     dtype = DTYPES[config.train.precision]
-    write_json(folder / "config.json", to_hf_config(config.model) | ids | {"torch_dtype": dtype})
+    write_json(folder / "config.json", model | ids | {"torch_dtype": dtype})
 
 
 def _add_turn_end(folder: Path, ends: Any, tokenizer: Tokenizer | None) -> None:

@@ -127,9 +127,9 @@ def from_hf_config(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def to_hf_config(config: ModelConfig) -> dict[str, Any]:
-    """Return the model's config.json. That it has no special tokens is written out, too: transformers' defaults for
-    them may lie outside of the vocabulary."""
-    return family(config.family).to_hf(config) | dict.fromkeys(SPECIAL) | heads.to_hf(config)
+    """Return the model's config.json. That it has no special tokens, beside those that its family counts on, is written
+    out, too: transformers' defaults for them may lie outside of the vocabulary."""
+    return dict.fromkeys(SPECIAL) | family(config.family).to_hf(config) | heads.to_hf(config)
 
 
 TWICE = (

@@ -70,6 +70,8 @@ class BertConfig(ModelConfig):
         "cls.predictions.decoder.bias",
     )
     OLD_ENDS: ClassVar[Mapping[str, str]] = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+    HEAD_ACTS_ALIKE: ClassVar[bool] = True
+    """True if the head has the activation of the layers, and not GELU in any case."""
     OFFSET: ClassVar[int] = 0
     """Rows of the embedding of positions before that of the first position."""
 
@@ -177,7 +179,7 @@ class Bert(Decoder):
             self.norm = LayerNorm(hidden, config.norm_eps)
             self.head = nn.Linear(hidden, config.vocab_size)
             self.head.weight = self.embedding.weight
-        self.activation = gelu if config.tanh_gelu else F.gelu
+        self.activation = gelu if config.tanh_gelu and config.HEAD_ACTS_ALIKE else F.gelu
         self.loss = CrossEntropy()
 
     def embed(self, tokens_BT: Tensor, places: SequenceInfo) -> Tensor:

@@ -186,7 +186,8 @@ def ours_with(weights: dict[str, Tensor], config: ModelConfig) -> Decoder:
 
 def tokens_for(config: ModelConfig) -> Tensor:
     tokens = torch.randint(0, config.vocab_size, (2, LENGTH), generator=torch.Generator().manual_seed(1))
-    return tokens[:, : config.max_positions]
+    # RoBERTa counts no positions of tokens with the id of padding.
+    return tokens.masked_fill(tokens == 1, 0)[:, : config.max_positions]
 
 
 def verdict(values: dict[str, Any]) -> str:
@@ -478,6 +479,10 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "pooler_num_attention_heads": 12, "pooler_num_fc_layers": 3, "pooler_size_per_head": 128,
         "pooler_type": "first_token_transform",
     },
+    "roberta": {
+        "architectures": ["RobertaForMaskedLM"], "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1,
+        "layer_norm_eps": 1e-5, "type_vocab_size": 1,
+    },
     "gpt_neox": {
         "attention_probs_dropout_prob": 0, "hidden_dropout_prob": 0, "classifier_dropout": 0.1,
         "rotary_emb_base": 500, "rotary_pct": 0.5, "rope_scaling": None,
@@ -580,7 +585,7 @@ def test_what_is_written_says_each_fact_once(name: str) -> None:
             original = {"original_max_positions": written["max_position_embeddings"]}
             assert from_hf_config(added)["rope_scaling"] == {"type": "yarn", "factor": 4.0} | original
     else:
-        assert name in ("gpt2", "bert")
+        assert name in ("gpt2", "bert", "roberta")
 
 
 @pytest.mark.parametrize("name", ["qwen2", "phi3", "gpt2", "gemma3_text"])
