@@ -73,6 +73,11 @@ BERT: dict[str, Any] = {
     "model_type": "bert", "vocab_size": 99, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2,
     "num_attention_heads": 4, "max_position_embeddings": 64, **IDS,
 }  # fmt: skip
+MODERN: dict[str, Any] = {
+    "model_type": "modernbert", "vocab_size": 99, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "max_position_embeddings": 64, "local_attention": 14, "cls_token_id": None,
+    "sep_token_id": None, **IDS,
+}  # fmt: skip
 STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 CASES: dict[str, dict[str, Any]] = {
     "llama": LLAMA,
@@ -144,6 +149,14 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "bert": BERT,
     "bert-tanh": BERT | STILL | {"hidden_act": "gelu_new", "layer_norm_eps": 1e-3, "type_vocab_size": 1},
+    "modernbert": MODERN,
+    "modernbert-types": MODERN | {
+        "layer_types": ["sliding_attention", "full_attention"], "local_attention": 6, "norm_eps": 1e-3,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 500.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+        },
+    },
     "roberta": BERT | STILL | {
         "model_type": "roberta", "layer_norm_eps": 1e-5, "type_vocab_size": 1, "max_position_embeddings": 66,
         "pad_token_id": 1,
@@ -151,7 +164,7 @@ CASES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-MASKED = ("bert", "roberta")
+MASKED = ("bert", "modernbert", "roberta")
 """Families of encoders, which tell masked tokens."""
 
 

@@ -41,7 +41,8 @@ class AttentionSpec(MixerSpec):
     value_size: int
     """Features of a head's values."""
     window: int | None = None
-    """Size of the sliding window in tokens, the attending token included. None: no window."""
+    """Size of the sliding window in tokens, the attending token included: as many before it and, where attention is not
+    causal, as many behind it. None: no window."""
     softcap: float | None = None
     """Cap of the scores. None: no cap."""
     scale: float | None = None
@@ -66,7 +67,9 @@ class AttentionSpec(MixerSpec):
         return (queries_keys + values_out) * hidden_size
 
     def seen(self, length: int) -> int:
-        return length if self.window is None else min(self.window, length)
+        if self.window is None:
+            return length
+        return min(self.window if self.causal else 2 * self.window - 1, length)
 
     def products(self, positions: int) -> int:
         """Return the multiplications of queries with keys, and of probabilities with values."""

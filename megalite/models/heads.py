@@ -32,6 +32,7 @@ class HeadNames(NamedTuple):
 BOTH = ("classification", "labels")
 NAMES = {
     "bert": HeadNames("Bert", "classifier", "classifier", BOTH),
+    "modernbert": HeadNames("ModernBert", "classifier", "classifier", BOTH),
     "roberta": HeadNames("Roberta", "classifier.out_proj", "classifier", BOTH),
     "gpt2": HeadNames("GPT2", labels="classifier"),
     **{

@@ -191,17 +191,27 @@ class LayerNorm(nn.Module):
     """LayerNorm (Ba et al. 2016), fused with the residual sum before it where one is given."""
 
     INIT: Literal["ones"] = "ones"
+    SHIFTS = True
+    """True if it has a bias."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.empty(size)), nn.Parameter(torch.empty(size))
+        self.weight = nn.Parameter(torch.empty(size))
+        self.bias = nn.Parameter(torch.empty(size)) if self.SHIFTS else None
         self.eps = eps
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
         """Return the norm of `x`; with a residual, (norm, sum) of their sum."""
+        bias = torch.zeros_like(self.weight) if self.bias is None else self.bias
         if residual is None:
-            return layer_norm(x, self.weight, self.bias, self.eps)
-        return add_layer_norm(x, residual, self.weight, self.bias, self.eps)
+            return layer_norm(x, self.weight, bias, self.eps)
+        return add_layer_norm(x, residual, self.weight, bias, self.eps)
+
+
+class UnshiftedLayerNorm(LayerNorm):
+    """LayerNorm without a bias (ModernBERT)."""
+
+    SHIFTS = False
 
 
 class CrossEntropy(nn.Module):

@@ -131,6 +131,7 @@ class LlamaLike(ModelConfig):
             window=kind.window,
             softcap=kind.softcap,
             scale=kind.scale,
+            causal=kind.causal,
             rope=self.turn(layer) is not None,
             head_norms=self.HEAD_NORMS,
         )
@@ -232,7 +233,7 @@ class Layer(nn.Module):
 
     def __init__(self, config: LlamaLike, attention: nn.Module):
         super().__init__()
-        self.attention_norm = config.NORM(config.hidden_size, config.norm_eps)
+        self.attention_norm: nn.Module = config.NORM(config.hidden_size, config.norm_eps)
         self.attention = attention
         self.mlp_norm = config.NORM(config.hidden_size, config.norm_eps)
         self.mlp: nn.Module = MLP(config)
@@ -247,7 +248,8 @@ class Layer(nn.Module):
 class Llama(Decoder):
     """Decoder of Llama and kin; families override `layer` and `rope_cos_sin`."""
 
-    INPUT, OUTPUT = ("embedding",), ("norm", "head", "loss")
+    INPUT: tuple[str, ...] = ("embedding",)
+    OUTPUT: tuple[str, ...] = ("norm", "head", "loss")
     config: LlamaLike
 
     def __init__(self, config: LlamaLike):

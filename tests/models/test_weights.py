@@ -210,6 +210,7 @@ def test_parts_side_by_side_in_each_unit() -> None:
 TIED = {
     "gpt_neox": ("embed_out.weight",),
     "bert": ("cls.predictions.decoder.weight", "cls.predictions.decoder.bias"),
+    "modernbert": ("decoder.weight",),
     "roberta": ("lm_head.decoder.weight", "lm_head.decoder.bias"),
 }
 """Tensors that are another's, by family."""

@@ -32,7 +32,7 @@ BATCH, LENGTH = 2, 32
 FAMILIES = [
     "bert-tanh", "deepseek_v3", "deepseek_v3-ungrouped", "mistral", "mixtral", "qwen2-window", "qwen2_moe-dense-among",
     "qwen3", "qwen3_moe-dense-among", "smollm3", "phi3", "phi3-short", "olmo2", "olmoe", "gpt_neox", "gpt_neox-serial",
-    "gemma2", "gemma2-uncapped", "gemma3_text", "roberta",
+    "gemma2", "gemma2-uncapped", "gemma3_text", "roberta", "modernbert", "modernbert-types",
 ]  # fmt: skip
 
 
@@ -201,12 +201,17 @@ def reference(folder: Path, documents: bool) -> tuple[float, dict[str, Tensor]]:
     whole = batch()
     assert whole.documents is not None
     positions = positions_of(whole.documents) if documents else None
-    kept = {"use_cache": False}
+    kept: dict[str, Any] = {"use_cache": False}
     if positions is not None and model_type == "roberta":
         positions = positions + 2
     if model_type in MASKED:
         apart = whole.documents[:, None, :, None] != whole.documents[:, None, None]
-        kept = {"attention_mask": torch.zeros(apart.shape).masked_fill(apart, -torch.inf)} if documents else {}
+        masks = {"full_attention": torch.zeros(apart.shape).masked_fill(apart, -torch.inf)}
+        if model_type == "modernbert":  # half of the window lies to each side
+            far = (torch.arange(LENGTH)[:, None] - torch.arange(LENGTH)).abs() > model.config.local_attention // 2
+            masks["sliding_attention"] = masks["full_attention"].masked_fill(far, -torch.inf)
+        mask = masks if model_type == "modernbert" else masks["full_attention"]
+        kept = {"attention_mask": mask} if documents else {}
     logits = model(whole.tokens, position_ids=positions, **kept).logits
     loss = F.cross_entropy(logits.flatten(0, 1), whole.labels.flatten())
     loss.backward()
