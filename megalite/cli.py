@@ -85,6 +85,8 @@ def make_parser() -> argparse.ArgumentParser:
         _add_plan,
         _add_dryrun,
         _add_generate,
+        _add_fill,
+        _add_embed,
         _add_evaluate,
         _add_serve,
         _add_average,
@@ -313,6 +315,69 @@ def _generate(arguments: argparse.Namespace) -> None:
         if launch.rank == 0:  # the other ranks compute the same
             print(text, end="", flush=True)
     leave()
+
+
+def _add_fill(verbs: Verbs) -> None:
+    parser = verbs.add_parser("fill", help="have an encoder tell what stands in the gaps of texts")
+    _add_model(parser)
+    parser.add_argument("texts", nargs="*", metavar="TEXT", help="with [MASK] for each gap")
+    parser.add_argument("--input", type=Path, action="append", default=[], metavar="FILE", help="a text a line; .jsonl")
+    parser.add_argument("--top-k", type=int, default=5, help="guesses for each gap (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print a JSON object for each text")
+    parser.set_defaults(verb=_fill)
+
+
+def _fill(arguments: argparse.Namespace) -> None:
+    """Print the likeliest tokens for each gap."""
+    import json
+
+    from megalite.errors import ConfigError
+    from megalite.infer.encode import Encoder, read_texts
+
+    texts = [*arguments.texts, *read_texts(arguments.input)]
+    if not texts or arguments.top_k < 1:
+        raise ConfigError("give a TEXT with a [MASK], or --input FILE, and --top-k of at least 1")
+    filled = Encoder.open(arguments.model, fills=True).fill(texts, arguments.top_k)
+    for text, gaps in zip(texts, filled, strict=True):
+        if arguments.json:
+            print(json.dumps({"text": text, "gaps": [[guess._asdict() for guess in gap] for gap in gaps]}))
+            continue
+        print(text)
+        for gap in gaps:
+            print("  " + "  ".join(f"{guess.text} {guess.probability:.3f}" for guess in gap))
+
+
+def _add_embed(verbs: Verbs) -> None:
+    parser = verbs.add_parser("embed", help="make a vector of each text with an encoder")
+    _add_model(parser)
+    parser.add_argument("texts", nargs="*", metavar="TEXT")
+    parser.add_argument("--input", type=Path, action="append", default=[], metavar="FILE", help="a text a line; .jsonl")
+    parser.add_argument("--output", type=Path, help=".npy, or .jsonl (default: JSON lines to the console)")
+    parser.add_argument("--pooling", choices=("mean", "cls"), help="of tokens (default: as the model says, else mean)")
+    parser.add_argument(
+        "--normalize", action=argparse.BooleanOptionalAction, help="to length 1 (default: as the model says, else not)"
+    )
+    parser.set_defaults(verb=_embed)
+
+
+def _embed(arguments: argparse.Namespace) -> None:
+    """Write the vectors of texts."""
+    from megalite.errors import ConfigError
+    from megalite.infer.encode import Encoder, read_texts, write_vectors
+    from megalite.utils.outside import check_apart
+
+    output: Path | None = arguments.output
+    if output and output.suffix not in (".npy", ".jsonl"):
+        raise ConfigError(f"--output {output} must end in .npy or .jsonl")
+    if output:
+        check_apart(output, arguments.input, ConfigError)
+    texts = [*arguments.texts, *read_texts(arguments.input)]
+    if not texts:
+        raise ConfigError("give a TEXT, or --input FILE")
+    vectors = Encoder.open(arguments.model).embed(texts, arguments.pooling, arguments.normalize)
+    write_vectors(output, texts, vectors)
+    if output:
+        print(f"{output}: {len(vectors):,} vectors of {vectors.shape[1]:,} numbers")
 
 
 def _add_evaluate(verbs: Verbs) -> None:

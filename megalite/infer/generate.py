@@ -90,13 +90,16 @@ def check_speaks(folder: Path) -> None:
         )
 
 
-def load_model(folder: Path, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Decoder:
+def load_model(
+    folder: Path, dtype: torch.dtype | None = None, device: torch.device | None = None, seed: int | None = None
+) -> Decoder:
     """Return an unsharded model with the weights of a Hugging Face `folder`, on `device`, in `dtype` or the stored
-    precision. Raise ConfigError or CheckpointError."""
+    precision. A head that the folder lacks is drawn from `seed`; None: it is an error. Raise ConfigError or
+    CheckpointError."""
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = model_config({"hf": str(folder)})
     weights, model = weight_table(config), build_model(config)
-    read = from_hf(folder, weights, config, Mesh.alone())
+    read = from_hf(folder, weights, config, Mesh.alone(), seed)
     kind = "master" if dtype else "weight"  # an adapter is merged in fp32, and rounded only where it must be
     tensors = {weight.name: read(weight, kind, 0, weight.numel).view(weight.shape) for weight in weights}
     dtype = dtype or dtype_of(tensors.values(), folder)

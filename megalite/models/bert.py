@@ -190,6 +190,9 @@ class Bert(Decoder):
     def shared(self, places: SequenceInfo, dtype: torch.dtype) -> SequenceInfo:
         return places
 
+    def final_states(self, x_BTD: Tensor) -> Tensor:
+        return x_BTD
+
     def finish(self, x_BTD: Tensor) -> Tensor:
         if self.config.task == "masked":
             return self.norm(self.activation(self.transform(x_BTD)))

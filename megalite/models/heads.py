@@ -4,7 +4,7 @@ take the place of the head that predicts tokens. transformers applies dropout be
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -102,13 +102,15 @@ def names_of(rows: Iterable[Weight]) -> set[str]:
     return {name for row in rows for name in row.hf}
 
 
-def lacking_head(config: ModelConfig, rows: Iterable[Weight], files: Container[str]) -> set[str]:
+def lacking_head(config: ModelConfig, rows: Sequence[Weight], files: Container[str]) -> set[str]:
     """Return the names of those `rows` of a head that files with the tensors `files` lack, and that a new head may
     stand for: one for classes, or an encoder's for masked tokens where nothing of it is there."""
-    head = [row for row in rows if row.place == "last"]
     if config.has_classes:
         own = names_of(own_table(config))
-        head = [row for row in head if not own & set(row.hf)]
+        head = [row for row in rows if row.place == "last" and not own & set(row.hf)]
+    else:  # what is not below the prefix of transformers' model without a head
+        prefix = rows[0].hf[0].partition(".")[0] + "."
+        head = [row for row in rows if row.place == "last" and not row.hf[0].startswith(prefix)]
     lacking = {row.name for row in head if not any(name in files for name in row.hf)}
     may_be_new = config.has_classes or (config.task == "masked" and len(lacking) == len(head))
     return lacking if may_be_new else set()

@@ -89,9 +89,14 @@ class Decoder(nn.Module):
         """Return logits [B,T,V]."""
         return self.project(self.finish(x_BTD))
 
+    def final_states(self, x_BTD: Tensor) -> Tensor:
+        """Return the final hidden states [B,T,D], which transformers' models without a head return, from those of the
+        last layer."""
+        return self.norm(x_BTD)
+
     def finish(self, x_BTD: Tensor) -> Tensor:
         """Return the hidden states [B,T,D] that the head takes, from those of the last layer."""
-        return self.norm(x_BTD)
+        return self.final_states(x_BTD)
 
     def project(self, x_BTD: Tensor) -> Tensor:
         """Return logits [B,T,V] of hidden states that are finished."""

@@ -1,0 +1,208 @@
+"""What encoders are asked: the tokens that fill the gaps of a text, and a vector for a text."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megalite.data.tokenizer import Tokenizer, load_tokenizer
+from megalite.errors import ConfigError, DataError
+from megalite.infer.generate import find_model, load_model
+from megalite.models import model_config, read_hf_config
+from megalite.models.layers import Decoder, SequenceInfo
+from megalite.utils.outside import read_json, read_object, shown
+
+BATCH_TOKENS = 8192
+"""Most tokens of a batch, padding included."""
+MASK = "[MASK]"
+"""Stands for the mask token in a text, whatever the tokenizer calls it."""
+Pooling = Literal["mean", "cls"]
+
+
+class Filling(NamedTuple):
+    """One guess of what stands in a gap."""
+
+    text: str
+    probability: float
+
+
+class Encoder:
+    """An encoder with its tokenizer, on one device."""
+
+    def __init__(self, model: Decoder, tokenizer: Tokenizer, folder: Path):
+        """Take a loaded `model`; `folder` is read for how sentence-transformers pools."""
+        self.model, self.tokenizer, self.folder = model, tokenizer, folder
+        self.device = next(model.parameters()).device
+        self.max_positions: int = model.config.max_positions
+        if tokenizer.begin_id is None or tokenizer.eod_id is None:
+            raise DataError(
+                f"{folder}: an encoder's texts are put between two tokens, of which its tokenizer names "
+                f"{'none' if tokenizer.eod_id is None else 'the second only'}; tokenizer_config.json needs a cls_token "
+                "and a sep_token"
+            )
+        self._begin, self._end = tokenizer.begin_id, tokenizer.eod_id
+
+    @classmethod
+    def open(cls, path: Path, fills: bool = False) -> Encoder:
+        """Load a run, a checkpoint or a Hugging Face folder. Raise ConfigError for another model than an encoder, and
+        for one without a head for masked tokens where it is to fill (`fills`)."""
+        folder = find_model(path)
+        config = model_config({"hf": str(folder)})
+        if config.PREDICTS != "masked":
+            raise ConfigError(
+                f"{folder} holds a decoder ({config.family}), which goes on with texts; `megalite generate` asks it"
+            )
+        kind = str((read_hf_config(folder).get("architectures") or [""])[0])
+        if fills and (config.task != "masked" or kind.endswith("Model")):
+            raise ConfigError(f"{folder} holds a {kind}, which has no head to fill gaps")
+        tokenizer = load_tokenizer(folder)
+        return cls(load_model(folder, seed=None if fills else 0), tokenizer, folder)
+
+    def fill(self, texts: Sequence[str], top_k: int = 5) -> list[list[list[Filling]]]:
+        """Return for each text, and for each `[MASK]` in it, the `top_k` likeliest tokens. Raise ConfigError for a text
+        without a gap, or one that is too long."""
+        mask = self.tokenizer.mask_id
+        if mask is None:
+            raise DataError(f"{self.folder}: the tokenizer names no mask_token")
+        own = self.tokenizer.decode([mask])
+        rows = [self._row(self.tokenizer.encode(text.replace(MASK, own))) for text in texts]
+        for text, row in zip(texts, rows, strict=True):
+            if mask not in row:
+                raise ConfigError(f"{shown(text)} has no {MASK} to fill")
+            if len(row) > self.max_positions:
+                raise ConfigError(
+                    f"{shown(text)} has {len(row):,} tokens, but the model's max_positions = {self.max_positions:,}"
+                )
+        found: list[list[list[Filling]]] = [[] for _ in rows]
+        for numbers, tokens_BT, x_BTD in self._batches(rows):
+            at = tokens_BT == mask
+            probabilities, ids = self.model.project(self.model.finish(x_BTD))[at].float().softmax(-1).topk(top_k)
+            gaps = zip(at.nonzero()[:, 0].tolist(), ids.tolist(), probabilities.tolist(), strict=True)
+            for row, tokens, shares in gaps:
+                guesses = [Filling(self.tokenizer.decode([token]), p) for token, p in zip(tokens, shares, strict=True)]
+                found[numbers[row]].append(guesses)
+        return found
+
+    def embed(
+        self, texts: Sequence[str], pooling: Pooling | None = None, normalize: bool | None = None
+    ) -> npt.NDArray[np.float32]:
+        """Return a vector for each text, [n, D]: the mean of its tokens' final hidden states, or that of its first
+        token (`pooling`). `normalize` scales it to length 1. What is not given is as the folder of
+        sentence-transformers says, or else the mean, of any length. Texts are cut at the length given there, or at
+        max_positions."""
+        usual = read_pooling(self.folder)
+        pooling, normalize = pooling or usual.pooling, usual.normalize if normalize is None else normalize
+        longest = min(self.max_positions, usual.longest or self.max_positions)
+        rows = [self._row(ids[: longest - 2]) for ids in self.tokenizer.encode_batch(texts)]
+        vectors = np.zeros((len(rows), self.model.config.hidden_size), np.float32)
+        for numbers, tokens_BT, x_BTD in self._batches(rows):
+            x_BTD = self.model.final_states(x_BTD).float()
+            lengths_B1 = torch.tensor([len(rows[number]) for number in numbers], device=self.device)[:, None]
+            here_BT = torch.arange(tokens_BT.shape[1], device=self.device) < lengths_B1
+            found_BD = (x_BTD * here_BT[..., None]).sum(1) / lengths_B1 if pooling == "mean" else x_BTD[:, 0]
+            vectors[numbers] = (F.normalize(found_BD) if normalize else found_BD).cpu().numpy()
+        return vectors
+
+    def _row(self, ids: Sequence[int]) -> list[int]:
+        return [self._begin, *ids, self._end]
+
+    @torch.no_grad()
+    def _batches(self, rows: Sequence[list[int]]) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+        """Yield the numbers of some rows, their tokens [B,T] and the states behind the last layer [B,T,D]. Rows of a
+        batch are of like length; padding is a document of its own, to which no token attends."""
+        left = sorted(range(len(rows)), key=lambda number: -len(rows[number]))
+        while left:
+            width = len(rows[left[0]])
+            count = max(1, BATCH_TOKENS // width)
+            numbers, left = left[:count], left[count:]
+            padded = [rows[number] + [self._end] * (width - len(rows[number])) for number in numbers]
+            tokens_BT = torch.tensor(padded, device=self.device)
+            index_T = torch.arange(width, device=self.device)
+            lengths_B1 = torch.tensor([len(rows[number]) for number in numbers], device=self.device)[:, None]
+            places = SequenceInfo(index_T, index_T[None], (index_T >= lengths_B1).long())
+            yield numbers, tokens_BT, self.model.run_layers(self.model.embed(tokens_BT, places), places)
+
+
+class PoolingConfig(NamedTuple):
+    """How a folder's vectors are made of its hidden states."""
+
+    pooling: Pooling = "mean"
+    normalize: bool = False
+    longest: int | None = None
+    """Most tokens of a text, the two around it included."""
+
+
+def read_pooling(folder: Path) -> PoolingConfig:
+    """Return what the files of sentence-transformers in `folder` say, of any version. Raise ConfigError for another way
+    to pool than by the mean or the first token."""
+    if not (folder / "modules.json").is_file():
+        return PoolingConfig()
+    modules = read_json(folder / "modules.json", ConfigError)
+    kinds = {str(each.get("type")).rpartition(".")[2]: str(each.get("path")) for each in modules}
+    if others := kinds.keys() - {"Transformer", "Pooling", "Normalize"}:
+        raise ConfigError(f"{folder / 'modules.json'} has {', '.join(sorted(others))}, which are not known")
+    file = folder / kinds.get("Pooling", "1_Pooling") / "config.json"
+    values = read_object(file, ConfigError)
+    # Before version 6 each way had a key of its own.
+    old = [key.removeprefix("pooling_mode_").removesuffix("_tokens").removesuffix("_token")
+           for key, value in values.items() if key.startswith("pooling_mode_") and value is True]  # fmt: skip
+    ways = [values["pooling_mode"]] if "pooling_mode" in values else old
+    if ways not in (["mean"], ["cls"]):
+        raise ConfigError(f"{file} pools by {', '.join(map(str, ways)) or 'nothing'}; known are mean and cls")
+    length = folder / "sentence_bert_config.json"
+    longest = read_object(length, ConfigError).get("max_seq_length") if length.is_file() else None
+    return PoolingConfig("mean" if ways == ["mean"] else "cls", "Normalize" in kinds, longest)
+
+
+def read_texts(files: Sequence[Path], key: str = "text") -> list[str]:
+    """Return the texts in files: the lines of each, or of the objects in a .jsonl what stands under `key`. Raise
+    DataError that names the file and the line."""
+    texts = []
+    for file in files:
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{file}: {getattr(error, 'strerror', None) or error}") from None
+        for number, line in enumerate(lines, 1):
+            if file.suffix not in (".jsonl", ".ndjson"):
+                texts.append(line)
+                continue
+            try:
+                found: Any = json.loads(line)[key]
+            except (ValueError, TypeError, KeyError):
+                found = None
+            if not isinstance(found, str):
+                raise DataError(f"{file}, line {number}: {shown(line)} is no object with a text under {key!r}")
+            texts.append(found)
+    return texts
+
+
+def write_vectors(output: Path | None, texts: Sequence[str], vectors: npt.NDArray[np.float32]) -> None:
+    """Write vectors [n, D] of `texts` to a .npy, or as JSON lines with their texts to a .jsonl, or to the console.
+    Raise DataError where the file cannot be written."""
+    if output and output.suffix == ".npy":
+        held = io.BytesIO()
+        np.save(held, vectors)
+        data = held.getvalue()
+    else:
+        both = zip(texts, vectors, strict=True)
+        lines = [json.dumps({"text": text, "embedding": vector.tolist()}) + "\n" for text, vector in both]
+        data = "".join(lines).encode()
+    if output is None:
+        print(data.decode(), end="")
+        return
+    part = output.with_name(f"{output.name}.part")
+    try:
+        part.write_bytes(data)
+        part.replace(output)
+    except OSError as error:
+        raise DataError(f"{output}: {error.strerror}") from None
