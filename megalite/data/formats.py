@@ -141,7 +141,11 @@ class Encoder:
             ids, values = token_values(self.tokenizer, text)
         if text.add_begin:
             begin = self.tokenizer.begin_ids
-            ids, values = [*begin, *ids], np.concatenate([np.zeros(len(begin), np.int64), values])
+            end = self.tokenizer.end_ids if self._settings.format in CLASSES else []
+            # Encoders tell the class of a text at its first token.
+            value = values[0] if self._settings.format == "classification" and len(values) else 0
+            ids = [*begin, *ids, *end]
+            values = np.pad(values, (len(begin), len(end)), constant_values=value)
         if self._settings.format not in CLASSES:
             values[:1] = 0  # no token precedes it, so that nothing can predict it
         if text.add_end and ids[-1:] != [self.tokenizer.eod_id]:
@@ -210,7 +214,7 @@ class Encoder:
         """Return a text whose tokens all have the value of its class."""
         text = _text(row, _first(row, "text", "sentence"))
         label = self._number(row[_first(row, *LABEL_FIELDS["classification"])])
-        # On every token, so that a truncated text keeps its class; the model predicts it at the last token.
+        # On every token, so that a truncated text keeps its class; the model predicts it at one of them.
         return [Text(text, [Part(0, len(text), 1 + label)], add_begin=True)]
 
     def _labels(self, row: Values) -> list[Text]:

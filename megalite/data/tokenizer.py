@@ -89,6 +89,11 @@ class Tokenizer(ABC):
         return []
 
     @property
+    def end_ids(self) -> list[int]:
+        """Return the ids that the tokenizer ends every text with, unless a model is to go on with it."""
+        return []
+
+    @property
     def special_ids(self) -> frozenset[int]:
         """Return the ids of special tokens, which stand for no text."""
         return frozenset()
@@ -199,6 +204,11 @@ class HuggingFaceTokenizer(Tokenizer):
     def begin_ids(self) -> list[int]:
         """Return the ids that the tokenizer begins every text with."""
         return self.encode_prompt("a")[: -len(self.encode("a")) or None]
+
+    @cached_property
+    def end_ids(self) -> list[int]:
+        """Return the ids that the tokenizer ends every text with, unless a model is to go on with it."""
+        return self._tokenizer.encode("a").ids[len(self.encode_prompt("a")) :]
 
     def encode_with_offsets(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
         """Return for each text its ids, without added special tokens, and the characters [start, stop) of each."""
