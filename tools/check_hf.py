@@ -1,5 +1,5 @@
-"""Open a checkpoint with transformers' AutoModelForCausalLM and compare its logits with megalite's own, both in
-fp32."""
+"""Open a checkpoint with transformers' AutoModelForCausalLM, or AutoModelForMaskedLM, and compare its logits with
+megalite's own, both in fp32."""
 
 from __future__ import annotations
 
@@ -11,25 +11,37 @@ import torch
 
 from megalite.errors import CheckpointError
 from megalite.infer.generate import find_model, load_model
+from megalite.models import read_hf_config
+from megalite.registry import families
 from megalite.runtime.exit_codes import explained
 from megalite.utils.outside import reading
 
 TOLERANCE = 1e-4
 
 
+def auto_class(folder: Path) -> str:
+    """Return the name of transformers' class that opens a model with its head for tokens."""
+    kind = str(read_hf_config(folder).get("model_type"))
+    masked = kind in families and families.get(kind).CONFIG.PREDICTS == "masked"
+    return "AutoModelForMaskedLM" if masked else "AutoModelForCausalLM"
+
+
 def largest_difference(folder: Path, num_tokens: int = 256) -> float:
     """Return the largest absolute difference between transformers' and megalite's logits, fp32, on random tokens: two
     rows of `num_tokens`, or as many as the model has positions."""
-    from transformers import AutoModelForCausalLM
+    import transformers
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     with reading(folder, CheckpointError):
-        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
+        load = getattr(transformers, auto_class(folder)).from_pretrained
+        theirs = load(folder, dtype=torch.float32, trust_remote_code=False).eval()
     ours = load_model(folder, torch.float32, torch.device("cpu"))
-    length = min(num_tokens, theirs.config.max_position_embeddings)
+    length = min(num_tokens, ours.config.max_positions)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(theirs.config.vocab_size, (2, length), generator=generator)
+    if (padding := theirs.config.pad_token_id) is not None:  # of which RoBERTa counts no positions
+        tokens = tokens.masked_fill(tokens == padding, 0)
     with torch.inference_mode():
         return float((theirs(tokens).logits - ours(tokens)).abs().max())
 
@@ -40,7 +52,7 @@ def main() -> int:
     parser.add_argument("model", type=Path, help="a run, a checkpoint of one, or a Hugging Face folder")
     folder = find_model(parser.parse_args().model)
     difference = largest_difference(folder)
-    print(f"AutoModelForCausalLM.from_pretrained({str(folder)!r}): largest logit difference {difference:.1e} (fp32)")
+    print(f"{auto_class(folder)}.from_pretrained({str(folder)!r}): largest logit difference {difference:.1e} (fp32)")
     if not difference <= TOLERANCE:  # NaN fails too
         print(f"error: more than {TOLERANCE:.0e}", file=sys.stderr)
         return 1

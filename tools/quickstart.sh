@@ -1,10 +1,16 @@
 #!/usr/bin/env bash
 # The main job from one end to the other on CPU ranks: text, tokens, pretraining on 2 ranks, plot, sample, Hugging Face.
-# Run it again and it goes on where it was; delete runs/quickstart to train anew.
+# With `bert` it trains an encoder that fills gaps instead of a decoder.
+# Run it again and it goes on where it was; delete runs/quickstart (or runs/quickstart-bert) to train anew.
 set -euo pipefail
+case ${1:-} in
+    "") name=quickstart tokenizer=bpe later="train.micro_batch_size=4" ;;
+    bert) name=quickstart-bert tokenizer=wordpiece later="" ;;
+    *) echo "quickstart.sh: '$1' is none of its models; give bert, or nothing for a decoder" >&2; exit 2 ;;
+esac
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
-data=data/quickstart config=configs/quickstart.yaml run=runs/quickstart
+data=data/$name config=configs/$name.yaml run=runs/$name
 say() { printf '\n== %s\n' "$*"; }
 
 # What is made gets its name when it is whole: a start that was interrupted must not leave a part for the next.
@@ -18,7 +24,8 @@ say "1. text: the Python standard library's own source files"
 say "2. tokenizer"
 [[ -d $data/tokenizer ]] || {
     rm -rf "$data/tokenizer.part"
-    python tools/train_tokenizer.py --input "$data/train.jsonl" --output "$data/tokenizer.part" --vocab-size 4096
+    python tools/train_tokenizer.py --input "$data/train.jsonl" --output "$data/tokenizer.part" --vocab-size 4096 \
+        --type $tokenizer
     mv "$data/tokenizer.part" "$data/tokenizer"
 }
 
@@ -32,11 +39,15 @@ export RANKS=2 CUDA_VISIBLE_DEVICES= # two CPU ranks, whatever else this machine
 say "4. pretraining: 2 ranks share every matrix (tensor 2) ..."
 bash slurm/pretrain.sh $config parallel.tensor=2 train.stop_at=200
 say "   ... and go on from the checkpoint as 2 data-parallel ranks (data 2)"
-bash slurm/pretrain.sh $config parallel.tensor=1 train.micro_batch_size=4
+bash slurm/pretrain.sh $config parallel.tensor=1 $later
 python tools/quickstart_report.py $run
 
 say "5. a sample"
-python -m megalite generate $run --prompt "def read(self, size):" --max-tokens 96 --temperature 0.6
+if [[ $name == quickstart-bert ]]; then
+    python -m megalite fill $run "def read([MASK], size):" "for line [MASK] lines:" "[MASK] os"
+else
+    python -m megalite generate $run --prompt "def read(self, size):" --max-tokens 96 --temperature 0.6
+fi
 
 say "6. the checkpoint is a Hugging Face model"
 python tools/check_hf.py $run

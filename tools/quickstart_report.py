@@ -9,7 +9,8 @@ from pathlib import Path
 
 from megalite.config_file import load_config
 from megalite.data.indexed import IndexedDataset
-from megalite.data.statistics import unigram_loss
+from megalite.data.statistics import unigram_accuracy, unigram_loss
+from megalite.data.tokenizer import load_tokenizer
 from megalite.observe.jsonl import read_metrics
 from megalite.observe.plot import plot_loss
 from megalite.runtime.exit_codes import explained
@@ -28,6 +29,15 @@ def main() -> int:
     plot_loss(metrics, run / "loss.png", {"unigram model": unigram})
     print(f"validation loss {losses[-1]:.3f}, of a unigram model of the same tokens {unigram:.3f} (nats per token)")
     print(f"picture: {run / 'loss.png'}")
+    if config.model.task == "masked" and config.data.tokenizer:
+        special = load_tokenizer(config.data.tokenizer).special_ids
+        told = [record["valid_accuracy"] for record in read_metrics(metrics) if "valid_accuracy" in record][-1]
+        often = unigram_accuracy(train, valid, config.model.vocab_size, special)
+        print(f"masked tokens told rightly {told:.1%}; the most frequent token is right in {often:.1%}")
+        if not told > 2 * often:
+            print("error: the model has learned too little", file=sys.stderr)
+            return 1
+        return 0
     if not losses[-1] < unigram - 1.0:  # a model that has learned some Python is far below
         print("error: the model has learned too little", file=sys.stderr)
         return 1
