@@ -159,6 +159,9 @@ class Architecture:
     layers: tuple[LayerSpec, ...]
     norm: Literal["rms", "layer"]
     """Kind of all norms of hidden states."""
+    num_streams: int = 1
+    """Tensors of hidden states [B,T,D] that a layer hands to the next: 2 where an encoder's go on beside a decoder's.
+    Predictions are made from the last."""
     hidden_dropout: float = 0.0
     """Dropout of what attention and the feed-forward part add to the residual stream."""
     logit_softcap: float | None = None

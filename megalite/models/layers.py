@@ -63,8 +63,20 @@ class SequenceInfo:
         return cls(index, index[None])
 
 
+Streams = Tensor | tuple[Tensor, ...]
+"""Hidden states [B,T,D] between layers; several where the architecture has `num_streams`."""
+
+
+def last_of(streams: Streams) -> Tensor:
+    """Return the hidden states that predictions are made from."""
+    return streams if isinstance(streams, Tensor) else streams[-1]
+
+
 class Decoder(nn.Module):
-    """Base of every family's model: embed, layers one after another, predict. A pipeline cuts it between layers."""
+    """Base of every family's model: embed, layers one after another, predict. A pipeline cuts it between layers.
+
+    A model of several stacks, as an encoder and a decoder are, has the layers of one after those of the other. Between
+    them are several streams, of which each layer changes its own and hands the others on."""
 
     INPUT: tuple[str, ...]
     """Modules that `embed` uses."""
@@ -77,8 +89,8 @@ class Decoder(nn.Module):
     head: nn.Module
     loss: nn.Module
 
-    def embed(self, tokens_BT: Tensor, places: SequenceInfo) -> Tensor:
-        """Return the hidden states [B,T,D] that the first layer takes."""
+    def embed(self, tokens_BT: Tensor, places: SequenceInfo) -> Any:
+        """Return the hidden states [B,T,D] that the first layer takes: `Streams`."""
         raise NotImplementedError
 
     def shared(self, places: SequenceInfo, dtype: torch.dtype) -> Any:
@@ -107,17 +119,17 @@ class Decoder(nn.Module):
         is `IGNORE`."""
         return self.loss(self.predict(x_BTD), labels_BT, terms)
 
-    def run_layers(self, x_BTD: Tensor, places: SequenceInfo) -> Tensor:
-        """Run the layers that are here, one after another: [B,T,D] → [B,T,D]."""
-        shared = self.shared(places, x_BTD.dtype)
+    def run_layers(self, x: Any, places: SequenceInfo) -> Any:
+        """Run the layers that are here, one after another, on `Streams`: [B,T,D] → [B,T,D] each."""
+        shared = self.shared(places, last_of(x).dtype)
         for layer in self.layers.values():
-            x_BTD = layer(x_BTD, shared)
-        return x_BTD
+            x = layer(x, shared)
+        return x
 
     def forward(self, tokens_BT: Tensor, places: SequenceInfo | None = None) -> Tensor:
         """Return logits [B,T,V]. Without `places`, each row is a whole sequence of one document."""
         places = places or SequenceInfo.whole(tokens_BT.shape[1], tokens_BT.device)
-        return self.predict(self.run_layers(self.embed(tokens_BT, places), places))
+        return self.predict(last_of(self.run_layers(self.embed(tokens_BT, places), places)))
 
 
 def numbered(layers: Iterable[nn.Module]) -> nn.ModuleDict:

@@ -26,6 +26,7 @@ from torch.profiler import record_function
 from megalite.comm.mesh import Mesh
 from megalite.engine import Engine
 from megalite.kernels.linear import WeightGradStore
+from megalite.models.layers import Streams
 from megalite.parallel.stage import MESSAGES_UNDER_WAY, Inputs, Stage
 from megalite.plan import Plan
 from megalite.runtime.activity import NOW
@@ -51,6 +52,7 @@ class Pipeline:
         `hidden` is a meta tensor shaped like the hidden states of a training micro-batch; `deferred` has the
         weight-gradient store of each of `stages`, or None."""
         self.stages, self.mesh, self.hidden = stages, mesh, hidden
+        self._num_streams = stages[0].model.config.architecture.num_streams
         self._sequence_cut = plan.tensor if plan.sequence else 1
         self._batch: Sequence[Inputs] = ()
         self._loss_of: LossOf | None = None
@@ -76,7 +78,7 @@ class Pipeline:
         """Wrap a stage as torch's schedule wants it; `later` is its weight-gradient store, if it defers any."""
         number, loss = torch.zeros(1, dtype=torch.int64), torch.zeros((), device="meta")
         # Example inputs and outputs save torch from running every stage once to learn their shapes.
-        hidden = self.hidden.detach().requires_grad_()
+        hidden = tuple(self.hidden.detach().requires_grad_() for _ in range(self._num_streams))
         part = _Part(
             _Numbered(stage, self),
             stage.span.index,
@@ -107,11 +109,12 @@ class Pipeline:
             part.await_sent(0)
         engine.finish()
 
-    def _run(self, stage: Stage, x: Tensor, number: int) -> Tensor:
+    def _run(self, stage: Stage, streams: tuple[Tensor, ...], number: int) -> Streams:
         """Run one stage on micro-batch `number`; the last stage returns the loss to minimise."""
-        out = stage(None if stage.span.first else x, self._batch[number])
+        out = stage(None if stage.span.first else _one_or_all(streams), self._batch[number])
         if not stage.span.last:
-            return out
+            # What goes through unchanged has a backward pass of its own: torch asks for that of each output.
+            return out if isinstance(out, Tensor) else tuple(x.view_as(x) for x in out)
         assert self._loss_of is not None
         return self._loss_of(out, self._batch[number])
 
@@ -142,31 +145,39 @@ class Pipeline:
                 elif ring.rank == ring.size - 1:
                     held.append(out)
                 else:
-                    sent.append(self._send(stage, out))
-            sent.extend(self._send(stage, out) for out in held)
+                    sent.extend(self._send(stage, out))
+            for out in held:
+                sent.extend(self._send(stage, out))
         _await_neighbours()
         for _, work in sent:
             work.wait()
         NOW.go_on()
         return outputs
 
-    def _send(self, stage: Stage, out: Tensor) -> tuple[Tensor, dist.Work]:
-        """Start sending a stage's output to the next stage; return it with the work, as it must be kept until it has
-        arrived."""
+    def _send(self, stage: Stage, out: Streams) -> Iterator[tuple[Tensor, dist.Work]]:
+        """Start sending a stage's output to the next stage; yield each tensor with its work, as it must be kept until
+        it has arrived."""
         to = (stage.span.index + 1) % self.mesh.pipeline.size
-        work = dist.isend(out, group=self.mesh.pipeline.group, group_dst=to)
-        assert work is not None
-        return out, work
+        for x in (out,) if isinstance(out, Tensor) else out:
+            work = dist.isend(x, group=self.mesh.pipeline.group, group_dst=to)
+            assert work is not None
+            yield x, work
 
-    def _receive(self, stage: Stage, inputs: Inputs) -> Tensor:
+    def _receive(self, stage: Stage, inputs: Inputs) -> Streams:
         """Receive the hidden states of a micro-batch from the stage before."""
         rows, length = inputs.tokens_BT.shape  # generation's shapes differ from training's
-        shape = (rows, length // self._sequence_cut, self.hidden.shape[-1])
-        x = torch.empty(shape, dtype=self.hidden.dtype, device=self.mesh.device)
+        shape = (self._num_streams, rows, length // self._sequence_cut, self.hidden.shape[-1])
+        streams = torch.empty(shape, dtype=self.hidden.dtype, device=self.mesh.device).unbind()
         came_from = (stage.span.index - 1) % self.mesh.pipeline.size
         _await_neighbours()
-        dist.recv(x, group=self.mesh.pipeline.group, group_src=came_from)
-        return x
+        for x in streams:
+            dist.recv(x, group=self.mesh.pipeline.group, group_src=came_from)
+        return _one_or_all(streams)
+
+
+def _one_or_all(streams: tuple[Tensor, ...]) -> Streams:
+    """Return hidden states as a model takes them: a tensor, or a tuple of several."""
+    return streams if len(streams) > 1 else streams[0]
 
 
 def _await_neighbours() -> None:
@@ -183,8 +194,8 @@ class _Numbered(nn.Module):
         self.stage = stage
         self._run = pipeline._run
 
-    def forward(self, x: Tensor, number: Tensor) -> Tensor:
-        return self._run(self.stage, x, int(number))
+    def forward(self, *streams: Tensor, number: Tensor) -> Streams:
+        return self._run(self.stage, streams, int(number))
 
 
 class _Part(PipelineStage):
@@ -240,13 +251,18 @@ class _Part(PipelineStage):
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         if not self.is_first:
-            self.args_recv_info[fwd_chunk_id][0].buffer = torch.empty_like(self.hidden, device=self.device)
+            self._receive_into(self.args_recv_info[fwd_chunk_id])
         return super().get_fwd_recv_ops(fwd_chunk_id)
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
         if not self.is_last:
-            self.grad_recv_info[bwd_chunk_id][0].buffer = torch.empty_like(self.hidden, device=self.device)
+            self._receive_into(self.grad_recv_info[bwd_chunk_id])
         return super().get_bwd_recv_ops(bwd_chunk_id)
+
+    def _receive_into(self, messages: Sequence[Any]) -> None:
+        """Give memory to what is asked for."""
+        for message in messages:
+            message.buffer = torch.empty_like(self.hidden, device=self.device)
 
     # Named in a trace, so that a pipeline's passes and its bubbles can be seen.
 
@@ -274,7 +290,7 @@ class _Part(PipelineStage):
     def _release(self, number: int) -> None:
         """Free what was received for micro-batch `number`."""
         nothing = torch.empty(0, dtype=self.hidden.dtype, device=self.device)
-        if not self.is_first:
-            self.args_recv_info[number][0].buffer = nothing
-        if not self.is_last and number in self.grad_recv_info:
-            self.grad_recv_info[number][0].buffer = nothing
+        received = () if self.is_first else self.args_recv_info[number]
+        answers = () if self.is_last else self.grad_recv_info.get(number, ())
+        for message in (*received, *answers):
+            message.buffer = nothing

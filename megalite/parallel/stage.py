@@ -11,7 +11,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from megalite.kernels.loss import LossTerms
-from megalite.models.layers import IGNORE, Decoder, SequenceInfo
+from megalite.models.layers import IGNORE, Decoder, SequenceInfo, Streams, last_of
 from megalite.plan import StageSpan
 
 if TYPE_CHECKING:
@@ -70,17 +70,19 @@ class Stage(nn.Module):
         super().__init__()
         self.model, self.span = model, span
 
-    def forward(self, x_BTD: Tensor | None, inputs: Inputs) -> Tensor:
-        """Run the stage on `x` [B,T,D] of the stage before, None for the first. Returns [B,T,D] for the next stage;
-        the last returns `inputs.output`: losses [B,T], with `terms` [B,T,2], fp32 (0 where there is no label), logits
-        [B,T or 1,V/n], or hidden states [B,T,D] behind the last norm."""
+    def forward(self, x: Streams | None, inputs: Inputs) -> Streams:
+        """Run the stage on `x` [B,T,D] of the stage before, None for the first. Returns [B,T,D] for the next stage, a
+        tuple where the model has several streams of hidden states; the last returns `inputs.output`: losses [B,T], with
+        `terms` [B,T,2], fp32 (0 where there is no label), logits [B,T or 1,V/n], or hidden states [B,T,D] that the head
+        takes."""
         model = self.model
         if self.span.first:
-            x_BTD = model.embed(inputs.tokens_BT, inputs.places)
-        assert x_BTD is not None
-        x_BTD = model.run_layers(x_BTD, inputs.places)
+            x = model.embed(inputs.tokens_BT, inputs.places)
+        assert x is not None
+        x = model.run_layers(x, inputs.places)
         if not self.span.last:
-            return x_BTD
+            return x
+        x_BTD = last_of(x)
         if inputs.last_B is not None:
             x_BTD = x_BTD[torch.arange(len(x_BTD), device=x_BTD.device), inputs.last_B][:, None]
         if inputs.output == "hidden_states":
