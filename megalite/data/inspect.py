@@ -133,13 +133,21 @@ def inspect_samples(config: Config, split: Split, count: int, start: int, consol
             style="bold",
             highlight=False,
         )
-        for part in _parts(samples, mixture.view.labels == "next"):
-            _print_part(part, tokenizer, console)
-    if count and mixture.view.labels != "next":
-        console.print("\nClasses are told at what stands outside of ⟦ ⟧.", style="dim")
-    elif count:
-        attends = "only to its own document" if config.data.document_mask else "to everything before it in the sample"
-        console.print(f"\nA token attends {attends}. What stands in ⟦ ⟧ is seen but not predicted.", style="dim")
+        for part in _parts(samples, mixture.view.labels == "next" and not mixture.view.corruption):
+            _print_part(part, tokenizer, console, is_corrupted=mixture.view.corruption is not None)
+    if count:
+        console.print(f"\n{_legend(config, mixture)}", style="dim")
+
+
+def _legend(config: Config, mixture: Mixture) -> str:
+    """Return what the marks in samples mean."""
+    if mixture.view.corruption:
+        attends = "its own document" if config.data.document_mask else "the sample"
+        return f"A token attends to all of {attends}. ⟦ ⟧ hold what is seen and → what is to be predicted there."
+    if mixture.view.labels != "next":
+        return "Classes are told at what stands outside of ⟦ ⟧."
+    attends = "only to its own document" if config.data.document_mask else "to everything before it in the sample"
+    return f"A token attends {attends}. What stands in ⟦ ⟧ is seen but not predicted."
 
 
 def _print_sources(config: Config, mixture: Mixture, split: Split, console: Console) -> None:
@@ -167,12 +175,13 @@ def _rows(samples: Samples) -> list[Samples]:
 
 
 class Part(NamedTuple):
-    """Holds the tokens of one document in a sample, and whether each is predicted."""
+    """Holds the tokens of one document in a sample, whether each is predicted, and the labels."""
 
     document: int
     first: int
     tokens: Int64s
     is_predicted: Int64s
+    labels: Int64s
 
 
 def _parts(sample: Samples, shifted: bool) -> list[Part]:
@@ -183,18 +192,35 @@ def _parts(sample: Samples, shifted: bool) -> list[Part]:
     is_predicted = np.append(False, has_label[:-1]) if shifted else has_label
     borders = [0, *(np.flatnonzero(np.diff(sample.documents)) + 1).tolist(), len(sample.tokens)]
     return [
-        Part(int(sample.documents[first]), first, sample.tokens[first:last], is_predicted[first:last])
+        Part(
+            int(sample.documents[first]), first, *(x[first:last] for x in (sample.tokens, is_predicted, sample.labels))
+        )
         for first, last in itertools.pairwise(borders)
     ]
 
 
-def _print_part(part: Part, tokenizer: Tokenizer | None, console: Console) -> None:
-    """Print one document of a sample."""
+def _print_part(part: Part, tokenizer: Tokenizer | None, console: Console, is_corrupted: bool) -> None:
+    """Print one document of a sample; `is_corrupted`: with the label of each token that has one."""
     last = part.first + len(part.tokens)
     console.print(
         f"── document {part.document}, tokens {part.first:,} to {last - 1:,} ", style="yellow", highlight=False
     )
-    console.print(_marked(part.tokens, part.is_predicted, tokenizer, COLOURS[part.document % len(COLOURS)]))
+    style = COLOURS[part.document % len(COLOURS)]
+    if is_corrupted:
+        console.print(_with_labels(part, tokenizer, style))
+    else:
+        console.print(_marked(part.tokens, part.is_predicted, tokenizer, style))
+
+
+def _with_labels(part: Part, tokenizer: Tokenizer | None, style: str) -> Text:
+    """Return the text of a document, with ⟦seen → label⟧ at each token that is predicted."""
+    text, places = Text(style=style), np.flatnonzero(part.is_predicted).tolist()
+    for first, place in itertools.pairwise([-1, *places, len(part.tokens)]):
+        text.append(_text(part.tokens[first + 1 : place].tolist(), tokenizer))
+        if place < len(part.tokens):
+            seen, label = (_text([int(ids[place])], tokenizer).strip() for ids in (part.tokens, part.labels))
+            text.append(f" ⟦{seen} → {label}⟧ ", "bold")
+    return text
 
 
 def _marked(tokens: np.ndarray, is_plain: np.ndarray, tokenizer: Tokenizer | None, style: str = "") -> Text:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from encoders import masked_config, write_words
 from megalite.data.checks import open_data
+from megalite.data.inspect import inspect_samples
 from megalite.data.masking import Masking
 from megalite.data.mixture import IGNORE, Mixture
 from megalite.data.tokenizer import load_tokenizer
@@ -109,3 +112,17 @@ def test_a_tokenizer_without_a_mask_token_is_refused(tmp_path: Path) -> None:
     settings.write_text('{"sep_token": "[SEP]"}')
     with pytest.raises(DataError, match=r"needs a data\.tokenizer with a mask token: give tokenizer_config\.json a"):
         open_data(config)
+
+
+def test_inspect_shows_what_is_seen_and_what_is_to_be_told(tmp_path: Path) -> None:
+    config, shown = masked_config(tmp_path, "data.document_mask=true"), Console(width=10_000)
+    with shown.capture() as captured:
+        inspect_samples(config, "train", 1, 0, shown)
+    samples = train_of(tmp_path, "data.document_mask=true").read([0])
+    words = {"[MASK]": 4, "[CLS]": 2, "[SEP]": 3, "[PAD]": 0, "[UNK]": 1} | {f"w{n}": n for n in range(5, VOCAB)}
+    told = re.findall(r"⟦(\S+) → (\S+)⟧", captured.get())
+    chosen = samples.labels[0] != IGNORE
+    assert [(words[seen], words[label]) for seen, label in told] == [
+        *zip(samples.tokens[0][chosen].tolist(), samples.labels[0][chosen].tolist(), strict=True)
+    ]
+    assert "A token attends to all of its own document." in captured.get()
