@@ -69,7 +69,8 @@ def write_extras(folder: Path, config: Config, tokenizer: Tokenizer | None) -> N
         _add_turn_end(folder, ids["eos_token_id"], tokenizer)
     if config.lora:
         assert config.model.hf is not None
-        adapter = peft.to_peft(config.lora, weight_table(config.model), config.model.hf)
+        task_type = "CAUSAL_LM" if config.model.task == "causal" else None
+        adapter = peft.to_peft(config.lora, weight_table(config.model), config.model.hf, task_type)
         write_json(folder / peft.CONFIG, adapter)
         return
     # "torch_dtype" is the key that every version of transformers and vLLM reads.

@@ -21,7 +21,7 @@ WHOLE = ("model.safetensors", "model.safetensors.index.json")
 # Keys that do not change what an adapter computes, beside those that are read.
 MEANINGLESS = (
     "peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version",
-    "fan_in_fan_out", "megatron_core", "qalora_group_size", "layers_pattern",
+    "fan_in_fan_out", "megatron_core", "qalora_group_size", "layers_pattern", "exclude_modules",
 )  # fmt: skip
 READ = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora")
 ONLY: dict[str, tuple[Any, ...]] = {"bias": ("none",), "init_lora_weights": (True, False, "gaussian")}
@@ -91,18 +91,27 @@ def _modules(folder: Path) -> list[str]:
         return sorted({re.sub(r"\.lora_[AB]\.weight$", "", name).removeprefix(PREFIX) for name in names})
 
 
-def to_peft(lora: LoraConfig, weights: Sequence[Weight], base: Path) -> dict[str, Any]:
-    """Return adapter_config.json. `weights` is the table of the base model; PEFT finds it at the path `base`."""
-    every = sorted({adapter.short for adapter in adapters_of(weights, lora)})
+def to_peft(
+    lora: LoraConfig, weights: Sequence[Weight], base: Path, task_type: str | None = "CAUSAL_LM"
+) -> dict[str, Any]:
+    """Return adapter_config.json. `weights` is the table of the base model; PEFT finds it at the path `base`.
+    `task_type` is PEFT's name of what the model does; None, where it has none."""
+    adapters = adapters_of(weights, lora)
+    every = sorted({adapter.short for adapter in adapters})
+    targets = every if ALL_LINEAR in lora.targets else list(lora.targets)
+    # A head's own modules may be called as those of layers are, but have no adapter.
+    head = {name.removesuffix(".weight") for row in weights if row.place == "last" for name in row.hf}
+    others = sorted(name for name in head if any(name.endswith(f".{target}") for target in targets))
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": task_type,
         "base_model_name_or_path": str(base.absolute()),
         "r": lora.rank,
         "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
         "lora_dropout": lora.dropout,
         "use_rslora": lora.rslora,
-        "target_modules": every if ALL_LINEAR in lora.targets else list(lora.targets),
+        "target_modules": targets,
+        **({"exclude_modules": others} if others else {}),
         "fan_in_fan_out": any(weight.transpose for weight in weights),
         "bias": "none",
         "init_lora_weights": True,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +82,24 @@ def test_a_checkpoint_opens_in_transformers(runs: Path) -> None:
         # The project's bound.
         assert (theirs.eval()(tokens).logits - load_model(folder)(tokens)).abs().max().item() <= 1e-4
     assert transformers.AutoTokenizer.from_pretrained(folder).mask_token == "[MASK]"
+
+
+def test_adapters_open_in_peft(runs: Path, tmp_path: Path) -> None:
+    """The head's transform is called `dense`, as modules of layers are, and is not adapted."""
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    base = tmp_path / "base"
+    shutil.copytree(find_model(runs / "runs" / "alone"), base)
+    config = masked_config(tmp_path, *OVERRIDES, "lora.rank=2", model={"hf": str(base), "hidden_dropout": 0.0})
+    train(config)
+    folder = find_model(config.run.folder)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Found missing adapter keys")
+        theirs = peft.PeftModel.from_pretrained(transformers.AutoModelForMaskedLM.from_pretrained(base), folder).eval()
+    tokens = torch.randint(5, 97, (2, 16))
+    with torch.no_grad():
+        found, wanted = load_model(folder, torch.float32)(tokens), theirs(tokens).logits
+        assert (found - wanted).abs().max().item() <= 1e-4  # the project's bound
+        assert (wanted - load_model(base)(tokens)).abs().max().item() > 1e-3, "the adapters have learned"
 
 
 def test_an_encoder_says_no_text(runs: Path) -> None:
