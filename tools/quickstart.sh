@@ -4,8 +4,8 @@
 # Run it again and it goes on where it was; delete runs/quickstart (or runs/quickstart-bert) to train anew.
 set -euo pipefail
 case ${1:-} in
-    "") name=quickstart tokenizer=bpe later="train.micro_batch_size=4" ;;
-    bert) name=quickstart-bert tokenizer=wordpiece later="" ;;
+    "") name=quickstart tokenizer=bpe ;;
+    bert) name=quickstart-bert tokenizer=wordpiece ;;
     *) echo "quickstart.sh: '$1' is none of its models; give bert, or nothing for a decoder" >&2; exit 2 ;;
 esac
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
@@ -39,7 +39,7 @@ export RANKS=2 CUDA_VISIBLE_DEVICES= # two CPU ranks, whatever else this machine
 say "4. pretraining: 2 ranks share every matrix (tensor 2) ..."
 bash slurm/pretrain.sh $config parallel.tensor=2 train.stop_at=200
 say "   ... and go on from the checkpoint as 2 data-parallel ranks (data 2)"
-bash slurm/pretrain.sh $config parallel.tensor=1 $later
+bash slurm/pretrain.sh $config parallel.tensor=1 train.micro_batch_size=4
 python tools/quickstart_report.py $run
 
 say "5. a sample"

@@ -18,12 +18,13 @@ from mixtures import config_of
 LENGTHS = [5, 9, 3, 7, 4, 4, 12, 3]
 
 
-def write_rows_of(prefix: Path, lengths: list[int] = LENGTHS, values: int = 1) -> Path:
-    """Token k of row r is 100 (r + 1) + k; the last two of each are learned, with values 1 … `values` by row."""
+def write_rows_of(prefix: Path, lengths: list[int] = LENGTHS, values: int = 1, learned: int = 2) -> Path:
+    """Token k of row r is 100 (r + 1) + k; the last two (`learned`) of each are learned, with values 1 … `values` by
+    row."""
     with IndexedWriter(prefix, np.uint16, np.uint8) as writer:
         for row, length in enumerate(lengths):
             mask = np.zeros(length, np.int64)
-            mask[-2:] = 1 + row % values
+            mask[-learned:] = 1 + row % values
             writer.add_documents(100 * (row + 1) + np.arange(length), [length], mask)
     return prefix
 
@@ -123,18 +124,21 @@ def test_pairs_stay_together(tmp_path: Path) -> None:
     assert sorted(pairs) == [0, 2, 4, 6]
 
 
-@pytest.mark.parametrize("task", ["classification", "labels"])
-def test_classes_are_told_at_the_tokens_themselves(tmp_path: Path, task: str) -> None:
-    prefix = write_rows_of(tmp_path / "rows", values=3)
+@pytest.mark.parametrize(("task", "at"), [("classification", "last"), ("classification", "first"), ("labels", "last")])
+def test_classes_are_told_at_the_tokens_themselves(
+    tmp_path: Path, task: str, at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefix = write_rows_of(tmp_path / "rows", values=3, learned=2 if at == "last" else 99)
     config = config_of(train=[{"path": str(prefix)}], seq_length=12, document_mask=True)
     config = config.model_copy(
         update={"model": config.model.model_copy(update={"task": task, "labels": ("a", "b", "c")})}
     )
+    monkeypatch.setattr(type(config.model), "CLASS_AT", at)  # an encoder's is the first
     found = mixture(config)
     tokens, labels, _ = found.read(np.arange(found.sources[0].num_samples))
     has = labels != IGNORE
     assert (labels[has] == (tokens[has] // 100 - 1) % 3).all()
-    last = {100 * (row + 1) + length - 1 for row, length in enumerate(LENGTHS)}
+    last = {100 * (row + 1) + (length - 1) * (at == "last") for row, length in enumerate(LENGTHS)}
     before = {place - 1 for place in last} if task == "labels" else set()
     assert set(tokens[has].tolist()) == last | before
 
