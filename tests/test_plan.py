@@ -299,7 +299,12 @@ PUBLISHED = {
     "gpt2-774m": 774_030_080, "gpt2-1.5b": 1_557_611_200, "qwen3-0.6b": 596_049_920, "gemma2-2.6b": 2_614_341_888,
     "smollm2-135m": 134_515_008, "pythia-160m": 162_322_944, "olmoe-1b-7b": 6_919_161_856,
     "qwen3-30b-a3b": 30_532_122_624, "deepseek-v3": 671_026_419_200,
+    "bert-base": 109_514_298, "bert-large": 335_174_458, "modernbert-base": 149_655_232,
 }  # fmt: skip
+SIZES = {
+    "bert-base": "110m", "bert-large": "340m", "modernbert-base": "150m", "olmoe-1b-7b": "7b", "deepseek-v3": "671b"
+}  # fmt: skip
+"""Of presets that are not named for theirs."""
 UNITS = {"m": 1e6, "b": 1e9}
 
 
@@ -309,9 +314,7 @@ def test_presets_have_the_size_they_are_named_for(preset: str) -> None:
     size = sum(weight.numel for weight in weight_table(config))
     if preset in PUBLISHED:
         assert size == PUBLISHED[preset]
-    named = {"olmoe-1b-7b": "7b", "deepseek-v3": "671b"}.get(
-        preset, preset.split("-")[1]
-    )  # OLMo's authors name what a token uses first
+    named = SIZES.get(preset) or preset.split("-")[1]
     # Names are rounded by custom: the widest are 799,584 as "1m", 1.24e9 as "1b" and 109.5e6 as "125m" (vocabulary).
     assert size == pytest.approx(float(named[:-1]) * UNITS[named[-1]], rel=0.25)
     name = preset.split("-")[0]

@@ -132,7 +132,7 @@ class Pipeline:
         ring = self.mesh.pipeline
         for stage in self.stages:
             held = []
-            arriving: Iterable[Tensor | None] = (
+            arriving: Iterable[Streams | None] = (
                 None if stage.span.first else self._receive(stage, inputs) for inputs in batch
             )
             if ring.rank == 0:
