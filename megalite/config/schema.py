@@ -793,6 +793,11 @@ class Config(Section):
         if self.data.seq_length_warmup and (task != "causal" or self.objective.DATA != "text"):
             what = f"model.task: {task}" if task != "causal" else f"objective.name: {self.objective.name}"
             raise ValueError(f"data.seq_length_warmup would cut what {what} needs whole; leave it out")
+        if task == "masked" and type(self.objective).corruption is ObjectiveConfig.corruption:
+            raise ValueError(
+                f"objective.name: {self.objective.name} hides no tokens, without which model.task: masked learns "
+                "nothing; masked_lm does"
+            )
         if self.objective.NEEDS != "losses" and self.train.loss_chunk is not None:
             raise ValueError(
                 f"objective.name: {self.objective.name} needs train.loss_chunk: null, not {self.train.loss_chunk}; it "

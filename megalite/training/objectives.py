@@ -92,10 +92,6 @@ class NextTokenConfig(ObjectiveConfig):
         0.0, ge=0, lt=1, description="Share of each label that is spread evenly over the whole vocabulary."
     )
 
-    def check(self, config: Config) -> None:
-        if config.model.task == "masked":
-            raise ValueError("objective.name: next_token needs a causal model; model.task: masked learns by masked_lm")
-
     def build(self, config: Config, mesh: Mesh) -> Objective:
         labels = config.model.labels
         terms = None

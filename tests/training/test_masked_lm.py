@@ -110,7 +110,7 @@ def test_an_encoder_says_no_text(runs: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("objective.name=next_token", "next_token needs a causal model; model.task: masked learns by masked_lm"),
+        ("objective.name=next_token", "next_token hides no tokens, without which model.task: masked learns nothing"),
         ("data.tokenizer=null", "masked_lm needs data.tokenizer"),
         ("data.border_loss=false", r"leave data\.fim and \.border_loss out"),
         ("train.loss_chunk=8", "masked_lm needs train.loss_chunk: null, not 8"),
