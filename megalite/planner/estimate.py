@@ -257,11 +257,16 @@ class Outlook:
     @cached_property
     def held(self) -> tuple[Held, ...]:
         """What the rank holds that holds most: dense weights, and experts."""
+        return max(self._held_by_ranks, key=lambda held: sum(each.params for each in held))
+
+    @cached_property
+    def _held_by_ranks(self) -> list[tuple[Held, ...]]:
+        """What each pipeline rank holds."""
         per_rank = []
         for rank in range(self.plan.pipeline):
             stages = [self.sizes[span.index].held(self.plan) for span in self.plan.stages_of(rank)]
             per_rank.append(tuple(map(_added, zip(*stages, strict=True))))
-        return max(per_rank, key=lambda held: sum(each.params for each in held))
+        return per_rank
 
     @property
     def shortest_step_s(self) -> float:
@@ -335,17 +340,7 @@ class Outlook:
                 volume["pipeline"] = max(
                     volume["pipeline"], float(messages * plan.micro_batches * self.shapes.hidden_bytes)
                 )
-        reductions = plan.micro_batches if plan.zero_stage >= 2 else 1
-        gathers = {0: 0, 1: 1, 2: 1, 3: 2 * plan.micro_batches}[plan.zero_stage]
-        for held in self.held:
-            # A ring sends this share of the whole tensor; an all-reduce (no ZeRO) sends it twice.
-            share = (held.replicas - 1) / held.replicas
-            reduced = held.trained * 4 * reductions * (1 if plan.zero_stage else 2)
-            # ZeRO 3 gathers frozen weights too; below it only what the optimizer has changed.
-            size = held.params if plan.zero_stage == 3 else held.trained
-            gathered = size * self.shapes.element * gathers
-            volume["data"] += share * (reduced + gathered)
-        volume["data"] += self._solved_bytes
+        volume["data"] = max(map(self._data_bytes, self._held_by_ranks)) + self._solved_bytes
         speed = {
             "tensor": network.bandwidth(network.tensor),
             "context": network.message_bandwidth(network.context.nodes > 1),
@@ -354,6 +349,20 @@ class Outlook:
             "pipeline": network.message_bandwidth(network.pipeline_crosses_nodes),
         }
         return volume, {axis: sent / speed[axis] for axis, sent in volume.items()}
+
+    def _data_bytes(self, held: Sequence[Held]) -> float:
+        """Return the bytes that a rank sends to its replicas for gradients and weights of all that it holds."""
+        plan, total = self.plan, 0.0
+        reductions = plan.micro_batches if plan.zero_stage >= 2 else 1
+        gathers = {0: 0, 1: 1, 2: 1, 3: 2 * plan.micro_batches}[plan.zero_stage]
+        for part in held:
+            # A ring sends this share of the whole tensor; an all-reduce (no ZeRO) sends it twice.
+            share = (part.replicas - 1) / part.replicas
+            reduced = part.trained * 4 * reductions * (1 if plan.zero_stage else 2)
+            # ZeRO 3 gathers frozen weights too; below it only what the optimizer has changed.
+            size = part.params if plan.zero_stage == 3 else part.trained
+            total += share * (reduced + size * self.shapes.element * gathers)
+        return total
 
     @property
     def _solved_bytes(self) -> float:

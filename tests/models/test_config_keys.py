@@ -314,6 +314,13 @@ NEEDED = (
 )
 
 
+NARROW: dict[str, dict[str, Any]] = {
+    "deepseek_v3": {"num_kv_heads": 0, "head_dim": 0, "rope_scaling": None},
+    "modernbert": {"num_kv_heads": 0, "head_dim": 0, "rope_scaling": None, "tie_embeddings": True},
+}
+"""What most models of families have that would refuse nearly all others."""
+
+
 def random_models(count: int) -> Iterator[dict[str, Any]]:
     """`model:` sections of all families in turn."""
     draw = random.Random(8)
@@ -323,8 +330,8 @@ def random_models(count: int) -> Iterator[dict[str, Any]]:
         chosen = {
             key: copy.copy(draw.choice(FIELDS[key])) for key in sorted(known) if key in NEEDED or draw.random() < 0.4
         }
-        if "kv_lora_rank" in chosen and draw.random() < 0.9:  # otherwise nearly all are refused
-            chosen |= {"num_kv_heads": 0, "head_dim": 0}
+        if name in NARROW and draw.random() < 0.9:
+            chosen |= NARROW[name]
         if chosen.get("layer_types"):
             chosen["layer_types"] = [draw.choice(chosen["layer_types"]) for _ in range(chosen["num_layers"])]
         if (chosen.get("rope_scaling") or {}).get("type") == "longrope":
