@@ -25,6 +25,7 @@ from megalite.health.guard import Ending, Guard
 from megalite.health.signals import StopRequests
 from megalite.health.stragglers import Stragglers
 from megalite.models import weight_table
+from megalite.observe.experts import ExpertLoads, plot_loads
 from megalite.observe.layers import LayerMeasures, largest_logit
 from megalite.observe.noise import NoiseScale
 from megalite.observe.profiler import Profiler
@@ -322,19 +323,32 @@ class MeasureLayers(Hook):
         assert isinstance(parts.engine, NativeEngine)
         self._run = run
         self._measures = LayerMeasures(parts.stages, parts.engine, run.mesh, run.config, run.plan.sequence)
+        self._loads = ExpertLoads(parts.stages, run.mesh, run.config.model.architecture, run.plan.sequence)
         self._found: Record = {}
 
     def begin(self, step: Step) -> None:
-        if self._run.due(step.number, self._run.config.observe.layers_every):
+        if self._is_measured(step):
             self._measures.begin()
+            self._loads.begin()
 
     def before_update(self, step: Step) -> None:
-        if self._run.due(step.number, self._run.config.observe.layers_every):
-            self._found = self._measures.end()
+        if self._is_measured(step):
+            self._found = self._measures.end() | self._loads.end()
 
     def after_update(self, step: Step) -> None:
         step.record |= self._found
         self._found = {}
+
+    def is_due(self, step: Step) -> bool:
+        return bool(self._loads.num_experts) and self._is_measured(step)
+
+    def act(self, step: Step) -> None:
+        if self in step.due and self._run.recorder:
+            folder, layers = self._run.config.run.folder, [*self._loads.num_experts]
+            plot_loads(self._loads.loads, layers, step.number, folder / "metrics.jsonl", folder / "experts.png")
+
+    def _is_measured(self, step: Step) -> bool:
+        return self._run.due(step.number, self._run.config.observe.layers_every)
 
 
 class RecordLogits(Hook):

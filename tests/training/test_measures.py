@@ -22,7 +22,7 @@ from megalite.observe.noise import estimate
 from megalite.plan import make_plan
 from megalite.train import train
 from ranks import run_ranks
-from small_runs import make_config, metrics_of, train_on_rank
+from small_runs import MODELS, make_config, metrics_of, train_on_rank
 
 LAYOUTS = {
     "data": ["parallel.zero_stage=1"],
@@ -108,6 +108,39 @@ def test_layers_measure_the_same_on_every_layout(tmp_path: Path) -> None:
             for line in (1, 2):  # every second step, and the last
                 found = {key: lines[line][key] for key in plain}
                 assert found == pytest.approx({key: wanted[line][key] for key in plain}, rel=1e-4), name
+
+
+def test_loads_of_experts_are_the_same_on_every_layout(tmp_path: Path) -> None:
+    model = MODELS["llama"] | {"family": "mixtral", "num_experts": 4, "experts_per_token": 2}
+    settings = ("train.steps=3", "observe.layers_every=2", "checkpoint.every=0", "observe.eval_every=0")
+    layouts = {
+        "expert": ["parallel.expert=2", "train.recompute=full"], "tensor": ["parallel={tensor: 2, sequence: false}"],
+        "whole": ["parallel={tensor: 2, expert: 2, expert_tensor: 1}"], "pipeline": ["parallel.pipeline=2"],
+    }  # fmt: skip
+    configs = {
+        name: make_config(tmp_path, model, *settings, f"run.name={name}", *each) for name, each in layouts.items()
+    }
+    alone = make_config(tmp_path, model, *settings, "run.name=alone", "observe.layers_every=1")
+    train(alone)
+    run_ranks(2, train_on_rank, list(configs.values()))
+    visits: list[Tensor] = []
+    plain: Any = plain_model(alone)
+    for layer in plain.layers.values():
+        layer.mlp.router.register_forward_hook(lambda router, arguments, out: visits.append(out[2]))
+    plain(batch_of(alone, 1)[0])
+    wanted = [line for line in metrics_of(alone) if "loss" in line]
+    for number, index in enumerate(visits):
+        share = torch.stack([(index == expert).sum() for expert in range(4)]).double() / index.numel()
+        assert wanted[0][f"expert_load/{number}"] == pytest.approx(4 * share.max().item(), rel=1e-6)
+        entropy = torch.distributions.Categorical(share).entropy().item() / np.log(4)
+        assert wanted[0][f"expert_entropy/{number}"] == pytest.approx(entropy, rel=1e-6)
+        assert wanted[0][f"dead_experts/{number}"] == (share == 0).sum().item()
+    keys = [key for key in wanted[0] if "expert" in key]
+    assert len(keys) == 3 * len(visits)
+    for name, config in configs.items():
+        lines = [line for line in metrics_of(config) if "loss" in line]
+        assert {key: lines[1][key] for key in keys} == pytest.approx({key: wanted[1][key] for key in keys}), name
+        assert (config.run.folder / "experts.png").stat().st_size > 10_000
 
 
 def plain_noise(config: Config, num_small: int) -> float:
