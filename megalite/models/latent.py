@@ -124,9 +124,8 @@ class LatentAttention(nn.Module):
         heads = x_BTNR.shape[2]
         if self.interleaved:  # neighbours to where `rotate` looks for pairs
             x_BTNR = x_BTNR.unflatten(-1, (-1, 2)).transpose(-1, -2)
-        # A copy, since it is rotated in place.
-        copy = x_BTNR.reshape(*x_BTNR.shape[:2], -1) if self.interleaved else x_BTNR.flatten(2).clone()
-        return rotate(copy, self.turned, heads, *cos_sin)
+        copy = x_BTNR.clone(memory_format=torch.contiguous_format)  # it is rotated in place
+        return rotate(copy.flatten(2), self.turned, heads, *cos_sin)
 
 
 def latent_rows(config: LatentConfig) -> tuple[Weight, ...]:

@@ -36,12 +36,14 @@ MODELS: dict[str, dict[str, Any]] = {
     "gpt_neox": CASES["gpt_neox"],
     "phi3": CASES["phi3"],
     "qwen3_moe": CASES["qwen3_moe"],
+    "deepseek_v3": CASES["deepseek_v3"],
 }
 # Which modules have adapters; "all-linear" where a model is not named.
 TARGETS = {
     "llama": ["q_proj", "v_proj", "up_proj", "down_proj"],
     "gpt2": ["c_attn", "c_proj"],
     "qwen3_moe": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "deepseek_v3": ["q_b_proj", "kv_b_proj", "o_proj"],
 }
 PEFT = {"r": 5, "lora_alpha": 7}
 
