@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.progress import Progress
+from runs import SPLITS, train
 
-DATA = Path("data/quickstart")
 LRS = {"adamw": (5e-4, 1e-3, 2e-3), "muon": (2e-3, 4e-3, 8e-3)}
 """Learning rates that are tried, as many of each."""
 COLORS = {"adamw": "tab:gray", "muon": "tab:red"}
@@ -64,16 +62,11 @@ class Curve:
         return None
 
 
-def config_of(case: Case, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+def config_of(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
     schedule = {"name": "cosine", "warmup_steps": 0.08, "min_lr": case.lr / 10}
     return {
-        "run": {"name": case.name, "dir": str(folder / "runs")},
         "model": {"preset": arguments.preset},
-        "data": {
-            "train": [{"path": str(DATA / "train_text_document")}],
-            "valid": [{"path": str(DATA / "valid_text_document")}],
-            "seq_length": 256,
-        },
+        "data": SPLITS | {"seq_length": 256},
         "train": {
             "steps": arguments.steps, "global_batch_size": arguments.batch, "micro_batch_size": arguments.batch,
             "precision": arguments.precision, "seed": case.seed,
@@ -86,17 +79,7 @@ def config_of(case: Case, folder: Path, arguments: argparse.Namespace) -> dict[s
 
 def run(case: Case, folder: Path, arguments: argparse.Namespace) -> Curve:
     """Train one run, or go on with it."""
-    config = folder / f"{case.name}.yaml"
-    config.write_text(json.dumps(config_of(case, folder, arguments)))
-    done = subprocess.run(
-        [sys.executable, "-m", "megalite", "train", str(config)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        raise SystemExit(f"{case.name} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    lines = [json.loads(line) for line in (folder / "runs" / case.name / "metrics.jsonl").read_text().splitlines()]
+    lines = train(case.name, config_of(case, arguments), folder)
     found = [(line["step"], line["valid_loss"]) for line in lines if "valid_loss" in line]
     seconds = statistics.median(line["step_time_s"] for line in lines if "step_time_s" in line)
     return Curve(case, [step for step, _ in found], [loss for _, loss in found], seconds)

@@ -72,11 +72,16 @@ def transformers_step(
     torch.manual_seed(0)
     with device:
         model = LlamaForCausalLM._from_config(hf, dtype=torch.float32 if autocast else torch.bfloat16)
+    return optimized(model, torch.compile(model) if compiled else model, autocast)
+
+
+def optimized(model: torch.nn.Module, run: Any, autocast: bool = False) -> Step:
+    """Return a training step of transformers' `model`; `run` is what is called, which may be compiled."""
+    device = next(model.parameters()).device
     decay = [p for p in model.parameters() if p.dim() > 1]
     rest = [p for p in model.parameters() if p.dim() == 1]
     groups = [{"params": decay, "weight_decay": OPTIMIZER.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=OPTIMIZER.lr, betas=OPTIMIZER.betas, eps=OPTIMIZER.eps, fused=True)
-    run: Any = torch.compile(model) if compiled else model
 
     def step(tokens: Tensor) -> Tensor:
         # `labels` are shifted by transformers itself: of the same tokens, the last has no label.
