@@ -22,6 +22,9 @@ class BucketWeights:
 
     def __init__(self, layout: Bucket, mesh: Mesh, dtype: torch.dtype):
         self.layout = layout
+        # Who else has these weights. The shard [low, high) is the same range on every tensor rank
+        # of a replica, but of other elements where the weights are cut: a bucket holds local
+        # tensors.
         self.fold = mesh.experts if layout.of_experts else mesh.dense
         replicas = self.fold.replicas
         self.low, self.high = layout.shard(replicas.rank, replicas.size)
@@ -73,6 +76,9 @@ class BucketState(BucketWeights):
     def state(self, kind: str) -> Tensor:
         """Return this rank's shard of the weights, an optimizer state or the reduced gradients: [shard]."""
         if kind == "weight":
+            # Weights are whole on every rank at stages 0 to 2; masters and states only as wide as
+            # `stepped`. At stage 0 a shard is cut out of both, so that replicas share the writing
+            # of a checkpoint.
             return self.weights[self.low : self.high]
         whole = self.gradient() if kind == "grad" else self.stepped_state(kind)
         return whole if self.zero_stage else whole[self.low : self.high]
@@ -120,6 +126,8 @@ def await_weights_of(buckets: Sequence[BucketState]) -> Callable[[nn.Module, Any
 
 def fill(bucket: BucketWeights, into: Tensor, offset: int, part: slice, read: ReadState, kind: str) -> None:
     """Read `kind` for the elements `part` of a bucket. `into` holds the bucket's elements from `offset` on."""
+    # `read` counts from the start of a weight, a slot from the start of its bucket, and `into` from
+    # `offset`: only the elements that lie in both, the slot and `part`, are read.
     for slot in bucket.layout.slots:
         start, stop = max(slot.start, part.start), min(slot.stop, part.stop)
         if start < stop:

@@ -123,6 +123,7 @@ class DeepSpeedEngine:
     def __init__(self, stage: Stage, weights: Sequence[Weight], plan: Plan, mesh: Mesh, config: Config):
         """Take over `stage.forward`. Raises ConfigError when DeepSpeed, or what its NVMe offload needs, is missing."""
         deepspeed = _import_deepspeed(mesh)
+        # The loss scale undoes DeepSpeed's mean over the replicas: ours is a sum.
         self.mesh, self.zero_stage, self.loss_scale = mesh, plan.zero_stage, float(mesh.replicas.size)
         self.weights = [weight for weight in weights if not weight.frozen]
         self.dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
@@ -135,10 +136,14 @@ class DeepSpeedEngine:
         parameters = {weight.name: every[weight.name] for weight in self.weights}
         assert isinstance(config.optimizer, AdamWConfig), "the plan has refused others"
         self.optimizer = _make_optimizer(config.optimizer, self.weights, parameters)
+        # DeepSpeed wraps a module of its own: were it `stage` itself, the replaced `forward` would
+        # call the engine, which calls `forward`, without end.
         inner = Stage(stage.model, stage.span)
         with redirect_stdout(StringIO()):  # memory reports that its log level does not stop; warnings pass
             self.engine, *_ = deepspeed.initialize(model=inner, optimizer=self.optimizer, config=ds_config, mpu=groups)
         stage.forward = self.engine.forward  # type: ignore[method-assign]
+        # The gate asks for the norm, which exists only inside `engine.step`, right before the
+        # optimizer.
         self._update, self._permitted = self.optimizer.step, _always
         # DeepSpeed calls it for every flat partition, once it knows the norm. It would warn about a subclass.
         self.optimizer.step = lambda: self._update() if self._permitted() else None  # type: ignore
@@ -168,6 +173,8 @@ class DeepSpeedEngine:
             parameter: Any = nn.Parameter(zeros, requires_grad=not weight.frozen)
             # DeepSpeed takes the others for copies of each other, and counts them once in the norm.
             parameter.tensor_model_parallel = weight.shard is not None and self.mesh.tensor.size > 1
+            # The first weight brings the machinery, through a module that holds it; all others are
+            # handed to it one by one and are cut at once, so that no two whole weights exist.
             if self.zero_stage == 3 and first is None:
                 first = parameter
                 group = groups.get_data_parallel_group()
@@ -186,11 +193,16 @@ class DeepSpeedEngine:
             offset = 0
             for parameter in members:
                 number = numbers[parameter]
+                # Stage 3 cuts every weight into equal shares, a share per replica, the last of
+                # which may be short or empty; a partition is these shares one after another.
                 if self.zero_stage == 3:
                     size, whole = parameter.partition_numel(), parameter.ds_numel
                     low = min(self.mesh.replicas.rank * size, whole)
                     place = (offset, low, min(low + size, whole))
                     offset += size
+                # Stages 1 and 2 cut the flat buffer of all weights ("lp": low precision, the
+                # model's; "hp": high precision, the master's). Where a weight has nothing on this
+                # replica there is no mapping.
                 elif (mapping := parameter._hp_mapping) is not None:
                     low, size = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
                     place = (mapping.hp_fragment_address.start, low, low + size)
@@ -208,6 +220,8 @@ class DeepSpeedEngine:
 
     def _share_spans(self) -> list[list[tuple[int, int]]]:
         """Return [low, high) of every weight on every replica: [weight][replica]."""
+        # The cut follows from DeepSpeed's internals, so ranks tell each other rather than compute
+        # it.
         mine = torch.tensor([[(f.low, f.high) for f in self.fragments]], device=self.mesh.device)
         return all_gather(mine, self.mesh.replicas, 0).transpose(0, 1).tolist()
 
@@ -237,6 +251,8 @@ class DeepSpeedEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         # Asking the gate waits for the device.
+        # Cached, as it is asked for every flat partition and once below, but the guard counts one
+        # step.
         self._permitted = _always if update_gate is None else cache(lambda: bool(update_gate(self._norm())))
         self.engine.step()
         self._permitted()  # where the norm is not finite, DeepSpeed has not called the optimizer
@@ -247,6 +263,7 @@ class DeepSpeedEngine:
 
     @property
     def num_updates(self) -> int:
+        # All partitions count alike. torch's AdamW counts only steps that were made, as we do.
         with self._resident(0) as (_, state):
             return int(state["step"])
 
@@ -301,6 +318,7 @@ class DeepSpeedEngine:
         if swapped:
             self.zero._optimizer_states_and_gradient_swap_in(number)
         yield flat.data, self.optimizer.state[flat]
+        # Swapping out writes the state back and frees it; releasing only frees it.
         if swapped and write:
             self.zero._optimizer_states_and_gradient_swap_out(number)
         elif swapped:
@@ -322,8 +340,11 @@ class DeepSpeedEngine:
         tensors over the tensor axis to the owner. `kind`, `owners` and `buffers` are as in `Engine.gather`."""
         owned: dict[str, Tensor] = {}
         shares = self._shares(kind)
+        # In the order of the table on every rank. First this weight's fragments to the owner's
+        # replica (on each tensor rank), then the tensor ranks' parts to the owner.
         for number, weight in enumerate(self.weights):
             _, replica, tensor_rank = self.mesh.place_of(owners[weight.name])
+            # popped, so that what a rank holds shrinks while the owners' tensors grow.
             share = shares.pop(number).to(self.mesh.device)
             local = _collect(share, self._spans[number], self.mesh.replicas, replica)
             if local is not None:
@@ -346,6 +367,7 @@ class DeepSpeedEngine:
         for group in range(len(self._members())):
             with self._resident(group) as (flat, state):
                 whole = flat if kind in ("weight", "master") else state[kind]
+                # The buffer it was read into is used again for the next partition.
                 if self._on_disk(group):
                     whole = whole.clone()
             # Weights are always the master weights, rounded.
@@ -374,6 +396,8 @@ def _collect(share: Tensor, spans: Sequence[tuple[int, int]], axis: Axis, owner:
     """Return on rank `owner` the flat tensor of which every rank holds a `share`, the elements that `spans` says; None
     on the others."""
     if axis.rank != owner:
+        # Shares differ in length and may be empty: messages instead of a gather, which wants equal
+        # ones.
         messages = [dist.P2POp(dist.isend, share, group=axis.group, group_peer=owner)] if share.numel() else []
         local = None
     else:

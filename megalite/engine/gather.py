@@ -32,6 +32,7 @@ def gather_parts(part: Tensor, axis: Axis, owner: int) -> Tensor | None:
 def gather_to_host(part: Tensor, axis: Axis, owner: int, whole: Tensor | None) -> None:
     """Fill `whole` [ranks, numel], which is on the host, with every rank's flat `part`, on rank `owner` of the axis;
     the others give None. Where `whole` is pinned, its content is there once the device has come to it."""
+    # `PIECE` bounds what the owner holds on the device: a piece from each rank of the axis.
     step = max(1, PIECE // axis.size)
     for start in range(0, part.numel(), step):
         piece = gather_parts(part[start : start + step], axis, owner)
@@ -62,6 +63,7 @@ class HostBuffers:
     def take(self, like: Tensor, *shape: int) -> Tensor:
         """Return memory of this `shape` in the dtype of `like`, pinned where `like` is on a device."""
         known = self._buffers[self._next] if self._next < len(self._buffers) else None
+        # Another order of copies than last time: what was kept from here on fits no more.
         if known is None or (known.shape, known.dtype) != (shape, like.dtype):
             known = host_memory(like, *shape, pinned=like.device.type == "cuda")
             self._buffers[self._next :] = [known]
@@ -109,6 +111,8 @@ class GatherOnHost:
         self._device, self._buffers = device, buffers
 
     def parts(self, part: Tensor, axis: Axis, owner: int, is_cut: bool) -> Tensor | None:
+        # A cut weight is needed on the device once more, to send it over the holders. What is uncut
+        # is whole now and goes to the host piece by piece, which saves the device a whole bucket.
         if is_cut or axis.size == 1 or part.device.type == "cpu":
             gathered = gather_parts(part, axis, owner)
             return None if gathered is None else gathered.view(-1)
@@ -128,6 +132,9 @@ class GatherAside:
     Creating one is a collective."""
 
     def __init__(self, mesh: Mesh):
+        # A group of its own, since the loop goes on with collectives over the mesh's groups
+        # meanwhile: two threads on one group would mix their messages. gloo, as what is copied lies
+        # on the host.
         self._group = dist.new_group(backend="gloo") if mesh.world.size > 1 else None
 
     def parts(self, part: Tensor, axis: Axis, owner: int, is_cut: bool) -> Tensor | None:
@@ -135,6 +142,8 @@ class GatherAside:
             return part
         ranks = dist.get_process_group_ranks(axis.group)
         if axis.rank != owner:
+            # Sends to one peer arrive in the order of their sending, and every rank goes through
+            # the buckets in one order: so no tags are needed to tell them apart.
             dist.send(part.contiguous(), ranks[owner], self._group)
             return None
         parts = part.new_empty(axis.size, part.numel())

@@ -41,6 +41,8 @@ class Gradients:
         """Take over `models` on the meta device, whose weights lie in `buckets` and, where they are not trained, in
         `frozen`. Gradients are reduced over the replicas of `mesh` as `zero_stage` asks."""
         self.buckets, self.mesh, self.zero_stage = buckets, mesh, zero_stage
+        # Where each parameter's gradient goes: hooks are called with the parameter and nothing
+        # else.
         self._home: dict[Tensor, tuple[BucketState, Slot]] = {}
         self._adopt(models, frozen)
         self.observer: Callable[[BucketState, Tensor], None] | None = None
@@ -58,6 +60,7 @@ class Gradients:
             for slot in bucket.layout.slots:
                 name = slot.weight.name
                 view = bucket.weights[slot.start : slot.stop].view(shapes[name])
+                # A view and no copy: an all-gather into the flat buffer is what updates the model.
                 views[name] = nn.Parameter(view, requires_grad=not slot.weight.frozen)
                 if isinstance(bucket, BucketState):
                     views[name].register_post_accumulate_grad_hook(self._take_gradient)
@@ -71,6 +74,9 @@ class Gradients:
             for unit in [*beside, *model.layers.values()]:
                 buckets = {id(b): b for p in unit.parameters() if p in self._home for b, _ in [self._home[p]]}
                 unit.register_forward_pre_hook(await_weights_of(list(buckets.values())))
+            # Linears bring their weight gradient as a GEMM into the bucket, so autograd gives them
+            # none, but still fires their hook. Both are counted: `num_events` grows by one for each
+            # such module.
             for module in model.modules():
                 if isinstance(module, ParallelLinear) and module.weight in self._home:
                     module.wgrad_callback = self._add_product
@@ -93,6 +99,7 @@ class Gradients:
         # None where the whole gradient comes as a GEMM. Both may come: a tied embedding's look-up is autograd's, the
         # head's GEMM is not.
         if parameter.grad is not None:
+            # bf16 gradients are added up in fp32, over micro-batches and uses of a weight.
             place = bucket.whole_grads()[slot.start : slot.stop].view_as(parameter)
             if slot.start in bucket.filled:
                 place.add_(parameter.grad)
@@ -108,6 +115,8 @@ class Gradients:
         layers; `last` marks the last GEMM of this weight in a micro-batch."""
         bucket, slot = self._home[parameter]
         place = bucket.whole_grads()[slot.start : slot.stop].view_as(parameter)
+        # Not yet summed over the replicas, and not divided by anything: losses are scaled so that
+        # the sum over micro-batches and replicas is the gradient.
         accumulate_weight_gradient(place, grad, x, add=slot.start in bucket.filled)
         bucket.filled.add(slot.start)
         if last:
@@ -163,6 +172,9 @@ class Gradients:
         for slot in bucket.layout.slots:
             if slot.start not in bucket.filled:  # a weight that no token used
                 grads[slot.start : slot.stop] = 0.0
+        # Three sums of their own, which weights need or not, all linear, in a fixed order for the
+        # same bits: tensor ranks (norms under sequence parallelism), both pipeline ends (tied),
+        # then replicas.
         if bucket.layout.partial_grad:
             all_reduce(grads, self.mesh.tensor)
         if bucket.layout.tied:
@@ -171,6 +183,8 @@ class Gradients:
             self.observer(bucket, grads)
         start = start_reduce_scatter if self.zero_stage else start_reduce
         self._in_flight.append((bucket, grads, start(grads, bucket.fold.replicas)))
+        # torch's allocator gets the buffer back when the reduction is done; `_in_flight` bounds how
+        # many whole buckets exist at a time, which is what stage 2 saves over stage 1.
         if self.zero_stage == 2:
             bucket.grads, bucket.filled = None, set()  # the next micro-batch fills a new buffer
             if len(self._in_flight) > IN_FLIGHT:
@@ -186,9 +200,13 @@ class Gradients:
 
     def norm(self) -> Tensor:
         """Return the L2 norm of the whole gradient, with each logical element counted once."""
+        # This rank's shard, even at stage 0, where it has the whole: so each element is squared by
+        # one rank.
         counted = [bucket.state("grad") for bucket in self.buckets if self.counts(bucket)]
+        # A rank that counts nothing still takes part in the all-reduce.
         if not counted:
             counted = [torch.zeros(0, device=self.mesh.device)]
+        # fp64 up to here: the order in which ranks are summed does not show in fp32.
         return all_reduce(sum_of_squares(*counted), self.mesh.world).sqrt().float()
 
     def counts(self, bucket: BucketState) -> bool:
@@ -196,6 +214,8 @@ class Gradients:
         Numbers of tokens are no gradient."""
         if bucket.layout.treatment.optimizer == BY_COUNTS:
             return False
+        # Tied weights: the first stage counts them. Uncut weights: the first holder of each replica
+        # does.
         copy = bucket.layout.tied and self.mesh.pipeline.rank > 0
         return (bucket.layout.cut or bucket.fold.holders.rank == 0) and not copy
 

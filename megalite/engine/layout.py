@@ -65,6 +65,9 @@ def make_buckets(
     A weight larger than `max_elements` gets a bucket to itself."""
     open_slots: dict[_Kind, list[Slot]] = {}
     closed: list[Bucket] = []
+    # Everything in this key must be one and the same for a whole bucket, since a bucket is reduced
+    # by one collective and updated by one call of the optimizer: mixing two kinds would need a
+    # branch a slot.
     for weight in reversed(weights):
         kind = _Kind(
             optimizer.treatment(weight),
@@ -77,6 +80,9 @@ def make_buckets(
         slots = open_slots.setdefault(kind, [])
         numel = prod(weight.local_shape(*plan.cut_of(weight)))
         start = _round_up(slots[-1].stop, ALIGNMENT) if slots else 0
+        # Close the bucket that is full, and go on in a new one of the same kind. Small buckets
+        # start to be reduced earlier in the backward pass; large ones use the network better
+        # (Megatron's bucket_size).
         if slots and start + numel > max_elements:
             closed.append(_close(slots, kind, plan))
             slots.clear()
@@ -105,6 +111,8 @@ def is_cut(weight: Weight, cut: Cut) -> bool:
 
 
 def _close(slots: list[Slot], kind: _Kind, plan: Plan) -> Bucket:
+    # Padded at the end, so that every replica's shard has the same length and starts aligned: a
+    # reduce-scatter cuts a buffer into equal pieces wherever weights begin in it.
     replicas = plan.replicas_of(plan.cut_of(slots[0].weight))
     return Bucket(tuple(slots), _round_up(slots[-1].stop, ALIGNMENT * replicas), **kind._asdict())
 
@@ -121,14 +129,22 @@ def choose_owners(
     `max_elements` are those of `make_buckets`."""
     owners: dict[str, int] = {}
     for pipeline_rank in range(plan.pipeline):
+        # Elements that each rank of this stage is to write; stages hold other weights and are
+        # balanced apart.
         load = [0] * (plan.replicas * plan.tensor)
         buckets = make_buckets(plan.weights_of(pipeline_rank, weights), plan, optimizer, max_elements)
+        # Largest first, each to the rank with the least so far (Graham's rule, as `Matrices` has
+        # it).
         for bucket in sorted(buckets, key=lambda bucket: -bucket.size):
             cut = plan.cut_of(bucket.slots[0].weight)
             # The ranks of a replica follow one another.
             ranks_of = [range(len(load))[first : first + cut.holders] for first in range(0, len(load), cut.holders)]
+            # First a replica for the bucket: its shards travel there in one gather. Then, of that
+            # replica's holders, one for each weight, which gathers the parts of the others.
             ranks = min(ranks_of, key=lambda ranks: min(load[rank] for rank in ranks))
             for slot in sorted(bucket.slots, key=lambda slot: slot.start - slot.stop):
+                # A tied weight is in the first stage's table and in the last's: the first has
+                # claimed it already.
                 if slot.weight.name not in owners:
                     rank = min(ranks, key=load.__getitem__)
                     load[rank] += slot.weight.numel

@@ -71,6 +71,7 @@ class Matrices:
 
     def _choose_owners(self) -> list[Matrix]:
         """Give each matrix, the most costly first, to the rank with the least to do (Graham 1969)."""
+        # Every rank computes the same owners from the same layout: nothing is communicated for it.
         slots = [(number, slot) for number, bucket in enumerate(self.buckets) for slot in bucket.layout.slots]
         costs = [self._cost(slot) for _, slot in slots]
         loads, owners = [0.0] * self.mesh.stage.size, [0] * len(slots)
@@ -90,6 +91,9 @@ class Matrices:
         for rank in ranks:
             for held in self._pieces(rank, whole):
                 owner = self.matrices[held.matrix].owner
+                # Both ends go through all ranks and matrices in one order, so a message needs no
+                # header: the receiver knows from its own route which elements of which matrix lie
+                # where in it.
                 source, target = (owner, rank) if whole else (rank, owner)
                 if source == me:
                     route.out[target].append(held)
@@ -106,11 +110,14 @@ class Matrices:
         for number, matrix in enumerate(self.matrices):
             bucket = self.buckets[matrix.bucket]
             holders = bucket.fold.holders.size
+            # Ranks of a stage: replica-major, holders innermost (see `Mesh.place_of`).
             replica, holder = divmod(rank, holders)
             if not whole and not bucket.layout.cut and holder != matrix.owner % holders:
                 continue
             low, high = bucket.layout.shard(replica, bucket.fold.replicas.size)
             if whole and not bucket.zero_stage:
+                # At stage 0 every replica updates everything and so must get all of the result
+                # back; still, on the way to the owner one shard from each is enough.
                 low, high = 0, bucket.layout.size
             start, stop = max(low, matrix.slot.start), min(high, matrix.slot.stop)
             if start < stop:
@@ -129,6 +136,7 @@ class Matrices:
             seen = [self.optimizer.advance_(shard, common) for shard in shards]
 
         def piece(held: Held) -> Tensor:
+            # `held` counts from the bucket's start, `seen` holds only the stepped part of it.
             bucket = self.buckets[self.matrices[held.matrix].bucket]
             first = bucket.stepped.start
             return seen[self.matrices[held.matrix].bucket][held.start - first : held.stop - first]
@@ -158,6 +166,7 @@ class Matrices:
         device = self.mesh.device
 
         def message(some: list[Held], rank: int) -> Tensor:
+            # What stays on this rank is not copied into a message; `result` reads it where it is.
             length = sum(held.stop - held.start for held in some) if rank != axis.rank else 0
             return torch.empty(length, device=device)
 
@@ -171,6 +180,8 @@ class Matrices:
 
         def result() -> Iterator[tuple[Held, Tensor]]:
             wait()
+            # Messages are memory too: the buffers to send are let go before those received are
+            # used.
             to_send.clear()
             yield from ((held, piece(held)) for held in out[axis.rank])
             for rank, some in enumerate(into):
@@ -183,6 +194,8 @@ class Matrices:
 
     def _assemble(self, found: Iterable[tuple[Held, Tensor]]) -> dict[int, Tensor]:
         """Return the logical tensor of each matrix that this rank owns, as rows, from all of its pieces."""
+        # [matrix][holder] → (start, values) of each replica's shard. For a weight that is not cut
+        # there is one "side": only one holder sends it.
         parts: dict[int, dict[int, list[tuple[int, Tensor]]]] = {number: {} for number in self._mine}
         for held, value in found:
             bucket = self._bucket_of(held.matrix)
@@ -195,9 +208,12 @@ class Matrices:
             cut = bucket.fold.cut if bucket.layout.cut else Cut(1)
             shape = weight.local_shape(*cut)
             locals_ = [
+                # Shards by where they start, then holders by rank: so it is one flat local tensor
+                # per holder.
                 joined([value for _, value in sorted(pieces, key=lambda piece: piece[0])]).view(shape)
                 for _, pieces in sorted(by_side.items())
             ]
+            # A stack of experts [E, rows, columns] becomes rows, as `split` counts them.
             logical[number] = weight.assemble(locals_, cut.expert).flatten(0, weight.stack)
         return logical
 
@@ -207,6 +223,8 @@ class Matrices:
         by_shape: dict[tuple[int, ...], list[Tensor]] = {}
         for number, rows in logical.items():
             for matrix in rows.split(self.optimizer.split(self.matrices[number].slot.weight)):
+                # Equal shapes can be multiplied as one batch; a result must not depend on which are
+                # together.
                 by_shape.setdefault(tuple(matrix.shape), []).append(matrix)
         for matrices in by_shape.values():
             solved = self.optimizer.solve(matrices, self.buckets[0].weights.dtype)
@@ -219,6 +237,8 @@ class Matrices:
         rows = solved[held.matrix]
         fold = self._bucket_of(held.matrix).fold
         return slot.weight.read_local(
+            # The same mapping by which a rank reads its part of a checkpoint, here from the solved
+            # matrix.
             lambda _, low, high, columns: rows[low:high] if columns is None else rows[low:high, slice(*columns)],
             held.rank % fold.holders.size,
             fold.tensor.size,

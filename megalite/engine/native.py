@@ -59,9 +59,13 @@ class NativeEngine:
         self._num_updates = torch.zeros((), dtype=torch.float64, device=mesh.device)
         self.dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         optimizer = config.optimizer
+        # In the order of the backward pass, which is that of the reductions. Every rank of a stage
+        # gets the same list, as it follows from the table and the plan alone.
         layout = make_buckets(weights, plan, config.optimizer, elements_of(config.parallel.bucket_mb))
         members = dict(config.optimizer.members())
         if config.model.bias_rate is not None:
+            # Biases that balance a router's load go through the same buckets: their "gradient" is a
+            # count of tokens, which a reduction sums as any other.
             members[BY_COUNTS] = Member(partial(ByCounts, config.model.bias_rate), (), 1.0, 0.0)
         self.buckets = [
             BucketState(b, mesh, self.dtype, plan.zero_stage, _sharded_states(b, optimizer), bool(optimizer.ema))
@@ -75,6 +79,9 @@ class NativeEngine:
         self.optimizers = {name: member.build() for name, member in members.items()}
         self._matrices: dict[str, Matrices] = {}
         self._sums: dict[str, Sums] = {}
+        # Three ways to update, told apart by what an optimizer must see of a matrix: its elements
+        # one by one (no helper here), whole matrices at an owner, or sums over its rows and
+        # columns.
         for name, each in self.optimizers.items():
             its_buckets = [b for b in self._forward_order if b.layout.treatment.optimizer == name]
             if isinstance(each, MatrixOptimizer):
@@ -109,6 +116,7 @@ class NativeEngine:
         self.gradients.finish()
 
     def step(self, lr: float, update_gate: UpdateGate | None = None) -> Tensor:
+        # Over the world, pipeline stages included: every rank clips by the same factor.
         norm = self.gradients.norm()
         # The optimizer divides by it as it reads the gradients; nothing waits for the device.
         divisor = (norm / self.config.clip).clamp(min=1.0) if self.config.clip else torch.ones_like(norm)
@@ -124,10 +132,15 @@ class NativeEngine:
         common = {name: each.begin_step(divisor, num_updates) for name, each in self.optimizers.items()}
         if self._qk_clip:
             self._qk_clip.find_scales(divisor > 0)
+        # Weights of the last step may still be arriving (modules that a forward pass never called
+        # did not wait for theirs), and a checkpoint's thread may still be copying what is about to
+        # change.
         self.wait_for_params()
         self.await_copies()
         self._update(common, lr)
         if self.config.ema:
+            # The average forgets its first, random values fast: the decay warms up (as in
+            # TensorFlow's ExponentialMovingAverage with num_updates).
             decay = torch.clamp((1 + num_updates) / (10 + num_updates), max=self.config.ema)
             share = torch.where(divisor > 0, 1 - decay, 0.0).float()  # nothing of a refused step
             for bucket in self.buckets:
@@ -151,11 +164,15 @@ class NativeEngine:
                 with record_function(STEP):
                     optimizer.update_(bucket.shard(lr), common[name])
             self._clip_and_send(bucket)
+        # In one order on all ranks, since solving exchanges messages; by now those to the owners
+        # are here.
         for solve in solving.values():
             for bucket in solve():
                 self._clip_and_send(bucket)
 
     def _clip_and_send(self, bucket: BucketState) -> None:
+        # QK-clip comes behind the optimizer and before the gather, so that all replicas get the
+        # clipped weights, though only the shard's owner clips.
         if self._qk_clip:
             self._qk_clip.scale_(bucket)
         self._send(bucket)
@@ -174,7 +191,10 @@ class NativeEngine:
     def averaged(self) -> Iterator[None]:
         self.wait_for_params()
         self.await_copies()
+        # In bf16 this keeps a copy of the rounded weights, in fp32 of the masters themselves, which
+        # share their memory: either way `finally` puts back the very same bits.
         before = [bucket.put_average() for bucket in self._forward_order]
+        # Only the stepped part was overwritten; the forward pass needs the average of all shards.
         self._gather_all()
         try:
             yield
@@ -213,6 +233,8 @@ class NativeEngine:
         for bucket in self.buckets:
             sharing = Sharing(True, not bucket.layout.cut, bucket.layout.tied, bucket.layout.of_experts)
             yield sharing, bucket.weights
+            # From stage 1 on each replica has the states of a shard of its own: nobody to
+            # compare with.
             for state in filter(bucket.has, self.states):
                 yield sharing._replace(replicas=self.zero_stage == 0), bucket.stepped_state(state)
         for sums in self._sums.values():
@@ -249,12 +271,18 @@ class NativeEngine:
         for bucket, shard in shards:
             slots = bucket.layout.slots
             pipeline_rank, replica, _ = self.mesh.place_of(owners[slots[0].weight.name], bucket.fold)
+            # All slots of a bucket have their owners on one replica (see `choose_owners`), so the
+            # first slot tells where the whole bucket must go.
             if pipeline_rank != self.mesh.pipeline.rank:  # the copy of a tied weight at the other end
                 continue
+            # 1. over the replicas: shards, in the order of ranks, are the bucket. A collective, so
+            # every replica calls it, and all but the owner's go on with the next bucket.
             flat = way.parts(shard, bucket.fold.replicas, replica, bucket.layout.cut)
             if replica != bucket.fold.replicas.rank:
                 continue
             assert flat is not None
+            # 2. over the holders of the owner's replica: the parts of a cut weight are put
+            # together.
             for slot in slots:
                 holder = self.mesh.place_of(owners[slot.weight.name], bucket.fold)[2]
                 whole = way.assemble(holder, slot.weight, flat[slot.start : slot.stop], bucket.fold)
@@ -276,6 +304,9 @@ class NativeEngine:
         self._unchanging.clear()
 
         def copy() -> dict[str, dict[str, Tensor]]:
+            # Runs in the thread that writes the checkpoint. The event is set as soon as this rank's
+            # shards are copied, which is quick; gathering the copies may then take as long as the
+            # next steps do.
             assert not self._unchanging.is_set(), "the state of that moment is gone"
             try:
                 shards = {kind: [(b, buffers.copy(shard)) for b, shard in self._shards(kind)] for kind in kinds}

@@ -79,10 +79,15 @@ class QKClip:
         sizes = [attention.num_heads for attention in self._attentions]
         for attention, largest in zip(self._attentions, whole.split(sizes), strict=True):
             attention.largest.copy_(largest)
+            # [G]: heads of a group lie side by side, H = G · (H/G), as grouped-query attention
+            # shares keys.
             of_group = largest.view(attention.num_kv_heads, -1).amax(1)
+            # -inf: a layer that saw no token. inf or NaN: a step that the guard refuses anyhow.
             is_above = permitted & (of_group > self._config.threshold) & of_group.isfinite()
             ratio = torch.where(is_above, self._config.threshold / of_group, 1.0)
             per_group = attention.num_heads // attention.num_kv_heads
+            # [H + G]: first the queries' heads, then the keys'. Values come behind these in the
+            # fused weight and are not scaled, which is why `scale_` stops after len(scales) rows.
             of_heads = torch.cat(((ratio**alpha).repeat_interleave(per_group), ratio ** (1 - alpha)))
             scales = of_heads.repeat_interleave(attention.unit)
             self._scales |= dict.fromkeys(attention.projections, scales)
@@ -95,6 +100,8 @@ class QKClip:
             if scales is None:
                 continue
             width = slot.weight.row_shape[0] if slot.weight.row_shape else 1
+            # Rows of queries and keys only, and of these what this rank's optimizer has updated: a
+            # shard may begin and end anywhere, also within a row.
             start, stop = max(slot.start, first), min(slot.start + len(scales) * width, bucket.stepped.stop)
             if start < stop:
                 part = bucket.master[start - first : stop - first]
@@ -106,6 +113,8 @@ def scale_rows_(flat: Tensor, scales: Tensor, width: int, offset: int) -> None:
     """Multiply rows of `width` elements by their `scales`, in place. `flat` holds the elements from `offset` on, and
     may begin and end within a row."""
     while len(flat):
+        # Up to three pieces: the rest of a row that is begun, whole rows at once, the begin of the
+        # last.
         row, inside = divmod(offset, width)
         count = len(flat) // width if inside == 0 else 0
         if count:

@@ -64,11 +64,17 @@ class Sums:
         self._places: list[_Place] = []
         self._weights: list[tuple[Weight, int, int]] = []  # with the first of its rows, and of its columns
         num_rows = num_columns = 0
+        # Global coordinates: rows of all matrices of the stage stand one after another, and so do
+        # columns. `num_rows` and `num_columns` are where the next matrix begins, on every rank the
+        # same.
         for number, bucket in enumerate(buckets):
             for slot in bucket.layout.slots:
+                # A norm or bias has rows of no shape: a matrix of one column.
                 weight, columns = slot.weight, slot.weight.row_shape[0] if slot.weight.row_shape else 1
                 self._weights.append((weight, num_rows, num_columns))
                 self._add_places(number, slot.start, slot.stop, weight, num_rows, num_columns, columns)
+                # A fused weight (q, k, v; gate, up) or a stack of experts is several matrices, each
+                # with columns of its own: `row_groups` has the rows of each.
                 self._rows += weight.row_groups
                 self._columns += [columns] * len(weight.row_groups)
                 num_rows += weight.num_rows
@@ -83,6 +89,8 @@ class Sums:
     ) -> None:
         """Add this rank's rectangles of a weight, the first of whose rows and columns are `row` and `column`."""
         bucket = self.buckets[number]
+        # `rectangles` says which rows and columns of the LOGICAL matrix a range of a flat local
+        # tensor is: a shard may cut a row in two, so a matrix may give several rectangles.
         rank, cut = (bucket.fold.holders.rank, bucket.fold.cut) if bucket.layout.cut else (0, Cut(1))
         stepped, matrices = bucket.stepped, len(self._rows)
         low, high = max(start, stepped.start), min(stop, stepped.stop)
@@ -112,6 +120,7 @@ class Sums:
             return
         shards = [bucket.shard(lr) for bucket in self.buckets]
         pieces = [self._piece(place, shards[place.bucket]) for place in self._places]
+        # Pipeline ranks hold other matrices, hence never the world.
         axis = self.mesh.stage if self._over_replicas else self.mesh.tensor
         self.optimizer.update_(pieces, self.matrices, common, lambda flat: all_reduce(flat, axis))
 
@@ -137,6 +146,7 @@ class Sums:
     def _counts(self, bucket: BucketState) -> bool:
         """Return whether this rank's part of a bucket counts in sums: all holders have what is not cut, and at ZeRO
         stage 0 all replicas."""
+        # What several ranks have alike must be added once, or means would come out too large.
         if self._over_replicas and not bucket.zero_stage and bucket.fold.replicas.rank > 0:
             return False
         return bucket.layout.cut or bucket.fold.holders.rank == 0

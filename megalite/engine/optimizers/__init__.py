@@ -68,6 +68,8 @@ class PlainOptimizer:
         return torch.stack((divisor.double(), num_updates))
 
     def update_(self, shard: Shard, common: Tensor) -> None:
+        # A refused step is found out on the device: everything is computed, and `where` keeps the
+        # old.
         divisor, num_updates = common
         is_refused = divisor <= 0
         clipped = replace(shard, grad=shard.grad / divisor.float())

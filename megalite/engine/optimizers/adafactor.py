@@ -50,6 +50,8 @@ class AdafactorConfig(OptimizerConfig):
 
     def state_row(self, weight: Weight, state: str) -> Weight:
         if state == ROW:
+            # One number for each row, of each matrix of a stack; whole on every rank, hence not
+            # cut.
             return replace(weight, shape=(*weight.shape[:-1], 1), shard=None)
         if state == COLUMN:
             parts = (1,) * len(weight.parts)
@@ -71,6 +73,8 @@ class Adafactor(SummingOptimizer):
     ) -> None:
         divisor, num_updates = common
         is_refused = divisor <= 0
+        # The share 1 - β₂(t) of the new in the mean: 1 in the first step, which needs no bias
+        # correction.
         share = num_updates**self.config.beta2_decay
         squares_M, rows_R, columns_C = self._squares(pieces, matrices, add_up)
         if self.factored:
@@ -78,6 +82,7 @@ class Adafactor(SummingOptimizer):
                 (matrices.states[ROW], rows_R, matrices.for_rows(matrices.columns_M)),
                 (matrices.states[COLUMN], columns_C, matrices.for_columns(matrices.rows_M)),
             ):
+                # Squares of clipped gradients, from sums over unclipped ones.
                 mean = sums / divisor.square() / sizes
                 state.copy_(torch.where(is_refused, state, state.double().lerp(mean, share)))
             # The mean of the columns' means is that of the rows', too.
@@ -87,6 +92,8 @@ class Adafactor(SummingOptimizer):
         for piece in pieces:
             grad = piece.grad.div_(divisor.float())
             if self.factored:
+                # The rank-1 estimate of the second moment: row mean × column mean / mean of all
+                # (paper, section 3).
                 variance = rows[piece.rows, None] * matrices.states[COLUMN][piece.columns]
             else:
                 before = piece.states[WHOLE]
@@ -95,6 +102,8 @@ class Adafactor(SummingOptimizer):
             grad.mul_(variance.clamp(min=self.config.eps**2).rsqrt_())
             if piece.counts:
                 updates_M[piece.matrix] += sum_of_squares(grad)
+        # The second and last message of a step: how large each matrix's update came out, to clip it
+        # by.
         add_up(updates_M)
         self._apply(pieces, matrices, squares_M, updates_M, common)
 
@@ -125,6 +134,7 @@ class Adafactor(SummingOptimizer):
         numel_M = matrices.rows_M * matrices.columns_M
         scale_M = (squares_M / numel_M).sqrt().clamp(min=self.config.min_scale)
         clip_M = ((updates_M / numel_M).sqrt() / self.config.clip_threshold).clamp(min=1.0)
+        # The relative step size of the paper, min(lr, 1/√t), times the scale of the weights.
         most = num_updates**-0.5
         for piece in pieces:
             step = most.clamp(max=piece.lr) * scale_M[piece.matrix] / clip_M[piece.matrix]

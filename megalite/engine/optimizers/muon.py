@@ -50,6 +50,7 @@ class MuonConfig(OptimizerConfig):
 
     def members(self) -> Mapping[str, Member]:
         beside = self.adamw
+        # A member's rate is a factor of the schedule's, which peaks at Muon's `lr`.
         decay = self.weight_decay if beside.weight_decay is None else beside.weight_decay
         adamw = Member(beside.build, beside.STATES, (beside.lr or self.lr) / self.lr, decay)
         return {**super().members(), "adamw": adamw}
@@ -57,6 +58,7 @@ class MuonConfig(OptimizerConfig):
     def products(self, weight: Weight) -> Sequence[tuple[int, int, int]]:
         if self.treatment(weight).optimizer != self.name:
             return ()
+        # (m, n, k) of each product, for the planner and for MFU.
         (columns,) = weight.row_shape
         steps = len(COEFFICIENTS[self.coefficients])
         return [product for rows in self.split(weight) for product in iteration_products(rows, columns)] * steps
@@ -97,6 +99,8 @@ class Muon(MatrixOptimizer):
         rows, columns = matrices[0].shape
         match self.config.scale:
             case "moonlight":
+                # An orthogonal matrix [m, n] has a root mean square of 1/√max(m, n); AdamW's
+                # updates have about 0.2 to 0.4 (Moonlight, section 2.2).
                 scale = 0.2 * sqrt(max(rows, columns))
             case "original":
                 scale = sqrt(max(1.0, rows / columns))

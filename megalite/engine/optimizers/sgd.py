@@ -40,5 +40,7 @@ class SGD(PlainOptimizer):
     def compute(self, shard: Shard, num_updates: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
         grad = shard.grad.add(shard.master, alpha=shard.weight_decay)
         buffer = grad.add(shard.states["momentum_buffer"], alpha=self.momentum)
+        # `buffer` is a new tensor: the shard must stay as it is until the step is known to be
+        # permitted.
         step = grad.add(buffer, alpha=self.momentum) if self.nesterov else buffer
         return shard.master.sub(step, alpha=shard.lr), {"momentum_buffer": buffer}
