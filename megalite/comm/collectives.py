@@ -37,6 +37,8 @@ def _done() -> None:
 def noted(kind: str, axis: Axis, wait: Wait) -> Wait:
     """Return the wait of a collective that has just begun, which also notes for the hang report that this rank
     waits."""
+    # Counted when it begins and not when it is waited for: collectives of an axis begin in one
+    # order on all ranks, so equal numbers in a hang report mean one and the same collective.
     number = NOW.count(axis.name)
 
     def noted_wait() -> None:
@@ -63,6 +65,7 @@ def all_reduce(x: Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.ReduceO
 
 def all_agree(yes: bool, mesh: Mesh) -> bool:
     """Return whether every rank says yes. What one rank alone has found must be known to all before they part ways."""
+    # MAX of "no" is a logical or: one rank that refuses is enough.
     no = torch.tensor(int(not yes), device=mesh.device)
     return not all_reduce(no, mesh.world, dist.ReduceOp.MAX)
 
@@ -71,6 +74,8 @@ def start_highest(number: int, mesh: Mesh) -> Callable[[], int]:
     """Start finding the highest of all ranks' numbers, between the hosts: no device is waited for, on any rank."""
     if mesh.world.size == 1:
         return lambda: number
+    # A tensor on the host goes by gloo also where the device is a GPU (the groups are
+    # "cpu:gloo,cuda:nccl").
     highest = torch.tensor(number)
     work = dist.all_reduce(highest, dist.ReduceOp.MAX, mesh.world.group, async_op=True)
     wait = noted("all_reduce", mesh.world, work.wait)
@@ -84,6 +89,7 @@ def start_highest(number: int, mesh: Mesh) -> Callable[[], int]:
 
 def start_sharing(number: float, mesh: Mesh) -> Result:
     """Start sharing every rank's number, [world] float64 in rank order, between the hosts: no device is waited for."""
+    # A gather as a sum: each rank puts its number at its own place among zeros.
     numbers = torch.zeros(mesh.world.size, dtype=torch.float64)
     numbers[mesh.world.rank] = number
     return start_reduce_whole(numbers, mesh.world)
@@ -107,6 +113,7 @@ def start_gather_along(x: Tensor, axis: Axis, dim: int) -> Result:
     gathered[axis.rank] = x
     wait = start_all_gather(gathered.view(-1), axis)  # [ranks, *x.shape]; `result` moves the ranks into `dim`
 
+    # [ranks, …, T, …] → […, ranks, T, …] → […, ranks · T, …]. A copy, unless `dim` is 0.
     def result() -> Tensor:
         wait()
         return gathered.movedim(0, dim).flatten(dim, dim + 1)
@@ -162,6 +169,8 @@ def start_reduce_scatter(flat: Tensor, axis: Axis) -> Wait:
     works = _exchange({rank: flat.view(axis.size, -1)[rank] for rank in others}, received, axis)
 
     def finish() -> None:
+        # In the order of ranks, with this rank's own first: another order on each rank, but each
+        # element is summed by one rank alone, so that all get the same bits of it.
         _wait_for(works)
         for part in received.values():
             shard.add_(part)
@@ -177,6 +186,8 @@ def start_all_gather(flat: Tensor, axis: Axis) -> Wait:
     if not _on_gloo(flat):
         return noted("all_gather", axis, _all_gather(flat, shards[axis.rank], group=axis.group, async_op=True).wait)
     others = [rank for rank in range(axis.size) if rank != axis.rank]
+    # gloo: this rank's shard goes to every other rank, and theirs come straight to their place in
+    # `flat`.
     works = _exchange(dict.fromkeys(others, shards[axis.rank]), {rank: shards[rank] for rank in others}, axis)
     return noted("all_gather", axis, partial(_wait_for, works))
 
@@ -216,6 +227,8 @@ def start_shift(x: Tensor, axis: Axis) -> Result:
     received = torch.empty_like(x)
     after, before = (axis.rank + 1) % axis.size, (axis.rank - 1) % axis.size
     messages = [
+        # Sent and received in one batch: were each rank to send first and then receive, a ring of
+        # NCCL sends would wait for itself.
         dist.P2POp(dist.isend, x, group=axis.group, group_peer=after),
         dist.P2POp(dist.irecv, received, group=axis.group, group_peer=before),
     ]
@@ -231,6 +244,7 @@ def start_shift(x: Tensor, axis: Axis) -> Result:
 def _exchange(to_send: dict[int, Tensor], to_receive: dict[int, Tensor], axis: Axis) -> list[dist.Work]:
     """Start a message to each rank in `to_send` and from each in `to_receive`, ranks of the axis."""
     messages = []
+    # By peer, and to each before from each, on every rank: the pairs of messages match up.
     for rank in sorted(to_send.keys() | to_receive.keys()):
         peer = dist.get_global_rank(axis.group, rank)  # type: ignore[arg-type]
         if rank in to_send:

@@ -31,6 +31,8 @@ class Meeting:
         missing (0: never)."""
         self.store, self._rank, self._world_size = store, rank, world_size
         self._told, self._silence_s, self._name = dist.PrefixStore("meeting", store), silence_s, name
+        # [rank] → (what it last said, when this process first saw that). Clocks of nodes are never
+        # compared: a rank is silent when its counter stands still by rank 0's own clock.
         self._heard: dict[int, tuple[bytes, float]] = {}
         self._over = threading.Event()
         if silence_s:
@@ -47,6 +49,8 @@ class Meeting:
             self._over.set()
 
     def _wait(self) -> None:
+        # Only rank 0 decides, and writes it to GO: an empty text to go on, or the names of those
+        # missing. All others look for GO, so that all come to the same end.
         self._told.add(READY, 1)
         while not self._told.check([GO]):
             # Adding 0 reads the counter.
@@ -84,6 +88,7 @@ class Meeting:
     def _beat_on(self) -> None:
         number = 0
         with contextlib.suppress(dist.DistError, RuntimeError):  # `wait` meets the same error, and reports it
+            # Twenty times as often as needed: a busy store may be slow, and a beat may be lost.
             while not self._over.wait(self._silence_s / 20):
                 number += 1
                 self._beat(number)
@@ -107,6 +112,8 @@ def open_store(rank: int, world_size: int, timeout_s: float) -> dist.Store:
     Raises Unreachable where rank 0 does not answer in time."""
     timeout = datetime.timedelta(seconds=timeout_s)
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # torchrun's agent serves the store, and it outlives this process; a second one at its port
+        # would fail.
         store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
         return store
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])

@@ -95,6 +95,9 @@ class Mesh:
     @property
     def data_shares_experts(self) -> bool:
         """Return whether data ranks hold parts of the same experts."""
+        # Ranks of one data rank follow one another (tensor × context). If a group of holders fits
+        # into these a whole number of times it stays within one data rank, else it reaches over
+        # several.
         return (self.tensor.size * self.context.size) % self.experts.holders.size > 0
 
     def fold_of(self, weight: Sized) -> Fold:
@@ -105,6 +108,7 @@ class Mesh:
         """Return the (pipeline, replica, holder) coordinates of a global rank in a fold, of dense weights by default,
         whose holders are the tensor ranks; see `Plan.rank_at`."""
         fold = fold or self.dense
+        # The numbering of global ranks, innermost last: pipeline, replica, holder.
         outer, holder = divmod(rank, fold.holders.size)
         return (*divmod(outer, fold.replicas.size), holder)
 
@@ -115,6 +119,7 @@ ALONE = Axis()
 def make_mesh(plan: Plan, device: torch.device) -> Mesh:
     """Create the process groups of a plan. Every rank must call it. A lone process needs no torch.distributed."""
     sizes = {"pipeline": plan.pipeline, "data": plan.data, "context": plan.context, "tensor": plan.tensor}
+    # Axes of one rank get no group. In the order of this table: the last is innermost.
     sizes = {name: size for name, size in sizes.items() if size > 1}
     if not sizes:
         return Mesh.alone(device)
@@ -123,6 +128,7 @@ def make_mesh(plan: Plan, device: torch.device) -> Mesh:
     if len(sizes) == 1:
         axes = {name: replace(world, name=name) for name in sizes}
     else:
+        # Makes one group a row of each axis. Every rank takes part in making all of them.
         grid = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
         axes = {name: _axis(name, grid.get_group(name)) for name in sizes}
     if "data" not in axes or "context" not in axes:
@@ -132,6 +138,8 @@ def make_mesh(plan: Plan, device: torch.device) -> Mesh:
     else:
         # One group over both axes, since gradients are summed over data and context ranks at once.
         replicas = _axis("replicas", grid["data", "context"]._flatten().get_group())
+    # replicas × tensor: all of the world but the pipeline. Groups that exist are used again, since
+    # each one costs a communicator, with NCCL also buffers on the device.
     if plan.pipeline == 1:
         stage = replace(world, name="stage")
     elif plan.tensor == 1:
@@ -156,6 +164,7 @@ def _fold_experts(plan: Plan, mesh: Mesh) -> Fold:
     sizes = {name: size for name, size in sizes.items() if size > 1}
     grid = init_device_mesh(mesh.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
     axes = {name: _axis(name, grid.get_group(name)) for name in sizes}
+    # expert × expert_tensor are the holders of an expert weight's parts, in this order.
     axes["experts"] = axes.get("expert_tensor", axes.get("expert", ALONE))
     if expert > 1 and tensor > 1:
         axes["experts"] = _axis("experts", grid["expert", "expert_tensor"]._flatten().get_group())
@@ -221,6 +230,7 @@ class Launch:
             rank=self.rank,
             world_size=self.world_size,
             timeout=datetime.timedelta(seconds=timeout_s),
+            # Lets NCCL connect at once: an unreachable GPU shows here and not in the first step.
             device_id=self.device if self.device.type == "cuda" else None,
         )
 
