@@ -42,10 +42,13 @@ def apply_parallelism(
 
     Each step finds what those before it have made. An engine then adopts the parameters, registers its hooks with
     modules and sets the `wgrad_callback` of linears."""
+    # First: what another stage has must not be replaced, wrapped or compiled here.
     cut(model, span, tied=any(weight.place == "both" for weight in weights))
     # Modules become their parallel counterparts, whose `forward` is then another. torch.compile cannot see what linears
     # among them do besides computing, so those inside layers stay plain.
     parents = [model] if train.compile else list(model.modules())
+    # All of this works on the meta device: shapes only, until the engine gives memory to
+    # parameters.
     apply_rules(parents, make_layout(model, weights, plan, mesh, later))
     if train.loss_chunk and span.last:
         apply_chunked_loss(model, weights, mesh.tensor, plan.sequence, train.loss_chunk)
@@ -97,6 +100,7 @@ def apply_recompute(model: Decoder, train: TrainConfig) -> None:
 
     `selective` (Korthikanti et al. 2022) recomputes what is large and cheap: the element-wise part of an MLP (its
     `activation_and_down_proj`), and attention where it materialises its probabilities, which SDPA never does."""
+    # The first layers of a stage, whose activations would be kept longest.
     for layer in list(model.layers.values())[: train.recompute_layers]:
         if train.recompute == "full":
             wrap(layer, "forward", _recomputed)

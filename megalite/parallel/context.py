@@ -45,6 +45,8 @@ def zigzag(length: int, axis: Axis) -> Tensor:
 
 def _zigzag_of(rank: int, length: int, ranks: int) -> Tensor:
     """Return the tokens that `rank` of `ranks` takes of a sequence of `length`."""
+    # With 2 ranks and chunks 0 1 2 3: rank 0 takes 0 and 3, rank 1 takes 1 and 2. Under a causal
+    # mask chunk c attends to c + 1 chunks, so the two of each rank come to 2n + 1 in all.
     chunks = torch.arange(length).view(2 * ranks, -1)
     return torch.cat((chunks[rank], chunks[2 * ranks - 1 - rank]))
 
@@ -57,6 +59,7 @@ def zigzag_order(length: int, ranks: int) -> Tensor:
 def document_overlaps(document_BS: Tensor, axis: Axis) -> tuple[tuple[bool, bool], ...]:
     """Return `SequenceInfo.overlaps` of this rank: from the documents of whole sequences, on the host, which ascend."""
     ranks = axis.size
+    # N = 2 · ranks chunks of C tokens, in the order of the sequence.
     chunks_BNC = document_BS.unflatten(1, (2 * ranks, -1))
     first_BN, last_BN = chunks_BNC[..., 0], chunks_BNC[..., -1]
 
@@ -66,6 +69,8 @@ def document_overlaps(document_BS: Tensor, axis: Axis) -> tuple[tuple[bool, bool
 
     found = []
     for rank in range(ranks):
+        # Rank r's chunks are r (in front) and 2n-1-r (at the back): so in front the lower rank's
+        # comes first, at the back the higher rank's.
         low, high = sorted((rank, axis.rank))
         is_own = low == high
         found.append((is_own or goes_on(low, high), is_own or goes_on(2 * ranks - 1 - high, 2 * ranks - 1 - low)))
@@ -101,6 +106,7 @@ class RingAttention:
         `kernels.attention.largest_logits`. The keys travel the ring for it once more."""
         kind, q = kind.within(q_BTHK.shape[1] * self.axis.size), q_BTHK.transpose(1, 2)
         largest = torch.full((q.shape[1],), -torch.inf, device=q.device)
+        # Values of size 0: only the keys travel.
         kv = _Message.of(k_BTGK, k_BTGK[..., :0])
         for block in _blocks(kv, places.document_BT, kind, self.axis, places.overlaps):
             if not block.has_any:
@@ -113,6 +119,8 @@ class RingAttention:
 
 def _attended(block: _Block, rows: slice) -> tuple[slice, Tensor | None]:
     """Return the keys that a range of a block's queries attends to, and the mask for them, as `largest_of` asks."""
+    # In the block of this rank's own keys, `rows` counts as the keys do: none behind the last
+    # query.
     keys = slice(0, rows.stop if block.causal else block.k.shape[2])
     mask = None if block.mask is None else block.mask[:, :, rows, keys]
     if block.causal:
@@ -134,6 +142,7 @@ class _RingAttention(Function):
         kind: AttentionKind,
         overlaps: tuple[tuple[bool, bool], ...] | None,
     ) -> Tensor:
+        # SDPA's kernels take [B, H, T, K].
         q = q_BTHK.transpose(1, 2)
         for block in _blocks(_Message.of(k_BTGK, v_BTGV), document_BT, kind, axis, overlaps):
             if not block.has_any:
@@ -141,11 +150,15 @@ class _RingAttention(Function):
             out, lse = attend(q[:, :, block.rows], block.k, block.v, block.causal, block.mask, kind.scale)
             if block.step == 0:
                 # Every token attends to itself, so that this lse is finite and no row of the merges is empty.
+                # Kept in fp32 between blocks: rounded to bf16 at each merge, errors would grow with
+                # the ranks.
                 merged, merged_lse = out.to(lse.dtype), lse
             else:
                 _merge(merged[:, :, block.rows], merged_lse[:, :, block.rows], out, lse)
         out_BTHV = merged.to(q.dtype).transpose(1, 2).contiguous()
         ctx.save_for_backward(q_BTHK, k_BTGK, v_BTGV, out_BTHV, merged_lse, document_BT)
+        # Only this rank's keys and values are saved, and sent around once more in the backward
+        # pass: to keep all blocks would take the memory that context parallelism is there to save.
         ctx.axis, ctx.kind, ctx.overlaps = axis, kind, overlaps
         return out_BTHV.flatten(2)
 
@@ -241,8 +254,12 @@ def _blocks(
     """Yield the blocks of keys and values of all ranks, this rank's own first. The next block travels while the caller
     works on the one it was given."""
     half, window = kv.k_shape[1] // 2, kind.window
+    # The documents of a block's tokens travel with it, to compare with those of this rank's
+    # queries.
     at_hand = [kv.data] if document_BT is None else [kv.data, document_BT.contiguous()]
     for step in range(axis.size):
+        # Before the block is handed out, so that it travels while the caller computes. Shifted by
+        # one rank a step: in step s this rank has the keys of rank - s.
         arriving = [start_shift(x, axis) for x in at_hand] if step + 1 < axis.size else []
         source = (axis.rank - step) % axis.size
         # Zigzag: of a higher rank's keys only our second half of the queries sees any, and it sees all; of a lower
@@ -253,8 +270,11 @@ def _blocks(
         has_any = _has_any(kind, axis.rank, source, half, None if overlaps is None else overlaps[source])
         mask = None
         if document_BT is not None and has_any:
+            # [B, 1, rows, keys]
             mask = document_BT[:, None, rows, None] == at_hand[1][:, None, None, keys]
         if window is not None and has_any:
+            # abs, as both directions count where attention is not causal; where it is, `causal` and
+            # the choice of `rows` and `keys` have left out the keys behind a query.
             near = _distances(kv, axis, source)[rows, keys].abs() < window
             mask = near[None, None] if mask is None else mask & near
         k, v = (x[:, keys].transpose(1, 2) for x in kv.with_data(at_hand[0]).parts())
@@ -266,6 +286,7 @@ def _has_any(kind: AttentionKind, rank: int, source: int, half: int, overlap: tu
     """Return whether any query of a rank may attend to a key of the rank `source`, by what is known on the host. `half`
     is the length of a chunk, `overlap` the entry of `source` in `SequenceInfo.overlaps`."""
     # Chunks are as far apart in the front half of the sequence as in the back half.
+    # Between the last token of one chunk and the first of the next but one lies a chunk: half + 1.
     if kind.window is not None and (abs(rank - source) - 1) * half + 1 >= kind.window:
         return False
     if overlap is None:
@@ -273,6 +294,7 @@ def _has_any(kind: AttentionKind, rank: int, source: int, half: int, overlap: tu
     if not kind.causal or source == rank:
         return any(overlap)
     # Keys of a lower rank are seen in front, and those of a higher one at the back.
+    # (in front, at the back), see `document_overlaps`; a bool is the index.
     return overlap[source > rank]
 
 
@@ -286,6 +308,7 @@ def _distances(kv: _Message, axis: Axis, source: int) -> Tensor:
 def _merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> None:
     """Merge in place the attention of the same queries to `more` keys. Each result weighs as much as the sum of
     exponentials behind it; a difference of logarithms gives the share, and is safe because `lse` is finite."""
+    # e^m / (e^l + e^m) = sigmoid(m - l). An empty row has m = -inf and weighs 0.
     out.lerp_(more.to(out.dtype), torch.sigmoid(more_lse - lse)[..., None])
     lse.copy_(torch.logaddexp(lse, more_lse))
 
@@ -299,6 +322,8 @@ def attend(
 
     `causal`, where T = S, leaves out the keys after a query. Scores are multiplied by `scale`; None means 1/√K."""
     if q.shape[-1] != v.shape[-1]:
+        # Latent attention: q and k have 192 numbers a head where v has 128, say. The scale is that
+        # of the heads before padding.
         wide_q, wide_k, wide_v = _of_one_size(q, k, v)
         out, lse = attend(wide_q, wide_k, wide_v, causal, mask, scale or q.shape[-1] ** -0.5)
         return out[..., : v.shape[-1]], lse
@@ -311,6 +336,7 @@ def attend(
         out, lse = aten._scaled_dot_product_flash_attention(q, k, v, is_causal=causal, scale=scale)[:2]
     else:
         k, v = (_for_every_head(x, q) for x in (k, v))
+        # The `True` asks for the log-sum-exp, which the kernel leaves out otherwise.
         out, lse = aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, is_causal=causal, scale=scale)[:2]
         lse = lse[:, :, : q.shape[2]]  # the kernel pads it to a multiple of 32
     if mask is not None:  # kernels differ in what they return for empty rows, and none of it can be merged
@@ -358,6 +384,8 @@ def attend_backward(
     dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(
         grad, q, many_k, many_v, bias, out, lse, seed, offset, 0.0, wanted, causal, scale=scale
     )
+    # [B, H, S, K] → [B, G, H/G, S, K] → [B, G, S, K]: query heads that share a key add up their
+    # gradients.
     dk, dv = (x.unflatten(1, (k.shape[1], -1)).sum(2) for x in (dk, dv))
     return dq, dk, dv
 

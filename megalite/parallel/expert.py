@@ -60,9 +60,14 @@ class ParallelExperts(Experts):
 
     def forward(self, x_BTD: Tensor, weight_BTK: Tensor, index_BTK: Tensor) -> Tensor:
         tensor, own_tokens = self.fold.tensor, self.own_tokens
+        # Expert-tensor ranks each hold a slice of every expert's inner features, so all of them
+        # need all tokens: `enter` gathers hidden states and weights, and the choice of experts must
+        # come along.
         if own_tokens:
             index_BTK = all_gather(index_BTK, tensor, SEQUENCE)
         x_BTD, weight_BTK = (enter(part, tensor, own_tokens) for part in (x_BTD, weight_BTK))
+        # Inside, as on one device: `gate_up` and `down` have this rank's features, `leave` sums the
+        # parts.
         if self.fold.expert.size == 1:
             out_BTD = super().forward(x_BTD, weight_BTK, index_BTK)
         else:
@@ -74,6 +79,8 @@ class ParallelExperts(Experts):
 
         Rows travel to the ranks of their experts and back, where they are added up in the order of the experts, as on
         one rank."""
+        # `here`: experts on this rank, numbered rank · here and up. counts [ranks, here]: how many
+        # rows this rank sends to each expert of each rank.
         axis, here = self.fold.expert, len(self.down.weight)
         counts = count_rows(index_BTK, axis.size * here).view(axis.size, here)
         arriving = torch.empty_like(counts)
@@ -82,14 +89,21 @@ class ParallelExperts(Experts):
         # The only host synchronisation: how many rows each rank sends to each other.
         leaves, arrives = read_counts(counts, arriving, axis.rank, index_BTK.numel())
         sent, received = ([sum(by_expert) for by_expert in rows] for rows in (leaves, arrives))
+        # Sorted by expert is sorted by rank as well, as ranks hold experts in order: what goes to
+        # one rank lies together. `counts` is left empty, since nothing is multiplied in this order.
         groups = Groups(*sort_by_expert(index_BTK), counts=[])
         arrived_ND = exchange(permute(x_BTD, groups), sent, received, axis)
         # Rows arrive sorted by rank, then by expert. To this rank's experts each is a token that visits one of them.
         experts = torch.arange(here, device=counts.device).repeat(axis.size)
+        # [ranks · here] numbers of experts, each repeated for its rows. `output_size` is known on
+        # the host already: without it, repeat_interleave would wait for the device.
         expert_N = experts.repeat_interleave(arriving.flatten(), output_size=len(arrived_ND))
         order_N, row_N1 = sort_by_expert(expert_N[:, None])
+        # arrives [ranks][here]: an expert's rows are those of all ranks together.
         by_expert = Groups(order_N, row_N1, [sum(column) for column in zip(*arrives, strict=True)])
         gate_up_NI = self.gate_up(arrived_ND, by_expert, gather=True)
+        # The inverse permutation, so order and row change places: results go back in the order in
+        # which their rows came, since the sender knows no other.
         as_arrived = Groups(row_N1[:, 0], order_N[:, None], counts=[])
         # No name for what is only on its way: a name would keep it alive.
         back_ND = exchange(
@@ -119,12 +133,14 @@ class _Exchange(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        # An all-to-all is a permutation of rows over ranks; its transpose is the way back.
         return _exchange(grad, ctx.received, ctx.sent, ctx.axis), None, None, None
 
 
 def _exchange(rows_ND: Tensor, sent: Sequence[int], received: Sequence[int], axis: Axis) -> Tensor:
     arrived = rows_ND.new_empty(sum(received), rows_ND.shape[1])
     parts, places = rows_ND.contiguous().split(list(sent)), arrived.split(list(received))
+    # Rows for this rank's own experts are copied while the others travel.
     wait = start_all_to_all(parts, places, axis)
     places[axis.rank].copy_(parts[axis.rank])
     wait()

@@ -48,6 +48,8 @@ class VocabShards:
 
     def sum(self, x_BTV: Tensor) -> Tensor:
         """Sum over the whole vocabulary what each rank has computed of its columns, [B,T,V/n] fp32: [B,T]."""
+        # All-reduce forward, identity backward: each rank goes on with the same sum, and each has
+        # the whole gradient of it for its own columns.
         return leave(x_BTV.sum(-1), self.axis, sequence=False)
 
     def spread(self, x_BT: Tensor) -> Tensor:
@@ -62,6 +64,7 @@ class VocabShards:
         if self.axis.size == 1:
             return lse
         # Shifted by the largest, no exponential overflows.
+        # Detached: a shift that is added and subtracted has no gradient.
         largest = all_reduce(lse.detach().clone(), self.axis, dist.ReduceOp.MAX)
         return largest + self.sum((lse - largest).exp()[..., None]).log()
 
@@ -79,7 +82,9 @@ class VocabShards:
     def target(self, labels_BT: Tensor) -> Tensor:
         """Return the logit of each label, [B,T]; 0 where it is `IGNORE`."""
         columns, logits_BTV = self.columns, self.logits_BTV
+        # One rank has a label's column; the others add 0. IGNORE is negative, so it is nowhere.
         is_here = (labels_BT >= columns.start) & (labels_BT < columns.stop)
+        # An empty sum, [B, T] zeros, that still takes part in the all-reduce and in autograd.
         if columns.start == columns.stop:  # a rank of padding alone
             return self.sum(logits_BTV)
         index_BT1 = (labels_BT - columns.start).masked_fill(~is_here, 0)[..., None]
@@ -157,7 +162,10 @@ class LastStage:
         cut = self.sequence and self.tensor.size > 1
 
         def head(x_BTD: Tensor) -> VocabShards:
+            # The head is column-parallel and gathers the sequence itself.
             x = _CutSequence.apply(x_BTD, self.tensor) if cut else x_BTD
             return VocabShards(self.model.project(x), self.tensor, self.vocab_size)
 
+        # Not `enter`, whose backward pass sums: an objective computes alike on all tensor ranks,
+        # and a sum would count its gradient n times.
         return HiddenStates(_GatherSequence.apply(out, self.tensor) if cut else out, head)

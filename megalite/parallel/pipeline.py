@@ -53,6 +53,7 @@ class Pipeline:
         weight-gradient store of each of `stages`, or None."""
         self.stages, self.mesh, self.hidden = stages, mesh, hidden
         self._num_streams = stages[0].model.config.architecture.num_streams
+        # Under sequence parallelism stages hand over [B, T/n, D], each tensor rank its own slice.
         self._sequence_cut = plan.tensor if plan.sequence else 1
         self._batch: Sequence[Inputs] = ()
         self._loss_of: LossOf | None = None
@@ -66,7 +67,11 @@ class Pipeline:
         self._parts, self._micro_batches = parts, micro_batches
         arguments: dict[str, Any] = {
             "n_microbatches": micro_batches,
+            # The last stage's module returns the loss itself, so torch's loss function only passes
+            # it on.
             "loss_fn": lambda loss, number: loss,
+            # torch would divide gradients by the micro-batches; our losses are weighted for the sum
+            # already.
             "scale_grads": False,
         }
         if plan.schedule == "1f1b":
@@ -76,6 +81,8 @@ class Pipeline:
 
     def _part(self, stage: Stage, plan: Plan, later: WeightGradStore | None) -> _Part:
         """Wrap a stage as torch's schedule wants it; `later` is its weight-gradient store, if it defers any."""
+        # The first stage's input is a micro-batch's number, of whose chunks torch makes one element
+        # each.
         number, loss = torch.zeros(1, dtype=torch.int64), torch.zeros((), device="meta")
         # Example inputs and outputs save torch from running every stage once to learn their shapes.
         hidden = tuple(self.hidden.detach().requires_grad_() for _ in range(self._num_streams))
@@ -87,6 +94,7 @@ class Pipeline:
             input_args=number if stage.span.first else hidden,
             output_args=loss if stage.span.last else hidden,
             group=self.mesh.pipeline.group,
+            # Zero bubble: torch calls it when it is time for a stage's weight gradients.
             dw_builder=later.take if later else None,
         )
         part.hidden, part.sends_itself = self.hidden, plan.schedule != "1f1b"
@@ -100,11 +108,14 @@ class Pipeline:
         if len(batch) != self._micro_batches or shape != self.hidden.shape:  # the global batch or its sequences grow
             self.hidden = self.hidden.new_empty(shape)
             self._make_schedule(len(batch))
+        # Every rank has the whole batch: tokens, labels and documents need not travel between
+        # stages.
         self._batch, self._loss_of = batch, loss_of
         numbers = torch.arange(len(batch))
         engine.begin(len(batch))
         first = (numbers,) if self.stages[0].span.first else ()
         self._schedule.step(*first, number=numbers, target=numbers, return_outputs=False)
+        # Only now may the memory of what was sent last be used again.
         for part in self._parts:
             part.await_sent(0)
         engine.finish()
@@ -135,6 +146,7 @@ class Pipeline:
             arriving: Iterable[Streams | None] = (
                 None if stage.span.first else self._receive(stage, inputs) for inputs in batch
             )
+            # The first rank's later stages receive from the last rank; a list takes all in at once.
             if ring.rank == 0:
                 arriving = list(arriving)
             for number, (inputs, x) in enumerate(zip(batch, arriving, strict=True)):
@@ -143,6 +155,7 @@ class Pipeline:
                 if stage.span.last:
                     outputs.append(out)
                 elif ring.rank == ring.size - 1:
+                    # The last rank opens the ring: see the docstring.
                     held.append(out)
                 else:
                     sent.extend(self._send(stage, out))
@@ -157,6 +170,8 @@ class Pipeline:
     def _send(self, stage: Stage, out: Streams) -> Iterator[tuple[Tensor, dist.Work]]:
         """Start sending a stage's output to the next stage; yield each tensor with its work, as it must be kept until
         it has arrived."""
+        # Stages go round the ranks: stage i is on rank i mod p (interleaved: Megatron's virtual
+        # pipeline).
         to = (stage.span.index + 1) % self.mesh.pipeline.size
         for x in (out,) if isinstance(out, Tensor) else out:
             work = dist.isend(x, group=self.mesh.pipeline.group, group_dst=to)
@@ -228,6 +243,7 @@ class _Part(PipelineStage):
             work = dist.isend(message.tensor, group=message.group, group_dst=message.group_peer, tag=message.tag)
             assert work is not None
             self._sent.append(work)
+        # Waits for older messages only, which their receivers have asked for by now.
         self.await_sent(MESSAGES_UNDER_WAY)
         return []
 
@@ -239,6 +255,7 @@ class _Part(PipelineStage):
 
     def _prepare_forward_infra(self, *arguments: Any, **options: Any) -> Any:
         result = super()._prepare_forward_infra(*arguments, **options)
+        # torch has just allocated buffers for all micro-batches: free them until each is asked for.
         for number in self.args_recv_info:
             self._release(number)
         return result
@@ -289,6 +306,7 @@ class _Part(PipelineStage):
 
     def _release(self, number: int) -> None:
         """Free what was received for micro-batch `number`."""
+        # torch expects a tensor here, but not its shape until the next receive.
         nothing = torch.empty(0, dtype=self.hidden.dtype, device=self.device)
         received = () if self.is_first else self.args_recv_info[number]
         answers = () if self.is_last else self.grad_recv_info.get(number, ())

@@ -99,6 +99,8 @@ def rule(kind: type[Module]) -> Callable[[Callable[[Module, Layout], nn.Module |
 def apply_rules(parents: Sequence[nn.Module], layout: Layout) -> None:
     """Replace each child of `parents`, a model and modules in it, by its counterpart, and all parameters by this
     rank's part of them. Tied weights stay tied."""
+    # A parent's rule may look at its children, and should find them parallel already. modules()
+    # lists parents first.
     for parent in reversed(parents):  # children before their parents
         for name, child in list(parent.named_children()):
             found = _counterpart(child, layout)
@@ -106,11 +108,13 @@ def apply_rules(parents: Sequence[nn.Module], layout: Layout) -> None:
                 setattr(parent, name, found)
             else:
                 layout.take_locals(child)
+    # The model's own parameters; it is nobody's child.
     layout.take_locals(parents[0])
 
 
 def _counterpart(module: nn.Module, layout: Layout) -> nn.Module | None:
     """Return what takes the place of `module` by the rule of its nearest type; None where it stays."""
+    # From the type itself up through its base classes: the nearest with a rule decides.
     for kind in type(module).__mro__:
         if kind in _rules:
             return _rules[kind](module, layout)
@@ -130,6 +134,8 @@ def make_layout(
     rows: dict[Tensor, Weight] = {}
     locals_: dict[Tensor, nn.Parameter] = {}
     for name, parameter in model.named_parameters():
+        # By parameter and not by name: a tied weight is one parameter under two names, and
+        # named_parameters gives it once, so both modules get the same local part.
         rows[parameter] = table[name]
         cut = mesh.fold_of(table[name]).cut
         local = parameter.new_empty(table[name].local_shape(*cut))
@@ -150,6 +156,7 @@ def make_layout(
 
 def vocab_size_of(weights: Iterable[Weight]) -> int:
     """Return the number of rows of the head or, where it is tied, of the embedding."""
+    # The table ends with the head, where there is one of its own.
     return [weight.shape[0] for weight in weights if weight.shard == "vocab"][-1]
 
 
@@ -158,9 +165,12 @@ def vocab_size_of(weights: Iterable[Weight]) -> int:
 
 @rule(nn.Linear)
 def _(linear: nn.Linear, layout: Layout) -> nn.Module | None:
+    # On one rank it is still replaced where the engine takes weight-gradient GEMMs: `native` adds
+    # them in fp32 straight into its buckets.
     if layout.tensor.size == 1 and not layout.gives_products:
         return None
     weight = layout.locals[linear.weight]
+    # How a weight is cut in the table decides which linear it becomes; no family says it twice.
     kind = LINEAR[layout.rows[linear.weight].shard]
     found = kind(weight, layout.local(linear.bias), layout.tensor, layout.sequence, layout.later)
     if isinstance(linear, LoraLinear):
@@ -185,12 +195,16 @@ def _(experts: Experts, layout: Layout) -> nn.Module | None:
     if layout.experts.holders.size == 1:
         return None
     # Only tensor ranks can have the same tokens. All others have their own, as slices of a sequence are.
+    # Then the ranks that share each expert's features are the tensor ranks, and all of these hold
+    # the whole sequence.
     same_tokens = layout.experts.tensor.size == layout.tensor.size and not layout.sequence
     return ParallelExperts(experts, layout.experts, own_tokens=not same_tokens)
 
 
 @rule(LatentAttention)
 def _(attention: LatentAttention, layout: Layout) -> None:
+    # Between its down- and up-projection (both replicated before, column-parallel behind) the
+    # latent enters the tensor-parallel region.
     attention.enter = partial(enter, axis=layout.tensor, sequence=layout.sequence)
 
 
@@ -201,11 +215,13 @@ def _(embedding: nn.Embedding, layout: Layout) -> nn.Module | None:
     weight = layout.locals[embedding.weight]
     if layout.rows[embedding.weight].shard == "vocab":
         return VocabParallelEmbedding(weight, layout.tensor, layout.sequence)
+    # Position and token-type embeddings are whole on each rank.
     return SequenceCutEmbedding(weight, layout.tensor) if layout.sequence else None
 
 
 @rule(RMSNorm)
 def _(norm: RMSNorm, layout: Layout) -> nn.Module | None:
+    # Norms over whole hidden states are replicated and stay as they are.
     if layout.tensor.size > 1 and layout.rows[norm.weight].shard == "column":
         return FeatureCutRMSNorm(layout.locals[norm.weight], norm.eps, layout.tensor)
     return None
@@ -229,11 +245,15 @@ def _(loss: LayerLoss, layout: Layout) -> None:
     axes = [axis for axis in (layout.context, *tensor) if axis.size > 1]
 
     def over_row(x: Tensor) -> Tensor:
+        # A loss over a row of the batch (load balance) needs the row's sum over all ranks that have
+        # a slice of it. Each of them then counts its share of the loss, or it would be counted n
+        # times.
         for axis in axes:
             x = leave(x, axis, sequence=False)
         return x
 
     loss.over_row, loss.row_share = over_row, 1 / prod(axis.size for axis in axes)
+    # Without sequence parallelism tensor ranks see the same tokens; one of them reports.
     loss.counts = layout.sequence or layout.tensor.rank == 0
 
 

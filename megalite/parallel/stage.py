@@ -82,8 +82,11 @@ class Stage(nn.Module):
         x = model.run_layers(x, inputs.places)
         if not self.span.last:
             return x
+        # Of several streams (an encoder's states beside a decoder's), the head takes the last.
         x_BTD = last_of(x)
         if inputs.last_B is not None:
+            # Generation: cut to [B, 1, D] before the head, whose logits are the largest tensor of
+            # all.
             x_BTD = x_BTD[torch.arange(len(x_BTD), device=x_BTD.device), inputs.last_B][:, None]
         if inputs.output == "hidden_states":
             return model.finish(x_BTD)
@@ -99,6 +102,7 @@ def cut(model: Decoder, span: StageSpan, tied: bool) -> None:
     for number in list(model.layers):
         if not span.start <= int(number) < span.stop:
             del model.layers[number]
+    # Modules are set to None and not deleted: the model's methods of other stages are never called.
     dropped = [] if span.first else list(model.INPUT)
     if tied and span.last and "embedding" in dropped:
         dropped.remove("embedding")  # the head's weight goes by its name
@@ -112,6 +116,7 @@ def positions_of(document_BT: Tensor) -> Tensor:
     index = torch.arange(document_BT.shape[1], device=document_BT.device).expand_as(document_BT)
     begins = torch.ones_like(document_BT, dtype=torch.bool)
     begins[:, 1:] = document_BT[:, 1:] != document_BT[:, :-1]
+    # The running maximum of the places where documents begin is where this token's own does.
     return index - index.masked_fill(~begins, 0).cummax(1).values
 
 

@@ -92,6 +92,7 @@ class _Enter(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, region: RegionInput) -> Tensor:
         ctx.region = region
+        # Without `sequence` every rank has all of x already: a new tensor on the same memory.
         return region.gather(x) if region.sequence else x.view_as(x)
 
     @staticmethod
@@ -160,11 +161,14 @@ class ColumnParallelLinear(ParallelLinear):
         if self.updates is None:
             return out
         # The low-rank features are communicated, which are few, and not those of `x`.
+        # `out` came out of a region input of its own: `x` here is what each rank had before it.
         return self.updates.add(self, x, out, self.axis.size, self._enter)
 
     def adapt(self, linear: LoraLinear, parameters: Mapping[str, nn.Parameter]) -> None:
         super().adapt(linear, parameters)
         if self.dropout and self.sequence:
+            # Masks follow from a token's place in the whole sequence, of which this rank has a
+            # slice.
             self.dropout.shard = (self.axis.rank, self.axis.size)
 
     def _enter(self, low: Tensor) -> Tensor:
@@ -177,6 +181,7 @@ class RowParallelLinear(ParallelLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         alone = self.axis.size == 1
+        # Added on each rank, the bias would be in the sum as many times as there are ranks.
         partial_out = self.multiply(x, self.bias if alone else None)
         if self.updates:
             partial_out = self.updates.add(self, x, partial_out)
@@ -186,6 +191,8 @@ class RowParallelLinear(ParallelLinear):
     def adapt(self, linear: LoraLinear, parameters: Mapping[str, nn.Parameter]) -> None:
         super().adapt(linear, parameters)
         if self.dropout:
+            # Likewise from a feature's place among all input features, of which this rank has some
+            # columns.
             self.dropout.features = (self.axis.rank, self.axis.size)
 
 
@@ -207,6 +214,8 @@ class VocabParallelEmbedding(_Parallel):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Look up tokens [B,T]. Returns [B,T,D], or [B,T/n,D] under sequence parallelism."""
+        # Rank r has rows [r · V/n, (r + 1) · V/n). Tokens of other ranks look up row 0 and are
+        # zeroed, so that every shape is known without asking which tokens came.
         row = tokens - self.axis.rank * self.weight.shape[0]
         elsewhere = (row < 0) | (row >= self.weight.shape[0])
         found = F.embedding(row.masked_fill(elsewhere, 0), self.weight)
@@ -235,6 +244,8 @@ class _SumOverRanks(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        # Unlike in `_Leave`: there the sum is used alike by every rank, here each uses it for other
+        # features and holds only its share of the gradient.
         return all_reduce(grad.clone(), ctx.axis), None
 
 
@@ -249,6 +260,7 @@ class FeatureCutRMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float()
         squares = _SumOverRanks.apply(wide.square().sum(-1, keepdim=True), self.axis)
+        # The mean is over features of all ranks.
         scale = torch.rsqrt(squares / (x.shape[-1] * self.axis.size) + self.eps)
         return (wide * scale * self.weight).to(x.dtype)
 
@@ -278,6 +290,7 @@ class ChunkedHead(ParallelLinear):
         if labels_BT is None:
             return self.multiply(x, None, self.region)
         columns = vocab_columns(self.weight.shape[0], self.axis, self.vocab_size)
+        # Once for the whole sequence, and not for each chunk: one collective.
         x = _Enter.apply(x, self.region)
         combine = partial(_combine, axis=self.axis) if self.axis.size > 1 else None
         return linear_cross_entropy(x, self.weight, labels_BT, self.rows, *columns, combine, self.wgrad_callback, terms)
@@ -285,13 +298,15 @@ class ChunkedHead(ParallelLinear):
 
 def vocab_columns(held: int, axis: Axis, vocab_size: int) -> tuple[int, int]:
     """Return (first column, number that are not padding) of the `held` columns of the vocabulary on this rank."""
+    # The vocabulary is padded to equal parts: the last ranks may have fewer columns that count, or
+    # none.
     first = axis.rank * held
     return first, min(max(vocab_size - first, 0), held)
 
 
 def _combine(lse: Tensor, target: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
-    # Shifted by the largest, no exponential overflows.
     """Combine each rank's log-sum-exp and target logit into those over the whole vocabulary."""
+    # Shifted by the largest, no exponential overflows.
     largest = all_reduce(lse.clone(), axis, dist.ReduceOp.MAX)
     # One message for all sums.
     sums = all_reduce(torch.cat(((lse - largest).exp()[None], target.view(-1, len(lse)))), axis)

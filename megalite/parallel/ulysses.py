@@ -41,6 +41,7 @@ class UlyssesAttention:
         refuses dropout."""
         found, heads, groups = self._whole(q_BTHK, k_BTGK, v_BTGV)
         document_BS = _documents(places)
+        # Heads of one size lie as a fused projection's output does, q then k then v: the fast path.
         if k_BTGK.shape == v_BTGV.shape:
             out = self_attention(found.unflatten(2, (-1, k_BTGK.shape[-1])), heads, groups, document_BS, kind)
         else:
@@ -74,6 +75,9 @@ class UlyssesAttention:
         if any(part.shape[2] % ranks for part in parts_BTNK):
             numbers = " and ".join(str(part.shape[2]) for part in parts_BTNK[:2])
             raise ValueError(f"Ulysses attention: {numbers} heads of queries and keys do not divide by {ranks} ranks")
+        # [B, T, R, F]: of q, k and v the heads that go to rank r, side by side, so that one message
+        # has all three. Query heads go with the key heads they share, since both are cut into R
+        # equal runs.
         features = torch.cat([part.unflatten(2, (ranks, -1)).flatten(3) for part in parts_BTNK], 3)
         heads, groups = (part.shape[2] // ranks for part in parts_BTNK[:2])
         return _Exchange.apply(features, self.axis, True), heads, groups
@@ -106,6 +110,7 @@ def _to_heads(x_BTRF: Tensor, axis: Axis) -> Tensor:
     out = x_BTRF.new_empty(x_BTRF.shape[0], x_BTRF.shape[1] * axis.size, x_BTRF.shape[3])
     with x_BTRF.device:
         order = zigzag_order(out.shape[1], axis.size)
+    # Tokens come rank by rank; `order` says where in the sequence each belongs.
     out[:, order] = received_RBTF.transpose(0, 1).flatten(1, 2)
     return out
 
