@@ -203,8 +203,8 @@ def _(experts: Experts, layout: Layout) -> nn.Module | None:
 
 @rule(LatentAttention)
 def _(attention: LatentAttention, layout: Layout) -> None:
-    # Between its down- and up-projection (both replicated before, column-parallel behind) the
-    # latent enters the tensor-parallel region.
+    # Queries, keys and values enter the tensor-parallel region in their column-parallel linears; the
+    # keys' part with positions goes through none of these, and enters on its own.
     attention.enter = partial(enter, axis=layout.tensor, sequence=layout.sequence)
 
 
