@@ -23,6 +23,8 @@ def swiglu(gate_up: Tensor) -> Tensor:
         return function(gate_up)
     if pick("activation", gate_up) == "megalite":
         return torch.ops.megalite.swiglu(gate_up)
+    # The reference: in bf16 silu(gate) is rounded before it is multiplied, where the kernel rounds
+    # once.
     gate, up = gate_up.chunk(2, -1)
     return F.silu(gate) * up
 
@@ -33,6 +35,8 @@ def gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
         return function(x, bias)
     if pick("activation", x) == "megalite":
         return torch.ops.megalite.gelu(x, bias)
+    # Here a sum in x's dtype; the kernel adds in fp32 and saves the pass over x (Megatron's
+    # bias-GELU fusion).
     if bias is not None:
         x = x + bias
     return F.gelu(x, approximate="tanh")
@@ -70,6 +74,8 @@ def _register() -> None:
 
     # The inputs are saved, not the outputs: what lies between is cheap to compute again in the backward kernel.
     def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        # The gradient of gelu by its bias is the column sum of grad_x, so the operator returns
+        # both.
         ctx.save_for_backward(*inputs)
 
     def swiglu_backward(ctx: Any, grad: Tensor) -> Tensor:

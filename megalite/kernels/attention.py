@@ -63,6 +63,7 @@ def self_attention(
     megalite's kernel works in tiles, as flash attention does (Dao et al. 2022), and its backward pass returns the
     gradient of the whole fused projection at once. It computes the plain kind only; `attention` computes the others."""
     kind = kind.within(qkv_BTNK.shape[1])
+    # An added function comes first and gets every kind; it must refuse those it does not compute.
     if function := added("attention", "self_attention"):
         return function(qkv_BTNK, num_heads, num_kv_heads, document_BT, kind)
     if kind == PLAIN and pick("attention", qkv_BTNK) == "megalite":
@@ -94,6 +95,7 @@ def attention(
     _check(q_BTHK, k_BSGK, v_BSGV, document_BT, kind, source_BS)
     if function := added("attention", "attention"):
         return function(q_BTHK, k_BSGK, v_BSGV, document_BT, kind, source_BS, bias)
+    # flash_attn knows neither a bias nor heads of two sizes; torch's kernels take what is left.
     ours = source_BS is None and bias is None and k_BSGK.shape == v_BSGV.shape and q_BTHK.shape[1] == k_BSGK.shape[1]
     if ours and pick("attention", q_BTHK) == "flash_attn":
         return _flash_attn(q_BTHK, k_BSGK, v_BSGV, document_BT, kind)
@@ -160,9 +162,12 @@ def largest_logits(
     index_S = torch.arange(k_BSGK.shape[1], device=k_BSGK.device)
 
     def attended(rows: slice) -> tuple[slice, Tensor | None]:
+        # No key before `first` or from `last` on is seen by any of these queries: they are not
+        # multiplied at all. The mask then decides among those that some query sees.
         first = 0 if kind.window is None else max(0, rows.start - kind.window + 1)
         last = rows.stop if kind.causal else len(index_S)
         keys = slice(first, last)
+        # How many tokens the key lies back of the query, negative where it lies ahead.
         back = index_S[rows, None] - index_S[None, keys] if kind.causal or kind.window is not None else None
         mask = None if back is None or not kind.causal else back >= 0
         if kind.window is not None and back is not None:
@@ -183,15 +188,20 @@ def largest_of(
     holds all they attend to, and a bool mask that broadcasts to [B,H,T,S] of these; None: they attend to all."""
     (batch, heads, length, _), (groups, sources) = q_BHTK.shape, k_BGSK.shape[1:3]
     largest = torch.full((heads,), -torch.inf, device=q_BHTK.device)
+    # Queries of one block: so many that their logits, B · H · rows · S, stay below the limit.
     at_once = max(1, LOGITS_AT_ONCE // (batch * heads * sources))
     for first in range(0, length, at_once):
         rows = slice(first, min(first + at_once, length))
         keys, mask = attended(rows)
         # The queries that share a key head are one matrix: [B,G,H/G·T,K].
         q = q_BHTK[:, :, rows].unflatten(1, (groups, -1)).flatten(2, 3)
+        # [B, G, H/G · T, S] → [B, H, T, S]: query heads of a group lie side by side, so this is a
+        # view.
         logits = (q @ k_BGSK[:, :, keys].transpose(-1, -2)).view(batch, heads, rows.stop - first, -1)
         if mask is not None:
             logits = logits.masked_fill(~mask, -torch.inf)
+        # Scaled at last, and once a head: a factor above 0 changes nothing about which is the
+        # largest.
         largest = torch.maximum(largest, logits.amax((0, 2, 3)).float() * scale)
     return largest
 
@@ -220,6 +230,7 @@ def _check(
 
 def check_cross(document_BT: Tensor | None, source_BS: Tensor | None, kind: AttentionKind) -> None:
     """Raise ValueError where a kind, or the documents of queries and keys, are not for keys of another sequence."""
+    # Positions of two sequences cannot be compared: no key is "before" a query.
     if kind.causal or kind.window is not None:
         raise ValueError(f"attention to another sequence must be neither causal nor windowed, but is {kind}")
     if (source_BS is None) != (document_BT is None):
@@ -233,6 +244,8 @@ def attention_mask(document_BT: Tensor, source_BS: Tensor, kind: AttentionKind) 
     if kind.causal:
         mask = mask.tril()
     if kind.window is not None:
+        # A key may lie up to window - 1 behind the query: the diagonal -(window - 1) is the last
+        # kept.
         mask = mask.triu(1 - kind.window)
         if not kind.causal:
             mask = mask.tril(kind.window - 1)
@@ -256,14 +269,19 @@ def _mask(
         document_BT = torch.zeros(1, q_BTHK.shape[1], dtype=torch.int64, device=q_BTHK.device)
     mask = attention_mask(document_BT, document_BT if source_BS is None else source_BS, kind)
     empty = None
+    # Causal queries see at least themselves; only keys of another sequence can be missing
+    # altogether.
     if source_BS is not None:
         empty = ~mask.any(-1, keepdim=True)
+        # A softmax over nothing is NaN, whose gradient would spread: let it see all, and zero its
+        # output.
         mask = mask | empty
     return mask if bias is None else bias.to(q_BTHK.dtype).masked_fill(~mask, -torch.inf), empty
 
 
 def _merged(out_BHTV: Tensor, empty: Tensor | None) -> Tensor:
     """Return the heads' outputs beside each other, [B,T,H·V], and 0 for queries that attend to nothing."""
+    # masked_fill also stops the gradient that would otherwise go to the keys that were let in.
     if empty is not None:
         out_BHTV = out_BHTV.masked_fill(empty, 0.0)
     return out_BHTV.transpose(1, 2).flatten(2)
@@ -317,10 +335,13 @@ def _flash_attn(
     if kind.softcap is not None:
         options["softcap"] = kind.softcap
     if document_BT is None:
+        # Takes [B, T, heads, K] with grouped queries as they are.
         return flash_attn.flash_attn_func(q_BTHK, k_BTGK, v_BTGK, **options).flatten(2)
     batch, length = document_BT.shape
     ends = _document_ends(document_BT)
+    # "varlen" wants the tokens of all rows in one sequence [B · T, heads, K], cut at `ends`.
     q, k, v = (x.flatten(0, 1) for x in (q_BTHK, k_BTGK, v_BTGK))
+    # No document is longer than a row: `length` is a bound that needs no wait for the device.
     out = flash_attn.flash_attn_varlen_func(q, k, v, ends, ends, length, length, **options)
     return out.view(batch, length, -1)
 
@@ -357,6 +378,7 @@ def _register() -> None:
         num_kv_heads: int,
         document: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
+        # [B, T, N, K] → output [B, T, H · K] and log-sum-exp [B, H, T].
         batch, length, _, size = qkv.shape
         out = qkv.new_empty((batch, length, num_heads * size))
         lse = qkv.new_empty((batch, num_heads, length), dtype=torch.float32)

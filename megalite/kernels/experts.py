@@ -46,6 +46,8 @@ class _RouterLogits(Function):
     def forward(ctx: Any, x: Tensor, weight_ED: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight_ED)
         rows = x.flatten(0, -2).float()
+        # fp32 copies of x and the weight live in here only. In bf16 two experts could swap places
+        # by rounding.
         return product(_enough(rows), weight_ED.float())[: len(rows)].reshape(*x.shape[:-1], len(weight_ED))
 
     @staticmethod
@@ -67,6 +69,7 @@ def _enough(rows: Tensor) -> Tensor:
 def top_k(scores: Tensor, k: int) -> Tensor:
     """Return the experts of the `k` largest scores of each token, int64 in ascending order: [… ,E] → [… ,K]. Among
     equal scores the lower index is chosen, which torch.topk does not promise."""
+    # The order of experts, not that of scores: sums over a token's experts then have one order.
     largest = scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
     return largest.sort(dim=-1).values
 
@@ -89,8 +92,11 @@ def group_by_expert(index: Tensor, num_experts: int) -> Groups:
 
 def sort_by_expert(index: Tensor) -> tuple[Tensor, Tensor]:
     """Return the first two fields of `Groups` for the experts `index` [… ,K] of each token."""
+    # order[n] is which visit (token · K + slot) became row n; stable, so that within an expert rows
+    # are in the order of the tokens.
     order = index.flatten().argsort(stable=True)
     row = torch.empty_like(order)
+    # The inverse permutation: at which row each visit ended up.
     row[order] = torch.arange(len(order), device=order.device)
     return order // index.shape[-1], row.view(-1, index.shape[-1])
 
@@ -138,11 +144,14 @@ class _GroupedLinear(Function):
     ) -> Tensor:
         of_x, of_weight, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
+        # With `gather` the tokens are kept and not their rows, which are K times as many.
         ctx.groups, ctx.gather, ctx.shape = groups, gather, x.shape
         ctx.wgrad_callback, ctx.later, ctx.parameter = wgrad_callback, later, weight
         rows = _rows(x, groups, gather)
         out = rows.new_empty(len(rows), weight.shape[1])
         for expert, span in _spans(groups.counts):
+            # One GEMM an expert, over a contiguous run of rows: that is why rows are sorted by
+            # expert.
             out[span] = product(_enough(rows[span]), weight[expert])[: span.stop - span.start]
         return out
 
@@ -152,6 +161,8 @@ class _GroupedLinear(Function):
         groups, gather, callback, parameter = ctx.groups, ctx.gather, ctx.wgrad_callback, ctx.parameter
         grad = grad.contiguous()
         grad_weight = None
+        # The same three ways as in `kernels.linear._Linear.backward`: put off, handed to the
+        # engine, or computed here.
         if x is not None and ctx.later:
             ctx.later.put(lambda: callback(parameter, grad, _rows(x, groups, gather), groups.counts))
         elif x is not None and callback:
@@ -163,6 +174,7 @@ class _GroupedLinear(Function):
             del rows
         if weight is None:
             return None, grad_weight, None, None, None, None
+        # Every row is written below, as each belongs to an expert that has rows.
         grad_x = grad.new_empty(len(grad), weight.shape[2])
         for expert, span in _spans(groups.counts):
             if span.stop - span.start < FEWEST_ROWS:
@@ -171,6 +183,7 @@ class _GroupedLinear(Function):
             else:
                 input_gradient(grad[span], weight[expert], out=grad_x[span])
         if gather:
+            # A token that was copied to K rows gets the sum of their gradients.
             grad_x = _sum_rows(grad_x, groups.row_TK, None, ctx.shape[:-1])
         return grad_x, grad_weight, None, None, None, None
 
@@ -204,12 +217,15 @@ def unpermute(rows_ND: Tensor, weight: Tensor, groups: Groups) -> Tensor:
 def _sum_rows(rows_ND: Tensor, row_TK: Tensor, weight_TK: Tensor | None, shape: Sequence[int]) -> Tensor:
     """Return the (weighted) sum of each token's rows, one expert after another, as [*shape,D] in the dtype of the
     rows."""
+    # A plain permutation: nothing is added, so nothing need be done in fp32.
     if weight_TK is None and row_TK.shape[1] == 1:
         return rows_ND[row_TK[:, 0]].view(*shape, rows_ND.shape[1])
     total = torch.zeros(*shape, rows_ND.shape[1], device=rows_ND.device)
     total_TD = total.flatten(0, -2)
     for slot, row_T in enumerate(row_TK.unbind(1)):
         part = rows_ND[row_T].float()
+        # Slot by slot, hence in ascending order of experts. A scatter-add (index_add_) would add in
+        # an order of its own on a GPU, another one in every run.
         total_TD += part if weight_TK is None else part * weight_TK[:, slot, None]
     return total.to(rows_ND.dtype)
 
@@ -227,6 +243,8 @@ class _Unpermute(Function):
         grad_TD, weight_TK = grad.flatten(0, -2).float(), weight.flatten(0, -2)
         grad_rows, grad_weight = torch.empty_like(rows_ND), torch.empty_like(weight_TK)
         for slot, row_T in enumerate(ctx.row_TK.unbind(1)):
+            # This is why the experts' outputs [N, D] are saved: a weight's gradient is a product
+            # with them.
             grad_weight[:, slot] = (grad_TD * rows_ND[row_T]).sum(-1)
             grad_rows[row_T] = (grad_TD * weight_TK[:, slot, None]).to(rows_ND.dtype)
         return grad_rows, grad_weight.view(weight.shape), None
@@ -237,6 +255,7 @@ def accumulate_grouped_weight_gradient(
 ) -> None:
     """Write each expert's gradᵀ rows to `into`, the fp32 gradient [E,O,I], or accumulate it there with `add`. An expert
     without rows has a gradient of 0."""
+    # Spans leave out experts without rows, whose old gradient would otherwise stay.
     if not add:
         for expert, count in enumerate(counts):
             if not count:

@@ -58,6 +58,7 @@ def use(wishes: KernelsConfig) -> None:
             raise ConfigError(f"kernels.{operation} is {wish}, but {wish} is not installed here")
     if own() is None and any(getattr(wishes, operation) == "auto" for operation in OPERATIONS):
         _warn_once()
+    # What is none of an operation's built-in names must be a plugin's.
     chosen = {operation: getattr(wishes, operation) for operation in OPERATIONS}
     found = {op: kernels.get(f"{op}.{name}") for op, name in chosen.items() if name not in implementations(op)}
     for operation, part in found.items():
@@ -67,12 +68,15 @@ def use(wishes: KernelsConfig) -> None:
                 f"kernels.{operation} is {chosen[operation]}, but what its plugin registers has none of the functions "
                 f"that it could stand for: {', '.join(functions) or 'there are none'}"
             )
+    # Only now, when nothing can fail any more: a refused section leaves the old choice.
     _wishes, _added = wishes, found
 
 
 def pick(operation: str, x: Tensor) -> str:
     """Return which implementation computes `operation` on `x`: `megalite`, `torch`, or a library's name."""
     wish = getattr(_wishes, operation)
+    # "megalite" is a wish and no command: dtypes and devices that its kernels do not take go to
+    # torch.
     if wish not in ("auto", "megalite"):
         return wish
     # oneDNN computes bf16 products with AMX, which megalite's weight-gradient kernel does not use.
@@ -84,6 +88,7 @@ def pick(operation: str, x: Tensor) -> str:
 def added(operation: str, function: str) -> Callable[..., Any] | None:
     """Return a function of the plugin that computes `operation`, which stands for that of the same name and signature
     here; None where megalite computes it."""
+    # A plugin need not have all functions of an operation: None, and megalite's own computes.
     return getattr(_added.get(operation), function, None) if _added else None
 
 
@@ -106,6 +111,7 @@ def explain(operation: str, device: str) -> tuple[str, str]:
 def own() -> ModuleType | None:
     """Return the compiled module, or None where it was not built or does not fit the installed torch."""
     try:
+        # Importing it registers the operators under torch.ops.megalite.
         return importlib.import_module("megalite._ops")
     except ImportError:
         return None

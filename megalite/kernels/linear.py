@@ -57,6 +57,7 @@ def accumulate_weight_gradient(into: Tensor, grad: Tensor, x: Tensor, add: bool)
             torch.mm(grad.t(), x, torch.float32, out=into)
     elif pick("weight_gradient", x) == "megalite":
         torch.ops.megalite.weight_gradient_(into, grad, x, add)
+    # beta = 0: BLAS does not read `into`, which may hold anything.
     elif x.dtype == torch.float32:
         into.addmm_(grad.t(), x, beta=1.0 if add else 0.0)
     else:  # the product is rounded to bf16 before it is accumulated in fp32
@@ -106,6 +107,8 @@ class WeightGradStore:
 
     def take(self) -> Callable[[], None]:
         """Return a function that computes every GEMM stored so far, in order; the store is empty from here on."""
+        # One list for each micro-batch: the schedule calls what `take` returned for it later, and
+        # other micro-batches' backward passes come between.
         waiting, self._waiting = self._waiting, []
 
         def run() -> None:
@@ -150,8 +153,11 @@ class _Linear(Function):
         later: WeightGradStore | None,
     ) -> Tensor:
         of_input, of_weight, of_bias, *_ = ctx.needs_input_grad
+        # The weight's gradient needs x, that of x needs the weight: what has no gradient is not
+        # kept.
         ctx.save_for_backward(x if of_weight else None, weight if of_input else None)
         ctx.collectives, ctx.of_bias = collectives, bias is not None and of_bias
+        # `parameter` even where `weight` is not saved: the engine finds the bucket by it.
         ctx.wgrad_callback, ctx.later, ctx.parameter = wgrad_callback, later, weight
         out = product(collectives.gather(x), weight, bias)
         # With a bias, F.linear returns a view, on which autograd forbids in-place operations such as the rotation of
@@ -162,6 +168,7 @@ class _Linear(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         collectives, wgrad_callback, parameter = ctx.collectives, ctx.wgrad_callback, ctx.parameter
+        # [B, T, N] → [B · T, N]: to a weight, all tokens are alike.
         grad_rows = grad.flatten(0, -2)
         grad_bias = grad_rows.sum(0) if ctx.of_bias else None
         if x is not None and not ctx.later:

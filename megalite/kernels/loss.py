@@ -54,6 +54,8 @@ def cross_entropy_forward(
     if pick("loss", logits_NV) == "megalite":
         return torch.ops.megalite.cross_entropy_forward(logits_NV, labels_N, first, num_valid)
     column, here = _column(labels_N, first, num_valid)
+    # Column 0 stands for labels of other ranks, whose target is then set to 0: over the ranks
+    # targets add up, since exactly one has each label.
     target = logits_NV.gather(1, column[:, None])[:, 0]
     target = target.float().masked_fill(~here, 0.0)
     lse = logits_NV[:, :num_valid].float().logsumexp(1)
@@ -81,6 +83,7 @@ def cross_entropy_backward_(
         # softmax − one_hot(label), times the gradient of the loss
         column, here = _column(labels_N, first, num_valid)
         grad_logits = logits_NV.float().sub_(lse_N[:, None]).exp_()
+        # Where another rank has the label, `here` is 0 and nothing is subtracted from column 0.
         grad_logits.scatter_add_(1, column[:, None], -here[:, None].float())
         grad_N1 = grad_N[:, None]
         grad_logits.mul_(grad_N1).masked_fill_(grad_N1 == 0, 0.0)  # the fill: 0 · inf would be NaN
@@ -132,6 +135,8 @@ class _CrossEntropy(Function):
         logits = logits.contiguous()  # `flatten` below must be a view, for the backward pass to write into it
         labels_N = labels.flatten()
         lse, target = _forward(logits.flatten(0, -2), labels_N, first, num_valid, terms)
+        # From here on lse is that of the whole vocabulary: with it each rank computes its columns'
+        # softmax in the backward pass without a further message.
         lse, target = _whole(lse, target, labels_N, first, num_valid, combine)
         ctx.save_for_backward(logits, labels_N, lse)
         ctx.columns, ctx.terms = (first, num_valid), terms
@@ -189,6 +194,7 @@ class _LinearCrossEntropy(Function):
         x_ND = x.flatten(0, -2)
         labels_N = labels.flatten()
         lse = x.new_empty(labels_N.shape, dtype=torch.float32)
+        # [2, N]: the label's logit, and the mean of all logits, which label smoothing asks for.
         target = lse.new_empty((2, len(lse)) if terms and terms.label_smoothing else lse.shape)
         # Only a few numbers a token are kept of its logits: what the backward pass needs beside the logits themselves.
         for rows in _chunks(labels_N, rows_per_chunk):
@@ -222,11 +228,14 @@ class _LinearCrossEntropy(Function):
             if grad_x is not None:
                 input_gradient(logits, weight, out=grad_x[rows])
             if wgrad_callback:
+                # `logits` holds their gradient by now. `last` tells an engine that counts one event
+                # a weight.
                 wgrad_callback(ctx.parameter, logits, x_ND[rows], rows.stop >= len(labels_N))
             del logits
         if grad_x is not None:
             grad_x = grad_x.view_as(x)
         if grad_weight is not None:
+            # Accumulated in fp32 over the chunks, and rounded once.
             grad_weight = grad_weight.to(weight.dtype)
         return grad_x, grad_weight, None, None, None, None, None, None, None
 
@@ -252,6 +261,8 @@ def _forward(
     lse, target = cross_entropy_forward(logits_NV, labels_N, first, num_valid)
     if not terms or not terms.label_smoothing:
         return lse, target
+    # Divided by all classes and not by this rank's columns: over the ranks these add up to the
+    # mean.
     mean = logits_NV[:, :num_valid].sum(1, dtype=torch.float32) / terms.num_classes
     return lse, torch.stack((target, (1 - terms.label_smoothing) * target + terms.label_smoothing * mean))
 
@@ -303,6 +314,7 @@ def _losses(lse_N: Tensor, target: Tensor, labels: Tensor, terms: LossTerms | No
     losses = lse_N - target
     if not terms:
         return losses.view_as(labels).masked_fill(labels == IGNORE, 0.0)
+    # One row without label smoothing (then both are it), else two.
     plain, smoothed = losses.view(-1, len(lse_N))[[0, -1]]
     both = torch.stack((smoothed + terms.z_loss * lse_N.square(), plain), -1).view(*labels.shape, 2)
     return both.masked_fill((labels == IGNORE)[..., None], 0.0)
@@ -310,6 +322,7 @@ def _losses(lse_N: Tensor, target: Tensor, labels: Tensor, terms: LossTerms | No
 
 def _counted(grad: Tensor, labels_N: Tensor, terms: LossTerms | None) -> Tensor:
     """Return the gradient [N] of the losses to minimise, 0 for tokens without a label."""
+    # [..., 1] is the cross-entropy that is only reported.
     grad = grad[..., 0] if terms else grad
     return grad.flatten().masked_fill(labels_N == IGNORE, 0.0)
 

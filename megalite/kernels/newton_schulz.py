@@ -71,8 +71,12 @@ def _iterate(x: Tensor, name: str, scale: float) -> Tensor:
         x = x.mT.contiguous()
     # Frobenius norms, which no singular value exceeds, in fp32.
     norms = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float32) * MARGIN.get(name, 1.0)
+    # Divided by a bound of the largest singular value, so that all of them are in (0, 1], where the
+    # iteration converges.
     x = x / norms.clamp(min=EPS).to(x.dtype)
+    # The wanted scale goes into the last step's polynomial, which is linear in it: a pass saved.
     *steps, (a, b, c) = COEFFICIENTS[name]
+    # a·X + (b·G + c·G²)·X with G = XXᵀ: three products a step.
     for each in (*steps, (a * scale, b * scale, c * scale)):
         gram = symmetric_product(x)
         polynomial = symmetric_product(gram, gram, beta=each[1], alpha=each[2])
@@ -103,5 +107,6 @@ def symmetric_product(x: Tensor, add: Tensor | None = None, beta: float = 1.0, a
 
 def iteration_products(rows: int, columns: int) -> tuple[tuple[int, int, int], ...]:
     """Return the matrix products [m, k] × [k, n] of one step for a matrix, as (m, n, k)."""
+    # [few, many] is how `_iterate` lays the matrix: G = XXᵀ, G·G, and the polynomial times X.
     few, many = sorted((rows, columns))
     return (few, few, many), (few, few, few), (few, many, few)

@@ -47,6 +47,8 @@ def add_rms_norm(
     `weight`, `eps` and `unit` are those of `rms_norm`. One kernel does both, which saves a pass over the stream."""
     if pick("norm", x) == "megalite":
         return torch.ops.megalite.add_rms_norm(x, residual, weight, eps, unit)[:2]
+    # Rounded to the stream's dtype before it is normalised, as the fused kernel does: the same
+    # bits.
     total = x + residual
     return rms_norm(total, weight, eps, unit), total
 
@@ -108,6 +110,7 @@ def _register_rms_norm() -> None:
         eps: float,
         unit: float = 0.0,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        # (norm, sum, rstd)
         return torch.empty_like(x), torch.empty_like(x), _row_statistic(x)
 
     @torch.library.register_fake("megalite::rms_norm_backward")
@@ -142,6 +145,7 @@ def _register_rms_norm() -> None:
         grad_rstd: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, None, None]:
         total, weight, rstd = ctx.saved_tensors
+        # `grad_sum` is what comes along the residual stream past the norm; the kernel adds it in.
         grad_x, grad_weight = ops.rms_norm_backward(grad, grad_sum, total, weight, rstd, ctx.unit)
         return grad_x, grad_x, grad_weight, None, None  # x and residual enter the sum alike
 

@@ -35,9 +35,11 @@ def adamw_(
         return
     beta1, beta2 = betas
     divisor, correction1, correction2 = factors
+    # With a divisor of 0 this is inf or NaN, which the `where` below keeps out.
     grad = grad / divisor
     average = exp_avg.lerp(grad, 1 - beta1)
     square = (exp_avg_sq * beta2).addcmul_(grad, grad, value=1 - beta2)
+    # As torch does it: eps is added behind the bias correction.
     denominator = (square.sqrt() / correction2.sqrt()).add_(eps)
     value = (master * (1 - lr * weight_decay)).sub_(lr / correction1 * average / denominator)
     # A `where` on the device instead of an `if`: the host must not wait to learn whether the update is refused.
@@ -60,6 +62,7 @@ def momentum_(buffer: Tensor, grad: Tensor, divisor: Tensor, momentum: float, ne
     average = buffer.lerp(grad, 1 - momentum)
     refused = divisor <= 0
     buffer.copy_(torch.where(refused, buffer, average))
+    # Zeros, so that what travels to the owners of matrices is finite even in a refused step.
     return torch.where(refused, 0.0, grad.lerp(average, momentum) if nesterov else average)
 
 

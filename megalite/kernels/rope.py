@@ -26,6 +26,7 @@ def rotate(qkv: Tensor, head_size: int, num_heads: int, cos_BTR: Tensor, sin_BTR
     but not after it. A hook that keeps the result's gradient must clone it."""
     if function := added("rope", "rotate"):
         return function(qkv, head_size, num_heads, cos_BTR, sin_BTR)
+    # contiguous() copies only where it must: the kernel rotates in place.
     if pick("rope", qkv) == "megalite":
         qkv = _Rotate.apply(qkv.contiguous(), head_size, num_heads, cos_BTR, sin_BTR)
         return qkv.unflatten(-1, (-1, head_size))
@@ -37,6 +38,7 @@ def _rotate_plainly(qkv_BTNK: Tensor, num_heads: int, cos_BTR: Tensor, sin_BTR: 
     pairs = cos_BTR.shape[-1]
     *_, heads, size = qkv_BTNK.shape
     query_key, value = qkv_BTNK.split((num_heads, heads - num_heads), dim=2)
+    # Hugging Face's pairing is of halves (i, i + R), not of neighbours as in the paper.
     a, b, beyond = query_key.split((pairs, pairs, size - 2 * pairs), dim=-1)
     # One table serves all heads of a token.
     cos = cos_BTR[:, :, None]
@@ -70,6 +72,7 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        # The gradient is rotated in place as well, if nobody else can see it.
         if not _is_ours(grad):
             grad = grad.clone(memory_format=torch.contiguous_format)
         cos, sin = ctx.saved_tensors
@@ -84,6 +87,7 @@ def _is_ours(grad: Tensor) -> bool:
 
     Autograd hands the same tensor to both terms of y + z, and a caller of backward(grad) still holds its argument.
     Under torch.compile the answer is False: the compiler removes needless copies itself."""
+    # Reference counts are the only way to know: autograd does not say who else holds a gradient.
     count = getattr(Tensor, "_use_count", None)  # not in every torch
     if torch.compiler.is_compiling() or count is None or not grad.is_contiguous():
         return False
