@@ -62,11 +62,13 @@ def model_config(values: dict[str, Any]) -> ModelConfig:
     if values.get("preset"):
         base = _read_preset(str(values["preset"]))
     elif values.get("hf") and "family" not in values:  # a run's own config.yaml has every field written out
+        # Only the architecture: weights are read later, by checkpoint/load.py.
         base = from_hf_config(read_hf_config(Path(values["hf"])))
     if base and values.get("family") not in (None, base["family"]):
         raise ConfigError(f"model.family = {values['family']!r}, but preset {values['preset']} is {base['family']!r}")
     if base and values.get("hf"):
         values = rope.lengthened(values, base)
+    # What stands beside `preset` or `hf` in the config wins over it.
     merged = base | values
     if "family" not in merged:
         raise ConfigError("model needs a `preset`, an `hf` folder, or a `family` with its fields")
@@ -129,6 +131,7 @@ def from_hf_config(hf: dict[str, Any]) -> dict[str, Any]:
 def to_hf_config(config: ModelConfig) -> dict[str, Any]:
     """Return the model's config.json. That it has no special tokens, beside those that its family counts on, is written
     out, too: transformers' defaults for them may lie outside of the vocabulary."""
+    # In this order: a family may set special tokens, a head the architecture's name.
     return dict.fromkeys(SPECIAL) | family(config.family).to_hf(config) | heads.to_hf(config)
 
 
@@ -158,6 +161,8 @@ def weight_table(config: ModelConfig, lora: LoraConfig | None = None) -> tuple[W
 
 def set_parameters(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
     """Replace every parameter of the model by the one of its name. Tied weights stay tied."""
+    # named_parameters gives a tied weight once, under its first name; the walk below meets it in
+    # both modules and gives both the one new parameter.
     names = {old: name for name, old in model.named_parameters()}
     for module in model.modules():
         for attribute, old in module.named_parameters(recurse=False, remove_duplicate=False):

@@ -69,10 +69,13 @@ class AttentionSpec(MixerSpec):
     def seen(self, length: int) -> int:
         if self.window is None:
             return length
+        # As many tokens on each side, and the token itself once.
         return min(self.window if self.causal else 2 * self.window - 1, length)
 
     def products(self, positions: int) -> int:
         """Return the multiplications of queries with keys, and of probabilities with values."""
+        # q · k costs head_size a position and head, probabilities · v value_size. The softmax is
+        # not counted.
         return positions * self.num_heads * (self.head_size + self.value_size)
 
 
@@ -117,6 +120,7 @@ class FeedForwardSpec:
         return self._of(self.inner, hidden_size)
 
     def _of(self, inner: int, hidden_size: int) -> int:
+        # gate, up and down; or up and down.
         return (3 if self.gated else 2) * inner * hidden_size
 
 

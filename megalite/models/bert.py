@@ -112,6 +112,7 @@ class Attention(nn.Module):
     def __init__(self, config: BertConfig, site: str):
         super().__init__()
         self.head_size = config.head_size
+        # One product for queries, keys and values, all of H heads: N = 3H.
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.out = nn.Linear(config.hidden_size, config.hidden_size)
         dropout = Dropout(config.attention_dropout, f"{site}.probabilities", over_heads=True)
@@ -178,12 +179,14 @@ class Bert(Decoder):
         if config.task == "masked":
             self.norm = LayerNorm(hidden, config.norm_eps)
             self.head = nn.Linear(hidden, config.vocab_size)
+            # Tied: one parameter in two modules, which the table has as one row with place "both".
             self.head.weight = self.embedding.weight
         self.activation = gelu if config.tanh_gelu and config.HEAD_ACTS_ALIKE else F.gelu
         self.loss = CrossEntropy()
 
     def embed(self, tokens_BT: Tensor, places: SequenceInfo) -> Tensor:
         position_BT = places.position_BT + self.config.OFFSET
+        # position_BT has the shape and device that the types need: all of type 0.
         x_BTD = self.embedding(tokens_BT) + self.positions(position_BT) + self.token_types(position_BT * 0)
         return self.dropout(self.embedding_norm(x_BTD), places)
 
@@ -191,6 +194,7 @@ class Bert(Decoder):
         return places
 
     def final_states(self, x_BTD: Tensor) -> Tensor:
+        # Post-norm: the last layer's output is normalized already.
         return x_BTD
 
     def finish(self, x_BTD: Tensor) -> Tensor:
@@ -206,9 +210,11 @@ def weights(config: BertConfig) -> Iterator[Weight]:
     # Two projections a layer add to the residual stream: scaled like this, as in Megatron-LM, they keep its variance.
     residual_std = std / math.sqrt(2 * config.num_layers)
     thirds, head = (hidden, hidden, hidden), config.head_size
+    # Three Hugging Face tensors make up the one fused weight, in this order.
     qkv = tuple(f"attention.self.{name}" for name in ("query", "key", "value"))
     layer = (
         *_linear("attention.qkv", qkv, (3 * hidden, hidden), "column", std, thirds, head),
+        # `unit`: columns that stay together, as they are the outputs of one head.
         *_linear("attention.out", ("attention.output.dense",), (hidden, hidden), "row", residual_std, unit=head),
         *_norm("attention_norm", "attention.output.LayerNorm", hidden, 0),
         *_linear("mlp.up", ("intermediate.dense",), (inner, hidden), "column", std),
@@ -262,6 +268,7 @@ def _linear(
 ) -> Iterator[Weight]:
     """Yield the rows of a linear module: matrix and bias. What is not cut by output features sees a cut sequence under
     sequence parallelism: there its gradient is partial."""
+    # Only a column-parallel bias is cut; a row-parallel one is added once, behind the reduction.
     cut = shard == "column"
     matrix, bias = (tuple(f"{module}.{part}" for module in hf) for part in ("weight", "bias"))
     partial: Literal["sequence"] | None = None if shard else "sequence"

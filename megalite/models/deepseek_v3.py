@@ -91,6 +91,7 @@ class DeepseekV3(Llama):
     config: DeepseekV3Config
 
     def layer(self, number: int) -> nn.Module:
+        # The first layers are dense MLPs of `intermediate_size`, the others experts.
         kind = RoutedLayer if self.config.is_routed(number) else Layer
         return kind(self.config, LatentAttention(self.config, number))
 

@@ -164,7 +164,10 @@ class Router(nn.Module):
         weights [B,T,K], fp32, and indices [B,T,K]."""
         logits_BTE = router_logits(x_BTD, self.weight)
         score_BTE = logits_BTE.softmax(-1) if self.scores_by == "softmax" else logits_BTE.sigmoid()
+        # Detached: which experts are chosen has no gradient, only how much each of them weighs.
         index_BTK = self.choose(score_BTE.detach())
+        # Without the bias, whose only task is to choose (DeepSeek-V3's auxiliary-loss-free
+        # balance).
         weight_BTK = score_BTE.gather(-1, index_BTK)
         if self.renormalizes:
             total_BT1 = weight_BTK.sum(-1, keepdim=True)
@@ -173,10 +176,13 @@ class Router(nn.Module):
         if self.scale != 1.0:
             weight_BTK = weight_BTK * self.scale
         if self.bias is not None:
+            # Attached to hidden states like a loss, so that it comes with the backward pass, and
+            # once under recomputation.
             x_BTD = _Count.apply(x_BTD, self.bias, index_BTK)
         if self.load_balance is not None and self.load_balance.is_on:
             probability_BTE = score_BTE
             if self.scores_by == "sigmoid":
+                # Sigmoids do not add up to 1 by themselves; the loss is defined on shares.
                 probability_BTE = score_BTE / score_BTE.sum(-1, keepdim=True)
             x_BTD = self.load_balance(x_BTD, self.imbalance(self.load_balance, probability_BTE, index_BTK))
         if self.z_loss is not None and self.z_loss.is_on:
@@ -190,11 +196,13 @@ class Router(nn.Module):
             score_BTE = score_BTE + self.bias.detach()
         num_groups, allowed = self.groups
         if allowed < num_groups:
+            # [B, T, G groups, M experts of each]: experts of a group are neighbours.
             score_BTGM = score_BTE.unflatten(-1, (num_groups, -1))
             best = min(2, score_BTGM.shape[-1])
             chosen = top_k(score_BTGM.sort(-1, descending=True).values[..., :best].sum(-1), allowed)
             is_allowed = torch.zeros(score_BTGM.shape[:-1], dtype=torch.bool, device=chosen.device)
             is_allowed.scatter_(-1, chosen, True)
+            # -inf and not 0: with a bias a score may be below 0.
             score_BTE = score_BTGM.masked_fill(~is_allowed[..., None], -torch.inf).flatten(-2)
         return top_k(score_BTE, self.experts_per_token)
 
@@ -203,10 +211,13 @@ class Router(nn.Module):
         """Return the sequence-wise load-balancing loss of each row [B] (DeepSeek-V3, section 2.1.2): E·Σₑ fₑ·Pₑ, with
         fₑ the share of visits that expert e has and Pₑ its mean probability. 1 in balance."""
         num_experts, k = probability_BTE.shape[-1], index_BTK.shape[-1]
+        # A count, without a gradient: the loss moves probabilities only.
         visits_BTE = torch.zeros_like(probability_BTE).scatter_(-1, index_BTK, 1.0)
         # Both sums go over the whole row before they are multiplied, whatever part of it is here: one message.
         visits_BE, total_BE = loss.row_sum(torch.cat((visits_BTE, probability_BTE), -1)).chunk(2, -1)
         num_visits_B = visits_BE.sum(-1)
+        # fₑ = visits / all visits; Pₑ = total / tokens, and tokens = all visits / k: hence k and
+        # the square.
         return num_experts * k * (visits_BE * total_BE).sum(-1) / num_visits_B.square()
 
 
@@ -222,6 +233,7 @@ class _Count(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        # A frozen bias, as under LoRA.
         if not ctx.needs_input_grad[1]:
             return grad, None, None
         (index_BTK,) = ctx.saved_tensors
@@ -275,6 +287,8 @@ class SparseMLP(nn.Module):
         self.shared_gate = nn.Linear(config.hidden_size, 1, bias=False) if config.gates_shared else None
 
     def forward(self, x_BTD: Tensor) -> Tensor:
+        # x goes through the router, which attaches its losses to it; the shared experts take the
+        # plain one.
         out_BTD = self.experts(*self.router(x_BTD))
         if self.shared is None:
             return out_BTD
@@ -308,6 +322,7 @@ def expert_rows(
     """Return the rows of a router and its experts. `block` is what Hugging Face calls both, `gate`, `up` and `down` the
     projections of an expert."""
     experts, hidden, inner = config.num_experts, config.hidden_size, config.expert_inner
+    # For FLOPs: a token is multiplied with this share of all experts' weights.
     used = config.experts_per_token / experts
 
     def names(*modules: str) -> tuple[str, ...]:

@@ -51,6 +51,8 @@ class GemmaLike(WindowedByLayer):
     NEEDS_WINDOW: ClassVar[bool] = True
 
     def attention(self, layer: int) -> AttentionKind:
+        # None is 1/√head_size, which megalite's own kernel computes; any other scale goes to
+        # torch's.
         usual = self.query_pre_attn_scalar in (0, self.head_size)
         return AttentionKind(self.window(layer), scale=None if usual else self.query_pre_attn_scalar**-0.5)
 
@@ -82,6 +84,7 @@ class Layer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, shared: Shared) -> Tensor:
+        # Sandwich norms: what attention and MLP return is normalized before it joins the stream.
         attended = self.attention_out_norm(self.attention(self.attention_norm(x), shared))
         normed, x = self.mlp_norm(attended, x)
         return x + self.mlp_out_norm(self.mlp(normed))
@@ -101,6 +104,7 @@ class Gemma(Llama):
 
     def project(self, x_BTD: Tensor) -> Tensor:
         """Return logits [B,T,V], with Gemma's soft cap."""
+        # Element by element, so that it works on a tensor rank's columns of the vocabulary as well.
         logits, cap = super().project(x_BTD), self.config.logit_softcap
         return logits if cap is None else (logits / cap).tanh() * cap
 
@@ -149,6 +153,7 @@ def gemma_to_hf(config: GemmaLike, architecture: str) -> dict[str, Any]:
         "final_logit_softcapping": config.logit_softcap,
         "use_bidirectional_attention": False,
     }
+    # Gemma's key is hidden_activation; both would be two sources of one fact.
     del values["hidden_act"]
     return values
 

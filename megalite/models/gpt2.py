@@ -148,6 +148,7 @@ def weights(config: GPT2Config) -> Iterator[Weight]:
     hidden, inner, std = config.hidden_size, config.inner_size, config.init_std
     # Two projections a layer add to the residual stream: scaled like this, they keep its variance.
     residual_std = std / math.sqrt(2 * config.num_layers)
+    # c_attn is stored fused already, [q; k; v]; tensor parallelism cuts each third on its own.
     thirds = (hidden, hidden, hidden)
     layer = (
         *_norm("attention_norm", "ln_1", hidden),
@@ -202,6 +203,7 @@ def _linear(
     the cut sequence, so that its gradient is partial under sequence parallelism."""
     cut = shard == "column"
     bias_shard: Literal["column"] | None = "column" if cut else None
+    # Conv1D stores [in, out], a linear module has [out, in].
     matrix = Weight(f"{name}.weight", shape, (f"{hf}.weight",), shard, parts, unit, transpose=True, init=std)
     bias = Weight(
         f"{name}.bias", shape[:1], (f"{hf}.bias",), bias_shard, parts, unit,

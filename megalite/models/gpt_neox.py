@@ -82,6 +82,7 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, shared: Shared) -> Tensor:
         attended = self.attention(self.attention_norm(x), shared)
         if self.parallel:
+            # Both read the same x, so there is no sum between them to fuse a norm with.
             return x + attended + self.mlp(self.mlp_norm(x))
         normed, x = self.mlp_norm(attended, x)
         return x + self.mlp(normed)
@@ -130,6 +131,7 @@ def _column(
 ) -> Iterator[Weight]:
     """Return the rows of a column-parallel linear. With `parts`, Hugging Face stores those of the first head before
     those of the second."""
+    # NeoX stores q, k, v of head 0, then those of head 1, …: not all queries first, as here.
     by_unit = bool(parts)
     yield Weight(f"{name}.weight", shape, (f"{hf}.weight",), "column", parts, unit, by_unit=by_unit, init=std)
     yield Weight(

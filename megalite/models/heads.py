@@ -74,10 +74,12 @@ def head_rows(config: ModelConfig, rows: Iterable[Weight]) -> tuple[Weight, ...]
     body = [
         replace(row, place="first", used=0.0) if row.place == "both" else row
         for row in rows
+        # A tied embedding (place "both") loses its second end: the new head has rows of its own.
         if row.name != "head.weight"
     ]
     count = len(config.labels)
     shape, name = (count, config.hidden_size), head_name(config)
+    # Cut as a vocabulary is, of as many words as there are classes: the loss needs no other code.
     head = [Weight("head.weight", shape, (f"{name}.weight",), "vocab", init=config.init_std, place="last")]
     if has_bias(config):
         head.append(Weight("head.bias", shape[:1], (f"{name}.bias",), "vocab", init="zeros", decay=False, place="last"))
@@ -106,6 +108,7 @@ def lacking_head(config: ModelConfig, rows: Sequence[Weight], files: Container[s
     """Return the names of those `rows` of a head that files with the tensors `files` lack, and that a new head may
     stand for: one for classes, or an encoder's for masked tokens where nothing of it is there."""
     if config.has_classes:
+        # A final norm, which every model of the family has, is no part of a head.
         own = names_of(own_table(config))
         head = [row for row in rows if row.place == "last" and not own & set(row.hf)]
     else:  # what is not below the prefix of transformers' model without a head
@@ -135,6 +138,8 @@ def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
     for task, kind in KINDS.items():
         if architecture.endswith(kind):
             require(hf, str(hf.get("model_type")), {"problem_type": "single_label_classification"})
+            # The architecture's name alone says what a folder's head is for; id2label is in many
+            # configs.
             return {"task": task, "labels": _labels(hf)}
     return {}
 

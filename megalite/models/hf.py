@@ -82,6 +82,8 @@ _COMPUTES = re.compile(
 def computes(key: str) -> bool:
     """Return whether the name of a key suggests something that a model computes."""
     # camelCase to snake_case, so that words can be told apart.
+    # Guessing errs to the side of refusal: an unknown key that sounds like a computation stops the
+    # load, since a model that is computed otherwise would go on unnoticed.
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key).lower()
     return bool(_COMPUTES.search(words))
 
@@ -99,6 +101,7 @@ class Keys:
 
     def but(self, used: Mapping[str, Any] | None = None, only: Mapping[str, Any] | None = None, **neutral: str) -> Keys:
         """Return these keys with others added, or declared differently; `neutral` gives the reason by key."""
+        # A key has one declaration: the new one takes it out of all three of the old.
         new = {**(used or {}), **(only or {}), **neutral}
 
         def merged(old: Mapping[str, Any], more: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -143,6 +146,7 @@ def agreed(hf: Mapping[str, Any], *places: str, default: Any = REQUIRED, copies:
 
     Raises ConfigError where another place disagrees, or one of the `copies`, which transformers does not read. Raises
     KeyError where no place has a value and there is no default."""
+    # null counts as left out, as transformers takes it.
     found = {place: value for place in (*places, *copies) if (value := at(hf, place)) is not None}
     first = next((place for place in places if place in found), None)
     if first is None and default is REQUIRED:

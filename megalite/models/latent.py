@@ -60,6 +60,7 @@ class LatentConfig(LlamaLike):
         if not isinstance(scaling, rope.YarnScaling) or not scaling.mscale_all_dim or scaling.factor == 1:
             return AttentionKind()
         # Not in the cosines and sines, which keys and queries without positions do not meet.
+        # YaRN's temperature, squared, as it would have scaled both queries and keys.
         factor = 0.1 * scaling.mscale_all_dim * math.log(scaling.factor) + 1.0
         return AttentionKind(scale=self.head_size**-0.5 * factor**2)
 
@@ -97,13 +98,17 @@ class LatentAttention(nn.Module):
 
     def heads(self, x_BTD: Tensor, shared: Shared) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries and keys [B,T,H,K] and values [B,T,H,V] of the heads on this rank."""
+        # Down to the latents (replicated linears), then up to the heads of this rank
+        # (column-parallel).
         from_BTL = x_BTD if self.q_a is None or self.q_norm is None else self.q_norm(self.q_a(x_BTD))
         q_BTHK = self.q(from_BTL)
+        # The last R features are the keys' positional part: one for all heads, and not normalized.
         latent_BTL, k_BTR = self.kv_a(x_BTD).split((self.kv_norm.weight.numel(), self.turned), -1)
         kv_BTHK = self.kv(self.kv_norm(latent_BTL.contiguous())).unflatten(-1, (-1, self.plain + self.value))
         k_BTHP, v_BTHV = kv_BTHK.split((self.plain, self.value), -1)
         q_BTHP, q_BTHR = q_BTHK.unflatten(-1, (-1, self.plain + self.turned)).split((self.plain, self.turned), -1)
         cos_sin = shared.rope_cos_sin[0]
+        # As one head of its own; every head of this rank then gets the same rotated features.
         k_BT1R = self.rotate(self.enter(k_BTR.contiguous())[:, :, None], cos_sin)
         q_BTHK = torch.cat((q_BTHP, self.rotate(q_BTHR, cos_sin)), -1)
         k_BTHK = torch.cat((k_BTHP, k_BT1R.expand(-1, -1, k_BTHP.shape[2], -1)), -1)
@@ -115,6 +120,7 @@ class LatentAttention(nn.Module):
         heads, size, value = *q_BTHK.shape[2:], v_BTHV.shape[-1]
         if value > size:
             return self.core.attend(q_BTHK, k_BTHK, v_BTHV, places)
+        # Zeros behind the values give zeros behind the outputs, which are cut off.
         qkv_BTNK = torch.cat((q_BTHK, k_BTHK, F.pad(v_BTHV, (0, size - value))), 2)
         out_BTHK = self.core(qkv_BTNK, heads, heads, places).unflatten(-1, (heads, size))
         return out_BTHK[..., :value].flatten(2)

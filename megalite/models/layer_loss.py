@@ -58,6 +58,7 @@ class LayerLoss(nn.Module):
         if not self.is_on:
             return x
         of_rows = loss.dim() == 1
+        # By the counts of the GLOBAL batch: the sum over micro-batches and ranks is then the mean.
         mean = loss.float().sum() / (self._num_rows if of_rows else self._num_tokens)
         return _Attach.apply(x, mean, self, self.row_share if of_rows else 1.0)
 
@@ -65,7 +66,10 @@ class LayerLoss(nn.Module):
         """Take note of a micro-batch's loss, of which `share` counts on this rank. Return its gradient."""
         assert self._gradient is not None
         if self.counts:
+            # Noted in the backward pass and not in the forward, which recomputation would run
+            # twice.
             self.mean += mean * share
+        # Of the same scale as the objective's: with DeepSpeed it carries the engine's loss scale.
         return self._gradient * self.weight
 
 
@@ -96,6 +100,7 @@ class _Attach(Function):
     def forward(ctx: Any, x: Tensor, mean: Tensor, module: LayerLoss, share: float) -> Tensor:
         ctx.module, ctx.share = module, share
         ctx.save_for_backward(mean)
+        # x goes on unchanged; only the graph now leads to `mean` as well.
         return x.view_as(x)
 
     @staticmethod

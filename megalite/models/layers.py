@@ -121,6 +121,8 @@ class Decoder(nn.Module):
 
     def run_layers(self, x: Any, places: SequenceInfo) -> Any:
         """Run the layers that are here, one after another, on `Streams`: [B,T,D] → [B,T,D] each."""
+        # On every stage and in every micro-batch anew: cos/sin tables are cheaper to compute than
+        # to send.
         shared = self.shared(places, last_of(x).dtype)
         for layer in self.layers.values():
             x = layer(x, shared)
@@ -159,6 +161,7 @@ class Dropout(nn.Module):
         """Drop elements of `x`; `key_B` has the key of each sample."""
         rank, ranks = self.shard
         if self.over_heads:
+            # Numbers of the heads in the whole model, or of the tokens in the whole sequence.
             first = rank * x.shape[1] + torch.arange(x.shape[1], device=x.device)
         else:
             first = places.index_T.chunk(ranks)[rank]
@@ -166,8 +169,10 @@ class Dropout(nn.Module):
         part, parts = self.features
         # The index that one process would have given each element, whatever part of the input is here.
         index = first[:, None] * (inner * parts) + part * inner + torch.arange(inner, device=x.device)
+        # A key a sample and site: two dropouts of a model must not drop the same elements.
         keys = random_bits(self.site, key_B).view(-1, *[1] * (x.dim() - 1))
         keep = uniform(keys, index.view(x.shape[1:])) >= self.p
+        # Inverted dropout: the expectation stays.
         return x * (keep / (1.0 - self.p)).to(x.dtype)
 
 
@@ -285,6 +290,8 @@ class CoreAttention(nn.Module):
         values. Returns [B,T,H·K]; `places` says which tokens are of one document."""
         if self.largest_logits is not None:
             self.note_logits(*split_heads(qkv_BTNK, num_heads, num_kv_heads)[:2], places)
+        # Split only here: the fused path takes the projection as it is, and returns its gradient
+        # whole.
         if self.strategy is not None or self._drops(places):
             out = self._by_strategy_or_eager(*split_heads(qkv_BTNK, num_heads, num_kv_heads), places)
             if out is not None:
@@ -318,6 +325,8 @@ class CoreAttention(nn.Module):
     ) -> None:
         """Raise `largest_logits` to those of these queries and keys. In evaluation it does nothing."""
         if self.training and self.largest_logits is not None:
+            # Behind RoPE and norms, as attention sees them. They are computed a second time, tile
+            # by tile: fused kernels do not tell them.
             found = self.logits_of(q_BTHK.detach(), k_BSGK.detach(), places, self.kind, source)
             self.largest_logits = torch.maximum(self.largest_logits, found)
 
@@ -332,6 +341,8 @@ class CoreAttention(nn.Module):
     ) -> Tensor | None:
         """Return what the strategy computes for a sequence's own keys, or eager attention with dropout; None where
         neither is asked for."""
+        # A strategy is about keys of the sequence itself; those of another one are whole on each
+        # rank.
         if source is not None:
             check_cross(places.document_BT, source.document_BT, self.kind)
         elif self.strategy is not None:

@@ -173,6 +173,9 @@ class Attention(nn.Module):
         super().__init__()
         heads, groups, self.head_size = config.num_attention_heads, config.kv_heads, config.head_size
         self.heads_per_group, self.turn = heads // groups, config.turn(layer)
+        # Rows: all queries, then all keys, then all values. Cut over tensor ranks each on its own
+        # (`parts` of the table's row), so that every rank has heads and their keys in this same
+        # order.
         self.qkv = nn.Linear(config.hidden_size, (heads + 2 * groups) * self.head_size, bias=config.QKV_BIAS)
         self.core = CoreAttention(kind=config.attention(layer))
         self.out = nn.Linear(heads * self.head_size, config.hidden_size, bias=config.OUT_BIAS)
@@ -241,6 +244,7 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, shared: Shared) -> Tensor:
         attended = self.attention(self.attention_norm(x), shared)
         # One fused operation: the sum goes on as the residual stream, its norm into the MLP.
+        # normed = norm(x + attended), x = x + attended: one pass over the stream in place of two.
         normed, x = self.mlp_norm(attended, x)
         return x + self.mlp(normed)
 
@@ -304,6 +308,7 @@ def attention_rows(
     """Return the rows of attention. `qkv` names the Hugging Face modules that make up the projection; `norms` are rows
     between it and the output."""
     q, kv = config.num_attention_heads * config.head_size, config.kv_heads * config.head_size
+    # `unit` keeps a head whole where tensor parallelism cuts; `parts` cuts q, k and v apart.
     parts, unit, std = (q, kv, kv), config.head_size, config.init_std
     names = {kind: tuple(f"self_attn.{module}.{kind}" for module in qkv) for kind in ("weight", "bias")}
     shape = (q + 2 * kv, config.hidden_size)
@@ -359,12 +364,15 @@ def norm_row(config: LlamaLike, name: str, hf: str, place: Place = 0) -> Weight:
 def table(config: LlamaLike, layer: Sequence[Weight] | Callable[[int], Sequence[Weight]]) -> Iterator[Weight]:
     """Yield the whole table, from the rows of one layer, or from a function that gives those of each."""
     shape, std = (config.vocab_size, config.hidden_size), config.init_std
+    # "both": the first pipeline stage looks it up, the last multiplies with it, and both keep a
+    # copy.
     ends: Place = "both" if config.tie_embeddings else "first"
     # A look-up multiplies nothing; the head, where it is tied, does.
     used = float(config.tie_embeddings)
     yield Weight("embedding.weight", shape, ("model.embed_tokens.weight",), "vocab", used=used, init=std, place=ends)
     for i in range(config.num_layers):
         yield from layer_rows(i, "model.layers", layer(i) if callable(layer) else layer)
+    # In the order of a forward pass: engines fill their buckets from the end of this table.
     yield norm_row(config, "norm", "model.norm", "last")
     if not config.tie_embeddings:
         yield Weight("head.weight", shape, ("lm_head.weight",), "vocab", init=std, place="last")

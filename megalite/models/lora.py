@@ -70,6 +70,8 @@ class Adapter:
         """Return the rows of A and B for an update of this LoRA `rank`."""
         base, name, hf = self.base, f"{self.owner}.{self.short}", f"{PREFIX}{self.module}.lora"
         column, alone = base.shard == "column", len(base.hf) == 1
+        # A cuts like the base's input, B like its output. Where the base is column-parallel, A sees
+        # the whole input on every rank but, under sequence parallelism, only a slice of the tokens.
         a = Weight(
             f"{name}_a", (rank, base.shape[1]), (f"{hf}_A.weight",),
             shard=None if column else "row", unit=1 if column else base.unit,
@@ -95,6 +97,7 @@ def _is_called(module: str, target: str) -> bool:
 def adapters_of(weights: Sequence[Weight], lora: LoraConfig) -> list[Adapter]:
     """Return the adapters of all modules that `lora` targets. Raises ConfigError for a target that is no linear module
     of the model."""
+    # All adapters that the model could have, to say in the message which there are.
     every = [adapter for weight in weights for adapter in _of_weight(weight)]
     experts = [name.removesuffix(".weight") for weight in weights if weight.stack for name in weight.hf]
     for target in lora.targets:
@@ -115,6 +118,8 @@ def _of_weight(weight: Weight) -> Iterator[Adapter]:
     """Yield an adapter for each Hugging Face module of a linear weight."""
     if weight.shard not in ("column", "row") or len(weight.shape) != 2:
         return
+    # A fused weight that Hugging Face stores apart (q_proj, k_proj, v_proj) has an adapter for
+    # each; one that it stores fused (Wqkv) has a single one.
     stops = [*accumulate(weight.row_groups)] if len(weight.hf) > 1 else [weight.shape[0]]
     for hf, start, stop in zip(weight.hf, [0, *stops], stops, strict=False):
         yield Adapter(hf.removesuffix(".weight"), weight, start, stop)
@@ -146,6 +151,7 @@ class _AddUpdates(Function):
         ctx.mark_dirty(out)
         ctx.save_for_backward(low, *bs)
         ctx.scale, ctx.slices = scale, slices
+        # [B · T, O], a view: what is added to it is added to `out`.
         features = out.view(-1, out.shape[-1])
         for rows, part, b in zip(slices, _parts(low, bs), bs, strict=True):
             features[:, rows].addmm_(part, b.t(), alpha=scale)
@@ -215,6 +221,7 @@ class Updates:
         of_a, of_b = ([getattr(module, f"{adapter.short}_{factor}") for adapter in self.adapters] for factor in "ab")
         if module.dropout is not None:
             x = module.dropout(x)
+        # [B, T, r · adapters]: the low-rank features of all adapters beside each other.
         low = linear(x, torch.cat(of_a) if len(of_a) > 1 else of_a[0])  # one read of `x` for all of them
         slices = [adapter.local_rows(tensor) for adapter in self.adapters]
         return _AddUpdates.apply(out, enter(low) if enter else low, self.scale, slices, *of_b)
@@ -248,5 +255,6 @@ def adapt(model: Decoder, weights: Sequence[Weight], lora: LoraConfig) -> None:
         with torch.device("meta"):
             adapted = LoraLinear(base, Updates(tuple(adapters), lora.scale), lora.rank, lora.dropout)
         setattr(model.get_submodule(parent), name, adapted)
+    # A linear's forward takes x alone; its dropout must know which tokens these are.
     for layer in model.layers.values() if lora.dropout else ():
         _tell_places(layer)

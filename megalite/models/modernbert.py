@@ -99,6 +99,7 @@ class ModernBert(Llama):
         layer = Layer(self.config, Attention(self.config, number))
         layer.mlp = MLP(self.config)
         if number == 0:
+            # The embedding's norm has done it; the table leaves the row out (`layer[1:]` below).
             layer.attention_norm = nn.Identity()
         return layer
 

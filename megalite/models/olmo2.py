@@ -30,6 +30,8 @@ class Attention(llama.Attention):
         self.k_norm = RMSNorm(config.kv_heads * config.head_size, config.norm_eps)
 
     def normalize(self, qkv: Tensor, heads: int, groups: int) -> Tensor:
+        # A norm over all heads of a token: under tensor parallelism `FeatureCutRMSNorm` takes its
+        # place, which sums the squares over the ranks.
         q, k, v = qkv.split([count * self.head_size for count in (heads, groups, groups)], dim=-1)
         return torch.cat((self.q_norm(q), self.k_norm(k), v), dim=-1)
 

@@ -100,6 +100,7 @@ def to_peft(
     every = sorted({adapter.short for adapter in adapters})
     targets = every if ALL_LINEAR in lora.targets else list(lora.targets)
     # A head's own modules may be called as those of layers are, but have no adapter.
+    # PEFT matches the ends of names in the whole model, we only linears inside layers.
     head = {name.removesuffix(".weight") for row in weights if row.place == "last" for name in row.hf}
     others = sorted(name for name in head if any(name.endswith(f".{target}") for target in targets))
     return {

@@ -44,6 +44,7 @@ class Phi3Config(Windowed):
 
 
 def weights(config: Phi3Config) -> Iterator[Weight]:
+    # One Hugging Face name each: stored fused, in the order of rows that megalite has.
     layer = layer_table(config, attention_rows(config, ("qkv_proj",)), mlp_rows(config, ("gate_up_proj",)))
     yield from table(config, layer)
 

@@ -40,6 +40,7 @@ class Llama3Scaling(Section):
 
     def stretch(self, frequency_R: Tensor, length: int | Tensor, theta: float) -> Tensor:
         """Return the scaled frequencies [R]; the sequence's `length` does not matter."""
+        # How often each pair turns within the length that the model was trained on.
         turns = self.original_max_positions * frequency_R / (2 * math.pi)
         # 1 for a frequency that turns at least high_freq_factor times within the original length (kept), 0 for one
         # that turns at most low_freq_factor times (divided by factor).
@@ -79,6 +80,8 @@ class LongRope(Section):
         tensor."""
         long, short = (torch.tensor(f, device=frequency_R.device) for f in (self.long_factor, self.short_factor))
         is_long = torch.as_tensor(length, device=frequency_R.device) > self.original_max_positions
+        # [R] for one length, [B, 1, R] or [B, T, R] where rows or documents have lengths of their
+        # own.
         return frequency_R / torch.where(is_long, long, short)
 
     def magnitude(self, max_positions: int) -> float:
@@ -118,6 +121,8 @@ class YarnScaling(Section):
             """Return the number of the pair that turns so often within the original length."""
             return count * math.log(self.original_max_positions / (turns * 2 * math.pi)) / math.log(theta)
 
+        # Numbers of pairs: the first pairs turn fastest, so `low` belongs to the larger number of
+        # turns.
         low, high = pair(self.beta_fast), pair(self.beta_slow)
         if self.truncate:
             low, high = math.floor(low), math.ceil(high)
@@ -135,6 +140,8 @@ class YarnScaling(Section):
             return 0.1 * share * math.log(self.factor) + 1.0
 
         if self.mscale and self.mscale_all_dim:
+            # DeepSeek divides here what its attention scale multiplies (see
+            # `LatentConfig.attention`).
             return scale(self.mscale) / scale(self.mscale_all_dim)
         return scale(1.0)
 
@@ -154,6 +161,7 @@ class DynamicScaling(Section):
         tensor."""
         count, original = len(frequency_R), self.original_max_positions
         longer = torch.as_tensor(length, device=frequency_R.device).clamp(min=original)
+        # With size = 2 · count, this is transformers' exponent size / (size - 2).
         base = theta * (self.factor * longer / original - (self.factor - 1)) ** (count / (count - 1))
         return base ** -(torch.arange(count, device=frequency_R.device).float() / count)
 
@@ -197,10 +205,12 @@ def rope_cos_sin(
     # Pair i turns by theta^(-2i / size) radians per position.
     frequency_R = theta**-exponent
     if scaling is None:
+        # fp32 in every precision: a bf16 position beyond 256 would be rounded.
         angle_BTR = position_BT[..., None] * frequency_R
         return angle_BTR.cos(), angle_BTR.sin()
     angle_BTR = position_BT[..., None] * scaling.stretch(frequency_R, length, theta)
     magnitude = scaling.magnitude(max_positions)
+    # Tables carry YaRN's and LongRoPE's temperature: q and k are each multiplied by it.
     return angle_BTR.cos() * magnitude, angle_BTR.sin() * magnitude
 
 
@@ -245,6 +255,7 @@ def to_hf(names: Names, theta: float, scaling: Scaling | None, share: float | No
 def from_hf(hf: dict[str, Any], family: str, names: Names) -> dict[str, Any]:
     """Return rope_theta and rope_scaling of the `model:` section from config.json, `hf`, of a `family` with these
     `names`; and max_positions where the scaling decides them. Raises ConfigError."""
+    # `place` counts; what `copy` says as well must agree.
     place, copy = _places(hf, names)
     values = at(hf, place) or {}
     kind = kind_of(values, place)

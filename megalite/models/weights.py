@@ -105,6 +105,7 @@ class Weight:
         assert len(self.hf) in (1, len(self.row_groups)), self
         assert not self.by_unit or (len(self.hf) == 1 and len(set(self.parts)) == 1 and not self.transpose), self
         assert self.stack == 0 or not (self.by_unit or self.shard == "vocab"), self
+        # <= of two bools: the first implies the second.
         assert (self.shard == "expert") <= (self.stack > 0), self
 
     @property
@@ -171,6 +172,7 @@ class Weight:
             # Padded alike on every rank, so that all shards have one shape.
             rows = -(-self.shape[0] // tensor)
             return (-(-rows // VOCAB_MULTIPLE) * VOCAB_MULTIPLE, *self.shape[1:])
+        # [stack…, out, in]: which dimension is cut.
         cut = {"expert": 0, "column": self.stack, "row": self.stack + 1}[self.shard]
         for size in self.parts if self.parts and self.shard == "column" else (self.shape[cut],):
             if size % (self.unit * tensor):
@@ -186,12 +188,15 @@ class Weight:
             raise ValueError(f"{self.name} has {num_experts} experts, which do not divide by {expert}")
         if self.shard is None and tensor > 1:
             raise ValueError(f"{self.name}, which tensor ranks do not share, cannot be on {tensor} of them")
+        # Asked for shapes and ranges only: it has no names of tensors.
         return replace(self, shape=(num_experts // expert, *self.shape[1:]), hf=("",))
 
     def _row_ranges(self, rank: int, tensor: int, expert: int = 1) -> list[tuple[int, int]]:
         """Return the logical row ranges that make up the local rows, in local order. Padding rows, always last, are
         left out."""
         if expert > 1:
+            # Holders are expert-major: which experts, then which part of them. Experts of a rank
+            # are neighbours, so their rows lie `before` rows further on.
             number, rank = divmod(rank, tensor)
             own = self._experts_of_one(expert, tensor)
             before = number * own.num_rows
@@ -223,12 +228,14 @@ class Weight:
     ) -> Tensor:
         """Return elements [start, stop) of the flattened local tensor of `rank`, one of `expert` × `tensor` ranks;
         `read_rows` gives logical rows. Padding is zero."""
+        # Elements of one local row; 1 for a bias or a norm.
         width = prod(self.local_shape(tensor, expert)[self.stack + 1 :])
         # Whole rows are read, and what is too much at both ends is cut off at last.
         first, last = start // width, -(-stop // width)
         columns = self._columns(rank % tensor, tensor) if self.row_shape else None
         found, offset = [], 0
         for low, high in self._row_ranges(rank, tensor, expert):
+            # Local rows [offset, offset + high - low) are logical rows [low, high).
             a, b = max(first, offset), min(last, offset + high - low)
             if a < b:
                 found.append(read_rows(self, low + a - offset, low + b - offset, columns).reshape(-1))
@@ -247,6 +254,8 @@ class Weight:
         width, offset = right - left, 0
         ends = list(accumulate(self.row_groups))
         for low, high in self._row_ranges(rank, tensor, expert):
+            # A range of rows may go over several matrices (tensor rank's parts of q, k, v;
+            # experts).
             while low < high:
                 matrix = bisect_right(ends, low)
                 last = min(high, ends[matrix])
@@ -254,6 +263,8 @@ class Weight:
                 while begin < end:
                     row, inside = divmod(begin - offset, width)
                     rows = (end - begin) // width if inside == 0 else 0
+                    # Whole rows at once where it begins with one, else the rest of the row that is
+                    # cut.
                     size = rows * width or min(width - inside, end - begin)
                     within = (left, right) if rows else (left + inside, left + inside + size)
                     yield Rectangle(begin, begin + size, matrix, (low + row, low + row + max(rows, 1)), within)
@@ -267,6 +278,7 @@ class Weight:
         if len(locals_) == 1:
             return locals_[0]
         tensor = len(locals_) // expert
+        # The inverse of `read_local`, by the same ranges: there is no second mapping.
         full = locals_[0].new_empty(self.num_rows, *self.row_shape)
         for rank, local in enumerate(locals_):
             rows = local.flatten(0, self.stack)
@@ -282,6 +294,7 @@ class Weight:
     def to_hf(self, logical: Tensor) -> dict[str, Tensor]:
         """Return the Hugging Face tensors of the logical tensor, by name."""
         if self.by_unit:
+            # [parts · units · unit, …] → [parts, units, unit, …] → [units, parts, unit, …].
             units = logical.unflatten(0, (len(self.parts), -1, self.unit))
             return {self.hf[0]: units.transpose(0, 1).reshape(self.shape).contiguous()}
         if len(self.hf) == 1:
@@ -302,6 +315,7 @@ class Weight:
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the Hugging Face tensors, by name."""
         shapes = [self.shape] if len(self.hf) == 1 else [(size, *self.row_shape) for size in self.row_groups]
+        # On meta tensors, so that the rule of `_turned` need not be written twice.
         turned = [tuple(self._turned(torch.empty(shape, device="meta")).shape) for shape in shapes]
         return dict(zip(self.hf, turned, strict=True))
 
@@ -311,6 +325,8 @@ class Weight:
         if self.by_unit:
             return self._rows_by_unit(fetch, start, stop, columns)
         stacked = self.stack > 0 and len(self.hf) == 1  # one tensor holds all matrices
+        # Rows that are read from one place: of each matrix of a stack in one tensor, else of each
+        # tensor.
         sizes = (self.shape[self.stack],) * prod(self.shape[: self.stack]) if stacked else self._rows_of_each()
         pieces, offset = [], 0
         for number, rows in enumerate(sizes):
@@ -360,6 +376,7 @@ class Weight:
             flat = normal(key_of(seed, self.name), start * width, stop * width, device) * self.init
         elif isinstance(self.init, Uniform):
             index = torch.arange(start * width, stop * width, device=device)
+            # Counter-based: no state, so any slice can be drawn on any rank in any order.
             flat = (uniform(key_of(seed, self.name), index) * 2.0 - 1.0) * self.init.bound
         else:
             flat = torch.full(((stop - start) * width,), 1.0 if self.init == "ones" else 0.0, device=device)

@@ -79,6 +79,7 @@ def qwen_to_hf(config: WindowedByLayer) -> dict[str, Any]:
 
 def qwen_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
     """Return the window's fields from Qwen's config.json. Raises ConfigError where its keys disagree."""
+    # Qwen writes a sliding_window into every config; only this switch makes it count.
     sliding = bool(hf["use_sliding_window"]) and hf["sliding_window"] is not None
     first, count = hf["max_window_layers"], hf["num_hidden_layers"]
     types = hf["layer_types"] or _types_from(first if sliding else count, count)
