@@ -37,12 +37,14 @@ def average_of(folders: Sequence[Path], shares: Sequence[float] | None = None) -
         _check_alike(folders[-1], models[-1], folder, model)
 
     def read_exact(weight: Weight) -> Tensor:
+        # One weight of all models at a time: memory for one, whatever the models' size.
         summed = torch.zeros(weight.shape, dtype=torch.float64)
         for model, share in zip(models, shares, strict=True):
             summed.add_((model.read_exact or model.read)(weight), alpha=share / total)
         return summed.float()
 
     def read(weight: Weight) -> Tensor:
+        # In the dtype that this weight has in the last model.
         return read_exact(weight).to(models[-1].read(weight).dtype)
 
     return replace(models[-1], read=read, read_exact=read_exact)

@@ -32,6 +32,8 @@ class Board:
         """Make the board of one save. `number` is the same on all ranks and unique among all saves.
 
         `read` gives up once `abandoned` is set."""
+        # Keys of saves do not mix: a late rank's message of an earlier save is under another
+        # prefix.
         store = dist.HashStore() if mesh.world.size == 1 else _get_default_store()
         self._store = dist.PrefixStore(f"checkpoint-{number}", store)
         self._abandoned = abandoned
@@ -56,6 +58,7 @@ class Board:
             if self._abandoned.is_set():
                 raise Abandoned("training ended before every rank had written its part")
             if time.monotonic() > deadline:
+                # Only now one by one: `check` of all at once does not say which are missing.
                 missing = [number for number, key in enumerate(keys) if not self._store.check([key])]
                 raise TimeoutError(late(missing))
             time.sleep(pause)

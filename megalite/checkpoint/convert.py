@@ -75,6 +75,7 @@ def _open_hf(folder: Path, ema: bool) -> Model:
         raise CheckpointError(f"{folder} holds no average of weights; a checkpoint of a run with optimizer.ema does")
     model = model_config({"hf": str(folder)})
     weights = weight_table(model)
+    # Two readers of one folder: the rounded weights, and the fp32 ones beside them in optimizer/.
     stored = from_hf(folder, weights, model, Mesh.alone())
     exact = from_hf(folder, weights, model, Mesh.alone(), exact=EMA if ema else "master")
     extras: tuple[Path, ...] = (folder,)
@@ -107,6 +108,7 @@ def write_model(
         raise CheckpointError(f"{folder} exists; name a new folder")
     temporary = folder.with_name(f"{folder.name}.tmp")
     try:
+        # Of an earlier conversion that did not come to its end.
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         # Before the weights, which take long: a run may prune the checkpoint meanwhile. Their files are open already.
@@ -170,6 +172,7 @@ def _shards(
     for weight in track(model.weights, "weights", console=console, disable=not shown):
         logical = read(weight)
         written = logical.to(weight.dtype_in(dtype) if dtype else logical.dtype)
+        # bf16 has fp32's range and only loses digits; fp16 ends at 65,504.
         if dtype == torch.float16 and not torch.equal(written.isinf(), logical.isinf()):
             largest = logical.abs().max().item()
             raise CheckpointError(f"{weight.name} goes up to {largest:.3g}, which fp16 cannot hold; take bf16 or fp32")

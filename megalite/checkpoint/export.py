@@ -52,6 +52,7 @@ def write_extras(folder: Path, config: Config, tokenizer: Tokenizer | None) -> N
     ids["eos_token_id"] = tokenizer.eod_id if tokenizer else None
     if (source / "config.json").is_file():
         stored = read_hf_config(source)
+        # What the starting model said wins over what the tokenizer says.
         ids |= {name: stored[name] for name in SPECIAL if stored.get(name) is not None}
     if config.model.task == "classification" and ids["pad_token_id"] is None:
         # transformers finds the last token of each text in a batch by the padding after it. The end token serves: no

@@ -90,6 +90,8 @@ def parse_manifest(data: bytes) -> Files:
     """Parse a manifest so strictly that no flipped bit goes unnoticed, here or by the files that are named.
 
     Raises ValueError, KeyError, TypeError or AttributeError for anything else."""
+    # The manifest itself has no checksum. A flipped bit in it must make it invalid, or name a file
+    # or a digest that does not match.
     files = json.loads(data, object_pairs_hook=_no_key_twice)["files"]
     if not files or min(int(entry["size"]) for entry in files.values()) < 0:
         raise ValueError("no files, or of impossible sizes")
@@ -116,6 +118,7 @@ def damage_of(path: Path, wanted: dict[str, Any]) -> Damage:
             return Damage.UNREADABLE
         if found.st_size != wanted["size"]:
             return Damage.SIZE
+        # Reads all of the file, so it comes last.
         return Damage.NONE if digest(path) == wanted else Damage.CONTENT
     except FileNotFoundError:
         return Damage.MISSING
@@ -205,6 +208,7 @@ def sound_steps(steps: Sequence[int], newest: Worth) -> list[int]:
     """Return those of `steps` whose weights were followed by a good step; `newest` tells which steps were bad.
 
     A step's own loss proves nothing: weights beyond repair may have a finite loss, and only its gradient shows it."""
+    # A step's update is known to be good when the step after it had good numbers.
     return [step for step in steps if step < newest.updated]
 
 
@@ -213,6 +217,7 @@ def prune(root: Path, keep: int, keep_best: int = 0, newest: Worth | None = None
 
     Incomplete ones do not count, and stay for a person to look at. Beside `newest`, the state that is being saved, two
     more stay: the newest that a good step has followed, and the newest from before the refused steps."""
+    # Sets of reasons to stay; what no reason keeps is deleted below.
     steps = complete_steps(root)
     kept = {*steps[-keep:], *best_steps(root, steps, keep_best)}
     if newest:
@@ -227,6 +232,7 @@ def prune(root: Path, keep: int, keep_best: int = 0, newest: Worth | None = None
 def discard(folder: Path) -> None:
     """Delete a checkpoint."""
     # Renamed first: a half-deleted folder must never be taken for a checkpoint.
+    # The end .tmp is what `remove_unfinished` looks for.
     leaving = folder.with_name(f"{folder.name}.old.tmp")
     remove(leaving)  # of a crash in this very function
     folder.rename(leaving)

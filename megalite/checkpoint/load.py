@@ -35,6 +35,8 @@ def from_seed(seed: int, mesh: Mesh, device: torch.device | str = "cpu") -> Read
 
     # A reader takes (weight, kind, start, stop): elements start..stop of this rank's part of it, flattened.
     def read(weight: Weight, kind: str, start: int, stop: int) -> Tensor:
+        # Whatever is asked for is drawn by its place in the logical tensor: no rank draws what it
+        # does not hold.
         if kind not in VALUES:
             return torch.zeros(stop - start)
         return _local(weight, lambda w, *rows: w.initial_rows(seed, *rows, device), mesh, start, stop)
@@ -67,6 +69,7 @@ def from_hf(
             f"{folder} holds a whole model and an adapter ({found[0]}); move one of them to a folder of its own, so "
             "that it is clear which one is meant"
         )
+    # Kinds of state that the folder has, each for all weights.
     states = dict.fromkeys(_files_of(folder, [exact]) if exact else (), weights)
     new_head = None if seed is None else from_seed(seed, mesh)
     return _from_folder(folder, weights, model, mesh, states, new_head=new_head)
@@ -125,8 +128,11 @@ def states_held(folder: Path, config: Config, trained: Sequence[Weight]) -> dict
     states = config.optimizer.all_states
     before = (stored_config(folder) or {}).get("optimizer") or {}
     now = config.optimizer.model_dump(mode="json")
+    # Another optimizer than the checkpoint's: look at what is there, and begin the rest at zero.
+    # With the same one a missing file is damage, and must be an error.
     if any(before.get(key, default) != now[key] for key, default in UNLESS_SET.items()):
         found = {state: TensorFolder(folder / "optimizer", state).files for state in _files_of(folder, states)}
+        # Of a fused weight any of its Hugging Face tensors: `check` will ask for the others.
         held = {state: [w for w in trained if files.keys() & set(w.hf)] for state, files in found.items()}
     else:
         needed = {weight.name: config.optimizer.states_of(weight) for weight in trained}
@@ -171,6 +177,7 @@ def for_adapters(
         )
     frozen = [weight for weight in weights if weight.frozen]
     trained = [weight for weight in weights if not weight.frozen]
+    # Frozen weights are in no checkpoint of a LoRA run; match.py has compared the files' digests.
     base = from_hf(config.model.hf, frozen, config.model, mesh)
     if checkpoint:
         states = _with_masters(checkpoint, config, trained)
@@ -247,6 +254,7 @@ def _from_folder(
     if stem == "model":
         source.end_names(model.OLD_ENDS)
         prefix = weights[0].hf[0].partition(".")[0] + "."
+        # A head's own names, such as lm_head.weight, which never have the base model's prefix.
         apart = {name for weight in weights for name in weight.hf if not name.startswith(prefix)}
         _, head = ends_of(model)
         source.add_base_prefix(prefix, {*apart, head})
@@ -268,6 +276,7 @@ def _from_folder(
             # An average begins as the exact weights, and weights that nothing is kept beside are exact.
             kind = "master" if kind == EMA and weight.name in holders.get("master", ()) else "weight"
         elif weight.name not in holders.get(kind, ()):
+            # An optimizer state that the checkpoint does not have begins at zero.
             return torch.zeros(stop - start)
         fetch = sources[kind].fetch
         if kind == "weight":  # states are megalite's own, by the names that it writes

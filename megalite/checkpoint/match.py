@@ -73,6 +73,8 @@ def check_match(
     before = stored_config(checkpoint)
     changed = []
     if before:
+        # Settings that newer versions added have their defaults in the old config, or each would be
+        # a change.
         changed = changes(with_defaults(before, config), config.model_dump(mode="json"))
         of_model = [change for change in changed if is_of_the_model(change.key)]
         _check_model(checkpoint, before, config, of_model)
@@ -80,6 +82,7 @@ def check_match(
         _check_tokenizer(checkpoint, config.data.tokenizer, tokenizer)
     _check_base(checkpoint, config, state.get("base") or {}, base)
     of_data = [str(change) for change in changed if _decides_samples(change.key, config)]
+    # Compares fingerprints of the data; `of_data` are the settings that may explain a difference.
     train.check_state(state["data"], of_data)
     told = []
     if changed:
@@ -118,6 +121,7 @@ def _says_the_same(change: Change, before: Mapping[str, Any], config: Config) ->
     """Return whether two spellings stand for one model: a size left to the family, or all-linear and its modules."""
     # A stored config that is no longer valid proves nothing: then the change stands.
     with contextlib.suppress(ConfigError, ValidationError, ValueError, KeyError, TypeError):
+        # A stored config has every field written out: where they came from is not read again.
         fields = {key: x for key, x in before["model"].items() if key not in ("preset", "hf")}
         model = model_config(fields)
         if change.key == "lora.targets" and config.lora:
@@ -190,6 +194,7 @@ def _content(path: Path) -> str:
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with open(path, "rb") as file:
+        # The first and the last 4 KiB are among them: a header and a tail tell most files apart.
         for start in np.linspace(0, max(size - 4096, 0), 64, dtype=np.int64).tolist():
             file.seek(start)
             digest.update(file.read(4096))

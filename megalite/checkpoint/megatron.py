@@ -115,6 +115,8 @@ def open_megatron(
     _check_shapes(weights, parts, folder)
 
     def read(weight: Weight) -> Tensor:
+        # One shard for each of Megatron's tensor ranks; the row of the weight knows how to join
+        # them.
         shards = [_as_ours(weight, part, model, parts.tensor) for part in parts.read(weight.name)]
         dtypes = {shard.dtype for shard in shards}
         if len(dtypes) > 1 or not shards[0].is_floating_point():
@@ -142,6 +144,7 @@ def _check_shapes(weights: Sequence[Weight], parts: Parts, folder: Path) -> None
         except ValueError as error:
             raise CheckpointError(str(error)) from None
         if weight.shard == "vocab":
+            # Megatron pads to --make-vocab-size-divisible-by × tensor ranks, we to 64 rows a shard.
             wanted = (*found[0][:1], *weight.shape[1:])
         for shape in found:
             if shape != wanted:
@@ -161,6 +164,8 @@ def _as_ours(weight: Weight, part: Tensor, model: Any, tensor: int) -> Tensor:
     size = model.head_size
     groups = model.kv_heads // tensor
     heads = model.num_attention_heads // model.kv_heads  # query heads of a group
+    # Megatron: [q₀ … q₍h₋₁₎, k, v] of group 0, then of group 1, …; here all q, then all k, then all
+    # v.
     by_group = part.unflatten(0, (groups, (heads + 2) * size))
     kinds = by_group.split((heads * size, size, size), dim=1)
     return torch.cat([kind.flatten(0, 1) for kind in kinds])
@@ -234,6 +239,7 @@ def _ours(name: str, first_layer: int = 0) -> str | None:
     """Return megalite's name for one of Megatron's, or None if it is not a known weight.
 
     `first_layer` is the number of its layer 0 in the whole model."""
+    # Three generations of names: language_model.encoder.*, language_model.transformer.*, decoder.*.
     name = name.removeprefix("language_model.")
     name = re.sub(r"^(encoder|transformer)\.", "decoder.", name)
     if match := re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name):
@@ -316,6 +322,7 @@ class _RankFiles:
         """Take the weights of one model chunk, as each tensor rank stores them. Returns its number of layers.
 
         `first` is the number of its first layer in the whole model."""
+        # Layers that this chunk brings; the next chunk's numbers go on behind them.
         layers = set()
         for name in dict.fromkeys(name for rank in ranks for name in rank):
             values = [rank.get(name) for rank in ranks]
@@ -410,6 +417,7 @@ class _Pieces:
         """Put a whole tensor together from its pieces; of a tensor of all layers, that of one `layer`."""
         shape = self._shapes[stored]
         whole: Tensor | None = None
+        # Which elements have come: pieces must cover all of the tensor, and none of it twice.
         filled = torch.zeros(shape if layer is None else shape[1:], dtype=torch.bool)
         for offset, place in self._pieces.get(stored, ()):
             begin = offset or (0,) * len(shape)

@@ -48,6 +48,8 @@ def find_checkpoint(
     in a row with bad numbers gives way to the newest that is known to be good. Damaged ones are set aside.
 
     All ranks of `mesh` call it, and each reads a share of the files. Raises CheckpointError on all."""
+    # What one rank sees counts for all: on a shared disk listings may differ, and ranks that
+    # decided by themselves would wait for each other in different collectives.
     steps = _of_rank_0(lambda: _steps_in(root), mesh)
     if resume == "never":
         if steps:
@@ -211,8 +213,10 @@ def find_damage(folder: Path, mesh: Mesh) -> dict[str, Damage]:
     else:
         for number in range(mesh.world.rank, count, mesh.world.size):
             name = names[number]
+            # Every world.size-th file: together the ranks read each file once.
             found[number] = damage_of(folder / name, files[name])
             NOW.beats += 1  # progress for the watchdog: all files together may take longer than its timeout
+    # The larger Damage wins, see the enum.
     worst = all_reduce(found.to(mesh.device), mesh.world, dist.ReduceOp.MAX).tolist()
     if worst[-1]:
         return {MANIFEST: Damage(worst[-1])}
@@ -239,6 +243,7 @@ def _of_rank_0(look: Callable[[], list[int]], mesh: Mesh) -> list[int]:
         return found
     count = torch.tensor(len(found), device=mesh.device)
     dist.broadcast(count, 0)
+    # broadcast wants the same size everywhere; `found` is empty on all ranks but 0.
     padded = found + [0] * (int(count) - len(found))
     agreed = torch.tensor(padded, dtype=torch.int64, device=mesh.device)
     if found or count:

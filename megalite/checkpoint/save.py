@@ -101,6 +101,7 @@ class Saver:
         self._number += 1
         kinds = ("weight", *self.engine.states)
         self._buffers.reuse()
+        # The one thing that must happen now, on all ranks: a copy of this moment's state.
         collect = self.engine.gather_later(kinds, self.target.owners, self._buffers)
         if self.mesh.device.type == "cuda":
             # The next step may change the weights only once they are copied.

@@ -41,6 +41,8 @@ class TensorFolder:
             if index.exists():
                 self.files = _weight_map(index, single)
             else:
+                # `reading` turns what a damaged file can raise into a CheckpointError that names
+                # it.
                 with reading(folder / single, CheckpointError):
                     self.files = dict.fromkeys(self._file(single).keys(), single)
         except CheckpointError as error:
@@ -93,6 +95,7 @@ class TensorFolder:
 
     def _rename(self, names: Mapping[str, str]) -> None:
         """Know tensors by new `names`, given by those until now."""
+        # Names may be changed twice (an old end, then a prefix): always back to what the file says.
         self._stored |= {new: self._stored.get(old, old) for old, new in names.items()}
         self.files = {names.get(name, name): file for name, file in self.files.items()}
 
@@ -100,6 +103,7 @@ class TensorFolder:
         """Raise CheckpointError unless names and shapes are exactly those of `weights`, and all have a known dtype.
 
         Tensors in `ignore` may be there as well."""
+        # Both ways: a weight without a tensor, and a tensor without a weight, is an error.
         wanted = {name: shape for weight in weights for name, shape in weight.hf_shapes().items()}
         missing = sorted(wanted.keys() - self.files.keys())
         unknown = sorted(self.files.keys() - wanted.keys() - set(ignore))

@@ -77,6 +77,7 @@ class TorchFile:
             if size is not None:
                 if not 0 <= begin <= begin + size <= path.stat().st_size:
                     raise CheckpointError(f"{path} has no {size} bytes from byte {begin} on")
+                # One piece of a .distcp file is a whole archive of torch.save.
                 file.seek(begin)
                 file = io.BytesIO(file.read(size))
             self._zip = zipfile.ZipFile(file)
@@ -160,6 +161,7 @@ class _Unpickler(READER):
 
     def find_class(self, module: str, name: str) -> Any:
         """Return what stands for a name: one of the known functions, or a class of `Unknown`."""
+        # The only callables that a pickle gets; none of them runs anything of the pickle's.
         known = {
             ("collections", "OrderedDict"): _ordered,
             ("torch", "Size"): tuple,
@@ -271,4 +273,5 @@ class StoredTensor:
                 raise CheckpointError(
                     f"{self._file.path}: a tensor of shape {shown(self.shape)} has {len(flat):,} numbers"
                 )
+            # torch refuses a view that goes beyond the storage; `reading` makes an error of it.
             return flat.as_strided(self.shape, self._stride, self._offset)

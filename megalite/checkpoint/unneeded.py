@@ -35,6 +35,7 @@ def unneeded(source: TensorFolder, model: ModelConfig, head_is_replaced: bool) -
     if head in source.files and (head_is_replaced or model.tie_embeddings):
         if not head_is_replaced:
             _check_copy(source, embedding, head, model)
+        # A tied head that is stored is read from the embedding; it was only compared.
         found.add(head)
     if head_is_replaced:
         found |= names_of(own_table(model)) - names_of(weight_table(model))
@@ -76,6 +77,8 @@ def _first_difference(source: TensorFolder, one: str, other: str) -> int | None:
         a = source.fetch(one, rows)
         b = source.fetch(other, rows)
         if a.dtype != b.dtype:
+            # Both are exact in fp64: bf16 and fp32 copies of one tensor are equal only where
+            # nothing was rounded.
             a, b = a.double(), b.double()
         if not torch.equal(a, b):
             differs = (a != b).flatten(1).any(1)

@@ -90,10 +90,13 @@ class Upcycling:
         copies, slices = self.num_experts // self.granularity, self.granularity
         if weight.name.endswith("experts.gate_up.weight"):
             gate, up = (part.chunk(slices) for part in dense.chunk(2))
+            # [slices, 2I/g, D]: gate and up of a slice stay together, as an expert's fused
+            # projection has them.
             cut = torch.stack([torch.cat(pair) for pair in zip(gate, up, strict=True)])
         elif weight.name.endswith("experts.down.weight"):
             # A token's weights add up to 1 over all slices of its copies: each slice has a share of it only.
             cut = torch.stack(dense.chunk(slices, 1)) * slices
         else:
             return dense
+        # [experts, …]: all slices of the first copy, then of the second, as the router's rows are.
         return cut.repeat(copies, 1, 1)

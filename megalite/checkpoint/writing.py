@@ -124,8 +124,11 @@ class Writing:
         """Try once. `broken` is why this rank has no tensors: it takes part all the same, so that nobody waits."""
         if reason := self._led(f"begin-{number}", self._make_folder):
             return reason
+        # An error is an answer as well: rank 0 waits for every rank's part.
         part = {"error": f"rank {self.rank}: {broken}"} if broken else self._write_part()
         if self.rank > 0:
+            # Keyed by the attempt: what a slow rank answers to an earlier one must not count for
+            # this one.
             self.board.put(f"part-{number}-{self.rank}", part)
         return self._led(f"end-{number}", lambda: self._complete(number, part))
 
@@ -161,6 +164,7 @@ class Writing:
         files: dict[str, Any] = {}
         sizes: dict[str, dict[str, int]] = {}
         try:
+            # Rank 0 has made it, but on a network file system it may show here only seconds later.
             if not _becomes_true((self.temporary / "optimizer").is_dir):
                 raise OSError(f"{self.target.root} is not there; run.dir must be on a file system all nodes share")
             for kind, logical in self.tensors.items():
@@ -194,6 +198,8 @@ class Writing:
         """Write one file of Hugging Face tensors. Returns their sizes in bytes."""
         named: dict[str, Tensor] = {}
         for name, whole in logical.items():
+            # Hugging Face's names and shapes, also for optimizer states: they are sharded, tied and
+            # fused as the weights are, and any layout can read them.
             named |= self.target.row(name, kind).to_hf(whole)
         save_file(named, path, metadata={"format": "pt"})
         fsync(path)
@@ -202,6 +208,7 @@ class Writing:
     def _complete(self, number: int, part: dict[str, Any]) -> None:
         """Wait for the other ranks' parts, and give the folder its name; on failure, delete it. Rank 0 calls it."""
         try:
+            # Rank 0 hands its own part over directly.
             keys = [f"part-{number}-{rank}" for rank in range(1, self.num_ranks)]
             parts = [part, *self.board.take(keys, PATIENCE_S, _say_late)]
             if errors := [part["error"] for part in parts if "error" in part]:
