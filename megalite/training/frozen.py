@@ -34,9 +34,13 @@ class FrozenModel:
     def beside(self, inputs: Sequence[Inputs]) -> list[Inputs]:
         """Return micro-batches with what the frozen model makes of each, which `Inputs.frozen` gives. With a pipeline
         it is computed here, and kept as hidden states; otherwise when it is asked for. A collective."""
+        # Without dropout keys nothing is dropped: the frozen model answers as it would after
+        # training.
         asked = [replace(micro, output="hidden_states", places=replace(micro.places, key_B=None)) for micro in inputs]
         if self._pipeline is None:
             return [replace(micro, frozen=partial(self._run, each)) for micro, each in zip(inputs, asked, strict=True)]
+        # All micro-batches before the first trained one: two pipelines cannot take turns within a
+        # schedule. What is kept is hidden states [B, T, D], much smaller than logits.
         found = self._pipeline.forward(asked)
         if not found:  # before the last stage
             return list(inputs)
@@ -63,6 +67,8 @@ def load_frozen(folder: Path, config: Config, mesh: Mesh, dtype: torch.dtype) ->
             f"data.seq_length = {config.data.seq_length} is longer than the {model.max_positions} positions of the "
             f"model in {folder}"
         )
+    # There is no backward pass to save memory for, and hidden states are asked for instead of
+    # losses.
     train = config.train.model_copy(update={"loss_chunk": None, "recompute": "none", "compile": False})
     config = config.model_copy(update={"model": model, "lora": None, "train": train})
     table = weight_table(model)
@@ -77,6 +83,8 @@ def load_frozen(folder: Path, config: Config, mesh: Mesh, dtype: torch.dtype) ->
     if plan.pipeline > 1:
         from megalite.parallel.pipeline import Pipeline  # torch's schedules import its compiler
 
+        # Shapes of forward passes follow from their inputs; only the hidden size and the dtype
+        # matter.
         hidden = torch.empty((1, 1, model.hidden_size), dtype=dtype, device="meta")
         pipeline = Pipeline(stages, plan, mesh, hidden, [None] * len(stages))
     return FrozenModel(stages, LastStage(stages[-1].model, mesh.tensor, plan.sequence, vocab_size_of(table)), pipeline)

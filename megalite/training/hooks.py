@@ -154,6 +154,8 @@ class RecordTensors(Hook):
     def before_update(self, step: Step) -> None:
         if not self.is_due(step):
             return
+        # Before the update, which forgets the gradients. "weight" is what this step's loss was
+        # computed with.
         found = {}
         for kind in KINDS:
             owned = self._parts.engine.gather(kind, self._owners)
@@ -180,6 +182,7 @@ class ListenToSignals(Hook):
         self._agreed = self._requests.compare()
 
     def after_update(self, step: Step) -> None:
+        # Compared in `begin`, beside the forward and backward passes: the answer is here by now.
         asked = self._agreed()
         # After the last step the run ends all the same.
         step.asked = None if step.number == self._run.last_step else asked
@@ -192,6 +195,7 @@ class GuardNumbers(Hook):
         self._run, self._parts, self._loader, self._guard = run, parts, loader, guard
 
     def begin(self, step: Step) -> None:
+        # Where this step's batch begins, so that a bad one can be named and skipped.
         self._samples = self._loader.samples
 
     def before_update(self, step: Step) -> None:
@@ -203,6 +207,8 @@ class GuardNumbers(Hook):
 
     def act(self, step: Step) -> Ending | None:
         if step.saves:
+            # Before a checkpoint is written: replicas that have drifted apart must not be made
+            # permanent.
             self._guard.compare(step.number, self._parts.engine, saves=True)
         ending = self._guard.look(step.number, bool(step.due))
         step.refused = self._guard.refused
@@ -283,6 +289,7 @@ class Evaluate(Hook):
         record = {f"{split}_{name}": value for name, value in found.items()}
         if run.config.optimizer.ema:
             with self._parts.engine.averaged():
+                # The same batches once more, with the weights' average.
                 averaged = self._validate(mixture, split)
             record |= {f"{split}_{name}_ema": value for name, value in averaged.items()}
         if run.recorder:
@@ -379,6 +386,9 @@ class MeasureNoise(Hook):
         if not self._run.due(step.number, self._run.config.observe.noise_scale_every):
             return
         batch_size, plan = self._loader.samples - self._samples, self._run.plan
+        # The estimate compares a small batch's gradient norm with the whole batch's. A replica's
+        # gradient before the reduction is of one micro-batch at stage 2, else of all of its
+        # micro-batches.
         num_small = batch_size // plan.micro_batch_size if plan.zero_stage == 2 else plan.data
         self._found = {"noise_scale": self._noise.end(batch_size, num_small)}
 
@@ -449,6 +459,8 @@ class Save(Hook):
         NOW.begin("saving", number)
         state: Mapping[str, Any] = {
             "step": number,
+            # Refused steps do not count: Adam's bias correction goes by updates, the schedule by
+            # steps.
             "updates": self._parts.engine.num_updates,
             "data": self._loader.state(samples),
             "valid_loss": step.valid_loss,
@@ -477,6 +489,8 @@ def make_hooks(
 
     The other arguments are those of `run` that hooks watch. Raises CheckpointError for a state that its hook does not
     take."""
+    # The order matters: "signals" and "guard" come before whatever acts on what they found;
+    # evaluation sets `valid_loss`, which saving reads; plugins' follow, and saving is last.
     hooks: dict[str, Hook] = {
         "stragglers": TimeRanks(run),
         "profile": Profile(run, parts),
@@ -492,6 +506,7 @@ def make_hooks(
     }
     for config in run.config.hooks:
         same = sum(name.partition("#")[0] == config.name for name in hooks)
+        # A hook may be there twice; states in a checkpoint are found by these names.
         hooks[f"{config.name}#{same + 1}" if same else config.name] = config.build(run, parts)
     load_states(hooks, run, start)
     save = Save(run, parts, loader, saver, start.base, hooks)

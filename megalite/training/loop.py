@@ -26,6 +26,7 @@ def run_steps(
 
     `start` says where the run begins, `loader` reads its batches, and `requests` tells of signals. `parts` are
     trained, `data` is what hooks validate on, and `saver` writes checkpoints. Returns why the run ended."""
+    # A token of a longer sequence costs more attention; runs may begin with shorter ones.
     flops = {length: model_flops_per_token(run.config, length) for length in run.config.data.seq_lengths}
     meter = Meter(flops[run.config.data.seq_length], run.mesh.world.size, run.mesh.device, parts.dtype)
     guard = Guard(run.config, run.mesh, loader)
@@ -41,6 +42,8 @@ def run_steps(
             meter.flops_per_token = flops[run.config.data.length_of(number)]
             train_step(step, run, parts, loader, guard, hooks)
             log.add(step.record, (step.samples - before) * run.config.data.seq_length)
+            # Asked once and before any of them acts: `act` of one may look at what the others are
+            # to do.
             step.due = [hook for hook in hooks if hook.is_due(step)]
             step.saves = save in step.due
             if step.due:
@@ -49,11 +52,16 @@ def run_steps(
             # checkpoint.
             ending = next(filter(None, (hook.act(step) for hook in hooks)), None)
             if ending:
+                # No gather may be under way when the process groups are destroyed.
                 parts.engine.wait_for_params()
+                # Possibly an earlier step's: all updates since then were refused, so the engine
+                # still holds its state. There is nothing new to write where the run has not got
+                # beyond its start.
                 if ending.saves and ending.saves[0] > start.step:
                     log.wait()
                     save.save(*ending.saves, step)
                 return ending
+            # What hooks did (evaluation, saving) is not counted as training.
             meter.start()
     return Ending(Exit.DONE)
 
@@ -64,11 +72,14 @@ def train_step(step: Step, run: Run, parts: RankModel, loader: Batches, guard: G
     for hook in hooks:
         hook.begin(step)
     lr = learning_rate(step.number, run.config.train.steps, run.config.optimizer)
+    # This rank's micro-batches of the global batch, on the host.
     batch = [micro.cut(run.config.data.length_of(step.number)) for micro in next(loader)]
     found = forward_backward(parts, batch, run.mesh, run.config.train.seed)
     for hook in hooks:
         hook.before_update(step)
     NOW.do("optimizer")
+    # The gate is a tensor on the device: the host goes on to the next step without knowing whether
+    # this one was refused, and learns it when the log is read.
     grad_norm = parts.engine.step(lr, guard.update_gate(found["loss"]))
     step.samples = loader.samples
     tokens = step.samples * run.config.data.seq_length

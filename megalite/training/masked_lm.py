@@ -44,6 +44,7 @@ class MaskedLMConfig(ObjectiveConfig):
 
     def corruption(self, config: Config, tokenizer: Tokenizer | None, split: Split) -> Corruption | None:
         assert tokenizer is not None
+        # Keyed by the seed and the split, not by ranks: every layout masks the same tokens.
         return Masking(self.share, tokenizer, key_of(config.train.seed, "masked", split))
 
     def build(self, config: Config, mesh: Mesh) -> Objective:
@@ -60,6 +61,7 @@ class MaskedLM(NextToken):
         labels_BT = inputs.labels_BT
         assert labels_BT is not None
         losses_BT = out.cross_entropy(labels_BT)
+        # Without an argmax over vocabulary shards: it is right if no logit is larger than its own.
         is_right_BT = (labels_BT != IGNORE) & (out.target(labels_BT) >= out.largest_BT)
         return losses_BT.sum(1), is_right_BT.sum(1, dtype=torch.float32)[:, None]
 

@@ -71,6 +71,7 @@ class NextToken:
     def measure(self, out: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         if not inputs.terms:
             return out.sum(1), out.new_empty(len(out), 0)
+        # out [B, T, 2]: what is minimised, and the cross-entropy in it, which is reported.
         loss_B, cross_entropy_B = out.sum(1).unbind(-1)
         return loss_B, cross_entropy_B.detach()[:, None]
 
@@ -117,16 +118,20 @@ class Classes(NextToken):
         assert labels_BT is not None
         logits_BTC = out.whole()
         losses_BT = F.cross_entropy(logits_BTC.transpose(1, 2), labels_BT, ignore_index=IGNORE, reduction="none")
+        # C classes are few: whole logits on every tensor rank cost nothing.
         told_BT, is_here = logits_BTC.argmax(2), labels_BT != IGNORE
         right = is_here & (told_BT == labels_BT)
         none = losses_BT.new_zeros(len(losses_BT), self.num_classes)
         counts = [
+            # Counts by class [B, C]; clamped, as IGNORE is no index, and `where` gives those 0.
             none.scatter_add(1, classes.clamp(min=0), where.float())
             for classes, where in ((labels_BT, is_here), (told_BT, is_here), (labels_BT, right))
         ]
         return losses_BT.sum(1), torch.cat(counts, 1)
 
     def summary(self, loss: float, count: float, judged: Tensor) -> dict[str, float]:
+        # Counts add up over rows, ranks and batches; F1 does not, so it is computed from them at
+        # last.
         there, told, right = judged.double().view(3, -1)
         occurs = there + told > 0
         means = {
@@ -200,6 +205,7 @@ class DPO:
     def complete(self, inputs: Inputs, micro: MicroBatch, split: Split) -> Inputs:
         assert micro.documents is not None
         reference_BP2 = self.references[split].of(micro.samples).unflatten(1, (-1, 2))
+        # On the host, from the whole sequence: a context rank sees only a part of each answer.
         num_labels = sum_by_document((micro.labels != IGNORE).float(), micro.documents, 2 * reference_BP2.shape[1])
         real_BP, device = (num_labels > 0).unflatten(1, (-1, 2)).all(2), inputs.tokens_BT.device
         return replace(inputs, pairs=Pairs(real_BP.to(device), reference_BP2.to(device), 1 / self.context.size))
@@ -211,6 +217,7 @@ class DPO:
         beta, smoothing = self.config.beta, self.config.label_smoothing
         # A loss is -log p of one token: summed, an answer's log-probability, of which each context rank has a part.
         mine = -sum_by_document(losses_BT, document_BT, 2 * pairs.real_BP.shape[1])
+        # Documents 2p and 2p + 1 are the chosen and the rejected answer of pair p.
         policy_BP2 = _summed_over(mine, self.context).unflatten(1, (-1, 2))
         rewards_BP2 = beta * (policy_BP2 - pairs.reference_BP2)
         margin_BP = rewards_BP2[..., 0] - rewards_BP2[..., 1]

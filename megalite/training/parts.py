@@ -74,9 +74,11 @@ def build(config: Config, plan: Plan, mesh: Mesh) -> RankModel:
     stages, num_losses = [], Counter[str]()
     for span, later in zip(spans, deferred, strict=True):
         model = build_model(config.model, config.lora)
+        # Before the model is cut to its stage: how many layers of the whole model have such a loss.
         num_losses = Counter(module.name for module in model.modules() if isinstance(module, LayerLoss))
         apply_parallelism(model, table, plan, span, mesh, config.train, later)
         stages.append(Stage(model, span))
+    # The engine comes after all parallelism: it sets hooks on modules that rules may have replaced.
     rows = plan.weights_of(mesh.pipeline.rank, table)
     engine = make_engine(stages, rows, plan, mesh, config)
     pipeline = None
@@ -84,6 +86,8 @@ def build(config: Config, plan: Plan, mesh: Mesh) -> RankModel:
         from megalite.parallel.pipeline import Pipeline  # torch's schedules import its compiler
 
         length = config.data.seq_length // plan.context // (plan.tensor if plan.sequence else 1)
+        # What a stage hands to the next: cut over context ranks, and under sequence parallelism
+        # over tensor ranks as well.
         shape = (plan.micro_batch_size, length, config.model.hidden_size)
         pipeline = Pipeline(stages, plan, mesh, torch.empty(shape, dtype=dtype, device="meta"), deferred)
     last_stage = LastStage(stages[-1].model, mesh.tensor, plan.sequence, vocab_size_of(table))
@@ -113,10 +117,14 @@ def forward_backward(parts: RankModel, batch: list[MicroBatch], mesh: Mesh, seed
 
     def loss_of(out: Tensor, micro: Inputs) -> Tensor:
         loss_B, metrics_BM = objective.measure(parts.last_stage.read(out, parts.needs), micro)
+        # A sum over this micro-batch, divided by the labels of the whole global batch:
+        # micro-batches and replicas then add up to the mean. Means of micro-batches would weigh
+        # rare labels more.
         loss = loss_B.sum() / count
         found.add_(torch.cat((loss.detach()[None], metrics_BM.sum(0) / count)))
         return loss
 
+    # Context, tensor and pipeline ranks share rows; only data ranks have others.
     num_rows = sum(len(micro.tokens) for micro in batch) * mesh.data.size
     for each in layers.here:
         each.begin(num_rows * batch[0].tokens.shape[1], num_rows, parts.engine.loss_scale * (num_labels > 0).float())
@@ -134,6 +142,7 @@ def forward_backward(parts: RankModel, batch: list[MicroBatch], mesh: Mesh, seed
         NOW.do("summing gradients")
         parts.engine.finish()
     # Tensor ranks have computed the same: one of them counts. All ranks act on the result, and so need the same bits.
+    # Losses are on last stages only, a part on each replica: the sum over the world is the mean.
     found = found if mesh.tensor.rank == 0 else torch.zeros_like(found)
     found = all_reduce(torch.cat((found, layers.means(mesh.device))) if layers.names else found, mesh.world)
     found = torch.where(num_labels > 0, found, torch.nan)  # a mean of nothing is not 0, the best loss there is
@@ -167,7 +176,9 @@ def make_inputs(micro: MicroBatch, mesh: Mesh, seed: int | None = None, output: 
     micro = micro.to(mesh.device)
     length = micro.tokens.shape[1]
     with mesh.device:  # made on the device: a copy would wait for it
+        # Which tokens of the whole sequence this rank has, [T]. Everything below is cut by it.
         index = zigzag(length, context) if context.size > 1 else torch.arange(length)
+    # From the whole documents, and cut afterwards: a part does not know where its documents began.
     position = index[None] if micro.documents is None else positions_of(micro.documents)[:, index]
     document = None if micro.documents is None else micro.documents[:, index]
     # A document gives the same beside others as alone, even with RoPE that is scaled by the length.
@@ -194,10 +205,13 @@ def validate(parts: RankModel, loader: Batches, batches: int, split: Split, mesh
     parts.train(False)
     for _ in range(batches):
         for out, micro, read in forward(parts, next(loader), mesh, objective.judges):
+            # Which source each row comes from follows from its number in the run: nothing is sent
+            # along.
             source = torch.from_numpy(mixture.order.locate(read.samples.numpy())[0]).to(mesh.device)
             micro = objective.complete(micro, read, split)
             loss_B, judged = objective.judge(out, micro)
             found = torch.cat((loss_B[:, None], micro.count_B[:, None], judged), 1)
+            # fp64: over millions of tokens fp32 sums would depend on how rows are spread.
             sums.index_add_(0, source, found.double())
     # Only last stages have losses; the others' sums are 0, so that a sum over the pipeline gives every rank the
     # result.

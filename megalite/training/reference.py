@@ -65,6 +65,7 @@ def compute_reference(
     for name, source in zip(mixture.names, mixture.sources, strict=True):
         assert isinstance(source, RowSource)
         count = source.num_samples
+        # Each sample of the source once, in its own order, whatever order the run draws them in.
         alone = Mixture([source], [name], PhasedOrder([count], [Phase(0, [1.0])], 0, "sequential"), mixture.view)
         # Padding counts as one more document, and documents are counted in pairs.
         table = torch.zeros(count, source.most_documents + 2)
@@ -135,11 +136,14 @@ def prepare_references(run: Run, parts: RankModel, data: Data) -> None:
     path = run.config.run.folder / "reference.safetensors"
     made_of = reference_parts(mixtures, run.config, base_files(run.config))
     found, changed = read_references(path, made_of, mixtures)
+    # Ranks may see different files on a shared disk: all compute, or none.
     if not all_agree(found is not None, run.mesh) or found is None:
         NOW.begin("reference", NOW.step)
         run.say("comparing with the starting model: its log-probabilities of all pairs are computed once")
         if changed:
             run.say(f"again, since other ones were kept: {'; '.join(map(str, changed))}")
+        # The trained model stands in for its own reference; `train_from` loads the run's weights
+        # afterwards.
         parts.engine.load(initial_state(run.config, run.mesh, None))
         parts.train(False)
         found = {

@@ -63,6 +63,7 @@ class Run:
     @property
     def last_step(self) -> int:
         """Return the step after which this start ends."""
+        # `stop_at` ends this start only; the schedule still goes by `steps`.
         return min(self.config.train.stop_at or self.config.train.steps, self.config.train.steps)
 
     def due(self, step: int, every: int) -> bool:
@@ -112,6 +113,7 @@ def make_loader(
         mixture,
         train.global_batch_size,
         run.plan.micro_batch_size,
+        # Context, tensor and pipeline ranks of one data rank read the same samples.
         data.rank,
         data.size,
         start_sample,

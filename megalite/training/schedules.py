@@ -19,6 +19,7 @@ def learning_rate(step: int, num_steps: int, config: OptimizerConfig) -> float:
     rate 0; torchtitan has this warmup, and a virtual last step."""
     schedule = config.schedule
     warmup = schedule.warmup(num_steps)
+    # step / warmup, so that step 1 is above 0 and step `warmup` is the peak.
     if step <= warmup:
         return config.lr * step / warmup
     return schedule.after_warmup(step, num_steps, config.lr)
@@ -27,6 +28,7 @@ def learning_rate(step: int, num_steps: int, config: OptimizerConfig) -> float:
 def share_decayed(step: int, num_steps: int, decay_steps: int) -> float:
     """Return which share of a decay over the last `decay_steps` of `num_steps` is over at `step`: 0 before it, 1 one
     step after the last."""
+    # Divided by one more than there are steps: the last step is not at 1 yet.
     return min(max(0.0, (step - (num_steps - decay_steps)) / (decay_steps + 1)), 1.0)
 
 
@@ -86,6 +88,7 @@ class Exponential(Linear):
 
     def after_warmup(self, step: int, num_steps: int, peak: float) -> float:
         decayed = share_decayed(step, num_steps, self.steps_below_peak(num_steps))
+        # A line in the logarithm of the rate.
         return peak * (self.min_lr / peak) ** decayed
 
 
