@@ -51,6 +51,7 @@ class _Finder:
         self._template, self._messages, self._tools, self._options = template, messages, tools, options
         self._blocks: list[range] | None = None
         if template.has_blocks(tools):
+            # Character ranges of what the template itself marks as the model's words.
             self.text, self._blocks = template.render_with_blocks(messages, tools, **options)
             if not self._blocks:
                 raise ValueError("the template's {% generation %} marks nothing in it")
@@ -65,6 +66,7 @@ class _Finder:
         spans = [span for place in places.values() if place is not None for span in self._spans(place)]
         if not spans:
             raise ValueError("the chat template shows nothing of the answers that are to be learned")
+        # Without a token at its end the caller must add one, or the model never learns to stop.
         is_last = not self.text[spans[-1].stop :].strip()
         is_open = is_last and not self.text[: spans[-1].stop].rstrip().endswith(self._template.controls)
         return Answers(self.text, spans, is_open, shortened)
@@ -74,6 +76,8 @@ class _Finder:
         blocks mark, with the token that ends it."""
         if self._blocks is None:
             return [place]
+        # A block belongs to this answer if the two overlap; one answer may have several (reasoning,
+        # text).
         spans = [block for block in self._blocks if block.start < place.stop and place.start < block.stop]
         if spans and self._only_ends(spans[-1].stop, place.stop):
             spans[-1] = range(spans[-1].start, place.stop)
@@ -101,10 +105,13 @@ class _Finder:
     def _place(self, number: int) -> range | None:
         """Return the range of an answer, from where the model begins to answer to the token that ends it. None if the
         template shows none of it."""
+        # The easy case: both are prefixes of the whole text, so the answer is what lies between
+        # them.
         before, until = self._rendered(self._messages[:number], prompt=True), self._until(number)
         if before and until and len(before) < len(until) and all(map(self.text.startswith, (before, until))):
             bare = until.rstrip()
             return range(len(before), len(bare if bare.endswith(self._template.controls) else until))
+        # Else by substitution: whatever differs from the text with a mark in its place.
         marked = self._marked(self._messages, number)
         if marked is None:
             raise ValueError(f"the chat template does not let the place of the answer in message {number} be told")
@@ -136,6 +143,7 @@ class _Finder:
         start, shared = len(self.text) - len(whole), _shared(asked, whole)
         if shared < len(asked) and start + shared != same:
             # The shared text may reach into the answer's first word: go back to the last control token or line.
+            # Of "answer" and "an answer" the letter "a" is shared, but belongs to the answer.
             shared = max(self._last_control(whole[:shared]), whole.rfind("\n", 0, shared) + 1)
         return start + shared
 

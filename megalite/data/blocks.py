@@ -183,6 +183,7 @@ def json_texts_reference(lines: bytes, key: str, longest: int) -> tuple[list[byt
     accepts, json accepts with the same result."""
     texts, odd = [], []
     first = 0
+    # An empty text in `texts` keeps its line's number; it is filtered out at last.
     for number, line in enumerate(lines.split(b"\n") if lines else ()):
         text: Any = None
         if len(line) <= longest:

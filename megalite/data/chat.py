@@ -64,6 +64,7 @@ class ChatTemplate:
         added: Sequence[str] = ()
         if isinstance(tokenizer, HuggingFaceTokenizer):  # sentencepiece alone never recognises a token in a text
             special, added = tokenizer.control_tokens(), tokenizer.added_tokens()
+        # bos_token, eos_token, …: variables of the template, as transformers gives them.
         tokens = special_tokens(settings_of(folder))
         return cls(template, tokens, tuple(special), tuple(added), for_tools, folder)
 

@@ -46,6 +46,7 @@ def with_steps(config: Config, train: Mixture | None) -> Config:
         return config
     assert train is not None
     try:
+        # Rounded first: 0.1 · 30 is a little more than 3, and must not become 4.
         return config.of_samples(math.ceil(round(epochs * train.num_samples, 6)), f"train.epochs {epochs} of this data")
     except ValueError as error:
         raise ConfigError(str(error)) from None
@@ -145,9 +146,11 @@ def check_same_everywhere(config: Config, data: Mapping[Split, Mixture | None], 
     mixtures = {split: mixture.fingerprint() if mixture else None for split, mixture in data.items()}
     contents = {f"tokens of data.{split}": mixture.contents() for split, mixture in data.items() if mixture}
     # Shifted by one, because a 64-bit key does not fit a signed int64.
+    # Ranks compare one number; only where it differs do they send each other what it is made of.
     mine = torch.tensor(key_of(config.to_yaml(), json.dumps(mixtures)) >> 1, device=mesh.device)
     wanted = mine.clone()
     dist.broadcast(wanted, 0)
+    # MAX finds one rank that differs, the highest: all ranks then ask that one, and raise alike.
     differs = torch.tensor([mesh.world.rank if mine != wanted else -1], device=mesh.device)
     dist.all_reduce(differs, dist.ReduceOp.MAX)
     if differs >= 0:

@@ -50,11 +50,14 @@ class ContentEncoder:
         values = json.loads(tokenizer.to_json())
         added = values["added_tokens"]
         special = {token["content"]: token["id"] for token in added if token["special"]}
+        # `special` must never come from a message; `spelled` may stand in the assistant's own
+        # words.
         spelled = {token["content"]: token["id"] for token in added if _is_spelled(token["content"], template)}
         self._special, self._spelled = _any_of(special), _any_of(special | spelled)
         model = values["model"]
         unknown = (special.get(model.get("unk_token")), model.get("unk_id"))  # which stands for text
         self._ids = frozenset((special | spelled).values()) - frozenset(unknown)
+        # The same vocabulary without added tokens: it spells "<|im_end|>" with ordinary ones.
         plain = values | {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
         self._plain = tokenizers.Tokenizer.from_str(json.dumps(plain))
 
@@ -75,6 +78,8 @@ class ContentEncoder:
         length = len(f"{self._secret}begin")
 
         def moved(place: int) -> int:
+            # Marks before this place, all of one length; a place within a mark moves to where that
+            # was.
             number = bisect_left(starts, place)
             inside = starts[number - 1] + length - place if number else 0
             return place - number * length + max(inside, 0)

@@ -79,21 +79,25 @@ def read_windows(source: SampleSource, samples: Int64s, into: Windows, rows: Int
     width = tokens.shape[1]
     row, start, length = source.pieces(samples, documents is not None)
     source.dataset.fetch(start, length)
+    # Where each piece goes in `tokens`, flattened: behind the earlier pieces of its row.
     places = rows[row] * width + _before(length, row)
     gather(source.dataset.tokens, start, length, places, tokens)
     if into.mask is not None and source.dataset.mask is not None:
         gather(source.dataset.mask, start, length, places, into.mask)
     filled = np.bincount(row, length, len(samples)).astype(np.int64)
     into.filled[rows] = filled
+    # A piece is a document: its number is how many pieces stand before it in the row.
     numbers = np.repeat(_before(np.ones_like(row), row), length) if documents is not None else None
     # Full rows need no padding: skip the masks below.
     if (filled == width).all():
         if documents is not None and numbers is not None:
             documents[rows] = numbers.reshape(len(rows), width)
         return
+    # gather wrote only what is filled; the rest is memory of np.empty.
     is_filled = np.arange(width) < filled[:, None]
     tokens[rows] *= is_filled
     if documents is not None and numbers is not None:
+        # Padding gets the number behind the last document's, so that nothing attends to it.
         of_rows = np.repeat(np.bincount(row, minlength=len(samples))[:, None], width, 1)
         of_rows[is_filled] = numbers
         documents[rows] = of_rows
@@ -119,6 +123,7 @@ class TokenSource:
             raise DataError(f"tokens [{first_token}, {last_token}) are outside the {dataset.num_tokens} there are")
         self.dataset, self.first_token, self.last_token = dataset, first_token, last_token
         self.seq_length = seq_length
+        # n samples take n · L + 1 tokens, since neighbours share one.
         self.num_samples = (last_token - first_token - 1) // seq_length
         if self.num_samples < 1:
             raise DataError(
@@ -131,12 +136,14 @@ class TokenSource:
         first, width = self.first_token + samples * self.seq_length, self.seq_length + 1
         if not by_document:
             return Pieces(np.arange(len(samples)), first, np.full(len(samples), width))
+        # Borders within each row; one at its first token would give an empty piece.
         counts, borders = self.dataset.document_starts(first + 1, first + width)
         row = np.repeat(np.arange(len(samples)), counts + 1)
         is_first = np.diff(row, prepend=-1) > 0
         start = np.empty(len(row), np.int64)
         # A row begins at its first token; its further pieces begin where documents do.
         start[is_first], start[~is_first] = first, borders
+        # A piece ends where the next begins; the last of a row at the row's end.
         end = np.append(start[1:], 0)
         end[np.append(is_first[1:], True)] = first + width
         return Pieces(row, start, end - start)
@@ -212,6 +219,7 @@ class RowSource:
         """What the user should know about rows that are too long; empty if there are none."""
         kept = sizes <= capacity
         if long_rows == "cut":
+            # The answers of a pair share the sample evenly.
             is_cut = self._lengths > capacity // together
             self._lengths = np.minimum(self._lengths, capacity // together)
             sizes = self._lengths.reshape(-1, together).sum(1)
@@ -251,6 +259,7 @@ class RowSource:
         first, last = self._packing.first_piece[samples], self._packing.first_piece[samples + 1]
         row = np.repeat(np.arange(len(samples)), last - first)
         piece = np.repeat(first, last - first) + _before(np.ones_like(row), row)
+        # What was packed are groups among those kept: back to their numbers, then to their rows.
         group = self._kept[self._packing.document[piece]]
         document = (group[:, None] * self.together + np.arange(self.together)).ravel()
         return Pieces(np.repeat(row, self.together), self._starts[document], self._lengths[document].astype(np.int64))

@@ -149,6 +149,7 @@ def list_files(inputs: Sequence[str], report: Report) -> dict[str, int]:
         found |= _expand(item, report)
     taken: dict[str, str] = {}
     # Prefer a file's own name to that of a link.
+    # False sorts before True: real names come first, and setdefault keeps the first.
     for path in sorted(found, key=lambda path: is_url(path) or os.path.realpath(path) != os.path.abspath(path)):
         taken.setdefault(path if is_url(path) else os.path.realpath(path), path)
     report.num_repeated += len(found) - len(taken)
@@ -471,6 +472,7 @@ def _read_text(path: str, reading: Reading, report: Report) -> Iterator[tuple[st
     """Yield the file as one document. A file longer than LONGEST_TEXT gives several, cut at line ends, so that memory
     stays bounded."""
     chunks = read_bytes(path, report)
+    # Incremental: a character may lie across two chunks.
     decoder = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape" if reading.mend else "strict")
     parts: list[str] = []
     line, fed, held = 1, 0, 0  # lines given out, bytes decoded, and bytes of them that `parts` hold

@@ -69,6 +69,7 @@ class FastBPE:
             self._normalize = tokenizers.Tokenizer.from_str(self._json).normalizer.normalize_str
             normal = (self._normalize(token["content"]).encode() for token in added if token["content"])
             self._added = list(dict.fromkeys([*self._added, *normal]))
+        # gigatoken gets text that is normalized already.
         self._json = json.dumps({**description, "normalizer": None})
         self._cache_bytes = max(CACHE_BYTES, CACHE_BYTES_PER_WORKER * workers)
         self._lock, self._turn = threading.Lock(), threading.Lock()
@@ -95,6 +96,7 @@ class FastBPE:
         flat, lengths = self._encode([one for i, one in enumerate(normal) if i not in left] if left else normal)
         if not left:
             return flat, lengths, 0
+        # Rows of the fast texts in their order, with those left to the exact library in between.
         fast = iter(np.split(flat, lengths.cumsum()[:-1]))
         with self._turn:  # it needs a hundred times the memory
             rows = [

@@ -60,6 +60,7 @@ class FillInTheMiddle(NamedTuple):
                 if row[stop - 1] == self.end:
                     stop -= 1
                 if is_turned < self.rate and stop - start >= SHORTEST:
+                    # Three tokens of the document give way to the three marks.
                     row[start:stop] = self._turned(row[start : stop - 3], cuts, is_spm < self.spm_rate)
 
     def _turned(self, content: Int64s, cuts: list[float], is_spm: bool) -> Int64s:

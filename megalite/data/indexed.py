@@ -87,6 +87,7 @@ class IndexedDataset:
         if is_url(self.prefix):
             self._remote = CachedObject(f"{prefix}.bin")
             self._index = CachedObject(f"{prefix}.idx")  # kept open, or the cache could evict it
+            # .bin is a sparse file of the full size, filled as ranges are fetched.
             self._bin, self._idx = self._remote.path, self._index.whole()
         else:
             self._bin, self._idx = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
@@ -157,6 +158,7 @@ class IndexedDataset:
         if first != 0 or last != self.num_sequences:
             raise self._broken(f"has documents from sequence {first} to {last}, not from 0 to {self.num_sequences}")
         size, itemsize = self._bin.stat().st_size, self.dtype.itemsize
+        # O(1): the last entry tells whether the two files fit; `check` reads the rest.
         expected = int(self._pointers[-1]) + int(self._lengths[-1]) * itemsize
         if size != expected:
             raise self._broken(f"ends at byte {expected} of a .bin which is {size} bytes long")
@@ -241,6 +243,7 @@ class IndexedDataset:
         That of num_documents is the end."""
         sequences = np.array(self._documents[first : last + 1])
         low, high = int(sequences[0]), int(sequences[-1])
+        # Pointers count bytes, and stand for sequences; the end has none of its own.
         starts = np.append(self._pointers[low:high], self.token_of_sequence(high) * self.dtype.itemsize)
         return starts[sequences - low] // self.dtype.itemsize
 

@@ -66,12 +66,14 @@ def number_samples(places: Int64s, skipped: Sequence[Span]) -> Int64s:
     """Return the samples at positions `places` of a run that skips some spans, which are ascending and do not
     overlap."""
     for first, last in skipped:
+        # In ascending order each span moves all that come behind it, later spans included.
         places = np.where(places >= first, places + (last - first), places)
     return places
 
 
 def add_spans(skipped: Sequence[Span], samples: Int64s) -> tuple[Span, ...]:
     """Return `skipped` extended by these samples, which may come in any order."""
+    # All skipped samples one by one, then cut into runs where a number is left out.
     numbers = np.unique(np.concatenate([samples, *(np.arange(first, last) for first, last in skipped)]))
     runs = np.split(numbers, np.flatnonzero(np.diff(numbers) > 1) + 1)
     return tuple((int(run[0]), int(run[-1]) + 1) for run in runs)
@@ -171,6 +173,8 @@ class Loader:
 
         def rows(size: int) -> Int64s:
             """Return the offsets of this rank's samples in a step of `size`: [micro-batches, B]."""
+            # [micro-batches, data ranks, B]: the first micro-batches of all ranks are the first
+            # samples, so that another number of data ranks still draws the same samples in a step.
             return np.arange(size).reshape(-1, data_size, micro_batch_size)[:, data_rank]
 
         self._steps: queue.Queue[list[MicroBatch] | BaseException] = queue.Queue(prefetch)
@@ -296,6 +300,8 @@ def _read_step(mixture: Mixture, indices: Int64s, vocab_size: int | None) -> lis
     found = mixture.read(indices.ravel())
     tensors = [torch.from_numpy(x).view(*indices.shape, -1) for x in found if x is not None]
     if vocab_size is not None:
+        # Labels are tokens shifted by one: only the last of each row is not among the tokens
+        # checked.
         last_label = np.where(found.labels[:, -1:] == IGNORE, 0, found.labels[:, -1:])
         _check_ids(mixture, indices.ravel(), found.tokens, vocab_size)
         _check_ids(mixture, indices.ravel(), last_label, vocab_size)

@@ -38,12 +38,16 @@ class Masking:
 
     def apply(self, tokens: Int64s, learned: npt.NDArray[np.bool_], index: Int64s) -> tuple[Int64s, Int64s]:
         """Return inputs and labels, both [n, L], of `tokens` [n, L]; see `Corruption`."""
+        # A number for each place of each sample of the run, [n, L], by which random numbers are
+        # drawn.
         places = torch.from_numpy(index)[:, None] * tokens.shape[1] + torch.arange(tokens.shape[1])
         chosen, fate = (uniform(key_of(self.key, what), places).numpy() for what in ("chosen", "fate"))
         is_chosen = (chosen < self.share) & learned & ~np.isin(tokens, self._special)
         labels = np.where(is_chosen, tokens, IGNORE)
         # The low bits alone are taken, as a modulus of negative numbers would be none.
         drawn = (random_bits(key_of(self.key, "random"), places) & (2**62 - 1)).numpy() % len(self._ordinary)
+        # `fate` in [0, 1): below 0.8 the mask, from 0.9 on a random token, between them the token
+        # itself.
         inputs = np.where(is_chosen & (fate < MASKED), self.mask_id, tokens)
         inputs = np.where(is_chosen & (fate >= 1 - RANDOM), self._ordinary[drawn], inputs)
         return inputs, labels

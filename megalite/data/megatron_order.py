@@ -55,6 +55,7 @@ class MegatronOrder:
                 f"{epoch} tokens are too few for one sample of seq_length {seq_length}: "
                 f"at least {seq_length + 1} are needed"
             )
+        # So many tokens are needed: n · L + 1, rounded up to whole epochs.
         epochs = 1 if num_samples is None else max(1, -(-(num_samples * seq_length + 1) // epoch))
         self.num_samples = (epochs * epoch - 1) // seq_length
         whole = self.num_samples  # samples of the epochs that are shuffled together
@@ -79,6 +80,7 @@ class MegatronOrder:
             raise IndexError(f"samples {samples.min()} … {samples.max()} are not in [0, {self.num_samples})")
         first = self._shuffled[samples].astype(np.int64) * self.seq_length  # [n], tokens of the stream
         end = first + self.seq_length + 1
+        # Between which kept starts a sample lies: at most STRIDE sequences too many at both ends.
         low = (np.searchsorted(self._starts, first, side="right") - 1) * STRIDE
         high = np.minimum(np.searchsorted(self._starts, end, side="left") * STRIDE, len(self._stream))
         # [C]: all sequences of the stream from low to high of every row, of which the outermost may have nothing of it.
@@ -181,6 +183,7 @@ class MegatronBlend:
         """Return how many of the first `count` samples come from each source, [D]; their sum is `count`."""
         if self._blend is None:
             return np.array([count])
+        # Counted on from the last answer, as steps ask for ever larger counts.
         since, before = self._counted if self._counted[0] <= count else (0, np.zeros_like(self._counted[1]))
         found = before + np.bincount(self._blend[0][since:count], minlength=len(before))
         self._counted = count, found

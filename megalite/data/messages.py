@@ -106,6 +106,7 @@ def with_arguments(
     """Return the messages with tool-call arguments in the form that `template` takes, rendered with `tools` and
     `options` to find out. OpenAI's arguments are JSON text, which some templates would quote once more and others
     require. Raise ValueError."""
+    # Rendered as they are first: only the template shows which form it takes.
     functions = [call["function"] for message in messages for call in message.get("tool_calls") or ()]
     texts = [function["arguments"] for function in functions if isinstance(function.get("arguments"), str)]
     if not functions:

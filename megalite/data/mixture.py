@@ -116,9 +116,11 @@ class Mixture:
         """Turn raw windows into the tokens and labels that the model sees."""
         tokens, filled, documents, mask = windows
         view = self.view
+        # [n, L]: windows have one token more than the model sees, the label of the last.
         kept = documents[:, :-1].copy() if documents is not None and view.document_mask else None
         if view.corruption:
             learned = np.ones_like(tokens[:, :-1], bool) if mask is None else mask[:, :-1] > 0
+            # Padding is no token to predict.
             learned &= np.arange(self.seq_length) < filled[:, None]
             return Samples(*view.corruption.apply(tokens[:, :-1].copy(), learned, index), kept)
         if view.labels != "next":
@@ -128,7 +130,9 @@ class Mixture:
             view.fim.turn(tokens, documents, filled, index)
         labels = tokens[:, 1:].copy()
         if mask is not None:
+            # The mask is of the token that is predicted, hence shifted as the labels are.
             labels[mask[:, 1:] == 0] = IGNORE
+        # Label i is token i + 1, which is padding from `filled` on.
         if (filled <= self.seq_length).any():
             labels[np.arange(1, self.seq_length + 1) >= filled[:, None]] = IGNORE
         # A document's last token then does not predict the first of the next, unrelated one.
@@ -249,8 +253,11 @@ def _classes(view: View, documents: Int64s | None, filled: Int64s, mask: Int64s 
     if view.labels == "document":
         borders = documents[:, 1:] != documents[:, :-1]
         if view.class_at == "first":
+            # borders[t]: a document ends at t. Moved by one, and with a border at 0: one begins at
+            # t.
             borders = np.concatenate([np.ones_like(borders[:, :1]), borders[:, :-1]], 1)
         has_class &= borders
+    # In the file 0 is "nothing" and c + 1 is class c.
     return np.where(has_class, mask[:, :-1] - 1, IGNORE)
 
 

@@ -40,6 +40,7 @@ def permute(index: npt.ArrayLike, size: int, key: npt.ArrayLike) -> Int64s:
         raise ValueError(f"size {size} is not in 1 … 2^60")
     if index.size and not 0 <= index.min() <= index.max() < size:
         raise ValueError(f"index {index.min()} … {index.max()} is not in [0, {size})")
+    # The domain of 2 · half_bits bits is less than four times the size: few values must walk.
     half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
     values = index.astype(np.uint64).ravel()
     keys = np.ascontiguousarray(np.broadcast_to(np.asarray(key, np.uint64), index.shape).ravel())
@@ -65,6 +66,7 @@ def _feistel(value: npt.NDArray[np.uint64], keys: npt.NDArray[np.uint64], half_b
     left, right = value >> bits, value & np.uint64((1 << half_bits) - 1)
     for number in range(_ROUNDS):
         noise = _splitmix64(keys, right + np.uint64((number << half_bits) + 1)) >> np.uint64(64 - half_bits)
+        # Whatever `noise` is, this step can be undone: hence a bijection.
         left, right = right, left ^ noise
     return (left << bits) | right
 
@@ -130,6 +132,7 @@ class Blend:
     def __init__(self, weights: Sequence[float], seed: int, order: Order, name: str = "blend") -> None:
         self.quota = quotas(weights)
         self._seed, self._order, self._name = seed, order, name
+        # [BLOCK]: which source, and which of the block's samples of that source, in file order.
         source = np.repeat(np.arange(len(weights)), self.quota)
         rank = np.arange(BLOCK) - np.repeat(np.cumsum(self.quota) - self.quota, self.quota)
         # Sample r of a quota q belongs at (r + 1/2) / q of the block: sorting by that interleaves the sources evenly.
@@ -145,6 +148,7 @@ class Blend:
             if self._order == "shuffle":
                 source = source[permute(np.arange(BLOCK), BLOCK, key_of(self._seed, self._name, number))]
             rank = np.empty_like(source)
+            # Counted up in the order in which the block has them.
             rank[np.argsort(source, kind="stable")] = np.concatenate([np.arange(quota) for quota in self.quota])
             found = source, rank
             # A step reads from at most two blocks. One assignment, since the loader's thread uses this cache as well.
@@ -222,6 +226,8 @@ class PhasedOrder:
         before = [np.zeros(len(sizes), np.int64)]
         for number, phase in enumerate(phases):
             members = np.flatnonzero(phase.weights)
+            # Each phase is shuffled by a key of its own; that of the first is what runs without
+            # phases have.
             name = "blend" if number == 0 else f"blend {number}"
             self._members.append(members)
             self._blends.append(Blend([phase.weights[int(d)] for d in members], seed, order, name))
