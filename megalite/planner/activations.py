@@ -49,6 +49,7 @@ def layer_bytes(shapes: LayerShapes, recompute: Recompute, on_gloo: bool = False
     per_feature = shapes.tokens * shapes.element
     operands = [per_feature * features for features in _product_features(shapes)]
     return PartBytes(
+        # A pass has several moments that may be its peak; the largest of them counts.
         kept=layer.kept,
         forward=max(layer.forward()),
         backward=max(of_mlp, of_attention),
@@ -78,6 +79,7 @@ class _Layer:
         """Input of the MLP's second product."""
         self.first = 2 * self.inner if shapes.gated else self.inner
         """Output of the MLP's first product."""
+        # All in bytes, on this rank: two norms, attention, MLP, and the masks of dropout.
         norms = 2 * self.norm + _more_norms(shapes)
         gate = self.inner if shapes.gelu_gate else 0  # gelu(gate) is a tensor of its own
         mlp = self.first + gate + self.inner
@@ -86,8 +88,10 @@ class _Layer:
         """All that a layer keeps for its backward pass without recomputation, or holds after it has recomputed."""
         self.kept = self.plain
         if recompute == "selective":
+            # activation_and_down_proj is recomputed from the first product's output.
             self.kept = self.plain - gate - self.inner
         elif recompute == "full":
+            # Only the layer's input.
             self.kept = self.hidden
 
     def forward(self) -> list[int]:
@@ -241,6 +245,7 @@ def _attention(shapes: LayerShapes, on_gloo: bool) -> int:
         return kept + _mask(shapes, on_gloo) + _repeated(shapes, on_gloo)
     # Materialized: probabilities in fp32 and rounded, and the mask. Queries, keys and values are copied for their
     # products, after which the projection is freed.
+    # [B, H, T, S] in fp32 and in the model's dtype, and a bool mask [T, S].
     scores = _scores(shapes) * (FP32 + shapes.element) + shapes.seq_length**2
     if shapes.attention_dropout:
         scores += _scores(shapes) * shapes.element  # the dropout's mask beside its output
@@ -367,6 +372,7 @@ def embedding_bytes(shapes: Shapes, largest_gradient: int) -> PartBytes:
     Its output is the first layer's input and counted there, but for what it keeps alive (`_added`)."""
     kept = _added(shapes) - shapes.hidden_bytes
     gradient = _gathered(shapes) if shapes.sequence else _whole(shapes)
+    # Either while the gradient is gathered, or when it is added into the table's own.
     backward = kept + max(gradient, _whole(shapes) + largest_gradient)
     return PartBytes(kept, kept, backward, backward, for_weights=0)
 

@@ -74,6 +74,7 @@ class Costs:
         accumulation = self._accumulation(size, self._product_add_bytes)
         total += self._attention(layer) + self._elementwise(layer) + accumulation + self._dispatch(layer)
         activation, _ = self._activation(layer)
+        # Recomputation happens within the backward pass, and delays the input's gradient as well.
         again = {"none": 0.0, "selective": activation, "full": total.forward}[recompute]
         # What is computed again ends with what the last product is computed from.
         last = self._leave_bytes if layer.matrices[-1].reduces else 0.0
@@ -112,6 +113,7 @@ class Costs:
         norm_backward = memory(3 * shapes.hidden_bytes, 2)
         forward = memory(loss_forward, 7 + chunks) + norm_forward + agree
         backward = memory(loss_backward, 2 + chunks) + norm_backward
+        # 12 bytes a token: the 4 and the 8 above; an all-reduce sends them twice.
         around = PassTimes(forward, backward, backward, 0.0, 2 * self._sent(12.0 * shapes.tokens))
         elements = shapes.vocab * shapes.hidden
         if shapes.loss_chunk is not None:
@@ -147,6 +149,8 @@ class Costs:
         here = shapes.tokens // shapes.tensor if matrix.replicated and shapes.sequence else shapes.tokens
         tokens, rows, columns = matrix.tokens_of_each(here), matrix.rows, matrix.columns
         forward = count * product(tokens, rows, columns)
+        # The three products of a linear layer have equal FLOPs but different shapes, hence other
+        # tiles.
         for_input = count * product(tokens, columns, rows)
         for_weight = 0.0 if shapes.frozen else count * product(rows, columns, tokens)
         if shapes.tensor == 1 or not (matrix.gathers or matrix.reduces):
@@ -213,8 +217,10 @@ class Costs:
         shapes = self.shapes
         # 2 operations for a feature of the queries and of the output, over half of the sequence on average if causal.
         seen = shapes.seq_length / 2 if layer.causal else shapes.seq_length
+        # q · kᵀ and probabilities · v, each a multiplication and an addition.
         operations = 2.0 * shapes.tokens * seen * (layer.q + layer.attended)
         forward = self.kernels.attention(operations)
+        # Five products for the forward pass's two (flash attention recomputes the scores).
         backward = self.kernels.attention(2.5 * operations)
         if shapes.logits_every:
             # One of the two products again, whose result is written, masked and read.
@@ -236,6 +242,8 @@ class Costs:
             """Return the time of a ring in which each block's work overlaps the next block's message."""
             step = self.network.ring_step(num_bytes)
             block = work / shapes.context
+            # The first block has no message to wait for; each later one waits for the longer of the
+            # two.
             return block + steps * max(step, block)
 
         forward = around(forward, kv * shapes.element)

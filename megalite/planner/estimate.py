@@ -65,6 +65,7 @@ class Estimate:
 def _added(held: Sequence[Held]) -> Held:
     """Add up what a rank holds of several stages."""
     params, trained, states, replicas = zip(*held, strict=True)
+    # Stages of one rank have the same replicas.
     return Held(sum(params), sum(trained), sum(states), replicas[0])
 
 
@@ -154,6 +155,7 @@ class Outlook:
         """Compute the pass times of a stage from those of each layer without (`plain`) and with recomputation
         (`lean`)."""
         sizes = self.sizes[span.index]
+        # The first layers of the stage are recomputed, as `apply_recompute` has it.
         num_lean = self.config.train.recompute_layers or len(sizes.layers)
         trained = sizes.trained
         # Each part's times, its elements, those of them that are trained, and of these those of experts with other
@@ -220,6 +222,7 @@ class Outlook:
         """Seconds of the gradient norm and of the update of the fullest rank: of its shard, at ZeRO stage 0 of all."""
         params = states = 0.0
         for held in self.held:
+            # From stage 1 on a rank updates a shard.
             owners = held.replicas if self.plan.zero_stage else 1
             params, states = params + held.trained / owners, states + held.states / owners
         norm = tied = 0.0
@@ -279,6 +282,8 @@ class Outlook:
             busy = 0.0
             for span in plan.stages_of(rank):
                 busy += work[span.index].forward + self._whole_backward(span.index)
+            # Before its first pass a rank waits for the ranks before it; after its last, these
+            # still work.
             ways = sum(work[index].forward for index in range(rank))
             if not self._separate:  # under zero bubble no rank waits for the last weight-gradient passes
                 ways += sum(work[index].backward for index in range(rank))
@@ -377,6 +382,7 @@ class Outlook:
             updated = max(updated, dense / replicas[0] + of_experts / replicas[1])
         is_cut = max(plan.tensor, plan.experts.holders) > 1
         ways = 2 if plan.zero_stage or is_cut else 1
+        # fp32, to the owners and back; what a rank owns itself does not travel.
         return ways * 4.0 * updated * (ranks - 1) / ranks
 
     def _partial_bytes(self, rank: int) -> float:

@@ -87,6 +87,7 @@ class Kernels:
 
         Multiprocessors compute tiles in waves of one tile each, of which the last may be partly empty (wave
         quantization). A small product is bound by memory or by its launch instead."""
+        # The library takes the tile shape that suits the product best.
         full = max(_fill(m, n, tile, self.chip.num_sms) for tile in TILES)
         share = self.chip.matmul_share * SUSTAINED * full * k / (k + PROLOGUE)
         computing = 2.0 * m * n * k / (self._peak * share)

@@ -125,6 +125,7 @@ class _Counts:
         for number, part in reversed(parts):
             backward.append((number, part.backward - part.kept, -part.kept))
             # An input-gradient pass leaves the operands of the weight gradients behind.
+            # Negative where the pass frees more than the operands it leaves.
             left = part.for_weights - part.kept
             backward_input.append((number, part.backward_input - part.kept, left))
         # The cos/sin tables of all layers; and the stage's output, which torch holds until the backward pass. Under
@@ -160,6 +161,8 @@ def _fullest(held: int, parts: Sequence[tuple[int, int, int]]) -> int:
     it frees some)."""
     most = held
     for number, on_top, left in parts:
+        # Of equal parts in a row the peak is at the first or at the last, as `held` grows or falls
+        # evenly.
         last = held + (number - 1) * left
         most = max(most, held + on_top, last + on_top)
         held = last + left

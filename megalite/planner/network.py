@@ -63,6 +63,7 @@ class Network:
 
     def all_reduce(self, num_bytes: float, group: Group) -> float:
         """Return the seconds of a ring all-reduce, which is a reduce-scatter and an all-gather in one launch."""
+        # One launch instead of two: the base latency counts once.
         return max(0.0, 2 * self.gather(num_bytes, group) - BASE_US * 1e-6)
 
     def all_to_all(self, num_bytes: float, group: Group) -> float:
@@ -70,6 +71,8 @@ class Network:
         included."""
         if group.ranks == 1 or num_bytes == 0:
             return 0.0
+        # Shares of the bytes that stay in the node and that leave it; the two travel at the same
+        # time.
         near = (group.per_node - 1) / group.ranks
         far = 1 - group.per_node / group.ranks
         latency = BASE_US + (self.hardware.interconnect.latency_us if far else LINK_US)
@@ -115,6 +118,7 @@ def place(plan: Plan, hardware: Hardware) -> Network:
 
     def group(ranks: int, stride: int) -> Group:
         """Return the group of every `stride`-th rank."""
+        # Every stride-th rank: so many of them lie on a node's neighbouring ranks.
         per_node = max(1, min(ranks, node // stride))
         return Group(ranks, per_node)
 

@@ -40,6 +40,7 @@ def order_of(schedule: str, pipeline: int, virtual: int, micro_batches: int) -> 
     name = "ScheduleInterleavedZeroBubble" if schedule == "zero_bubble" else "ScheduleInterleaved1F1B"
     kind: Any = getattr(torch_schedules, name)
     # The constructor needs process groups. Its method for the order reads only these attributes of it.
+    # As torch's constructor computes it.
     rounds = max(1, micro_batches // pipeline)
     known = SimpleNamespace(
         n_local_stages=virtual,
@@ -54,6 +55,8 @@ def order_of(schedule: str, pipeline: int, virtual: int, micro_batches: int) -> 
 def _one_forward_one_backward(rank: int, pipeline: int, micro_batches: int) -> tuple[Action, ...]:
     """Return the passes of a rank under Schedule1F1B, which has no table to read (the one it prints misnumbers the
     last rank's passes)."""
+    # The last rank begins a backward pass after one forward pass, the first after `pipeline` of
+    # them.
     warmup = min(micro_batches, pipeline - rank)
     actions = [Action("F", rank, number) for number in range(warmup)]
     for number in range(micro_batches):

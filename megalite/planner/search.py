@@ -60,11 +60,13 @@ def search(config: Config, world_size: int, hardware: Hardware, keep: int = 10) 
         except ConfigError:
             refused += 1
             continue
+        # `number` breaks ties, so that a search gives the same result every time.
         candidates.append((outlook.shortest_step_s, number, outlook))
     # Memory decides only now: it is not needed for the bound, and costs more.
     best: list[Estimate] = []
     simulated = too_large = 0
     for bound, _, outlook in sorted(candidates, key=lambda candidate: candidate[:2]):
+        # Sorted by the bound: from here on no candidate can be quicker than those found.
         if len(best) == keep and bound > best[-1].step_time_s:
             break
         fitting = list(_fitting(outlook, table))
