@@ -7,4 +7,6 @@ export OMP_NUM_THREADS=1 # ranks of distributed tests share the cores
 ruff check megalite tools tests
 ruff format --check megalite tools tests
 mypy
-python -m pytest "$@"
+# Two lanes: many tests wait, for a time limit or for ranks. The tests of a file stay together, as some share what they
+# have trained. `bash tools/test.sh -n 0` runs all in one process.
+python -m pytest -n 2 --dist loadfile "$@"
