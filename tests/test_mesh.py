@@ -48,6 +48,15 @@ def test_srun_with_a_task_a_rank(bare: pytest.MonkeyPatch) -> None:
     assert Launch.from_environment() == Launch(5, 8, 1)
 
 
+@pytest.mark.parametrize(("visible", "wanted"), [(8, 5), (1, 0)])
+def test_a_rank_takes_the_gpu_of_its_number_or_the_only_one_it_sees(
+    visible: int, wanted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    assert Launch(13, 16, 5).device == torch.device("cuda", wanted)
+
+
 def test_in_a_slurm_allocation_but_not_in_a_step(bare: pytest.MonkeyPatch) -> None:
     set_all(bare, SLURM_PROCID=0, SLURM_NTASKS=8, SLURM_JOB_ID=7)
     assert Launch.from_environment() == Launch(0, 1, 0)

@@ -202,7 +202,11 @@ class Launch:
 
     @property
     def device(self) -> torch.device:
-        return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        """Return this rank's GPU, or the CPU: of those that it sees the one with its number, or the only one (`srun
+        --gpus-per-task=1`)."""
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", self.local_rank % torch.cuda.device_count())
 
     def arrive(self, silence_s: float = 300.0) -> Meeting | None:
         """Tell the other ranks that this one is there, and on its way to `join`; see meeting.py. Returns None where

@@ -469,7 +469,9 @@ def _import_deepspeed(mesh: Mesh) -> Any:
     ConfigError where it is missing or too old."""
     kind = mesh.device.type
     os.environ.setdefault("DS_ACCELERATOR", kind)  # else it would say that it found no GPU
-    os.environ.setdefault("LOCAL_RANK", str(mesh.device.index or 0))
+    if mesh.device.index is not None:
+        os.environ["LOCAL_RANK"] = str(mesh.device.index)  # DeepSpeed takes it for the number of the GPU
+    os.environ.setdefault("LOCAL_RANK", "0")
     if kind == "cpu":
         os.environ.setdefault("LOCAL_SIZE", "1")  # else it would run a program to count NUMA nodes, for every bucket
     try:

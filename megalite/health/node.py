@@ -34,10 +34,8 @@ class Facts:
 
     node: str
     rank: int
-    ranks_here: int
-    """Number of ranks on this node."""
-    gpus: int
-    """GPUs that torch sees."""
+    gpu: str
+    """Identity of the GPU that this rank computes on; empty for the CPU."""
     gpu_troubles: list[str]
     """Sentences about faults that make a GPU unfit."""
     gpu_remarks: list[str]
@@ -67,18 +65,15 @@ def find_out(config: Config, launch: Launch) -> Facts:
             disk_gb[name] = within(PATIENCE_S, partial(usable_gb, folder))
         except OSError as error:
             disk_troubles[name] = f"{name} {folder}: {error.strerror or error}"
-    gpus = torch.cuda.device_count()
     # Also where torch sees none: the driver may be what is broken.
     wants_gpus = torch.version.cuda is not None and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
-    ask = wants_gpus and launch.local_rank == 0  # one rank a node: the answer is the same for all
-    product_s, product = 0.0, ""
-    if gpus == 0 or launch.local_rank < gpus:  # a rank without a GPU of its own has nothing to measure
-        product_s, product = measure_product(launch)
+    # One rank a node, where the answer is the same for all; each, where it may see no GPU but its own.
+    ask = wants_gpus and (launch.local_rank == 0 or torch.cuda.device_count() == 1)
+    product_s, product = measure_product(launch)
     return Facts(
         node=node_name(),
         rank=launch.rank,
-        ranks_here=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
-        gpus=gpus,
+        gpu=str(torch.cuda.get_device_properties(launch.device).uuid) if launch.device.type == "cuda" else "",
         gpu_troubles=gpu_troubles() if ask else [],
         gpu_remarks=gpu_remarks() if ask else [],
         disk_gb=disk_gb,

@@ -28,7 +28,7 @@ from megalite.comm.mesh import Launch, node_name
 from megalite.config import Config
 from megalite.data.checks import check_token_files
 from megalite.health.node import Facts, best_time, find_out
-from megalite.health.verdict import Problem, blames_nodes, judge
+from megalite.health.verdict import Problem, blames_nodes, gpus_of, judge
 from megalite.models import weight_table
 from megalite.plan import make_plan
 from megalite.runtime.exit_codes import Exit
@@ -143,7 +143,8 @@ class _Leader:
         the others would wait for it."""
         backend = None
         if self._complete:
-            have_gpus = all(fact.gpus >= fact.ranks_here for fact in self._facts)
+            # A GPU for each rank: NCCL refuses two on one. Their identities are the same on no two nodes.
+            have_gpus = gpus_of([fact.gpu for fact in self._facts]) == len(self._facts)
             backend = "nccl" if have_gpus else "gloo"
         self._board.tell("meeting", {"backend": backend, "nodes": self._nodes})
 
@@ -235,7 +236,7 @@ def _table(
         table.add_row(
             node,
             str(len(here)),
-            str(here[0].gpus),
+            str(gpus_of([fact.gpu for fact in here])),
             f"{memory:.1f}",
             f"{min(free):.1f}" if free else "-",
             f"{product * 1e3:.2f}",

@@ -82,13 +82,23 @@ def blames_nodes(problems: Sequence[Problem], nodes: Sequence[str]) -> list[str]
 
 def _gpus(facts: Sequence[Facts]) -> list[Problem]:
     found = [Problem(fact.node, "GPU", text) for fact in facts for text in fact.gpu_troubles]
-    if not any(fact.gpus for fact in facts):  # a run on CPUs
+    if not any(fact.gpu for fact in facts):  # a run on CPUs
         return found
-    for fact in facts:
-        if fact.gpus < fact.ranks_here:
-            text = f"{fact.gpus} GPUs for {fact.ranks_here} ranks"
-            found.append(Problem(fact.node, "GPU count", text))
+    for node in {fact.node: None for fact in facts}:
+        own = [fact.gpu for fact in facts if fact.node == node]
+        distinct = gpus_of(own)
+        if distinct < len(own):
+            found.append(Problem(node, "GPU count", f"{_count(distinct, 'GPU')} for {_count(len(own), 'rank')}"))
     return found
+
+
+def gpus_of(own: Sequence[str]) -> int:
+    """Return how many GPUs some ranks have, whose `Facts.gpu` are `own`."""
+    return len(set(filter(None, own)))
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def _disks(facts: Sequence[Facts], checkpoint_gb: float) -> list[Problem]:

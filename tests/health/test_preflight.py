@@ -109,7 +109,7 @@ def test_a_node_that_never_answers_is_missed_not_waited_for(tmp_path: Path) -> N
 
 def facts(number: int, **changes: Any) -> Facts:
     values = {
-        "node": f"n{number}", "rank": number, "ranks_here": 1, "gpus": 0, "gpu_troubles": [], "gpu_remarks": [],
+        "node": f"n{number}", "rank": number, "gpu": "", "gpu_troubles": [], "gpu_remarks": [],
         "disk_gb": {"run folder": 100.0}, "disk_troubles": {}, "memory_gb": 64.0, "code": {"a.py": "c"},
         "config": {"a": 1}, "product_s": 0.01, "product": "p",
     }  # fmt: skip
@@ -119,7 +119,7 @@ def facts(number: int, **changes: Any) -> Facts:
 @pytest.mark.parametrize(
     ("changes", "wanted"),
     [
-        ({"gpus": 7, "ranks_here": 8}, "7 GPUs for 8 ranks"),
+        ({"gpu": ""}, "0 GPUs for 1 rank"),
         ({"gpu_troubles": ["GPU 3: 2 uncorrected ECC errors"]}, "GPU 3: 2 uncorrected ECC errors"),
         ({"memory_gb": 20.0}, "20.0 GB of memory free, others have 64.0 GB"),
         ({"product_s": 0.02}, "rank 2: a matrix product takes 20.0 ms, others 10.0 ms"),
@@ -129,11 +129,21 @@ def facts(number: int, **changes: Any) -> Facts:
     ],
 )
 def test_verdict_on_one_of_four_nodes(changes: dict[str, Any], wanted: str) -> None:
-    normal = {"gpus": 8, "ranks_here": 8} if "gpus" in changes else {}
-    everyone = [facts(number, **normal | (changes if number == 2 else {})) for number in range(4)]
+    everyone = []
+    for number in range(4):
+        normal = {"gpu": f"GPU-{number}"} if "gpu" in changes else {}
+        everyone.append(facts(number, **normal | (changes if number == 2 else {})))
     problems = judge(everyone, {}, {}, checkpoint_gb=5.0)
     assert [(problem.node, problem.text) for problem in problems] == [("n2", wanted)]
     assert blames_nodes(problems, [f"n{number}" for number in range(4)]) == ["n2"]
+
+
+def test_ranks_that_share_a_gpu_are_counted_whatever_each_of_them_sees() -> None:
+    def node_of_eight(node: str, gpus: int) -> list[Facts]:
+        return [facts(rank, node=node, gpu=f"{node}-{rank % gpus}") for rank in range(8)]
+
+    everyone = [*node_of_eight("n0", 8), *node_of_eight("n1", 7)]
+    assert [(p.node, p.text) for p in judge(everyone, {}, {}, 0.0)] == [("n1", "7 GPUs for 8 ranks")]
 
 
 def test_what_all_nodes_have_in_common_blames_none() -> None:
