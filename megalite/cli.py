@@ -180,6 +180,11 @@ def _job(arguments: argparse.Namespace) -> None:
 def _add_preflight(verbs: Verbs) -> None:
     parser = verbs.add_parser("preflight", help="look whether all nodes are fit for a run; start it as the run is")
     _add_config(parser)
+    parser.add_argument(
+        "--interconnect",
+        help="what joins the nodes, a name from configs/interconnects.yaml or a YAML file: nodes whose GPUs do not "
+        "come near its bandwidth are not fit",
+    )
     parser.set_defaults(verb=_preflight)
 
 
@@ -189,7 +194,8 @@ def _preflight(arguments: argparse.Namespace) -> Exit:
     from megalite.health.preflight import preflight
 
     launch, config = Launch.from_environment(), load_config(arguments.config, arguments.overrides)
-    return preflight(config, launch, launch.meet(config.health.hang_timeout_s or 1800.0))
+    store = launch.meet(config.health.hang_timeout_s or 1800.0)
+    return preflight(config, launch, store, arguments.interconnect)
 
 
 def _add_plan(verbs: Verbs) -> None:

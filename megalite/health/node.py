@@ -18,6 +18,7 @@ import torch
 from megalite.comm.mesh import Launch, node_name
 from megalite.config import Config
 from megalite.health.stragglers import host_or_device_event
+from megalite.observe.throughput import chip_row
 
 PATIENCE_S = 20.0
 """Time limit of one question, in seconds. A dead disk or driver never answers."""
@@ -36,6 +37,8 @@ class Facts:
     rank: int
     gpu: str
     """Identity of the GPU that this rank computes on; empty for the CPU."""
+    chip: str
+    """Its name in configs/chips.yaml; empty if it has none there."""
     gpu_troubles: list[str]
     """Sentences about faults that make a GPU unfit."""
     gpu_remarks: list[str]
@@ -70,10 +73,15 @@ def find_out(config: Config, launch: Launch) -> Facts:
     # One rank a node, where the answer is the same for all; each, where it may see no GPU but its own.
     ask = wants_gpus and (launch.local_rank == 0 or torch.cuda.device_count() == 1)
     product_s, product = measure_product(launch)
+    gpu = chip = ""
+    if launch.device.type == "cuda":
+        gpu = str(torch.cuda.get_device_properties(launch.device).uuid)
+        chip = (chip_row(torch.cuda.get_device_name(launch.device)) or {"chip": ""})["chip"]
     return Facts(
         node=node_name(),
         rank=launch.rank,
-        gpu=str(torch.cuda.get_device_properties(launch.device).uuid) if launch.device.type == "cuda" else "",
+        gpu=gpu,
+        chip=chip,
         gpu_troubles=gpu_troubles() if ask else [],
         gpu_remarks=gpu_remarks() if ask else [],
         disk_gb=disk_gb,

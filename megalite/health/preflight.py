@@ -2,8 +2,9 @@
 rank.
 
 Each rank examines its own machine (node.py). Then neighbouring nodes time an all-reduce; every node takes part in two,
-so that a slow node can be told from a slow neighbour. Rank 0 judges (verdict.py) and prints the result. Answers travel
-over the rendezvous store, not over collectives: a node that never answers is named, not waited for.
+so that a slow node can be told from a slow neighbour, and before it in one of its own ranks. Rank 0 judges (verdict.py)
+and prints the result. Answers travel over the rendezvous store, not over collectives: a node that never answers is
+named, not waited for.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import math
 import sys
 import time
+from collections import Counter
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import asdict
 from statistics import median_low
@@ -20,24 +22,29 @@ from typing import Any
 
 import rich.box
 import rich.console
-import torch
 import torch.distributed as dist
 from rich.table import Table
 
 from megalite.comm.mesh import Launch, node_name
 from megalite.config import Config
 from megalite.data.checks import check_token_files
-from megalite.health.node import Facts, best_time, find_out
+from megalite.health.link import Ranks, time_all_reduce, time_apart
+from megalite.health.node import Facts, find_out
 from megalite.health.verdict import Problem, blames_nodes, gpus_of, judge
 from megalite.models import weight_table
-from megalite.plan import make_plan
+from megalite.plan import Plan, make_plan
+from megalite.planner.hardware import Hardware, Interconnect, find_chip, find_interconnect
+from megalite.planner.network import Group, place
 from megalite.runtime.exit_codes import Exit
 
 PATIENCE_S = 120.0
 """Time limit of each of the two rounds of answers, in seconds."""
 
-MESSAGE_NUMBERS = 4 * 2**20
-"""Number of fp32 elements in the timed all-reduce: 16 MiB."""
+MESSAGE_NUMBERS = {"gloo": 4 * 2**20, "nccl": 64 * 2**20}
+"""Number of fp32 elements in the timed all-reduce: 16 MiB, or 256 MiB, in which GPUs reach their links' bandwidth."""
+
+APART = ("nccl",)
+"""Backends that may end a process whose link is dead."""
 
 SHOWN_NODES = 32
 """Largest number of nodes that the table shows in full; of more, only the unfit ones."""
@@ -46,20 +53,22 @@ UNKNOWN = "?"
 """Name of a node whose rank has not even given its name."""
 
 Link = tuple[str, str]
-"""Two nodes, the first in the ring's order before the second."""
+"""Two nodes, the first in the ring's order before the second; or a node and itself, for the GPUs within."""
 TimedLink = tuple[str, str, float | None]
 """Two nodes and the seconds of an all-reduce between them; None where it failed."""
 
 
-def preflight(config: Config, launch: Launch, store: dist.Store) -> Exit:
+def preflight(config: Config, launch: Launch, store: dist.Store, interconnect: str | None = None) -> Exit:
     """Check all nodes for the run of `config`, print what was found, and return the exit status, the same on all ranks.
 
     Returns DONE if all nodes are fit. UNFIT: some are not, and the output has a line `--exclude=NODE,NODE` that sbatch
     understands. MISTAKE: all nodes have the same problem. `launch` is this process's rank, `store` torchrun's
-    rendezvous store. Raises ConfigError, and DataError for a damaged token file."""
+    rendezvous store. `interconnect` says what joins the nodes, a name or a file of `megalite plan`: then all-reduces of
+    GPUs must come near what it gives. Raises ConfigError, and DataError for a damaged token file."""
     # First what all ranks find out alike: a mistake in the config needs no other node.
     plan = make_plan(config, weight_table(config.model, config.lora), launch.world_size)
     check_token_files(config)
+    network = find_interconnect(interconnect) if interconnect else None
     board = _Board(store, launch)
     board.put("name", node_name())
     board.put("facts", asdict(find_out(config, launch)))
@@ -75,7 +84,7 @@ def preflight(config: Config, launch: Launch, store: dist.Store) -> Exit:
     if leader:
         # 14 bytes a parameter: the weight in bf16; its master copy and two moments in fp32.
         checkpoint_gb = 14 * plan.num_params / 2**30
-        board.tell("status", leader.conclude(checkpoint_gb))
+        board.tell("status", leader.conclude(checkpoint_gb, plan, network))
     status = Exit(board.hear("status"))
     board.leave()
     return status
@@ -148,8 +157,9 @@ class _Leader:
             backend = "nccl" if have_gpus else "gloo"
         self._board.tell("meeting", {"backend": backend, "nodes": self._nodes})
 
-    def conclude(self, checkpoint_gb: float) -> Exit:
-        """Judge all answers and print the result. `checkpoint_gb`: GiB that a checkpoint of the run takes."""
+    def conclude(self, checkpoint_gb: float, plan: Plan, network: Interconnect | None) -> Exit:
+        """Judge all answers and print the result. `checkpoint_gb`: GiB that a checkpoint of the run, whose layout is
+        `plan`, takes. `network` joins the nodes, where that is known."""
         met = self._board.collect("met") if self._complete else {}
         heard = set(met) if self._complete else self._heard
         problems = []
@@ -164,8 +174,27 @@ class _Leader:
             for low, high, reported in meeting["links"]:
                 seconds = math.inf if reported is None else reported
                 links[low, high] = max(links.get((low, high), 0.0), seconds)
-        problems += judge(self._facts, clocks, links, checkpoint_gb)
+        expected = expected_times(self._facts, links, plan, network) if network else {}
+        problems += judge(self._facts, clocks, links, checkpoint_gb, expected)
         return say(self._facts, clocks, links, problems)
+
+
+def expected_times(
+    facts: Sequence[Facts], links: Container[Link], plan: Plan, network: Interconnect
+) -> dict[Link, float]:
+    """Return the seconds that the all-reduces of GPUs over `links` should take between nodes that `network` joins,
+    within those of a known chip as well. Nodes of CPUs or of unknown chips are left out."""
+    found: dict[Link, float] = {}
+    ranks = Counter(fact.node for fact in facts if fact.gpu)
+    chips = {fact.node: fact.chip for fact in facts if fact.gpu and fact.chip}
+    for low, name in chips.items():
+        hardware = Hardware(find_chip(name), network, ranks[low])
+        for high in chips:
+            if (low, high) in links:
+                group = Group(ranks[low] + ranks[high] * (low != high), ranks[low])
+                size = 4 * MESSAGE_NUMBERS["nccl"]
+                found[low, high] = place(plan, hardware).all_reduce(size, group)
+    return found
 
 
 def say(
@@ -231,7 +260,7 @@ def _table(
         memory = min(fact.memory_gb for fact in here)
         free = [gb for fact in here for gb in fact.disk_gb.values()]
         product = max(fact.product_s for fact in here)
-        of_links = [seconds for pair, seconds in links.items() if node in pair]
+        of_links = [seconds for pair, seconds in links.items() if node in pair and pair[0] != pair[1]]
         skews = [clocks[fact.rank] - middle for fact in here if fact.rank in clocks]
         table.add_row(
             node,
@@ -254,39 +283,19 @@ def _meet(
     store: dist.Store,
 ) -> list[TimedLink]:
     """Time an all-reduce with each neighbouring node of the ring, over all ranks of the two nodes."""
-    device = launch.device if backend == "nccl" else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    device = str(launch.device) if backend == "nccl" else "cpu"
     timed = []
-    ring = sorted(set(nodes.values()))
-    for link in links_of(nodes[launch.rank], ring):
+    here, ring = nodes[launch.rank], sorted(set(nodes.values()))
+    for link in [(here, here), *links_of(here, ring)]:
         ranks = [rank for rank, node in nodes.items() if node in link]
-        # Each pair meets under a prefix of its own: process groups of several pairs are made at the same time.
-        own = dist.PrefixStore("-".join(link), store)
-        seconds = _time_all_reduce(own, ranks.index(launch.rank), len(ranks), backend, device)
+        if len(ranks) == 1:
+            continue
+        # Much shorter than the round: three links that fail must still leave time to answer.
+        rank, numel, timeout_s = ranks.index(launch.rank), MESSAGE_NUMBERS[backend], PATIENCE_S / 4
+        meeting = Ranks("-".join(link), rank, len(ranks), backend, device, numel, timeout_s)
+        seconds = (time_apart if backend in APART else time_all_reduce)(store, meeting)
         timed.append((*link, seconds))
     return timed
-
-
-def _time_all_reduce(
-    store: dist.Store,
-    rank: int,
-    world_size: int,
-    backend: str,
-    device: torch.device,
-) -> float | None:
-    """Return the seconds of an all-reduce between all processes that call it with one `store`, or None on failure."""
-    # Much shorter than the round: two links that fail must still leave time to answer.
-    timeout = datetime.timedelta(seconds=PATIENCE_S / 4)
-    try:
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
-        numbers = torch.zeros(MESSAGE_NUMBERS, device=device)
-        return best_time(lambda: dist.all_reduce(numbers), device, repeats=8)
-    except RuntimeError:
-        return None
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def links_of(node: str, nodes: Sequence[str]) -> list[Link]:

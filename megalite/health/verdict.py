@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,10 @@ from megalite.utils.changes import changes, spelled
 
 SLOW_PRODUCT, SLOW_LINK = 1.5, 2.0
 """Multiples of the median above which a matrix product or a link counts as slow."""
+
+BELOW_EXPECTED = 1.5
+"""Multiple of the expected time of an all-reduce above which it counts as slow. nccl-tests on sound nodes differ from
+the model of planner/network.py by much less."""
 
 NOTICEABLE_S = 0.002
 """Smallest excess over the median, in seconds, that counts as slow."""
@@ -45,12 +50,14 @@ def judge(
     clocks: Mapping[int, float],
     links: Mapping[tuple[str, str], float],
     checkpoint_gb: float,
+    expected: Mapping[tuple[str, str], float] | None = None,
 ) -> list[Problem]:
     """Return the problems of all nodes, one for each node and kind.
 
     `facts` are the answers of the ranks. `clocks`: seconds since 1970 on each rank, read at one moment. `links`:
-    seconds of an all-reduce between two nodes, infinite where it failed; in a ring of three or more, every node is in
-    two. `checkpoint_gb`: GiB that a checkpoint takes."""
+    seconds of an all-reduce between two nodes, or within one, infinite where it failed; in a ring of three or more,
+    every node is in two with others. `checkpoint_gb`: GiB that a checkpoint takes. `expected`: seconds that links
+    should take, where that is known."""
     found = [
         *_gpus(facts),
         *_disks(facts, checkpoint_gb),
@@ -58,7 +65,9 @@ def judge(
         *_differences(facts),
         *_products(facts),
         *_clocks(facts, clocks),
-        *_links(links),
+        *_links({pair: seconds for pair, seconds in links.items() if pair[0] != pair[1]}),
+        *_links_within({pair[0]: seconds for pair, seconds in links.items() if pair[0] == pair[1]}),
+        *_against_expected(links, expected or {}),
     ]
     # Read backwards, so that of several ranks of a node the first one's problem stays.
     of_node = {(problem.node, problem.kind): problem for problem in reversed(found)}
@@ -187,15 +196,50 @@ def _links(links: Mapping[tuple[str, str], float]) -> list[Problem]:
     for pair, seconds in links.items():
         for node in pair:
             best[node] = min(best.get(node, float("inf")), seconds)
-    if len(best) < 3:  # of two nodes on one link, nobody can say which one is slow
-        return []
-    typical = median_low(best.values())
+    typical = median_low(best.values()) if best else 0.0
     found = []
     for node, seconds in best.items():
-        if _is_slow(seconds, typical, SLOW_LINK):
+        if seconds == math.inf:
+            found.append(Problem(node, "all-reduce", "all-reduces with its neighbours failed"))
+        # Of two nodes on one link, nobody can say which one is slow.
+        elif len(best) > 2 and _is_slow(seconds, typical, SLOW_LINK):
             here, others = seconds * 1e3, typical * 1e3
             text = f"an all-reduce with its neighbours takes {here:.1f} ms, of others {others:.1f} ms"
-            found.append(Problem(node, "slow all-reduce", text))
+            found.append(Problem(node, "all-reduce", text))
+    return found
+
+
+def _links_within(seconds: Mapping[str, float]) -> list[Problem]:
+    """Find nodes whose own ranks reduce slowly or not at all, by the seconds of each node."""
+    typical = median_low(seconds.values()) if seconds else 0.0
+    found = []
+    for node, its in seconds.items():
+        if its == math.inf:
+            found.append(Problem(node, "all-reduce within", "an all-reduce of its own ranks failed"))
+        elif _is_slow(its, typical, SLOW_LINK):
+            text = f"an all-reduce of its own ranks takes {its * 1e3:.1f} ms, of others {typical * 1e3:.1f} ms"
+            found.append(Problem(node, "all-reduce within", text))
+    return found
+
+
+def _against_expected(
+    links: Mapping[tuple[str, str], float], expected: Mapping[tuple[str, str], float]
+) -> list[Problem]:
+    """Find nodes none of whose links to others comes near what it should give, or not the one within."""
+    found = []
+    for within in (True, False):
+        kind = "bandwidth within" if within else "bandwidth"
+        best: dict[str, tuple[float, float]] = {}
+        for pair, should in expected.items():
+            if (pair[0] == pair[1]) == within:
+                for node in pair:
+                    best[node] = min(best.get(node, (math.inf, math.inf)), (links[pair] / should, links[pair]))
+        for node, (factor, seconds) in best.items():
+            if BELOW_EXPECTED < factor < math.inf:  # one that failed is named elsewhere
+                with_whom = "of its own ranks" if within else "with its neighbours"
+                here, should = seconds * 1e3, seconds / factor * 1e3
+                text = f"an all-reduce {with_whom} takes {here:.1f} ms, and should take {should:.1f} ms"
+                found.append(Problem(node, kind, text))
     return found
 
 

@@ -56,12 +56,14 @@ def chip_peak(device_name: str, dtype: torch.dtype) -> float | None:
 
     None where configs/chips.yaml has no such chip, and for any `dtype` but bf16: the peak of fp32 depends on whether
     TF32 is on."""
-    if dtype is not torch.bfloat16:
-        return None
-    for chip in _chips():
-        if re.fullmatch(chip["name"], device_name):
-            return float(chip["bf16_tflops"])
-    return None
+    chip = chip_row(device_name)
+    return float(chip["bf16_tflops"]) if chip and dtype is torch.bfloat16 else None
+
+
+def chip_row(device_name: str) -> dict[str, Any] | None:
+    """Return the line of configs/chips.yaml of the chip that torch.cuda.get_device_name() calls `device_name`, if it
+    has one."""
+    return next((chip for chip in _chips() if re.fullmatch(chip["name"], device_name)), None)
 
 
 class HostEvent:

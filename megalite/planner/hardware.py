@@ -117,9 +117,17 @@ def find_hardware(
     names."""
     if gpus_per_node < 1:
         raise ConfigError(f"--nodes-of {gpus_per_node}: a node has at least one GPU")
-    chip = _find(gpu, "chip", "chips.yaml", "--gpu", Chip)
-    network = _find(interconnect, "interconnect", "interconnects.yaml", "--interconnect", Interconnect)
-    return Hardware(chip, network, gpus_per_node)
+    return Hardware(find_chip(gpu), find_interconnect(interconnect), gpus_per_node)
+
+
+def find_chip(gpu: str) -> Chip:
+    """Find a chip by name or by the path of a file, as `find_hardware` does."""
+    return _find(gpu, "chip", "chips.yaml", "--gpu", Chip)
+
+
+def find_interconnect(interconnect: str) -> Interconnect:
+    """Find an interconnect by name or by the path of a file, as `find_hardware` does."""
+    return _find(interconnect, "interconnect", "interconnects.yaml", "--interconnect", Interconnect)
 
 
 S = TypeVar("S", bound=Section)

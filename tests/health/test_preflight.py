@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,13 +15,16 @@ import pytest
 import torch.distributed as dist
 from tampered_ranks import Clock, Ranks, started
 
+import megalite.health.link
 import megalite.health.preflight
 from megalite.comm.mesh import Launch
 from megalite.config import Config
 from megalite.health import node
 from megalite.health.node import Facts, gpu_remarks, gpu_troubles, usable_gb, within
-from megalite.health.preflight import links_of, preflight
+from megalite.health.preflight import expected_times, links_of, preflight
 from megalite.health.verdict import Problem, blames_nodes, judge
+from megalite.plan import make_plan
+from megalite.planner.hardware import find_interconnect
 from megalite.runtime.exit_codes import Exit
 from small_runs import make_config
 
@@ -107,9 +112,24 @@ def test_a_node_that_never_answers_is_missed_not_waited_for(tmp_path: Path) -> N
         assert ranks.said(0).splitlines()[-2:] == ["node1: gave no answer", "--exclude=node1"]
 
 
+def die_at_the_links_of_the_last(rank: int, config: Config) -> Config:
+    preflight_module = megalite.health.preflight
+    preflight_module.APART = ("gloo",)  # type: ignore[assignment]
+    if rank == 2:
+        megalite.health.link.COMMAND = (sys.executable, "-c", "import os; os.abort()")
+    return config
+
+
+def test_a_link_at_which_processes_die_is_named_by_those_that_started_them(tmp_path: Path) -> None:
+    with nodes(3, tmp_path, die_at_the_links_of_the_last) as ranks:
+        assert ranks.exit_codes() == [Exit.UNFIT] * 3, ranks.said(0)
+        lines = ranks.said(0).splitlines()
+        assert lines[-2:] == ["node2: all-reduces with its neighbours failed", "--exclude=node2"]
+
+
 def facts(number: int, **changes: Any) -> Facts:
     values = {
-        "node": f"n{number}", "rank": number, "gpu": "", "gpu_troubles": [], "gpu_remarks": [],
+        "node": f"n{number}", "rank": number, "gpu": "", "chip": "", "gpu_troubles": [], "gpu_remarks": [],
         "disk_gb": {"run folder": 100.0}, "disk_troubles": {}, "memory_gb": 64.0, "code": {"a.py": "c"},
         "config": {"a": 1}, "product_s": 0.01, "product": "p",
     }  # fmt: skip
@@ -178,6 +198,36 @@ def test_a_slow_node_is_told_from_its_neighbours(slow: int) -> None:
     nodes = [f"n{i}" for i in range(4)]
     links = {link: 0.05 if nodes[slow] in link else 0.01 for name in nodes for link in links_of(name, nodes)}
     assert [p.node for p in judge([facts(i) for i in range(4)], {}, links, 0.0)] == [nodes[slow]]
+
+
+def test_a_link_that_failed_is_told_where_there_is_only_one() -> None:
+    problems = judge([facts(0), facts(1)], {}, {("n0", "n1"): math.inf}, 0.0)
+    assert [(p.node, p.text) for p in problems] == [
+        ("n0", "all-reduces with its neighbours failed"),
+        ("n1", "all-reduces with its neighbours failed"),
+    ]
+
+
+def test_gpus_whose_links_are_far_below_what_they_should_give_are_named() -> None:
+    everyone = [facts(rank, node=f"n{rank // 8}", gpu=f"GPU-{rank}", chip="H100 SXM") for rank in range(32)]
+    plan = make_plan(make_config(Path(), "llama", "train.global_batch_size=32"), [], 32)
+    nodes = [f"n{i}" for i in range(4)]
+    links = {link: 1.0 for node in nodes for link in [(node, node), *links_of(node, nodes)]}
+    expected = expected_times(everyone, links, plan, find_interconnect("ib-ndr"))
+    assert expected.keys() == links.keys()
+    # 256 MiB over rings of 360 GB/s, each byte of which is sent nearly twice.
+    assert expected["n0", "n1"] == pytest.approx(2 * 2**28 * 15 / 16 / 360e9, rel=0.1)
+
+    slow = {pair: seconds * (3.0 if "n2" in pair else 1.1) for pair, seconds in expected.items()}
+    found = judge(everyone, {}, slow, 0.0, expected)
+    assert {(p.node, p.text.partition(" takes")[0]) for p in found} == {
+        ("n2", "an all-reduce of its own ranks"),
+        ("n2", "an all-reduce with its neighbours"),
+    }
+    # All of them slow: none stands out, and only what they should give tells.
+    slow = dict.fromkeys(expected, 0.02)
+    assert {p.node for p in judge(everyone, {}, slow, 0.0, expected)} == set(nodes)
+    assert not judge(everyone, {}, slow, 0.0)
 
 
 def test_what_nvidia_smi_and_the_kernel_tell_of_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
