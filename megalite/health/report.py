@@ -21,12 +21,14 @@ def describe_hang(
     mine: Heartbeat,
     mesh: Mesh,
     folder: Path,
+    flights: Sequence[str] = (),
 ) -> str:
     """Return the hang report of the run.
 
     `beats` are the last heartbeats by rank, `speaking` the ranks that have written their stacks to `folder`, `mine` the
-    heartbeat of this rank. A rank that cannot speak is behind; so is one that does not wait for others; and if all
-    wait, the ranks that have not begun a collective that others wait in."""
+    heartbeat of this rank, `flights` what the flight recorder says (`flight.describe_flights`). A rank that cannot
+    speak is behind; so is one that does not wait for others; and if all wait, the ranks that have not begun a
+    collective that others wait in."""
     spoken = {rank: beats[rank] for rank in speaking if rank in beats}
     spoken[mine.rank] = mine
     silent = [rank for rank in range(mesh.world.size) if rank not in spoken]
@@ -41,6 +43,8 @@ def describe_hang(
     else:
         lines += ["each waits for others: their collectives do not match"]
     lines += ["waiting for others:", *_some(_waiting(spoken.values()))]
+    if flights:
+        lines += ["collectives under way:", *_some(flights)]
     lines += [f"stacks of all threads: {folder}", f"leaving with {describe(Exit.HUNG)}", ""]
     return "\n".join(lines)
 
@@ -123,20 +127,20 @@ def _with_fewer_collectives(beats: Mapping[int, Heartbeat], mesh: Mesh) -> list[
     # The highest number that is waited for in each group of each axis.
     awaited: defaultdict[tuple[str, tuple[int, ...]], int] = defaultdict(int)
     for beat in beats.values():
-        key = beat.over, _group(beat.rank, beat.over, mesh)
+        key = beat.over, group_of(beat.rank, beat.over, mesh)
         awaited[key] = max(awaited[key], beat.number)
 
     def lacks_one(beat: Heartbeat) -> bool:
         for (axis, group), number in awaited.items():
             begun = beat.collectives.get(axis, 0)
-            if begun < number and group == _group(beat.rank, axis, mesh):
+            if begun < number and group == group_of(beat.rank, axis, mesh):
                 return True
         return False
 
     return [beat for beat in beats.values() if lacks_one(beat)]
 
 
-def _group(rank: int, axis: str, mesh: Mesh) -> tuple[int, ...]:
+def group_of(rank: int, axis: str, mesh: Mesh) -> tuple[int, ...]:
     """Return the same key for all ranks of one process group of an axis."""
     pipeline, replica, tensor = mesh.place_of(rank)
     data, context = divmod(replica, mesh.context.size)
@@ -167,13 +171,13 @@ def _waiting(beats: Iterable[Heartbeat]) -> list[str]:
             alike[beat.doing, beat.waits_for].append(beat)
     lines = []
     for (doing, waits_for), group in alike.items():
-        ranks = _ranks([beat.rank for beat in group])
+        ranks = spans([beat.rank for beat in group])
         longest = max(beat.stalled_s for beat in group)
         lines.append(f"{ranks}: {doing}; in {waits_for} for {longest:.0f} s")
     return lines or ["no rank"]
 
 
-def _ranks(ranks: Sequence[int]) -> str:
+def spans(ranks: Sequence[int]) -> str:
     """Write ranks as spans: [0, 1, 2, 5] → "ranks 0-2, 5"."""
     spans: list[list[int]] = []
     for rank in sorted(ranks):

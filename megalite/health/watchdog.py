@@ -28,7 +28,10 @@ import torch
 from megalite.comm.collectives import start_highest
 from megalite.comm.mesh import Mesh
 from megalite.config import Config
+from megalite.health.flight import describe_flights, read, record
+from megalite.health.flight import write as write_flights
 from megalite.health.heartbeat import Heartbeat, read_all, take, write
+from megalite.health.node import within
 from megalite.health.report import describe_hang, first_behind, what, who
 from megalite.runtime import error_file
 from megalite.runtime.activity import NOW
@@ -38,6 +41,9 @@ from megalite.utils.files import replacing
 JUDGES = 16
 """About how many ranks read all heartbeats as soon as they see no progress. The others step in only much later, in case
 those are all gone: thousands of ranks must not each ask the file system for thousands of files."""
+
+FLIGHTS_S = 5.0
+"""Time limit in seconds of reading the flight recorder."""
 
 FAREWELL_S = 10.0
 """Time limit in seconds of the last heartbeat, which says that the rank has ended. Its disk may be what hangs."""
@@ -194,6 +200,7 @@ class Watchdog:
             mine = self._at_a_hang()
             self._write(mine)
             self._hang_folder.mkdir(parents=True, exist_ok=True)
+            self._write_flights()
             with open(self._hang_folder / f"rank-{self._rank:05d}.txt", "w") as file:
                 # Flushed, because faulthandler writes to the file's descriptor behind Python's back.
                 print(f"{who(mine)}: {what(mine)}\n", file=file, flush=True)
@@ -204,7 +211,8 @@ class Watchdog:
             dumped = self._dumped()
             if dumped[0] == self._rank:
                 beats = read_all(self._folder, self._world_size, self._run)
-                text = describe_hang(beats, dumped, mine, self._mesh, self._hang_folder)
+                flights = describe_flights({rank: read(self._hang_folder, rank) for rank in dumped}, self._mesh)
+                text = describe_hang(beats, dumped, mine, self._mesh, self._hang_folder, flights)
                 error_file.leave(first_behind(text))
                 os.write(2, text.encode())  # not through sys.stderr, whose lock a hanging thread may hold
                 with replacing(report) as temporary:
@@ -215,6 +223,11 @@ class Watchdog:
             os.write(2, f"rank {self._rank} hangs, and cannot say more: {error}\n".encode())
         finally:
             end_process(Exit.HUNG)
+
+    def _write_flights(self) -> None:
+        """Write down this rank's collectives, if the recorder answers in time: it may ask the device."""
+        with contextlib.suppress(Exception):
+            write_flights(self._hang_folder, self._rank, within(FLIGHTS_S, lambda: record(self._mesh)))
 
     def _at_a_hang(self) -> Heartbeat:
         """Return a heartbeat with the code position of the main thread.

@@ -22,6 +22,7 @@ import megalite.training.parts
 from megalite.checkpoint.folder import complete_steps
 from megalite.comm.mesh import ALONE, Axis, Fold, Mesh, node_name
 from megalite.engine.native import NativeEngine
+from megalite.health.flight import Flight, describe_flights
 from megalite.health.heartbeat import Heartbeat, read_all, write
 from megalite.health.report import describe_hang, state_of
 from megalite.health.watchdog import Watchdog
@@ -102,6 +103,10 @@ def test_a_rank_that_does_not_come_to_a_collective_is_named_with_its_line(tmp_pa
             rf"rank 0 on .*: step 3; no progress for [1-9]\d* s; at .*test_watchdog.py:{line} in sleepy", behind
         )
         assert "rank 1: step 3" in waiting
+        # The number of the collective is that of torch's own recorder.
+        assert re.search(
+            r"world: rank 0 after gloo:\w+ \d+, with none under way; rank 1 in gloo:all_reduce \d+ of 1? ?\(", waiting
+        ), waiting
         assert f'File "{__file__}", line {line} in sleepy' in stacks_of(tmp_path, 0)
         assert "hang:" not in ranks.said(1)  # one rank speaks for all
 
@@ -224,6 +229,21 @@ def test_of_ranks_that_all_wait_those_with_fewer_collectives_are_behind() -> Non
     behind, waiting = text.split("behind:")[1].split("waiting for others:")
     assert re.findall(r"rank \d", behind) == ["rank 2", "rank 3"]  # of the world's, and of the tensor group's
     assert "ranks 0-1, 3: step 7; in all_reduce 7 over world for 301 s" in waiting
+
+
+def test_of_devices_that_hang_the_report_says_which_rank_is_in_which_collective() -> None:
+    """Data 2 × tensor 2: the hosts are far ahead, and rank 3's device has not come to what rank 2's is in."""
+    data, tensor = Axis(2, 0, None, "data"), Axis(2, 0, None, "tensor")
+    mesh = Mesh(ALONE, data, ALONE, tensor, data, ALONE, Axis(4, 0, None, "world"), torch.device("cpu"))
+
+    def launched(*states: str) -> list[Flight]:
+        return [Flight("tensor", 50 + i, "nccl:all_reduce", "2×64", state) for i, state in enumerate(states)]
+
+    flights = {0: launched("ended", "ended"), 1: launched("ended", "ended"), 2: launched("ended", "started")}
+    flights[3] = launched("scheduled", "scheduled")
+    assert describe_flights(flights, mesh) == [
+        "tensor: rank 2 in nccl:all_reduce 51 of 2×64 (started); rank 3 in nccl:all_reduce 50 of 2×64 (scheduled)"
+    ]
 
 
 def test_groups_of_experts_are_those_of_their_fold() -> None:
