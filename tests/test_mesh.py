@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megalite.comm import mesh
 from megalite.comm.mesh import Launch, make_mesh
@@ -155,3 +156,18 @@ def test_tensor_groups_are_neighbours(tmp_path: Path) -> None:
         {"tensor": (0, 2 + 3), "data": (1, 0 + 2)},
         {"tensor": (1, 2 + 3), "data": (1, 1 + 3)},
     ]
+
+
+def test_of_gpus_only_the_world_has_connections_between_hosts() -> None:
+    overrides = ("parallel.pipeline=2", "parallel.context=2", "parallel.tensor=2", "train.global_batch_size=4")
+    config = make_config(Path(), "llama", *overrides)
+    plan = make_plan(config, weight_table(config.model), 16)
+    torch.distributed.init_process_group("cpu:fake,cuda:fake", rank=5, world_size=16, store=FakeStore())
+    try:
+        made = make_mesh(plan, torch.device("cuda", 0))
+        both = {torch.device("cpu"), torch.device("cuda")}
+        assert set(made.world.group._device_types) == both  # type: ignore[union-attr]
+        for axis in (made.pipeline, made.data, made.context, made.tensor, made.replicas, made.stage):
+            assert torch.distributed.get_backend_config(axis.group) != "cpu:fake,cuda:fake", axis.name
+    finally:
+        torch.distributed.destroy_process_group()

@@ -20,11 +20,13 @@ from __future__ import annotations
 import datetime
 import os
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from megalite.comm.meeting import Meeting, open_store, step_port
 from megalite.errors import ConfigError
@@ -124,12 +126,13 @@ def make_mesh(plan: Plan, device: torch.device) -> Mesh:
     if not sizes:
         return Mesh.alone(device)
     world = _axis("world", dist.group.WORLD)
+    backend = _backend_of_axes(plan, device)
     # An axis of size 1 needs no group at all, and one that is the whole world none of its own.
     if len(sizes) == 1:
         axes = {name: replace(world, name=name) for name in sizes}
     else:
         # Makes one group a row of each axis. Every rank takes part in making all of them.
-        grid = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+        grid = _grid(sizes, device, backend)
         axes = {name: _axis(name, grid.get_group(name)) for name in sizes}
     if "data" not in axes or "context" not in axes:
         replicas = axes.get("data", axes.get("context", ALONE))
@@ -137,7 +140,7 @@ def make_mesh(plan: Plan, device: torch.device) -> Mesh:
         replicas = replace(world, name="replicas")
     else:
         # One group over both axes, since gradients are summed over data and context ranks at once.
-        replicas = _axis("replicas", grid["data", "context"]._flatten().get_group())
+        replicas = _axis("replicas", grid["data", "context"]._flatten(backend_override=backend).get_group())
     # replicas × tensor: all of the world but the pipeline. Groups that exist are used again, since
     # each one costs a communicator, with NCCL also buffers on the device.
     if plan.pipeline == 1:
@@ -148,7 +151,7 @@ def make_mesh(plan: Plan, device: torch.device) -> Mesh:
         stage = axes["tensor"]
     else:
         names = tuple(name for name in sizes if name != "pipeline")
-        stage = _axis("stage", grid[names]._flatten().get_group())
+        stage = _axis("stage", grid[names]._flatten(backend_override=backend).get_group())
     pipeline, data, context, tensor = (axes.get(name, ALONE) for name in ("pipeline", "data", "context", "tensor"))
     mesh = Mesh(pipeline, data, context, tensor, replicas, stage, world, device)
     return replace(mesh, expert_fold=_fold_experts(plan, mesh)) if plan.folds_experts else mesh
@@ -162,14 +165,32 @@ def _fold_experts(plan: Plan, mesh: Mesh) -> Fold:
         "expert_tensor": tensor,
     }  # fmt: skip
     sizes = {name: size for name, size in sizes.items() if size > 1}
-    grid = init_device_mesh(mesh.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    backend = _backend_of_axes(plan, mesh.device)
+    grid = _grid(sizes, mesh.device, backend)
     axes = {name: _axis(name, grid.get_group(name)) for name in sizes}
     # expert × expert_tensor are the holders of an expert weight's parts, in this order.
     axes["experts"] = axes.get("expert_tensor", axes.get("expert", ALONE))
     if expert > 1 and tensor > 1:
-        axes["experts"] = _axis("experts", grid["expert", "expert_tensor"]._flatten().get_group())
+        flat = grid["expert", "expert_tensor"]._flatten(backend_override=backend)
+        axes["experts"] = _axis("experts", flat.get_group())
     names = ("experts", "expert_replicas", "expert_tensor", "expert")
     return Fold(*(axes.get(name, ALONE) for name in names))
+
+
+def _backend_of_axes(plan: Plan, device: torch.device) -> str | None:
+    """Return the backend of the groups of axes; None for that of the world.
+
+    Between GPUs only the world needs gloo beside NCCL, for numbers that hosts tell each other. It connects all ranks of
+    a group to each other: at a thousand ranks, thousands of connections to each host that would never be used."""
+    if device.type == "cpu" or plan.engine != "native":  # DeepSpeed may keep on the host what ranks exchange
+        return None
+    return dict(part.split(":") for part in dist.get_backend_config().split(","))[device.type]
+
+
+def _grid(sizes: Mapping[str, int], device: torch.device, backend: str | None) -> DeviceMesh:
+    """Create the groups of axes of these sizes, the innermost last."""
+    override: Any = dict.fromkeys(sizes, backend) if backend else None
+    return init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes), backend_override=override)
 
 
 def _axis(name: str, group: dist.ProcessGroup | None) -> Axis:

@@ -37,6 +37,18 @@ def test_training_validation_and_save_come_to_an_end(case: str, dry: dict[str, D
     assert play(traffics) == []
 
 
+def test_hosts_tell_each_other_something_only_in_the_group_of_all_ranks(dry: dict[str, Dry]) -> None:
+    """Groups of axes have no connections between hosts."""
+    heard = 0
+    for name, each in dry.items():
+        for traffic in each.traffics.values():
+            for group, parts, _ in traffic["launches"]:
+                if any(traffic["parts"][part]["host"] for part in parts):
+                    heard += 1
+                    assert len(traffic["groups"][group]["ranks"]) == CASES[name].gpus, traffic["parts"][parts[0]]
+    assert heard
+
+
 def tampered(dry: Dry, rank: int) -> tuple[dict[int, Any], dict[str, Any]]:
     """Return a copy of what the ranks did, and that of `rank` in it."""
     traffics = copy.deepcopy(dry.traffics)
