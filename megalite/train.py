@@ -24,7 +24,7 @@ from megalite.data.checks import check_same_everywhere, open_data
 from megalite.data.dataset import RowSource
 from megalite.data.mixture import Mixture
 from megalite.data.tokenizer import Tokenizer, load_tokenizer
-from megalite.engine.layout import choose_owners, elements_of
+from megalite.engine.layout import bucket_elements, choose_owners
 from megalite.health.guard import Ending
 from megalite.health.signals import StopRequests
 from megalite.health.watchdog import Watchdog
@@ -213,7 +213,7 @@ def train_from(run: Run, parts: RankModel, data: Data, start: Start, requests: S
         table,
         run.mesh,
         parts.engine,
-        choose_owners(run.plan, table, config.optimizer, elements_of(config.parallel.bucket_mb)),
+        choose_owners(run.plan, table, config.optimizer, bucket_elements(config, run.plan)),
         lambda path: write_extras(path, config, tokenizer),
         stem=TENSORS if config.lora else "model",
         keep_best=config.checkpoint.keep_best,

@@ -400,8 +400,11 @@ class ParallelConfig(Section):
         1, description="What the data ranks shard. 0: nothing; 1: optimizer state; 2: also gradients; 3: also weights."
     )
     offload: OffloadConfig = OffloadConfig()
-    bucket_mb: float = Field(
-        40.0, gt=0, description="Size of a bucket of gradients, which are reduced at once, in MB of fp32."
+    bucket_mb: float | None = Field(
+        None,
+        gt=0,
+        description="Size of a bucket of gradients, which are reduced at once, in MB of fp32. null: 1 for each "
+        "replica, and 40 at least.",
     )
     elastic: bool = Field(
         False, description="Continue with fewer nodes where some are lost. micro_batch_size is then an upper limit."

@@ -45,7 +45,7 @@ from megalite.comm.mesh import Axis, Mesh
 from megalite.config import Config
 from megalite.engine import ReadState, Sharing, UpdateGate
 from megalite.engine.gather import HostBuffers, assemble_on
-from megalite.engine.layout import elements_of
+from megalite.engine.layout import bucket_elements
 from megalite.engine.optimizers.adamw import AdamWConfig
 from megalite.errors import ConfigError
 from megalite.models import set_parameters, weight_table
@@ -61,7 +61,7 @@ OLDEST = "0.19.8"
 def deepspeed_config(config: Config, plan: Plan) -> dict[str, Any]:
     """Return the config that DeepSpeed is given for `config` and `plan`. DeepSpeed ignores keys that it does not know,
     so nothing but this function writes them."""
-    bucket = elements_of(config.parallel.bucket_mb) // 2 * 2  # it must be even
+    bucket = bucket_elements(config, plan) // 2 * 2  # it must be even
     zero: dict[str, Any] = {"stage": plan.zero_stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
     if plan.zero_stage == 3:
         zero |= {

@@ -7,12 +7,16 @@ from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
 
-from megalite.config import OptimizerConfig, Treatment
+from megalite.config import Config, OptimizerConfig, Treatment
 from megalite.models.weights import Weight
 from megalite.plan import Cut, Plan
 
 ALIGNMENT = 32
 """Elements. Every weight starts at a multiple of 64 bytes even in bf16, so that vector loads stay aligned."""
+
+LEAST_MB, MB_OF_A_REPLICA = 40.0, 1.0
+"""Size of a bucket in MB of fp32, where the config names none: at least, and for each replica. A hop between nodes
+takes some 10 µs whatever it carries, in which a network card sends half a MB."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +54,10 @@ class Bucket:
         return rank * length, (rank + 1) * length
 
 
-def elements_of(megabytes: float) -> int:
-    """Return how many fp32 elements fit in this many MB."""
+def bucket_elements(config: Config, plan: Plan) -> int:
+    """Return how many fp32 elements a bucket of gradients is filled to. Unless `config` says, that grows with the
+    replicas of `plan`, each of which sends its share of a bucket at a time."""
+    megabytes = config.parallel.bucket_mb or max(LEAST_MB, MB_OF_A_REPLICA * plan.replicas)
     return int(megabytes * 2**20 / 4)
 
 

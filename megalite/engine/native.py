@@ -36,7 +36,7 @@ from megalite.engine import ReadState, Sharing, UpdateGate
 from megalite.engine.buckets import BucketState, BucketWeights, fill
 from megalite.engine.gather import Gather, GatherAside, GatherOnHost, HostBuffers
 from megalite.engine.gradients import Gradients
-from megalite.engine.layout import Bucket, Slot, elements_of, make_buckets
+from megalite.engine.layout import Bucket, Slot, bucket_elements, make_buckets
 from megalite.engine.matrices import STEP, Matrices
 from megalite.engine.optimizers import MatrixOptimizer, SummingOptimizer
 from megalite.engine.optimizers.by_counts import ByCounts
@@ -61,7 +61,7 @@ class NativeEngine:
         optimizer = config.optimizer
         # In the order of the backward pass, which is that of the reductions. Every rank of a stage
         # gets the same list, as it follows from the table and the plan alone.
-        layout = make_buckets(weights, plan, config.optimizer, elements_of(config.parallel.bucket_mb))
+        layout = make_buckets(weights, plan, config.optimizer, bucket_elements(config, plan))
         members = dict(config.optimizer.members())
         if config.model.bias_rate is not None:
             # Biases that balance a router's load go through the same buckets: their "gradient" is a

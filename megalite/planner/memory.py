@@ -11,7 +11,7 @@ from typing import Literal
 from megalite.config import Config, TrainConfig
 from megalite.engine.gather import PIECE
 from megalite.engine.gradients import IN_FLIGHT
-from megalite.engine.layout import elements_of
+from megalite.engine.layout import bucket_elements
 from megalite.parallel.stage import MESSAGES_UNDER_WAY
 from megalite.plan import Plan, StageSpan, resident_bytes
 from megalite.planner.activations import (
@@ -237,7 +237,7 @@ def _buckets(plan: Plan, config: Config, sizes: Sequence[StageSizes], on_gloo: b
         return 0
     everything = sum(size.trained.total for size in sizes) * FP32
     largest = max(size.trained.largest for size in sizes) * FP32
-    bucket = min(everything, max(int(config.parallel.bucket_mb * 2**20), largest))
+    bucket = min(everything, max(FP32 * bucket_elements(config, plan), largest))
     # One bucket is being filled. The peak is at the begin of a backward pass, when only the last bucket of the pass
     # before is still being reduced, if there is one. Under full recomputation little is kept, and any moment may be the
     # peak.
@@ -253,7 +253,7 @@ def _checkpoint(plan: Plan, config: Config, sizes: Sequence[StageSizes], gradien
     largest bucket, where tensor ranks assemble weights from it; and the pieces that are on their way to the host."""
     trained = sum(size.trained.total for size in sizes)
     largest = max(size.trained.largest for size in sizes)
-    bucket = max(min(trained, elements_of(config.parallel.bucket_mb)), largest)
+    bucket = max(min(trained, bucket_elements(config, plan)), largest)
     gathered = 0
     if plan.tensor > 1:
         gathered = min(PIECE, plan.tensor * largest) + (bucket if plan.replicas > 1 else 0)

@@ -19,7 +19,7 @@ from megalite.checkpoint.load import from_seed
 from megalite.checkpoint.resume import find_checkpoint
 from megalite.checkpoint.save import Saver
 from megalite.comm.mesh import Mesh
-from megalite.engine.layout import choose_owners, elements_of
+from megalite.engine.layout import bucket_elements, choose_owners
 from megalite.models import weight_table
 from megalite.models.peft import TENSORS
 from megalite.plan import make_plan
@@ -41,7 +41,7 @@ def saver(tmp_path: Path) -> Callable[[int, str], Saver]:
     plan = make_plan(config, weights, 1)
     engine = build(config, plan, LONE).engine
     engine.load(from_seed(1, Mesh.alone()))
-    owners = choose_owners(plan, weights, config.optimizer, elements_of(config.parallel.bucket_mb))
+    owners = choose_owners(plan, weights, config.optimizer, bucket_elements(config, plan))
     (tmp_path / "checkpoints").mkdir()
 
     def make(keep: int, stem: str = "model") -> Saver:

@@ -24,7 +24,7 @@ from megalite.checkpoint.save import Saver
 from megalite.checkpoint.tensors import NotSaved
 from megalite.comm.mesh import make_mesh
 from megalite.config import Config
-from megalite.engine.layout import choose_owners, elements_of
+from megalite.engine.layout import bucket_elements, choose_owners
 from megalite.models import weight_table
 from megalite.plan import make_plan
 from megalite.train import train
@@ -150,7 +150,7 @@ def make_saver(config: Config, rank: int, world_size: int, write_extras: Callabl
     mesh = make_mesh(plan, torch.device("cpu"))
     engine = build(config, plan, mesh).engine
     engine.load(from_seed(1, mesh))
-    owners = choose_owners(plan, weights, config.optimizer, elements_of(config.parallel.bucket_mb))
+    owners = choose_owners(plan, weights, config.optimizer, bucket_elements(config, plan))
     return Saver(checkpoints(config), 1, weights, mesh, engine, owners, write_extras)
 
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from itertools import pairwise
 from math import prod
+from pathlib import Path
 from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megalite.config import OptimizerConfig
-from megalite.engine.layout import ALIGNMENT, Bucket, choose_owners, make_buckets
+from megalite.engine.layout import ALIGNMENT, Bucket, bucket_elements, choose_owners, make_buckets
 from megalite.models.weights import Weight
 from megalite.plan import Cut, Plan, StageSpan
+from small_runs import make_config
 
 Kind = tuple[bool, bool, bool, bool]
 ADAMW = OptimizerConfig.model_validate({"lr": 1.0})
@@ -26,6 +28,15 @@ def plan_of(tensor: int, data: int, pipeline: int = 1) -> Plan:
         virtual=1, stages=stages, micro_batch_size=1, micro_batches=1, tokens_per_step=1, steps=1, tokens=1,
         num_params=1, params_per_rank=1, num_trained=1, memory_bytes={},
     )  # fmt: skip
+
+
+def test_buckets_grow_with_the_replicas_that_share_one() -> None:
+    def megabytes(data: int, *overrides: str) -> float:
+        return bucket_elements(make_config(Path(), "llama", *overrides), plan_of(2, data)) * 4 / 2**20
+
+    usual = "parallel.bucket_mb=null"
+    assert [megabytes(data, usual) for data in (1, 40, 512)] == [40, 40, 512]
+    assert megabytes(512, "parallel.bucket_mb=25") == 25
 
 
 PARTIAL: dict[str | None, Any] = {"column": None, "row": None, "vocab": None, None: "heads"}

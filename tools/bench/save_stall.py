@@ -27,7 +27,7 @@ from megalite.checkpoint.save import Saver
 from megalite.comm.collectives import start_sharing
 from megalite.comm.mesh import make_mesh
 from megalite.config_file import parse_config
-from megalite.engine.layout import choose_owners, elements_of
+from megalite.engine.layout import bucket_elements, choose_owners
 from megalite.models import weight_table
 from megalite.plan import make_plan
 from megalite.runtime.host_memory import keep_freed_memory
@@ -67,7 +67,7 @@ def run(rank: int, ranks: int, folder: Path, arguments: argparse.Namespace) -> N
     parts = build(config, plan, mesh)
     engine, model = parts.engine, parts.stages[0].model
     engine.load(from_seed(0, mesh, device))
-    owners = choose_owners(plan, weights, config.optimizer, elements_of(config.parallel.bucket_mb))
+    owners = choose_owners(plan, weights, config.optimizer, bucket_elements(config, plan))
     saver = Saver(folder / "checkpoints", 2, weights, mesh, engine, owners, lambda folder: None)
     waits = Waits(engine)
     tokens = torch.randint(config.model.vocab_size, (1, arguments.tokens + 1), device=device)
