@@ -34,6 +34,7 @@ from megalite.models.peft import TENSORS
 from megalite.observe.recorder import Recorder
 from megalite.plan import Plan, make_plan
 from megalite.runtime.activity import NOW
+from megalite.runtime.environment import set_defaults
 from megalite.runtime.exit_codes import Exit
 from megalite.runtime.host_memory import keep_freed_memory
 from megalite.runtime.run_folder import check_run_folder, held, write_config
@@ -56,6 +57,7 @@ def train(config: Config) -> Exit:
 
     Raises ConfigError, DataError or CheckpointError, before the first step, where something asked for cannot be done;
     NotSaved after the last step."""
+    set_defaults(config.train.deterministic)
     launch = Launch.from_environment()
     # Before the data is opened, which may take minutes: a rank that dies meanwhile is noticed.
     meeting = launch.arrive(config.health.hang_timeout_s)

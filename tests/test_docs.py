@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +12,7 @@ import pytest
 import yaml
 
 from megalite.config import OptimizerConfig
+from megalite.runtime.environment import ALWAYS, DETERMINISTIC, OLD_ALLOCATOR, set_defaults
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -49,6 +51,20 @@ def test_links_and_paths_of_a_page_exist(page: Path) -> None:
     assert [path for path in paths if not (ROOT / path).exists()] == []
     headings = {re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-") for line in text.splitlines()}
     assert [anchor for anchor in re.findall(r"\]\(#([^)]*)\)", text) if anchor not in headings] == []
+
+
+def test_the_page_of_clusters_lists_the_variables_that_are_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / "docs/cluster.md").read_text(encoding="utf-8").partition("## What your network")[0]
+    listed = dict(re.findall(r"^\| `(\w+)` \| `(\S+)` \|", text, re.M))
+    assert listed == ALWAYS | DETERMINISTIC
+    for known, deterministic, wanted in (
+        ({}, False, ALWAYS),
+        ({}, True, listed),
+        ({OLD_ALLOCATOR: "a", "TORCH_NCCL_HIGH_PRIORITY": "0"}, False, {"TORCH_NCCL_HIGH_PRIORITY": "0"}),
+    ):
+        monkeypatch.setattr(os, "environ", dict(known))
+        set_defaults(deterministic)
+        assert {name: value for name, value in os.environ.items() if name != OLD_ALLOCATOR} == wanted
 
 
 SETTINGS = re.findall(r"^```yaml\n(.*?)^```$", (ROOT / "docs/optimizers.md").read_text(encoding="utf-8"), re.M | re.S)

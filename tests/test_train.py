@@ -74,6 +74,16 @@ def test_resumed_run_is_bitwise_the_unbroken_one(
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
+def test_deterministic_runs_forbid_torch_everything_else_and_change_nothing_on_cpus(tmp_path: Path) -> None:
+    curves = []
+    for number, overrides in enumerate((["train.deterministic=true"], [])):
+        config = make_config(tmp_path, "gpt2", "train.steps=2", f"run.name=run{number}", *overrides)
+        train(config)
+        assert torch.are_deterministic_algorithms_enabled() == config.train.deterministic
+        curves.append(curve_of(config))
+    assert curves[0] == curves[1]
+
+
 def test_loss_falls_and_metrics_are_complete(tmp_path: Path) -> None:
     config = make_config(tmp_path, "llama", "train.steps=30", "observe.tensorboard=true")
     train(config)

@@ -464,6 +464,11 @@ class TrainConfig(Section):
         description="Number of tokens whose logits exist at a time, at the cost of a second GEMM with the head. "
         "null: all.",
     )
+    deterministic: bool = Field(
+        False,
+        description="Compute the same bits in every run on GPUs too, as on CPUs: no operation adds in the order in "
+        "which its parts arrive. Attention's backward pass takes longer.",
+    )
     seed: int = Field(1234, ge=0)
 
     @model_validator(mode="before")

@@ -334,6 +334,8 @@ def _flash_attn(
         options["window_size"] = (kind.window - 1, 0 if kind.causal else kind.window - 1)  # tokens before and after
     if kind.softcap is not None:
         options["softcap"] = kind.softcap
+    if torch.are_deterministic_algorithms_enabled():
+        options["deterministic"] = True
     if document_BT is None:
         # Takes [B, T, heads, K] with grouped queries as they are.
         return flash_attn.flash_attn_func(q_BTHK, k_BTGK, v_BTGK, **options).flatten(2)

@@ -43,8 +43,8 @@ _added: dict[str, object] = {}
 """What plugins compute, by operation."""
 
 
-def use(wishes: KernelsConfig) -> None:
-    """Choose implementations for this process.
+def use(wishes: KernelsConfig, deterministic: bool = False) -> None:
+    """Choose implementations for this process, `deterministic` ones where torch has others as well.
 
     Raises ConfigError for kernels that are not built, for a library that is not installed, and for a plugin's that has
     no function of its operation."""
@@ -68,6 +68,8 @@ def use(wishes: KernelsConfig) -> None:
                 f"kernels.{operation} is {chosen[operation]}, but what its plugin registers has none of the functions "
                 f"that it could stand for: {', '.join(functions) or 'there are none'}"
             )
+    torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     # Only now, when nothing can fail any more: a refused section leaves the old choice.
     _wishes, _added = wishes, found
 

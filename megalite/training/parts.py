@@ -65,7 +65,7 @@ class RankModel:
 
 def build(config: Config, plan: Plan, mesh: Mesh) -> RankModel:
     """Build this rank's part of the model, with its weights still zero. Chooses the process's kernels."""
-    library.use(config.kernels)
+    library.use(config.kernels, config.train.deterministic)
     table = weight_table(config.model, config.lora)
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     spans = plan.stages_of(mesh.pipeline.rank)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+from importlib.machinery import ModuleSpec
 from itertools import product
 from types import ModuleType
 from typing import Any
@@ -291,8 +292,10 @@ def kind_of(
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
     softmax_scale: float | None = None,
+    deterministic: bool = False,
 ) -> AttentionKind:
     """What these arguments of the library mean; its defaults are none of it."""
+    assert deterministic == torch.are_deterministic_algorithms_enabled()
     assert window_size[1] in ((-1, 0) if causal else (window_size[0],))
     return AttentionKind(window_size[0] + 1 or None, softcap or None, softmax_scale, causal)
 
@@ -302,6 +305,7 @@ def flash_attn(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A stand-in for the library, asked for; returns what was called."""
     calls: list[str] = []
     module = ModuleType("flash_attn")
+    module.__spec__ = ModuleSpec("flash_attn", None)
 
     def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, **asked: Any) -> Tensor:
         calls.append("flash_attn_func")
@@ -338,6 +342,16 @@ def test_flash_attn_is_told_the_kind(kind: AttentionKind, flash_attn: list[str])
         found = self_attention(qkv, 4, 2, documents, kind)
         torch.testing.assert_close(found, plain_attention(qkv, 4, 2, documents, kind))
     assert len(flash_attn) == 2
+
+
+def test_flash_attn_is_told_to_be_deterministic(flash_attn: list[str]) -> None:
+    qkv = random(2, 8, 8, 4)
+    library.use(KernelsConfig(attention="flash_attn"), deterministic=True)
+    try:
+        torch.testing.assert_close(self_attention(qkv, 4, 2), plain_attention(qkv, 4, 2))
+    finally:
+        library.use(KernelsConfig())
+    assert flash_attn == ["flash_attn_func"]
 
 
 def test_what_flash_attn_does_not_take_goes_to_torch(flash_attn: list[str]) -> None:
