@@ -133,16 +133,19 @@ def start_reduce_whole(x: Tensor, axis: Axis) -> Result:
 
 
 def start_scatter_along(x: Tensor, axis: Axis, dim: int) -> Result:
-    """Start summing `x` over the ranks of the axis; the result is this rank's slice of `dim`."""
+    """Start summing `x`, which must not change meanwhile, over the ranks of the axis; the result is this rank's slice
+    of `dim`, in memory of its own."""
     if axis.size == 1:
         return lambda: x
-    # A reduce-scatter cuts flat memory, so each rank's slice of `dim` must be contiguous in it.
-    pieces = torch.stack(x.chunk(axis.size, dim))
-    wait = start_reduce_scatter(pieces.view(-1), axis)
+    # A reduce-scatter cuts flat memory, so each rank's slice of `dim` must be contiguous in it: of one sequence they
+    # are, and nothing is copied.
+    pieces = x.unflatten(dim, (axis.size, -1)).movedim(dim, 0).contiguous()
+    own = torch.empty_like(pieces[0])
+    wait = start_reduce_scatter(pieces.view(-1), axis, own.view(-1))
 
     def result() -> Tensor:
         wait()
-        return pieces[axis.rank]
+        return own
 
     return result
 
@@ -154,12 +157,13 @@ def start_reduce(flat: Tensor, axis: Axis) -> Wait:
     return noted("all_reduce", axis, dist.all_reduce(flat, group=axis.group, async_op=True).wait)
 
 
-def start_reduce_scatter(flat: Tensor, axis: Axis) -> Wait:
-    """Start summing `flat` over the axis. Only this rank's shard of it, the `axis.rank`-th equal slice, is then
-    valid."""
+def start_reduce_scatter(flat: Tensor, axis: Axis, out: Tensor | None = None) -> Wait:
+    """Start summing `flat` over the axis. This rank's shard of the sum, the `axis.rank`-th equal slice, is put into
+    `out`; without one in its place in `flat`, of which the rest is then no longer valid."""
     if axis.size == 1:
         return _done
-    shard = flat.view(axis.size, -1)[axis.rank]
+    mine = flat.view(axis.size, -1)[axis.rank]
+    shard = mine if out is None else out
     if not _on_gloo(flat):
         work = _reduce_scatter(shard, flat, group=axis.group, async_op=True)
         return noted("reduce_scatter", axis, work.wait)
@@ -172,6 +176,8 @@ def start_reduce_scatter(flat: Tensor, axis: Axis) -> Wait:
         # In the order of ranks, with this rank's own first: another order on each rank, but each
         # element is summed by one rank alone, so that all get the same bits of it.
         _wait_for(works)
+        if out is not None:
+            out.copy_(mine)
         for part in received.values():
             shard.add_(part)
 

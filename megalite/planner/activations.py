@@ -97,21 +97,20 @@ class _Layer:
     def forward(self) -> list[int]:
         """Return the bytes at the moments that may be the peak of the forward pass."""
         hidden = self.hidden
-        added = _added(self.shapes)
         # Until its end, even a layer that is recomputed in full holds three hidden states: its input, the residual sum
         # after attention and the norm of that. What attention added stays in any case.
         at_end = self.plain
         if self.recompute == "full":
             at_end = 3 * hidden + self.first + self.inner
         # The second product's output, reduced over the tensor ranks; then added to the stream.
-        second = max(_whole(self.shapes) + self._scatter(), added + hidden)
+        second = max(_whole(self.shapes) + self._scatter(), 2 * hidden)
         moments = [
             self.norm + _attention_forward(self.shapes),
-            at_end + added + second,
+            at_end + hidden + second,
         ]
         if self.masks:
             without_mask = 3 * hidden if self.recompute == "full" else self.kept - self.masks
-            moments.append(without_mask + 2 * added + _mask_numbers(self.shapes))
+            moments.append(without_mask + 2 * hidden + _mask_numbers(self.shapes))
         return moments
 
     def mlp_backward(self) -> list[int]:
@@ -136,7 +135,7 @@ class _Layer:
             # Recomputation runs through the second product, whose output comes again.
             moments.append(before + self.masks + whole)
         if self.recompute == "full" and self.masks:
-            moments.append(before + 2 * _added(self.shapes) + _mask_numbers(self.shapes))
+            moments.append(before + 2 * self.hidden + _mask_numbers(self.shapes))
         return moments
 
     def attention_backward(self) -> list[int]:
@@ -338,20 +337,15 @@ def _gathered(shapes: Shapes) -> int:
     return _whole(shapes) if shapes.micro_batch_size == 1 else 2 * _whole(shapes)
 
 
-def _added(shapes: Shapes) -> int:
-    """Count what is added to the residual stream, T·d. Under sequence parallelism it is a slice of the reduced T·D, and
-    keeps all of it alive."""
-    return _whole(shapes) if shapes.sequence else shapes.hidden_bytes
-
-
 def _scatter(shapes: Shapes, on_gloo: bool) -> int:
-    """Count the buffer of a reduce-scatter beside its input T·D: the slices in a row. gloo also receives the slices of
-    the other ranks."""
+    """Count the buffers of a reduce-scatter beside its input T·D: the own slice of the sum; all slices in a row, if
+    they are of several sequences. gloo also receives the slices of the other ranks."""
     if not shapes.sequence:
         return 0
     whole = _whole(shapes)
-    received = whole * (shapes.tensor - 1) // shapes.tensor if on_gloo else 0
-    return whole + received
+    own = whole // shapes.tensor
+    received = whole - own if on_gloo else 0
+    return own + received + (whole if shapes.micro_batch_size > 1 else 0)
 
 
 def _product_features(shapes: LayerShapes) -> list[int]:
@@ -369,12 +363,11 @@ def _product_features(shapes: LayerShapes) -> list[int]:
 def embedding_bytes(shapes: Shapes, largest_gradient: int) -> PartBytes:
     """Return the bytes of the embedding. `largest_gradient`: bytes of the largest gradient among its tables.
 
-    Its output is the first layer's input and counted there, but for what it keeps alive (`_added`)."""
-    kept = _added(shapes) - shapes.hidden_bytes
+    Its output is the first layer's input and counted there."""
     gradient = _gathered(shapes) if shapes.sequence else _whole(shapes)
     # Either while the gradient is gathered, or when it is added into the table's own.
-    backward = kept + max(gradient, _whole(shapes) + largest_gradient)
-    return PartBytes(kept, kept, backward, backward, for_weights=0)
+    backward = max(gradient, _whole(shapes) + largest_gradient)
+    return PartBytes(0, 0, backward, backward, for_weights=0)
 
 
 def rope_bytes(shapes: Shapes) -> int:

@@ -75,6 +75,8 @@ def gather_and_scatter(axis: Axis, dtype: torch.dtype) -> Result:
         mine = all_[axis.rank].clone()
         found[f"reduce_scatter {dim}"] = reduce_scatter(mine, axis, dim), part(sum(all_[1:], all_[0]), axis, dim)
         found[f"reduce_scatter {dim} leaves its input alone"] = mine, all_[axis.rank]
+        kept = reduce_scatter(mine, axis, dim).untyped_storage().nbytes() * axis.size
+        found[f"reduce_scatter {dim} keeps its slice alone"] = torch.tensor(kept), torch.tensor(mine.nbytes)
         strided = [x.transpose(0, 2) for x in ones]  # gradients of views are seldom contiguous
         found[f"all_gather {dim} strided"] = all_gather(strided[axis.rank], axis, dim), torch.cat(strided, dim)
         across = [x.transpose(0, 2) for x in all_]
