@@ -8,6 +8,8 @@ key/value head h // (H // G).
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -140,6 +142,9 @@ def eager_heads(
     probabilities = scores.softmax(-1).to(v.dtype)
     return (drop(probabilities) if drop else probabilities) @ v
 
+
+LARGEST_FLASH_HEAD = 256
+"""Largest head size that flash attention takes."""
 
 LOGITS_AT_ONCE = 2**24
 """Attention logits that `largest_logits` has at a time, over all heads."""
@@ -301,6 +306,9 @@ def _torch(
     source_BS: Tensor | None,
     bias: Tensor | None,
 ) -> Tensor:
+    is_part = document_BT is not None or kind.window is not None
+    if is_part and source_BS is None and bias is None and _takes_varlen(q_BTHK, v_BSGV):
+        return _varlen(q_BTHK, k_BSGK, v_BSGV, document_BT, kind)
     q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BSGK, v_BSGV))
     num_heads = q.shape[1]
     # torch's kernels leave out by themselves what lies behind a query; a mask would only be read.
@@ -315,6 +323,43 @@ def _torch(
         q, k, v, attn_mask=mask, is_causal=implied, scale=kind.scale, enable_gqa=num_heads != k.shape[1]
     )
     return _merged(out, empty)
+
+
+def _takes_varlen(q_BTHK: Tensor, v_BSGV: Tensor) -> bool:
+    """Return whether torch's variable-length attention (its build of flash attention) computes such queries and values.
+    It takes windows and documents without a mask, and looks at nothing that a query does not attend to."""
+    size = q_BTHK.shape[-1]
+    fits = q_BTHK.dtype in (torch.bfloat16, torch.float16) and size == v_BSGV.shape[-1] and size % 8 == 0
+    if q_BTHK.device.type != "cuda" or not fits or size > LARGEST_FLASH_HEAD or not _has_varlen():
+        return False
+    return torch.cuda.get_device_capability(q_BTHK.device) >= (8, 0)
+
+
+@functools.cache
+def _has_varlen() -> bool:
+    """Return whether this torch has variable-length attention with windows and grouped queries."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return False
+    return {"scale", "window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys()
+
+
+def _varlen(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, document_BT: Tensor | None, kind: AttentionKind) -> Tensor:
+    from torch.nn.attention import varlen
+
+    batch, length = q_BTHK.shape[:2]
+    if document_BT is None:
+        ends = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=q_BTHK.device)
+    else:
+        ends = _document_ends(document_BT)
+    before = -1 if kind.window is None else kind.window - 1
+    q, k, v = (x.flatten(0, 1) for x in (q_BTHK, k_BTGK, v_BTGK))
+    out: Any = varlen.varlen_attn(
+        q, k, v, ends, ends, length, length, scale=kind.scale, window_size=(before, 0 if kind.causal else before),
+        enable_gqa=q.shape[1] != k.shape[1],
+    )  # fmt: skip
+    return out.view(batch, length, -1)
 
 
 def _flash_attn(
@@ -354,18 +399,29 @@ _ends_of_documents = WeakIdKeyDictionary()
 
 def _document_ends(document_BT: Tensor) -> Tensor:
     """Return the cumulative document lengths [documents + 1] int32, from 0, of the batch's rows laid end to end
-    (flash_attn's cu_seqlens).
+    (cu_seqlens). All layers of a micro-batch get the same tensor.
 
-    The host waits for the device to learn how many documents there are: flash_attn starts as many sequences as this
-    tensor is long, so padding it to B·T would cost more than the wait. All layers of a micro-batch get the same tensor
-    and wait once."""
+    Where the host does not know the documents (`note_documents`), it waits for the device to learn how many there are:
+    kernels start as many sequences as this tensor is long, so padding it to B·T would cost more than the wait."""
     if document_BT not in _ends_of_documents:
-        # The first token of a row begins a document, whatever number the row before ended with.
-        begins = torch.ones_like(document_BT, dtype=torch.bool)
-        begins[:, 1:] = document_BT[:, 1:] != document_BT[:, :-1]
-        starts = begins.flatten().nonzero().flatten()
-        _ends_of_documents[document_BT] = F.pad(starts, (0, 1), value=document_BT.numel()).int()
+        _ends_of_documents[document_BT] = _find_ends(document_BT)
     return _ends_of_documents[document_BT]
+
+
+def note_documents(document_BT: Tensor, on_host_BT: Tensor) -> None:
+    """Note where documents end, from the same numbers on the host, so that it need not ask the device of
+    `document_BT` for them."""
+    if document_BT.device.type == "cuda":
+        ends = _find_ends(on_host_BT).pin_memory()
+        _ends_of_documents[document_BT] = ends.to(document_BT.device, non_blocking=True)
+
+
+def _find_ends(document_BT: Tensor) -> Tensor:
+    # The first token of a row begins a document, whatever number the row before ended with.
+    begins = torch.ones_like(document_BT, dtype=torch.bool)
+    begins[:, 1:] = document_BT[:, 1:] != document_BT[:, :-1]
+    starts = begins.flatten().nonzero().flatten()
+    return F.pad(starts, (0, 1), value=document_BT.numel()).int()
 
 
 def _register() -> None:

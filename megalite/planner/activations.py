@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Literal
 
-from megalite.kernels.attention import LOGITS_AT_ONCE
+from megalite.kernels.attention import LARGEST_FLASH_HEAD, LOGITS_AT_ONCE
 from megalite.planner.shapes import LayerShapes, Shapes
 
 Recompute = Literal["none", "selective", "full"]
@@ -217,9 +217,13 @@ def _scores(shapes: LayerShapes) -> int:
 
 def _mask(shapes: LayerShapes, on_gloo: bool) -> int:
     """Count the mask that attention keeps, in numbers to add to the scores, where torch's kernel takes one: on the CPU
-    for windows, with the bool mask beside it; on a GPU for documents as well, which differ from row to row."""
+    for windows, with the bool mask beside it; on a GPU, where variable-length attention does not compute it, for
+    documents as well, which differ from row to row."""
     if on_gloo:
         return shapes.seq_length**2 * (shapes.element + 1) if shapes.window else 0
+    size = shapes.head_size
+    if shapes.element != FP32 and size == shapes.value_size and size % 8 == 0 and size <= LARGEST_FLASH_HEAD:
+        return 0
     rows = shapes.tokens if shapes.document_mask else shapes.seq_length
     is_masked = (shapes.window or shapes.document_mask) and shapes.context == 1
     return rows * shapes.seq_length * shapes.element if is_masked else 0

@@ -18,6 +18,7 @@ from megalite.data.dataset import Split
 from megalite.data.loader import Batches, MicroBatch
 from megalite.engine import Engine, make_engine
 from megalite.kernels import library
+from megalite.kernels.attention import note_documents
 from megalite.kernels.linear import WeightGradStore
 from megalite.models import build_model, weight_table
 from megalite.models.layer_loss import LayerLoss, LayerLosses
@@ -173,6 +174,7 @@ def make_inputs(micro: MicroBatch, mesh: Mesh, seed: int | None = None, output: 
         overlaps = document_overlaps(
             micro.documents, context
         )  # on the host: what is not to be computed must be known there
+    on_host = micro.documents
     micro = micro.to(mesh.device)
     length = micro.tokens.shape[1]
     with mesh.device:  # made on the device: a copy would wait for it
@@ -185,6 +187,8 @@ def make_inputs(micro: MicroBatch, mesh: Mesh, seed: int | None = None, output: 
     whole = length if micro.documents is None else lengths_of(micro.documents)[:, index]
     keys = None if seed is None else random_bits(key_of(seed, "dropout"), micro.samples)
     whole_document = micro.documents if context.size > 1 else None
+    if micro.documents is not None and document is not None and on_host is not None:
+        note_documents(document if context.size == 1 else micro.documents, on_host)
     places = SequenceInfo(index, position, document, keys, whole, whole_document, overlaps)
     return Inputs(micro.tokens[:, index], places, micro.labels[:, index], output)
 

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.attention.varlen
 from torch import Tensor
 
+import megalite.kernels.attention as attention_module
 from exactness import DTYPES, check_against_float64, device, devices, needs_kernels  # noqa: F401, device is a fixture
 from megalite.config import KernelsConfig
 from megalite.kernels import library
@@ -365,6 +367,41 @@ def test_what_flash_attn_does_not_take_goes_to_torch(flash_attn: list[str]) -> N
     ):
         torch.testing.assert_close(attention(*parts, *rest), plain_parts(*parts, *rest))  # type: ignore[arg-type]
     assert not flash_attn
+
+
+@pytest.fixture
+def varlen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A stand-in for torch's variable-length attention, which is for GPUs; returns how many sequences it was given."""
+    calls: list[int] = []
+
+    def varlen_attn(
+        q: Tensor, k: Tensor, v: Tensor, q_ends: Tensor, k_ends: Tensor, q_most: int, k_most: int, *,
+        scale: float | None, window_size: tuple[int, int], enable_gqa: bool,
+    ) -> Tensor:  # fmt: skip
+        assert q_ends.dtype == torch.int32
+        assert q_ends is k_ends
+        assert q_most == k_most >= int(q_ends.diff().max())
+        assert enable_gqa == (q.shape[1] != k.shape[1])
+        calls.append(len(q_ends) - 1)
+        kind = kind_of(window_size[1] == 0, window_size, softmax_scale=scale, deterministic=False)
+        pieces = ([p[None] for p in y.tensor_split(q_ends[1:-1].long())] for y in (q, k, v))
+        return torch.cat([plain_parts(*x, kind=kind) for x in zip(*pieces, strict=True)], dim=1).view_as(q)
+
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(attention_module, "_takes_varlen", lambda *parts: True)
+    monkeypatch.setattr(library, "_wishes", KernelsConfig(attention="torch"))
+    return calls
+
+
+def test_documents_and_windows_on_gpus_are_sequences_of_their_own(varlen: list[int]) -> None:
+    qkv, document = random(2, 40, 8, 4), torch.stack((numbers(3, 37), numbers(20, 11, 9)))
+    window, both = AttentionKind(window=7), AttentionKind(window=7, scale=0.3, causal=False)
+    for kind, documents in ((PLAIN, document), (window, None), (window, document), (both, None), (both, document)):
+        found = self_attention(qkv, 4, 2, documents, kind)
+        torch.testing.assert_close(found, plain_attention(qkv, 4, 2, documents, kind))
+    assert varlen == [5, 2, 5, 2, 5]
+    self_attention(qkv, 4, 2)  # nothing but causal: torch's flash attention leaves out by itself what lies behind
+    assert len(varlen) == 5
 
 
 def test_cuda_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:

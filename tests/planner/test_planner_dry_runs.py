@@ -130,3 +130,10 @@ def test_memory_of_steps_and_saves_is_that_of_the_plan(dry: dict[str, Dry]) -> N
 def test_bytes_of_each_axis_are_those_of_the_plan(dry: dict[str, Dry]) -> None:
     for name, each in dry.items():
         check_traffic(name, each)
+
+
+def test_the_host_does_not_ask_the_device_where_documents_end(dry: dict[str, Dry]) -> None:
+    for record in dry["documents"].records:
+        waits = [place for phase, _, place, _ in record.waits if phase == "training"]
+        assert waits, "steps are waited for, long after they were launched"
+        assert not any("kernels/attention" in place or "parts.py" in place for place in waits), waits
