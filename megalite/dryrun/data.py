@@ -33,6 +33,8 @@ def dry_config(config: Config, folder: Path, steps: int) -> Config:
         config,
         {
             "run": {"dir": folder / "runs"},
+            # Made-up tokens need no tokenizer, no split and nothing rearranged: shapes are what
+            # counts.
             "data": found | document,
             "train": {"stop_at": steps, "steps": config.train.steps or steps, "epochs": None, "compile": False},
             "checkpoint": {"resume": "never"},
@@ -75,10 +77,12 @@ def write_tokens(prefix: Path, config: Config) -> None:
     """Write a token file with the labels and the note that the config's task or objective asks for."""
     kind = config.objective.DATA if config.model.task == "causal" else config.model.task
     length = max(config.data.seq_length // 4, 2)
+    # Short enough for several documents in a sample; plain text, which is cut, needs more of them.
     lengths = [length] * DOCUMENTS * (1 if kind != "text" else 8)
     size = sum(lengths)
     dtype = token_dtype(config.model.vocab_size)
     with IndexedWriter(prefix, dtype, np.uint8 if kind != "text" else None) as writer:
+        # Token 0 everywhere: no number is computed with.
         writer.add_documents(np.zeros(size, dtype), lengths, _mask(kind, lengths))
     note: dict[str, Any] = {"vocab_size": config.model.vocab_size}
     if kind != "text":

@@ -50,9 +50,11 @@ class Places:
         if frame is None:
             return self._number(kind, f"autograd, {kind.removeprefix('aten::')}", "autograd")
         outer: FrameType | None = frame
+        # A kernel or a collective allocates for whoever called it: name both.
         if _path(frame).startswith(PASSING):
             while outer is not None and _path(outer).startswith(PASSING):
                 outer = _own_code(outer.f_back)
+        # Millions of allocations come from few places: the name is made once a place.
         key = (frame.f_code, frame.f_lineno, outer and outer.f_code, outer and outer.f_lineno)
         if (number := self._numbers.get(key)) is not None:
             return number
@@ -145,6 +147,7 @@ def open_device(name: str, gpus_per_node: int) -> tuple[Any, Places]:
     memory, and the places that it is told."""
     assert "torch" not in sys.modules, "torch has looked for its devices already"
     (folder,) = importlib.util.find_spec("torch").submodule_search_locations  # type: ignore[union-attr,misc]
+    # Global symbols: the module registers its device in these very tables of torch, not in a copy.
     ctypes.CDLL(f"{folder}/lib/libtorch_cpu.so", mode=ctypes.RTLD_GLOBAL)
     _dryrun = importlib.import_module("megalite._dryrun")  # it registers the device that torch finds
     import torch
@@ -153,6 +156,7 @@ def open_device(name: str, gpus_per_node: int) -> tuple[Any, Places]:
     cuda: Any = torch.cuda
     capability = next((it for part, it in CAPABILITIES.items() if part in name), (9, 0))
     cuda.is_available = cuda.is_initialized = lambda: True
+    # Nothing of torch.cuda may load a driver.
     cuda._lazy_init = lambda: None
     cuda.device_count = lambda: gpus_per_node
     cuda.get_device_name = lambda device=None: name

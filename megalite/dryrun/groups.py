@@ -95,6 +95,7 @@ class Log:
                 {"kind": kind, "peer": peer, "numel": numel, "bytes": size, "dtype": dtype, "op": op,
                  "host": on_host, "place": place}
             )  # fmt: skip
+        # Parts that are alike are written down once: a step repeats the same few.
         part = self._part_numbers[key]
         if self._batch is not None:
             self._batch.append((group, part))
@@ -102,6 +103,7 @@ class Log:
         return self._launch(group, [part], on_host)
 
     def _launch(self, group: Any, parts: list[int], on_host: bool) -> Work:
+        # Host and device go on independently; each launch keeps what its own side has waited for.
         waited, self._waited[on_host] = self._waited[on_host], []
         self.launches.append((self._number_of(group), parts, waited))
         return Work(self, len(self.launches) - 1, on_host)
@@ -139,6 +141,8 @@ def open_groups(rank: int, world_size: int, places: Places) -> Log:
     for method, kind in KINDS.items():
         if hasattr(dist.ProcessGroup, method):
             setattr(dist.ProcessGroup, method, _recorded(log, kind))
+    # The fake group knows no batches, but NCCL runs one as a single launch: that decides on
+    # dead-locks.
     dist.batch_isend_irecv = log.batch  # type: ignore[assignment]
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
     return log
@@ -147,6 +151,7 @@ def open_groups(rank: int, world_size: int, places: Places) -> Log:
 def _recorded(log: Log, kind: str) -> Any:
     def call(group: Any, *arguments: Any, **named: Any) -> Work:
         values = [*arguments, *named.values()]
+        # The options object is among the arguments, at another place in each method.
         options = next((each for each in reversed(values) if hasattr(each, "timeout")), None)
         peer = int(getattr(options, "rootRank", -1))
         if kind in ("send", "recv"):

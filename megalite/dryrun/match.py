@@ -68,6 +68,8 @@ def compare(traffics: Mapping[int, Traffic]) -> list[str]:
     groups: dict[str, Mapping[str, Any]] = {}
     for rank, traffic in traffics.items():
         for _, number, call in calls_of(traffic):
+            # Messages between two ranks need not be in one order with those of others; `play`
+            # matches them.
             if call.part["kind"] in ("send", "recv"):
                 continue
             group = traffic["groups"][number]
@@ -77,6 +79,7 @@ def compare(traffics: Mapping[int, Traffic]) -> list[str]:
     for (name, on_host), of_ranks in sequences.items():
         for rank in groups[name]["ranks"]:
             if rank in traffics:
+                # A rank that starts nothing on a group differs from one that does.
                 of_ranks.setdefault(rank, [])
         (first, wanted), *others = sorted(of_ranks.items())
         for rank, calls in others:
@@ -90,6 +93,7 @@ def compare(traffics: Mapping[int, Traffic]) -> list[str]:
 def _difference(first: int, wanted: Sequence[Call], rank: int, calls: Sequence[Call]) -> str:
     """Return the first difference between the collectives of two ranks; empty where there is none."""
     for number, (theirs, own) in enumerate(zip(wanted, calls, strict=False), start=1):
+        # `is`: ranks that share a record need no comparison.
         if theirs is not own and theirs.what != own.what:
             return f"collective {number} of rank {first} is {theirs}; of rank {rank} it is {own} ({own.phase})"
     if len(wanted) == len(calls):
@@ -149,6 +153,7 @@ class _Play:
         while moved:
             moved = False
             for queue in rank.queues.values():
+                # One launch of a communicator at a time, in order: the next begins when it is done.
                 while queue and rank.is_done[queue[0]]:
                     queue.popleft()
                 if queue and not rank.launches[queue[0]].is_started and self._is_clear(rank, queue[0]):
@@ -158,6 +163,8 @@ class _Play:
     def _is_clear(self, rank: _Rank, number: int) -> bool:
         """Return whether all is done that a launch waits for."""
         side = rank.launches[number].comm[1]
+        # Up to this launch everything that the program waited for must be done, as it went on only
+        # then.
         while rank.cleared[side] <= number:
             launch = rank.launches[rank.cleared[side]]
             if launch.comm[1] == side and not all(rank.is_done[each] for each in launch.waits_for):
@@ -199,6 +206,7 @@ class _Play:
 
     def _collective(self, number: int, index: int, comm: Comm) -> None:
         rank = self._ranks[number]
+        # The n-th collective of each rank on a communicator is one and the same.
         key = (comm, rank.counts[comm])
         rank.counts[comm] += 1
         met = self._met[key]

@@ -63,6 +63,7 @@ def run_rank(job: Job, device: Any, places: Places) -> Record:
     """Run the training program as one rank. `device` is the module that counts memory, `places` knows the code."""
     from megalite.dryrun.groups import open_groups
 
+    # As torchrun would have set them.
     env = {"RANK": job.rank, "WORLD_SIZE": job.world_size, "LOCAL_RANK": job.rank % job.gpus_per_node}
     os.environ |= {name: str(value) for name, value in env.items()}
     record = Record(job.rank)
@@ -106,6 +107,7 @@ class Phases:
         """End the phase that was, and begin another."""
         self._close()
         self._name = self._places.phase = name
+        # To what is allocated now: weights and states of earlier phases count in every later one.
         self._device.reset_peak()
         if self._log:
             self._log.begin(name)
@@ -196,6 +198,7 @@ def stand_in(record: Record, log: Any, phases: Phases, places: Places) -> None:
     def in_balance(leaving: Any, arriving: Any, rank: int, num_rows: int) -> Any:
         places.ask("waits: a number is read")
         ranks, here = leaving.shape
+        # As many rows for each expert as come out even, the rest one each.
         even, more = divmod(num_rows, ranks * here)
         leaves = [[even + (number * here + expert < more) for expert in range(here)] for number in range(ranks)]
         return leaves, [leaves[rank]] * ranks
@@ -219,6 +222,7 @@ def _without_weights(train: Any) -> None:
         return torch.empty(stop - start)
 
     initial = train.initial_state
+    # Patched where they are looked up: each module has imported the name for itself.
     train.initial_state = lambda config, *rest: read if config.model.hf else initial(config, *rest)
     reference.initial_state = train.initial_state
     train.base_files = reference.base_files = lambda config: {}
