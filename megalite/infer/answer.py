@@ -89,6 +89,8 @@ class TextStream:
         # Tokens are decoded together with the ones before them, because some tokenizers put a space between two words.
         # Not with all of them, or each token would cost more than the one before.
         self._decode, self._stop = decode, [text for text in stop if text]
+        # Tokens [_shown, _decoded) have been said; they are decoded again with each new one, and
+        # what is longer than their own text is new.
         self._ids, self._shown, self._decoded = list(prompt[-CONTEXT:]), 0, len(prompt[-CONTEXT:])
         self._before = self._last = decode(self._ids)
         self._held, self.said, self._stopped = "", "", False
@@ -102,6 +104,7 @@ class TextStream:
         if self._last.endswith("\ufffd") and len(self._ids) - self._decoded < LONGEST_CHARACTER:
             return False
         self._add(self._last[len(self._before) :])
+        # The window moves on: only the last piece is decoded again with the next token.
         self._shown, self._decoded = self._decoded, len(self._ids)
         self._before = self._last = self._decode(self._ids[self._shown :])
         return self._stopped

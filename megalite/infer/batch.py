@@ -59,6 +59,7 @@ class _Sequence:
 
     def __init__(self, answer: Answer, slot: int):
         self.answer, self.slot, self.cached = answer, slot, 0
+        # Prompt and answer so far; the last token may not have been an input yet.
         self.ids = list(answer.request.prompt)
 
     @property
@@ -162,6 +163,7 @@ class Batch:
         for sequence in self._running.values():
             if sequence.fresh == 1:
                 continue
+            # A longer prompt goes in pieces of `prompt_tokens`, step by step.
             width = min(max(widest, sequence.fresh), self.prompt_tokens)
             # Every row is padded to the widest, so that the cost is their number times that width. One row always goes.
             if rows and (len(rows) + 1) * width > self.prompt_tokens:
@@ -181,6 +183,7 @@ class Batch:
             if not row.tokens:
                 continue
             sequence = self._running[row.slot]
+            # `predict` has written these to the cache.
             sequence.cached += len(row.tokens)
             # Of a prompt in several pieces, only the last piece's logits lead to a token.
             if not sequence.fresh:
@@ -205,6 +208,7 @@ class Batch:
                 answer.end("not_finite")
                 del self._running[sequence.slot]
                 continue
+            # An end token is not kept, and has no logprob.
             if answer.request.num_logprobs is not None and token not in own_ends:
                 answer.choices.append(_choice(logits_V, token, answer.request.num_logprobs))
             answer.take(token, own_ends, self.model.capacity - len(sequence.ids))

@@ -72,6 +72,8 @@ class CachedSequenceInfo(SequenceInfo):
         layers that share this `window` and `dtype`."""
         if (window, dtype) not in self.biases:
             last_BT1 = self.position_BT[:, :, None]
+            # Cell c holds the token at position c (the padding cell aside): a token sees cells up
+            # to its own.
             cell_C = torch.arange(self.num_cells, device=last_BT1.device)
             hidden = cell_C > last_BT1
             if window is not None:
@@ -104,6 +106,7 @@ def lay_out(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, CachedSe
         slot_B=slot_B.to(device),
         slots=slice(first, first + len(rows)) if neighbours else None,
         cell_BT=torch.where(real_BT, 1 + position_BT, 0).to(device),
+        # Of all rows together: what lies behind a shorter row's end is hidden by the bias.
         num_cells=-(-highest // READ_AT_ONCE) * READ_AT_ONCE,
         fresh=all(row.start == 0 for row in rows),
     )
@@ -150,6 +153,7 @@ class KVCache:
             cache = new_BTGK.new_zeros(self.num_slots, new_BTGK.shape[2], grown, new_BTGK.shape[3])
             if old is not None:
                 cache[:, :, : old.shape[2]] = old
+        # Indexing [B,1] and [B,T] around a slice gives [B,T,G,K]: each token to its slot and cell.
         cache[places.slot_B[:, None], :, places.cell_BT] = new_BTGK
         return cache
 
@@ -163,6 +167,7 @@ def attend(q_BTHK: Tensor, k: Tensor, v: Tensor, bias_B1TC: Tensor, kind: Attent
     (batch, length, heads, _), groups = q_BTHK.shape, k.shape[1]
     shared = heads // groups
     q = q_BTHK.unflatten(2, (groups, shared)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B,G,H/G·T,K]
+    # The T queries of each head one behind another; of single tokens a view does.
     bias = bias_B1TC.repeat(1, 1, shared, 1) if length > 1 else bias_B1TC.expand(-1, -1, shared, -1)
     if kind.softcap is None:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=kind.scale)

@@ -84,6 +84,7 @@ class Encoder:
                 )
         found: list[list[list[Filling]]] = [[] for _ in rows]
         for numbers, tokens_BT, x_BTD in self._batches(rows):
+            # [B, T] bool; indexing by it lists the gaps row by row, in the order of `nonzero`.
             at = tokens_BT == mask
             probabilities, ids = self.model.project(self.model.finish(x_BTD))[at].float().softmax(-1).topk(top_k)
             gaps = zip(at.nonzero()[:, 0].tolist(), ids.tolist(), probabilities.tolist(), strict=True)
@@ -119,6 +120,7 @@ class Encoder:
     def _batches(self, rows: Sequence[list[int]]) -> Iterator[tuple[list[int], Tensor, Tensor]]:
         """Yield the numbers of some rows, their tokens [B,T] and the states behind the last layer [B,T,D]. Rows of a
         batch are of like length; padding is a document of its own, to which no token attends."""
+        # Longest first: the first of a batch is its width.
         left = sorted(range(len(rows)), key=lambda number: -len(rows[number]))
         while left:
             width = len(rows[left[0]])
@@ -128,6 +130,8 @@ class Encoder:
             tokens_BT = torch.tensor(padded, device=self.device)
             index_T = torch.arange(width, device=self.device)
             lengths_B1 = torch.tensor([len(rows[number]) for number in numbers], device=self.device)[:, None]
+            # Document 0 is the text, 1 the padding: an encoder's tokens attend only within their
+            # document.
             places = SequenceInfo(index_T, index_T[None], (index_T >= lengths_B1).long())
             yield numbers, tokens_BT, self.model.run_layers(self.model.embed(tokens_BT, places), places)
 

@@ -48,6 +48,7 @@ def find_model(path: Path) -> Path:
     ConfigError if there is no complete model."""
     if (path / "config.json").exists() or is_adapter(path):
         return path
+    # A run's folder.
     root = path / "checkpoints"
     steps = complete_steps(root)
     if not steps:
@@ -289,6 +290,7 @@ class Generator:
             for given, logits_TV in zip(batch, self._logits(batch), strict=True):
                 likeliest_T, whole_T = logits_TV.argmax(-1), logits_TV.logsumexp(-1)
                 for number in alike[given]:
+                    # Row t predicts token t + 1.
                     wanted_T = torch.tensor(rows[number][1:], device=logits_TV.device)
                     # Equals log_softmax at the wanted tokens, without a second tensor of [T,V].
                     logprobs_T = logits_TV.gather(1, wanted_T[:, None])[:, 0] - whole_T
@@ -304,6 +306,7 @@ class Generator:
         device, width = self.model.device, max(map(len, rows))
         tokens_BT = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
         index_T = torch.arange(width, device=device)
+        # For RoPE that is scaled by the length: each row's own, and not the padded width.
         lengths = torch.tensor([len(row) for row in rows], device=device)[:, None, None]
         logits_BTV = self.model.logits(tokens_BT, SequenceInfo(index_T, index_T[None], whole_length=lengths))
         for row, logits_TV in zip(rows, logits_BTV, strict=True):

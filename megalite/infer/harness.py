@@ -84,6 +84,7 @@ class HarnessModel(TemplateLM):
         begin with the tokenizer's begin token. Rendered conversations are told by their marks."""
         tokenizer = self.generator.tokenizer
         if (plain := without_marks(string)) != string:  # a conversation's, by `apply_chat_template`
+            # Templates often write the begin token themselves; it must not be there twice.
             begins = add_special_tokens is False or plain.startswith(tokenizer.decode([self.prefix_token_id]))
             return [*([] if begins else tokenizer.begin_ids), *self.generator.contents.encode_marked(string)]
         if add_special_tokens is False or string.startswith(tokenizer.decode([self.prefix_token_id])):
@@ -113,6 +114,7 @@ class HarnessModel(TemplateLM):
             scores = self._score([rows[number] for number in chunk])
             for number, (logprobs, likeliest) in zip(chunk, scores, strict=True):
                 count = counts[number]
+                # Only the continuation, which stands at the end, is judged.
                 results[number] = float(logprobs[-count:].sum()), bool(likeliest[-count:].all())
         return results
 
@@ -305,6 +307,7 @@ def load_tasks(
         own = task.get_config("num_fewshot")
         if own is None or (shots is not None and own != 0):
             task.set_config("num_fewshot", shots or 0)
+        # Examples must be the same on all ranks, and in every evaluation of a run.
         task.set_fewshot_seed(DEFAULT_OTHER_SEED)
     return Tasks(loaded, limit)
 

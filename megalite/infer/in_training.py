@@ -57,6 +57,7 @@ class TasksInTraining:
         together = self._config.parallel.zero_stage == 3 or mesh.data_shares_experts
         apart = not together and self._fewest >= mesh.data.size
         model = self._harness.HarnessModel(generator, mesh.data if apart else ALONE)
+        # Bootstrap errors take minutes, and curves over steps show the noise anyway.
         results = self._tasks.run(model, uncertainty=0)
         return self._harness.numbers_of(results) if results else {}
 
@@ -128,7 +129,10 @@ class TrainingModel:
         """Return the next-token logits behind the token `last_B` of each row of `tokens_BT`, fp32 [B,V]. `places` says
         which slots the rows continue, and where."""
         self._tokens_SL[places.slot_B[:, None], places.cell_BT] = tokens_BT
+        # Where the asked token is in its whole sequence, which is computed from its beginning.
         place_B = places.position_BT.gather(1, last_B[:, None])[:, 0]
+        # All rows up to the furthest asked position; the rest of a shorter row is hidden by
+        # causality.
         rows_BT = self._tokens_SL[places.slot_B, 1 : 2 + int(place_B.max())]
         return self._run(rows_BT, places.whole_length, place_B)[:, 0]
 

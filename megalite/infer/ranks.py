@@ -61,6 +61,7 @@ class RanksModel:
         outputs = self.pipeline.forward([inputs]) if self.pipeline else [self.stage(None, inputs)]
         batch, length = inputs.tokens_BT.shape
         shape = (batch, length if inputs.last_B is None else 1, self.vocab_size)
+        # Every rank chooses the next token from the same logits, so that all go on alike.
         logits = torch.empty(shape, device=self.device)
         if outputs:
             whole = all_gather(outputs[0].float(), self.mesh.tensor, dim=2)
@@ -110,6 +111,7 @@ def load_stage(
 ) -> tuple[Stage, torch.dtype]:
     """Load the part `span` of the Hugging Face model in `folder`, frozen, as this rank of `mesh` has it under `plan`.
     Return it with its precision: `dtype`, by default the stored one. Raise CheckpointError."""
+    # As in training, but without an engine: parameters are read straight into the parallel model.
     table, model = weight_table(config), build_model(config)
     apply_parallelism(model, table, plan, span, mesh, train)
     read = from_hf(folder, table, config, mesh)

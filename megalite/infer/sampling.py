@@ -121,6 +121,7 @@ def _draw(logits_BV: Tensor, seeds: Sequence[int], places: Sequence[int]) -> Ten
     # In float64: over a large vocabulary, fp32's rounding of the cumulative sum would swallow unlikely tokens.
     sums_BV = logits_BV.softmax(-1).double().cumsum(-1)
     seed_B1, index_B1 = (_column(numbers, torch.int64, logits_BV.device) for numbers in (seeds, places))
+    # Times the last sum, which rounding may leave a little below or above 1.
     place_B1 = uniform(random_bits(SITE, seed_B1), index_B1).double() * sums_BV[:, -1:]
     return torch.searchsorted(sums_BV, place_B1, right=True)[:, 0]
 
@@ -134,6 +135,7 @@ def _least_of_top_p(logits_BV: Tensor, top_p_B1: Tensor) -> Tensor:
     """Return the lowest logit inside the nucleus, [B,1]; equal logits are inside as well. -inf for rows with top_p
     1."""
     whole_B1 = logits_BV.logsumexp(-1, keepdim=True)
+    # Nearly always the first few hundred reach top_p; else once more over the whole vocabulary.
     for count in (min(LIKELIEST, logits_BV.shape[1]), logits_BV.shape[1]):
         best = logits_BV.topk(count).values
         probabilities = (best - whole_B1).exp()
