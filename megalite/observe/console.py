@@ -222,6 +222,8 @@ class Console:
 
     def _eta(self, record: dict[str, float]) -> str:
         """Estimate the remaining time from the wall clock of the last steps, evaluations and saves included."""
+        # The last hundred steps: long enough to even out an evaluation, short enough to follow a
+        # change.
         since, from_step = self._pace[0]
         now, step = self._pace[-1]
         seconds = record["step_time_s"]

@@ -60,6 +60,8 @@ class ExpertLoads:
         def note(router: nn.Module, arguments: Any, out: tuple[Tensor, Tensor, Tensor]) -> None:
             # What is computed again counts again, for all experts of a layer alike: shares do not change.
             if router.training and self._counts:
+                # out[2]: the experts of each token, [B, T, K]. A layer with fewer experts leaves
+                # the last columns 0.
                 self._visits[row] += count_rows(out[2], self._visits.shape[1])
 
         return note
@@ -73,6 +75,8 @@ class ExpertLoads:
         record: Record = {}
         self.loads = torch.full_like(visits, torch.nan)
         for row, (number, count) in enumerate(self.num_experts.items()):
+            # In balance each expert has 1/E of the visits, a load of 1, and the entropy is 1, its
+            # largest.
             share = visits[row, :count] / visits[row].sum().clamp(min=1.0)
             self.loads[row, :count] = share * count
             record[f"expert_load/{number}"] = (share.max() * count).float()

@@ -96,6 +96,7 @@ class JsonlSink:
             if self._error is None:
                 self._say(f"warning: {self._path}: {error.strerror or error}; its lines wait until there is room again")
             self._error = error
+            # The oldest go first, possibly within a line: readers pass over what is no record.
             self._pending = self._pending[-MOST_PENDING:]
             self._close_quietly()
 

@@ -58,6 +58,8 @@ class LayerMeasures:
 
     def begin(self) -> None:
         """Begin to measure a step. It costs each layer a pass over its output, and one of attention's products."""
+        # For each layer of the whole model the sum of squares, and how many numbers it is of; this
+        # rank fills in those of its own layers and tokens, and one all-reduce makes it the whole.
         self._outputs = torch.zeros(2, self._num_layers, dtype=torch.float64, device=self._mesh.device)
         for number, layer in self._layers.items():
             self._handles.append(layer.register_forward_hook(self._note(number)))
@@ -83,6 +85,7 @@ class LayerMeasures:
         for number, cores in self._cores.items():
             for core in cores:
                 assert core.largest_logits is not None
+                # -inf for layers of other ranks, which MAX leaves alone.
                 logits[number] = torch.maximum(logits[number], core.largest_logits.max())
         for core in self._lent:
             core.largest_logits = None

@@ -34,6 +34,7 @@ class NoiseScale:
     def begin(self) -> None:
         """Begin to measure a step."""
         self._small = torch.zeros((), dtype=torch.float64, device=self._mesh.device)
+        # Called with each bucket before it is reduced: the gradient of a small batch.
         self._gradients.observer = self._note
 
     def _note(self, bucket: BucketState, grads: Tensor) -> None:
@@ -52,6 +53,9 @@ class NoiseScale:
         shards = [bucket.state("grad") for bucket in self._gradients.buckets if self._is_measured(bucket)]
         big = sum_of_squares(*shards) if shards else torch.zeros_like(self._small)
         small, big = all_reduce(torch.stack((self._small, big)), self._mesh.world).unbind()
+        # Losses are divided by the labels of the whole batch, so that with n = num_small a small
+        # batch's gradient is n times too small: n² for its square, over n for the mean of the n, is
+        # n.
         noise, signal = estimate(small * num_small, big, batch_size / num_small, batch_size)
         found = torch.stack((noise, signal, torch.ones_like(big)))
         # A step with bad numbers is as if it had not been.

@@ -56,6 +56,7 @@ def compare_runs(a: Path, b: Path, tolerance: float, steps: Sequence[int] = ()) 
 
 def _compare_step(ours: RecordedStep, theirs: RecordedStep, tolerance: float) -> tuple[list[str], bool]:
     lines, agree = [], True
+    # Relative, so that one tolerance does for all.
     off = abs(ours.loss - theirs.loss) / max(abs(ours.loss), 1e-12)
     numbers = [("loss", ours.loss, theirs.loss, off)]
     if ours.grad_norm is not None and theirs.grad_norm is not None:
@@ -103,6 +104,8 @@ def _differences(kind: str, names: Sequence[str], ours: RecordedStep, theirs: Re
         if a.shape != b.shape:
             yield Difference(name, tuple(a.shape), torch.inf, f"and not {list(b.shape)}")
             continue
+        # A NaN on either side is the largest difference there is, and must not vanish in
+        # comparisons.
         off = (a - b).nan_to_num(torch.inf, torch.inf, torch.inf)
         error = (off.norm() / a.norm().clamp(min=1e-30)).item() if off.any() else 0.0
         yield Difference(name, tuple(a.shape), error, _where(off))
@@ -112,6 +115,7 @@ def _where(off: Tensor) -> str:
     """Say in which part of a tensor nearly all of a difference is, if it is one range of an axis."""
     total = off.square().sum()
     for axis in range(off.dim() if off.numel() > 1 and total > 0 and total.isfinite() else 0):
+        # How much of the difference each index along the axis has: a tensor rank's part stands out.
         squares = off.movedim(axis, 0).flatten(1).square().sum(1) if off.dim() > 1 else off.square()
         # An even share of the rest would be rounding.
         high = (squares > 1e-4 * total / len(squares)).nonzero().flatten()

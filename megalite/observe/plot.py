@@ -180,6 +180,7 @@ def _smooth(values: np.ndarray, window: int) -> np.ndarray:
     total = np.concatenate([[0.0], np.cumsum(known)])
     count = np.concatenate([[0], np.cumsum(finite)])
     index = np.arange(len(values))
+    # Symmetric at the beginning; at the end the window is cut on the right alone.
     reach = np.minimum(window, index)
     low = index - reach
     high = np.minimum(index + reach + 1, len(values))

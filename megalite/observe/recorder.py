@@ -139,6 +139,8 @@ class Recorder:
             try:
                 call(sink)
             except Exception as error:
+                # Before the warning, which goes to the console: were it the one that failed, it
+                # would fail again.
                 self._sinks.remove(sink)
                 if sink is self._console:
                     self._console = None
