@@ -77,6 +77,7 @@ class StageSpan:
         """Return the stage's rows of the table, in the order in which a forward pass uses them."""
         held = [weight for weight in weights if self.holds(weight.place)]
         # The head's copy of a tied embedding is met last.
+        # sorted is stable: all others keep the order of the table.
         return held if self.first else sorted(held, key=lambda weight: weight.place == "both")
 
 
@@ -140,10 +141,12 @@ class Plan:
         """Return the global rank at these coordinates: `holder`, the tensor rank or of experts the holder under their
         `cut`, innermost, then `replica`, and `pipeline` outermost."""
         stage = self.replicas * self.tensor
+        # The inverse of `Mesh.place_of`.
         return pipeline * stage + replica * (cut or Cut(self.tensor)).holders + holder
 
     def stages_of(self, pipeline_rank: int) -> tuple[StageSpan, ...]:
         """Return the stages of one pipeline rank."""
+        # Every pipeline-th stage: stages go round the ranks (Megatron's virtual pipeline).
         return self.stages[pipeline_rank :: self.pipeline]
 
     def weights_of(self, pipeline_rank: int, weights: Sequence[W]) -> list[W]:
@@ -212,6 +215,7 @@ def make_plan(config: Config, weights: Sequence[Sized], world_size: int) -> Plan
             f"{name} does not divide the {world_size} rank(s); start a multiple of {unit} ranks"
             + (f", as `RANKS={unit} bash slurm/pretrain.sh CONFIG` does" if world_size == 1 else "")
         )
+    # What is left of the world: data parallelism is never asked for, but follows from the ranks.
     data = world_size // (tensor * pipeline * context)
     micro_batch_size = _micro_batch_size(config, data)
     micro_batches = train.global_batch_size // (micro_batch_size * data)
@@ -225,6 +229,7 @@ def make_plan(config: Config, weights: Sequence[Sized], world_size: int) -> Plan
     _check_experts(config, weights, sequence)
     _check_qk_clip(config)
     _check_noise_scale(config, data, micro_batches)
+    # After all checks that need no stages, so that the first mistake reported is the simplest.
     stages = _stages(config, weights)
     _check_lora(config, stages)
     fullest = _fullest_rank(config, weights, stages, world_size // pipeline)
@@ -286,6 +291,7 @@ def _fullest_rank(
     per_rank = []
     for rank in range(pipeline):
         rows = [weight for stage in stages[rank::pipeline] for weight in stage.weights(weights)]
+        # Apart for dense weights and experts: a ZeRO stage shards each over other numbers of ranks.
         held = []
         for cut in dict.fromkeys((dense, experts)):
             own = [weight for weight in rows if (experts if weight.is_expert else dense) == cut]
@@ -299,6 +305,7 @@ def _fullest_rank(
                 )
             )
         per_rank.append(tuple(held))
+    # By parameters first; a list compares trained ones and states only between equals.
     return max(per_rank, key=lambda held: [sum(numbers) for numbers in zip(*held, strict=True)])
 
 
@@ -325,6 +332,7 @@ def _micro_batch_size(config: Config, data: int) -> int:
     """Return the micro-batch size: the config's, or with `parallel.elastic` the largest smaller one that divides the
     global batch. Raise ConfigError."""
     size, sizes = config.train.micro_batch_size, [size for size, _ in config.train.batch_sizes]
+    # Every batch size of a ramp must come out even.
     fitting = [fewer for fewer in range(1, size + 1) if all(whole % (fewer * data) == 0 for whole in sizes)]
     if size in fitting or (fitting and config.parallel.elastic):
         return fitting[-1]
@@ -403,6 +411,7 @@ def _check_schedule(parallel: ParallelConfig, micro_batches: int) -> None:
             f"a step has {micro_batches} micro-batch(es) a rank, fewer than parallel.pipeline = {pipeline}: most of "
             "the pipeline would idle; raise train.global_batch_size or lower train.micro_batch_size"
         )
+    # As torch's interleaved schedules compute it; they refuse what does not divide.
     rounds = max(1, micro_batches // pipeline)
     if schedule != "1f1b" and micro_batches % rounds:
         raise ConfigError(
@@ -588,6 +597,7 @@ def balance(num_layers: int, num_stages: int, head_cost: float) -> list[int]:
 
     `head_cost` is the output head's time in units of a layer; the embedding, a look-up, counts as none. Of equally good
     stages the later one gets a layer, since a 1F1B schedule holds fewer activations there."""
+    # Each has one layer; the others go one by one to the stage that is quickest so far.
     cost = [1.0] * (num_stages - 1) + [1.0 + head_cost]
     counts = [1] * num_stages
     for _ in range(num_layers - num_stages):
