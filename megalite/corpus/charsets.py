@@ -114,6 +114,7 @@ def decode(data: bytes, header: str, is_markup: bool, is_cut: bool = False) -> D
         # A byte-order mark is never a mistake; everything else may be.
         if found_in == "byte-order mark" or replaced <= MOST_REPLACED * len(text):
             return Decoded(text, codec, found_in)
+        # If none fits, the most certain one is right after all, and the page is damaged.
         fallback = fallback or Decoded(text, codec, found_in)
     return fallback or Decoded(_decoded(data, "cp1252", is_cut), "cp1252", "bytes")
 
@@ -128,6 +129,7 @@ def _candidates(data: bytes, header: str, is_markup: bool) -> Iterator[tuple[str
     for mark, codec in BOMS.items():
         if data.startswith(mark):
             yield codec, "byte-order mark", len(mark)
+    # Before the page's own declaration: servers that recode a page leave what stands in it.
     if (said := IN_CONTENT.search(header)) and (named := codec_of(said[1])):
         yield named, "HTTP header", 0
     if is_markup and (declared := declared_in(data)):
@@ -140,6 +142,7 @@ def declared_in(page: bytes) -> str | None:
     """Return the charset that a page declares in <meta> or in its XML declaration."""
     beginning = page[:PRESCANNED]
     for match in SKIPPED_OR_META.finditer(beginning):
+        # A comment, which may hold a <meta> that does not count.
         if match[1] is None:
             continue
         found = {}
@@ -168,6 +171,7 @@ def _guesses(data: bytes) -> Iterator[str]:
     odd_zeros = sample[1::2].count(0)
     if max(even_zeros, odd_zeros) > len(sample) / 4:  # of Latin letters in UTF-16, every other byte is zero
         yield "utf_16_be" if even_zeros > odd_zeros else "utf_16_le"
+    # UTF-8 is hardly ever met by chance: bytes that decode as such are.
     yield "utf_8"
     for guessed in detect_encoding(data):
         yield (codec_of(guessed.replace("_", "-")) or codec_of(guessed) or codecs.lookup(guessed).name)

@@ -73,6 +73,8 @@ def stages(config: CorpusConfig) -> list[Stage]:
     found = []
     for name, check in checks.items():
         skipped = [source.name for source in config.sources if name in source.skip]
+        # In the order of the dictionary: extraction first, and repairs before rules that count
+        # words.
         found.append(Stage(name, check, skipped))
     return found
 
@@ -314,6 +316,7 @@ class ListedWords:
         self._max_share = config.max_share
 
     def __call__(self, document: Document, notes: Counter[str]) -> str | None:
+        # As datatrove cuts words, without the models that its language tokenizers would download.
         counts = Counter(split_into_words(document.text.lower(), Words()))
         listed = sum(counts[word] for word in counts.keys() & self._listed)
         share = listed / max(counts.total(), 1)

@@ -73,11 +73,13 @@ class FindExact(PipelineStep):
             digests.append(shard_digests[mine])
             shards = np.full(len(mine), shard)
             places.append(np.rec.fromarrays([shards, mine], dtype=PLACE))
+        # In the order of shards, and within a shard of its documents: the order of the corpus.
         all_digests = np.concatenate(digests)
         all_places = np.concatenate(places)
         # lexsort is stable: of equal digests the first remains the first, and is the one that stays.
         order = np.lexsort((all_digests["low"], all_digests["high"]))
         ordered = all_digests[order]
+        # Each digest that equals the one before it is of a later document.
         repeats = ordered[1:] == ordered[:-1]
         again = all_places[order[1:][repeats]]
         with whole_file(self._output / f"{rank:05d}.places") as file:
@@ -94,6 +96,7 @@ class ExactPlaces:
         found = []
         for part in range(EXACT_TASKS):
             places = np.fromfile(self._folder / f"{part:05d}.places", PLACE)
+            # Sorted by shard: those of one lie together.
             start, stop = np.searchsorted(places["shard"], [rank, rank + 1])
             found.append(places["document"][start:stop])
         return np.sort(np.concatenate(found))

@@ -44,11 +44,13 @@ def run_here(phases: list[Phase], logs: Path, workers: int | None, console: Cons
     was killed."""
     most_tasks = max(phase.tasks for phase in phases)
     workers = min(workers or len(os.sched_getaffinity(0)), most_tasks)
+    # What is killed below are workers of this pool alone.
     before = set(multiprocessing.active_children())
     # datatrove's own pool would wait for ever for a worker that was killed.
     with worker_pool(workers, _start) as pool:
         try:
             for phase in phases:
+                # Only for its record of finished tasks; the pool here runs them.
                 executor = LocalPipelineExecutor(phase.pipeline, phase.tasks, logging_dir=str(logs / phase.name))
                 with _Meter(phase, console) as meter:
                     for num_done in _finished(executor, pool, phase.tasks):

@@ -83,6 +83,7 @@ class ReadShard(PipelineStep):
         report = Report()
         path = str(self._folder / f"{rank:05d}.jsonl.zst")
         for document in read_files([path], Reading(metadata=True), report):
+            # `line_of` has put it among the metadata.
             identity = document.metadata.pop("id")
             yield Document(text=document.text, id=identity, metadata=document.metadata)
         if report.num_bad or report.num_empty:

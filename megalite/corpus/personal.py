@@ -86,6 +86,7 @@ def replaced(text: str, kind: str) -> tuple[str, int]:
     count = 0
     if SIGNS[kind] not in text:
         return text, 0
+    # One after another, as a replacement of one pattern is no match of the next.
     for pattern, replacement, is_somebodys in REPLACERS[kind]:
 
         def put(

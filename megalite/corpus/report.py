@@ -42,6 +42,7 @@ def make_report(work: Path, config: CorpusConfig, num_shards: int) -> dict[str, 
 
     For every stage, what came is what was kept and what was dropped: in documents, and in bytes together with those
     that edits removed. `config` is that of the corpus."""
+    # Counts of the tasks that read and filter, and of those that drop duplicates and split.
     cleaned = _counted(work / "clean", num_shards)
     split = _counted(work / "split", num_shards)
     reading = Counter[str]()

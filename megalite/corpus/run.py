@@ -53,6 +53,7 @@ def prepare_corpus(config: CorpusConfig, console: Console | None = None) -> dict
     work = output / "work"
     work.mkdir(parents=True, exist_ok=True)
     with _alone_in(work):
+        # Fixed at the first call: a later one with other files or settings would mix two corpora.
         num_shards = _begin(config, work)
         phases = plan_phases(config, output, num_shards)
         if config.slurm is not None:
@@ -79,6 +80,8 @@ def plan_phases(config: CorpusConfig, output: Path, num_shards: int) -> list[Pha
     if config.exact:
         find = duplicates.FindExact(clean, exact, num_shards)
         phases.append(Phase("exact", [find], duplicates.EXACT_TASKS))
+        # Places count the documents of `clean`; those of the near duplicates, below, what is left
+        # then.
         without.append(Without("exact", "the same text before", duplicates.ExactPlaces(exact)))
     if config.near:
         signatures = duplicates.signatures(config.near, near / "signatures")

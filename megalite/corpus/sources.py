@@ -81,6 +81,7 @@ class ReadInputs(PipelineStep):
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         shards = json.loads(self._shards.read_text(encoding="utf-8"))
+        # The task's number in its phase is that of its shard.
         for file in shards[rank]:
             source = self._sources[file["source"]]
             path = file["path"]
@@ -112,6 +113,7 @@ def _document(read: Read, source: Source) -> Document:
         metadata["html"] = True
     if read.num_mended:
         metadata["mended_bytes"] = read.num_mended
+    # What the source said of a document stays apart from what we say of it.
     if given:
         metadata["metadata"] = given
     if not isinstance(identity, str) or not identity:

@@ -30,6 +30,7 @@ def split_of(text: str, config: SplitConfig) -> str:
     letters = NEITHER_LETTER_NOR_DIGIT.sub("", text.lower())
     digest = hashlib.blake2b(letters.encode("utf-8", "replace"), digest_size=8).digest()
     point = int.from_bytes(digest) / 2**64  # uniform in [0, 1)
+    # Test before valid: another share of valid moves no document into or out of test.
     if point < config.test:
         return "test"
     return "valid" if point < config.test + config.valid else "train"
@@ -80,6 +81,7 @@ class WriteSplits(PipelineStep):
                 counts = self.written[split].setdefault(document.metadata["source"], Count())
                 counts.add(size)
                 yield document
+        # The loop has come to its end, so that the counts of the steps before are complete.
         splits = {}
         for split, sources in self.written.items():
             splits[split] = {source: vars(count) for source, count in sources.items()}

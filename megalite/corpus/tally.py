@@ -50,6 +50,8 @@ class Dropped(Count):
             self._keep([{"digest": digest, "id": id, "text": _shown(text)}])
 
     def _keep(self, samples: list[dict[str, str]]) -> None:
+        # The smallest of two shards' smallest are the smallest of both: merging in any order
+        # agrees.
         both = [*self.samples, *samples]
         self.samples = sorted(both, key=lambda sample: (sample["digest"], sample["id"]))[:SAMPLES]
 

@@ -11,7 +11,9 @@ import re
 from datatrove.utils.text import TERMINAL_PUNCTUATION
 from datatrove.utils.word_tokenizers import WordTokenizer
 
+# Letters and digits, with "don't" and "3.14" as one word; or a run of signs.
 WORD = re.compile(r"\w+(?:['’]\w+|(?<=\d)[.,]\d+)*|[^\w\s]+")
+# Up to signs that end a sentence, with closing quotes, or to the end of a line.
 SENTENCE = re.compile(rf"[^\n]+?(?:[{re.escape(''.join(sorted(TERMINAL_PUNCTUATION)))}]+[\"'”’)\]]*(?=\s|$)|\n|$)\s*")
 
 

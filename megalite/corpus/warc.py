@@ -40,6 +40,7 @@ def read_warc(path: str, report: Report) -> Iterator[Document]:
         for number, record in enumerate(ArchiveIterator(io.BufferedReader(stream)), 1):
             if reason := _no_document(record):
                 report.leave_out(reason)
+            # "conversion": the text of a page, in WET files.
             elif record.rec_type in ("response", "conversion"):
                 yield from _document_of(record, path, number, report)
         if stream.failure:
@@ -79,6 +80,7 @@ def _document_of(record: Any, path: str, number: int, report: Report) -> Iterato
     if len(body) > LONGEST_PAGE:
         report.bad(path, number, f"the page is longer than {LONGEST_PAGE:,} bytes")
         return
+    # So many bytes the header promised beyond what came.
     if record.raw_stream.limit:
         raise DataError(f"truncated: the record lacks {record.raw_stream.limit:,} bytes")
     is_cut = record.rec_headers.get_header("WARC-Truncated") is not None
@@ -134,6 +136,7 @@ def _without_chunks(body: bytes) -> tuple[bytes, bool]:
     """Join the chunks of a body, or return it as it is if it does not begin with a chunk's size."""
     parts: list[bytes] = []
     position = 0
+    # HTTP/1.1: a size in hexadecimal, a line break, so many bytes, a line break; size 0 ends it.
     while head := CHUNK_SIZE.match(body, position):
         size = int(head[1], 16)
         start = head.end()
@@ -178,6 +181,7 @@ def _inflated(body: bytes, wbits: int) -> tuple[bytes, bool]:
     the very beginning, and for a page that grows too long."""
     parts: list[bytes] = []
     room = LONGEST_PAGE
+    # At most one byte more than fits is unpacked: enough to know that the page is too long.
     while body and (not parts or body.startswith(b"\x1f\x8b")):
         unpacker = zlib.decompressobj(wbits)
         try:
