@@ -43,6 +43,7 @@ def write_config(folder: Path, config_yaml: str, step: int = 0) -> Path | None:
         # Written beside it first: the existing config is not lost where the disk is full.
         temporary = folder / "config.yaml.tmp"
         temporary.write_text(config_yaml)
+        # A start with the same config leaves no copy.
         before = path.read_bytes() if path.exists() else config_yaml.encode()
         if before != config_yaml.encode():
             kept = _place_for(before, folder, step)

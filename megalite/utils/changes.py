@@ -41,6 +41,7 @@ def changes(was: Mapping[str, Any], now: Mapping[str, Any], at: str = "") -> lis
     """List what differs between `was` and `now`, in the order of `now`, with sections and lists of sections by their
     own keys. What is left out counts as null. `at` is put before every key."""
     found: list[Change] = []
+    # Keys of `now` in their order, then those that only `was` has.
     for name in dict.fromkeys((*now, *was)):
         before, value, key = was.get(name), now.get(name), f"{at}{name}"
         if isinstance(before, Mapping) and isinstance(value, Mapping):

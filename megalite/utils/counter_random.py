@@ -31,6 +31,7 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
 def random_bits(key: Tensor | int, index: Tensor) -> Tensor:
     """Return 64 random bits for every index (int64, wrapping). `key` is from `key_of`, or an int64 tensor that
     broadcasts against `index`."""
+    # int64 wraps around, as unsigned arithmetic would: the bits are those of splitmix64.
     x = index * _WEYL + (_signed(key) if isinstance(key, int) else key)
     x = (x ^ _shift_right(x, 30)) * _MIX_1
     x = (x ^ _shift_right(x, 27)) * _MIX_2
@@ -39,6 +40,7 @@ def random_bits(key: Tensor | int, index: Tensor) -> Tensor:
 
 def uniform(key: Tensor | int, index: Tensor) -> Tensor:
     """Return float32 in [0, 1), from 24 random bits each."""
+    # 24 bits are what a float32 holds exactly: more would round up to 1.
     return _shift_right(random_bits(key, index), 40).float() * 2.0**-24
 
 

@@ -20,6 +20,7 @@ def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
         yield temporary
         if durable:
             fsync(temporary)
+        # Atomic on one file system, hence the temporary file beside its target.
         os.replace(temporary, path)
         if durable:
             fsync(path.parent)
