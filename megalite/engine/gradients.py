@@ -100,12 +100,12 @@ class Gradients:
         # head's GEMM is not.
         if parameter.grad is not None:
             # bf16 gradients are added up in fp32, over micro-batches and uses of a weight.
-            place = bucket.whole_grads()[slot.start : slot.stop].view_as(parameter)
+            main_grad = bucket.whole_grads()[slot.start : slot.stop].view_as(parameter)
             if slot.start in bucket.filled:
-                place.add_(parameter.grad)
+                main_grad.add_(parameter.grad)
             else:
                 # The first gradient overwrites an older one: no pass over memory to zero it.
-                place.copy_(parameter.grad)
+                main_grad.copy_(parameter.grad)
             bucket.filled.add(slot.start)
             parameter.grad = None
         self._count_event(bucket)
@@ -114,10 +114,10 @@ class Gradients:
         """Add the weight-gradient GEMM gradᵀ x to the parameter's slot, in fp32. The `wgrad_callback` of linear
         layers; `last` marks the last GEMM of this weight in a micro-batch."""
         bucket, slot = self._home[parameter]
-        place = bucket.whole_grads()[slot.start : slot.stop].view_as(parameter)
+        main_grad = bucket.whole_grads()[slot.start : slot.stop].view_as(parameter)
         # Not yet summed over the replicas, and not divided by anything: losses are scaled so that
         # the sum over micro-batches and replicas is the gradient.
-        accumulate_weight_gradient(place, grad, x, add=slot.start in bucket.filled)
+        accumulate_weight_gradient(main_grad, grad, x, add=slot.start in bucket.filled)
         bucket.filled.add(slot.start)
         if last:
             self._count_event(bucket)
@@ -125,8 +125,8 @@ class Gradients:
     def _add_grouped_product(self, parameter: Tensor, grad: Tensor, rows: Tensor, counts: Sequence[int]) -> None:
         """Add the weight-gradient GEMMs of a stack of matrices likewise, each of which has `counts` of the rows."""
         bucket, slot = self._home[parameter]
-        place = bucket.whole_grads()[slot.start : slot.stop].view_as(parameter)
-        accumulate_grouped_weight_gradient(place, grad, rows, counts, add=slot.start in bucket.filled)
+        main_grad = bucket.whole_grads()[slot.start : slot.stop].view_as(parameter)
+        accumulate_grouped_weight_gradient(main_grad, grad, rows, counts, add=slot.start in bucket.filled)
         bucket.filled.add(slot.start)
         self._count_event(bucket)
 

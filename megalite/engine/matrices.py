@@ -75,9 +75,9 @@ class Matrices:
         slots = [(number, slot) for number, bucket in enumerate(self.buckets) for slot in bucket.layout.slots]
         costs = [self._cost(slot) for _, slot in slots]
         loads, owners = [0.0] * self.mesh.stage.size, [0] * len(slots)
-        for place in sorted(range(len(slots)), key=lambda place: -costs[place]):
-            owners[place] = loads.index(min(loads))
-            loads[owners[place]] += costs[place]
+        for number in sorted(range(len(slots)), key=lambda number: -costs[number]):
+            owners[number] = loads.index(min(loads))
+            loads[owners[number]] += costs[number]
         return [Matrix(number, slot, owner) for (number, slot), owner in zip(slots, owners, strict=True)]
 
     def _cost(self, slot: Slot) -> float:
@@ -172,9 +172,9 @@ class Matrices:
 
         to_send = [message(some, rank) for rank, some in enumerate(out)]
         for flat, some in zip(to_send, out, strict=True):
-            place = 0
+            offset = 0
             for held in some if len(flat) else ():
-                flat[place : (place := place + held.stop - held.start)] = piece(held)
+                flat[offset : (offset := offset + held.stop - held.start)] = piece(held)
         received = [message(some, rank) for rank, some in enumerate(into)]
         wait = start_all_to_all(to_send, received, axis)
 
@@ -186,8 +186,8 @@ class Matrices:
             yield from ((held, piece(held)) for held in out[axis.rank])
             for rank, some in enumerate(into):
                 if rank != axis.rank:
-                    parts = received[rank].split([held.stop - held.start for held in some])
-                    yield from zip(some, parts, strict=True)
+                    values = received[rank].split([held.stop - held.start for held in some])
+                    yield from zip(some, values, strict=True)
             received.clear()
 
         return result
@@ -196,13 +196,13 @@ class Matrices:
         """Return the logical tensor of each matrix that this rank owns, as rows, from all of its pieces."""
         # [matrix][holder] → (start, values) of each replica's shard. For a weight that is not cut
         # there is one "side": only one holder sends it.
-        parts: dict[int, dict[int, list[tuple[int, Tensor]]]] = {number: {} for number in self._mine}
+        shards: dict[int, dict[int, list[tuple[int, Tensor]]]] = {number: {} for number in self._mine}
         for held, value in found:
             bucket = self._bucket_of(held.matrix)
             side = held.rank % bucket.fold.holders.size if bucket.layout.cut else 0
-            parts[held.matrix].setdefault(side, []).append((held.start, value))
+            shards[held.matrix].setdefault(side, []).append((held.start, value))
         logical = {}
-        for number, by_side in parts.items():
+        for number, by_side in shards.items():
             weight = self.matrices[number].slot.weight
             bucket = self._bucket_of(number)
             cut = bucket.fold.cut if bucket.layout.cut else Cut(1)

@@ -25,7 +25,7 @@ from megalite.models.weights import Rectangle, Weight
 from megalite.plan import Cut
 
 
-class _Place(NamedTuple):
+class _LocalRectangle(NamedTuple):
     """A rectangle of a matrix in a bucket: elements [start, stop) of the part that this rank updates."""
 
     bucket: int
@@ -61,7 +61,7 @@ class Sums:
         self.optimizer, self.config, self.buckets, self.mesh = optimizer, config, buckets, mesh
         self._rows: list[int] = []
         self._columns: list[int] = []
-        self._places: list[_Place] = []
+        self._rectangles: list[_LocalRectangle] = []
         self._weights: list[tuple[Weight, int, int]] = []  # with the first of its rows, and of its columns
         num_rows = num_columns = 0
         # Global coordinates: rows of all matrices of the stage stand one after another, and so do
@@ -72,7 +72,7 @@ class Sums:
                 # A norm or bias has rows of no shape: a matrix of one column.
                 weight, columns = slot.weight, slot.weight.row_shape[0] if slot.weight.row_shape else 1
                 self._weights.append((weight, num_rows, num_columns))
-                self._add_places(number, slot.start, slot.stop, weight, num_rows, num_columns, columns)
+                self._add_rectangles(number, slot.start, slot.stop, weight, num_rows, num_columns, columns)
                 # A fused weight (q, k, v; gate, up) or a stack of experts is several matrices, each
                 # with columns of its own: `row_groups` has the rows of each.
                 self._rows += weight.row_groups
@@ -84,7 +84,7 @@ class Sums:
         self.states = {name: torch.zeros(size, device=mesh.device) for name, size in named.items() if name}
         self.matrices = AllMatrices(rows, columns_, num_rows, num_columns, self.states)
 
-    def _add_places(
+    def _add_rectangles(
         self, number: int, start: int, stop: int, weight: Weight, row: int, column: int, columns: int
     ) -> None:
         """Add this rank's rectangles of a weight, the first of whose rows and columns are `row` and `column`."""
@@ -96,8 +96,8 @@ class Sums:
         low, high = max(start, stepped.start), min(stop, stepped.stop)
         for found in _cut(weight.rectangles(rank, cut.tensor, low - start, high - start, cut.expert)):
             first = column + found.matrix * columns
-            self._places.append(
-                _Place(
+            self._rectangles.append(
+                _LocalRectangle(
                     number,
                     found.start + start - stepped.start,
                     found.stop + start - stepped.start,
@@ -119,28 +119,28 @@ class Sums:
         if not self.buckets:
             return
         shards = [bucket.shard(lr) for bucket in self.buckets]
-        pieces = [self._piece(place, shards[place.bucket]) for place in self._places]
+        pieces = [self._piece(rectangle, shards[rectangle.bucket]) for rectangle in self._rectangles]
         # Pipeline ranks hold other matrices, hence never the world.
         axis = self.mesh.stage if self._over_replicas else self.mesh.tensor
         self.optimizer.update_(pieces, self.matrices, common, lambda flat: all_reduce(flat, axis))
 
-    def _piece(self, place: _Place, shard: Shard) -> Piece:
-        shape = (place.rows.stop - place.rows.start, -1)
+    def _piece(self, rectangle: _LocalRectangle, shard: Shard) -> Piece:
+        shape = (rectangle.rows.stop - rectangle.rows.start, -1)
 
         def cut(x: Tensor) -> Tensor:
-            return x[place.start : place.stop].view(shape)
+            return x[rectangle.start : rectangle.stop].view(shape)
 
         return Piece(
-            place.matrix,
-            place.rows,
-            place.columns,
+            rectangle.matrix,
+            rectangle.rows,
+            rectangle.columns,
             cut(shard.master),
             None if shard.weights is None else cut(shard.weights),
             cut(shard.grad),
             {name: cut(state) for name, state in shard.states.items()},
             shard.lr,
             shard.weight_decay,
-            counts=self._counts(self.buckets[place.bucket]),
+            counts=self._counts(self.buckets[rectangle.bucket]),
         )
 
     def _counts(self, bucket: BucketState) -> bool:
