@@ -137,6 +137,7 @@ class Guard:
         """Add a message about a bad step, and write its samples unless the step counts."""
         where = ""
         if bad.policy != "report" and self._mesh.world.rank == 0:
+            # The batch is read again: by now the loader is steps ahead.
             numbers = self._loader.samples_of_step(bad.samples)
             try:
                 path = write_batch(self._folder, bad, self._loader.mixture, numbers)

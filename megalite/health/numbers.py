@@ -102,6 +102,8 @@ class Numbers:
 
         Everything stays on the device: a branch on a number would make the host wait for it."""
         count = self._entered.clamp(max=WINDOW)
+        # [2], as all that follows: of losses, and of gradient norms. Empty places of the window are
+        # 0.
         mean = self._window.sum(1) / count.clamp(min=1)
         # Places of the window that are still empty do not deviate.
         distance = torch.where(self._places < count, self._window - mean[:, None], 0.0)
@@ -146,6 +148,7 @@ class Numbers:
             kinds = tuple(kind for kind, flag in zip(KINDS, flags, strict=True) if flag)
             policies: list[Policy] = [self._policies[kind] for kind in kinds]
             policy = max(policies, key=SEVERITY.index, default=SEVERITY[0])
+            # The device's `_ended`, found again from the same flags.
             self._over = self._over or SEVERITY.index(policy) >= SEVERITY.index("rewind")
             if not self._over:  # steps after the end of the run do not count
                 self.in_a_row = self.in_a_row + 1 if policy == "skip" else 0

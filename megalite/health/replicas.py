@@ -66,11 +66,13 @@ class ReplicaCheck:
         that hold them."""
         sums = [torch.zeros((), dtype=torch.int64, device=self._mesh.device) for _ in KINDS]
         for sharing, tensor in copies:
+            # Tensors that nobody else holds have nothing to be compared with.
             if sharing in KINDS:
                 place = KINDS.index(sharing)
                 checksum = _as_integers(tensor).sum(dtype=torch.int64)
                 # The factor makes the order matter, so that two swapped tensors show. int64 wraps around.
                 sums[place] = sums[place] * 31 + checksum
+        # [world, KINDS] int64 on every rank: each compares all groups, and all come to one answer.
         table = all_gather(torch.stack(sums)[None], self._mesh.world, 0)
         self._late.add(step, step, table)
 

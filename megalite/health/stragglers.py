@@ -126,6 +126,7 @@ class Stragglers:
     def _judge(self, rank: int, seconds: float, median: float) -> None:
         """Count how often in a row a rank is slow, and report when that begins to be persistent and when it ends."""
         name = f"rank {rank} on {self._hosts[rank]}"
+        # A multiple alone would report ranks of very short steps for what the scheduler costs.
         if seconds > max(self._health.straggler_factor * median, median + NOTICEABLE_S):
             self._times_slow[rank] += 1
             if self._times_slow[rank] < PERSISTENT:
