@@ -348,6 +348,8 @@ class CoreAttention(nn.Module):
         elif self.strategy is not None:
             if bias is not None:
                 raise ValueError(f"{type(self.strategy).__name__} knows no bias of the scores")
+            # None: all keys are at hand after all (a sequence's first tokens), and the usual ways
+            # compute it.
             out = self.strategy.attend(q, k, v, places, self.kind)
             if out is not None:
                 return out

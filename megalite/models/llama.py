@@ -209,6 +209,7 @@ class HeadNormAttention(Attention):
 
     def normalize(self, qkv: Tensor, heads: int, groups: int) -> Tensor:
         q, k, v = qkv.unflatten(-1, (-1, self.head_size)).split((heads, groups, groups), dim=2)
+        # By head of size K: tensor ranks hold whole heads, so nothing is communicated.
         return torch.cat((self.q_norm(q), self.k_norm(k), v), dim=2).flatten(2)
 
 
@@ -221,6 +222,7 @@ class MLP(nn.Module):
         inner = inner or config.intermediate_size
         self.gate_up = nn.Linear(config.hidden_size, 2 * inner, bias=False)
         self.down = nn.Linear(inner, config.hidden_size, bias=False)
+        # […, 2I] → […, I]; the first half of the product's features is the gate.
         self.gate = {"silu": swiglu, "gelu": geglu}[config.GATE]
 
     def forward(self, x: Tensor) -> Tensor:

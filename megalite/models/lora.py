@@ -154,6 +154,7 @@ class _AddUpdates(Function):
         # [B · T, O], a view: what is added to it is added to `out`.
         features = out.view(-1, out.shape[-1])
         for rows, part, b in zip(slices, _parts(low, bs), bs, strict=True):
+            # One adapter's slice of the output features; those of modules without an adapter stay.
             features[:, rows].addmm_(part, b.t(), alpha=scale)
         return out
 

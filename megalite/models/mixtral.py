@@ -28,6 +28,7 @@ class Mixtral(Llama):
 
 
 def weights(config: MixtralConfig) -> Iterator[Weight]:
+    # w1 is the gate, w3 up, w2 down.
     yield from table(config, layer_table(config, mlp=expert_rows(config, "block_sparse_moe", "w1", "w3", "w2")))
 
 

@@ -54,6 +54,7 @@ KEYS = LIKE_LLAMA.but(
 
 
 def to_hf(config: SmolLM3Config) -> dict[str, Any]:
+    # Hugging Face's list says 1 where positions ARE encoded, for all its name (no_rope_layers).
     turning = [int(layer not in config.without_positions) for layer in range(config.num_layers)]
     return fields_to_hf(config, "SmolLM3ForCausalLM") | {
         "mlp_bias": False,
