@@ -111,6 +111,7 @@ class Console:
         """Redraw the live line, or print a line if one is due."""
         step = int(record["step"])
         now = time.perf_counter()
+        # For the line that closes the run.
         self._loss = record["loss"]
         self._pace.append((now, step))
         if self._progress:

@@ -51,6 +51,7 @@ class Profiler:
         profiled = self._profile
         self._profile = None  # also where the export fails: there is no second try
         self.active = False
+        # Before the profiler stops, see __init__.
         self.wait_for_params()
         profiled.stop()
         first, last = self.config.steps

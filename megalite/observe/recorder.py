@@ -107,6 +107,7 @@ class Recorder:
 
     def message(self, text: str) -> None:
         """Print a line on the console, or on stderr if there is none."""
+        # Messages may quote a config or a URL, and logs are passed on.
         text = hide_secrets(text)
         try:
             if self._console is not None:
