@@ -62,9 +62,12 @@ class Encoder:
                 f"{folder} holds a decoder ({config.family}), which goes on with texts; `megalite generate` asks it"
             )
         kind = str((read_hf_config(folder).get("architectures") or [""])[0])
+        # transformers writes "BertModel" for a body alone, "BertForMaskedLM" for one with this
+        # head.
         if fills and (config.task != "masked" or kind.endswith("Model")):
             raise ConfigError(f"{folder} holds a {kind}, which has no head to fill gaps")
         tokenizer = load_tokenizer(folder)
+        # Embedding needs no head: one that the folder lacks is drawn, and never used.
         return cls(load_model(folder, seed=None if fills else 0), tokenizer, folder)
 
     def fill(self, texts: Sequence[str], top_k: int = 5) -> list[list[list[Filling]]]:
@@ -103,12 +106,14 @@ class Encoder:
         usual = read_pooling(self.folder)
         pooling, normalize = pooling or usual.pooling, usual.normalize if normalize is None else normalize
         longest = min(self.max_positions, usual.longest or self.max_positions)
+        # Room for the two tokens that `_row` puts around a text.
         rows = [self._row(ids[: longest - 2]) for ids in self.tokenizer.encode_batch(texts)]
         vectors = np.zeros((len(rows), self.model.config.hidden_size), np.float32)
         for numbers, tokens_BT, x_BTD in self._batches(rows):
             x_BTD = self.model.final_states(x_BTD).float()
             lengths_B1 = torch.tensor([len(rows[number]) for number in numbers], device=self.device)[:, None]
             here_BT = torch.arange(tokens_BT.shape[1], device=self.device) < lengths_B1
+            # The mean includes the two tokens around a text, as sentence-transformers has it.
             found_BD = (x_BTD * here_BT[..., None]).sum(1) / lengths_B1 if pooling == "mean" else x_BTD[:, 0]
             vectors[numbers] = (F.normalize(found_BD) if normalize else found_BD).cpu().numpy()
         return vectors
@@ -151,6 +156,7 @@ def read_pooling(folder: Path) -> PoolingConfig:
     if not (folder / "modules.json").is_file():
         return PoolingConfig()
     modules = read_json(folder / "modules.json", ConfigError)
+    # A type is a class with its modules, as in "sentence_transformers.models.Pooling".
     kinds = {str(each.get("type")).rpartition(".")[2]: str(each.get("path")) for each in modules}
     if others := kinds.keys() - {"Transformer", "Pooling", "Normalize"}:
         raise ConfigError(f"{folder / 'modules.json'} has {', '.join(sorted(others))}, which are not known")
@@ -204,6 +210,7 @@ def write_vectors(output: Path | None, texts: Sequence[str], vectors: npt.NDArra
     if output is None:
         print(data.decode(), end="")
         return
+    # Written beside it and renamed, so that a run that is killed leaves no half file of this name.
     part = output.with_name(f"{output.name}.part")
     try:
         part.write_bytes(data)

@@ -46,6 +46,7 @@ def find_model(path: Path) -> Path:
     For a run it is the newest checkpoint. If that was saved after steps whose updates were refused for bad numbers, or
     before one that ended the run, it is the newest checkpoint known to be good, and a line on stderr says so. Raise
     ConfigError if there is no complete model."""
+    # A run's own folder has a config.yaml and no config.json.
     if (path / "config.json").exists() or is_adapter(path):
         return path
     # A run's folder.
@@ -100,6 +101,8 @@ def load_model(
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = model_config({"hf": str(folder)})
     weights, model = weight_table(config), build_model(config)
+    # `read` gives a flat range of a weight's elements, as ranks ask for their shards; here the
+    # whole.
     read = from_hf(folder, weights, config, Mesh.alone(), seed)
     kind = "master" if dtype else "weight"  # an adapter is merged in fp32, and rounded only where it must be
     tensors = {weight.name: read(weight, kind, 0, weight.numel).view(weight.shape) for weight in weights}
@@ -194,6 +197,8 @@ class Generator:
 
     @cached_property
     def _before_a_token(self) -> list[int]:
+        # Decoders in SentencePiece's manner drop a space at the start of a text, but not behind a
+        # token.
         return self.tokenizer.encode("a")
 
     @cached_property
@@ -285,6 +290,7 @@ class Generator:
         left = sorted(alike, key=lambda given: -len(given))
         scores: dict[int, Score] = {}
         while left:
+            # The first is the longest: all are padded to its length.
             count = max(1, SCORED_TOKENS // len(left[0]))
             batch, left, wholes = left[:count], left[count:], []
             for given, logits_TV in zip(batch, self._logits(batch), strict=True):

@@ -91,7 +91,9 @@ def read_habits(folder: Path, tokenizer: Tokenizer) -> Habits:
     if file.is_file():
         values = read_object(file, ConfigError)
     given = {name: value for name, value in values.items() if value is not None}
+    # generation_config.json is the newer of the two, and the one that transformers' generate reads.
     ends = given["eos_token_id"] if "eos_token_id" in given else read_hf_config(folder).get("eos_token_id")
+    # Names in the error below what was being read.
     reading = "eos_token_id"
     try:
         ids = set(listed(ends))
@@ -111,6 +113,7 @@ def read_habits(folder: Path, tokenizer: Tokenizer) -> Habits:
         sampling = replace(LIKELY, **sampled, rules=Rules(**rules))
     except (TypeError, ConfigError) as error:
         raise ConfigError(f"{file}: {error}") from None
+    # A file may name the end of a turn alone; a document's end ends an answer, too.
     ids |= set() if tokenizer.eod_id is None else {tokenizer.eod_id}
     return Habits(frozenset(ids), sampling, stop, **lengths, warning=_warning(file, given))
 

@@ -132,6 +132,8 @@ class HarnessModel(TemplateLM):
             found = [(None, *make_disjoint_window(window)) for window in cut]
             windows += found
             counts.append(len(found))
+        # All windows of all texts in one call, so that batches are full; then each text takes its
+        # own.
         each = iter(self._loglikelihood_tokens(windows))
         return [sum(next(each)[0] for _ in range(count)) for count in counts]
 
@@ -164,6 +166,8 @@ class HarnessModel(TemplateLM):
             if name not in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"):
                 raise ConfigError(f"a task asks for generation with {name} = {value!r}, which megalite does not know")
             sampled[name] = value
+        # What the task leaves open is greedy, not as the model's folder says, but for its penalty
+        # and rules.
         usual = generator.sampling
         sampled = {"repetition_penalty": usual.repetition_penalty, "rules": usual.rules, "seed": seed} | sampled
         sampling = Sampling(**sampled | {"temperature": sampled.get("temperature", 0.0) if drawn else 0.0})
@@ -248,6 +252,7 @@ class Tasks(NamedTuple):
     def fewest(self) -> int:
         """Return the number of documents of the smallest task, the limit applied."""
         with _seeded():
+            # Some tasks draw their documents when these are first asked for.
             counts = [len(task.eval_docs) for task in self.loaded["tasks"].values()]
         return min([*counts, self.limit] if self.limit else counts)
 
@@ -305,6 +310,8 @@ def load_tasks(
                 loaded[part] |= found.get(part, {})
     for task in loaded["tasks"].values():
         own = task.get_config("num_fewshot")
+        # A task with num_fewshot: 0 is made for no examples, as the harness's own command sees it,
+        # too.
         if own is None or (shots is not None and own != 0):
             task.set_config("num_fewshot", shots or 0)
         # Examples must be the same on all ranks, and in every evaluation of a run.

@@ -38,17 +38,20 @@ class RanksModel:
         self.config, self.vocab_size = stage.model.config, stage.model.config.vocab_size
         self.capacity = min(max_length or self.config.max_positions, self.config.max_positions)
         self.turning_points, self.device = self.config.architecture.turning_points, mesh.device
+        # Keys and values of this rank's layers and heads only.
         add_cache(stage.model, num_slots)
         self.pipeline = None
         if plan.pipeline > 1:
             from megalite.parallel.pipeline import Pipeline  # torch's schedules import its compiler
 
+            # A meta tensor, for its dtype and width; batch and length differ at every call.
             hidden = torch.empty((1, 1, self.config.hidden_size), dtype=dtype, device="meta")
             self.pipeline = Pipeline([stage], plan, mesh, hidden, [None])
 
     def predict(self, tokens_BT: Tensor, places: CachedSequenceInfo, last_B: Tensor) -> Tensor:
         """Return the next-token logits behind the token `last_B` of each row of `tokens_BT`, fp32 [B,V]; cache keys and
         values at `places`."""
+        # The last stage projects only the tokens `last_B`: [B,1,V] comes back.
         return self._run(Inputs(tokens_BT, places, last_B=last_B))[:, 0]
 
     def logits(self, tokens_BT: Tensor, places: SequenceInfo) -> Tensor:
@@ -62,6 +65,8 @@ class RanksModel:
         batch, length = inputs.tokens_BT.shape
         shape = (batch, length if inputs.last_B is None else 1, self.vocab_size)
         # Every rank chooses the next token from the same logits, so that all go on alike.
+        # On every rank, as the buffer that the broadcast fills; the last stage has what to fill it
+        # with.
         logits = torch.empty(shape, device=self.device)
         if outputs:
             whole = all_gather(outputs[0].float(), self.mesh.tensor, dim=2)
@@ -85,6 +90,7 @@ def load_on_ranks(
         {
             "run": {"name": "generate"},
             "model": {"hf": str(folder)},
+            # What a plan of training needs and inference has not: any value does.
             "data": {"train": [{"path": "-"}], "seq_length": 1},
             "parallel": {"tensor": tensor, "pipeline": pipeline, "sequence": False},
             "train": {"steps": 1, "global_batch_size": pipeline},

@@ -54,6 +54,7 @@ PLAINLY = {
     "missing": "is required",
 }
 """Plain words for pydantic's errors, which speak of Python's types."""
+# Pydantic's "Input should be at most 16" is sent as "must be at most 16".
 SHOULD = re.compile(r"^(Input|String|List|Dictionary|Value) should")
 KINDS = {400: "invalid_request_error", 404: "invalid_request_error", 405: "invalid_request_error"}
 
@@ -105,6 +106,8 @@ def make_app(generator: Generator, settings: Settings) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         engine.start()
         yield
+        # `Server.handle_exit` closed it before, with a grace period that is over by now; an app
+        # that runs without `Server`, as in tests, has nobody else who does.
         engine.close(0.0)
         service.lanes.close()
         await run_in_threadpool(engine.join, 10.0)
@@ -115,6 +118,7 @@ def make_app(generator: Generator, settings: Settings) -> FastAPI:
         Guards, keys=settings.keys, max_bytes=settings.max_bytes, requests_per_minute=settings.requests_per_minute,
         host=settings.host,
     )  # fmt: skip
+    # Starlette runs what is added last first: what Guards refuses is counted and logged, too.
     app.add_middleware(Noted, metrics=metrics)
     _explain_errors(app)
     _add_api(app, service, ratings)
@@ -139,6 +143,7 @@ def _add_api(app: FastAPI, service: Service, ratings: Ratings) -> None:
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
+        # Raises for any other name than the one of `service.model`.
         service.check_model(name)
         return service.model
 
@@ -269,9 +274,13 @@ class Service:
         num_bytes = _size_of(messages)
         self._check_fits(num_bytes, "messages")
         ids = await self._beside(lambda: self.generator.chat_ids(messages), num_bytes, "messages")
+        # A prompt that leaves no room is refused with its numbers when the engine checks it, not
+        # here.
         room = self.generator.model.capacity - len(ids)
         usual = self.generator.habits.most_tokens(len(ids), max(room, 1))
+        # OpenAI renamed max_tokens for chats; clients of both ages are served.
         most = body.max_completion_tokens or body.max_tokens or usual
+        # 0: those of the chosen tokens alone, without alternatives.
         num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
         requests = [self.generator.as_chat(r) for r in body.requests(ids, most, self.generator.sampling, num_logprobs)]
         return await self._answer(body, requests, len(ids), "chatcmpl", request)
@@ -304,12 +313,14 @@ class Service:
         updates = _updates(queue, len(tickets))
         if body.stream:
             pieces = self._stream(body, reply, tickets, updates, num_prompt)
+            # The engine ignores tickets that have ended.
             return Events(pieces, lambda: self.engine.cancel(tickets))
         try:
             ended = await _unless_gone(request, _ends_of(updates))
         finally:
             self.engine.cancel(tickets)
         if ended is None:
+            # nginx's status for a client that closed the connection.
             return Response(status_code=499)  # nobody is there to read it
         choices = []
         for ticket in tickets:
@@ -329,6 +340,7 @@ class Service:
     ) -> AsyncIterator[bytes]:
         """Yield the server-sent events of a streamed response."""
         try:
+            # As OpenAI's: a chat's first piece names the role and says nothing.
             if reply.chat:
                 for ticket in tickets:
                     yield _event(reply.piece([reply.opening(ticket.number)]))
@@ -338,8 +350,10 @@ class Service:
                 yield _event(reply.piece([choice]))
             if body.stream_options and body.stream_options.include_usage:
                 num_said = sum(len(ticket.answer.tokens) for ticket in tickets)
+                # As OpenAI's: the last piece has the counts and no choices.
                 yield _event(reply.piece([], usage(num_prompt, num_said)))
         except Trouble as trouble:
+            # Status 200 has been sent by now, so that an error can only be one more event.
             yield _event(trouble.body)
         yield b"data: [DONE]\n\n"
 
@@ -353,6 +367,7 @@ class Events(StreamingResponse):
     """Streams events, and calls `close` at the end in any case, even if the client is gone before the first event."""
 
     def __init__(self, pieces: AsyncIterator[bytes], close: Callable[[], object]):
+        # "x-accel-buffering" keeps nginx from holding events back until its buffer is full.
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
         super().__init__(pieces, media_type="text/event-stream", headers=headers)
         self._close = close
@@ -434,6 +449,7 @@ def _explain_errors(app: FastAPI) -> None:
         what = PLAINLY.get(first["type"]) or SHOULD.sub("must", first["msg"].removeprefix("Value error, "))
         if first["type"] == "extra_forbidden":
             what = "is not known or not supported"
+        # Fields like `tools`, which protocol.py accepts empty only.
         elif first.get("ctx", {}).get("max_length") == 0:
             what = "is not supported: leave it out"
         elif not place and "json" not in request.headers.get("content-type", ""):
@@ -489,6 +505,7 @@ class Noted:
             status = status or 499
         except Exception:
             LOG.exception("%s %s failed", scope["method"], scope["path"])
+            # A response that has begun cannot be replaced.
             if not status:
                 status = 500
                 await Response(

@@ -72,13 +72,17 @@ class Engine:
         self.generator, self.metrics, self.max_waiting = generator, metrics, max_waiting
         self._batch = Batch(generator.model, generator.ends)
         self._tickets: dict[Answer, Ticket] = {}
+        # Filled by the server's threads under `_changed`, and emptied by the engine's thread: the
+        # batch itself is changed by that thread alone.
         self._arrived: deque[Ticket] = deque()
         self._cancelled: deque[Ticket] = deque()
         self._changed = threading.Condition()
+        # Time when answers under way are cut off. None as long as requests are accepted.
         self._ends_at: float | None = None
         self._step_began: float | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         metrics.slots.set(generator.model.num_slots)
+        # Called whenever Prometheus reads the metrics, in the thread of the event loop.
         metrics.busy.set_function(lambda: self._batch.num_running)
         metrics.waiting.set_function(lambda: self._num_waiting)
 
@@ -131,6 +135,7 @@ class Engine:
     def close(self, within_s: float) -> None:
         """Accept no more requests. Answers that have not ended after `within_s` seconds are cut off."""
         with self._changed:
+            # A second signal can shorten the grace period, never extend it.
             self._ends_at = min(time.monotonic() + within_s, self._ends_at or float("inf"))
             self._changed.notify()
 
@@ -148,6 +153,8 @@ class Engine:
                 answers = self._batch.step()
             except Exception:
                 LOG.exception("a step of the model failed: the answers under way are given up")
+                # All that the batch has, those that wait for a slot included; only `_arrived` ones
+                # stay.
                 answers = list(self._tickets)
                 self._give_up(answers, "failed")
             self._step_began = None
@@ -163,10 +170,13 @@ class Engine:
                 ticket = self._arrived.popleft()
                 self._tickets[ticket.answer] = ticket
                 self._batch.add(ticket.answer)
+            # A ticket may have ended between its cancellation and now.
             gone = [ticket.answer for ticket in self._cancelled if ticket.answer in self._tickets]
             self._cancelled.clear()
             self._give_up(gone, "cancelled")
             self._tell(gone)
+            # A closed engine goes on until its answers have ended; `_expire` sees to it that they
+            # do.
             return self._ends_at is None or self._batch.busy
 
     def _expire(self) -> None:

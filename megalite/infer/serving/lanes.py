@@ -24,6 +24,7 @@ class Lane:
 
     def __init__(self, name: str, num_threads: int, most_bytes: int):
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix=name)
+        # Only the event loop's thread changes `_bytes`, so that it needs no lock.
         self._bytes, self._most_bytes = 0, most_bytes
 
     async def run(self, work: Callable[[], T], num_bytes: int) -> T:
@@ -47,6 +48,7 @@ class Lanes:
 
     def __init__(self, max_bytes: int):
         """Create both lanes. `max_bytes` is the largest request."""
+        # Hugging Face's tokenizers release the GIL while they encode, so that threads suffice.
         self._small = Lane("tokenize", 2, 256 * SMALL_BYTES)
         self._large = Lane("tokenize-large", 1, LARGE_AT_ONCE * max_bytes)
 
