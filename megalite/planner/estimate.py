@@ -227,6 +227,7 @@ class Outlook:
             params, states = params + held.trained / owners, states + held.states / owners
         norm = tied = 0.0
         if self.plan.world_size > 1:
+            # One fp32 number: the latency is what counts.
             norm = self.network.all_reduce(4.0, self.network.replicas)
         if self._tied_over_pipeline:
             tied = self.network.hand_over(4.0 * self.sizes[-1].after)
@@ -358,7 +359,10 @@ class Outlook:
     def _data_bytes(self, held: Sequence[Held]) -> float:
         """Return the bytes that a rank sends to its replicas for gradients and weights of all that it holds."""
         plan, total = self.plan, 0.0
+        # Without whole gradients (from stage 2 on) nothing can be accumulated over micro-batches
+        # first.
         reductions = plan.micro_batches if plan.zero_stage >= 2 else 1
+        # ZeRO 3 gathers the weights in the forward pass and again in the backward pass.
         gathers = {0: 0, 1: 1, 2: 1, 3: 2 * plan.micro_batches}[plan.zero_stage]
         for part in held:
             # A ring sends this share of the whole tensor; an all-reduce (no ZeRO) sends it twice.

@@ -118,6 +118,7 @@ def _expert_cuts(config: Config, tensor: int, ranks: int) -> Iterator[tuple[int,
     feed_forwards = (layer.feed_forward for layer in config.model.architecture.layers)
     counts = [each.num_experts for each in feed_forwards if isinstance(each, ExpertsSpec)]
     for expert in _divisors(gcd(*counts)) if counts else (1,):
+        # A dict for a set in order: with tensor = 1 both are the same.
         for expert_tensor in dict.fromkeys((tensor, 1)) if counts else (tensor,):
             if ranks % (expert * expert_tensor) == 0:
                 yield expert, expert_tensor
@@ -152,6 +153,7 @@ def _outlook(
         "recompute": "none",
         "recompute_layers": None,
     }
+    # `stage_layers` is of the config's own pipeline, and fits no other.
     parallel |= {"zero_stage": 1, "engine": "native", "stage_layers": None}
     config = _updated(config, parallel, train)
     plan = make_plan(config, rows, world_size)
@@ -198,6 +200,7 @@ def _nothing_fits(candidates: list[Outlook], world_size: int, hardware: Hardware
             f"no layout of this config comes out even on {world_size} GPUs; try another train.global_batch_size or "
             "number of GPUs"
         )
+    # ZeRO 2 is what the native engine shards most.
     resident = [_resident(replace(one.plan, zero_stage=2), one) for one in candidates]
     limit_gib = usable_bytes(hardware) / 2**30
     least_gib = min(resident) / 2**30

@@ -190,6 +190,7 @@ class ModelTable:
     def sizes(self, plan: Plan) -> LocalSizes:
         """Return the sizes under a plan's degrees of tensor and expert parallelism. Raises ValueError where a weight
         cannot be split."""
+        # Sizes depend on nothing else of a plan: a search's thousands of plans have few such pairs.
         cuts = plan.tensor, plan.experts
         if cuts not in self._sizes:
             self._sizes[cuts] = LocalSizes(self.weights, plan, self.config.optimizer)
@@ -207,6 +208,8 @@ class ModelTable:
         found: dict[tuple[object, ...], LayerKind] = {}
         kinds = []
         for number, (spec, matrices) in enumerate(zip(specs, rows, strict=True)):
+            # What decides the cost of a layer: names and place of its weights differ in every
+            # layer.
             key = (spec, *((w.shape, w.stack, w.shard, w.parts, w.unit, w.used) for w in matrices))
             if key not in found:
                 found[key] = self._kind(number, spec, tuple(matrices))
@@ -221,7 +224,11 @@ class ModelTable:
                 f"the planner does not know what layer {number} of model.family = {model.family!r} computes: its mixer "
                 f"is {type(spec.mixer).__name__}, and the planner knows attention"
             )
+        # Some figures come from the spec and others from the rows: a family whose two descriptions
+        # differ would be planned wrongly without a word.
         described = [part.num_elements(model.hidden_size) for part in (spec.mixer, spec.feed_forward)]
+        # Rows are in the order of the forward pass: the mixer's matrices are the first that have
+        # its size.
         sums = [sum(weight.numel for weight in matrices[:count]) for count in range(len(matrices) + 1)]
         if sums[-1] != sum(described) or described[0] not in sums:
             raise ConfigError(
@@ -241,6 +248,8 @@ def _matrices(kind: LayerKind, plan: Plan, routed: float) -> tuple[Matrix, ...]:
         folded = weight.is_expert and plan.folds_experts
         found.append(
             Matrix(
+                # Behind the dimensions of the stack, [experts, rows, columns]; the rest is
+                # flattened.
                 rows=shape[weight.stack],
                 columns=prod(shape[weight.stack + 1 :]),
                 # Whole experts on a rank: tokens enter before the first matrix of theirs, and leave behind the last.
@@ -249,6 +258,8 @@ def _matrices(kind: LayerKind, plan: Plan, routed: float) -> tuple[Matrix, ...]:
                 reduces=not folded and (weight.shard == "row" or weight in experts[-1:]),
                 replicated=weight.shard is None,
                 count=prod(shape[: weight.stack]),
+                # `used` is k / num_experts, of the tokens of one rank. A folded expert gets those
+                # of all `expert` ranks, and each of these sends the share `routed` of its own.
                 used=weight.used * plan.experts.expert * routed if folded else weight.used,
             )
         )
@@ -291,6 +302,8 @@ def shapes_of(config: Config, plan: Plan, table: ModelTable) -> tuple[Shapes, tu
 def _layer_shapes(model: Shapes, plan: Plan, kind: LayerKind) -> LayerShapes:
     mixer, feed_forward = kind.attention, kind.spec.feed_forward
     routed, expert_tensor = model.tokens, 1
+    # The tokens that a rank has (its slice, under sequence parallelism), of all expert-tensor
+    # ranks: each of them computes its part of an expert for the tokens of all.
     if plan.folds_experts and (plan.sequence or plan.experts.tensor != plan.tensor):
         expert_tensor = plan.experts.tensor
         routed = model.tokens // (plan.tensor if plan.sequence else 1) * expert_tensor
@@ -300,6 +313,8 @@ def _layer_shapes(model: Shapes, plan: Plan, kind: LayerKind) -> LayerShapes:
         heads=heads // model.tensor,
         kv_heads=kv_heads // model.tensor,
         head_size=mixer.head_size,
+        # Flash attention needs keys and values of one width: the values of latent attention are
+        # padded.
         value_size=max(mixer.value_size, mixer.head_size) if isinstance(mixer, LatentSpec) else mixer.value_size,
         latent_value=mixer.value_size if isinstance(mixer, LatentSpec) else 0,
         latents=mixer.kv_rank + (mixer.q_rank or 0) if isinstance(mixer, LatentSpec) else 0,
@@ -329,6 +344,7 @@ K = TypeVar("K")
 
 def each(layers: Sequence[K], function: Callable[[K], T]) -> list[T]:
     """Return what `function` makes of each layer. It is called once for all layers that are the same object."""
+    # By identity: `shapes_of` gives equal layers as one object.
     found: dict[int, T] = {}
     for layer in layers:
         if id(layer) not in found:
@@ -408,6 +424,8 @@ class LocalSizes:
 
         Raises ValueError where a weight cannot be split."""
         folded = [weight for weight in weights if weight.is_expert and plan.folds_experts]
+        # The second condition ends the recursion: among experts alone there is nothing to tell
+        # apart.
         self.experts = LocalSizes(folded, plan, optimizer) if folded and len(folded) < len(weights) else None
         self.states: dict[Place, int] = {}
         self.solved: dict[Place, int] = {}

@@ -153,6 +153,7 @@ def simulate(
                 else:
                     end = start + times[stage][kind]
                 state.clock = end
+                # Without the wait for weights, which counts as idle.
                 state.busy += times[stage][kind]
                 if record:
                     events.append(Event(rank, kind, stage, micro, start, end))
