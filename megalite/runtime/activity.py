@@ -32,6 +32,7 @@ class Activity:
         self.counts: defaultdict[str, int] = defaultdict(int)
         """How many collectives were begun over each axis of the mesh. Ranks of a group count alike."""
         self.phase, self.step, self.action, self.micro_batch = "starting", 0, "", -1
+        # `waits_in` is what a reader looks at: empty while this rank works.
         self.waits_in, self.over, self.number = "", "", 0
         self.timer: Timer | None = None
 
@@ -57,6 +58,7 @@ class Activity:
 
     def wait(self, kind: str, over: str, number: int = 0) -> None:
         """Note that this rank waits for others: `kind` of collective, `over` which axis, its `number` there."""
+        # `waits_in` last: a watcher that sees it finds the other two of the same wait.
         self.over, self.number, self.waits_in = over, number, kind
         self.beats += 1
         if self.timer is not None:

@@ -21,6 +21,7 @@ class Exit(IntEnum):
     DONE = 0
     FAILED = 1
     MISTAKE = 2
+    # 74 and 75 are EX_IOERR and EX_TEMPFAIL of sysexits.h; the next ones only count on from there.
     NOT_SAVED = 74
     STOPPED = 75
     HUNG = 76
@@ -79,6 +80,7 @@ def flush_output() -> None:
         except OSError:
             with contextlib.suppress(OSError, ValueError):
                 nowhere = os.open(os.devnull, os.O_WRONLY)
+                # Python flushes once more at exit: what is left goes where it cannot fail.
                 os.dup2(nowhere, stream.fileno())
                 os.close(nowhere)
 

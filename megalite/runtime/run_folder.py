@@ -90,6 +90,7 @@ def held(folder: Path) -> Iterator[None]:
     written."""
     with _explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        # "a+" does not truncate: until the lock is taken, the file says who holds it.
         file = FileIO(folder / LOCK, "a+")
     with file:
         with contextlib.suppress(OSError):  # it has no locks, or the disk is full
@@ -123,6 +124,8 @@ def _sign(file: FileIO) -> None:
 def _is_mine(file: FileIO) -> bool:
     """Try to take the lock; return whether this process has it."""
     try:
+        # A POSIX lock, which NFS knows. The process loses it once it closes any descriptor of this
+        # file.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):  # which of the two, differs by system
         return False

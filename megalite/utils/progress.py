@@ -31,6 +31,7 @@ class ProgressMeter:
     @property
     def elapsed(self) -> float:
         """Return the seconds since it was made."""
+        # Callers divide by it.
         return max(time.monotonic() - self._start, 1e-9)
 
     def show(self, completed: int, line: str, due: bool = False, **fields: Any) -> None:

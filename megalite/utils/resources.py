@@ -50,6 +50,8 @@ class _Loader(yaml.SafeLoader):
 
 def _check_size(root: yaml.Node) -> None:
     """Refuse a text whose aliases (`*name`) expand to more than MOST_VALUES values, or stand within what they name."""
+    # Without recursion, which deep nesting would exhaust: a node is pushed twice, and counted when
+    # it comes up again behind all that is within it.
     sizes: dict[int, int] = {}
     begun: set[int] = set()
     pending = [(root, False)]
