@@ -59,7 +59,8 @@ class Links:
     waits_for_hand_over: bool
     """True if a rank requests a message only when it is due, and waits for it (Schedule1F1B)."""
     reduces_every_time: bool
-    """True if gradients are reduced after every micro-batch (ZeRO stage 2 and 3), not only after the last."""
+    """True if gradients are reduced after every micro-batch (ZeRO stage 2), not only after the last. At stage 3 the
+    reductions are within the passes' times."""
 
 
 @dataclass(frozen=True)
