@@ -182,7 +182,9 @@ def _match(item: str, report: Report) -> list[tuple[str, int]]:
     if not os.path.exists(item):
         item = os.path.expanduser(item)
     matches = [item] if os.path.exists(item) else sorted(set(_glob(item)))
-    files = [path for match in matches for path in (_walk(match, report) if os.path.isdir(match) else [match])]
+    files: list[str] = []
+    for match in matches:
+        files += _walk(match, report) if os.path.isdir(match) else [match]
     return [(path, os.stat(path).st_size) for path in files if os.path.isfile(path)]
 
 

@@ -123,7 +123,8 @@ def _bleu(pairs: Sequence[tuple[str, Sequence[str]]]) -> float:
 
     most = max(len(wanted) for _, wanted in pairs)
     # sacrebleu wants reference streams of equal length: answers with fewer references have None in the later ones.
-    streams = [[wanted[k] if k < len(wanted) else None for _, wanted in pairs] for k in range(most)]
+    padded = [[*wanted, *[None] * (most - len(wanted))] for _, wanted in pairs]
+    streams = [list(stream) for stream in zip(*padded, strict=True)]
     return sacrebleu.corpus_bleu([said for said, _ in pairs], streams).score
 
 
