@@ -68,4 +68,6 @@ def read_train_state(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: {describe_errors(error, _TrainState).partition(chr(10))[0]}") from None
     if numbers := state.pop("numbers", None):
         state.setdefault("hooks", {}).setdefault("guard", numbers)
+    # A resumed run and an evaluation index it; a state may leave it out.
+    state.setdefault("wandb_id", None)
     return state

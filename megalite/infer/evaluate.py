@@ -14,15 +14,16 @@ from rich.console import Console
 from rich.table import Table
 
 from megalite.checkpoint.folder import write_json
+from megalite.checkpoint.train_state import read_train_state
 from megalite.comm.mesh import Launch
 from megalite.config_file import load_config
 from megalite.data.chat import ChatTemplate
 from megalite.data.contents import ContentEncoder, without_marks
 from megalite.data.tokenizer import load_tokenizer
-from megalite.errors import CheckpointError, ConfigError
+from megalite.errors import ConfigError
 from megalite.infer.generate import Generator, find_model
 from megalite.observe.wandb import WandbSink
-from megalite.utils.outside import check_apart, read_json
+from megalite.utils.outside import check_apart
 
 
 class Asked(NamedTuple):
@@ -59,13 +60,9 @@ class Run(NamedTuple):
     def of(cls, checkpoint: Path) -> Run | None:
         """Return the run that `checkpoint` belongs to, or None for a model without one. Raise CheckpointError for a
         damaged state."""
-        state = checkpoint / "train_state.json"
-        if not state.exists():
+        if not (checkpoint / "train_state.json").exists():
             return None
-        values = read_json(state, CheckpointError)
-        if not isinstance(values, dict):
-            raise CheckpointError(f"{state} is not a JSON object")
-        return cls(checkpoint.resolve().parent.parent, values)
+        return cls(checkpoint.resolve().parent.parent, read_train_state(checkpoint))
 
 
 def load_harness() -> Any:

@@ -19,7 +19,7 @@ from lm_eval.tasks import TaskManager
 
 from local_tasks import ANIMALS, NAMES, write_tasks, write_tokenizer
 from megalite.cli import main
-from megalite.errors import ConfigError, DataError
+from megalite.errors import CheckpointError, ConfigError, DataError
 from megalite.infer import harness
 from megalite.infer.evaluate import Asked, Run, evaluate_model, kept, report
 from megalite.infer.generate import Generator
@@ -55,6 +55,20 @@ def random_model(folder: Path, family: str) -> Path:
     return write_tokenizer(folder, begins=family == "llama")
 
 
+STATE = {"step": 8, "data": {"samples": 32, "fingerprint": "x"}}
+
+
+def test_a_state_names_its_wandb_run_or_is_of_none(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints" / "step-00000008"
+    folder.mkdir(parents=True)
+    assert Run.of(folder) is None
+    (folder / "train_state.json").write_text(json.dumps(STATE))
+    assert Run.of(folder) == Run(tmp_path, STATE | {"wandb_id": None})
+    (folder / "train_state.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"train_state\.json.*step"):
+        Run.of(folder)
+
+
 def test_results_of_one_second_are_all_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "checkpoints" / "step-00000008"
     monkeypatch.setattr("megalite.infer.evaluate.time", SimpleNamespace(strftime=lambda _: "now"))
@@ -70,7 +84,7 @@ def test_a_checkpoint_that_the_run_removes_meanwhile(
     tmp_path: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = random_model(tmp_path / "checkpoints" / "step-00000008", "llama")
-    (folder / "train_state.json").write_text("{}")
+    (folder / "train_state.json").write_text(json.dumps(STATE))
     run = harness.Tasks.run
 
     def removed(*arguments: Any, **more: Any) -> Any:
