@@ -173,6 +173,9 @@ def table_of(results: Mapping[str, Any]) -> Table:
     for task, values in results["results"].items():
         for key, value in values.items():
             metric, _, how = key.partition(",")
+            # The harness names a metric "acc,none" and its error "acc_stderr,none", where "none" is
+            # the filter that extracts the answer. Keys without a comma, such as "alias", are no
+            # metrics.
             if not how or metric.endswith("_stderr") or not isinstance(value, (int, float)):
                 continue
             error = values.get(f"{metric}_stderr,{how}")
@@ -202,6 +205,7 @@ def tell_wandb(run: Run, numbers: Mapping[str, float], console: Console) -> None
     config, state = load_config(run.folder / "config.yaml"), run.state
     if config.observe.wandb.mode == "disabled" or not state["wandb_id"]:
         return
+    # A config's Pydantic models are frozen: a change is a copy.
     named = config.run.model_copy(update={"name": f"{config.run.name}-evaluations"})
     config = config.model_copy(update={"run": named})
     sink = WandbSink(config, run.folder, f"{state['wandb_id']}-evaluations", console.print)
