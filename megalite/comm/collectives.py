@@ -74,8 +74,8 @@ def start_highest(number: int, mesh: Mesh) -> Callable[[], int]:
     """Start finding the highest of all ranks' numbers, between the hosts: no device is waited for, on any rank."""
     if mesh.world.size == 1:
         return lambda: number
-    # A tensor on the host goes by gloo also where the device is a GPU (the groups are
-    # "cpu:gloo,cuda:nccl").
+    # A tensor on the host goes by gloo also where the device is a GPU: the group of all ranks has
+    # both (`Launch.join`), those of axes need not.
     highest = torch.tensor(number)
     work = dist.all_reduce(highest, dist.ReduceOp.MAX, mesh.world.group, async_op=True)
     wait = noted("all_reduce", mesh.world, work.wait)
