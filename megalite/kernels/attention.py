@@ -350,10 +350,13 @@ def _varlen(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, document_BT: Tensor 
 
     batch, length = q_BTHK.shape[:2]
     if document_BT is None:
+        # Each row is one sequence: only its window asks for this kernel.
         ends = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=q_BTHK.device)
     else:
         ends = _document_ends(document_BT)
+    # -1: as many as there are, in flash attention's convention.
     before = -1 if kind.window is None else kind.window - 1
+    # The tokens of all rows in one sequence, [B · T, heads, K].
     q, k, v = (x.flatten(0, 1) for x in (q_BTHK, k_BTGK, v_BTGK))
     out: Any = varlen.varlen_attn(
         q, k, v, ends, ends, length, length, scale=kind.scale, window_size=(before, 0 if kind.causal else before),
@@ -412,6 +415,7 @@ def note_documents(document_BT: Tensor, on_host_BT: Tensor) -> None:
     """Note where documents end, from the same numbers on the host, so that it need not ask the device of
     `document_BT` for them."""
     if document_BT.device.type == "cuda":
+        # From pageable memory the copy would wait for the device, even with non_blocking.
         ends = _find_ends(on_host_BT).pin_memory()
         _ends_of_documents[document_BT] = ends.to(document_BT.device, non_blocking=True)
 
