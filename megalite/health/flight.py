@@ -95,6 +95,7 @@ def describe_flights(flights: Mapping[int, list[Flight]], mesh: Mesh) -> list[st
     groups: defaultdict[tuple[str, tuple[int, ...]], dict[int, str]] = defaultdict(dict)
     under_way = set()
     for rank, launched in flights.items():
+        # A dict as a set that keeps its order.
         for axis in {flight.axis: None for flight in launched}:
             key, own = (axis, group_of(rank, axis, mesh)), [flight for flight in launched if flight.axis == axis]
             oldest = next((flight for flight in own if flight.state != "ended"), None)

@@ -55,6 +55,7 @@ def time_all_reduce(store: dist.Store, ranks: Ranks) -> float | None:
 
 def time_apart(store: dist.Store, ranks: Ranks) -> float | None:
     """Do the same in a process of its own, which need not survive. All give up as soon as one of them has."""
+    # The child connects by host and port, and these only the innermost store knows.
     while isinstance(store, dist.PrefixStore):
         store = store.underlying_store
     assert isinstance(store, dist.TCPStore)
@@ -64,6 +65,7 @@ def time_apart(store: dist.Store, ranks: Ranks) -> float | None:
     while child.poll() is None and time.monotonic() < deadline and not store.check([failed]):
         time.sleep(CHECK_S)
     if child.poll() != 0:
+        # Also after a timeout: the others of the link need not wait out theirs.
         store.set(failed, "")
         child.kill()
     said = child.communicate()[0]

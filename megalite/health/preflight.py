@@ -191,6 +191,8 @@ def expected_times(
         hardware = Hardware(find_chip(name), network, ranks[low])
         for high in chips:
             if (low, high) in links:
+                # Ranks of both nodes, or of the one where a link is within it; and how many of them
+                # share a node.
                 group = Group(ranks[low] + ranks[high] * (low != high), ranks[low])
                 size = 4 * MESSAGE_NUMBERS["nccl"]
                 found[low, high] = place(plan, hardware).all_reduce(size, group)
@@ -287,6 +289,8 @@ def _meet(
     timed = []
     here, ring = nodes[launch.rank], sorted(set(nodes.values()))
     for link in [(here, here), *links_of(here, ring)]:
+        # Ascending on every rank, as rank 0 collected them: all see the same order of ranks within
+        # the link.
         ranks = [rank for rank, node in nodes.items() if node in link]
         if len(ranks) == 1:
             continue
