@@ -84,7 +84,7 @@ def main() -> int:
         (loss,) = (record["valid_loss"] for record in records[-1:])
         print(
             f"bias rate {rate:g}: the largest load is {statistics.mean(end):.2f} of the mean over the last tenth of "
-            f"the steps, {dead:.0f} experts without a token in the last, validation loss {loss:.4f}"
+            f"the steps; experts without a token in the last: {dead:.0f}; validation loss {loss:.4f}"
         )
     draw(arguments.output / "balance.png", runs)
     return 0
