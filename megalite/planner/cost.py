@@ -75,7 +75,12 @@ class Costs:
         total += self._attention(layer) + self._elementwise(layer) + accumulation + self._dispatch(layer)
         activation, _ = self._activation(layer)
         # Recomputation happens within the backward pass, and delays the input's gradient as well.
-        again = {"none": 0.0, "selective": activation, "full": total.forward}[recompute]
+        software = self.kernels.software
+        last_product = self._product(layer.matrices[-1]).forward if software.stops_early else 0.0
+        some = software.selective_products * sum(self._product(matrix).forward for matrix in layer.matrices)
+        if layer.writes_scores:
+            some += self._attention(layer).forward
+        again = {"none": 0.0, "selective": activation + some, "full": total.forward - last_product}[recompute]
         # What is computed again ends with what the last product is computed from.
         last = self._leave_bytes if layer.matrices[-1].reduces else 0.0
         sent_again = self._forward_tensor_bytes(layer) - last if recompute == "full" else 0.0
@@ -219,18 +224,20 @@ class Costs:
         seen = shapes.seq_length / 2 if layer.causal else shapes.seq_length
         # q · kᵀ and probabilities · v, each a multiplication and an addition.
         operations = 2.0 * shapes.tokens * seen * (layer.q + layer.attended)
-        forward = self.kernels.attention(operations)
         # Five products for the forward pass's two (flash attention recomputes the scores).
-        backward = self.kernels.attention(2.5 * operations)
+        forward = self.kernels.attention(operations, shapes.seq_length, layer.head_size)
+        backward = self.kernels.attention(2.5 * operations, shapes.seq_length, layer.head_size)
         if shapes.logits_every:
             # One of the two products again, whose result is written, masked and read.
             logits = 2.0 * shapes.tokens * seen * layer.heads * shapes.element
-            found = self.kernels.attention(operations / 2) + self.kernels.memory(2 * logits, 3)
+            product = self.kernels.attention(operations / 2, shapes.seq_length, layer.head_size)
+            found = product + self.kernels.memory(2 * logits, 3)
             forward += found / shapes.logits_every
         if layer.writes_scores:
             scores = shapes.tokens * shapes.seq_length * layer.heads
-            forward += self.kernels.memory(scores * 30.0, 8)
-            backward += self.kernels.memory(scores * 40.0, 8)
+            there, back = self.kernels.software.score_bytes
+            forward += self.kernels.memory(float(scores * there), 8)
+            backward += self.kernels.memory(float(scores * back), 8)
         if shapes.context == 1:
             return PassTimes(forward, backward, backward, 0.0, 0.0)
         if shapes.by_heads:
@@ -301,8 +308,9 @@ class Costs:
             backward += 2 * 3 * hidden
             kernels += 16
         activation, activation_back = self._activation(layer)
-        ahead = self.kernels.memory(forward, kernels) + activation
-        back = self.kernels.memory(backward, kernels) + activation_back
+        times = self.kernels.software.elementwise
+        ahead = self.kernels.memory(times * forward, kernels) + activation
+        back = self.kernels.memory(times * backward, kernels) + activation_back
         return PassTimes(ahead, back, back, 0.0, 0.0)
 
     def _activation(self, layer: LayerShapes) -> tuple[float, float]:
@@ -313,8 +321,8 @@ class Costs:
         if layer.gelu_gate:  # gelu(gate) and · up are two kernels
             forward += 2
             backward += 3
-        memory = self.kernels.memory
-        return memory(forward * one, 1), memory(backward * one, 1)
+        memory, times = self.kernels.memory, self.kernels.software.elementwise
+        return memory(times * forward * one, 1), memory(times * backward * one, 1)
 
     def _accumulation(self, elements: int, bytes_each: int) -> PassTimes:
         """Return the time to add a micro-batch's weight gradients to their sum."""

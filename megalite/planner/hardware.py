@@ -23,6 +23,9 @@ from megalite.utils.spelling import nearest
 TYPICAL_MATMUL = 0.75
 """Share of the peak for chips without a measured `matmul`: between MI-class 0.6 and A100's 0.87."""
 
+TYPICAL_SUSTAINED = 0.7
+"""Share of `matmul` for chips without a calibrated `sustained`: an H100's."""
+
 TYPICAL_ATTENTION = 0.35
 """Share of the peak for chips without a measured `attention`: FlashAttention-2 on an H100 (arXiv:2407.08608)."""
 
@@ -38,6 +41,9 @@ class Chip(Section):
     num_sms: int = Field(gt=0)
     matmul: float | None = Field(None, gt=0, le=1)
     attention: float | None = Field(None, gt=0, le=1)
+    sustained: float | None = Field(None, gt=0, le=1)
+    watts: float | None = Field(None, gt=0)
+    power_limit: float | None = Field(None, gt=0)
     also: tuple[str, ...] = ()
     name: str | None = None
     source: str | None = None
@@ -48,6 +54,19 @@ class Chip(Section):
     def matmul_share(self) -> float:
         """Share of the peak that the best matrix products reach."""
         return self.matmul or TYPICAL_MATMUL
+
+    @property
+    def product_share(self) -> float:
+        """Share of the peak that matrix products sustain in training."""
+        return self.matmul_share * (self.sustained or TYPICAL_SUSTAINED) * self.clock
+
+    @property
+    def clock(self) -> float:
+        """Share of its clock that the chip keeps under its `power_limit`: power grows with the clock's third power, as
+        the voltage grows with the clock."""
+        if self.watts is None or self.power_limit is None:
+            return 1.0
+        return min(1.0, self.power_limit / self.watts) ** (1 / 3)
 
     @property
     def attention_share(self) -> float:
@@ -62,6 +81,8 @@ class Chip(Section):
             found.append(f"matmul {TYPICAL_MATMUL:g} of the peak")
         if self.attention is None:
             found.append(f"attention {TYPICAL_ATTENTION:g} of the peak")
+        if self.sustained is None:
+            found.append(f"{TYPICAL_SUSTAINED:g} of `matmul` in training")
         return found
 
 

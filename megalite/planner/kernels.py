@@ -16,11 +16,13 @@ TILES = ((128, 256), (256, 128), (128, 128))
 PROLOGUE = 128
 """Set-up and write-out of a tile, in the time that this many elements of the summed dimension take to multiply."""
 
-SUSTAINED = 0.7
-"""Share of a chip's `matmul` that products sustain in training. `matmul` is the best shape of a search, run alone; in
-training the shapes are the model's, the clock falls with the power, and copies and collectives run beside them. This is
-the one number here that is calibrated instead of measured: on one row, the 16B, of Megatron-LM's H100 table. The other
-eight and torchtitan's A100 figures check it (tests/planner/test_planner_mfu.py)."""
+RAMP = 450
+"""Length of a sequence at which flash attention reaches half of its rate: on an A100 with heads of 128, forward and
+backward, 99 TFLOP/s at 512, 133 at 1k, 155 at 2k, 173 at 4k, 182 at 8k and 189 at 16k (Dao 2023, figure 4)."""
+
+WHOLE_HEAD, NARROW_HEAD = 128, 0.2
+"""Head size from which on flash attention is as quick as it gets, and the power of a smaller one's share of it with
+which it slows down: by 13% at 64 (Shah et al. 2024, figure 6)."""
 
 LAUNCH_US = 4.0
 """Lower bound of a kernel's time in µs: PyTorch's host side of an operation. It matters for small models only."""
@@ -40,6 +42,17 @@ class Software:
     """True if the residual addition is fused with the norm after it."""
     loss_bytes: tuple[int, int]
     """Bytes read and written per bf16 logit in the forward and in the backward pass."""
+    score_bytes: tuple[int, int] = (30, 40)
+    """Bytes moved per score in the forward and in the backward pass of attention that materializes them."""
+    attention: float = 1.0
+    """Rate of its flash attention, as a share of FlashAttention-2's."""
+    elementwise: float = 1.0
+    """Bytes that its element-wise operations move, as a multiple of those of fused kernels."""
+    stops_early: bool = False
+    """True if a recomputed layer ends before its last product, whose output no backward pass needs (torch's
+    non-reentrant checkpoints)."""
+    selective_products: float = 0.0
+    """Share of the products that its selective recomputation computes again."""
 
 
 MEGALITE = Software(
@@ -89,14 +102,17 @@ class Kernels:
         quantization). A small product is bound by memory or by its launch instead."""
         # The library takes the tile shape that suits the product best.
         full = max(_fill(m, n, tile, self.chip.num_sms) for tile in TILES)
-        share = self.chip.matmul_share * SUSTAINED * full * k / (k + PROLOGUE)
+        share = self.chip.product_share * full * k / (k + PROLOGUE)
         computing = 2.0 * m * n * k / (self._peak * share)
         moved = (m * k + k * n + m * n) * self.element
         return max(computing, self.memory(moved), LAUNCH_US * 1e-6)
 
-    def attention(self, operations: float) -> float:
-        """Return the seconds of causal flash attention with so many `operations`, masked ones not counted."""
-        return max(operations / (self._peak * self.chip.attention_share), LAUNCH_US * 1e-6)
+    def attention(self, operations: float, length: int, head_size: int) -> float:
+        """Return the seconds of flash attention with so many `operations`, masked ones not counted, over sequences of
+        `length` tokens."""
+        rate = self._peak * self.chip.attention_share * self.chip.clock * self.software.attention
+        rate *= length / (length + RAMP) * min(1.0, head_size / WHOLE_HEAD) ** NARROW_HEAD
+        return max(operations / rate, LAUNCH_US * 1e-6)
 
     def memory(self, num_bytes: float, kernels: int = 0) -> float:
         """Return the seconds to move `num_bytes` to and from memory in `kernels` launches."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from megalite.errors import ConfigError
 from megalite.planner.estimate import Estimate, usable_bytes
-from megalite.planner.kernels import SUSTAINED
 from megalite.planner.network import Network, place
 from megalite.planner.search import Found
 from megalite.utils.counts import parse_count
@@ -247,7 +246,7 @@ def _duration(estimate: Estimate, tokens: float | None) -> list[str]:
 def _assumptions(estimate: Estimate) -> list[str]:
     """Say what the estimate rests on."""
     chip = estimate.hardware.chip
-    share = f"{SUSTAINED:.0%} of {chip.matmul_share:.0%} of {chip.bf16_tflops:g} TFLOP/s"
+    share = f"{chip.product_share:.0%} of {chip.bf16_tflops:g} TFLOP/s"
     lines = [f"Predicted, not measured: products keep {share}; see megalite/planner/."]
     if chip.assumed:
         assumed = ", ".join(chip.assumed)

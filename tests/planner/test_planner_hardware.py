@@ -15,8 +15,8 @@ from megalite.models import weight_table
 from megalite.observe.throughput import chip_peak
 from megalite.plan import make_plan
 from megalite.planner.estimate import estimate
-from megalite.planner.hardware import TYPICAL_MATMUL, Chip, Interconnect, find_hardware
-from megalite.planner.kernels import LAUNCH_US, MEGALITE, MEMORY_SHARE, SUSTAINED, Kernels
+from megalite.planner.hardware import TYPICAL_MATMUL, TYPICAL_SUSTAINED, Chip, Interconnect, find_hardware
+from megalite.planner.kernels import LAUNCH_US, MEGALITE, MEMORY_SHARE, RAMP, Kernels
 from megalite.planner.network import BASE_US, LINK_SHARE, LINK_US, NETWORK_SHARE, Group, Network, place
 from megalite.utils.resources import configs_dir
 
@@ -59,8 +59,8 @@ def test_described_chip(tmp_path: Path) -> None:
     file.write_text(yaml.safe_dump(MINE))
     chip = find_hardware(str(file)).chip
     assert (chip.chip, chip.bf16_tflops) == ("Mine", 100)
-    assert len(chip.assumed) == 2, "what was not measured is said"
-    file.write_text(yaml.safe_dump({**MINE, "matmul": 0.9, "attention": 0.5}))
+    assert len(chip.assumed) == 3, "what was not measured is said"
+    file.write_text(yaml.safe_dump({**MINE, "matmul": 0.9, "attention": 0.5, "sustained": 0.8}))
     assert find_hardware(str(file)).chip.assumed == []
 
 
@@ -128,12 +128,31 @@ def test_a_network_card_that_is_shared() -> None:
         Interconnect(interconnect="both", gpu_gb_s=1, node_gb_s=1, latency_us=1)
 
 
+def test_a_power_limit_slows_products_and_attention_by_its_third_root() -> None:
+    chip = Chip.model_validate(MINE | {"watts": 800})
+    limited = chip.model_copy(update={"power_limit": 100})
+    assert chip.clock == 1.0
+    assert chip.model_copy(update={"power_limit": 1000}).clock == 1.0
+    free, slow = (Kernels(one, MEGALITE, 2) for one in (chip, limited))
+    assert slow.product(8192, 8192, 8192) == pytest.approx(2 * free.product(8192, 8192, 8192))
+    assert slow.attention(1e12, 4096, 128) == pytest.approx(2 * free.attention(1e12, 4096, 128))
+    assert slow.memory(1e9) == free.memory(1e9)
+
+
+def test_attention_is_slower_on_short_sequences_and_small_heads() -> None:
+    kernels = Kernels(Chip.model_validate(MINE), MEGALITE, 2)
+    long = kernels.attention(1e13, 1000 * RAMP, 128)
+    assert kernels.attention(1e13, RAMP, 128) == pytest.approx(2 * long, rel=0.01)
+    assert kernels.attention(1e13, 1000 * RAMP, 64) == pytest.approx(long * 2**0.2)
+    assert kernels.attention(1e13, 1000 * RAMP, 256) == pytest.approx(long)
+
+
 def test_products_by_hand() -> None:
     chip = Chip.model_validate(MINE | {"num_sms": 64, "memory_tb_s": 1000})
     kernels = Kernels(chip, MEGALITE, 2)
     # 64 tiles of 128 × 256 are one full wave.
     full = kernels.product(1024, 2048, 128 * 1023)
-    peak = 100e12 * TYPICAL_MATMUL * SUSTAINED
+    peak = 100e12 * TYPICAL_MATMUL * TYPICAL_SUSTAINED
     assert full == pytest.approx(2.0 * 1024 * 2048 * 128 * 1023 / peak * 1024 / 1023, rel=1e-6)
     assert kernels.product(512, 2048, 128 * 1023) == pytest.approx(full / 2), "64 tiles of 128 × 128 are one as well"
     assert kernels.product(256, 2048, 128 * 1023) == pytest.approx(full / 2), "half of the chip is idle"

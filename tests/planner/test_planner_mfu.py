@@ -23,9 +23,6 @@ from megalite.planner.shapes import ModelTable
 
 ROWS: list[dict[str, Any]] = yaml.safe_load((Path(__file__).parent / "megatron_h100.yaml").read_text())
 
-CALIBRATED_ON = "16B"
-"""The row that kernels.SUSTAINED was chosen by."""
-
 MISSED: dict[str, str] = {}
 """Rows that are further off than WITHIN, and why. None at present."""
 
@@ -108,11 +105,9 @@ def test_model_has_the_published_size_and_operations(row: dict[str, Any]) -> Non
     assert model_flops_per_token(config) == pytest.approx(theirs, rel=1e-3)
 
 
-def test_calibration_is_one_row_and_the_others_are_predictions() -> None:
-    row = next(row for row in ROWS if row["size"] == CALIBRATED_ON)
-    assert quickest(CALIBRATED_ON).mfu == pytest.approx(row["mfu"], rel=0.02)
+def test_predictions_do_not_lean() -> None:
+    """Nothing was calibrated on these rows: what the chip sustains comes from test_planner_published.py."""
     errors = [quickest(row["size"]).mfu / row["mfu"] - 1 for row in ROWS]
-    # One constant for all rows: were it a fit of each, there would be nothing left; were it wrong, they would lean.
     assert min(errors) < 0 < max(errors)
 
 
