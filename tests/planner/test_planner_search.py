@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -218,3 +219,27 @@ def test_more_context_ranks_hold_less() -> None:
         plan = make_plan(config, weight_table(config.model), 16)
         totals.append(estimate(config, plan, H100).fullest.activations)
     assert totals[0] > totals[1] > totals[2]
+
+
+PREDICTED = r"^#   (\d+) × ([\w-]+)(?:, (.*))?: MFU ([\d.]+)%, ([\d.]+) GiB$"
+SHIPPED = [
+    (path, *found.groups())
+    for path in sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+    for found in re.finditer(PREDICTED, path.read_text(), re.M)
+]
+
+
+@pytest.mark.parametrize(("path", "gpus", "gpu", "changes", "mfu", "gib"), SHIPPED)
+def test_shipped_configs_are_what_the_search_finds(
+    path: Path, gpus: str, gpu: str, changes: str | None, mfu: str, gib: str
+) -> None:
+    """Each says what it should reach, and reaches it without a GPU that is larger than it says."""
+    config, hardware = load_config(path, (changes or "").split()), find_hardware(gpu)
+    own = estimate(config, make_plan(config, weight_table(config.model), int(gpus)), hardware)
+    assert own.fits
+    assert (f"{own.mfu:.1%}", f"{own.fullest.total / 2**30:.1f}") == (f"{mfu}%", gib)
+    assert own.step_time_s <= 1.02 * search(config, int(gpus), hardware, keep=1).best[0].step_time_s
+
+
+def test_configs_for_clusters_say_what_they_reach() -> None:
+    assert {path.name for path, *_ in SHIPPED} == {"llama-1b.yaml", "llama-8b.yaml"}
