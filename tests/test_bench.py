@@ -30,3 +30,15 @@ def test_gpu_step() -> None:
     measured = json.loads(lines[-1])
     assert len(measured["seconds"]) == len(measured["ceilings"]) == 2
     assert min(measured["seconds"] + measured["ceilings"]) > 0
+
+
+def test_gpu_peaks() -> None:
+    *_, last = run("gpu_peaks.py")
+    assert last.startswith("| toy | 0.00 | ")
+    assert last.endswith(" | not measured |")
+
+
+def test_gpu_step_of_a_changed_model_is_of_megalite_alone() -> None:
+    options = ("--preset", "llama-1m", "--seq-length", "32", "--steps", "1", "model.num_layers=1")
+    lines = run("gpu_step.py", *options)
+    assert [line.split()[0] for line in lines[4:]] == ["megalite"]

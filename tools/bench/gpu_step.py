@@ -109,7 +109,10 @@ def measure_apart(names: list[str], arguments: argparse.Namespace) -> dict[str, 
 
 def report(found: dict[str, Measured], arguments: argparse.Namespace) -> None:
     ceiling = statistics.median(rate for measured in found.values() for rate in measured.ceilings)
-    tokens, flops = arguments.batch * arguments.seq_length, model_flops_per_token(config_of(arguments))
+    tokens, flops = (
+        arguments.batch * arguments.seq_length,
+        model_flops_per_token(config_of(arguments, arguments.overrides)),
+    )
     print(f"bf16 matrix product: {ceiling / 1e12:,.3g} TFLOP/s\n")
     print(
         f"{'':30}{'ms a step':>12}{'tokens/s':>12}{'TFLOP/s':>10}{'of ceiling':>12}{'peak GiB':>10}{'megalite is':>14}"
@@ -143,7 +146,8 @@ def main() -> None:
         return
     device = arguments.device
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    names = installed()
+    # transformers takes the preset alone, and would not be what a changed model is compared with.
+    names = ["megalite"] if any(each.startswith("model.") for each in arguments.overrides) else installed()
     print(
         f"{arguments.preset}, {arguments.batch} × {arguments.seq_length} tokens, bf16, {machine}, "
         f"torch {torch.__version__}, Python {platform.python_version()}",
