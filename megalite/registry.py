@@ -117,6 +117,7 @@ objectives: Registry[type[ObjectiveConfig]] = Registry(
         "next_token": "megalite.training.objectives:NextTokenConfig",
         "masked_lm": "megalite.training.masked_lm:MaskedLMConfig",
         "dpo": "megalite.training.objectives:DPOConfig",
+        "distill": "megalite.training.distill:DistillConfig",
     },
 )
 

@@ -202,6 +202,8 @@ class ObjectiveConfig(Choice):
     NEEDS: ClassVar[Literal["losses", "logits", "hidden_states"]] = "losses"
     """What it needs of the last stage in training: each token's loss, the logits in vocabulary shards, or the hidden
     states that the head takes."""
+    IN_CHUNKS: ClassVar[bool] = False
+    """Whether it takes hidden states a few tokens at a time where train.loss_chunk asks for it."""
 
     def check(self, config: Config) -> None:
         """Raise ValueError, naming the setting, when the rest of a config does not go with this objective."""
@@ -806,7 +808,8 @@ class Config(Section):
                 f"objective.name: {self.objective.name} hides no tokens, without which model.task: masked learns "
                 "nothing; masked_lm does"
             )
-        if self.objective.NEEDS != "losses" and self.train.loss_chunk is not None:
+        objective = self.objective
+        if not (objective.NEEDS == "losses" or objective.IN_CHUNKS) and self.train.loss_chunk is not None:
             raise ValueError(
                 f"objective.name: {self.objective.name} needs train.loss_chunk: null, not {self.train.loss_chunk}; it "
                 f"takes the {self.objective.NEEDS.replace('_', ' ')} of all tokens at a time"

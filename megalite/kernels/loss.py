@@ -197,7 +197,7 @@ class _LinearCrossEntropy(Function):
         # [2, N]: the label's logit, and the mean of all logits, which label smoothing asks for.
         target = lse.new_empty((2, len(lse)) if terms and terms.label_smoothing else lse.shape)
         # Only a few numbers a token are kept of its logits: what the backward pass needs beside the logits themselves.
-        for rows in _chunks(labels_N, rows_per_chunk):
+        for rows in chunks(labels_N, rows_per_chunk):
             logits = product(x_ND[rows], weight)
             lse[rows], target[..., rows] = _forward(logits, labels_N[rows], first, num_valid, terms)
             del logits  # or two chunks of logits would be alive at once
@@ -213,31 +213,45 @@ class _LinearCrossEntropy(Function):
         x, weight, labels_N, lse = ctx.saved_tensors
         x_ND = x.flatten(0, -2)
         grad_N = _counted(grad, labels_N, ctx.terms)
-        needs_x, needs_weight, *_ = ctx.needs_input_grad
-        grad_x = torch.empty_like(x_ND) if needs_x else None
-        grad_weight: Tensor | None = None
-        wgrad_callback: WgradCallback | None = None  # stays None where the weight is frozen
-        if needs_weight and ctx.wgrad_callback:
-            wgrad_callback = ctx.wgrad_callback
-        elif needs_weight:
-            grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-            wgrad_callback = _accumulate_into(grad_weight)
-        for rows in _chunks(labels_N, ctx.rows_per_chunk):
+
+        def gradient(rows: slice) -> Tensor:
             logits = product(x_ND[rows], weight)
             _backward_(logits, labels_N[rows], lse[rows], grad_N[rows], ctx.columns, ctx.terms)
-            if grad_x is not None:
-                input_gradient(logits, weight, out=grad_x[rows])
-            if wgrad_callback:
-                # `logits` holds their gradient by now. `last` tells an engine that counts one event
-                # a weight.
-                wgrad_callback(ctx.parameter, logits, x_ND[rows], rows.stop >= len(labels_N))
-            del logits
-        if grad_x is not None:
-            grad_x = grad_x.view_as(x)
-        if grad_weight is not None:
-            # Accumulated in fp32 over the chunks, and rounded once.
-            grad_weight = grad_weight.to(weight.dtype)
+            return logits  # which hold their gradient by now
+
+        grad_x, grad_weight = chunked_gradients(ctx, x, weight, ctx.rows_per_chunk, gradient)
         return grad_x, grad_weight, None, None, None, None, None, None, None
+
+
+def chunked_gradients(
+    ctx: Any, x: Tensor, weight: Tensor, rows_per_chunk: int, gradient: Callable[[slice], Tensor]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of `x` [… ,D] and `weight` [V,D], whose product a loss takes in chunks of rows; None for one
+    that needs none, or that went to `ctx.wgrad_callback`. `gradient` makes that of the logits of some rows."""
+    x_ND = x.flatten(0, -2)
+    needs_x, needs_weight, *_ = ctx.needs_input_grad
+    grad_x = torch.empty_like(x_ND) if needs_x else None
+    grad_weight: Tensor | None = None
+    wgrad_callback: WgradCallback | None = None  # stays None where the weight is frozen
+    if needs_weight and ctx.wgrad_callback:
+        wgrad_callback = ctx.wgrad_callback
+    elif needs_weight:
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        wgrad_callback = _accumulate_into(grad_weight)
+    for rows in chunks(x_ND, rows_per_chunk):
+        logits = gradient(rows)
+        if grad_x is not None:
+            input_gradient(logits, weight, out=grad_x[rows])
+        if wgrad_callback:
+            # `last` tells an engine that counts one event a weight.
+            wgrad_callback(ctx.parameter, logits, x_ND[rows], rows.stop >= len(x_ND))
+        del logits
+    if grad_x is not None:
+        grad_x = grad_x.view_as(x)
+    if grad_weight is not None:
+        # Accumulated in fp32 over the chunks, and rounded once.
+        grad_weight = grad_weight.to(weight.dtype)
+    return grad_x, grad_weight
 
 
 def _accumulate_into(total: Tensor) -> WgradCallback:
@@ -249,7 +263,8 @@ def _accumulate_into(total: Tensor) -> WgradCallback:
     return add
 
 
-def _chunks(rows: Tensor, size: int) -> Iterator[slice]:
+def chunks(rows: Tensor, size: int) -> Iterator[slice]:
+    """Return the slices of at most `size` rows."""
     return (slice(begin, begin + size) for begin in range(0, len(rows), size))
 
 

@@ -17,7 +17,7 @@ from megalite.comm.collectives import all_gather, all_reduce
 from megalite.comm.mesh import Axis
 from megalite.models.layers import IGNORE, Decoder
 from megalite.parallel.stage import Output
-from megalite.parallel.tensor import SEQUENCE, enter, leave, vocab_columns
+from megalite.parallel.tensor import SEQUENCE, ChunkedHead, enter, leave, vocab_columns
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,10 @@ class VocabShards:
 class HiddenStates:
     """Hidden states [B,T,D] behind the last norm, whole on every tensor rank, with the head that takes them."""
 
-    def __init__(self, states_BTD: Tensor, head: Callable[[Tensor], VocabShards]):
-        self.states_BTD, self._head = states_BTD, head
+    def __init__(self, states_BTD: Tensor, head: Callable[[Tensor], VocabShards], chunked: ChunkedHead | None = None):
+        """Take hidden states with their `head`; under train.loss_chunk it is `chunked`, for an objective that takes a
+        few tokens at a time."""
+        self.states_BTD, self._head, self.chunked = states_BTD, head, chunked
         self._is_used = False
 
     def head(self, x_BTD: Tensor) -> VocabShards:
@@ -168,4 +170,5 @@ class LastStage:
 
         # Not `enter`, whose backward pass sums: an objective computes alike on all tensor ranks,
         # and a sum would count its gradient n times.
-        return HiddenStates(_GatherSequence.apply(out, self.tensor) if cut else out, head)
+        chunked = self.model.head if isinstance(self.model.head, ChunkedHead) else None
+        return HiddenStates(_GatherSequence.apply(out, self.tensor) if cut else out, head, chunked)

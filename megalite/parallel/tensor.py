@@ -275,7 +275,7 @@ class VocabParallelCrossEntropy(nn.Module):
 
     def forward(self, logits: Tensor, labels_BT: Tensor, terms: LossTerms | None = None) -> Tensor:
         columns = vocab_columns(logits.shape[-1], self.axis, self.vocab_size)
-        return cross_entropy(logits, labels_BT, *columns, partial(_combine, axis=self.axis), terms)
+        return cross_entropy(logits, labels_BT, *columns, partial(combine, axis=self.axis), terms)
 
 
 class ChunkedHead(ParallelLinear):
@@ -292,8 +292,8 @@ class ChunkedHead(ParallelLinear):
         columns = vocab_columns(self.weight.shape[0], self.axis, self.vocab_size)
         # Once for the whole sequence, and not for each chunk: one collective.
         x = _Enter.apply(x, self.region)
-        combine = partial(_combine, axis=self.axis) if self.axis.size > 1 else None
-        return linear_cross_entropy(x, self.weight, labels_BT, self.rows, *columns, combine, self.wgrad_callback, terms)
+        both = partial(combine, axis=self.axis) if self.axis.size > 1 else None
+        return linear_cross_entropy(x, self.weight, labels_BT, self.rows, *columns, both, self.wgrad_callback, terms)
 
 
 def vocab_columns(held: int, axis: Axis, vocab_size: int) -> tuple[int, int]:
@@ -304,7 +304,7 @@ def vocab_columns(held: int, axis: Axis, vocab_size: int) -> tuple[int, int]:
     return first, min(max(vocab_size - first, 0), held)
 
 
-def _combine(lse: Tensor, target: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
+def combine(lse: Tensor, target: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
     """Combine each rank's log-sum-exp and target logit into those over the whole vocabulary."""
     # Shifted by the largest, no exponential overflows.
     largest = all_reduce(lse.clone(), axis, dist.ReduceOp.MAX)

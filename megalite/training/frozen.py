@@ -69,7 +69,7 @@ def load_frozen(folder: Path, config: Config, mesh: Mesh, dtype: torch.dtype) ->
         )
     # There is no backward pass to save memory for, and hidden states are asked for instead of
     # losses.
-    train = config.train.model_copy(update={"loss_chunk": None, "recompute": "none", "compile": False})
+    train = config.train.model_copy(update={"recompute": "none", "compile": False})
     config = config.model_copy(update={"model": model, "lora": None, "train": train})
     table = weight_table(model)
     try:

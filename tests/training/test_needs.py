@@ -107,7 +107,7 @@ class SmallConfig(ObjectiveConfig):
         return Small()
 
 
-class Distill(NextToken):
+class Learn(NextToken):
     judges: Output = "logits"
 
     def measure(self, out: Any, inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -120,11 +120,11 @@ class Distill(NextToken):
         return loss_BT.sum(1), loss_BT.new_empty(len(loss_BT), 0)
 
 
-@objectives.register("distill")
-class DistillConfig(ObjectiveConfig):
-    """Distillation from a frozen teacher, from logits."""
+@objectives.register("learn")
+class LearnConfig(ObjectiveConfig):
+    """Distillation from a frozen teacher, from whole logits."""
 
-    name: Literal["distill"] = "distill"
+    name: Literal["learn"] = "learn"
     teacher: Path
     NEEDS: ClassVar[Output] = "logits"
 
@@ -132,7 +132,7 @@ class DistillConfig(ObjectiveConfig):
         return self.teacher
 
     def build(self, config: Config, mesh: Mesh) -> Objective:
-        return Distill()
+        return Learn()
 
 
 SETTINGS = {"next_token": {"z_loss": Z, "label_smoothing": SMOOTHING}}
@@ -153,7 +153,7 @@ def write_teacher(folder: Path) -> Path:
 def config_of(
     objective: str, model: dict[str, Any], parallel: dict[str, Any], folder: Path | None = None, **train: Any
 ) -> Config:
-    teacher = {"teacher": str(folder)} if objective == "distill" else {}
+    teacher = {"teacher": str(folder)} if objective == "learn" else {}
     return parse_config(
         {
             "run": {"name": "needs"},
@@ -230,7 +230,7 @@ def plain(objective: str, model_values: dict[str, Any]) -> dict[str, Any]:
     loss = losses + Z * lse.square().sum()
     if objective == "small":
         loss = loss + SIZE * states[0][is_here].square().mean(1).sum()
-    if objective == "distill":
+    if objective == "learn":
         with torch.no_grad():
             target = clean_model(TEACHER, SEED + 1)(batch.tokens)[is_here].log_softmax(-1)
         loss = F.kl_div(logits[is_here].log_softmax(-1), target, log_target=True, reduction="sum")
@@ -239,7 +239,7 @@ def plain(objective: str, model_values: dict[str, Any]) -> dict[str, Any]:
     if objective.startswith("next_token"):
         alone = F.cross_entropy(logits[is_here], batch.labels[is_here], reduction="sum")
         metrics |= {"cross_entropy": alone / count, "judged": alone}
-    elif objective != "distill":
+    elif objective != "learn":
         metrics["square"] = lse.square().mean()
     return {
         "metrics": {name: x.item() for name, x in metrics.items()},
@@ -247,7 +247,7 @@ def plain(objective: str, model_values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-CASES = [(objective, layout) for objective in ("smooth", "small", "distill", "next_token") for layout in LAYOUTS]
+CASES = [(objective, layout) for objective in ("smooth", "small", "learn", "next_token") for layout in LAYOUTS]
 CASES += [
     ("next_token in chunks of 5", layout)
     for layout in ("one process", "tensor 2", "pipeline 2, zero bubble", "context 2", "tensor 4")
@@ -283,7 +283,7 @@ def test_chunks_of_the_loss_are_refused_where_all_logits_are_needed() -> None:
 
 
 def test_a_frozen_model_that_does_not_fit_is_refused(tmp_path: Path) -> None:
-    config = config_of("distill", MODEL | {"max_positions": 64}, {}, write_teacher(tmp_path))
+    config = config_of("learn", MODEL | {"max_positions": 64}, {}, write_teacher(tmp_path))
     config = config.model_copy(update={"data": config.data.model_copy(update={"seq_length": 64})})
     plan = make_plan(config, weight_table(config.model), 1)
     with pytest.raises(ConfigError, match=r"data\.seq_length = 64 is longer than the 32 positions of the model in "):

@@ -29,7 +29,7 @@ from megalite.training.reference import prepare_references
 from megalite.training.run import Run, make_loader
 from ranks import run_ranks
 
-BATCH, LENGTH, BETA, SMOOTHING = 4, 96, 0.3, 0.1
+BATCH, LENGTH, BETA, SMOOTHING, CHUNK = 4, 96, 0.3, 0.1, 20
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one process": (1, {}),
     "tensor 2": (2, {"tensor": 2}),
@@ -41,10 +41,16 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 LABELS = ("place", "greeting", "number")
 DPO = {"name": "dpo", "beta": BETA, "label_smoothing": SMOOTHING}
+TEMPERATURE, WEIGHT, TEACHER = 1.5, 0.7, "teacher"
+DISTILL = {"name": "distill", "temperature": TEMPERATURE, "weight": WEIGHT, "teacher": TEACHER}
 # Format of the rows, objective, transformers' class of the model.
 OBJECTIVES: dict[str, tuple[Format, dict[str, Any], str]] = {
     "sft": ("chat", {}, "LlamaForCausalLM"),
     "dpo": ("preference", DPO, "LlamaForCausalLM"),
+    "distill": ("chat", DISTILL, "LlamaForCausalLM"),
+    "distill in chunks": ("chat", DISTILL, "LlamaForCausalLM"),
+    "distill, reverse": ("chat", DISTILL | {"loss": "reverse_kl"}, "LlamaForCausalLM"),
+    "distill, jsd in chunks": ("chat", DISTILL | {"loss": "jsd"}, "LlamaForCausalLM"),
     "classes": ("classification", {}, "LlamaForSequenceClassification"),
     "classes-gpt2": ("classification", {}, "GPT2ForSequenceClassification"),
     "labels": ("labels", {}, "LlamaForTokenClassification"),
@@ -65,17 +71,23 @@ MODEL: dict[str, dict[str, Any]] = {
 
 
 def config_of(root: Path, objective: str, layout: str) -> Config:
+    asked = dict(OBJECTIVES[objective][1])
+    if "teacher" in asked:
+        asked["teacher"] = str(root / TEACHER)
     return parse_config(
         {
             "run": {"name": f"{objective} {layout}".replace(" ", "-").replace(",", ""), "dir": str(root / "runs")},
             "model": {"hf": str(root / f"{objective}-start")},
             "data": {"train": [{"path": str(root / objective)}], "seq_length": LENGTH, "document_mask": True},
-            "objective": OBJECTIVES[objective][1],
+            "objective": asked,
             "parallel": {"bucket_mb": 0.01, **LAYOUTS[layout][1]},
-            "train": {"steps": 2, "global_batch_size": BATCH, "micro_batch_size": 1, "precision": "fp32"},
+            "train": {
+                "steps": 2, "global_batch_size": BATCH, "micro_batch_size": 1, "precision": "fp32",
+                "loss_chunk": CHUNK if "in chunks" in objective else None,
+            },
             "optimizer": {"lr": 1e-3},
         }
-    )
+    )  # fmt: skip
 
 
 def step_on_rank(rank: int, world_size: int, root: Path, layouts: list[str]) -> list[dict[str, Any]]:
@@ -88,8 +100,10 @@ def step_on_rank(rank: int, world_size: int, root: Path, layouts: list[str]) -> 
 
 
 def fits(objective: str, layout: str) -> bool:
-    """Whether it is run. Heads for classes differ from others at the model's end alone."""
-    return OBJECTIVES[objective][0] not in CLASSES or layout in ("one process", "tensor 2", "pipeline 2", "context 2")
+    """Whether it is run. Heads for classes, and divergences, differ from others at the model's end alone."""
+    if OBJECTIVES[objective][0] in CLASSES or objective.startswith("distill, "):
+        return layout in ("one process", "tensor 2", "pipeline 2", "context 2")
+    return True
 
 
 def step(root: Path, objective: str, layout: str, mesh: Mesh) -> dict[str, Any]:
@@ -124,6 +138,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
             torch.manual_seed(seed)
             model = getattr(transformers, architecture)
             model(model.config_class(**MODEL[architecture[:4]])).save_pretrained(root / f"{objective}-{name}")
+    torch.manual_seed(2)
+    sizes = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 3}
+    wide = transformers.LlamaConfig(**MODEL["Llam"] | sizes)
+    transformers.LlamaForCausalLM(wide).save_pretrained(root / TEACHER)
     rng = random.Random(0)
 
     def words(most: int) -> str:
@@ -168,6 +186,26 @@ def log_probability(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
     return logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0][mask[1:] > 0].sum()
 
 
+def distilled(root: Path, model: Any, rows: list[tuple[Tensor, Tensor]], kind: str) -> dict[str, Tensor]:
+    """Means over the tokens that are learned, from whole logits of each row alone."""
+    import transformers
+
+    teacher = transformers.LlamaForCausalLM.from_pretrained(root / TEACHER).eval()
+    crosses, divergences = [], []
+    for ids, mask in rows:
+        logits = model(ids[None], use_cache=False).logits[0, :-1][mask[1:] > 0]
+        with torch.no_grad():
+            t = F.log_softmax(teacher(ids[None], use_cache=False).logits[0, :-1][mask[1:] > 0] / TEMPERATURE, -1)
+        s = F.log_softmax(logits / TEMPERATURE, -1)
+        m = ((s.exp() + t.exp()) / 2).log()
+        crosses.append(F.cross_entropy(logits, ids[1:][mask[1:] > 0], reduction="none"))
+        pairs = {"forward_kl": [(t, s)], "reverse_kl": [(s, t)], "jsd": [(s, m), (t, m)]}[kind]
+        divergences.append(sum((p.exp() * (p - q)).sum(-1) / len(pairs) for p, q in pairs))
+    cross, diverged = torch.cat(crosses).mean(), torch.cat(divergences).mean()
+    loss = WEIGHT * TEMPERATURE**2 * diverged + (1 - WEIGHT) * cross
+    return {"loss": loss, "cross_entropy": cross, "divergence": diverged}
+
+
 def loss_of_classes(model: Any, rows: list[tuple[Tensor, Tensor]]) -> Tensor:
     """transformers' own losses of each row, of which each label weighs the same."""
     total, count = torch.zeros(()), 0
@@ -202,6 +240,11 @@ def reference(root: Path, objective: str) -> tuple[dict[str, float], dict[str, T
         found = {"loss": loss_of_classes(later, rows)}
         found["loss"].backward()
         return {"loss": found["loss"].item()}, {n: p.grad for n, p in later.named_parameters()}
+    asked = OBJECTIVES[objective][1]
+    if asked.get("name") == "distill":
+        found = distilled(root, later, rows, asked.get("loss", "forward_kl"))
+        found["loss"].backward()
+        return {name: x.item() for name, x in found.items()}, {n: p.grad for n, p in later.named_parameters()}
     of_rows = torch.stack([log_probability(later, *row) for row in rows])
     if objective == "sft":
         found = {"loss": -of_rows.sum() / sum(int(mask.sum()) for _, mask in rows)}
