@@ -118,6 +118,7 @@ class Pipeline:
         # Only now may the memory of what was sent last be used again.
         for part in self._parts:
             part.await_sent(0)
+        self._batch, self._loss_of = (), None  # which hold what a frozen model has made of each micro-batch
         engine.finish()
 
     def _run(self, stage: Stage, streams: tuple[Tensor, ...], number: int) -> Streams:

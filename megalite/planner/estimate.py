@@ -13,6 +13,7 @@ from megalite.config import Config
 from megalite.observe.throughput import model_flops_per_token
 from megalite.plan import Held, Plan, StageSpan
 from megalite.planner.cost import NOTHING, Costs, PassTimes, optimizer_bytes
+from megalite.planner.frozen import FrozenBytes, frozen_bytes
 from megalite.planner.hardware import Hardware
 from megalite.planner.kernels import MEGALITE, Kernels, Software
 from megalite.planner.memory import Memory, rank_memories
@@ -102,7 +103,8 @@ def memory_of(
     shapes, layers = shapes_of(config, plan, table)
     order = order_of(plan.schedule, plan.pipeline, plan.virtual, plan.micro_batches)
     sizes = [table.sizes(plan).of(stage) for stage in plan.stages]
-    return rank_memories(plan, config, shapes, layers, sizes, order, device)
+    frozen = frozen_bytes(plan, config, table, shapes.vocab, device == "cpu")
+    return rank_memories(plan, config, shapes, layers, sizes, order, frozen, device)
 
 
 class Outlook:
@@ -126,6 +128,7 @@ class Outlook:
         self.layers: tuple[LayerShapes, ...]
         self.shapes, self.layers = shapes_of(config, plan, table)
         self.sizes: tuple[StageSizes, ...] = tuple(table.sizes(plan).of(stage) for stage in plan.stages)
+        self.frozen: FrozenBytes = frozen_bytes(plan, config, table, self.shapes.vocab, on_gloo=False)
         self.network: Network = place(plan, hardware)
         self.kernels = Kernels(hardware.chip, software, self.shapes.element)
         self.costs = Costs(self.shapes, self.kernels, self.network, products_add=plan.engine == "native")
@@ -138,7 +141,8 @@ class Outlook:
     @cached_property
     def memory(self) -> tuple[Memory, ...]:
         """Memory of each pipeline rank."""
-        return rank_memories(self.plan, self.config, self.shapes, self.layers, self.sizes, self.order, "cuda")
+        plan, config = self.plan, self.config
+        return rank_memories(plan, config, self.shapes, self.layers, self.sizes, self.order, self.frozen, "cuda")
 
     @cached_property
     def work(self) -> tuple[StageWork, ...]:

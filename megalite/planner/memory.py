@@ -23,6 +23,7 @@ from megalite.planner.activations import (
     layer_bytes,
     rope_bytes,
 )
+from megalite.planner.frozen import FrozenBytes
 from megalite.planner.schedule import Order
 from megalite.planner.shapes import LayerShapes, Shapes, StageSizes, each, runs
 
@@ -70,14 +71,16 @@ def rank_memories(
     layers: Sequence[LayerShapes],
     sizes: Sequence[StageSizes],
     order: Order,
+    frozen: FrozenBytes,
     device: Literal["cuda", "cpu"],
 ) -> tuple[Memory, ...]:
     """Return the memory of each pipeline rank of `plan`.
 
     `config` gives the training settings, `shapes` and `layers` the model on a tensor rank, `sizes` the elements of each
-    stage, `order` the passes of each rank. On the `device` cpu, gloo's collectives need memory of their own."""
+    stage, `order` the passes of each rank, `frozen` what the objective's frozen model adds. On the `device` cpu, gloo's
+    collectives need memory of their own."""
     on_gloo = device == "cpu"
-    counts = _Counts(plan, config.train, shapes, layers, on_gloo)
+    counts = _Counts(plan, config.train, shapes, layers, frozen, on_gloo)
     stages = [counts.stage(stage, sizes[stage.index]) for stage in plan.stages]
     memories = []
     for rank in range(plan.pipeline):
@@ -85,6 +88,7 @@ def rank_memories(
         spans = plan.stages_of(rank)
         own = [sizes[span.index] for span in spans]
         held = resident_bytes(config, [held for size in own for held in size.held(plan)], plan.zero_stage)
+        held["weights"] += frozen.weights[rank]
         activations, transient = _in_passes(order[rank], stages)
         updating = _whole_matrices(plan, own)
         if updating > activations + transient:
@@ -94,6 +98,7 @@ def rank_memories(
             + _messages(plan, spans) * shapes.hidden_bytes
             + _buckets(plan, config, own, on_gloo)
             + _gathered_weights(plan, own, shapes.element)
+            + (frozen.states if spans[-1].last else 0)
         )
         checkpoint = 0 if on_gloo else _checkpoint(plan, config, own, held["gradients"])
         memories.append(
@@ -105,14 +110,22 @@ def rank_memories(
 class _Counts:
     """Counts the bytes of stages for one micro-batch."""
 
-    def __init__(self, plan: Plan, train: TrainConfig, shapes: Shapes, layers: Sequence[LayerShapes], on_gloo: bool):
+    def __init__(
+        self,
+        plan: Plan,
+        train: TrainConfig,
+        shapes: Shapes,
+        layers: Sequence[LayerShapes],
+        frozen: FrozenBytes,
+        on_gloo: bool,
+    ):
         self.train = train
         self.shapes = shapes
         # The native engine's weight-gradient GEMMs accumulate in place. Only gradients of look-ups come from autograd.
         self.by_autograd = plan.engine != "native"
         self.plain = each(layers, lambda layer: layer_bytes(layer, "none", on_gloo))
         self.lean = each(layers, lambda layer: layer_bytes(layer, train.recompute, on_gloo))
-        self.head = head_bytes(shapes, self.by_autograd, on_gloo)
+        self.head = beside_frozen(head_bytes(shapes, self.by_autograd, on_gloo), frozen)
 
     def stage(self, stage: StageSpan, sizes: StageSizes) -> PartBytes:
         """Return the bytes of one stage."""
@@ -152,6 +165,18 @@ class _Counts:
         if stage.last:
             parts.append((1, self.head))
         return parts
+
+
+def beside_frozen(head: PartBytes, frozen: FrozenBytes) -> PartBytes:
+    """Return the bytes of the head where the objective compares with a frozen model."""
+    again = frozen.kept + frozen.comparing * frozen.compares_again
+    return PartBytes(
+        kept=head.kept + frozen.kept,
+        forward=max(head.forward + frozen.kept + frozen.comparing, head.kept + frozen.running),
+        backward=head.backward + again,
+        backward_input=head.backward_input + again,
+        for_weights=head.for_weights,
+    )
 
 
 def _fullest(held: int, parts: Sequence[tuple[int, int, int]]) -> int:

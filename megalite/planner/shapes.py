@@ -7,13 +7,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from math import ceil, prod
 from typing import TypeVar
 
 from megalite.config import Config, OptimizerConfig
 from megalite.errors import ConfigError
-from megalite.models import weight_table
+from megalite.models import model_config, weight_table
 from megalite.models.architecture import AttentionSpec, ExpertsSpec, LatentSpec, LayerSpec
 from megalite.models.weights import Weight
 from megalite.plan import Cut, Held, Place, Plan, StageSpan
@@ -179,6 +180,15 @@ class ModelTable:
         self.products = self._products()
         """Products of an optimizer that looks at whole matrices, for every layer, each with how often it is made."""
         self._sizes: dict[tuple[int, Cut], LocalSizes] = {}
+
+    @cached_property
+    def frozen(self) -> ModelTable | None:
+        """The table of the model that the objective holds beside this one; None where it holds none. Raises ConfigError
+        where the planner does not know it."""
+        folder = self.config.objective.frozen_model(self.config)
+        if folder is None:
+            return None
+        return ModelTable(self.config.model_copy(update={"model": model_config({"hf": folder}), "lora": None}))
 
     def _products(self) -> tuple[Counter[tuple[int, int, int]], ...]:
         found: list[Counter[tuple[int, int, int]]] = [Counter() for _ in self.kinds]

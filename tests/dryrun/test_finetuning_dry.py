@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from dry_runs import Case, Dry, built, run_dry
+from megalite.planner.estimate import memory_of
 
 pytestmark = built
 
@@ -23,6 +24,14 @@ KINDS = {
     "dpo": ("objective={name: dpo, beta: 0.1}", "parallel.pipeline=2"),
     "classes": (),
     "words": ("parallel.tensor=2",),
+    **{
+        f"distill, {name}": ("objective={name: distill, teacher: FOLDER, temperature: 2.0}", *overrides)
+        for name, overrides in {
+            "tensor": ("parallel.tensor=2",),
+            "chunks": ("train.loss_chunk=256", "objective.loss=jsd"),
+            "pipeline": ("parallel.pipeline=2",),
+        }.items()
+    },
 }
 HEADS = {
     "classes": {"task": "classification", "labels": ["no", "yes"]},
@@ -36,7 +45,11 @@ def dry(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Dry]:
     (folder / "model").mkdir()
     (folder / "model" / "config.json").write_text(json.dumps(MODEL))
     cases = {
-        name: Case({"hf": str(folder / "model")} | HEADS.get(name, {}), 4, (*ROWS, *overrides))
+        name: Case(
+            {"hf": str(folder / "model")} | HEADS.get(name, {}),
+            4,
+            (*ROWS, *(each.replace("FOLDER", str(folder / "model")) for each in overrides)),
+        )
         for name, overrides in KINDS.items()
     }
     return run_dry(cases, folder)
@@ -48,3 +61,13 @@ def test_a_finetuning_run_trains_validates_and_saves(kind: str, dry: dict[str, D
         assert {"training", "validating", "saving"} <= record.peaks.keys()
         assert record.peaks["training"] > 2**27
         assert not any(phase == "training" and reason == "a number is read" for phase, reason, *_ in record.waits)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith("distill")])
+def test_the_memory_of_a_teacher_is_planned(kind: str, dry: dict[str, Dry]) -> None:
+    memories = memory_of(dry[kind].config, dry[kind].plan)
+    for record in dry[kind].records:
+        rank = record.rank // (dry[kind].plan.replicas * dry[kind].plan.tensor)
+        for planned, phase in ((memories[rank].step, "training"), (memories[rank].save, "saving")):
+            # The bound of tests/planner/test_planner_dry_runs.py.
+            assert planned == pytest.approx(record.peaks[phase], rel=0.02), (phase, record.at_peak[phase])
