@@ -79,8 +79,44 @@ MODERN: dict[str, Any] = {
     "sep_token_id": None, **IDS,
 }  # fmt: skip
 STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+OLMO3 = GROUPED | {"model_type": "olmo3", "sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]}
+GRANITE = GROUPED | {
+    "model_type": "granite", "embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.7,
+    "logits_scaling": 1.5,
+}  # fmt: skip
+FALCON: dict[str, Any] = {
+    "model_type": "falcon", "vocab_size": 99, "hidden_size": 32, "ffn_hidden_size": 56, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "max_position_embeddings": 64, **IDS,
+}  # fmt: skip
 CASES: dict[str, dict[str, Any]] = {
     "llama": LLAMA,
+    "llama-biases": GROUPED | {"attention_bias": True, "mlp_bias": True},
+    "ministral": GROUPED | {
+        "model_type": "ministral", "sliding_window": 7, "layer_types": ["full_attention", "sliding_attention"],
+        "head_dim": 12,
+    },
+    "olmo3": OLMO3,
+    "olmo3-yarn": OLMO3 | {
+        "rope_parameters": {
+            "full_attention": YARN_ROPE, "sliding_attention": {"rope_type": "default", "rope_theta": 100.0}
+        },
+    },
+    "granite": GRANITE,
+    "granite-biases": GRANITE | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    "gemma": GROUPED | {"model_type": "gemma", "head_dim": 12},
+    "starcoder2": GROUPED | {"model_type": "starcoder2", "sliding_window": 7},
+    "starcoder2-untied": GROUPED | {
+        "model_type": "starcoder2", "use_bias": False, "tie_word_embeddings": False, "hidden_act": "gelu",
+        "norm_epsilon": 1e-3, "attention_dropout": 0.1, "residual_dropout": 0.2, "embedding_dropout": 0.3,
+    },
+    "phi": LLAMA | {
+        "model_type": "phi", "attention_dropout": 0.1, "resid_pdrop": 0.2, "embd_pdrop": 0.3,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5},
+    },
+    "phi-grouped": GROUPED | {"model_type": "phi", "tie_word_embeddings": True, "hidden_act": "gelu"},
+    "falcon": FALCON,
+    "falcon-groups": FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2, "tie_word_embeddings": False},
+    "falcon-heads": FALCON | {"multi_query": False, "bias": True, "layer_norm_epsilon": 1e-3},
     "llama-grouped-queries": GROUPED | {"rms_norm_eps": 1e-3},
     "llama-tied": LLAMA | {"num_key_value_heads": 1, "tie_word_embeddings": True},
     "llama-3": LLAMA | {"head_dim": 12, "rope_parameters": LLAMA3_ROPE},

@@ -253,6 +253,7 @@ def _from_folder(
     spare: set[str] = set()
     if stem == "model":
         source.end_names(model.OLD_ENDS)
+        source.start_names(model.OLD_STARTS)
         prefix = weights[0].hf[0].partition(".")[0] + "."
         # A head's own names, such as lm_head.weight, which never have the base model's prefix.
         apart = {name for weight in weights for name in weight.hf if not name.startswith(prefix)}

@@ -93,6 +93,11 @@ class TensorFolder:
         old = [(name, end) for name in self.files for end in ends if name.endswith(end)]
         self._rename({name: name.removesuffix(end) + ends[end] for name, end in old})
 
+    def start_names(self, starts: Mapping[str, str]) -> None:
+        """Accept names that start in another way ("language_model.model."); `starts` has the known way by it."""
+        other = [(name, start) for name in self.files for start in starts if name.startswith(start)]
+        self._rename({name: starts[start] + name.removeprefix(start) for name, start in other})
+
     def _rename(self, names: Mapping[str, str]) -> None:
         """Know tensors by new `names`, given by those until now."""
         # Names may be changed twice (an old end, then a prefix): always back to what the file says.

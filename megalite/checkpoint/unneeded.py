@@ -39,6 +39,7 @@ def unneeded(source: TensorFolder, model: ModelConfig, head_is_replaced: bool) -
         found.add(head)
     if head_is_replaced:
         found |= names_of(own_table(model)) - names_of(weight_table(model))
+    found |= {name for name in source.files if name.startswith(model.SPARE_STARTS)}
     return found | source.files.keys() & set(model.SPARE)
 
 

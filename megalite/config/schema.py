@@ -94,6 +94,10 @@ class ModelConfig(Section):
     """Hugging Face's names of tensors that files may have for other tasks, and that are not read."""
     OLD_ENDS: ClassVar[Mapping[str, str]] = {}
     """Ends of tensors' names in older files, with what they are today."""
+    OLD_STARTS: ClassVar[Mapping[str, str]] = {}
+    """How tensors' names start in other files, with what that is here."""
+    SPARE_STARTS: ClassVar[tuple[str, ...]] = ()
+    """How the names of tensors start that belong to other parts of a larger model, and that are not read."""
 
     @property
     def has_classes(self) -> bool:

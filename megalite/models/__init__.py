@@ -22,6 +22,7 @@ from megalite.models.weights import Weight
 from megalite.registry import families, hint
 from megalite.utils.outside import read_json
 from megalite.utils.resources import configs_dir, read_yaml
+from megalite.utils.spelling import nearest
 
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 """Keys of config.json that are left to the tokenizer."""
@@ -100,16 +101,43 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
     values = read_json(folder / "config.json", ConfigError)
     if not isinstance(values, dict):
         raise ConfigError(f"{folder / 'config.json'} is not a JSON object")
-    return values
+    return _known_part(values)
+
+
+PARTS = {"gemma3": "gemma3_text"}
+"""Families that are a part of larger models, by the `model_type` of these."""
+REFUSED = {
+    "deberta": "its disentangled attention needs a kernel of its own",
+    "deberta-v2": "its disentangled attention needs a kernel of its own",
+    "bart": "of encoder-decoders, T5 is the one to train",
+    "mbart": "of encoder-decoders, T5 is the one to train",
+}
+"""Why some architectures that are asked for are left out."""
+
+
+def _known_part(hf: dict[str, Any]) -> dict[str, Any]:
+    """Return the part of a config.json that describes a family's model: nearly always all of it."""
+    kind = hf.get("model_type")
+    if not isinstance(kind, str) or kind not in PARTS:
+        return hf
+    return family(PARTS[kind]).text_part(hf)  # type: ignore[attr-defined]
 
 
 def from_hf_config(hf: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of the `model:` section from a Hugging Face config.json. Raises ConfigError for an unknown
     architecture or value."""
+    hf = _known_part(hf)
     kind = str(hf.get("model_type"))
+    if kind in REFUSED:
+        raise ConfigError(f"config.json has model_type = {kind!r}, which megalite does not open: {REFUSED[kind]}")
     if kind not in families:
-        # No nearest spelling is offered: a name close to that of a family belongs to another architecture.
-        raise ConfigError(f"config.json has model_type = {kind!r}; megalite knows {', '.join(families.names())}")
+        known = (*families.names(), *PARTS)
+        close = nearest(kind, known)
+        # Not offered as a spelling: a name close to that of a family belongs to another architecture.
+        also = f"; nearest in name is {close!r}, another architecture" if close else ""
+        raise ConfigError(
+            f"config.json has model_type = {kind!r}, which megalite does not open{also}; known: {', '.join(known)}"
+        )
     module = family(kind)
     try:
         hf = module.KEYS.read(hf, kind)

@@ -17,8 +17,7 @@ from megalite.config import ModelConfig
 from megalite.kernels.activation import gelu
 from megalite.kernels.attention import AttentionKind
 from megalite.models.architecture import Architecture, AttentionSpec, FeedForwardSpec, LayerSpec
-from megalite.models.gpt_neox import TANH
-from megalite.models.hf import REQUIRED, Keys, check_padding, require
+from megalite.models.hf import REQUIRED, Keys, check_padding
 from megalite.models.layers import (
     CoreAttention,
     CrossEntropy,
@@ -29,6 +28,7 @@ from megalite.models.layers import (
     make_embedding,
     numbered,
 )
+from megalite.models.ungated import TANH, is_tanh
 from megalite.models.weights import Weight, layer_rows
 from megalite.plan import Place
 
@@ -343,9 +343,7 @@ def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
 def fields_from_hf(hf: dict[str, Any], config: type[BertConfig]) -> dict[str, Any]:
     """Return the fields of the `model:` section that BERT and RoBERTa share."""
     check_padding(hf)
-    family, activation = config.model_fields["family"].default, hf["hidden_act"]
-    if activation not in ("gelu", *TANH):
-        require(hf, family, {"hidden_act": "gelu"})
+    family = config.model_fields["family"].default
     return {
         "family": family,
         "vocab_size": hf["vocab_size"],
@@ -357,7 +355,7 @@ def fields_from_hf(hf: dict[str, Any], config: type[BertConfig]) -> dict[str, An
         "token_types": hf["type_vocab_size"],
         "norm_eps": hf["layer_norm_eps"],
         "init_std": hf["initializer_range"],
-        "tanh_gelu": activation in TANH,
+        "tanh_gelu": is_tanh(hf, family),
         "hidden_dropout": hf["hidden_dropout_prob"],
         "attention_dropout": hf["attention_probs_dropout_prob"],
     }

@@ -7,20 +7,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
-import torch
 import torch.nn as nn
 from pydantic import Field
 from torch import Tensor
 
 from megalite.kernels.attention import AttentionKind
 from megalite.models.architecture import Architecture
+from megalite.models.gemma import GELU, Gemma
 from megalite.models.hf import agreed
-from megalite.models.layers import LayerNorm, OffsetRMSNorm, RMSNorm, SequenceInfo
+from megalite.models.layers import LayerNorm, OffsetRMSNorm, RMSNorm
 from megalite.models.llama import (
     LIKE_LLAMA,
     MLP,
     Attention,
-    Llama,
     Shared,
     attention_rows,
     fields_from_hf,
@@ -31,8 +30,6 @@ from megalite.models.llama import (
 )
 from megalite.models.weights import Weight
 from megalite.models.windows import LayerType, WindowedByLayer
-
-GELU = "gelu_pytorch_tanh"
 
 
 class GemmaLike(WindowedByLayer):
@@ -90,17 +87,11 @@ class Layer(nn.Module):
         return x + self.mlp_out_norm(self.mlp(normed))
 
 
-class Gemma(Llama):
+class Gemma2(Gemma):
     config: GemmaLike
 
     def layer(self, number: int) -> nn.Module:
         return Layer(self.config, Attention(self.config, number))
-
-    def embed(self, tokens_BT: Tensor, places: SequenceInfo) -> Tensor:
-        """Look up embeddings, scaled by √hidden_size: [B,T,D]."""
-        x_BTD = self.embedding(tokens_BT)
-        # The factor is rounded to the weights' precision, as it was when Google trained them.
-        return x_BTD * torch.tensor(self.config.hidden_size**0.5, dtype=x_BTD.dtype)
 
     def project(self, x_BTD: Tensor) -> Tensor:
         """Return logits [B,T,V], with Gemma's soft cap."""
@@ -174,4 +165,4 @@ def gemma_from_hf(hf: dict[str, Any], config: type[GemmaLike]) -> dict[str, Any]
     }
 
 
-MODEL, CONFIG = Gemma, Gemma2Config
+MODEL, CONFIG = Gemma2, Gemma2Config

@@ -3,7 +3,7 @@ sliding-window layers, with a smaller RoPE theta, to one layer of full attention
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch.nn as nn
@@ -11,22 +11,29 @@ from pydantic import Field
 
 from megalite.errors import ConfigError
 from megalite.models import rope
-from megalite.models.gemma2 import GEMMA, Gemma, GemmaLike, Layer, gemma_from_hf, gemma_to_hf, layer_rows
-from megalite.models.hf import agreed, at, disagree, refuse_others
-from megalite.models.layers import SequenceInfo
+from megalite.models.gemma2 import GEMMA, Gemma2, GemmaLike, Layer, gemma_from_hf, gemma_to_hf, layer_rows
+from megalite.models.hf import REQUIRED, Keys, disagree
 from megalite.models.llama import HeadNormAttention, attention_rows, head_norm_rows, table
 from megalite.models.weights import Weight
-from megalite.models.windows import LayerType
+from megalite.models.windows import LayerType, TwoRopes, TwoRopesDecoder, local_theta_from_hf
+from megalite.utils.outside import shown
 
 
-class Gemma3TextConfig(GemmaLike):
+class Gemma3TextConfig(TwoRopes, GemmaLike):
     family: Literal["gemma3_text"] = "gemma3_text"
     rope_theta: float = Field(
         1_000_000.0, gt=0, description="RoPE base of full-attention layers; `rope_scaling` is for these, too."
     )
-    local_rope_theta: float = Field(10_000.0, gt=0, description="RoPE base of sliding-window layers.")
 
     HEAD_NORMS: ClassVar[bool] = True
+    OLD_STARTS: ClassVar[Mapping[str, str]] = {
+        "language_model.model.": "model.",
+        "model.language_model.": "model.",
+        "language_model.lm_head.": "lm_head.",
+    }
+    SPARE_STARTS: ClassVar[tuple[str, ...]] = tuple(
+        f"{prefix}{part}." for prefix in ("", "model.") for part in ("vision_tower", "multi_modal_projector")
+    )
     ROPE: ClassVar[rope.Names] = rope.Names(
         kinds=("llama3", "linear", "longrope"), theta=1_000_000.0, new="rope_parameters.full_attention"
     )
@@ -34,29 +41,48 @@ class Gemma3TextConfig(GemmaLike):
     def usual_type(self, layer: int) -> LayerType:
         return "sliding_attention" if (layer + 1) % 6 else "full_attention"
 
-    def turn(self, layer: int) -> int | None:
-        """Return 1, the cos/sin tables of local layers, for a sliding-window layer; else 0."""
-        return 1 if self.type_of(layer) == "sliding_attention" else 0
 
-
-class Gemma3Text(Gemma):
+class Gemma3Text(TwoRopesDecoder, Gemma2):
     config: Gemma3TextConfig
 
     def layer(self, number: int) -> nn.Module:
         return Layer(self.config, HeadNormAttention(self.config, number))
 
-    def rope_cos_sin(self, places: SequenceInfo) -> tuple[rope.CosSin, ...]:
-        """Return two pairs of cos/sin tables: for layers of full attention, then for sliding-window layers."""
-        c = self.config
         # Local layers have no scaling: a window never reaches further than was trained.
-        local = rope.rope_cos_sin(
-            places.position_BT, c.rotary_size, c.local_rope_theta, None, places.length, c.max_positions
-        )
-        return *super().rope_cos_sin(places), local
-
 
 def weights(config: Gemma3TextConfig) -> Iterator[Weight]:
     yield from table(config, layer_rows(config, attention_rows(config, norms=head_norm_rows(config))))
+
+
+_IMAGES = "of images, which are not read"
+OUTER = Keys().but(
+    used={"text_config": REQUIRED},
+    only={"tie_word_embeddings": True},
+    initializer_range="of initial values, where text_config has its own",
+    **dict.fromkeys(
+        (
+            "vision_config", "mm_tokens_per_image", "boi_token_index", "eoi_token_index", "image_token_index",
+            "boi_token_id", "eoi_token_id", "image_token_id",
+        ),
+        _IMAGES,
+    ),
+)  # fmt: skip
+"""Keys of the config.json of a model for texts and images, which Gemma 3 was published as from 4B on."""
+USUAL = {
+    "vocab_size": 262_208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+    "num_attention_heads": 8, "max_position_embeddings": 131_072,
+}  # fmt: skip
+"""What transformers takes for keys that its text_config leaves out, beside those of `KEYS`."""
+
+
+def text_part(hf: dict[str, Any]) -> dict[str, Any]:
+    """Return the config.json of the text model in that of a model for texts and images. Raises ConfigError."""
+    text = OUTER.read(hf, "gemma3").get("text_config")
+    if not isinstance(text, dict):
+        raise ConfigError(f"config.json of a gemma3 model has text_config = {shown(text)}, which is no JSON object")
+    tokens = {key: hf[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if hf.get(key) is not None}
+    dtype = {key: hf[key] for key in ("dtype", "torch_dtype") if hf.get(key) is not None}
+    return USUAL | text | tokens | dtype | {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}
 
 
 KEYS = GEMMA.but(
@@ -68,7 +94,6 @@ KEYS = GEMMA.but(
     only={"attn_logit_softcapping": None, "original_max_position_embeddings": None},
     _sliding_window_pattern="transformers writes it and does not read it",
 )
-LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 def to_hf(config: Gemma3TextConfig) -> dict[str, Any]:
@@ -76,17 +101,7 @@ def to_hf(config: Gemma3TextConfig) -> dict[str, Any]:
 
 
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
-    if at(hf, "rope_scaling.type") and not at(hf, "rope_scaling.rope_type"):
-        raise ConfigError(
-            "config.json has rope_scaling.type, which transformers does not read for Gemma 3: it is rope_type"
-        )
-    ropes, place = hf["rope_parameters"] or {}, "rope_parameters.sliding_attention"
-    refuse_others(ropes, LAYER_TYPES, "rope_parameters", "Gemma 3, which has them by the type of the layer")
-    local = ropes.get("sliding_attention") or {}
-    refuse_others(local, ("rope_type", "type", "rope_theta"), place, "layers that look back over a window")
-    if (kind := rope.kind_of(local, place)) != "default":
-        raise ConfigError(f"config.json has {place}.rope_type = {kind!r}; the gemma3_text family supports 'default'")
-    theta = agreed(hf, f"{place}.rope_theta", "rope_local_base_freq", default=10_000.0)
+    theta = local_theta_from_hf(hf, "gemma3_text", 10_000.0, "rope_local_base_freq")
     return gemma_from_hf(hf, Gemma3TextConfig) | {"local_rope_theta": theta, "layer_types": _layer_types(hf)}
 
 

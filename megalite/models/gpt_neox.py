@@ -7,34 +7,24 @@ from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
 import torch.nn as nn
-import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from megalite.kernels.activation import gelu
 from megalite.models import rope
-from megalite.models.architecture import FeedForwardSpec
 from megalite.models.hf import REQUIRED, Keys, require
-from megalite.models.layers import LayerNorm, RMSNorm
-from megalite.models.llama import Attention, Llama, LlamaLike, Shared, residual_std
-from megalite.models.weights import Weight, layer_rows
-from megalite.plan import Place
-
-TANH = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")
-"""Names that transformers has for GELU's tanh approximation."""
+from megalite.models.layers import LayerNorm
+from megalite.models.llama import Attention, Biases, Llama, Names, Shared, norm_rows, table
+from megalite.models.ungated import MLP, Ungated, attention_rows, is_tanh, mlp_rows
+from megalite.models.weights import Weight
 
 
-class GPTNeoXConfig(LlamaLike):
+class GPTNeoXConfig(Ungated):
     family: Literal["gpt_neox"] = "gpt_neox"
     rotary_pct: float = Field(0.25, gt=0, le=1, description="Share of each head that is rotated by RoPE.")
     parallel_residual: bool = Field(
         True, description="Attention and MLP take the same input. false: the MLP comes after attention."
     )
-    tanh_gelu: bool = Field(False, description="Use GELU's tanh approximation.")
 
-    QKV_BIAS: ClassVar[bool] = True
-    OUT_BIAS: ClassVar[bool] = True
-    NORM: ClassVar[type[RMSNorm] | type[LayerNorm]] = LayerNorm
     ROPE: ClassVar[rope.Names] = rope.Names(theta_key="rotary_emb_base", share_key="rotary_pct", share=0.25)
 
     @model_validator(mode="after")
@@ -48,23 +38,9 @@ class GPTNeoXConfig(LlamaLike):
         """Return how many numbers of a head are rotated."""
         return int(self.head_size * self.rotary_pct)
 
-    def feed_forward(self, layer: int) -> FeedForwardSpec:
-        return FeedForwardSpec(inner=self.intermediate_size, gated=False, activation="gelu")
-
-
-class MLP(nn.Module):
-    def __init__(self, config: GPTNeoXConfig):
-        super().__init__()
-        self.up = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.down = nn.Linear(config.intermediate_size, config.hidden_size)
-        self.activation = gelu if config.tanh_gelu else F.gelu
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.activation_and_down_proj(self.up(x))
-
-    def activation_and_down_proj(self, up: Tensor) -> Tensor:
-        """Apply the activation and the down projection; recomputed as one under `train.recompute: selective`."""
-        return self.down(self.activation(up))
+    @property
+    def biases(self) -> Biases:
+        return Biases(True, True, True)
 
 
 class Layer(nn.Module):
@@ -97,54 +73,17 @@ class GPTNeoX(Llama):
 
 def weights(config: GPTNeoXConfig) -> Iterator[Weight]:
     """Yield the table of weights."""
-    hidden, inner, std = config.hidden_size, config.intermediate_size, config.init_std
-    unit, shape = config.head_size, (config.vocab_size, hidden)
     layer = (
-        *_norm("attention_norm", "input_layernorm", hidden),
-        *_column("attention.qkv", "attention.query_key_value", (3 * hidden, hidden), std, (hidden,) * 3, unit),
-        *_row("attention.out", "attention.dense", (hidden, hidden), residual_std(config), unit),
-        *_norm("mlp_norm", "post_attention_layernorm", hidden),
-        *_column("mlp.up", "mlp.dense_h_to_4h", (inner, hidden), std),
-        *_row("mlp.down", "mlp.dense_4h_to_h", (hidden, inner), residual_std(config)),
-    )
-    ends: Place = "both" if config.tie_embeddings else "first"
-    used = float(config.tie_embeddings)
-    yield Weight("embedding.weight", shape, ("gpt_neox.embed_in.weight",), "vocab", used=used, init=std, place=ends)
-    for i in range(config.num_layers):
-        yield from layer_rows(i, "gpt_neox.layers", layer)
-    yield from _norm("norm", "gpt_neox.final_layer_norm", hidden, "last")
-    if not config.tie_embeddings:
-        yield Weight("head.weight", shape, ("embed_out.weight",), "vocab", init=std, place="last")
-
-
-def _norm(name: str, hf: str, size: int, place: Place = 0) -> Iterator[Weight]:
-    """Return the rows of a LayerNorm: weight and bias."""
-    for part, init in (("weight", "ones"), ("bias", "zeros")):
-        yield Weight(
-            f"{name}.{part}", (size,), (f"{hf}.{part}",), init=init, decay=False,  # type: ignore[arg-type]
-            partial_grad="sequence", place=place,
-        )  # fmt: skip
-
-
-def _column(
-    name: str, hf: str, shape: tuple[int, int], std: float, parts: tuple[int, ...] = (), unit: int = 1
-) -> Iterator[Weight]:
-    """Return the rows of a column-parallel linear. With `parts`, Hugging Face stores those of the first head before
-    those of the second."""
     # NeoX stores q, k, v of head 0, then those of head 1, …: not all queries first, as here.
-    by_unit = bool(parts)
-    yield Weight(f"{name}.weight", shape, (f"{hf}.weight",), "column", parts, unit, by_unit=by_unit, init=std)
-    yield Weight(
-        f"{name}.bias", shape[:1], (f"{hf}.bias",), "column", parts, unit, by_unit=by_unit, init="zeros", decay=False
+        *norm_rows(config, "attention_norm", "input_layernorm"),
+        *attention_rows(config, "attention.query_key_value", "attention.dense"),
+        *norm_rows(config, "mlp_norm", "post_attention_layernorm"),
+        *mlp_rows(config, "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
     )
+    yield from table(config, layer, NAMES)
 
 
-def _row(name: str, hf: str, shape: tuple[int, int], std: float, unit: int = 1) -> Iterator[Weight]:
-    """Return the rows of a row-parallel linear. Its bias is added after the reduction, on the cut sequence."""
-    yield Weight(f"{name}.weight", shape, (f"{hf}.weight",), "row", unit=unit, init=std)
-    yield Weight(f"{name}.bias", shape[:1], (f"{hf}.bias",), init="zeros", decay=False, partial_grad="sequence")
-
-
+NAMES = Names("gpt_neox.embed_in", "gpt_neox.layers", "gpt_neox.final_layer_norm", "embed_out")
 KEYS = Keys().but(
     used={
         "vocab_size": REQUIRED,
@@ -201,8 +140,6 @@ def to_hf(config: GPTNeoXConfig) -> dict[str, Any]:
 
 
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
-    if hf["hidden_act"] not in ("gelu", *TANH):
-        require(hf, "gpt_neox", {"hidden_act": "gelu"})
     hidden, heads = hf["hidden_size"], hf["num_attention_heads"]
     for key, value in (("num_key_value_heads", heads), ("head_dim", hidden // heads)):
         require(hf, "gpt_neox", {key: value})
@@ -218,7 +155,7 @@ def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
         "init_std": hf["initializer_range"],
         "tie_embeddings": hf["tie_word_embeddings"],
         "parallel_residual": hf["use_parallel_residual"],
-        "tanh_gelu": hf["hidden_act"] in TANH,
+        "tanh_gelu": is_tanh(hf, "gpt_neox"),
         "rotary_pct": rope.rotary_share(hf, GPTNeoXConfig.ROPE),
         **rope.from_hf(hf, "gpt_neox", GPTNeoXConfig.ROPE),
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -33,6 +34,14 @@ from megalite.models.weights import Weight, layer_rows
 from megalite.plan import Place
 
 
+class Biases(NamedTuple):
+    """Which linear modules of a layer have biases."""
+
+    qkv: bool = False
+    out: bool = False
+    mlp: bool = False
+
+
 class LlamaLike(ModelConfig):
     """Fields of Llama and kin. Names in capitals, methods and properties are not settings but belong to the family;
     here they have Llama's values."""
@@ -43,8 +52,6 @@ class LlamaLike(ModelConfig):
     rope_theta: float = Field(10_000.0, gt=0)
     rope_scaling: rope.Scaling | None = None
 
-    QKV_BIAS: ClassVar[bool] = False
-    OUT_BIAS: ClassVar[bool] = False
     GATE: ClassVar[Literal["silu", "gelu"]] = "silu"
     NORM: ClassVar[type[RMSNorm] | type[LayerNorm]] = RMSNorm
     NUM_NORMS: ClassVar[int] = 2
@@ -108,6 +115,10 @@ class LlamaLike(ModelConfig):
         """Return how many numbers of a head are rotated."""
         return self.head_size
 
+    @property
+    def biases(self) -> Biases:
+        return Biases()
+
     def window(self, layer: int) -> int | None:
         """Return how many tokens each token of a layer attends to at most; None: all before it."""
         return None
@@ -152,7 +163,18 @@ class LlamaLike(ModelConfig):
         )
 
 
-class LlamaConfig(LlamaLike):
+class Biased(LlamaLike):
+    """Fields of families whose linear modules may have biases."""
+
+    attention_bias: bool = Field(False, description="Give attention's projections biases.")
+    mlp_bias: bool = Field(False, description="Give the MLP's projections biases.")
+
+    @property
+    def biases(self) -> Biases:
+        return Biases(self.attention_bias, self.attention_bias, self.mlp_bias)
+
+
+class LlamaConfig(Biased):
     family: Literal["llama"] = "llama"
     init_std: float = Field(0.02, gt=0, le=1)  # transformers opens no Llama with more
 
@@ -176,9 +198,9 @@ class Attention(nn.Module):
         # Rows: all queries, then all keys, then all values. Cut over tensor ranks each on its own
         # (`parts` of the table's row), so that every rank has heads and their keys in this same
         # order.
-        self.qkv = nn.Linear(config.hidden_size, (heads + 2 * groups) * self.head_size, bias=config.QKV_BIAS)
+        self.qkv = nn.Linear(config.hidden_size, (heads + 2 * groups) * self.head_size, bias=config.biases.qkv)
         self.core = CoreAttention(kind=config.attention(layer))
-        self.out = nn.Linear(heads * self.head_size, config.hidden_size, bias=config.OUT_BIAS)
+        self.out = nn.Linear(heads * self.head_size, config.hidden_size, bias=config.biases.out)
 
     def forward(self, x_BTD: Tensor, shared: Shared) -> Tensor:
         qkv = self.qkv(x_BTD)
@@ -220,8 +242,8 @@ class MLP(nn.Module):
         """`inner`: its inner features, where they are not `config.intermediate_size`."""
         super().__init__()
         inner = inner or config.intermediate_size
-        self.gate_up = nn.Linear(config.hidden_size, 2 * inner, bias=False)
-        self.down = nn.Linear(inner, config.hidden_size, bias=False)
+        self.gate_up = nn.Linear(config.hidden_size, 2 * inner, bias=config.biases.mlp)
+        self.down = nn.Linear(inner, config.hidden_size, bias=config.biases.mlp)
         # […, 2I] → […, I]; the first half of the product's features is the gate.
         self.gate = {"silu": swiglu, "gelu": geglu}[config.GATE]
 
@@ -297,18 +319,21 @@ def layer_table(
 ) -> tuple[Weight, ...]:
     """Return the rows of one layer: Llama's, except for those of `attention` and `mlp` that are given."""
     return (
-        norm_row(config, "attention_norm", "input_layernorm"),
+        *norm_rows(config, "attention_norm", "input_layernorm"),
         *(attention_rows(config) if attention is None else attention),
-        norm_row(config, "mlp_norm", "post_attention_layernorm"),
+        *norm_rows(config, "mlp_norm", "post_attention_layernorm"),
         *(mlp_rows(config) if mlp is None else mlp),
     )
 
 
 def attention_rows(
-    config: LlamaLike, qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj"), norms: Sequence[Weight] = ()
+    config: LlamaLike,
+    qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj"),
+    norms: Sequence[Weight] = (),
+    hf_out: str = "o_proj",
 ) -> tuple[Weight, ...]:
-    """Return the rows of attention. `qkv` names the Hugging Face modules that make up the projection; `norms` are rows
-    between it and the output."""
+    """Return the rows of attention. `qkv` names the Hugging Face modules that make up the projection, `hf_out` that of
+    the output; `norms` are rows between them."""
     q, kv = config.num_attention_heads * config.head_size, config.kv_heads * config.head_size
     # `unit` keeps a head whole where tensor parallelism cuts; `parts` cuts q, k and v apart.
     parts, unit, std = (q, kv, kv), config.head_size, config.init_std
@@ -319,10 +344,16 @@ def attention_rows(
         "attention.qkv.bias", shape[:1], names["bias"], "column", parts, unit, init="zeros", decay=False
     )  # fmt: skip
     out = Weight(
-        "attention.out.weight", (config.hidden_size, q), ("self_attn.o_proj.weight",), "row", unit=unit,
+        "attention.out.weight", (config.hidden_size, q), (f"self_attn.{hf_out}.weight",), "row", unit=unit,
         init=residual_std(config),
     )  # fmt: skip
-    return (matrix, *([bias] if config.QKV_BIAS else []), *norms, out)
+    out_bias = row_bias("attention.out", f"self_attn.{hf_out}", config.hidden_size)
+    return (matrix, *[bias] * config.biases.qkv, *norms, out, *[out_bias] * config.biases.out)
+
+
+def row_bias(name: str, hf: str, size: int) -> Weight:
+    """Return the row of a row-parallel linear module's bias. It is added after the reduction, on the cut sequence."""
+    return Weight(f"{name}.bias", (size,), (f"{hf}.bias",), init="zeros", decay=False, partial_grad="sequence")
 
 
 def head_norm_rows(config: LlamaLike) -> tuple[Weight, ...]:
@@ -347,11 +378,22 @@ def mlp_rows(
     """Return the rows of an MLP. `gate_up` names the Hugging Face modules that make up its first projection; `inner` is
     as in `MLP`; the module is called `name` here and `hf` by Hugging Face."""
     hidden, inner = config.hidden_size, inner or config.intermediate_size
-    names = tuple(f"{hf}.{module}.weight" for module in gate_up)
+    names = {kind: tuple(f"{hf}.{module}.{kind}" for module in gate_up) for kind in ("weight", "bias")}
+    shape, halves, first, biased = (2 * inner, hidden), (inner, inner), f"{name}.gate_up", config.biases.mlp
+    bias = Weight(f"{first}.bias", shape[:1], names["bias"], "column", halves, init="zeros", decay=False)
     return (
-        Weight(f"{name}.gate_up.weight", (2 * inner, hidden), names, "column", (inner, inner), init=config.init_std),
+        Weight(f"{first}.weight", shape, names["weight"], "column", halves, init=config.init_std),
+        *[bias] * biased,
         Weight(f"{name}.down.weight", (hidden, inner), (f"{hf}.down_proj.weight",), "row", init=residual_std(config)),
+        *[row_bias(f"{name}.down", f"{hf}.down_proj", hidden)] * biased,
     )
+
+
+def norm_rows(config: LlamaLike, name: str, hf: str, place: Place = 0) -> tuple[Weight, ...]:
+    """Return the rows of a norm as `norm_row` does, with that of its bias where it has one."""
+    weight = norm_row(config, name, hf, place)
+    shifts = issubclass(config.NORM, LayerNorm) and config.NORM.SHIFTS
+    return (weight, *[replace(row_bias(name, hf, config.hidden_size), place=place)] * shifts)
 
 
 def norm_row(config: LlamaLike, name: str, hf: str, place: Place = 0) -> Weight:
@@ -363,7 +405,21 @@ def norm_row(config: LlamaLike, name: str, hf: str, place: Place = 0) -> Weight:
     )  # fmt: skip
 
 
-def table(config: LlamaLike, layer: Sequence[Weight] | Callable[[int], Sequence[Weight]]) -> Iterator[Weight]:
+class Names(NamedTuple):
+    """Hugging Face's names of a model's modules."""
+
+    embedding: str = "model.embed_tokens"
+    layers: str = "model.layers"
+    norm: str = "model.norm"
+    head: str = "lm_head"
+
+
+NAMES = Names()
+
+
+def table(
+    config: LlamaLike, layer: Sequence[Weight] | Callable[[int], Sequence[Weight]], names: Names = NAMES
+) -> Iterator[Weight]:
     """Yield the whole table, from the rows of one layer, or from a function that gives those of each."""
     shape, std = (config.vocab_size, config.hidden_size), config.init_std
     # "both": the first pipeline stage looks it up, the last multiplies with it, and both keep a
@@ -371,13 +427,13 @@ def table(config: LlamaLike, layer: Sequence[Weight] | Callable[[int], Sequence[
     ends: Place = "both" if config.tie_embeddings else "first"
     # A look-up multiplies nothing; the head, where it is tied, does.
     used = float(config.tie_embeddings)
-    yield Weight("embedding.weight", shape, ("model.embed_tokens.weight",), "vocab", used=used, init=std, place=ends)
+    yield Weight("embedding.weight", shape, (f"{names.embedding}.weight",), "vocab", used=used, init=std, place=ends)
     for i in range(config.num_layers):
-        yield from layer_rows(i, "model.layers", layer(i) if callable(layer) else layer)
     # In the order of a forward pass: engines fill their buckets from the end of this table.
-    yield norm_row(config, "norm", "model.norm", "last")
+        yield from layer_rows(i, names.layers, layer(i) if callable(layer) else layer)
+    yield from norm_rows(config, "norm", names.norm, "last")
     if not config.tie_embeddings:
-        yield Weight("head.weight", shape, ("lm_head.weight",), "vocab", init=std, place="last")
+        yield Weight("head.weight", shape, (f"{names.head}.weight",), "vocab", init=std, place="last")
 
 
 def residual_std(config: ModelConfig) -> float:
@@ -408,11 +464,19 @@ LIKE_LLAMA = Keys().but(
     only={"attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu", "mlp_bias": False},
 )
 """Keys of families that grew out of Llama."""
-KEYS = LIKE_LLAMA
+WITH_BIASES = LIKE_LLAMA.but(used={"attention_bias": False, "mlp_bias": False})
+"""Keys of those whose linear modules may have biases."""
+KEYS = WITH_BIASES
 
 
-def to_hf(config: LlamaLike) -> dict[str, Any]:
-    return fields_to_hf(config, "LlamaForCausalLM") | {"mlp_bias": False}
+def to_hf(config: LlamaConfig) -> dict[str, Any]:
+    return biased_to_hf(config, "LlamaForCausalLM")
+
+
+def biased_to_hf(config: Biased, architecture: str) -> dict[str, Any]:
+    """Return the keys of config.json that `fields_to_hf` does, and what has biases."""
+    biases = {"attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias}
+    return fields_to_hf(config, architecture) | biases
 
 
 def fields_to_hf(config: LlamaLike, architecture: str, activation: str = "silu") -> dict[str, Any]:
@@ -439,7 +503,13 @@ def fields_to_hf(config: LlamaLike, architecture: str, activation: str = "silu")
 
 
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
-    return fields_from_hf(hf, LlamaConfig)
+    return biased_from_hf(hf, LlamaConfig)
+
+
+def biased_from_hf(hf: dict[str, Any], config: type[Biased]) -> dict[str, Any]:
+    """Return the fields of the `model:` section that `fields_from_hf` does, and what has biases."""
+    biases = {"attention_bias": hf["attention_bias"], "mlp_bias": hf["mlp_bias"]}
+    return fields_from_hf(hf, config) | biases
 
 
 def fields_from_hf(hf: dict[str, Any], config: type[LlamaLike]) -> dict[str, Any]:

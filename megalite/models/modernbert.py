@@ -22,16 +22,15 @@ from megalite.models.layers import (
     SequenceInfo,
     UnshiftedLayerNorm,
 )
-from megalite.models.llama import Attention, Layer, Llama, layer_table, norm_row
+from megalite.models.llama import Attention, Layer, layer_table, norm_row
 from megalite.models.weights import Weight, layer_rows
-from megalite.models.windows import LayerType, WindowedByLayer
+from megalite.models.windows import LAYER_TYPES, LayerType, TwoRopes, TwoRopesDecoder
 
 
-class ModernBertConfig(WindowedByLayer):
+class ModernBertConfig(TwoRopes):
     family: Literal["modernbert"] = "modernbert"
     tie_embeddings: Literal[True] = True
     rope_theta: float = Field(160_000.0, gt=0, description="RoPE base of full-attention layers.")
-    local_rope_theta: float = Field(10_000.0, gt=0, description="RoPE base of sliding-window layers.")
     sliding_window: int | None = Field(
         None, gt=0, description="Tokens that each token attends to on each side, itself included."
     )
@@ -63,10 +62,6 @@ class ModernBertConfig(WindowedByLayer):
     def attention(self, layer: int) -> AttentionKind:
         return AttentionKind(self.window(layer), causal=False)
 
-    def turn(self, layer: int) -> int | None:
-        """Return 1, the cos/sin tables of local layers, for a sliding-window layer; else 0."""
-        return 1 if self.type_of(layer) == "sliding_attention" else 0
-
 
 class MLP(llama.MLP):
     """GeGLU with the exact GELU."""
@@ -81,7 +76,7 @@ def _geglu(gate_up: Tensor) -> Tensor:
     return F.gelu(gate) * up
 
 
-class ModernBert(Llama):
+class ModernBert(TwoRopesDecoder):
     INPUT = ("embedding", "embedding_norm")
     OUTPUT = ("norm", "transform", "head_norm", "head", "loss")
     config: ModernBertConfig
@@ -108,14 +103,6 @@ class ModernBert(Llama):
 
     def finish(self, x_BTD: Tensor) -> Tensor:
         return self.head_norm(F.gelu(self.transform(self.norm(x_BTD))))
-
-    def rope_cos_sin(self, places: SequenceInfo) -> tuple[rope.CosSin, ...]:
-        """Return two pairs of cos/sin tables: for layers of full attention, then for sliding-window layers."""
-        c = self.config
-        local = rope.rope_cos_sin(
-            places.position_BT, c.rotary_size, c.local_rope_theta, None, places.length, c.max_positions
-        )
-        return *super().rope_cos_sin(places), local
 
 
 HF_NAMES = {
@@ -198,7 +185,6 @@ KEYS = Keys().but(
     sparse_prediction=_SPARSE,
     sparse_pred_ignore_index=_SPARSE,
 )
-LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 def to_hf(config: ModernBertConfig) -> dict[str, Any]:

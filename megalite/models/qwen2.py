@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
-from megalite.models.llama import Llama, fields_from_hf, fields_to_hf
+from megalite.models.llama import Biases, Llama, fields_from_hf, fields_to_hf
 from megalite.models.llama import weights as weights
 from megalite.models.windows import QWEN, WindowedByLayer, qwen_from_hf, qwen_to_hf
 
 
 class Qwen2Config(WindowedByLayer):
     family: Literal["qwen2"] = "qwen2"
-    QKV_BIAS: ClassVar[bool] = True
+
+    @property
+    def biases(self) -> Biases:
+        return Biases(qkv=True)
 
 
 KEYS = QWEN.but(attention_bias="queries, keys and values have biases, whatever it says")

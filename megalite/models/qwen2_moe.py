@@ -4,14 +4,14 @@ visits, weighed by a gate."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch.nn as nn
 from pydantic import Field
 
 from megalite.models.experts import AMONG, Among, RoutedLayer, among_from_hf, among_to_hf, expert_rows, shared_rows
 from megalite.models.hf import disagree
-from megalite.models.llama import Attention, Layer, Llama, fields_from_hf, fields_to_hf, layer_table, table
+from megalite.models.llama import Attention, Biases, Layer, Llama, fields_from_hf, fields_to_hf, layer_table, table
 from megalite.models.weights import Weight
 from megalite.utils.outside import shown
 
@@ -20,7 +20,9 @@ class Qwen2MoeConfig(Among):
     family: Literal["qwen2_moe"] = "qwen2_moe"
     shared_expert_intermediate_size: int = Field(gt=0, description="Inner features of the expert of every token.")
 
-    QKV_BIAS: ClassVar[bool] = True
+    @property
+    def biases(self) -> Biases:
+        return Biases(qkv=True)
 
     @property
     def shared_inner(self) -> int:

@@ -75,8 +75,8 @@ class Weight:
     transpose: bool = False
     """The Hugging Face tensor is stored [in, out] (GPT-2's Conv1D), or [stack, in, out]."""
     by_unit: bool = False
-    """The single Hugging Face tensor interleaves the parts by unit: q, k and v of the first head, then of the second
-    (GPT-NeoX)."""
+    """The single Hugging Face tensor interleaves the parts: q, k and v of the first head, then of the second
+    (GPT-NeoX). With fewer heads of k and v, those of q come with the k and v that they share (Falcon)."""
     stack: int = 0
     """Number of leading dimensions that index matrices of the same kind: 1 where the weight is [experts, out, in]."""
     used: float = 1.0
@@ -103,7 +103,7 @@ class Weight:
     def __post_init__(self) -> None:
         assert sum(self.parts or self.shape[self.stack : self.stack + 1]) == self.shape[self.stack], self
         assert len(self.hf) in (1, len(self.row_groups)), self
-        assert not self.by_unit or (len(self.hf) == 1 and len(set(self.parts)) == 1 and not self.transpose), self
+        assert not self.by_unit or (len(self.hf) == 1 and self.interleaved and not self.transpose), self
         assert self.stack == 0 or not (self.by_unit or self.shard == "vocab"), self
         # <= of two bools: the first implies the second.
         assert (self.shard == "expert") <= (self.stack > 0), self
@@ -112,6 +112,13 @@ class Weight:
     def row_groups(self) -> tuple[int, ...]:
         """Return the sizes of the groups of rows: the parts of each matrix, one matrix after another."""
         return (self.parts or (self.shape[self.stack],)) * prod(self.shape[: self.stack])
+
+    @property
+    def interleaved(self) -> tuple[int, ...]:
+        """Return for a weight stored `by_unit` how many rows of each part follow one another."""
+        groups = min(self.parts) // self.unit
+        assert not any(size % groups for size in self.parts), self
+        return tuple(size // groups for size in self.parts)
 
     @property
     def num_rows(self) -> int:
@@ -295,8 +302,9 @@ class Weight:
         """Return the Hugging Face tensors of the logical tensor, by name."""
         if self.by_unit:
             # [parts · units · unit, …] → [parts, units, unit, …] → [units, parts, unit, …].
-            units = logical.unflatten(0, (len(self.parts), -1, self.unit))
-            return {self.hf[0]: units.transpose(0, 1).reshape(self.shape).contiguous()}
+            pieces = zip(logical.split(self.parts), self.interleaved, strict=True)
+            groups = [piece.unflatten(0, (-1, rows)) for piece, rows in pieces]
+            return {self.hf[0]: torch.cat(groups, 1).reshape(self.shape).contiguous()}
         if len(self.hf) == 1:
             return {self.hf[0]: self._turned(logical).contiguous()}
         pieces = logical.flatten(0, self.stack).split(self.row_groups)
@@ -350,15 +358,16 @@ class Weight:
         return self.row_groups if len(self.hf) > 1 else (self.num_rows,)
 
     def _rows_by_unit(self, fetch: Fetch, start: int, stop: int, columns: tuple[int, int] | None) -> Tensor:
-        """Return logical rows from a tensor that interleaves the parts by unit."""
-        pieces, units = [], self.parts[0] // self.unit
+        """Return logical rows from a tensor that interleaves the parts."""
+        pieces, sizes = [], self.interleaved
+        ends = list(accumulate(self.parts))
         while start < stop:
-            # Logical rows are ordered (part, unit, row in unit), stored ones (unit, part, row in unit). At most one
-            # unit is contiguous in both.
-            number, inside = divmod(start, self.unit)
-            part, unit = divmod(number, units)
-            count = min(self.unit - inside, stop - start)
-            row = (unit * len(self.parts) + part) * self.unit + inside
+            # Logical rows are ordered (part, group, row in group), stored ones (group, part, row in group). At most
+            # one group's rows of a part are contiguous in both.
+            part = bisect_right(ends, start)
+            group, inside = divmod(start - (ends[part] - self.parts[part]), sizes[part])
+            count = min(sizes[part] - inside, stop - start)
+            row = group * sum(sizes) + sum(sizes[:part]) + inside
             rows = slice(row, row + count)
             pieces.append(fetch(self.hf[0], (rows,) if columns is None else (rows, slice(*columns))))
             start += count

@@ -6,10 +6,14 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from megalite.models.hf import disagree
-from megalite.models.llama import LIKE_LLAMA, LlamaLike
+from megalite.errors import ConfigError
+from megalite.models import rope
+from megalite.models.hf import agreed, at, disagree, refuse_others
+from megalite.models.layers import SequenceInfo
+from megalite.models.llama import LIKE_LLAMA, Llama, LlamaLike
 
 LayerType = Literal["sliding_attention", "full_attention"]
+LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 class Windowed(LlamaLike):
@@ -52,6 +56,44 @@ class WindowedByLayer(Windowed):
 
     def window(self, layer: int) -> int | None:
         return self.sliding_window if self.type_of(layer) == "sliding_attention" else None
+
+
+class TwoRopes(WindowedByLayer):
+    """Fields of families whose sliding-window layers have a RoPE of their own."""
+
+    local_rope_theta: float = Field(10_000.0, gt=0, description="RoPE base of sliding-window layers.")
+
+    def turn(self, layer: int) -> int | None:
+        """Return 1, the cos/sin tables of local layers, for a sliding-window layer; else 0."""
+        return 1 if self.type_of(layer) == "sliding_attention" else 0
+
+
+class TwoRopesDecoder(Llama):
+    config: TwoRopes
+
+    def rope_cos_sin(self, places: SequenceInfo) -> tuple[rope.CosSin, ...]:
+        """Return two pairs of cos/sin tables: for layers of full attention, then for sliding-window layers."""
+        c = self.config
+        local = rope.rope_cos_sin(
+            places.position_BT, c.rotary_size, c.local_rope_theta, None, places.length, c.max_positions
+        )
+        return *super().rope_cos_sin(places), local
+
+
+def local_theta_from_hf(hf: dict[str, Any], family: str, default: float, *older: str) -> float:
+    """Return the RoPE base of sliding-window layers from config.json, whose `rope_parameters` are by the type of the
+    layer; `older` are other keys that may have it. Raises ConfigError."""
+    if at(hf, "rope_scaling.type") and not at(hf, "rope_scaling.rope_type"):
+        raise ConfigError(
+            f"config.json has rope_scaling.type, which transformers does not read for {family}: it is rope_type"
+        )
+    ropes, place = hf["rope_parameters"] or {}, "rope_parameters.sliding_attention"
+    refuse_others(ropes, LAYER_TYPES, "rope_parameters", f"{family}, which has them by the type of the layer")
+    local = ropes.get("sliding_attention") or {}
+    refuse_others(local, ("rope_type", "type", "rope_theta"), place, "layers that look back over a window")
+    if (kind := rope.kind_of(local, place)) != "default":
+        raise ConfigError(f"config.json has {place}.rope_type = {kind!r}; the {family} family supports 'default'")
+    return agreed(hf, f"{place}.rope_theta", *older, default=default)
 
 
 QWEN = LIKE_LLAMA.but(

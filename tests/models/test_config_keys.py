@@ -48,6 +48,10 @@ BASES = {name: CASES[name] | {"num_hidden_layers": 3} for name in families.own} 
     "qwen2": CASES["qwen2-window"] | {"num_hidden_layers": 3},
     "qwen3": CASES["qwen3-window"] | {"num_hidden_layers": 3, "max_window_layers": 1},
     "gpt2": {key: value for key, value in CASES["gpt2"].items() if key != "n_layer"} | {"n_layer": 3},
+    **{
+        name: CASES[name] | {"num_hidden_layers": 3, "layer_types": ["sliding_attention"] * 2 + ["full_attention"]}
+        for name in ("ministral", "olmo3")
+    },
 }
 LINEAR = {"rope_type": "linear", "factor": 4.0}
 ROPES: list[Any] = [
@@ -243,6 +247,14 @@ FIELDS: dict[str, list[Any]] = {
     "max_positions": [9, 20, 64],
     "norm_eps": [1e-6, 1e-3, 1],
     "init_std": [0.02, 0.5, 1, 3.5],
+    "attention_bias": [False, True],
+    "mlp_bias": [False, True],
+    "use_bias": [False, True],
+    "norms": [1, 2],
+    "embedding_multiplier": [0.5, 3],
+    "attention_multiplier": [0.2, 1],
+    "residual_multiplier": [0.3, 1.5],
+    "logits_scaling": [0.5, 4],
     "tie_embeddings": [False, True],
     "rope_theta": [1, 500, 1e6],
     "local_rope_theta": [1, 500.0],
@@ -336,7 +348,9 @@ def random_models(count: int) -> Iterator[dict[str, Any]]:
             chosen["layer_types"] = [draw.choice(chosen["layer_types"]) for _ in range(chosen["num_layers"])]
         if (chosen.get("rope_scaling") or {}).get("type") == "longrope":
             share = (
-                chosen.get("rotary_pct") or chosen.get("partial_rotary_factor") or (0.25 if name == "gpt_neox" else 1)
+                chosen.get("rotary_pct")
+                or chosen.get("partial_rotary_factor")
+                or {"gpt_neox": 0.25, "phi": 0.5}.get(name, 1)
             )
             size = chosen.get("head_dim") or chosen["hidden_size"] // chosen["num_attention_heads"]
             pairs = range(1, int(size * share) // 2 + 1)
@@ -382,7 +396,7 @@ def test_whatever_megalite_builds_opens_in_transformers_and_is_the_same(
 ) -> None:
     """A shape or a setting that is found to be unknown to transformers only when the trained model is to be opened."""
     accepted = Counter[str]()
-    for number, values in enumerate(random_models(2200 if pytestconfig.getoption("--whole") else 160)):
+    for number, values in enumerate(random_models(3000 if pytestconfig.getoption("--whole") else 220)):
         try:
             config = model_config(copy.deepcopy(values))
         except ConfigError:
@@ -433,6 +447,27 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}}, "use_cache": True, "unsloth_fixed": True,
         "unsloth_version": "2025.1", "max_sequence_length": 4096, "_attn_implementation_autoset": True,
         "quantization_config": None, "tokenizer_class": "LlamaTokenizer",
+    },
+    "granite": {
+        "attention_bias": False, "attention_multiplier": 0.0078125, "embedding_multiplier": 12.0, "logits_scaling": 8.0,
+        "mlp_bias": False, "residual_multiplier": 0.22, "rope_scaling": None,
+    },
+    "ministral": {"sliding_window": 7, "attention_dropout": 0.0, "rope_scaling": None},
+    "olmo3": {"attention_bias": False, "rope_scaling": None, "rope_theta": 500000, "sliding_window": 7},
+    "gemma": {"hidden_act": "gelu", "hidden_activation": None, "rope_scaling": None, "attention_bias": False},
+    "starcoder2": {
+        "activation_function": "gelu", "attention_dropout": 0.1, "embedding_dropout": 0.1, "residual_dropout": 0.1,
+        "attention_softmax_in_fp32": True, "scale_attention_softmax_in_fp32": True, "scale_attn_weights": True,
+        "layer_norm_epsilon": 1e-5, "mlp_type": "default", "norm_type": "layer_norm", "use_bias": True,
+    },
+    "phi": {
+        "attention_dropout": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.1, "qk_layernorm": False, "rope_scaling": None,
+        "partial_rotary_factor": 0.5,
+    },
+    "falcon": {
+        "alibi": False, "apply_residual_connection_post_layernorm": False, "attention_dropout": 0.0, "bias": False,
+        "hidden_dropout": 0.0, "multi_query": True, "new_decoder_architecture": False, "parallel_attn": True,
+        "auto_map": {"AutoConfig": "configuration_falcon.FalconConfig"},
     },
     "mistral": {"sliding_window": None, "_flash_attn_2_enabled": True, "torch_dtype": "float16", "temperature": 0.7},
     "qwen2": {
@@ -577,11 +612,30 @@ def test_gemma_3_reads_all_of_what_turns_windowed_layers(rope: dict[str, Any]) -
         opens("gemma3_text", rope_parameters=ropes | {SLIDING: ropes[SLIDING] | rope})
 
 
-@pytest.mark.parametrize("kind", ["ministral", "olmo3", "gpt_oss", "deepseek_v2", "gemma3", "lama"])
-def test_no_other_architecture_is_named_for_one_that_is_unknown(kind: str) -> None:
-    with pytest.raises(ConfigError, match=f"model_type = '{kind}'; megalite knows bert") as found:
+@pytest.mark.parametrize(
+    ("kind", "close"),
+    [
+        ("ministral3", "ministral"),
+        ("olmo_hybrid", None),
+        ("deepseek_v2", "deepseek_v3"),
+        ("gemma4", "gemma"),
+        (5, None),
+    ],
+)
+def test_an_unknown_architecture_is_told_the_nearest_as_another_one(kind: Any, close: str | None) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"model_type = '{kind}', which megalite does not open.*; known: bert, "
+    ) as found:
         from_hf_config({"model_type": kind})
     assert "did you mean" not in str(found.value)
+    nearest = f"nearest in name is '{close}', another architecture"
+    assert (nearest in str(found.value)) if close else ("nearest" not in str(found.value))
+
+
+@pytest.mark.parametrize("kind", ["deberta", "deberta-v2", "bart", "mbart"])
+def test_architectures_that_are_left_out_are_refused_with_the_reason(kind: str) -> None:
+    with pytest.raises(ConfigError, match=f"model_type = '{kind}', which megalite does not open: (its|of) "):
+        from_hf_config({"model_type": kind})
 
 
 @pytest.mark.parametrize("name", families.own)

@@ -21,7 +21,7 @@ from megalite.comm.mesh import Mesh
 from megalite.data.loader import MicroBatch
 from megalite.errors import ConfigError
 from megalite.infer.generate import load_model
-from megalite.models import from_hf_config, model_config, to_hf_config, weight_table
+from megalite.models import build_model, from_hf_config, model_config, to_hf_config, weight_table
 from megalite.models.layers import IGNORE, CoreAttention, CrossEntropy, Dropout, SequenceInfo
 from megalite.parallel.stage import positions_of
 from megalite.training.parts import make_inputs
@@ -203,8 +203,18 @@ def test_which_layers_slide_where_an_old_config_has_a_pattern(
 @pytest.mark.parametrize(
     ("case", "key", "value"),
     [
-        ("llama", "attention_bias", True),
-        ("llama", "mlp_bias", True),
+        ("mistral", "attention_bias", True),
+        ("mistral", "mlp_bias", True),
+        ("ministral", "attention_bias", True),
+        ("olmo3", "attention_bias", True),
+        ("granite", "hidden_act", "gelu"),
+        ("gemma", "hidden_act", "silu"),
+        ("starcoder2", "hidden_act", "relu"),
+        ("starcoder2", "norm_type", "rms_norm"),
+        ("phi", "qk_layernorm", True),
+        ("falcon", "alibi", True),
+        ("falcon", "parallel_attn", False),
+        ("falcon", "activation", "relu"),
         ("llama", "hidden_act", "gelu"),
         ("llama", "attention_dropout", 0.1),
         ("llama", "rope_type", "proportional"),
@@ -268,8 +278,8 @@ def test_a_config_of_other_kinds_of_values_is_refused(values: dict[str, Any]) ->
 
 
 def test_unknown_architecture_is_refused_by_name(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
-    with pytest.raises(ConfigError, match=r"model_type = 't5'.*gemma2, .*gpt2, .*llama, mistral"):
+    (tmp_path / "config.json").write_text('{"model_type": "xlnet"}')
+    with pytest.raises(ConfigError, match=r"model_type = 'xlnet'.*gemma2, .*gpt2, .*llama, ministral, mistral"):
         load_model(tmp_path)
 
 
@@ -339,6 +349,57 @@ def test_gpt2_as_openai_community_stores_it(tmp_path: Path) -> None:
     assert (load_model(tmp_path)(tokens) - theirs(tokens).logits).abs().max().item() <= 1e-4  # as above
 
 
+GEMMA3_NAMES = {
+    "published": ("language_model.model.", "vision_tower.", "multi_modal_projector."),
+    "transformers 5": ("model.language_model.", "model.vision_tower.", "model.multi_modal_projector."),
+}
+
+
+@pytest.mark.parametrize("spelling", GEMMA3_NAMES)
+def test_the_text_part_of_a_gemma_3_for_texts_and_images(spelling: str, tmp_path: Path) -> None:
+    text = {key: value for key, value in CASES["gemma3_text-linear"].items() if key not in IDS}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision | {"image_size": 28, "patch_size": 14})
+    torch.manual_seed(0)
+    theirs = transformers.Gemma3ForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
+    randomize(theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    stored = load_file(tmp_path / "theirs" / "model.safetensors")
+    wanted = dict(zip(GEMMA3_NAMES["transformers 5"], GEMMA3_NAMES[spelling], strict=True))
+    tensors = {}
+    for name, tensor in theirs.state_dict().items():
+        start = next((start for start in wanted if name.startswith(start)), "")
+        if name != "lm_head.weight":  # tied
+            tensors[wanted.get(start, "") + name.removeprefix(start)] = tensor.clone()
+    assert tensors.keys() == stored.keys() or spelling != "published", "as transformers writes it, too"
+    save_file(tensors, tmp_path / "theirs" / "model.safetensors", metadata={"format": "pt"})
+    tokens, _ = tokens_and_labels()
+    logits = theirs(tokens).logits
+    assert (load_model(tmp_path / "theirs")(tokens) - logits).abs().max().item() <= 1e-4  # as above
+    write_model(open_source(tmp_path / "theirs"), tmp_path / "ours")
+    alone, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(info.values()), info
+    assert type(alone) is transformers.Gemma3ForCausalLM
+    assert torch.equal(alone(tokens).logits, logits)
+
+
+def test_what_a_text_config_leaves_out_is_what_transformers_takes_for_it() -> None:
+    stored = {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text", "sliding_window": 1024}}
+    found = from_hf_config(stored)
+    assert model_config(found) == model_config(
+        from_hf_config(transformers.Gemma3TextConfig(sliding_window=1024).to_dict())
+    )
+    for outer, words in (
+        ({"use_vision_head": True}, "use_vision_head = True, which is unknown for the gemma3 family"),
+        ({"text_config": 5}, "text_config = 5, which is no JSON object"),
+        ({"text_config": {"attn_logit_softcapping": 5.0}}, "attn_logit_softcapping = 5.0; the gemma3_text family"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            from_hf_config(stored | outer)
+
+
 def test_half_precision_weights_stay_as_they_are_stored(tmp_path: Path) -> None:
     their_model("llama").bfloat16().save_pretrained(tmp_path)
     assert {p.dtype for p in load_model(tmp_path).parameters()} == {torch.bfloat16}
@@ -356,6 +417,26 @@ def test_bf16_is_as_close_to_fp32_as_transformers(tmp_path: Path) -> None:
         ours = load_model(tmp_path, torch.bfloat16)(tokens).float()
     # Both round at other places: neither is the nearer one by more than chance.
     assert (ours - exact).norm() <= 1.25 * (theirs - exact).norm()
+
+
+@pytest.mark.parametrize("case", ["gpt2", "starcoder2-untied", "phi"])
+@pytest.mark.parametrize("only", ["embedding_dropout", "attention_dropout", "hidden_dropout"])
+def test_each_dropout_of_a_family_drops(case: str, only: str) -> None:
+    """In training alone, and others where the keys are others."""
+    values = from_hf_config(transformers.AutoConfig.for_model(**CASES[case]).to_dict())
+    dropouts = {name: 0.0 for name in values if name.endswith("dropout")}
+    assert values[only] > 0
+    model = build_model(model_config(values | dropouts | {only: values[only]}))
+    model.to_empty(device="cpu")
+    randomize(model)
+    tokens = tokens_and_labels()[0][:1]
+    with torch.no_grad():
+        seen = [
+            model.train(trains)(tokens, places(LENGTH, KEYS[n : n + 1]))
+            for trains, n in ((False, 0), (True, 0), (True, 1))
+        ]
+    assert all((a - b).abs().max() > 1e-3 for a, b in ((seen[0], seen[1]), (seen[1], seen[2]), (seen[0], seen[2])))
+    assert torch.equal(seen[0], model.eval()(tokens))
 
 
 KEYS = torch.arange(11, 15) * 7919

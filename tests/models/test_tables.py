@@ -14,7 +14,7 @@ from megalite.registry import families
 from tiny_models import CASES
 
 STD = 0.05
-ONES_BY_ZERO = ("gemma2", "gemma3_text")
+ONES_BY_ZERO = ("gemma", "gemma2", "gemma3_text")
 """Families whose norms scale by 1 + weight."""
 
 

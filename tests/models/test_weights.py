@@ -47,7 +47,11 @@ def weights(draw: st.DrawFn) -> tuple[Weight, Cut]:
     names = tuple(f"hf.{i}" for i in range(count if separate else 1))
     transpose = matrix and draw(st.booleans())
     by_unit = (
-        shard == "column" and len(set(parts)) == 1 and not (separate or transpose or leading) and draw(st.booleans())
+        shard == "column"
+        and len(parts) > 0
+        and not any(size % min(parts) for size in parts)
+        and not (separate or transpose or leading)
+        and draw(st.booleans())
     )
     behind = draw(st.lists(st.integers(1, 3), max_size=1)) if matrix and not transpose else []
     shape = (*leading, rows, columns, *behind) if matrix else (*leading, rows)
@@ -205,6 +209,13 @@ def test_parts_side_by_side_in_each_unit() -> None:
     weight = Weight("w", (12, 1), ("h",), "column", parts=(4, 4, 4), unit=2, by_unit=True)
     stored = weight.to_hf(torch.arange(12.0)[:, None])["h"]
     assert stored.flatten().tolist() == [0, 1, 4, 5, 8, 9, 2, 3, 6, 7, 10, 11]
+
+
+def test_heads_of_queries_beside_the_key_and_value_that_they_share() -> None:
+    """Falcon's: three heads of queries, one of keys, one of values; then those of the second group."""
+    weight = Weight("w", (20, 1), ("h",), "column", parts=(12, 4, 4), unit=2, by_unit=True)
+    stored = weight.to_hf(torch.arange(20.0)[:, None])["h"]
+    assert stored.flatten().tolist() == [*range(6), 12, 13, 16, 17, *range(6, 12), 14, 15, 18, 19]
 
 
 TIED = {

@@ -83,6 +83,20 @@ def fits(case: str, layout: Layout) -> bool:
 
 
 RUNS = [(case, layout) for case in FAMILIES for layout in LAYOUTS if fits(case, layout)]
+KIN = [
+    "falcon-groups",
+    "gemma",
+    "granite-biases",
+    "llama-biases",
+    "ministral",
+    "olmo3-yarn",
+    "phi-grouped",
+    "starcoder2",
+]
+"""Families that are others' modules with a setting: biases, factors and norms are what tensor ranks could have wrong,
+and ends of the model what pipelines could."""
+RUNS += [(case, Layout(tensor=2, sequence=True)) for case in KIN]
+RUNS += [(case, Layout(pipeline=2)) for case in ("falcon-groups", "granite-biases", "phi-grouped", "starcoder2")]
 
 
 def batch() -> MicroBatch:
@@ -165,7 +179,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the random model of every case, as transformers saves it."""
     transformers = pytest.importorskip("transformers")  # here: ranks, which need it not, load this file
     root = tmp_path_factory.mktemp("models")
-    for case in FAMILIES:
+    for case in (*FAMILIES, *KIN):
         torch.manual_seed(0)
         config = transformers.AutoConfig.for_model(**CASES[case])
         model = auto_class(config.model_type).from_config(config, attn_implementation="eager")
@@ -179,7 +193,7 @@ def results(root: Path, request: pytest.FixtureRequest) -> dict[tuple[str, Layou
     """Every run that is asked for, all of two ranks in one spawn."""
     asked = [(each["case"], each["layout"]) for each in cases_asked_for(request, test_a_step_is_that_of_transformers)]
     written_back = cases_asked_for(request, test_transformers_opens_what_is_written_back)
-    asked += [(each["case"], Layout(tensor=2)) for each in written_back]
+    asked += [(each["case"], each["layout"]) for each in written_back]
     found: dict[tuple[str, Layout], Result] = {}
     for ranks, runner in ((1, lambda n, f, *rest: [f(0, n, *rest)]), (2, run_ranks)):
         runs = [(case, layout) for case, layout in RUNS if layout.ranks == ranks and (case, layout) in asked]
@@ -236,11 +250,14 @@ def test_a_step_is_that_of_transformers(
         assert error <= 1e-5, f"gradient of {name} is off by {error:.1e}"
 
 
-@pytest.mark.parametrize("case", FAMILIES)
+CUT = [*((case, Layout(tensor=2)) for case in FAMILIES), *((case, Layout(tensor=2, sequence=True)) for case in KIN)]
+
+
+@pytest.mark.parametrize(("case", "layout"), CUT, ids=str)
 def test_transformers_opens_what_is_written_back(
-    case: str, tmp_path: Path, root: Path, results: dict[tuple[str, Layout], Result]
+    case: str, layout: Layout, tmp_path: Path, root: Path, results: dict[tuple[str, Layout], Result]
 ) -> None:
-    layout, load = Layout(tensor=2), auto_class(CASES[case]["model_type"]).from_pretrained
+    load = auto_class(CASES[case]["model_type"]).from_pretrained
     save_file(results[case, layout]["weights"], tmp_path / "model.safetensors", metadata={"format": "pt"})
     write_extras(tmp_path, config_of(root / case, layout), None)
     ours, info = load(tmp_path, attn_implementation="eager", output_loading_info=True)
