@@ -212,6 +212,10 @@ class ObjectiveConfig(Choice):
     def check(self, config: Config) -> None:
         """Raise ValueError, naming the setting, when the rest of a config does not go with this objective."""
 
+    def predicted(self) -> float:
+        """Return the share of the tokens of which the head is computed, about."""
+        return 1.0
+
     def frozen_model(self, config: Config) -> Path | None:
         """Return the Hugging Face folder of a frozen model that runs beside the trained one, or None; `Inputs.frozen`
         gives the objective what it computes."""

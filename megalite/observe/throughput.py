@@ -35,9 +35,11 @@ def model_flops_per_token(config: Config, seq_length: int | None = None) -> floa
     """Return `flops_per_token` of the model of a config, for sequences of `seq_length`; None: of `data.seq_length`.
 
     A layer with a sliding window attends to no more positions than the window. A frozen weight has no weight gradient
-    and counts 4 instead of 6."""
+    and counts 4 instead of 6. What stands behind the layers counts for the tokens that are predicted."""
     table = weight_table(config.model, config.lora)
-    used = sum(weight.multiplied for weight in table)
+    behind = {weight.name for weight in table if weight.place in ("last", "both")}
+    predicted = config.objective.predicted()
+    used = sum(weight.multiplied * (predicted if weight.name in behind else 1.0) for weight in table)
     frozen = sum(weight.multiplied for weight in table if weight.frozen)
     mixers = [layer.mixer for layer in config.model.architecture.layers]
     length = seq_length or config.data.seq_length

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
 from megalite.kernels.loss import LossTerms
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 
 MESSAGES_UNDER_WAY = 2
 """Hidden states and gradients a stage may have on their way to its neighbours at a time."""
+
+TILE = 64
+"""Picked tokens are filled up to a multiple of this."""
 
 Output = Literal["losses", "logits", "hidden_states"]
 """What the last stage returns of each token: its loss; the head's logits; what the head takes."""
@@ -37,6 +41,49 @@ class Pairs:
 
 
 @dataclass(frozen=True)
+class Picked:
+    """The tokens of a micro-batch of which predictions are asked, which are few where most have no label.
+
+    Under sequence parallelism each tensor rank takes those of its slice of the sequence, as many on each, and the head
+    gathers them: M = N · ranks; else M = N. What fills up has no label."""
+
+    index_N: Tensor
+    """Where they are in this rank's hidden states, [B·T/n] flattened."""
+    labels_1M: Tensor
+    place_M: Tensor
+    """Where they are in the micro-batch, [B·T] flattened; B·T for what fills up."""
+    shape: tuple[int, int]
+    """[B,T] of the micro-batch."""
+
+    @classmethod
+    def of(cls, labels_BT: Tensor, slices: int, rank: int, device: torch.device) -> Picked:
+        """Pick the tokens with a label. `labels_BT` is on the host, so that nothing waits to know how many there are;
+        `slices` and `rank` tell how a sequence is cut over the tensor ranks."""
+        batch, length = labels_BT.shape
+        there = [(piece != IGNORE).flatten().nonzero()[:, 0] for piece in labels_BT.chunk(slices, 1)]
+        width = length // slices
+        # Whole tiles of a product; one at least, since collectives take nothing of no size.
+        count = min(-(-max(len(each) for each in there) // TILE) * TILE, batch * width) or 1
+        index, place = torch.zeros(slices, count, dtype=torch.long), torch.full((slices, count), batch * length)
+        for number, each in enumerate(there):
+            index[number, : len(each)] = each
+            place[number, : len(each)] = each // width * length + number * width + each % width
+        labels = F.pad(labels_BT.flatten(), (0, 1), value=IGNORE)[place.flatten()]
+        own, labels, where = (x.to(device, non_blocking=True) for x in (index[rank], labels[None], place.flatten()))
+        return cls(own, labels, where, (batch, length))
+
+    def take(self, x_BTD: Tensor) -> Tensor:
+        """Return the hidden states of these tokens: [1,N,D]."""
+        return x_BTD.flatten(0, 1).index_select(0, self.index_N)[None]
+
+    def spread(self, x_1M: Tensor) -> Tensor:
+        """Return the values of these tokens at their places, and 0 elsewhere: [B,T]."""
+        batch, length = self.shape
+        flat = x_1M.new_zeros(batch * length + 1).scatter(0, self.place_M, x_1M[0])
+        return flat[:-1].view(batch, length)
+
+
+@dataclass(frozen=True)
 class Inputs:
     """A micro-batch on the device, cut to this rank's part of the sequence."""
 
@@ -49,6 +96,8 @@ class Inputs:
     """What losses have beside the cross-entropy."""
     last_B: Tensor | None = None
     """The one token of each row whose logits are asked for; None: logits of all tokens."""
+    picked: Picked | None = None
+    """The tokens whose losses or logits are asked for; None: all of them."""
     pairs: Pairs | None = None
     frozen: Callable[[], HiddenStates] | None = None
     """Gives what the objective's frozen model makes of these tokens; only on ranks of the last stage."""
@@ -73,8 +122,8 @@ class Stage(nn.Module):
     def forward(self, x: Streams | None, inputs: Inputs) -> Streams:
         """Run the stage on `x` [B,T,D] of the stage before, None for the first. Returns [B,T,D] for the next stage, a
         tuple where the model has several streams of hidden states; the last returns `inputs.output`: losses [B,T], with
-        `terms` [B,T,2], fp32 (0 where there is no label), logits [B,T or 1,V/n], or hidden states [B,T,D] that the head
-        takes."""
+        `terms` [B,T,2], fp32 (0 where there is no label), logits [B,T or 1,V/n], of picked tokens [1,M,V/n], or hidden
+        states [B,T,D] that the head takes."""
         model = self.model
         if self.span.first:
             x = model.embed(inputs.tokens_BT, inputs.places)
@@ -88,10 +137,15 @@ class Stage(nn.Module):
             # Generation: cut to [B, 1, D] before the head, whose logits are the largest tensor of
             # all.
             x_BTD = x_BTD[torch.arange(len(x_BTD), device=x_BTD.device), inputs.last_B][:, None]
+        picked = inputs.picked
+        if picked is not None:
+            x_BTD = picked.take(x_BTD)
         if inputs.output == "hidden_states":
             return model.finish(x_BTD)
         if inputs.output == "logits":
             return model.predict(x_BTD)
+        if picked is not None:
+            return picked.spread(model.losses(x_BTD, picked.labels_1M))
         assert inputs.labels_BT is not None
         return model.losses(x_BTD, inputs.labels_BT, inputs.terms)
 

@@ -387,9 +387,9 @@ def head_bytes(shapes: Shapes, by_autograd: bool, on_gloo: bool = False) -> Part
     if shapes.loss_chunk is not None:
         return _chunked_head_bytes(shapes, shapes.loss_chunk, by_autograd, on_gloo)
     # A soft cap keeps what its tanh gave beside the logits, and in both passes makes a third of that size.
-    logits = shapes.tokens * shapes.vocab * shapes.element
+    logits = shapes.head_tokens * shapes.vocab * shapes.element
     capped = logits if shapes.logit_softcap else 0
-    log_sum_exp = shapes.tokens * FP32
+    log_sum_exp = shapes.head_tokens * FP32
     kept = _norm(shapes) + logits + capped + log_sum_exp
     gathered = _whole(shapes) if shapes.sequence else 0
     of_input = _whole(shapes) + _scatter(shapes, on_gloo)
@@ -399,7 +399,7 @@ def head_bytes(shapes: Shapes, by_autograd: bool, on_gloo: bool = False) -> Part
         forward=kept + max(gathered, capped),
         backward=kept + max(gathered + of_input + of_weight, capped),
         backward_input=kept + max(of_input, capped),
-        for_weights=shapes.tokens * (shapes.norm_hidden + shapes.vocab) * shapes.element,
+        for_weights=shapes.head_tokens * (shapes.norm_hidden + shapes.vocab) * shapes.element,
     )
 
 

@@ -106,24 +106,26 @@ class Costs:
         """Return the times of the last norm, the head and the loss."""
         shapes = self.shapes
         memory = self.kernels.memory
-        logit_bytes = shapes.tokens * shapes.vocab * shapes.element / 2
-        chunks = -(-shapes.tokens // (shapes.loss_chunk or shapes.tokens))
+        tokens = shapes.head_tokens
+        logit_bytes = tokens * shapes.vocab * shapes.element / 2
+        chunks = -(-tokens // (shapes.loss_chunk or tokens))
         loss_forward, loss_backward = (count * logit_bytes for count in self.kernels.software.loss_bytes)
         # The loss all-reduces each rank's log-sum-exp for the maximum, then its share of the sum and the label's logit.
         agree = 0.0
         for bytes_a_token in (4.0, 8.0):
-            agree += self.network.all_reduce(bytes_a_token * shapes.tokens, self.network.tensor)
+            agree += self.network.all_reduce(bytes_a_token * tokens, self.network.tensor)
         # The norm reads and writes hidden states. Its backward pass reads the gradient and its input, and writes.
         norm_forward = memory(2 * shapes.hidden_bytes, 1)
         norm_backward = memory(3 * shapes.hidden_bytes, 2)
         forward = memory(loss_forward, 7 + chunks) + norm_forward + agree
         backward = memory(loss_backward, 2 + chunks) + norm_backward
         # 12 bytes a token: the 4 and the 8 above; an all-reduce sends them twice.
-        around = PassTimes(forward, backward, backward, 0.0, 2 * self._sent(12.0 * shapes.tokens))
+        around = PassTimes(forward, backward, backward, 0.0, 2 * self._sent(12.0 * tokens))
         elements = shapes.vocab * shapes.hidden
         if shapes.loss_chunk is not None:
             return around + self._chunked_product(shapes.loss_chunk, chunks)
-        matrix = Matrix(shapes.vocab, shapes.hidden, gathers=True, reduces=False)
+        share = tokens / shapes.tokens
+        matrix = Matrix(shapes.vocab, shapes.hidden, gathers=True, reduces=False, used=share)
         return around + self._product(matrix) + self._accumulation(elements, self._product_add_bytes)
 
     def _chunked_product(self, chunk: int, chunks: int) -> PassTimes:

@@ -56,6 +56,8 @@ class Shapes:
 
     tokens: int
     """Tokens of a micro-batch on one context rank."""
+    head_tokens: int
+    """Those of them that the head is computed of."""
     micro_batch_size: int
     seq_length: int
     """Length of a whole sequence, over all context ranks."""
@@ -287,6 +289,7 @@ def shapes_of(config: Config, plan: Plan, table: ModelTable) -> tuple[Shapes, tu
     rotated = [mixer.head_size for mixer in architecture.attentions if mixer.rope]
     model = Shapes(
         tokens=tokens,
+        head_tokens=ceil(tokens * config.objective.predicted()),
         micro_batch_size=plan.micro_batch_size,
         seq_length=length,
         hidden=hidden,

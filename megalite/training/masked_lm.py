@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
 from megalite.comm.mesh import Mesh
 from megalite.config import Config, ObjectiveConfig
 from megalite.data.dataset import Split
+from megalite.data.loader import MicroBatch
 from megalite.data.masking import Masking
 from megalite.data.mixture import Corruption
 from megalite.data.tokenizer import Tokenizer
 from megalite.models.layers import IGNORE
+from megalite.parallel.context import zigzag
 from megalite.parallel.outputs import VocabShards
-from megalite.parallel.stage import Inputs, Output
+from megalite.parallel.stage import Inputs, Output, Picked
 from megalite.training.objectives import NextToken, Objective
 from megalite.utils.keys import key_of
 
@@ -47,23 +49,40 @@ class MaskedLMConfig(ObjectiveConfig):
         # Keyed by the seed and the split, not by ranks: every layout masks the same tokens.
         return Masking(self.share, tokenizer, key_of(config.train.seed, "masked", split))
 
+    def predicted(self) -> float:
+        return self.share
+
     def build(self, config: Config, mesh: Mesh) -> Objective:
-        return MaskedLM()
+        return MaskedLM(mesh, config.parallel.sequence)
 
 
 class MaskedLM(NextToken):
-    """Cross-entropy of the masked tokens. Validation also tells how many of them are the likeliest one."""
+    """Cross-entropy of the masked tokens, which alone the head is computed of. Validation also tells how many of them
+    are the likeliest one."""
 
     judges: Output = "logits"
     num_judged = 1
 
+    def __init__(self, mesh: Mesh, sequence: bool):
+        super().__init__()
+        self.mesh, self.slices = mesh, mesh.tensor.size if sequence else 1
+
+    def complete(self, inputs: Inputs, micro: MicroBatch, split: Split) -> Inputs:
+        labels, context = micro.labels, self.mesh.context
+        if context.size > 1:
+            labels = labels[:, zigzag(labels.shape[1], context)]
+        picked = Picked.of(labels, self.slices, self.mesh.tensor.rank % self.slices, self.mesh.device)
+        return replace(inputs, picked=picked)
+
     def judge(self, out: VocabShards, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        labels_BT = inputs.labels_BT
-        assert labels_BT is not None
-        losses_BT = out.cross_entropy(labels_BT)
         # Without an argmax over vocabulary shards: it is right if no logit is larger than its own.
-        is_right_BT = (labels_BT != IGNORE) & (out.target(labels_BT) >= out.largest_BT)
-        return losses_BT.sum(1), is_right_BT.sum(1, dtype=torch.float32)[:, None]
+        picked = inputs.picked
+        assert picked is not None
+        labels_1M = picked.labels_1M
+        losses_1M = out.cross_entropy(labels_1M)
+        is_right_1M = (labels_1M != IGNORE) & (out.target(labels_1M) >= out.largest_BT)
+        losses_B, right_B = (picked.spread(x_1M.float()).sum(1) for x_1M in (losses_1M, is_right_1M))
+        return losses_B, right_B[:, None]
 
     def summary(self, loss: float, count: float, judged: Tensor) -> dict[str, float]:
         return super().summary(loss, count, judged) | {"accuracy": judged.item() / max(count, 1.0)}

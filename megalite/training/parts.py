@@ -152,11 +152,14 @@ def forward_backward(parts: RankModel, batch: list[MicroBatch], mesh: Mesh, seed
 
 @torch.no_grad()
 def forward(
-    parts: RankModel, batch: list[MicroBatch], mesh: Mesh, output: Output = "losses"
+    parts: RankModel, batch: list[MicroBatch], mesh: Mesh, output: Output = "losses", split: Split | None = None
 ) -> Iterator[tuple[Any, Inputs, MicroBatch]]:
     """Yield for each micro-batch its losses [B,T], or another `output` of the last stage, with its inputs and the
-    micro-batch itself; nothing before the last stage."""
+    micro-batch itself; nothing before the last stage. With `split`, inputs are completed for the objective."""
     inputs = [make_inputs(micro, mesh, output=output) for micro in batch]
+    if split:
+        pairs = zip(inputs, batch, strict=True)
+        inputs = [parts.objective.complete(some, micro, split) for some, micro in pairs]
     inputs = parts.frozen.beside(inputs) if parts.frozen else inputs
     if parts.pipeline:
         found = parts.pipeline.forward(inputs)
@@ -208,11 +211,10 @@ def validate(parts: RankModel, loader: Batches, batches: int, split: Split, mesh
     sums = torch.zeros(len(mixture.names), 2 + objective.num_judged, dtype=torch.float64, device=mesh.device)
     parts.train(False)
     for _ in range(batches):
-        for out, micro, read in forward(parts, next(loader), mesh, objective.judges):
+        for out, micro, read in forward(parts, next(loader), mesh, objective.judges, split):
             # Which source each row comes from follows from its number in the run: nothing is sent
             # along.
             source = torch.from_numpy(mixture.order.locate(read.samples.numpy())[0]).to(mesh.device)
-            micro = objective.complete(micro, read, split)
             loss_B, judged = objective.judge(out, micro)
             found = torch.cat((loss_B[:, None], micro.count_B[:, None], judged), 1)
             # fp64: over millions of tokens fp32 sums would depend on how rows are spread.

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from encoders import masked_config
 from megalite.config import LoraConfig
 from megalite.config_file import parse_config
 from megalite.models.architecture import AttentionSpec
@@ -42,6 +44,13 @@ def test_a_window_counts_as_what_it_sees() -> None:
 def test_a_tied_head_multiplies_like_any_other() -> None:
     assert flops_of(512, tie_embeddings=True) == flops_of(512, tie_embeddings=False)
     assert flops_of(512, vocab_size=101) - flops_of(512) == 6 * 32, "a token is looked up, and multiplied once"
+
+
+def test_a_head_of_masked_tokens_counts_for_these(tmp_path: Path) -> None:
+    whole, some = (masked_config(tmp_path, f"objective.share={share}", "model.num_layers=1") for share in (0.999, 0.25))
+    # The vocabulary, its bias, and the transform with its bias and norm.
+    behind = 97 * 33 + 32 * 35
+    assert model_flops_per_token(whole) - model_flops_per_token(some) == pytest.approx(6 * 0.749 * behind, rel=1e-9)
 
 
 def test_a_frozen_weight_has_no_gradient_to_multiply() -> None:

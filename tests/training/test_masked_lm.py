@@ -11,21 +11,36 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from encoders import masked_config
+from encoders import MODEL, masked_config
+from megalite.checkpoint.load import from_seed
+from megalite.comm.mesh import make_mesh
+from megalite.config import Config
 from megalite.data.checks import open_data
+from megalite.data.loader import Loader
 from megalite.errors import ConfigError
 from megalite.infer.generate import Generator, find_model, load_model
+from megalite.models import weight_table
+from megalite.models.layers import IGNORE
+from megalite.parallel.stage import Picked
+from megalite.plan import make_plan
 from megalite.train import train
+from megalite.training.masked_lm import MaskedLM
+from megalite.training.parts import build, forward_backward
 from ranks import run_ranks
-from small_runs import curve_of, make_config, metrics_of, train_on_rank
+from small_runs import VOCAB, curve_of, make_config, metrics_of, train_on_rank
 
 LAYOUTS = {
     "alone": ("train.micro_batch_size=2",),
     "data": ("parallel.zero_stage=1",),
     "tensor": ("parallel.tensor=2",),
+    "sequence": ("parallel.tensor=2", "parallel.sequence=true"),
     "pipeline": ("parallel.pipeline=2",),
     "context": ("parallel.context=2",),
 }
+MODERN = {
+    "family": "modernbert", "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_layers": 2,
+    "num_attention_heads": 4, "max_positions": 64, "init_std": 0.1, "sliding_window": 5,
+}  # fmt: skip
 OVERRIDES = ("data.document_mask=true", "data.packing=best_fit", "train.steps=4", "observe.eval_every=2")
 
 
@@ -69,6 +84,57 @@ def test_validation_is_a_plain_statement(runs: Path) -> None:
     line = [line for line in metrics_of(config) if "valid_loss" in line][-1]
     assert line["valid_loss"] == pytest.approx(np.mean(losses), rel=1e-5)
     assert line["valid_accuracy"] == pytest.approx(np.mean(right), rel=1e-6)
+
+
+def step_of(config: Config, monkeypatch: pytest.MonkeyPatch | None = None) -> dict[str, torch.Tensor]:
+    """The loss of a step and its gradients, of weights drawn from the seed; with `monkeypatch`, the head is computed of
+    all tokens."""
+    if monkeypatch:
+        monkeypatch.setattr(MaskedLM, "complete", lambda self, inputs, micro, split: inputs)
+    table = weight_table(config.model)
+    plan = make_plan(config, table, 1)
+    mesh = make_mesh(plan, torch.device("cpu"))
+    parts = build(config, plan, mesh)
+    parts.engine.load(from_seed(config.train.seed, mesh))
+    mixture = open_data(config)[2]["train"]
+    assert mixture is not None
+    with Loader(mixture, 4, 2, 0, 1) as loader:
+        loss = forward_backward(parts, next(loader), mesh, seed=0)["loss"]
+    return {"loss": loss, **parts.engine.gather("grad", {weight.name: 0 for weight in table})}
+
+
+@pytest.mark.parametrize("share", ["0.15", "0.9"])
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
+def test_a_head_of_masked_tokens_alone_trains_the_same(
+    family: str, share: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = MODEL if family == "bert" else MODERN
+    config = masked_config(tmp_path, *OVERRIDES, f"objective.share={share}", model=model)
+    found, wanted = step_of(config), step_of(config, monkeypatch)
+    assert found.keys() == wanted.keys()
+    for name, x in wanted.items():
+        # Products of other shapes sum in another order; 1e-5 is the project's bound.
+        assert ((found[name] - x).norm() / x.norm()).item() <= 1e-5, name
+
+
+@pytest.mark.parametrize("slices", [1, 2, 4])
+def test_picked_tokens_come_from_their_places_and_go_back(slices: int) -> None:
+    """Slices of a sequence have other numbers of them, one has none, and one row has none."""
+    labels = torch.full((3, 8), IGNORE)
+    labels[0, 1], labels[0, 2], labels[2, 0], labels[2, 7] = 5, 6, 7, 8
+    x = torch.randn(3, 8, 2, generator=torch.Generator().manual_seed(0))
+    alone = torch.device("cpu")
+    pieces = [Picked.of(labels, slices, rank, alone) for rank in range(slices)]
+    taken = torch.cat([p.take(piece) for p, piece in zip(pieces, x.chunk(slices, 1), strict=True)], 1)
+    for picked in pieces:
+        assert torch.equal(picked.labels_1M, pieces[0].labels_1M)
+        assert (picked.labels_1M != IGNORE).sum() == 4
+        there = picked.labels_1M != IGNORE
+        back = picked.spread(taken[..., 0] * there)
+        assert torch.equal(back, torch.where(labels != IGNORE, x[..., 0], 0.0))
+        assert torch.equal(picked.spread(picked.labels_1M * there), labels.clamp(min=0))
+    none = Picked.of(torch.full((2, 8), IGNORE), slices, 0, alone)
+    assert none.labels_1M.shape[1] >= 1, "collectives take nothing of no size"
 
 
 def test_a_checkpoint_opens_in_transformers(runs: Path) -> None:
