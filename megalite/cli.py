@@ -447,6 +447,7 @@ def _serve(arguments: argparse.Namespace) -> None:
         from megalite.errors import ConfigError
 
         raise ConfigError(f"serving needs {error.name}; pip install 'megalite[serve]'") from None
+    from megalite.infer.encode import Encoder, is_encoder
     from megalite.infer.generate import Generator, find_model
     from megalite.infer.serving.app import Settings
     from megalite.infer.serving.guards import read_keys
@@ -463,7 +464,11 @@ def _serve(arguments: argparse.Namespace) -> None:
         host=arguments.host,
     )
     address = bind(arguments.host, arguments.port)
-    generator = Generator.open(find_model(arguments.model), num_slots=arguments.slots, max_length=arguments.max_length)
+    folder = find_model(arguments.model)
+    if is_encoder(folder):
+        serve(Encoder.open(folder), settings, address, arguments.grace)
+        return
+    generator = Generator.open(folder, num_slots=arguments.slots, max_length=arguments.max_length)
     serve(generator, settings, address, arguments.grace)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -35,6 +36,11 @@ class Filling(NamedTuple):
     probability: float
 
 
+def is_encoder(folder: Path) -> bool:
+    """Return whether a folder holds an encoder. Raise ConfigError."""
+    return model_config({"hf": str(folder)}).PREDICTS == "masked"
+
+
 class Encoder:
     """An encoder with its tokenizer, on one device."""
 
@@ -57,7 +63,7 @@ class Encoder:
         for one without a head for masked tokens where it is to fill (`fills`)."""
         folder = find_model(path)
         config = model_config({"hf": str(folder)})
-        if config.PREDICTS != "masked":
+        if not is_encoder(folder):
             raise ConfigError(
                 f"{folder} holds a decoder ({config.family}), which goes on with texts; `megalite generate` asks it"
             )
@@ -103,11 +109,30 @@ class Encoder:
         token (`pooling`). `normalize` scales it to length 1. What is not given is as the folder of
         sentence-transformers says, or else the mean, of any length. Texts are cut at the length given there, or at
         max_positions."""
-        usual = read_pooling(self.folder)
+        return self.embed_rows(self.rows(texts, self.longest), pooling, normalize)
+
+    @property
+    def longest(self) -> int:
+        """Return the most tokens of a text to embed, the two around it included."""
+        return min(self.max_positions, self.pooling.longest or self.max_positions)
+
+    @cached_property
+    def pooling(self) -> PoolingConfig:
+        """Return how the folder's vectors are made. Raise ConfigError; see `read_pooling`."""
+        return read_pooling(self.folder)
+
+    def rows(self, texts: Sequence[str], longest: int | None = None) -> list[list[int]]:
+        """Return the tokens of texts, between the two that an encoder's texts have around them; cut at `longest`."""
+        ends = None if longest is None else longest - 2
+        return [self._row(ids[:ends]) for ids in self.tokenizer.encode_batch(texts)]
+
+    def embed_rows(
+        self, rows: Sequence[list[int]], pooling: Pooling | None = None, normalize: bool | None = None
+    ) -> npt.NDArray[np.float32]:
+        """Return what `embed` does, of rows of tokens."""
+        usual = self.pooling
         pooling, normalize = pooling or usual.pooling, usual.normalize if normalize is None else normalize
-        longest = min(self.max_positions, usual.longest or self.max_positions)
         # Room for the two tokens that `_row` puts around a text.
-        rows = [self._row(ids[: longest - 2]) for ids in self.tokenizer.encode_batch(texts)]
         vectors = np.zeros((len(rows), self.model.config.hidden_size), np.float32)
         for numbers, tokens_BT, x_BTD in self._batches(rows):
             x_BTD = self.model.final_states(x_BTD).float()

@@ -112,6 +112,17 @@ def make_app(generator: Generator, settings: Settings) -> FastAPI:
         service.lanes.close()
         await run_in_threadpool(engine.join, 10.0)
 
+    app = guarded_app(engine, settings, lifespan)
+    _add_api(app, service, ratings)
+    _add_pages(app, service)
+    add_models(app, settings)
+    add_monitoring(app, engine, settings)
+    return app
+
+
+def guarded_app(engine: Any, settings: Settings, lifespan: Callable[[FastAPI], Any]) -> FastAPI:
+    """Return an app without routes, behind the guards, that tells errors in OpenAI's form. `engine` is what computes:
+    it has `metrics`, `trouble` and `close`."""
     app = FastAPI(title="megalite", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.engine = engine
     app.add_middleware(
@@ -119,11 +130,43 @@ def make_app(generator: Generator, settings: Settings) -> FastAPI:
         host=settings.host,
     )  # fmt: skip
     # Starlette runs what is added last first: what Guards refuses is counted and logged, too.
-    app.add_middleware(Noted, metrics=metrics)
-    _explain_errors(app)
-    _add_api(app, service, ratings)
-    _add_pages(app, service)
+    app.add_middleware(Noted, metrics=engine.metrics)
+    explain_errors(app)
     return app
+
+
+def add_models(app: FastAPI, settings: Settings) -> None:
+    """Add what tells clients the model's name."""
+    told = {"id": settings.name, "object": "model", "created": int(time.time()), "owned_by": "megalite"}
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [told]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        check_model(name, settings)
+        return told
+
+
+def check_model(name: str, settings: Settings) -> None:
+    """Raise Trouble for the name of a model that this server does not have. An empty name is accepted."""
+    if name not in ("", settings.name):
+        text = f"the model {name!r} does not exist; this server has {settings.name!r}"
+        raise Trouble(404, text, "invalid_request_error", "model", "model_not_found")
+
+
+def add_monitoring(app: FastAPI, engine: Any, settings: Settings) -> None:
+    """Add what monitoring looks at."""
+
+    @app.get("/health")
+    async def health() -> Response:
+        trouble = engine.trouble(settings.timeout_s)  # longest step: no answer may take longer
+        return as_json({"status": trouble or "ok"}, 503 if trouble else 200)
+
+    @app.get("/metrics")
+    async def prometheus() -> Response:
+        return Response(generate_latest(engine.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
 def _add_api(app: FastAPI, service: Service, ratings: Ratings) -> None:
@@ -137,16 +180,7 @@ def _add_api(app: FastAPI, service: Service, ratings: Ratings) -> None:
     async def chat_completions(body: ChatBody, request: Request) -> Response:
         return await service.chat(body, request)
 
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [service.model]}
-
-    @app.get("/v1/models/{name:path}")
-    async def model(name: str) -> dict[str, Any]:
         # Raises for any other name than the one of `service.model`.
-        service.check_model(name)
-        return service.model
-
     @app.post("/v1/ratings", status_code=201)
     async def rate(body: RatingBody) -> dict[str, str]:
         await service.check_rating(body)
@@ -160,22 +194,13 @@ def _add_api(app: FastAPI, service: Service, ratings: Ratings) -> None:
 
 
 def _add_pages(app: FastAPI, service: Service) -> None:
-    """Add what people and their monitoring look at."""
-    engine, settings = service.engine, service.settings
+    """Add what people look at."""
+    settings = service.settings
 
     @app.get("/v1/about")
     async def about() -> dict[str, Any]:
         """Return what the page must know before it has a key."""
         return {"model": settings.name, "chat": service.chats, "key": bool(settings.keys)}
-
-    @app.get("/health")
-    async def health() -> Response:
-        trouble = engine.trouble(settings.timeout_s)  # longest step: no answer may take longer
-        return _json({"status": trouble or "ok"}, 503 if trouble else 200)
-
-    @app.get("/metrics")
-    async def prometheus() -> Response:
-        return Response(generate_latest(engine.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/")
     async def page() -> Response:
@@ -189,19 +214,12 @@ class Service:
     def __init__(self, engine: Engine, settings: Settings):
         self.engine, self.settings, self.generator = engine, settings, engine.generator
         self.lanes = Lanes(settings.max_bytes)
-        self.model = {"id": settings.name, "object": "model", "created": int(time.time()), "owned_by": "megalite"}
         try:
             self.chats = bool(self.generator.chat_template)
             _ = self.generator.turn_end  # computed and cached now, not while clients wait
         except DataError as problem:
             LOG.warning("no chats, only completions: %s", problem)
             self.chats = False
-
-    def check_model(self, name: str) -> None:
-        """Raise Trouble for the name of a model that this server does not have. An empty name is accepted."""
-        if name not in ("", self.settings.name):
-            text = f"the model {name!r} does not exist; this server has {self.settings.name!r}"
-            raise Trouble(404, text, "invalid_request_error", "model", "model_not_found")
 
     def _check_chats(self) -> None:
         """Raise Trouble if the model has no chat template."""
@@ -220,7 +238,7 @@ class Service:
 
     async def complete(self, body: CompletionBody, request: Request) -> Response:
         """Answer a completion request."""
-        self.check_model(body.model)
+        check_model(body.model, self.settings)
         self._check_count(len(body.prompts) * body.n)
         sizes = [len(prompt.encode()) for prompt in body.prompts if isinstance(prompt, str)]
         self._check_fits(max(sizes, default=0), "prompt")
@@ -258,14 +276,14 @@ class Service:
         """Run `work` on a text of `num_bytes` bytes in another thread, so that other requests are served meanwhile.
         Errors name `param`. Raise Trouble."""
         try:
-            with _told(param):
+            with told(param):
                 return await self.lanes.run(work, num_bytes)
         except Overloaded as full:
             raise Trouble(503, str(full), "server_error", code="overloaded") from None
 
     async def chat(self, body: ChatBody, request: Request) -> Response:
         """Answer a chat completion request."""
-        self.check_model(body.model)
+        check_model(body.model, self.settings)
         if body.top_logprobs is not None and not body.logprobs:
             raise Trouble(400, "top_logprobs needs logprobs: true", "invalid_request_error", "top_logprobs")
         self._check_chats()
@@ -305,7 +323,7 @@ class Service:
                 loop.call_soon_threadsafe(queue.put_nowait, told)
 
         try:
-            with _told("prompt" if kind == "cmpl" else "messages"):
+            with told("prompt" if kind == "cmpl" else "messages"):
                 tickets = self.engine.submit(requests, self.settings.timeout_s, body.stream, deliver)
         except Overloaded as full:
             raise Trouble(503, str(full), "server_error", code="overloaded") from None
@@ -328,7 +346,7 @@ class Service:
             last, text = ended[ticket], ticket.answer.text
             choices.append(reply.choice(ticket.number, text, last.choices, last.finish, streamed=False))
         num_said = sum(len(ticket.answer.tokens) for ticket in tickets)
-        return _json(reply.whole(choices, usage(num_prompt, num_said)))
+        return as_json(reply.whole(choices, usage(num_prompt, num_said)))
 
     async def _stream(
         self,
@@ -423,7 +441,7 @@ async def _unless_gone(request: Request, work: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _told(param: str) -> Iterator[None]:
+def told(param: str) -> Iterator[None]:
     """Turn a ConfigError into Trouble for the client that sent the request; `param` names the field."""
     try:
         yield
@@ -432,12 +450,12 @@ def _told(param: str) -> Iterator[None]:
         raise Trouble(400, str(problem), "invalid_request_error", param, code) from None
 
 
-def _explain_errors(app: FastAPI) -> None:
+def explain_errors(app: FastAPI) -> None:
     """Register handlers that send every error in OpenAI's form."""
 
     @app.exception_handler(Trouble)
     async def trouble(request: Request, problem: Trouble) -> Response:
-        return _json(problem.body, problem.status)
+        return as_json(problem.body, problem.status)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, problem: RequestValidationError) -> Response:
@@ -445,7 +463,7 @@ def _explain_errors(app: FastAPI) -> None:
         first = problem.errors()[0]
         place = _place(problem.body, first["loc"][1:], first["type"] == "missing")
         if first["type"] == "json_invalid":
-            return _json(error("the body is not valid JSON", "invalid_request_error"), 400)
+            return as_json(error("the body is not valid JSON", "invalid_request_error"), 400)
         what = PLAINLY.get(first["type"]) or SHOULD.sub("must", first["msg"].removeprefix("Value error, "))
         if first["type"] == "extra_forbidden":
             what = "is not known or not supported"
@@ -455,13 +473,13 @@ def _explain_errors(app: FastAPI) -> None:
         elif not place and "json" not in request.headers.get("content-type", ""):
             what = "must be JSON, and the header Content-Type: application/json say so"
         param = ".".join(place) or None
-        return _json(error(f"{param or 'the body'}: {what}", "invalid_request_error", param), 400)
+        return as_json(error(f"{param or 'the body'}: {what}", "invalid_request_error", param), 400)
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, problem: HTTPException) -> Response:
         kind = KINDS.get(problem.status_code, "server_error")
         body = problem.body if isinstance(problem, Refused) else error(str(problem.detail), kind)
-        return _json(body, problem.status_code)
+        return as_json(body, problem.status_code)
 
 
 def _place(body: Any, location: Sequence[str | int], is_missing: bool) -> list[str]:
@@ -522,7 +540,7 @@ class Noted:
             LOG.info("%s %s %s %d %.3f s", client, scope["method"], path, status, seconds)
 
 
-def _json(body: Any, status: int = 200) -> Response:
+def as_json(body: Any, status: int = 200) -> Response:
     return Response(orjson.dumps(body), status, media_type="application/json")
 
 

@@ -173,9 +173,52 @@ class CompletionBody(Asked):
     @property
     def prompts(self) -> list[str | list[int]]:
         """Return the prompts as a list, each a text or token ids."""
-        if isinstance(self.prompt, str) or not self.prompt or isinstance(self.prompt[0], int):
-            return [self.prompt]  # type: ignore[list-item]
-        return list(self.prompt)
+        return prompts_of(self.prompt)
+
+
+def prompts_of(prompt: Any) -> list[str | list[int]]:
+    """Return a `Prompt` as a list, each a text or token ids."""
+    return [prompt] if isinstance(prompt, str) or not prompt or isinstance(prompt[0], int) else list(prompt)
+
+
+class EmbeddingsBody(Body):
+    """Holds the body of /v1/embeddings."""
+
+    model: Text = ""
+    input: Prompt
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = Field(None, ge=1)
+    truncate_prompt_tokens: int | None = Field(None, ge=-1)
+    user: Text | None = None
+
+    @property
+    def inputs(self) -> list[str | list[int]]:
+        """Return the inputs as a list, each a text or token ids."""
+        return prompts_of(self.input)
+
+
+class TextDocument(Body):
+    """Holds a document of a rerank request that is an object."""
+
+    text: Text
+
+
+class RerankBody(Body):
+    """Holds the body of /v1/rerank, as Jina and Cohere have it."""
+
+    model: Text = ""
+    query: Text
+    documents: Annotated[
+        list[Annotated[Text | TextDocument, _one_of("a text or an object with a text")]], Field(fail_fast=True)
+    ] = Field(min_length=1)
+    top_n: int | None = Field(None, ge=1)
+    return_documents: bool = True
+    user: Text | None = None
+
+    @property
+    def texts(self) -> list[str]:
+        """Return the documents as texts."""
+        return [each if isinstance(each, str) else each.text for each in self.documents]
 
 
 class TextPart(Body):

@@ -15,6 +15,7 @@ import uvicorn
 
 from megalite.errors import ConfigError
 from megalite.infer.cache import Row, lay_out
+from megalite.infer.encode import Encoder
 from megalite.infer.generate import Generator
 from megalite.infer.serving import logs
 from megalite.infer.serving.app import Settings, make_app
@@ -26,7 +27,7 @@ from megalite.infer.serving.connections import (
     most_connections,
     tell_of_failed_accept,
 )
-from megalite.infer.serving.engine import Engine
+from megalite.infer.serving.encoders import make_encoder_app
 
 LOG = logging.getLogger("megalite.serve")
 LAST_S = 2.0
@@ -41,7 +42,7 @@ class Server(uvicorn.Server):
     """Runs uvicorn with a graceful shutdown: on SIGTERM and SIGINT it accepts nothing more, and gives answers in
     progress `grace_s` seconds to end. A second SIGINT ends it at once."""
 
-    def __init__(self, config: uvicorn.Config, engine: Engine, grace_s: float):
+    def __init__(self, config: uvicorn.Config, engine: Any, grace_s: float):
         super().__init__(config)
         self._engine, self._grace_s = engine, grace_s
         self.server_state = State(most_connections())
@@ -83,12 +84,16 @@ def bind(host: str, port: int) -> socket.socket:
     return address
 
 
-def serve(generator: Generator, settings: Settings, address: socket.socket, grace_s: float) -> None:
-    """Serve `generator` on the socket `address` of `bind` until a signal ends it; answers in progress then get
-    `grace_s` seconds."""
+def serve(model: Generator | Encoder, settings: Settings, address: socket.socket, grace_s: float) -> None:
+    """Serve `model` on the socket `address` of `bind` until a signal ends it; answers in progress then get `grace_s`
+    seconds."""
     logs.set_up()
-    warm_up(generator)
-    server = make_server(make_app(generator, settings), grace_s)
+    if isinstance(model, Encoder):
+        app = make_encoder_app(model, settings)
+    else:
+        warm_up(model)
+        app = make_app(model, settings)
+    server = make_server(app, grace_s)
     # uvicorn installs the same handler later; but after shutdown it raises the signal again, which must not kill then.
     signal.signal(signal.SIGTERM, server.handle_exit)
     protected = f"{len(settings.keys)} API keys" if settings.keys else "open to all: no API key is set"

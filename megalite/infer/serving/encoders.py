@@ -1,0 +1,215 @@
+"""The HTTP API of encoders: OpenAI's embeddings, and the ranking of documents by a query."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import secrets
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from fastapi import FastAPI
+from fastapi.responses import Response
+
+from megalite.infer.encode import Encoder
+from megalite.infer.serving.app import (
+    Settings,
+    Trouble,
+    add_models,
+    add_monitoring,
+    as_json,
+    check_model,
+    guarded_app,
+)
+from megalite.infer.serving.engine import Overloaded
+from megalite.infer.serving.metrics import Metrics
+from megalite.infer.serving.protocol import EmbeddingsBody, RerankBody, usage
+
+T = TypeVar("T")
+MOST_INPUTS = 2048
+"""Most texts of a request, as OpenAI has it."""
+
+
+class EncoderEngine:
+    """Computes one request after another in a thread of its own."""
+
+    def __init__(self, metrics: Metrics, max_waiting: int):
+        """Let at most `max_waiting` requests wait."""
+        self.metrics, self.max_waiting = metrics, max_waiting
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="encoder")
+        self._lock = threading.Lock()
+        self._num_asked, self._is_closed = 0, False
+        self._began: float | None = None
+        metrics.slots.set(1)
+        metrics.busy.set_function(lambda: min(self._num_asked, 1))
+        metrics.waiting.set_function(lambda: max(self._num_asked - 1, 0))
+
+    async def run(self, work: Callable[[], T]) -> T:
+        """Run `work` in the thread and return its result. Raise Overloaded if too many wait, or the server ends."""
+        with self._lock:
+            if self._is_closed:
+                raise Overloaded("the server is about to end")
+            if self._num_asked > self.max_waiting:
+                raise Overloaded(f"{self.max_waiting} requests wait already: try again later")
+            self._num_asked += 1
+        # A client that goes away leaves the count as it is until its work has ended, or was never begun.
+        future = self._pool.submit(self._timed, work)
+        future.add_done_callback(lambda _: self._ended())
+        return await asyncio.wrap_future(future)
+
+    def _timed(self, work: Callable[[], T]) -> T:
+        self._began = time.monotonic()
+        try:
+            return work()
+        finally:
+            self._began = None
+
+    def _ended(self) -> None:
+        with self._lock:
+            self._num_asked -= 1
+
+    def trouble(self, longest_s: float) -> str:
+        """Return why it answers nobody, such as a request of more than `longest_s` seconds; empty if all is well."""
+        began = self._began
+        taken = 0.0 if began is None else time.monotonic() - began
+        return f"a request has not ended after {taken:.0f} s" if taken > longest_s else ""
+
+    def close(self, within_s: float) -> None:
+        """Accept no more requests; what waits is answered as long as the server lets it."""
+        with self._lock:
+            self._is_closed = True
+        self._pool.shutdown(wait=False, cancel_futures=within_s <= 0)
+
+
+def make_encoder_app(encoder: Encoder, settings: Settings) -> FastAPI:
+    """Return the ASGI app that answers with `encoder`."""
+    engine = EncoderEngine(Metrics(), settings.max_waiting)
+    service = EncoderService(encoder, engine, settings)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        engine.close(0.0)
+
+    app = guarded_app(engine, settings, lifespan)
+
+    @app.post("/v1/embeddings")
+    async def embeddings(body: EmbeddingsBody) -> Response:
+        return await service.embeddings(body)
+
+    @app.post("/v1/rerank")
+    async def rerank(body: RerankBody) -> Response:
+        return await service.rerank(body)
+
+    @app.get("/v1/about")
+    async def about() -> dict[str, Any]:
+        return {"model": settings.name, "chat": False, "key": bool(settings.keys)}
+
+    add_models(app, settings)
+    add_monitoring(app, engine, settings)
+    return app
+
+
+class EncoderService:
+    """Turns request bodies into the encoder's work, and its results into responses."""
+
+    def __init__(self, encoder: Encoder, engine: EncoderEngine, settings: Settings):
+        self.encoder, self.engine, self.settings = encoder, engine, settings
+        self.size: int = encoder.model.config.hidden_size
+        _ = encoder.pooling  # a folder that pools in an unknown way is refused now, not when a client asks
+
+    async def embeddings(self, body: EmbeddingsBody) -> Response:
+        """Return a vector for each input, in their order."""
+        check_model(body.model, self.settings)
+        if (body.dimensions or 0) > self.size:
+            raise _wrong(f"the model has {self.size} dimensions, fewer than {body.dimensions}", "dimensions")
+        _check_count(len(body.inputs), "input")
+
+        def work() -> tuple[list[list[int]], npt.NDArray[np.float32]]:
+            rows = self._rows(body)
+            return rows, self.encoder.embed_rows(rows)
+
+        rows, vectors = await self._run(work)
+        if body.dimensions:
+            vectors = vectors[:, : body.dimensions]
+            if self.encoder.pooling.normalize:
+                vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(min=1e-12)
+        data = [
+            {"object": "embedding", "index": index, "embedding": _encoded(vector, body.encoding_format)}
+            for index, vector in enumerate(vectors)
+        ]
+        counts = usage(sum(map(len, rows)), 0)
+        del counts["completion_tokens"]
+        return as_json({"object": "list", "data": data, "model": self.settings.name, "usage": counts})
+
+    async def rerank(self, body: RerankBody) -> Response:
+        """Return the documents by how near they are to the query: the cosine of their vectors."""
+        check_model(body.model, self.settings)
+        texts = body.texts
+        _check_count(len(texts), "documents")
+
+        def work() -> tuple[int, npt.NDArray[np.float32]]:
+            rows = self.encoder.rows([body.query, *texts], self.encoder.longest)
+            query, *documents = self.encoder.embed_rows(rows, normalize=True)
+            return sum(map(len, rows)), np.stack(documents) @ query
+
+        num_tokens, scores = await self._run(work)
+        order = np.argsort(-scores, kind="stable")[: body.top_n]
+        results = [
+            {"index": int(index), "relevance_score": float(scores[index])}
+            | ({"document": {"text": texts[index]}} if body.return_documents else {})
+            for index in order
+        ]
+        head = {"id": f"rerank-{secrets.token_hex(12)}", "model": self.settings.name}
+        return as_json({**head, "results": results, "usage": {"total_tokens": num_tokens}})
+
+    async def _run(self, work: Callable[[], T]) -> T:
+        try:
+            async with asyncio.timeout(self.settings.timeout_s):
+                return await self.engine.run(work)
+        except Overloaded as full:
+            raise Trouble(503, str(full), "server_error", code="overloaded") from None
+        except TimeoutError:
+            text = f"it took more than the {self.settings.timeout_s:g} s that this server gives a request"
+            raise Trouble(504, text, "server_error", code="timeout") from None
+
+    def _rows(self, body: EmbeddingsBody) -> list[list[int]]:
+        """Return the tokens of each input. Raise Trouble for one that is empty, too long or of unknown tokens."""
+        encoder, cut = self.encoder, body.truncate_prompt_tokens
+        longest = encoder.longest if cut in (None, -1) else min(cut or 0, encoder.longest)
+        rows = [encoder.rows([each])[0] if isinstance(each, str) else each for each in body.inputs]
+        for row in rows:
+            if not row or not 0 <= min(row) <= max(row) < encoder.model.config.vocab_size:
+                raise _wrong("a list of token ids is empty, or has an id outside of the vocabulary", "input")
+            if cut is None and len(row) > longest:
+                text = f"an input has {len(row):,} tokens, but the model takes {longest:,}"
+                raise Trouble(400, text, "invalid_request_error", "input", "context_length_exceeded")
+        return [_cut(row, longest) for row in rows]
+
+
+def _cut(row: list[int], longest: int) -> list[int]:
+    """Return a row of at most `longest` tokens, with the token that ends it."""
+    return row if len(row) <= longest else [*row[: longest - 1], row[-1]]
+
+
+def _check_count(count: int, param: str) -> None:
+    """Raise Trouble for more texts than a request may have."""
+    if count > MOST_INPUTS:
+        raise _wrong(f"{count:,} texts are asked for at once; a request may have {MOST_INPUTS:,}", param)
+
+
+def _wrong(text: str, param: str) -> Trouble:
+    return Trouble(400, text, "invalid_request_error", param)
+
+
+def _encoded(vector: npt.NDArray[np.float32], form: str) -> list[float] | str:
+    """Return a vector as numbers, or as base64 of its little-endian fp32 bytes."""
+    if form == "base64":
+        return base64.b64encode(vector.astype("<f4").tobytes()).decode()
+    return vector.tolist()
