@@ -48,7 +48,6 @@ class Gemma3Text(TwoRopesDecoder, Gemma2):
     def layer(self, number: int) -> nn.Module:
         return Layer(self.config, HeadNormAttention(self.config, number))
 
-        # Local layers have no scaling: a window never reaches further than was trained.
 
 def weights(config: Gemma3TextConfig) -> Iterator[Weight]:
     yield from table(config, layer_rows(config, attention_rows(config, norms=head_norm_rows(config))))

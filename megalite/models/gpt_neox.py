@@ -74,7 +74,6 @@ class GPTNeoX(Llama):
 def weights(config: GPTNeoXConfig) -> Iterator[Weight]:
     """Yield the table of weights."""
     layer = (
-    # NeoX stores q, k, v of head 0, then those of head 1, …: not all queries first, as here.
         *norm_rows(config, "attention_norm", "input_layernorm"),
         *attention_rows(config, "attention.query_key_value", "attention.dense"),
         *norm_rows(config, "mlp_norm", "post_attention_layernorm"),

@@ -428,8 +428,8 @@ def table(
     # A look-up multiplies nothing; the head, where it is tied, does.
     used = float(config.tie_embeddings)
     yield Weight("embedding.weight", shape, (f"{names.embedding}.weight",), "vocab", used=used, init=std, place=ends)
-    for i in range(config.num_layers):
     # In the order of a forward pass: engines fill their buckets from the end of this table.
+    for i in range(config.num_layers):
         yield from layer_rows(i, names.layers, layer(i) if callable(layer) else layer)
     yield from norm_rows(config, "norm", names.norm, "last")
     if not config.tie_embeddings:

@@ -74,6 +74,7 @@ class TwoRopesDecoder(Llama):
     def rope_cos_sin(self, places: SequenceInfo) -> tuple[rope.CosSin, ...]:
         """Return two pairs of cos/sin tables: for layers of full attention, then for sliding-window layers."""
         c = self.config
+        # Local layers have no scaling: a window never reaches further than was trained.
         local = rope.rope_cos_sin(
             places.position_BT, c.rotary_size, c.local_rope_theta, None, places.length, c.max_positions
         )

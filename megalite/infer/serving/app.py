@@ -180,7 +180,6 @@ def _add_api(app: FastAPI, service: Service, ratings: Ratings) -> None:
     async def chat_completions(body: ChatBody, request: Request) -> Response:
         return await service.chat(body, request)
 
-        # Raises for any other name than the one of `service.model`.
     @app.post("/v1/ratings", status_code=201)
     async def rate(body: RatingBody) -> dict[str, str]:
         await service.check_rating(body)
