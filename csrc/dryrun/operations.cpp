@@ -204,6 +204,10 @@ at::Tensor bincount(const at::Tensor& self, const std::optional<at::Tensor>&, in
   return result;
 }
 
+at::Tensor count_rows(const at::Tensor& index, int64_t num_experts) {
+  return megalite::dryrun::bincount(index, std::optional<at::Tensor>(), num_experts);
+}
+
 // How many there are, is asked of the device. All of them, which needs most memory.
 at::Tensor nonzero(const at::Tensor& self) {
   where("waits: elements are counted");
@@ -254,6 +258,8 @@ void register_allocator() {
 }
 
 TORCH_LIBRARY_IMPL(_, CUDA, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&compute>()); }
+
+TORCH_LIBRARY_IMPL(megalite, CUDA, m) { m.impl("count_rows", &count_rows); }
 
 TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("empty.memory_format", &empty);

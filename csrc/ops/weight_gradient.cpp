@@ -1,5 +1,6 @@
 #include "weight_gradient.h"
 
+#include "groups.h"
 #include "operator.h"
 
 namespace {
@@ -13,17 +14,20 @@ Tensor rows_contiguous(const Tensor& x) { return x.size(1) <= 1 || x.stride(1) =
 
 int64_t divide_up(int64_t x, int64_t by) { return (x + by - 1) / by; }
 
-void weight_gradient_(const Tensor& into, const Tensor& grad_in, const Tensor& x_in, bool add) {
-  const char* op = "weight_gradient_";
-  const megalite::Type type = megalite::type_of(x_in, op, "x");
-  megalite::check_like(grad_in, x_in, op, "grad");
-  TORCH_CHECK_VALUE(x_in.dim() == 2, op, ": x has shape ", x_in.sizes(), ", but must have two dimensions");
-  TORCH_CHECK_VALUE(grad_in.dim() == 2, op, ": grad has shape ", grad_in.sizes(), ", but must have two dimensions");
+void check(const Tensor& into, const Tensor& grad, const Tensor& x, const char* op) {
+  megalite::type_of(x, op, "x");
+  megalite::check_like(grad, x, op, "grad");
+  TORCH_CHECK_VALUE(x.dim() == 2, op, ": x has shape ", x.sizes(), ", but must have two dimensions");
+  TORCH_CHECK_VALUE(grad.dim() == 2, op, ": grad has shape ", grad.sizes(), ", but must have two dimensions");
   TORCH_CHECK_TYPE(into.scalar_type() == at::kFloat, op, ": into is ", into.scalar_type(), ", but must be float32");
   TORCH_CHECK_VALUE(into.is_contiguous(), op, ": into must be contiguous");
+  megalite::check_shape(grad, {x.size(0), grad.size(1)}, op, "grad");
+}
+
+void accumulate(const Tensor& into, const Tensor& grad_in, const Tensor& x_in, bool add) {
+  const char* op = "weight_gradient_";
+  const megalite::Type type = megalite::type_of(x_in, op, "x");
   const int64_t tokens = x_in.size(0), rows = grad_in.size(1), columns = x_in.size(1);
-  megalite::check_shape(grad_in, {tokens, rows}, op, "grad");
-  megalite::check_shape(into, {rows, columns}, op, "into");
   if (tokens == 0 && !add) into.zero_();
   if (tokens == 0 || into.numel() == 0) return;
 
@@ -52,10 +56,32 @@ void weight_gradient_(const Tensor& into, const Tensor& grad_in, const Tensor& x
   }
 }
 
+void weight_gradient_(const Tensor& into, const Tensor& grad, const Tensor& x, bool add) {
+  const char* op = "weight_gradient_";
+  check(into, grad, x, op);
+  megalite::check_shape(into, {grad.size(1), x.size(1)}, op, "into");
+  accumulate(into, grad, x, add);
+}
+
+void grouped_weight_gradient_(const Tensor& into, const Tensor& grad, const Tensor& x, const Tensor& counts, bool add) {
+  const char* op = "grouped_weight_gradient_";
+  check(into, grad, x, op);
+  megalite::check_shape(into, {counts.numel(), grad.size(1), x.size(1)}, op, "into");
+  const std::vector<int64_t> first = megalite::first_rows(counts, x.size(0), op);
+  for (int64_t e = 0; e < counts.numel(); ++e) {
+    const int64_t rows = first[e + 1] - first[e];
+    accumulate(into[e], grad.narrow(0, first[e], rows), x.narrow(0, first[e], rows), add);
+  }
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(megalite, m) {
+  m.def("grouped_weight_gradient_(Tensor(a!) into, Tensor grad, Tensor x, Tensor counts, bool add) -> ()");
   m.def("weight_gradient_(Tensor(a!) into, Tensor grad, Tensor x, bool add) -> ()");
 }
 
-TORCH_LIBRARY_IMPL(megalite, CPU, m) { m.impl("weight_gradient_", &weight_gradient_); }
+TORCH_LIBRARY_IMPL(megalite, CPU, m) {
+  m.impl("weight_gradient_", &weight_gradient_);
+  m.impl("grouped_weight_gradient_", &grouped_weight_gradient_);
+}

@@ -567,6 +567,7 @@ class KernelsConfig(Section):
     attention: str = Field("auto", description="Implementation: auto, megalite, torch or flash_attn.")
     loss: str = Field("auto", description="Implementation: auto, megalite or torch.")
     weight_gradient: str = Field("auto", description="Implementation: auto, megalite or torch.")
+    experts: str = Field("auto", description="Implementation: auto, megalite or torch.")
     optimizer: str = Field("auto", description="Implementation: auto, megalite or torch.")
 
     @field_validator("*")

@@ -14,7 +14,7 @@ from megalite.comm.mesh import Mesh
 from megalite.config import BY_COUNTS
 from megalite.engine.buckets import BucketState, BucketWeights, await_weights_of
 from megalite.engine.layout import Slot
-from megalite.kernels.experts import accumulate_grouped_weight_gradient
+from megalite.kernels.experts import RowCounts, accumulate_grouped_weight_gradient
 from megalite.kernels.linear import accumulate_weight_gradient
 from megalite.kernels.optimizer import sum_of_squares
 from megalite.models import set_parameters
@@ -122,7 +122,7 @@ class Gradients:
         if last:
             self._count_event(bucket)
 
-    def _add_grouped_product(self, parameter: Tensor, grad: Tensor, rows: Tensor, counts: Sequence[int]) -> None:
+    def _add_grouped_product(self, parameter: Tensor, grad: Tensor, rows: Tensor, counts: RowCounts) -> None:
         """Add the weight-gradient GEMMs of a stack of matrices likewise, each of which has `counts` of the rows."""
         bucket, slot = self._home[parameter]
         main_grad = bucket.whole_grads()[slot.start : slot.stop].view_as(parameter)

@@ -1,5 +1,6 @@
-"""What a mixture of experts computes beside products: which experts a token visits, tokens brought together by expert
-and back, and a product for each expert. This is the reference, in plain torch, with one host synchronisation.
+"""What a mixture of experts computes: which experts a token visits, tokens brought together by expert and back, and a
+product for each expert. Beside the reference in plain torch are megalite's own kernels, and on GPUs torch's grouped
+product; with these the host waits for nothing in a forward pass.
 
 All sums have a fixed order, that of the experts: a token's result does not depend on which tokens it is grouped with,
 nor on where its experts are. Letters in shapes: T tokens (or B,T), D hidden, E experts, K experts that a token visits,
@@ -9,6 +10,7 @@ N = T·K rows, each a token at one of its experts, sorted by expert.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -17,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from megalite.kernels.library import own, pick
 from megalite.kernels.linear import (
     WeightGradStore,
     accumulate_weight_gradient,
@@ -25,7 +28,32 @@ from megalite.kernels.linear import (
     weight_gradient,
 )
 
-GroupedWgradCallback = Callable[[Tensor, Tensor, Tensor, Sequence[int]], None]
+
+class RowCounts:
+    """How many rows each expert has. Some may have none, one may have all."""
+
+    def __init__(self, on_device: Tensor, on_host: list[int] | None = None):
+        """`on_device` is int64 [E]; `on_host` the same, where it is known. From a GPU it is on its way from here on,
+        and there long before the backward pass asks for it."""
+        self.on_device = on_device
+        if on_host is not None:
+            self.on_host = on_host
+        elif on_device.is_cuda:
+            self._copy = torch.empty(on_device.shape, dtype=torch.int64, pin_memory=True)
+            self._copy.copy_(on_device, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    @cached_property
+    def on_host(self) -> list[int]:
+        """Return the counts on the host."""
+        if self.on_device.is_cuda:
+            self._copied.synchronize()
+            return self._copy.tolist()
+        return self.on_device.tolist()
+
+
+GroupedWgradCallback = Callable[[Tensor, Tensor, Tensor, RowCounts], None]
 """Callback for the weight-gradient GEMMs of a stack of matrices: takes (parameter, grad [N,O], rows [N,I], counts) and
 adds each matrix's gradᵀ rows to the parameter's gradient. See `kernels.linear.WgradCallback`."""
 
@@ -69,6 +97,8 @@ def _enough(rows: Tensor) -> Tensor:
 def top_k(scores: Tensor, k: int) -> Tensor:
     """Return the experts of the `k` largest scores of each token, int64 in ascending order: [… ,E] → [… ,K]. Among
     equal scores the lower index is chosen, which torch.topk does not promise."""
+    if scores.dtype == torch.float32 and pick("experts", scores) == "megalite":
+        return torch.ops.megalite.top_k(scores, k)
     # The order of experts, not that of scores: sums over a token's experts then have one order.
     largest = scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
     return largest.sort(dim=-1).values
@@ -81,17 +111,21 @@ class Groups(NamedTuple):
     """Token of each row, int64."""
     row_TK: Tensor
     """Row of each token at each of its experts, int64."""
-    counts: list[int]
-    """Rows of each expert. Some may have none, one may have all."""
+    counts: RowCounts
+    """Rows of each expert."""
 
 
 def group_by_expert(index: Tensor, num_experts: int) -> Groups:
     """Group tokens by the experts `index` [… ,K] that they visit."""
-    return Groups(*sort_by_expert(index), count_rows(index, num_experts).tolist())
+    counts_E = count_rows(index, num_experts)
+    return Groups(*sort_by_expert(index, counts_E), RowCounts(counts_E))
 
 
-def sort_by_expert(index: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the first two fields of `Groups` for the experts `index` [… ,K] of each token."""
+def sort_by_expert(index: Tensor, counts_E: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the first two fields of `Groups` for the experts `index` [… ,K] of each token, of which each expert has
+    `counts_E`."""
+    if pick("experts", index) == "megalite":
+        return torch.ops.megalite.sort_by_expert(index, counts_E)
     # order[n] is which visit (token · K + slot) became row n; stable, so that within an expert rows
     # are in the order of the tokens.
     order = index.flatten().argsort(stable=True)
@@ -103,6 +137,8 @@ def sort_by_expert(index: Tensor) -> tuple[Tensor, Tensor]:
 
 def count_rows(index: Tensor, num_experts: int) -> Tensor:
     """Return how many of the visits `index` each expert has: [num_experts] int64."""
+    if pick("experts", index) == "megalite":
+        return torch.ops.megalite.count_rows(index, num_experts)
     return index.flatten().bincount(minlength=num_experts)
 
 
@@ -119,14 +155,6 @@ def grouped_linear(
 
     `wgrad_callback` and `later` do what they do in `kernels.linear.linear`."""
     return _GroupedLinear.apply(x, weight, groups, gather, wgrad_callback, later)
-
-
-def _spans(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:
-    """Yield each expert that has rows, with these rows."""
-    stops = [*accumulate(counts)]
-    for expert, (count, stop) in enumerate(zip(counts, stops, strict=True)):
-        if count:
-            yield expert, slice(stop - count, stop)
 
 
 class _GroupedLinear(Function):
@@ -147,13 +175,9 @@ class _GroupedLinear(Function):
         # With `gather` the tokens are kept and not their rows, which are K times as many.
         ctx.groups, ctx.gather, ctx.shape = groups, gather, x.shape
         ctx.wgrad_callback, ctx.later, ctx.parameter = wgrad_callback, later, weight
-        rows = _rows(x, groups, gather)
-        out = rows.new_empty(len(rows), weight.shape[1])
-        for expert, span in _spans(groups.counts):
             # One GEMM an expert, over a contiguous run of rows: that is why rows are sorted by
             # expert.
-            out[span] = product(_enough(rows[span]), weight[expert])[: span.stop - span.start]
-        return out
+        return grouped_product(_rows(x, groups, gather), weight, groups.counts)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -168,28 +192,80 @@ class _GroupedLinear(Function):
         elif x is not None and callback:
             callback(parameter, grad, _rows(x, groups, gather), groups.counts)
         elif x is not None:
-            rows, grad_weight = _rows(x, groups, gather), torch.zeros_like(parameter)
-            for expert, span in _spans(groups.counts):
-                grad_weight[expert] = weight_gradient(grad[span], rows[span])
-            del rows
+            grad_weight = grouped_weight_gradient(grad, _rows(x, groups, gather), groups.counts)
         if weight is None:
             return None, grad_weight, None, None, None, None
         # Every row is written below, as each belongs to an expert that has rows.
-        grad_x = grad.new_empty(len(grad), weight.shape[2])
-        for expert, span in _spans(groups.counts):
-            if span.stop - span.start < FEWEST_ROWS:
-                few = _enough(grad[span])
-                grad_x[span] = input_gradient(few, weight[expert])[: span.stop - span.start]
-            else:
-                input_gradient(grad[span], weight[expert], out=grad_x[span])
+        grad_x = grouped_input_gradient(grad, weight, groups.counts)
         if gather:
             # A token that was copied to K rows gets the sum of their gradients.
             grad_x = _sum_rows(grad_x, groups.row_TK, None, ctx.shape[:-1])
         return grad_x, grad_weight, None, None, None, None
 
 
+def grouped_product(rows_NI: Tensor, weight_EOI: Tensor, counts: RowCounts) -> Tensor:
+    """Return each expert's product of its rows: [N,O]."""
+    if _torch_groups(rows_NI, weight_EOI):
+        return torch._grouped_mm(rows_NI, weight_EOI.transpose(1, 2), offs=_ends(counts))
+    if rows_NI.device.type == "cpu" and pick("experts", rows_NI) == "megalite":
+        return torch.ops.megalite.grouped_product(rows_NI, weight_EOI, counts.on_device, False)
+    out_NO = rows_NI.new_empty(len(rows_NI), weight_EOI.shape[1])
+    for expert, span in _spans(counts):
+        out_NO[span] = product(_enough(rows_NI[span]), weight_EOI[expert])[: span.stop - span.start]
+    return out_NO
+
+
+def grouped_input_gradient(grad_NO: Tensor, weight_EOI: Tensor, counts: RowCounts) -> Tensor:
+    """Return the gradient of each expert's rows: [N,I]."""
+    if _torch_groups(grad_NO, weight_EOI):
+        return torch._grouped_mm(grad_NO, weight_EOI, offs=_ends(counts))
+    if grad_NO.device.type == "cpu" and pick("experts", grad_NO) == "megalite":
+        return torch.ops.megalite.grouped_product(grad_NO, weight_EOI, counts.on_device, True)
+    out_NI = grad_NO.new_empty(len(grad_NO), weight_EOI.shape[2])
+    for expert, span in _spans(counts):
+        out_NI[span] = input_gradient(_enough(grad_NO[span]), weight_EOI[expert])[: span.stop - span.start]
+    return out_NI
+
+
+def grouped_weight_gradient(grad_NO: Tensor, rows_NI: Tensor, counts: RowCounts) -> Tensor:
+    """Return each expert's gradᵀ rows, in their dtype: [E,O,I]; 0 for an expert without rows."""
+    if _torch_groups(grad_NO, rows_NI):
+        return torch._grouped_mm(grad_NO.t(), rows_NI, offs=_ends(counts))
+    out_EOI = grad_NO.new_zeros(len(counts.on_device), grad_NO.shape[1], rows_NI.shape[1])
+    for expert, span in _spans(counts):
+        out_EOI[expert] = weight_gradient(grad_NO[span], rows_NI[span])
+    return out_EOI
+
+
+def _torch_groups(*operands: Tensor) -> bool:
+    """Return whether torch has a grouped product for these, which takes rows of 16 bytes."""
+    x = operands[0]
+    if x.device.type != "cuda" or x.dtype != torch.bfloat16 or not len(x) or not hasattr(torch, "_grouped_mm"):
+        return False
+    return torch.cuda.get_device_capability(x.device) >= (9, 0) and all(y.shape[-1] % 8 == 0 for y in operands)
+
+
+def _ends(counts: RowCounts) -> Tensor:
+    """Return where the rows of each expert end, int32 [E]."""
+    return counts.on_device.cumsum(0, dtype=torch.int32)
+
+
+def _spans(counts: RowCounts) -> Iterator[tuple[int, slice]]:
+    """Yield each expert that has rows, with these rows."""
+    stops = [*accumulate(counts.on_host)]
+    for expert, (count, stop) in enumerate(zip(counts.on_host, stops, strict=True)):
+        if count:
+            yield expert, slice(stop - count, stop)
+
+
 def _rows(x: Tensor, groups: Groups, gather: bool) -> Tensor:
-    return x.flatten(0, -2)[groups.token_N] if gather else x
+    return _gather_rows(x.flatten(0, -2), groups.token_N) if gather else x
+
+
+def _gather_rows(x_TD: Tensor, token_N: Tensor) -> Tensor:
+    if pick("experts", x_TD) == "megalite":
+        return torch.ops.megalite.gather_rows(x_TD, token_N)
+    return x_TD[token_N]
 
 
 def permute(x: Tensor, groups: Groups) -> Tensor:
@@ -219,7 +295,11 @@ def _sum_rows(rows_ND: Tensor, row_TK: Tensor, weight_TK: Tensor | None, shape: 
     rows."""
     # A plain permutation: nothing is added, so nothing need be done in fp32.
     if weight_TK is None and row_TK.shape[1] == 1:
-        return rows_ND[row_TK[:, 0]].view(*shape, rows_ND.shape[1])
+        return _gather_rows(rows_ND, row_TK[:, 0]).view(*shape, rows_ND.shape[1])
+    if pick("experts", rows_ND) == "megalite":
+        # Not a view, on which autograd forbids the in-place sum over tensor ranks.
+        total_TD = torch.ops.megalite.sum_rows(rows_ND, row_TK, weight_TK)
+        return torch.ops.aten._unsafe_view(total_TD, (*shape, rows_ND.shape[1]))
     total = torch.zeros(*shape, rows_ND.shape[1], device=rows_ND.device)
     total_TD = total.flatten(0, -2)
     for slot, row_T in enumerate(row_TK.unbind(1)):
@@ -240,7 +320,12 @@ class _Unpermute(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         rows_ND, weight = ctx.saved_tensors
-        grad_TD, weight_TK = grad.flatten(0, -2).float(), weight.flatten(0, -2)
+        weight_TK = weight.flatten(0, -2)
+        if pick("experts", rows_ND) == "megalite":
+            operands = grad.flatten(0, -2), rows_ND, ctx.row_TK, weight_TK
+            grad_rows, grad_weight = torch.ops.megalite.sum_rows_backward(*operands)
+            return grad_rows, grad_weight.view(weight.shape), None
+        grad_TD = grad.flatten(0, -2).float()
         grad_rows, grad_weight = torch.empty_like(rows_ND), torch.empty_like(weight_TK)
         for slot, row_T in enumerate(ctx.row_TK.unbind(1)):
             # This is why the experts' outputs [N, D] are saved: a weight's gradient is a product
@@ -250,15 +335,52 @@ class _Unpermute(Function):
         return grad_rows, grad_weight.view(weight.shape), None
 
 
-def accumulate_grouped_weight_gradient(
-    into: Tensor, grad: Tensor, rows: Tensor, counts: Sequence[int], add: bool
-) -> None:
+def accumulate_grouped_weight_gradient(into: Tensor, grad: Tensor, rows: Tensor, counts: RowCounts, add: bool) -> None:
     """Write each expert's gradᵀ rows to `into`, the fp32 gradient [E,O,I], or accumulate it there with `add`. An expert
     without rows has a gradient of 0."""
+    if pick("weight_gradient", rows) == "megalite":
+        torch.ops.megalite.grouped_weight_gradient_(into, grad, rows, counts.on_device, add)
+        return
     # Spans leave out experts without rows, whose old gradient would otherwise stay.
     if not add:
-        for expert, count in enumerate(counts):
+        for expert, count in enumerate(counts.on_host):
             if not count:
                 into[expert] = 0.0
     for expert, span in _spans(counts):
         accumulate_weight_gradient(into[expert], grad[span], rows[span], add)
+
+
+def _register() -> None:
+    # Fake kernels give the shapes and dtypes of the results without computing them.
+
+    @torch.library.register_fake("megalite::top_k")
+    def _(scores: Tensor, k: int) -> Tensor:
+        return scores.new_empty(*scores.shape[:-1], k, dtype=torch.int64)
+
+    @torch.library.register_fake("megalite::count_rows")
+    def _(index: Tensor, num_experts: int) -> Tensor:
+        return index.new_empty(num_experts)
+
+    @torch.library.register_fake("megalite::sort_by_expert")
+    def _(index: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        return index.new_empty(index.numel()), index.new_empty(index.shape).flatten(0, -2)
+
+    @torch.library.register_fake("megalite::gather_rows")
+    def _(x: Tensor, token: Tensor) -> Tensor:
+        return x.new_empty(len(token), x.shape[1])
+
+    @torch.library.register_fake("megalite::sum_rows")
+    def _(rows: Tensor, row: Tensor, weight: Tensor | None) -> Tensor:
+        return rows.new_empty(len(row), rows.shape[1])
+
+    @torch.library.register_fake("megalite::sum_rows_backward")
+    def _(grad: Tensor, rows: Tensor, row: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(rows), torch.empty_like(weight)
+
+    @torch.library.register_fake("megalite::grouped_product")
+    def _(rows: Tensor, weight: Tensor, counts: Tensor, transpose: bool) -> Tensor:
+        return rows.new_empty(len(rows), weight.shape[2 if transpose else 1])
+
+
+if own():
+    _register()

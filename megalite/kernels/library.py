@@ -154,6 +154,7 @@ def tell_compiler() -> None:
 
 def _takes(operation: str, device: str, dtype: torch.dtype) -> bool:
     module = own()
-    if module is None or dtype not in (torch.float32, torch.bfloat16):
+    # What is no floating point are numbers of experts.
+    if module is None or (dtype.is_floating_point and dtype not in (torch.float32, torch.bfloat16)):
         return False
     return device == "cpu" or (device == "cuda" and bool(module.has_cuda) and operation not in CPU_ONLY)

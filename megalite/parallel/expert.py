@@ -23,6 +23,7 @@ from megalite.comm.mesh import Axis, Fold
 from megalite.kernels.experts import (
     GroupedWgradCallback,
     Groups,
+    RowCounts,
     count_rows,
     grouped_linear,
     permute,
@@ -82,7 +83,8 @@ class ParallelExperts(Experts):
         # `here`: experts on this rank, numbered rank · here and up. counts [ranks, here]: how many
         # rows this rank sends to each expert of each rank.
         axis, here = self.fold.expert, len(self.down.weight)
-        counts = count_rows(index_BTK, axis.size * here).view(axis.size, here)
+        counts_E = count_rows(index_BTK, axis.size * here)
+        counts = counts_E.view(axis.size, here)
         arriving = torch.empty_like(counts)
         start_all_to_all(counts.unbind(), arriving.unbind(), axis)()
         arriving[axis.rank] = counts[axis.rank]
@@ -91,20 +93,22 @@ class ParallelExperts(Experts):
         sent, received = ([sum(by_expert) for by_expert in rows] for rows in (leaves, arrives))
         # Sorted by expert is sorted by rank as well, as ranks hold experts in order: what goes to
         # one rank lies together. `counts` is left empty, since nothing is multiplied in this order.
-        groups = Groups(*sort_by_expert(index_BTK), counts=[])
+        leaving = RowCounts(counts_E, [count for by_expert in leaves for count in by_expert])
+        groups = Groups(*sort_by_expert(index_BTK, counts_E), leaving)
         arrived_ND = exchange(permute(x_BTD, groups), sent, received, axis)
         # Rows arrive sorted by rank, then by expert. To this rank's experts each is a token that visits one of them.
         experts = torch.arange(here, device=counts.device).repeat(axis.size)
         # [ranks · here] numbers of experts, each repeated for its rows. `output_size` is known on
         # the host already: without it, repeat_interleave would wait for the device.
         expert_N = experts.repeat_interleave(arriving.flatten(), output_size=len(arrived_ND))
-        order_N, row_N1 = sort_by_expert(expert_N[:, None])
         # arrives [ranks][here]: an expert's rows are those of all ranks together.
-        by_expert = Groups(order_N, row_N1, [sum(column) for column in zip(*arrives, strict=True)])
+        of_each = RowCounts(arriving.sum(0), [sum(column) for column in zip(*arrives, strict=True)])
+        order_N, row_N1 = sort_by_expert(expert_N[:, None], of_each.on_device)
+        by_expert = Groups(order_N, row_N1, of_each)
         gate_up_NI = self.gate_up(arrived_ND, by_expert, gather=True)
         # The inverse permutation, so order and row change places: results go back in the order in
         # which their rows came, since the sender knows no other.
-        as_arrived = Groups(row_N1[:, 0], order_N[:, None], counts=[])
+        as_arrived = Groups(row_N1[:, 0], order_N[:, None], of_each)
         # No name for what is only on its way: a name would keep it alive.
         back_ND = exchange(
             permute(self.activation_and_down_proj(gate_up_NI, by_expert), as_arrived), received, sent, axis

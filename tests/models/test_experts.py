@@ -97,7 +97,7 @@ def test_grouped_rows_give_what_each_token_computes_alone(visits: str, by_callba
     overwritten = torch.full_like(summed, torch.nan)
     accumulate_grouped_weight_gradient(overwritten, draw(index.numel(), 4), rows.new_ones(index.numel(), 8),
                                        groups.counts, add=False)  # fmt: skip
-    assert [bool((matrix == 0).all()) for matrix in overwritten] == [count == 0 for count in groups.counts]
+    assert [bool((matrix == 0).all()) for matrix in overwritten] == [count == 0 for count in groups.counts.on_host]
 
 
 def test_among_equal_scores_the_lower_expert_is_chosen() -> None:
