@@ -5,6 +5,8 @@ Letters in shapes: B batch, T sequence, D hidden, E experts, K experts that a to
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -265,11 +267,15 @@ class Experts(nn.Module):
         self.gate_up = GroupedLinear(experts, hidden, 2 * inner)
         self.down = GroupedLinear(experts, inner, hidden)
 
-    def forward(self, x_BTD: Tensor, weight_BTK: Tensor, index_BTK: Tensor) -> Tensor:
-        """Return each token's sum of its experts `index`, weighted by `weight`: [B,T,D]."""
+    def forward(
+        self, x_BTD: Tensor, weight_BTK: Tensor, index_BTK: Tensor, beside: Callable[[], Tensor] | None = None
+    ) -> Tensor:
+        """Return each token's sum of its experts `index`, weighted by `weight`: [B,T,D]. What `beside` computes is
+        added, while rows travel where experts are on several ranks."""
         groups = group_by_expert(index_BTK, self.down.weight.shape[0])
         gate_up_NI = self.gate_up(x_BTD, groups, gather=True)
-        return unpermute(self.activation_and_down_proj(gate_up_NI, groups), weight_BTK, groups)
+        out_BTD = unpermute(self.activation_and_down_proj(gate_up_NI, groups), weight_BTK, groups)
+        return out_BTD + beside() if beside else out_BTD
 
     def activation_and_down_proj(self, gate_up_NI: Tensor, groups: Groups) -> Tensor:
         """Apply the activation and the down projection; recomputed as one under `train.recompute: selective`."""
@@ -289,13 +295,14 @@ class SparseMLP(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         # x goes through the router, which attaches its losses to it; the shared experts take the
         # plain one.
-        out_BTD = self.experts(*self.router(x_BTD))
-        if self.shared is None:
-            return out_BTD
+        routed = self.router(x_BTD)
+        return self.experts(*routed, None if self.shared is None else partial(self.visit_shared, x_BTD))
+
+    def visit_shared(self, x_BTD: Tensor) -> Tensor:
+        """Return the sum of the experts that every token visits, [B,T,D]."""
+        assert self.shared is not None
         shared_BTD = self.shared(x_BTD)
-        if self.shared_gate is not None:
-            shared_BTD = self.shared_gate(x_BTD).sigmoid() * shared_BTD
-        return out_BTD + shared_BTD
+        return shared_BTD if self.shared_gate is None else self.shared_gate(x_BTD).sigmoid() * shared_BTD
 
 
 class RoutedLayer(Layer):

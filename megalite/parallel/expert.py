@@ -10,7 +10,7 @@ Each rank routes the tokens that it has between blocks (its slice of the sequenc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -59,7 +59,9 @@ class ParallelExperts(Experts):
         self.gate_up, self.down = experts.gate_up, experts.down
         self.fold, self.own_tokens = fold, own_tokens
 
-    def forward(self, x_BTD: Tensor, weight_BTK: Tensor, index_BTK: Tensor) -> Tensor:
+    def forward(
+        self, x_BTD: Tensor, weight_BTK: Tensor, index_BTK: Tensor, beside: Callable[[], Tensor] | None = None
+    ) -> Tensor:
         tensor, own_tokens = self.fold.tensor, self.own_tokens
         # Expert-tensor ranks each hold a slice of every expert's inner features, so all of them
         # need all tokens: `enter` gathers hidden states and weights, and the choice of experts must
@@ -70,13 +72,16 @@ class ParallelExperts(Experts):
         # Inside, as on one device: `gate_up` and `down` have this rank's features, `leave` sums the
         # parts.
         if self.fold.expert.size == 1:
-            out_BTD = super().forward(x_BTD, weight_BTK, index_BTK)
+            out_BTD, found = super().forward(x_BTD, weight_BTK, index_BTK), beside and beside()
         else:
-            out_BTD = self._dispatch(x_BTD, weight_BTK, index_BTK)
-        return leave(out_BTD, tensor, own_tokens)
+            out_BTD, found = self._dispatch(x_BTD, weight_BTK, index_BTK, beside)
+        out_BTD = leave(out_BTD, tensor, own_tokens)
+        return out_BTD if found is None else out_BTD + found
 
-    def _dispatch(self, x_BTD: Tensor, weight_BTK: Tensor, index_BTK: Tensor) -> Tensor:
-        """Return each token's weighted sum of its experts, wherever they are.
+    def _dispatch(
+        self, x_BTD: Tensor, weight_BTK: Tensor, index_BTK: Tensor, beside: Callable[[], Tensor] | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return each token's weighted sum of its experts, wherever they are, and what `beside` computes.
 
         Rows travel to the ranks of their experts and back, where they are added up in the order of the experts, as on
         one rank."""
@@ -95,7 +100,10 @@ class ParallelExperts(Experts):
         # one rank lies together. `counts` is left empty, since nothing is multiplied in this order.
         leaving = RowCounts(counts_E, [count for by_expert in leaves for count in by_expert])
         groups = Groups(*sort_by_expert(index_BTK, counts_E), leaving)
-        arrived_ND = exchange(permute(x_BTD, groups), sent, received, axis)
+        there = Exchange(sent, received, axis)
+        arriving_ND = there.start(permute(x_BTD, groups))
+        found = beside and beside()  # while rows travel, as do their gradients in its backward pass
+        arrived_ND = there.finish(arriving_ND)
         # Rows arrive sorted by rank, then by expert. To this rank's experts each is a token that visits one of them.
         experts = torch.arange(here, device=counts.device).repeat(axis.size)
         # [ranks · here] numbers of experts, each repeated for its rows. `output_size` is known on
@@ -110,10 +118,10 @@ class ParallelExperts(Experts):
         # which their rows came, since the sender knows no other.
         as_arrived = Groups(row_N1[:, 0], order_N[:, None], of_each)
         # No name for what is only on its way: a name would keep it alive.
-        back_ND = exchange(
-            permute(self.activation_and_down_proj(gate_up_NI, by_expert), as_arrived), received, sent, axis
+        back_ND = Exchange(received, sent, axis)(
+            permute(self.activation_and_down_proj(gate_up_NI, by_expert), as_arrived)
         )
-        return unpermute(back_ND, weight_BTK, groups)
+        return unpermute(back_ND, weight_BTK, groups), found
 
 
 def read_counts(leaving: Tensor, arriving: Tensor, rank: int, num_rows: int) -> tuple[list[list[int]], list[list[int]]]:
@@ -123,29 +131,68 @@ def read_counts(leaving: Tensor, arriving: Tensor, rank: int, num_rows: int) -> 
     return leaves, arrives
 
 
-def exchange(rows_ND: Tensor, sent: Sequence[int], received: Sequence[int], axis: Axis) -> Tensor:
-    """Send the first `sent[0]` rows to rank 0 of the axis, the next `sent[1]` to rank 1, and so on; return the
-    `received[r]` rows of each rank r one after another: [N,D] → [M,D]. Gradients go the same way back."""
-    return _Exchange.apply(rows_ND, sent, received, axis)
+class Exchange:
+    """Rows on their way between ranks (all-to-all), and later their gradients on the way back. What is computed between
+    `start` and `finish` does not wait for them, and nor does its backward pass, which comes between the other two."""
+
+    def __init__(self, sent: Sequence[int], received: Sequence[int], axis: Axis):
+        """The first `sent[0]` rows go to rank 0 of the axis, the next `sent[1]` to rank 1, and so on; of each rank r
+        `received[r]` rows arrive, one after another."""
+        self.sent, self.received, self.axis = list(sent), list(received), axis
+        self._wait: Callable[[], object] = lambda: None
+        self._arriving: Tensor | None = None
+
+    def start(self, rows_ND: Tensor) -> Tensor:
+        """Send rows; return where they arrive, [M,D], which nothing may read before `finish`."""
+        return _Start.apply(rows_ND, self)
+
+    def finish(self, arriving_MD: Tensor) -> Tensor:
+        """Return the rows that have arrived, [M,D]."""
+        return _Finish.apply(arriving_MD, self)
+
+    def __call__(self, rows_ND: Tensor) -> Tensor:
+        """Send rows and return those that arrive: [N,D] → [M,D]."""
+        return self.finish(self.start(rows_ND))
+
+    def send(self, rows_ND: Tensor, back: bool) -> Tensor:
+        """Start sending rows, or `back` their gradients; return where they arrive."""
+        sent, received = (self.received, self.sent) if back else (self.sent, self.received)
+        arriving = rows_ND.new_empty(sum(received), rows_ND.shape[1])
+        parts, places = rows_ND.contiguous().split(sent), arriving.split(received)
+        self._wait = start_all_to_all(parts, places, self.axis)
+        places[self.axis.rank].copy_(parts[self.axis.rank])
+        self._arriving = arriving
+        return arriving
+
+    def wait(self) -> Tensor:
+        """Wait for what was sent last, and return what has arrived."""
+        self._wait()
+        arrived, self._arriving, self._wait = self._arriving, None, lambda: None
+        assert arrived is not None
+        return arrived
 
 
-class _Exchange(Function):
+class _Start(Function):
     @staticmethod
-    def forward(ctx: Any, rows_ND: Tensor, sent: Sequence[int], received: Sequence[int], axis: Axis) -> Tensor:
-        ctx.sent, ctx.received, ctx.axis = sent, received, axis
-        return _exchange(rows_ND, sent, received, axis)
+    def forward(ctx: Any, rows_ND: Tensor, exchange: Exchange) -> Tensor:
+        ctx.exchange = exchange
+        return exchange.send(rows_ND, back=False)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         # An all-to-all is a permutation of rows over ranks; its transpose is the way back.
-        return _exchange(grad, ctx.received, ctx.sent, ctx.axis), None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.exchange.wait(), None  # the gradients of what was sent
 
 
-def _exchange(rows_ND: Tensor, sent: Sequence[int], received: Sequence[int], axis: Axis) -> Tensor:
-    arrived = rows_ND.new_empty(sum(received), rows_ND.shape[1])
-    parts, places = rows_ND.contiguous().split(list(sent)), arrived.split(list(received))
     # Rows for this rank's own experts are copied while the others travel.
-    wait = start_all_to_all(parts, places, axis)
-    places[axis.rank].copy_(parts[axis.rank])
-    wait()
-    return arrived
+class _Finish(Function):
+    @staticmethod
+    def forward(ctx: Any, arriving_MD: Tensor, exchange: Exchange) -> Tensor:
+        ctx.exchange = exchange
+        exchange.wait()
+        return arriving_MD.view_as(arriving_MD)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.exchange.send(grad, back=True)
+        return grad, None  # which `_Start` exchanges for those of the rows that were sent

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 
+from megalite.comm.collectives import start_all_to_all
 from megalite.comm.mesh import ALONE, Axis, Fold
 from megalite.models import model_config
 from megalite.models.experts import Experts, RoutedConfig
+from megalite.parallel import expert
 from megalite.parallel.expert import ParallelExperts
 from ranks import run_ranks
 
@@ -67,3 +73,46 @@ def test_ranks_and_experts_may_have_no_rows(visits: str) -> None:
         for mine, theirs in zip((out, x, weight, gate_up, down), wanted, strict=True):
             # fp32 sums of at most ten rows, in another order.
             torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+class Noted(Function):
+    """Stands for the experts that every token visits, and notes when they are computed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, events: list[str]) -> Tensor:
+        ctx.events = events
+        events.append("shared")
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.events.append("shared, backward")
+        return 2 * grad, None
+
+
+def order_of_events(rank: int, world_size: int) -> list[str]:
+    events: list[str] = []
+
+    def noted(*arguments: Any) -> Callable[[], None]:
+        wait = start_all_to_all(*arguments)
+        events.append("start")
+        return lambda: (events.append("wait"), wait())[1]
+
+    axis, visits = Axis(2, rank, torch.distributed.group.WORLD, "expert"), "one"
+    mine = ParallelExperts(experts(), Fold(axis, ALONE, ALONE, axis), own_tokens=True)
+    for linear in (mine.gate_up, mine.down):
+        linear.weight = nn.Parameter(linear.weight.detach().chunk(2)[rank].clone())
+    x, weight, index = inputs(visits, rank)
+    expert.start_all_to_all = noted  # type: ignore[assignment]
+    out = mine(x, weight, index, lambda: Noted.apply(x, events))
+    events.append("backward")
+    out.sum().backward()
+    return events
+
+
+def test_what_every_token_visits_is_computed_while_rows_travel() -> None:
+    # How many rows there are, the rows, and their results; then the gradients of the results, and of the rows.
+    forward = ["start", "wait", "start", "shared", "wait", "start", "wait"]
+    backward = ["start", "wait", "start", "shared, backward", "wait"]
+    for events in run_ranks(2, order_of_events):
+        assert events == [*forward, "backward", *backward]
