@@ -9,6 +9,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
+from megalite.checkpoint import quantised
 from megalite.errors import CheckpointError
 from megalite.models.weights import Weight
 from megalite.runtime.activity import NOW
@@ -16,7 +17,7 @@ from megalite.utils.outside import beside, read_json, reading, shown
 
 KEEPS = "a run keeps the model it began with; another one needs another run.name"
 DTYPES = ("BF16", "F16", "F32", "F64")
-"""Dtypes that weights may be stored in. Numbers of fp8 and of quantized models mean nothing without their scales."""
+"""Dtypes that weights may be stored in. Those of quantised models mean nothing without their scales (`quantised`)."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 """Suffixes of files that torch.save writes."""
 
@@ -35,6 +36,8 @@ class TensorFolder:
         self._open: dict[str, Any] = {}
         self._stored: dict[str, str] = {}
         """Stored names of tensors that are known under others."""
+        self._scaled: dict[str, Any] = {}
+        """Tensors that are stored with scales, by their names."""
         index = folder / f"{stem}.safetensors.index.json"
         single = f"{stem}.safetensors"
         try:
@@ -50,6 +53,7 @@ class TensorFolder:
                 f"{folder}: no readable {stem}.safetensors or {stem}.safetensors.index.json ({error}){_pickles(folder)}"
             ) from None
         self._add_unlisted()
+        self._add_scaled()
 
     def _add_unlisted(self) -> None:
         """Add the tensors that files hold beside those an index lists, because transformers loads them, too."""
@@ -60,6 +64,20 @@ class TensorFolder:
                 if (listed := self.files.setdefault(name, file)) != file:
                     raise CheckpointError(f"{self.folder}: {name} is stored in both {listed} and {file}")
 
+    def _add_scaled(self) -> None:
+        """Know numbers and their scales by the names of the tensors that these stand for."""
+        for name, (kind, numbers, scales) in quantised.pairs(self.files, self._dtype_of).items():
+            slices = self._slices(numbers), self._slices(scales)
+            try:
+                self._scaled[name] = kind(*slices)
+            except ValueError as error:
+                raise CheckpointError(f"{self.folder}/{self.stem}: {name}: {error}") from None
+            self.files[name] = self.files.pop(numbers)
+            del self.files[scales]
+
+    def _dtype_of(self, name: str) -> str:
+        return str(self._slices(name).get_dtype())
+
     def _file(self, name: str) -> Any:
         """Open a file once and keep it open: it stays readable if a run deletes the checkpoint meanwhile."""
         if name not in self._open:
@@ -68,6 +86,8 @@ class TensorFolder:
         return self._open[name]
 
     def _slices(self, name: str) -> Any:
+        if stored := self._scaled.get(self._stored.get(name, name)):
+            return stored
         file = self.files[name]
         with reading(self.folder / file, CheckpointError):
             return self._file(file).get_slice(self._stored.get(name, name))

@@ -19,6 +19,7 @@ from megalite.models.experts import (
     routed_to_hf,
     shared_rows,
 )
+from megalite.models.hf import check_quantisation
 from megalite.models.latent import LatentAttention, LatentConfig, latent_rows
 from megalite.models.llama import Layer, Llama, fields_from_hf, fields_to_hf, layer_table, table
 from megalite.models.weights import Weight
@@ -127,6 +128,7 @@ KEYS = ROUTED.but(
         "qk_head_dim": None,
         "rope_interleave": True,
         "router_aux_loss_coef": 0.0,
+        "quantization_config": None,
     },
     only={"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1, "ep_size": 1},
     num_nextn_predict_layers="predictors of further tokens, which are left out",
@@ -153,6 +155,7 @@ def to_hf(config: DeepseekV3Config) -> dict[str, Any]:
 
 
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
+    check_quantisation(hf, "deepseek_v3", {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]})
     experts = routed_from_hf(hf, "n_routed_experts", "num_local_experts", "num_experts", usual=256)
     values = fields_from_hf(hf | {"head_dim": hf["head_dim"] or hf["qk_rope_head_dim"]}, DeepseekV3Config)
     return values | experts | {name: hf[name] for name in SAME}

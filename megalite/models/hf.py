@@ -133,6 +133,23 @@ def require(hf: Mapping[str, Any], family: str, supported: Mapping[str, Any]) ->
             raise ConfigError(f"config.json has {key} = {shown(value)}; the {family} family supports {only!r}")
 
 
+def check_quantisation(hf: Mapping[str, Any], family: str, only: Mapping[str, Any]) -> None:
+    """Raise ConfigError where the stored weights are quantised in another way than `only` says, as
+    `checkpoint.quantised` reads them."""
+    values = hf["quantization_config"]
+    if values is None:
+        return
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"config.json has quantization_config = {shown(values)}, which is no mapping")
+    place, computing = "quantization_config", ("activation_scheme", "modules_to_not_convert")
+    refuse_others(values, (*only, *computing), place, f"weights of the {family} family")
+    for key, value in only.items():
+        if values.get(key, None if key == "quant_method" else value) != value:
+            raise ConfigError(
+                f"config.json has {place}.{key} = {shown(values.get(key))}; of the {family} family, {value!r} is read"
+            )
+
+
 def check_padding(hf: Mapping[str, Any]) -> None:
     """Raise ConfigError for a padding token outside of the vocabulary, with which transformers builds no embedding."""
     pad, vocabulary = hf["pad_token_id"], hf["vocab_size"]

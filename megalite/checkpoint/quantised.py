@@ -1,0 +1,94 @@
+"""Tensors that are stored as small numbers with scales, read as what they stand for: fp8 in blocks (DeepSeek-V3's files
+on the hub), and MXFP4 (gpt-oss's). They look like slices of safetensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BLOCK = 128
+"""Rows and columns of a block of fp8 that share a scale."""
+GROUP = 32
+"""Numbers of MXFP4 that share a scale."""
+FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+"""What the 16 numbers of E2M1 stand for."""
+
+
+class Fp8Blocks:
+    """A matrix [out, in] in fp8 (E4M3), of which each block of 128 × 128 has a scale, fp32."""
+
+    ENDS = ("", "_scale_inv")
+    """What the names of the numbers and of the scales end in."""
+
+    def __init__(self, numbers: Any, scales: Any):
+        """Take slices of safetensors. Raises ValueError where they do not go together."""
+        self._numbers, self._scales = numbers, scales
+        shape, given = tuple(numbers.get_shape()), tuple(scales.get_shape())
+        if len(shape) != 2 or given != tuple(-(-size // BLOCK) for size in shape):
+            raise ValueError(f"numbers of shape {list(shape)} and scales of {list(given)} are no blocks of {BLOCK}")
+        self._shape = shape
+
+    def get_shape(self) -> tuple[int, ...]:
+        return self._shape
+
+    def get_dtype(self) -> str:
+        return "F32"
+
+    def __getitem__(self, where: tuple[slice, ...]) -> Tensor:
+        """Read and scale a slice of two dimensions, fp32."""
+        bounds = [part.indices(size)[:2] for part, size in zip(where, self._shape, strict=True)]
+        scales = self._scales[tuple(slice(low // BLOCK, -(-high // BLOCK)) for low, high in bounds)].float()
+        for dim, (low, high) in enumerate(bounds):
+            first = low - low // BLOCK * BLOCK
+            scales = scales.repeat_interleave(BLOCK, dim).narrow(dim, first, high - low)
+        return self._numbers[where].float() * scales
+
+
+class Mxfp4:
+    """Matrices [experts, in, out] in MXFP4, stored as [experts, out, groups, 16] pairs of numbers along the input and a
+    power of 2 for each group of 32."""
+
+    ENDS = ("_blocks", "_scales")
+
+    def __init__(self, numbers: Any, scales: Any):
+        """As in `Fp8Blocks`."""
+        self._numbers, self._scales = numbers, scales
+        shape, given = tuple(numbers.get_shape()), tuple(scales.get_shape())
+        if len(shape) != 4 or shape[3] != GROUP // 2 or given != shape[:3]:
+            raise ValueError(f"numbers of shape {list(shape)} and scales of {list(given)} are no groups of {GROUP}")
+        self._shape = (shape[0], shape[2] * GROUP, shape[1])
+
+    def get_shape(self) -> tuple[int, ...]:
+        return self._shape
+
+    def get_dtype(self) -> str:
+        return "F32"
+
+    def __getitem__(self, where: tuple[slice, ...]) -> Tensor:
+        """Read and scale a slice of three dimensions, fp32."""
+        experts, inputs, outputs = where
+        low, high, _ = inputs.indices(self._shape[1])
+        groups = slice(low // GROUP, -(-high // GROUP))
+        pairs, powers = self._numbers[experts, outputs, groups, :], self._scales[experts, outputs, groups]
+        halves = torch.stack((pairs & 15, pairs >> 4), -1).flatten(-2)
+        values = torch.tensor(FP4)[halves.int()].ldexp(powers[..., None].int() - 127)
+        return values.flatten(-2).narrow(-1, low % GROUP, high - low).transpose(-1, -2)
+
+
+def pairs(names: Any, dtype_of: Callable[[str], str]) -> dict[str, tuple[type[Fp8Blocks] | type[Mxfp4], str, str]]:
+    """Return what tensors of a file are quantised: (kind, name of the numbers, name of the scales) by the name of the
+    tensor that these stand for. `dtype_of` gives the stored dtype of a name."""
+    found: dict[str, tuple[type[Fp8Blocks] | type[Mxfp4], str, str]] = {}
+    kinds: tuple[type[Fp8Blocks] | type[Mxfp4], ...] = (Fp8Blocks, Mxfp4)
+    for name in names:
+        for kind in kinds:
+            of_numbers, of_scales = kind.ENDS
+            if name.endswith(of_scales):
+                base = name.removesuffix(of_scales)
+                numbers = base + of_numbers
+                if numbers in names and dtype_of(numbers) == ("U8" if kind is Mxfp4 else "F8_E4M3"):
+                    found[base] = (kind, numbers, name)
+    return found
