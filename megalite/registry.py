@@ -81,8 +81,8 @@ families: Registry[Family] = Registry(
     {
         name: f"megalite.models.{name}"
         for name in (
-            "bert", "deepseek_v3", "falcon", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "granite", "llama",
-            "ministral", "mistral", "mixtral", "modernbert", "olmo2", "olmo3", "olmoe", "phi", "phi3", "qwen2",
+            "bert", "deepseek_v3", "falcon", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "gpt_oss", "granite",
+            "llama", "ministral", "mistral", "mixtral", "modernbert", "olmo2", "olmo3", "olmoe", "phi", "phi3", "qwen2",
             "qwen2_moe", "qwen3", "qwen3_moe", "roberta", "smollm3", "starcoder2",
         )
     },

@@ -298,11 +298,13 @@ PUBLISHED = {
     "llama-1b": 1_235_814_400, "llama-3b": 3_212_749_824, "gpt2-124m": 124_439_808, "gpt2-355m": 354_823_168,
     "gpt2-774m": 774_030_080, "gpt2-1.5b": 1_557_611_200, "qwen3-0.6b": 596_049_920, "gemma2-2.6b": 2_614_341_888,
     "smollm2-135m": 134_515_008, "pythia-160m": 162_322_944, "olmoe-1b-7b": 6_919_161_856,
+    "gpt-oss-20b": 20_914_757_184,
     "qwen3-30b-a3b": 30_532_122_624, "deepseek-v3": 671_026_419_200,
     "bert-base": 109_514_298, "bert-large": 335_174_458, "modernbert-base": 149_655_232,
 }  # fmt: skip
 SIZES = {
-    "bert-base": "110m", "bert-large": "340m", "modernbert-base": "150m", "olmoe-1b-7b": "7b", "deepseek-v3": "671b"
+    "bert-base": "110m", "bert-large": "340m", "modernbert-base": "150m", "olmoe-1b-7b": "7b", "deepseek-v3": "671b",
+    "gpt-oss-20b": "20b",
 }  # fmt: skip
 """Of presets that are not named for theirs."""
 UNITS = {"m": 1e6, "b": 1e9}
@@ -319,7 +321,7 @@ def test_presets_have_the_size_they_are_named_for(preset: str) -> None:
     assert size == pytest.approx(float(named[:-1]) * UNITS[named[-1]], rel=0.25)
     name = preset.split("-")[0]
     families = {"smollm2": "llama", "pythia": "gpt_neox", "moe": "mixtral", "qwen3-30b-a3b": "qwen3_moe",
-                "deepseek": "deepseek_v3"}  # fmt: skip
+                "deepseek": "deepseek_v3", "gpt-oss-20b": "gpt_oss"}  # fmt: skip
     assert config.family == families.get(preset, families.get(name, name))
 
 

@@ -42,6 +42,10 @@ QWEN2_MOE = GROUPED | {
 OLMOE = LLAMA | {
     "model_type": "olmoe", "num_experts": 6, "num_experts_per_tok": 3, "router_aux_loss_coef": 0.0,
 }  # fmt: skip
+GPT_OSS = GROUPED | {
+    "model_type": "gpt_oss", "head_dim": 12, "num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 7,
+    "router_aux_loss_coef": 0.0,
+}  # fmt: skip
 DEEPSEEK = LLAMA | {
     "model_type": "deepseek_v3", "moe_intermediate_size": 24, "n_routed_experts": 8, "num_experts_per_tok": 3,
     "n_group": 4, "topk_group": 2, "n_shared_experts": 2, "first_k_dense_replace": 1, "q_lora_rank": 20,
@@ -155,6 +159,11 @@ CASES: dict[str, dict[str, Any]] = {
     "qwen2_moe-dense-among": QWEN2_MOE | {"norm_topk_prob": True, "decoder_sparse_step": 2},
     "olmoe": OLMOE,
     "olmoe-renormalized": OLMOE | {"num_key_value_heads": 2, "norm_topk_prob": True, "rms_norm_eps": 1e-3},
+    "gpt_oss": GPT_OSS | {"rope_parameters": YARN_ROPE | {"truncate": False}},
+    "gpt_oss-unscaled": GPT_OSS | {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "swiglu_limit": 0.4, "swiglu_alpha": 1.2,
+        "layer_types": ["full_attention", "sliding_attention"], "rms_norm_eps": 1e-3, "tie_word_embeddings": True,
+    },
     "deepseek_v3": DEEPSEEK,
     "deepseek_v3-ungrouped": DEEPSEEK | {
         "q_lora_rank": None, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0, "norm_topk_prob": False,
@@ -239,7 +248,7 @@ def as_stored(family: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if family == "mixtral":
             name = name.replace(".mlp.", ".block_sparse_moe.")
         block, experts, which = name.partition(".experts.")
-        if not experts:
+        if not experts or family == "gpt_oss":
             found[name] = tensor
             continue
         gate, up, down = PROJECTIONS.get(family, GATE_UP_DOWN)

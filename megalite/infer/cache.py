@@ -126,7 +126,13 @@ class KVCache:
         """Values [S,G,1+L,V], whose heads may have another size."""
 
     def attend(
-        self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, places: SequenceInfo, kind: AttentionKind
+        self,
+        q_BTHK: Tensor,
+        k_BTGK: Tensor,
+        v_BTGV: Tensor,
+        places: SequenceInfo,
+        kind: AttentionKind,
+        sinks_H: Tensor | None = None,
     ) -> Tensor | None:
         """Write the new keys and values to the cache and attend to all that the slot holds: [B,T,H·V]; None where that
         is no more than what is at hand, because sequences begin here or nothing is cached."""
@@ -137,11 +143,12 @@ class KVCache:
         if places.fresh:
             return None
         keys, values = places.read(self.keys), places.read(self.values)
-        if q_BTHK.shape[1] == 1 and keys.shape == values.shape and pick("attention", q_BTHK) == "megalite":
+        plain = sinks_H is None and keys.shape == values.shape
+        if q_BTHK.shape[1] == 1 and plain and pick("attention", q_BTHK) == "megalite":
             scaling = kind.scale_of(q_BTHK.shape[-1]), kind.softcap or 0.0
             out = torch.ops.megalite.decode_attention(q_BTHK[:, 0], keys, values, *places.cells(kind.window), *scaling)
             return out.flatten(1)[:, None]
-        return attend(q_BTHK, keys, values, places.bias(kind.window, q_BTHK.dtype), kind)
+        return attend(q_BTHK, keys, values, places.bias(kind.window, q_BTHK.dtype), kind, sinks_H)
 
     def _written(self, old: Tensor | None, new_BTGK: Tensor, places: CachedSequenceInfo) -> Tensor:
         """Return the cache of keys, or of values, with the new ones written to it, grown where it was too short."""
@@ -158,7 +165,9 @@ class KVCache:
         return cache
 
 
-def attend(q_BTHK: Tensor, k: Tensor, v: Tensor, bias_B1TC: Tensor, kind: AttentionKind) -> Tensor:
+def attend(
+    q_BTHK: Tensor, k: Tensor, v: Tensor, bias_B1TC: Tensor, kind: AttentionKind, sinks_H: Tensor | None = None
+) -> Tensor:
     """Return attention outputs [B,T,H·V] for queries [B,T,H,K], keys `k` [B,G,C,K] and values `v` [B,G,C,V], and a bias
     [B,1,T,C].
 
@@ -169,11 +178,12 @@ def attend(q_BTHK: Tensor, k: Tensor, v: Tensor, bias_B1TC: Tensor, kind: Attent
     q = q_BTHK.unflatten(2, (groups, shared)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B,G,H/G·T,K]
     # The T queries of each head one behind another; of single tokens a view does.
     bias = bias_B1TC.repeat(1, 1, shared, 1) if length > 1 else bias_B1TC.expand(-1, -1, shared, -1)
-    if kind.softcap is None:
+    if kind.softcap is None and sinks_H is None:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=kind.scale)
     else:
-        # PyTorch's fused attention has no soft cap on scores (Gemma 2).
-        out = eager_heads(q, k, v, bias, kind)
+        # PyTorch's fused attention has no soft cap on scores (Gemma 2), and no sinks (gpt-oss).
+        sinks = None if sinks_H is None else sinks_H.repeat_interleave(length).view(1, groups, shared * length, 1)
+        out = eager_heads(q, k, v, bias, kind, sinks=sinks)
     return out.unflatten(2, (shared, length)).permute(0, 3, 1, 2, 4).reshape(batch, length, -1)
 
 

@@ -48,6 +48,14 @@ def geglu(gate_up: Tensor) -> Tensor:
     return gelu(gate) * up
 
 
+def clamped_glu(gate_up: Tensor, alpha: float, limit: float) -> Tensor:
+    """Return gate · sigmoid(α · gate) · (up + 1) with gates of at most `limit`, and ups of at most that size (gpt-oss):
+    […,2I] → […,I]. In the last dimension of `gate_up` each gate stands before its up."""
+    gate, up = gate_up.unflatten(-1, (-1, 2)).unbind(-1)
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return gate * torch.sigmoid(gate * alpha) * (up + 1)
+
+
 def _register() -> None:
     ops = torch.ops.megalite
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,12 +35,15 @@ class AttentionKind:
     """Factor of the scores. None: 1/√K."""
     causal: bool = True
     """Tokens attend to none behind them. False: an encoder's attention, or attention to another sequence."""
+    sinks: bool = False
+    """Each head has one more logit, a sink, that takes a share of the probability and has no value (gpt-oss); see
+    `kernels.sinks`."""
 
     def within(self, length: int) -> AttentionKind:
         """Return this kind for sequences of `length` tokens, without a window that would cover them whole."""
         if self.window is None or self.window < length:
             return self
-        return AttentionKind(None, self.softcap, self.scale, self.causal)
+        return replace(self, window=None)
 
     def scale_of(self, head_size: int) -> float:
         """Return the factor of the scores, for queries and keys of `head_size`."""
@@ -131,15 +134,19 @@ def eager_heads(
     mask: Tensor | None,
     kind: AttentionKind,
     drop: Callable[[Tensor], Tensor] | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attend head by head: [B,H,T,K], [B,H,S,K] and [B,H,S,V] → [B,H,T,V]. `mask` is a bool tensor, true where a query
-    attends to a key, or a number to add to each score, or None."""
+    attends to a key, or a number to add to each score, or None; `sinks` [1,H,T,1] has the sink's logit of each
+    query."""
     scores = (q @ k.transpose(-1, -2)).float() * kind.scale_of(q.shape[-1])  # fp32 from here to the softmax
     if kind.softcap is not None:
         scores = (scores / kind.softcap).tanh() * kind.softcap
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    probabilities = scores.softmax(-1).to(v.dtype)
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.float().expand(*scores.shape[:-1], 1)), -1)
+    probabilities = scores.softmax(-1)[..., : v.shape[-2]].to(v.dtype)
     return (drop(probabilities) if drop else probabilities) @ v
 
 

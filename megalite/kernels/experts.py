@@ -175,8 +175,8 @@ class _GroupedLinear(Function):
         # With `gather` the tokens are kept and not their rows, which are K times as many.
         ctx.groups, ctx.gather, ctx.shape = groups, gather, x.shape
         ctx.wgrad_callback, ctx.later, ctx.parameter = wgrad_callback, later, weight
-            # One GEMM an expert, over a contiguous run of rows: that is why rows are sorted by
-            # expert.
+        # One GEMM an expert, over a contiguous run of rows: that is why rows are sorted by
+        # expert.
         return grouped_product(_rows(x, groups, gather), weight, groups.counts)
 
     @staticmethod
@@ -266,6 +266,33 @@ def _gather_rows(x_TD: Tensor, token_N: Tensor) -> Tensor:
     if pick("experts", x_TD) == "megalite":
         return torch.ops.megalite.gather_rows(x_TD, token_N)
     return x_TD[token_N]
+
+
+def add_biases(x_NO: Tensor, bias: Tensor, counts: RowCounts, first: int = 0) -> Tensor:
+    """Add to each row its expert's bias, in place: [N,O] and [E,P], which are features `first` to `first` + P."""
+    return _AddBiases.apply(x_NO, bias, counts, first)
+
+
+class _AddBiases(Function):
+    @staticmethod
+    def forward(ctx: Any, x_NO: Tensor, bias_EP: Tensor, counts: RowCounts, first: int) -> Tensor:
+        ctx.mark_dirty(x_NO)
+        ctx.counts, ctx.features, ctx.shape = counts, slice(first, first + bias_EP.shape[1]), bias_EP.shape
+        x_NO[:, ctx.features] += bias_EP[_expert_of_each(counts, len(x_NO))]
+        return x_NO
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        # A product with ones in the places of an expert's rows sums these, and no host waits for their number.
+        experts = torch.arange(ctx.shape[0], device=grad.device)
+        is_own_EN = (experts[:, None] == _expert_of_each(ctx.counts, len(grad))).to(grad.dtype)
+        return grad, is_own_EN @ grad[:, ctx.features], None, None
+
+
+def _expert_of_each(counts: RowCounts, num_rows: int) -> Tensor:
+    """Return the expert of each row, int64 [N]."""
+    experts = torch.arange(len(counts.on_device), device=counts.on_device.device)
+    return experts.repeat_interleave(counts.on_device, output_size=num_rows)
 
 
 def permute(x: Tensor, groups: Groups) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn as nn
@@ -18,6 +18,7 @@ from torch.autograd import Function
 from megalite.kernels.activation import swiglu
 from megalite.kernels.experts import (
     Groups,
+    add_biases,
     count_rows,
     group_by_expert,
     grouped_linear,
@@ -69,10 +70,18 @@ class RoutedConfig(LlamaLike):
             )
         return self
 
+    HAS_BIASES: ClassVar[bool] = False
+    """Whether the router and the projections of experts have biases."""
+
     @property
     def expert_inner(self) -> int:
         """Return the inner features of one expert."""
         return self.intermediate_size
+
+    @property
+    def expert_gate(self) -> Callable[[Tensor], Tensor]:
+        """Return the activation between the projections of an expert, [N,2I] → [N,I]."""
+        return swiglu
 
     @property
     def renormalizes(self) -> bool:
@@ -154,6 +163,7 @@ class Router(nn.Module):
     def __init__(self, config: RoutedConfig):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        self.logit_bias = nn.Parameter(torch.empty(config.num_experts)) if config.HAS_BIASES else None
         self.bias = None if config.bias_rate is None else nn.Parameter(torch.empty(config.num_experts))
         self.experts_per_token, self.renormalizes = config.experts_per_token, config.renormalizes
         self.scores_by, self.groups, self.scale = config.scores_by, config.groups, config.routed_scale
@@ -165,6 +175,8 @@ class Router(nn.Module):
         """Return `x`, with the router's losses attached, and for each token its experts in ascending order: their
         weights [B,T,K], fp32, and indices [B,T,K]."""
         logits_BTE = router_logits(x_BTD, self.weight)
+        if self.logit_bias is not None:
+            logits_BTE = logits_BTE + self.logit_bias.float()
         score_BTE = logits_BTE.softmax(-1) if self.scores_by == "softmax" else logits_BTE.sigmoid()
         # Detached: which experts are chosen has no gradient, only how much each of them weighs.
         index_BTK = self.choose(score_BTE.detach())
@@ -247,25 +259,27 @@ class _Count(Function):
 class GroupedLinear(nn.Module):
     """A stack of matrices [E, out, in], each multiplied with the rows of one expert."""
 
-    def __init__(self, num_experts: int, in_features: int, out_features: int):
+    def __init__(self, num_experts: int, in_features: int, out_features: int, bias: bool = False):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(num_experts, out_features)) if bias else None
 
     def forward(self, x: Tensor, groups: Groups, gather: bool = False) -> Tensor:
         """Return [N,O]. `x` are rows sorted by expert [N,I]; with `gather`, tokens [B,T,I], each of which has a row at
         each of its experts."""
-        return grouped_linear(x, self.weight, groups, gather)
+        out_NO = grouped_linear(x, self.weight, groups, gather)
+        return out_NO if self.bias is None else add_biases(out_NO, self.bias, groups.counts)
 
 
 class Experts(nn.Module):
-    """Gated MLPs (SwiGLU), each on a fused gate and up projection, of which a token visits those that are chosen for
-    it."""
+    """Gated MLPs, each on a fused gate and up projection, of which a token visits those that are chosen for it."""
 
     def __init__(self, config: RoutedConfig):
         super().__init__()
         experts, hidden, inner = config.num_experts, config.hidden_size, config.expert_inner
-        self.gate_up = GroupedLinear(experts, hidden, 2 * inner)
-        self.down = GroupedLinear(experts, inner, hidden)
+        self.gate_up = GroupedLinear(experts, hidden, 2 * inner, config.HAS_BIASES)
+        self.down = GroupedLinear(experts, inner, hidden, config.HAS_BIASES)
+        self.gate = config.expert_gate
 
     def forward(
         self, x_BTD: Tensor, weight_BTK: Tensor, index_BTK: Tensor, beside: Callable[[], Tensor] | None = None
@@ -279,7 +293,7 @@ class Experts(nn.Module):
 
     def activation_and_down_proj(self, gate_up_NI: Tensor, groups: Groups) -> Tensor:
         """Apply the activation and the down projection; recomputed as one under `train.recompute: selective`."""
-        return self.down(swiglu(gate_up_NI), groups)
+        return self.down(self.gate(gate_up_NI), groups)
 
 
 class SparseMLP(nn.Module):

@@ -25,6 +25,7 @@ from megalite.kernels.attention import (
 from megalite.kernels.loss import IGNORE as IGNORE
 from megalite.kernels.loss import LossTerms, cross_entropy
 from megalite.kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from megalite.kernels.sinks import attention_with_sinks, self_attention_with_sinks
 from megalite.utils.counter_random import random_bits, uniform
 from megalite.utils.keys import key_of
 
@@ -249,10 +250,16 @@ class AttentionStrategy(Protocol):
     tokens."""
 
     def attend(
-        self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, places: SequenceInfo, kind: AttentionKind
+        self,
+        q_BTHK: Tensor,
+        k_BTGK: Tensor,
+        v_BTGV: Tensor,
+        places: SequenceInfo,
+        kind: AttentionKind,
+        sinks_H: Tensor | None = None,
     ) -> Tensor | None:
         """Return the attention of the tokens at `places` to themselves and to those elsewhere, [B,T,H·V]; None where
-        there are none elsewhere."""
+        there are none elsewhere. `sinks_H` are the heads' sinks, where the kind has them."""
 
 
 def _largest_logits(
@@ -268,11 +275,12 @@ class CoreAttention(nn.Module):
     In training it computes with what is at hand. Context parallelism and generation each give it a `strategy` for keys
     and values that are elsewhere; a family does nothing for these."""
 
-    def __init__(self, dropout: Dropout | None = None, kind: AttentionKind = PLAIN):
-        """Apply `dropout` to the probabilities; `kind` says whether it is causal, and gives window, soft cap and
-        scale."""
+    def __init__(self, dropout: Dropout | None = None, kind: AttentionKind = PLAIN, num_heads: int = 0):
+        """Apply `dropout` to the probabilities; `kind` says whether it is causal, and gives window, soft cap and scale,
+        and whether each of `num_heads` heads of queries has a sink."""
         super().__init__()
         self.dropout, self.kind = dropout, kind
+        self.sinks = nn.Parameter(torch.empty(num_heads)) if kind.sinks else None
         self.strategy: AttentionStrategy | None = None
         self.logits_of: Callable[..., Tensor] = _largest_logits
         """(queries, keys, places, kind, places of the keys of another sequence or None) → the largest logit of each
@@ -296,6 +304,9 @@ class CoreAttention(nn.Module):
             out = self._by_strategy_or_eager(*split_heads(qkv_BTNK, num_heads, num_kv_heads), places)
             if out is not None:
                 return out
+        if self.sinks is not None:
+            arguments = num_heads, num_kv_heads, self.sinks, places.document_BT, self.kind
+            return self_attention_with_sinks(qkv_BTNK, *arguments)
         return self_attention(qkv_BTNK, num_heads, num_kv_heads, places.document_BT, self.kind)
 
     def attend(
@@ -317,6 +328,8 @@ class CoreAttention(nn.Module):
         out = self._by_strategy_or_eager(q_BTHK, k_BSGK, v_BSGV, places, source, bias)
         if out is not None:
             return out
+        if self.sinks is not None:
+            return attention_with_sinks(q_BTHK, k_BSGK, v_BSGV, self.sinks, places.document_BT, self.kind)
         source_BS = None if source is None else source.document_BT
         return attention(q_BTHK, k_BSGK, v_BSGV, places.document_BT, self.kind, source_BS, bias)
 
@@ -341,6 +354,8 @@ class CoreAttention(nn.Module):
     ) -> Tensor | None:
         """Return what the strategy computes for a sequence's own keys, or eager attention with dropout; None where
         neither is asked for."""
+        if self.sinks is not None and (source is not None or bias is not None or self.dropout is not None):
+            raise ValueError("attention sinks go with no keys of another sequence, no bias and no dropout")
         # A strategy is about keys of the sequence itself; those of another one are whole on each
         # rank.
         if source is not None:
@@ -350,7 +365,7 @@ class CoreAttention(nn.Module):
                 raise ValueError(f"{type(self.strategy).__name__} knows no bias of the scores")
             # None: all keys are at hand after all (a sequence's first tokens), and the usual ways
             # compute it.
-            out = self.strategy.attend(q, k, v, places, self.kind)
+            out = self.strategy.attend(q, k, v, places, self.kind, *([] if self.sinks is None else [self.sinks]))
             if out is not None:
                 return out
         if not self._drops(places):

@@ -199,7 +199,7 @@ class Attention(nn.Module):
         # (`parts` of the table's row), so that every rank has heads and their keys in this same
         # order.
         self.qkv = nn.Linear(config.hidden_size, (heads + 2 * groups) * self.head_size, bias=config.biases.qkv)
-        self.core = CoreAttention(kind=config.attention(layer))
+        self.core = CoreAttention(kind=config.attention(layer), num_heads=heads)
         self.out = nn.Linear(heads * self.head_size, config.hidden_size, bias=config.biases.out)
 
     def forward(self, x_BTD: Tensor, shared: Shared) -> Tensor:

@@ -21,7 +21,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn as nn
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -29,9 +28,9 @@ from torch.autograd.function import once_differentiable
 from megalite.comm.collectives import Result, start_shift
 from megalite.comm.mesh import Axis
 from megalite.kernels.attention import AttentionKind, largest_of
+from megalite.kernels.partial_attention import attend, attend_backward
+from megalite.kernels.sinks import sinks_gradient, with_sinks
 from megalite.models.layers import SequenceInfo
-
-aten = torch.ops.aten
 
 
 def zigzag(length: int, axis: Axis) -> Tensor:
@@ -86,12 +85,19 @@ class RingAttention:
         self.axis = axis
 
     def attend(
-        self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, places: SequenceInfo, kind: AttentionKind
+        self,
+        q_BTHK: Tensor,
+        k_BTGK: Tensor,
+        v_BTGV: Tensor,
+        places: SequenceInfo,
+        kind: AttentionKind,
+        sinks_H: Tensor | None = None,
     ) -> Tensor:
         """Attend with the tokens of this rank to those of all ranks: [B,T,H·V]. The rule that sets this strategy
         refuses soft-capped scores and dropout."""
         kind = kind.within(q_BTHK.shape[1] * self.axis.size)
-        return _RingAttention.apply(q_BTHK, k_BTGK, v_BTGV, places.document_BT, self.axis, kind, places.overlaps)
+        found = places.document_BT, self.axis, kind, places.overlaps
+        return _RingAttention.apply(q_BTHK, k_BTGK, v_BTGV, sinks_H, *found)
 
     @torch.no_grad()
     def largest_logits(
@@ -137,6 +143,7 @@ class _RingAttention(Function):
         q_BTHK: Tensor,
         k_BTGK: Tensor,
         v_BTGV: Tensor,
+        sinks_H: Tensor | None,
         document_BT: Tensor | None,
         axis: Axis,
         kind: AttentionKind,
@@ -155,8 +162,10 @@ class _RingAttention(Function):
                 merged, merged_lse = out.to(lse.dtype), lse
             else:
                 _merge(merged[:, :, block.rows], merged_lse[:, :, block.rows], out, lse)
+        if sinks_H is not None:
+            merged, merged_lse = with_sinks(merged, merged_lse, sinks_H)
         out_BTHV = merged.to(q.dtype).transpose(1, 2).contiguous()
-        ctx.save_for_backward(q_BTHK, k_BTGK, v_BTGV, out_BTHV, merged_lse, document_BT)
+        ctx.save_for_backward(q_BTHK, k_BTGK, v_BTGV, out_BTHV, merged_lse, document_BT, sinks_H)
         # Only this rank's keys and values are saved, and sent around once more in the backward
         # pass: to keep all blocks would take the memory that context parallelism is there to save.
         ctx.axis, ctx.kind, ctx.overlaps = axis, kind, overlaps
@@ -165,7 +174,7 @@ class _RingAttention(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q_BTHK, k_BTGK, v_BTGV, out_BTHV, lse, document_BT = ctx.saved_tensors
+        q_BTHK, k_BTGK, v_BTGV, out_BTHV, lse, document_BT, sinks_H = ctx.saved_tensors
         # GPU kernels need a last stride of 1; the gradient of a sum comes expanded, with stride 0
         grad_BTHV = grad.contiguous().view_as(out_BTHV)
         q, out, grad = (x.transpose(1, 2) for x in (q_BTHK, out_BTHV, grad_BTHV))
@@ -204,7 +213,9 @@ class _RingAttention(Function):
             travelling = start_shift(dkv.data, ctx.axis)
         assert travelling is not None
         grads = (dq_BHTK.transpose(1, 2), *dkv.with_data(travelling()).parts())
-        return *(x.to(q.dtype) for x in grads), None, None, None, None
+        # Of this rank's queries: the engine sums gradients over the ranks of the axis.
+        grad_sinks = None if sinks_H is None else sinks_gradient(grad, out, lse, sinks_H)
+        return *(x.to(q.dtype) for x in grads), grad_sinks, None, None, None, None
 
 
 class _Message(NamedTuple):
@@ -311,106 +322,3 @@ def _merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> None:
     # e^m / (e^l + e^m) = sigmoid(m - l). An empty row has m = -inf and weighs 0.
     out.lerp_(more.to(out.dtype), torch.sigmoid(more_lse - lse)[..., None])
     lse.copy_(torch.logaddexp(lse, more_lse))
-
-
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, scale: float | None = None
-) -> tuple[Tensor, Tensor]:
-    """Attend from q [B,H,T,K] to k [B,G,S,K] and v [B,G,S,V] where the bool `mask` [B or 1,1,T,S] is true. Returns the
-    output [B,H,T,V] and the log-sum-exp [B,H,T] (fp32, or fp64 for fp64). A query with nothing to attend to gets 0 and
-    -inf.
-
-    `causal`, where T = S, leaves out the keys after a query. Scores are multiplied by `scale`; None means 1/√K."""
-    if q.shape[-1] != v.shape[-1]:
-        # Latent attention: q and k have 192 numbers a head where v has 128, say. The scale is that
-        # of the heads before padding.
-        wide_q, wide_k, wide_v = _of_one_size(q, k, v)
-        out, lse = attend(wide_q, wide_k, wide_v, causal, mask, scale or q.shape[-1] ** -0.5)
-        return out[..., : v.shape[-1]], lse
-    bias = None if mask is None else _bias(mask, q)
-    if q.device.type == "cpu":
-        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, is_causal=causal, attn_mask=bias, scale=scale
-        )
-    elif _flash_on_cuda(q, mask):
-        out, lse = aten._scaled_dot_product_flash_attention(q, k, v, is_causal=causal, scale=scale)[:2]
-    else:
-        k, v = (_for_every_head(x, q) for x in (k, v))
-        # The `True` asks for the log-sum-exp, which the kernel leaves out otherwise.
-        out, lse = aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, is_causal=causal, scale=scale)[:2]
-        lse = lse[:, :, : q.shape[2]]  # the kernel pads it to a multiple of 32
-    if mask is not None:  # kernels differ in what they return for empty rows, and none of it can be merged
-        empty = ~mask.any(-1)
-        out.masked_fill_(empty[..., None], 0.0)
-        lse.masked_fill_(empty, -torch.inf)
-    return out, lse
-
-
-def attend_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    causal: bool,
-    mask: Tensor | None,
-    scale: float | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what these keys and values add to the gradients of q, k and v, from `grad`, that of the output. `out` and
-    `lse` are those of the attention to ALL keys: a probability is exp(score - lse), and what normalises its gradient
-    is the sum of out · grad (Dao 2023). `causal`, `mask` and `scale` are as in `attend`."""
-    if q.shape[-1] != v.shape[-1]:
-        wide_grad, wide_q, wide_k, wide_v, wide_out = _of_one_size(grad, q, k, v, out)
-        scale = scale or q.shape[-1] ** -0.5
-        grads = attend_backward(wide_grad, wide_q, wide_k, wide_v, wide_out, lse, causal, mask, scale)
-        dq, dk, dv = (x[..., : like.shape[-1]] for x, like in zip(grads, (q, k, v), strict=True))
-        return dq, dk, dv
-    bias = None if mask is None else _bias(mask, q)
-    if q.device.type == "cpu":
-        return aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, q, k, v, out, lse, 0.0, causal, attn_mask=bias, scale=scale
-        )
-    lse = lse.contiguous()  # a slice of the queries is not contiguous, and these kernels do not check
-    # the kernels ask for a dropout state; there is no dropout
-    seed = offset = torch.zeros(2, dtype=torch.int64, device=q.device)
-    if _flash_on_cuda(q, mask):
-        return aten._scaled_dot_product_flash_attention_backward(
-            grad, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, causal, seed, offset, scale=scale
-        )
-    lse = nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=torch.inf)  # padded as the forward kernel leaves it
-    many_k, many_v = (_for_every_head(x, q) for x in (k, v))
-    wanted = [True, True, True, False]
-    dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(
-        grad, q, many_k, many_v, bias, out, lse, seed, offset, 0.0, wanted, causal, scale=scale
-    )
-    # [B, H, S, K] → [B, G, H/G, S, K] → [B, G, S, K]: query heads that share a key add up their
-    # gradients.
-    dk, dv = (x.unflatten(1, (k.shape[1], -1)).sum(2) for x in (dk, dv))
-    return dq, dk, dv
-
-
-def _of_one_size(*tensors: Tensor) -> list[Tensor]:
-    """Return tensors whose heads have one size, as these kernels need it: zeros behind the shorter heads change no
-    score, and give outputs and gradients of 0."""
-    size = max(x.shape[-1] for x in tensors)
-    return [nn.functional.pad(x, (0, size - x.shape[-1])) for x in tensors]
-
-
-def _flash_on_cuda(q: Tensor, mask: Tensor | None) -> bool:
-    """Return whether the flash kernel can be used: it takes neither masks nor fp32, which the "efficient" one does."""
-    return mask is None and q.dtype in (torch.bfloat16, torch.float16)
-
-
-def _for_every_head(x_BGSK: Tensor, q: Tensor) -> Tensor:
-    """Repeat keys or values for every query head, [B,H,S,K]: the "efficient" kernel has no grouped queries."""
-    return x_BGSK.repeat_interleave(q.shape[1] // x_BGSK.shape[1], dim=1)
-
-
-def _bias(mask: Tensor, q: Tensor) -> Tensor:
-    """Return the mask as a bias to add to the scores: [B,H,T,S], all heads sharing one memory, rows a multiple of 16
-    numbers apart as the CUDA kernel requires."""
-    num_keys = mask.shape[-1]
-    padded = q.new_zeros(*mask.shape[:-1], num_keys + -num_keys % 16)
-    bias = padded[..., :num_keys].masked_fill_(~mask, -torch.inf)
-    return bias.expand(q.shape[0], q.shape[1], -1, -1)

@@ -24,6 +24,7 @@ from megalite.kernels.experts import (
     GroupedWgradCallback,
     Groups,
     RowCounts,
+    add_biases,
     count_rows,
     grouped_linear,
     permute,
@@ -40,13 +41,19 @@ class ParallelGroupedLinear(GroupedLinear):
 
     An engine that takes weight-gradient GEMMs sets `wgrad_callback`; `later` defers them (see `ParallelLinear`)."""
 
-    def __init__(self, weight: nn.Parameter, later: WeightGradStore | None):
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, tensor: Axis, later: WeightGradStore | None):
+        """`tensor` are the ranks that share each matrix, and the features of its bias. Where these are of an output
+        that is summed over the ranks, each adds its own."""
         nn.Module.__init__(self)
-        self.weight, self.later = weight, later
+        self.weight, self.bias, self.tensor, self.later = weight, bias, tensor, later
         self.wgrad_callback: GroupedWgradCallback | None = None
 
     def forward(self, x: Tensor, groups: Groups, gather: bool = False) -> Tensor:
-        return grouped_linear(x, self.weight, groups, gather, self.wgrad_callback, self.later)
+        out_NO = grouped_linear(x, self.weight, groups, gather, self.wgrad_callback, self.later)
+        if self.bias is None:
+            return out_NO
+        first = 0 if self.bias.shape[1] == out_NO.shape[1] else self.tensor.rank * self.bias.shape[1]
+        return add_biases(out_NO, self.bias, groups.counts, first)
 
 
 class ParallelExperts(Experts):
@@ -56,7 +63,7 @@ class ParallelExperts(Experts):
         """Take the place of `experts`, shared as `fold` says. `own_tokens`: each rank has tokens of its own between
         blocks, and not those of its tensor ranks."""
         nn.Module.__init__(self)
-        self.gate_up, self.down = experts.gate_up, experts.down
+        self.gate_up, self.down, self.gate = experts.gate_up, experts.down, experts.gate
         self.fold, self.own_tokens = fold, own_tokens
 
     def forward(
@@ -179,12 +186,11 @@ class _Start(Function):
         return exchange.send(rows_ND, back=False)
 
     @staticmethod
-        # An all-to-all is a permutation of rows over ranks; its transpose is the way back.
+    # An all-to-all is a permutation of rows over ranks; its transpose is the way back.
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return ctx.exchange.wait(), None  # the gradients of what was sent
 
 
-    # Rows for this rank's own experts are copied while the others travel.
 class _Finish(Function):
     @staticmethod
     def forward(ctx: Any, arriving_MD: Tensor, exchange: Exchange) -> Tensor:

@@ -187,7 +187,8 @@ LINEAR = {
 def _(linear: GroupedLinear, layout: Layout) -> nn.Module | None:
     if layout.experts.holders.size == 1 and not layout.gives_products:
         return None
-    return ParallelGroupedLinear(layout.locals[linear.weight], layout.later)
+    weight, bias = layout.locals[linear.weight], layout.local(linear.bias)
+    return ParallelGroupedLinear(weight, bias, layout.experts.tensor, layout.later)
 
 
 @rule(Experts)

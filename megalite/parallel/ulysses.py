@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from megalite.comm.collectives import start_all_to_all
 from megalite.comm.mesh import Axis
 from megalite.kernels.attention import AttentionKind, attention, largest_logits, self_attention
+from megalite.kernels.sinks import attention_with_sinks, self_attention_with_sinks
 from megalite.models.layers import SequenceInfo
 from megalite.parallel.context import zigzag_order
 
@@ -35,20 +36,34 @@ class UlyssesAttention:
         self.axis = axis
 
     def attend(
-        self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, places: SequenceInfo, kind: AttentionKind
+        self,
+        q_BTHK: Tensor,
+        k_BTGK: Tensor,
+        v_BTGV: Tensor,
+        places: SequenceInfo,
+        kind: AttentionKind,
+        sinks_H: Tensor | None = None,
     ) -> Tensor:
         """Attend with the tokens of this rank to those of all ranks: [B,T,H·V]. The rule that sets this strategy
         refuses dropout."""
         found, heads, groups = self._whole(q_BTHK, k_BTGK, v_BTGV)
         document_BS = _documents(places)
         # Heads of one size lie as a fused projection's output does, q then k then v: the fast path.
-        if k_BTGK.shape == v_BTGV.shape:
+        if sinks_H is not None:
+            sinks_H = sinks_H.chunk(self.axis.size)[self.axis.rank]
+        if k_BTGK.shape == v_BTGV.shape and sinks_H is not None:
+            qkv_BSNK = found.unflatten(2, (-1, k_BTGK.shape[-1]))
+            out = self_attention_with_sinks(qkv_BSNK, heads, groups, sinks_H, document_BS, kind)
+        elif k_BTGK.shape == v_BTGV.shape:
             out = self_attention(found.unflatten(2, (-1, k_BTGK.shape[-1])), heads, groups, document_BS, kind)
         else:
             sizes = (heads * q_BTHK.shape[-1], groups * k_BTGK.shape[-1], groups * v_BTGV.shape[-1])
             split = zip(found.split(sizes, 2), (heads, groups, groups), strict=True)
             q, k, v = (x.unflatten(2, (number, -1)) for x, number in split)
-            out = attention(q, k, v, document_BS, kind)
+            if sinks_H is None:
+                out = attention(q, k, v, document_BS, kind)
+            else:
+                out = attention_with_sinks(q, k, v, sinks_H, document_BS, kind)
         return _Exchange.apply(out, self.axis, False).flatten(2)
 
     @torch.no_grad()

@@ -112,6 +112,29 @@ def test_a_model_of_the_hub_in_fp8_opens(tmp_path: Path) -> None:
             assert torch.equal(tensor, wanted[name].float()), name
 
 
+def test_a_model_of_the_hub_in_mxfp4_opens(tmp_path: Path) -> None:
+    tensors = save("gpt_oss", tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    wanted = {}
+    for name in [name for name in tensors if name.endswith("experts.gate_up_proj")]:
+        experts, inputs, outputs = tensors.pop(name).shape
+        blocks = torch.randint(0, 256, (experts, outputs, inputs // 32, 16), generator=generator, dtype=torch.uint8)
+        scales = torch.randint(120, 126, blocks.shape[:3], generator=generator, dtype=torch.uint8)
+        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        wanted[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+    save_file(tensors, tmp_path / "model.safetensors")
+    say(tmp_path, {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]})
+    model = load_model(tmp_path)
+    parameters = dict(model.named_parameters())
+    found = {}
+    for weight in weight_table(model.config):
+        found |= weight.to_hf(parameters[weight.name])
+    assert len(wanted) == 2
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
 @pytest.mark.parametrize(
     ("said", "words"),
     [

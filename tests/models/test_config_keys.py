@@ -487,6 +487,10 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "max_window_layers": 21, "num_experts": 5, "output_router_logits": False, "sliding_window": 32768,
         "use_sliding_window": False, "decoder_sparse_step": 1,
     },
+    "gpt_oss": {
+        "experts_per_token": 2, "initial_context_length": 4096, "swiglu_limit": 7.0, "router_aux_loss_coef": 0.9,
+        "output_router_logits": False,
+    },
     "olmoe": {
         "attention_bias": False, "clip_qkv": None, "output_router_logits": False, "rope_scaling": None,
         "router_aux_loss_coef": 0.01, "eos_token_id": 97, "pad_token_id": 1,

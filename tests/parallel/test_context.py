@@ -24,8 +24,9 @@ from megalite.comm.collectives import start_shift
 from megalite.comm.mesh import Axis
 from megalite.errors import ConfigError
 from megalite.kernels.attention import PLAIN, AttentionKind, attention_mask
+from megalite.kernels.partial_attention import attend, attend_backward
 from megalite.models.layers import CoreAttention, Dropout, SequenceInfo
-from megalite.parallel.context import RingAttention, _has_any, attend, attend_backward, document_overlaps, zigzag
+from megalite.parallel.context import RingAttention, _has_any, document_overlaps, zigzag
 from megalite.parallel.rules import apply_rules
 from megalite.parallel.ulysses import UlyssesAttention
 from ranks import run_ranks
@@ -73,6 +74,12 @@ CASES = [
         for groups, window, scale, v_size in ((4, None, None, 10), (2, 13, 0.5, 24), (1, 1, None, SIZE))
     ),
     Case(48, 2, "uneven", torch.bfloat16, AttentionKind(causal=False), 10),
+    *(
+        Case(48, groups, documents, torch.float64, AttentionKind(window, scale=scale, sinks=True), v_size)
+        for documents, (groups, window, scale, v_size) in itertools.product(
+            ("one", "uneven"), ((4, None, None, SIZE), (2, 13, 0.5, SIZE), (4, 1, None, 10))
+        )
+    ),
     # Longer than the blocks of 512 keys in which the CPU kernel works, at a block size that no power of 2 divides.
     *(Case(16 * 123, 2, documents, torch.float32) for documents in ("one", "uneven")),
 ]
@@ -117,7 +124,9 @@ def mixer(
     case: Case, axis: Axis | None = None, method: type[RingAttention] | type[UlyssesAttention] = RingAttention
 ) -> CoreAttention:
     """Attention of the case's kind on one process, or over the ranks of an axis."""
-    core = CoreAttention(kind=case.kind)
+    core = CoreAttention(kind=case.kind, num_heads=HEADS)
+    if core.sinks is not None:
+        core.sinks = nn.Parameter(numbers(2, HEADS, dtype=case.dtype))
     core.strategy = None if axis is None else method(axis)
     return core
 
@@ -133,7 +142,10 @@ def run(
         out = (attention.attend if isinstance(attention, CoreAttention) else attention)(*parts, places)
     (out * weights).sum().backward()
     assert out.dtype == parts[0].dtype
-    return {"out": out.detach()} | {f"d{name}": x.grad for name, x in zip("qkv", parts, strict=True)}  # type: ignore[misc]
+    found = {"out": out.detach()} | {f"d{name}": x.grad for name, x in zip("qkv", parts, strict=True)}
+    if isinstance(attention, CoreAttention) and attention.sinks is not None:
+        found["sinks"] = attention.sinks.grad
+    return found  # type: ignore[return-value]
 
 
 def compare(case: Case, attention: CoreAttention | Attend, index: Tensor, axis: Axis | None = None) -> Result:
@@ -144,7 +156,7 @@ def compare(case: Case, attention: CoreAttention | Attend, index: Tensor, axis: 
     whole = [x.to(reference) for x in parts]
     wanted = run(mixer(case), whole, places_of(case, torch.arange(case.length)), weights.to(reference))
     found = run(attention, [x[:, index] for x in parts], places_of(case, index, axis), weights[:, index])
-    return {key: (found[key], wanted[key][:, index]) for key in found}
+    return {key: (found[key], wanted[key] if key == "sinks" else wanted[key][:, index]) for key in found}
 
 
 def saved_bytes(axis: Axis) -> tuple[int, int]:
@@ -223,6 +235,8 @@ def error(found: Tensor, wanted: Tensor) -> float:
 def test_equals_one_process(case: Case, world_size: int) -> None:
     for rank, results in enumerate(results_of(world_size)):
         for key, (found, wanted) in results.cases[case].items():
+            if key == "sinks":  # of each rank's queries, or heads
+                found = sum(of_rank.cases[case][key][0] for of_rank in results_of(world_size))  # type: ignore[assignment]
             assert found.shape == wanted.shape
             off = error(found, wanted)
             assert off <= TOLERANCE[case.dtype], f"{key} on rank {rank} is off by {off:.1e}"  # fails for NaN too
@@ -234,6 +248,8 @@ def test_heads_over_ranks_equal_one_process(world_size: int) -> None:
         assert len(results.by_heads) == len(cases_by_heads(world_size))
         for case, result in results.by_heads.items():
             for key, (found, wanted) in result.items():
+                if key == "sinks":
+                    found = sum(of_rank.by_heads[case][key][0] for of_rank in results_of(world_size))  # type: ignore[assignment]
                 off = error(found, wanted)
                 assert off <= TOLERANCE[case.dtype], f"{case}: {key} on rank {rank} is off by {off:.1e}"
 

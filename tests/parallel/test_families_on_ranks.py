@@ -32,7 +32,7 @@ BATCH, LENGTH = 2, 32
 FAMILIES = [
     "bert-tanh", "deepseek_v3", "deepseek_v3-ungrouped", "mistral", "mixtral", "qwen2-window", "qwen2_moe-dense-among",
     "qwen3", "qwen3_moe-dense-among", "smollm3", "phi3", "phi3-short", "olmo2", "olmoe", "gpt_neox", "gpt_neox-serial",
-    "gemma2", "gemma2-uncapped", "gemma3_text", "roberta", "modernbert", "modernbert-types",
+    "gpt_oss", "gemma2", "gemma2-uncapped", "gemma3_text", "roberta", "modernbert", "modernbert-types",
 ]  # fmt: skip
 
 
@@ -208,8 +208,8 @@ def results(root: Path, request: pytest.FixtureRequest) -> dict[tuple[str, Layou
 
 @cache
 def reference(folder: Path, documents: bool) -> tuple[float, dict[str, Tensor]]:
-    """transformers' loss and gradients. From positions that begin again decoders see where documents do; encoders are
-    given a mask."""
+    """transformers' loss and gradients. From positions that begin again decoders see where documents do, but for
+    gpt-oss; it and encoders are given a mask."""
     model_type = json.loads((folder / "config.json").read_text())["model_type"]
     model = auto_class(model_type).from_pretrained(folder, attn_implementation="eager").eval()
     whole = batch()
@@ -218,13 +218,18 @@ def reference(folder: Path, documents: bool) -> tuple[float, dict[str, Tensor]]:
     kept: dict[str, Any] = {"use_cache": False}
     if positions is not None and model_type == "roberta":
         positions = positions + 2
-    if model_type in MASKED:
+    if model_type in MASKED or model_type == "gpt_oss":
         apart = whole.documents[:, None, :, None] != whole.documents[:, None, None]
+        if model_type == "gpt_oss":
+            apart = apart | torch.ones(LENGTH, LENGTH).triu(1).bool()
         masks = {"full_attention": torch.zeros(apart.shape).masked_fill(apart, -torch.inf)}
         if model_type == "modernbert":  # half of the window lies to each side
             far = (torch.arange(LENGTH)[:, None] - torch.arange(LENGTH)).abs() > model.config.local_attention // 2
             masks["sliding_attention"] = masks["full_attention"].masked_fill(far, -torch.inf)
-        mask = masks if model_type == "modernbert" else masks["full_attention"]
+        if model_type == "gpt_oss":
+            far = torch.ones(LENGTH, LENGTH).tril(-model.config.sliding_window).bool()
+            masks["sliding_attention"] = masks["full_attention"].masked_fill(far, -torch.inf)
+        mask = masks if "sliding_attention" in masks else masks["full_attention"]
         kept = {"attention_mask": mask} if documents else {}
     logits = model(whole.tokens, position_ids=positions, **kept).logits
     loss = F.cross_entropy(logits.flatten(0, 1), whole.labels.flatten())
