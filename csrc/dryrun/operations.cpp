@@ -236,6 +236,15 @@ at::Tensor& addmm_out(const at::Tensor&, const at::Tensor& a, const at::Tensor& 
   return mm_out(a, b, dtype, out);
 }
 
+// Of rows with a matrix for each group of them, or of columns with rows. Elsewhere torch computes one product a group, for
+// which the host waits; a GPU of today has a kernel for all of them.
+at::Tensor grouped_mm(const at::Tensor& a, const at::Tensor& b, const std::optional<at::Tensor>& ends,
+                      const std::optional<at::Tensor>&, std::optional<at::ScalarType>) {
+  Operation operation("aten::_grouped_mm");
+  if (b.dim() == 3) return at::empty({a.size(0), b.size(2)}, a.options());
+  return at::empty({ends->size(0), a.size(0), b.size(1)}, a.options());
+}
+
 // What torch's choice comes to on a GPU of today: flash attention without a mask and in half precision, otherwise the
 // memory-efficient kernel, which has no grouped queries: these end in scores that are written out.
 int64_t attention_backend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const std::optional<at::Tensor>& mask,
@@ -273,6 +282,7 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("bincount", &bincount);
   m.impl("nonzero", &nonzero);
   m.impl("_cummax_helper", &cummax);
+  m.impl("_grouped_mm", &grouped_mm);
   m.impl("mm.dtype_out", &mm_out);
   m.impl("addmm.dtype_out", &addmm_out);
   for (const char* structured :
