@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from megalite.kernels.library import added, own, pick
 
@@ -51,9 +53,33 @@ def geglu(gate_up: Tensor) -> Tensor:
 def clamped_glu(gate_up: Tensor, alpha: float, limit: float) -> Tensor:
     """Return gate · sigmoid(α · gate) · (up + 1) with gates of at most `limit`, and ups of at most that size (gpt-oss):
     […,2I] → […,I]. In the last dimension of `gate_up` each gate stands before its up."""
-    gate, up = gate_up.unflatten(-1, (-1, 2)).unbind(-1)
-    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-    return gate * torch.sigmoid(gate * alpha) * (up + 1)
+    return _ClampedGlu.apply(gate_up, alpha, limit)
+
+
+class _ClampedGlu(Function):
+    """Keep the input alone, not what lies between."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor, alpha: float, limit: float) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        ctx.alpha, ctx.limit = alpha, limit
+        gate, up = gate_up.unflatten(-1, (-1, 2)).unbind(-1)
+        gate = gate.clamp(max=limit)
+        return torch.sigmoid(gate * alpha).mul_(gate).mul_(up.clamp(-limit, limit).add_(1))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (gate_up,), alpha, limit = ctx.saved_tensors, ctx.alpha, ctx.limit
+        grad_pairs = torch.empty_like(gate_up).unflatten(-1, (-1, 2))
+        gate, up = gate_up.unflatten(-1, (-1, 2)).unbind(-1)
+        clamped = gate.clamp(max=limit)
+        share = torch.sigmoid(clamped * alpha)
+        # Numbers beyond the limit have no gradient.
+        grad_pairs[..., 1] = (grad * clamped * share).masked_fill_(up.abs() > limit, 0.0)
+        slope = (1 - share).mul_(clamped).mul_(alpha).add_(1).mul_(share)  # of gate · sigmoid(α · gate)
+        grad_pairs[..., 0] = slope.mul_(grad).mul_(up.clamp(-limit, limit).add_(1)).masked_fill_(gate > limit, 0.0)
+        return grad_pairs.flatten(-2), None, None
 
 
 def _register() -> None:

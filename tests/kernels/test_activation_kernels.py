@@ -10,7 +10,7 @@ from torch import Tensor
 from exactness import BOUND, DTYPES, check_against_float64, device, error, needs_kernels  # noqa: F401, device is a fixture
 from megalite.config import KernelsConfig
 from megalite.kernels import library
-from megalite.kernels.activation import gelu, swiglu
+from megalite.kernels.activation import clamped_glu, gelu, swiglu
 
 SHAPES = [(1, 2), (3, 14), (5, 64), (2, 3, 100), (129, 512), (4, 2046), (0, 16), (3, 0), (3, 8192)]
 
@@ -22,6 +22,21 @@ def plain_swiglu(gate_up: Tensor) -> Tensor:
 
 def plain_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.gelu(x if bias is None else x + bias, approximate="tanh")
+
+
+def plain_clamped_glu(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up[..., ::2].clamp(max=2.0), gate_up[..., 1::2].clamp(-2.0, 2.0)
+    return gate * torch.sigmoid(1.7 * gate) * (up + 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(5, 64), (2, 3, 100), (0, 16)])
+def test_clamped_glu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    # Of a size that is clamped, too; bf16 rounds what lies between.
+    check_against_float64(
+        lambda x: clamped_glu(x, 1.7, 2.0), plain_clamped_glu, [random(*shape)], dtype, torch.device("cpu"),
+        2 * BOUND[dtype],
+    )  # fmt: skip
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
