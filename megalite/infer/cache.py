@@ -19,6 +19,7 @@ from torch import Tensor
 from megalite.infer.packed import pack_linears
 from megalite.kernels.attention import AttentionKind, eager_heads
 from megalite.kernels.library import pick
+from megalite.models.latent import LatentAttention
 from megalite.models.layers import CoreAttention, Decoder, SequenceInfo
 
 READ_AT_ONCE = 32
@@ -138,17 +139,22 @@ class KVCache:
         is no more than what is at hand, because sequences begin here or nothing is cached."""
         if not isinstance(places, CachedSequenceInfo):
             return None
-        self.keys = self._written(self.keys, k_BTGK, places)
+        keys = self.write_keys(k_BTGK, places)
         self.values = self._written(self.values, v_BTGV, places)
         if places.fresh:
             return None
-        keys, values = places.read(self.keys), places.read(self.values)
+        values = places.read(self.values)
         plain = sinks_H is None and keys.shape == values.shape
         if q_BTHK.shape[1] == 1 and plain and pick("attention", q_BTHK) == "megalite":
             scaling = kind.scale_of(q_BTHK.shape[-1]), kind.softcap or 0.0
             out = torch.ops.megalite.decode_attention(q_BTHK[:, 0], keys, values, *places.cells(kind.window), *scaling)
             return out.flatten(1)[:, None]
         return attend(q_BTHK, keys, values, places.bias(kind.window, q_BTHK.dtype), kind, sinks_H)
+
+    def write_keys(self, k_BTGK: Tensor, places: CachedSequenceInfo) -> Tensor:
+        """Write new keys to the cache; return all that the rows' slots hold, [B,G,C,K]."""
+        self.keys = self._written(self.keys, k_BTGK, places)
+        return places.read(self.keys)
 
     def _written(self, old: Tensor | None, new_BTGK: Tensor, places: CachedSequenceInfo) -> Tensor:
         """Return the cache of keys, or of values, with the new ones written to it, grown where it was too short."""
@@ -187,11 +193,46 @@ def attend(
     return out.unflatten(2, (shared, length)).permute(0, 3, 1, 2, 4).reshape(batch, length, -1)
 
 
+class LatentKVCache:
+    """Continue sequences with the latents of their earlier tokens: one vector of each, whatever the number of heads."""
+
+    def __init__(self, num_slots: int, up: Tensor):
+        """As in `KVCache`; `up` is the weight that makes keys and values of latents."""
+        self._keys, self.up = KVCache(num_slots), up
+
+    @property
+    def latents(self) -> Tensor | None:
+        """Return the latents in the cache [S,1,1+L,C], each with its part of keys that has positions."""
+        return self._keys.keys
+
+    def write(self, latents_BTC: Tensor, places: SequenceInfo) -> Tensor | None:
+        """Write new latents to the cache; return all that the rows' slots hold, [B,1,C,L+R], or None where sequences
+        begin here or nothing is cached."""
+        if not isinstance(places, CachedSequenceInfo):
+            return None
+        keys = self._keys.write_keys(latents_BTC[:, :, None], places)
+        return None if places.fresh else keys
+
+    def attend(
+        self, q_BTHC: Tensor, keys_B1SC: Tensor, value_size: int, places: SequenceInfo, kind: AttentionKind
+    ) -> Tensor:
+        """Attend to latents as to keys whose first features are the values; see `models.latent.LatentCache`."""
+        assert isinstance(places, CachedSequenceInfo)
+        bias = places.bias(kind.window, q_BTHC.dtype)
+        return attend(q_BTHC, keys_B1SC, keys_B1SC[..., :value_size], bias, kind)
+
+
 def add_cache(model: nn.Module, num_slots: int) -> None:
-    """Give every causal attention of `model` a KV cache of `num_slots` slots, in place. Others see their whole source
-    in every forward pass."""
+    """Give every causal attention of `model` a KV cache of `num_slots` slots, in place: latent attention one of
+    latents, unless adapters change what makes keys and values of these. Others see their whole source in every forward
+    pass."""
+    latent = [module for module in model.modules() if isinstance(module, LatentAttention)]
+    latent = [module for module in latent if getattr(module.kv, "updates", None) is None]
+    for attention in latent:
+        attention.cache = LatentKVCache(num_slots, attention.kv.weight)
+    others = {module.core for module in latent}
     for module in model.modules():
-        if isinstance(module, CoreAttention) and module.kind.causal:
+        if isinstance(module, CoreAttention) and module.kind.causal and module not in others:
             module.strategy = KVCache(num_slots)
 
 

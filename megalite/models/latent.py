@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import ClassVar
+from dataclasses import replace
+from typing import ClassVar, Protocol
 
 import torch
 import torch.nn as nn
@@ -72,6 +73,22 @@ class LatentConfig(LlamaLike):
         )  # fmt: skip
 
 
+class LatentCache(Protocol):
+    """Keeps the latents of earlier tokens in generation."""
+
+    up: Tensor
+    """The weight that makes keys and values of latents."""
+
+    def write(self, latents_BTC: Tensor, places: SequenceInfo) -> Tensor | None:
+        """Keep the latents of the tokens at `places`; return all that their sequences have, as keys [B,1,S,C] that all
+        heads share. None where there are no others than those at hand."""
+
+    def attend(
+        self, q_BTHC: Tensor, keys_B1SC: Tensor, value_size: int, places: SequenceInfo, kind: AttentionKind
+    ) -> Tensor:
+        """Attend to `keys`, whose first `value_size` features are the values: [B,T,H·value_size]."""
+
+
 class LatentAttention(nn.Module):
     """Attention whose keys and values come from latents."""
 
@@ -91,28 +108,57 @@ class LatentAttention(nn.Module):
         self.out = nn.Linear(heads * self.value, hidden, bias=False)
         # Parallelism sets this: all heads share the keys' part with positions, which enters their region on its own.
         self.enter: Callable[[Tensor], Tensor] = lambda x: x
+        self.cache: LatentCache | None = None
+        """Set in generation."""
 
     def forward(self, x_BTD: Tensor, shared: Shared) -> Tensor:
+        if self.cache is not None:
+            return self.out(self.attend_to_latents(self.cache, x_BTD, shared))
         # In a function of their own, so that what heads are put together from is freed before they attend.
         return self.out(self.attend(*self.heads(x_BTD, shared), shared.places))
 
+    def attend_to_latents(self, cache: LatentCache, x_BTD: Tensor, shared: Shared) -> Tensor:
+        """Attend to the latents in the cache, [B,T,H·V]. What makes keys of latents is multiplied with the queries, and
+        what makes values with the result (DeepSeek-V2, section 2.1.2), so that no head has keys or values of its
+        own."""
+        q_BTHK, latent_BTL, k_BTR = self.project(x_BTD, shared)
+        keys_B1SC = cache.write(torch.cat((latent_BTL, k_BTR), -1), shared.places)
+        if keys_B1SC is None:
+            return self.attend(*self.expand(q_BTHK, latent_BTL, k_BTR), shared.places)
+        q_BTHP, q_BTHR = q_BTHK.split((self.plain, self.turned), -1)
+        keys_HPL, values_HVL = cache.up.unflatten(0, (-1, self.plain + self.value)).split((self.plain, self.value), 1)
+        q_BTHC = torch.cat((torch.einsum("bthp,hpl->bthl", q_BTHP, keys_HPL), q_BTHR), -1)
+        kind = replace(self.core.kind, scale=self.core.kind.scale_of(self.plain + self.turned))
+        size = latent_BTL.shape[-1]
+        out = cache.attend(q_BTHC, keys_B1SC, size, shared.places, kind)
+        return torch.einsum("bthl,hvl->bthv", out.unflatten(-1, (-1, size)), values_HVL).flatten(2)
+
     def heads(self, x_BTD: Tensor, shared: Shared) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries and keys [B,T,H,K] and values [B,T,H,V] of the heads on this rank."""
+        return self.expand(*self.project(x_BTD, shared))
+
+    def expand(self, q_BTHK: Tensor, latent_BTL: Tensor, k_BTR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what `heads` does, from what `project` does."""
+        kv_BTHK = self.kv(latent_BTL).unflatten(-1, (-1, self.plain + self.value))
+        k_BTHP, v_BTHV = kv_BTHK.split((self.plain, self.value), -1)
+        k_BTHK = torch.cat((k_BTHP, k_BTR[:, :, None].expand(-1, -1, k_BTHP.shape[2], -1)), -1)
+        return q_BTHK, k_BTHK, v_BTHV
+
+    def project(self, x_BTD: Tensor, shared: Shared) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries [B,T,H,K] of the heads on this rank, latents [B,T,L], and the part of keys with positions
+        [B,T,R]."""
         # Down to the latents (replicated linears), then up to the heads of this rank
         # (column-parallel).
         from_BTL = x_BTD if self.q_a is None or self.q_norm is None else self.q_norm(self.q_a(x_BTD))
         q_BTHK = self.q(from_BTL)
         # The last R features are the keys' positional part: one for all heads, and not normalized.
         latent_BTL, k_BTR = self.kv_a(x_BTD).split((self.kv_norm.weight.numel(), self.turned), -1)
-        kv_BTHK = self.kv(self.kv_norm(latent_BTL.contiguous())).unflatten(-1, (-1, self.plain + self.value))
-        k_BTHP, v_BTHV = kv_BTHK.split((self.plain, self.value), -1)
         q_BTHP, q_BTHR = q_BTHK.unflatten(-1, (-1, self.plain + self.turned)).split((self.plain, self.turned), -1)
         cos_sin = shared.rope_cos_sin[0]
         # As one head of its own; every head of this rank then gets the same rotated features.
-        k_BT1R = self.rotate(self.enter(k_BTR.contiguous())[:, :, None], cos_sin)
+        k_BTR = self.rotate(self.enter(k_BTR.contiguous())[:, :, None], cos_sin)[:, :, 0]
         q_BTHK = torch.cat((q_BTHP, self.rotate(q_BTHR, cos_sin)), -1)
-        k_BTHK = torch.cat((k_BTHP, k_BT1R.expand(-1, -1, k_BTHP.shape[2], -1)), -1)
-        return q_BTHK, k_BTHK, v_BTHV
+        return q_BTHK, self.kv_norm(latent_BTL.contiguous()), k_BTR
 
     def attend(self, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, places: SequenceInfo) -> Tensor:
         """Attend to values of another size: [B,T,H·V]. Smaller ones are filled up to the size of keys, with which
