@@ -21,6 +21,7 @@ from megalite.parallel.apply import apply_recompute
 CPU = torch.device("cpu")
 LENGTHS = (23, 9)
 KINDS = [AttentionKind(*kind) for kind in product((None, 4), (None, 1.5), (None, 0.5))]
+KINDS += [AttentionKind(window, sinks=True) for window in (None, 4)]
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -38,7 +39,9 @@ def parts(length: int, groups: int, sizes: tuple[int, int], seed: int) -> list[T
 def test_a_cache_gives_what_the_whole_sequences_give(kind: AttentionKind, sizes: tuple[int, int]) -> None:
     """Two sequences in a prompt of two pieces, then token by token; one begins while the other goes on."""
     for groups in (4, 1):
-        core, cached = CoreAttention(kind=kind), nn.ModuleList([CoreAttention(kind=kind)])
+        core, cached = (CoreAttention(kind=kind, num_heads=4) for _ in range(2))
+        if kind.sinks:
+            core.sinks = cached.sinks = nn.Parameter(random(4, seed=99))
         add_cache(cached, 3)
         whole = [parts(length, groups, sizes, seed) for seed, length in enumerate(LENGTHS)]
         wanted = [core.attend(*x, SequenceInfo.whole(x[0].shape[1], CPU)) for x in whole]
@@ -55,7 +58,7 @@ def test_a_cache_gives_what_the_whole_sequences_give(kind: AttentionKind, sizes:
                 )
                 for number in range(3)
             ]  # fmt: skip
-            found = forward(cached[0], given, places)
+            found = forward(cached, given, places)
             for row, s in enumerate(which):
                 new = slice(done[s], done[s] + counts[s])
                 # fp32 sums of at most 23 values near 1, in another order.
