@@ -90,6 +90,7 @@ def make_parser() -> argparse.ArgumentParser:
         _add_evaluate,
         _add_serve,
         _add_average,
+        _add_quantize,
         _add_inspect,
         _add_parity,
         _add_ops,
@@ -496,6 +497,54 @@ def _average(arguments: argparse.Namespace) -> None:
     model = average_of([find_model(path) for path in arguments.models], arguments.shares)
     write_model(model, arguments.output, arguments.dtype, console=Console(stderr=True))
     print(f"{arguments.output}: the average of {len(arguments.models)} models")
+
+
+def _add_quantize(verbs: Verbs) -> None:
+    parser = verbs.add_parser(
+        "quantize",
+        help="write a model with the matrices of its layers in fewer bits",
+        description="Writes a Hugging Face folder in compressed-tensors' formats, which transformers and vLLM open, as "
+        "do generate, serve, eval and convert_checkpoint.py here.",
+    )
+    _add_model(parser)
+    parser.add_argument("output", type=Path, help="a new Hugging Face folder")
+    parser.add_argument(
+        "--scheme", choices=("w8a8", "w4a16", "fp8", "fp8_block"), default="w8a8",
+        help="int8 with inputs in int8; 4-bit integers in groups; fp8 by row, or in blocks (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--method", choices=("rtn", "gptq"), default="rtn",
+        help="to the nearest number, or making up for errors by --data (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--group", type=at_least(1), default=128, help="columns of a w4a16 scale, size of a block (default: 128)"
+    )
+    parser.add_argument("--data", metavar="PREFIX", help="token files to calibrate and measure with")
+    parser.add_argument("--rows", type=at_least(2), default=128, help="rows taken from them (default: 128)")
+    parser.add_argument("--length", type=at_least(1), default=512, help="tokens of a row (default: 512)")
+    parser.set_defaults(verb=_quantize)
+
+
+def _quantize(arguments: argparse.Namespace) -> None:
+    """Write a quantised model, and say what it costs."""
+    from rich.console import Console
+
+    from megalite.checkpoint.convert import write_model
+    from megalite.infer.generate import find_model
+    from megalite.quantization.layers import LayerRuns
+    from megalite.quantization.run import quantised
+    from megalite.quantization.schemes import make_scheme
+
+    folder, runs = find_model(arguments.model), None
+    if arguments.data:
+        runs = LayerRuns.from_tokens(folder, arguments.data, arguments.rows, arguments.length)
+    model, report = quantised(folder, make_scheme(arguments.scheme, arguments.group), arguments.method, runs)
+    write_model(model, arguments.output, console=Console(stderr=True))
+    of = "outputs" if runs else "weights"
+    print(f"{arguments.output}: {len(report.errors)} matrices, mean error of their {of} {report.mean_error:.2e}")
+    if runs and report.perplexities:
+        before, after = report.perplexities
+        print(f"perplexity of {len(runs.held_out)} rows held out: {before:.4f} → {after:.4f}")
 
 
 def _add_inspect(verbs: Verbs) -> None:

@@ -51,6 +51,8 @@ class Model:
     nothing."""
     extras: tuple[Path, ...] = ()
     """Folders with a tokenizer and generation_config.json, the first of them preferred."""
+    encode: Callable[[Weight, dict[str, Tensor]], dict[str, Tensor]] | None = None
+    """Returns what is written in place of the Hugging Face tensors of a weight; None: they are."""
 
 
 def open_source(path: Path, vocab_size: int | None = None, ema: bool = False) -> Model:
@@ -154,7 +156,8 @@ def _write_tensors(
         total = sum(sizes.values())
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         write_json(folder / "model.safetensors.index.json", index)
-    return max(sizes, key=lambda kind: sizes[kind])
+    # Numbers of quantised weights are in no precision that a model computes in.
+    return max((kind for kind in sizes if kind in DTYPES.values()), key=lambda kind: sizes[kind])
 
 
 def _shards(
@@ -177,6 +180,8 @@ def _shards(
             largest = logical.abs().max().item()
             raise CheckpointError(f"{weight.name} goes up to {largest:.3g}, which fp16 cannot hold; take bf16 or fp32")
         tensors = weight.to_hf(written)
+        if model.encode:
+            tensors = model.encode(weight, tensors)
         if shard and _bytes_of(shard) + _bytes_of(tensors) > shard_bytes:
             yield shard
             shard = {}

@@ -1,5 +1,6 @@
 """Tensors that are stored as small numbers with scales, read as what they stand for: fp8 in blocks (DeepSeek-V3's files
-on the hub), and MXFP4 (gpt-oss's). They look like slices of safetensors."""
+on the hub), MXFP4 (gpt-oss's), and what `quantization` writes (compressed-tensors). They look like slices of
+safetensors."""
 
 from __future__ import annotations
 
@@ -78,17 +79,85 @@ class Mxfp4:
         return values.flatten(-2).narrow(-1, low % GROUP, high - low).transpose(-1, -2)
 
 
-def pairs(names: Any, dtype_of: Callable[[str], str]) -> dict[str, tuple[type[Fp8Blocks] | type[Mxfp4], str, str]]:
+class Scaled:
+    """A matrix [out, in] of int8 or fp8 (compressed-tensors), with a scale for each row, for each group of columns of
+    a row, or for each block of rows and columns: whatever shape the scales have cuts the matrix evenly."""
+
+    ENDS = ("", "_scale")
+
+    def __init__(self, numbers: Any, scales: Any):
+        """As in `Fp8Blocks`."""
+        self._numbers, self._scales = numbers, scales
+        self._shape = self._size(tuple(numbers.get_shape()))
+        given = tuple(scales.get_shape())
+        if (
+            len(self._shape) != 2
+            or len(given) != 2
+            or any(not parts or size % parts for size, parts in zip(self._shape, given, strict=True))
+        ):
+            raise ValueError(f"scales of shape {list(given)} do not cut a matrix of {list(self._shape)} evenly")
+        self._block = tuple(size // parts for size, parts in zip(self._shape, given, strict=True))
+
+    def _size(self, stored: tuple[int, ...]) -> tuple[int, ...]:
+        return stored
+
+    def _read(self, rows: slice, columns: slice) -> Tensor:
+        numbers: Tensor = self._numbers[rows, columns]
+        return numbers.float()
+
+    def get_shape(self) -> tuple[int, ...]:
+        return self._shape
+
+    def get_dtype(self) -> str:
+        """Return the dtype of the scales, which is the model's own."""
+        return str(self._scales.get_dtype())
+
+    def __getitem__(self, where: tuple[slice, ...]) -> Tensor:
+        """Read and scale a slice of one or two dimensions, in the dtype of the scales."""
+        every = (*where, slice(None))[:2]
+        bounds = [part.indices(size)[:2] for part, size in zip(every, self._shape, strict=True)]
+        parts = tuple(
+            slice(low // block, -(-high // block)) for (low, high), block in zip(bounds, self._block, strict=True)
+        )
+        stored = self._scales[parts]
+        scales = stored.float()
+        for dim, ((low, high), block) in enumerate(zip(bounds, self._block, strict=True)):
+            scales = scales.repeat_interleave(block, dim).narrow(dim, low % block, high - low)
+        return (self._read(slice(*bounds[0]), slice(*bounds[1])) * scales).to(stored.dtype)
+
+
+class Packed(Scaled):
+    """The same of integers of 4 bits, eight in an int32, the first in its lowest bits, each with 8 added."""
+
+    ENDS = ("_packed", "_scale")
+    EXTRA = "_shape"
+
+    def _size(self, stored: tuple[int, ...]) -> tuple[int, ...]:
+        return (*stored[:-1], 8 * stored[-1])
+
+    def _read(self, rows: slice, columns: slice) -> Tensor:
+        words: Tensor = self._numbers[rows, slice(columns.start // 8, -(-columns.stop // 8))]
+        numbers = (words[..., None] >> torch.arange(0, 32, 4)) & 15
+        return (numbers.flatten(-2) - 8).narrow(-1, columns.start % 8, columns.stop - columns.start).float()
+
+
+Kind = type[Fp8Blocks] | type[Mxfp4] | type[Scaled]
+KINDS: dict[Kind, tuple[str, ...]] = {
+    Fp8Blocks: ("F8_E4M3",), Mxfp4: ("U8",), Packed: ("I32",), Scaled: ("I8", "F8_E4M3"),
+}  # fmt: skip
+"""Kinds of quantised tensors, each with the dtypes of its numbers."""
+
+
+def pairs(names: Any, dtype_of: Callable[[str], str]) -> dict[str, tuple[Kind, str, str]]:
     """Return what tensors of a file are quantised: (kind, name of the numbers, name of the scales) by the name of the
     tensor that these stand for. `dtype_of` gives the stored dtype of a name."""
-    found: dict[str, tuple[type[Fp8Blocks] | type[Mxfp4], str, str]] = {}
-    kinds: tuple[type[Fp8Blocks] | type[Mxfp4], ...] = (Fp8Blocks, Mxfp4)
+    found: dict[str, tuple[Kind, str, str]] = {}
     for name in names:
-        for kind in kinds:
+        for kind, dtypes in KINDS.items():
             of_numbers, of_scales = kind.ENDS
             if name.endswith(of_scales):
                 base = name.removesuffix(of_scales)
                 numbers = base + of_numbers
-                if numbers in names and dtype_of(numbers) == ("U8" if kind is Mxfp4 else "F8_E4M3"):
+                if numbers in names and dtype_of(numbers) in dtypes:
                     found[base] = (kind, numbers, name)
     return found

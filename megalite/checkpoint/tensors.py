@@ -74,6 +74,7 @@ class TensorFolder:
                 raise CheckpointError(f"{self.folder}/{self.stem}: {name}: {error}") from None
             self.files[name] = self.files.pop(numbers)
             del self.files[scales]
+            self.files.pop(name + "_shape", None)  # of packed integers: their own shape says it too
 
     def _dtype_of(self, name: str) -> str:
         return str(self._slices(name).get_dtype())

@@ -172,11 +172,13 @@ TWICE = (
 
 def copied_hf_config(hf: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
     """Return the config.json of a copy of a model: `hf` as it was read, but with each fact in one place, and without
-    names of code that is not copied."""
+    names of code that is not copied, nor how weights were quantised, which are read as what they stand for."""
     ours = to_hf_config(config)
     # Where both agree, ours are written: they have the numeric types that transformers asks for.
     unsaid = {key for key, value in hf.items() if value is None or value == ours.get(key)}
-    return ours | {key: value for key, value in hf.items() if key not in {*TWICE, "auto_map", *unsaid}}
+    return ours | {
+        key: value for key, value in hf.items() if key not in {*TWICE, "auto_map", "quantization_config", *unsaid}
+    }
 
 
 def weight_table(config: ModelConfig, lora: LoraConfig | None = None) -> tuple[Weight, ...]:

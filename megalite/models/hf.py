@@ -113,7 +113,9 @@ class Keys:
         """Return config.json with the defaults of used keys that it leaves out. Raises ConfigError for a key with a
         value that the `family` does not support, or that is not declared and may change what is computed."""
         for key, value in hf.items():
-            if key in self.only:
+            if key == "quantization_config" and key in self.only:
+                check_compressed(value, family)
+            elif key in self.only:
                 require(hf, family, {key: self.only[key]})
             elif key not in self.used and key not in self.neutral and value is not None and computes(key):
                 raise ConfigError(
@@ -147,6 +149,31 @@ def check_quantisation(hf: Mapping[str, Any], family: str, only: Mapping[str, An
         if values.get(key, None if key == "quant_method" else value) != value:
             raise ConfigError(
                 f"config.json has {place}.{key} = {shown(values.get(key))}; of the {family} family, {value!r} is read"
+            )
+
+
+COMPRESSED = ("int-quantized", "float-quantized", "pack-quantized", "naive-quantized")
+"""Formats of compressed-tensors whose tensors `checkpoint.quantised` reads."""
+
+
+def check_compressed(values: Any, family: str) -> None:
+    """Raise ConfigError for quantised weights that are none of `COMPRESSED`. How inputs are rounded where others run
+    the model is neutral: here products take them as they are."""
+    if values is None:
+        return
+    read = f"compressed-tensors in {', '.join(COMPRESSED)} are read; save the model dequantised otherwise"
+    if not isinstance(values, Mapping) or values.get("quant_method") != "compressed-tensors":
+        raise ConfigError(f"config.json has quantization_config = {shown(values)}; of the {family} family, {read}")
+    groups = values.get("config_groups")
+    for group in groups.values() if isinstance(groups, Mapping) else [None]:
+        weights = group.get("weights") if isinstance(group, Mapping) else None
+        kind = (group.get("format") if isinstance(group, Mapping) else None) or values.get("format")
+        if kind not in COMPRESSED or not isinstance(weights, Mapping):
+            raise ConfigError(f"config.json has quantization_config of format {shown(kind)}; {read}")
+        if not weights.get("symmetric", True) or weights.get("num_bits") not in (4, 8):
+            raise ConfigError(
+                f"config.json has quantization_config with weights = {shown(weights)}; symmetric ones of 4 or 8 bits "
+                "are read"
             )
 
 

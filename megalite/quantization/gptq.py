@@ -1,0 +1,48 @@
+"""GPTQ (Frantar et al. 2023): rounds the columns of a matrix one after another, and after each moves what is left so
+that the products with the inputs stay near. Column order by the inputs' size (act-order) with scales found before
+(static groups), the one kind that compressed-tensors takes without an index of groups."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megalite.quantization.schemes import Scheme
+
+DAMPING = 0.01
+"""Share of the mean of the diagonal that is added to it."""
+BLOCK = 128
+"""Columns that are done before the ones behind them are moved: one large product in place of many small ones."""
+
+
+def gptq(weight: Tensor, hessian: Tensor, scales: Tensor, scheme: Scheme) -> Tensor:
+    """Return the numbers of `weight` [N, K] under `scheme` with `scales`.
+
+    `hessian` [K, K], fp64, is the sum of x xᵀ over the inputs x; its scale does not matter."""
+    hessian = hessian.clone()
+    diagonal = hessian.diagonal()
+    # An input that was always 0 says nothing: its column is rounded as it is, and moves no other.
+    diagonal[diagonal == 0] = 1.0
+    order = diagonal.argsort(descending=True, stable=True)
+    hessian = hessian[order][:, order]
+    hessian.diagonal().add_(DAMPING * hessian.diagonal().mean())
+    # Row c of the upper Cholesky factor of H⁻¹ says how the error of column c is made up for by those after it.
+    factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True).float()
+    rest = weight.float()[:, order].clone()
+    scale = scheme.spread(scales, tuple(weight.shape))[:, order]
+    numbers = scheme.encode(rest, scale)
+    columns = rest.shape[1]
+    for start in range(0, columns, BLOCK):
+        stop = min(start + BLOCK, columns)
+        errors = torch.empty(len(rest), stop - start)
+        for column in range(start, stop):
+            # The same numbers as slices of one column: a scheme encodes element by element.
+            here = slice(column, column + 1)
+            numbers[:, here] = scheme.encode(rest[:, here], scale[:, here])
+            error = (rest[:, here] - scheme.decode(numbers[:, here], scale[:, here])) / factor[column, column]
+            rest[:, column:stop] -= error * factor[column, column:stop]
+            errors[:, column - start] = error[:, 0]
+        rest[:, stop:] -= errors @ factor[start:stop, stop:]
+    back = torch.empty_like(order)
+    back[order] = torch.arange(columns)
+    return numbers[:, back]

@@ -1,0 +1,189 @@
+"""Quantised models: transformers opens them with the weights that are read here, slices are those of the whole, and
+what cannot be quantised is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from megalite.checkpoint.convert import open_source
+from megalite.checkpoint.tensors import TensorFolder
+from megalite.cli import main
+from megalite.data.indexed import IndexedWriter
+from tiny_models import GPT2, LLAMA, MIXTRAL, QWEN3, randomize
+
+SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 2}
+SCHEMES = {"w8a8": [], "w4a16": ["--group", "16"], "fp8": [], "fp8_block": ["--group", "16"]}
+
+
+def save(folder: Path, values: dict[str, Any], dtype: torch.dtype = torch.float32) -> Path:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(1)
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**values))
+    randomize(model)
+    model.to(dtype).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> str:
+    prefix = str(tmp_path_factory.mktemp("tokens") / "data")
+    with IndexedWriter(prefix, np.uint16) as writer:
+        writer.add_document(np.random.default_rng(0).integers(0, 99, 2_000))
+    return prefix
+
+
+def weights_of(folder: Path) -> dict[str, Tensor]:
+    model = open_source(folder)
+    return {name: x for weight in model.weights for name, x in weight.to_hf(model.read(weight)).items()}
+
+
+@pytest.mark.parametrize("values", [LLAMA | SMALL, QWEN3 | SMALL | {"head_dim": 16}], ids=["llama", "qwen3"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_transformers_opens_it_with_the_same_weights(scheme: str, values: dict[str, Any], tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("compressed_tensors")
+    source = save(tmp_path / "source", values, torch.bfloat16 if scheme == "fp8" else torch.float32)
+    assert main(["quantize", str(source), str(tmp_path / "out"), "--scheme", scheme, *SCHEMES[scheme]]) == 0
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    ids = torch.arange(40)[None] % 99
+    logits = theirs(ids).logits  # decompresses the weights
+    ours = weights_of(tmp_path / "out")
+    found = dict(theirs.named_parameters())
+    for name, tensor in ours.items():
+        assert torch.equal(found[name].to(tensor.dtype), tensor), name
+    before = weights_of(source)
+    changed = [name for name in ours if not torch.equal(ours[name], before[name])]
+    assert len(changed) == 14, "the matrices of two layers, and nothing else"
+    if scheme == "w4a16":  # its inputs are not rounded: a plain model of these weights is the same
+        plain = transformers.AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+        plain.load_state_dict(ours, strict=False)
+        assert (plain(ids).logits - logits).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_slices_are_those_of_the_whole(scheme: str, tmp_path: Path) -> None:
+    source = save(tmp_path / "source", LLAMA | SMALL)
+    assert main(["quantize", str(source), str(tmp_path / "out"), "--scheme", scheme, *SCHEMES[scheme]]) == 0
+    folder, name = TensorFolder(tmp_path / "out"), "model.layers.1.mlp.down_proj.weight"
+    whole = folder.fetch(name, (slice(None), slice(None)))
+    assert whole.shape == folder.shape(name) == (64, 128)
+    generator = np.random.default_rng(2)
+    for _ in range(30):
+        (a, b), (c, d) = (sorted(generator.choice(size + 1, 2, replace=False)) for size in whole.shape)
+        assert torch.equal(folder.fetch(name, (slice(a, b), slice(c, d))), whole[a:b, c:d])
+    assert torch.equal(folder.fetch(name, (slice(3, 20),)), whole[3:20])
+
+
+def test_four_bits_lie_as_the_format_says(tmp_path: Path) -> None:
+    """Against a statement of the format in plain numpy: eight numbers in a word, the first lowest, each with 8 added;
+    scales of the largest number · 2/15."""
+    source = save(tmp_path / "source", LLAMA | SMALL)
+    assert main(["quantize", str(source), str(tmp_path / "out"), "--scheme", "w4a16", "--group", "16"]) == 0
+    name = "model.layers.0.self_attn.k_proj"
+    weight = load_file(source / "model.safetensors")[f"{name}.weight"].numpy()
+    with safe_open(tmp_path / "out" / "model.safetensors", "np") as file:
+        words, scales = file.get_tensor(f"{name}.weight_packed"), file.get_tensor(f"{name}.weight_scale")
+        assert [*file.get_tensor(f"{name}.weight_shape")] == [*weight.shape]
+    for row in range(weight.shape[0]):
+        for column in range(weight.shape[1]):
+            group = weight[row, column // 16 * 16 : column // 16 * 16 + 16]
+            scale = np.abs(group).max() * np.float32(2 / 15)
+            assert np.isclose(scales[row, column // 16], scale, rtol=1e-6)
+            number = int(words[row, column // 8]) >> (4 * (column % 8)) & 15
+            assert number - 8 == np.clip(np.rint(weight[row, column] / scales[row, column // 16]), -8, 7)
+
+
+def test_gptq_costs_less_than_rounding(tokens: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, errors = save(tmp_path / "source", LLAMA | SMALL), {}
+    for method in ("rtn", "gptq"):
+        given = ["--scheme", "w4a16", "--group", "16", "--data", tokens, "--rows", "16", "--length", "32"]
+        assert main(["quantize", str(source), str(tmp_path / method), "--method", method, *given]) == 0
+        said = capsys.readouterr().out
+        errors[method] = float(said.split("outputs ")[1].split()[0])
+        assert "perplexity of 4 rows held out" in said
+    assert errors["gptq"] < 0.7 * errors["rtn"]
+
+
+def test_held_out_rows_measure_the_models_themselves(tokens: str, tmp_path: Path) -> None:
+    """The perplexities are those of the whole model before and after, run at once."""
+    from megalite.checkpoint.convert import write_model
+    from megalite.quantization.layers import LayerRuns, read_rows
+    from megalite.quantization.run import quantised
+    from megalite.quantization.schemes import make_scheme
+
+    transformers = pytest.importorskip("transformers")
+    source = save(tmp_path / "source", LLAMA | SMALL)
+    runs = LayerRuns.from_tokens(source, tokens, 8, 24)
+    model, report = quantised(source, make_scheme("w4a16", 16), "gptq", runs)
+    write_model(model, tmp_path / "out")
+    rows = read_rows(tokens, 8, 24)[3::4]
+    plain = transformers.AutoModelForCausalLM.from_pretrained(source)
+    for weights, found in zip(
+        (weights_of(source), weights_of(tmp_path / "out")), report.perplexities or (), strict=True
+    ):
+        plain.load_state_dict(weights, strict=False)
+        logits = plain(rows[:, :-1]).logits.flatten(0, 1)
+        wanted = torch.nn.functional.cross_entropy(logits, rows[:, 1:].flatten()).exp()
+        assert found == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def test_a_quantised_model_is_converted_back(tmp_path: Path) -> None:
+    source = save(tmp_path / "source", LLAMA | SMALL)
+    assert main(["quantize", str(source), str(tmp_path / "out"), "--scheme", "fp8"]) == 0
+    from megalite.checkpoint.convert import write_model
+
+    write_model(open_source(tmp_path / "out"), tmp_path / "dense")
+    assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
+    found, wanted = load_file(tmp_path / "dense" / "model.safetensors"), weights_of(tmp_path / "out")
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
+@pytest.mark.parametrize(
+    ("values", "given", "words"),
+    [
+        (MIXTRAL, [], "experts are not quantised here"),
+        (GPT2, [], "matrices stored as [in, out] are not quantised here"),
+        (LLAMA, ["--scheme", "w4a16"], "do not divide into groups of 128"),
+        (LLAMA, ["--scheme", "w4a16", "--group", "12"], "must be a multiple of 8"),
+        (LLAMA, ["--scheme", "fp8_block", "--group", "16"], "does not divide into blocks of 16"),
+        (LLAMA, ["--method", "gptq"], "give --data"),
+        (LLAMA, ["--data", "nowhere"], "does not exist"),
+    ],
+)
+def test_refused(
+    values: dict[str, Any], given: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = save(tmp_path / "source", values)
+    assert main(["quantize", str(source), str(tmp_path / "out"), *given]) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"quant_method": "gptq"}, "compressed-tensors in"),
+        ({"format": "marlin-24"}, "of format 'marlin-24'"),
+        ({"config_groups": {"a": {"weights": {"symmetric": False, "num_bits": 4}}}}, "symmetric ones of 4 or 8 bits"),
+        ({"config_groups": 7}, "of format"),
+    ],
+)
+def test_another_format_is_refused(
+    change: dict[str, Any], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = save(tmp_path / "source", LLAMA | SMALL)
+    assert main(["quantize", str(source), str(tmp_path / "out")]) == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    config["quantization_config"] |= change
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    assert main(["quantize", str(tmp_path / "out"), str(tmp_path / "again")]) == 2
+    assert words in capsys.readouterr().err
