@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -116,7 +115,7 @@ class Encoder:
         """Return the most tokens of a text to embed, the two around it included."""
         return min(self.max_positions, self.pooling.longest or self.max_positions)
 
-    @cached_property
+    @property
     def pooling(self) -> PoolingConfig:
         """Return how the folder's vectors are made. Raise ConfigError; see `read_pooling`."""
         return read_pooling(self.folder)
