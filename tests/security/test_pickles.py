@@ -145,6 +145,6 @@ def test_code_beside_a_model_is_not_run(tmp_path: Path, hub: Path, canary: Path)
     assert not canary.exists()
     values = json.loads((hub / "config.json").read_text()) | {"model_type": "evil"}
     (hub / "config.json").write_text(json.dumps(values))
-    with pytest.raises(ConfigError, match="megalite knows"):
+    with pytest.raises(ConfigError, match="which megalite does not open"):
         load_model(hub)
     assert not canary.exists()
