@@ -30,7 +30,7 @@ import sys
 from rich.console import Console
 
 from megalite.data.blocks import Shard
-from megalite.data.formats import FORMATS, Settings
+from megalite.data.formats import FORMATS, PROBLEMS, Settings
 from megalite.data.preprocess import preprocess
 from megalite.data.preprocess_rows import preprocess_rows
 from megalite.runtime.exit_codes import at_least, explained
@@ -66,6 +66,9 @@ def main() -> int:
     parser.add_argument("--format", choices=FORMATS, help="the inputs are rows of labelled data, such as these")
     parser.add_argument("--last-only", action="store_true", help="of a chat, learn the last answer only")
     parser.add_argument("--labels", nargs="+", default=[], help="names of the classes, in order (default: those there)")
+    parser.add_argument(
+        "--problem", choices=PROBLEMS, default="single_label", help="of --format classification (default: %(default)s)"
+    )
     parser.add_argument("--bad-rows", type=at_least(0), default=0, metavar="N", help="rows that may be left out")
     args = parser.parse_args()
     for_text = args.append_eod or args.exact or args.shard or args.json_keys != ["text"] or args.prepend_bos is not None
@@ -77,7 +80,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = Console(stderr=True)
     if args.format:
-        settings = Settings(args.format, args.tokenizer, args.last_only, tuple(args.labels))
+        settings = Settings(args.format, args.tokenizer, args.last_only, tuple(args.labels), args.problem)
         result = preprocess_rows(args.input, args.output_prefix, settings, args.workers, args.bad_rows, console)
         print(result)
         return 0

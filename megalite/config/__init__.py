@@ -12,6 +12,7 @@ from megalite.config.optimizer import (
 )
 from megalite.config.schema import (
     MOST_LAYERS,
+    NUM_LABELS,
     BatchRampConfig,
     CheckpointConfig,
     Config,
@@ -42,6 +43,7 @@ __all__ = [
     "BY_COUNTS",
     "EMA",
     "MOST_LAYERS",
+    "NUM_LABELS",
     "BatchRampConfig",
     "CheckpointConfig",
     "Choice",

@@ -61,6 +61,10 @@ class RunConfig(Section):
         return self.dir / self.name
 
 
+NUM_LABELS = {"single_label": (2, 2**16 - 2), "multi_label": (1, 62), "regression": (1, 1)}
+"""How few and how many labels each `model.problem` has. A set of classes is the bits of one label."""
+
+
 class ModelConfig(Section):
     """Settings that every family shares. Each file in `models/` adds the fields of its own family. Names in capitals
     and properties are not settings but belong to the family."""
@@ -84,6 +88,11 @@ class ModelConfig(Section):
         "classification: a text's class; labels: that of each token.",
     )
     labels: tuple[str, ...] = Field((), description="Names of the classes, for task: classification or labels.")
+    problem: Literal["single_label", "multi_label", "regression"] = Field(
+        "single_label",
+        description="What task: classification tells of a text. single_label: one of the classes; multi_label: any "
+        "number of them; regression: a number, whose name is the one of `labels`.",
+    )
 
     PREDICTS: ClassVar[Literal["causal", "masked"]] = "causal"
     """The task of the family's own head, which predicts tokens."""
@@ -103,6 +112,18 @@ class ModelConfig(Section):
     def has_classes(self) -> bool:
         """Return whether the head predicts classes, and no tokens."""
         return self.task in ("classification", "labels")
+
+    @property
+    def has_token_types(self) -> bool:
+        """Return whether tokens of a second text are embedded as of another type than those of a first."""
+        return False
+
+    @property
+    def highest_label(self) -> int:
+        """Return the largest label in files, plus 1; see `megalite/data/formats.py`."""
+        if self.problem == "regression":
+            return 2**32 - 1
+        return 2 ** len(self.labels) if self.problem == "multi_label" else len(self.labels) or 1
 
     @property
     def bias_rate(self) -> float | None:

@@ -109,6 +109,8 @@ def check_labelled(config: Config) -> None:
             raise DataError(
                 f"{source.path} has the classes {note['labels']}, but model.labels = {list(config.model.labels)}"
             )
+        if has_classes and (problem := note.get("problem", "single_label")) != config.model.problem:
+            raise DataError(f"{source.path} is for model.problem: {problem}, not {config.model.problem}")
         check_mask(IndexedDataset(source.path), note)
 
 
@@ -135,7 +137,7 @@ GOES_WITH = {
 def check_token_files(config: Config) -> None:
     """Check every index and mask of a config completely, as `build_mixtures` does. Raise DataError."""
     for path in dict.fromkeys(source.path for source in (*config.data.train, *config.data.valid, *config.data.test)):
-        IndexedDataset(path).check(len(config.model.labels) or 1)
+        IndexedDataset(path).check(config.model.highest_label)
 
 
 def check_same_everywhere(config: Config, data: Mapping[Split, Mixture | None], mesh: Mesh) -> None:

@@ -3,7 +3,8 @@ answers, texts with a class, words with labels.
 
 Field names are those of TRL, OpenAI, ShareGPT and the `datasets` library. A row becomes one or two texts with values
 over parts of them. A token's value, in PREFIX.mask, is that of the part it lies in: 0 where nothing is learned, 1 where
-the token itself is learned, 1 + number of the class where that is."""
+the token itself is learned, 1 + number of the class where that is; of a text with several classes 1 + their set as
+bits, of a number 1 + the bits of its fp32."""
 
 from __future__ import annotations
 
@@ -40,15 +41,19 @@ Format = Literal["chat", "completion", "preference", "classification", "labels"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 CLASSES = ("classification", "labels")
 """Formats whose tokens have classes."""
-LABEL_FIELDS = {"classification": ("label", "labels"), "labels": ("labels", "ner_tags", "tags")}
+Problem = Literal["single_label", "multi_label", "regression"]
+PROBLEMS: tuple[Problem, ...] = get_args(Problem)
+LABEL_FIELDS = {"classification": ("label", "labels", "score"), "labels": ("labels", "ner_tags", "tags")}
 CHATS = ("messages", "conversations", "conversation")
 OF_CHATS = ("tools", "functions", "system", "system_prompt", "chat_template_kwargs")
 OPENAI_PAIR = ("input", "preferred_output", "non_preferred_output")
+FIRST_TEXTS = ("text", "sentence", "sentence1", "premise")
+SECOND_TEXTS = ("text_pair", "sentence2", "hypothesis")
 FIELDS: Mapping[Format, tuple[str, ...]] = {
     "chat": (*CHATS, *OF_CHATS),
     "completion": ("prompt", "completion", *OF_CHATS),
     "preference": ("prompt", "messages", "chosen", "rejected", *OPENAI_PAIR, *OF_CHATS),
-    "classification": ("text", "sentence", *LABEL_FIELDS["classification"]),
+    "classification": (*FIRST_TEXTS, *SECOND_TEXTS, *LABEL_FIELDS["classification"]),
     "labels": ("tokens", "words", *LABEL_FIELDS["labels"]),
 }
 REFUSED = {
@@ -76,6 +81,8 @@ class Settings:
     """Learn only the last answer of a chat."""
     labels: tuple[str, ...] = ()
     """Names of the classes."""
+    problem: Problem = "single_label"
+    """What is told of a text: one class, any number of them, or a number."""
 
 
 class Encoded(NamedTuple):
@@ -139,6 +146,9 @@ class Encoder:
             ids, values = self._contents.token_values(text)
         else:
             ids, values = token_values(self.tokenizer, text)
+        if text.pair:
+            behind = [*self.tokenizer.between_ids, *self.tokenizer.encode(text.pair)]
+            ids, values = [*ids, *behind], np.pad(values, (0, len(behind)), mode="edge")
         if text.add_begin:
             begin = self.tokenizer.begin_ids
             end = self.tokenizer.end_ids if self._settings.format in CLASSES else []
@@ -151,7 +161,7 @@ class Encoder:
         if text.add_end and ids[-1:] != [self.tokenizer.eod_id]:
             assert self.tokenizer.eod_id is not None
             ids, values = [*ids, self.tokenizer.eod_id], np.append(values, 1)
-        return Encoded(ids, values, len(text.text.encode()))
+        return Encoded(ids, values, len(text.text.encode()) + len(text.pair.encode()))
 
     def _check_fields(self, row: Values) -> None:
         """Raise ValueError for a field that is refused or looks misspelt. Other unknown fields are counted, and so are
@@ -211,11 +221,27 @@ class Encoder:
         return texts
 
     def _classification(self, row: Values) -> list[Text]:
-        """Return a text whose tokens all have the value of its class."""
-        text = _text(row, _first(row, "text", "sentence"))
-        label = self._number(row[_first(row, *LABEL_FIELDS["classification"])])
+        """Return a text, or two, whose tokens all have the value of its class."""
+        text = _text(row, _first(row, *FIRST_TEXTS))
+        second = next((name for name in SECOND_TEXTS if row.get(name) is not None), None)
+        pair = _text(row, _first(row, *SECOND_TEXTS)) if second else ""
+        value = self._value(row[_first(row, *LABEL_FIELDS["classification"])])
         # On every token, so that a truncated text keeps its class; the model predicts it at one of them.
-        return [Text(text, [Part(0, len(text), 1 + label)], add_begin=True)]
+        return [Text(text, [Part(0, len(text), 1 + value)], add_begin=True, pair=pair)]
+
+    def _value(self, label: Any) -> int:
+        """Return the class of a text as a number, its classes as bits, or the bits of its number."""
+        problem = self._settings.problem
+        if problem == "single_label":
+            return self._number(label)
+        if problem == "multi_label":
+            if not isinstance(label, list):
+                raise ValueError(f"{label!r:.50} is no list of labels, which --problem multi_label takes")
+            return sum(1 << number for number in {self._number(each) for each in label})
+        largest = float(np.finfo(np.float32).max)
+        if isinstance(label, bool) or not isinstance(label, int | float) or not abs(label) <= largest:
+            raise ValueError(f"{label!r:.50} is no number, which --problem regression takes")
+        return int(np.float32(label).view(np.uint32))
 
     def _labels(self, row: Values) -> list[Text]:
         """Return the words joined by spaces, the first token of each with its label. The label -100 means none."""
@@ -326,7 +352,7 @@ def text_tokenizer(path: str) -> HuggingFaceTokenizer:
 def labels_in(row: Values, format: Format) -> list[Any]:
     """Return the labels that a row names. Raise ValueError if it has none."""
     labels = row[_first(row, *LABEL_FIELDS[format])]
-    if format == "classification":
+    if format == "classification" and not isinstance(labels, list):
         labels = [labels]
     elif not isinstance(labels, list):
         raise ValueError("the labels must be a list, one for each word")

@@ -6,8 +6,8 @@ D - 1 documents (a document is one or more sequences; megalite and Megatron's ow
     0   magic `MMIDIDX\\0\\0`, u64 version = 1, u8 dtype code, u64 N, u64 D
     34  N x i32 lengths (tokens), N x i64 pointers (bytes into .bin), D x i64 first sequence of each document, then N
 
-Labelled data has one file more, which Megatron-LM does not know: PREFIX.mask, a u8 or u16 for each token. 0: nothing is
-learned from it; else 1, or, where tokens or texts have classes, 1 + the number of the class.
+Labelled data has one file more, which Megatron-LM does not know: PREFIX.mask, a u8, u16 or i64 for each token. 0:
+nothing is learned from it; else 1, or, where tokens or texts have classes, 1 + the number of the class.
 """
 
 from __future__ import annotations
@@ -74,6 +74,10 @@ def read_note(prefix: str) -> dict[str, Any]:
     return note
 
 
+MASKS = ("u1", "<u2", "<i8")
+"""Dtypes that a mask may have."""
+
+
 class IndexedDataset:
     """Maps the pair PREFIX.bin, PREFIX.idx into memory: opening costs the same for a thousand tokens and a trillion.
 
@@ -121,12 +125,13 @@ class IndexedDataset:
         if not path.is_file():
             return None
         size = path.stat().st_size
-        if size not in (self.num_tokens, 2 * self.num_tokens):
+        dtype = next((dtype for dtype in MASKS if size == np.dtype(dtype).itemsize * self.num_tokens), None)
+        if dtype is None:
             raise DataError(
-                f"{name} is {size} bytes long, which is not 1 or 2 for each of {self.num_tokens} tokens; it does not "
-                "belong to the .bin beside it: write or copy all of them again"
+                f"{name} is {size} bytes long, which is not 1, 2 or 8 for each of {self.num_tokens} tokens; it does "
+                "not belong to the .bin beside it: write or copy all of them again"
             )
-        return np.memmap(path, "u1" if size == self.num_tokens else "<u2", "r")
+        return np.memmap(path, dtype, "r")
 
     def _read_header(self) -> int:
         """Read the header, set `dtype` and `num_sequences`, and return the number of document indices. Raise

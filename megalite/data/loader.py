@@ -29,6 +29,7 @@ class MicroBatch:
     labels: torch.Tensor  # [B, T] int64, the token that follows each; IGNORE where none is to be predicted
     samples: torch.Tensor  # [B] int64, index of each sample in the whole run, over all ranks
     documents: torch.Tensor | None = None  # [B, T] int64, document of each token in its sample; None: not kept apart
+    types: torch.Tensor | None = None  # [B, T] int64, type of each token; None: all are 0
 
     def to(self, device: torch.device) -> MicroBatch:
         """Copy to `device`. The host does not wait for pinned tensors."""
@@ -43,19 +44,20 @@ class MicroBatch:
         rows = self.tokens.shape[1] // length
         if rows == 1:
             return self
-        documents = None if self.documents is None else self.documents.reshape(-1, length)
+        documents, types = (None if x is None else x.reshape(-1, length) for x in (self.documents, self.types))
         return MicroBatch(
             self.tokens.reshape(-1, length),
             self.labels.reshape(-1, length),
             # Rows of one batch have numbers of their own, by which their dropout differs.
             (self.samples[:, None] * rows + torch.arange(rows)).flatten(),
             None if documents is None else documents - documents[:, :1],
+            types,
         )
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
         """Apply `change` to every tensor."""
-        documents = None if self.documents is None else change(self.documents)
-        return MicroBatch(change(self.tokens), change(self.labels), change(self.samples), documents)
+        documents, types = (None if x is None else change(x) for x in (self.documents, self.types))
+        return MicroBatch(change(self.tokens), change(self.labels), change(self.samples), documents, types)
 
 
 Span = tuple[int, int]
@@ -298,15 +300,18 @@ def _read_ahead(
 def _read_step(mixture: Mixture, indices: Int64s, vocab_size: int | None) -> list[MicroBatch]:
     """Read the samples `indices`, [micro-batches, B], and return them as micro-batches."""
     found = mixture.read(indices.ravel())
-    tensors = [torch.from_numpy(x).view(*indices.shape, -1) for x in found if x is not None]
+    arrays = (*found, mixture.types(found))
+    tensors = [torch.from_numpy(x).view(*indices.shape, -1) for x in arrays if x is not None]
     if vocab_size is not None:
         # Labels are tokens shifted by one: only the last of each row is not among the tokens
         # checked.
-        last_label = np.where(found.labels[:, -1:] == IGNORE, 0, found.labels[:, -1:])
         _check_ids(mixture, indices.ravel(), found.tokens, vocab_size)
-        _check_ids(mixture, indices.ravel(), last_label, vocab_size)
+        if mixture.view.labels == "next":
+            last_label = np.where(found.labels[:, -1:] == IGNORE, 0, found.labels[:, -1:])
+            _check_ids(mixture, indices.ravel(), last_label, vocab_size)
     parts = zip(*tensors, torch.from_numpy(indices), strict=True)
-    return [MicroBatch(tokens, labels, samples, *documents) for tokens, labels, *documents, samples in parts]
+    # Types are told only of documents that are kept apart.
+    return [MicroBatch(tokens, labels, samples, *others) for tokens, labels, *others, samples in parts]
 
 
 def _check_ids(mixture: Mixture, indices: Int64s, tokens: Int64s, vocab_size: int) -> None:

@@ -74,6 +74,8 @@ class View(NamedTuple):
     """At which token."""
     corruption: Corruption | None = None
     """Makes inputs and labels instead."""
+    separator: int | None = None
+    """Token behind the first text of a document, after which its tokens are of type 1. None: types are not told."""
 
 
 PLAIN = View()
@@ -111,6 +113,12 @@ class Mixture:
         run."""
         index = np.asarray(indices, np.int64)
         return self._view(self._windows(index), index)
+
+    def types(self, samples: Samples) -> Int64s | None:
+        """Return the type of each token, [n, L]: 1 in the second text of a document, else 0. None: not told."""
+        if self.view.separator is None or samples.documents is None:
+            return None
+        return _types(samples.tokens, samples.documents, self.view.separator)
 
     def _view(self, windows: Windows, index: Int64s) -> Samples:
         """Turn raw windows into the tokens and labels that the model sees."""
@@ -261,12 +269,21 @@ def _classes(view: View, documents: Int64s | None, filled: Int64s, mask: Int64s 
     return np.where(has_class, mask[:, :-1] - 1, IGNORE)
 
 
+def _types(tokens: Int64s, documents: Int64s, separator: int) -> Int64s:
+    """Return 1 for tokens behind the first `separator` of their document, else 0: [n, L]."""
+    is_separator = tokens == separator
+    before = is_separator.cumsum(1) - is_separator
+    begins = np.concatenate([np.ones_like(is_separator[:, :1]), documents[:, 1:] != documents[:, :-1]], 1)
+    at_begin = np.maximum.accumulate(np.where(begins, before, 0), 1)
+    return (before > at_begin).astype(np.int64)
+
+
 def build_mixtures(config: Config, tokenizer: Tokenizer | None = None) -> dict[Split, Mixture | None]:
     """Return the mixtures "train", "valid" and "test" of `config`; None for a split without data.
 
-    `tokenizer`, the config's, is needed only for `data.fim`. Validation and test are read in sequential order, and so
-    always begin with the same samples. Raise DataError, naming the setting, if a source cannot be read or has too few
-    tokens."""
+    `tokenizer`, the config's, is needed only for `data.fim` and for types of tokens. Validation and test are read in
+    sequential order, and so always begin with the same samples. Raise DataError, naming the setting, if a source cannot
+    be read or has too few tokens."""
     opened: dict[str, IndexedDataset] = {}
     return {which: _build_mixture(config, which, opened, tokenizer) for which in SPLITS}
 
@@ -289,7 +306,7 @@ def _build_mixture(
     for number, item in enumerate(wanted):
         if item.path not in opened:
             opened[item.path] = IndexedDataset(item.path)
-            opened[item.path].check(len(config.model.labels) or 1)
+            opened[item.path].check(config.model.highest_label)
         try:
             sources.append(_cut(opened[item.path], config, which, sizes[number]))
         except DataError as error:
@@ -309,7 +326,8 @@ def _build_mixture(
     if fim and any(source.dataset.mask is not None for source in sources):
         raise DataError("data.fim turns texts around, which labelled data cannot be; leave one of them out")
     model, corruption = config.model, config.objective.corruption(config, tokenizer, which)
-    view = View(data.document_mask, data.border_loss, fim, LABELS[model.task], model.CLASS_AT, corruption)
+    separator = tokenizer.eod_id if tokenizer and model.has_classes and model.has_token_types else None
+    view = View(data.document_mask, data.border_loss, fim, LABELS[model.task], model.CLASS_AT, corruption, separator)
     mixture = Mixture(sources, names, order, view)
     _check_learned(mixture, config, which)
     return mixture

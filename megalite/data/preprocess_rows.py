@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.console import Console
 
+from megalite.config import NUM_LABELS
 from megalite.data.documents import Report
 from megalite.data.formats import CLASSES, LABEL_FIELDS, Encoder, Settings, labels_in
-from megalite.data.indexed import IndexedWriter, token_dtype
+from megalite.data.indexed import MASKS, IndexedWriter, token_dtype
 from megalite.data.metadata import Preprocessed, check_inputs
 from megalite.data.preprocess import Meter, in_order, start_tokenizing
 from megalite.data.rows import Row, class_names, excerpt, list_rows, read_rows
@@ -64,12 +65,11 @@ def preprocess_rows(
     check_inputs(prefix, files)
     if twice := next((name for name in settings.labels if settings.labels.count(name) > 1), None):
         raise DataError(f"--labels names {twice!r} twice")
-    if settings.format in CLASSES and not settings.labels:
-        settings = replace(settings, labels=_labels_of(files, settings))
+    settings = _with_labels(files, settings)
     encoder = _opened(settings)
     tokenizer = encoder.tokenizer
     dtype = token_dtype(tokenizer.vocab_size)
-    mask_dtype = np.dtype("u1" if len(settings.labels) < 255 else "<u2")
+    mask_dtype = _mask_dtype(settings)
     bad: list[tuple[Row, str]] = []
     seen: Counter[str] = Counter()
     num_learned = text_bytes = 0
@@ -104,6 +104,29 @@ def preprocess_rows(
     return result
 
 
+def _with_labels(files: Mapping[str, int], settings: Settings) -> Settings:
+    """Return the settings with the names of the classes, or of the number. Raise DataError for a problem that the
+    format or the labels do not go with."""
+    if settings.problem != "single_label" and settings.format != "classification":
+        raise DataError(f"--problem {settings.problem} is for --format classification, not {settings.format}")
+    labels = settings.labels
+    if settings.problem == "regression":
+        labels = labels or ("score",)
+    elif settings.format in CLASSES and not labels:
+        labels = _labels_of(files, settings)
+    least, most = NUM_LABELS[settings.problem]
+    if settings.problem != "single_label" and not least <= len(labels) <= most:
+        raise DataError(f"--problem {settings.problem} takes {least} to {most} labels, not {len(labels)}")
+    return replace(settings, labels=labels)
+
+
+def _mask_dtype(settings: Settings) -> np.dtype:
+    """Return the dtype that holds the values of tokens."""
+    count = len(settings.labels)
+    highest = {"single_label": count, "multi_label": 2**count, "regression": 2**32}[settings.problem]
+    return next(dtype for dtype in map(np.dtype, MASKS) if highest <= np.iinfo(dtype).max)
+
+
 def _facts_of(settings: Settings, tokenizer: Tokenizer) -> dict[str, Any]:
     """Return what a note beside token files says of how rows were encoded."""
     return {
@@ -114,6 +137,7 @@ def _facts_of(settings: Settings, tokenizer: Tokenizer) -> dict[str, Any]:
         "format": settings.format,
         "last_only": settings.last_only,
         "labels": list(settings.labels),
+        "problem": settings.problem,
     }
 
 

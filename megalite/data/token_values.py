@@ -41,6 +41,8 @@ class Text(NamedTuple):
     may_split: bool = False
     """No token may reach across the beginning of a part, so that the text before it has the same ids as alone. A chat
     has the ids of the whole text instead, as in transformers."""
+    pair: str = ""
+    """A second text behind it, with the same value."""
     literal: Sequence[range] | None = None
     """Ranges of control tokens, ascending, that were not written by the chat template and are text. None if no template
     wrote the text."""

@@ -94,6 +94,11 @@ class Tokenizer(ABC):
         return []
 
     @property
+    def between_ids(self) -> list[int]:
+        """Return the ids that the tokenizer puts between two texts."""
+        return []
+
+    @property
     def special_ids(self) -> frozenset[int]:
         """Return the ids of special tokens, which stand for no text."""
         return frozenset()
@@ -209,6 +214,12 @@ class HuggingFaceTokenizer(Tokenizer):
     def end_ids(self) -> list[int]:
         """Return the ids that the tokenizer ends every text with, unless a model is to go on with it."""
         return self._tokenizer.encode("a").ids[len(self.encode_prompt("a")) :]
+
+    @cached_property
+    def between_ids(self) -> list[int]:
+        """Return the ids that the tokenizer puts between two texts."""
+        first, ids = self.encode("a"), self._tokenizer.encode("a", "a").ids
+        return ids[len(self.begin_ids) + len(first) : len(ids) - len(first) - len(self.end_ids)]
 
     def encode_with_offsets(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
         """Return for each text its ids, without added special tokens, and the characters [start, stop) of each."""

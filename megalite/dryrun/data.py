@@ -88,7 +88,7 @@ def write_tokens(prefix: Path, config: Config) -> None:
     if kind != "text":
         note["format"] = kind
     if config.model.labels:
-        note["labels"] = list(config.model.labels)
+        note |= {"labels": list(config.model.labels), "problem": config.model.problem}
     Path(f"{prefix}.json").write_text(json.dumps(note))
 
 

@@ -46,7 +46,9 @@ class HeadNames(NamedTuple):
 class BertConfig(ModelConfig):
     family: Literal["bert"] = "bert"
     intermediate_size: int = Field(0, ge=0, description="Width of the MLP. 0: 4 × hidden_size.")
-    token_types: int = Field(2, gt=0, description="Rows of the embedding of a token's type; all tokens are of type 0.")
+    token_types: int = Field(
+        2, gt=0, description="Rows of the embedding of a token's type: 1 in the second of two texts, else 0."
+    )
     norm_eps: float = Field(1e-12, gt=0)
     tie_embeddings: Literal[True] = True
     tanh_gelu: bool = Field(False, description="Use GELU's tanh approximation.")
@@ -82,6 +84,10 @@ class BertConfig(ModelConfig):
                 f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads {self.num_attention_heads}"
             )
         return self
+
+    @property
+    def has_token_types(self) -> bool:
+        return self.token_types > 1
 
     @property
     def inner_size(self) -> int:
@@ -187,7 +193,8 @@ class Bert(Decoder):
     def embed(self, tokens_BT: Tensor, places: SequenceInfo) -> Tensor:
         position_BT = places.position_BT + self.config.OFFSET
         # position_BT has the shape and device that the types need: all of type 0.
-        x_BTD = self.embedding(tokens_BT) + self.positions(position_BT) + self.token_types(position_BT * 0)
+        type_BT = position_BT * 0 if places.type_BT is None else places.type_BT
+        x_BTD = self.embedding(tokens_BT) + self.positions(position_BT) + self.token_types(type_BT)
         return self.dropout(self.embedding_norm(x_BTD), places)
 
     def shared(self, places: SequenceInfo, dtype: torch.dtype) -> SequenceInfo:

@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 
 import torch.nn as nn
 
-from megalite.config import ModelConfig
+from megalite.config import NUM_LABELS, ModelConfig
 from megalite.errors import ConfigError
 from megalite.models.hf import disagree, require
-from megalite.models.layers import Decoder
+from megalite.models.layers import Decoder, SetLoss, SquaredLoss
 from megalite.models.weights import Weight
 from megalite.registry import families
+from megalite.utils.outside import shown
 
 
 class HeadNames(NamedTuple):
@@ -44,6 +45,13 @@ NAMES = {
 }  # fmt: skip
 """By family, those that can have such a head."""
 KINDS = {"classification": "ForSequenceClassification", "labels": "ForTokenClassification"}
+PROBLEMS = {
+    "single_label": "single_label_classification",
+    "multi_label": "multi_label_classification",
+    "regression": "regression",
+}
+"""transformers' names of what a text's head tells."""
+LOSSES = {"multi_label": SetLoss, "regression": SquaredLoss}
 
 
 def check_head(config: ModelConfig) -> None:
@@ -51,6 +59,8 @@ def check_head(config: ModelConfig) -> None:
     if config.task == config.PREDICTS:
         if config.labels:
             raise ConfigError(f"model.labels = {list(config.labels)} need model.task: classification or labels")
+        if config.problem != "single_label":
+            raise ConfigError(f"model.problem = {config.problem!r} needs model.task: classification")
         return
     if not config.has_classes:
         raise ConfigError(
@@ -61,8 +71,12 @@ def check_head(config: ModelConfig) -> None:
         raise ConfigError(
             f"model.task = {config.task!r} is not known for the {config.family} family; it is for {', '.join(NAMES)}"
         )
-    if len(set(config.labels)) != len(config.labels) or len(config.labels) < 2:
-        raise ConfigError(f"model.labels = {list(config.labels)}: give two or more different names of classes")
+    if config.problem != "single_label" and config.task != "classification":
+        raise ConfigError(f"model.problem = {config.problem!r} needs model.task: classification, not {config.task}")
+    least, most = NUM_LABELS[config.problem]
+    if len(set(config.labels)) != len(config.labels) or not least <= len(config.labels) <= most:
+        wanted = "one name, that of the number" if most == 1 else f"{least} to {most:,} different names of classes"
+        raise ConfigError(f"model.labels = {list(config.labels)}: model.problem: {config.problem} takes {wanted}")
 
 
 def head_rows(config: ModelConfig, rows: Iterable[Weight]) -> tuple[Weight, ...]:
@@ -90,6 +104,8 @@ def put_on(model: Decoder, config: ModelConfig) -> Decoder:
     """Give the model the head that its task needs."""
     if config.has_classes:
         model.head = nn.Linear(config.hidden_size, len(config.labels), bias=has_bias(config))
+        if config.problem != "single_label":
+            model.loss = LOSSES[config.problem](len(config.labels))
     return model
 
 
@@ -127,7 +143,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         "architectures": [NAMES[config.family].stem + KINDS[config.task]],
         "id2label": {str(number): name for number, name in enumerate(config.labels)},
         "label2id": {name: number for number, name in enumerate(config.labels)},
-        "problem_type": "single_label_classification" if config.task == "classification" else None,
+        "problem_type": PROBLEMS[config.problem] if config.task == "classification" else None,
         "classifier_dropout": 0.0,
     }
 
@@ -137,10 +153,20 @@ def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
     architecture = str((hf.get("architectures") or [""])[0])
     for task, kind in KINDS.items():
         if architecture.endswith(kind):
-            require(hf, str(hf.get("model_type")), {"problem_type": "single_label_classification"})
             # The architecture's name alone says what a folder's head is for; id2label is in many
             # configs.
-            return {"task": task, "labels": _labels(hf)}
+            if task == "labels":
+                require(hf, str(hf.get("model_type")), {"problem_type": PROBLEMS["single_label"]})
+                return {"task": task, "labels": _labels(hf)}
+            labels = _labels(hf)
+            # As transformers takes it where it is left out.
+            stored = hf.get("problem_type") or PROBLEMS["regression" if len(labels) == 1 else "single_label"]
+            problem = next((ours for ours, theirs in PROBLEMS.items() if theirs == stored), None)
+            if problem is None:
+                raise ConfigError(
+                    f"config.json has problem_type = {shown(stored)}, none of {', '.join(PROBLEMS.values())}"
+                )
+            return {"task": task, "labels": labels, "problem": problem}
     return {}
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
 from megalite.kernels.attention import (
@@ -48,6 +49,8 @@ class SequenceInfo:
 
     whole_document_BT: Tensor | None = None
     """`document_BT` of the whole sequence, where only a part of it is at hand."""
+    type_BT: Tensor | None = None
+    """Types of the tokens, int64: 1 in the second text of a document. None: all are 0."""
     overlaps: tuple[tuple[bool, bool], ...] | None = None
     """For each rank that has a part of the sequence, whether a document goes on from one of its parts to one of this
     rank's: in the front half of the sequence, and in the back half. None: not known."""
@@ -243,6 +246,56 @@ class CrossEntropy(nn.Module):
 
     def forward(self, logits: Tensor, labels_BT: Tensor, terms: LossTerms | None = None) -> Tensor:
         return cross_entropy(logits, labels_BT, terms=terms)
+
+
+class ColumnLoss(nn.Module):
+    """Base of losses that are a mean over the columns of the logits, each by itself; 0 where the label is `IGNORE`.
+
+    Tensor parallelism cuts the columns, and then sets `columns` and `over_ranks`."""
+
+    def __init__(self, num_columns: int):
+        super().__init__()
+        self.num_columns = num_columns
+        self.columns: Callable[[int], tuple[int, int]] = lambda width: (0, width)
+        """(columns of the logits at hand) → number of the first of them, and how many are not padding."""
+        self.over_ranks: Callable[[Tensor], Tensor] = lambda x_BT: x_BT
+        """Sums over the ranks that have other columns."""
+
+    def forward(self, logits: Tensor, labels_BT: Tensor, terms: LossTerms | None = None) -> Tensor:
+        first, count = self.columns(logits.shape[-1])
+        is_here_BT = labels_BT != IGNORE
+        losses_BTC = self.each(logits[..., :count].float(), labels_BT.masked_fill(~is_here_BT, 0), first)
+        return self.over_ranks(losses_BTC.sum(-1)).masked_fill(~is_here_BT, 0.0) / self.num_columns
+
+    def each(self, logits_BTC: Tensor, labels_BT: Tensor, first: int) -> Tensor:
+        """Return the loss of each column, [B,T,C]; `first` is the number of the first."""
+        raise NotImplementedError
+
+
+class SetLoss(ColumnLoss):
+    """Binary cross-entropy of whether a text has each class. A label is the set of its classes, as bits."""
+
+    def each(self, logits_BTC: Tensor, labels_BT: Tensor, first: int) -> Tensor:
+        has_BTC = in_set(labels_BT, first, logits_BTC.shape[-1]).float()
+        return F.binary_cross_entropy_with_logits(logits_BTC, has_BTC, reduction="none")
+
+
+class SquaredLoss(ColumnLoss):
+    """Squared error of a number. A label is the bits of its fp32."""
+
+    def each(self, logits_BTC: Tensor, labels_BT: Tensor, first: int) -> Tensor:
+        return (logits_BTC - numbers_of(labels_BT)[..., None]).square()
+
+
+def in_set(labels_BT: Tensor, first: int, count: int) -> Tensor:
+    """Return whether the set that is a label has each of `count` classes from `first` on: [B,T,count] bool."""
+    number_C = torch.arange(first, first + count, device=labels_BT.device)
+    return (labels_BT[..., None] >> number_C & 1).bool()
+
+
+def numbers_of(labels_BT: Tensor) -> Tensor:
+    """Return the numbers whose fp32 bits are labels: [B,T]."""
+    return labels_BT.to(torch.int32).view(torch.float32)
 
 
 class AttentionStrategy(Protocol):

@@ -18,7 +18,9 @@ PADDING = 1
 
 class RobertaConfig(BertConfig):
     family: Literal["roberta"] = "roberta"  # type: ignore[assignment]
-    token_types: int = Field(1, gt=0, description="Rows of the embedding of a token's type; all tokens are of type 0.")
+    token_types: int = Field(
+        1, gt=0, description="Rows of the embedding of a token's type: 1 in the second of two texts, else 0."
+    )
     norm_eps: float = Field(1e-5, gt=0)
 
     PREFIX: ClassVar[str] = "roberta"

@@ -25,7 +25,7 @@ from megalite.kernels.linear import WeightGradStore
 from megalite.models.experts import Experts, GroupedLinear
 from megalite.models.latent import LatentAttention
 from megalite.models.layer_loss import LayerLoss
-from megalite.models.layers import CoreAttention, CrossEntropy, Dropout, RMSNorm
+from megalite.models.layers import ColumnLoss, CoreAttention, CrossEntropy, Dropout, RMSNorm
 from megalite.models.lora import AdapterDropout, LoraLinear
 from megalite.models.weights import Weight
 from megalite.parallel.context import RingAttention
@@ -40,6 +40,7 @@ from megalite.parallel.tensor import (
     VocabParallelEmbedding,
     enter,
     leave,
+    vocab_columns,
 )
 from megalite.parallel.ulysses import UlyssesAttention
 from megalite.plan import Plan
@@ -231,6 +232,13 @@ def _(norm: RMSNorm, layout: Layout) -> nn.Module | None:
 @rule(CrossEntropy)
 def _(loss: CrossEntropy, layout: Layout) -> nn.Module | None:
     return VocabParallelCrossEntropy(layout.tensor, layout.vocab_size) if layout.tensor.size > 1 else None
+
+
+@rule(ColumnLoss)
+def _(loss: ColumnLoss, layout: Layout) -> None:
+    if layout.tensor.size > 1:
+        loss.columns = partial(vocab_columns, axis=layout.tensor, vocab_size=layout.vocab_size)
+        loss.over_ranks = partial(leave, axis=layout.tensor, sequence=False)
 
 
 @rule(Dropout)

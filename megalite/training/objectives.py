@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from megalite.comm.collectives import all_reduce
+from megalite.comm.collectives import all_gather, all_reduce
 from megalite.comm.mesh import Axis, Mesh
 from megalite.config import Config, ObjectiveConfig
 from megalite.data.dataset import Split
 from megalite.data.loader import MicroBatch
 from megalite.data.mixture import Mixture
 from megalite.kernels.loss import LossTerms
-from megalite.models.layers import IGNORE
+from megalite.models.layers import IGNORE, SetLoss, SquaredLoss, in_set, numbers_of
 from megalite.parallel.outputs import VocabShards
 from megalite.parallel.stage import Inputs, Output, Pairs
 
@@ -98,7 +98,18 @@ class NextTokenConfig(ObjectiveConfig):
         terms = None
         if self.z_loss or self.label_smoothing:
             terms = LossTerms(self.z_loss, self.label_smoothing, len(labels) or config.model.vocab_size)
+        if config.model.problem == "multi_label":
+            return ClassSets(len(labels))
+        if config.model.problem == "regression":
+            return Numbers(mesh)
         return Classes(len(labels), terms) if config.model.has_classes else NextToken(terms)
+
+    def check(self, config: Config) -> None:
+        if config.model.problem != "single_label" and (self.z_loss or self.label_smoothing):
+            raise ValueError(
+                f"objective.z_loss and .label_smoothing are of cross-entropy, which model.problem: "
+                f"{config.model.problem} does not have"
+            )
 
 
 class Classes(NextToken):
@@ -133,14 +144,105 @@ class Classes(NextToken):
         # Counts add up over rows, ranks and batches; F1 does not, so it is computed from them at
         # last.
         there, told, right = judged.double().view(3, -1)
-        occurs = there + told > 0
-        means = {
-            "f1": 2 * right / (there + told).clamp(min=1),
-            "precision": right / told.clamp(min=1),
-            "recall": right / there.clamp(min=1),
-        }
         accuracy = {"accuracy": (right.sum() / there.sum().clamp(min=1)).item()}
-        return accuracy | {name: of_class[occurs].mean().item() for name, of_class in means.items()}
+        return accuracy | means_over_classes(there, told, right) | {"matthews": matthews(there, told, right)}
+
+
+def means_over_classes(there: Tensor, told: Tensor, right: Tensor) -> dict[str, float]:
+    """Return F1, precision and recall as means over the classes that occur or are told, from how often each class [C]
+    occurs, is told, and is told rightly."""
+    occurs = there + told > 0
+    means = {
+        "f1": 2 * right / (there + told).clamp(min=1),
+        "precision": right / told.clamp(min=1),
+        "recall": right / there.clamp(min=1),
+    }
+    return {name: of_class[occurs].mean().item() for name, of_class in means.items()}
+
+
+def matthews(there: Tensor, told: Tensor, right: Tensor) -> float:
+    """Return Matthews' correlation coefficient of any number of classes (Gorodkin 2004), from the same counts as
+    `means_over_classes`. 0 where one class alone occurs, or is told."""
+    count, covariance = there.sum(), right.sum() * there.sum() - (there * told).sum()
+    spread = (count**2 - (told**2).sum()) * (count**2 - (there**2).sum())
+    return (covariance / spread.sqrt()).item() if spread > 0 else 0.0
+
+
+class ClassSets(NextToken):
+    """Binary cross-entropy of each class of texts that may have several. Validation counts as `Classes` does; its
+    `accuracy` is the share of texts all of whose classes are told rightly."""
+
+    judges: Output = "logits"
+
+    def __init__(self, num_classes: int):
+        super().__init__()
+        self.loss, self.num_classes, self.num_judged = SetLoss(num_classes), num_classes, 1 + 3 * num_classes
+
+    def judge(self, out: VocabShards, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        labels_BT, logits_BTC = inputs.labels_BT, out.whole()
+        assert labels_BT is not None
+        is_here_BT1 = (labels_BT != IGNORE)[..., None]
+        there_BTC = in_set(labels_BT.clamp(min=0), 0, self.num_classes) & is_here_BT1
+        told_BTC = (logits_BTC > 0) & is_here_BT1
+        exact_BT1 = (there_BTC == told_BTC).all(2, keepdim=True) & is_here_BT1
+        counts = torch.cat((exact_BT1, there_BTC, told_BTC, there_BTC & told_BTC), 2)
+        return self.loss(logits_BTC, labels_BT).sum(1), counts.sum(1, dtype=torch.float32)
+
+    def summary(self, loss: float, count: float, judged: Tensor) -> dict[str, float]:
+        there, told, right = judged[1:].double().view(3, -1)
+        f1 = 2 * right.sum() / (there + told).sum().clamp(min=1)
+        accuracy = {"accuracy": judged[0].item() / max(count, 1.0), "f1_micro": f1.item()}
+        return accuracy | means_over_classes(there, told, right)
+
+
+class Numbers(NextToken):
+    """Squared error of a number for each text. Validation also tells how what is told correlates with what is there."""
+
+    judges: Output = "logits"
+
+    def __init__(self, mesh: Mesh):
+        super().__init__()
+        self.loss, self.mesh = SquaredLoss(1), mesh
+        self.judged: list[Tensor] = []
+        """Of each micro-batch of a validation, what is there and what is told: [n,2] fp64."""
+
+    def judge(self, out: VocabShards, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        labels_BT, logits_BTC = inputs.labels_BT, out.whole()
+        assert labels_BT is not None
+        is_here_BT = labels_BT != IGNORE
+        if self.mesh.tensor.rank == 0:  # the others have the same
+            told = logits_BTC[..., 0][is_here_BT]
+            self.judged.append(torch.stack((numbers_of(labels_BT[is_here_BT]), told), 1).double())
+        return self.loss(logits_BTC, labels_BT).sum(1), out.padded_BTV.new_empty(len(labels_BT), 0)
+
+    def summary(self, loss: float, count: float, judged: Tensor) -> dict[str, float]:
+        own = torch.cat((torch.zeros(0, 2, dtype=torch.float64, device=self.mesh.device), *self.judged))
+        self.judged = []
+        there, told = gather_rows(own, self.mesh.world).cpu().unbind(1)
+        return {"pearson": pearson(there, told), "spearman": pearson(ranks_of(there), ranks_of(told))}
+
+
+def gather_rows(own: Tensor, axis: Axis) -> Tensor:
+    """Return the rows [n,…] of all ranks of `axis`, which may have other numbers of them each."""
+    if axis.size == 1:
+        return own
+    counts = all_gather(torch.tensor([len(own)], device=own.device), axis, 0).tolist()
+    padded = F.pad(own, (0, 0, 0, max(counts) - len(own)))
+    pieces = all_gather(padded, axis, 0).chunk(axis.size)
+    return torch.cat([piece[:count] for piece, count in zip(pieces, counts, strict=True)])
+
+
+def pearson(x: Tensor, y: Tensor) -> float:
+    """Return Pearson's correlation coefficient of two series [n]; NaN where one does not vary."""
+    x, y = x - x.mean(), y - y.mean()
+    return ((x * y).sum() / (x.square().sum() * y.square().sum()).sqrt()).item()
+
+
+def ranks_of(x: Tensor) -> Tensor:
+    """Return the rank of each value, from 0; equal ones share the mean of theirs: Spearman's coefficient is Pearson's
+    of these."""
+    _, which, counts = torch.unique(x, return_inverse=True, return_counts=True)
+    return (counts.cumsum(0) - (counts + 1).double() / 2)[which]
 
 
 @dataclass(frozen=True)

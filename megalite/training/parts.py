@@ -192,7 +192,8 @@ def make_inputs(micro: MicroBatch, mesh: Mesh, seed: int | None = None, output: 
     whole_document = micro.documents if context.size > 1 else None
     if micro.documents is not None and document is not None and on_host is not None:
         note_documents(document if context.size == 1 else micro.documents, on_host)
-    places = SequenceInfo(index, position, document, keys, whole, whole_document, overlaps)
+    types = None if micro.types is None else micro.types[:, index]
+    places = SequenceInfo(index, position, document, keys, whole, whole_document, types, overlaps)
     return Inputs(micro.tokens[:, index], places, micro.labels[:, index], output)
 
 

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from megalite.config import Config
+from encoders import write_words
+from megalite.config import Config, ModelConfig
+from megalite.data.formats import Encoder, Settings
 from megalite.data.indexed import IndexedDataset, IndexedWriter
-from megalite.data.mixture import IGNORE, Mixture, build_mixtures
+from megalite.data.mixture import IGNORE, Mixture, _types, build_mixtures
+from megalite.data.preprocess_rows import preprocess_rows
 from megalite.errors import DataError
+from megalite.models.layers import numbers_of
 from megalite.training.objectives import DPOConfig
 from mixtures import config_of
 
@@ -58,6 +65,79 @@ def test_rows_stay_whole_and_only_the_mask_is_learned(tmp_path: Path, packing: s
         # A row that fills its sample has its last token as a label alone.
         assert rows[row + 1] in (list(range(length)), list(range(length - 1)))
     assert int((samples.labels != IGNORE).sum()) == 2 * len(LENGTHS)
+
+
+PROBLEMS: list[tuple[str, int, list[Any], list[int]]] = [
+    ("multi_label", 3, [["a", "c"], [2], []], [0b101, 0b100, 0]),
+    ("multi_label", 9, [["a"], list("abcdefghi"), []], [1, 511, 0]),
+    ("multi_label", 40, [[39], [0, 0], []], [1 << 39, 1, 0]),
+    ("regression", 1, [-1.5, 3, 0.1], [0xBFC00000, 0x40400000, 0x3DCCCCCD]),
+]
+
+
+@pytest.mark.parametrize(("problem", "count", "labels", "wanted"), PROBLEMS)
+def test_sets_and_numbers_are_stored_and_read(
+    problem: Any, count: int, labels: list[Any], wanted: list[int], tmp_path: Path
+) -> None:
+    tokenizer = write_words(tmp_path / "words")
+    rows = [{"text": f"w{7 + n}", "label": label} for n, label in enumerate(labels)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    names = tuple("abcdefghi"[:count] if count < 10 else map(str, range(count)))
+    settings = Settings("classification", str(tokenizer), labels=names, problem=problem)
+    preprocess_rows([str(tmp_path / "rows.jsonl")], tmp_path / "rows", settings)
+    dataset = IndexedDataset(str(tmp_path / "rows"))
+    model = ModelConfig(
+        family="bert", vocab_size=9, hidden_size=8, num_layers=1, num_attention_heads=1, max_positions=9,
+        labels=names, problem=problem,
+    )  # fmt: skip
+    dataset.check(model.highest_label)
+    assert dataset.mask is not None
+    assert dataset.mask.reshape(3, -1).tolist() == [[1 + value] * 3 for value in wanted]
+    if problem == "multi_label":
+        with pytest.raises(DataError, match="has the value"):
+            dataset.check(model.highest_label - 1 - (2**count - 1 - max(wanted)))
+    else:
+        found = torch.tensor([*wanted, IGNORE])
+        assert numbers_of(found[:-1]).tolist() == pytest.approx([-1.5, 3.0, 0.1])
+
+
+@pytest.mark.parametrize(
+    ("problem", "label", "words"),
+    [
+        ("multi_label", "a", "'a' is no list of labels"),
+        ("multi_label", ["a", "z"], "label 'z' is none of the 2"),
+        ("regression", "5", "'5' is no number"),
+        ("regression", True, "True is no number"),
+        ("regression", 1e39, r"1e\+39 is no number"),
+        ("regression", float("nan"), "no field 'label' or 'labels' or 'score'"),
+        ("single_label", ["a"], r"label \['a'\] is none of the 2"),
+    ],
+)
+def test_labels_of_another_problem_are_refused(problem: Any, label: Any, words: str, tmp_path: Path) -> None:
+    labels = ("score",) if problem == "regression" else ("a", "b")
+    encoder = Encoder(Settings("classification", str(write_words(tmp_path)), labels=labels, problem=problem))
+    [found] = encoder.encode([{"text": "w7", "label": label}])
+    assert isinstance(found, str)
+    assert re.search(words, found)
+
+
+def test_two_texts_are_put_together_as_by_the_tokenizer(tmp_path: Path) -> None:
+    encoder = Encoder(Settings("classification", str(write_words(tmp_path)), labels=("a", "b")))
+    for first, second in (("sentence1", "sentence2"), ("text", "text_pair"), ("premise", "hypothesis")):
+        [[found]] = encoder.encode([{first: "w7 w8", second: "w9", "label": 1}])  # type: ignore[misc]
+        assert [*found.ids] == [2, 7, 8, 3, 9, 3]  # type: ignore[union-attr]
+        assert found.values.tolist() == [2] * 6  # type: ignore[union-attr]
+    [found] = encoder.encode([{"text": "w7", "sentence2": " ", "label": 1}])
+    assert found == "'sentence2' must be text that is not empty, not ' '"
+
+
+def test_types_begin_anew_in_each_document() -> None:
+    tokens = np.array([[2, 7, 3, 8, 3, 2, 9, 3, 2, 3, 3], [7, 3, 8, 8, 3, 3, 9, 2, 9, 9, 9]])
+    documents = np.array([[0, 0, 0, 0, 0, 1, 1, 1, 2, 2, 2], [0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2]])
+    assert _types(tokens, documents, 3).tolist() == [
+        [0, 0, 0, 1, 1, 0, 0, 0, 0, 0, 1],
+        [0, 0, 1, 0, 0, 1, 1, 0, 0, 0, 0],
+    ]
 
 
 def test_long_rows_are_refused_or_dealt_with_as_chosen(tmp_path: Path) -> None:
@@ -146,7 +226,7 @@ def test_classes_are_told_at_the_tokens_themselves(
 def test_a_mask_that_does_not_belong_to_its_tokens_is_refused(tmp_path: Path) -> None:
     prefix = write_rows_of(tmp_path / "rows")
     (tmp_path / "rows.mask").write_bytes(b"\1" * 45)
-    with pytest.raises(DataError, match=r"rows.mask is 45 bytes long, which is not 1 or 2 for each of 47 tokens"):
+    with pytest.raises(DataError, match=r"rows.mask is 45 bytes long, which is not 1, 2 or 8 for each of 47 tokens"):
         IndexedDataset(prefix)
     with IndexedWriter(prefix, np.uint16) as writer:  # plain text written over it
         writer.add_document(np.arange(9))

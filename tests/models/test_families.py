@@ -167,8 +167,8 @@ def test_classes_without_names_and_problems_of_other_kinds() -> None:
         "architectures": ["LlamaForSequenceClassification"], "id2label": None
     }  # fmt: skip
     assert from_hf_config(stored)["labels"] == ["LABEL_0", "LABEL_1"] == [*transformers.LlamaConfig().id2label.values()]
-    with pytest.raises(ConfigError, match="problem_type = 'multi_label_classification'; the llama family supports"):
-        from_hf_config(stored | {"problem_type": "multi_label_classification"})
+    with pytest.raises(ConfigError, match="problem_type = 'ranking', none of single_label_classification, "):
+        from_hf_config(stored | {"problem_type": "ranking"})
 
 
 @pytest.mark.parametrize("case", ["llama-3", "mistral", "smollm3", "phi3-long", "gpt_neox", "gemma3_text-linear"])

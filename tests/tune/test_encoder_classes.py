@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from encoders import write_words
 from megalite.config import Config
@@ -19,7 +20,7 @@ from megalite.infer.generate import find_model
 from megalite.train import train
 from ranks import run_ranks
 from small_runs import metrics_of, train_on_rank
-from tiny_models import CASES, auto_class
+from tiny_models import CASES, STILL, auto_class, randomize
 
 transformers = pytest.importorskip("transformers")
 
@@ -66,6 +67,148 @@ def config_of(root: Path, case: str, task: str, *overrides: str) -> Config:
         },
         overrides,
     )  # fmt: skip
+
+
+PROBLEMS: dict[str, dict[str, Any]] = {
+    "multi_label": {"labels": ["low", "middle", "high"]},
+    "regression": {"labels": ["mean"]},
+}
+
+
+@pytest.fixture(scope="module")
+def problems(root: Path) -> Path:
+    """Texts with the thirds that their numbers lie in, and with the mean of these."""
+    draw = random.Random(1)
+    rows: dict[str, list[dict[str, Any]]] = {"multi_label": [], "regression": []}
+    for number in range(160):
+        numbers = [draw.randint(5, 96) for _ in range(draw.randint(1, 4))]
+        text = " ".join(f"w{each}" for each in numbers)
+        thirds = sorted({["low", "middle", "high"][min((each - 5) // 31, 2)] for each in numbers})
+        # Row 7 has no class, which is a set of classes, too.
+        rows["multi_label"].append({"text": text, "labels": thirds if number != 7 else []})
+        rows["regression"].append({"text": text, "score": sum(numbers) / len(numbers) / 25 - 2})
+    for problem, some in rows.items():
+        (root / f"{problem}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+        settings = Settings(
+            "classification", str(root / "words"), labels=tuple(PROBLEMS[problem]["labels"]), problem=problem
+        )  # type: ignore[arg-type]
+        preprocess_rows([str(root / f"{problem}.jsonl")], root / problem, settings)
+    return root
+
+
+def problem_config(root: Path, problem: str, *overrides: str) -> Config:
+    labels = ",".join(PROBLEMS[problem]["labels"])
+    source = f"[{{path: {root / problem}}}]"
+    return config_of(
+        root, "modernbert", "classification", f"run.name={problem}", f"model.problem={problem}",
+        f"model.labels=[{labels}]", f"data.train={source}", f"data.valid={source}", *overrides,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_sets_of_classes_and_numbers_are_learned_and_transformers_tells_the_same(problem: str, problems: Path) -> None:
+    metrics, stats = pytest.importorskip("sklearn.metrics"), pytest.importorskip("scipy.stats")
+    config = problem_config(problems, problem)
+    train(config)
+    last = metrics_of(config)[-1]
+    folder = find_model(config.run.folder)
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    rows = [json.loads(line) for line in (problems / f"{problem}.jsonl").read_text().splitlines()]
+    with torch.no_grad():
+        logits = torch.cat([theirs(**tokenizer(row["text"], return_tensors="pt")).logits for row in rows])
+        if problem == "regression":
+            there = torch.tensor([row["score"] for row in rows])
+            # transformers' own loss of them all.
+            loss = F.mse_loss(logits[:, 0], there).item()
+            wanted = {
+                "pearson": stats.pearsonr(there, logits[:, 0])[0],
+                "spearman": stats.spearmanr(there, logits[:, 0])[0],
+            }
+        else:
+            names = PROBLEMS[problem]["labels"]
+            there = torch.tensor([[float(name in row["labels"]) for name in names] for row in rows])
+            loss = F.binary_cross_entropy_with_logits(logits, there).item()
+            told = (logits > 0).float()
+            wanted = {
+                "accuracy": (told == there).all(1).double().mean().item(),
+                "f1_micro": metrics.f1_score(there, told, average="micro"),
+                "f1": metrics.f1_score(there, told, average="macro"),
+                "precision": metrics.precision_score(there, told, average="macro"),
+            }
+    assert theirs.config.problem_type == {"regression": "regression"}.get(problem, "multi_label_classification")
+    # The same weights; sums of fp32 in another order, of texts that lie beside others here.
+    assert last["valid_loss"] == pytest.approx(loss, rel=1e-4)
+    assert {name: last[f"valid_{name}"] for name in wanted} == pytest.approx(wanted, rel=1e-4)
+    assert last["valid_loss"] < 0.5 * metrics_of(config)[0]["loss"], "it learns"
+
+
+def test_problems_are_told_alike_on_every_layout(problems: Path) -> None:
+    short = ("train.steps=3", "observe.eval_every=3")
+    layouts = {
+        "tensor": ("parallel.tensor=2", "parallel.sequence=true"), "pipeline": ("parallel.pipeline=2",),
+        "context": ("parallel.context=2",), "data": ("train.micro_batch_size=2",),
+    }  # fmt: skip
+    alone = {problem: problem_config(problems, problem, *short, f"run.name=alone-{problem}") for problem in PROBLEMS}
+    for config in alone.values():
+        train(config)
+    others = {
+        (name, problem): problem_config(problems, problem, *short, f"run.name={name}-{problem}", *more)
+        for name, more in layouts.items()
+        for problem in PROBLEMS
+    }
+    run_ranks(2, train_on_rank, [*others.values()])
+    for (_, problem), config in others.items():
+        for mine, wanted in zip(metrics_of(config), metrics_of(alone[problem]), strict=True):
+            same = [name for name in wanted if name.startswith(("loss", "grad_norm", "valid"))]
+            # fp32 sums in another order; 1e-5 is the project's bound for every layout.
+            assert [mine[name] for name in same] == pytest.approx([wanted[name] for name in same], rel=1e-5)
+
+
+def test_pairs_of_texts_are_what_transformers_makes_of_them(root: Path) -> None:
+    """A second text has tokens of type 1, in rows of several documents and on every layout."""
+    folder = write_words(root / "bert")
+    torch.manual_seed(0)
+    encoder = auto_class("bert").from_config(transformers.AutoConfig.for_model(**CASES["bert"] | STILL))
+    randomize(encoder)
+    encoder.save_pretrained(folder)
+    draw, rows = random.Random(2), []
+    for _ in range(32):
+        first, second = ([draw.randint(5, 96) for _ in range(draw.randint(1, 4))] for _ in range(2))
+        texts = {key: " ".join(f"w{n}" for n in some) for key, some in (("sentence1", first), ("sentence2", second))}
+        rows.append({**texts, "label": "none" if set(first).isdisjoint(second) else "many"})
+    (root / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    preprocess_rows(
+        [str(root / "pairs.jsonl")], root / "pairs", Settings("classification", str(folder), labels=("many", "none"))
+    )
+    source = f"[{{path: {root / 'pairs'}}}]"
+    alone, *others = [
+        config_of(
+            root, "bert", "classification", f"run.name=pairs{number}", f"data.train={source}", f"data.valid={source}",
+            "train.steps=2", "observe.eval_every=2", *more,
+        )
+        for number, more in enumerate(((), ("parallel.context=2",), ("parallel.tensor=2", "parallel.sequence=true")))
+    ]  # fmt: skip
+    train(alone)
+    run_ranks(2, train_on_rank, others)
+    found = find_model(alone.run.folder)
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(found).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(found)
+    losses = []
+    for row in rows:
+        inputs = tokenizer(row["sentence1"], row["sentence2"], return_tensors="pt")
+        inputs["token_type_ids"] = torch.tensor(
+            [tokenizer.backend_tokenizer.encode(row["sentence1"], row["sentence2"]).type_ids]
+        )
+        with torch.no_grad():
+            logits = theirs(**inputs).logits
+        losses.append(F.cross_entropy(logits, torch.tensor([alone.model.labels.index(row["label"])])).item())
+    last = metrics_of(alone)[-1]
+    assert last["valid_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+    for config in others:
+        for mine, wanted in zip(metrics_of(config), metrics_of(alone), strict=True):
+            same = [name for name in wanted if name.startswith(("loss", "grad_norm", "valid"))]
+            assert [mine[name] for name in same] == pytest.approx([wanted[name] for name in same], rel=1e-5)  # as above
 
 
 @pytest.mark.parametrize(("case", "task"), [*((case, "classification") for case in FAMILIES), ("roberta", "labels")])
