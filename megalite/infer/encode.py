@@ -142,13 +142,34 @@ class Encoder:
             vectors[numbers] = (F.normalize(found_BD) if normalize else found_BD).cpu().numpy()
         return vectors
 
+    @property
+    def scores_pairs(self) -> bool:
+        """Return whether the model tells one number of two texts (a cross-encoder)."""
+        return self.model.config.task == "classification" and len(self.model.config.labels) == 1
+
+    def scores(self, query: str, texts: Sequence[str]) -> tuple[npt.NDArray[np.float32], int]:
+        """Return how well each text goes with a query by a model that `scores_pairs`, [n] between 0 and 1, and how many
+        tokens these are. Texts are cut where the two together are longer than `longest`."""
+        between = self.tokenizer.between_ids
+        first = [self._begin, *self.tokenizer.encode(query), *between][: self.longest - 1]
+        room = self.longest - len(first) - 1
+        rows = [[*first, *ids[:room], self._end] for ids in self.tokenizer.encode_batch(texts)]
+        logits = np.zeros(len(rows), np.float32)
+        seconds = len(first) if self.model.config.has_token_types else None
+        for numbers, _, x_BTD in self._batches(rows, seconds):
+            logits[numbers] = self.model.project(self.model.finish(x_BTD[:, :1]))[:, 0, 0].float().cpu().numpy()
+        return np.asarray(1 / (1 + np.exp(-logits)), np.float32), sum(map(len, rows))
+
     def _row(self, ids: Sequence[int]) -> list[int]:
         return [self._begin, *ids, self._end]
 
     @torch.no_grad()
-    def _batches(self, rows: Sequence[list[int]]) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    def _batches(
+        self, rows: Sequence[list[int]], seconds: int | None = None
+    ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
         """Yield the numbers of some rows, their tokens [B,T] and the states behind the last layer [B,T,D]. Rows of a
-        batch are of like length; padding is a document of its own, to which no token attends."""
+        batch are of like length; padding is a document of its own, to which no token attends. A second text begins at
+        `seconds`."""
         # Longest first: the first of a batch is its width.
         left = sorted(range(len(rows)), key=lambda number: -len(rows[number]))
         while left:
@@ -161,7 +182,8 @@ class Encoder:
             lengths_B1 = torch.tensor([len(rows[number]) for number in numbers], device=self.device)[:, None]
             # Document 0 is the text, 1 the padding: an encoder's tokens attend only within their
             # document.
-            places = SequenceInfo(index_T, index_T[None], (index_T >= lengths_B1).long())
+            types_BT = None if seconds is None else (index_T >= seconds).long()[None].expand_as(tokens_BT)
+            places = SequenceInfo(index_T, index_T[None], (index_T >= lengths_B1).long(), type_BT=types_BT)
             yield numbers, tokens_BT, self.model.run_layers(self.model.embed(tokens_BT, places), places)
 
 

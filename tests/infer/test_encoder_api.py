@@ -106,6 +106,29 @@ def test_documents_are_ranked_by_their_cosine(local: Local, folder: Path) -> Non
     assert all(each.keys() == {"index", "relevance_score"} for each in bare["results"])
 
 
+@pytest.mark.parametrize("case", ["bert", "roberta", "modernbert"])
+def test_a_cross_encoder_ranks_by_what_it_tells_of_both_texts(case: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(**CASES[case], num_labels=1)
+    model = transformers.AutoModelForSequenceClassification.from_config(config).eval()
+    randomize(model)
+    model.save_pretrained(write_words(tmp_path))
+    query, documents = "w7 w8", [*TEXTS, "w7 w8 " * 40]
+    with serving(Encoder.open(tmp_path), tmp_path) as local:
+        answer = post(local, "rerank", query=query, documents=documents).json()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path).backend_tokenizer
+    tokenizer.enable_truncation(64, strategy="only_second")
+    wanted = []
+    for document in documents:
+        encoded = tokenizer.encode(query, document)
+        types = {"token_type_ids": torch.tensor([encoded.type_ids])} if case == "bert" else {}
+        with torch.no_grad():
+            wanted.append(model(torch.tensor([encoded.ids]), **types).logits.sigmoid().item())
+    found = {each["index"]: each["relevance_score"] for each in answer["results"]}
+    assert [found[number] for number in range(4)] == pytest.approx(wanted, abs=1e-4)  # the project's bound
+    assert [*found] == sorted(found, key=lambda number: -wanted[number])
+
+
 @pytest.mark.parametrize(
     ("path", "body", "status", "words"),
     [

@@ -149,17 +149,20 @@ class EncoderService:
         return as_json({"object": "list", "data": data, "model": self.settings.name, "usage": counts})
 
     async def rerank(self, body: RerankBody) -> Response:
-        """Return the documents by how near they are to the query: the cosine of their vectors."""
+        """Return the documents by how well they go with the query: what a cross-encoder tells of both, or the cosine of
+        their vectors."""
         check_model(body.model, self.settings)
         texts = body.texts
         _check_count(len(texts), "documents")
 
-        def work() -> tuple[int, npt.NDArray[np.float32]]:
+        def work() -> tuple[npt.NDArray[np.float32], int]:
+            if self.encoder.scores_pairs:
+                return self.encoder.scores(body.query, texts)
             rows = self.encoder.rows([body.query, *texts], self.encoder.longest)
             query, *documents = self.encoder.embed_rows(rows, normalize=True)
-            return sum(map(len, rows)), np.stack(documents) @ query
+            return np.stack(documents) @ query, sum(map(len, rows))
 
-        num_tokens, scores = await self._run(work)
+        scores, num_tokens = await self._run(work)
         order = np.argsort(-scores, kind="stable")[: body.top_n]
         results = [
             {"index": int(index), "relevance_score": float(scores[index])}
