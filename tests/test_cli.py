@@ -183,6 +183,7 @@ def test_ops_names_what_computes_each_operation(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     assert main(["ops"]) == 0
     _, cpu, gpu = re.split("CPU:|NVIDIA H100:", capsys.readouterr().out)
     for found, device in ((cpu, "cpu"), (gpu, "cuda")):

@@ -8,7 +8,9 @@ key/value head h // (H // G).
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib.util
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -149,6 +151,11 @@ def eager_heads(
     probabilities = scores.softmax(-1)[..., : v.shape[-2]].to(v.dtype)
     return (drop(probabilities) if drop else probabilities) @ v
 
+
+CUDNN_IS_QUICKER = (9, 10)
+"""Major compute capabilities, of Hopper and Blackwell, whose asynchronous products cuDNN's attention uses and
+FlashAttention 2 does not: on an H100 the latter reaches 35% of the peak, the former more than half (Shah et al.
+2024)."""
 
 LARGEST_FLASH_HEAD = 256
 """Largest head size that flash attention takes."""
@@ -326,10 +333,27 @@ def _torch(
         # The CUDA kernel that takes a mask and fp32 has no grouped-query attention; with enable_gqa torch would fall
         # back to materialized scores.
         k, v = _repeat_kv(k, num_heads), _repeat_kv(v, num_heads)
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=implied, scale=kind.scale, enable_gqa=num_heads != k.shape[1]
-    )
+    with _backends(q.device) if flash and q.device.type == "cuda" else contextlib.nullcontext():
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=implied, scale=kind.scale, enable_gqa=num_heads != k.shape[1]
+        )
     return _merged(out, empty)
+
+
+def prefers_cudnn(capability: tuple[int, int], deterministic: bool) -> bool:
+    """Return whether cuDNN's kernel comes before FlashAttention 2 for unmasked attention on a GPU: the rule by which
+    torch's are chosen. It has no `deterministic` backward pass; tensors that it does not take go to the next."""
+    return capability[0] in CUDNN_IS_QUICKER and not deterministic
+
+
+def _backends(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Return a context in which torch chooses by `prefers_cudnn`, whatever its version prefers."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    capability, deterministic = torch.cuda.get_device_capability(device), torch.are_deterministic_algorithms_enabled()
+    first = [SDPBackend.CUDNN_ATTENTION] if prefers_cudnn(capability, deterministic) else []
+    others = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel([*first, *others], set_priority=True)
 
 
 def _takes_varlen(q_BTHK: Tensor, v_BSGV: Tensor) -> bool:
@@ -379,8 +403,7 @@ def _flash_attn(
     document_BT: Tensor | None,
     kind: AttentionKind,
 ) -> Tensor:
-    import flash_attn
-
+    module = _flash_package(q_BTHK.device)
     # What is not asked for keeps the default of flash_attn.
     options: dict[str, Any] = {"causal": kind.causal}
     if kind.scale is not None:
@@ -393,14 +416,27 @@ def _flash_attn(
         options["deterministic"] = True
     if document_BT is None:
         # Takes [B, T, heads, K] with grouped queries as they are.
-        return flash_attn.flash_attn_func(q_BTHK, k_BTGK, v_BTGK, **options).flatten(2)
+        return _first(module.flash_attn_func(q_BTHK, k_BTGK, v_BTGK, **options)).flatten(2)
     batch, length = document_BT.shape
     ends = _document_ends(document_BT)
     # "varlen" wants the tokens of all rows in one sequence [B · T, heads, K], cut at `ends`.
     q, k, v = (x.flatten(0, 1) for x in (q_BTHK, k_BTGK, v_BTGK))
     # No document is longer than a row: `length` is a bound that needs no wait for the device.
-    out = flash_attn.flash_attn_varlen_func(q, k, v, ends, ends, length, length, **options)
+    out = _first(module.flash_attn_varlen_func(q, k, v, ends, ends, length, length, **options))
     return out.view(batch, length, -1)
+
+
+def _flash_package(device: torch.device) -> Any:
+    """Return FlashAttention 3, a package of its own, on Hopper where it is installed; otherwise FlashAttention 2."""
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    if importlib.util.find_spec("flash_attn") is None or (hopper and importlib.util.find_spec("flash_attn_interface")):
+        return importlib.import_module("flash_attn_interface")
+    return importlib.import_module("flash_attn")
+
+
+def _first(found: Any) -> Tensor:
+    """Return the output: some versions of FlashAttention 3 return the log-sum-exp with it."""
+    return found[0] if isinstance(found, tuple) else found
 
 
 # Weak keys: an entry goes with its micro-batch.

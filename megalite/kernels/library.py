@@ -54,7 +54,8 @@ def use(wishes: KernelsConfig, deterministic: bool = False) -> None:
         if wish == "megalite" and own() is None:
             raise ConfigError(f"kernels.{operation} is megalite, but {why_not_built()}")
         # Looked for, not imported: that happens where it is first used.
-        if wish in ("apex", "flash_attn") and importlib.util.find_spec(wish) is None:
+        packages = ("flash_attn", "flash_attn_interface") if wish == "flash_attn" else (wish,)
+        if wish in ("apex", "flash_attn") and not any(map(importlib.util.find_spec, packages)):
             raise ConfigError(f"kernels.{operation} is {wish}, but {wish} is not installed here")
     if own() is None and any(getattr(wishes, operation) == "auto" for operation in OPERATIONS):
         _warn_once()
@@ -68,8 +69,9 @@ def use(wishes: KernelsConfig, deterministic: bool = False) -> None:
                 f"kernels.{operation} is {chosen[operation]}, but what its plugin registers has none of the functions "
                 f"that it could stand for: {', '.join(functions) or 'there are none'}"
             )
-    torch.use_deterministic_algorithms(deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    if torch.are_deterministic_algorithms_enabled() != deterministic:  # asked first, since it imports the compiler
+        torch.use_deterministic_algorithms(deterministic)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     # Only now, when nothing can fail any more: a refused section leaves the old choice.
     _wishes, _added = wishes, found
 
@@ -104,9 +106,23 @@ def explain(operation: str, device: str) -> tuple[str, str]:
     if _takes(operation, device, torch.float32):
         isa = f", runs with {own().isa()}" if device == "cpu" else ""  # type: ignore[union-attr]
         return "megalite", f"built{isa}"
+    if operation == "attention" and device == "cuda" and torch.cuda.is_available():
+        return "torch", _attention_on(torch.cuda.get_device_capability())
     if operation in CPU_ONLY and device != "cpu":
         return "torch", f"megalite's own {operation} is for the CPU"
     return "torch", why_not_built() if own() is None else "built without CUDA"
+
+
+def _attention_on(capability: tuple[int, int]) -> str:
+    """Say which of torch's kernels computes attention on a GPU of this compute capability, and why."""
+    from megalite.kernels.attention import CUDNN_IS_QUICKER, prefers_cudnn
+
+    quick = " and ".join(f"{major}.x" for major in CUDNN_IS_QUICKER)
+    if prefers_cudnn(capability, deterministic=False):
+        return (
+            f"cuDNN's, as on compute capability {quick}; FlashAttention 2 for windows, documents, train.deterministic"
+        )
+    return f"FlashAttention 2; cuDNN's is for compute capability {quick}"
 
 
 @functools.cache

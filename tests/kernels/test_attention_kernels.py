@@ -356,6 +356,47 @@ def test_flash_attn_is_told_to_be_deterministic(flash_attn: list[str]) -> None:
     assert flash_attn == ["flash_attn_func"]
 
 
+def test_flash_attention_3_is_taken_on_hopper(flash_attn: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    newer = ModuleType("flash_attn_interface")
+    newer.__spec__ = ModuleSpec("flash_attn_interface", None)
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", newer)
+    for capability, wanted in (
+        ((9, 0), newer),
+        ((8, 0), sys.modules["flash_attn"]),
+        ((10, 0), sys.modules["flash_attn"]),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, found=capability: found)
+        assert attention_module._flash_package(torch.device("cuda")) is wanted
+    assert attention_module._first((qkv := random(2, 3), None)) is qkv
+
+
+@pytest.mark.parametrize(
+    ("capability", "deterministic", "cudnn"),
+    [
+        ((8, 0), False, False),
+        ((9, 0), False, True),
+        ((9, 0), True, False),
+        ((10, 3), False, True),
+        ((12, 0), False, False),
+    ],
+)
+def test_attention_of_a_gpu_follows_one_rule(
+    capability: tuple[int, int], deterministic: bool, cudnn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
+    before = torch._C._get_sdp_priority_order()
+    with attention_module._backends(torch.device("cuda")):
+        order, backends = torch._C._get_sdp_priority_order(), torch.nn.attention.SDPBackend
+        wanted = backends.CUDNN_ATTENTION if cudnn else backends.FLASH_ATTENTION
+        assert order[0] == int(wanted)
+        assert torch._C._get_cudnn_sdp_enabled() == cudnn
+    assert torch._C._get_sdp_priority_order() == before
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    told = library.explain("attention", "cuda")[1]
+    assert told.startswith("cuDNN's" if capability[0] in (9, 10) else "FlashAttention 2")
+
+
 def test_what_flash_attn_does_not_take_goes_to_torch(flash_attn: list[str]) -> None:
     free, q, k, v = AttentionKind(causal=False), random(2, 8, 4, 6), random(2, 8, 2, 6), random(2, 8, 2, 6)
     bias = random(1, 4, 8, 8)
