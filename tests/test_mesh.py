@@ -158,9 +158,9 @@ def test_tensor_groups_are_neighbours(tmp_path: Path) -> None:
     ]
 
 
-def test_of_gpus_only_the_world_has_connections_between_hosts() -> None:
+def test_of_gpus_only_the_world_has_connections_between_hosts(tmp_path: Path) -> None:
     overrides = ("parallel.pipeline=2", "parallel.context=2", "parallel.tensor=2", "train.global_batch_size=4")
-    config = make_config(Path(), "llama", *overrides)
+    config = make_config(tmp_path, "llama", *overrides)
     plan = make_plan(config, weight_table(config.model), 16)
     torch.distributed.init_process_group("cpu:fake,cuda:fake", rank=5, world_size=16, store=FakeStore())
     try:

@@ -30,9 +30,9 @@ def plan_of(tensor: int, data: int, pipeline: int = 1) -> Plan:
     )  # fmt: skip
 
 
-def test_buckets_grow_with_the_replicas_that_share_one() -> None:
+def test_buckets_grow_with_the_replicas_that_share_one(tmp_path: Path) -> None:
     def megabytes(data: int, *overrides: str) -> float:
-        return bucket_elements(make_config(Path(), "llama", *overrides), plan_of(2, data)) * 4 / 2**20
+        return bucket_elements(make_config(tmp_path, "llama", *overrides), plan_of(2, data)) * 4 / 2**20
 
     usual = "parallel.bucket_mb=null"
     assert [megabytes(data, usual) for data in (1, 40, 512)] == [40, 40, 512]

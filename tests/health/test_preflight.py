@@ -208,9 +208,9 @@ def test_a_link_that_failed_is_told_where_there_is_only_one() -> None:
     ]
 
 
-def test_gpus_whose_links_are_far_below_what_they_should_give_are_named() -> None:
+def test_gpus_whose_links_are_far_below_what_they_should_give_are_named(tmp_path: Path) -> None:
     everyone = [facts(rank, node=f"n{rank // 8}", gpu=f"GPU-{rank}", chip="H100 SXM") for rank in range(32)]
-    plan = make_plan(make_config(Path(), "llama", "train.global_batch_size=32"), [], 32)
+    plan = make_plan(make_config(tmp_path, "llama", "train.global_batch_size=32"), [], 32)
     nodes = [f"n{i}" for i in range(4)]
     links = {link: 1.0 for node in nodes for link in [(node, node), *links_of(node, nodes)]}
     expected = expected_times(everyone, links, plan, find_interconnect("ib-ndr"))
