@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Protocol
 
 import torch
@@ -55,6 +56,7 @@ class HostBuffers:
     def __init__(self) -> None:
         self._buffers: list[Tensor] = []
         self._next = 0
+        self._scratch: dict[torch.dtype, Tensor] = {}
 
     def reuse(self) -> None:
         """Start over: what was copied before is overwritten from now on."""
@@ -70,6 +72,14 @@ class HostBuffers:
         self._next += 1
         return known
 
+    def scratch(self, like: Tensor, *shape: int) -> Tensor:
+        """Return such memory whose content is needed until the next call only."""
+        known = self._scratch.get(like.dtype)
+        if known is None or known.numel() < prod(shape):
+            known = host_memory(like, prod(shape), pinned=like.device.type == "cuda")
+            self._scratch[like.dtype] = known
+        return known[: prod(shape)].view(shape)
+
     def copy(self, part: Tensor) -> Tensor:
         """Return a copy of `part` on the host, whose content is there once the device has come to it."""
         return self.take(part, *part.shape).copy_(part, non_blocking=True)
@@ -79,15 +89,18 @@ def assemble_on(
     owner: int, weight: Weight, local: Tensor, fold: Fold, buffers: HostBuffers | None = None
 ) -> Tensor | None:
     """Return the logical tensor on the host of rank `owner` among the weight's holders; None on the others. `local` is
-    flat; where the `weight` is cut, all holders call this. An uncut weight is copied to `buffers`, if given."""
+    flat; where the `weight` is cut, all holders call this. It comes from a device through `buffers`, if given."""
     shape, is_owner = weight.local_shape(*fold.cut), owner == fold.holders.rank
     if not is_cut(weight, fold.cut):
         if not is_owner:
             return None
         whole = buffers.copy(local) if buffers else host_memory(local, local.numel()).copy_(local)
         return whole.view(shape)
-    parts = host_memory(local, fold.holders.size, local.numel()) if is_owner else None
+    take = buffers.scratch if buffers and local.device.type == "cuda" else host_memory
+    parts = take(local, fold.holders.size, local.numel()) if is_owner else None
     gather_to_host(local, fold.holders, owner, parts)
+    if parts is not None and take is not host_memory:
+        torch.cuda.current_stream(local.device).synchronize()  # once, not for every piece
     return None if parts is None else weight.assemble([part.view(shape) for part in parts], fold.expert.size)
 
 

@@ -49,6 +49,14 @@ def test_hosts_tell_each_other_something_only_in_the_group_of_all_ranks(dry: dic
     assert heard
 
 
+def test_saves_bring_weights_to_pinned_memory_and_wait_before_they_read_it(dry: dict[str, Dry]) -> None:
+    found = set()
+    for record in dry["1f1b"].records:
+        waits = [(reason, place) for phase, reason, place, _ in record.waits if phase == "saving"]
+        found |= {reason for reason, place in waits if "engine/gather.py" in place}
+    assert found == {"stream"}
+
+
 def tampered(dry: Dry, rank: int) -> tuple[dict[int, Any], dict[str, Any]]:
     """Return a copy of what the ranks did, and that of `rank` in it."""
     traffics = copy.deepcopy(dry.traffics)
