@@ -80,6 +80,7 @@ def make_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     for add in (
         _add_train,
+        _add_sweep,
         _add_job,
         _add_preflight,
         _add_plan,
@@ -152,6 +153,19 @@ def _train(arguments: argparse.Namespace) -> Exit:
     ended = train(config)
     leave(ended)
     return ended
+
+
+def _add_sweep(verbs: Verbs) -> None:
+    parser = verbs.add_parser("sweep", help="search for a config's best settings; each trial is a run")
+    parser.add_argument("sweep", type=Path, help="YAML file; see docs/sweep.md")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="such as trials=40")
+    parser.set_defaults(verb=_sweep)
+
+
+def _sweep(arguments: argparse.Namespace) -> Exit:
+    from megalite.sweep.run import run_sweep
+
+    return run_sweep(arguments.sweep, arguments.overrides)
 
 
 def _add_job(verbs: Verbs) -> None:

@@ -13,7 +13,7 @@ from megalite.config import Config
 
 IDLE: tuple[tuple[str, tuple[str, ...], str, Callable[[Config], bool]], ...] = (
     (
-        "observe.wandb", ("project", "entity", "tags"), "observe.wandb.mode: online or offline",
+        "observe.wandb", ("project", "entity", "group", "tags"), "observe.wandb.mode: online or offline",
         lambda c: c.observe.wandb.mode != "disabled",
     ),
     (

@@ -639,6 +639,7 @@ class WandbConfig(Section):
     mode: Literal["online", "offline", "disabled"] = "disabled"
     project: str = "megalite"
     entity: str | None = None
+    group: str | None = Field(None, description="Group of the run. A sweep's trials have its name.")
     tags: tuple[str, ...] = ()
 
 

@@ -134,6 +134,7 @@ class WandbSink:
             mode=mode,
             project=asked.project,
             entity=asked.entity,
+            group=asked.group,
             tags=list(asked.tags),
             name=self._config.run.name,
             id=self.id,

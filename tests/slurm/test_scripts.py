@@ -302,3 +302,18 @@ def test_the_summary_names_each_node(machine: Machine) -> None:
     done = machine.run("configs/x.yaml", TRAINING=f"{trace}; {said.replace('>', '>>')}; exit 1", **JOB)
     assert "== 2026-01-01 node10: rank 1: exit status 1; ValueError: no such thing\n" in done.stdout
     assert "== node9: lost, or ended from outside\n" in done.stdout
+
+
+def test_a_sweep_is_started_on_each_node_and_requeued_before_its_time_limit(machine: Machine) -> None:
+    machine.script = machine.root / "slurm" / "sweep.sh"
+    sweep = ["-m", "megalite", "sweep", "configs/x.yaml", "trials=3"]
+    assert machine.run("configs/x.yaml", "trials=3", TRAINING="exit 7").returncode == 7
+    assert machine.words == ["python", *sweep]
+    assert shlex.split(machine.run("--dry-run", "configs/x.yaml", "trials=3").stdout) == ["python", *sweep]
+    assert "no sweep configs/y.yaml in " in machine.run("configs/y.yaml").stderr
+    for name, called in (("USR1", ["requeue 45678"]), ("TERM", [])):
+        machine.called.unlink()
+        Path(f"{machine.called}.starts").unlink()
+        done = machine.run("configs/x.yaml", TRAINING=f"{ASKED.format(name)} exit 75", SLURM_JOB_ID="45678")
+        assert done.returncode == 75
+        assert machine.words[5:] == called

@@ -1,0 +1,192 @@
+"""What a sweep has found: a table, best.yaml, pictures, and one HTML page with all of it."""
+
+from __future__ import annotations
+
+import base64
+import warnings
+from collections.abc import Callable, Sequence
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from megalite.sweep.config import SweepConfig
+from megalite.sweep.study import OUTCOME, RUN, own_trials
+from megalite.utils.files import replacing
+from megalite.utils.resources import read_yaml
+
+if TYPE_CHECKING:
+    from optuna import Study
+    from optuna.trial import FrozenTrial
+
+SHOWN = 20
+"""Trials in the table on the console."""
+TITLES = {
+    "history": "History: each trial, and the best so far",
+    "importance": "Importance of each setting",
+    "slice": "Each setting alone",
+    "parallel": "Settings of each trial",
+    "progress": "Validations of each trial",
+    "pareto": "What is best in one metric for what it costs in the others",
+}
+
+
+def write_report(sweep: SweepConfig, study: Study) -> list[str]:
+    """Write what the sweep has found so far to its folder, and return the lines for the console."""
+    trials = own_trials(study.get_trials(deepcopy=False))
+    ranked = rank(sweep, trials)
+    header, rows = table(sweep, ranked)
+    best = best_trials(study)
+    lines = aligned([header, *rows[:SHOWN]])
+    if len(rows) > SHOWN:
+        lines.append(f"… and {len(rows) - SHOWN} more in {sweep.folder / 'report.html'}")
+    if best:
+        text = best_config(sweep, best[0])
+        with replacing(sweep.folder / "best.yaml") as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        lines.append(f"the best is {best[0].user_attrs[RUN]}; its config is {sweep.folder / 'best.yaml'}")
+    else:
+        lines.append("no trial is complete, so there is no best one")
+    pictures, lacking = draw(sweep, study)
+    lines += lacking
+    with replacing(sweep.folder / "report.html") as temporary:
+        temporary.write_text(page(sweep, header, rows, best, pictures), encoding="utf-8")
+    lines.append(f"{sweep.folder / 'report.html'} shows all trials" + (", with pictures" if pictures else ""))
+    return lines
+
+
+def rank(sweep: SweepConfig, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """Return the trials with the best first, by the first metric; those without a value last."""
+    sign = -1.0 if sweep.objective[0].grows else 1.0
+    states = ("COMPLETE", "PRUNED", "FAIL", "RUNNING", "WAITING")
+
+    def key(trial: FrozenTrial) -> tuple[int, float, int]:
+        value = sign * trial.values[0] if trial.state.name == "COMPLETE" else 0.0
+        return states.index(trial.state.name), value, trial.number
+
+    return sorted(trials, key=key)
+
+
+def best_trials(study: Study) -> list[FrozenTrial]:
+    """Return the best trial; of several metrics those than which none is better in all; none where none is complete."""
+    try:
+        return list(study.best_trials) if len(study.directions) > 1 else [study.best_trial]
+    except ValueError:
+        return []
+
+
+def best_config(sweep: SweepConfig, trial: FrozenTrial) -> str:
+    """Return the config of a trial as YAML, for a run of its own."""
+    values = read_yaml(sweep.folder / trial.user_attrs[RUN] / "trial.yaml")
+    values["run"] = read_yaml(sweep.config).get("run", {}) | {"name": f"{sweep.name}-best"}
+    found = ", ".join(f"{m.metric} {v:.6g}" for m, v in zip(sweep.objective, trial.values, strict=True))
+    return f"# {trial.user_attrs[RUN]} of {sweep.folder}: {found}\n{yaml.safe_dump(values, sort_keys=False)}"
+
+
+def table(sweep: SweepConfig, trials: Sequence[FrozenTrial]) -> tuple[list[str], list[list[str]]]:
+    """Return the header and the rows of a table of `trials`."""
+    header = ["run", *(each.metric for each in sweep.objective), "steps", *sweep.space, "outcome"]
+    rows = []
+    for trial in trials:
+        values = trial.values if trial.state.name == "COMPLETE" else [None] * len(sweep.objective)
+        steps = max(trial.intermediate_values, default=None)
+        outcome = trial.user_attrs.get(OUTCOME) or {"RUNNING": "runs", "WAITING": "waits"}.get(
+            trial.state.name, "failed"
+        )
+        found = [*values, steps, *(trial.params.get(key, "") for key in sweep.space)]
+        rows.append([trial.user_attrs.get(RUN, "-"), *map(_cell, found), outcome])
+    return header, rows
+
+
+def _cell(value: Any) -> str:
+    return "-" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the rows of a table as lines, in columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def draw(sweep: SweepConfig, study: Study) -> tuple[dict[str, Path], list[str]]:
+    """Draw the pictures that there are enough trials for; return them by name, and lines for the console."""
+    complete = [trial for trial in study.get_trials(deepcopy=False) if trial.state.name == "COMPLETE"]
+    if len(complete) < 2:
+        return {}, []
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        return {}, ["there are no pictures: these need matplotlib, pip install 'megalite[observe]'"]
+    pictures = {}
+    for name, plot in _plots(sweep, study).items():
+        path = sweep.folder / f"{name}.png"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                plot()
+            except (ValueError, RuntimeError):  # trials that have too little in common for this picture
+                pyplot.close("all")
+                continue
+            with replacing(path) as temporary:
+                pyplot.gcf().savefig(temporary, format="png", dpi=110, bbox_inches="tight", facecolor="white")
+        pyplot.close("all")
+        pictures[name] = path
+    return pictures, []
+
+
+def _plots(sweep: SweepConfig, study: Study) -> dict[str, Callable[[], Any]]:
+    """Return what draws each picture."""
+    from optuna.importance import PedAnovaImportanceEvaluator
+    from optuna.visualization import matplotlib as plots
+
+    names = [each.metric for each in sweep.objective]
+    if len(names) > 1:
+        return {"pareto": lambda: plots.plot_pareto_front(study, target_names=names)} if len(names) < 4 else {}
+    (name,) = names
+    found: dict[str, Callable[[], Any]] = {
+        "history": lambda: plots.plot_optimization_history(study, target_name=name),
+        "importance": lambda: plots.plot_param_importances(
+            study, evaluator=PedAnovaImportanceEvaluator(), target_name=name
+        ),
+        "slice": lambda: plots.plot_slice(study, target_name=name),
+        "parallel": lambda: plots.plot_parallel_coordinate(study, target_name=name),
+        "progress": lambda: plots.plot_intermediate_values(study),
+    }
+    return found
+
+
+def page(
+    sweep: SweepConfig,
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    best: Sequence[FrozenTrial],
+    pictures: dict[str, Path],
+) -> str:
+    """Return one HTML page that needs no other file."""
+    cells = "".join(f"<th>{escape(name)}</th>" for name in header)
+    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    drawn = "".join(
+        f'<h2>{escape(TITLES[name])}</h2><img alt="{name}" '
+        f'src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
+        for name, path in pictures.items()
+    )
+    winner = f"<h2>The best config</h2><pre>{escape(best_config(sweep, best[0]))}</pre>" if best else ""
+    metrics = ", ".join(f"{each.metric} ({'most' if each.grows else 'least'})" for each in sweep.objective)
+    return f"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>{escape(sweep.name)}</title>
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222 }}
+table {{ border-collapse: collapse; font-size: 13px; display: block; overflow-x: auto }}
+td, th {{ padding: .25em .7em; border-bottom: 1px solid #e6e6e6; text-align: left; white-space: nowrap }}
+img {{ max-width: 100%; height: auto }} pre {{ background: #f6f6f6; padding: 1em; overflow-x: auto }}
+</style>
+<h1>{escape(sweep.name)}</h1>
+<p>{escape(metrics)}; {len(rows)} trials, {escape(sweep.sampler)}, pruner {escape(sweep.pruner)}.</p>
+<table><tr>{cells}</tr>{body}</table>
+{drawn}{winner}
+</html>
+"""
