@@ -249,7 +249,7 @@ def make_plan(config: Config, weights: Sequence[Sized], world_size: int) -> Plan
         stages=stages,
         micro_batch_size=micro_batch_size,
         micro_batches=micro_batches,
-        tokens_per_step=train.global_batch_size * config.data.seq_length,
+        tokens_per_step=train.global_batch_size * config.sample_tokens,
         steps=train.steps,
         tokens=config.num_tokens,
         num_params=sum(weight.numel for weight in weights),
@@ -426,6 +426,8 @@ def _check_sequence(config: Config, sequence: bool) -> None:
     for length in config.data.seq_lengths:
         key = "data.seq_length" if length == config.data.seq_length else "data.seq_length_warmup: seq_length"
         _check_length(key, length, config, sequence)
+    if config.lengths.source:
+        _check_length("the decoder's length", config.lengths.target, config, sequence)
 
 
 def _check_length(key: str, length: int, config: Config, sequence: bool) -> None:
@@ -444,6 +446,8 @@ def _check_length(key: str, length: int, config: Config, sequence: bool) -> None
 def _check_model(config: Config) -> None:
     """Raise ConfigError for properties of a model that a setting cannot be combined with."""
     architecture, context = config.model.architecture, config.parallel.context
+    if architecture.num_streams > 1:
+        _check_stacks(config)
     for mixer in architecture.attentions if context > 1 else ():
         if mixer.dropout:
             raise ConfigError(
@@ -473,6 +477,19 @@ def _check_model(config: Config) -> None:
             f"model.logit_softcap = {cap} needs train.loss_chunk: null, not {chunk}; the loss in chunks takes the "
             "head's logits as they are"
         )
+
+
+def _check_stacks(config: Config) -> None:
+    """Raise ConfigError for settings that a model of several stacks cannot be combined with."""
+    parallel = config.parallel
+    for key, value, only in (
+        ("parallel.context", parallel.context, 1), ("parallel.engine", parallel.engine, "native"),
+        ("optimizer.qk_clip", config.optimizer.qk_clip, None), ("observe.layers_every", config.observe.layers_every, 0),
+        ("lora", config.lora, None), ("data.seq_length_warmup", config.data.seq_length_warmup, ()),
+    ):  # fmt: skip
+        if value != only:
+            needs = f"{key}: {'null' if only is None else only}" if only != () else f"no {key}"
+            raise ConfigError(f"model.family = {config.model.family!r}, of two stacks, needs {needs}")
 
 
 def _check_experts(config: Config, weights: Sequence[Sized], sequence: bool) -> None:

@@ -82,8 +82,8 @@ families: Registry[Family] = Registry(
         name: f"megalite.models.{name}"
         for name in (
             "bert", "deepseek_v3", "falcon", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "gpt_oss", "granite",
-            "llama", "ministral", "mistral", "mixtral", "modernbert", "olmo2", "olmo3", "olmoe", "phi", "phi3", "qwen2",
-            "qwen2_moe", "qwen3", "qwen3_moe", "roberta", "smollm3", "starcoder2",
+            "llama", "ministral", "mistral", "mixtral", "modernbert", "mt5", "olmo2", "olmo3", "olmoe", "phi", "phi3",
+            "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "roberta", "smollm3", "starcoder2", "t5",
         )
     },
 )  # fmt: skip
@@ -117,6 +117,8 @@ objectives: Registry[type[ObjectiveConfig]] = Registry(
     {
         "next_token": "megalite.training.objectives:NextTokenConfig",
         "masked_lm": "megalite.training.masked_lm:MaskedLMConfig",
+        "span_corruption": "megalite.training.seq2seq:SpanCorruptionConfig",
+        "seq2seq": "megalite.training.seq2seq:Seq2SeqConfig",
         "dpo": "megalite.training.objectives:DPOConfig",
         "distill": "megalite.training.distill:DistillConfig",
     },

@@ -281,7 +281,7 @@ def test_fields_of_a_hugging_face_folder(tmp_path: Path, model: dict[str, Any]) 
     [
         ("{", ["config.json is not valid JSON"]),
         ('{"model_type": "lama"}', ["config.json", "'lama'", "nearest in name is 'llama'", "known: bert, "]),
-        ('{"model_type": "t5"}', ["config.json", "'t5'", "gpt2, gpt_neox, granite, llama"]),
+        ('{"model_type": "mamba"}', ["config.json", "'mamba'", "gpt2, gpt_neox, granite, llama"]),
         ("{}", ["config.json", "model_type"]),
         ('{"model_type": "llama", "vocab_size": 3}', ["config.json", "llama", "hidden_size"]),
         ("[]", ["config.json is not a JSON object"]),

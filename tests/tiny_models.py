@@ -9,6 +9,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from megalite.models.layers import SequenceInfo, Source
+
 PROJECTIONS = {"mixtral": ("w1", "w3", "w2")}
 """What an expert's gate, up and down are called in files, by family; elsewhere they are these."""
 GATE_UP_DOWN = ("gate_proj", "up_proj", "down_proj")
@@ -81,6 +83,11 @@ MODERN: dict[str, Any] = {
     "model_type": "modernbert", "vocab_size": 99, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2,
     "num_attention_heads": 2, "max_position_embeddings": 64, "local_attention": 14, "cls_token_id": None,
     "sep_token_id": None, **IDS,
+}  # fmt: skip
+T5: dict[str, Any] = {
+    "model_type": "t5", "vocab_size": 99, "d_model": 32, "d_kv": 12, "d_ff": 56, "num_layers": 2,
+    "num_decoder_layers": 3, "num_heads": 4, "relative_attention_num_buckets": 16,
+    "relative_attention_max_distance": 24, "dropout_rate": 0.0,
 }  # fmt: skip
 STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 OLMO3 = GROUPED | {"model_type": "olmo3", "sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]}
@@ -206,22 +213,57 @@ CASES: dict[str, dict[str, Any]] = {
         "model_type": "roberta", "layer_norm_eps": 1e-5, "type_vocab_size": 1, "max_position_embeddings": 66,
         "pad_token_id": 1,
     },
+    "mt5": T5 | {"model_type": "mt5", "d_kv": 6, "num_layers": 3, "num_decoder_layers": 2},
+    "t5": T5 | {"dropout_rate": 0.1},
+    "t5-gated": T5 | {
+        "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "layer_norm_epsilon": 1e-3,
+        "relative_attention_num_buckets": 32, "relative_attention_max_distance": 20,
+    },
 }  # fmt: skip
 
 
 MASKED = ("bert", "modernbert", "roberta")
 """Families of encoders, which tell masked tokens."""
+SEQ2SEQ = ("mt5", "t5")
+"""Families of encoder-decoders."""
+OWN_HEAD = ("mt5", "t5-gated")
+"""Cases of these whose head is not the embedding, as published; transformers 5 ties it where none is loaded."""
 
 
 def auto_class(family: str) -> Any:
     """transformers' class that builds a model of a family, with the head that predicts tokens."""
     import transformers
 
+    if family in SEQ2SEQ:
+        return transformers.AutoModelForSeq2SeqLM
     return transformers.AutoModelForMaskedLM if family in MASKED else transformers.AutoModelForCausalLM
 
 
-def randomize(model: nn.Module) -> None:
-    """Draw all weights, norms and biases too: left at 1 and 0 they could be swapped unseen."""
+def their_logits(model: Any, tokens: Tensor, **options: Any) -> Tensor:
+    """What a model of transformers says of tokens; of an encoder-decoder's target, whose source they are, too."""
+    if model.config.is_encoder_decoder:
+        return model(input_ids=source_of(tokens), decoder_input_ids=tokens, **options).logits
+    return model(tokens, **options).logits
+
+
+def our_logits(model: Any, tokens: Tensor) -> Tensor:
+    """The same of ours."""
+    if model.config.task != "seq2seq":
+        return model(tokens)
+    source = Source.whole(source_of(tokens))
+    return model(tokens, SequenceInfo.whole(tokens.shape[1], tokens.device, source))
+
+
+def source_of(tokens: Tensor) -> Tensor:
+    """Other tokens, and fewer of them."""
+    return tokens.flip(1)[:, : tokens.shape[1] * 3 // 4]
+
+
+def randomize(model: nn.Module, own_head: bool = False) -> None:
+    """Draw all weights, norms and biases too: left at 1 and 0 they could be swapped unseen. `own_head`: that of an
+    encoder-decoder, which transformers would tie."""
+    if own_head:
+        model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # A bias that all features share would drown what distinguishes tokens behind a post-norm.

@@ -14,6 +14,7 @@ With --format, inputs are rows of labelled data: JSON lines, JSON arrays, parque
     completion       {"prompt": …, "completion": …}; the completion is learned
     preference       {"prompt": …, "chosen": …, "rejected": …}, texts or messages, for DPO; sides may be the answers
                      alone or begin with the prompt, which is then taken once
+    seq2seq          {"source": …, "target": …}, for encoder-decoders; the target is learned
     classification   {"text": …, "label": …}
     labels           {"tokens": [words], "labels": [one for each]}, or ner_tags
 

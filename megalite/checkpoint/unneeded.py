@@ -27,9 +27,10 @@ frequencies, numbers of positions (BERT)."""
 def unneeded(source: TensorFolder, model: ModelConfig, head_is_replaced: bool) -> set[str]:
     """Return the names of stored tensors in `source` that `model` does without.
 
-    These are the second copy of a tied head, a head that another one replaces (`head_is_replaced`), and causal masks
-    and rotary frequencies that are as the model computes them. Raises CheckpointError for a tied head that is not a
-    copy of the embedding, and for frequencies that contradict config.json."""
+    These are the second copy of a tied head, and other copies of the embedding, a head that another one replaces
+    (`head_is_replaced`), and causal masks and rotary frequencies that are as the model computes them. Raises
+    CheckpointError for a tied head, or another copy, that is not one, and for frequencies that contradict
+    config.json."""
     found = {name for name in source.files if _is_computed(source, name, model)}
     embedding, head = ends_of(model)
     if head in source.files and (head_is_replaced or model.tie_embeddings):
@@ -40,6 +41,12 @@ def unneeded(source: TensorFolder, model: ModelConfig, head_is_replaced: bool) -
     if head_is_replaced:
         found |= names_of(own_table(model)) - names_of(weight_table(model))
     found |= {name for name in source.files if name.startswith(model.SPARE_STARTS)}
+    for copy in source.files.keys() & set(model.COPIES):
+        if (row := _first_difference(source, embedding, copy)) is not None:
+            raise CheckpointError(
+                f"{source.folder}: {copy} must be a copy of {embedding}, but row {row} is the first that differs"
+            )
+        found.add(copy)
     return found | source.files.keys() & set(model.SPARE)
 
 

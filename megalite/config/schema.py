@@ -6,10 +6,10 @@ YAML."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
 import yaml
 from pydantic import (
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from megalite.data.dataset import Split
     from megalite.data.loader import Batches
     from megalite.data.mixture import Corruption
+    from megalite.data.stacks import SourceAndTarget, SpanCorruption
     from megalite.data.tokenizer import Tokenizer
     from megalite.models.architecture import Architecture
     from megalite.training.hooks import Hook
@@ -82,10 +83,11 @@ class ModelConfig(Section):
     norm_eps: float = Field(1e-5, gt=0)
     init_std: float = Field(0.02, gt=0)
     tie_embeddings: bool = False
-    task: Literal["causal", "masked", "classification", "labels"] = Field(
+    task: Literal["causal", "masked", "seq2seq", "classification", "labels"] = Field(
         "causal",
         description="What the head predicts. causal: the next token; masked: the token that was masked (encoders); "
-        "classification: a text's class; labels: that of each token.",
+        "seq2seq: the next token of a target that answers a source (encoder-decoders); classification: a text's "
+        "class; labels: that of each token.",
     )
     labels: tuple[str, ...] = Field((), description="Names of the classes, for task: classification or labels.")
     problem: Literal["single_label", "multi_label", "regression"] = Field(
@@ -94,19 +96,28 @@ class ModelConfig(Section):
         "number of them; regression: a number, whose name is the one of `labels`.",
     )
 
-    PREDICTS: ClassVar[Literal["causal", "masked"]] = "causal"
+    PREDICTS: ClassVar[Literal["causal", "masked", "seq2seq"]] = "causal"
     """The task of the family's own head, which predicts tokens."""
+    START_TOKEN: ClassVar[int] = 0
+    """Id of the token that a target begins with, for task: seq2seq."""
     CLASS_AT: ClassVar[Literal["first", "last"]] = "last"
     """Token of a text at which its class is told: where all of it has been seen."""
 
     SPARE: ClassVar[tuple[str, ...]] = ()
     """Hugging Face's names of tensors that files may have for other tasks, and that are not read."""
+    COPIES: ClassVar[tuple[str, ...]] = ()
+    """Those that files may have, and that must be copies of the embedding."""
     OLD_ENDS: ClassVar[Mapping[str, str]] = {}
     """Ends of tensors' names in older files, with what they are today."""
     OLD_STARTS: ClassVar[Mapping[str, str]] = {}
     """How tensors' names start in other files, with what that is here."""
     SPARE_STARTS: ClassVar[tuple[str, ...]] = ()
     """How the names of tensors start that belong to other parts of a larger model, and that are not read."""
+
+    @classmethod
+    def with_files(cls, fields: dict[str, Any], names: Container[str]) -> dict[str, Any]:
+        """Return the `fields` that config.json gives, corrected by the `names` of the tensors stored beside it."""
+        return fields
 
     @property
     def has_classes(self) -> bool:
@@ -213,14 +224,26 @@ class FillInTheMiddleConfig(Section):
     )
 
 
+class Lengths(NamedTuple):
+    """Holds how many tokens belong to a sample."""
+
+    read: int
+    """Tokens that are read for it."""
+    source: int
+    """Tokens that an encoder sees; 0 where there is none beside the decoder."""
+    target: int
+    """Tokens at which something is predicted."""
+
+
 class ObjectiveConfig(Choice):
     """The loss that training minimises. A model with a classification head learns its classes, by `next_token`."""
 
     name: str = "next_token"
 
     KINDS: ClassVar[Registry[Any]] = registry.objectives
-    DATA: ClassVar[Literal["text", "preference"]] = "text"
-    """Kind of data it trains on: `preference` is pairs of answers, the chosen one first, side by side in a sample."""
+    DATA: ClassVar[Literal["text", "preference", "seq2seq"]] = "text"
+    """Kind of data it trains on: `preference` is pairs of answers, the chosen one first, side by side in a sample;
+    `seq2seq` is rows of a source and its target."""
     HAS_REFERENCE: ClassVar[bool] = False
     """Whether it compares with the frozen model of model.hf."""
 
@@ -246,6 +269,15 @@ class ObjectiveConfig(Choice):
         """Return what makes inputs and labels of the tokens that are read for `split`; None: each token's label is the
         one that follows, or a class. `tokenizer` is the config's. Raise DataError where it lacks a token."""
         return None
+
+    def lengths(self, config: Config) -> Lengths:
+        """Return how many tokens belong to a sample of a config."""
+        return Lengths(config.data.seq_length, 0, config.data.seq_length)
+
+    def stacks(self, config: Config, tokenizer: Tokenizer | None, split: Split) -> SpanCorruption | SourceAndTarget:
+        """Return what makes a source and a target of the tokens that are read for `split`, for an encoder-decoder.
+        `tokenizer` is the config's. Raise DataError where it lacks a token."""
+        raise NotImplementedError
 
     def batches(self, source: Batches, run: Run, parts: RankModel) -> Batches:
         """Return the batches to train on: those that `source` reads, or others that are made of them."""
@@ -806,7 +838,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _tokens_are_steps(self) -> Config:
         tokens = self.train.tokens
-        return self if tokens is None else self.of_samples(-(-tokens // self.data.seq_length), f"train.tokens {tokens}")
+        return self if tokens is None else self.of_samples(-(-tokens // self.sample_tokens), f"train.tokens {tokens}")
 
     def of_samples(self, count: int, why: str) -> Config:
         """Return the config with `train.steps` for `count` samples, which `why` asks for. Raises ValueError where other
@@ -834,6 +866,11 @@ class Config(Section):
         if self.data.seq_length_warmup and (task != "causal" or self.objective.DATA != "text"):
             what = f"model.task: {task}" if task != "causal" else f"objective.name: {self.objective.name}"
             raise ValueError(f"data.seq_length_warmup would cut what {what} needs whole; leave it out")
+        if task == "seq2seq" and type(self.objective).lengths is ObjectiveConfig.lengths:
+            raise ValueError(
+                f"objective.name: {self.objective.name} has no source for the encoder of model.task: seq2seq; "
+                "span_corruption makes one of texts, seq2seq takes that of rows"
+            )
         if task == "masked" and type(self.objective).corruption is ObjectiveConfig.corruption:
             raise ValueError(
                 f"objective.name: {self.objective.name} hides no tokens, without which model.task: masked learns "
@@ -857,11 +894,14 @@ class Config(Section):
             raise ValueError("lora needs model.hf, the Hugging Face folder of the model that is adapted")
         if self.lora and self.model.has_classes:
             raise ValueError(f"lora would leave the head of model.task: {self.model.task} as it is; train without it")
-        if self.data.seq_length > self.model.max_positions:
-            raise ValueError(
-                f"data.seq_length {self.data.seq_length} is longer than model.max_positions {self.model.max_positions}"
-                ", the most that it can be"
-            )
+        _, source, target = self.lengths
+        longer = {"data.seq_length": source or target, "the decoder's length": target}
+        for name, length in longer.items():
+            if length > self.model.max_positions:
+                raise ValueError(
+                    f"{name} {length} is longer than model.max_positions {self.model.max_positions}, the most that it "
+                    "can be"
+                )
         for name, asked in (("tasks", self.observe.tasks.names), ("samples", self.observe.samples.prompts)):
             if asked and not self.data.tokenizer:
                 raise ValueError(f"observe.{name} needs data.tokenizer, to read the texts of {name}")
@@ -903,9 +943,19 @@ class Config(Section):
             )
 
     @property
+    def lengths(self) -> Lengths:
+        """Return how many tokens belong to a sample."""
+        return self.objective.lengths(self)
+
+    @property
+    def sample_tokens(self) -> int:
+        """Return how many tokens of a sample the model sees, of both stacks where it has two."""
+        return self.lengths.source + self.lengths.target
+
+    @property
     def num_tokens(self) -> int:
         """Return the tokens of the whole run; 0 where its steps are not known yet."""
-        return self.train.samples_after(self.train.steps) * self.data.seq_length
+        return self.train.samples_after(self.train.steps) * self.sample_tokens
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

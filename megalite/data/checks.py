@@ -126,8 +126,9 @@ def check_mask(dataset: IndexedDataset, note: Mapping[str, Any]) -> None:
 
 
 GOES_WITH = {
-    "text": "objective.name: next_token, or masked_lm",
+    "text": "objective.name: next_token, masked_lm or span_corruption",
     "preference": "objective.name: dpo",
+    "seq2seq": "objective.name: seq2seq",
     "classification": "model.task: classification",
     "labels": "model.task: labels",
 }

@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from megalite.config import Lengths
 from megalite.data.gather import gather
 from megalite.data.indexed import IndexedDataset
 from megalite.data.megatron_order import MegatronOrder
@@ -207,14 +208,11 @@ class RowSource:
         self._starts, self.together = dataset.starts_of_documents(first, last), together
         self._lengths = np.diff(self._starts)
         # Groups, not rows, are packed: the two answers of a preference must be in one sample.
-        sizes = self._lengths.reshape(-1, together).sum(1)
+        sizes = self._sizes(capacity)
         num_long, what = int(np.count_nonzero(sizes > capacity)), "pairs" if together == 2 else "rows"
-        long = f"{num_long:,} of {len(sizes):,} {what} are longer than the {capacity:,} tokens of a sample"
+        long = f"{num_long:,} of {len(sizes):,} {what} are longer than {self._room(capacity)}"
         if num_long and long_rows == "refuse":
-            raise DataError(
-                f"{long}, the longest {sizes.max():,}; raise data.seq_length, or set data.long_rows to drop (leave "
-                "them out) or cut (they lose their ends)"
-            )
+            raise DataError(f"{long}, the longest {self._longest()}")
         self.remark = f"{dataset.prefix}: {long}, and are {LONG[long_rows]}" if num_long else ""
         """What the user should know about rows that are too long; empty if there are none."""
         kept = sizes <= capacity
@@ -232,6 +230,21 @@ class RowSource:
             raise DataError(f"{long}, so that none is left with something to learn; raise data.seq_length")
         self._packing = best_fit(sizes[self._kept], capacity)
         self.num_samples = len(self._packing.first_piece) - 1
+
+    def _sizes(self, capacity: int) -> Int64s:
+        """Return what each group takes of the `capacity` of a sample."""
+        return self._lengths.reshape(-1, self.together).sum(1)
+
+    def _room(self, capacity: int) -> str:
+        """Return what a sample has room for, for a message."""
+        return f"the {capacity:,} tokens of a sample"
+
+    def _longest(self) -> str:
+        """Return how long the longest group is and what to do, for an error."""
+        return (
+            f"{self._sizes(0).max():,}; raise data.seq_length, or set data.long_rows to drop (leave them out) or cut "
+            "(they lose their ends)"
+        )
 
     def _is_learned(self, asked: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
         """Return for the rows in `asked` whether anything is learned from what is left of them, [rows]; True for all
@@ -266,6 +279,53 @@ class RowSource:
 
     def fingerprint(self) -> str:
         return f"{self.dataset.fingerprint()}{self._identity}"
+
+
+class SourceTargetRows(RowSource):
+    """Packs rows of a source and a target, both sides of which must have room in a sample: the source, of which nothing
+    is learned, in an encoder's tokens, and the target in a decoder's. The largest share of the two is what a row
+    takes."""
+
+    SHARES = 1 << 20
+
+    def __init__(
+        self,
+        dataset: IndexedDataset,
+        first: int,
+        last: int,
+        lengths: Lengths,
+        long_rows: Literal["refuse", "drop", "cut"],
+    ) -> None:
+        """`lengths` are those of both sides. Raise DataError as `RowSource` does."""
+        self._sides = lengths
+        super().__init__(dataset, first, last, lengths.read, self.SHARES, long_rows=long_rows)
+
+    def _sizes(self, capacity: int) -> Int64s:
+        targets, sources = self._of_sides()
+        shares = np.maximum(sources * self._sides.target, targets * self._sides.source) * self.SHARES
+        return -(-shares // (self._sides.source * self._sides.target))
+
+    def _of_sides(self) -> tuple[Int64s, Int64s]:
+        """Return how many tokens the target of each row has, and its source."""
+        assert self.dataset.mask is not None
+        first, last = self._starts[[0, -1]].tolist()
+        self.dataset.fetch(np.array([first]), np.array([last - first]))
+        before = np.concatenate([[0], np.cumsum(self.dataset.mask[first:last] > 0, dtype=np.int64)])
+        targets = np.diff(before[self._starts - first])
+        return targets, self._lengths - targets
+
+    def _room(self, capacity: int) -> str:
+        return f"a sample, which has {self._sides.source:,} tokens of a source and {self._sides.target:,} of a target"
+
+    def _longest(self) -> str:
+        targets, sources = self._of_sides()
+        return (
+            f"with {sources.max():,} and {targets.max():,}; raise data.seq_length or objective.target_length, or set "
+            "data.long_rows to drop (leave them out)"
+        )
+
+    def fingerprint(self) -> str:
+        return f"{super().fingerprint()}/{self._sides.source}+{self._sides.target}"
 
 
 class MegatronSource:

@@ -1,5 +1,5 @@
 """Formats of labelled data, and what is learned from each row: chats, prompts with completions, preferred and rejected
-answers, texts with a class, words with labels.
+answers, sources with targets, texts with a class, words with labels.
 
 Field names are those of TRL, OpenAI, ShareGPT and the `datasets` library. A row becomes one or two texts with values
 over parts of them. A token's value, in PREFIX.mask, is that of the part it lies in: 0 where nothing is learned, 1 where
@@ -37,7 +37,7 @@ from megalite.errors import DataError, TemplateLimit
 from megalite.utils.outside import is_unicode, shown
 from megalite.utils.spelling import nearest
 
-Format = Literal["chat", "completion", "preference", "classification", "labels"]
+Format = Literal["chat", "completion", "preference", "seq2seq", "classification", "labels"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 CLASSES = ("classification", "labels")
 """Formats whose tokens have classes."""
@@ -53,6 +53,7 @@ FIELDS: Mapping[Format, tuple[str, ...]] = {
     "chat": (*CHATS, *OF_CHATS),
     "completion": ("prompt", "completion", *OF_CHATS),
     "preference": ("prompt", "messages", "chosen", "rejected", *OPENAI_PAIR, *OF_CHATS),
+    "seq2seq": ("source", "input", "target", "output"),
     "classification": (*FIRST_TEXTS, *SECOND_TEXTS, *LABEL_FIELDS["classification"]),
     "labels": ("tokens", "words", *LABEL_FIELDS["labels"]),
 }
@@ -128,7 +129,8 @@ class Encoder:
         try:
             row = without_nulls(row)
             self._check_fields(row)
-            return [self._encoded(text) for text in self._texts(row)]
+            found = [self._encoded(text) for text in self._texts(row)]
+            return [_as_one(*found)] if self._settings.format == "seq2seq" else found
         except TemplateLimit:
             raise
         except ValueError as error:
@@ -219,6 +221,11 @@ class Encoder:
         if texts[0].text == texts[1].text:
             raise ValueError("'chosen' and 'rejected' have the same last answer, so that they are no pair")
         return texts
+
+    def _seq2seq(self, row: Values) -> list[Text]:
+        """Return the texts of a source and its target, each of which ends by itself."""
+        sides = [_text(row, _first(row, *names)) for names in (("source", "input"), ("target", "output"))]
+        return [Text(side, [], add_end=True, add_begin=True) for side in sides]
 
     def _classification(self, row: Values) -> list[Text]:
         """Return a text, or two, whose tokens all have the value of its class."""
@@ -364,6 +371,12 @@ def labels_in(row: Values, format: Format) -> list[Any]:
 def whole_number(label: Any) -> Any:
     """Return a label as an integer if it is one: pandas writes integers with gaps as floats."""
     return int(label) if isinstance(label, bool | int) or (isinstance(label, float) and label.is_integer()) else label
+
+
+def _as_one(source: Encoded, target: Encoded) -> Encoded:
+    """Return a source and its target as one document, of which the target is learned, its first token too."""
+    values = np.repeat([0, 1], [len(source.ids), len(target.ids)])
+    return Encoded([*source.ids, *target.ids], values, source.text_bytes + target.text_bytes)
 
 
 def _continued(prompt: str, completion: str, field: str) -> Text:

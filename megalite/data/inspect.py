@@ -133,6 +133,9 @@ def inspect_samples(config: Config, split: Split, count: int, start: int, consol
             style="bold",
             highlight=False,
         )
+        if mixture.view.stacks:
+            _print_stacks(samples, tokenizer, console)
+            continue
         for part in _parts(samples, mixture.view.labels == "next" and not mixture.view.corruption):
             _print_part(part, tokenizer, console, is_corrupted=mixture.view.corruption is not None)
     if count:
@@ -141,6 +144,8 @@ def inspect_samples(config: Config, split: Split, count: int, start: int, consol
 
 def _legend(config: Config, mixture: Mixture) -> str:
     """Return what the marks in samples mean."""
+    if mixture.view.stacks:
+        return "The encoder sees the source, and the decoder the target up to each token that it is to predict."
     if mixture.view.corruption:
         attends = "its own document" if config.data.document_mask else "the sample"
         return f"A token attends to all of {attends}. ⟦ ⟧ hold what is seen and → what is to be predicted there."
@@ -170,8 +175,27 @@ def _print_sources(config: Config, mixture: Mixture, split: Split, console: Cons
 
 def _rows(samples: Samples) -> list[Samples]:
     """Return the samples one by one."""
-    assert samples.documents is not None
-    return [Samples(*row) for row in zip(*samples, strict=True)]  # type: ignore[arg-type]
+    columns = [[None] * len(samples.tokens) if x is None else x for x in samples]
+    return [Samples(*row) for row in zip(*columns, strict=True)]
+
+
+def _print_stacks(sample: Samples, tokenizer: Tokenizer | None, console: Console) -> None:
+    """Print the source and the target of each document of one sample ([S] and [T])."""
+    assert sample.source is not None
+    of_target = np.zeros_like(sample.labels) if sample.documents is None else sample.documents
+    of_source = np.zeros_like(sample.source) if sample.source_documents is None else sample.source_documents
+    for document in np.union1d(of_source, of_target).tolist():
+        source, target = sample.source[of_source == document], sample.labels[of_target == document]
+        style, is_learned = COLOURS[document % len(COLOURS)], (target != IGNORE).any()
+        console.print(
+            f"── document {document}, source of {len(source):,} tokens" + ("" if is_learned else ", padding"),
+            style="yellow",
+            highlight=False,
+        )
+        if is_learned:
+            console.print(Text(_text(source.tolist(), tokenizer), style))
+            console.print(f"── its target of {len(target):,} tokens", style="yellow", highlight=False)
+            console.print(Text(_text(target.tolist(), tokenizer), style))
 
 
 class Part(NamedTuple):

@@ -30,6 +30,8 @@ class MicroBatch:
     samples: torch.Tensor  # [B] int64, index of each sample in the whole run, over all ranks
     documents: torch.Tensor | None = None  # [B, T] int64, document of each token in its sample; None: not kept apart
     types: torch.Tensor | None = None  # [B, T] int64, type of each token; None: all are 0
+    source: torch.Tensor | None = None  # [B, S] int64, what an encoder reads beside them; None: there is no encoder
+    source_documents: torch.Tensor | None = None  # [B, S] int64
 
     def to(self, device: torch.device) -> MicroBatch:
         """Copy to `device`. The host does not wait for pinned tensors."""
@@ -56,8 +58,7 @@ class MicroBatch:
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
         """Apply `change` to every tensor."""
-        documents, types = (None if x is None else change(x) for x in (self.documents, self.types))
-        return MicroBatch(change(self.tokens), change(self.labels), change(self.samples), documents, types)
+        return MicroBatch(*(None if x is None else change(x) for x in vars(self).values()))  # type: ignore[arg-type]
 
 
 Span = tuple[int, int]
@@ -300,18 +301,32 @@ def _read_ahead(
 def _read_step(mixture: Mixture, indices: Int64s, vocab_size: int | None) -> list[MicroBatch]:
     """Read the samples `indices`, [micro-batches, B], and return them as micro-batches."""
     found = mixture.read(indices.ravel())
-    arrays = (*found, mixture.types(found))
-    tensors = [torch.from_numpy(x).view(*indices.shape, -1) for x in arrays if x is not None]
     if vocab_size is not None:
-        # Labels are tokens shifted by one: only the last of each row is not among the tokens
-        # checked.
+        # Labels are tokens shifted by one: only the last of each row is not among the tokens checked.
         _check_ids(mixture, indices.ravel(), found.tokens, vocab_size)
         if mixture.view.labels == "next":
             last_label = np.where(found.labels[:, -1:] == IGNORE, 0, found.labels[:, -1:])
             _check_ids(mixture, indices.ravel(), last_label, vocab_size)
-    parts = zip(*tensors, torch.from_numpy(indices), strict=True)
-    # Types are told only of documents that are kept apart.
-    return [MicroBatch(tokens, labels, samples, *others) for tokens, labels, *others, samples in parts]
+        if found.source is not None:
+            _check_ids(mixture, indices.ravel(), found.source, vocab_size)
+
+    def by_micro_batch(x: Int64s | None) -> Sequence[torch.Tensor | None]:
+        return [None] * len(indices) if x is None else torch.from_numpy(x).view(*indices.shape, -1).unbind()
+
+    types = mixture.types(found)
+    return [
+        MicroBatch(*own)
+        for own in zip(
+            by_micro_batch(found.tokens),
+            by_micro_batch(found.labels),
+            torch.from_numpy(indices),
+            by_micro_batch(found.documents),
+            by_micro_batch(types),
+            by_micro_batch(found.source),
+            by_micro_batch(found.source_documents),
+            strict=True,
+        )
+    ]
 
 
 def _check_ids(mixture: Mixture, indices: Int64s, tokens: Int64s, vocab_size: int) -> None:

@@ -20,6 +20,7 @@ from megalite.data.dataset import (
     PackedSource,
     RowSource,
     SampleSource,
+    SourceTargetRows,
     Split,
     TokenSource,
     Windows,
@@ -31,6 +32,7 @@ from megalite.data.fim import FillInTheMiddle
 from megalite.data.indexed import IndexedDataset
 from megalite.data.megatron_order import MegatronBlend, sizes_of
 from megalite.data.order import Int64s, Phase, PhasedOrder, SampleOrder
+from megalite.data.stacks import SourceAndTarget, SpanCorruption
 from megalite.data.tokenizer import Tokenizer
 from megalite.errors import DataError
 
@@ -38,7 +40,7 @@ IGNORE = -100
 """The label of a token after which nothing is predicted, as everywhere in torch."""
 
 LABELS: dict[str, Literal["next", "token", "document"]] = {
-    "causal": "next", "masked": "next", "labels": "token", "classification": "document"
+    "causal": "next", "masked": "next", "seq2seq": "next", "labels": "token", "classification": "document"
 }  # fmt: skip
 """Kind of labels for each `model.task`, where the objective makes no others."""
 
@@ -76,6 +78,8 @@ class View(NamedTuple):
     """Makes inputs and labels instead."""
     separator: int | None = None
     """Token behind the first text of a document, after which its tokens are of type 1. None: types are not told."""
+    stacks: SpanCorruption | SourceAndTarget | None = None
+    """Makes what an encoder and a decoder see instead."""
 
 
 PLAIN = View()
@@ -87,6 +91,8 @@ class Samples(NamedTuple):
     tokens: Int64s  # [n, L]
     labels: Int64s  # [n, L], the token that follows each; IGNORE where none is to be predicted
     documents: Int64s | None  # [n, L], document of each token in its sample; None: not kept apart
+    source: Int64s | None = None  # [n, S], what an encoder reads beside them; None: there is no encoder
+    source_documents: Int64s | None = None  # [n, S]
 
 
 class Mixture:
@@ -126,6 +132,9 @@ class Mixture:
         view = self.view
         # [n, L]: windows have one token more than the model sees, the label of the last.
         kept = documents[:, :-1].copy() if documents is not None and view.document_mask else None
+        if view.stacks:
+            found = view.stacks.apply(windows, index)
+            return Samples(found.tokens, found.labels, found.documents, found.source, found.source_documents)
         if view.corruption:
             learned = np.ones_like(tokens[:, :-1], bool) if mask is None else mask[:, :-1] > 0
             # Padding is no token to predict.
@@ -203,8 +212,8 @@ class Mixture:
         if not self._fingerprint:
             parts = [source.fingerprint() for source in self.sources]
             fim = list(self.view.fim) if self.view.fim else None
-            corruption = [self.view.corruption.identity()] if self.view.corruption else []
-            identity = json.dumps([_SCHEME, parts, self.order.identity(), fim, *corruption])
+            made = [part.identity() for part in (self.view.corruption, self.view.stacks) if part]
+            identity = json.dumps([_SCHEME, parts, self.order.identity(), fim, *made])
             self._fingerprint = hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
         return self._fingerprint
 
@@ -327,7 +336,9 @@ def _build_mixture(
         raise DataError("data.fim turns texts around, which labelled data cannot be; leave one of them out")
     model, corruption = config.model, config.objective.corruption(config, tokenizer, which)
     separator = tokenizer.eod_id if tokenizer and model.has_classes and model.has_token_types else None
-    view = View(data.document_mask, data.border_loss, fim, LABELS[model.task], model.CLASS_AT, corruption, separator)
+    stacks = config.objective.stacks(config, tokenizer, which) if model.task == "seq2seq" else None
+    labels = LABELS[model.task]
+    view = View(data.document_mask, data.border_loss, fim, labels, model.CLASS_AT, corruption, separator, stacks)
     mixture = Mixture(sources, names, order, view)
     _check_learned(mixture, config, which)
     return mixture
@@ -361,11 +372,12 @@ def _why_unlearned(config: Config, source: SampleSource) -> str:
 
 def _cut(dataset: IndexedDataset, config: Config, which: Split, megatron_samples: int | None) -> SampleSource:
     """Return one split of a dataset as samples; in Megatron-LM's order if `megatron_samples` gives their number."""
-    shares, length = config.data.split, config.data.seq_length
+    shares, length = config.data.split, config.lengths.read
     if dataset.mask is not None:
         return _cut_rows(dataset, config, which)
-    if config.model.has_classes:
-        raise DataError(f"model.task: {config.model.task} needs labelled data, but there is no {dataset.prefix}.mask")
+    if config.model.has_classes or config.objective.DATA == "seq2seq":
+        needs = f"model.task: {config.model.task}" if config.model.has_classes else "objective.name: seq2seq"
+        raise DataError(f"{needs} needs labelled data, but there is no {dataset.prefix}.mask")
     if megatron_samples is not None:  # Megatron splits by sequences, not documents
         first, last = split_range(dataset.num_sequences, shares or (1, 0, 0), which)
         return MegatronSource(dataset, first, last, length, megatron_samples, config.train.seed)
@@ -380,6 +392,13 @@ def _cut_rows(dataset: IndexedDataset, config: Config, which: Split) -> RowSourc
     data, shares = config.data, config.data.split
     if data.order == "megatron":
         raise DataError("data.order: megatron cuts documents anywhere; labelled data needs shuffle or sequential")
+    if config.objective.DATA == "seq2seq":
+        first, last = split_range(dataset.num_documents, shares, which) if shares else (0, dataset.num_documents)
+        return SourceTargetRows(dataset, first, last, config.lengths, data.long_rows)
+    if config.model.task == "seq2seq":
+        raise DataError(
+            f"objective.name: {config.objective.name} takes texts, not rows, which objective seq2seq is for"
+        )
     together = 2 if config.objective.DATA == "preference" else 1
     groups = dataset.num_documents // together
     first, last = split_range(groups, shares, which) if shares else (0, groups)

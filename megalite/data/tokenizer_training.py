@@ -1,4 +1,5 @@
-"""Train a tokenizer: byte-level BPE, SentencePiece BPE or unigram with byte fallback, or BERT's WordPiece.
+"""Train a tokenizer: byte-level BPE, also with T5's special tokens, SentencePiece BPE or unigram with byte fallback, or
+BERT's WordPiece.
 
 The result is a folder that `transformers.AutoTokenizer.from_pretrained` and `load_tokenizer` open, with the same ids,
 and from which every text comes back unchanged, including spaces and unknown scripts. (One exception: U+2581 is
@@ -29,7 +30,15 @@ BERT_SETTINGS = {
     **{f"{role}_token": token for role, token in BERT.items()},
     "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
 }
-Kind = Literal["bpe", "sp-bpe", "sp-unigram", "wordpiece"]
+T5_SPECIAL = {"pad": "<pad>", "eos": "</s>"}
+"""Special tokens for an encoder-decoder by role, in the order of their ids: a target begins with the first."""
+SENTINELS = tuple(f"<extra_id_{number}>" for number in range(100))
+"""Stand for hidden spans, in their order."""
+T5_SETTINGS = {
+    **{f"{role}_token": token for role, token in T5_SPECIAL.items()},
+    "additional_special_tokens": SENTINELS,
+}
+Kind = Literal["bpe", "sp-bpe", "sp-unigram", "t5", "wordpiece"]
 # Qwen2's pattern: contractions, words with one preceding sign, single digits, runs of punctuation with the line ends
 # behind them, and indentation that leaves its last space to the following word.
 PATTERN = (
@@ -55,18 +64,23 @@ def train_tokenizer(
     DataError."""
     if kind not in get_args(Kind):
         raise DataError(f"tokenizer type {kind!r} is unknown; choose from {', '.join(get_args(Kind))}")
-    smallest = 257 if kind == "bpe" else 300  # every byte, <unk>, the end, and some room for characters
+    # Every byte, <unk>, the end, and some room for characters; T5's special tokens.
+    smallest = {"bpe": 257, "t5": 256 + len(T5_SPECIAL) + len(SENTINELS)}.get(kind, 300)
     if vocab_size < smallest:
         raise DataError(f"vocabulary size {vocab_size} is too small for type {kind}; the least is {smallest}")
     report, folder = Report(), Path(output)
     documents = _first_bytes(iter_documents(inputs, json_key, report), max_bytes)
-    if kind in ("bpe", "wordpiece"):
-        train, end = (_train_byte_bpe, END) if kind == "bpe" else (_train_wordpiece, None)
+    if not kind.startswith("sp-"):
+        train, end, more = {
+            "bpe": (_train_byte_bpe, END, {}),
+            "t5": (_train_t5, T5_SPECIAL["eos"], T5_SETTINGS),
+            "wordpiece": (_train_wordpiece, None, BERT_SETTINGS),
+        }[kind]
         tokenizer = train(documents, vocab_size)
         _some_text(report)
         folder.mkdir(parents=True, exist_ok=True)
         tokenizer.save(str(folder / "tokenizer.json"))
-        write_tokenizer_config(folder, end, more=BERT_SETTINGS if kind == "wordpiece" else {})
+        write_tokenizer_config(folder, end, more=more)
     else:
         model = _train_sentencepiece(documents, vocab_size, kind.removeprefix("sp-"), report)
         with tempfile.TemporaryDirectory() as scratch:
@@ -92,8 +106,8 @@ def _some_text(report: Report) -> None:
         raise DataError(f"the inputs hold no text to train on\n{report}".rstrip())
 
 
-def _train_byte_bpe(texts: Iterator[str], vocab_size: int) -> tokenizers.Tokenizer:
-    """Return a byte-level BPE tokenizer trained on the texts."""
+def _train_byte_bpe(texts: Iterator[str], vocab_size: int, special: Sequence[str] = (END,)) -> tokenizers.Tokenizer:
+    """Return a byte-level BPE tokenizer with `special` tokens trained on the texts."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -104,11 +118,23 @@ def _train_byte_bpe(texts: Iterator[str], vocab_size: int) -> tokenizers.Tokeniz
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END],
+        special_tokens=[*special],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=sys.stderr.isatty(),
     )
     tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def _train_t5(texts: Iterator[str], vocab_size: int) -> tokenizers.Tokenizer:
+    """Return a byte-level BPE tokenizer with T5's special tokens trained on the texts, each of which it ends."""
+    tokenizer = _train_byte_bpe(texts, vocab_size, (*T5_SPECIAL.values(), *SENTINELS))
+    end = T5_SPECIAL["eos"]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {end}",
+        pair=f"$A {end} $B:1 {end}:1",
+        special_tokens=[(end, tokenizer.token_to_id(end))],
+    )
     return tokenizer
 
 

@@ -15,7 +15,7 @@ from megalite.config import LoraConfig, ModelConfig
 from megalite.config.errors import describe_errors
 from megalite.errors import ConfigError
 from megalite.models import heads, peft, rope
-from megalite.models.hf import Keys
+from megalite.models.hf import Keys, stored_names
 from megalite.models.layers import Decoder
 from megalite.models.lora import adapt, with_adapters
 from megalite.models.weights import Weight
@@ -65,6 +65,7 @@ def model_config(values: dict[str, Any]) -> ModelConfig:
     elif values.get("hf") and "family" not in values:  # a run's own config.yaml has every field written out
         # Only the architecture: weights are read later, by checkpoint/load.py.
         base = from_hf_config(read_hf_config(Path(values["hf"])))
+        base = family(base["family"]).CONFIG.with_files(base, stored_names(Path(values["hf"])))
     if base and values.get("family") not in (None, base["family"]):
         raise ConfigError(f"model.family = {values['family']!r}, but preset {values['preset']} is {base['family']!r}")
     if base and values.get("hf"):

@@ -50,6 +50,8 @@ class AttentionSpec(MixerSpec):
     causal: bool = True
     dropout: float = 0.0
     """Dropout of the probabilities."""
+    bias: bool = False
+    """True if a bias that is trained is added to the scores."""
     rope: bool = True
     """True if queries and keys are rotated by their positions."""
     head_norms: bool = False
@@ -58,7 +60,7 @@ class AttentionSpec(MixerSpec):
     @property
     def writes_scores(self) -> bool:
         """Return whether attention materializes its scores (eager attention), which fused kernels avoid."""
-        return self.softcap is not None or self.dropout > 0
+        return self.softcap is not None or self.bias or self.dropout > 0
 
     def num_elements(self, hidden_size: int) -> int:
         """Return the elements of the projections of queries, keys, values and output."""
@@ -97,6 +99,18 @@ class LatentSpec(AttentionSpec):
         q = hidden_size * queries if self.q_rank is None else self.q_rank * (hidden_size + queries)
         kv = hidden_size * (self.kv_rank + self.rope_size) + self.kv_rank * heads * (plain + self.value_size)
         return q + kv + heads * self.value_size * hidden_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrossSpec(AttentionSpec):
+    """Describes attention within a decoder's sequence, and then as much to an encoder's states."""
+
+    def num_elements(self, hidden_size: int) -> int:
+        return 2 * super().num_elements(hidden_size)
+
+    def source_elements(self, hidden_size: int) -> int:
+        """Return the elements that an encoder's states are multiplied with: those that make keys and values of them."""
+        return self.num_kv_heads * (self.head_size + self.value_size) * hidden_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,6 +180,11 @@ class Architecture:
     num_streams: int = 1
     """Tensors of hidden states [B,T,D] that a layer hands to the next: 2 where an encoder's go on beside a decoder's.
     Predictions are made from the last."""
+    source_layers: int = 0
+    """Layers, the first ones, that see an encoder's own sequence, which the batch has beside that of the others."""
+    shared_tables: tuple[tuple[int, int], ...] = ()
+    """Shapes of weights that layers of several stages use, which go along before the hidden states. Tensor ranks share
+    the last dimension."""
     hidden_dropout: float = 0.0
     """Dropout of what attention and the feed-forward part add to the residual stream."""
     logit_softcap: float | None = None

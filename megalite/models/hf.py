@@ -1,18 +1,23 @@
-"""Check what a Hugging Face config.json says. A family declares each key as used, as supported with one value only, or
-as neutral; any other key whose name suggests a computation is refused, so that none that changes it is passed over."""
+"""Check what a Hugging Face config.json says, and which tensors are stored beside it. A family declares each key as
+used, as supported with one value only, or as neutral; any other key whose name suggests a computation is refused, so
+that none that changes it is passed over."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from megalite.errors import ConfigError
-from megalite.utils.outside import shown
+from megalite.utils.outside import read_object, shown
 
 REQUIRED: Any = object()
 """Stands for the usual value of a key that config.json cannot leave out."""
+LARGEST_HEADER = 100_000_000
+"""Bytes of the longest header that safetensors reads."""
 
 
 def _each(reasons: Mapping[str, str]) -> dict[str, str]:
@@ -222,3 +227,16 @@ def refuse_others(values: Mapping[str, Any], known: Iterable[str], place: str, w
     for key, value in values.items():
         if value is not None and key not in known:
             raise ConfigError(f"config.json has {place}.{key} = {shown(value)}, which is unknown for {whose}")
+
+
+def stored_names(folder: Path) -> frozenset[str]:
+    """Return the names of the tensors in a Hugging Face folder, read from headers alone; none where there are no
+    readable files, of which whoever loads them tells."""
+    try:
+        if (index := folder / "model.safetensors.index.json").is_file():
+            return frozenset(read_object(index, ConfigError).get("weight_map") or ())
+        with (folder / "model.safetensors").open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            return frozenset(json.loads(file.read(min(size, LARGEST_HEADER))))
+    except (OSError, ValueError, TypeError, ConfigError):
+        return frozenset()

@@ -54,6 +54,8 @@ class SequenceInfo:
     overlaps: tuple[tuple[bool, bool], ...] | None = None
     """For each rank that has a part of the sequence, whether a document goes on from one of its parts to one of this
     rank's: in the front half of the sequence, and in the back half. None: not known."""
+    source: Source | None = None
+    """What an encoder reads, to which these tokens attend. None: there is no encoder."""
 
     @property
     def length(self) -> int | Tensor:
@@ -61,14 +63,29 @@ class SequenceInfo:
         return len(self.index_T) if self.whole_length is None else self.whole_length
 
     @classmethod
-    def whole(cls, length: int, device: torch.device) -> SequenceInfo:
-        """Return the places of a whole sequence that is one document."""
+    def whole(cls, length: int, device: torch.device, source: Source | None = None) -> SequenceInfo:
+        """Return the places of a whole sequence that is one document, beside the `source` that an encoder reads."""
         index = torch.arange(length, device=device)
-        return cls(index, index[None])
+        return cls(index, index[None], source=source)
+
+
+@dataclass(frozen=True)
+class Source:
+    """The sequence that an encoder reads, S tokens of it. Those of one document attend to each other, and those of the
+    decoder's sequence to the tokens of theirs here."""
+
+    tokens_BS: Tensor
+    places: SequenceInfo
+
+    @classmethod
+    def whole(cls, tokens_BS: Tensor) -> Source:
+        """Return a source whose rows are a document each."""
+        return cls(tokens_BS, SequenceInfo.whole(tokens_BS.shape[1], tokens_BS.device))
 
 
 Streams = Tensor | tuple[Tensor, ...]
-"""Hidden states [B,T,D] between layers; several where the architecture has `num_streams`."""
+"""What goes from layer to layer: hidden states [B,T,D]; several where the architecture has `num_streams`, behind its
+`shared_tables`."""
 
 
 def last_of(streams: Streams) -> Tensor:
@@ -147,12 +164,13 @@ class Dropout(nn.Module):
     """Dropout whose mask depends on (seed, sample, position in the sample) alone, so that every layout drops the same.
 
     Tensor parallelism sets `shard` to (rank, ranks) where it cuts dimension 1 of the input over ranks: the sequence of
-    hidden states, or the heads where `over_heads`; and `features` likewise where it cuts the last dimension."""
+    hidden states, or the heads where `over_heads`; and `features` likewise where it cuts the last dimension, as it does
+    where `over_features`: between two matrices."""
 
-    def __init__(self, p: float, site: str, over_heads: bool = False):
+    def __init__(self, p: float, site: str, over_heads: bool = False, over_features: bool = False):
         super().__init__()
         self.p, self.site, self.over_heads, self.shard = p, key_of(site), over_heads, (0, 1)
-        self.features = (0, 1)
+        self.over_features, self.features = over_features, (0, 1)
 
     def forward(self, x: Tensor, places: SequenceInfo) -> Tensor:
         """Drop elements of `x` [B,T,D], or [B,H,T,T] where `over_heads`. Without keys, or in evaluation, it is
@@ -328,11 +346,14 @@ class CoreAttention(nn.Module):
     In training it computes with what is at hand. Context parallelism and generation each give it a `strategy` for keys
     and values that are elsewhere; a family does nothing for these."""
 
-    def __init__(self, dropout: Dropout | None = None, kind: AttentionKind = PLAIN, num_heads: int = 0):
+    def __init__(
+        self, dropout: Dropout | None = None, kind: AttentionKind = PLAIN, num_heads: int = 0, biased: bool = False
+    ):
         """Apply `dropout` to the probabilities; `kind` says whether it is causal, and gives window, soft cap and scale,
-        and whether each of `num_heads` heads of queries has a sink."""
+        and whether each of `num_heads` heads of queries has a sink. `biased`: `attend` is given a bias of the scores
+        that is trained."""
         super().__init__()
-        self.dropout, self.kind = dropout, kind
+        self.dropout, self.kind, self.biased = dropout, kind, biased
         self.sinks = nn.Parameter(torch.empty(num_heads)) if kind.sinks else None
         self.strategy: AttentionStrategy | None = None
         self.logits_of: Callable[..., Tensor] = _largest_logits
@@ -344,7 +365,7 @@ class CoreAttention(nn.Module):
     @property
     def writes_scores(self) -> bool:
         """Return whether it may materialise the scores [B,H,T,S]."""
-        return self.kind.softcap is not None or bool(self.dropout and self.dropout.p)
+        return self.kind.softcap is not None or self.biased or bool(self.dropout and self.dropout.p)
 
     def forward(self, qkv_BTNK: Tensor, num_heads: int, num_kv_heads: int, places: SequenceInfo) -> Tensor:
         """Attend within the fused projection [B,T,N,K]: N = num_heads of queries + num_kv_heads of keys + as many of

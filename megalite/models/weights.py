@@ -82,8 +82,8 @@ class Weight:
     used: float = 1.0
     """Share of its elements that a token is multiplied with: k / n for n experts of which each token visits k; 0 for
     an embedding, which is looked up, unless it is tied to the head."""
-    init: float | Uniform | Literal["ones", "zeros"] = 0.02
-    """Standard deviation of a normal distribution, a uniform one, or a constant."""
+    init: float | tuple[float, ...] | Uniform | Literal["ones", "zeros"] = 0.02
+    """Standard deviation of a normal distribution, or one for each of the `parts`, a uniform one, or a constant."""
     decay: bool = True
     """Takes weight decay."""
     by_counts: bool = False
@@ -387,6 +387,11 @@ class Weight:
             index = torch.arange(start * width, stop * width, device=device)
             # Counter-based: no state, so any slice can be drawn on any rank in any order.
             flat = (uniform(key_of(seed, self.name), index) * 2.0 - 1.0) * self.init.bound
+        elif isinstance(self.init, tuple):
+            sizes = torch.tensor(self.row_groups, device=device)
+            std_of_rows = torch.tensor(self.init, device=device).repeat_interleave(sizes)[start:stop]
+            flat = normal(key_of(seed, self.name), start * width, stop * width, device)
+            flat = (flat.view(-1, width) * std_of_rows[:, None]).flatten()
         else:
             flat = torch.full(((stop - start) * width,), 1.0 if self.init == "ones" else 0.0, device=device)
         return flat if columns is None else flat.view(-1, *self.row_shape)[:, slice(*columns)]
@@ -396,9 +401,11 @@ RowReader = Callable[[Weight, int, int, tuple[int, int] | None], Tensor]
 """(weight, first row, last row, column range of a matrix) → those logical elements."""
 
 
-def layer_rows(index: int, hf_prefix: str, rows: Sequence[Weight]) -> Iterator[Weight]:
-    """Yield the rows of one layer, with the names of layer `index`; Hugging Face's begin with `hf_prefix`."""
+def layer_rows(index: int, hf_prefix: str, rows: Sequence[Weight], hf_index: int | None = None) -> Iterator[Weight]:
+    """Yield the rows of one layer, with the names of layer `index`; Hugging Face's begin with `hf_prefix`, and count
+    the layer as `hf_index` where its stack is not the first."""
+    prefix = f"{hf_prefix}.{index if hf_index is None else hf_index}"
     for row in rows:
-        hf = tuple(f"{hf_prefix}.{index}.{name}" for name in row.hf)
-        one_hf = row.one_hf and f"{hf_prefix}.{index}.{row.one_hf}"
+        hf = tuple(f"{prefix}.{name}" for name in row.hf)
+        one_hf = row.one_hf and f"{prefix}.{row.one_hf}"
         yield replace(row, name=f"layers.{index}.{row.name}", hf=hf, one_hf=one_hf, place=index)

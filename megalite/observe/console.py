@@ -81,7 +81,7 @@ class Console:
         layout: Mapping[str, object],
     ) -> None:
         train = config.train
-        tokens = train.global_batch_size * config.data.seq_length
+        tokens = train.global_batch_size * config.sample_tokens
         model = config.model.preset or config.model.family
         counted = f"{compact(num_params)} parameters"
         if config.lora:
@@ -93,7 +93,7 @@ class Console:
             axes = "  ".join(f"{key} {value}" for key, value in layout.items())
             self._print(axes, "dim")
         in_all = compact(config.num_tokens)
-        first = f"{train.batch_size(0) * config.data.seq_length:,} to " if train.batch_ramp else ""
+        first = f"{train.batch_size(0) * config.sample_tokens:,} to " if train.batch_ramp else ""
         self._print(f"{self._total:,} steps of {first}{tokens:,} tokens, {in_all} in all", "dim")
         if phases := config.data.seq_length_warmup:
             short = ", ".join(f"{phase.seq_length:,} tokens up to step {phase.until_step:,}" for phase in phases)

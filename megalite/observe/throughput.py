@@ -17,6 +17,7 @@ import yaml
 
 from megalite.config import Config
 from megalite.models import weight_table
+from megalite.models.architecture import CrossSpec
 from megalite.utils.resources import configs_dir
 
 
@@ -35,7 +36,10 @@ def model_flops_per_token(config: Config, seq_length: int | None = None) -> floa
     """Return `flops_per_token` of the model of a config, for sequences of `seq_length`; None: of `data.seq_length`.
 
     A layer with a sliding window attends to no more positions than the window. A frozen weight has no weight gradient
-    and counts 4 instead of 6. What stands behind the layers counts for the tokens that are predicted."""
+    and counts 4 instead of 6. What stands behind the layers counts for the tokens that are predicted; an
+    encoder-decoder's is the mean over the tokens of both stacks."""
+    if config.model.architecture.source_layers:
+        return _flops_of_stacks(config) / config.sample_tokens
     table = weight_table(config.model, config.lora)
     behind = {weight.name for weight in table if weight.place in ("last", "both")}
     predicted = config.objective.predicted()
@@ -46,6 +50,24 @@ def model_flops_per_token(config: Config, seq_length: int | None = None) -> floa
     products = sum(mixer.products(mixer.seen(length)) for mixer in mixers)
     # A frozen matrix lacks the weight-gradient GEMM: 2 of the 6.
     return flops_per_token(used, products) - 2.0 * frozen
+
+
+def _flops_of_stacks(config: Config) -> float:
+    """Return the floating-point operations of training an encoder-decoder on one sample: each matrix multiplies the
+    tokens of its stack, and what makes keys and values of the encoder's states multiplies these."""
+    model, (_, source, target) = config.model, config.lengths
+    architecture, hidden = model.architecture, model.hidden_size
+    total = target * flops_per_token(model.vocab_size * hidden, 0.0)  # the head
+    for number, layer in enumerate(architecture.layers):
+        mixer, own = layer.mixer, source if number < architecture.source_layers else target
+        elements = mixer.num_elements(hidden) + layer.feed_forward.num_elements(hidden)
+        products = mixer.products(mixer.seen(own))
+        if isinstance(mixer, CrossSpec):
+            of_source = mixer.source_elements(hidden)
+            total += source * flops_per_token(of_source, 0.0)
+            elements, products = elements - of_source, products + mixer.products(source)
+        total += own * flops_per_token(elements, products)
+    return total
 
 
 @cache

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
+from torch.autograd import Function
 from torch.distributed.pipelining import (
     PipelineStage,
     Schedule1F1B,
@@ -46,18 +47,21 @@ class Pipeline:
         mesh: Mesh,
         hidden: Tensor,
         deferred: Sequence[WeightGradStore | None],
+        source: int = 0,
     ):
         """Build the schedule of `plan`.
 
         `hidden` is a meta tensor shaped like the hidden states of a training micro-batch; `deferred` has the
-        weight-gradient store of each of `stages`, or None."""
+        weight-gradient store of each of `stages`, or None. `source` is the length of what an encoder reads beside them,
+        if there is one."""
         self.stages, self.mesh, self.hidden = stages, mesh, hidden
-        self._num_streams = stages[0].model.config.architecture.num_streams
+        self._architecture = stages[0].model.config.architecture
         # Under sequence parallelism stages hand over [B, T/n, D], each tensor rank its own slice.
         self._sequence_cut = plan.tensor if plan.sequence else 1
         self._batch: Sequence[Inputs] = ()
         self._loss_of: LossOf | None = None
         self._plan, self._deferred = plan, deferred
+        self._streams = self._streams_of(hidden.shape[0], hidden.shape[1] * self._sequence_cut, source)
         self._make_schedule(plan.micro_batches)
 
     def _make_schedule(self, micro_batches: int) -> None:
@@ -85,7 +89,7 @@ class Pipeline:
         # each.
         number, loss = torch.zeros(1, dtype=torch.int64), torch.zeros((), device="meta")
         # Example inputs and outputs save torch from running every stage once to learn their shapes.
-        hidden = tuple(self.hidden.detach().requires_grad_() for _ in range(self._num_streams))
+        hidden = tuple(self.hidden.new_empty(shape).requires_grad_() for shape in self._streams)
         part = _Part(
             _Numbered(stage, self),
             stage.span.index,
@@ -97,16 +101,28 @@ class Pipeline:
             # Zero bubble: torch calls it when it is time for a stage's weight gradients.
             dw_builder=later.take if later else None,
         )
-        part.hidden, part.sends_itself = self.hidden, plan.schedule != "1f1b"
+        part.hidden, part.arrives, part.sends_itself = self.hidden, hidden, plan.schedule != "1f1b"
         return part
+
+    def _streams_of(self, rows: int, length: int, source: int) -> list[tuple[int, ...]]:
+        """Return the shapes of what goes from stage to stage, `Streams`, for sequences of `length` tokens on this rank,
+        beside `source` of an encoder if there are any."""
+        tables = [(count, of_all // self.mesh.tensor.size) for count, of_all in self._architecture.shared_tables]
+        lengths = [length] * self._architecture.num_streams
+        lengths[0] = source or length
+        return [*tables, *((rows, each // self._sequence_cut, self.hidden.shape[-1]) for each in lengths)]
+
+    def _shapes_of(self, inputs: Inputs) -> list[tuple[int, ...]]:
+        """Return the shapes of what goes from stage to stage for these inputs."""
+        (rows, length), source = inputs.tokens_BT.shape, inputs.places.source
+        return self._streams_of(rows, length, 0 if source is None else source.tokens_BS.shape[1])
 
     def forward_backward(self, batch: Sequence[Inputs], loss_of: LossOf, engine: Engine) -> None:
         """Run the schedule over a step's micro-batches, and leave their gradients in `engine`. The last stage calls
         `loss_of` once for each micro-batch."""
-        rows, length = batch[0].tokens_BT.shape
-        shape = (rows, length // self._sequence_cut, self.hidden.shape[-1])
-        if len(batch) != self._micro_batches or shape != self.hidden.shape:  # the global batch or its sequences grow
-            self.hidden = self.hidden.new_empty(shape)
+        streams = self._shapes_of(batch[0])
+        if len(batch) != self._micro_batches or streams != self._streams:  # the global batch or its sequences grow
+            self._streams = streams
             self._make_schedule(len(batch))
         # Every rank has the whole batch: tokens, labels and documents need not travel between
         # stages.
@@ -128,7 +144,8 @@ class Pipeline:
             # What goes through unchanged has a backward pass of its own: torch asks for that of each output.
             return out if isinstance(out, Tensor) else tuple(x.view_as(x) for x in out)
         assert self._loss_of is not None
-        return self._loss_of(out, self._batch[number])
+        loss = self._loss_of(out, self._batch[number])
+        return loss if len(streams) < 2 else _WithGradients.apply(loss, *streams)
 
     @torch.no_grad()
     def forward(self, batch: Sequence[Inputs]) -> list[Tensor]:
@@ -181,14 +198,27 @@ class Pipeline:
 
     def _receive(self, stage: Stage, inputs: Inputs) -> Streams:
         """Receive the hidden states of a micro-batch from the stage before."""
-        rows, length = inputs.tokens_BT.shape  # generation's shapes differ from training's
-        shape = (self._num_streams, rows, length // self._sequence_cut, self.hidden.shape[-1])
-        streams = torch.empty(shape, dtype=self.hidden.dtype, device=self.mesh.device).unbind()
+        shapes = self._shapes_of(inputs)  # generation's shapes differ from training's
+        streams = tuple(torch.empty(shape, dtype=self.hidden.dtype, device=self.mesh.device) for shape in shapes)
         came_from = (stage.span.index - 1) % self.mesh.pipeline.size
         _await_neighbours()
         for x in streams:
             dist.recv(x, group=self.mesh.pipeline.group, group_src=came_from)
         return _one_or_all(streams)
+
+
+class _WithGradients(Function):
+    """The loss as it is; every stream that arrived has a gradient, of zeros if it has no part in the loss, as torch
+    sends one back for each."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, *streams: Tensor) -> Tensor:
+        ctx.save_for_backward(*streams)
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return grad, *(torch.zeros_like(x) for x in ctx.saved_tensors)
 
 
 def _one_or_all(streams: tuple[Tensor, ...]) -> Streams:
@@ -223,6 +253,8 @@ class _Part(PipelineStage):
     of several stages hold it until the step ends."""
 
     hidden: Tensor
+    arrives: Sequence[Tensor]
+    """Meta tensors shaped like what goes from stage to stage."""
     sends_itself: bool
     """False under 1F1B, which joins each message with the one that comes back, and waits for both."""
 
@@ -269,18 +301,18 @@ class _Part(PipelineStage):
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         if not self.is_first:
-            self._receive_into(self.args_recv_info[fwd_chunk_id])
+            self._receive_into(self.args_recv_info[fwd_chunk_id], self.arrives)
         return super().get_fwd_recv_ops(fwd_chunk_id)
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
         if not self.is_last:
-            self._receive_into(self.grad_recv_info[bwd_chunk_id])
+            self._receive_into(self.grad_recv_info[bwd_chunk_id], self.arrives)
         return super().get_bwd_recv_ops(bwd_chunk_id)
 
-    def _receive_into(self, messages: Sequence[Any]) -> None:
-        """Give memory to what is asked for."""
-        for message in messages:
-            message.buffer = torch.empty_like(self.hidden, device=self.device)
+    def _receive_into(self, messages: Sequence[Any], shapes: Sequence[Tensor]) -> None:
+        """Give memory to what is asked for, of the shapes of these meta tensors."""
+        for message, shape in zip(messages, shapes, strict=True):
+            message.buffer = torch.empty_like(shape, device=self.device)
 
     # Named in a trace, so that a pipeline's passes and its bubbles can be seen.
 

@@ -243,8 +243,10 @@ def _(loss: ColumnLoss, layout: Layout) -> None:
 
 @rule(Dropout)
 def _(dropout: Dropout, layout: Layout) -> None:
+    if dropout.over_features:
+        dropout.features = (layout.tensor.rank, layout.tensor.size)
     # Attention probabilities are cut by heads in any case, hidden states only along a cut sequence.
-    if layout.sequence or dropout.over_heads:
+    elif layout.sequence or dropout.over_heads:
         dropout.shard = (layout.tensor.rank, layout.tensor.size)
 
 

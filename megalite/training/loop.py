@@ -41,7 +41,7 @@ def run_steps(
             step, before = Step(number), loader.samples
             meter.flops_per_token = flops[run.config.data.length_of(number)]
             train_step(step, run, parts, loader, guard, hooks)
-            log.add(step.record, (step.samples - before) * run.config.data.seq_length)
+            log.add(step.record, (step.samples - before) * run.config.sample_tokens)
             # Asked once and before any of them acts: `act` of one may look at what the others are
             # to do.
             step.due = [hook for hook in hooks if hook.is_due(step)]
@@ -73,7 +73,9 @@ def train_step(step: Step, run: Run, parts: RankModel, loader: Batches, guard: G
         hook.begin(step)
     lr = learning_rate(step.number, run.config.train.steps, run.config.optimizer)
     # This rank's micro-batches of the global batch, on the host.
-    batch = [micro.cut(run.config.data.length_of(step.number)) for micro in next(loader)]
+    batch, length = next(loader), run.config.data.length_of(step.number)
+    if length < run.config.data.seq_length:
+        batch = [micro.cut(length) for micro in batch]
     found = forward_backward(parts, batch, run.mesh, run.config.train.seed)
     for hook in hooks:
         hook.before_update(step)
@@ -82,7 +84,7 @@ def train_step(step: Step, run: Run, parts: RankModel, loader: Batches, guard: G
     # this one was refused, and learns it when the log is read.
     grad_norm = parts.engine.step(lr, guard.update_gate(found["loss"]))
     step.samples = loader.samples
-    tokens = step.samples * run.config.data.seq_length
+    tokens = step.samples * run.config.sample_tokens
     step.record = {"step": step.number, **found, "lr": lr, "grad_norm": grad_norm, "tokens": tokens}
     step.record |= consumed_tokens(loader)
     for hook in hooks:

@@ -270,7 +270,7 @@ class DPOConfig(ObjectiveConfig):
         0.0, ge=0, lt=0.5, description="Share of the pairs that are assumed to be the wrong way round."
     )
 
-    DATA: ClassVar[Literal["text", "preference"]] = "preference"
+    DATA: ClassVar[Literal["text", "preference", "seq2seq"]] = "preference"
     HAS_REFERENCE: ClassVar[bool] = True
 
     def check(self, config: Config) -> None:

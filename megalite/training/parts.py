@@ -22,7 +22,7 @@ from megalite.kernels.attention import note_documents
 from megalite.kernels.linear import WeightGradStore
 from megalite.models import build_model, weight_table
 from megalite.models.layer_loss import LayerLoss, LayerLosses
-from megalite.models.layers import SequenceInfo
+from megalite.models.layers import SequenceInfo, Source
 from megalite.parallel.apply import apply_parallelism
 from megalite.parallel.context import document_overlaps, zigzag
 from megalite.parallel.outputs import LastStage
@@ -86,11 +86,11 @@ def build(config: Config, plan: Plan, mesh: Mesh) -> RankModel:
     if plan.pipeline > 1:
         from megalite.parallel.pipeline import Pipeline  # torch's schedules import its compiler
 
-        length = config.data.seq_length // plan.context // (plan.tensor if plan.sequence else 1)
         # What a stage hands to the next: cut over context ranks, and under sequence parallelism
         # over tensor ranks as well.
-        shape = (plan.micro_batch_size, length, config.model.hidden_size)
-        pipeline = Pipeline(stages, plan, mesh, torch.empty(shape, dtype=dtype, device="meta"), deferred)
+        length = config.lengths.target // plan.context // (plan.tensor if plan.sequence else 1)
+        hidden = torch.empty(plan.micro_batch_size, length, config.model.hidden_size, dtype=dtype, device="meta")
+        pipeline = Pipeline(stages, plan, mesh, hidden, deferred, config.lengths.source)
     last_stage = LastStage(stages[-1].model, mesh.tensor, plan.sequence, vocab_size_of(table))
     objective, folder = config.objective.build(config, mesh), config.objective.frozen_model(config)
     frozen = None if folder is None else load_frozen(folder, config, mesh, dtype)
@@ -193,8 +193,17 @@ def make_inputs(micro: MicroBatch, mesh: Mesh, seed: int | None = None, output: 
     if micro.documents is not None and document is not None and on_host is not None:
         note_documents(document if context.size == 1 else micro.documents, on_host)
     types = None if micro.types is None else micro.types[:, index]
-    places = SequenceInfo(index, position, document, keys, whole, whole_document, types, overlaps)
+    source = None if micro.source is None else _source_of(micro, micro.source, keys)
+    places = SequenceInfo(index, position, document, keys, whole, whole_document, types, overlaps, source)
     return Inputs(micro.tokens[:, index], places, micro.labels[:, index], output)
+
+
+def _source_of(micro: MicroBatch, tokens_BS: Tensor, keys: Tensor | None) -> Source:
+    """Return what an encoder reads of a micro-batch on the device, with the dropout `keys` of its samples."""
+    document = micro.source_documents
+    index = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)
+    position = index[None] if document is None else positions_of(document)
+    return Source(tokens_BS, SequenceInfo(index, position, document, keys))
 
 
 def count_labels(inputs: list[Inputs]) -> Tensor:

@@ -39,7 +39,7 @@ def dataset(tmp_path: Path) -> IndexedDataset:
 def test_packed_samples_hold_every_document_once_and_whole(dataset: IndexedDataset) -> None:
     source = PackedSource(dataset, 1, len(LENGTHS), seq_length=16, capacity=17)
     mixture = mixture_of([source], order="sequential", view=View(document_mask=True, border_loss=False))
-    tokens, labels, documents = mixture.read(np.arange(source.num_samples))
+    tokens, labels, documents, *_ = mixture.read(np.arange(source.num_samples))
     assert documents is not None
     cut_in = set()
     predicted = []
@@ -73,7 +73,7 @@ def test_packing_cuts_only_what_is_longer_than_a_sample(tmp_path: Path) -> None:
 
 def test_padding_is_not_predicted_and_is_no_documents(tmp_path: Path) -> None:
     mixture = mixture_of([PackedSource(write(tmp_path / "one", [6]), 0, 1, 16, 17)], view=View(document_mask=True))
-    tokens, labels, documents = mixture.read([0])
+    tokens, labels, documents, *_ = mixture.read([0])
     assert documents is not None
     assert tokens[0].tolist() == [0, 1, 2, 3, 4, END, *[0] * 10]
     assert labels[0].tolist() == [1, 2, 3, 4, END, *[IGNORE] * 11]
@@ -82,7 +82,7 @@ def test_padding_is_not_predicted_and_is_no_documents(tmp_path: Path) -> None:
 
 def test_a_sample_filled_to_the_last_label(tmp_path: Path) -> None:
     mixture = mixture_of([PackedSource(write(tmp_path / "one", [17]), 0, 1, 16, 17)])
-    tokens, labels, documents = mixture.read([0])
+    tokens, labels, documents, *_ = mixture.read([0])
     assert documents is None
     assert tokens[0].tolist() == list(range(16))
     assert labels[0].tolist() == [*range(1, 16), END]

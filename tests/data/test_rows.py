@@ -199,6 +199,17 @@ def test_an_end_behind_the_users_turn_is_not_learned(tmp_path: Path) -> None:
     assert learned(tokenizer, found) == [" hello, ünï\n\n"]
 
 
+def test_a_source_and_its_target_end_each_by_itself(tmp_path: Path) -> None:
+    tokenizer = write_tokenizer(tmp_path / "tokenizer", None)
+    rows = [{"source": "say hello", "target": "the world"}, {"input": "hel", "output": "lo"}]
+    found = made(tmp_path, rows, tokenizer, format="seq2seq")
+    opened = load_tokenizer(tokenizer)
+    for (source, target), (ids, mask) in zip((row.values() for row in rows), found, strict=True):
+        sides = [[*opened.encode(side), opened.eod_id] for side in (source, target)]
+        assert ids == sides[0] + sides[1]
+        assert mask == [0] * len(sides[0]) + [1] * len(sides[1]), "the target's first token is learned, too"
+
+
 def test_preferences_are_two_documents(tmp_path: Path) -> None:
     tokenizer = write_tokenizer(tmp_path / "tokenizer")
     rows: list[dict[str, Any]] = [
@@ -238,6 +249,8 @@ WRONG = [
     ("chat", {"messages": CHAT, "chat_template_kwargs": {"template": "x"}}, "has 'template', which is not for a row"),
     ("chat", {"messages": CHAT[:2]}, "no message is the assistant's"),
     ("chat", {"messages": [CHAT[1], {"role": "assistant", "content": ""}]}, "is an empty answer"),
+    ("seq2seq", {"source": "x"}, "no field 'target' or 'output'; fields here: source"),
+    ("seq2seq", {"source": " ", "target": "x"}, "'source' must be text that is not empty"),
     ("completion", {"prompt": "x"}, "no field 'completion'; fields here: prompt"),
     ("completion", {"prompt": "x", "completion": ""}, "'completion' is empty"),
     ("completion", {"prompt": "x", "completion": " \n"}, "'completion' is empty"),
@@ -291,6 +304,7 @@ def test_a_wrong_row_is_shown_and_nothing_is_written(
     labels = ("a", "b") if format in ("classification", "labels") else ()
     good = {
         "chat": {"messages": CHAT}, "completion": {"prompt": "a", "completion": "b"},
+        "seq2seq": {"source": "a", "target": "b"},
         "preference": {"prompt": "a", "chosen": "b", "rejected": "c"},
         "classification": {"text": "a", "label": "a"}, "labels": {"tokens": ["a"], "labels": ["a"]},
     }[format]  # fmt: skip

@@ -16,6 +16,7 @@ from megalite.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
 from megalite.data.tokenizer_files import CONFIG, FLAGS
 from megalite.data.tokenizer_training import END, train_tokenizer
 from megalite.errors import DataError
+from megalite.training.seq2seq import sentinels_of
 
 ROOT = Path(__file__).parents[2]
 KINDS = ("bpe", "sp-bpe", "sp-unigram")
@@ -79,6 +80,26 @@ def test_wordpiece_makes_of_texts_what_bert_reads(tmp_path):
     result = preprocess([str(tmp_path / "a.jsonl")], tmp_path / "out", tmp_path / "wp", append_eod=True)
     tokens = IndexedDataset(result.prefix).read(0, result.num_tokens)
     assert (tokens[0], tokens[-1]) == (ours.begin_id, ours.eod_id)
+
+
+def test_sentinels_are_what_t5_calls_them(tmp_path):
+    from transformers import AutoTokenizer
+
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": Path(json.__file__).read_text()}) + "\n")
+    train_tokenizer([str(tmp_path / "a.jsonl")], tmp_path / "t5", 500, "t5")
+    ours, theirs = load_tokenizer(tmp_path / "t5"), AutoTokenizer.from_pretrained(tmp_path / "t5")
+    text = "Return\n  the decoded 日本"
+    ids = ours.encode(text)
+    assert ours.decode(ids) == text
+    assert theirs(text)["input_ids"] == [*ids, ours.eod_id]
+    assert (theirs.pad_token_id, theirs.eos_token_id) == (0, ours.eod_id) == (0, 1)
+    sentinels = sentinels_of(ours)
+    assert len(sentinels) == 100
+    assert theirs.convert_ids_to_tokens(sentinels) == [f"<extra_id_{number}>" for number in range(100)]
+    assert ours.special_ids == {0, 1, *sentinels} == set(theirs.all_special_ids)
+    assert ours.decode_plain([sentinels[0], *ids, 1]) == text
+    with pytest.raises(DataError, match="size 357 is too small for type t5; the least is 358"):
+        train_tokenizer([str(tmp_path / "a.jsonl")], tmp_path / "small", 357, "t5")
 
 
 @pytest.mark.parametrize("kind", KINDS)

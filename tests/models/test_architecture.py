@@ -57,7 +57,7 @@ def test_described_layers_are_what_the_modules_compute(case: str) -> None:
     config = config_of(case)
     model, architecture = build_model(config), config.architecture
     kinds: dict[str, tuple[type[nn.Module], ...]] = {"rms": (RMSNorm,), "layer": (LayerNorm,)}
-    assert len(model.layers) == len(architecture.layers) == 2
+    assert len(model.layers) == len(architecture.layers) == config.num_layers
     for layer, spec in zip(model.layers.values(), architecture.layers, strict=True):
         attention: Any = layer.attention
         mixer, core = attention_of(spec), attention.core
@@ -78,7 +78,8 @@ def test_described_layers_are_what_the_modules_compute(case: str) -> None:
             assert feed_forward.experts_per_token == mlp.router.experts_per_token
             mlp = mlp.experts
         assert feed_forward.inner == mlp.down.weight.shape[-1]  # type: ignore[union-attr]
-        assert feed_forward.gated == hasattr(mlp, "gate_up")
+        first: Any = getattr(mlp, "gate_up", None) or getattr(mlp, "up", None)
+        assert first.weight.shape[-2] == (2 if feed_forward.gated else 1) * feed_forward.inner
         norms = [child for child in layer.children() if isinstance(child, (RMSNorm, LayerNorm))]
         assert len(norms) == spec.num_norms
         assert all(isinstance(norm, kinds[architecture.norm]) for norm in (*norms, model.norm))

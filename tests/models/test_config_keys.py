@@ -37,7 +37,18 @@ from megalite.models.hf import REQUIRED
 from megalite.models.layers import Decoder
 from megalite.models.weights import Weight
 from megalite.registry import families
-from tiny_models import CASES, LLAMA3_ROPE, LONG, MASKED, as_stored, auto_class, randomize
+from tiny_models import (
+    CASES,
+    LLAMA3_ROPE,
+    LONG,
+    MASKED,
+    SEQ2SEQ,
+    as_stored,
+    auto_class,
+    our_logits,
+    randomize,
+    their_logits,
+)
 
 transformers = pytest.importorskip("transformers")
 
@@ -47,6 +58,7 @@ BASES = {name: CASES[name] | {"num_hidden_layers": 3} for name in families.own} 
     "gemma3_text": CASES["gemma3_text"] | {"num_hidden_layers": 3, "layer_types": None, "sliding_window_pattern": 3},
     "qwen2": CASES["qwen2-window"] | {"num_hidden_layers": 3},
     "qwen3": CASES["qwen3-window"] | {"num_hidden_layers": 3, "max_window_layers": 1},
+    **{name: CASES[name] | {"num_layers": 3} for name in SEQ2SEQ},
     "gpt2": {key: value for key, value in CASES["gpt2"].items() if key != "n_layer"} | {"n_layer": 3},
     **{
         name: CASES[name] | {"num_hidden_layers": 3, "layer_types": ["sliding_attention"] * 2 + ["full_attention"]}
@@ -106,6 +118,7 @@ VALUES: dict[str, list[Any]] = {
     "partial_rotary_factor": [0.5, 0.25, 1.0],
     "hidden_act": ["gelu", "relu", "silu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast"],
     "dtype": ["float32", "bfloat16"],
+    "feed_forward_proj": ["relu", "gelu", "gated-gelu", "gated-silu"],
 }
 EVERYWHERE: dict[str, list[Any]] = {
     "is_causal": [False, None],
@@ -132,6 +145,7 @@ EVERYWHERE: dict[str, list[Any]] = {
     "qk_layernorm": [True],
     "num_experts": [2],
     "norm_topk_prob": [True, False],
+    "scale_decoder_outputs": [True, False, None],
 }
 EVERYWHERE |= {key: VALUES[key] for key in ("rope_scaling", "layer_types", "head_dim", "sliding_window_pattern")}
 """Keys that are no field of every family's class, and what may be said of them."""
@@ -209,11 +223,11 @@ def verdict(values: dict[str, Any]) -> str:
         )
         randomize(theirs)
         with torch.no_grad():
-            wanted = theirs(tokens).logits
+            wanted = their_logits(theirs, tokens)
     except Exception as error:  # whatever its checks and its modules raise
         return f"not legal: {error!r}"
     with torch.no_grad():
-        worst = (ours_with(theirs.state_dict(), config)(tokens) - wanted).abs().max().item()
+        worst = (our_logits(ours_with(theirs.state_dict(), config), tokens) - wanted).abs().max().item()
     return "equal" if worst <= 1e-4 else f"off by {worst:.2g}"  # the project's bound
 
 
@@ -306,6 +320,12 @@ FIELDS: dict[str, list[Any]] = {
     "attention_dropout": [0, 0.5],
     "hidden_dropout": [0, 0.5],
     "task": ["causal", "causal", "causal", "classification", "labels"],
+    "encoder_layers": [1, 1, 2],
+    "feed_forward": ["relu", "gated-gelu"],
+    "scale_head": [False, False, True],
+    "relative_buckets": [8, 32],
+    "relative_distance": [12, 17, 20, 128],
+    "dropout": [0, 0.5],
 }
 NEEDED = (
     "vocab_size",
@@ -323,6 +343,7 @@ NEEDED = (
     "qk_nope_head_dim",
     "qk_rope_head_dim",
     "v_head_dim",
+    "encoder_layers",
 )
 
 
@@ -355,8 +376,8 @@ def random_models(count: int) -> Iterator[dict[str, Any]]:
             size = chosen.get("head_dim") or chosen["hidden_size"] // chosen["num_attention_heads"]
             pairs = range(1, int(size * share) // 2 + 1)
             chosen["rope_scaling"] |= {"short_factor": [1.5] * len(pairs), "long_factor": [2.0 * n for n in pairs]}
-        if chosen.get("task") == "causal":
-            del chosen["task"]  # an encoder's own is another
+        if chosen.get("task") == "causal" or name in SEQ2SEQ:
+            chosen.pop("task", None)  # the family's own
         labels = ["a", "b", "c"] if "task" in chosen else []
         yield {"family": name, "labels": labels, **chosen}
 
@@ -364,6 +385,7 @@ def random_models(count: int) -> Iterator[dict[str, Any]]:
 AUTO = {
     "causal": "CausalLM",
     "masked": "MaskedLM",
+    "seq2seq": "Seq2SeqLM",
     "classification": "SequenceClassification",
     "labels": "TokenClassification",
 }
@@ -408,8 +430,8 @@ def test_whatever_megalite_builds_opens_in_transformers_and_is_the_same(
         randomize(model)
         theirs, tokens = export_of(config, model, tmp_path / str(number)), tokens_for(config)
         with torch.no_grad():
-            found = model(tokens)
-            wanted = theirs(tokens[:1]).logits, theirs(tokens[1:]).logits
+            found = our_logits(model, tokens)
+            wanted = their_logits(theirs, tokens[:1]), their_logits(theirs, tokens[1:])
         if config.task == "classification":  # which transformers tells at one token alone
             found = found[:, 0 if config.CLASS_AT == "first" else -1]
         assert (found - torch.cat(wanted)).abs().max().item() <= 1e-4, values  # the project's bound
@@ -535,6 +557,14 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "architectures": ["RobertaForMaskedLM"], "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1,
         "layer_norm_eps": 1e-5, "type_vocab_size": 1,
     },
+    "t5": {
+        "architectures": ["T5WithLMHeadModel"], "n_positions": 512, "output_past": True, "decoder_start_token_id": 0,
+        "task_specific_params": {"summarization": {"num_beams": 4, "prefix": "summarize: "}},
+    },
+    "mt5": {
+        "tie_word_embeddings": False, "tokenizer_class": "T5Tokenizer", "output_past": True, "is_gated_act": True,
+        "dense_act_fn": "gelu_new", "decoder_start_token_id": 0,
+    },
     "gpt_neox": {
         "attention_probs_dropout_prob": 0, "hidden_dropout_prob": 0, "classifier_dropout": 0.1,
         "rotary_emb_base": 500, "rotary_pct": 0.5, "rope_scaling": None,
@@ -656,7 +686,7 @@ def test_what_is_written_says_each_fact_once(name: str) -> None:
             original = {"original_max_positions": written["max_position_embeddings"]}
             assert from_hf_config(added)["rope_scaling"] == {"type": "yarn", "factor": 4.0} | original
     else:
-        assert name in ("gpt2", "bert", "roberta")
+        assert name in ("gpt2", "bert", "roberta", *SEQ2SEQ)
 
 
 @pytest.mark.parametrize("name", ["qwen2", "phi3", "gpt2", "gemma3_text"])

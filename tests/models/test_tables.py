@@ -11,7 +11,7 @@ import torch
 from megalite.models import from_hf_config, model_config, weight_table
 from megalite.models.weights import Weight
 from megalite.registry import families
-from tiny_models import CASES
+from tiny_models import CASES, SEQ2SEQ
 
 STD = 0.05
 ONES_BY_ZERO = ("gemma", "gemma2", "gemma3_text")
@@ -40,7 +40,7 @@ def test_every_family_has_a_case() -> None:
     assert {values["model_type"] for values in CASES.values()} == set(families.own)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [case for case in CASES if CASES[case]["model_type"] not in SEQ2SEQ])  # test_t5.py
 def test_initial_values(case: str) -> None:
     family = CASES[case]["model_type"]
     for weight in table_of(case):

@@ -257,9 +257,8 @@ def test_table_names_every_tensor_of_transformers(case: str) -> None:
         theirs = auto_class(again.model_type).from_config(again)
     stored = as_stored(config.family, theirs.state_dict())
     state = {name: tuple(tensor.shape) for name, tensor in stored.items()}
-    if config.tie_embeddings:
-        for name in TIED.get(config.family, ("lm_head.weight",)):
-            del state[name]
+    for name in (*config.COPIES, *(TIED.get(config.family, ("lm_head.weight",)) if config.tie_embeddings else ())):
+        del state[name]
     ours = [item for weight in weight_table(config) for item in weight.hf_shapes().items()]
     assert dict(ours) == state
     assert len(ours) == len(state), "each tensor belongs to one weight"

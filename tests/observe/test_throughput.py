@@ -1,16 +1,20 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from encoders import masked_config
 from megalite.config import LoraConfig
 from megalite.config_file import parse_config
+from megalite.models import family
 from megalite.models.architecture import AttentionSpec
+from megalite.models.layers import SequenceInfo, Source
 from megalite.observe import throughput
 from megalite.observe.throughput import HostEvent, Meter, chip_peak, flops_per_token, model_flops_per_token
 
@@ -119,3 +123,27 @@ def test_meter_of_a_known_chip_tells_mfu_and_memory(monkeypatch: pytest.MonkeyPa
     assert record["tflops"] == 156.0
     assert record["mfu"] == 0.5
     assert record["memory_gb"] == 3.0
+
+
+def test_an_encoder_decoder_counts_what_each_stack_computes() -> None:
+    """Against torch's own count of a forward pass: each stack its own tokens, and cross-attention those of both."""
+    values = {
+        "run": {"name": "t"}, "train": {"steps": 1, "global_batch_size": 1}, "optimizer": {"lr": 1.0},
+        "model": {
+            "family": "t5", "vocab_size": 100, "hidden_size": 32, "head_dim": 12, "intermediate_size": 56,
+            "num_layers": 5, "encoder_layers": 2, "num_attention_heads": 4, "dropout": 0.1,
+        },
+        "data": {"train": [{"path": "x"}], "seq_length": 48, "tokenizer": "x"},
+        "objective": {"name": "span_corruption"},
+    }  # fmt: skip
+    config = parse_config(values)
+    # In training with dropout, whose attention is of products that torch counts; its fused ones it does not.
+    model, keys = family("t5").MODEL(config.model), torch.zeros(1, dtype=torch.int64)
+    source, target = (torch.zeros(1, length, dtype=torch.int64) for length in config.lengths[1:])
+    places = SequenceInfo.whole(source.shape[1], source.device)
+    both = Source(source, replace(places, key_B=keys))
+    places = replace(SequenceInfo.whole(target.shape[1], target.device, both), key_B=keys)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(target, places)
+    # Forward and backward are three times the forward pass.
+    assert model_flops_per_token(config) * config.sample_tokens == 3 * counter.get_total_flops()

@@ -27,7 +27,7 @@ from megalite.errors import ConfigError
 from megalite.kernels import experts
 from megalite.models import family, weight_table
 from megalite.models.layer_loss import LayerLoss
-from megalite.models.layers import CoreAttention, SequenceInfo
+from megalite.models.layers import CoreAttention, SequenceInfo, Source
 from megalite.models.weights import Weight
 from megalite.plan import Plan, make_plan
 from megalite.training.parts import build, forward, forward_backward
@@ -81,13 +81,25 @@ MODELS: dict[str, dict[str, Any]] = {
         "family": "bert", "vocab_size": 193, "hidden_size": 48, "num_layers": 4, "num_attention_heads": 4,
         "max_positions": LENGTH, "init_std": 0.1, "hidden_dropout": 0.1, "attention_dropout": 0.2, "tanh_gelu": True,
     },
+    "t5-packed": {
+        "family": "t5", "encoder_layers": 2, "vocab_size": 193, "hidden_size": 48, "head_dim": 16,
+        "intermediate_size": 80, "num_layers": 5, "num_attention_heads": 4, "max_positions": LENGTH,
+        "relative_buckets": 16, "relative_distance": 20, "feed_forward": "relu", "tie_embeddings": True,
+        "scale_head": True,
+    },
+    "t5": {
+        "family": "t5", "encoder_layers": 2, "vocab_size": 193, "hidden_size": 48, "head_dim": 16,
+        "intermediate_size": 80, "num_layers": 5, "num_attention_heads": 4, "max_positions": LENGTH, "dropout": 0.1,
+    },
     # An encoder of two layers and a decoder of three, whose stages hand over the hidden states of both.
     "two-stacks-packed": {
         "family": "two_stacks", "encoder_layers": 2, "vocab_size": 193, "hidden_size": 48, "intermediate_size": 80,
         "num_layers": 5, "num_attention_heads": 4, "max_positions": LENGTH, "init_std": 0.1,
     },
 }  # fmt: skip
-PACKED = ("llama-packed", "gpt2-packed", "moe-packed", "latent-packed", "bert-packed", "two-stacks-packed")
+PACKED = ("llama-packed", "gpt2-packed", "moe-packed", "latent-packed", "bert-packed", "two-stacks-packed", "t5-packed")
+SOURCE = 24
+"""Tokens of what an encoder reads."""
 
 
 @dataclass(frozen=True)
@@ -264,6 +276,34 @@ TWO_STACKS = [
         Layout(4, tensor=2, sequence=True, pipeline=2),
     )),
 ]  # fmt: skip
+ENCODER_DECODERS = [
+    ("t5-packed", Layout(2, zero=2, recompute="full")),
+    ("t5", Layout(1, recompute="selective", micro=2)),
+    ("t5", Layout(2, tensor=2)),
+    ("t5", Layout(2, tensor=2, sequence=True, micro=2, recompute="full")),
+    ("t5-packed", Layout(2, pipeline=2)),
+    ("t5", Layout(2, pipeline=2, schedule="zero_bubble", virtual=2, micro=2)),
+    ("t5-packed", Layout(4, tensor=2, sequence=True, pipeline=2, recompute="selective")),
+]
+MORE_ENCODER_DECODERS = [
+    (model, layout) for model in ("t5-packed", "t5") for layout in (
+        Layout(1, micro=4),
+        Layout(1, compile=True),
+        Layout(1, loss_chunk=5),
+        Layout(2, zero=0),
+        Layout(2, tensor=2, sequence=True, zero=2, loss_chunk=5),
+        Layout(2, pipeline=2, micro=2, recompute="full"),
+        Layout(2, pipeline=2, schedule="interleaved", virtual=2),
+        Layout(2, pipeline=2, schedule="zero_bubble", recompute="selective"),
+        Layout(2, tensor=2, sequence=True, optimizer="muon"),
+        Layout(2, pipeline=2, optimizer="adafactor"),
+        Layout(4, pipeline=4, schedule="zero_bubble"),
+        Layout(4, tensor=4),
+        Layout(4, tensor=2, pipeline=2, schedule="interleaved", virtual=2),
+        Layout(4, pipeline=2, zero=2, recompute="full"),
+    )
+]  # fmt: skip
+"""Run with --whole."""
 WITH_EXPERTS = [
     Layout(1, micro=2, recompute="selective"),
     Layout(2, zero=2, recompute="full"),
@@ -315,8 +355,8 @@ WITH_LATENTS = [
 def fits(model: str, layout: Layout) -> bool:
     """Whether it is run. A ring of attention never has its probabilities in one place to drop from; and where ranks
     outnumber cores, or an engine is not ours, two models show what four would."""
-    # WITH_EXPERTS, WITH_LATENTS, ENCODERS, TWO_STACKS
-    if model in ("moe-packed", "latent-packed", "bert-packed", "bert", "two-stacks-packed"):
+    # WITH_EXPERTS, WITH_LATENTS, ENCODERS, TWO_STACKS, ENCODER_DECODERS
+    if model in ("moe-packed", "latent-packed", "bert-packed", "bert", "two-stacks-packed", "t5-packed", "t5"):
         return False
     if layout.optimizer in ("qk-clip", "adafactor") and model not in ("llama", "gpt2-packed"):
         return False
@@ -338,14 +378,21 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+LEARNS: dict[str, dict[str, Any]] = {
+    "bert": {"name": "masked_lm"}, "t5": {"name": "seq2seq", "target_length": LENGTH}
+}  # fmt: skip
+
+
 def config_of(model: str, layout: Layout) -> Config:
+    kind = MODELS[model]["family"]
     return parse_config(
         {
             "run": {"name": "parity"},
             "model": MODELS[model],
-            "objective": {"name": "masked_lm" if MODELS[model]["family"] == "bert" else "next_token"},
+            "objective": LEARNS.get(kind, {"name": "next_token"}),
             "data": {
-                "train": [{"path": "unused"}], "seq_length": LENGTH, "document_mask": model in PACKED,
+                "train": [{"path": "unused"}], "seq_length": SOURCE if kind == "t5" else LENGTH,
+                "document_mask": model in PACKED or kind == "t5",
                 "tokenizer": "unused",
             },
             "parallel": {
@@ -372,6 +419,7 @@ CASES = [
     *(("latent-packed", layout) for layout in WITH_LATENTS),
     *ENCODERS,
     *TWO_STACKS,
+    *ENCODER_DECODERS,
     *every_pair([
         (model, full) for layout in layouts(4) for full in with_options(layout) for model in MODELS if fits(model, full)
     ]),
@@ -401,10 +449,17 @@ def micro_batches(model: str, step: int, layout: Layout, data_rank: int, data_si
     documents = batch.documents if model in PACKED else None
     return [
         MicroBatch(
-            batch.tokens[row], batch.labels[row], batch.samples[row], None if documents is None else documents[row]
+            batch.tokens[row], batch.labels[row], batch.samples[row], None if documents is None else documents[row],
+            *(sides_of(batch, model, row) if MODELS[model]["family"] == "t5" else ()),
         )
         for row in rows
-    ]
+    ]  # fmt: skip
+
+
+def sides_of(batch: MicroBatch, model: str, row: Any = slice(None)) -> tuple[Tensor, Tensor | None]:
+    """What an encoder reads of a batch, and its documents; some of the decoder's have no token there."""
+    documents = batch.documents if model in PACKED else None
+    return batch.tokens.flip(1)[row, :SOURCE], None if documents is None else documents[row, :SOURCE]
 
 
 Result = dict[str, Any]
@@ -590,6 +645,11 @@ def reference(model_name: str, optimizer_name: str = "adamw") -> Result:
         for layer_loss in losses:
             layer_loss.begin(BATCH * LENGTH, BATCH, torch.ones(()))
         places = reference_places(batch, packed=model_name in PACKED)
+        if config.lengths.source:
+            tokens, documents = sides_of(batch, model_name)
+            index = torch.arange(SOURCE)
+            source = Source(tokens, SequenceInfo(index, index[None], documents, places.key_B))
+            places = replace(places, source=source)
         loss = model.loss(model(batch.tokens, places), batch.labels).sum() / (batch.labels != -100).sum()
         model.zero_grad()
         loss.backward()
@@ -640,7 +700,11 @@ def results_of(ranks: int, engine: str, compiled: bool, chosen: frozenset[Case])
     """All layouts of a number of ranks in one spawn: starting processes takes longer than the steps. DeepSpeed has its
     own, since it replaces functions of torch; and so has torch's compiler, which takes its time."""
     kind = (ranks, engine, compiled)
-    cases = [case for case in CASES if case in chosen and (case[1].ranks, case[1].engine, case[1].compile) == kind]
+    cases = [
+        case
+        for case in (*CASES, *MORE_ENCODER_DECODERS)
+        if case in chosen and (case[1].ranks, case[1].engine, case[1].compile) == kind
+    ]
     of_ranks = run_ranks(ranks, train_layouts, cases)
     return {case: join([results[number] for results in of_ranks]) for number, case in enumerate(cases)}
 
@@ -649,7 +713,12 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
     return ((found - wanted).norm() / wanted.norm().clamp(min=1e-12)).item()
 
 
-@pytest.mark.parametrize(("model", "layout"), CASES, ids=str)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if metafunc.function is test_layout_equals_one_process:
+        more = MORE_ENCODER_DECODERS if metafunc.config.getoption("--whole") else []
+        metafunc.parametrize(("model", "layout"), [*CASES, *more], ids=str)
+
+
 def test_layout_equals_one_process(model: str, layout: Layout, chosen: frozenset[Case]) -> None:
     if layout.engine == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed")
@@ -716,24 +785,25 @@ def test_sums_of_experts_do_not_depend_on_where_they_are() -> None:
             assert ".experts." in name or torch.equal(other["grads"][0][name], grad), name
 
 
-def judge_layouts(rank: int, world_size: int, layouts: list[Layout]) -> list[list[Tensor]]:
+def judge_layouts(rank: int, world_size: int, layouts: list[Layout], model: str) -> list[list[Tensor]]:
     """Losses [B,T] of the first batch's micro-batches, as validation computes them; on the last stage's rank."""
     found = []
     for layout in layouts:
-        config = config_of("two-stacks-packed", layout)
+        config = config_of(model, layout)
         plan = make_plan(config, weight_table(config.model), layout.ranks)
         mesh = mesh_of(plan)
         parts = build(config, plan, mesh)
         parts.engine.load(from_seed(SEED, mesh))
-        batch = micro_batches("two-stacks-packed", 0, layout, 0, 1)
+        batch = micro_batches(model, 0, layout, 0, 1)
         found.append([losses_BT for losses_BT, *_ in forward(parts, batch, mesh)])
     return found
 
 
-def test_stages_hand_several_streams_over_in_validation() -> None:
-    (wanted,) = judge_layouts(0, 1, [Layout(1)])
+@pytest.mark.parametrize("model", ["two-stacks-packed", "t5-packed"])
+def test_stages_hand_several_streams_over_in_validation(model: str) -> None:
+    (wanted,) = judge_layouts(0, 1, [Layout(1)], model)
     layouts = [Layout(2, pipeline=2), Layout(2, pipeline=2, schedule="interleaved", virtual=2)]
-    for found in run_ranks(2, judge_layouts, layouts)[1]:
+    for found in run_ranks(2, judge_layouts, layouts, model)[1]:
         # fp32 sums in another order; 1e-5 is the project's bound for every layout.
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 

@@ -1,0 +1,235 @@
+"""What an encoder and a decoder see of a sample, against plain statements of Raffel et al. 2020, section 3.1.4."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from encoder_decoders import SENTINELS, reversing_rows, rows_config, span_config, write_rows
+from rich.console import Console
+
+from megalite.config import Lengths
+from megalite.data.checks import open_data
+from megalite.data.dataset import SourceTargetRows, Windows
+from megalite.data.indexed import IndexedDataset
+from megalite.data.inspect import inspect_samples
+from megalite.data.mixture import IGNORE, Mixture
+from megalite.data.stacks import SpanCorruption, Stacks, num_hidden, span_lengths
+from megalite.errors import ConfigError, DataError
+
+START, END = 0, 1
+MARKS = list(range(1000, 1100))
+
+
+@pytest.mark.parametrize(
+    ("source", "read", "target"), [(512, 568, 114), (1024, 1137, 229), (128, 141, 29), (16, 17, 5), (4, 3, 3)]
+)
+def test_lengths_are_those_of_t5(source: int, read: int, target: int) -> None:
+    assert span_lengths(source, 0.15, 3.0) == Lengths(read, source, target)
+
+
+def corrupted(lengths: Lengths, index: Any, density: float = 0.15, mean: float = 3.0) -> tuple[np.ndarray, Stacks]:
+    """Tokens of these samples, and what the stacks see of them."""
+    index = np.asarray(index)
+    tokens = np.random.default_rng(0).integers(2, 900, (4000, lengths.read + 1))[index]
+    spans = SpanCorruption(lengths, density, mean, MARKS, START, END, key=7)
+    return tokens[:, :-1], spans.apply(Windows(tokens, np.full(len(index), lengths.read + 1), None), index)
+
+
+@pytest.mark.parametrize(("source", "density", "mean"), [(128, 0.15, 3.0), (64, 0.5, 8.0), (20, 0.15, 1.0)])
+def test_source_and_target_together_are_the_text(source: int, density: float, mean: float) -> None:
+    lengths = span_lengths(source, density, mean)
+    tokens, found = corrupted(lengths, range(200), density, mean)
+    hidden, spans = num_hidden(lengths.read, density, mean)
+    assert found.source.shape == (200, source)
+    assert found.labels.shape == (200, lengths.target)
+    for text, shown, labels in zip(tokens.tolist(), found.source.tolist(), found.labels.tolist(), strict=True):
+        assert shown[-1] == labels[-1] == END
+        assert [token for token in shown if token >= 1000] == MARKS[:spans]
+        assert shown[0] < 1000, "text comes first"
+        assert labels[0] == MARKS[0]
+        pieces = {}
+        for token in labels[:-1]:
+            if token >= 1000:
+                pieces[token] = piece = []
+            else:
+                piece.append(token)
+        assert [*pieces] == MARKS[:spans]
+        assert all(pieces.values()), "no span is empty"
+        assert sum(map(len, pieces.values())) == hidden
+        whole = [token for mark in shown[:-1] for token in pieces.get(mark, [mark])]
+        assert whole == text
+
+
+def test_the_decoder_sees_what_came_before() -> None:
+    _, found = corrupted(span_lengths(64, 0.15, 3.0), range(5))
+    assert (found.tokens[:, 0] == START).all()
+    assert np.array_equal(found.tokens[:, 1:], found.labels[:, :-1])
+
+
+def test_all_ways_to_cut_are_equally_likely() -> None:
+    """Of 9 hidden tokens in 3 spans, as of a cake that is cut at 2 of 8 places."""
+    lengths = Lengths(60, 60 - 9 + 3 + 1, 9 + 3 + 1)
+    assert span_lengths(55, 0.15, 3.0) == lengths
+    _, found = corrupted(lengths, range(4000))
+    at = np.nonzero(found.labels >= 1000)[1].reshape(-1, 3)
+    first, second = (at[:, 1] - 1, at[:, 2] - 2)  # tokens of the first span, and of the first two
+    counts = np.bincount(first * 9 + second, minlength=81).reshape(9, 9)
+    assert not np.tril(counts).any()
+    expected = 4000 / 28
+    assert abs(counts[np.triu_indices(9, 1)][counts[np.triu_indices(9, 1)] > 0] - expected).max() < 5 * expected**0.5
+    assert np.count_nonzero(counts) == 28
+
+
+def test_a_sample_is_cut_alike_beside_any_others() -> None:
+    lengths = span_lengths(64, 0.15, 3.0)
+    _, found = corrupted(lengths, range(40))
+    _, few = corrupted(lengths, [39, 7])
+    assert np.array_equal(few.source, found.source[[39, 7]])
+    assert np.array_equal(few.labels, found.labels[[39, 7]])
+    alike = (found.labels[:-1] >= 1000) == (found.labels[1:] >= 1000)
+    assert alike.mean() < 0.8, "each sample is cut in places of its own"
+
+
+def mixture_of(config: Any, split: Any = "train") -> Mixture:
+    mixture = open_data(config)[2][split]
+    assert mixture is not None
+    return mixture
+
+
+def test_another_epoch_hides_other_spans_and_validation_the_same(tmp_path: Path) -> None:
+    train = mixture_of(span_config(tmp_path, "data.order=sequential"))
+    first, again = (train.read([number]) for number in (0, train.num_samples))
+    texts = [sorted([*samples.source[0], *samples.labels[0]]) for samples in (first, again)]
+    assert texts[0] == texts[1]
+    assert not np.array_equal(first.source, again.source)
+    prints = [mixture_of(span_config(tmp_path, *more)).fingerprint() for more in (
+        (), ("objective.density=0.2",), ("objective.mean_length=2",), ("train.seed=4",), ()
+    )]  # fmt: skip
+    assert prints[0] == prints[4]
+    assert len(set(prints)) == 4
+
+
+def sides_of(samples: Any, row: int) -> dict[int, tuple[list[int], list[int], list[int]]]:
+    """By document of one sample: its source, what the decoder sees of it, and its labels."""
+    found = {}
+    for document in np.unique(samples.documents[row]):
+        here, there = samples.documents[row] == document, samples.source_documents[row] == document
+        found[int(document)] = (
+            samples.source[row, there].tolist(), samples.tokens[row, here].tolist(), samples.labels[row, here].tolist()
+        )  # fmt: skip
+    return found
+
+
+def test_rows_lie_side_by_side_in_both_stacks(tmp_path: Path) -> None:
+    mixture = mixture_of(rows_config(tmp_path))
+    rows = {(*source, 1): [*target, 1] for source, target in reversing_rows(200)}
+    seen, num_rows = set(), 0
+    samples = mixture.read(range(mixture.num_samples))
+    for number in range(mixture.num_samples):
+        for source, tokens, labels in sides_of(samples, number).values():
+            if IGNORE in labels:  # padding
+                assert set(labels) == {IGNORE}
+                assert set(tokens) <= {START}
+                continue
+            assert labels == rows[tuple(source)]
+            assert tokens == [START, *labels[:-1]]
+            seen.add(tuple(source))
+            num_rows += 1
+    assert num_rows == 200
+    assert seen == rows.keys()
+    assert mixture.num_samples < 150, "several share a sample"
+
+
+def test_each_side_has_room_of_its_own(tmp_path: Path) -> None:
+    """Short sources with long targets, and the other way round, go together; two of a kind do not."""
+    rows = [([2] * 2, [3] * 8), ([4] * 9, [5] * 2), ([6] * 9, [7] * 2), ([8] * 2, [9] * 8)]
+    dataset = IndexedDataset(str(write_rows(tmp_path / "rows", rows)))
+    source = SourceTargetRows(dataset, 0, 4, Lengths(26, 13, 13), "refuse")
+    assert source.num_samples == 4, "a row takes the larger share of the two"
+    source = SourceTargetRows(dataset, 0, 4, Lengths(40, 20, 20), "refuse")
+    assert source.num_samples == 2
+    with pytest.raises(
+        DataError, match=r"2 of 4 rows are longer than a sample, which has 9 tokens of a source and 9 of"
+    ):
+        SourceTargetRows(dataset, 0, 4, Lengths(18, 9, 9), "refuse")
+    assert SourceTargetRows(dataset, 0, 4, Lengths(18, 9, 9), "drop").num_rows == 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("data.packing=best_fit",), "takes samples of one length from the stream of texts"),
+        (("data.document_mask=true",), "takes samples of one length from the stream of texts"),
+        (("data.tokenizer=null",), "span_corruption needs data.tokenizer, which has the sentinels"),
+        (("data.order=megatron",), "span_corruption needs data.order: shuffle or sequential, not megatron"),
+        (("data.seq_length=3",), "needs a data.seq_length of at least 4, not 3"),
+        (("data.seq_length=65",), r"data\.seq_length 65 is longer than model\.max_positions 64"),
+        (
+            ("objective.density=0.9", "data.seq_length=30"),
+            r"the decoder's length \d+ is longer than model\.max_positions",
+        ),
+        (("objective.name=next_token",), "next_token has no source for the encoder of model.task: seq2seq"),
+    ],
+)
+def test_what_does_not_go_with_spans_is_refused(overrides: tuple[str, ...], words: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=words):
+        span_config(tmp_path, *overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("data.document_mask=false",), "seq2seq needs data.document_mask: true"),
+        (("data.long_rows=cut",), "seq2seq learns whole targets; data.long_rows must be refuse or drop"),
+    ],
+)
+def test_what_does_not_go_with_rows_is_refused(overrides: tuple[str, ...], words: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=words):
+        rows_config(tmp_path, *overrides)
+
+
+def test_spans_for_which_there_are_no_sentinels_are_refused(tmp_path: Path) -> None:
+    assert len(SENTINELS) == 8
+    mixture_of(span_config(tmp_path, "data.seq_length=64", "objective.mean_length=2"))
+    with pytest.raises(DataError, match=r"hides 9 spans of a sample, .* it has 8\. tools/train_tokenizer"):
+        mixture_of(span_config(tmp_path, "data.seq_length=64", "objective.mean_length=1"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (
+            "rows",
+            "holds rows of format 'seq2seq', which go with objective.name: seq2seq; this run has",
+        ),
+        ("texts", "corpus holds plain text|needs labelled data, but there is no .*corpus.mask"),
+    ],
+)
+def test_data_of_the_other_kind_is_refused(kind: str, words: str, tmp_path: Path) -> None:
+    rows_config(tmp_path)
+    if kind == "rows":
+        config = span_config(tmp_path, f"data.train=[{{path: {tmp_path / 'rows'}}}]")
+        (tmp_path / "rows.mask").rename(tmp_path / "mask")
+    else:
+        config = rows_config(tmp_path, f"data.train=[{{path: {tmp_path / 'corpus'}}}]")
+    with pytest.raises(DataError, match=words):
+        open_data(config)
+
+
+def test_inspect_shows_both_sides(tmp_path: Path) -> None:
+    console = Console(record=True, width=200)
+    inspect_samples(span_config(tmp_path, "data.order=sequential"), "train", 1, 0, console)
+    inspect_samples(rows_config(tmp_path), "train", 1, 0, console)
+    shown = console.export_text()
+    mixture = mixture_of(span_config(tmp_path, "data.order=sequential"))
+    samples = mixture.read([0])
+    for ids in (samples.source[0], samples.labels[0]):
+        words = [f"w{token}" if token not in (START, END, *SENTINELS) else "" for token in ids.tolist()]
+        assert all(word in shown for word in words)
+    assert "<extra_id_0>" in shown
+    assert "source" in shown
+    assert "target" in shown
+    assert "document 1" in shown, "rows side by side"
