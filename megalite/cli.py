@@ -305,6 +305,8 @@ def _add_generate(verbs: Verbs) -> None:
     parser.add_argument("--min-p", type=float, help="only tokens at least this share as likely as the likeliest")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before it; may be repeated")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--beams", type=at_least(1), help="beam search with so many (encoder-decoders)")
+    parser.add_argument("--length-penalty", type=float, default=1.0, help="its power of the length (default: 1)")
     _add_layout(parser)
     parser.set_defaults(verb=_generate)
 
@@ -316,11 +318,17 @@ def _generate(arguments: argparse.Namespace) -> None:
     from megalite.comm.mesh import Launch, leave
     from megalite.data.chat import ChatTemplate
     from megalite.data.tokenizer import load_tokenizer
+    from megalite.errors import ConfigError
     from megalite.infer.generate import Generator, find_model
+    from megalite.models import model_config
 
     launch = Launch.from_environment()
     layout = {"tensor": arguments.tensor, "pipeline": arguments.pipeline}
     folder = find_model(arguments.model)
+    if model_config({"hf": str(folder)}).task == "seq2seq":
+        return _generate_target(arguments)
+    if arguments.beams:
+        raise ConfigError(f"--beams is for encoder-decoders; {folder} holds a decoder")
     if arguments.chat:
         ChatTemplate.of(folder, load_tokenizer(folder))  # fails before the weights are read, which takes long
     generator = Generator.open(folder, num_slots=1, launch=launch, **layout)
@@ -336,6 +344,24 @@ def _generate(arguments: argparse.Namespace) -> None:
         if launch.rank == 0:  # the other ranks compute the same
             print(text, end="", flush=True)
     leave()
+
+
+def _generate_target(arguments: argparse.Namespace) -> None:
+    """Print an encoder-decoder's target for the prompt, its source."""
+    from dataclasses import replace
+
+    from megalite.errors import ConfigError
+    from megalite.infer.seq2seq import Beams, TargetGenerator
+
+    if arguments.chat or arguments.stop or arguments.tensor * arguments.pipeline > 1:
+        raise ConfigError("an encoder-decoder has no --chat and no --stop, and answers on one device")
+    generator = TargetGenerator.open(arguments.model)
+    names = ("temperature", "top_k", "top_p", "min_p", "seed")
+    asked = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    sampling = replace(generator.habits.sampling, **asked)
+    beams = Beams(arguments.beams, arguments.length_penalty) if arguments.beams else None
+    most = arguments.max_tokens or generator.habits.most_tokens(0, 128)
+    print(generator.answer([arguments.prompt], most, sampling, beams)[0])
 
 
 def _add_fill(verbs: Verbs) -> None:

@@ -59,7 +59,9 @@ def write_extras(folder: Path, config: Config, tokenizer: Tokenizer | None) -> N
         # text to classify ends with it.
         end = ids["eos_token_id"]
         ids["pad_token_id"] = end[0] if isinstance(end, list) else end
-    write_json(folder / GENERATION, ids | {"do_sample": True})
+    is_answered = config.model.task == "seq2seq"  # a source has one answer, which begins with a token of its own
+    start = {"decoder_start_token_id": config.model.START_TOKEN} if is_answered else {}
+    write_json(folder / GENERATION, ids | start | {"do_sample": not is_answered})
     if (source / GENERATION).is_file():
         shutil.copyfile(source / GENERATION, folder / GENERATION)
     if tokenizer:

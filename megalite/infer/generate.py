@@ -79,6 +79,11 @@ def check_speaks(folder: Path) -> None:
             f"{folder} holds an encoder (model.task: masked), which fills gaps and says no text; `megalite fill` and "
             "`megalite embed` ask it"
         )
+    if config.task == "seq2seq":
+        raise ConfigError(
+            f"{folder} holds an encoder-decoder (model.task: seq2seq), which answers a source; `megalite generate` "
+            "asks it on one device; here only models of model.task: causal are known"
+        )
     if config.task != "causal":
         labels = ", ".join(config.labels[:8]) + (" …" if len(config.labels) > 8 else "")
         raise ConfigError(

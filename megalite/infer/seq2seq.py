@@ -1,0 +1,262 @@
+"""Answers of encoder-decoders: for each source a target, by its likeliest tokens, drawn, or by beam search.
+
+All sources of a call are a batch, whose rows go on until each has its end. The encoder's states make keys and values
+once; the decoder's are kept, so that each further token costs the work of one. Letters in shapes are those of
+models/t5.py; C counts the tokens that a row has so far, W beams of a source."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megalite.data.tokenizer import Tokenizer, load_tokenizer
+from megalite.errors import ConfigError, DataError, NotFinite
+from megalite.infer.batch import NOT_FINITE
+from megalite.infer.generate import find_model, load_model
+from megalite.infer.habits import Habits, read_habits
+from megalite.infer.sampling import Sampling, choose
+from megalite.kernels.attention import AttentionKind, attention
+from megalite.models import model_config
+from megalite.models.layers import SequenceInfo, Source
+from megalite.models.t5 import T5, DecoderLayer, buckets
+
+ALL = AttentionKind(scale=1.0, causal=False)
+WORST = -1e9
+"""Stands for a score that no beam has, as in transformers."""
+BATCH_TOKENS = 8192
+"""Most tokens of a batch's sources, padding included, beams counted."""
+
+
+class Beams(NamedTuple):
+    """Settings of beam search."""
+
+    width: int
+    length_penalty: float = 1.0
+    """Sums of log-probabilities are divided by the number of tokens to this power."""
+
+
+class LayerCache(NamedTuple):
+    """What a decoder layer keeps: keys and values of the source [B,S,H,K], and of the target [B,room,H,K]."""
+
+    source_keys: Tensor
+    source_values: Tensor
+    keys: Tensor
+    values: Tensor
+
+    def of(self, rows: Tensor) -> LayerCache:
+        """Return the cache with these rows, [B']."""
+        return LayerCache(*(x[rows] for x in self))
+
+
+class Decoding:
+    """Targets of a batch of sources, as far as they have come."""
+
+    def __init__(self, model: T5, sources: Sequence[Sequence[int]], room: int):
+        """Encode the `sources`. There is room for so many tokens of each target."""
+        self.model, self.length = model, 0
+        device = model.embedding.weight.device
+        width, start = max(map(len, sources)), model.config.START_TOKEN
+        tokens_BS = torch.tensor([[*row, *[start] * (width - len(row))] for row in sources], device=device)
+        index_S = torch.arange(width, device=device)
+        # Padding is a document of its own, to which no token attends.
+        lengths_B1 = torch.tensor([len(row) for row in sources], device=device)[:, None]
+        self.document_BS = (index_S >= lengths_B1).long()
+        places = SequenceInfo(index_S, index_S[None], self.document_BS)
+        memory_BSD = model.encode(Source(tokens_BS, places))
+        self.table_NH, self._undropped = model.bias(), SequenceInfo.whole(1, device)
+        self.layers = [layer for layer in model.layers.values() if isinstance(layer, DecoderLayer)]
+        self.caches = [self._cache(layer, memory_BSD, room) for layer in self.layers]
+
+    def _cache(self, layer: DecoderLayer, memory_BSD: Tensor, room: int) -> LayerCache:
+        size = layer.cross.head_size
+        keys, values = layer.cross.kv(memory_BSD).unflatten(-1, (-1, size)).chunk(2, dim=2)
+        empty = keys.new_zeros(len(keys), room, *keys.shape[2:])
+        return LayerCache(keys, values, empty, empty.clone())
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows alone, in this order; a row may come several times."""
+        self.document_BS = self.document_BS[rows]
+        self.caches = [cache.of(rows) for cache in self.caches]
+
+    def step(self, tokens_B: Tensor) -> Tensor:
+        """Take the next token of each row, and return the logits of the one behind it, fp32 [B,V]."""
+        model, config, at = self.model, self.model.config, self.length
+        index_C = torch.arange(at + 1, device=tokens_B.device)
+        found_1C = buckets(index_C[-1:], index_C, False, config.relative_buckets, config.relative_distance)
+        bias = F.embedding(found_1C, self.table_NH).permute(2, 0, 1)[None]
+        own_B1 = torch.zeros_like(tokens_B)[:, None]
+        x = model.embedding(tokens_B[:, None])
+        for layer, cache in zip(self.layers, self.caches, strict=True):
+            mixer, cross = layer.attention, layer.cross
+            q, k, v = mixer.qkv(layer.attention_norm(x)).unflatten(-1, (-1, mixer.head_size)).chunk(3, dim=2)
+            cache.keys[:, at], cache.values[:, at] = k[:, 0], v[:, 0]
+            attended = attention(q, cache.keys[:, : at + 1], cache.values[:, : at + 1], kind=ALL, bias=bias)
+            normed, x = layer.cross_norm(mixer.out(attended), x)
+            q = cross.q(normed).unflatten(-1, (-1, cross.head_size))
+            attended = attention(q, cache.source_keys, cache.source_values, own_B1, ALL, self.document_BS)
+            normed, x = layer.mlp_norm(cross.out(attended), x)
+            x = x + layer.mlp(normed, self._undropped)
+        self.length += 1
+        logits_BV = model.project(model.finish(model.norm(x)))[:, 0].float()
+        if not logits_BV.amax(-1).isfinite().all():
+            raise NotFinite(NOT_FINITE)
+        return logits_BV
+
+
+class TargetGenerator:
+    """An encoder-decoder with its tokenizer, on one device."""
+
+    def __init__(self, model: T5, tokenizer: Tokenizer, habits: Habits):
+        """Take a loaded `model`; `habits` say what is not asked for, and which tokens end a target."""
+        self.model, self.tokenizer, self.habits = model, tokenizer, habits
+        self.ends = habits.ends
+        self.max_positions: int = model.config.max_positions
+
+    @classmethod
+    def open(cls, path: Path) -> TargetGenerator:
+        """Load a run, a checkpoint or a Hugging Face folder. Raise ConfigError for another model than an
+        encoder-decoder."""
+        folder = find_model(path)
+        config = model_config({"hf": str(folder)})
+        if config.task != "seq2seq":
+            raise ConfigError(f"{folder} holds no encoder-decoder, but a model of model.task: {config.task}")
+        tokenizer = load_tokenizer(folder)
+        if tokenizer.eod_id is None:
+            raise DataError(f"{folder}: its tokenizer names no eos_token, with which sources end")
+        model = load_model(folder)
+        assert isinstance(model, T5)
+        return cls(model, tokenizer, read_habits(folder, tokenizer))
+
+    def source_ids(self, text: str) -> list[int]:
+        """Return the token ids of a source, with the end token behind it."""
+        assert self.tokenizer.eod_id is not None
+        return [*self.tokenizer.begin_ids, *self.tokenizer.encode(text), self.tokenizer.eod_id]
+
+    def answer(
+        self, texts: Sequence[str], max_tokens: int, sampling: Sampling | None = None, beams: Beams | None = None
+    ) -> list[str]:
+        """Return the target of each source. Raise ConfigError for one that is too long."""
+        found = self.generate([self.source_ids(text) for text in texts], max_tokens, sampling, beams)
+        return [self.tokenizer.decode_plain(ids) for ids in found]
+
+    def generate(
+        self,
+        sources: Sequence[Sequence[int]],
+        max_tokens: int,
+        sampling: Sampling | None = None,
+        beams: Beams | None = None,
+    ) -> list[list[int]]:
+        """Return the tokens of each source's target, at most `max_tokens`, without the start and the end: by `beams`,
+        or as `sampling` says, by default as the model's folder does. Row n of a call draws with the seed and n.
+
+        Raise ConfigError for a source without tokens, one that is longer than the model's max_positions, or token ids
+        that it does not know."""
+        for source in sources:
+            if not 0 < len(source) <= self.max_positions:
+                raise ConfigError(
+                    f"a source has {len(source):,} tokens; it must have at least one, and at most the model's "
+                    f"max_positions = {self.max_positions:,}"
+                )
+            if not 0 <= min(source) <= max(source) < self.model.config.vocab_size:
+                raise ConfigError(f"a source has the token {max(source)}, which the model does not know")
+        room = min(max_tokens, self.max_positions)
+        found: dict[int, list[int]] = {}
+        left = sorted(range(len(sources)), key=lambda number: -len(sources[number]))
+        while left and room > 0:
+            count = max(1, BATCH_TOKENS // (len(sources[left[0]]) * (beams.width if beams else 1)))
+            some, left = left[:count], left[count:]
+            with torch.inference_mode():
+                decoding = Decoding(self.model, [sources[number] for number in some], room)
+                targets = (
+                    _by_beams(decoding, beams, room, self.ends)
+                    if beams
+                    else _one_by_one(decoding, sampling or self.habits.sampling, some, room, self.ends)
+                )
+            found |= zip(some, targets, strict=True)
+        return [found.get(number, []) for number in range(len(sources))]
+
+
+def _one_by_one(
+    decoding: Decoding, sampling: Sampling, numbers: Sequence[int], room: int, ends: frozenset[int]
+) -> list[list[int]]:
+    """Return the targets of a batch by choosing one token after another. `numbers` are those of the rows in the
+    call."""
+    device, start = decoding.document_BS.device, decoding.model.config.START_TOKEN
+    targets: list[list[int]] = [[] for _ in numbers]
+    running = list(range(len(numbers)))
+    tokens_B = torch.full((len(numbers),), start, device=device)
+    settings = [replace(sampling, seed=(sampling.seed + number) % 2**63) for number in numbers]
+    for length in range(room):
+        logits_BV = decoding.step(tokens_B)
+        some = [[start, *targets[row]] for row in running]
+        chosen = choose(
+            logits_BV, [settings[row] for row in running], some, [length] * len(running), [ends] * len(running)
+        ).tolist()
+        going = []
+        for place, (row, token) in enumerate(zip(running, chosen, strict=True)):
+            if token not in ends:
+                targets[row].append(token)
+                going.append(place)
+        if not going:
+            break
+        if len(going) < len(running):
+            decoding.keep(torch.tensor(going, device=device))
+        running = [running[place] for place in going]
+        tokens_B = torch.tensor([targets[row][-1] for row in running], device=device)
+    return targets
+
+
+def _by_beams(decoding: Decoding, beams: Beams, room: int, ends: frozenset[int]) -> list[list[int]]:
+    """Return the targets of a batch by beam search, as transformers' `generate` does with `early_stopping: false`: the
+    best of those that have ended, by their mean log-probability where the length penalty is 1."""
+    device, count, penalty = decoding.document_BS.device, beams.width, beams.length_penalty
+    num_rows, vocab_size = len(decoding.document_BS), decoding.model.config.vocab_size
+    rows_B1 = torch.arange(num_rows, device=device)[:, None]
+    decoding.keep(rows_B1.expand(-1, count).flatten())
+    # Every beam may end with each of the end tokens: as many more candidates leave enough that go on.
+    num_kept = min(max(2, 1 + len(ends)) * count, count * vocab_size)
+    all_ends = torch.tensor(sorted(ends), device=device)
+    running_BWC = torch.zeros(num_rows, count, room, dtype=torch.int64, device=device)
+    scores_BW = torch.full((num_rows, count), WORST, device=device)
+    scores_BW[:, 0] = 0.0  # at first all beams are the same: one counts
+    ended_BWC, of_ended_BW = running_BWC.clone(), torch.full_like(scores_BW, WORST)
+    has_ended_BW = torch.zeros_like(scores_BW, dtype=torch.bool)
+    may_improve_B1 = torch.ones_like(rows_B1, dtype=torch.bool)
+    tokens = torch.full((num_rows * count,), decoding.model.config.START_TOKEN, device=device)
+    for length in range(room):
+        logprobs = decoding.step(tokens).log_softmax(-1).view(num_rows, count, -1) + scores_BW[..., None]
+        found, places = logprobs.flatten(1).topk(num_kept)
+        beam, token = places // vocab_size, places % vocab_size
+        candidates = running_BWC.take_along_dim(beam[..., None], 1)
+        candidates[:, :, length] = token
+        ends_here = torch.isin(token, all_ends) | (length == room - 1)
+        # The best candidates that have not ended go on.
+        going = found + ends_here * WORST
+        next_BW = going.topk(count).indices
+        # Of those that have ended only the first ones count, and only where they could still be better.
+        is_counted = ends_here & (torch.arange(num_kept, device=device) < count)
+        by_length = found / (length + 1) ** penalty + ~may_improve_B1 * WORST + ~is_counted * WORST
+        best = torch.cat((of_ended_BW, by_length), 1).topk(count)
+        of_ended_BW = best.values
+        ended_BWC = torch.cat((ended_BWC, candidates), 1).take_along_dim(best.indices[..., None], 1)
+        has_ended_BW = torch.cat((has_ended_BW, is_counted), 1).gather(1, best.indices)
+        running_BWC, scores_BW = candidates.take_along_dim(next_BW[..., None], 1), going.gather(1, next_BW)
+        worst_B1 = of_ended_BW.amin(1, keepdim=True)
+        hope = scores_BW[:, :1] / (length + 1) ** penalty > torch.where(has_ended_BW, worst_B1, WORST)
+        may_improve_B1 &= hope.any(1, keepdim=True)
+        if ends_here.all() or not may_improve_B1.any():
+            break
+        decoding.keep((rows_B1 * count + beam.gather(1, next_BW)).flatten())
+        tokens = running_BWC[:, :, length].flatten()
+    return [_until(row[: length + 1], ends) for row in ended_BWC[:, 0].tolist()]
+
+
+def _until(ids: list[int], ends: frozenset[int]) -> list[int]:
+    """Return the ids before the first that is an end."""
+    return ids[: next((place for place, token in enumerate(ids) if token in ends), len(ids))]
