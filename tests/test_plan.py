@@ -301,10 +301,11 @@ PUBLISHED = {
     "gpt-oss-20b": 20_914_757_184,
     "qwen3-30b-a3b": 30_532_122_624, "deepseek-v3": 671_026_419_200,
     "bert-base": 109_514_298, "bert-large": 335_174_458, "modernbert-base": 149_655_232,
+    "t5-small": 60_506_624, "t5-base": 222_903_552, "flan-t5-xl": 2_849_757_184,
 }  # fmt: skip
 SIZES = {
     "bert-base": "110m", "bert-large": "340m", "modernbert-base": "150m", "olmoe-1b-7b": "7b", "deepseek-v3": "671b",
-    "gpt-oss-20b": "20b",
+    "gpt-oss-20b": "20b", "t5-small": "60m", "t5-base": "220m", "flan-t5-xl": "2.85b",
 }  # fmt: skip
 """Of presets that are not named for theirs."""
 UNITS = {"m": 1e6, "b": 1e9}
@@ -321,7 +322,7 @@ def test_presets_have_the_size_they_are_named_for(preset: str) -> None:
     assert size == pytest.approx(float(named[:-1]) * UNITS[named[-1]], rel=0.25)
     name = preset.split("-")[0]
     families = {"smollm2": "llama", "pythia": "gpt_neox", "moe": "mixtral", "qwen3-30b-a3b": "qwen3_moe",
-                "deepseek": "deepseek_v3", "gpt-oss-20b": "gpt_oss"}  # fmt: skip
+                "deepseek": "deepseek_v3", "gpt-oss-20b": "gpt_oss", "flan": "t5"}  # fmt: skip
     assert config.family == families.get(preset, families.get(name, name))
 
 

@@ -1,5 +1,5 @@
-"""Open a checkpoint with transformers' AutoModelForCausalLM, or AutoModelForMaskedLM, and compare its logits with
-megalite's own, both in fp32."""
+"""Open a checkpoint with transformers' AutoModelForCausalLM, AutoModelForMaskedLM or AutoModelForSeq2SeqLM, and compare
+its logits with megalite's own, both in fp32."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from megalite.errors import CheckpointError
 from megalite.infer.generate import find_model, load_model
 from megalite.models import read_hf_config
+from megalite.models.layers import SequenceInfo, Source
 from megalite.registry import families
 from megalite.runtime.exit_codes import explained
 from megalite.utils.outside import reading
@@ -22,8 +23,8 @@ TOLERANCE = 1e-4
 def auto_class(folder: Path) -> str:
     """Return the name of transformers' class that opens a model with its head for tokens."""
     kind = str(read_hf_config(folder).get("model_type"))
-    masked = kind in families and families.get(kind).CONFIG.PREDICTS == "masked"
-    return "AutoModelForMaskedLM" if masked else "AutoModelForCausalLM"
+    predicts = families.get(kind).CONFIG.PREDICTS if kind in families else "causal"
+    return {"masked": "AutoModelForMaskedLM", "seq2seq": "AutoModelForSeq2SeqLM"}.get(predicts, "AutoModelForCausalLM")
 
 
 def largest_difference(folder: Path, num_tokens: int = 256) -> float:
@@ -43,6 +44,11 @@ def largest_difference(folder: Path, num_tokens: int = 256) -> float:
     if (padding := theirs.config.pad_token_id) is not None:  # of which RoBERTa counts no positions
         tokens = tokens.masked_fill(tokens == padding, 0)
     with torch.inference_mode():
+        if ours.config.task == "seq2seq":
+            source = tokens.flip(1)
+            places = SequenceInfo.whole(length, tokens.device, Source.whole(source))
+            wanted = theirs(input_ids=source, decoder_input_ids=tokens).logits
+            return float((wanted - ours(tokens, places)).abs().max())
         return float((theirs(tokens).logits - ours(tokens)).abs().max())
 
 

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # The main job from one end to the other on CPU ranks: text, tokens, pretraining on 2 ranks, plot, sample, Hugging Face.
-# With `bert` it trains an encoder that fills gaps instead of a decoder.
-# Run it again and it goes on where it was; delete runs/quickstart (or runs/quickstart-bert) to train anew.
+# With `bert` it trains an encoder that fills gaps instead of a decoder, with `t5` an encoder-decoder that tells hidden
+# spans. Run it again and it goes on where it was; delete runs/quickstart (or runs/quickstart-bert, -t5) to train anew.
 set -euo pipefail
 case ${1:-} in
     "") name=quickstart tokenizer=bpe ;;
     bert) name=quickstart-bert tokenizer=wordpiece ;;
-    *) echo "quickstart.sh: '$1' is none of its models; give bert, or nothing for a decoder" >&2; exit 2 ;;
+    t5) name=quickstart-t5 tokenizer=t5 ;;
+    *) echo "quickstart.sh: '$1' is none of its models; give bert or t5, or nothing for a decoder" >&2; exit 2 ;;
 esac
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
@@ -43,11 +44,13 @@ bash slurm/pretrain.sh $config parallel.tensor=1 train.micro_batch_size=4
 python tools/quickstart_report.py $run
 
 say "5. a sample"
-if [[ $name == quickstart-bert ]]; then
-    python -m megalite fill $run "def read([MASK], size):" "for line [MASK] lines:" "[MASK] os"
-else
-    python -m megalite generate $run --prompt "def read(self, size):" --max-tokens 96 --temperature 0.6
-fi
+case $name in
+    quickstart-bert) python -m megalite fill $run "def read([MASK], size):" "for line [MASK] lines:" "[MASK] os" ;;
+    quickstart-t5)
+        python -m megalite generate $run --prompt "    def read(<extra_id_0>, size):
+        <extra_id_1> None" --max-tokens 12 ;;
+    *) python -m megalite generate $run --prompt "def read(self, size):" --max-tokens 96 --temperature 0.6 ;;
+esac
 
 say "6. the checkpoint is a Hugging Face model"
 python tools/check_hf.py $run

@@ -9,11 +9,13 @@ from pathlib import Path
 
 from megalite.config_file import load_config
 from megalite.data.indexed import IndexedDataset
+from megalite.data.stacks import num_hidden
 from megalite.data.statistics import unigram_accuracy, unigram_loss
 from megalite.data.tokenizer import load_tokenizer
 from megalite.observe.jsonl import read_metrics
 from megalite.observe.plot import plot_loss
 from megalite.runtime.exit_codes import explained
+from megalite.training.seq2seq import SpanCorruptionConfig
 
 
 def main() -> int:
@@ -38,6 +40,12 @@ def main() -> int:
             print("error: the model has learned too little", file=sys.stderr)
             return 1
         return 0
+    if isinstance(config.objective, SpanCorruptionConfig):
+        # Of what the decoder tells, all but the sentinels and the end are tokens of the text.
+        _, spans = num_hidden(config.lengths.read, config.objective.density, config.objective.mean_length)
+        of_text = unigram * (1 - (spans + 1) / config.lengths.target)
+        print(f"of a unigram model that is told where spans begin and end {of_text:.3f}")
+        unigram = of_text + 0.5
     if not losses[-1] < unigram - 1.0:  # a model that has learned some Python is far below
         print("error: the model has learned too little", file=sys.stderr)
         return 1

@@ -12,10 +12,14 @@ import numpy as np
 
 from megalite.config import Config
 from megalite.data.indexed import IndexedWriter, token_dtype
+from megalite.data.tokenizer import write_tokenizer_config
+from megalite.data.tokenizer_training import BERT, SENTINELS, T5_SPECIAL
 from megalite.utils.keys import key_of
 
 DOCUMENTS = 64
 """Documents of each token file."""
+HIDING = ("masked", "seq2seq")
+"""Tasks of models whose objectives hide tokens."""
 
 
 def dry_config(config: Config, folder: Path, steps: int) -> Config:
@@ -28,7 +32,9 @@ def dry_config(config: Config, folder: Path, steps: int) -> Config:
         "test": data.test or (data.train if shares[2] else ()),
     }
     found = {name: tuple(_stand_in(each, config, folder) for each in each_of) for name, each_of in sources.items()}
-    document = {"document_mask": data.document_mask, "split": None, "tokenizer": None, "fim": None}
+    # Objectives that hide tokens ask the tokenizer for those that stand for them.
+    tokenizer = write_tokenizer(folder / "tokenizer", config) if config.model.task in HIDING else None
+    document = {"document_mask": data.document_mask, "split": None, "tokenizer": tokenizer, "fim": None}
     return _updated(
         config,
         {
@@ -73,17 +79,31 @@ def _stand_in(source: Any, config: Config, folder: Path) -> Any:
     return source.model_copy(update={"path": str(prefix)})
 
 
+def write_tokenizer(folder: Path, config: Config) -> Path:
+    """Write a tokenizer of as many tokens as the model has, the first of which are those that objectives ask for."""
+    import tokenizers
+
+    special = [T5_SPECIAL["eos"], BERT["mask"], *SENTINELS][: config.model.vocab_size - 1]
+    others = (f"token {number}" for number in range(config.model.vocab_size - len(special)))
+    words = {name: number for number, name in enumerate([*special, *others])}
+    folder.mkdir(parents=True)
+    tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token=special[0])).save(str(folder / "tokenizer.json"))
+    write_tokenizer_config(folder, special[0], more={"mask_token": BERT["mask"]})
+    return folder
+
+
 def write_tokens(prefix: Path, config: Config) -> None:
     """Write a token file with the labels and the note that the config's task or objective asks for."""
-    kind = config.objective.DATA if config.model.task == "causal" else config.model.task
+    kind = config.model.task if config.model.has_classes else config.objective.DATA
     length = max(config.data.seq_length // 4, 2)
     # Short enough for several documents in a sample; plain text, which is cut, needs more of them.
     lengths = [length] * DOCUMENTS * (1 if kind != "text" else 8)
     size = sum(lengths)
     dtype = token_dtype(config.model.vocab_size)
     with IndexedWriter(prefix, dtype, np.uint8 if kind != "text" else None) as writer:
-        # Token 0 everywhere: no number is computed with.
-        writer.add_documents(np.zeros(size, dtype), lengths, _mask(kind, lengths))
+        # One token everywhere, since no number is computed with: no special one of `write_tokenizer`.
+        tokens = np.full(size, config.model.vocab_size - 1, dtype)
+        writer.add_documents(tokens, lengths, _mask(kind, lengths))
     note: dict[str, Any] = {"vocab_size": config.model.vocab_size}
     if kind != "text":
         note["format"] = kind
@@ -93,12 +113,15 @@ def write_tokens(prefix: Path, config: Config) -> None:
 
 
 def _mask(kind: str, lengths: Sequence[int]) -> Any:
-    """Return what is learned of each token: of a class its last one, of the others all but the first."""
+    """Return what is learned of each token: of a class its last one, of the others all but the first; of a source and
+    its target the second half."""
     if kind == "text":
         return None
     masks = []
     for length in lengths:
         mask = np.full(length, kind != "classification", np.uint8)
         mask[0], mask[-1] = 0, 1
+        if kind == "seq2seq":
+            mask[: length // 2] = 0
         masks.append(mask)
     return np.concatenate(masks)

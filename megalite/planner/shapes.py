@@ -173,6 +173,11 @@ class ModelTable:
         """Make the table of the `config`'s model, adapters included.
 
         Raises ConfigError for a layer that the planner does not know, or that its family describes wrongly."""
+        if config.model.architecture.num_streams > 1:
+            raise ConfigError(
+                f"the planner knows models of one stack, and model.family = {config.model.family!r} has two; "
+                "`megalite train --print-plan` shows what follows from the config, and `megalite dryrun` runs it"
+            )
         self.config = config
         self.weights = weight_table(config.model, config.lora)
         self.vocab = next(weight for weight in self.weights if weight.shard == "vocab")

@@ -205,3 +205,15 @@ def test_a_mixer_of_another_kind_has_flops_and_no_estimate(monkeypatch: pytest.M
         outlook_of(config)
     with pytest.raises(ConfigError, match=r"'sparse' needs parallel\.context: 1, not 2"):
         plan(config_of("sparse", "parallel.context=2"), 2)
+
+
+def test_a_model_of_two_stacks_is_refused() -> None:
+    config = parse_config(
+        {
+            "run": {"name": "t5"}, "model": {"preset": "t5-small"}, "objective": {"name": "span_corruption"},
+            "data": {"train": [{"path": "-"}], "seq_length": 512, "tokenizer": "-"},
+            "train": {"steps": 1, "global_batch_size": 8}, "optimizer": {"lr": 1e-3},
+        }
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"the planner knows models of one stack, and model\.family = 't5' has two"):
+        ModelTable(config)
