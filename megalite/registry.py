@@ -121,6 +121,7 @@ objectives: Registry[type[ObjectiveConfig]] = Registry(
         "seq2seq": "megalite.training.seq2seq:Seq2SeqConfig",
         "dpo": "megalite.training.objectives:DPOConfig",
         "distill": "megalite.training.distill:DistillConfig",
+        "contrastive": "megalite.training.contrastive:ContrastiveConfig",
     },
 )
 

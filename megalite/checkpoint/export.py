@@ -76,6 +76,9 @@ def write_extras(folder: Path, config: Config, tokenizer: Tokenizer | None) -> N
         adapter = peft.to_peft(config.lora, weight_table(config.model), config.model.hf, task_type)
         write_json(folder / peft.CONFIG, adapter)
         return
+    for name, values in config.objective.files().items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        write_json(folder / name, values)
     # "torch_dtype" is the key that every version of transformers and vLLM reads.
     dtype = DTYPES[config.train.precision]
     write_json(folder / "config.json", model | ids | {"torch_dtype": dtype})

@@ -235,21 +235,25 @@ class Lengths(NamedTuple):
     """Tokens at which something is predicted."""
 
 
+DataKind = Literal["text", "preference", "pairs", "seq2seq"]
+"""Kind of data that an objective learns from: `preference` is pairs of answers, the chosen one first, side by side in a
+sample; `pairs` likewise of texts that belong together; `seq2seq` is rows of a source and its target."""
+
+
 class ObjectiveConfig(Choice):
     """The loss that training minimises. A model with a classification head learns its classes, by `next_token`."""
 
     name: str = "next_token"
 
     KINDS: ClassVar[Registry[Any]] = registry.objectives
-    DATA: ClassVar[Literal["text", "preference", "seq2seq"]] = "text"
-    """Kind of data it trains on: `preference` is pairs of answers, the chosen one first, side by side in a sample;
-    `seq2seq` is rows of a source and its target."""
+    DATA: ClassVar[DataKind] = "text"
+    """Kind of data it trains on."""
     HAS_REFERENCE: ClassVar[bool] = False
     """Whether it compares with the frozen model of model.hf."""
 
-    NEEDS: ClassVar[Literal["losses", "logits", "hidden_states"]] = "losses"
-    """What it needs of the last stage in training: each token's loss, the logits in vocabulary shards, or the hidden
-    states that the head takes."""
+    NEEDS: ClassVar[Literal["losses", "logits", "hidden_states", "final_states"]] = "losses"
+    """What it needs of the last stage in training: each token's loss, the logits in vocabulary shards, the hidden
+    states that the head takes, or those of the model without a head."""
     IN_CHUNKS: ClassVar[bool] = False
     """Whether it takes hidden states a few tokens at a time where train.loss_chunk asks for it."""
 
@@ -278,6 +282,10 @@ class ObjectiveConfig(Choice):
         """Return what makes a source and a target of the tokens that are read for `split`, for an encoder-decoder.
         `tokenizer` is the config's. Raise DataError where it lacks a token."""
         raise NotImplementedError
+
+    def files(self) -> dict[str, Any]:
+        """Return what a checkpoint holds beside the model, as JSON by the name of the file."""
+        return {}
 
     def batches(self, source: Batches, run: Run, parts: RankModel) -> Batches:
         """Return the batches to train on: those that `source` reads, or others that are made of them."""
@@ -871,7 +879,8 @@ class Config(Section):
                 f"objective.name: {self.objective.name} has no source for the encoder of model.task: seq2seq; "
                 "span_corruption makes one of texts, seq2seq takes that of rows"
             )
-        if task == "masked" and type(self.objective).corruption is ObjectiveConfig.corruption:
+        hides_none = type(self.objective).corruption is ObjectiveConfig.corruption
+        if task == "masked" and hides_none and self.objective.DATA != "pairs":
             raise ValueError(
                 f"objective.name: {self.objective.name} hides no tokens, without which model.task: masked learns "
                 "nothing; masked_lm does"

@@ -129,6 +129,7 @@ GOES_WITH = {
     "text": "objective.name: next_token, masked_lm or span_corruption",
     "preference": "objective.name: dpo",
     "seq2seq": "objective.name: seq2seq",
+    "pairs": "objective.name: contrastive",
     "classification": "model.task: classification",
     "labels": "model.task: labels",
 }

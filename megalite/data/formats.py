@@ -37,10 +37,12 @@ from megalite.errors import DataError, TemplateLimit
 from megalite.utils.outside import is_unicode, shown
 from megalite.utils.spelling import nearest
 
-Format = Literal["chat", "completion", "preference", "seq2seq", "classification", "labels"]
+Format = Literal["chat", "completion", "preference", "seq2seq", "classification", "labels", "pairs"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 CLASSES = ("classification", "labels")
 """Formats whose tokens have classes."""
+WHOLE = (*CLASSES, "pairs")
+"""Formats whose texts are begun and ended as the tokenizer does it."""
 Problem = Literal["single_label", "multi_label", "regression"]
 PROBLEMS: tuple[Problem, ...] = get_args(Problem)
 LABEL_FIELDS = {"classification": ("label", "labels", "score"), "labels": ("labels", "ner_tags", "tags")}
@@ -48,12 +50,15 @@ CHATS = ("messages", "conversations", "conversation")
 OF_CHATS = ("tools", "functions", "system", "system_prompt", "chat_template_kwargs")
 OPENAI_PAIR = ("input", "preferred_output", "non_preferred_output")
 FIRST_TEXTS = ("text", "sentence", "sentence1", "premise")
+ANCHORS = ("anchor", "query", *FIRST_TEXTS)
+PARTNERS = ("positive", "answer", "text_pair", "sentence2", "hypothesis")
 SECOND_TEXTS = ("text_pair", "sentence2", "hypothesis")
 FIELDS: Mapping[Format, tuple[str, ...]] = {
     "chat": (*CHATS, *OF_CHATS),
     "completion": ("prompt", "completion", *OF_CHATS),
     "preference": ("prompt", "messages", "chosen", "rejected", *OPENAI_PAIR, *OF_CHATS),
     "seq2seq": ("source", "input", "target", "output"),
+    "pairs": (*ANCHORS, *PARTNERS),
     "classification": (*FIRST_TEXTS, *SECOND_TEXTS, *LABEL_FIELDS["classification"]),
     "labels": ("tokens", "words", *LABEL_FIELDS["labels"]),
 }
@@ -108,7 +113,7 @@ class Encoder:
         self._texts: Callable[[Values], list[Text]] = getattr(self, f"_{settings.format}")
         if settings.format == "chat":
             self._open_template()
-        if settings.format not in CLASSES:
+        if settings.format not in WHOLE:
             self._check_end()
 
     def _check_end(self) -> None:
@@ -153,12 +158,12 @@ class Encoder:
             ids, values = [*ids, *behind], np.pad(values, (0, len(behind)), mode="edge")
         if text.add_begin:
             begin = self.tokenizer.begin_ids
-            end = self.tokenizer.end_ids if self._settings.format in CLASSES else []
+            end = self.tokenizer.end_ids if self._settings.format in WHOLE else []
             # Encoders tell the class of a text at its first token.
             value = values[0] if self._settings.format == "classification" and len(values) else 0
             ids = [*begin, *ids, *end]
             values = np.pad(values, (len(begin), len(end)), constant_values=value)
-        if self._settings.format not in CLASSES:
+        if self._settings.format not in WHOLE:
             values[:1] = 0  # no token precedes it, so that nothing can predict it
         if text.add_end and ids[-1:] != [self.tokenizer.eod_id]:
             assert self.tokenizer.eod_id is not None
@@ -177,7 +182,7 @@ class Encoder:
             if near := nearest(name, used, MISSPELT):
                 raise ValueError(f"unknown field {name!r}; did you mean {near!r}?")
             self.seen[f"field {name!r}"] += 1
-        if self._settings.format not in CLASSES and row.get("label") in (False, 0, "0", "false"):
+        if self._settings.format not in WHOLE and row.get("label") in (False, 0, "0", "false"):
             raise ValueError("the row's 'label' says that its answer was rejected; from it alone nothing is learned")
 
     # --- formats: each method turns a row into its texts, or raises ValueError that says what is wrong with it ---
@@ -235,6 +240,11 @@ class Encoder:
         value = self._value(row[_first(row, *LABEL_FIELDS["classification"])])
         # On every token, so that a truncated text keeps its class; the model predicts it at one of them.
         return [Text(text, [Part(0, len(text), 1 + value)], add_begin=True, pair=pair)]
+
+    def _pairs(self, row: Values) -> list[Text]:
+        """Return two texts that belong together, all of whose tokens are learned."""
+        texts = [_text(row, _first(row, *names)) for names in (ANCHORS, PARTNERS)]
+        return [Text(text, [Part(0, len(text), 1)], add_begin=True) for text in texts]
 
     def _value(self, label: Any) -> int:
         """Return the class of a text as a number, its classes as bits, or the bits of its number."""

@@ -399,7 +399,7 @@ def _cut_rows(dataset: IndexedDataset, config: Config, which: Split) -> RowSourc
         raise DataError(
             f"objective.name: {config.objective.name} takes texts, not rows, which objective seq2seq is for"
         )
-    together = 2 if config.objective.DATA == "preference" else 1
+    together = 1 if config.objective.DATA == "text" else 2
     groups = dataset.num_documents // together
     first, last = split_range(groups, shares, which) if shares else (0, groups)
     first, last = first * together, last * together

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from megalite.models.llama import LIKE_LLAMA, Llama, fields_from_hf, fields_to_hf
 from megalite.models.llama import weights as weights
@@ -11,6 +11,8 @@ from megalite.models.windows import WindowedByLayer
 
 class MinistralConfig(WindowedByLayer):
     family: Literal["ministral"] = "ministral"
+
+    NEEDS_WINDOW: ClassVar[bool] = True
 
 
 KEYS = LIKE_LLAMA.but(used={"num_key_value_heads": 8, "sliding_window": 4096, "layer_types": None})

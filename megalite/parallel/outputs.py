@@ -162,6 +162,8 @@ class LastStage:
         if output == "logits":
             return VocabShards(out, self.tensor, self.vocab_size)
         cut = self.sequence and self.tensor.size > 1
+        if output == "final_states":
+            return _GatherSequence.apply(out, self.tensor) if cut else out
 
         def head(x_BTD: Tensor) -> VocabShards:
             # The head is column-parallel and gathers the sequence itself.

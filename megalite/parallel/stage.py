@@ -24,8 +24,9 @@ MESSAGES_UNDER_WAY = 2
 TILE = 64
 """Picked tokens are filled up to a multiple of this."""
 
-Output = Literal["losses", "logits", "hidden_states"]
-"""What the last stage returns of each token: its loss; the head's logits; what the head takes."""
+Output = Literal["losses", "logits", "hidden_states", "final_states"]
+"""What the last stage returns of each token: its loss; the head's logits; what the head takes; what the model without a
+head returns."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,20 @@ class Pairs:
     """The reference model's log-probabilities, fp32."""
     share: float
     """Share of each pair that counts on this rank: context ranks share pairs, and each knows all of them."""
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Texts in each row that belong together, documents 2p and 2p + 1: P pairs of them at most."""
+
+    real_BP: Tensor
+    """Whether the pair exists, bool."""
+    share: float
+    """Share of each pair that counts on this rank: context ranks share pairs."""
+    grad_BND: Tensor | None = None
+    """Gradient of the sum of the losses of the global batch by what is pooled of each text, N = 2P, fp32."""
+    found_BP2: Tensor | None = None
+    """Loss of each pair, and whether its first text is nearest to its second of all."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +114,7 @@ class Inputs:
     picked: Picked | None = None
     """The tokens whose losses or logits are asked for; None: all of them."""
     pairs: Pairs | None = None
+    contrast: Contrast | None = None
     frozen: Callable[[], HiddenStates] | None = None
     """Gives what the objective's frozen model makes of these tokens; only on ranks of the last stage."""
 
@@ -106,8 +122,8 @@ class Inputs:
     def count_B(self) -> Tensor:
         """Return the number that each row's sum of losses is divided by: its labels, or its pairs. Summed over the
         replicas, it is that of the whole row."""
-        if self.pairs is not None:
-            return self.pairs.real_BP.sum(1) * self.pairs.share
+        if (pairs := self.pairs or self.contrast) is not None:
+            return pairs.real_BP.sum(1) * pairs.share
         assert self.labels_BT is not None
         return (self.labels_BT != IGNORE).sum(1)
 
@@ -123,7 +139,7 @@ class Stage(nn.Module):
         """Run the stage on `x` [B,T,D] of the stage before, None for the first. Returns [B,T,D] for the next stage, a
         tuple where the model has several streams of hidden states; the last returns `inputs.output`: losses [B,T], with
         `terms` [B,T,2], fp32 (0 where there is no label), logits [B,T or 1,V/n], of picked tokens [1,M,V/n], or hidden
-        states [B,T,D] that the head takes."""
+        states [B,T,D], as the head takes them or final."""
         model = self.model
         if self.span.first:
             x = model.embed(inputs.tokens_BT, inputs.places)
@@ -140,6 +156,8 @@ class Stage(nn.Module):
         picked = inputs.picked
         if picked is not None:
             x_BTD = picked.take(x_BTD)
+        if inputs.output == "final_states":
+            return model.final_states(x_BTD)
         if inputs.output == "hidden_states":
             return model.finish(x_BTD)
         if inputs.output == "logits":

@@ -294,7 +294,7 @@ def shapes_of(config: Config, plan: Plan, table: ModelTable) -> tuple[Shapes, tu
     rotated = [mixer.head_size for mixer in architecture.attentions if mixer.rope]
     model = Shapes(
         tokens=tokens,
-        head_tokens=ceil(tokens * config.objective.predicted()),
+        head_tokens=max(ceil(tokens * config.objective.predicted()), 1),
         micro_batch_size=plan.micro_batch_size,
         seq_length=length,
         hidden=hidden,

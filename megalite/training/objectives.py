@@ -4,7 +4,7 @@ them. Every token, or every pair of answers, of the whole global batch weighs th
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megalite.comm.collectives import all_gather, all_reduce
 from megalite.comm.mesh import Axis, Mesh
-from megalite.config import Config, ObjectiveConfig
+from megalite.config import Config, DataKind, ObjectiveConfig
 from megalite.data.dataset import Split
 from megalite.data.loader import MicroBatch
 from megalite.data.mixture import Mixture
@@ -39,6 +39,11 @@ class Objective(Protocol):
     def complete(self, inputs: Inputs, micro: MicroBatch, split: Split) -> Inputs:
         """Return `inputs` with what the objective needs beside tokens and labels. `micro` is the whole micro-batch of
         `split`, `inputs` this rank's part of it."""
+
+    def look_ahead(self, outs: Iterable[Any], inputs: list[Inputs]) -> list[Inputs]:
+        """Return `inputs` with what the objective finds in `outs`: what the last stage returns of all of this rank's
+        micro-batches of a global batch, without a gradient; nothing before the last stage. It is for losses that
+        compare rows of other micro-batches and ranks. `outs` that nobody looks at cost no pass."""
 
     def measure(self, out: Any, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Return from what is needed of each token the sums of the losses of each row, [B], and of each metric, [B,
@@ -67,6 +72,9 @@ class NextToken:
 
     def complete(self, inputs: Inputs, micro: MicroBatch, split: Split) -> Inputs:
         return replace(inputs, terms=self.terms) if self.terms and split == "train" else inputs
+
+    def look_ahead(self, outs: Iterable[Any], inputs: list[Inputs]) -> list[Inputs]:
+        return inputs
 
     def measure(self, out: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         if not inputs.terms:
@@ -218,18 +226,20 @@ class Numbers(NextToken):
     def summary(self, loss: float, count: float, judged: Tensor) -> dict[str, float]:
         own = torch.cat((torch.zeros(0, 2, dtype=torch.float64, device=self.mesh.device), *self.judged))
         self.judged = []
-        there, told = gather_rows(own, self.mesh.world).cpu().unbind(1)
+        there, told = gather_rows(own, self.mesh.world)[0].cpu().unbind(1)
         return {"pearson": pearson(there, told), "spearman": pearson(ranks_of(there), ranks_of(told))}
 
 
-def gather_rows(own: Tensor, axis: Axis) -> Tensor:
-    """Return the rows [n,…] of all ranks of `axis`, which may have other numbers of them each."""
+def gather_rows(own: Tensor, axis: Axis) -> tuple[Tensor, int]:
+    """Return the rows [n,D] of all ranks of `axis`, which may have other numbers of them each, and the number of the
+    first of this rank's."""
     if axis.size == 1:
-        return own
+        return own, 0
     counts = all_gather(torch.tensor([len(own)], device=own.device), axis, 0).tolist()
     padded = F.pad(own, (0, 0, 0, max(counts) - len(own)))
     pieces = all_gather(padded, axis, 0).chunk(axis.size)
-    return torch.cat([piece[:count] for piece, count in zip(pieces, counts, strict=True)])
+    rows = torch.cat([piece[:count] for piece, count in zip(pieces, counts, strict=True)])
+    return rows, sum(counts[: axis.rank])
 
 
 def pearson(x: Tensor, y: Tensor) -> float:
@@ -270,7 +280,7 @@ class DPOConfig(ObjectiveConfig):
         0.0, ge=0, lt=0.5, description="Share of the pairs that are assumed to be the wrong way round."
     )
 
-    DATA: ClassVar[Literal["text", "preference", "seq2seq"]] = "preference"
+    DATA: ClassVar[DataKind] = "preference"
     HAS_REFERENCE: ClassVar[bool] = True
 
     def check(self, config: Config) -> None:
@@ -312,6 +322,9 @@ class DPO:
         real_BP, device = (num_labels > 0).unflatten(1, (-1, 2)).all(2), inputs.tokens_BT.device
         return replace(inputs, pairs=Pairs(real_BP.to(device), reference_BP2.to(device), 1 / self.context.size))
 
+    def look_ahead(self, outs: Iterable[Any], inputs: list[Inputs]) -> list[Inputs]:
+        return inputs
+
     def measure(self, losses_BT: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         pairs, document_BT = inputs.pairs, inputs.places.document_BT
         assert pairs is not None
@@ -339,8 +352,9 @@ class DPO:
 
 
 def sum_by_document(x_BT: Tensor, document_BT: Tensor, count: int) -> Tensor:
-    """Sum the values `x_BT` of each document's tokens: [B, count]."""
-    return x_BT.new_zeros(len(x_BT), count).scatter_add(1, document_BT, x_BT)
+    """Sum the values `x_BT`, [B,T] or [B,T,D], of each document's tokens: [B, count] or [B, count, D]."""
+    index = document_BT.view(*document_BT.shape, *[1] * (x_BT.dim() - 2)).expand_as(x_BT)
+    return x_BT.new_zeros(len(x_BT), count, *x_BT.shape[2:]).scatter_add(1, index, x_BT)
 
 
 def _summed_over(x: Tensor, axis: Axis) -> Tensor:

@@ -111,6 +111,8 @@ def forward_backward(parts: RankModel, batch: list[MicroBatch], mesh: Mesh, seed
     objective, layers = parts.objective, parts.layer_losses
     inputs = [objective.complete(make_inputs(micro, mesh, seed, output=parts.needs), micro, "train") for micro in batch]
     inputs = parts.frozen.beside(inputs) if parts.frozen else inputs
+    parts.train()
+    inputs = objective.look_ahead(_outputs(parts, inputs, parts.needs), inputs)
     # Known before the first backward pass: each micro-batch's loss is divided by the count of the whole global batch.
     num_labels = all_reduce(count_labels(inputs), mesh.replicas)
     count = num_labels.clamp(min=1)
@@ -129,7 +131,6 @@ def forward_backward(parts: RankModel, batch: list[MicroBatch], mesh: Mesh, seed
     num_rows = sum(len(micro.tokens) for micro in batch) * mesh.data.size
     for each in layers.here:
         each.begin(num_rows * batch[0].tokens.shape[1], num_rows, parts.engine.loss_scale * (num_labels > 0).float())
-    parts.train()
     if parts.pipeline:
         parts.pipeline.forward_backward(inputs, loss_of, parts.engine)
     else:
@@ -161,12 +162,21 @@ def forward(
         pairs = zip(inputs, batch, strict=True)
         inputs = [parts.objective.complete(some, micro, split) for some, micro in pairs]
     inputs = parts.frozen.beside(inputs) if parts.frozen else inputs
+    if split:
+        inputs = parts.objective.look_ahead(_outputs(parts, inputs, output), inputs)
+    yield from zip(_outputs(parts, inputs, output), inputs, batch, strict=False)
+
+
+@torch.no_grad()
+def _outputs(parts: RankModel, inputs: list[Inputs], output: Output) -> Iterator[Any]:
+    """Yield what the last stage returns of each micro-batch, without a gradient; nothing before the last stage."""
     if parts.pipeline:
         found = parts.pipeline.forward(inputs)
     else:
         NOW.do("forward")
-        found = [parts.stages[0](None, micro) for micro in inputs]
-    yield from zip((parts.last_stage.read(out, output) for out in found), inputs, batch, strict=False)
+        found = (parts.stages[0](None, micro) for micro in inputs)
+    for out in found:
+        yield parts.last_stage.read(out, output)
 
 
 def make_inputs(micro: MicroBatch, mesh: Mesh, seed: int | None = None, output: Output = "losses") -> Inputs:

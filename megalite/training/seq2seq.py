@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from megalite.comm.mesh import Mesh
-from megalite.config import Config, Lengths, ObjectiveConfig
+from megalite.config import Config, DataKind, Lengths, ObjectiveConfig
 from megalite.data.dataset import Split
 from megalite.data.stacks import SourceAndTarget, SpanCorruption, num_hidden, span_lengths
 from megalite.data.tokenizer import Tokenizer
@@ -117,7 +117,7 @@ class Seq2SeqConfig(SourceObjectiveConfig):
         gt=0, description="Tokens of the decoder in a sample. data.seq_length are those of the encoder."
     )
 
-    DATA: ClassVar[Literal["text", "preference", "seq2seq"]] = "seq2seq"
+    DATA: ClassVar[DataKind] = "seq2seq"
 
     def check(self, config: Config) -> None:
         super().check(config)
