@@ -51,6 +51,8 @@ def _describe(item: Any, root: type[BaseModel], values: Any) -> str:
             return f"{key} is required"
         return f"{'.'.join(map(str, path[:-1]))}: value number {last + 1} of its list is missing"
     message = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    # Raised by a validator of a section, whose message names the key: the section itself is not
+    # shown.
     if item["type"] == "value_error" and isinstance(value, dict):
         return f"{key}: {message}" if key else message
     message = _PLAINLY.get(item["type"], message)

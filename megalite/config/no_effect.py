@@ -60,6 +60,7 @@ def _idle(config: Config) -> Iterator[str]:
         section: BaseModel = reduce(getattr, at.split("."), config)
         for name in names:
             value = getattr(section, name)
+            # A setting at its default may come from a config that was written out in full.
             if value != type(section).model_fields[name].get_default(call_default_factory=True):
                 shown = list(value) if isinstance(value, tuple) else value
                 yield f"{at}.{name} = {shown} has no effect; it needs {needs}"

@@ -41,6 +41,7 @@ class ScheduleConfig(Choice):
     def _steps_or_a_share(cls, steps: float) -> int | float:
         if steps >= 1 and steps != int(steps):
             raise ValueError("must be a whole number of steps, or a share of them below 1")
+        # 1 is one step; the whole run cannot be warmup.
         return int(steps) if steps >= 1 else steps
 
     def warmup(self, num_steps: int) -> int:
@@ -187,6 +188,7 @@ class OptimizerConfig(Choice):
                 "matrices only"
             )
         member = self.members()[name]
+        # Norms and biases do not decay, unless a group says so.
         decay = member.weight_decay if weight.decay else 0.0
         if group is None:
             return Treatment(name, member.lr, decay)

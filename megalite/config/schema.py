@@ -161,6 +161,7 @@ class ModelConfig(Section):
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
         copied = super().model_copy(update=update, deep=deep)
+        # The cached description is of the fields before the update.
         copied.__dict__.pop("architecture", None)  # pydantic copies it as it stands
         return copied
 
@@ -369,6 +370,7 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _sequences_grow(self) -> DataConfig:
         phases = self.seq_length_warmup
+        # Each phase with the one behind it; None behind the last.
         for phase, after in zip(phases, [*phases[1:], None], strict=False):
             if self.seq_length % phase.seq_length or phase.seq_length == self.seq_length:
                 raise ValueError(
@@ -545,6 +547,8 @@ class TrainConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _no_steps_yet(cls, values: Any) -> Any:
+        # A config that was written before its steps were known has `steps: null`; see the
+        # serializer below.
         if isinstance(values, dict) and values.get("steps", 0) is None:
             return {name: value for name, value in values.items() if name != "steps"}
         return values
@@ -556,6 +560,7 @@ class TrainConfig(Section):
 
     @field_serializer("steps")
     def _steps_that_are_known(self, steps: int) -> int | None:
+        # Inside, 0 stands for steps that are not known yet: `epochs` needs the data to be counted.
         return steps or None
 
     @model_validator(mode="after")
@@ -563,6 +568,8 @@ class TrainConfig(Section):
         given = [name for name in ("steps", "tokens", "epochs") if getattr(self, name)]
         if not given:
             raise ValueError("give the length of the run: steps, tokens or epochs")
+        # `steps` may be given beside one of these: a written config has both, and `of_samples`
+        # compares them.
         if given[-2:] == ["tokens", "epochs"]:
             raise ValueError(f"tokens {self.tokens} and epochs {self.epochs} are two lengths of the run; give one")
         return self
@@ -585,6 +592,7 @@ class TrainConfig(Section):
         if ramp is None:
             return [(whole, 0)]
         sizes = range(ramp.start, whole + 1, ramp.increment)
+        # Rounded up. The last size, the whole one, comes after exactly `ramp.samples`.
         return [(size, -(-number * ramp.samples // (len(sizes) - 1))) for number, size in enumerate(sizes)]
 
     def batch_size(self, samples: int) -> int:
@@ -602,8 +610,10 @@ class TrainConfig(Section):
     def _walk(self, most_steps: int | None, until: int | None) -> tuple[int, int]:
         """Return the steps and samples of a run of `most_steps` steps, or until it has at least `until` samples."""
         sizes, steps, samples = self.batch_sizes, 0, 0
+        # Each size with the samples at which the next one begins; the last has no end.
         for (size, _), (_, end) in zip(sizes, [*sizes[1:], (0, None)], strict=True):
             goal = end if until is None else until if end is None else min(end, until)
+            # A step that begins below `goal` is made in full, with this size.
             count = None if goal is None else max(0, -(-(goal - samples) // size))
             if most_steps is not None:
                 count = most_steps - steps if count is None else min(count, most_steps - steps)
@@ -668,6 +678,7 @@ class CheckpointConfig(Section):
     @field_validator("resume")
     @classmethod
     def _word_or_path(cls, resume: str | Path) -> str | Path:
+        # A word that is misspelt, such as `nevr`, would be taken for the path of a folder.
         if isinstance(resume, Path) and len(resume.parts) < 2 and not resume.exists():
             raise ValueError("must be 'auto', 'never' or the folder of a checkpoint")
         return resume
@@ -829,9 +840,12 @@ class Config(Section):
     """A whole config: one field for each section."""
 
     run: RunConfig
+    # SerializeAsAny: pydantic would write the fields of the annotated class only, not those of the
+    # kind.
     model: SerializeAsAny[ModelConfig]
     lora: LoraConfig | None = None
     data: DataConfig
+    # Validated and not constructed: the default, too, is of the kind that its name asks for.
     objective: SerializeAsAny[ObjectiveConfig] = Field(default_factory=lambda: ObjectiveConfig.model_validate({}))
     parallel: ParallelConfig = ParallelConfig()
     train: TrainConfig
@@ -845,6 +859,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _tokens_are_steps(self) -> Config:
+        # Validators run in the order of their definition: those below find the steps known.
         tokens = self.train.tokens
         return self if tokens is None else self.of_samples(-(-tokens // self.sample_tokens), f"train.tokens {tokens}")
 

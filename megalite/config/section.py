@@ -39,6 +39,7 @@ class Section(BaseModel):
     def _no_bool_for_a_number(cls, values: Any) -> Any:
         """Refuse true and false for numbers: pydantic takes true for 1, but in a config it is a mistake."""
         for name, field in cls.model_fields.items() if isinstance(values, dict) else ():
+            # `int | None` has its types among its arguments.
             numeric = {int, float} & {field.annotation, *typing.get_args(field.annotation)}
             if isinstance(values.get(name), bool) and numeric:
                 raise ValueError(f"{name} = {values[name]}: should be a number")
