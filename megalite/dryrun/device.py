@@ -164,6 +164,7 @@ def open_device(name: str, gpus_per_node: int) -> tuple[Any, Places]:
     cuda.set_device = lambda device: _current.__setitem__(0, torch.device(device).index)
     cuda.current_device = lambda: _current[0]
     cuda.Event, cuda.Stream = Event, Stream
+    # A single stream: what overlaps is not simulated, only what is allocated.
     cuda.current_stream = cuda.default_stream = lambda device=None: Stream()
     cuda.stream = lambda stream: contextlib.nullcontext()
     cuda.get_rng_state = cuda.set_rng_state = lambda *arguments: None

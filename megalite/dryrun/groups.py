@@ -126,6 +126,7 @@ class Log:
         try:
             for each in operations:
                 peer = {"group_dst" if each.op is dist.isend else "group_src": each.group_peer}
+                # Comes back to `start`, which adds to the batch that is open.
                 each.op(each.tensor, group=each.group, tag=each.tag, **peer)
             group, parts = self._batch[0][0], [part for _, part in self._batch]
         finally:

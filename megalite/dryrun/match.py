@@ -138,6 +138,7 @@ class _Play:
         self._receives: defaultdict[Any, deque[tuple[int, int, Call]]] = defaultdict(deque)
         self._met: defaultdict[Any, list[tuple[int, int]]] = defaultdict(list)
         self._found: list[str] = []
+        # Ranks that may be able to start something; one may be in it several times.
         self._waiting = deque(self._ranks)
 
     def run(self) -> list[str]:
@@ -185,6 +186,7 @@ class _Play:
     def _message(self, number: int, index: int, call: Call) -> None:
         comm = self._ranks[number].launches[index].comm
         peer = self._groups[comm[0]]["ranks"][call.part["peer"]]
+        # Of ranks that are not run nothing is known: their end of a message is always there.
         if peer not in self._ranks:
             return self._part_done(number, index)
         sends = call.part["kind"] == "send"
@@ -249,6 +251,7 @@ def _read(traffic: Traffic) -> _Rank:
     launches: list[_Launch] = []
     queues: defaultdict[Comm, deque[int]] = defaultdict(deque)
     for number, (group, _, waits_for) in enumerate(traffic["launches"]):
+        # All parts of a launch are on one side, host or device.
         comm = (traffic["groups"][group]["name"], calls[number][0].part["host"])
         launches.append(_Launch(comm, calls[number], waits_for))
         queues[comm].append(number)
@@ -271,5 +274,6 @@ def bytes_by_axis(traffic: Traffic, phase: str) -> dict[str, float]:
 
 def _sent(part: Mapping[str, Any], ranks: int) -> float:
     share = (ranks - 1) / ranks
+    # As a ring sends them; whatever is not named, such as a message, is sent once and whole.
     ways = {"all_reduce": 2 * share, "all_gather": share, "reduce_scatter": share, "all_to_all": share, "recv": 0.0}
     return part["bytes"] * ways.get(part["kind"], 1.0)

@@ -120,6 +120,7 @@ class Phases:
         peak = self._device.peak()
         peaks = self._record.peaks
         highest = max(peaks.values(), default=0)
+        # A phase comes again (training after each save): its highest peak counts.
         if peak <= peaks.get(self._name, -1):
             return
         peaks[self._name] = peak

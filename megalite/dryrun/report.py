@@ -88,6 +88,7 @@ def _memory(outcome: Outcome, records: Sequence[Record]) -> list[str]:
         values = [f"{uses.get(name, 0) / GIB:.2f}" for name in USES] + [f"{peak / GIB:.2f}"]
         planned = save = "-"
         if outcome.memory:
+            # Pipeline ranks are the outermost axis.
             memory = outcome.memory[record.rank // (plan.replicas * plan.tensor)]
             planned = f"{memory.step / GIB:.2f}{100 * (memory.step / peak - 1) if peak else 0:+.1f}%"
             save = f"{memory.save / GIB:.2f}"
