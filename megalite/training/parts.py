@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -171,7 +171,7 @@ def forward(
 def _outputs(parts: RankModel, inputs: list[Inputs], output: Output) -> Iterator[Any]:
     """Yield what the last stage returns of each micro-batch, without a gradient; nothing before the last stage."""
     if parts.pipeline:
-        found = parts.pipeline.forward(inputs)
+        found: Iterable[Any] = parts.pipeline.forward(inputs)
     else:
         NOW.do("forward")
         found = (parts.stages[0](None, micro) for micro in inputs)
