@@ -70,11 +70,16 @@ class Upcycling:
             raise ConfigError("only some of the model's layers have a sliding window, which its kin with experts lacks")
         if types == {"full_attention"}:
             dense.pop("sliding_window", None)
+        known = family(name).CONFIG.model_fields
+        for field in [field for field in dense if field not in known]:
+            # The families of dense models have options that those with experts lack, biases for example.
+            if dense.pop(field):
+                raise ConfigError(f"the dense model has {field}, which its kin with experts, {name}, lacks")
         fields = dense | {
             "family": name, "num_experts": self.num_experts, "experts_per_token": self.experts_per_token,
             "intermediate_size": inner // slices,
         }  # fmt: skip
-        if "moe_intermediate_size" in family(name).CONFIG.model_fields:  # beside that of dense layers
+        if "moe_intermediate_size" in known:  # beside that of dense layers
             fields |= {
                 "intermediate_size": inner, "moe_intermediate_size": inner // slices, "norm_topk_prob": True,
             }  # fmt: skip

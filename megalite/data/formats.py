@@ -250,6 +250,8 @@ class Encoder:
         """Return the class of a text as a number, its classes as bits, or the bits of its number."""
         problem = self._settings.problem
         if problem == "single_label":
+            if isinstance(label, list):
+                raise ValueError(f"{label!r:.50} is a list of labels, which --problem multi_label takes")
             return self._number(label)
         if problem == "multi_label":
             if not isinstance(label, list):

@@ -55,6 +55,7 @@ def test_logits_are_those_of_the_dense_model(
         ("llama", Upcycling(8, 3, 2), "experts per token, 3, must be a multiple of the granularity, 2"),
         ("llama", Upcycling(10, 5, 5), "24 inner features of the MLP do not divide into 5 slices"),
         ("llama", Upcycling(2, 4), "experts_per_token 4 must not be more than num_experts 2"),
+        ("llama-biases", Upcycling(4, 2), "the dense model has attention_bias, which its kin with experts, mixtral, lacks"),
         ("gemma2", Upcycling(4, 2), "a gemma2 model has no kin with experts here; llama, mistral, qwen3 have"),
     ],
 )

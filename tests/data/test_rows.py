@@ -267,8 +267,9 @@ WRONG = [
 @pytest.mark.parametrize(
     ("label", "names", "why"),
     [
-        (["a"], (), r"no row has a label; the first row: .*rows.jsonl:1: label \['a'\] is neither a word nor a number"),
-        (None, (), r"no row has a label; the first row: .*: no field 'label' or 'labels'; fields here: text$"),
+        (["a"], (), r"rows.jsonl:1: \['a'\] is a list of labels, which --problem multi_label takes"),
+        ({"a": 1}, (), r"no row has a label; the first row: .*rows.jsonl:1: label \{'a': 1\} is neither a word nor a num"),
+        (None, (), r"no row has a label; the first row: .*: no field 'label' or 'labels' or 'score'; fields here: text$"),
         (1.5, (), r"labels must be all words or all numbers; found: 1\.5; name them"),
         ("a", ("a", "b", "a"), "--labels names 'a' twice"),
     ],

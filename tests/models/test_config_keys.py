@@ -655,7 +655,7 @@ def test_gemma_3_reads_all_of_what_turns_windowed_layers(rope: dict[str, Any]) -
         ("olmo_hybrid", None),
         ("deepseek_v2", "deepseek_v3"),
         ("gemma4", "gemma"),
-        (5, None),
+        (4711, None),
     ],
 )
 def test_an_unknown_architecture_is_told_the_nearest_as_another_one(kind: Any, close: str | None) -> None:

@@ -140,7 +140,7 @@ def test_a_document_beside_others_is_what_it_is_alone(case: str, tmp_path: Path)
     sources = [source_of(text) for text in texts]
     of_source = torch.repeat_interleave(torch.tensor([source.shape[1] for source in sources]))[None]
     both = (torch.cat(sources, 1), of_source) if theirs.config.is_encoder_decoder else ()
-    inputs = make_inputs(MicroBatch(tokens, tokens, torch.zeros(1), document, *both), LONE)
+    inputs = make_inputs(MicroBatch(tokens, tokens, torch.zeros(1), document, None, *both), LONE)
     theirs.save_pretrained(tmp_path)
     with torch.no_grad():
         found = load_model(tmp_path)(inputs.tokens_BT, inputs.places).split(lengths, 1)

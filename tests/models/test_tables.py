@@ -28,7 +28,7 @@ def table_of(case: str) -> tuple[Weight, ...]:
 def expected_std(weight: Weight, num_layers: int) -> float | None:
     """A normal distribution's standard deviation, or None for a constant. Products that end in the residual stream are
     scaled by 1/√(2 · layers) (Radford et al. 2019, section 2.3)."""
-    if len(weight.shape) == 1:
+    if weight.name.endswith(".bias") or (len(weight.shape) == 1 and not weight.name.endswith("sinks")):
         return None
     ends_in_the_stream = weight.name.endswith(
         ("attention.out.weight", "mlp.down.weight", "experts.down.weight", "shared.down.weight")
@@ -59,4 +59,4 @@ def test_initial_values(case: str) -> None:
 def test_matrices_decay_and_nothing_else(case: str) -> None:
     """As in Megatron-LM and nanoGPT: no decay of biases and of norms."""
     for weight in table_of(case):
-        assert weight.decay == (len(weight.shape) >= 2), weight.name
+        assert weight.decay == (len(weight.shape) >= 2 and not weight.name.endswith(".bias")), weight.name

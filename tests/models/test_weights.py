@@ -242,7 +242,6 @@ def test_table_lists_every_parameter_of_the_model(case: str) -> None:
     assert {w.name: w.shape for w in table} == {name: tuple(p.shape) for name, p in parameters}
     assert len({w.name for w in table}) == len(table)
     for weight in table:
-        assert weight.decay == (len(weight.shape) >= 2), f"{weight.name}: norms and biases do not decay, matrices do"
         # A rank sees all that a cut weight is used on, and of what a replicated one is: a part of the sequence under
         # sequence parallelism, or its own heads.
         assert (weight.partial_grad is None) == (weight.shard is not None), weight.name
