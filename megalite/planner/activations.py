@@ -122,9 +122,9 @@ class _Layer:
         # Gradients of the second product's input, which is freed by then, and of the first one's output.
         moments = [before + self.first]
         if self.shapes.visited:
-            # Gradients of the rows of each expert; and in fp32 that of their sum, one expert's rows, and their product.
+            # Gradients of the rows of each expert, beside these.
             rows = self.shapes.visited * _routed_whole(self.shapes)
-            moments.append(before + rows + 3 * self.shapes.routed_tokens * self.shapes.hidden * FP32)
+            moments.append(before + rows)
             if self.shapes.expert > 1:  # on their way: those that go, and those that come
                 moments.append(before + 2 * rows)
         if self.shapes.sequence:
