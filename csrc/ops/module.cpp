@@ -28,7 +28,11 @@ void set_isa(int chosen) { chosen_isa = chosen < best_isa() ? chosen : best_isa(
 namespace {
 
 PyObject* isa(PyObject*, PyObject*) {
+#ifdef __aarch64__
+  static const char* const names[] = {"neon"};
+#else
   static const char* const names[] = {"base", "avx2", "avx512"};
+#endif
   return PyUnicode_FromString(names[megalite::isa()]);
 }
 

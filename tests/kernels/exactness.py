@@ -25,7 +25,7 @@ def devices() -> list[str]:
     module = library.own()
     if module is None:
         return ["cpu"]
-    best = ["base", "avx2", "avx512"].index(module.isa())
+    best = {"avx2": 1, "avx512": 2}.get(module.isa(), 0)
     return [f"cpu-{isa}" for isa in range(best + 1)] + (
         ["cuda"] if module.has_cuda and torch.cuda.is_available() else []
     )

@@ -96,7 +96,8 @@ def test_in_place_forth_and_back(device: torch.device) -> None:  # noqa: F811
     turned.register_hook(lambda grad: seen.append(grad.data_ptr()))
     q, k, v = turned.split((3, 1, 2), dim=2)
     (q.square().sum() + k.exp().sum() + v.sum()).backward()
-    assert seen[0] == seen[1]
+    if hasattr(Tensor, "_use_count"):  # torch 2.10 cannot say whether another sees the gradient
+        assert seen[0] == seen[1]
 
 
 def used_once(turned: Tensor, other: Tensor) -> Tensor:

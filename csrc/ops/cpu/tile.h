@@ -19,6 +19,8 @@ namespace megalite::cpu::MEGALITE_ISA {
 constexpr int WIDTH = 16, TILE_VECTORS = 4;
 #elif defined(__AVX2__)
 constexpr int WIDTH = 8, TILE_VECTORS = 2;
+#elif defined(__aarch64__)
+constexpr int WIDTH = 4, TILE_VECTORS = 4;  // NEON: 32 registers of 4 floats
 #else
 constexpr int WIDTH = 4, TILE_VECTORS = 2;
 #endif
